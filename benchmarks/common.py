@@ -1,0 +1,153 @@
+"""What the measurements share: where they ran, captures, specs with other numbers, results, tables.
+
+Measures nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+import triton
+from torch import Tensor
+
+from hsgen.spec import Blocks, HeadDim, Heads, Index, Level, Select, Spec
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECS = ROOT / "specs"
+RESULTS = ROOT / "benchmarks" / "results"
+SHIPPED_CAPTURE = ROOT / "tests" / "data" / "smollm2_layer05.safetensors"
+
+Json = dict[str, "str | int | float | bool | None | Json | list[Json]"]
+
+
+# Where and when -------------------------------------------------------------------------------------
+
+
+def card(device: str) -> str:
+    """The name of what is measured: a GPU as its driver calls it, or "cpu"."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def provenance(module: str, argv: Sequence[str], device: str) -> Json:
+    """Everything that a figure needs beside it: card, versions, date and command."""
+    return {
+        "card": card(device),
+        "driver": _driver() if device == "cuda" else None,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(["python", "-m", module, *argv]),
+    }
+
+
+def slug(name: str) -> str:
+    """A card's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__})"
+    return done.stdout.split("\n")[0].strip()
+
+
+# Captures -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """One captured GQA group.  q: [T, G, D], k and v: [T, D], post-RoPE, bf16."""
+
+    layer: int
+    kv_head: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def query_head(self, index: int) -> int:
+        """The model's number of the group's query head `index`."""
+        return self.kv_head * self.q.shape[1] + index
+
+
+def load_capture(path: Path) -> list[Group]:
+    """Every group of a file that benchmarks.capture_smollm2 wrote, by layer and kv head."""
+    groups = []
+    with safetensors.safe_open(path, framework="pt") as file:
+        for name in sorted(name for name in file.keys() if name.endswith(".q")):  # noqa: SIM118
+            layer, kv = name.removeprefix("layer").removesuffix(".q").split(".kv")
+            q, k, v = (file.get_tensor(name[:-1] + x)[0] for x in "qkv")
+            group = Group(layer=int(layer), kv_head=int(kv), q=q, k=k[:, 0], v=v[:, 0])
+            groups.append(group)
+    return groups
+
+
+# Specs ----------------------------------------------------------------------------------------------
+
+
+def bind(spec: Spec, *, query: int, kv: int, dim: int) -> Spec:
+    """The same attention for other heads; an index gets one index head a query head."""
+    index = spec.index and Index(heads=query, dim=dim)
+    heads = Heads(query=query, kv=kv)
+    return spec.model_copy(
+        update={"heads": heads, "head_dim": HeadDim(qk=dim, v=dim), "index": index}
+    )
+
+
+def with_blocks(spec: Spec, level: str, size: int, stride: int | None = None) -> Spec:
+    """The same attention with entries of another size on one level."""
+    partition = Blocks(size=size, stride=stride or size)
+    return _with_level(spec, level, {"partition": partition})
+
+
+def with_budget(spec: Spec, level: str, count: int) -> Spec:
+    """The same attention keeping another number of entries on one level."""
+    old = spec.level(level).select
+    assert old is not None, f"level {level} selects nothing"
+    key = "top_k" if old.top_k else "beam"
+    return _with_level(spec, level, {"select": old.model_copy(update={key: count})})
+
+
+def _with_level(spec: Spec, name: str, update: Mapping[str, Blocks | Select]) -> Spec:
+    def change(level: Level) -> Level:
+        return level.model_copy(update=update) if level.name == name else level
+
+    return spec.model_copy(update={"levels": tuple(change(level) for level in spec.levels)})
+
+
+# Results and tables ---------------------------------------------------------------------------------
+
+
+def write_json(path: Path, data: Json) -> None:
+    """Write results so that a diff shows what changed; replaces the file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1, sort_keys=False) + "\n")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Json:
+    """Read results."""
+    return json.loads(path.read_text())
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table; the first column is text, the others are numbers."""
+    rule = ["---", *(["---:"] * (len(head) - 1))]
+    lines = [head, rule, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

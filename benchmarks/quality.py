@@ -1,0 +1,473 @@
+"""The real-input table: what moba, nsa and hisa recall of real attention, layer by layer, head by head.
+
+    python -m benchmarks.quality .captures/smollm2_8k.safetensors                  # reference, CPU
+    python -m benchmarks.quality .captures/smollm2_8k.safetensors --backend kernel --device cuda
+    python -m benchmarks.quality --report benchmarks/results/quality_*.json        # writes docs/quality.md
+
+Chooses with hsgen; everything that the choice is held against is computed by benchmarks.metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import hsgen
+from benchmarks import common, metrics
+from benchmarks.common import Group, Json
+from hsgen import spec as language
+from hsgen.reference import reference
+from hsgen.selection import ListSelection
+from hsgen.spec import Spec
+
+RUN = 64  # consecutive rows measured together
+SEED = 2
+WAYS = ("selected", "oracle", "random", "recent_sink")
+FORCED = 3  # the smallest budget: nsa forces the first and the last two blocks
+BEAM = 2  # hisa's block filter keeps this many times what is attended in the end
+METHOD = ("text", "model", "made")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A system with its numbers changed.  budget: attended tokens / tokens of the whole input"""
+
+    system: str
+    block: int
+    budget: float
+    spec: Spec
+    level: str  # the level whose selection is attended
+    size: int  # tokens an entry of it
+
+    @property
+    def label(self) -> str:
+        return f"{self.system}, block {self.block}, {self.budget:.0%}"
+
+
+Chooser = Callable[[Case, dict[str, Tensor], Tensor], tuple[Tensor, Tensor]]
+
+
+# Cases: the three systems with budgets that bite ------------------------------------------------------
+
+
+def cases(
+    heads: int, dim: int, tokens: int, blocks: Sequence[int], budgets: Sequence[float]
+) -> Iterator[Case]:
+    """Every system at every block size and budget."""
+    for system, derive in (("moba", _moba), ("nsa", _nsa), ("hisa", _hisa)):
+        shipped = language.load(common.SPECS / f"{system}.yaml")
+        bound = common.bind(shipped, query=heads, kv=1, dim=dim)
+        for block in blocks:
+            for budget in budgets:
+                spec, level = derive(bound, block, budget * tokens)
+                size = spec.level(level).partition.size
+                yield Case(
+                    system=system, block=block, budget=budget, spec=spec, level=level, size=size
+                )
+
+
+def _moba(spec: Spec, block: int, kept: float) -> tuple[Spec, str]:
+    """Chunks of another size; the own chunk stays forced."""
+    spec = common.with_blocks(spec, "chunk", block)
+    return common.with_budget(spec, "chunk", max(FORCED, round(kept / block))), "chunk"
+
+
+def _nsa(spec: Spec, block: int, kept: float) -> tuple[Spec, str]:
+    """Blocks of another size, compressed by halves at half their stride, as in the paper."""
+    spec = common.with_blocks(spec, "compressed", block // 2, block // 4)
+    spec = common.with_blocks(spec, "block", block)
+    return common.with_budget(spec, "block", max(FORCED, round(kept / block))), "block"
+
+
+def _hisa(spec: Spec, block: int, kept: float) -> tuple[Spec, str]:
+    """A filter of other blocks, whose survivors hold twice the tokens that are attended."""
+    spec = common.with_blocks(spec, "block", block)
+    spec = common.with_budget(spec, "block", max(FORCED, round(BEAM * kept / block)))
+    return common.with_budget(spec, "token", round(kept)), "token"
+
+
+# Inputs: what the model has, and stand-ins for what it has not ----------------------------------------
+
+
+def tensors(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """What the case's spec reads.  q: [1, T, G, D], k and v: [1, T, 1, D]"""
+    raw = {"q": q, "k": k, "v": v}
+    match case.system:
+        case "moba":
+            return raw
+        case "nsa":
+            return raw | _compression(case.spec, k, v) | {"gates": _selected_only(case.spec, q)}
+        case "hisa":
+            ones = torch.ones_like(q[..., 0])
+            return raw | {"q_index": q, "k_index": k[:, :, 0], "w_index": ones}
+    raise ValueError(f"unknown system {case.system!r}")
+
+
+def _compression(spec: Spec, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """Compress by the mean: every slot's weight is identity / size, every position is 0."""
+    size, dim = spec.level("compressed").partition.size, k.shape[-1]
+    mean = torch.eye(dim, dtype=k.dtype, device=k.device) / size
+    weight = mean.expand(1, size, dim, dim).contiguous()
+    position = torch.zeros_like(weight[..., 0])
+    branches = {f"{x}_{kv}": y for kv in ("compressed", "window") for x, y in (("k", k), ("v", v))}
+    return branches | {
+        "compressed_key_weight": weight,
+        "compressed_key_position": position,
+        "compressed_value_weight": weight,
+        "compressed_value_position": position,
+    }
+
+
+def _selected_only(spec: Spec, q: Tensor) -> Tensor:
+    """Gates that let the selected branch through and nothing else.  [1, T, G, branches]"""
+    gate = [float(branch.name == "selected") for branch in spec.attend]
+    return torch.tensor(gate, dtype=q.dtype, device=q.device).expand(*q.shape[:3], -1).contiguous()
+
+
+# Choosing: by the reference or by the kernels ---------------------------------------------------------
+
+
+def choose_by_reference(
+    case: Case, inputs: dict[str, Tensor], position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the reference in float32, run of rows by run of rows.
+
+    Args:
+        case: The case.
+        inputs: As `tensors` makes them.
+        position: i64[R], ascending, made of runs of RUN consecutive rows.
+
+    Returns:
+        The selection of the attended level, i32[R, Hs, K], and the output, f32[R, H, Dv].
+    """
+    chosen, outputs = [], []
+    for run in position.split(RUN):
+        a, b = int(run[0]), int(run[-1]) + 1
+        part = {
+            name: t if name.endswith(("_weight", "_position")) else t[:, _first(name, a) : b]
+            for name, t in inputs.items()
+        }
+        result = reference(case.spec, part, dtype=torch.float32, keep_scores=False)
+        chosen.append(result.selection[case.level].indices[0])
+        outputs.append(result.o[0])
+    return torch.cat(chosen), torch.cat(outputs)
+
+
+def _first(name: str, row: int) -> int:
+    """Rows of query-side tensors begin at `row`, those of key-side tensors at 0."""
+    return row if name in ("q", "q_index", "w_index", "gates") else 0
+
+
+def choose_by_kernel(
+    case: Case, inputs: dict[str, Tensor], position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the kernels over the whole input and keep the measured rows; as `choose_by_reference`."""
+    attend = hsgen.load_kernel(case.spec)
+    selection = attend.select(**inputs)
+    o = attend(**inputs, selection=selection)
+    chosen = selection[case.level]
+    assert isinstance(chosen, ListSelection)
+    return chosen.indices[0, position], o[0, position].float()
+
+
+# Measuring ------------------------------------------------------------------------------------------
+
+
+def measured_rows(tokens: int, rows: int) -> Tensor:
+    """Runs of RUN rows, evenly spaced over the second half.  -> i64[R]"""
+    runs = max(1, min(rows, tokens // 2) // RUN)
+    first = torch.linspace(tokens / 2, tokens - RUN, runs).round().long()
+    return (first[:, None] + torch.arange(RUN)).flatten().unique()
+
+
+def measure(case: Case, group: Group, dense: metrics.Dense, choose: Chooser) -> list[Json]:
+    """One record a head of the group."""
+    q, k, v = group.q[None], group.k[None, :, None], group.v[None, :, None]
+    position = dense.position
+    indices, o = choose(case, tensors(case, q, k, v), position)
+    entries = -(-len(group.k) // case.size)
+    noise = torch.rand(len(position), entries, generator=torch.Generator().manual_seed(SEED))
+    ways = metrics.choices(
+        dense, metrics.members(indices, entries), case.size, noise.to(position.device)
+    )
+    judged = {name: metrics.judge(dense, chosen, case.size) for name, chosen in ways.items()}
+    difference = (o.transpose(0, 1) - judged["selected"].o).norm(dim=-1)
+    difference = difference / judged["selected"].o.norm(dim=-1)
+    return [
+        {
+            "system": case.system,
+            "block": case.block,
+            "budget": case.budget,
+            "layer": group.layer,
+            "head": group.query_head(h),
+            "entries": float(ways["selected"].sum(-1).float().mean()),
+            "density": float(judged["selected"].kept[h].sum() / (position + 1).sum()),
+            "output_difference": float(difference[h].max()),
+            **{name: summary(quality, h, position) for name, quality in judged.items()},
+        }
+        for h in range(dense.probs.shape[0])
+    ]
+
+
+def summary(quality: metrics.Quality, head: int, position: Tensor) -> Json:
+    """Means over the rows of one head, and the worst row of each."""
+    mass, error = quality.mass[head], quality.error[head]
+    return {
+        "mass": float(mass.mean()),
+        "error": float(error.mean()),
+        "worst_mass": float(mass.min()),
+        "worst_mass_row": int(position[mass.argmin()]),
+        "worst_error": float(error.max()),
+        "worst_error_row": int(position[error.argmax()]),
+    }
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> Json:
+    """Measure every case on every group of the capture."""
+    choose = {"reference": choose_by_reference, "kernel": choose_by_kernel}[args.backend]
+    records: list[Json] = []
+    started = time.monotonic()
+    groups = common.load_capture(args.capture)
+    for group in groups:
+        group = _prefix(group, args.tokens, args.device)
+        position = measured_rows(len(group.q), args.rows).to(args.device)
+        dense = metrics.dense(group.q[position], group.k, group.v, position)
+        heads, dim = group.q.shape[1:]
+        for case in cases(heads, dim, len(group.q), args.blocks, args.budgets):
+            found = measure(case, group, dense, choose)
+            records += found
+            seconds = time.monotonic() - started
+            print(f"[{seconds:6.1f} s] layer {group.layer:2d}  {case.label:22s} {_brief(found)}")
+    return {
+        "made": common.provenance("benchmarks.quality", argv, args.device),
+        "backend": args.backend,
+        "capture": _origin(args.capture),
+        "tokens": min(args.tokens, max(len(group.q) for group in groups)),
+        "rows": len(position),
+        "seconds": round(time.monotonic() - started, 1),
+        "records": records,
+    }
+
+
+def _prefix(group: Group, tokens: int, device: str) -> Group:
+    """The first tokens of a group, on the device."""
+    q, k, v = (x[:tokens].to(device) for x in (group.q, group.k, group.v))
+    return Group(layer=group.layer, kv_head=group.kv_head, q=q, k=k, v=v)
+
+
+def _origin(path: Path) -> Json:
+    """The name of a capture and what it says of itself."""
+    with common.safetensors.safe_open(path, framework="pt") as file:
+        return {"file": path.name, **file.metadata()}
+
+
+def _brief(records: Sequence[Json]) -> str:
+    """Means over a case's heads, for the terminal."""
+    mean = {way: _mean(records, way, "mass") for way in WAYS}
+    masses = "  ".join(f"{way} {mass:.3f}" for way, mass in mean.items())
+    return f"density {_mean(records, 'density'):.3f}  {masses}"
+
+
+# Reporting ------------------------------------------------------------------------------------------
+
+
+def report(results: Sequence[Json]) -> str:
+    """The page docs/quality.md: how it was measured, the overview, and the table by layer and head."""
+    first = results[0]
+    parts = [METHOD_TEXT.format(**_facts(first)), "## Means over all layers and heads\n"]
+    parts.append(overview(first["records"]))
+    if len(results) > 1:
+        parts += ["## Backends\n", agreement(results)]
+    parts.append("## By layer and head, at 10 %\n")
+    parts.append(HEAD_TEXT)
+    for block in sorted({r["block"] for r in first["records"]}, reverse=True):
+        for system in ("moba", "nsa", "hisa"):
+            chosen = [r for r in first["records"] if _is(r, system, block, 0.1)]
+            parts += [f"### {system}, block {block}\n", by_head(chosen)]
+    parts += ["## Where the figures come from\n", sources(results)]
+    return "\n".join(part for part in parts if part)
+
+
+def overview(records: Sequence[Json]) -> str:
+    """One row a case, averaged over layers and heads."""
+    names = ["system, block, budget", "density", *(f"mass {_title(w)}" for w in WAYS)]
+    names += [f"error {_title(w)}" for w in WAYS]
+    rows = []
+    for key in dict.fromkeys((r["system"], r["block"], r["budget"]) for r in records):
+        own = [r for r in records if _is(r, *key)]
+        masses = [f"{_mean(own, way, 'mass'):.3f}" for way in WAYS]
+        errors = [f"{_mean(own, way, 'error'):.3f}" for way in WAYS]
+        name = f"{key[0]}, {key[1]}, {key[2]:.0%}"
+        rows.append([name, f"{_mean(own, 'density'):.3f}", *masses, *errors])
+    return common.table(names, rows)
+
+
+def by_head(records: Sequence[Json]) -> str:
+    """One row a layer and head: density, mass and error of every way, worst rows of the selection."""
+    names = ["layer, head", "density", *(f"mass {_title(w)}" for w in WAYS)]
+    names += [*(f"error {_title(w)}" for w in WAYS), "worst mass (row)", "worst error (row)"]
+    rows = []
+    for r in records:
+        own = r["selected"]
+        rows.append(
+            [f"{r['layer']}, {r['head']}", f"{r['density']:.3f}"]
+            + [f"{r[way]['mass']:.3f}" for way in WAYS]
+            + [f"{r[way]['error']:.3f}" for way in WAYS]
+            + [f"{own['worst_mass']:.3f} ({own['worst_mass_row']})"]
+            + [f"{own['worst_error']:.2f} ({own['worst_error_row']})"]
+        )
+    return common.table(names, rows)
+
+
+def agreement(results: Sequence[Json]) -> str:
+    """How far apart two backends' figures are, and each backend's output from its own selection's."""
+    first = {_key(r): r for r in results[0]["records"]}
+    lines = []
+    for result in results:
+        worst = max(r["output_difference"] for r in result["records"])
+        common_keys = [r for r in result["records"] if _key(r) in first]
+        apart = max(abs(r["selected"]["mass"] - first[_key(r)]["selected"]["mass"]) for r in common_keys)
+        name = f"{result['backend']} on {result['made']['card']}"
+        lines.append([name, f"{len(common_keys)}", f"{apart:.5f}", f"{worst:.1e}"])
+    head = ["backend", "records", "largest difference in mass", "largest output difference"]
+    return common.table(head, lines) + AGREEMENT_TEXT
+
+
+def sources(results: Sequence[Json]) -> str:
+    """Card, versions, date and command of every result, and the capture's own words."""
+    lines = []
+    for result in results:
+        made = result["made"]
+        versions = f"torch {made['torch']}, triton {made['triton']}"
+        lines.append(
+            f"- {result['backend']} on {made['card']}, {versions}, {made['date']}, "
+            f"{result['seconds']:.0f} s: `{made['command']}`"
+        )
+    capture = results[0]["capture"]
+    lines += [f"- {name}: {capture[name]}" for name in METHOD if name in capture]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(result: Json) -> dict[str, str]:
+    layers = sorted({r["layer"] for r in result["records"]})
+    return {
+        "tokens": f"{result['tokens']:,}",
+        "rows": f"{result['rows']:,}",
+        "layers": ", ".join(map(str, layers)),
+        "run": str(RUN),
+        "beam": "twice" if BEAM == 2 else f"{BEAM} times",
+        "sink": str(metrics.SINK_TOKENS),
+    }
+
+
+def _title(way: str) -> str:
+    return way.replace("_sink", " + sink")
+
+
+def _key(r: Json) -> tuple:
+    return r["system"], r["block"], r["budget"], r["layer"], r["head"]
+
+
+def _is(r: Json, system: str, block: int, budget: float) -> bool:
+    return (r["system"], r["block"], r["budget"]) == (system, block, budget)
+
+
+def _mean(records: Sequence[Json], *path: str) -> float:
+    values = []
+    for r in records:
+        for name in path:
+            r = r[name]
+        values.append(r)
+    return sum(values) / len(values)
+
+
+METHOD_TEXT = """# What the systems recall of real attention
+
+Queries, keys and values of SmolLM2-135M on {tokens} tokens of prose (layers {layers}; one group of three
+query heads each), the three shipped specs with block sizes and budgets changed so that they bite.  The
+model was not trained with any of them.  This page is generated by `benchmarks/quality.py`.
+
+**Rows.** {rows} of {tokens}: runs of {run} consecutive rows, evenly spaced over the second half.
+
+**Budget** is the share of the whole input that a row may attend to: `top_k` × block size / {tokens}.  Forced
+blocks count inside it.  **Density** is what was attended, over *all visible tokens of the measured rows*
+(causal pairs); the denominator is smaller than the input, so density exceeds the budget.
+
+**Mass** is the share of the dense attention probability on the attended tokens, averaged over rows.
+**Error** is |o − dense| / |dense| per row and head, averaged over rows: a missing sink ruins the output
+more than its mass says.  Worst rows are given with their position.
+
+**Beside the selection**, each with as many entries in every row, shared by the same heads, and without
+forced ones of their own: *oracle*, the entries of largest true mass; *random*; *recent + sink*, the first
+block and the latest ones (where single tokens are selected, the first {sink} and the latest).
+
+**Stand-ins**, since SmolLM2 has no such parameters:
+
+| system | what the spec wants | what it was given |
+| --- | --- | --- |
+| moba | – | nothing missing; GQA group of 3, every query head selects for itself |
+| nsa | learned compression | identity / size for every slot and position 0: the mean |
+| nsa | keys and values per branch | the same k and v for all three |
+| nsa | gates | 1 for the selected branch, 0 for the others: mass and error are of that branch |
+| hisa | index queries, keys, weights | the group's three query heads, its key, 1 |
+| hisa | beam | the block filter keeps {beam} the attended tokens |
+
+nsa compresses by half a block at a quarter block's stride, the paper's proportions.
+"""
+
+HEAD_TEXT = """The worst rows are the selection's own.\n"""
+
+AGREEMENT_TEXT = """
+The largest difference in mass is to the first row's figures, over all layers, heads, blocks and budgets.
+The largest output difference is |o of the backend − o computed here from its own selection|, relative, over
+all measured rows.
+"""
+
+
+# Command line ---------------------------------------------------------------------------------------
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Selections on real attention.")
+    parser.add_argument("capture", type=Path, nargs="?", default=common.SHIPPED_CAPTURE)
+    parser.add_argument("--backend", choices=("reference", "kernel"), default="reference")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tokens", type=int, default=8192, help="a prefix of the capture")
+    parser.add_argument("--rows", type=int, default=1024, help="rows measured")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[64, 32, 16])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("-o", "--output", type=Path, default=common.RESULTS, help="a folder")
+    parser.add_argument("--report", type=Path, nargs="+", help="results to write up, best first")
+    parser.add_argument("--page", type=Path, default=common.ROOT / "docs" / "quality.md")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write results, or write the page from results."""
+    args = arguments(argv)
+    if args.report:
+        args.page.write_text(report([common.read_json(path) for path in args.report]))
+        print(args.page)
+        return 0
+    result = run(args, argv if argv is not None else sys.argv[1:])
+    made = result["made"]
+    name = f"quality_{args.backend}_{common.slug(made['card'])}_{made['date']}.json"
+    common.write_json(args.output / name, result)
+    print(overview(result["records"]))
+    for block in args.blocks:
+        for system in ("moba", "nsa", "hisa"):
+            chosen = [r for r in result["records"] if _is(r, system, block, 0.1)]
+            print(f"{system}, block {block}, 10 %\n{by_head(chosen)}" if chosen else "")
+    print(args.output / name)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

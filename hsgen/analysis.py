@@ -1,0 +1,544 @@
+"""What a graph says about itself: causality, laws, costs, and the text that `show` prints.
+
+Knows nothing of kernels: costs are of operators, one by one, before any share a launch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+from hsgen.graph import (
+    FIXED_SIZES,
+    Attend,
+    DType,
+    Gate,
+    Graph,
+    GraphError,
+    Input,
+    LogSumExp,
+    Map,
+    Node,
+    Normalise,
+    Op,
+    Pool,
+    Reduce,
+    Score,
+    Select,
+    TensorType,
+    Union,
+    align,
+    dump,
+    partitions,
+    tensor_inputs,
+)
+
+Causality = Literal["token", "query_block", "prompt", "none"]
+
+# --- causality and laws
+
+
+def causality(graph: Graph) -> Causality:
+    """What row t depends on: the loosest of its operators."""
+    found = {_op_causality(node.op, causal=graph.meta.causal) for node in graph.nodes()}
+    loosest_first: tuple[Causality, ...] = ("none", "prompt", "query_block", "token")
+    return next(each for each in loosest_first if each in found)
+
+
+def _op_causality(op: Op, *, causal: bool) -> Causality:
+    """`token` where the result of row t needs nothing after t, given operands that do not."""
+    match op:
+        case Score() | Map() | Select() | Attend():
+            return "token" if causal else "none"  # entries count once complete, tokens once seen
+        case Input() | Pool() | LogSumExp() | Normalise() | Reduce() | Gate() | Union():
+            return "token"  # row by row, or entry by entry, of what the operators above have masked
+        case _:
+            assert_never(op)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Laws:
+    """Which laws hold for a graph; a test of a law asks here first."""
+
+    dense_when_all_selected: bool
+    unselected_values_have_no_effect: bool
+    future_never_changes_the_past: bool
+    decode_equals_prefill_row: bool
+
+
+def laws(graph: Graph) -> Laws:
+    """The preconditions of the laws, derived."""
+    by_token = causality(graph) == "token"
+    return Laws(
+        dense_when_all_selected=not_dense_because(graph) is None,
+        unselected_values_have_no_effect=not _pooled_attends(graph),
+        future_never_changes_the_past=by_token,
+        decode_equals_prefill_row=by_token,
+    )
+
+
+def _attends(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes() if isinstance(node.op, Attend)]
+
+
+def _pooled_attends(graph: Graph) -> list[str]:
+    return [
+        node.op.branch
+        for node in graph.nodes()
+        if isinstance(node.op, Attend) and node.op.over == "pooled"
+    ]
+
+
+def not_dense_because(graph: Graph) -> str | None:
+    """Why selecting every entry does not give dense attention; None where it does."""
+    if any(isinstance(node.op, Gate) for node in graph.nodes()):
+        return "branches have softmaxes of their own, and gates"
+    if pooled := _pooled_attends(graph):
+        return f"branch {pooled[0]} attends pooled values"
+    attends = _attends(graph)
+    if len({node.inputs[:3] for node in attends}) > 1:
+        return "branches have keys and values of their own"
+    reasons = [_unreachable_because(graph, attend) for attend in attends]
+    return None if None in reasons else reasons[0]
+
+
+def _unreachable_because(graph: Graph, attend: Node) -> str | None:
+    """Why some visible token cannot be attended, however much is selected."""
+    assert isinstance(attend.op, Attend)
+    if attend.op.over == "window":
+        return f"branch {attend.op.branch} attends a window only"
+    selection = graph[attend.inputs[3]]
+    while True:
+        select = selection.op
+        assert isinstance(select, Select)
+        if select.size != select.stride:
+            return f"entries of level {select.level} overlap or leave gaps"
+        if graph.meta.causal and select.size > 1 and select.last == 0:
+            return f"level {select.level} does not force the own block"
+        if select.within is None:
+            return None
+        selection = graph[selection.inputs[1]]
+
+
+# --- costs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Polynomial:
+    """t2 * T^2 + t1 * T + t0."""
+
+    t2: float = 0.0
+    t1: float = 0.0
+    t0: float = 0.0
+
+    def __add__(self, other: Polynomial) -> Polynomial:
+        return Polynomial(t2=self.t2 + other.t2, t1=self.t1 + other.t1, t0=self.t0 + other.t0)
+
+    def __mul__(self, factor: float) -> Polynomial:
+        return Polynomial(t2=self.t2 * factor, t1=self.t1 * factor, t0=self.t0 * factor)
+
+    def evaluate(self, tokens: int) -> float:
+        return (self.t2 * tokens + self.t1) * tokens + self.t0
+
+    def __str__(self) -> str:
+        terms = [(self.t2, " T^2"), (self.t1, " T"), (self.t0, "")]
+        shown = [
+            f"{value:+}"[0] + f" {quantity(abs(value))}{power}" for value, power in terms if value
+        ]
+        text = " ".join(shown)
+        return text.removeprefix("+ ") or "0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """A count as a function of T: each piece holds from its start on, to the start of the next."""
+
+    pieces: tuple[tuple[int, Polynomial], ...] = ((0, Polynomial()),)
+
+    def __add__(self, other: Cost) -> Cost:
+        starts = sorted({start for start, _ in (*self.pieces, *other.pieces)})
+        return Cost(pieces=tuple((start, self._at(start) + other._at(start)) for start in starts))
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(pieces=tuple((start, piece * factor) for start, piece in self.pieces))
+
+    def _at(self, tokens: int) -> Polynomial:
+        return [piece for start, piece in self.pieces if start <= tokens][-1]
+
+    @property
+    def start(self) -> int:
+        """The T from which on the count is the polynomial that prints."""
+        return self.pieces[-1][0]
+
+    def evaluate(self, tokens: int) -> float:
+        return self._at(tokens).evaluate(tokens)
+
+    def __str__(self) -> str:
+        return str(self.pieces[-1][1])
+
+
+ZERO = Cost()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCost:
+    """One operator alone: its arithmetic, and its operands and result moved once each."""
+
+    flops: Cost
+    bytes: Cost
+
+    def __add__(self, other: NodeCost) -> NodeCost:
+        return NodeCost(flops=self.flops + other.flops, bytes=self.bytes + other.bytes)
+
+
+def costs(graph: Graph) -> Mapping[str, NodeCost]:
+    """What each node costs at batch 1 and S = T, were it alone.
+
+    A multiplication and an addition count one each; softmax inside an attend, comparisons and
+    scaling count nothing.  Inputs are taken as 16 bits wide.  Causal specs count visible pairs.
+    """
+    if unbound := unbound_sizes(graph):
+        raise GraphError(f"costs need {', '.join(unbound)}: the spec leaves heads or head_dim open")
+    counts = _Counts(graph=graph, partitions=partitions(graph))
+    return {
+        node.name: NodeCost(flops=_flops(counts, node), bytes=_bytes(counts, node))
+        for node in graph.nodes()
+    }
+
+
+def unbound_sizes(graph: Graph) -> tuple[str, ...]:
+    """The heads and head dims that the graph uses and nobody has bound yet."""
+    used = {dim for node in graph.nodes() for dim in node.type.dims}
+    return tuple(dim for dim in FIXED_SIZES if dim in used and dim not in graph.sizes)
+
+
+def dense(graph: Graph) -> NodeCost:
+    """Dense attention of the same heads and causality: q, k, v read once, o written once."""
+    sizes = graph.sizes
+    per_pair = 2 * sizes["Hq"] * (sizes["Dqk"] + sizes["Dv"])
+    moved = (sizes["Hq"] + sizes["Hkv"]) * (sizes["Dqk"] + sizes["Dv"])
+    return NodeCost(
+        flops=_complete_pairs(1, 1, causal=graph.meta.causal) * per_pair,
+        bytes=_from(0, Polynomial(t1=BYTES["input"] * moved)),
+    )
+
+
+BYTES: Mapping[DType, int] = {"input": 2, "f32": 4, "i32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counts:
+    """How many of each thing a graph has, as functions of T."""
+
+    graph: Graph
+    partitions: Mapping[str, tuple[int, int]]  # level -> size, stride
+
+    def entries(self, level: str) -> Cost:
+        """Entries of a level, all whole."""
+        size, stride = self.partitions[level]
+        return _from(size, Polynomial(t1=1 / stride, t0=1 - size / stride))
+
+    def complete(self, level: str) -> Cost:
+        """Pairs of a row and an entry that is complete for it."""
+        return _complete_pairs(*self.partitions[level], causal=self.graph.meta.causal)
+
+    def children(self, level: str) -> Cost:
+        """Pairs of a row and a complete entry inside the beam."""
+        beam = self.graph[_score_of(self.graph, level).inputs[-1]]
+        assert isinstance(beam.op, Select)
+        whole = 1 / self.partitions[level][0]
+        begun = (1 - whole) / 2 if beam.op.last > 0 else 0.0  # the own entry's, on average
+        return self.selected(beam) * whole + _from(0, Polynomial(t1=-begun))
+
+    def selected(self, selection: Node) -> Cost:
+        """Pairs of a row and a raw token of the entries it selects; at most, where they overlap."""
+        op = selection.op
+        assert isinstance(op, Select)
+        own = op.size if op.last > 0 else 1
+        return _selected_pairs(op.width * op.size, own=own, causal=self.graph.meta.causal)
+
+    def elements(self, type_: TensorType) -> Cost:
+        """Numbers in a value; of scores those that exist: visible, and inside a beam."""
+        dims, last = type_.dims, type_.dims[-1]
+        if last.startswith("C_"):
+            return self.children(last.removeprefix("C_")) * self.product(dims[2:-1])
+        if last.startswith("N_"):
+            return self.complete(last.removeprefix("N_")) * self.product(dims[2:-1])
+        if dims[1].startswith("N_"):
+            return self.entries(dims[1].removeprefix("N_")) * self.product(dims[2:])
+        per_token = {"T", "S"} & set(dims)
+        unit = Polynomial(t1=1.0) if per_token else Polynomial(t0=1.0)
+        rest = tuple(dim for dim in dims if dim not in ("B", "T", "S"))
+        return _from(0, unit) * self.product(rest)
+
+    def product(self, dims: tuple[str, ...]) -> int:
+        sizes = self.graph.sizes
+        return math.prod(int(dim) if dim.isdecimal() else sizes[dim] for dim in dims)
+
+    def moved(self, type_: TensorType) -> Cost:
+        return self.elements(type_) * BYTES[type_.dtype]
+
+
+def _score_of(graph: Graph, level: str) -> Node:
+    return next(x for x in graph.nodes() if isinstance(x.op, Score) and x.op.level == level)
+
+
+def _from(start: int, piece: Polynomial) -> Cost:
+    """Nothing below `start`."""
+    return Cost(pieces=((0, piece),) if start == 0 else ((0, Polynomial()), (start, piece)))
+
+
+def _complete_pairs(size: int, stride: int, *, causal: bool) -> Cost:
+    """Row p has (p + 1 - size) // stride + 1 complete entries; exact where stride divides T."""
+    if not causal:
+        return _from(size, Polynomial(t2=1 / stride, t1=1 - size / stride))
+    late, rest = size - 1, (1 - size) % stride
+    # with m = T - late rows, m = rest mod stride as if stride divides T, the sum over rows is
+    # (m^2 - rest^2) / (2 stride) + (m + rest) / 2
+    return _from(
+        late + rest,
+        Polynomial(
+            t2=1 / (2 * stride),
+            t1=1 / 2 - late / stride,
+            t0=(late * late - rest * rest) / (2 * stride) + (rest - late) / 2,
+        ),
+    )
+
+
+def _selected_pairs(slots: int, *, own: int, causal: bool) -> Cost:
+    """Tokens of a full selection; a row with fewer before it takes all.
+
+    slots: tokens the selection has room for.  own: size of the own block where it is forced: only
+    (own + 1) / 2 of its tokens are at or before the row, on average.
+    """
+    if not causal:
+        return Cost(pieces=((0, Polynomial(t2=1.0)), (slots, Polynomial(t1=slots))))
+    a_row = slots - (own - 1) / 2
+    early = slots * (slots + 1) / 2
+    return Cost(
+        pieces=(
+            (0, Polynomial(t2=0.5, t1=0.5)),
+            (slots, Polynomial(t1=a_row, t0=early - slots * a_row)),
+        )
+    )
+
+
+def _window_pairs(window: int, *, causal: bool) -> Cost:
+    if causal:
+        return _selected_pairs(window, own=1, causal=True)
+    both = Polynomial(t1=2 * window - 1, t0=-window * (window - 1))
+    return Cost(pieces=((0, Polynomial(t2=1.0)), (window, both)))
+
+
+def _flops(counts: _Counts, node: Node) -> Cost:
+    graph, op = counts.graph, node.op
+    operands = [operand.type for operand in graph.operands(node)]
+    match op:
+        case Input() | Select() | Union():
+            return _from(0, Polynomial())
+        case Pool():
+            per_number = 2 * op.size * counts.product(node.type.dims[-1:]) + op.size * op.position
+            return counts.elements(node.type) * (per_number if op.how == "linear" else op.size)
+        case Score():
+            heads, dim = operands[0].dims[2:]
+            per_head = 2 * counts.product((dim,)) + 2 * (op.form == "relu_weighted")
+            pairs = counts.complete(op.level) if op.within is None else counts.children(op.level)
+            return pairs * counts.product((heads,)) * per_head
+        case LogSumExp():
+            own_pass = isinstance(graph[node.inputs[0]].op, Score)  # else a by-product
+            return counts.elements(operands[0]) * (2 if own_pass else 0)
+        case Normalise():
+            return counts.elements(node.type) * 2
+        case Reduce():
+            return counts.elements(operands[0])
+        case Map():
+            return counts.elements(node.type) * (2 * len(op.taps))
+        case Attend():
+            per_pair = (
+                2 * counts.product(("Hq",)) * (counts.product(("Dqk",)) + counts.product(("Dv",)))
+            )
+            return _attended_pairs(counts, node, op) * per_pair
+        case Gate():
+            return counts.elements(node.type) * (2 * (len(operands) - 1))
+        case _:
+            assert_never(op)
+
+
+def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
+    """Pairs of a row and a key it attends to."""
+    match op.over:
+        case "blocks" | "tokens":
+            return counts.selected(counts.graph[node.inputs[3]])
+        case "pooled":
+            return counts.complete(counts.graph[node.inputs[1]].type.dims[1].removeprefix("N_"))
+        case "window":
+            assert op.window is not None
+            return _window_pairs(op.window, causal=counts.graph.meta.causal)
+        case _:
+            assert_never(op.over)
+
+
+def _bytes(counts: _Counts, node: Node) -> Cost:
+    """Operands read once and the result written once."""
+    operands = [operand.type for operand in counts.graph.operands(node)]
+    match node.op:
+        case Input():
+            return _from(0, Polynomial())
+        case LogSumExp() if not isinstance(counts.graph[node.inputs[0]].op, Score):
+            return counts.moved(node.type)  # a by-product of what writes its operand
+        case _:
+            return sum((counts.moved(operand) for operand in operands), counts.moved(node.type))
+
+
+# --- the text of `show`
+
+
+LENGTHS = (8192, 32768, 131072)
+
+
+def quantity(value: float) -> str:
+    """Three digits and a unit prefix: 1.57M."""
+    for prefix in ("", "K", "M", "G", "T", "P"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{prefix}"
+        value /= 1000
+    return f"{value:.3g}E"
+
+
+def describe(graph: Graph) -> str:
+    """Everything the graph says, as text: laws, inputs, operators, costs where sizes are bound."""
+    sections = [
+        _header(graph),
+        _laws_text(graph),
+        _inputs_text(graph),
+        ["graph", *_indent_dump(graph)],
+    ]
+    unbound = unbound_sizes(graph)
+    if unbound:
+        sections.append([f"costs: known once {', '.join(unbound)} are bound (heads, head_dim)"])
+    else:
+        sections += [_costs_text(graph), _totals_text(graph)]
+    return "\n\n".join("\n".join(section) for section in sections) + "\n"
+
+
+def _header(graph: Graph) -> list[str]:
+    meta = graph.meta
+    means = {
+        "token": "row t depends on tokens up to t",
+        "query_block": "row t depends on tokens up to the end of its query block",
+        "prompt": "row t depends on statistics of the whole prompt",
+        "none": "row t depends on every token",
+    }
+    depends = causality(graph)
+    title = f"{meta.name}, {meta.source}" if meta.source else meta.name
+    return [title, f"causality: {depends} ({means[depends]})"]
+
+
+def _laws_text(graph: Graph) -> list[str]:
+    found = laws(graph)
+    pooled = _pooled_attends(graph)
+    not_causal = f"causality is {causality(graph)}"
+    rows = [
+        ("every entry selected gives dense attention", not_dense_because(graph)),
+        (
+            "values that are not selected have no effect",
+            f"branch {pooled[0]} attends pooled values" if pooled else None,
+        ),
+        (
+            "tokens after t never change row t",
+            None if found.future_never_changes_the_past else not_causal,
+        ),
+        (
+            "decode step t equals row t of prefill",
+            None if found.decode_equals_prefill_row else not_causal,
+        ),
+    ]
+    cells = [
+        ("  yes" if why is None else "  no", law, f"({why})" if why else "") for law, why in rows
+    ]
+    return ["laws", *align(cells)]
+
+
+def _inputs_text(graph: Graph) -> list[str]:
+    cells = [
+        (f"  {x.name}", _bound_text(graph, x.type, named=True), x.about)
+        for x in tensor_inputs(graph)
+    ]
+    return ["inputs", *align(cells)]
+
+
+def _bound_text(graph: Graph, type_: TensorType, *, named: bool = False) -> str:
+    """A type with the sizes that are known in place of their names."""
+    dims = [str(graph.sizes.get(dim, dim)) for dim in type_.dims]
+    if named and type_.dims != tuple(dims):
+        return f"[{', '.join(type_.dims)}] = [{', '.join(dims)}]"
+    return f"[{', '.join(dims)}]" if named else f"{type_.dtype}[{', '.join(dims)}]"
+
+
+def _indent_dump(graph: Graph) -> list[str]:
+    """The operators of the dump; the inputs have a section of their own."""
+    lines = dump(graph).splitlines()[1:]
+    return [f"  {line}" for line in lines if "= input(" not in line]
+
+
+def _costs_text(graph: Graph) -> list[str]:
+    cells = [("  operator", "result", "FLOPs", "bytes")]
+    found = costs(graph)
+    cells += [
+        (
+            f"  %{node.name}",
+            _bound_text(graph, node.type),
+            str(found[node.name].flops),
+            str(found[node.name].bytes),
+        )
+        for node in graph.nodes()
+        if not isinstance(node.op, Input)
+    ]
+    start = max(cost.flops.start for cost in found.values())
+    head = f"costs of each operator alone, batch 1, S = T >= {start}, 16-bit inputs"
+    entries = [
+        f"N_{level} = {_entries_text(size, stride, causal=graph.meta.causal)}"
+        for level, (size, stride) in sorted(partitions(graph).items())
+    ]
+    return [head, *align(cells), *([f"  where {', '.join(entries)}"] if entries else [])]
+
+
+def _entries_text(size: int, stride: int, *, causal: bool) -> str:
+    if size == stride == 1:
+        return "S"
+    if size == stride:
+        return f"S // {size}" if causal else f"ceil(S / {size})"
+    return f"(S - {size}) // {stride} + 1"
+
+
+def _totals_text(graph: Graph) -> list[str]:
+    total = sum(costs(graph).values(), NodeCost(flops=ZERO, bytes=ZERO))
+    must, full = must_move(graph), dense(graph)
+    cells = [
+        ("  T", "FLOPs", "dense FLOPs", "dense / this", "bytes in and out", "bytes, each alone")
+    ]
+    for tokens in LENGTHS:
+        flops, dense_flops = total.flops.evaluate(tokens), full.flops.evaluate(tokens)
+        cells.append(
+            (
+                f"  {tokens}",
+                quantity(flops),
+                quantity(dense_flops),
+                f"{dense_flops / flops:.1f}x",
+                quantity(must.evaluate(tokens)),
+                quantity(total.bytes.evaluate(tokens)),
+            )
+        )
+    return ["totals against dense attention", *align(cells)]
+
+
+def must_move(graph: Graph) -> Cost:
+    """Bytes that no fusion avoids: the caller's tensors read once, the outputs written once."""
+    counts = _Counts(graph=graph, partitions=partitions(graph))
+    names = graph.outputs.names()
+    moved = [
+        node.type for node in graph.nodes() if isinstance(node.op, Input) or node.name in names
+    ]
+    return sum((counts.moved(type_) for type_ in moved), ZERO)

@@ -1,0 +1,155 @@
+"""Batch: where every sequence of a call lies, as one int32 table on the device.
+
+Never waits for the device: lengths that are tensors stay tensors.  Checks nothing (see `arguments`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+Q_START, Q_FIRST, Q_LEN, Q_OFFSET, K_FIRST, K_LEN = range(6)  # columns of Batch.table
+
+CACHED_TABLES = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """The sequences of one call.
+
+    Attributes:
+        table: i32[Z, 6], a row a sequence: q_start, q_first, q_len, q_offset, k_first, k_len.
+            q_start counts the rows of all sequences before; q_first and k_first are row indices
+            inside the tensors that are addressed; q_offset is the position of the first query.
+        sequences: Z.
+        rows: query rows of all sequences.
+        keys: no sequence has more keys.
+        packed: the sequences share one [1, total, H, D] tensor.
+    """
+
+    table: Tensor
+    sequences: int
+    rows: int
+    keys: int
+    packed: bool
+
+
+def dense(
+    batch: int,
+    tokens: int,
+    keys: int,
+    device: torch.device,
+    *,
+    q_offset: int | Tensor | None = None,
+    kv_lens: int | Tensor | None = None,
+) -> Batch:
+    """Queries [B, T, ...] on keys [B, S, ...]; the last query sees the last key unless q_offset says.
+
+    Args:
+        batch: B.
+        tokens: T.
+        keys: S.
+        device: where the table lives.
+        q_offset: position of query row 0, for all sequences or i32[B]; default k_len - T.
+        kv_lens: k_len, the keys that exist, for all sequences or i32[B]; default S.
+    """
+    length = keys if kv_lens is None or isinstance(kv_lens, Tensor) else kv_lens
+    offset = length - tokens if q_offset is None or isinstance(q_offset, Tensor) else q_offset
+    table = _constant_table(batch, tokens, offset, length, device)
+    if isinstance(kv_lens, Tensor) or isinstance(q_offset, Tensor):
+        table = table.clone()
+        if isinstance(kv_lens, Tensor):
+            table[:, K_LEN] = kv_lens
+        if isinstance(q_offset, Tensor):
+            table[:, Q_OFFSET] = q_offset
+        elif q_offset is None:
+            torch.sub(table[:, K_LEN], tokens, out=table[:, Q_OFFSET])
+    return Batch(table=table, sequences=batch, rows=batch * tokens, keys=length, packed=False)
+
+
+def packed(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: int,
+    keys: int,
+    *,
+    max_seqlen_k: int | None = None,
+    q_offset: int | Tensor | None = None,
+    kv_lens: int | Tensor | None = None,
+) -> Batch:
+    """Documents one after the other in [total, H, D]; each is a sequence of its own.
+
+    Args:
+        cu_seqlens_q: i32[Z + 1], where each document's queries start, and their total.
+        cu_seqlens_k: i32[Z + 1], the same of keys.
+        rows: total of queries.
+        keys: total of keys.
+        max_seqlen_k: no document has more keys; smaller grids and scratch if it is known.
+        q_offset: position of each document's first query, one int or i32[Z]; default k_len - q_len.
+        kv_lens: keys that exist of each document, one int or i32[Z]; default all.
+    """
+    q_first, k_first = cu_seqlens_q[:-1], cu_seqlens_k[:-1]
+    q_len = cu_seqlens_q[1:] - q_first
+    k_len = _column(kv_lens, q_first)
+    if k_len is None:
+        k_len = cu_seqlens_k[1:] - k_first
+    offset = _column(q_offset, q_first)
+    if offset is None:
+        offset = k_len - q_len
+    table = torch.stack((q_first, q_first, q_len, offset, k_first, k_len), 1)
+    longest = keys if max_seqlen_k is None else min(keys, max_seqlen_k)
+    return Batch(table=table, sequences=len(q_first), rows=rows, keys=longest, packed=True)
+
+
+def _column(value: int | Tensor | None, like: Tensor) -> Tensor | None:
+    """An i32[Z] column of one value for every sequence, or of one each."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value.expand_as(like)
+    return torch.full_like(like, value)
+
+
+_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+_tables_lock = Lock()
+
+
+def _constant_table(
+    batch: int, tokens: int, offset: int, length: int, device: torch.device
+) -> Tensor:
+    """The table of equal sequences, built once per stream.
+
+    A graph capture neither reads the cache (its replays would outlive an entry) nor fills it (what
+    is captured has not run yet).
+    """
+    if device.type != "cuda":
+        key = (batch, tokens, offset, length, device)
+    elif torch.cuda.is_current_stream_capturing():
+        return _fill_table(batch, tokens, offset, length, device)
+    else:
+        # a table is only read on the stream that wrote it, so nothing need wait
+        stream = torch.cuda.current_stream(device).cuda_stream
+        key = (batch, tokens, offset, length, device, stream)
+    table = _tables.get(key)
+    if table is None:
+        table = _fill_table(batch, tokens, offset, length, device)
+        with _tables_lock:
+            _tables[key] = table
+            if len(_tables) > CACHED_TABLES:
+                _tables.popitem(last=False)
+    return table
+
+
+def _fill_table(batch: int, tokens: int, offset: int, length: int, device: torch.device) -> Tensor:
+    """Fill on the device, without a copy from the host.  -> i32[B, 6]"""
+    table = torch.zeros(batch, 6, dtype=torch.int32, device=device)
+    if batch > 1:
+        table[:, Q_START] = torch.arange(batch, dtype=torch.int32, device=device) * tokens
+    table[:, Q_LEN].fill_(tokens)
+    table[:, Q_OFFSET].fill_(offset)
+    table[:, K_LEN].fill_(length)
+    return table

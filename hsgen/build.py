@@ -1,0 +1,175 @@
+"""Emitted source text on disk, then imported: one package a spec, shared by every process.
+
+`store` keeps the files whole; this module says which text may be imported at all, and imports
+exactly the bytes that were checked: no byte code is read or written, and what a debugger or Triton
+asks of the source later is answered from memory.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import importlib.machinery
+import importlib.util
+import linecache
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.abc import InspectLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+
+from hsgen import allowlist, store
+from hsgen.errors import BuildError
+
+KIND = "modules"
+INIT = "__init__.py"
+PACKAGE = "_hsgen_"
+
+_lock = threading.RLock()
+_loaded: dict[str, ModuleType] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Module:
+    """A compiled spec's files.  `directory` is None when no disk would take them."""
+
+    name: str
+    digest: str
+    sources: Mapping[str, str] = field(repr=False)
+    directory: Path | None
+
+    @property
+    def package(self) -> str:
+        """The private name under which it is imported."""
+        return f"{PACKAGE}{self.name}_{self.digest[:12]}"
+
+    def path(self, file: str) -> str:
+        """Where a traceback and a debugger find a file."""
+        if self.directory is None:
+            return f"<hsgen {self.name}-{self.digest[:12]}/{file}>"
+        return str(self.directory / file)
+
+
+def build(name: str, sources: Mapping[str, str], key: store.Key) -> Module:
+    """Check files and publish them: <cache>/modules/<name>-<digest12>/.
+
+    Args:
+        name: the spec's name, for people; an identifier.
+        sources: text by file name, `attend.py` and so on; other suffixes are kept, not imported.
+        key: all that decides the text (versions, digests, target), so that `find` can skip emission.
+
+    Raises:
+        BuildError: a name that is no identifier, or text that does more than kernels do.
+    """
+    allowlist.check(sources)
+    files = {file: text.encode() for file, text in sources.items()}
+    entry = store.publish(KIND, name, files, key)
+    return Module(name=name, digest=entry.digest, sources=dict(sources), directory=entry.directory)
+
+
+def find(key: store.Key) -> Module | None:
+    """The module last built under this key, each file's hash checked; None if it must be built."""
+    entry = store.find(KIND, key)
+    return None if entry is None else _module(entry)
+
+
+def load(module: Module | Path) -> ModuleType:
+    """Import a module's package; the same object each time, from any thread.
+
+    Its files are attributes: `load(module).driver`.
+
+    Raises:
+        BuildError: damaged or foreign files, forbidden text, or an error while importing.
+    """
+    if isinstance(module, Path):
+        module = _open(module)
+    with _lock:
+        if module.digest not in _loaded:
+            _loaded[module.digest] = _import(module)
+        return _loaded[module.digest]
+
+
+def _open(directory: Path) -> Module:
+    try:
+        return _module(store.read(directory))
+    except (store.DamagedError, OSError) as error:
+        raise BuildError(f"cannot load {directory}: {error}") from error
+
+
+def _module(entry: store.Entry) -> Module:
+    sources = {file: data.decode() for file, data in entry.files.items()}
+    return Module(name=entry.name, digest=entry.digest, sources=sources, directory=entry.directory)
+
+
+def _import(module: Module) -> ModuleType:
+    """Import the package: every file, each after those that it imports."""
+    trees = allowlist.check(module.sources)
+    order = graphlib.TopologicalSorter({file: allowlist.siblings(trees[file]) for file in trees})
+    try:
+        package = _new_module(module, INIT)
+        for file in order.static_order():
+            code = compile(trees[file], module.path(file), "exec", dont_inherit=True)
+            _execute(module, file, code)
+    except Exception as error:
+        _forget(module)
+        raise BuildError(f"cannot import {_where(module, error)}") from error
+    return package
+
+
+def _execute(module: Module, file: str, code: CodeType) -> None:
+    text, path = module.sources[file], module.path(file)
+    # No modification time: linecache then never reads the file again, whatever becomes of it.
+    linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
+    package = sys.modules[module.package]
+    if file == INIT:
+        exec(code, package.__dict__)
+        return
+    made = _new_module(module, file)
+    exec(code, made.__dict__)
+    setattr(package, Path(file).stem, made)
+
+
+def _new_module(module: Module, file: str) -> ModuleType:
+    """An empty module, registered; a package cannot find files beyond those loaded into it."""
+    is_package = file == INIT
+    name = module.package if is_package else f"{module.package}.{Path(file).stem}"
+    path = module.path(file)
+    spec = importlib.machinery.ModuleSpec(
+        name, _Source(module, file), origin=path, is_package=is_package
+    )
+    spec.has_location = True
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made
+    return made
+
+
+class _Source(InspectLoader):
+    """Answers whoever asks a module's loader for its source: inspect, traceback, a debugger."""
+
+    def __init__(self, module: Module, file: str) -> None:
+        self._text = module.sources.get(file, "")
+
+    def get_source(self, fullname: str) -> str:
+        return self._text
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise ImportError(f"{module.__name__} belongs to hsgen.build.load")
+
+
+def _forget(module: Module) -> None:
+    prefix = f"{module.package}."
+    for name in [name for name in sys.modules if f"{name}.".startswith(prefix)]:
+        del sys.modules[name]
+
+
+def _where(module: Module, error: Exception) -> str:
+    """file:line: what, at the deepest emitted line that the error passed through."""
+    line = ""
+    trace = error.__traceback__
+    while trace is not None:
+        path = trace.tb_frame.f_code.co_filename
+        if path in {module.path(file) for file in module.sources}:
+            line = f"{path}:{trace.tb_lineno}: "
+        trace = trace.tb_next
+    return f"{line or module.path('') + ': '}{type(error).__name__}: {error}"

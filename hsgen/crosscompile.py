@@ -1,0 +1,144 @@
+"""The worker process that cross-compiles kernels; `resources.measure` starts it.
+
+Reads one JSON object a line from stdin, writes one a line to stdout.  Needs no GPU and no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import hashlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from hsgen import build
+from hsgen.workers import JsonObject
+
+MEMORY_LIMIT = 16 * 1024**3  # address space, bytes
+MESSAGE_LIMIT = 2000
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Answer requests until stdin ends.  Whatever a compiler prints goes to stderr."""
+    _limit()
+    with _own_stdout() as answers:
+        for line in sys.stdin:
+            try:
+                answer = measure(json.loads(line))
+            except Exception as error:  # the compiler's own errors have no common base
+                answer = {"error": _message(error)}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+
+
+def measure(request: JsonObject) -> JsonObject:
+    """Compile one kernel and read its cost off the binary."""
+    start = time.monotonic()
+    compiled = _compile(request)
+    seconds = time.monotonic() - start
+    cuda = request["target"][0] == "cuda"
+    registers, spilled = _cuda_usage(compiled) if cuda else _hip_usage(compiled)
+    return {
+        "registers": registers,
+        "spill_bytes": spilled,
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "warps": compiled.metadata.num_warps,
+        "seconds": seconds,
+        "binary": base64.b64encode(compiled.asm["cubin" if cuda else "hsaco"]).decode(),
+    }
+
+
+def _compile(request: JsonObject) -> CompiledKernel:
+    function = _function(request)
+    order = function.arg_names
+    if list(request["types"]) != order:
+        raise TypeError(f"expected parameters {order}, got {list(request['types'])}")
+    place = {name: (order.index(name),) for name in order}
+    source = ASTSource(
+        fn=function,
+        signature=request["types"],
+        constexprs={place[name]: value for name, value in request["constants"].items()},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in request["divisible"]},
+    )
+    return triton.compile(source, target=GPUTarget(*request["target"]), options=request["options"])
+
+
+def _function(request: JsonObject) -> triton.JITFunction:
+    """Import the kernel from the text that was sent, under the path that people will look at."""
+    text = json.dumps(request["sources"], sort_keys=True).encode()
+    directory = request["directory"]
+    module = build.Module(
+        name="measured",
+        digest=hashlib.sha256(text).hexdigest(),
+        sources=request["sources"],
+        directory=None if directory is None else Path(directory),
+    )
+    file = getattr(build.load(module), request["file"].removesuffix(".py"))
+    return getattr(file, request["function"])
+
+
+def _cuda_usage(compiled: CompiledKernel) -> tuple[int, int]:
+    """Registers and stack bytes a thread, by cuobjdump."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    pattern = rf"Function {re.escape(compiled.metadata.name)}:\s+REG:(\d+) STACK:(\d+)"
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"cuobjdump says nothing of {compiled.metadata.name}: {text}")
+    return int(found[1]), int(found[2])
+
+
+def _hip_usage(compiled: CompiledKernel) -> tuple[int, int]:
+    """Vector registers and scratch bytes a thread, from the notes of the assembly."""
+    text = compiled.asm["amdgcn"]
+    counts = [
+        re.search(rf"\.{name}:\s+(\d+)", text)
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    ]
+    registers, scratch = (int(found[1]) if found else 0 for found in counts)
+    return registers, scratch
+
+
+def _message(error: Exception) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text[:MESSAGE_LIMIT]}"
+
+
+def _limit() -> None:
+    """Bounded memory, no core files, and no life after the parent's."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _own_stdout() -> IO[str]:
+    """Keep stdout for answers; print, and what C++ code prints, go to stderr instead."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+if __name__ == "__main__":
+    main()

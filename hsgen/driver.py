@@ -1,0 +1,162 @@
+"""What fills the driver: the plan's steps in the order of `forward` and of `select`.
+
+Only orders and names; the plan has decided everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hsgen.plan import Buffer, Kernel, Launch, Plan, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One launch as text; `shared` are constexprs that another kernel's configuration decides."""
+
+    kernel: str
+    grid: tuple[str, ...]
+    arguments: tuple[str, ...]
+    shared: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Steps that follow each other; choosing ones are skipped where the caller brings a selection."""
+
+    choosing: bool
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Driver:
+    """Everything `driver.py.jinja` reads."""
+
+    plan: Plan
+    header: str
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        return self.plan.kernels
+
+    @property
+    def imports(self) -> str:
+        return "\n".join(
+            f"from .{name} import {name}" for name in sorted(k.name for k in self.kernels)
+        )
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self.plan.scratch_bytes
+
+    @property
+    def output(self) -> str:
+        return self.plan.output
+
+    @property
+    def lse(self) -> tuple[tuple[str, str], ...]:
+        return tuple(self.plan.lse.items())
+
+    @property
+    def selection(self) -> tuple[tuple[str, str], ...]:
+        return tuple(self.plan.selection.items())
+
+    @property
+    def given(self) -> tuple[tuple[str, str], ...]:
+        """The attended levels, which a caller's selection must have."""
+        read = {name for step in self._always() for name in step.needs}
+        return tuple((level, name) for level, name in self.selection if name in _made(read))
+
+    @property
+    def absent(self) -> tuple[tuple[str, str], ...]:
+        """Levels that are only expanded: a caller's selection may leave them out."""
+        return tuple(pair for pair in self.selection if pair not in self.given)
+
+    # --- order
+
+    def _ancestors(self, wanted: Iterable[str], cut: frozenset[str]) -> list[Step]:
+        """The steps that make `wanted` (names in the driver), not looking behind `cut`, in order."""
+        need, found = set(wanted), []
+        for step in reversed(self.plan.steps):
+            if any(name in need for name in _made(step.makes) if name not in cut):
+                found.append(step)
+                need |= set(_made(step.needs))
+        return found[::-1]
+
+    def _always(self) -> list[Step]:
+        chosen = frozenset(name for _, name in self.selection)
+        return self._ancestors((self.output, *self.plan.lse.values()), chosen)
+
+    @property
+    def select(self) -> tuple[Step, ...]:
+        return tuple(self._ancestors((name for _, name in self.selection), frozenset()))
+
+    @property
+    def forward(self) -> tuple[Group, ...]:
+        """What choosing needs too, then choosing, then what reads a selection."""
+        always = self._always()
+        choosing = tuple(step for step in self.select if step not in always)
+        before = tuple(step for step in always if step in self.select or not self._late(step))
+        after = tuple(step for step in always if step not in before)
+        groups = (
+            Group(choosing=False, steps=before),
+            Group(choosing=True, steps=choosing),
+            Group(choosing=False, steps=after),
+        )
+        return tuple(group for group in groups if group.steps)
+
+    def _late(self, step: Step) -> bool:
+        """Whether a step reads a selection, directly or not."""
+        chosen = {name for _, name in self.selection}
+        behind = self._ancestors(_made(step.needs), frozenset())
+        return any(name in chosen for s in (*behind, step) for name in _made(s.needs))
+
+    # --- text
+
+    def unpack(self, steps: Iterable[Step]) -> tuple[str, ...]:
+        """The caller's tensors that some steps read."""
+        needed = {name for step in steps for name in step.needs} | {"q"}
+        return tuple(
+            f'in_{name} = tensors["{name}"]' for name, _ in self.plan.inputs if name in needed
+        )
+
+    @property
+    def unpack_forward(self) -> tuple[str, ...]:
+        return self.unpack(step for group in self.forward for step in group.steps)
+
+    @property
+    def unpack_select(self) -> tuple[str, ...]:
+        return self.unpack(self.select)
+
+    def calls(self, step: Step) -> tuple[Call, ...]:
+        return tuple(self._call(launch) for launch in step.launches)
+
+    def _call(self, launch: Launch) -> Call:
+        kernel = self.plan.kernel(launch.kernel)
+        tuned = [name for name, _ in kernel.config.constexprs]
+        shared = [p.name for p in kernel.params if p.kind == "constexpr" and p.name not in tuned]
+        return Call(
+            kernel=launch.kernel,
+            grid=tuple(_tuned(text, launch.kernel) for text in launch.grid),
+            arguments=launch.arguments,
+            shared=tuple((name, f'config["{kernel.follows}"]["{name}"]') for name in shared),
+        )
+
+    def dtype(self, buffer: Buffer) -> str:
+        return {"input": "in_q.dtype", "f32": "torch.float32", "i32": "torch.int32"}[buffer.dtype]
+
+
+def _made(nodes: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"made_{name.replace('.', '_')}" for name in nodes)
+
+
+def _tuned(text: str, kernel: str) -> str:
+    """{BLOCK_T} in a grid is the kernel's own tuned value."""
+    for name in ("BLOCK_T", "BLOCK_R", "BLOCK_E"):
+        text = text.replace(f"{{{name}}}", f'config["{kernel}"]["{name}"]')
+    return text

@@ -1,0 +1,234 @@
+"""What fills the `rank`, `index`, `segments` and `merge` skeletons: the numbers of a spec, as values.
+
+Every field that a template reads is computed here.  Knows no GPU; tile sizes are tunables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hsgen.plan import ElementType, Param
+from hsgen.rows import SEQ, Chunk, chunks, count, next_power
+
+PoolHow = Literal["mean", "max", "linear"]
+
+TUNABLES = {
+    "BLOCK_T": "tokens a tile",
+    "BLOCK_R": "rows a program",
+    "BLOCK_N": "entries a step",
+    "BLOCK_E": "entries a tile",
+    "BLOCK_J": "tokens of an entry a step",
+    "BLOCK_D": "channels a step, a divisor of the head dim",
+}
+
+
+def _pointer(name: str, dtype: ElementType, comment: str) -> Param:
+    return Param(name=name, kind="pointer", dtype=dtype, comment=comment)
+
+
+def _strides(of: str, prefix: str, *dims: str) -> tuple[Param, ...]:
+    return tuple(
+        Param(name=f"{prefix}_{dim[0]}", kind="stride", comment=f"{of}: {dim} stride")
+        for dim in dims
+    )
+
+
+def _tunables(*names: str) -> tuple[Param, ...]:
+    return tuple(Param(name=n, kind="constexpr", comment=TUNABLES[n]) for n in names)
+
+
+def _counts(params: tuple[Param, ...]) -> str:
+    """Arguments that vary freely: specialising on them would only recompile."""
+    return ", ".join(f'"{p.name}"' for p in params if p.kind == "count")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankContext:
+    """Everything `rank.py.jinja` reads.
+
+    Entry e covers tokens [e * stride, e * stride + size); `short`: the last one of a sequence may have
+    fewer, if not causal.  `children` > 0: scores are of the children of a parent list, slot by slot,
+    and `parent_group` selection heads share a parent head.
+    """
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    k: int
+    width: int  # slots of a row of the selection: k, and the forced ones where they are not counted
+    size: int
+    stride: int
+    short: bool = False
+    causal: bool
+    first: int
+    last: int
+    counted: bool
+    children: int = 0
+    parent_width: int = 0
+    parent_heads: int = 1
+    parent_group: int = 1
+
+    @property
+    def summary(self) -> str:
+        return f"the {self.k} best {'children' if self.children else 'entries'} of each row."
+
+    @property
+    def padded_width(self) -> int:
+        """`width` as a tile."""
+        return next_power(self.width)
+
+    @property
+    def slots(self) -> int:
+        """Length of a row of scratch when children are ranked."""
+        return self.parent_width * self.children
+
+    @property
+    def wanted(self) -> str:
+        """How many candidates a row keeps."""
+        return str(self.k) if self.counted else f"{self.k} + forced"
+
+    @property
+    def row(self) -> str:
+        """The leading arguments of `row_keys`."""
+        return "scores, parents, live" if self.children else "scores"
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        parent = _pointer("PARENT", "i32", f"[rows, {self.parent_heads}, {self.parent_width}]")
+        return (
+            _pointer("SCORES", "f32", f"f32[chunk rows, {self.heads}, capacity]"),
+            _pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}]"),
+            *((parent,) if self.children else ()),
+            *SEQ,
+            count("tile_first", "the tile of rows at which the scratch begins"),
+            count("capacity", "row length of the scratch"),
+            *_tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
+        )
+
+    @property
+    def counts(self) -> str:
+        return _counts(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexContext:
+    """Everything `index.py.jinja` reads."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    width: int  # slots of a row of the selection
+    size: int
+    stride: int
+    causal: bool
+
+    @property
+    def summary(self) -> str:
+        return "the union of the entries that a tile's rows chose, and which rows chose each."
+
+    @property
+    def padded_width(self) -> int:
+        """`width` as a tile; a gather wants at least two."""
+        return max(2, next_power(self.width))
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        lists = f"[tiles, {self.heads}, BLOCK_T * {self.width}"
+        return (
+            _pointer("SELECTION", "i32", f"[B, T, {self.heads}, {self.width}], -1 anywhere"),
+            *_strides("SELECTION", "s", "batch", "token", "head", "slot"),
+            _pointer("COUNTS", "i32", f"[tiles, {self.heads}, 2] of full entries, of partial ones"),
+            _pointer("ENTRIES", "i32", f"{lists}] full ones ascending, then partial ones"),
+            _pointer("WORDS", "i32", f"{lists}, ceil(BLOCK_T / 32)] member rows as bits"),
+            *SEQ,
+            *_tunables("BLOCK_T"),
+        )
+
+    @property
+    def counts(self) -> str:
+        return _counts(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentsContext:
+    """Everything `segments.py.jinja` reads."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    how: PoolHow
+    heads: int
+    head_dim: int
+    size: int
+    stride: int
+    short: bool = False
+    position: bool = False
+
+    @property
+    def summary(self) -> str:
+        return f"one float32 vector an entry: {self.how} of its tokens."
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        shape = f"{self.heads}, {self.head_dim}]"
+        learned = f"[{self.heads}, {self.size}, {self.head_dim}"
+        weight = _pointer("WEIGHT", "input", f"{learned}, {self.head_dim}]")
+        position = _pointer("POSITION", "input", f"{learned}]")
+        return (
+            _pointer("X", "input", f"[B, S, {shape}"),
+            *_strides("X", "x", "batch", "token", "head"),
+            *((weight,) if self.how == "linear" else ()),
+            *((position,) if self.position else ()),
+            _pointer("POOLED", "f32", f"f32[Z, N, {shape}, packed [1, N, {shape}"),
+            count("length", "N; packed: 1 if the last entry of a sequence may be short, else 0"),
+            *SEQ,
+            *_tunables("BLOCK_E", "BLOCK_D" if self.how == "linear" else "BLOCK_J"),
+        )
+
+    @property
+    def counts(self) -> str:
+        return _counts(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeContext:
+    """Everything `merge.py.jinja` reads."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    heads: int
+    head_dim: int  # of a value
+    branches: tuple[str, ...]  # in the order of the gates
+
+    @property
+    def summary(self) -> str:
+        return "the gated sum of the branches' outputs."
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        shape = f"[rows, {self.heads}, {self.head_dim}]"
+        return (
+            _pointer("GATES", "input", f"[B, T, {self.heads}, {len(self.branches)}]"),
+            *_strides("GATES", "g", "batch", "token", "head", "channel"),
+            *(_pointer(f"O_{branch}", "input", shape) for branch in self.branches),
+            _pointer("O", "input", shape),
+            count("tokens", "T: row b * T + t is token t of batch b"),
+            count("rows", "B * T"),
+            *_tunables("BLOCK_R"),
+        )
+
+    @property
+    def counts(self) -> str:
+        return _counts(self.params)

@@ -1,0 +1,68 @@
+"""Graph -> Graph: small rewrites, each of which keeps the meaning, run in order.
+
+Decides nothing about kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import networkx as nx
+
+from hsgen.graph import Attend, Graph, GraphError, LogSumExp, Node, Normalise, Score, verify
+
+Pass = Callable[[Graph], Graph]
+
+
+def run(graph: Graph) -> Graph:
+    """Apply every pass; a graph that does not verify names the pass that broke it."""
+    for each in PASSES:
+        try:
+            graph = verify(each(graph))
+        except GraphError as error:
+            raise GraphError(f"after {each.__name__}: {error}") from None
+    return graph
+
+
+def share_log_sum_exp(graph: Graph) -> Graph:
+    """Take the log-sum-exp of a pooled branch where it is that of the scores.
+
+    A branch that attends a level's pooled entries sums exp over the same entries, the complete
+    ones, as the softmax of the level's scores.  Same query, keys and scale: the same number, and
+    one pass over all entries is saved.
+    """
+    changed = [
+        replace(node, inputs=(node.inputs[0], shared.name))
+        for node in graph.nodes()
+        if isinstance(node.op, Normalise)
+        and (shared := _log_sum_exp_of_branch(graph, graph[node.inputs[0]])) is not None
+    ]
+    return graph.replacing(*changed)
+
+
+def _log_sum_exp_of_branch(graph: Graph, score: Node) -> Node | None:
+    """The log-sum-exp of an attend over the pooled entries that `score` scores."""
+    if not isinstance(score.op, Score) or score.op.form != "dot" or score.op.within is not None:
+        return None
+    for attend in graph.users(score.inputs[1]):
+        if (
+            isinstance(attend.op, Attend)
+            and attend.op.over == "pooled"
+            and attend.op.scale == score.op.scale
+            and attend.inputs[:2] == score.inputs
+        ):
+            found = [user for user in graph.users(attend.name) if isinstance(user.op, LogSumExp)]
+            return found[0] if found else None
+    return None
+
+
+def drop_dead(graph: Graph) -> Graph:
+    """Drop what no output reads, directly or not."""
+    live: set[str] = set(graph.outputs.names())
+    for name in graph.outputs.names():
+        live |= nx.ancestors(graph.digraph, name)
+    return graph.with_nodes(node for node in graph.nodes() if node.name in live)
+
+
+PASSES: tuple[Pass, ...] = (share_log_sum_exp, drop_dead)

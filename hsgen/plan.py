@@ -1,0 +1,164 @@
+"""The Plan: kernels with their parameters, buffers with symbolic sizes, launches in order; it prints.
+
+Values only.  `schedule` makes them, `emit` turns them into text; nothing here knows a GPU or a template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+ParamKind = Literal["pointer", "stride", "count", "constexpr"]
+Skeleton = Literal["rows", "rank", "segments", "index", "merge"]
+ElementType = Literal["input", "f32", "i32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Param:
+    """One parameter of a kernel: a pointer, a stride, a count that varies freely, or a tunable."""
+
+    name: str
+    kind: ParamKind
+    comment: str
+    dtype: ElementType | None = None  # of what a pointer points to
+
+    @property
+    def declaration(self) -> str:
+        return f"{self.name}: tl.constexpr" if self.kind == "constexpr" else self.name
+
+
+class Context(Protocol):
+    """What a skeleton's template reads: every field is an already computed value."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def summary(self) -> str: ...
+
+    @property
+    def params(self) -> tuple[Param, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Tuned values of one kernel: constexpr parameters, warps, pipeline stages."""
+
+    constexprs: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.constexprs)[name]
+
+    def keywords(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        return dict(self.constexprs) | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.keywords().items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One emitted module: a skeleton, what fills it, and the configuration it starts from."""
+
+    name: str
+    skeleton: Skeleton
+    context: Context
+    config: Config
+    operators: tuple[str, ...]  # graph nodes that this kernel computes
+    follows: str | None = None  # the kernel whose BLOCK_T this one must share
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return self.context.params
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffer:
+    """Device memory that the driver allocates; dimensions are expressions of the call's sizes."""
+
+    name: str
+    dtype: ElementType
+    dims: tuple[str, ...]
+    role: Literal["output", "level", "selection", "branch", "list", "scratch"]
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.dtype}[{', '.join(self.dims)}]  ({self.role})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One kernel launch; arguments in the order of the kernel's parameters, constexprs left out."""
+
+    kernel: str
+    grid: tuple[str, ...]
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Launches that run together, with the buffers they bring to life and the sizes they need.
+
+    With `chunk`, the launches are repeated over chunks of the row tiles, so that a scratch stays
+    small: `tiles` and `chunk` name the sizes that count them.
+    `needs` and `makes` are names of buffers and of the caller's tensors.
+    """
+
+    title: str
+    needs: tuple[str, ...]
+    makes: tuple[str, ...]
+    buffers: tuple[Buffer, ...]
+    launches: tuple[Launch, ...]
+    sizes: tuple[tuple[str, str], ...] = ()  # local names the expressions use, with their values
+    tiles: str | None = None
+    chunk: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How one spec runs on one GPU."""
+
+    name: str
+    target: str
+    dtype: str
+    inputs: tuple[tuple[str, tuple[str, ...]], ...]  # the caller's tensors and their dimensions
+    kernels: tuple[Kernel, ...]
+    steps: tuple[Step, ...]
+    scratch_bytes: int
+    output: str
+    lse: Mapping[str, str]
+    selection: Mapping[str, str]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def kernel(self, name: str) -> Kernel:
+        return {kernel.name: kernel for kernel in self.kernels}[name]
+
+    def with_config(self, configs: Mapping[str, Config]) -> Plan:
+        """The same plan with other tuned values."""
+        return replace(
+            self,
+            kernels=tuple(replace(k, config=configs.get(k.name, k.config)) for k in self.kernels),
+        )
+
+    def __str__(self) -> str:
+        return dump(self)
+
+
+def dump(plan: Plan) -> str:
+    """The plan as text: which operators share a launch, in which skeleton, with which buffers."""
+    lines = [f"plan {plan.name} for {plan.target}, {plan.dtype}"]
+    for step in plan.steps:
+        repeated = ", repeated over chunks of rows" if step.chunk else ""
+        lines.append(f"  {step.title}{repeated}")
+        for launch in step.launches:
+            kernel = plan.kernel(launch.kernel)
+            lines.append(
+                f"    launch {kernel.name}  ({kernel.skeleton}: {', '.join(kernel.operators)})"
+            )
+            lines.append(f"      grid   ({', '.join(launch.grid)})")
+            lines.append(f"      config {kernel.config}")
+        lines.extend(f"    buffer {buffer}" for buffer in step.buffers)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,407 @@
+"""What a kernel costs on a GPU that need not be there: registers, spills, shared memory, occupancy.
+
+Kernels are cross-compiled by Triton in worker processes that can be killed, so a compiler that
+hangs, crashes or eats memory costs one result.  Imports neither torch nor triton itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hsgen import allowlist, paths, store
+from hsgen.build import Module
+from hsgen.errors import BuildError, PlanError
+from hsgen.target import MathType, Target
+from hsgen.workers import Failed, JsonObject, Pool, WorkerError
+
+KIND = "resources"
+FORMAT = 1
+Kind = Literal["pointer", "int", "float", "constexpr"]
+Constant = int | float | bool | str | None
+Limit = Literal["registers", "shared memory", "tensor memory", "warps", "blocks"]
+
+TENSOR_COLUMNS = 512  # of tensor memory in a multiprocessor of sm_100
+WORKER = ("-P", "-m", "hsgen.crosscompile")
+DTYPES = {
+    **{name: name for name in ("bf16", "fp16", "fp32", "fp64", "fp8e4nv", "fp8e5")},
+    **{name: name for name in ("i1", "i8", "i16", "i32", "i64", "u8")},
+    **{"f16": "fp16", "f32": "fp32", "f64": "fp64", "bool": "i1"},
+    **{"int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64", "uint8": "u8"},
+    **{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"},
+}
+TRITON_NAMES = ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One parameter of a kernel, in order.
+
+    `dtype` is empty for a constexpr, else bf16, fp16, fp32, fp64, fp8e4nv, fp8e5, i1 to i64 or u8.
+    `divisible` promises a multiple of 16 (bytes for a pointer), without which nothing is pipelined.
+    """
+
+    name: str
+    kind: Kind
+    dtype: str = ""
+    divisible: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSignature:
+    """A kernel function: its file in the module, its name, its parameters in order."""
+
+    file: str
+    function: str
+    parameters: tuple[Parameter, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One kernel at one configuration for one target.
+
+    `constants` holds a value for each constexpr parameter; one more for an int parameter bakes it
+    in, as Triton does with 1.
+    """
+
+    module: Module
+    signature: KernelSignature
+    constants: Mapping[str, Constant]
+    num_warps: int
+    num_stages: int
+    target: Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What the compiler says of one kernel.
+
+    `registers` and `spill_bytes` (stack) are per thread, the rest per block.  `warps` exceeds what
+    was asked for when the compiler specialises warps; `tensor_columns` are of sm_100's tensor
+    memory.  `binary` is the cubin or hsaco, the same bytes at each compilation.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_columns: int
+    warps: int
+    seconds: float = field(compare=False)
+    binary: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """A cost on a target: blocks that one multiprocessor holds (0: it cannot run), and why no more.
+
+    `occupancy` is the share of the warps that could be resident.
+    """
+
+    cost: Cost
+    blocks_per_sm: int
+    occupancy: float
+    limited_by: Limit
+    cached: bool = field(compare=False)
+
+    @property
+    def binary_sha256(self) -> str:
+        """Digest of the cubin or hsaco."""
+        return hashlib.sha256(self.cost.binary).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileFailure:
+    """Why a kernel has no resources: the compiler refused, died, or took too long."""
+
+    kind: Failed
+    message: str
+
+
+Outcome = Resources | CompileFailure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roofline:
+    """The least time that arithmetic and memory allow, and which of them says so."""
+
+    seconds: float
+    bound: Literal["compute", "memory"]
+    compute_seconds: float
+    memory_seconds: float
+
+
+def roofline(flops: float, num_bytes: float, target: Target, dtype: MathType) -> Roofline:
+    """Bound a kernel by the target's peaks.
+
+    Raises:
+        PlanError: the target has no units for the dtype.
+    """
+    peak = target.peak(dtype)
+    if peak == 0:
+        raise PlanError(f"{target.name} ({target.label}) has no {dtype} matrix units")
+    compute, memory = flops / peak, num_bytes / target.bandwidth
+    return Roofline(
+        seconds=max(compute, memory),
+        bound="compute" if compute >= memory else "memory",
+        compute_seconds=compute,
+        memory_seconds=memory,
+    )
+
+
+def occupancy(
+    *, registers: int, shared_bytes: int, tensor_columns: int, warps: int, target: Target
+) -> tuple[int, Limit]:
+    """Blocks that one multiprocessor holds, and what stops one more.
+
+    Registers are given to warps in units of 256, warps spread over four schedulers, shared memory
+    comes in units of 128 bytes on top of what the system keeps for each block.
+    """
+    limits: dict[Limit, int] = {
+        "warps": target.max_warps_per_sm // warps,
+        "blocks": target.max_blocks_per_sm,
+        "registers": _blocks_by_registers(registers, warps, target),
+    }
+    shared = _round_up(shared_bytes + target.smem_reserved, 128)
+    if shared_bytes > target.smem_per_block:
+        limits["shared memory"] = 0
+    elif shared:
+        limits["shared memory"] = target.smem_per_sm // shared
+    if tensor_columns:
+        limits["tensor memory"] = TENSOR_COLUMNS // tensor_columns
+    limit = min(limits, key=lambda name: limits[name])
+    return limits[limit], limit
+
+
+def _blocks_by_registers(registers: int, warps: int, target: Target) -> int:
+    schedulers = 4
+    unit = 256 if target.backend == "cuda" else 8 * target.warp_size
+    per_warp = max(_round_up(registers * target.warp_size, unit), unit)
+    held = target.registers_per_sm // schedulers // per_warp * schedulers
+    return held // _round_up(warps, schedulers)
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def require_fit(kernel: str, outcomes: Sequence[Outcome], target: Target) -> tuple[Resources, ...]:
+    """The outcomes that can be launched on the target.
+
+    Raises:
+        PlanError: none can; holds the smallest requirement among them, and the limit.
+    """
+    compiled = [outcome for outcome in outcomes if isinstance(outcome, Resources)]
+    fitting = tuple(outcome for outcome in compiled if outcome.blocks_per_sm > 0)
+    if fitting:
+        return fitting
+    if not compiled:
+        failures = [outcome for outcome in outcomes if isinstance(outcome, CompileFailure)]
+        reasons = "; ".join(f"{failure.kind}: {failure.message}" for failure in failures)
+        raise BuildError(f"kernel {kernel} does not compile for {target.label}: {reasons}")
+    place = f"{target.name} ({target.label})"
+    raise PlanError(f"kernel {kernel} cannot run on {place}: {_excess(compiled, target)}")
+
+
+def _excess(compiled: Sequence[Resources], target: Target) -> str:
+    """The smallest requirement beside the limit that it breaks."""
+    least = min(compiled, key=lambda result: result.cost.shared_bytes)
+    cost = least.cost
+    match least.limited_by:
+        case "shared memory":
+            needed, what, limit = cost.shared_bytes, "bytes of shared memory", target.smem_per_block
+        case "tensor memory":
+            needed, what, limit = cost.tensor_columns, "columns of tensor memory", TENSOR_COLUMNS
+        case "registers":
+            needed = cost.registers * cost.warps * target.warp_size
+            what, limit = "registers", target.registers_per_sm
+        case "warps" | "blocks":
+            needed, what, limit = cost.warps, "warps", target.max_warps_per_sm
+    return f"needs at least {needed:,} {what} a block, the limit is {limit:,}"
+
+
+def _quietly(done: int, total: int) -> None:
+    """Report no progress."""
+
+
+def measure(
+    jobs: Sequence[Job],
+    *,
+    workers: int = 2,
+    timeout: float = 60.0,
+    progress: Callable[[int, int], None] = _quietly,
+) -> tuple[Outcome, ...]:
+    """Cross-compile kernels, in the order of the jobs.  What was measured before is looked up.
+
+    Args:
+        jobs: any number; equal ones are compiled once.
+        workers: processes at once.
+        timeout: seconds that one kernel may take; its whole process group is killed then.
+        progress: told how many of the missing ones are done, and how many there are.
+
+    Raises:
+        BuildError: Triton is not installed.
+    """
+    version = _triton_version()
+    keys = [_key(job, version) for job in jobs]
+    costs = {key: entry for key in keys if (entry := _recall(key)) is not None}
+    missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in costs}
+    requests = [_request(job) for job in missing.values()]
+    fresh = dict[str, Cost | CompileFailure]()
+    replies = _ask_all(requests, workers=workers, timeout=timeout)
+    for (key, job), reply in zip(missing.items(), replies, strict=True):
+        fresh[key] = reply
+        if isinstance(reply, Cost):
+            _keep(job, key, reply)
+        progress(len(fresh), len(missing))
+    return tuple(
+        _outcome(job, (costs | fresh)[key], cached=key in costs)
+        for key, job in zip(keys, jobs, strict=True)
+    )
+
+
+def _outcome(job: Job, cost: Cost | CompileFailure, *, cached: bool) -> Outcome:
+    if isinstance(cost, CompileFailure):
+        return cost
+    blocks, limit = occupancy(
+        registers=cost.registers,
+        shared_bytes=cost.shared_bytes,
+        tensor_columns=cost.tensor_columns,
+        warps=cost.warps,
+        target=job.target,
+    )
+    return Resources(
+        cost=cost,
+        blocks_per_sm=blocks,
+        occupancy=blocks * cost.warps / job.target.max_warps_per_sm,
+        limited_by=limit,
+        cached=cached,
+    )
+
+
+def _ask_all(
+    requests: Sequence[JsonObject], *, workers: int, timeout: float
+) -> Iterator[Cost | CompileFailure]:
+    """Spread requests over worker processes; an empty list starts none."""
+    if requests:
+        with Pool(WORKER, _environment, min(workers, len(requests))) as pool:
+            yield from map(_reply, pool.ask_all(requests, timeout))
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Compile for real, with Triton's own cache private: it never checks what it reads back."""
+    return paths.child_environment(
+        remove=("TRITON_INTERPRET", "TRITON_CACHE_MANAGER"),
+        add={
+            "TRITON_CACHE_DIR": str(folder),
+            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+        },
+    )
+
+
+def _reply(answer: JsonObject | WorkerError) -> Cost | CompileFailure:
+    if isinstance(answer, WorkerError):
+        return CompileFailure(kind=answer.kind, message=str(answer))
+    if "error" in answer:
+        return CompileFailure(kind="error", message=str(answer["error"]))
+    return _cost(answer, base64.b64decode(str(answer["binary"])))
+
+
+def _cost(answer: JsonObject, binary: bytes) -> Cost:
+    return Cost(
+        registers=int(answer["registers"]),
+        spill_bytes=int(answer["spill_bytes"]),
+        shared_bytes=int(answer["shared_bytes"]),
+        tensor_columns=int(answer["tensor_columns"]),
+        warps=int(answer["warps"]),
+        seconds=float(answer["seconds"]),
+        binary=binary,
+    )
+
+
+def _keep(job: Job, key: str, cost: Cost) -> None:
+    record = {name: value for name, value in asdict(cost).items() if name != "binary"}
+    files = {"cost.json": json.dumps(record).encode(), "kernel.bin": cost.binary}
+    store.publish(KIND, _stem(job.signature.file), files, {"job": key})
+
+
+def _recall(key: str) -> Cost | None:
+    entry = store.find(KIND, {"job": key})
+    if entry is None:
+        return None
+    return _cost(json.loads(entry.files["cost.json"]), entry.files["kernel.bin"])
+
+
+def _key(job: Job, version: str) -> str:
+    """Digest of all that decides the binary: text, signature, constants, options, compiler."""
+    request = _request(job)
+    request.pop("directory")
+    request |= {"format": FORMAT, "triton": version, "environment": paths.compiler_environment()}
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _request(job: Job) -> JsonObject:
+    signature, target = job.signature, job.target
+    names = [parameter.name for parameter in signature.parameters]
+    unknown = job.constants.keys() - names
+    if unknown:
+        raise BuildError(f"{signature.function} has no parameter {sorted(unknown)[0]!r}")
+    divisible = [
+        p.name for p in signature.parameters if p.divisible and p.name not in job.constants
+    ]
+    directory = job.module.directory
+    return {
+        "directory": None if directory is None else str(directory),
+        "sources": _needed(job.module, signature.file),
+        "file": signature.file,
+        "function": signature.function,
+        "types": {p.name: _type(p, job) for p in signature.parameters},
+        "constants": dict(job.constants),
+        "divisible": divisible,
+        "options": {"num_warps": job.num_warps, "num_stages": job.num_stages},
+        "target": [target.backend, target.arch, target.warp_size],
+    }
+
+
+def _type(parameter: Parameter, job: Job) -> str:
+    """A parameter's type as Triton writes it: *bf16, i32, fp32, constexpr."""
+    if parameter.name in job.constants:
+        return "constexpr"
+    match parameter.kind:
+        case "pointer":
+            return f"*{DTYPES[parameter.dtype]}"
+        case "int" | "float":
+            return DTYPES[parameter.dtype]
+        case "constexpr":
+            raise BuildError(f"{job.signature.function}: constexpr {parameter.name} has no value")
+
+
+def _needed(module: Module, file: str) -> dict[str, str]:
+    """A file's text and that of the siblings it imports, so that no other file changes the key."""
+    found, waiting = dict[str, str](), [file]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = module.sources[name]
+            waiting += sorted(allowlist.siblings(ast.parse(found[name])))
+    return found
+
+
+def _stem(file: str) -> str:
+    return file.removesuffix(".py")
+
+
+def _triton_version() -> str:
+    for name in TRITON_NAMES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name} {importlib.metadata.version(name)}"
+    raise BuildError("Triton is not installed", help="pip install triton")

@@ -1,0 +1,665 @@
+"""What fills the `rows` skeleton: for each operator it serves, the text of its loops and addresses.
+
+Decides which keys a tile walks and which mask each needs.  Knows no GPU; tile sizes are tunables.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from hsgen.plan import Param
+
+Accumulator = Literal["softmax", "lse", "score"]
+PhaseKind = Literal["range", "list", "gather", "children", "mapped"]
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Columns [offset, offset + width) of a head; width is a power of two, so nothing is padded."""
+
+    index: int
+    offset: int
+    width: int
+
+    @property
+    def carry(self) -> str:
+        """The accumulator argument of this chunk's dot: the first chunk starts from nothing."""
+        return "s, " if self.index else ""
+
+
+def chunks(dim: int) -> tuple[Chunk, ...]:
+    """192 = 128 + 64, 96 = 64 + 32, 80 = 64 + 16."""
+    widths = [1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1]
+    offsets = [sum(widths[:i]) for i in range(len(widths))]
+    return tuple(
+        Chunk(index=i, offset=offset, width=width)
+        for i, (offset, width) in enumerate(zip(offsets, widths, strict=True))
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One loop over keys.  `inside`: which to load; `visible`: which each row sees; empty: all."""
+
+    kind: PhaseKind
+    comment: str
+    start: str
+    stop: str
+    inside: str = ""
+    visible: tuple[str, ...] = ()
+    body: tuple[str, ...] = ()  # statements at the head of each turn
+    slot: str = "n"  # where a score goes
+    written: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsContext:
+    """Everything `rows.py.jinja` reads."""
+
+    name: str
+    summary: str
+    params: tuple[Param, ...]
+    header: str = ""
+    pieces: str = ""
+    acc: Accumulator
+    rows_comment: str
+    heads: int  # query heads packed in a tile
+    pitch: int  # rows between tokens: heads, or the next power of two where heads are reduced
+    qk_chunks: tuple[Chunk, ...]
+    phases: tuple[Phase, ...]
+    key_head: str
+    key_row: str
+    setup: tuple[str, ...]
+    precision: str
+    v_chunks: tuple[Chunk, ...] = ()
+    value_head: str = ""
+    scale_log2: str = ""
+    promote: bool = False  # keys are float32: so are the queries
+    tile: str = "tl.program_id(0)"
+    stride: int = 1
+    width: int = 0
+    children: int = 0
+    ratio: int = 1
+    first_tap: int = 0
+    end_tap: int = 1
+    identity: str = "0.0"
+    value: str = ""
+    mute_padding: bool = False  # heads that only pad the tile must not win a maximum
+    reduced: str = ""
+    fold: str = ""
+
+    @property
+    def alive(self) -> str:
+        """Rows that stand for a (token, head) pair of the tile."""
+        packed = f"rows < BLOCK_T * {self.pitch}"
+        return (
+            packed
+            if self.pitch == self.heads
+            else f"{packed}) & (rows % {self.pitch} < {self.heads}"
+        )
+
+    def uses(self, name: str) -> bool:
+        """Whether any loop or address reads the position `name`."""
+        text = " ".join(
+            (*self.setup, *(" ".join((p.stop, p.start, p.inside, *p.visible)) for p in self.phases))
+        )
+        return re.search(rf"\b{name}\b", text) is not None
+
+    @property
+    def counts(self) -> str:
+        """Arguments that vary freely: specialising on them would only recompile."""
+        return ", ".join(f'"{p.name}"' for p in self.params if p.kind == "count")
+
+
+# --- parameters
+
+
+def tensor(
+    name: str, prefix: str, comment: str, strides: str, dtype: str = "input"
+) -> tuple[Param, ...]:
+    """A pointer and the strides of its dimensions but the last, one letter each."""
+    pointer = Param(name=name, kind="pointer", comment=comment, dtype=dtype)  # type: ignore[arg-type]
+    words = {"b": "batch", "t": "token", "h": "head"}
+    return (
+        pointer,
+        *(
+            Param(name=f"{prefix}_{s}", kind="stride", comment=f"{name}: {words[s]} stride")
+            for s in strides
+        ),
+    )
+
+
+def constexprs(*names: str) -> tuple[Param, ...]:
+    comments = {
+        "BLOCK_T": "tokens a tile",
+        "BLOCK_M": "rows a tile",
+        "BLOCK_N": "keys a step",
+    }
+    return tuple(Param(name=n, kind="constexpr", comment=comments[n]) for n in names)
+
+
+def count(name: str, comment: str) -> Param:
+    return Param(name=name, kind="count", comment=comment)
+
+
+SEQ = (
+    Param(name="SEQ", kind="pointer", comment="[Z, 6] sequences", dtype="i32"),
+    count("num_sequences", "Z"),
+)
+BLOCKS = constexprs("BLOCK_T", "BLOCK_M", "BLOCK_N")
+QUERY = tensor("Q", "q", "[B, T, Hq, Dqk]", "bth")
+OUTPUTS = (
+    *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
+    *tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32"),
+)
+
+
+def next_power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def number(x: float) -> str:
+    """A literal that reads back as the same float."""
+    return repr(float(x))
+
+
+def complete(position: str, entries: Entries, causal: bool) -> str:
+    """How many entries are complete at `position`, as an expression."""
+    return f"complete_limit({position}, k_len, {entries.size}, {entries.stride}, {causal}, {entries.short})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entries:
+    """Entry e covers tokens [e * stride, e * stride + size); `short`: the last one may be cut off."""
+
+    size: int
+    stride: int
+    short: bool = False
+
+
+# --- attend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The numbers of a spec that every rows kernel needs."""
+
+    query_heads: int
+    kv_heads: int
+    qk: int
+    v: int
+    causal: bool
+    precision: str
+
+    @property
+    def group(self) -> int:
+        return self.query_heads // self.kv_heads
+
+
+def _seen(shape: Shape, *more: str) -> tuple[str, ...]:
+    """Which raw tokens n each row sees."""
+    causal = ("n[None, :] <= position[:, None]",) if shape.causal else ()
+    return ("(n < k_len)[None, :]", *causal, *more)
+
+
+def attend_blocks(
+    shape: Shape, *, name: str, scale: float, entries: Entries, width: int, share: str
+) -> RowsContext:
+    """One softmax over the tokens of selected blocks: the union lists of a tile, full ones first."""
+    size, stride = entries.size, entries.stride
+    per_head = share == "Hq"
+    heads = 1 if per_head else shape.group
+    ragged = size < 16 or size != next_power(size)
+    within = f"n < entry * {stride} + {size}"
+    list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
+    list_row = f"tile.to(tl.int64) * {list_heads}" + (" + head" if list_heads > 1 else "")
+    member = "member = tl.load(WORDS + (list_base + i // TILES) * num_words + word) >> bit & 1"
+    tail = f"({within}) & (n < k_len)" if ragged else "n < k_len"
+    own = (f"({within})[None, :]",) if ragged else ()
+    return RowsContext(
+        name=name,
+        summary="attention over the blocks each query selected, a tile's blocks walked once.",
+        params=(
+            *QUERY,
+            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
+            *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            Param(
+                name="COUNTS", kind="pointer", comment="[tiles, H, 2] full, partial", dtype="i32"
+            ),
+            Param(
+                name="ENTRIES",
+                kind="pointer",
+                comment="[tiles, H, BLOCK_T * K] blocks",
+                dtype="i32",
+            ),
+            Param(
+                name="WORDS",
+                kind="pointer",
+                comment="[tiles, H, BLOCK_T * K, words] members",
+                dtype="i32",
+            ),
+            *OUTPUTS,
+            *SEQ,
+            *BLOCKS,
+        ),
+        acc="softmax",
+        rows_comment=_packing(heads, "one query head" if per_head else "the group's heads"),
+        heads=heads,
+        pitch=heads,
+        qk_chunks=chunks(shape.qk),
+        v_chunks=chunks(shape.v),
+        key_head=_kv_head("k_h", shape, per_head=per_head),
+        value_head=_kv_head("v_h", shape, per_head=per_head),
+        key_row="k_first",
+        setup=(
+            f"list_row = {list_row}",
+            f"list_base = list_row * (BLOCK_T * {width})",
+            "num_words: tl.constexpr = (BLOCK_T + 31) // 32",
+            f"TILES: tl.constexpr = ({size} + BLOCK_N - 1) // BLOCK_N",
+            "full = tl.load(COUNTS + list_row * 2)",
+            "partial = tl.load(COUNTS + list_row * 2 + 1)",
+            f"word = tl.minimum(rows // {heads}, BLOCK_T - 1) // 32",
+            f"bit = rows // {heads} % 32",
+        ),
+        phases=(
+            Phase(
+                kind="list",
+                comment="full blocks: every row sees every token",
+                start="0",
+                stop="full * TILES",
+                inside=tail if ragged else "",
+                visible=own,
+            ),
+            Phase(
+                kind="list",
+                comment="partial blocks: members only, and what each row may see",
+                start="full * TILES",
+                stop="(full + partial) * TILES",
+                body=(member,),
+                inside=tail,
+                visible=_seen(shape, *own, "(member > 0)[:, None]"),
+            ),
+        ),
+        stride=stride,
+        scale_log2=number(scale * LOG2_E),
+        precision=shape.precision,
+    )
+
+
+def attend_tokens(shape: Shape, *, name: str, scale: float, width: int, share: str) -> RowsContext:
+    """One softmax over a query's own list of tokens, gathered."""
+    per_head = share == "Hq"
+    heads = 1 if per_head else shape.group
+    list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
+    seen = "last + 1" if shape.causal else "k_len"
+    causal = " & (n <= last)" if shape.causal else ""
+    return RowsContext(
+        name=name,
+        summary="attention over the tokens each query selected, gathered.",
+        params=(
+            *QUERY,
+            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
+            *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            Param(name="SELECTION", kind="pointer", comment="[rows, H, K] tokens", dtype="i32"),
+            *OUTPUTS,
+            *SEQ,
+            *BLOCKS,
+        ),
+        acc="softmax",
+        rows_comment=_packing(heads, "one query head" if per_head else "the group's heads"),
+        heads=heads,
+        pitch=heads,
+        qk_chunks=chunks(shape.qk),
+        v_chunks=chunks(shape.v),
+        key_head=_kv_head("k_h", shape, per_head=per_head),
+        value_head=_kv_head("v_h", shape, per_head=per_head),
+        key_row="k_first",
+        setup=(
+            "list_row = (tl.load(SEQ + z * 6) + t0).to(tl.int64)"
+            + (f" * {list_heads} + head" if list_heads > 1 else ""),
+            f"list_base = list_row * {width}",
+        ),
+        phases=(
+            Phase(
+                kind="gather",
+                comment="the list is ascending, so no more slots are in use than tokens are seen",
+                start="0",
+                stop=f"tl.minimum({width}, {seen})",
+                inside=f"(n >= 0) & (n < k_len){causal}",
+                visible=("inside[None, :]",),
+            ),
+        ),
+        width=width,
+        scale_log2=number(scale * LOG2_E),
+        precision=shape.precision,
+    )
+
+
+def attend_window(shape: Shape, *, name: str, scale: float, window: int) -> RowsContext:
+    """One softmax over the last `window` tokens, the query's own among them."""
+    if shape.causal:
+        stop, near = (
+            "tl.minimum(last + 1, k_len)",
+            (f"n[None, :] > position[:, None] - {window}",),
+        )
+    else:
+        stop = f"tl.minimum(last + {window}, k_len)"
+        near = (
+            f"n[None, :] > position[:, None] - {window}",
+            f"n[None, :] < position[:, None] + {window}",
+        )
+    return RowsContext(
+        name=name,
+        summary=f"attention over a window of {window} tokens.",
+        params=(
+            *QUERY,
+            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
+            *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            *OUTPUTS,
+            *SEQ,
+            *BLOCKS,
+        ),
+        acc="softmax",
+        rows_comment=_packing(shape.group, "the group's heads"),
+        heads=shape.group,
+        pitch=shape.group,
+        qk_chunks=chunks(shape.qk),
+        v_chunks=chunks(shape.v),
+        key_head=" + head * k_h",
+        value_head=" + head * v_h",
+        key_row="k_first",
+        setup=(f"start = tl.maximum(first - {window - 1}, 0)", f"stop = {stop}"),
+        phases=(
+            Phase(
+                kind="range",
+                comment="the tile's window",
+                start="start",
+                stop="stop",
+                inside="n < stop",
+                visible=_seen(shape, *near),
+            ),
+        ),
+        scale_log2=number(scale * LOG2_E),
+        precision=shape.precision,
+    )
+
+
+def attend_pooled(
+    shape: Shape, *, name: str, scale: float, entries: Entries, values: bool
+) -> RowsContext:
+    """One softmax over all complete pooled entries; without `values`, its log-sum-exp alone."""
+    output = OUTPUTS if values else tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32")
+    pooled = tensor("V", "v", "f32[B, N, Hkv, Dv]", "bth", "f32") if values else ()
+    return RowsContext(
+        name=name,
+        summary="attention over pooled entries." if values else "log-sum-exp over pooled entries.",
+        params=(
+            *QUERY,
+            *tensor("K", "k", "f32[B, N, Hkv, Dqk]", "bth", "f32"),
+            *pooled,
+            *output,
+            *SEQ,
+            *BLOCKS,
+        ),
+        acc="softmax" if values else "lse",
+        rows_comment=_packing(shape.group, "the group's heads"),
+        heads=shape.group,
+        pitch=shape.group,
+        qk_chunks=chunks(shape.qk),
+        v_chunks=chunks(shape.v) if values else (),
+        key_head=" + head * k_h",
+        value_head=" + head * v_h",
+        key_row=f"k_first // {entries.stride}",
+        promote=True,
+        setup=(
+            *_complete_rows(shape, entries),
+            f"full = {complete('first', entries, shape.causal)} // BLOCK_N * BLOCK_N",
+            f"stop = {complete('last', entries, shape.causal)}",
+        ),
+        phases=(
+            Phase(kind="range", comment="entries that every row sees", start="0", stop="full"),
+            Phase(
+                kind="range",
+                comment="entries that become complete within the tile, or end the sequence",
+                start="full",
+                stop="stop",
+                inside="n < stop",
+                visible=_complete_keys(shape),
+            ),
+        ),
+        scale_log2=number(scale * LOG2_E),
+        precision=shape.precision,
+    )
+
+
+def _complete_rows(shape: Shape, entries: Entries) -> tuple[str, ...]:
+    """What each row sees differs only under causality."""
+    return (f"complete = {complete('position', entries, shape.causal)}",) if shape.causal else ()
+
+
+def _complete_keys(shape: Shape) -> tuple[str, ...]:
+    return ("n[None, :] < complete[:, None]",) if shape.causal else ("inside[None, :]",)
+
+
+def _packing(heads: int, what: str) -> str:
+    return (
+        f"BLOCK_T tokens x {heads} heads ({what}), padded to BLOCK_M"
+        if heads > 1
+        else "BLOCK_T tokens"
+    )
+
+
+def _kv_head(stride: str, shape: Shape, *, per_head: bool) -> str:
+    """The address term of the key/value head of a program."""
+    if not per_head:
+        return f" + head * {stride}"
+    return f" + head // {shape.group} * {stride}" if shape.group > 1 else f" + head * {stride}"
+
+
+# --- score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """One level's score as a chain of steps: form, normalise, reduce over heads, map."""
+
+    form: Literal["dot", "relu_weighted"]
+    scale: float
+    entries: Entries  # the entries scored
+    pooled: bool  # keys are float32 pooled entries, else raw tokens
+    normalise: bool
+    share: Literal["head", "group", "all"]
+    reduce: Literal["sum", "mean", "max"] | None
+    map_how: Literal["overlap_sum", "sum", "max"] | None = None
+    target: Entries = Entries(size=0, stride=0)
+    taps: tuple[tuple[int, int], ...] = ()
+    parent_size: int = 0  # > 0: only children of a parent selection
+    parent_width: int = 0
+    parent_head: str = ""  # the parent's selection head, of this program's `head`
+    parent_heads: int = 1
+
+
+def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) -> RowsContext:
+    """Scores of a level's entries into a scratch [rows of the chunk, heads, capacity].
+
+    `heads`: rows that one token brings to a tile; `dim`: length of the scored vectors.
+    """
+    weighted = scoring.form == "relu_weighted"
+    pitch = next_power(heads) if scoring.reduce or weighted else heads
+    phase, setup = _score_phase(shape, scoring)
+    value = _value(scoring)
+    identity = _identity(scoring)
+    key = "K", "k", _key_comment(scoring, weighted), "bt" if weighted else "bth"
+    return RowsContext(
+        name=name,
+        summary=_score_summary(scoring),
+        params=(
+            *tensor("Q", "q", "[B, T, Hi, Di]" if weighted else "[B, T, Hq, Dqk]", "bth"),
+            *tensor(*key, "f32" if scoring.pooled else "input"),
+            *(tensor("WEIGHT", "w", "[B, T, Hi]", "bt") if weighted else ()),
+            *(tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32") if scoring.normalise else ()),
+            *(_parent_params() if scoring.parent_size else ()),
+            Param(name="SCORES", kind="pointer", comment="f32[rows, H, capacity]", dtype="f32"),
+            count("capacity", "row length of the scratch"),
+            *SEQ,
+            count("tile_first", "the chunk's first tile"),
+            *BLOCKS,
+        ),
+        acc="score",
+        rows_comment=_packing(heads, "reduced together" if pitch > 1 else "one query head"),
+        tile="tl.program_id(0) + tile_first",
+        heads=heads,
+        pitch=pitch,
+        qk_chunks=chunks(dim),
+        key_head="" if weighted else _kv_head("k_h", shape, per_head=scoring.share == "head"),
+        key_row=f"k_first // {scoring.entries.stride}" if scoring.pooled else "k_first",
+        promote=scoring.pooled,
+        setup=(*_row_values(scoring, weighted), *setup, *_score_rows(pitch)),
+        phases=(phase,),
+        precision=shape.precision,
+        children=scoring.parent_size // scoring.entries.size if scoring.parent_size else 0,
+        ratio=scoring.target.stride // scoring.entries.stride if scoring.map_how else 1,
+        first_tap=scoring.taps[0][0] if scoring.taps else 0,
+        end_tap=scoring.taps[-1][0] + 1 if scoring.taps else 1,
+        identity=identity,
+        value=value,
+        mute_padding=scoring.reduce == "max" and pitch != heads,
+        reduced=_reduced(scoring, heads, pitch),
+        fold=_fold(scoring, _reduced(scoring, heads, pitch)),
+    )
+
+
+def _key_comment(scoring: Scoring, weighted: bool) -> str:
+    if weighted:
+        return "f32[B, N, Di]" if scoring.pooled else "[B, S, Di]"
+    return "f32[B, N, Hkv, Dqk]" if scoring.pooled else "[B, S, Hkv, Dqk]"
+
+
+def _parent_params() -> tuple[Param, ...]:
+    return (
+        Param(name="PARENT", kind="pointer", comment="[rows, H, K] surviving parents", dtype="i32"),
+    )
+
+
+def _row_values(scoring: Scoring, weighted: bool) -> tuple[str, ...]:
+    """What each row loads once: its index weight, its log-sum-exp."""
+    lines: list[str] = []
+    if weighted:
+        lines += [
+            "w_base = WEIGHT + z.to(tl.int64) * w_b + q_token.to(tl.int64) * w_t",
+            "weight = tl.load(w_base + row_head, mask=alive, other=0.0).to(tl.float32)",
+        ]
+    if scoring.normalise:
+        lines += [
+            "lse_base = LSE + z.to(tl.int64) * lse_b + row_head.to(tl.int64) * lse_h",
+            'lse = tl.load(lse_base + q_token * lse_t, mask=alive, other=float("inf"))',
+            f"lse = lse * {LOG2_E}",
+        ]
+    return tuple(lines)
+
+
+def _score_rows(pitch: int) -> tuple[str, ...]:
+    """Rows of the scratch: tokens of the tile, heads already reduced."""
+    return (
+        f"tokens = tl.arange(0, BLOCK_M // {pitch})" if pitch > 1 else "tokens = rows",
+        "score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)",
+        "score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head",
+    )
+
+
+def _score_phase(shape: Shape, scoring: Scoring) -> tuple[Phase, tuple[str, ...]]:
+    """Which entries are scored, and the statements before the loop."""
+    stop = f"stop = {complete('last', scoring.entries, shape.causal)}"
+    if scoring.map_how:
+        return _mapped_phase(shape, scoring, stop)
+    if not scoring.parent_size:
+        phase = Phase(
+            kind="range",
+            comment="every entry that is complete for the tile's last row",
+            start="0",
+            stop="stop",
+            inside="n < stop",
+            written="inside",
+        )
+        return phase, (stop,)
+    children = scoring.parent_size // scoring.entries.size
+    ragged = children < 16 or children != next_power(children)
+    phase = Phase(
+        kind="children",
+        comment="the children of each surviving parent, slot by slot",
+        start="0",
+        stop=f"tl.minimum({scoring.parent_width}, parents) * TILES",
+        inside=(f"(child < {children}) & " if ragged else "") + "(n >= 0) & (n < stop)",
+        slot="slot",
+        written="inside",
+    )
+    parents = f"entry_limit(last, k_len, {scoring.parent_size}, {shape.causal})"
+    row = (
+        f"(tl.load(SEQ + z * 6) + t0).to(tl.int64) * {scoring.parent_heads} + {scoring.parent_head}"
+    )
+    return phase, (
+        stop,
+        f"parents = {parents}",
+        f"list_base = ({row}) * {scoring.parent_width}",
+        f"TILES: tl.constexpr = ({children} + BLOCK_N - 1) // BLOCK_N",
+    )
+
+
+def _mapped_phase(shape: Shape, scoring: Scoring, stop: str) -> tuple[Phase, tuple[str, ...]]:
+    target = complete("last", scoring.target, shape.causal)
+    phase = Phase(
+        kind="mapped",
+        comment="every target entry that is complete for the tile's last row, from its sources",
+        start="0",
+        stop="target_stop",
+        inside="(n >= 0) & (n < stop)",
+        visible=("inside[None, :]", *(_complete_keys(shape) if shape.causal else ())),
+        slot="slot",
+        written="slot < target_stop",
+    )
+    return phase, (stop, f"target_stop = {target}", *_complete_rows(shape, scoring.entries))
+
+
+def _value(scoring: Scoring) -> str:
+    """The score of one head before heads are reduced."""
+    if scoring.form == "relu_weighted":
+        scaled = "" if scoring.scale == 1.0 else f" * {number(scoring.scale)}"
+        return f"tl.maximum(s, 0.0) * weight[:, None]{scaled}"
+    if scoring.normalise:
+        return f"tl.exp2(s * {number(scoring.scale * LOG2_E)} - lse[:, None])"
+    return "s" if scoring.scale == 1.0 else f"s * {number(scoring.scale)}"
+
+
+def _identity(scoring: Scoring) -> str:
+    """What an absent source counts."""
+    return 'float("-inf")' if scoring.map_how == "max" else "0.0"
+
+
+def _reduced(scoring: Scoring, heads: int, pitch: int) -> str:
+    if pitch == 1:
+        return "value"
+    how = "max" if scoring.reduce == "max" else "sum"
+    mean = f" * {number(1 / heads)}" if scoring.reduce == "mean" else ""
+    return f"{how}_heads(value, BLOCK_M // {pitch}, {pitch}){mean}"
+
+
+def _fold(scoring: Scoring, reduced: str) -> str:
+    if scoring.map_how == "max":
+        return f"tl.maximum(total, {reduced})"
+    if all(weight == 1 for _, weight in scoring.taps):
+        return f"total + {reduced}"
+    pieces = (
+        scoring.entries.size // scoring.entries.stride,
+        scoring.target.size // scoring.entries.stride,
+    )
+    return f"total + {reduced} * overlap_weight(offset, {pieces[0]}, {pieces[1]})"
+
+
+def _score_summary(scoring: Scoring) -> str:
+    what = "tokens" if scoring.entries.size == 1 else "entries"
+    if scoring.parent_size:
+        return f"scores of the {what} below surviving parents."
+    return f"scores of {what} mapped to another level." if scoring.map_how else f"scores of {what}."

@@ -1,0 +1,822 @@
+"""Graph, Target -> Plan: which operators share a launch, in which skeleton, with which buffers and tiles.
+
+The only stage that decides on launches.  Values that tuning varies are a kernel's Config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hsgen import rows
+from hsgen.errors import PlanError
+from hsgen.graph import (
+    Attend,
+    Gate,
+    Graph,
+    Input,
+    LogSumExp,
+    Map,
+    Node,
+    Normalise,
+    Pool,
+    Reduce,
+    Score,
+    Select,
+    Union,
+)
+from hsgen.kernels import IndexContext, MergeContext, RankContext, SegmentsContext
+from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, Step
+from hsgen.rows import Entries, chunks, next_power
+from hsgen.target import Target
+
+DType = Literal["bf16", "fp16", "fp32"]
+SCRATCH_BYTES = 64 << 20
+SORT_LIMIT = 4096  # pairs that the index kernel sorts in registers
+
+
+def schedule(graph: Graph, target: Target, dtype: DType = "bf16") -> Plan:
+    """Plan every launch of a spec for one GPU.
+
+    Args:
+        graph: verified and passed; heads and head dims bound.
+        target: the GPU.
+        dtype: of the caller's tensors; it decides tile sizes, not the kernels' text.
+
+    Raises:
+        PlanError: an operator that no kernel does yet, or a size that none can hold.
+    """
+    return _Scheduler(graph, target, dtype).plan()
+
+
+@dataclass(slots=True)
+class _Scheduler:
+    """The plan while it grows."""
+
+    graph: Graph
+    target: Target
+    dtype: DType
+    kernels: list[Kernel] = field(default_factory=list[Kernel])
+    steps: list[Step] = field(default_factory=list[Step])
+
+    # --- the whole
+
+    def plan(self) -> Plan:
+        self._refuse()
+        for node in self.graph.nodes():
+            match node.op:
+                case Pool():
+                    self._pool(node, node.op)
+                case Attend():
+                    self._attend(node, node.op)
+                case Select():
+                    self._select(node, node.op)
+                case LogSumExp() if isinstance(self.graph[node.inputs[0]].op, Score):
+                    self._log_sum_exp(node)
+                case Gate():
+                    self._gate(node)
+                case Union():
+                    raise PlanError(
+                        "no kernel takes one softmax over several branches yet: `combine: {softmax: union}`"
+                    )
+                case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
+                    pass  # fused into the launch that reads them
+        outputs = self.graph.outputs
+        return Plan(
+            name=self.graph.meta.name,
+            target=self.target.label,
+            dtype=self.dtype,
+            inputs=tuple(
+                (n.name, n.type.dims) for n in self.graph.nodes() if isinstance(n.op, Input)
+            ),
+            kernels=tuple(self.kernels),
+            steps=tuple(self.steps),
+            scratch_bytes=SCRATCH_BYTES,
+            output=_buffer(outputs.o),
+            lse={branch: _buffer(name) for branch, name in outputs.lse.items()},
+            selection={level: _buffer(name) for level, name in outputs.selection.items()},
+            sizes=dict(self.graph.sizes),
+        )
+
+    def _refuse(self) -> None:
+        """Sizes that no kernel holds."""
+        for name in ("Hq", "Hkv", "Dqk", "Dv"):
+            if name not in self.graph.sizes:
+                raise PlanError(
+                    f"{name} is not known: give `heads` and `head_dim` in the spec or to load_kernel"
+                )
+        for name in ("Dqk", "Dv", "Di"):
+            dim = self.graph.sizes.get(name, 16)
+            if dim % 16 or not 16 <= dim <= 256:
+                raise PlanError(
+                    f"head dim {name}: expected a multiple of 16 from 16 to 256, got {dim}"
+                )
+
+    @property
+    def shape(self) -> rows.Shape:
+        sizes = self.graph.sizes
+        return rows.Shape(
+            query_heads=sizes["Hq"],
+            kv_heads=sizes["Hkv"],
+            qk=sizes["Dqk"],
+            v=sizes["Dv"],
+            causal=self.graph.meta.causal,
+            precision="tf32x3" if self.target.backend == "cuda" else "ieee",
+        )
+
+    def _kernel(
+        self,
+        skeleton: Skeleton,
+        context: Context,
+        config: Config,
+        *nodes: str,
+        follows: str | None = None,
+    ) -> str:
+        self.kernels.append(
+            Kernel(
+                name=context.name,
+                skeleton=skeleton,
+                context=context,
+                config=config,
+                operators=nodes,
+                follows=follows,
+            )
+        )
+        return context.name
+
+    def _short(self, level: str) -> bool:
+        """Whether the last entry of a level may be cut off: only without causality or a linear pool."""
+        pools = [n.op for n in self.graph.nodes() if isinstance(n.op, Pool) and n.op.level == level]
+        whole = any(p.how == "linear" for p in pools)
+        return not self.graph.meta.causal and not whole
+
+    def _entries(self, op: Score | Select | Attend | Pool | Map, level: str) -> Entries:
+        return Entries(
+            size=op.size, stride=op.stride, short=op.size == op.stride and self._short(level)
+        )
+
+    # --- pool
+
+    def _pool(self, node: Node, op: Pool) -> None:
+        source = self.graph[node.inputs[0]]
+        dims = [self._size(dim) for dim in source.type.dims[2:]]
+        heads, dim = (dims[0], dims[1]) if len(dims) == 2 else (1, dims[0])
+        short = self._entries(op, op.level).short
+        context = SegmentsContext(
+            name=f"pool_{_safe(node.name)}",
+            heads=heads,
+            head_dim=dim,
+            size=op.size,
+            stride=op.stride,
+            short=short,
+            how=op.how,
+            position=op.position,
+        )
+        count = f"count_{_safe(node.name)}"
+        buffer = _buffer(node.name)
+        rows_of = f"{_input(source.name)}.shape[1]"
+        whole = (
+            f"({rows_of} + {op.stride - 1}) // {op.stride}"
+            if short
+            else f"{rows_of} // {op.stride}"
+        )
+        config = _pool_config(op, dim, self._bytes)
+        kernel = self._kernel("segments", context, config, node.name)
+        self.steps.append(
+            Step(
+                title=f"pool: {node.name}",
+                needs=node.inputs,
+                makes=(node.name,),
+                sizes=(
+                    (
+                        f"length_{_safe(node.name)}",
+                        f"max(1, {whole} + batch.packed * batch.sequences)",
+                    ),
+                    (count, f"{int(short)} if batch.packed else length_{_safe(node.name)}"),
+                    (
+                        f"rows_{_safe(node.name)}",
+                        f"{_input(source.name)}.shape[0] * length_{_safe(node.name)}",
+                    ),
+                ),
+                buffers=(
+                    Buffer(
+                        name=buffer,
+                        dtype="f32",
+                        dims=(
+                            f"{_input(source.name)}.shape[0]",
+                            f"length_{_safe(node.name)}",
+                            str(heads),
+                            str(dim),
+                        ),
+                        role="level",
+                    ),
+                ),
+                launches=(
+                    Launch(
+                        kernel=kernel,
+                        grid=(
+                            f"rows_{_safe(node.name)} // {{BLOCK_E}} + batch.sequences",
+                            str(heads),
+                        ),
+                        arguments=(
+                            *self._tensor(source.name),
+                            *(_input(name) for name in node.inputs[1:]),
+                            buffer,
+                            count,
+                            *SEQ,
+                        ),
+                    ),
+                ),
+            )
+        )
+
+    # --- attend
+
+    def _attend(self, node: Node, op: Attend) -> None:
+        name = f"attend_{op.branch}"
+        scale = op.scale if op.scale is not None else 1.0
+        launches: list[Launch] = []
+        buffers: list[Buffer] = []
+        sizes: list[tuple[str, str]] = []
+        match op.over:
+            case "window":
+                context = rows.attend_window(
+                    self.shape, name=name, scale=scale, window=op.window or 1
+                )
+                config = self._attend_config(context, limit=128)
+            case "pooled":
+                entries = self._pooled_entries(node.inputs[1])
+                context = rows.attend_pooled(
+                    self.shape, name=name, scale=scale, entries=entries, values=True
+                )
+                config = self._attend_config(context, limit=64, key_bytes=4)
+            case "tokens":
+                selection = self.graph[node.inputs[3]]
+                context = rows.attend_tokens(
+                    self.shape,
+                    name=name,
+                    scale=scale,
+                    width=self._width(selection),
+                    share=selection.type.dims[2],
+                )
+                config = self._attend_config(context, tokens=1)
+            case "blocks":
+                context, config = self._blocks(node, op, name, launches, buffers, sizes)
+        programs = self.shape.query_heads // context.heads
+        self._kernel("rows", context, config, node.name, *self._lse_of(node))
+        launches.append(
+            Launch(
+                kernel=name,
+                grid=(_tiles(), str(programs)),
+                arguments=(
+                    *self._tensor("q"),
+                    *self._tensor(node.inputs[1]),
+                    *self._tensor(node.inputs[2]),
+                    *self._list_arguments(node, op),
+                    *self._outputs(node),
+                    *SEQ,
+                ),
+            )
+        )
+        lse = self._lse_of(node)[0]
+        buffers += [
+            Buffer(
+                name=_buffer(node.name),
+                dtype="input",
+                dims=(
+                    "in_q.shape[0]",
+                    "in_q.shape[1]",
+                    str(self.shape.query_heads),
+                    str(self.shape.v),
+                ),
+                role="branch",
+            ),
+            Buffer(
+                name=_buffer(lse),
+                dtype="f32",
+                dims=("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]"),
+                role="output",
+            ),
+        ]
+        self.steps.append(
+            Step(
+                title=f"attend: {op.branch}",
+                needs=node.inputs,
+                makes=(node.name, lse),
+                buffers=tuple(buffers),
+                launches=tuple(launches),
+                sizes=tuple(sizes),
+            )
+        )
+
+    def _blocks(
+        self,
+        node: Node,
+        op: Attend,
+        name: str,
+        launches: list[Launch],
+        buffers: list[Buffer],
+        sizes: list[tuple[str, str]],
+    ) -> tuple[rows.RowsContext, Config]:
+        """Blocks of a selection: first the union lists of each tile, then the attend over them."""
+        if op.size != op.stride:
+            raise PlanError(
+                f"branch {op.branch}: no kernel attends raw tokens of overlapping blocks "
+                f"(size {op.size}, stride {op.stride})"
+            )
+        selection = self.graph[node.inputs[3]]
+        width, heads = self._width(selection), self._size(selection.type.dims[2])
+        context = rows.attend_blocks(
+            self.shape,
+            name=name,
+            scale=op.scale or 1.0,
+            entries=Entries(size=op.size, stride=op.stride),
+            width=width,
+            share=selection.type.dims[2],
+        )
+        most = max(1, SORT_LIMIT // next_power(width))
+        config = self._attend_config(context, limit=64, tokens=None, most=most, block=op.size)
+        index = IndexContext(
+            name=f"index_{op.branch}",
+            heads=heads,
+            width=width,
+            size=op.size,
+            stride=op.stride,
+            causal=self.shape.causal,
+        )
+        pairs = config["BLOCK_T"] * next_power(width)
+        warps = 4 if pairs <= 1024 else 8
+        self._kernel(
+            "index",
+            index,
+            Config(constexprs=(), num_warps=warps, num_stages=1),
+            node.name,
+            follows=name,
+        )
+        tiles = f"tiles_{op.branch}"
+        block_t = f'config["{name}"]["BLOCK_T"]'
+        sizes += [
+            (tiles, f"batch.rows // {block_t} + batch.sequences"),
+            (f"slots_{op.branch}", f"{block_t} * {width}"),
+        ]
+        dims = (tiles, str(heads))
+        slots = f"slots_{op.branch}"
+        words = f"({block_t} + 31) // 32"
+        buffers += [
+            Buffer(name=f"counts_{op.branch}", dtype="i32", dims=(*dims, "2"), role="list"),
+            Buffer(name=f"entries_{op.branch}", dtype="i32", dims=(*dims, slots), role="list"),
+            Buffer(name=f"words_{op.branch}", dtype="i32", dims=(*dims, slots, words), role="list"),
+        ]
+        chosen = _buffer(selection.name)
+        launches.append(
+            Launch(
+                kernel=index.name,
+                grid=(tiles, str(heads)),
+                arguments=(
+                    chosen,
+                    f"0 if batch.packed else {chosen}.stride(0)",
+                    f"{chosen}.stride(1)",
+                    f"{chosen}.stride(2)",
+                    f"{chosen}.stride(3)",
+                    f"counts_{op.branch}",
+                    f"entries_{op.branch}",
+                    f"words_{op.branch}",
+                    *SEQ,
+                ),
+            )
+        )
+        return context, config
+
+    def _list_arguments(self, node: Node, op: Attend) -> tuple[str, ...]:
+        match op.over:
+            case "blocks":
+                return (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
+            case "tokens":
+                return (_buffer(node.inputs[3]),)
+            case "pooled" | "window":
+                return ()
+
+    def _outputs(self, node: Node) -> tuple[str, ...]:
+        return (*_strides(_buffer(node.name)), *_lse_strides(_buffer(self._lse_of(node)[0])))
+
+    def _lse_of(self, node: Node) -> tuple[str, ...]:
+        return tuple(u.name for u in self.graph.users(node.name) if isinstance(u.op, LogSumExp))
+
+    def _pooled_entries(self, keys: str) -> Entries:
+        pool = self.graph[keys].op
+        assert isinstance(pool, Pool), "a pooled branch reads pooled keys"
+        return self._entries(pool, pool.level)
+
+    def _log_sum_exp(self, node: Node) -> None:
+        """The softmax sum of a level's scores, where no branch computes it anyway."""
+        score = self.graph[node.inputs[0]]
+        assert isinstance(score.op, Score)
+        if score.op.form != "dot" or score.op.within is not None or score.op.size == 1:
+            raise PlanError(f"level {score.op.level}: no kernel normalises these scores yet")
+        context = rows.attend_pooled(
+            self.shape,
+            name=f"lse_{score.op.level}",
+            scale=score.op.scale or 1.0,
+            entries=self._pooled_entries(score.inputs[1]),
+            values=False,
+        )
+        config = self._attend_config(context, limit=64, key_bytes=4)
+        self._kernel("rows", context, config, node.name)
+        self.steps.append(
+            Step(
+                title=f"log-sum-exp: {score.op.level}",
+                needs=score.inputs,
+                makes=(node.name,),
+                buffers=(
+                    Buffer(
+                        name=_buffer(node.name),
+                        dtype="f32",
+                        dims=("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]"),
+                        role="level",
+                    ),
+                ),
+                launches=(
+                    Launch(
+                        kernel=context.name,
+                        grid=(_tiles(), str(self.shape.kv_heads)),
+                        arguments=(
+                            *self._tensor("q"),
+                            *self._tensor(score.inputs[1]),
+                            *_lse_strides(_buffer(node.name)),
+                            *SEQ,
+                        ),
+                    ),
+                ),
+            )
+        )
+
+    # --- choose
+
+    def _select(self, node: Node, op: Select) -> None:
+        """Score into a bounded scratch and rank it, chunk of rows by chunk of rows."""
+        chain = self._chain(node)
+        score = chain.score.op
+        assert isinstance(score, Score)
+        heads = self._size(node.type.dims[2])
+        parent = self.graph[node.inputs[1]] if op.within else None
+        context = self._score_context(node, chain, parent)
+        config = self._score_config(context, score)
+        scorer = self._kernel("rows", context, config, *chain.names)
+        children, slots, parent_heads, parent_group = 0, 0, 1, 1
+        if parent is not None:
+            assert isinstance(parent.op, Select)
+            children = parent.op.size // op.size
+            slots = self._width(parent) * children
+            parent_heads = self._size(parent.type.dims[2])
+            parent_group = heads // parent_heads
+        ranking = RankContext(
+            name=f"rank_{op.level}",
+            heads=heads,
+            k=op.k,
+            width=op.width,
+            size=op.size,
+            stride=op.stride,
+            short=op.size == op.stride and self._short(op.level),
+            causal=self.shape.causal,
+            first=op.first,
+            last=op.last,
+            counted=op.counted,
+            children=children,
+            parent_width=self._width(parent) if parent else 0,
+            parent_heads=parent_heads,
+            parent_group=parent_group,
+        )
+        ranker = self._kernel(
+            "rank", ranking, _rank_config(slots, config["BLOCK_T"]), node.name, follows=scorer
+        )
+        capacity = f"capacity_{op.level}"
+        scratch = f"scores_{op.level}"
+        block_t = f'config["{scorer}"]["BLOCK_T"]'
+        tiles, chunk = f"tiles_{op.level}", f"chunk_{op.level}"
+        self.steps.append(
+            Step(
+                title=f"choose: {op.level}",
+                needs=(*chain.needs, *((parent.name,) if parent else ())),
+                makes=(node.name,),
+                sizes=(
+                    (capacity, str(slots) if slots else f"max(1, batch.keys // {op.stride} + 1)"),
+                    (tiles, f"batch.rows // {block_t} + batch.sequences"),
+                    (f"bytes_{op.level}", f"{4 * heads} * {capacity} * {block_t}"),
+                    (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.level}))"),
+                ),
+                buffers=(
+                    Buffer(
+                        name=scratch,
+                        dtype="f32",
+                        dims=(f"{chunk} * {block_t}", str(heads), capacity),
+                        role="scratch",
+                    ),
+                    Buffer(
+                        name=_buffer(node.name),
+                        dtype="i32",
+                        dims=("in_q.shape[0]", "in_q.shape[1]", str(heads), str(op.width)),
+                        role="selection",
+                    ),
+                ),
+                launches=(
+                    Launch(
+                        kernel=scorer,
+                        grid=("count", str(heads)),
+                        arguments=self._score_arguments(chain, parent, scratch, capacity),
+                    ),
+                    Launch(
+                        kernel=ranker,
+                        grid=(f"count * ({block_t} // {{BLOCK_R}})", str(heads)),
+                        arguments=(
+                            scratch,
+                            _buffer(node.name),
+                            *((_buffer(parent.name),) if parent else ()),
+                            *SEQ,
+                            "tile_first",
+                            capacity,
+                        ),
+                    ),
+                ),
+                tiles=tiles,
+                chunk=chunk,
+            )
+        )
+
+    def _chain(self, node: Node) -> _Chain:
+        """Back from a selection to its score: map, reduce, normalise in the fixed order of steps."""
+        chain = _Chain(names=[node.name])
+        current = self.graph[node.inputs[0]]
+        while True:
+            chain.names.append(current.name)
+            match current.op:
+                case Map():
+                    chain.map = current.op
+                case Reduce():
+                    chain.reduce = current.op
+                case Normalise():
+                    chain.lse = current.inputs[1]
+                case Score():
+                    chain.score = current
+                    chain.names = chain.names[:0:-1]
+                    return chain
+                case _:
+                    raise PlanError(f"no kernel chooses from %{current.name}")
+            current = self.graph[current.inputs[0]]
+
+    def _score_context(self, node: Node, chain: _Chain, parent: Node | None) -> rows.RowsContext:
+        score = chain.score.op
+        assert isinstance(score, Score) and isinstance(node.op, Select)
+        weighted = score.form == "relu_weighted"
+        if chain.reduce is not None and chain.reduce.share == "all":
+            raise PlanError(
+                f"level {node.op.level}: no kernel reduces a dot score over all heads yet; "
+                "share: group, or form: relu_weighted"
+            )
+        if chain.lse is not None and parent is not None:
+            raise PlanError(f"level {node.op.level}: no kernel normalises scores inside a beam yet")
+        share: Literal["head", "group", "all"] = (
+            "all" if weighted else chain.reduce.share if chain.reduce else "head"
+        )
+        pooled = isinstance(self.graph[chain.score.inputs[1]].op, Pool)
+        scoring = rows.Scoring(
+            form=score.form,
+            scale=score.scale if score.scale is not None else 1.0,
+            entries=self._entries(score, score.level),
+            pooled=pooled,
+            normalise=chain.lse is not None,
+            share=share,
+            reduce="sum" if weighted else chain.reduce.how if chain.reduce else None,
+            map_how=chain.map.how if chain.map else None,
+            target=self._entries(chain.map, node.op.level)
+            if chain.map
+            else Entries(size=0, stride=0),
+            taps=chain.map.taps if chain.map else (),
+            **self._parent(node, parent),
+        )
+        heads = {"head": 1, "group": self.shape.group, "all": self.graph.sizes.get("Hi", 1)}[share]
+        dim = self.graph.sizes["Di"] if weighted else self.shape.qk
+        return rows.score(self.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
+
+    def _parent(self, node: Node, parent: Node | None) -> dict[str, int | str]:
+        """Where a row's surviving parents are listed."""
+        if parent is None:
+            return {}
+        assert isinstance(parent.op, Select)
+        mine, theirs = self._size(node.type.dims[2]), self._size(parent.type.dims[2])
+        if mine < theirs:
+            raise PlanError(
+                f"level {parent.op.level} selects per head, the level below it does not"
+            )
+        group = mine // theirs
+        return {
+            "parent_size": parent.op.size,
+            "parent_width": self._width(parent),
+            "parent_heads": theirs,
+            "parent_head": "head" if group == 1 else f"head // {group}",
+        }
+
+    def _score_arguments(
+        self, chain: _Chain, parent: Node | None, scratch: str, capacity: str
+    ) -> tuple[str, ...]:
+        score = chain.score
+        weighted = len(score.inputs) > 2 and isinstance(self.graph[score.inputs[2]].op, Input)
+        return (
+            *self._tensor(score.inputs[0]),
+            *self._tensor(score.inputs[1])[: 3 if weighted else 4],
+            *(self._tensor(score.inputs[2])[:3] if weighted else ()),
+            *(_lse_strides(_buffer(chain.lse)) if chain.lse else ()),
+            *((_buffer(parent.name),) if parent else ()),
+            scratch,
+            capacity,
+            *SEQ,
+            "tile_first",
+        )
+
+    # --- combine
+
+    def _gate(self, node: Node) -> None:
+        branches = [self.graph[name] for name in node.inputs[1:]]
+        names = tuple(b.op.branch for b in branches if isinstance(b.op, Attend))
+        context = MergeContext(
+            name="merge", heads=self.shape.query_heads, head_dim=self.shape.v, branches=names
+        )
+        config = Config(constexprs=(("BLOCK_R", 32),), num_warps=4, num_stages=1)
+        kernel = self._kernel("merge", context, config, node.name)
+        gates = _input(node.inputs[0])
+        output = _buffer(node.name)
+        items = f"batch.rows * {self.shape.query_heads}"
+        self.steps.append(
+            Step(
+                title="combine: gates",
+                needs=node.inputs,
+                makes=(node.name,),
+                buffers=(
+                    Buffer(
+                        name=output,
+                        dtype="input",
+                        dims=(
+                            "in_q.shape[0]",
+                            "in_q.shape[1]",
+                            str(self.shape.query_heads),
+                            str(self.shape.v),
+                        ),
+                        role="output",
+                    ),
+                ),
+                launches=(
+                    Launch(
+                        kernel=kernel,
+                        grid=(f"({items} + {{BLOCK_R}} - 1) // {{BLOCK_R}}",),
+                        arguments=(
+                            gates,
+                            *(f"{gates}.stride({i})" for i in range(4)),
+                            *(_buffer(name) for name in node.inputs[1:]),
+                            output,
+                            "in_q.shape[1]",
+                            "batch.rows",
+                        ),
+                    ),
+                ),
+            )
+        )
+
+    # --- arguments
+
+    def _size(self, dim: str) -> int:
+        return int(dim) if dim.isdigit() else self.graph.sizes[dim]
+
+    def _width(self, selection: Node) -> int:
+        assert isinstance(selection.op, Select)
+        return selection.op.width
+
+    def _tensor(self, name: str) -> tuple[str, ...]:
+        """A tensor and its batch, token and head strides."""
+        node = self.graph[name]
+        if isinstance(node.op, Pool):
+            buffer, source = _buffer(name), self.graph[node.inputs[0]]
+            heads = self._size(source.type.dims[2]) if len(source.type.dims) == 4 else 1
+            dim = self._size(source.type.dims[-1])
+            row = heads * dim
+            return buffer, f"count_{_safe(name)} * {row}", str(row), str(dim)
+        if len(node.type.dims) == 3:
+            x = _input(name)
+            return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", "0"
+        return _strides(_input(name))
+
+    # --- configurations to start from
+
+    @property
+    def _bytes(self) -> int:
+        return 4 if self.dtype == "fp32" else 2
+
+    def _attend_config(
+        self,
+        context: rows.RowsContext,
+        *,
+        limit: int = 64,
+        tokens: int | None = None,
+        most: int = 128,
+        block: int | None = None,
+        key_bytes: int | None = None,
+    ) -> Config:
+        """Rows to fill a tile of `limit`, keys a step and stages that fit the shared memory."""
+        per_tile = 128 if context.heads == 1 and block and self._bytes == 2 else limit
+        block_t = tokens or max(1, min(most, per_tile // context.heads))
+        block_m = max(16, next_power(block_t * context.heads))
+        wide = max(16, min(64, block if block and block == next_power(block) else 64))
+        dims = sum(c.width for c in context.qk_chunks) + sum(c.width for c in context.v_chunks)
+        return self._fit(block_t, block_m, wide, dims, key_bytes or self._bytes, context)
+
+    def _score_config(self, context: rows.RowsContext, score: Score) -> Config:
+        block_t = 1 if context.children else max(1, 64 // context.pitch)
+        block_m = max(16, block_t * context.pitch)
+        key_bytes = 4 if context.promote else self._bytes
+        dims = sum(c.width for c in context.qk_chunks)
+        wide = 64 if not context.children else max(16, min(64, next_power(context.children)))
+        return self._fit(block_t, block_m, wide, dims, key_bytes, context)
+
+    def _fit(
+        self,
+        block_t: int,
+        block_m: int,
+        wide: int,
+        dims: int,
+        key_bytes: int,
+        context: rows.RowsContext,
+    ) -> Config:
+        """The deepest pipeline, then the widest step, whose operands fit one block's shared memory."""
+        query = block_m * sum(c.width for c in context.qk_chunks) * key_bytes
+        width = wide
+        while True:
+            for stages in (3, 2, 1):
+                need = query + stages * width * dims * key_bytes + block_m * width * 4
+                if need <= self.target.smem_per_block:
+                    warps = 8 if block_m >= 128 else 4
+                    values = (("BLOCK_T", block_t), ("BLOCK_M", block_m), ("BLOCK_N", width))
+                    return Config(constexprs=values, num_warps=warps, num_stages=stages)
+            if width == 16:
+                raise PlanError(
+                    f"{context.name} needs {need} bytes of shared memory a block, "
+                    f"{self.target.name} has {self.target.smem_per_block}"
+                )
+            width //= 2
+
+
+@dataclass(slots=True)
+class _Chain:
+    """The operators between a score and the selection made of it."""
+
+    names: list[str]
+    score: Node = None  # type: ignore[assignment]  # found last
+    lse: str | None = None
+    reduce: Reduce | None = None
+    map: Map | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*self.score.inputs, *((self.lse,) if self.lse else ()))
+
+
+SEQ = ("batch.table", "batch.sequences")
+
+
+def _tiles() -> str:
+    return "batch.rows // {BLOCK_T} + batch.sequences"
+
+
+def _safe(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _input(name: str) -> str:
+    return f"in_{name}"
+
+
+def _buffer(name: str) -> str:
+    """The driver's name for what a node makes; no input or size can be called so."""
+    return f"made_{_safe(name)}"
+
+
+def _strides(x: str) -> tuple[str, ...]:
+    return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
+
+
+def _lse_strides(x: str) -> tuple[str, ...]:
+    return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
+
+
+def _pool_config(op: Pool, dim: int, size: int) -> Config:
+    if op.how == "linear":
+        lowest = dim & -dim
+        values = (("BLOCK_E", 64), ("BLOCK_D", min(64, lowest)))
+        return Config(constexprs=values, num_warps=4, num_stages=2)
+    tokens = min(16, next_power(op.size))
+    values = (("BLOCK_E", max(1, 8192 // (tokens * 128))), ("BLOCK_J", tokens))
+    return Config(constexprs=values, num_warps=4, num_stages=1)
+
+
+def _rank_config(slots: int, tokens: int) -> Config:
+    """Scores of a row in registers; longer rows are read again in every pass."""
+    width = min(8192, next_power(slots)) if slots else 1024
+    values = (("BLOCK_R", 1), ("BLOCK_N", width))
+    return Config(constexprs=values, num_warps=8 if width > 2048 else 4, num_stages=1)

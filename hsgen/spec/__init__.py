@@ -1,0 +1,70 @@
+"""Spec: what a sparse attention means, as a frozen value, and the only reader of its YAML text.
+
+Plans nothing and knows nothing of kernels, GPUs or tensors.
+
+    model    the classes, and the range of each value
+    syntax   YAML text -> words with spans
+    rules    what the values must be to each other
+    reader   words -> Spec
+    text     Spec -> YAML text
+    files    paths and shipped names -> Spec
+"""
+
+from __future__ import annotations
+
+from hsgen.spec.files import load, verify
+from hsgen.spec.model import (
+    Attend,
+    Blocks,
+    Combine,
+    Count,
+    Force,
+    HeadDim,
+    Heads,
+    Identifier,
+    Index,
+    Level,
+    MapHow,
+    Node,
+    Partition,
+    Pool,
+    PoolHow,
+    Reduce,
+    Score,
+    ScoreForm,
+    Select,
+    Share,
+    Spec,
+    Tokens,
+)
+from hsgen.spec.reader import parse
+from hsgen.spec.text import dump
+
+__all__ = [
+    "Attend",
+    "Blocks",
+    "Combine",
+    "Count",
+    "Force",
+    "HeadDim",
+    "Heads",
+    "Identifier",
+    "Index",
+    "Level",
+    "MapHow",
+    "Node",
+    "Partition",
+    "Pool",
+    "PoolHow",
+    "Reduce",
+    "Score",
+    "ScoreForm",
+    "Select",
+    "Share",
+    "Spec",
+    "Tokens",
+    "dump",
+    "load",
+    "parse",
+    "verify",
+]

@@ -1,0 +1,290 @@
+"""The spec as frozen values: what a sparse attention means, and the range of each single value.
+
+Reads no text and judges no two values against each other: `reader` and `rules` do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import keyword
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+
+from hsgen.errors import ArgumentError, Span
+
+Path = tuple[str | int, ...]  # fields from the Spec down: ("levels", 0, "score", "form")
+
+MAX_COUNT = 1 << 24
+MAX_FORCED = 1 << 20
+MAX_LEVELS = 16
+MAX_BRANCHES = 16
+LANGUAGE = 1
+
+
+def _no_keyword(name: str) -> str:
+    """Names become parts of emitted names, so Python's own words are not among them."""
+    if keyword.iskeyword(name):
+        msg = "a word of Python"
+        raise ValueError(msg)
+    return name
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        msg = "not one printable line"
+        raise ValueError(msg)
+    return text
+
+
+Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$"), AfterValidator(_no_keyword)]
+Text = Annotated[str, Field(max_length=200), AfterValidator(_one_line)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
+Forced = Annotated[int, Field(strict=True, ge=0, le=MAX_FORCED)]
+# scores are float32: outside this range they all become 0 or infinite
+Scale = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
+
+PoolHow = Literal["mean", "max", "linear"]
+ScoreForm = Literal["dot", "relu_weighted"]
+MapHow = Literal["overlap_sum", "sum", "max"]
+Share = Literal["head", "group", "all"]
+Reduce = Literal["sum", "mean", "max"]
+
+
+class Node(BaseModel):
+    """A frozen mapping of the spec; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+
+
+class Heads(Node):
+    """How many heads; query heads of one group share a key/value head.  `group = query / kv`."""
+
+    query: Count
+    kv: Count
+
+    @property
+    def group(self) -> int:
+        """Query heads of one key/value head."""
+        return self.query // self.kv
+
+
+class HeadDim(Node):
+    """Length of one head's query/key vector, and of its value vector."""
+
+    qk: Count
+    v: Count
+
+
+class Index(Node):
+    """A separate low-cost scorer: `q_index [B,T,Hi,Di]`, `k_index [B,S,Di]`, `w_index [B,T,Hi]`."""
+
+    heads: Count
+    dim: Count
+    dtype: Literal["input"] = "input"
+    keys: Literal["shared"] = "shared"
+
+
+class Tokens(Node):
+    """Every token is an entry of its own."""
+
+    kind: Literal["tokens"] = "tokens"
+
+    @property
+    def size(self) -> int:
+        """Tokens of one entry."""
+        return 1
+
+    @property
+    def stride(self) -> int:
+        """Tokens from one entry's start to the next."""
+        return 1
+
+
+class Blocks(Node):
+    """Entry i covers tokens [i * stride, i * stride + size)."""
+
+    kind: Literal["blocks"] = "blocks"
+    size: Count
+    stride: Count
+
+
+Partition = Tokens | Blocks
+
+
+class Pool(Node):
+    """One vector an entry, in float32.  `linear`: sum over slots of (token + position) @ weight."""
+
+    keys: PoolHow | None = None
+    values: PoolHow | None = None
+    position: Literal["learned"] | None = None
+
+
+class Score(Node):
+    """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed."""
+
+    form: ScoreForm | None = None
+    source: Identifier | None = None  # YAML key `from`: the level whose scores are mapped
+    map: MapHow | None = None
+    scale: Scale | Literal["none"] | None = None  # None: 1/sqrt(qk dim) for dot, 1 otherwise
+    normalise: Literal["softmax"] | None = None
+    share: Share = "head"
+    reduce: Reduce | None = None
+
+
+class Force(Node):
+    """Entries taken whatever their score: the first ones, and the last ones, own included."""
+
+    first: Forced = 0
+    last: Forced = 0
+    counted: bool = True  # inside `top_k`; false: on top of it
+
+
+class Select(Node):
+    """Keep the best: `beam` entries are expanded by a level below, `top_k` entries are attended."""
+
+    top_k: Count | None = None
+    beam: Count | None = None
+    force: Force = Force()
+
+    @property
+    def budget(self) -> int:
+        """The number kept before uncounted forced entries are added."""
+        return self.top_k or self.beam or 0
+
+    @property
+    def width(self) -> int:
+        """Slots of one row of the selection."""
+        extra = 0 if self.force.counted else self.force.first + self.force.last
+        return self.budget + extra
+
+
+class Level(Node):
+    """One scored partition of the keys; `within` narrows it to children of another level's beam."""
+
+    name: Identifier
+    within: Identifier | None = None
+    partition: Annotated[Partition, Field(discriminator="kind")]
+    kv: Identifier | None = None  # pools `k_<kv>`, `v_<kv>` instead of `k`, `v`
+    pool: Pool | None = None
+    score: Score
+    select: Select | None = None
+
+
+class Attend(Node):
+    """One branch: raw tokens of selected entries, pooled entries, or the last `window` tokens."""
+
+    name: Identifier
+    over: Identifier | None = None
+    window: Count | None = None
+    values: Literal["raw", "pooled"] = "raw"
+    kv: Identifier | None = None  # attends `k_<kv>`, `v_<kv>` instead of `k`, `v`
+
+
+class Combine(Node):
+    """`gates`: o = sum of gate * branch.  `softmax`: one softmax over the union of all branches."""
+
+    gates: Literal["input"] | None = None
+    softmax: Literal["union"] | None = None
+
+
+class Spec(Node):
+    """What an attention means.  Equal text up to comments and layout gives an equal Spec."""
+
+    hsgen: Literal[1] = 1
+    name: Identifier
+    source: Text | None = None
+    heads: Heads | None = None  # None: bound at load_kernel
+    head_dim: HeadDim | None = None
+    causal: bool = True
+    index: Index | None = None
+    levels: Annotated[tuple[Level, ...], Field(max_length=MAX_LEVELS)] = ()
+    attend: Annotated[tuple[Attend, ...], Field(min_length=1, max_length=MAX_BRANCHES)]
+    combine: Combine | None = None
+
+    # where each field stood in the text; no part of the value
+    _spans: Mapping[Path, Span] = PrivateAttr(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what is meant and where it was published, not where the text stood."""
+        return isinstance(other, Spec) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.__dict__.values()))
+
+    def level(self, name: str) -> Level:
+        """The level called `name`; KeyError where there is none."""
+        return {level.name: level for level in self.levels}[name]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the meaning: all fields but `source`, defaults filled in."""
+        fields = self.model_dump(mode="json", exclude={"source"})
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def spans(self) -> Mapping[Path, Span]:
+        """Where the text says each field; empty where the Spec was built in Python."""
+        return MappingProxyType(dict(self._spans))
+
+    def span(self, *path: str | int) -> Span | None:
+        """The place of a field, or of the nearest thing around it: `span("levels", 0, "pool")`."""
+        for end in range(len(path), -1, -1):
+            if found := self._spans.get(path[:end]):
+                return found
+        return None
+
+    def located(self, spans: Mapping[Path, Span]) -> Spec:
+        """The same Spec that knows where its fields stood."""
+        located = self.model_copy()
+        located._spans = dict(spans)  # noqa: SLF001 - a copy of our own
+        return located
+
+    def bind(
+        self,
+        *,
+        heads: Heads | tuple[int, int] | None = None,
+        head_dim: HeadDim | tuple[int, int] | int | None = None,
+    ) -> Spec:
+        """Fill in what the text left open.
+
+        Args:
+            heads: `Heads`, or (query, kv).
+            head_dim: `HeadDim`, (qk, v), or one number for both.
+
+        Raises:
+            ArgumentError: the text says otherwise, or query is no multiple of kv.
+        """
+        if isinstance(heads, tuple):
+            heads = Heads(query=_count("heads", heads[0]), kv=_count("heads", heads[1]))
+        if isinstance(head_dim, int):
+            head_dim = (head_dim, head_dim)
+        if isinstance(head_dim, tuple):
+            qk, v = (_count("head_dim", number) for number in head_dim)
+            head_dim = HeadDim(qk=qk, v=v)
+        if heads is not None and heads.query % heads.kv:
+            msg = f"heads: expected query to be a multiple of kv, got query {heads.query}, kv {heads.kv}"
+            raise ArgumentError(msg)
+        bound = self._bound("heads", heads)._bound("head_dim", head_dim)
+        return bound.located(self._spans)
+
+    def _bound(self, field: str, value: Heads | HeadDim | None) -> Spec:
+        said: Heads | HeadDim | None = getattr(self, field)
+        if value is None or value == said:
+            return self
+        if said is not None:
+            msg = f"{field}: expected {said!r} as the spec '{self.name}' says, got {value!r}"
+            raise ArgumentError(msg, span=self.span(field))
+        return self.model_copy(update={field: value})
+
+
+def _count(name: str, value: int) -> int:
+    """A number that pydantic would take for a Count, or an error in our own form."""
+    if isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
+        msg = f"{name}: expected a whole number from 1 to {MAX_COUNT}, got {value!r}"
+        raise ArgumentError(msg)
+    return value

@@ -1,0 +1,666 @@
+"""What a spec's values must be to each other: each rule yields the problems it sees.
+
+Knows nothing of text.  What no kernel can do yet is no rule: that is for the planner to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from hsgen.errors import nearest
+from hsgen.spec.model import Blocks, Level, Path, Score, Spec, Tokens
+
+_COARSENESS = {"all": 0, "group": 1, "head": 2}
+# arguments of a kernel's call; `kv: new` would make another k_new
+_ARGUMENTS = {
+    **{name: "the query, keys and values" for name in ("q", "k", "v")},
+    **{name: "the index" for name in ("q_index", "k_index", "v_index", "w_index")},
+    **{name: "new tokens of a decode step" for name in ("k_new", "v_new")},
+    **{name: "the pages of a cache" for name in ("k_pages", "v_pages")},
+    "gates": "the gates",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One rule broken.  `path` is the culprit, `also` what else the judgement rests on."""
+
+    code: str
+    path: Path
+    message: str
+    help: str
+    also: tuple[Path, ...] = ()
+    at_key: bool = False  # it is the key that is wrong, whatever its value
+
+
+Rule = Callable[[Spec], Iterator[Problem]]
+
+
+def problems(spec: Spec, broken: set[Path] | None = None) -> list[Problem]:
+    """Every broken rule.
+
+    Args:
+        spec: any Spec.
+        broken: fields already known to be wrong; what rests on them is not judged.
+    """
+    known = set(broken or ())
+    found: list[Problem] = []
+    for rules in (_REFERENCES, _RULES):
+        new = [problem for rule in rules for problem in rule(spec) if not _rests_on(problem, known)]
+        known |= {problem.path for problem in new}
+        found += new
+    return found
+
+
+def _rests_on(problem: Problem, broken: set[Path]) -> bool:
+    """Whether a problem is, or may be, only the shadow of something already reported."""
+    return any(
+        bad[: len(path)] == path or path[: len(bad)] == bad
+        for path in (problem.path, *problem.also)
+        for bad in broken
+    )
+
+
+# Names ----------------------------------------------------------------------------------------------
+
+
+def _unique_names(spec: Spec) -> Iterator[Problem]:
+    for field, items in (("levels", spec.levels), ("attend", spec.attend)):
+        seen: set[str] = set()
+        for i, item in enumerate(items):
+            if item.name in seen:
+                yield Problem(
+                    code="HS052",
+                    path=(field, i, "name"),
+                    message=f"duplicate name '{item.name}' in '{field}'",
+                    help=f"write another name, as '{_free(item.name, seen)}'",
+                )
+            seen.add(item.name)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    tries = (f"{name[:44]}_{i}" for i in range(2, 1000))
+    return next(option for option in tries if option not in taken)
+
+
+def _references(spec: Spec) -> Iterator[Problem]:
+    names = [level.name for level in spec.levels]
+    for i, level in enumerate(spec.levels):
+        for key, path, target in (
+            ("from", ("levels", i, "score", "source"), level.score.source),
+            ("within", ("levels", i, "within"), level.within),
+        ):
+            if target is None:
+                continue
+            if target not in names:
+                yield _unknown_level(target, names, path, spec)
+            elif names.index(target) >= i:
+                yield Problem(
+                    code="HS055",
+                    path=path,
+                    message=f"expected '{key}' to name an earlier level, got '{target}'"
+                    + (" itself" if target == level.name else ", which comes later"),
+                    help=f"move the level '{target}' before '{level.name}'"
+                    if target != level.name
+                    else f"write the name of a level above '{level.name}'",
+                    also=_names(spec),
+                )
+    for i, branch in enumerate(spec.attend):
+        if branch.over is not None and branch.over not in names:
+            yield _unknown_level(branch.over, names, ("attend", i, "over"), spec)
+
+
+def _unknown_level(target: str, names: list[str], path: Path, spec: Spec) -> Problem:
+    close = nearest(target, names)
+    levels = f"levels: {', '.join(names)}" if names else "this spec has no levels"
+    return Problem(
+        code="HS054",
+        path=path,
+        message=f"unknown level '{target}'",
+        help=f"did you mean '{close}'? {levels}" if close else levels,
+        also=_names(spec),
+    )
+
+
+def _names(spec: Spec) -> tuple[Path, ...]:
+    """All that a judgement about names rests on; -1: there is a list of levels at all."""
+    return tuple(("levels", i, "name") for i in range(-1, len(spec.levels)))
+
+
+def _uses(spec: Spec) -> tuple[Path, ...]:
+    """All that a judgement about what is unused rests on."""
+    levels = range(-1, len(spec.levels))
+    branches = range(-1, len(spec.attend))
+    return (
+        *_names(spec),
+        *(("levels", i, *field) for i in levels for field in (("within",), ("score", "source"))),
+        *(("attend", i, field) for i in branches for field in ("over", "window", "values")),
+    )
+
+
+def _tensor_names(spec: Spec) -> Iterator[Problem]:
+    """Two tensors of the call under one name."""
+    taken = dict(_ARGUMENTS)
+    for path, name, what in _tensors(spec):
+        if taken.setdefault(name, what) != what:
+            yield Problem(
+                code="HS053",
+                path=path,
+                message=f"{what} would be the argument '{name}', which is {taken[name]}",
+                help="write another name",
+                also=_names(spec),
+            )
+
+
+def _tensors(spec: Spec) -> Iterator[tuple[Path, str, str]]:
+    """Field that names it, name and meaning of each tensor whose name the spec makes."""
+    for field, items in (("levels", spec.levels), ("attend", spec.attend)):
+        for i, item in enumerate(items):
+            if item.kv is not None:
+                for letter, noun in (("k", "keys"), ("v", "values")):
+                    yield (field, i, "kv"), f"{letter}_{item.kv}", f"the {noun} of 'kv: {item.kv}'"
+    for i, level in enumerate(spec.levels):
+        for name in _learned(level):
+            yield ("levels", i, "name"), name, f"a weight of the level '{level.name}'"
+
+
+def _learned(level: Level) -> Iterator[str]:
+    pool = level.pool
+    for which, how in (("key", pool and pool.keys), ("value", pool and pool.values)):
+        if how == "linear":
+            yield f"{level.name}_{which}_weight"
+            yield f"{level.name}_{which}_position"
+
+
+# Heads, partitions, pools ---------------------------------------------------------------------------
+
+
+def _heads(spec: Spec) -> Iterator[Problem]:
+    heads = spec.heads
+    if heads and heads.query % heads.kv:
+        close = max(1, round(heads.query / heads.kv)) * heads.kv
+        yield Problem(
+            code="HS050",
+            path=("heads", "query"),
+            message=f"expected query heads that are a multiple of kv heads, {heads.kv}, got {heads.query}",
+            help=f"write 'query: {close}'",
+            also=(("heads", "kv"),),
+        )
+
+
+def _partitions(spec: Spec) -> Iterator[Problem]:
+    for i, level in enumerate(spec.levels):
+        blocks = level.partition
+        if blocks.stride > blocks.size:
+            yield Problem(
+                code="HS080",
+                path=("levels", i, "partition", "stride"),
+                message=f"expected a stride of at most the block's size, {blocks.size}, got {blocks.stride}:"
+                " tokens between blocks would be in none",
+                help=f"write 'stride: {blocks.size}', or leave it out",
+                also=(("levels", i, "partition", "size"),),
+            )
+
+
+def _pools(spec: Spec) -> Iterator[Problem]:
+    for i, level in enumerate(spec.levels):
+        here: Path = ("levels", i)
+        pool, score = level.pool, level.score
+        has_keys = pool is not None and pool.keys is not None
+        if isinstance(level.partition, Blocks) and score.form and not has_keys:
+            yield Problem(
+                code="HS063",
+                path=(*here, "score", "form"),
+                message=f"expected pooled keys for form '{score.form}' to score blocks by, got none",
+                help="write 'pool: {keys: mean}' in this level",
+                also=((*here, "pool", "keys"), (*here, "partition")),
+            )
+        if pool is not None:
+            yield from _pool(spec, i, level)
+
+
+def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
+    """A pool that nothing needs, or that lacks what it needs itself."""
+    assert level.pool is not None
+    path: Path = ("levels", i, "pool")
+    pool = level.pool
+    pooled = [b for b in spec.attend if b.over == level.name and b.values == "pooled"]
+    why = None
+    if isinstance(level.partition, Tokens):
+        why, where = "a token is an entry of its own", path
+    elif pool.keys is None and pool.values is None:
+        why, where = "it pools neither keys nor values", path
+    elif pool.values is not None and level.score.form == "relu_weighted":
+        why, where = "an index has no values", (*path, "values")
+    elif pool.values is not None and not pooled:
+        why, where = f"no branch attends 'over: {level.name}' with 'values: pooled'", (*path, "values")
+    elif pool.keys is not None and not level.score.form and not pooled:
+        why, where = "this level's scores are mapped, not computed from keys", (*path, "keys")
+    if why is not None:
+        yield Problem(
+            code="HS064",
+            path=where,
+            message=f"'{where[-1]}' has no use here: {why}",
+            help=f"remove '{where[-1]}'",
+            also=((*path, "keys"), (*path, "values"), (*path[:2], "partition"), *_uses(spec)),
+            at_key=True,
+        )
+    if pool.position and "linear" not in (pool.keys, pool.values):
+        yield Problem(
+            code="HS065",
+            path=(*path, "position"),
+            message="expected 'position' with linear pooling only, got it without",
+            help="remove 'position', or write 'keys: linear'",
+            also=((*path, "keys"), (*path, "values")),
+            at_key=True,
+        )
+
+
+# Scores ---------------------------------------------------------------------------------------------
+
+
+def _scores(spec: Spec) -> Iterator[Problem]:
+    for i, level in enumerate(spec.levels):
+        path: Path = ("levels", i, "score")
+        score = level.score
+        form, source = (*path, "form"), (*path, "source")
+        if (score.form is None) == (score.source is None):
+            yield Problem(
+                code="HS056",
+                path=path if score.form is None else source,
+                message=f"expected 'form' or 'from' in 'score', got {'both' if score.form else 'neither'}",
+                help="write 'form: dot' to score keys, or 'from: LEVEL' with 'map' to take scores over",
+                also=(form, source),
+                at_key=True,
+            )
+        elif score.source is not None:
+            yield from _mapped(score, path)
+        elif score.form == "dot":
+            yield from _dot(score, path)
+        else:
+            yield from _relu_weighted(spec, score, path)
+        if score.map is not None and score.source is None:
+            yield Problem(
+                code="HS057",
+                path=(*path, "map"),
+                message="expected 'map' with 'from' only, got it without",
+                help="remove 'map', or write 'from: LEVEL'",
+                also=(source,),
+                at_key=True,
+            )
+
+
+def _mapped(score: Score, path: Path) -> Iterator[Problem]:
+    if score.map is None:
+        yield Problem(
+            code="HS057",
+            path=(*path, "source"),
+            message="expected 'map' with 'from', got none",
+            help="write 'map: overlap_sum', 'map: sum' or 'map: max'",
+            also=((*path, "map"),),
+        )
+    for key in ("scale", "normalise", "share", "reduce"):
+        if key in score.model_fields_set and getattr(score, key) is not None:
+            yield Problem(
+                code="HS059",
+                path=(*path, key),
+                message=f"'{key}' has no meaning with 'from': it is that of the level '{score.source}'",
+                help=f"remove '{key}'; write it in '{score.source}'",
+                also=((*path, "source"), (*path, "form")),
+                at_key=True,
+            )
+
+
+def _dot(score: Score, path: Path) -> Iterator[Problem]:
+    also = ((*path, "share"), (*path, "reduce"))
+    if score.share == "head" and score.reduce is not None:
+        yield Problem(
+            code="HS060",
+            path=(*path, "reduce"),
+            message="expected 'reduce' where heads share a selection, got 'share: head'",
+            help="remove 'reduce', or write 'share: group'",
+            also=also,
+            at_key=True,
+        )
+    if score.share != "head" and score.reduce is None:
+        yield Problem(
+            code="HS060",
+            path=(*path, "share"),
+            message=f"expected 'reduce' with 'share: {score.share}', got none",
+            help=f"write '{{form: dot, share: {score.share}, reduce: sum}}'",
+            also=also,
+        )
+
+
+def _relu_weighted(spec: Spec, score: Score, path: Path) -> Iterator[Problem]:
+    if spec.index is None:
+        yield Problem(
+            code="HS061",
+            path=(*path, "form"),
+            message="expected 'index' in the spec for form 'relu_weighted', got none",
+            help="write 'index: {heads: 64, dim: 128}' at the top",
+            also=(("index",),),
+        )
+    if score.share != "all":
+        yield Problem(
+            code="HS062",
+            path=(*path, "share") if "share" in score.model_fields_set else (*path, "form"),
+            message=f"expected 'share: all' with form 'relu_weighted', got '{score.share}'",
+            help="write '{form: relu_weighted, share: all}': the index heads are one score",
+            also=((*path, "share"),),
+        )
+    if score.reduce is not None:
+        yield Problem(
+            code="HS062",
+            path=(*path, "reduce"),
+            message="'reduce' has no meaning with form 'relu_weighted', which sums its own heads",
+            help="remove 'reduce'",
+            at_key=True,
+        )
+
+
+def _maps(spec: Spec) -> Iterator[Problem]:
+    """Whether the entries of the two levels lie so to each other that the map is defined."""
+    levels = {level.name: (j, level) for j, level in enumerate(spec.levels)}
+    for i, level in enumerate(spec.levels):
+        score = level.score
+        if score.map is None or score.source not in levels:
+            continue
+        j, source = levels[score.source]
+        wrong = _map_problem(score.map, source, level)
+        if wrong:
+            yield Problem(
+                code="HS058",
+                path=("levels", i, "score", "map"),
+                message=f"'map: {score.map}' from '{source.name}': {wrong[0]}",
+                help=wrong[1],
+                also=(
+                    ("levels", i, "score", "source"),
+                    ("levels", i, "partition"),
+                    ("levels", j, "partition"),
+                    ("levels", j, "within"),
+                ),
+            )
+
+
+def _map_problem(how: str, source: Level, target: Level) -> tuple[str, str] | None:
+    """Expected and got; and what to type."""
+    s, t = source.partition, target.partition
+    if source.within is not None:
+        got = f"its scores exist only for children of '{source.within}'"
+        return f"expected scores of every entry, got '{source.name}': {got}", "name a level without 'within'"
+    if t.stride != t.size:
+        return f"expected blocks without overlap, got stride {t.stride}", f"write '{{blocks: {t.size}}}'"
+    if t.size % s.stride:
+        nearer = max(1, round(t.size / s.stride)) * s.stride
+        expected = f"expected blocks of a multiple of its stride, {s.stride}, got {t.size}"
+        return expected, f"write '{{blocks: {nearer}}}'"
+    if how == "overlap_sum" and s.size % s.stride:
+        expected = f"expected '{source.name}' to have a size that is a multiple of its stride"
+        return f"{expected}, {s.stride}, got {s.size}", f"write 'map: max', or another stride in '{source.name}'"
+    if how != "overlap_sum" and s.size > t.size:
+        expected = f"expected blocks of at least its size, {s.size}, got {t.size}"
+        return expected, f"write '{{blocks: {s.size}}}', or 'map: overlap_sum'"
+    return None
+
+
+# Selections -----------------------------------------------------------------------------------------
+
+
+def _nesting(spec: Spec) -> Iterator[Problem]:
+    levels = {level.name: (j, level) for j, level in enumerate(spec.levels)}
+    for i, level in enumerate(spec.levels):
+        if level.within not in levels:
+            continue
+        j, parent = levels[level.within]
+        rests = (("levels", i, "partition"), ("levels", j, "partition"), ("levels", j, "select"))
+        wrong = _nesting_problem(spec, parent, level)
+        if wrong:
+            code, message, help = wrong
+            shares = (("levels", i, "score"), ("levels", j, "score"))
+            also = (*rests, *shares) if code == "HS083" else rests
+            yield Problem(code=code, path=("levels", i, "within"), message=message, help=help, also=also)
+
+
+def _nesting_problem(spec: Spec, parent: Level, child: Level) -> tuple[str, str, str] | None:
+    """Code, message and help."""
+    p, c = parent.partition, child.partition
+    if parent.select is None or parent.select.beam is None:
+        got = "a top_k" if parent.select else "no select"
+        expected = f"expected '{parent.name}' to have a beam, whose entries are expanded here, got {got}"
+        return "HS066", expected, f"write 'select: {{beam: 64}}' in '{parent.name}'"
+    for level in (parent, child):
+        blocks = level.partition
+        if blocks.size != blocks.stride:
+            expected = f"expected levels without overlap, got '{level.name}' with stride {blocks.stride}"
+            return "HS067", expected, f"write '{{blocks: {blocks.size}}}' in '{level.name}'"
+    if p.size % c.size:
+        expected = f"expected blocks that divide those of '{parent.name}', {p.size}, got {c.size}"
+        nearer = min((n for n in range(1, min(p.size, 4096) + 1) if p.size % n == 0), key=lambda n: abs(n - c.size))
+        return "HS067", expected, f"write '{{blocks: {nearer}}}'"
+    shares = [_share(spec, level) for level in (parent, child)]
+    if _COARSENESS[shares[0]] > _COARSENESS[shares[1]]:
+        expected = f"expected '{parent.name}' to be shared by all heads that share '{child.name}'"
+        got = f"got 'share: {shares[0]}' there and 'share: {shares[1]}' here"
+        return "HS083", f"{expected}, {got}", f"write 'share: {shares[1]}' in '{parent.name}'"
+    return None
+
+
+def _share(spec: Spec, level: Level) -> str:
+    """Who agrees on a level's scores, its own or those that it takes over."""
+    levels = {other.name: other for other in spec.levels}
+    for _ in spec.levels:  # a chain of `from` is no longer than that
+        if level.score.source not in levels:
+            break
+        level = levels[level.score.source]
+    return level.score.share
+
+
+def _selects(spec: Spec) -> Iterator[Problem]:
+    for i, level in enumerate(spec.levels):
+        select = level.select
+        if select is None:
+            continue
+        path: Path = ("levels", i, "select")
+        both = ((*path, "top_k"), (*path, "beam"))
+        if (select.top_k is None) == (select.beam is None):
+            yield Problem(
+                code="HS070",
+                path=path,
+                message=f"expected 'top_k' or 'beam' in 'select', got {'both' if select.top_k else 'neither'}",
+                help="write 'top_k: 16' for what is attended, 'beam: 64' for what a level below expands",
+                also=both,
+            )
+            continue
+        forced = select.force.first + select.force.last
+        if select.force.counted and forced > select.budget:
+            key = "top_k" if select.top_k else "beam"
+            yield Problem(
+                code="HS071",
+                path=(*path, "force"),
+                message=f"expected at most {key} = {select.budget} forced entries, got"
+                f" first {select.force.first} + last {select.force.last} = {forced}",
+                help=f"write '{key}: {forced}', or 'counted: false' to select them on top",
+                also=both,
+            )
+        yield from _select_use(spec, level, path)
+
+
+def _select_use(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
+    """A selection that nothing attends or expands."""
+    assert level.select is not None
+    expanded = any(other.within == level.name for other in spec.levels)
+    attended = any(b.over == level.name and b.values == "raw" for b in spec.attend)
+    also = (*_uses(spec), (*path, "top_k"), (*path, "beam"))
+    if level.select.beam is not None and not expanded and not attended:
+        yield Problem(
+            code="HS068",
+            path=(*path, "beam"),
+            message=f"expected a level within '{level.name}' that expands its beam, got none",
+            help=f"write 'within: {level.name}' in a level below, or 'top_k: {level.select.beam}' and attend it",
+            also=also,
+            at_key=True,
+        )
+    if level.select.top_k is not None and not attended and not expanded:
+        yield Problem(
+            code="HS069",
+            path=(*path, "top_k"),
+            message=f"expected a branch that attends the top_k of '{level.name}', got none",
+            help=f"write '{{name: selected, over: {level.name}}}' in 'attend'",
+            also=also,
+            at_key=True,
+        )
+
+
+# Branches -------------------------------------------------------------------------------------------
+
+
+def _branches(spec: Spec) -> Iterator[Problem]:
+    levels = {level.name: (j, level) for j, level in enumerate(spec.levels)}
+    for i, branch in enumerate(spec.attend):
+        path: Path = ("attend", i)
+        over, window = (*path, "over"), (*path, "window")
+        if (branch.over is None) == (branch.window is None):
+            yield Problem(
+                code="HS073",
+                path=path if branch.over is None else window,
+                message=f"expected 'over' or 'window' in a branch, got {'both' if branch.over else 'neither'}",
+                help="write 'over: LEVEL' or 'window: 512'",
+                also=(over, window),
+                at_key=branch.over is not None,
+            )
+        elif branch.window is not None and branch.values == "pooled":
+            yield Problem(
+                code="HS082",
+                path=(*path, "values"),
+                message="expected 'values: pooled' with 'over' only, got it with 'window'",
+                help="remove 'values'",
+                also=(over, window),
+            )
+        if branch.over in levels:
+            j, level = levels[branch.over]
+            yield from _pooled(i, j, level) if branch.values == "pooled" else _raw(i, j, level)
+
+
+def _pooled(i: int, j: int, level: Level) -> Iterator[Problem]:
+    pool = level.pool
+    lacking = [key for key in ("keys", "values") if pool is None or getattr(pool, key) is None]
+    if isinstance(level.partition, Tokens):
+        wrong = "a token is not pooled"
+        help = "remove 'values'"
+    elif level.score.form == "relu_weighted":
+        wrong = "its pooled keys are those of the index, which a query cannot attend"
+        help = "attend a level with 'form: dot'"
+    elif lacking:
+        wrong = f"its pool has no {' and no '.join(lacking)}"
+        help = f"write 'pool: {{keys: mean, values: mean}}' in '{level.name}'"
+    else:
+        return
+    yield Problem(
+        code="HS074",
+        path=("attend", i, "values"),
+        message=f"expected a level with pooled keys and values, got '{level.name}': {wrong}",
+        help=help,
+        also=tuple(("levels", j, *rest) for rest in (("pool",), ("partition",), ("score", "form"))),
+    )
+
+
+def _raw(i: int, j: int, level: Level) -> Iterator[Problem]:
+    if level.select is None or level.select.top_k is None:
+        got = "a beam, which is expanded and not attended" if level.select else "no select"
+        yield Problem(
+            code="HS075",
+            path=("attend", i, "over"),
+            message=f"expected a level with a top_k to attend, got '{level.name}' with {got}",
+            help=f"write 'select: {{top_k: 16}}' in '{level.name}', or 'values: pooled' here",
+            also=(("levels", j, "select"), ("attend", i, "values")),
+        )
+
+
+def _combines(spec: Spec) -> Iterator[Problem]:
+    combine = spec.combine
+    if combine is None:
+        if len(spec.attend) > 1:
+            yield Problem(
+                code="HS076",
+                path=("attend",),
+                message=f"expected 'combine' with {len(spec.attend)} branches, got none",
+                help="write 'combine: {gates: input}' or 'combine: {softmax: union}' at the top",
+                also=(("combine",),),
+            )
+    elif (combine.gates is None) == (combine.softmax is None):
+        got = "both" if combine.gates else "neither"
+        yield Problem(
+            code="HS077",
+            path=("combine",),
+            message=f"expected 'gates' or 'softmax' in 'combine', got {got}",
+            help="write 'combine: {gates: input}' or 'combine: {softmax: union}'",
+        )
+
+
+# What nothing uses ----------------------------------------------------------------------------------
+
+
+def _unused(spec: Spec) -> Iterator[Problem]:
+    forms = {level.score.form for level in spec.levels}
+    if spec.index is not None and "relu_weighted" not in forms:
+        yield Problem(
+            code="HS078",
+            path=("index",),
+            message="expected a level that scores with the index, got none",
+            help="remove 'index', or write 'score: {form: relu_weighted, share: all}' in a level",
+            also=tuple(("levels", i, "score", "form") for i in range(-1, len(spec.levels))),
+            at_key=True,
+        )
+    used = {branch.over for branch in spec.attend}
+    used |= {name for level in spec.levels for name in (level.within, level.score.source)}
+    for i, level in enumerate(spec.levels):
+        if level.name not in used and level.select is None:
+            yield Problem(
+                code="HS079",
+                path=("levels", i, "name"),
+                message=f"expected a branch or a level that uses '{level.name}', got none",
+                help=f"write 'over: {level.name}' in 'attend', or remove the level",
+                also=(*_uses(spec), ("levels", i, "select")),
+            )
+
+
+def _kvs(spec: Spec) -> Iterator[Problem]:
+    for i, level in enumerate(spec.levels):
+        if level.kv is not None and level.score.form != "dot" and level.pool is None:
+            yield _idle_kv(("levels", i), "this level neither scores nor pools keys", spec)
+        elif level.kv is not None and level.score.form == "relu_weighted":
+            yield _idle_kv(("levels", i), "the index has keys of its own", spec)
+    for i, branch in enumerate(spec.attend):
+        if branch.kv is not None and branch.values == "pooled":
+            why = f"the pooled entries are those of the level '{branch.over}'"
+            yield _idle_kv(("attend", i), why, spec)
+
+
+def _idle_kv(path: Path, why: str, spec: Spec) -> Problem:
+    return Problem(
+        code="HS081",
+        path=(*path, "kv"),
+        message=f"'kv' has no use here: {why}",
+        help="remove 'kv'",
+        also=((*path, "score"), (*path, "pool"), (*path, "values")),
+        at_key=True,
+    )
+
+
+_REFERENCES: tuple[Rule, ...] = (_unique_names, _references)
+_RULES: tuple[Rule, ...] = (
+    _heads,
+    _tensor_names,
+    _partitions,
+    _pools,
+    _scores,
+    _maps,
+    _nesting,
+    _selects,
+    _branches,
+    _combines,
+    _unused,
+    _kvs,
+)

@@ -1,0 +1,73 @@
+"""A Spec -> YAML text, in one canonical layout: `parse(dump(spec)) == spec`."""
+
+from __future__ import annotations
+
+import json
+
+from hsgen.errors import Span
+from hsgen.spec import syntax
+from hsgen.spec.model import Blocks, HeadDim, Level, Node, Partition, Spec
+
+_PLACE = Span(file="", line=1, column=1)
+
+
+def dump(spec: Spec) -> str:
+    """Write a spec, leaving out what is the default."""
+    lines = [f"hsgen: {spec.hsgen}", f"name: {_word(spec.name)}"]
+    lines += [f"source: {_word(spec.source)}"] if spec.source is not None else []
+    lines += [f"heads: {_flow(spec.heads)}"] if spec.heads else []
+    lines += [f"head_dim: {_head_dim(spec.head_dim)}"] if spec.head_dim else []
+    lines.append(f"causal: {_word(spec.causal)}")
+    lines += [f"index: {_flow(spec.index)}"] if spec.index else []
+    lines += ["levels:", *(line for level in spec.levels for line in _level(level))] if spec.levels else []
+    lines += ["attend:", *(f"  - {_flow(branch)}" for branch in spec.attend)]
+    lines += [f"combine: {_flow(spec.combine)}"] if spec.combine else []
+    return "\n".join(lines) + "\n"
+
+
+def _level(level: Level) -> list[str]:
+    parts = [f"name: {_word(level.name)}"]
+    parts += [f"within: {_word(level.within)}"] if level.within else []
+    parts.append(f"partition: {_partition(level.partition)}")
+    parts += [f"kv: {_word(level.kv)}"] if level.kv else []
+    parts += [f"pool: {_flow(level.pool)}"] if level.pool else []
+    parts.append(f"score: {_flow(level.score)}")
+    parts += [f"select: {_flow(level.select)}"] if level.select else []
+    return [f"  {'-' if i == 0 else ' '} {part}" for i, part in enumerate(parts)]
+
+
+def _partition(partition: Partition) -> str:
+    if not isinstance(partition, Blocks):
+        return "tokens"
+    stride = f", stride: {partition.stride}" if partition.stride != partition.size else ""
+    return f"{{blocks: {partition.size}{stride}}}"
+
+
+def _head_dim(head_dim: HeadDim) -> str:
+    return str(head_dim.qk) if head_dim.qk == head_dim.v else _flow(head_dim)
+
+
+def _flow(node: Node) -> str:
+    """A mapping on one line; fields that have their default are left out."""
+    parts: list[str] = []
+    for field, info in type(node).model_fields.items():
+        value = getattr(node, field)
+        if not info.is_required() and value == info.get_default():
+            continue
+        key = "from" if field == "source" else field
+        parts.append(f"{key}: {_flow(value) if isinstance(value, Node) else _word(value)}")
+    return f"{{{', '.join(parts)}}}"
+
+
+def _word(value: str | float | bool) -> str:
+    """A single value, in quotes where it would be read as something else without."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        text = repr(value)
+        return text.replace("e", ".0e") if "e" in text and "." not in text else text
+    safe = value.isascii() and value.isidentifier()
+    plain = safe and syntax.value(syntax.Word(text=value, plain=True, span=_PLACE)) == value
+    return value if plain else json.dumps(value, ensure_ascii=False)

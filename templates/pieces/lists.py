@@ -1,0 +1,20 @@
+"""Union lists: which entries the rows of a tile chose between them, and which rows chose each.
+
+A pair is entry * ROWS + row.  Sorted, the pairs of one entry are a run, and the runs ascend.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def run_sum(x, start):
+    """The sum of each run, right at its last place; wraps around.  x, start: [N] -> [N]"""
+    through = tl.cumsum(x, 0)
+    return through - tl.gather(through - x, start, 0)
+
+
+@triton.jit
+def row_bits(row, counts, WORD: tl.constexpr):
+    """Rows 32 * WORD to 32 * WORD + 31 as single bits of a word.  row, counts: [N] -> [N]"""
+    return tl.where(counts & (row // 32 == WORD), 1 << (row % 32), 0)

@@ -1,0 +1,63 @@
+"""The k greatest keys of each row: a bisection that counts, then places in ascending position.
+
+Between passes a row is three numbers: every key >= high is taken, `above` of them, and of the keys
+equal to low (none, once low == high) as many as are missing, the lower positions first.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def count_keys(key):
+    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
+    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
+    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
+
+
+@triton.jit
+def bisect_start(candidates, forced, k):
+    """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
+    few = candidates <= k
+    low = tl.zeros_like(candidates) - 0x7FFFFFFF
+    high = tl.where(few, low, 0x7FFFFFFF)
+    return low, high, tl.where(few, candidates, forced)
+
+
+@triton.jit
+def bisect_middle(low, high):
+    """Halfway, rounded down, without overflow; `low` itself: the row is done."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def bisect_step(low, high, above, middle, count, k):
+    """Halve the interval, knowing the count of keys >= middle.  All [R]"""
+    unfinished = middle != low
+    lower = unfinished & (count <= k)
+    low = tl.where(unfinished & (count >= k), middle, low)
+    high = tl.where(lower, middle, high)
+    return low, high, tl.where(lower, count, above)
+
+
+@triton.jit
+def missing_ties(low, high, above, k):
+    """How many keys equal to low are taken.  -> [R]"""
+    return tl.where(low < high, tl.maximum(k - above, 0), 0)
+
+
+@triton.jit
+def place_keys(key, low, high, ties, above_before, ties_before):
+    """Which keys are taken, and into which slot.  key: [R, N] -> taken, slot: [R, N], the two counts: [R]
+
+    `ties`: keys equal to low that are taken.  One scan counts both kinds, 16 bits each: N < 32768.
+    """
+    above = (key >= high[:, None]).to(tl.int32)
+    tie = (key == low[:, None]).to(tl.int32) * (1 - above)
+    both = tl.cumsum(above + (tie << 16), 1)
+    above_through = above_before[:, None] + (both & 0xFFFF)
+    ties_through = ties_before[:, None] + (both >> 16)
+    slot = above_through + tl.minimum(ties_through, ties[:, None]) - 1
+    taken = (above + tie * (ties_through <= ties[:, None]).to(tl.int32)) > 0
+    total = tl.max(both, 1)
+    return taken, slot, above_before + (total & 0xFFFF), ties_before + (total >> 16)

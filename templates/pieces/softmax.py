@@ -1,0 +1,32 @@
+"""The online softmax, in base 2: scores come multiplied by log2(e)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softmax_step(s, m, l):
+    """One tile of scores.  s: [M, N], m, l: [M] -> p: [M, N], new m, new l, rescale of old sums.
+
+    A row whose keys are all masked so far keeps m = -inf; its rescale and weights are 0, not NaN.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - m_safe[:, None])
+    rescale = tl.exp2(m - m_safe)
+    return p, m_new, l * rescale + tl.sum(p, 1), rescale
+
+
+@triton.jit
+def natural_lse(m, l):
+    """Natural log-sum-exp from a base-2 maximum and sum; -inf where no key was seen."""
+    empty = l == 0.0
+    return tl.where(
+        empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * 0.6931471805599453
+    )
+
+
+@triton.jit
+def reciprocal_or_zero(l):
+    """1 / l, and 0 for an empty row: its output is 0."""
+    return tl.where(l == 0.0, 0.0, 1.0 / tl.where(l == 0.0, 1.0, l))

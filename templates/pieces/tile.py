@@ -1,0 +1,41 @@
+"""Tiles of rows of a strided tensor whose last dimension is contiguous."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(base, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows [N] of one head, columns [OFFSET, OFFSET + WIDTH).  -> [N, WIDTH]"""
+    columns = OFFSET + tl.arange(0, WIDTH)
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :])
+
+
+@triton.jit
+def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
+    """As load_tile; 0 where `mask: [N]` is false, and nothing is read there."""
+    columns = OFFSET + tl.arange(0, WIDTH)
+    address = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(address, mask=mask[:, None], other=0.0)
+
+
+@triton.jit
+def load_queries(
+    base, token, t_stride, head, h_stride, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Rows of packed (token, head) pairs: token, head, mask: [M] -> [M, WIDTH], 0 where masked."""
+    columns = OFFSET + tl.arange(0, WIDTH)
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    return tl.load(base + row[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
+
+
+@triton.jit
+def store_outputs(
+    base, token, t_stride, head, h_stride, mask, x, OFFSET: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The inverse of load_queries.  x: [M, WIDTH]"""
+    columns = OFFSET + tl.arange(0, WIDTH)
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    tl.store(
+        base + row[:, None] + columns[None, :], x.to(base.dtype.element_ty), mask=mask[:, None]
+    )

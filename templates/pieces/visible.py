@@ -1,0 +1,46 @@
+"""Which entries of a level a row may use: the complete ones, and the ones it is forced to take.
+
+Entry e covers tokens [e * STRIDE, e * STRIDE + SIZE).  p is the row's position, negative before its keys.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Entries that hold at least one key at all, up to the row's own when causal."""
+    limit = (k_len + STRIDE - 1) // STRIDE
+    if CAUSAL:
+        limit = tl.minimum(limit, tl.maximum(p + STRIDE, 0) // STRIDE)
+    return limit
+
+
+@triton.jit
+def complete_limit(
+    p, k_len, SIZE: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, SHORT: tl.constexpr
+):
+    """Complete entries are those below this.  SHORT: the last one may be short, if not causal."""
+    whole = tl.maximum(k_len + STRIDE - SIZE, 0) // STRIDE
+    if CAUSAL:
+        return tl.minimum(whole, tl.maximum(p + 1 + STRIDE - SIZE, 0) // STRIDE)
+    elif SHORT:
+        return (k_len + STRIDE - 1) // STRIDE
+    else:
+        return whole
+
+
+@triton.jit
+def is_forced(
+    e,
+    p,
+    k_len,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """The FIRST entries, and the LAST ones that end with the row's own."""
+    own = tl.maximum(p + STRIDE, 0) // STRIDE - 1
+    forced = (e < FIRST) | ((e > own - LAST) & (e <= own))
+    return forced & (e >= 0) & (e < entry_limit(p, k_len, STRIDE, CAUSAL))

@@ -1,0 +1,330 @@
+"""Evaluates a Graph one operator after another, in plain torch float64, loops and all.
+
+Shares no code with the reference: where both agree, the planner has understood the spec, and a pass
+that changes no result here has kept the meaning.  Dense batches, query rows aligned at the bottom right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from hsgen.graph import (
+    Attend,
+    Gate,
+    Graph,
+    Input,
+    LogSumExp,
+    Map,
+    Node,
+    Normalise,
+    Pool,
+    Reduce,
+    Score,
+    Select,
+    Union,
+    partitions,
+    short_last,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scores:
+    """value: [B, T, H, N]; there: bool[B, T, H, N], complete and, with `within`, inside the beam."""
+
+    value: Tensor
+    there: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chosen:
+    """member: bool[B, T, H, N]; indices: i32[B, T, H, K], ascending, -1 padded."""
+
+    member: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Attended:
+    """o: [B, T, Hq, Dv], lse: [B, Hq, T]; seen: bool[B, T, Hq, keys], for a union."""
+
+    o: Tensor
+    lse: Tensor
+    seen: Tensor | None = None
+
+
+Value = Tensor | Scores | Chosen | Attended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Evaluation:
+    o: Tensor
+    lse: dict[str, Tensor]
+    selection: dict[str, Tensor]
+    values: dict[str, Value]
+
+
+def evaluate(graph: Graph, tensors: Mapping[str, Tensor]) -> Evaluation:
+    """Every node of `graph`, on these inputs."""
+    run = _Run(graph=graph, tensors=tensors, values={})
+    for node in graph.nodes():
+        run.values[node.name] = _evaluate(run, node)
+    o = run.values[graph.outputs.o]
+    return Evaluation(
+        o=o if isinstance(o, Tensor) else o.o,
+        lse={branch: run.values[name] for branch, name in graph.outputs.lse.items()},
+        selection={x: run.values[name].indices for x, name in graph.outputs.selection.items()},
+        values=run.values,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Run:
+    graph: Graph
+    tensors: Mapping[str, Tensor]
+    values: dict[str, Value]
+
+    @property
+    def keys(self) -> int:
+        """S"""
+        return next(x.shape[1] for name, x in self.tensors.items() if name in ("k", "k_index"))
+
+    @property
+    def positions(self) -> list[int]:
+        rows = self.tensors["q"].shape[1]
+        return [self.keys - rows + t for t in range(rows)]
+
+    def entries(self, level: str) -> int:
+        return math.ceil(self.keys / partitions(self.graph)[level][1])
+
+    def complete(self, level: str, p: int, e: int) -> bool:
+        """Whether entry e counts for a row at position p."""
+        size, stride = partitions(self.graph)[level]
+        whole = e * stride + size <= self.keys
+        if self.graph.meta.causal:
+            return whole and e * stride + size - 1 <= p
+        return whole or short_last(self.graph, level)
+
+    def complete_mask(self, level: str) -> Tensor:
+        """bool[1, T, 1, N]"""
+        rows = [
+            [self.complete(level, p, e) for e in range(self.entries(level))] for p in self.positions
+        ]
+        return torch.tensor(rows).view(1, len(rows), 1, -1)
+
+
+def _evaluate(run: _Run, node: Node) -> Value:
+    operands = [run.values[name] for name in node.inputs]
+    match node.op:
+        case Input():
+            return run.tensors[node.name].double()
+        case Pool():
+            return _pool(run, node.op, *operands)
+        case Score():
+            return _score(run, node.op, operands)
+        case LogSumExp():
+            x = operands[0]
+            return x.lse if isinstance(x, Attended) else _masked(x).logsumexp(-1).transpose(1, 2)
+        case Normalise():
+            score, lse = operands
+            mass = (_masked(score) - lse.transpose(1, 2).unsqueeze(-1)).exp()
+            return Scores(value=mass.masked_fill(~score.there, 0.0), there=score.there)
+        case Reduce():
+            return _reduce(run, node.op, *operands)
+        case Map():
+            return _map(run, node.op, *operands)
+        case Select():
+            return _select(run, node.op, *operands)
+        case Attend():
+            return _attend(run, node, *operands)
+        case Gate():
+            gates, *branches = operands
+            return sum(gates[..., c, None] * branch.o for c, branch in enumerate(branches))
+        case Union():
+            return _union(run, node)
+        case _:
+            assert_never(node.op)
+
+
+def _masked(score: Scores) -> Tensor:
+    return score.value.masked_fill(~score.there, -math.inf)
+
+
+def _spread(x: Tensor, heads: int) -> Tensor:
+    """Selection heads to more heads, dim 2."""
+    return x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def _pool(
+    run: _Run, op: Pool, x: Tensor, weight: Tensor | None = None, position: Tensor | None = None
+) -> Tensor:
+    entries = []
+    for e in range(run.entries(op.level)):
+        tokens = x[:, e * op.stride : e * op.stride + op.size]  # [B, slots, (H,) D]
+        if op.how == "mean":
+            entries.append(tokens.mean(1))
+        elif op.how == "max":
+            entries.append(tokens.amax(1))
+        else:
+            entries.append(_linear(op, tokens, weight, position))
+    return torch.stack(entries, 1)
+
+
+def _linear(op: Pool, tokens: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+    """[B, size, (H,) D] -> [B, (H,) D], 0 where the entry lacks tokens."""
+    if tokens.shape[1] < op.size:
+        return torch.zeros_like(tokens[:, 0])
+    by_head = tokens if tokens.ndim == 4 else tokens.unsqueeze(2)
+    total = 0.0
+    for slot in range(op.size):
+        y = by_head[:, slot] + (0.0 if position is None else position[:, slot])
+        total = total + (y.unsqueeze(-2) @ weight[:, slot]).squeeze(-2)
+    return total if tokens.ndim == 4 else total.squeeze(1)
+
+
+def _dots(q: Tensor, k: Tensor) -> Tensor:
+    """[B, T, Hq, D], [B, N, Hkv, D] -> [B, T, Hq, N]"""
+    keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    return torch.einsum("bthd,bnhd->bthn", q, keys)
+
+
+def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
+    query, keys = operands[:2]
+    if op.form == "dot":
+        value = _dots(query, keys)
+    else:
+        heads = torch.einsum("bthd,bnd->bthn", query, keys).clamp(min=0)
+        value = (operands[2].unsqueeze(-1) * heads).sum(2, keepdim=True)
+    there = run.complete_mask(op.level).expand(value.shape)
+    if op.within is not None:
+        there = there & _in_beam(run, op, operands[-1], value.shape[2])
+    scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
+    return Scores(value=value * scale, there=there)
+
+
+def _in_beam(run: _Run, op: Score | Select, parent: Chosen, heads: int) -> Tensor:
+    """Children of chosen parents.  bool[B, T, heads, N]"""
+    assert op.within is not None
+    size, _ = partitions(run.graph)[op.within]
+    parents = [e * op.stride // size for e in range(run.entries(op.level))]
+    return _spread(parent.member[..., parents], heads)
+
+
+def _reduce(run: _Run, op: Reduce, score: Scores) -> Scores:
+    heads = {"group": run.graph.sizes["Hkv"], "all": 1}[op.share]
+    grouped = score.value.unflatten(2, (heads, -1))
+    how = {"sum": grouped.sum, "mean": grouped.mean, "max": grouped.amax}[op.how]
+    there = score.there.unflatten(2, (heads, -1))
+    assert (there.all(3) == there.any(3)).all(), "heads that share differ in what they see"
+    return Scores(value=how(3), there=there.all(3))
+
+
+def _map(run: _Run, op: Map, source: Scores) -> Scores:
+    none = -math.inf if op.how == "max" else 0.0
+    gathered = []
+    for e in range(run.entries(op.level)):
+        value = torch.full_like(source.value[..., 0], none)
+        for offset, weight in op.taps:
+            i = e * op.ratio + offset
+            if not 0 <= i < source.value.shape[-1]:
+                continue
+            x = source.value[..., i].masked_fill(~source.there[..., i], none)
+            value = torch.maximum(value, x) if op.how == "max" else value + weight * x
+        gathered.append(value)
+    value = torch.stack(gathered, -1)
+    return Scores(value=value, there=run.complete_mask(op.level).expand(value.shape))
+
+
+def _select(run: _Run, op: Select, score: Scores, parent: Chosen | None = None) -> Chosen:
+    B, T, H, N = score.value.shape
+    beam = torch.ones(B, T, H, N, dtype=torch.bool)
+    if parent is not None:
+        beam = _in_beam(run, op, parent, H)
+    member = torch.zeros(B, T, H, N, dtype=torch.bool)
+    indices = torch.full((B, T, H, op.width), -1, dtype=torch.int32)
+    for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
+        row, inside = score.value[b, t, h].tolist(), beam[b, t, h].tolist()
+        forced = {e for e in _forced(run, op, run.positions[t], N) if inside[e]}
+        there = score.there[b, t, h].tolist()
+        candidates = [e for e in range(N) if e in forced or (there[e] and inside[e])]
+        best = sorted(candidates, key=lambda e: (e not in forced, -row[e], e))  # noqa: B023
+        kept = sorted(best[: op.k + (0 if op.counted else len(forced))])
+        member[b, t, h, kept] = True
+        indices[b, t, h, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
+    return Chosen(member=member, indices=indices)
+
+
+def _forced(run: _Run, op: Select, p: int, N: int) -> set[int]:
+    own = p // op.stride
+    first = range(op.first)
+    last = range(own - op.last + 1, own + 1)
+    upper = min(own, N - 1) if run.graph.meta.causal else N - 1
+    return {e for e in (*first, *last) if 0 <= e <= upper}
+
+
+def _attend(
+    run: _Run, node: Node, query: Tensor, keys: Tensor, values: Tensor, chosen: Chosen | None = None
+) -> Attended:
+    op = node.op
+    assert isinstance(op, Attend)
+    if op.over == "pooled":
+        pool = run.graph[node.inputs[1]].op
+        assert isinstance(pool, Pool)
+        seen = run.complete_mask(pool.level)
+    else:
+        seen = _seen_tokens(run, op, keys, chosen)
+    seen = _spread(seen.expand(query.shape[0], -1, -1, -1), query.shape[2])
+    return _softmax(op.scale, query, [(keys, values, seen)])
+
+
+def _seen_tokens(run: _Run, op: Attend, keys: Tensor, chosen: Chosen | None) -> Tensor:
+    """bool[B or 1, T, H, S]"""
+    rows = []
+    for p in run.positions:
+        token = torch.arange(keys.shape[1])
+        visible = token <= p if run.graph.meta.causal else token >= 0
+        if op.window is not None:
+            visible = visible & ((p - token).abs() < op.window)
+        rows.append(visible)
+    visible = torch.stack(rows)[None, :, None]
+    if chosen is None:
+        return visible
+    covered = torch.zeros(*chosen.member.shape[:3], keys.shape[1], dtype=torch.bool)
+    for e in range(chosen.member.shape[-1]):
+        start = e * op.stride
+        covered[..., start : start + op.size] |= chosen.member[..., e, None]
+    return covered & visible
+
+
+def _softmax(
+    scale: float | None, query: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]
+) -> Attended:
+    """One softmax over parts of (keys, values, seen); a row that sees nothing: 0 and -inf."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = [(_dots(query, k) * scale).masked_fill(~seen, -math.inf) for k, _, seen in parts]
+    lse = torch.cat(logits, -1).logsumexp(-1)  # [B, T, Hq]
+    o = 0.0
+    for logit, (_, v, _) in zip(logits, parts, strict=True):
+        weights = (logit - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
+        values = v.repeat_interleave(query.shape[2] // v.shape[2], 2)
+        o = o + torch.einsum("bthn,bnhd->bthd", weights, values)
+    seen = parts[0][2] if len(parts) == 1 else None
+    return Attended(o=o, lse=lse.transpose(1, 2), seen=seen)
+
+
+def _union(run: _Run, node: Node) -> Attended:
+    """Branches over the same keys see what either sees."""
+    merged: dict[tuple[str, str], Tensor] = {}
+    attends = run.graph.operands(node)
+    for attend in attends:
+        source = (attend.inputs[1], attend.inputs[2])
+        seen = run.values[attend.name].seen
+        merged[source] = merged[source] | seen if source in merged else seen
+    query = run.values[attends[0].inputs[0]]
+    parts = [(run.values[k], run.values[v], seen) for (k, v), seen in merged.items()]
+    return _softmax(attends[0].op.scale, query, parts)

@@ -1,0 +1,197 @@
+"""Small specs, as values, that between them use every operator and every field the planner reads."""
+
+from __future__ import annotations
+
+import torch
+
+from hsgen.reference import tensor_shapes
+from hsgen.spec import (
+    Attend,
+    Blocks,
+    Combine,
+    Force,
+    HeadDim,
+    Heads,
+    Index,
+    Level,
+    Pool,
+    Score,
+    Select,
+    Spec,
+    Tokens,
+)
+
+
+def blocks(size: int, stride: int | None = None) -> Blocks:
+    return Blocks(size=size, stride=stride or size)
+
+
+def spec(
+    name: str, levels: list[Level], attend: list[Attend], *, kv: int = 2, **more: object
+) -> Spec:
+    """Four query heads; qk dim 6 and v dim 5."""
+    given = {"heads": Heads(query=4, kv=kv), "head_dim": HeadDim(qk=6, v=5)} | more
+    return Spec(name=name, levels=tuple(levels), attend=tuple(attend), **given)
+
+
+def top(k: int, **force: int) -> Select:
+    return Select(top_k=k, force=Force(**force))
+
+
+SELECTED = Attend(name="selected", over="block")
+WINDOW = Attend(name="window", window=5)
+DOT = Score(form="dot")
+MEAN = Pool(keys="mean")
+SMALL_INDEX = Index(heads=3, dim=4)
+
+
+def compressed(size: int, stride: int, **score: object) -> Level:
+    return Level(
+        name="compressed",
+        partition=blocks(size, stride),
+        kv="compressed",
+        pool=Pool(keys="linear", values="linear", position="learned"),
+        score=Score(form="dot", normalise="softmax", share="group", reduce="sum", **score),
+    )
+
+
+def mapped(how: str, size: int = 8, k: int = 3) -> Level:
+    return Level(
+        name="block",
+        partition=blocks(size),
+        score=Score(source="compressed", map=how),
+        select=top(k, first=1, last=2),
+    )
+
+
+POOLED = Attend(name="compressed", over="compressed", values="pooled")
+OWN_WINDOW = Attend(name="window", window=5, kv="window")
+GATES = Combine(gates="input")
+UNION = Combine(softmax="union")
+
+
+def moba(share: str = "head", reduce: str | None = None, **more: object) -> list[Level]:
+    score = Score(form="dot", scale="none", share=share, reduce=reduce)
+    return [Level(name="block", partition=blocks(8), pool=MEAN, score=score, select=top(3, last=1))]
+
+
+def hisa(child_size: int, **force: int) -> list[Level]:
+    relu = Score(form="relu_weighted", share="all")
+    fine = Tokens() if child_size == 1 else blocks(child_size)
+    return [
+        Level(
+            name="coarse",
+            partition=blocks(8),
+            pool=MEAN,
+            score=relu,
+            select=Select(beam=3, force=Force(first=1, last=1)),
+        ),
+        Level(
+            name="block",
+            within="coarse",
+            partition=fine,
+            pool=None if child_size == 1 else MEAN,
+            score=relu,
+            select=top(7, **force),
+        ),
+    ]
+
+
+CASES = [
+    spec("moba", moba(), [SELECTED], kv=4),
+    spec("moba_gqa", moba(), [SELECTED]),
+    spec("moba_group", moba("group", "mean"), [SELECTED]),
+    spec("moba_all", moba("all", "max"), [SELECTED]),
+    spec("moba_not_causal", moba(), [SELECTED], causal=False),
+    spec("nsa", [compressed(4, 2), mapped("overlap_sum")], [POOLED, SELECTED, OWN_WINDOW], combine=GATES),
+    spec("nsa_wide", [compressed(6, 2), mapped("overlap_sum")], [SELECTED, POOLED], combine=GATES),
+    spec("nsa_scale", [compressed(4, 2, scale=0.3), mapped("sum")], [POOLED, SELECTED], combine=GATES),
+    spec("nsa_not_causal", [compressed(4, 4), mapped("max")], [POOLED, SELECTED], combine=GATES, causal=False),
+    spec("nsa_union", [compressed(4, 2), mapped("overlap_sum")], [POOLED, SELECTED, WINDOW], combine=UNION),
+    spec("hisa", hisa(1), [SELECTED], index=SMALL_INDEX),
+    spec("hisa_blocks", hisa(2, last=1), [SELECTED], index=SMALL_INDEX),
+    spec("union_own_keys", moba(), [SELECTED, WINDOW, Attend(name="far", window=9, kv="far")], combine=UNION),
+    spec("window", [], [Attend(name="window", window=7)]),
+    spec("window_not_causal", [], [Attend(name="window", window=7)], causal=False),
+    spec(
+        "uncounted",
+        [
+            Level(
+                name="block",
+                partition=blocks(4),
+                pool=Pool(keys="max"),
+                score=DOT,
+                select=Select(top_k=2, force=Force(first=1, last=2, counted=False)),
+            )
+        ],
+        [SELECTED],
+    ),
+    spec(
+        "overlapping",
+        [Level(name="block", partition=blocks(6, 3), pool=MEAN, score=DOT, select=top(3, last=1))],
+        [SELECTED],
+    ),
+    spec(
+        "tokens",
+        [
+            Level(
+                name="block",
+                partition=Tokens(),
+                score=Score(form="dot", normalise="softmax", share="all", reduce="sum"),
+                select=top(6),
+            )
+        ],
+        [SELECTED],
+    ),
+    spec(
+        "beam_of_dots",
+        [
+            Level(
+                name="coarse",
+                partition=blocks(8),
+                pool=MEAN,
+                score=Score(form="dot", share="group", reduce="max"),
+                select=Select(beam=2, force=Force(last=1)),
+            ),
+            Level(
+                name="block",
+                within="coarse",
+                partition=blocks(4),
+                pool=MEAN,
+                score=Score(form="dot", normalise="softmax"),
+                select=top(3, first=1, last=1),
+            ),
+        ],
+        [SELECTED],
+    ),
+    spec(
+        "reduced_map",
+        [
+            Level(
+                name="compressed",
+                partition=blocks(2),
+                pool=MEAN,
+                score=Score(form="dot", normalise="softmax"),
+            ),
+            Level(
+                name="block",
+                partition=blocks(8),
+                score=Score(source="compressed", map="max", share="group", reduce="mean"),
+                select=top(2),
+            ),
+        ],
+        [SELECTED],
+    ),
+]
+
+
+def random_tensors(
+    spec: Spec, rows: int, keys: int, *, batch: int = 1
+) -> dict[str, torch.Tensor]:
+    """Float64 tensors for every input of a spec."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = tensor_shapes(spec, batch, rows, keys)
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
