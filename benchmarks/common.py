@@ -23,7 +23,6 @@ from torch import Tensor
 from hsgen.spec import Blocks, HeadDim, Heads, Index, Level, Select, Spec
 
 ROOT = Path(__file__).resolve().parent.parent
-SPECS = ROOT / "specs"
 RESULTS = ROOT / "benchmarks" / "results"
 SHIPPED_CAPTURE = ROOT / "tests" / "data" / "smollm2_layer05.safetensors"
 

@@ -61,11 +61,11 @@ def cases(
 ) -> Iterator[Case]:
     """Every system at every block size and budget."""
     for system, derive in (("moba", _moba), ("nsa", _nsa), ("hisa", _hisa)):
-        shipped = language.load(common.SPECS / f"{system}.yaml")
-        bound = common.bind(shipped, query=heads, kv=1, dim=dim)
+        bound = common.bind(language.load(system), query=heads, kv=1, dim=dim)
         for block in blocks:
             for budget in budgets:
                 spec, level = derive(bound, block, budget * tokens)
+                spec = language.verify(spec)
                 size = spec.level(level).partition.size
                 yield Case(
                     system=system, block=block, budget=budget, spec=spec, level=level, size=size
@@ -105,7 +105,7 @@ def tensors(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
             return raw | _compression(case.spec, k, v) | {"gates": _selected_only(case.spec, q)}
         case "hisa":
             ones = torch.ones_like(q[..., 0])
-            return raw | {"q_index": q, "k_index": k[:, :, 0], "w_index": ones}
+            return raw | {"q_index": q, "k_index": _centred(k[:, :, 0]), "w_index": ones}
     raise ValueError(f"unknown system {case.system!r}")
 
 
@@ -122,6 +122,12 @@ def _compression(spec: Spec, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         "compressed_value_weight": weight,
         "compressed_value_position": position,
     }
+
+
+def _centred(k: Tensor) -> Tensor:
+    """Index keys: minus their mean over the input, so that ReLU cuts at a query's average score."""
+    wide = k.double()  # the same bits on every device, once rounded
+    return (wide - wide.mean(1, keepdim=True)).to(k.dtype)
 
 
 def _selected_only(spec: Spec, q: Tensor) -> Tensor:
@@ -415,10 +421,11 @@ block and the latest ones (where single tokens are selected, the first {sink} an
 | nsa | learned compression | identity / size for every slot and position 0: the mean |
 | nsa | keys and values per branch | the same k and v for all three |
 | nsa | gates | 1 for the selected branch, 0 for the others: mass and error are of that branch |
-| hisa | index queries, keys, weights | the group's three query heads, its key, 1 |
+| hisa | index queries, keys, weights | the group's three query heads; its key minus its mean over the input; 1 |
 | hisa | beam | the block filter keeps {beam} the attended tokens |
 
-nsa compresses by half a block at a quarter block's stride, the paper's proportions.
+hisa's ReLU needs the mean gone: q·k is positive for only 0.2 to 14 % of the visible pairs of these heads, and
+what ReLU makes 0 is chosen by position.  Subtracting it moves no head's own order.  nsa compresses by half a block at a quarter block's stride, the paper's proportions.
 """
 
 HEAD_TEXT = """The worst rows are the selection's own.\n"""

@@ -1,4 +1,6 @@
-"""A compiler for hierarchical sparse attention: text -> Spec -> Graph -> Plan -> Sources -> Module -> Kernel.
+"""A compiler for hierarchical sparse attention.
+
+text -> Spec -> Graph -> Plan -> Sources -> Module -> Kernel; every noun is a frozen value.
 
     spec        what an attention means, from YAML text            hsgen.spec.load
     reference   the meaning itself, in plain PyTorch
@@ -16,7 +18,7 @@ Shapes in this package:
     S    key tokens                     N            entries of a level
     Hq   query heads                    K            entries that one row selects
     Hkv  key/value heads                Hs           heads that select for themselves: Hq, Hkv or 1
-    G    group: Hq / Hkv                Z            sequences: B, or the documents of a packed batch
+    G    group: Hq / Hkv                Z            sequences: B, or documents of a packed batch
 
 Importing hsgen loads neither torch nor triton: each public name is imported when it is first used.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -209,14 +209,23 @@ def _check_top_level(file: _File) -> None:
                 _refuse(file.name, node, f"{type(node).__name__} at the top level")
     for node in ast.walk(file.tree):
         if isinstance(node, ast.FunctionDef):
-            for part in _run_when_defined(node):
-                _check_calls(file, part)
+            for decorator in node.decorator_list:
+                _check_decorator(file, decorator)
+            for default in (*node.args.defaults, *filter(None, node.args.kw_defaults)):
+                _check_calls(file, default)
 
 
-def _run_when_defined(node: ast.FunctionDef) -> Iterator[ast.AST]:
-    yield from node.decorator_list
-    yield from node.args.defaults
-    yield from (default for default in node.args.kw_defaults if default is not None)
+def _check_decorator(file: _File, node: ast.expr) -> None:
+    match node:
+        case ast.Attribute(value=ast.Name(id=base)) if file.modules.get(base) == "triton":
+            pass
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=base)), args=[]) if (
+            file.modules.get(base) == "triton"
+        ):
+            for keyword in node.keywords:
+                _check_calls(file, keyword.value)
+        case _:
+            _refuse(file.name, node, f"the decorator {ast.unparse(node)}")
 
 
 def _check_calls(file: _File, part: ast.AST) -> None:

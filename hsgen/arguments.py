@@ -6,6 +6,7 @@ the device.  Runs once for each new signature of a call, so it may be thorough.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -40,7 +41,8 @@ class Expected:
         spec: the spec's name, for messages.
         inputs: the tensors, q first, dimensions by name as the graph writes them.
         sizes: the dimensions that the spec fixes; the others are bound by the tensors.
-        selections: selection heads by selecting level, a name or a number, and slots of a row.
+        selections: by selecting level: its selection heads, a name or a number, and slots of a row.
+        attended: the levels that a caller's selection must have; the others only narrow these.
         where: says where the spec states a dimension, as `specs/nsa.yaml:6:1`; "" if unknown.
     """
 
@@ -48,6 +50,7 @@ class Expected:
     inputs: tuple[TensorInput, ...]
     sizes: Mapping[str, int]
     selections: Mapping[str, tuple[str, int]]
+    attended: tuple[str, ...]
     where: Callable[[str], str]
 
     def names(self) -> tuple[str, ...]:
@@ -63,20 +66,15 @@ class Problem:
     device: torch.device
     layout: Layout
     packed: bool
+    batch: int
+    tokens: int  # T, or the total of all queries when packed
+    keys: int  # S, or the total of all keys when packed
+    empty: bool  # no query attends to any key
 
     @property
-    def batch(self) -> int:
-        return self.sizes["B"]
-
-    @property
-    def tokens(self) -> int:
-        """T, or the total of all queries when packed."""
-        return self.sizes["T"]
-
-    @property
-    def keys(self) -> int:
-        """S, or the total of all keys when packed."""
-        return self.sizes["S"]
+    def rows(self) -> tuple[int, ...]:
+        """Leading dimensions of what has one row a query: (B, T), or (total,) when packed."""
+        return (self.tokens,) if self.packed else (self.batch, self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -137,9 +135,17 @@ def check_tensors(
         checker.check(each)
     if packed:
         checker.sizes["B"] = 1
-    q = tensors["q"]
+    q, sizes = tensors["q"], checker.sizes
     return Problem(
-        sizes=checker.sizes, dtype=q.dtype, device=q.device, layout=order, packed=packed
+        sizes=sizes,
+        dtype=q.dtype,
+        device=q.device,
+        layout=order,
+        packed=packed,
+        batch=sizes["B"],
+        tokens=sizes["T"],
+        keys=sizes["S"],
+        empty=sizes["B"] == 0 or sizes["T"] == 0 or sizes["S"] == 0,
     )
 
 
@@ -277,7 +283,9 @@ def check_lengths(lengths: Lengths, problem: Problem) -> None:
         value = getattr(lengths, name)
         if isinstance(value, Tensor):
             _check_int_tensor(name, value, sequences, problem.device, what="one a sequence")
-        elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        elif value is not None and (
+            isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
+        ):
             raise ArgumentError(
                 f"{name}: expected an int or int32 [{sequences}], got {type(value).__name__}"
             )
@@ -345,7 +353,7 @@ def _check_cumulative(name: str, values: list[int], total: int) -> None:
             f"{name}: expected 0 at the start and {total} at the end, "
             f"got {values[0]} and {values[-1]}"
         )
-    for z, (low, high) in enumerate(zip(values, values[1:], strict=False)):
+    for z, (low, high) in enumerate(itertools.pairwise(values)):
         if low > high:
             raise ArgumentError(f"{name}[{z + 1}]: expected at least {low}, got {high}")
 
@@ -371,6 +379,11 @@ def listed_selection(
             raise ArgumentError(
                 f"selection: spec {expected.spec!r} has no selecting level {level!r}",
                 help=f"{hint}levels here: {', '.join(expected.selections) or 'none'}",
+            )
+    for level in expected.attended:
+        if level not in given:
+            raise ArgumentError(
+                f"selection: expected level {level!r}, which is attended, got {', '.join(given)}"
             )
     return {level: _indices(level, given[level]) for level in expected.selections if level in given}
 
@@ -399,16 +412,16 @@ def check_selections(
 ) -> None:
     """Rank, rows, heads, dtype and device of indices that a caller passes in."""
     for level, indices in selections:
-        heads, _ = expected.selections[level]
+        heads, width = expected.selections[level]
         wanted = int(heads) if heads.isdecimal() else problem.sizes[heads]
         rows = [problem.tokens] if problem.packed else [problem.batch, problem.tokens]
         names = ["total_q"] if problem.packed else ["B", "T"]
-        fits = list(indices.shape[:-1]) == [*rows, wanted] and indices.shape[-1] > 0
+        fits = list(indices.shape[:-1]) == [*rows, wanted] and 0 < indices.shape[-1] <= width
         if not fits or indices.dtype != torch.int32 or indices.device != problem.device:
             shown = ", ".join(str(size) for size in [*rows, wanted])
             raise ArgumentError(
-                f"selection[{level!r}]: expected [{', '.join(names)}, Hs, K] = [{shown}, ?] int32 "
-                f"{problem.device}, got {list(indices.shape)} {_kind(indices)}",
+                f"selection[{level!r}]: expected [{', '.join(names)}, Hs, K] = [{shown}, 1 to {width}] "
+                f"int32 {problem.device}, got {list(indices.shape)} {_kind(indices)}",
                 help="selections are [B, T, Hs, K] in every layout; -1 fills unused slots",
             )
 

@@ -5,8 +5,7 @@ Never waits for the device: lengths that are tensors stay tensors.  Checks nothi
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 Q_START, Q_FIRST, Q_LEN, Q_OFFSET, K_FIRST, K_LEN = range(6)  # columns of Batch.table
 
-CACHED_TABLES = 512
+CACHED = 512  # batches of equal sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,16 +58,17 @@ def dense(
     """
     length = keys if kv_lens is None or isinstance(kv_lens, Tensor) else kv_lens
     offset = length - tokens if q_offset is None or isinstance(q_offset, Tensor) else q_offset
-    table = _constant_table(batch, tokens, offset, length, device)
-    if isinstance(kv_lens, Tensor) or isinstance(q_offset, Tensor):
-        table = table.clone()
-        if isinstance(kv_lens, Tensor):
-            table[:, K_LEN] = kv_lens
-        if isinstance(q_offset, Tensor):
-            table[:, Q_OFFSET] = q_offset
-        elif q_offset is None:
-            torch.sub(table[:, K_LEN], tokens, out=table[:, Q_OFFSET])
-    return Batch(table=table, sequences=batch, rows=batch * tokens, keys=length, packed=False)
+    equal = _equal_sequences(batch, tokens, offset, length, device)
+    if not isinstance(kv_lens, Tensor) and not isinstance(q_offset, Tensor):
+        return equal
+    table = equal.table.clone()
+    if isinstance(kv_lens, Tensor):
+        table[:, K_LEN] = kv_lens
+    if isinstance(q_offset, Tensor):
+        table[:, Q_OFFSET] = q_offset
+    elif q_offset is None:
+        torch.sub(table[:, K_LEN], tokens, out=table[:, Q_OFFSET])
+    return replace(equal, table=table)
 
 
 def packed(
@@ -114,34 +114,37 @@ def _column(value: int | Tensor | None, like: Tensor) -> Tensor | None:
     return torch.full_like(like, value)
 
 
-_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
-_tables_lock = Lock()
+_batches: dict[tuple[object, ...], Batch] = {}  # oldest first
+_batches_lock = Lock()
 
 
-def _constant_table(
+def _equal_sequences(
     batch: int, tokens: int, offset: int, length: int, device: torch.device
-) -> Tensor:
-    """The table of equal sequences, built once per stream.
+) -> Batch:
+    """The Batch of sequences that are all alike, built once per stream.
 
-    A graph capture neither reads the cache (its replays would outlive an entry) nor fills it (what
-    is captured has not run yet).
+    A table is read only on the stream that wrote it, so nothing need wait.  A graph capture neither
+    reads the cache (replays would outlive an entry) nor fills it (what is captured has not run yet).
     """
-    if device.type != "cuda":
-        key = (batch, tokens, offset, length, device)
-    elif torch.cuda.is_current_stream_capturing():
-        return _fill_table(batch, tokens, offset, length, device)
-    else:
-        # a table is only read on the stream that wrote it, so nothing need wait
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _new_batch(batch, tokens, offset, length, device)
         stream = torch.cuda.current_stream(device).cuda_stream
-        key = (batch, tokens, offset, length, device, stream)
-    table = _tables.get(key)
-    if table is None:
-        table = _fill_table(batch, tokens, offset, length, device)
-        with _tables_lock:
-            _tables[key] = table
-            if len(_tables) > CACHED_TABLES:
-                _tables.popitem(last=False)
-    return table
+    key = (batch, tokens, offset, length, device, stream)
+    found = _batches.get(key)
+    if found is None:
+        found = _new_batch(batch, tokens, offset, length, device)
+        with _batches_lock:
+            if len(_batches) >= CACHED:
+                _batches.pop(next(iter(_batches)), None)
+            _batches[key] = found
+    return found
+
+
+def _new_batch(batch: int, tokens: int, offset: int, length: int, device: torch.device) -> Batch:
+    table = _fill_table(batch, tokens, offset, length, device)
+    return Batch(table=table, sequences=batch, rows=batch * tokens, keys=length, packed=False)
 
 
 def _fill_table(batch: int, tokens: int, offset: int, length: int, device: torch.device) -> Tensor:

@@ -103,7 +103,12 @@ class _Checked:
 def summary(spec: Spec) -> str:
     """One line about a spec."""
     heads = f"{spec.heads.query}/{spec.heads.kv} heads" if spec.heads else "any heads"
-    parts = [spec.name, heads, _count(len(spec.levels), "level"), _count(len(spec.attend), "branch")]
+    parts = [
+        spec.name,
+        heads,
+        _count(len(spec.levels), "level"),
+        _count(len(spec.attend), "branch"),
+    ]
     return ", ".join([*parts, f"digest {spec.digest[:12]}"])
 
 

@@ -1,6 +1,6 @@
 """Every exception that hsgen raises on purpose, and the one form in which mistakes are shown.
 
-Knows nothing of YAML, graphs or GPUs: a `Span` is a place in some text, a `Diagnostic` a mistake there.
+Knows nothing of YAML, graphs or GPUs: a `Span` is a place in a text, a `Diagnostic` a mistake.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Diagnostic:
     severity: Severity = "error"
 
     def __str__(self) -> str:
-        return render(self.message, code=self.code, span=self.span, help=self.help, severity=self.severity)
+        return render(
+            self.message, code=self.code, span=self.span, help=self.help, severity=self.severity
+        )
 
     @property
     def position(self) -> tuple[int, int, str]:
@@ -126,7 +128,7 @@ def render(
     label = f"{severity}[{code}]" if code else severity
     lines = [f"{span}: {label}: {message}" if span else f"{label}: {message}"]
     margin = " " * (len(str(span.line)) if span else 1)
-    lines += _excerpt(span, margin) if span else ()
+    lines += _excerpt(span, margin) if span and span.text else ()
     lines += [f"{margin} = help: {help}"] if help else ()
     return "\n".join(printable(line) for line in lines)
 

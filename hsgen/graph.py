@@ -510,6 +510,7 @@ def verify(graph: Graph) -> Graph:
             _verify_node(graph, node)
         except GraphError as error:
             raise GraphError(f"%{node.name}: {error}") from None
+    _verify_partitions(graph)
     _verify_unique(graph)
     _verify_outputs(graph)
     heads, kv_heads = graph.sizes.get("Hq", 0), graph.sizes.get("Hkv", 1)
@@ -518,25 +519,34 @@ def verify(graph: Graph) -> Graph:
 
 
 def _verify_node(graph: Graph, node: Node) -> None:
-    known = partitions(graph)
     if isinstance(node.op, Input):
         _need(not node.inputs, "an input has no operands")
         return
     expected = result_type(node.op, graph.operands(node))
     _need(node.type == expected, f"expected {expected}, got {node.type}")
-    if isinstance(node.op, Map):
-        _, _, _, entries = _score_dims(graph[node.inputs[0]].type)
-        _, source = known[entries.removeprefix("N_")]
-        _need(
-            node.op.stride == node.op.ratio * source,
-            f"ratio {node.op.ratio} does not carry stride {source} to {node.op.stride}",
-        )
-    if isinstance(node.op, Attend) and node.op.over == "pooled":
-        pooled = known[graph[node.inputs[1]].type.dims[1].removeprefix("N_")]
-        _need(
-            pooled == (node.op.size, node.op.stride),
-            f"entries of size {pooled[0]}, stride {pooled[1]} are pooled",
-        )
+
+
+def _verify_partitions(graph: Graph) -> None:
+    """Operators of one level agree on its entries, and so do maps and pooled branches."""
+    known = partitions(graph)
+    for node in graph.nodes():
+        if isinstance(node.op, Map):
+            source = graph[node.inputs[0]].type.dims[-1].removeprefix("N_")
+            _need(
+                node.op.stride == node.op.ratio * known[source][1],
+                f"%{node.name}: ratio {node.op.ratio} does not carry stride {known[source][1]}"
+                f" to {node.op.stride}",
+            )
+        if isinstance(node.op, Attend) and node.op.over == "pooled":
+            level = graph[node.inputs[1]].type.dims[1].removeprefix("N_")
+            _need(
+                known[level] == (node.op.size, node.op.stride),
+                f"%{node.name}: level {level} has entries of {_entry_text(known[level])}",
+            )
+
+
+def _entry_text(partition: tuple[int, int]) -> str:
+    return f"size {partition[0]}, stride {partition[1]}"
 
 
 def partitions(graph: Graph) -> Mapping[str, tuple[int, int]]:
@@ -547,7 +557,8 @@ def partitions(graph: Graph) -> Mapping[str, tuple[int, int]]:
             own = (node.op.size, node.op.stride)
             _need(
                 found.setdefault(node.op.level, own) == own,
-                f"%{node.name}: level {node.op.level} has entries of {found[node.op.level]}",
+                f"%{node.name}: level {node.op.level} has entries of"
+                f" {_entry_text(found[node.op.level])}",
             )
     return found
 
@@ -635,7 +646,7 @@ def _about(graph: Graph, node: Node) -> str:
             names = [op.branch for op in gated if isinstance(op, Attend)]
             return f"gate of each branch: {', '.join(names)}"
         case "parameter":
-            return f"learned parameter of the pooling{of}"
+            return f"learned pooling{of}"
         case _:
             assert_never(node.op.role)
 

@@ -29,9 +29,9 @@ def data_dir(kind: DataKind) -> Path:
 
 
 def cache_dir() -> Path:
-    """The folder of compiled modules: $HSGEN_CACHE_DIR, else $XDG_CACHE_HOME/hsgen, else ~/.cache/hsgen."""
+    """The folder of compiled modules: $HSGEN_CACHE_DIR, $XDG_CACHE_HOME/hsgen or ~/.cache/hsgen."""
     if chosen := os.environ.get("HSGEN_CACHE_DIR"):
-        return Path(os.path.abspath(os.path.expanduser(chosen)))  # noqa: PTH100, PTH111 - abspath keeps links
+        return Path(chosen).expanduser().absolute()
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if base.is_absolute():  # the XDG specification: a relative path is to be ignored
         return base / "hsgen"
@@ -39,6 +39,11 @@ def cache_dir() -> Path:
         return Path.home() / ".cache" / "hsgen"
     except RuntimeError:  # no home at all, as for some service users
         return Path(tempfile.gettempdir()) / f"hsgen-{os.getuid()}"
+
+
+def wants_checks() -> bool:
+    """$HSGEN_CHECK: whether kernels look at the values of lengths and selections, which costs a wait."""
+    return os.environ.get("HSGEN_CHECK", "0") not in ("", "0")
 
 
 def wants_color() -> bool:

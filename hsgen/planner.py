@@ -1,7 +1,8 @@
 """Spec -> Graph: one operator a node, each level's steps in the fixed order of the language.
 
 pool -> score (form, scale) -> normalise -> reduce over heads -> map -> select, then the branches.
-Decides nothing about kernels; what the graph cannot say is a PlanError.
+Decides nothing about kernels.  Takes the rules of the language for granted; what they allow and the
+graph cannot say is a PlanError.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import Literal
 from hsgen import spec as language
 from hsgen.errors import PlanError
 from hsgen.graph import (
-    COARSENESS,
-    SHARE_HEADS,
     Attend,
     Gate,
     Graph,
@@ -39,11 +38,18 @@ from hsgen.graph import (
 
 
 def plan(spec: language.Spec) -> Graph:
-    """The operators of a spec, one a node, verified."""
-    builder = _Builder(spec=spec)
+    """The operators of a spec, one a node, verified.
+
+    Heads and head dims that the spec leaves open stay names without sizes.
+
+    Raises:
+        SpecError: the spec, made in Python, breaks rules of the language.
+        PlanError: the graph has no operators for it yet.
+    """
+    builder = _Builder(spec=language.verify(spec))
     for level in spec.levels:
         _plan_level(builder, level)
-    branches = [_plan_branch(builder, branch) for branch in spec.attend]
+    branches = [_plan_branch(builder, i, branch) for i, branch in enumerate(spec.attend)]
     outputs = _plan_combine(builder, branches)
     graph = Graph.build(
         builder.nodes.values(), outputs=outputs, sizes=_sizes(spec), meta=_meta(spec)
@@ -63,7 +69,7 @@ def _sizes(spec: language.Spec) -> dict[str, int]:
 
 
 def _meta(spec: language.Spec) -> Meta:
-    return Meta(name=spec.name, source=spec.source, causal=spec.causal)
+    return Meta(name=spec.name, source=spec.source, causal=spec.causal, digest=spec.digest)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,49 +111,44 @@ class _Builder:
 
 
 def _plan_level(builder: _Builder, level: language.Level) -> None:
-    parent = _parent(builder, level)
+    parent = builder.selections[level.within] if level.within else None
     if level.score.source is None:
         score = _plan_score(builder, level, parent)
     else:
-        score = _plan_map(builder, level, level.score.source)
+        score = _plan_map(builder, level, builder.spec.level(level.score.source))
     builder.scores[level.name] = score
     if level.select is not None:
-        operands = (score,) if parent is None else (score, parent)
-        selection = builder.add(f"{level.name}.selection", _select(level, level.select), *operands)
+        op = _select(level, level.select)
+        selection = builder.add(f"{level.name}.selection", op, score, *_some(parent))
         builder.selections[level.name] = selection
 
 
-def _parent(builder: _Builder, level: language.Level) -> Node | None:
-    """The selection that a level's candidates are children of."""
-    if level.within is None:
-        return None
-    if level.within not in builder.selections:
-        raise PlanError(f"level {level.name} is within {level.within}, which selects nothing")
-    return builder.selections[level.within]
+def _some(node: Node | None) -> tuple[Node, ...]:
+    return () if node is None else (node,)
 
 
 def _plan_score(builder: _Builder, level: language.Level, parent: Node | None) -> Node:
     """form, scale -> normalise -> reduce over heads."""
     score = level.score
-    if score.form == "relu_weighted":
-        index_query = builder.input("q_index", "index_query", "B", "T", "Hi", "Di")
-        weights = builder.input("w_index", "index_weights", "B", "T", "Hi")
-        operands = [index_query, _score_keys(builder, level), weights]
-    else:
-        operands = [builder.query(), _score_keys(builder, level)]
+    assert score.form is not None
     op = Score(
         level=level.name,
-        form=score.form or "dot",
+        form=score.form,
         scale=_scale(builder, score),
         size=level.partition.size,
         stride=level.partition.stride,
         within=level.within,
     )
-    made = builder.add(f"{level.name}.score", op, *operands, *((parent,) if parent else ()))
+    operands = [_score_query(builder, level), _score_keys(builder, level)]
+    if score.form == "relu_weighted":
+        operands.append(builder.input("w_index", "index_weights", "B", "T", "Hi"))
+    made = builder.add(f"{level.name}.score", op, *operands, *_some(parent))
     if score.normalise is not None:
         lse = builder.add(f"{level.name}.score_lse", LogSumExp(), made)
         made = builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse)
-    return _plan_reduce(builder, level, made)
+    if score.share == "head" or score.reduce is None:
+        return made  # the heads of an index are one score already
+    return builder.add(f"{level.name}.reduced", Reduce(share=score.share, how=score.reduce), made)
 
 
 def _scale(builder: _Builder, score: language.Score) -> float | None:
@@ -160,42 +161,20 @@ def _scale(builder: _Builder, score: language.Score) -> float | None:
             return float(score.scale)
 
 
-def _plan_reduce(builder: _Builder, level: language.Level, made: Node) -> Node:
-    """Nothing where the heads already agree, as those of an index do."""
-    share = level.score.share
-    if COARSENESS[made.type.dims[2]] >= COARSENESS[SHARE_HEADS[share]] or share == "head":
-        return made
-    if level.score.reduce is None:
-        raise PlanError(f"level {level.name}: share {share} needs `reduce: sum`, `mean` or `max`")
-    return builder.add(f"{level.name}.reduced", Reduce(share=share, how=level.score.reduce), made)
-
-
-def _plan_map(builder: _Builder, level: language.Level, source: str) -> Node:
-    """Scores of another level, after its own steps -> reduce over heads -> map."""
-    if source not in builder.scores:
-        raise PlanError(f"level {level.name} maps scores of {source}, which comes later")
-    if builder.spec.level(source).within is not None:
-        raise PlanError(f"level {level.name} maps {source}, which is scored inside a beam only")
-    made = _plan_reduce(builder, level, builder.scores[source])
-    op = _map(builder.spec.level(source).partition, level)
-    return builder.add(f"{level.name}.mapped", op, made)
-
-
-def _map(source: language.Partition, level: language.Level) -> Map:
-    target = level.partition
-    how = level.score.map
-    if how is None:
-        raise PlanError(f"level {level.name}: `from` needs `map: overlap_sum`, `sum` or `max`")
-    if target.stride % source.stride:
-        raise PlanError(f"level {level.name}: stride {target.stride} / {source.stride}")
-    return Map(
+def _plan_map(builder: _Builder, level: language.Level, source: language.Level) -> Node:
+    """The scores of another level, after its own steps, carried over."""
+    how, target = level.score.map, level.partition
+    assert how is not None
+    taps = _overlap_taps if how == "overlap_sum" else _inner_taps
+    op = Map(
         level=level.name,
         how=how,
         size=target.size,
         stride=target.stride,
-        ratio=target.stride // source.stride,
-        taps=_overlap_taps(source, target) if how == "overlap_sum" else _inner_taps(source, target),
+        ratio=target.stride // source.partition.stride,
+        taps=taps(source.partition, target),
     )
+    return builder.add(f"{level.name}.mapped", op, builder.scores[source.name])
 
 
 def _overlap_taps(
@@ -206,10 +185,6 @@ def _overlap_taps(
     Cut both into pieces of the source's stride: source entry i has pieces i .. i + wide - 1.
     Offset o counts the pairs (a, b), a < wide, b < long, with a + b = o + wide - 1.
     """
-    if source.size % source.stride or target.size % source.stride:
-        raise PlanError(
-            f"overlap_sum needs whole strides of {source.stride} in {source.size} and {target.size}"
-        )
     wide, long = source.size // source.stride, target.size // source.stride
     weights = [0] * (wide + long - 1)
     for a in range(wide):
@@ -222,8 +197,6 @@ def _inner_taps(
     source: language.Partition, target: language.Partition
 ) -> tuple[tuple[int, int], ...]:
     """Source entries that lie wholly inside the target entry, once each."""
-    if source.size > target.size:
-        raise PlanError(f"entries of {source.size} do not fit into entries of {target.size}")
     return tuple((o, 1) for o in range((target.size - source.size) // source.stride + 1))
 
 
@@ -245,23 +218,29 @@ def _select(level: language.Level, select: language.Select) -> Select:
 # --- keys and values of entries
 
 
+def _score_query(builder: _Builder, level: language.Level) -> Node:
+    if level.score.form == "relu_weighted":
+        return builder.input("q_index", "index_query", "B", "T", "Hi", "Di")
+    return builder.query()
+
+
 def _score_keys(builder: _Builder, level: language.Level) -> Node:
     if level.score.form == "relu_weighted":
         raw = builder.input("k_index", "index_keys", "B", "S", "Di")
     else:
         raw = builder.keys(level.kv)
-    if isinstance(level.partition, language.Tokens):
-        return raw
-    return _pooled(builder, level, raw, "key")
+    tokens = isinstance(level.partition, language.Tokens)
+    return raw if tokens else _pooled(builder, level, raw, "key")
 
 
-def _pooled(builder: _Builder, level: language.Level, raw: Node, which: str) -> Node:
+def _pooled(
+    builder: _Builder, level: language.Level, raw: Node, which: Literal["key", "value"]
+) -> Node:
     """One vector an entry: level.keys or level.values, pooled once however often it is used."""
-    pool = level.pool or language.Pool()
-    how = pool.keys if which == "key" else pool.values
-    if how is None:
-        raise PlanError(f"level {level.name} needs pooled {which}s: `pool: {{{which}s: mean}}`")
-    position = how == "linear" and pool.position is not None
+    assert level.pool is not None
+    how = level.pool.keys if which == "key" else level.pool.values
+    assert how is not None
+    position = how == "linear" and level.pool.position is not None
     op = Pool(
         level=level.name,
         how=how,
@@ -284,43 +263,42 @@ def _pooled(builder: _Builder, level: language.Level, raw: Node, which: str) -> 
 # --- branches
 
 
-def _plan_branch(builder: _Builder, branch: language.Attend) -> Node:
+def _plan_branch(builder: _Builder, i: int, branch: language.Attend) -> Node:
     """One attend and its log-sum-exp."""
-    if branch.window is not None:
-        keys, values = builder.keys(branch.kv), builder.values(branch.kv)
-        op = _attend(builder, branch, over="window", partition=language.Tokens())
-        made = builder.add(f"{branch.name}.o", op, builder.query(), keys, values)
-    elif branch.over is None:
-        raise PlanError(f"branch {branch.name} attends nothing: `over` or `window`")
-    elif branch.values == "pooled":
-        made = _plan_pooled_branch(builder, branch, builder.spec.level(branch.over))
+    if branch.over is None:
+        op, selection = _attend(builder, branch, over="window", partition=language.Tokens()), None
     else:
-        made = _plan_selected_branch(builder, branch, builder.spec.level(branch.over))
-    builder.add(f"{branch.name}.lse", LogSumExp(), made)
-    return made
+        level = builder.spec.level(branch.over)
+        if branch.values == "pooled":
+            return _plan_pooled_branch(builder, i, branch, level)
+        over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
+        op = _attend(builder, branch, over=over, partition=level.partition)
+        selection = builder.selections[level.name]
+    operands = [builder.query(), builder.keys(branch.kv), builder.values(branch.kv)]
+    return _with_log_sum_exp(builder, branch, op, *operands, *_some(selection))
 
 
-def _plan_pooled_branch(builder: _Builder, branch: language.Attend, level: language.Level) -> Node:
-    if level.score.form == "relu_weighted" or branch.kv not in (None, level.kv):
-        raise PlanError(f"branch {branch.name}: level {level.name} pools other keys")
+def _plan_pooled_branch(
+    builder: _Builder, i: int, branch: language.Attend, level: language.Level
+) -> Node:
     if level.select is not None or level.within is not None:
-        raise PlanError(f"branch {branch.name}: pooled entries of a selection are not planned yet")
+        raise PlanError(
+            f"branch '{branch.name}' attends pooled entries of a selection: no kernel does yet",
+            span=builder.spec.span("attend", i, "values"),
+            help=f"remove 'values: pooled', or attend a level without 'select', not '{level.name}'",
+        )
     keys = _pooled(builder, level, builder.keys(level.kv), "key")
     values = _pooled(builder, level, builder.values(level.kv), "value")
     op = _attend(builder, branch, over="pooled", partition=level.partition)
-    return builder.add(f"{branch.name}.o", op, builder.query(), keys, values)
+    return _with_log_sum_exp(builder, branch, op, builder.query(), keys, values)
 
 
-def _plan_selected_branch(
-    builder: _Builder, branch: language.Attend, level: language.Level
+def _with_log_sum_exp(
+    builder: _Builder, branch: language.Attend, op: Attend, *operands: Node
 ) -> Node:
-    if level.name not in builder.selections:
-        raise PlanError(f"branch {branch.name}: level {level.name} selects nothing")
-    over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
-    op = _attend(builder, branch, over=over, partition=level.partition)
-    keys, values = builder.keys(branch.kv), builder.values(branch.kv)
-    selection = builder.selections[level.name]
-    return builder.add(f"{branch.name}.o", op, builder.query(), keys, values, selection)
+    made = builder.add(f"{branch.name}.o", op, *operands)
+    builder.add(f"{branch.name}.lse", LogSumExp(), made)
+    return made
 
 
 def _attend(
@@ -351,9 +329,7 @@ def _plan_combine(builder: _Builder, branches: list[Node]) -> Outputs:
     elif combine.softmax is not None:
         made = builder.add("o", Union(), *branches)
         lse = {"o": builder.add("lse", LogSumExp(), made).name}
-    elif len(branches) == 1:
-        made = branches[0]
     else:
-        raise PlanError(f"{len(branches)} branches need `combine`")
+        (made,) = branches
     selection = {level: node.name for level, node in builder.selections.items()}
     return Outputs(o=made.name, lse=lse, selection=selection)

@@ -5,7 +5,7 @@ The only stage that decides on launches.  Values that tuning varies are a kernel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hsgen import rows
@@ -175,8 +175,8 @@ class _Scheduler:
         count = f"count_{_safe(node.name)}"
         buffer = _buffer(node.name)
         rows_of = f"{_input(source.name)}.shape[1]"
-        whole = (
-            f"({rows_of} + {op.stride - 1}) // {op.stride}"
+        length = (
+            f"({rows_of} + {op.stride - 1}) // {op.stride} + batch.packed * batch.sequences"
             if short
             else f"{rows_of} // {op.stride}"
         )
@@ -188,10 +188,7 @@ class _Scheduler:
                 needs=node.inputs,
                 makes=(node.name,),
                 sizes=(
-                    (
-                        f"length_{_safe(node.name)}",
-                        f"max(1, {whole} + batch.packed * batch.sequences)",
-                    ),
+                    (f"length_{_safe(node.name)}", length),
                     (count, f"{int(short)} if batch.packed else length_{_safe(node.name)}"),
                     (
                         f"rows_{_safe(node.name)}",
@@ -666,7 +663,7 @@ class _Scheduler:
                 launches=(
                     Launch(
                         kernel=kernel,
-                        grid=(f"({items} + {{BLOCK_R}} - 1) // {{BLOCK_R}}",),
+                        grid=(f"({items} + {{BLOCK_R}} - 1) // {{BLOCK_R}}", "1"),
                         arguments=(
                             gates,
                             *(f"{gates}.stride({i})" for i in range(4)),
@@ -721,7 +718,7 @@ class _Scheduler:
     ) -> Config:
         """Rows to fill a tile of `limit`, keys a step and stages that fit the shared memory."""
         per_tile = 128 if context.heads == 1 and block and self._bytes == 2 else limit
-        block_t = tokens or max(1, min(most, per_tile // context.heads))
+        block_t = tokens or 1 << max(1, min(most, per_tile // context.heads)).bit_length() - 1
         block_m = max(16, next_power(block_t * context.heads))
         wide = max(16, min(64, block if block and block == next_power(block) else 64))
         dims = sum(c.width for c in context.qk_chunks) + sum(c.width for c in context.v_chunks)
@@ -820,3 +817,23 @@ def _rank_config(slots: int, tokens: int) -> Config:
     width = min(8192, next_power(slots)) if slots else 1024
     values = (("BLOCK_R", 1), ("BLOCK_N", width))
     return Config(constexprs=values, num_warps=8 if width > 2048 else 4, num_stages=1)
+
+
+def for_interpreter(plan: Plan) -> Plan:
+    """The same plan for small shapes in Triton's interpreter, where each step of a program is dear.
+
+    Few programs with many rows each, and short steps; the emitted text stays the same.
+    """
+    return plan.with_config({k.name: _interpreted(plan, k) for k in plan.kernels})
+
+
+def _interpreted(plan: Plan, kernel: Kernel) -> Config:
+    values = dict(kernel.config.constexprs)
+    if kernel.skeleton == "rank" and kernel.follows:
+        tokens = plan.kernel(kernel.follows).config["BLOCK_T"]
+        values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
+    if kernel.skeleton == "rows":
+        values["BLOCK_N"] = min(values["BLOCK_N"], 32)
+    if kernel.skeleton == "merge":
+        values["BLOCK_R"] = 256
+    return replace(kernel.config, constexprs=tuple(values.items()))

@@ -296,8 +296,9 @@ def _sync(directory: Path) -> None:
 
 
 def _read(folder: int, file: str) -> bytes:
-    """Read a regular file of a folder, following no link."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    """Read a regular file of a folder, following no link and waiting for nothing."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe must not block
+    descriptor = os.open(file, flags, dir_fd=folder)
     with os.fdopen(descriptor, "rb") as stream:
         status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:

@@ -1,7 +1,7 @@
 """Evaluates a Graph one operator after another, in plain torch float64, loops and all.
 
 Shares no code with the reference: where both agree, the planner has understood the spec, and a pass
-that changes no result here has kept the meaning.  Dense batches, query rows aligned at the bottom right.
+that changes no result here has kept the meaning.  Dense batches, aligned at the bottom right.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hsgen.graph import (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scores:
-    """value: [B, T, H, N]; there: bool[B, T, H, N], complete and, with `within`, inside the beam."""
+    """value: [B, T, H, N]; there: bool[B, T, H, N], complete and inside the beam, if any."""
 
     value: Tensor
     there: Tensor
@@ -71,7 +71,16 @@ class Evaluation:
 
 def evaluate(graph: Graph, tensors: Mapping[str, Tensor]) -> Evaluation:
     """Every node of `graph`, on these inputs."""
-    run = _Run(graph=graph, tensors=tensors, values={})
+    rows = tensors["q"].shape[1]
+    keys = next(x.shape[1] for name, x in tensors.items() if name.startswith("k"))
+    run = _Run(
+        graph=graph,
+        tensors=tensors,
+        keys=keys,
+        positions=[keys - rows + t for t in range(rows)],
+        levels=partitions(graph),
+        values={},
+    )
     for node in graph.nodes():
         run.values[node.name] = _evaluate(run, node)
     o = run.values[graph.outputs.o]
@@ -87,34 +96,25 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor]) -> Evaluation:
 class _Run:
     graph: Graph
     tensors: Mapping[str, Tensor]
+    keys: int  # S
+    positions: list[int]  # of the rows
+    levels: Mapping[str, tuple[int, int]]  # size, stride
     values: dict[str, Value]
 
-    @property
-    def keys(self) -> int:
-        """S"""
-        return next(x.shape[1] for name, x in self.tensors.items() if name in ("k", "k_index"))
-
-    @property
-    def positions(self) -> list[int]:
-        rows = self.tensors["q"].shape[1]
-        return [self.keys - rows + t for t in range(rows)]
-
     def entries(self, level: str) -> int:
-        return math.ceil(self.keys / partitions(self.graph)[level][1])
-
-    def complete(self, level: str, p: int, e: int) -> bool:
-        """Whether entry e counts for a row at position p."""
-        size, stride = partitions(self.graph)[level]
-        whole = e * stride + size <= self.keys
-        if self.graph.meta.causal:
-            return whole and e * stride + size - 1 <= p
-        return whole or short_last(self.graph, level)
+        return math.ceil(self.keys / self.levels[level][1])
 
     def complete_mask(self, level: str) -> Tensor:
-        """bool[1, T, 1, N]"""
-        rows = [
-            [self.complete(level, p, e) for e in range(self.entries(level))] for p in self.positions
-        ]
+        """Which entries count for which rows.  bool[1, T, 1, N]"""
+        size, stride = self.levels[level]
+        short = short_last(self.graph, level)
+        rows = []
+        for p in self.positions:
+            ends = [e * stride + size for e in range(self.entries(level))]
+            if self.graph.meta.causal:
+                rows.append([end <= min(p + 1, self.keys) for end in ends])
+            else:
+                rows.append([end <= self.keys or short for end in ends])
         return torch.tensor(rows).view(1, len(rows), 1, -1)
 
 
@@ -210,7 +210,7 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
 def _in_beam(run: _Run, op: Score | Select, parent: Chosen, heads: int) -> Tensor:
     """Children of chosen parents.  bool[B, T, heads, N]"""
     assert op.within is not None
-    size, _ = partitions(run.graph)[op.within]
+    size, _ = run.levels[op.within]
     parents = [e * op.stride // size for e in range(run.entries(op.level))]
     return _spread(parent.member[..., parents], heads)
 

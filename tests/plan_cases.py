@@ -1,4 +1,4 @@
-"""Small specs, as values, that between them use every operator and every field the planner reads."""
+"""Small specs that between them use every operator and every field the planner reads."""
 
 from __future__ import annotations
 
@@ -103,14 +103,37 @@ CASES = [
     spec("moba_group", moba("group", "mean"), [SELECTED]),
     spec("moba_all", moba("all", "max"), [SELECTED]),
     spec("moba_not_causal", moba(), [SELECTED], causal=False),
-    spec("nsa", [compressed(4, 2), mapped("overlap_sum")], [POOLED, SELECTED, OWN_WINDOW], combine=GATES),
+    spec(
+        "nsa",
+        [compressed(4, 2), mapped("overlap_sum")],
+        [POOLED, SELECTED, OWN_WINDOW],
+        combine=GATES,
+    ),
     spec("nsa_wide", [compressed(6, 2), mapped("overlap_sum")], [SELECTED, POOLED], combine=GATES),
-    spec("nsa_scale", [compressed(4, 2, scale=0.3), mapped("sum")], [POOLED, SELECTED], combine=GATES),
-    spec("nsa_not_causal", [compressed(4, 4), mapped("max")], [POOLED, SELECTED], combine=GATES, causal=False),
-    spec("nsa_union", [compressed(4, 2), mapped("overlap_sum")], [POOLED, SELECTED, WINDOW], combine=UNION),
+    spec(
+        "nsa_scale", [compressed(4, 2, scale=0.3), mapped("sum")], [POOLED, SELECTED], combine=GATES
+    ),
+    spec(
+        "nsa_not_causal",
+        [compressed(4, 4), mapped("max")],
+        [POOLED, SELECTED],
+        combine=GATES,
+        causal=False,
+    ),
+    spec(
+        "nsa_union",
+        [compressed(4, 2), mapped("overlap_sum")],
+        [POOLED, SELECTED, WINDOW],
+        combine=UNION,
+    ),
     spec("hisa", hisa(1), [SELECTED], index=SMALL_INDEX),
     spec("hisa_blocks", hisa(2, last=1), [SELECTED], index=SMALL_INDEX),
-    spec("union_own_keys", moba(), [SELECTED, WINDOW, Attend(name="far", window=9, kv="far")], combine=UNION),
+    spec(
+        "union_own_keys",
+        moba(),
+        [SELECTED, WINDOW, Attend(name="far", window=9, kv="far")],
+        combine=UNION,
+    ),
     spec("window", [], [Attend(name="window", window=7)]),
     spec("window_not_causal", [], [Attend(name="window", window=7)], causal=False),
     spec(
@@ -164,30 +187,10 @@ CASES = [
         ],
         [SELECTED],
     ),
-    spec(
-        "reduced_map",
-        [
-            Level(
-                name="compressed",
-                partition=blocks(2),
-                pool=MEAN,
-                score=Score(form="dot", normalise="softmax"),
-            ),
-            Level(
-                name="block",
-                partition=blocks(8),
-                score=Score(source="compressed", map="max", share="group", reduce="mean"),
-                select=top(2),
-            ),
-        ],
-        [SELECTED],
-    ),
 ]
 
 
-def random_tensors(
-    spec: Spec, rows: int, keys: int, *, batch: int = 1
-) -> dict[str, torch.Tensor]:
+def random_tensors(spec: Spec, rows: int, keys: int, *, batch: int = 1) -> dict[str, torch.Tensor]:
     """Float64 tensors for every input of a spec."""
     generator = torch.Generator().manual_seed(0)
     shapes = tensor_shapes(spec, batch, rows, keys)

@@ -94,7 +94,7 @@ def test_values_nobody_sees_have_no_effect_where_the_law_says(spec: Spec) -> Non
 
 
 def seen_tokens(graph: Graph, values: dict[str, object], v: str) -> torch.Tensor:
-    """Tokens that some query head of a group sees in some branch with these values.  bool[B, S, Hkv]"""
+    """Tokens that some head of a group sees in some branch with these values.  bool[B, S, Hkv]"""
     seen = []
     for node in graph.nodes():
         if isinstance(node.op, Attend) and node.inputs[2] == v:

@@ -54,8 +54,8 @@ def test_dump_is_aligned_and_complete() -> None:
         "%block.score     = score(level=block, form=dot, scale=1.0, size=8, stride=8)"
         "                                      : f32[B, T, Hq, N_block]    <- %q, %block.keys\n"
         "%block.reduced   = reduce(share=group, how=mean)"
-        "                                                                  : f32[B, T, Hkv, N_block]"
-        "   <- %block.score\n"
+        "                                                                  "
+        ": f32[B, T, Hkv, N_block]   <- %block.score\n"
         "%block.selection = select(level=block, size=8, stride=8, k=3, width=3, first=0, last=1,"
         " counted=True, final=True) : i32[B, T, Hkv, K_block]   <- %block.reduced\n"
         "%selected.o      = attend(branch=selected, over=blocks, scale=0.4082482904638631, size=8,"
@@ -141,10 +141,10 @@ def test_tensor_inputs_are_a_signature() -> None:
         "v_compressed [B, S, Hkv, Dv]: values of level compressed",
         "v_window [B, S, Hkv, Dv]: values of branch window",
         "gates [B, T, Hq, 3]: gate of each branch: compressed, selected, window",
-        "compressed_key_position [Hkv, 4, Dqk]: learned parameter of the pooling of level compressed",
-        "compressed_key_weight [Hkv, 4, Dqk, Dqk]: learned parameter of the pooling of level compressed",
-        "compressed_value_position [Hkv, 4, Dv]: learned parameter of the pooling of level compressed",
-        "compressed_value_weight [Hkv, 4, Dv, Dv]: learned parameter of the pooling of level compressed",
+        "compressed_key_position [Hkv, 4, Dqk]: learned pooling of level compressed",
+        "compressed_key_weight [Hkv, 4, Dqk, Dqk]: learned pooling of level compressed",
+        "compressed_value_position [Hkv, 4, Dv]: learned pooling of level compressed",
+        "compressed_value_weight [Hkv, 4, Dv, Dv]: learned pooling of level compressed",
     ]
     assert [x.name for x in tensor_inputs(graph_of("hisa"))] == [
         "q", "k", "v", "q_index", "k_index", "w_index",
@@ -194,33 +194,60 @@ BROKEN = [
         says=r"expected \[Hkv, 2, Dqk, Dqk\]",
         op=lambda op: replace(op, size=2),
     ),
-    Broken(graph="moba", node="block.keys", says="only linear", op=lambda op: replace(op, position=True)),
-    Broken(graph="moba", node="block.keys", says=r"expected \[B, S, ...\]", inputs=lambda x: ("q",)),
+    Broken(
+        graph="moba",
+        node="block.keys",
+        says="only linear",
+        op=lambda op: replace(op, position=True),
+    ),
+    Broken(
+        graph="moba", node="block.keys", says=r"expected \[B, S, ...\]", inputs=lambda x: ("q",)
+    ),
     Broken(graph="moba", node="block.score", says="expected 2 operands", inputs=lambda x: x[:1]),
-    Broken(graph="moba", node="block.score", says="keys .* level block", inputs=lambda x: ("q", "k")),
+    Broken(
+        graph="moba", node="block.score", says="keys .* level block", inputs=lambda x: ("q", "k")
+    ),
     Broken(graph="moba", node="block.score", says="Dqk", inputs=lambda x: ("v", x[1])),
-    Broken(graph="hisa", node="block.score", says="not the selection", inputs=lambda x: (*x[:3], "q")),
+    Broken(
+        graph="hisa", node="block.score", says="not the selection", inputs=lambda x: (*x[:3], "q")
+    ),
     Broken(
         graph="hisa_blocks",
         node="block.score",
         says="entries of 3 do not nest",
         op=lambda op: replace(op, size=3, stride=3),
     ),
-    Broken(graph="nsa", node="compressed.score_lse", says="no log-sum-exp", inputs=lambda x: ("q",)),
-    Broken(graph="nsa", node="compressed.mass", says="not a log-sum-exp", inputs=lambda x: (x[0], "q")),
+    Broken(
+        graph="nsa", node="compressed.score_lse", says="no log-sum-exp", inputs=lambda x: ("q",)
+    ),
+    Broken(
+        graph="nsa", node="compressed.mass", says="not a log-sum-exp", inputs=lambda x: (x[0], "q")
+    ),
     Broken(graph="nsa", node="compressed.mass", says="not the score", inputs=lambda x: ("q", x[1])),
     Broken(graph="nsa", node="block.mapped", says="taps", op=lambda op: replace(op, taps=())),
     Broken(graph="nsa", node="block.mapped", says="ratio 2", op=lambda op: replace(op, ratio=2)),
     Broken(graph="nsa", node="block.mapped", says="f32", inputs=lambda x: ("q",)),
-    Broken(graph="moba", node="block.selection", says="level other", op=lambda op: replace(op, level="other")),
-    Broken(graph="moba", node="block.selection", says="width 9", op=lambda op: replace(op, width=9)),
+    Broken(
+        graph="moba",
+        node="block.selection",
+        says="level other",
+        op=lambda op: replace(op, level="other"),
+    ),
+    Broken(
+        graph="moba", node="block.selection", says="width 9", op=lambda op: replace(op, width=9)
+    ),
     Broken(
         graph="moba",
         node="block.selection",
         says="4 entries are forced into 3",
         op=lambda op: replace(op, last=4),
     ),
-    Broken(graph="moba", node="block.selection", says="nothing", op=lambda op: replace(op, k=0, width=0)),
+    Broken(
+        graph="moba",
+        node="block.selection",
+        says="nothing",
+        op=lambda op: replace(op, k=0, width=0),
+    ),
     Broken(
         graph="moba",
         node="selected.o",
@@ -228,16 +255,33 @@ BROKEN = [
         op=lambda op: replace(op, size=16, stride=16),
     ),
     Broken(graph="moba", node="selected.o", says="expected 4 operands", inputs=lambda x: x[:3]),
-    Broken(graph="moba", node="selected.o", says="over=window", op=lambda op: replace(op, window=3)),
-    Broken(graph="moba", node="selected.o", says="tokens have size 1", op=lambda op: replace(op, over="tokens")),
-    Broken(graph="moba", node="selected.o", says="differ in length", inputs=lambda x: ("q", "block.keys", *x[2:])),
+    Broken(
+        graph="moba", node="selected.o", says="over=window", op=lambda op: replace(op, window=3)
+    ),
+    Broken(
+        graph="moba",
+        node="selected.o",
+        says="tokens have size 1",
+        op=lambda op: replace(op, over="tokens"),
+    ),
+    Broken(
+        graph="moba",
+        node="selected.o",
+        says="differ in length",
+        inputs=lambda x: ("q", "block.keys", *x[2:]),
+    ),
     Broken(
         graph="nsa",
         node="compressed.o",
-        says="size 4, stride 2 are pooled",
+        says="entries of size 4, stride 2",
         op=lambda op: replace(op, size=8),
     ),
-    Broken(graph="nsa", node="compressed.o", says="over=window", op=lambda op: replace(op, over="window", window=4)),
+    Broken(
+        graph="nsa",
+        node="compressed.o",
+        says="over=window",
+        op=lambda op: replace(op, over="window", window=4),
+    ),
     Broken(graph="nsa", node="o", says=r"expected \[B, T, Hq, 2\]", inputs=lambda x: x[:-1]),
     Broken(graph="nsa", node="o", says="at least one branch", inputs=lambda x: x[:1]),
     Broken(graph="nsa", node="o", says="branches differ", inputs=lambda x: (*x[:-1], "q")),
@@ -248,7 +292,7 @@ BROKEN = [
         says=r"expected f32\[B, T, Hq, N_block\], got i32",
         type=lambda type_: replace(type_, dtype="i32"),
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: f"{broken.node}: {broken.says}")

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from graph_interpreter import evaluate
-from plan_cases import CASES, random_tensors
+from plan_cases import CASES, GATES, POOLED, SELECTED, WINDOW, blocks, random_tensors, top
+from plan_cases import spec as make
 
 from hsgen import passes
+from hsgen import spec as language
+from hsgen.analysis import describe
+from hsgen.errors import PlanError, SpecError
+from hsgen.graph import Attend, Map, dump
 from hsgen.planner import plan
 from hsgen.reference import reference
-from hsgen.spec import Spec
+from hsgen.spec import Force, Level, Pool, Score, Select, Spec, Tokens
+from hsgen.spec.files import shipped
 
 LENGTHS = [(1, 1), (13, 13), (37, 37), (5, 30)]  # query rows, keys
 
 
-@pytest.mark.parametrize("rows, keys", LENGTHS)
-@pytest.mark.parametrize("spec", CASES, ids=lambda spec: spec.name)
-def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:
+def check_against_reference(spec: Spec, rows: int, keys: int) -> None:
+    """Planned, and planned and rewritten."""
     tensors = random_tensors(spec, rows, keys, batch=2)
     expected = reference(spec, tensors)
     for graph in (plan(spec), passes.run(plan(spec))):
@@ -29,3 +36,147 @@ def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) ->
         assert set(actual.lse) == set(expected.lse)
         for branch, lse in actual.lse.items():
             torch.testing.assert_close(lse, expected.lse[branch], msg=branch)
+
+
+@pytest.mark.parametrize(("rows", "keys"), LENGTHS)
+@pytest.mark.parametrize("spec", CASES, ids=lambda spec: spec.name)
+def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:
+    check_against_reference(spec, rows, keys)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_specs_mean_what_the_reference_says(seed: int) -> None:
+    check_against_reference(random_spec(random.Random(seed)), 19, 23)
+
+
+def random_spec(choice: random.Random) -> Spec:
+    """A source level that is mapped, or scores and narrows by itself, with every key drawn."""
+    share = choice.choice(["head", "group", "all"])
+    stride = choice.choice([1, 2, 3, 4])
+    size = stride * choice.choice([1, 2, 3])
+    how = choice.choice(["mean", "max", "linear"])
+    pooled = choice.random() < 0.5
+    source = Level(
+        name="compressed",
+        partition=blocks(size, stride),
+        kv=choice.choice([None, "own"]),
+        pool=Pool(
+            keys=how,
+            values=choice.choice(["mean", "max", "linear"]) if pooled else None,
+            position="learned" if how == "linear" else None,
+        ),
+        score=Score(
+            form="dot",
+            scale=choice.choice([None, "none", 0.5]),
+            normalise=choice.choice([None, "softmax"]),
+            share=share,
+            reduce=None if share == "head" else choice.choice(["sum", "mean", "max"]),
+        ),
+    )
+    counted = choice.random() < 0.5
+    force = Force(first=choice.choice([0, 1]), last=choice.choice([0, 1, 2]), counted=counted)
+    target = Level(
+        name="block",
+        partition=blocks(stride * 3),
+        score=Score(source="compressed", map=choice.choice(["overlap_sum", "sum", "max"])),
+        select=Select(top_k=3, force=force),
+    )
+    return language.verify(
+        make(
+            "drawn",
+            [source, target],
+            [SELECTED, WINDOW, *([POOLED] if pooled else [])],
+            combine=GATES,
+            kv=choice.choice([1, 2, 4]),
+            causal=choice.random() < 0.7,
+        )
+    )
+
+
+# --- what is planned
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_shipped_specs(name: str, golden) -> None:
+    """What `hsgen show` tells of the graph; a refused spec's golden file is its refusal."""
+    try:
+        text = describe(passes.run(plan(language.load(name))))
+    except PlanError as error:
+        text = f"{error.message}\n"
+    golden(f"{name}/graph.txt", text)
+
+
+def test_taps_are_those_of_the_paper() -> None:
+    """NSA, l = 32, d = 16, l' = 64: the coefficients 1 2 2 2 1 of eq. 9, from one entry before."""
+    op = plan(language.load("nsa"))["block.mapped"].op
+    assert isinstance(op, Map)
+    assert (op.ratio, op.taps) == (4, ((-1, 1), (0, 2), (1, 2), (2, 2), (3, 1)))
+
+
+@pytest.mark.parametrize(("how", "taps"), [("sum", 7), ("max", 7), ("overlap_sum", 9)])
+def test_taps_are_counted(how: str, taps: int) -> None:
+    source = CASES[[c.name for c in CASES].index("nsa")].levels[0]
+    target = Level(
+        name="block", partition=blocks(16), score=Score(source="compressed", map=how), select=top(2)
+    )
+    op = plan(make("taps", [source, target], [SELECTED, POOLED], combine=GATES))["block.mapped"].op
+    assert isinstance(op, Map) and len(op.taps) == taps
+
+
+def test_sizes_left_open_stay_names() -> None:
+    bound = language.load("moba")
+    open_ = bound.model_copy(update={"heads": None, "head_dim": None})
+    graph = passes.run(plan(open_))
+    assert dict(graph.sizes) == {"K_chunk": 3}
+    attend = graph["selected.o"].op
+    assert isinstance(attend, Attend) and attend.scale is None
+    assert dump(plan(open_.bind(heads=(32, 32), head_dim=128))) == dump(plan(bound))
+
+
+def test_names_of_levels_and_branches_never_meet() -> None:
+    """A level and a branch of one name, which is also a suffix of node names."""
+    level = Level(
+        name="lse",
+        partition=Tokens(),
+        score=Score(form="dot", normalise="softmax"),
+        select=top(2),
+    )
+    branch = language.Attend(name="lse", over="lse")
+    graph = plan(make("names", [level], [branch]))
+    assert {"lse.score_lse", "lse.mass", "lse.selection", "lse.o", "lse.lse"} <= {
+        node.name for node in graph.nodes()
+    }
+
+
+def test_the_graph_knows_its_spec() -> None:
+    spec = language.load("hisa")
+    meta = plan(spec).meta
+    assert (meta.name, meta.source, meta.digest) == ("hisa", "arXiv:2603.28458", spec.digest)
+
+
+def test_pooled_entries_of_a_selection_are_refused_where_they_are_written() -> None:
+    text = """\
+hsgen: 1
+name: pooled_selection
+heads: {query: 4, kv: 2}
+head_dim: 16
+levels:
+  - name: block
+    partition: {blocks: 8}
+    pool: {keys: mean, values: mean}
+    score: {form: dot}
+    select: {top_k: 4}
+attend:
+  - {name: selected, over: block}
+  - {name: summary, over: block, values: pooled}
+combine: {gates: input}
+"""
+    with pytest.raises(PlanError, match="branch 'summary' attends pooled entries") as caught:
+        plan(language.parse(text, "mine.yaml"))
+    assert str(caught.value.span) == "mine.yaml:13:42"
+
+
+def test_a_spec_made_in_python_is_judged() -> None:
+    spec = make("broken", [], [language.Attend(name="selected", over="nowhere")])
+    with pytest.raises(SpecError, match="nowhere"):
+        plan(spec)

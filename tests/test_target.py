@@ -98,9 +98,7 @@ def test_a_present_card_keeps_the_rates_of_its_kind():
 
 
 def test_driver_clock_and_width_give_the_bandwidth():
-    target = from_properties(
-        properties(memory_clock_rate=2_619_000, memory_bus_width=5120), "cuda"
-    )
+    target = from_properties(properties(memory_clock_rate=2_619_000, memory_bus_width=5120), "cuda")
     assert target.bandwidth == pytest.approx(3.35e12, rel=0.01)
 
 

@@ -1,4 +1,4 @@
-"""Spec files: by path, or by the name of one that hsgen ships.  Also judges Specs made in Python."""
+"""Spec files: by path, or by the name of one that hsgen ships; and Specs made in Python."""
 
 from __future__ import annotations
 
@@ -72,4 +72,6 @@ def _find(path_or_name: str | Path) -> Path:
         return known[name].relative_to(here) if known[name].is_relative_to(here) else known[name]
     close = nearest(name, known)
     msg = f"{name}: there is no such file, and no shipped spec of that name"
-    raise HsgenError(msg, help=f"{f'did you mean {close!r}? ' if close else ''}shipped: {', '.join(known)}")
+    raise HsgenError(
+        msg, help=f"{f'did you mean {close!r}? ' if close else ''}shipped: {', '.join(known)}"
+    )

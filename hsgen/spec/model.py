@@ -206,7 +206,7 @@ class Spec(Node):
     combine: Combine | None = None
 
     # where each field stood in the text; no part of the value
-    _spans: Mapping[Path, Span] = PrivateAttr(default_factory=dict)
+    _spans: Mapping[Path, Span] = PrivateAttr(default_factory=dict[Path, Span])
 
     def __eq__(self, other: object) -> bool:
         """Compare what is meant and where it was published, not where the text stood."""
@@ -241,7 +241,7 @@ class Spec(Node):
     def located(self, spans: Mapping[Path, Span]) -> Spec:
         """The same Spec that knows where its fields stood."""
         located = self.model_copy()
-        located._spans = dict(spans)  # noqa: SLF001 - a copy of our own
+        located._spans = dict(spans)
         return located
 
     def bind(
@@ -267,7 +267,7 @@ class Spec(Node):
             qk, v = (_count("head_dim", number) for number in head_dim)
             head_dim = HeadDim(qk=qk, v=v)
         if heads is not None and heads.query % heads.kv:
-            msg = f"heads: expected query to be a multiple of kv, got query {heads.query}, kv {heads.kv}"
+            msg = f"heads: expected query to be a multiple of kv, {heads.kv}, got {heads.query}"
             raise ArgumentError(msg)
         bound = self._bound("heads", heads)._bound("head_dim", head_dim)
         return bound.located(self._spans)

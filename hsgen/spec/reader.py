@@ -7,6 +7,8 @@ does not bring a train of others.
 
 from __future__ import annotations
 
+import keyword
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import NoneType
@@ -52,12 +54,13 @@ _HIDDEN = {"kind"}
 _MODELS = (Spec, Heads, HeadDim, Index, Level, Pool, Score, Select, Force, Attend, Combine, Blocks)
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
-_PLANNED = frozenset(
-    """antidiagonal bias bound budget_from centroid code_match columns cosine diagonals dtype
-    early_stop fraction gather given grid halving kmeans loss lse_from max_min_mean minmax mlp pages
-    permute quota ragged reuse route sample sink softcap softmax_mass static stripes sum_rsqrt
-    sort_in_segment tail then rotate threshold tile top_p tree upsample avg_pool by""".split()
-)
+_PLANNED_WORDS = """
+    antidiagonal avg_pool bias bound budget_from by centroid code_match columns cosine diagonals
+    dtype early_stop fraction gather given grid halving kmeans loss lse_from max_min_mean minmax
+    mlp pages permute quota ragged reuse rotate route sample sink softcap softmax_mass
+    sort_in_segment static stripes sum_rsqrt tail then threshold tile top_p tree upsample
+"""
+_PLANNED = frozenset(_PLANNED_WORDS.split())
 
 
 def parse(text: str | bytes, filename: str = "<spec>") -> Spec:
@@ -104,7 +107,7 @@ class _Reading:
         return spec.located(self.spans)
 
     def version(self, tree: Keys) -> bool:
-        """Whether the text is in this version of the language; a later one is not judged further."""
+        """Whether the text is in this version of the language; a later one is not judged."""
         for key, node in tree.items:
             if key.text != "hsgen" or not isinstance(node, Word):
                 continue
@@ -113,7 +116,11 @@ class _Reading:
                 return True
             later = type(number) is int and number > LANGUAGE
             message = f"expected language version {LANGUAGE}, got {_shown(number)}"
-            help = f"upgrade hsgen, or write 'hsgen: {LANGUAGE}'" if later else f"write 'hsgen: {LANGUAGE}'"
+            help = (
+                f"upgrade hsgen, or write 'hsgen: {LANGUAGE}'"
+                if later
+                else f"write 'hsgen: {LANGUAGE}'"
+            )
             self.report("HS038", node.span, message, help)
             self.broken.add(("hsgen",))
             return not later
@@ -139,7 +146,9 @@ class _Reading:
             if field not in data and _is_needed(cls, field):
                 here = self.spans.get(path, tree.span)
                 example = _EXAMPLE.get(key, f"{key}: ...")
-                self.report("HS030", here, f"missing key '{key}' in {_where(path)}", f"write '{example}'")
+                self.report(
+                    "HS030", here, f"missing key '{key}' in {_where(path)}", f"write '{example}'"
+                )
                 data[field] = self.stand_in((*path, field))
         return data
 
@@ -169,7 +178,9 @@ class _Reading:
             self.report("HS039", node.items[limit].span, message, "leave some out")
             self.broken.add((*path, -1))
         if not node.items and path == ("attend",):
-            self.report("HS030", node.span, "missing branch in 'attend'", f"write '{_EXAMPLE['attend']}'")
+            self.report(
+                "HS030", node.span, "missing branch in 'attend'", f"write '{_EXAMPLE['attend']}'"
+            )
             return self.stand_in(path)
         return tuple(self.item(tree, (*path, i)) for i, tree in enumerate(node.items[:limit]))
 
@@ -200,8 +211,10 @@ class _Reading:
         if word != "tokens" and path not in self.broken:
             expected = "'tokens', or a mapping {blocks: size, stride: step}"
             help = "write 'partition: tokens' or 'partition: {blocks: 64}'"
-            message = f"expected {expected}, got {_shown(word) if isinstance(node, Word) else 'a list'}"
-            self.report("HS035", node.span, message, _not_yet(word) or help)
+            got = _shown(word) if isinstance(node, Word) else _kind(node)
+            self.report(
+                "HS035", node.span, f"expected {expected}, got {got}", _not_yet(word) or help
+            )
             self.broken.add(path)
         return {"kind": "tokens"}
 
@@ -216,7 +229,12 @@ class _Reading:
             self.broken.add(path)
         data: Data = {field: self.value(node, (*path, field)) for field, node in entries.items()}
         if "kv" not in data:
-            self.report("HS030", self.spans.get(path, tree.span), "missing key 'kv' in 'heads'", "write 'kv: 8'")
+            self.report(
+                "HS030",
+                self.spans.get(path, tree.span),
+                "missing key 'kv' in 'heads'",
+                "write 'kv: 8'",
+            )
             data["kv"] = self.stand_in((*path, "kv"))
         group = data.pop("group_size", None)
         if "query" not in data:
@@ -252,7 +270,9 @@ class _Reading:
             data["last"] = max(last, 1) if type(last) is int else last
             self.spans.setdefault((*path, "last"), self.place(at))
         elif not own and type(last) is int and last >= 1:
-            message = f"expected own: true with last: {last}, whose last entry is the own one, got false"
+            message = (
+                f"expected own: true with last: {last}, whose last entry is the own one, got false"
+            )
             self.report("HS072", self.place(at), message, "remove 'own', or write 'last: 0'")
         return data
 
@@ -278,7 +298,8 @@ class _Reading:
     def unknown(self, key: Word, path: Path, known: Mapping[str, str], meant: str) -> None:
         """Report a key that does not exist, with the keys that do."""
         listed = f"keys here: {', '.join(sorted(known))}"
-        help = _not_yet(key.text) or (f"did you mean '{meant}'?" if meant else "")
+        not_yet = f"{_not_yet(key.text)};" if key.text in _PLANNED else ""
+        help = not_yet or (f"did you mean '{meant}'?" if meant else "")
         message = f"unknown key '{syntax.short(key.text)}' in {_where(path)}"
         self.report("HS012", key.span, message, f"{help} {listed}".strip())
 
@@ -299,10 +320,12 @@ class _Reading:
             if isinstance(value, Diagnostic):
                 self.found.append(value)
                 return self.stand_in(path)
-        got = {Keys: "a mapping", Items: "a list"}.get(type(node)) or _shown(cast("Word", node).text)
+        got = _shown(node.text) if isinstance(node, Word) else _kind(node)
         key = _key_name(path)
-        help = f"write '{_EXAMPLE[key]}'" if key in _EXAMPLE else None
-        self.report("HS031", node.span, f"expected {_expected(path)} for {_where(path)}, got {got}", help)
+        help = f"write '{_EXAMPLE[key]}'" if key in _EXAMPLE else f"write {_expected(path)}"
+        self.report(
+            "HS031", node.span, f"expected {_expected(path)} for {_where(path)}, got {got}", help
+        )
         return self.stand_in(path)
 
     def stand_in(self, path: Path) -> Plain:
@@ -358,7 +381,7 @@ def _nearest_span(spans: Mapping[Path, Span], path: Path) -> Span:
     return next((span for span in found if span), None) or spans[()]
 
 
-# What the classes say -------------------------------------------------------------------------------
+# What the classes say -----------------------------------------------------------------------------
 
 _EXAMPLE = {
     "hsgen": "hsgen: 1",
@@ -451,19 +474,19 @@ def _expected(path: Path) -> str:
     if path[-1] == "head_dim":
         return "a whole number, or a mapping {qk: ..., v: ...}"
     if path[-1] == "scale":
-        return "a number from 1e-9 to 1e9, or none"
+        return "a number from 1e-9 to 1e9 or none"
     shape = _shape(path)
     if isinstance(shape, type):
         return f"a mapping with keys {', '.join(_keys(shape))}"
     if shape == "list":
         return "a list"
     if part is int:
-        low, high = (next(getattr(limit, end) for limit in limits if hasattr(limit, end)) for end in ("ge", "le"))
+        low, high = (int(_limit(limits, end)) for end in ("ge", "le"))
         return f"a whole number from {low} to {high}"
     if part is bool:
         return "true or false"
     if part is str:
-        return "one printable line of at most 200 characters" if path == ("source",) else "a name"
+        return "one printable line of at most 200 characters" if path == ("source",) else _A_NAME
     words = [str(word) for word in get_args(part)]
     return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
 
@@ -493,7 +516,7 @@ def _smallest(cls: type[Node], path: Path) -> Data:
     return {field: _stand_in((*path, field)) for field in needed}
 
 
-# pydantic's errors ----------------------------------------------------------------------------------
+# Errors of pydantic -------------------------------------------------------------------------------
 
 
 def _one_each(error: ValidationError) -> Iterator[ErrorDetails]:
@@ -501,13 +524,14 @@ def _one_each(error: ValidationError) -> Iterator[ErrorDetails]:
     seen: set[Path] = set()
     for detail in error.errors(include_url=False, include_context=False):
         path = _path(detail["loc"])
-        if path not in seen:
+        # a list whose items are all wrong is also too short, for pydantic
+        if path not in seen and detail["type"] != "too_short":
             seen.add(path)
             yield detail
 
 
 def _path(loc: Path) -> Path:
-    """pydantic's location without the names of union members."""
+    """The location of a pydantic error, without the names of union members."""
     path: Path = ()
     here: object = Spec
     for step in loc:
@@ -529,7 +553,7 @@ def _put(data: Data, path: Path, value: Plain) -> None:
     cast("dict[str | int, Plain]", here)[path[-1]] = value
 
 
-# Words for messages ---------------------------------------------------------------------------------
+# Words for messages -------------------------------------------------------------------------------
 
 
 def _key_name(path: Path) -> str:
@@ -540,6 +564,10 @@ def _key_name(path: Path) -> str:
     if path[-2:] == ("score", "source"):
         return "from"
     return "blocks" if path[-2:] == ("partition", "size") else last
+
+
+def _kind(node: Tree) -> str:
+    return "a mapping" if isinstance(node, Keys) else "a list"
 
 
 def _where(path: Path) -> str:
@@ -558,21 +586,49 @@ def _shown(value: object) -> str:
 def _not_yet(value: object) -> str | None:
     """Help for a word that is in the design of the language, but not in this version."""
     if isinstance(value, str) and value in _PLANNED:
-        return f"'{value}' is not in this version of hsgen."
+        return f"'{value}' is not in this version of hsgen"
     return None
 
 
 def _advice(code: str, value: object, path: Path) -> str:
     """What to type instead."""
-    part, _ = _part(path)
-    key = _key_name(path)
-    words = [str(arg) for option in (part, *get_args(part)) for arg in get_args(option) or (option,)]
-    if isinstance(value, str) and (close := nearest(value, [w for w in words if w.isidentifier()])):
-        return f"did you mean '{key}: {close}'?"
-    if code == "HS034":
-        return f"write '{key}: true' or '{key}: false'"
-    if isinstance(value, str) and value.isdecimal() and part is int:
-        return f"remove the quotes: '{key}: {int(value[:9])}'"
-    if isinstance(value, float) and part is int:
-        return f"write '{key}: {max(1, round(value))}'"
-    return f"write {_expected(path)}"
+    key, part = _key_name(path), _part(path)[0]
+    words = ["true", "false"] if part is bool else _words(part)
+    if part is str:
+        return f"write {_expected(path)}" if code == "HS037" else f"write '{key}: {_named(value)}'"
+    if isinstance(value, str) and (close := nearest(value, words)):
+        quotes = " without quotes" if value == close else ""
+        return f"write '{key}: {close}'{quotes}"
+    if words:
+        options = [f"'{key}: {word}'" for word in words]
+        return f"write {' or '.join(options)}"
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        return f"write '{key}: {_within(int(value[:9]), path)}' without quotes"
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else 16
+    return f"write '{key}: {_within(number, path)}'"
+
+
+_A_NAME = "a name (a-z first, then a-z, 0-9 and _, at most 48, no word of Python)"
+
+
+def _words(part: object) -> list[str]:
+    """The words that a field may hold, if words are what it holds."""
+    literals = [p for p in (part, *get_args(part)) if get_origin(p) is Literal]
+    return [str(word) for literal in literals for word in get_args(literal)]
+
+
+def _named(value: object) -> str:
+    """A name that looks like the value."""
+    name = re.sub(r"[^a-z0-9]+", "_", str(value).lower()).strip("_")[:40].lstrip("0123456789_")
+    return f"{name}_" if keyword.iskeyword(name) else name or "my_name"
+
+
+def _within(number: float, path: Path) -> int:
+    """The whole number nearest to this one that the field may hold."""
+    _, limits = _part(path)
+    low, high = (int(_limit(limits, end)) for end in ("ge", "le"))
+    return max(low, min(high, round(number)))
+
+
+def _limit(limits: tuple[object, ...], end: str) -> float:
+    return next(getattr(limit, end) for limit in limits if hasattr(limit, end))

@@ -14,10 +14,10 @@ from hsgen.spec.model import Blocks, Level, Path, Score, Spec, Tokens
 _COARSENESS = {"all": 0, "group": 1, "head": 2}
 # arguments of a kernel's call; `kv: new` would make another k_new
 _ARGUMENTS = {
-    **{name: "the query, keys and values" for name in ("q", "k", "v")},
-    **{name: "the index" for name in ("q_index", "k_index", "v_index", "w_index")},
-    **{name: "new tokens of a decode step" for name in ("k_new", "v_new")},
-    **{name: "the pages of a cache" for name in ("k_pages", "v_pages")},
+    **dict.fromkeys(("q", "k", "v"), "the query, keys and values"),
+    **dict.fromkeys(("q_index", "k_index", "v_index", "w_index"), "the index"),
+    **dict.fromkeys(("k_new", "v_new"), "new tokens of a decode step"),
+    **dict.fromkeys(("k_pages", "v_pages"), "the pages of a cache"),
     "gates": "the gates",
 }
 
@@ -62,7 +62,12 @@ def _rests_on(problem: Problem, broken: set[Path]) -> bool:
     )
 
 
-# Names ----------------------------------------------------------------------------------------------
+def _either(one: object) -> str:
+    """Of two keys that exclude each other, which there are: all, or none."""
+    return "neither" if one is None else "both"
+
+
+# Names --------------------------------------------------------------------------------------------
 
 
 def _unique_names(spec: Spec) -> Iterator[Problem]:
@@ -142,8 +147,10 @@ def _uses(spec: Spec) -> tuple[Path, ...]:
 def _tensor_names(spec: Spec) -> Iterator[Problem]:
     """Two tensors of the call under one name."""
     taken = dict(_ARGUMENTS)
+    seen: set[Path] = set()
     for path, name, what in _tensors(spec):
-        if taken.setdefault(name, what) != what:
+        if taken.setdefault(name, what) != what and path not in seen:
+            seen.add(path)
             yield Problem(
                 code="HS053",
                 path=path,
@@ -173,7 +180,7 @@ def _learned(level: Level) -> Iterator[str]:
             yield f"{level.name}_{which}_position"
 
 
-# Heads, partitions, pools ---------------------------------------------------------------------------
+# Heads, partitions, pools -------------------------------------------------------------------------
 
 
 def _heads(spec: Spec) -> Iterator[Problem]:
@@ -183,7 +190,7 @@ def _heads(spec: Spec) -> Iterator[Problem]:
         yield Problem(
             code="HS050",
             path=("heads", "query"),
-            message=f"expected query heads that are a multiple of kv heads, {heads.kv}, got {heads.query}",
+            message=f"expected a multiple of the kv heads, {heads.kv}, got {heads.query}",
             help=f"write 'query: {close}'",
             also=(("heads", "kv"),),
         )
@@ -196,8 +203,8 @@ def _partitions(spec: Spec) -> Iterator[Problem]:
             yield Problem(
                 code="HS080",
                 path=("levels", i, "partition", "stride"),
-                message=f"expected a stride of at most the block's size, {blocks.size}, got {blocks.stride}:"
-                " tokens between blocks would be in none",
+                message=f"expected a stride of at most the block's size, {blocks.size},"
+                f" got {blocks.stride}: tokens between blocks would be in none",
                 help=f"write 'stride: {blocks.size}', or leave it out",
                 also=(("levels", i, "partition", "size"),),
             )
@@ -208,11 +215,11 @@ def _pools(spec: Spec) -> Iterator[Problem]:
         here: Path = ("levels", i)
         pool, score = level.pool, level.score
         has_keys = pool is not None and pool.keys is not None
-        if isinstance(level.partition, Blocks) and score.form and not has_keys:
+        if isinstance(level.partition, Blocks) and score.form and not (has_keys or score.source):
             yield Problem(
                 code="HS063",
                 path=(*here, "score", "form"),
-                message=f"expected pooled keys for form '{score.form}' to score blocks by, got none",
+                message=f"expected pooled keys that form '{score.form}' scores, got none",
                 help="write 'pool: {keys: mean}' in this level",
                 also=((*here, "pool", "keys"), (*here, "partition")),
             )
@@ -226,18 +233,21 @@ def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
     path: Path = ("levels", i, "pool")
     pool = level.pool
     pooled = [b for b in spec.attend if b.over == level.name and b.values == "pooled"]
-    why = None
+    where, why = path, ""
     if isinstance(level.partition, Tokens):
-        why, where = "a token is an entry of its own", path
+        why = "a token is an entry of its own"
     elif pool.keys is None and pool.values is None:
-        why, where = "it pools neither keys nor values", path
+        why = "it pools neither keys nor values"
     elif pool.values is not None and level.score.form == "relu_weighted":
         why, where = "an index has no values", (*path, "values")
     elif pool.values is not None and not pooled:
-        why, where = f"no branch attends 'over: {level.name}' with 'values: pooled'", (*path, "values")
-    elif pool.keys is not None and not level.score.form and not pooled:
+        why, where = (
+            f"no branch attends 'over: {level.name}' with 'values: pooled'",
+            (*path, "values"),
+        )
+    elif pool.keys is not None and level.score.source and not pooled:
         why, where = "this level's scores are mapped, not computed from keys", (*path, "keys")
-    if why is not None:
+    if why:
         yield Problem(
             code="HS064",
             path=where,
@@ -257,7 +267,7 @@ def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
         )
 
 
-# Scores ---------------------------------------------------------------------------------------------
+# Scores -------------------------------------------------------------------------------------------
 
 
 def _scores(spec: Spec) -> Iterator[Problem]:
@@ -269,8 +279,8 @@ def _scores(spec: Spec) -> Iterator[Problem]:
             yield Problem(
                 code="HS056",
                 path=path if score.form is None else source,
-                message=f"expected 'form' or 'from' in 'score', got {'both' if score.form else 'neither'}",
-                help="write 'form: dot' to score keys, or 'from: LEVEL' with 'map' to take scores over",
+                message=f"expected 'form' or 'from' in 'score', got {_either(score.form)}",
+                help="write 'form: dot' to score keys, or 'from: LEVEL' with 'map'",
                 also=(form, source),
                 at_key=True,
             )
@@ -305,7 +315,7 @@ def _mapped(score: Score, path: Path) -> Iterator[Problem]:
             yield Problem(
                 code="HS059",
                 path=(*path, key),
-                message=f"'{key}' has no meaning with 'from': it is that of the level '{score.source}'",
+                message=f"'{key}' has no meaning with 'from': it is that of '{score.source}'",
                 help=f"remove '{key}'; write it in '{score.source}'",
                 also=((*path, "source"), (*path, "form")),
                 at_key=True,
@@ -389,23 +399,32 @@ def _map_problem(how: str, source: Level, target: Level) -> tuple[str, str] | No
     s, t = source.partition, target.partition
     if source.within is not None:
         got = f"its scores exist only for children of '{source.within}'"
-        return f"expected scores of every entry, got '{source.name}': {got}", "name a level without 'within'"
+        return (
+            f"expected scores of every entry, got '{source.name}': {got}",
+            "name a level without 'within'",
+        )
     if t.stride != t.size:
-        return f"expected blocks without overlap, got stride {t.stride}", f"write '{{blocks: {t.size}}}'"
+        return (
+            f"expected blocks without overlap, got stride {t.stride}",
+            f"write '{{blocks: {t.size}}}'",
+        )
     if t.size % s.stride:
         nearer = max(1, round(t.size / s.stride)) * s.stride
         expected = f"expected blocks of a multiple of its stride, {s.stride}, got {t.size}"
         return expected, f"write '{{blocks: {nearer}}}'"
     if how == "overlap_sum" and s.size % s.stride:
         expected = f"expected '{source.name}' to have a size that is a multiple of its stride"
-        return f"{expected}, {s.stride}, got {s.size}", f"write 'map: max', or another stride in '{source.name}'"
+        return (
+            f"{expected}, {s.stride}, got {s.size}",
+            f"write 'map: max', or another stride in '{source.name}'",
+        )
     if how != "overlap_sum" and s.size > t.size:
         expected = f"expected blocks of at least its size, {s.size}, got {t.size}"
         return expected, f"write '{{blocks: {s.size}}}', or 'map: overlap_sum'"
     return None
 
 
-# Selections -----------------------------------------------------------------------------------------
+# Selections ---------------------------------------------------------------------------------------
 
 
 def _nesting(spec: Spec) -> Iterator[Problem]:
@@ -420,7 +439,9 @@ def _nesting(spec: Spec) -> Iterator[Problem]:
             code, message, help = wrong
             shares = (("levels", i, "score"), ("levels", j, "score"))
             also = (*rests, *shares) if code == "HS083" else rests
-            yield Problem(code=code, path=("levels", i, "within"), message=message, help=help, also=also)
+            yield Problem(
+                code=code, path=("levels", i, "within"), message=message, help=help, also=also
+            )
 
 
 def _nesting_problem(spec: Spec, parent: Level, child: Level) -> tuple[str, str, str] | None:
@@ -428,16 +449,23 @@ def _nesting_problem(spec: Spec, parent: Level, child: Level) -> tuple[str, str,
     p, c = parent.partition, child.partition
     if parent.select is None or parent.select.beam is None:
         got = "a top_k" if parent.select else "no select"
-        expected = f"expected '{parent.name}' to have a beam, whose entries are expanded here, got {got}"
+        expected = (
+            f"expected '{parent.name}' to have a beam, whose entries are expanded here, got {got}"
+        )
         return "HS066", expected, f"write 'select: {{beam: 64}}' in '{parent.name}'"
     for level in (parent, child):
         blocks = level.partition
         if blocks.size != blocks.stride:
-            expected = f"expected levels without overlap, got '{level.name}' with stride {blocks.stride}"
+            expected = (
+                f"expected levels without overlap, got '{level.name}' with stride {blocks.stride}"
+            )
             return "HS067", expected, f"write '{{blocks: {blocks.size}}}' in '{level.name}'"
     if p.size % c.size:
         expected = f"expected blocks that divide those of '{parent.name}', {p.size}, got {c.size}"
-        nearer = min((n for n in range(1, min(p.size, 4096) + 1) if p.size % n == 0), key=lambda n: abs(n - c.size))
+        nearer = min(
+            (n for n in range(1, min(p.size, 4096) + 1) if p.size % n == 0),
+            key=lambda n: abs(n - c.size),
+        )
         return "HS067", expected, f"write '{{blocks: {nearer}}}'"
     shares = [_share(spec, level) for level in (parent, child)]
     if _COARSENESS[shares[0]] > _COARSENESS[shares[1]]:
@@ -454,7 +482,7 @@ def _share(spec: Spec, level: Level) -> str:
         if level.score.source not in levels:
             break
         level = levels[level.score.source]
-    return level.score.share
+    return "all" if level.score.form == "relu_weighted" else level.score.share
 
 
 def _selects(spec: Spec) -> Iterator[Problem]:
@@ -468,8 +496,8 @@ def _selects(spec: Spec) -> Iterator[Problem]:
             yield Problem(
                 code="HS070",
                 path=path,
-                message=f"expected 'top_k' or 'beam' in 'select', got {'both' if select.top_k else 'neither'}",
-                help="write 'top_k: 16' for what is attended, 'beam: 64' for what a level below expands",
+                message=f"expected 'top_k' or 'beam' in 'select', got {_either(select.top_k)}",
+                help="write 'top_k: 16' for what is attended, 'beam: 64' for what is expanded",
                 also=both,
             )
             continue
@@ -498,7 +526,7 @@ def _select_use(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
             code="HS068",
             path=(*path, "beam"),
             message=f"expected a level within '{level.name}' that expands its beam, got none",
-            help=f"write 'within: {level.name}' in a level below, or 'top_k: {level.select.beam}' and attend it",
+            help=f"write 'within: {level.name}' in a level below, or attend it with 'top_k'",
             also=also,
             at_key=True,
         )
@@ -513,7 +541,7 @@ def _select_use(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
         )
 
 
-# Branches -------------------------------------------------------------------------------------------
+# Branches -----------------------------------------------------------------------------------------
 
 
 def _branches(spec: Spec) -> Iterator[Problem]:
@@ -525,7 +553,7 @@ def _branches(spec: Spec) -> Iterator[Problem]:
             yield Problem(
                 code="HS073",
                 path=path if branch.over is None else window,
-                message=f"expected 'over' or 'window' in a branch, got {'both' if branch.over else 'neither'}",
+                message=f"expected 'over' or 'window' in a branch, got {_either(branch.over)}",
                 help="write 'over: LEVEL' or 'window: 512'",
                 also=(over, window),
                 at_key=branch.over is not None,
@@ -590,16 +618,15 @@ def _combines(spec: Spec) -> Iterator[Problem]:
                 also=(("combine",),),
             )
     elif (combine.gates is None) == (combine.softmax is None):
-        got = "both" if combine.gates else "neither"
         yield Problem(
             code="HS077",
             path=("combine",),
-            message=f"expected 'gates' or 'softmax' in 'combine', got {got}",
+            message=f"expected 'gates' or 'softmax' in 'combine', got {_either(combine.gates)}",
             help="write 'combine: {gates: input}' or 'combine: {softmax: union}'",
         )
 
 
-# What nothing uses ----------------------------------------------------------------------------------
+# What nothing uses --------------------------------------------------------------------------------
 
 
 def _unused(spec: Spec) -> Iterator[Problem]:
@@ -629,16 +656,16 @@ def _unused(spec: Spec) -> Iterator[Problem]:
 def _kvs(spec: Spec) -> Iterator[Problem]:
     for i, level in enumerate(spec.levels):
         if level.kv is not None and level.score.form != "dot" and level.pool is None:
-            yield _idle_kv(("levels", i), "this level neither scores nor pools keys", spec)
+            yield _idle_kv(("levels", i), "this level neither scores nor pools keys")
         elif level.kv is not None and level.score.form == "relu_weighted":
-            yield _idle_kv(("levels", i), "the index has keys of its own", spec)
+            yield _idle_kv(("levels", i), "the index has keys of its own")
     for i, branch in enumerate(spec.attend):
         if branch.kv is not None and branch.values == "pooled":
             why = f"the pooled entries are those of the level '{branch.over}'"
-            yield _idle_kv(("attend", i), why, spec)
+            yield _idle_kv(("attend", i), why)
 
 
-def _idle_kv(path: Path, why: str, spec: Spec) -> Problem:
+def _idle_kv(path: Path, why: str) -> Problem:
     return Problem(
         code="HS081",
         path=(*path, "kv"),

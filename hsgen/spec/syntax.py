@@ -7,9 +7,9 @@ elsewhere (anchors, tags, merge keys), is a mistake.  Knows nothing of what a sp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import yaml
 
@@ -20,9 +20,12 @@ MAX_DEPTH = 16
 MAX_VALUES = 4096
 MAX_DIGITS = 18
 
+_Parse = Callable[[str, type[yaml.SafeLoader]], Iterator[yaml.Event]]
+_parse = cast("_Parse", yaml.parse)  # pyright: ignore[reportUnknownMemberType] - stub without types
+
 # YAML's line breaks, which are what PyYAML counts lines by
 _BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_FORBIDDEN = yaml.reader.Reader.NON_PRINTABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,11 @@ class _Source:
     def decode(self, text: str | bytes) -> None:
         """Take the text, if it is one of bearable size."""
         if len(text) > MAX_BYTES:
-            self.stop("HS001", f"expected at most {MAX_BYTES // 1024} KiB, got more", help="a spec is a page")
+            self.stop(
+                "HS001",
+                f"expected at most {MAX_BYTES // 1024} KiB, got more",
+                help="a spec is a page",
+            )
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8")
@@ -122,7 +129,9 @@ class _Source:
         kind = "a list" if isinstance(tree, Items) else "a single word"
         if not isinstance(tree, Unreadable):
             help = "start with 'hsgen: 1', then 'name: ...'"
-            self.error("HS008", f"expected keys with values at the top, got {kind}", span=span, help=help)
+            self.error(
+                "HS008", f"expected keys with values at the top, got {kind}", span=span, help=help
+            )
         raise _Stop
 
     def empty(self) -> NoReturn:
@@ -141,7 +150,8 @@ class _Source:
         """PyYAML's events between the marks of the stream, its errors made ours."""
         at = Span(file=self.filename, line=1, column=1, text=self.lines[0])
         try:
-            for event in yaml.parse(self.text, Loader=yaml.SafeLoader):
+            # the pure Python loader: same messages and columns wherever it runs
+            for event in _parse(self.text, yaml.SafeLoader):
                 at = self.of(event)
                 yield event
         except yaml.MarkedYAMLError as error:
@@ -155,11 +165,21 @@ class _Source:
         span = self.at(mark.line, mark.column) if mark else None
         problem = error.problem or error.context or "unreadable"
         rest = self.lines[mark.line][mark.column :] if mark and mark.line < len(self.lines) else ""
-        before = self.lines[mark.line][: mark.column] if mark and mark.line < len(self.lines) else ""
+        before = (
+            self.lines[mark.line][: mark.column] if mark and mark.line < len(self.lines) else ""
+        )
         if rest.startswith("\t") or (not before.strip() and "\t" in before):
             self.stop("HS005", "expected spaces, got a tab", span=span, help="indent with spaces")
         hint = next((hint for part, hint in _HINTS.items() if part in problem), None)
-        self.stop("HS004", f"not YAML: {_sentence(problem)}", span=span, help=hint)
+        where = ""
+        if (
+            error.context
+            and error.context_mark
+            and error.context_mark.line != getattr(mark, "line", 0)
+        ):
+            where = f", {error.context} that starts on line {error.context_mark.line + 1}"
+        message = f"not YAML: {_sentence(problem)}{_sentence(where)}"
+        self.stop("HS004", message, span=span, help=hint or "write 'key: value' lines")
 
     def _next(self, events: Iterator[yaml.Event]) -> Tree:
         """The first document's tree."""
@@ -175,28 +195,48 @@ class _Source:
         span = self.of(event)
         self.values += 1
         if self.values > MAX_VALUES:
-            self.stop("HS010", f"expected at most {MAX_VALUES} values, got more", span=span)
+            self.stop(
+                "HS010",
+                f"expected at most {MAX_VALUES} values, got more",
+                span=span,
+                help="a spec is a page",
+            )
         if isinstance(event, yaml.AliasEvent):
             help = f"write again what '&{event.anchor}' stands for"
-            self.error("HS014", f"expected a value, got the alias '*{event.anchor}'", span=span, help=help)
+            self.error(
+                "HS014", f"expected a value, got the alias '*{event.anchor}'", span=span, help=help
+            )
             return Unreadable(span=span)
-        self._plain_node(event, span)
-        if isinstance(event, yaml.ScalarEvent):
+        tagged = self._marks(event, span)
+        if isinstance(event, yaml.ScalarEvent) and not tagged:
             return Word(text=event.value, plain=event.style is None, span=span)
         if depth > MAX_DEPTH:
-            self.stop("HS009", f"expected at most {MAX_DEPTH} levels of nesting, got more", span=span)
+            self.stop(
+                "HS009",
+                f"expected at most {MAX_DEPTH} levels of nesting, got more",
+                span=span,
+                help="remove brackets, or indentation",
+            )
+        tree: Tree = Unreadable(span=span)
         if isinstance(event, yaml.SequenceStartEvent):
-            return Items(items=tuple(self._items(events, depth)), span=span)
-        assert isinstance(event, yaml.MappingStartEvent), event
-        return Keys(items=tuple(self._keys(events, depth)), span=span)
+            tree = Items(items=tuple(self._items(events, depth)), span=span)
+        elif isinstance(event, yaml.MappingStartEvent):
+            tree = Keys(items=tuple(self._keys(events, depth)), span=span)
+        return Unreadable(span=span) if tagged else tree
 
-    def _plain_node(self, event: yaml.Event, span: Span) -> None:
-        """Report an anchor or a tag; the node itself is read on."""
+    def _marks(self, event: yaml.Event, span: Span) -> bool:
+        """Report an anchor or a tag; true for a tag, which makes the value something else."""
         if anchor := getattr(event, "anchor", None):
             help = f"remove '&{anchor}' and write the value wherever it is needed"
-            self.error("HS013", f"expected a value, got the anchor '&{anchor}'", span=span, help=help)
-        if tag := getattr(event, "tag", None):
-            self.error("HS015", f"expected a value, got the tag '{tag}'", span=span, help="remove the tag")
+            self.error(
+                "HS013", f"expected a value, got the anchor '&{anchor}'", span=span, help=help
+            )
+        tag: str | None = getattr(event, "tag", None)
+        if tag:
+            tag = short(tag.replace("tag:yaml.org,2002:", "!!"))
+            message = f"expected a value, got the tag '{tag}'"
+            self.error("HS015", message, span=span, help=f"remove '{tag}'")
+        return bool(tag)
 
     def _items(self, events: Iterator[yaml.Event], depth: int) -> Iterator[Tree]:
         for event in events:
@@ -220,7 +260,12 @@ class _Source:
         """Whether a key is one word, no merge key, and new; reports it if not."""
         if not isinstance(key, Word) or not key.text:
             if not isinstance(key, Unreadable):
-                self.error("HS017", "expected a word as key, got something else", span=key.span)
+                self.error(
+                    "HS017",
+                    "expected a word as key, got something else",
+                    span=key.span,
+                    help="write 'key: value'",
+                )
             return False
         if key.text == "<<" and key.plain:
             help = "write out the keys that it would bring"
@@ -248,7 +293,7 @@ class _Source:
         self, code: str, message: str, *, span: Span | None = None, help: str | None = None
     ) -> None:
         """Report a mistake and read on."""
-        where = span or self.at(0, 0)
+        where = span or Span(file=self.filename, line=1, column=1)
         self.found.append(Diagnostic(code=code, message=message, span=where, help=help))
 
     def stop(
@@ -276,11 +321,12 @@ def _sentence(problem: str) -> str:
 
 
 def short(text: str, limit: int = 60) -> str:
-    """The text, cut where it is longer than a message bears."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    """The text on one line, cut where it is longer than a message bears."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-# Words without quotes -------------------------------------------------------------------------------
+# Words without quotes -----------------------------------------------------------------------------
 
 _NULL = {"", "~", "null", "Null", "NULL"}
 _TRUE = {"true", "True", "TRUE"}
@@ -303,7 +349,9 @@ def value(word: Word) -> Scalar | Diagnostic:
     if not word.plain:
         return text
     if text in _NULL:
-        return _mistake(word, "HS025", "expected a value, got none", "write the value, or remove the key")
+        return _mistake(
+            word, "HS025", "expected a value, got none", "write the value, or remove the key"
+        )
     if text in _TRUE | _FALSE:
         return text in _TRUE
     if _INT.fullmatch(text) or _HEX.fullmatch(text):
@@ -323,9 +371,11 @@ def _trap(word: Word) -> Diagnostic | None:
     if text.lower() in _SAYS_YES | _SAYS_NO:
         meant = "true" if text.lower() in _SAYS_YES else "false"
         message = f"'{shown}' is a truth value in YAML 1.1 and a text in YAML 1.2"
-        return _mistake(word, "HS019", message, f"write {meant}; for the word itself \"{text}\"")
+        return _mistake(word, "HS019", message, f'write {meant}; for the word itself "{text}"')
     if _NOT_FINITE.fullmatch(text) or _FLOAT.fullmatch(text):
-        return _mistake(word, "HS023", f"expected a finite number, got '{shown}'", "write a finite number")
+        return _mistake(
+            word, "HS023", f"expected a finite number, got '{shown}'", "write a finite number"
+        )
     if match := _EXPONENT.fullmatch(text):
         message = f"'{shown}' is a text in YAML 1.1 and a number in YAML 1.2"
         return _mistake(word, "HS018", message, f"write {short(_with_point(*match.groups()), 40)}")

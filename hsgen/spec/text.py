@@ -19,7 +19,11 @@ def dump(spec: Spec) -> str:
     lines += [f"head_dim: {_head_dim(spec.head_dim)}"] if spec.head_dim else []
     lines.append(f"causal: {_word(spec.causal)}")
     lines += [f"index: {_flow(spec.index)}"] if spec.index else []
-    lines += ["levels:", *(line for level in spec.levels for line in _level(level))] if spec.levels else []
+    lines += (
+        ["levels:", *(line for level in spec.levels for line in _level(level))]
+        if spec.levels
+        else []
+    )
     lines += ["attend:", *(f"  - {_flow(branch)}" for branch in spec.attend)]
     lines += [f"combine: {_flow(spec.combine)}"] if spec.combine else []
     return "\n".join(lines) + "\n"

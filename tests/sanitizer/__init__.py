@@ -26,7 +26,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.backends.nvidia.compiler import min_dot_size
 
-from . import memory, numerics
+from . import fast, memory, numerics
 from .poison import is_poison, poison_masked_lanes, poisoned_empty
 
 __all__ = ["Fault", "Session", "enabled", "poisoned_empty"]
@@ -227,17 +227,20 @@ def _arguments_to_device(self, args, host_args, kwargs, host_kwargs):
         _original_to_device(self, args, host_args, kwargs, host_kwargs)
 
 
-def _patch_language(fn):
-    """As the interpreter's, but once a launch, not at each call of a helper function."""
-    session = _active
-    modules = {
-        id(v) for v in fn.__globals__.values() if inspect.ismodule(v) and v in (tl, tl.core)
-    }
-    if session.program is not None and modules and modules <= session.patched:
-        return None
-    scope = _original_patch_language(fn)
-    session.patched |= modules
-    return scope
+def _call_helper(self, *args, **kwargs):
+    """As the interpreter's, but the language is patched once a module and launch, not at each call."""
+    done = fast.sorted_integers(self, args, kwargs)
+    if done is not None:
+        return done
+    place = id(self.fn.__globals__)
+    if place not in _active.patched:
+        _active.patched.add(place)
+        interpreter._patch_lang(self.fn)
+    fn = self.rewrite()
+    try:
+        return fn(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
 
 
 def _set_grid_dim(self, nx, ny, nz):
@@ -503,7 +506,6 @@ _original_launch = interpreter.GridExecutor.__call__
 _original_convert = interpreter._implicit_cvt
 _original_to_host = interpreter.GridExecutor._init_args_hst
 _original_to_device = interpreter.GridExecutor._restore_args_dev
-_original_patch_language = interpreter._patch_lang
 _original_set_grid_dim = Builder.set_grid_dim
 _original_set_grid_idx = Builder.set_grid_idx
 _original_load = Builder.create_masked_load
@@ -520,8 +522,13 @@ _original_fp_to_fp = Builder.create_fp_to_fp
 _original_reduce = interpreter.ReduceScanOpInterface.apply
 
 PATCHES = (
-    (interpreter, {"_implicit_cvt": _convert_argument, "_patch_lang": _patch_language}),
+    (interpreter, {"_implicit_cvt": _convert_argument, "_get_np_dtype": fast.numpy_type}),
+    (interpreter.InterpretedFunction, {"__call__": _call_helper}),
+    (tl.core.block_type, {"__init__": fast.block_type}),
+    (tl.core.tensor, {"__init__": fast.tensor}),
     (interpreter.ReduceScanOpInterface, {"apply": _reduce}),
+    (interpreter.ReduceOps, {"generic_reduce": fast.tree_reduce}),
+    (interpreter.ScanOps, {"generic_scan": fast.tree_scan}),
     (
         interpreter.GridExecutor,
         {

@@ -1,0 +1,181 @@
+"""What hsgen is timed against: dense attention of PyTorch, and FlexAttention on the same selection.
+
+Prepares everything that may be prepared outside the timed call, to the baseline's advantage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+QUERY_BLOCK = 128  # FlexAttention's own default
+KEY_BLOCK = 128
+LARGEST_TABLE = 1 << 31  # FlexAttention indexes the tables that a mask reads with int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One way to ask PyTorch for dense attention.
+
+    Attributes:
+        name: For the tables.
+        backend: Of scaled_dot_product_attention; None leaves it the choice.
+        expand: Keys and values repeated beforehand, a copy for every query head.
+        pad: Values padded with zeros to the length of the keys beforehand.
+    """
+
+    name: str
+    backend: SDPBackend | None
+    expand: bool
+    pad: bool
+
+
+def variants(q: Tensor, k: Tensor, v: Tensor, device: str) -> list[Variant]:
+    """The ways worth trying for these shapes.  [B, T, H, D]"""
+    backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    if device != "cuda":
+        backends = {"torch": None}
+    grouped, uneven = q.shape[2] != k.shape[2], q.shape[-1] != v.shape[-1]
+    found = []
+    for name, backend in backends.items():
+        for padded in (False, True) if uneven else (False,):
+            for expand in (False, True) if grouped else (False,):
+                label = name + ", values padded" * padded + ", heads expanded" * expand
+                found.append(Variant(name=label, backend=backend, expand=expand, pad=padded))
+    return found
+
+
+def dense(variant: Variant, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], Tensor]:
+    """Causal attention by one variant.  [B, T, H, D] -> a call that returns [B, T, Hq, Dv]"""
+    width = v.shape[-1]
+    if variant.pad:
+        v = pad(v, (0, q.shape[-1] - width))
+    if variant.expand:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+
+    def attend() -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+
+    def call(_number: int) -> Tensor:
+        if variant.backend is None:
+            return attend().transpose(1, 2)[..., :width]
+        with sdpa_kernel(variant.backend):
+            return attend().transpose(1, 2)[..., :width]
+
+    return call
+
+
+def dense_flops(tokens: int, heads: int, qk: int, v: int) -> float:
+    """Multiplications and additions of causal attention, the diagonal's half tile not counted."""
+    return float(tokens) ** 2 * heads * (qk + v)
+
+
+def last_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last row of dense attention in float32, to check a baseline by.  -> f32[B, Hq, Dv]"""
+    B, _, Hq, D = q.shape
+    grouped = q[:, -1].float().view(B, k.shape[2], -1, D)
+    logits = torch.einsum("bkgd,bskd->bkgs", grouped, k.float()) * D**-0.5
+    return torch.einsum("bkgs,bskd->bkgd", logits.softmax(-1), v.float()).reshape(B, Hq, -1)
+
+
+# FlexAttention --------------------------------------------------------------------------------------
+
+
+def table_elements(tokens: int, heads: int, size: int) -> int:
+    """Booleans that say who selected what: tokens × heads × entries."""
+    return tokens * heads * -(-tokens // size)
+
+
+def flex_mask(indices: Tensor, size: int, heads: int) -> BlockMask:
+    """A selection as FlexAttention takes it.
+
+    A mask block is visited when any of its rows selected it, and needs no mask when all of them did and
+    it lies wholly in their past; inside the others a table says who did.
+
+    Args:
+        indices: i32[T, Hs, K], -1 padded.
+        size: Tokens an entry.
+        heads: Hq.
+    """
+    T, Hs, _ = indices.shape
+    entries = -(-T // size)
+    member = _members(indices, entries)  # [T, Hs, N]
+    share = heads // Hs
+
+    def mask(_b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & member[q, h // share, k // size]
+
+    key_block = min(size, KEY_BLOCK) if size > 1 else KEY_BLOCK
+    some, every = _blocks(member, size, key_block)
+    some, every = (x.repeat_interleave(share, 0)[None] for x in (some & ~every, every))
+    return BlockMask.from_kv_blocks(
+        *_ordered(some),
+        *_ordered(every),
+        BLOCK_SIZE=(QUERY_BLOCK, key_block),
+        mask_mod=mask,
+        seq_lengths=(T, T),
+    )
+
+
+def flex(
+    mask: BlockMask, q: Tensor, k: Tensor, v: Tensor
+) -> Callable[[int], Tensor]:
+    """Compiled FlexAttention.  [B, T, H, D] -> a call that returns [B, T, Hq, Dv]"""
+    torch._dynamo.reset()  # noqa: SLF001 - or the ninth mask would run uncompiled
+    compiled = torch.compile(flex_attention, dynamic=False)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+
+    def call(_number: int) -> Tensor:
+        return compiled(q, k, v, block_mask=mask, enable_gqa=gqa).transpose(1, 2)
+
+    return call
+
+
+def _members(indices: Tensor, entries: int) -> Tensor:
+    """i32[T, Hs, K] -> bool[T, Hs, N], a thousand rows at a time."""
+    member = torch.zeros(*indices.shape[:-1], entries, dtype=torch.bool, device=indices.device)
+    for rows, part in zip(member.split(1024), indices.split(1024), strict=True):
+        wide = torch.zeros(*part.shape[:-1], entries + 1, dtype=torch.bool, device=part.device)
+        wide.scatter_(-1, torch.where(part < 0, entries, part).long(), value=True)
+        rows.copy_(wide[..., :entries])
+    return member
+
+
+def _blocks(member: Tensor, size: int, key_block: int) -> tuple[Tensor, Tensor]:
+    """Which mask blocks hold something, and which hold everything.  -> bool[Hs, TQ, TK], twice"""
+    T, Hs, _ = member.shape
+    tiles, columns = -(-T // QUERY_BLOCK), -(-T // key_block)
+    some = torch.empty(tiles, Hs, columns, dtype=torch.bool, device=member.device)
+    every = torch.empty_like(some)
+    start = torch.arange(columns, device=member.device) * key_block
+    for tile, rows in enumerate(member.split(QUERY_BLOCK)):
+        first, last = tile * QUERY_BLOCK, min((tile + 1) * QUERY_BLOCK, T) - 1
+        some[tile] = _columns(rows.any(0), size, key_block, columns, most=True)
+        every[tile] = _columns(rows.all(0), size, key_block, columns, most=False)
+        some[tile] &= start <= last
+        every[tile] &= (start + key_block - 1 <= first) & (len(rows) == QUERY_BLOCK)
+    return some.transpose(0, 1), every.transpose(0, 1)
+
+
+def _columns(entries: Tensor, size: int, key_block: int, columns: int, *, most: bool) -> Tensor:
+    """Entries as mask columns: one entry spans several, or a column holds several.  -> bool[Hs, TK]"""
+    if size >= key_block:
+        return entries.repeat_interleave(size // key_block, -1)[..., :columns]
+    per = key_block // size
+    grouped = pad(entries, (0, columns * per - entries.shape[-1])).unflatten(-1, (columns, per))
+    return grouped.any(-1) if most else grouped.all(-1)
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row of blocks has, and which, those first.  -> i32[..., TQ], i32[..., TQ, TK]"""
+    order = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)

@@ -1,0 +1,105 @@
+"""Tensors to time a spec on: random ones, and ones that look like a model's.
+
+Real-like tensors are captured heads of SmolLM2, put together and repeated until they are large enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Group
+from hsgen.reference import tensor_shapes
+from hsgen.spec import Spec
+
+Kind = Literal["random", "real"]
+
+NOISE = 0.05  # of the standard deviation, so that repeated text is not the same text
+
+
+def make(
+    spec: Spec, kind: Kind, tokens: int, device: str, seed: int, groups: Sequence[Group]
+) -> dict[str, Tensor]:
+    """Every tensor that the spec reads, for one sequence, bf16."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = tensor_shapes(spec, 1, tokens, tokens)
+    tensors = {name: _random(name, shape, generator) for name, shape in shapes.items()}
+    if kind == "real":
+        for name, shape in shapes.items():
+            if (heads := _real(name, shape, spec, groups)) is not None:
+                tensors[name] = _extend(heads.to(device), tokens, generator)[None].reshape(shape)
+        tensors |= {name: _mean(tensors[name]) for name in shapes if name.endswith("_weight")}
+    return tensors
+
+
+def size_in_bytes(tensors: dict[str, Tensor]) -> int:
+    """What one set of inputs weighs."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal numbers; gates between 0 and 1; learned maps that keep the size of what they map."""
+    x = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.bfloat16)
+    if name == "gates":
+        return x.sigmoid_()
+    if name == "w_index":
+        return x.abs_()
+    if name.endswith("_weight"):
+        return x.mul_((shape[1] * shape[2]) ** -0.5)
+    return x
+
+
+def _mean(weight: Tensor) -> Tensor:
+    """The learned map that is a mean.  [H, size, D, D]"""
+    eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
+    return (eye / weight.shape[1]).expand(weight.shape).contiguous()
+
+
+def _real(
+    name: str, shape: tuple[int, ...], spec: Spec, groups: Sequence[Group]
+) -> Tensor | None:
+    """Captured heads in the place of a tensor, [T', H, D], or None where nothing was captured."""
+    assert spec.heads is not None
+    base, index = name.split("_")[0], name.endswith("_index")
+    heads = shape[2] if len(shape) == 4 else 1
+    match base:
+        case "q":
+            kv = 1 if index else spec.heads.kv
+            return torch.stack([_query(h, heads // kv, shape[-1], groups) for h in range(heads)], 1)
+        case "k" if index:
+            return _parts(0, shape[-1], [_centred(group.k) for group in groups])[:, None]
+        case "k":
+            return torch.stack([_parts(h, shape[-1], [g.k for g in groups]) for h in range(heads)], 1)
+        case "v":
+            return torch.stack([_parts(h, shape[-1], [g.v for g in groups]) for h in range(heads)], 1)
+    return None
+
+
+def _query(head: int, group: int, dim: int, groups: Sequence[Group]) -> Tensor:
+    """One query head over the same captured groups as its key head.  -> [T', D]"""
+    sources = [g.q[:, head % g.q.shape[1]] for g in groups]
+    return _parts(head // group, dim, sources)
+
+
+def _parts(head: int, dim: int, sources: Sequence[Tensor]) -> Tensor:
+    """A head of `dim` numbers from as many captured heads as that takes.  -> [T', D]"""
+    count = -(-dim // sources[0].shape[-1])
+    chosen = [sources[(head * count + c) % len(sources)] for c in range(count)]
+    return torch.cat(chosen, -1)[:, :dim]
+
+
+def _centred(k: Tensor) -> Tensor:
+    wide = k.float()
+    return (wide - wide.mean(0)).to(k.dtype)
+
+
+def _extend(x: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
+    """Repeat a text, each time with other noise, its positions as captured.  [T', ...] -> [T, ...]"""
+    repeated = x[torch.arange(tokens, device=x.device) % len(x)]
+    noise = torch.randn(
+        repeated.shape, generator=generator, device=x.device, dtype=repeated.dtype
+    )
+    return repeated.add_(noise.mul_(NOISE * float(x.float().std())))

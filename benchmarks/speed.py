@@ -1,0 +1,441 @@
+"""The speed table: the shipped specs against dense attention and FlexAttention, in one run on one card.
+
+    python -m benchmarks.speed --device cuda --budget 560 -o OUT
+    python -m benchmarks.speed --device cuda --budget 560 -o OUT --resume OUT/speed_CARD_DATE.json
+    python -m benchmarks.speed --report benchmarks/results/speed_*.json            # writes docs/speed.md
+
+Every step of every case stands alone: what fails is written down with its text, what there was no time
+for says so, and results are on disk after each step.  Nothing is timed before it was checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import hsgen
+from benchmarks import baselines, common, inputs, metrics, timing
+from benchmarks.common import Group, Json
+from hsgen.reference import reference
+from hsgen.selection import ListSelection
+from hsgen.spec import Spec, load
+
+SYSTEMS = ("moba", "nsa", "hisa")
+SMALL = 3000  # tokens of the first check, no multiple of anything
+SAMPLED = 8  # consecutive rows of each of the two runs that are checked at full length
+TOLERANCE = {"cuda": 1e-2, "cpu": 1e-2}  # |o - reference| / |reference|, bf16 outputs
+ROTATED = 256 << 20  # inputs below this many bytes are rotated, so that no cache keeps them
+SETS = 3
+SECONDS = 1.0  # of timing, a measurement
+SECOND_LEVEL_CACHE = 50 << 20
+
+Tensors = dict[str, Tensor]
+Selected = Mapping[str, ListSelection]
+
+
+class NotExpressibleError(Exception):
+    """A baseline that cannot do this case, with the reason."""
+
+
+class CheckError(Exception):
+    """Figures that are not what the reference says."""
+
+
+# Running steps, come what may -------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Journal:
+    """Results on disk, step by step.
+
+    Attributes:
+        path: The file, rewritten after each step.
+        deadline: time.monotonic() after which no step is begun.
+        data: What is in the file: `runs`, and `cases` by name, each with its `steps`.
+    """
+
+    path: Path
+    deadline: float
+    data: Json = field(default_factory=lambda: {"runs": [], "cases": {}})
+
+    def case(self, name: str, facts: Json) -> Json:
+        """The record of a case, made if it is new."""
+        record = self.data["cases"].setdefault(name, {**facts, "steps": {}})
+        record.update(facts)
+        return record
+
+    def done(self, name: str, step: str) -> bool:
+        """Whether an earlier run has this step."""
+        steps = self.data["cases"].get(name, {}).get("steps", {})
+        return steps.get(step, {}).get("status") == "ok"
+
+    def run(self, name: str, step: str, action: Callable[[], Json]) -> bool:
+        """Do a step of a case unless it is done, and write down how it ended.  -> whether it is done"""
+        if self.done(name, step):
+            return True
+        started = time.monotonic()
+        entry: Json
+        if started > self.deadline:
+            entry = {"status": "skipped", "reason": "no time left in this run (--budget)"}
+        else:
+            entry = _attempt(action)
+            entry["seconds"] = round(time.monotonic() - started, 2)
+        entry["run"] = len(self.data["runs"]) - 1
+        self.data["cases"][name]["steps"][step] = entry
+        common.write_json(self.path, self.data)
+        print(f"{name:24s} {step:34s} {_short(entry)}", flush=True)
+        return entry["status"] == "ok"
+
+
+def _attempt(action: Callable[[], Json]) -> Json:
+    """Run an action; a failure is a result too."""
+    try:
+        return {"status": "ok", **action()}
+    except NotExpressibleError as reason:
+        return {"status": "skipped", "reason": str(reason)}
+    except Exception as error:  # noqa: BLE001 - every failure of a backend belongs into the table
+        where = traceback.format_exc(limit=-3)
+        return {"status": "failed", "reason": f"{type(error).__name__}: {error}", "trace": where}
+
+
+def _short(entry: Json) -> str:
+    if entry["status"] != "ok":
+        return f"{entry['status']}: {entry['reason']}"[:150].replace("\n", " ")
+    numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and k != "run"}
+    return "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+
+
+# Cases ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One system at one length on one kind of input."""
+
+    system: str
+    tokens: int
+    kind: inputs.Kind
+
+    @property
+    def name(self) -> str:
+        return f"{self.system}/{self.tokens}/{self.kind}"
+
+    @property
+    def spec(self) -> Spec:
+        return load(self.system)
+
+    @property
+    def level(self) -> str:
+        """The level whose selection is attended raw."""
+        return next(b.over for b in self.spec.attend if b.over and b.values == "raw")
+
+    @property
+    def size(self) -> int:
+        """Tokens of one of its entries."""
+        return self.spec.level(self.level).partition.size
+
+    def facts(self) -> Json:
+        """What the record of the case says beside its steps."""
+        heads, dim = self.spec.heads, self.spec.head_dim
+        assert heads is not None
+        assert dim is not None
+        return {
+            "system": self.system,
+            "tokens": self.tokens,
+            "inputs": self.kind,
+            "heads": [heads.query, heads.kv],
+            "head_dim": [dim.qk, dim.v],
+            "dtype": "bf16",
+            "batch": 1,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Bench:
+    """Where and on what cases run."""
+
+    device: str
+    seconds: float
+    groups: Sequence[Group]
+    journal: Journal
+
+    def make(self, case: Case, seed: int, tokens: int | None = None) -> Tensors:
+        """One set of inputs."""
+        length = tokens or case.tokens
+        return inputs.make(case.spec, case.kind, length, self.device, seed, self.groups)
+
+    def sets(self, case: Case) -> list[Tensors]:
+        """Enough sets that no call finds its inputs in the cache."""
+        first = self.make(case, 0)
+        few = inputs.size_in_bytes(first) >= ROTATED or self.device == "cpu"
+        return [first, *(self.make(case, seed) for seed in range(1, 1 if few else SETS))]
+
+    def time(self, call: timing.Call) -> Json:
+        """Milliseconds of a call."""
+        return {"ms": dataclasses.asdict(timing.time_calls(call, self.device, self.seconds))}
+
+
+# hsgen itself ---------------------------------------------------------------------------------------
+
+
+def run_hsgen(bench: Bench, case: Case) -> None:
+    """Check, then time, the whole of a case and its parts."""
+    journal, name = bench.journal, case.name
+    steps = ["total", "select", "attend", "kernels", "memory"]
+    steps = steps if bench.device == "cuda" else steps[:3]
+    wanted = ["check small", "check", *steps]
+    if all(journal.done(name, step) for step in wanted):
+        return
+    small = min(SMALL, case.tokens)
+    if not journal.run(name, "check small", lambda: check_all(bench, case, small)):
+        return
+    sets = bench.sets(case)
+    if not journal.run(name, "check", lambda: check_sampled(bench, case, sets[0])):
+        return
+    kernel = hsgen.load_kernel(case.spec)
+    chosen = [kernel.select(**x) for x in sets]
+    calls = {
+        "total": lambda n: kernel(**sets[n % len(sets)]),
+        "select": lambda n: kernel.select(**sets[n % len(sets)]),
+        "attend": lambda n: kernel(**sets[n % len(sets)], selection=chosen[n % len(sets)]),
+    }
+    for step, call in calls.items():
+        journal.run(name, step, lambda call=call: bench.time(call))
+    if bench.device == "cuda":
+        total = calls["total"]
+        journal.run(name, "kernels", lambda: {"ms": timing.kernel_times(total)})
+        journal.run(name, "memory", lambda: {"bytes": timing.peak_memory(total)})
+
+
+def check_all(bench: Bench, case: Case, tokens: int) -> Json:
+    """Every row of a short input against the float64 reference on the kernel's own selection."""
+    tensors = bench.make(case, 10, tokens)
+    o, selection = _run(case, tensors)
+    return _compare(case, tensors, o, selection, [(0, tokens)], bench.device)
+
+
+def check_sampled(bench: Bench, case: Case, tensors: Tensors) -> Json:
+    """Two runs of rows of the full length, in the middle and at the end, in the same way."""
+    o, selection = _run(case, tensors)
+    T = case.tokens
+    runs = [(a, min(a + SAMPLED, T)) for a in (T // 2 - SAMPLED // 2, T - SAMPLED)]
+    found = _compare(case, tensors, o, selection, runs, bench.device)
+    return found | {"density": _density(case, selection[case.level].indices[0])}
+
+
+def _run(case: Case, tensors: Tensors) -> tuple[Tensor, Selected]:
+    kernel = hsgen.load_kernel(case.spec)
+    selection = kernel.select(**tensors)
+    return kernel(**tensors), selection
+
+
+def _compare(
+    case: Case,
+    tensors: Tensors,
+    o: Tensor,
+    selection: Selected,
+    runs: Sequence[tuple[int, int]],
+    device: str,
+) -> Json:
+    """Hold outputs and choices of some rows against the reference.
+
+    Raises:
+        CheckError: the output is further off than TOLERANCE, or not finite.
+    """
+    error, agreement = 0.0, 1.0
+    for a, b in runs:
+        part = common.rows_of(tensors, a, b)
+        given = {
+            name: ListSelection(level=name, indices=s.indices[:, a:b])
+            for name, s in selection.items()
+        }
+        expected = reference(case.spec, part, selection=given, keep_scores=False).o
+        error = max(error, _relative(o[:, a:b], expected))
+        own = reference(case.spec, part, keep_scores=False).selection[case.level].indices
+        agreement = min(agreement, _overlap(given[case.level].indices[0], own[0], b))
+    if not error < TOLERANCE[device]:
+        raise CheckError(f"relative error {error:.3g}, expected below {TOLERANCE[device]}")
+    return {"error": error, "same_choice": agreement, "rows": sum(b - a for a, b in runs)}
+
+
+def _relative(o: Tensor, expected: Tensor) -> float:
+    return float((o.double() - expected).norm() / expected.norm())
+
+
+def _overlap(chosen: Tensor, own: Tensor, tokens: int) -> float:
+    """Share of the reference's own choices that the kernel made too.  i32[R, Hs, K], twice"""
+    both = metrics.members(chosen, tokens) & metrics.members(own, tokens)
+    return float(both.sum() / (own >= 0).sum().clamp(min=1))
+
+
+def _density(case: Case, indices: Tensor) -> float:
+    """Tokens attended in the selected branch over all causal pairs.  i32[T, Hs, K]"""
+    T, Hs, _ = indices.shape
+    position = torch.arange(T, device=indices.device)[:, None, None]
+    start = indices.long() * case.size
+    kept = (position + 1 - start).clamp(max=case.size) * (indices >= 0)
+    return float(kept.sum() / (Hs * T * (T + 1) / 2))
+
+
+# Baselines ------------------------------------------------------------------------------------------
+
+
+def run_dense(bench: Bench, case: Case) -> None:
+    """Dense causal attention on the same q, k, v, every way that PyTorch has."""
+    x = _only_qkv(bench, case, lambda step: step)
+    for variant in baselines.variants(*x, bench.device):
+        step = f"dense {variant.name}"
+        bench.journal.run(
+            case.name, step, lambda variant=variant: time_dense(bench, case, variant, x)
+        )
+
+
+def time_dense(
+    bench: Bench, case: Case, variant: baselines.Variant, x: tuple[Tensor, Tensor, Tensor]
+) -> Json:
+    """Check a variant's last row, then time it."""
+    call = baselines.dense(variant, *x)
+    expected = baselines.last_row(*x)
+    error = _relative(call(0)[:, -1], expected.double())
+    if not error < TOLERANCE[bench.device]:
+        raise CheckError(f"relative error {error:.3g} in the last row")
+    q, v = x[0], x[2]
+    flops = baselines.dense_flops(case.tokens, q.shape[2], q.shape[3], v.shape[3])
+    timed = bench.time(call)
+    return timed | {"error": error, "tflops": flops / timed["ms"]["median"] / 1e9}
+
+
+def run_flex(bench: Bench, case: Case) -> None:
+    """FlexAttention on the blocks that hsgen selected, beside hsgen attending to the same."""
+    journal, name = bench.journal, case.name
+    steps = ("attend selected", "flex mask", "flex")
+    if all(journal.done(name, step) for step in steps):
+        return
+    if bench.device != "cuda":
+        for step in steps[1:]:
+            journal.run(name, step, lambda: _not_expressible("FlexAttention is timed on GPUs only"))
+        return
+    tensors = bench.make(case, 0)
+    if not journal.done(name, "total"):
+        return
+    selection = hsgen.load_kernel(case.spec).select(**tensors)
+    kept = {case.level: selection[case.level]}
+    x = {name: tensors[name] for name in ("q", "k", "v")}
+    spec, extra = selected_only(case), _index_of(tensors)
+    kernel = hsgen.load_kernel(spec)
+    journal.run(
+        name, steps[0], lambda: bench.time(lambda _n: kernel(**x, **extra, selection=kept))
+    )
+    indices = kept[case.level].indices[0]
+    del tensors, selection
+    mask: list[object] = []
+
+    def make_mask() -> Json:
+        table = baselines.table_elements(case.tokens, indices.shape[1], case.size)
+        if table >= baselines.LARGEST_TABLE:
+            reason = f"the mask's table would have {table:.2g} elements, above int32 indexing"
+            _not_expressible(reason)
+        heads = x["q"].shape[2]
+        timed = bench.time(lambda _n: baselines.flex_mask(indices, case.size, heads))
+        mask.append(baselines.flex_mask(indices, case.size, heads))
+        return timed
+
+    def attend() -> Json:
+        if not mask:
+            _not_expressible("there is no mask")
+        call = baselines.flex(mask[0], **x)
+        error = _relative(call(0), kernel(**x, **extra, selection=kept).double())
+        if not error < TOLERANCE[bench.device]:
+            raise CheckError(f"relative difference {error:.3g} from hsgen on the same selection")
+        return bench.time(call) | {"difference": error}
+
+    if journal.done(name, steps[1]) and not journal.done(name, steps[2]):
+        mask.append(baselines.flex_mask(indices, case.size, x["q"].shape[2]))
+    journal.run(name, steps[1], make_mask)
+    journal.run(name, steps[2], attend)
+
+
+def selected_only(case: Case) -> Spec:
+    """The selected branch alone, for a selection that is given: what FlexAttention can be asked for."""
+    spec, level = case.spec, case.spec.level(case.level)
+    if len(spec.attend) == 1:
+        return spec
+    score = {"form": "dot", "source": None, "map": None, "normalise": None}
+    pool = {"keys": "mean"}
+    branch = next(b for b in spec.attend if b.over == level.name)
+    fields = spec.model_dump() | {
+        "name": f"{spec.name}_selected",
+        "levels": (level.model_dump() | {"score": score | _shared(spec), "pool": pool},),
+        "attend": (branch.model_dump(),),
+        "combine": None,
+    }
+    return Spec.model_validate(fields)
+
+
+def _shared(spec: Spec) -> Json:
+    """Which heads agree on a selection: those of the level that scores."""
+    score = spec.levels[0].score
+    return {"share": score.share, "reduce": score.reduce}
+
+
+def _index_of(tensors: Tensors) -> Tensors:
+    return {name: t for name, t in tensors.items() if name.endswith("_index")}
+
+
+def _not_expressible(reason: str) -> Json:
+    raise NotExpressibleError(reason)
+
+
+def _only_qkv(bench: Bench, case: Case, _done: object) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = bench.make(case, 0)
+    return tensors["q"], tensors["k"], tensors["v"]
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
+    """Every case: hsgen first, then dense attention, then FlexAttention."""
+    made = common.provenance("benchmarks.speed", argv, args.device)
+    path = args.output / f"speed_{common.slug(made['card'])}_{made['date']}.json"
+    journal = Journal(path=path, deadline=time.monotonic() + args.budget)
+    if args.resume:
+        journal.data = common.read_json(args.resume)
+    journal.data["runs"].append(made | {"capture": args.capture.name})
+    groups = common.load_capture(args.capture)
+    bench = Bench(device=args.device, seconds=args.seconds, groups=groups, journal=journal)
+    stages = {"hsgen": run_hsgen, "dense": run_dense, "flex": run_flex}
+    for stage in args.stages:
+        for case in _cases(args, stage):
+            journal.case(case.name, case.facts())
+            failed = _attempt(lambda stage=stage, case=case: stages[stage](bench, case) or {})
+            if failed["status"] != "ok":  # outside any step: making inputs, say
+                journal.run(case.name, stage, lambda failed=failed: _again(failed))
+            _forget(args.device)
+    return path
+
+
+def _again(entry: Json) -> Json:
+    """Fail as an earlier attempt did, so that it is written down."""
+    raise CheckError(entry["reason"])
+
+
+def _cases(args: argparse.Namespace, stage: str) -> Iterator[Case]:
+    """Dense attention does the same work on any input: it is timed on the random one."""
+    for tokens in args.tokens:
+        for system in args.systems:
+            for kind in args.inputs if stage != "dense" else args.inputs[:1]:
+                yield Case(system=system, tokens=tokens, kind=kind)
+
+
+def _forget(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,583 @@
+"""What the operators of a kernel do: CPU tensors go to the reference, or by request to the emitted
+kernels in Triton's interpreter; CUDA tensors go to the emitted kernels, on the current stream.
+
+Compiles a program on the first call of its kind; never waits for the device, unless checks are on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from threading import Lock, RLock
+from typing import Protocol
+
+import networkx as nx
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+from triton.runtime.interpreter import InterpretedFunction
+
+from hsgen import arguments, batch
+from hsgen.arguments import Expected, Lengths, Problem
+from hsgen.batch import Batch
+from hsgen.errors import ArgumentError, HsgenError
+from hsgen.graph import Graph, tensor_inputs
+from hsgen.operators import Call
+from hsgen.reference import Result, reference
+from hsgen.spec import Spec
+from hsgen.target import Target
+
+Configs = Mapping[str, Mapping[str, int]]  # by kernel: constexprs, num_warps, num_stages
+
+KNOWN_CALLS = 4096  # signatures of calls that one Execution remembers
+INTERPRETED_TARGET = "h100"  # whose plan the interpreter runs, unless one is named
+
+# the interpreter replaces functions of triton.language while it runs
+_interpreter_lock = Lock()
+
+
+class Driver(Protocol):
+    """The module `driver` of a compiled spec."""
+
+    def forward(
+        self,
+        tensors: Mapping[str, Tensor],
+        batch: Batch,
+        config: Configs,
+        selection: Mapping[str, Tensor] | None,
+    ) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """o [B, T, Hq, Dv], log-sum-exp f32[B, Hq, T] by branch, i32[B, T, Hs, K] by level."""
+        ...
+
+    def select(
+        self, tensors: Mapping[str, Tensor], batch: Batch, config: Configs
+    ) -> Mapping[str, Tensor]:
+        """i32[B, T, Hs, K] by level."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Program:
+    """A spec compiled for one GPU and dtype.
+
+    Attributes:
+        driver: launches the kernels.
+        plan: prints as launches and buffers.
+        config: by kernel.
+        origin: by kernel, where its config came from.
+        launches: of kernels, a call; a launch that is repeated over chunks of rows counts once.
+    """
+
+    driver: Driver
+    plan: object
+    config: Configs
+    origin: Mapping[str, str]
+    launches: int
+
+
+Compiler = Callable[[Spec, Target, torch.dtype], Program]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a kernel was asked for, beside its spec; see `load_kernel`."""
+
+    dtype: torch.dtype | None = None
+    target: Target | None = None
+    interpret: bool = False
+    config: Configs = field(default_factory=dict[str, Mapping[str, int]], hash=False)
+    check: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What was done so far.
+
+    Attributes:
+        calls: of the attention and of `select`, whatever they ran on.
+        compiles: programs compiled, or loaded from the cache.
+        launches: of kernels; a launch that is repeated over chunks of rows counts once.
+        bytes: of the tensors that calls on kernels returned.
+    """
+
+    calls: int = 0
+    compiles: int = 0
+    launches: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """What a program is compiled for."""
+
+    query_heads: int
+    kv_heads: int
+    qk: int
+    v: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        dtype = arguments.SHORT_NAMES[self.dtype]
+        heads = f"heads {self.query_heads}/{self.kv_heads}"
+        return f"{heads}, head dim {self.qk}/{self.v}, {dtype}, {self.device}"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Known:
+    """A signature that was checked: what it says, and what runs it (None: the reference)."""
+
+    problem: Problem
+    expected: Expected
+    program: Program | None
+    bytes: int = 0  # of its outputs
+    ran: bool = False  # so nothing is left to compile
+
+
+class Execution:
+    """The operators' implementation of one spec; see `operators.Implementation`."""
+
+    def __init__(self, spec: Spec, graph: Graph, options: Options, compiler: Compiler) -> None:
+        self.spec = spec
+        self.graph = graph
+        self.options = options
+        self.levels = tuple(graph.outputs.selection)
+        self.branches = tuple(graph.outputs.lse)
+        self.attending = expected_tensors(spec, graph)
+        self.choosing = _choosing(self.attending, graph)
+        self._compiler = compiler
+        self._lock = RLock()
+        self._programs: dict[Binding, Program] = {}
+        self._known: dict[tuple[object, ...], _Known] = {}
+        self._calls = self._launches = self._bytes = 0
+
+    @property
+    def programs(self) -> Mapping[Binding, Program]:
+        """What was compiled so far, oldest first."""
+        with self._lock:
+            return dict(self._programs)
+
+    @property
+    def stats(self) -> Stats:
+        """What was done so far; counts of threads that race may be lost."""
+        return Stats(
+            calls=self._calls,
+            compiles=len(self._programs),
+            launches=self._launches,
+            bytes=self._bytes,
+        )
+
+    # --- the operators
+
+    def forward(self, call: Call) -> list[Tensor]:
+        """o, log-sum-exp by branch, selection by level that the caller did not bring."""
+        known = self._look_up("forward", self.attending, call)
+        problem, program = known.problem, known.program
+        if problem.empty:
+            return _filled(self.forward_fake(call))
+        where = _batch(call, problem)
+        if self.options.check:
+            self._check_values(call, problem, where)
+        if program is None:
+            result = self.result(call, problem, exact_dtype(problem.dtype), self.attending)
+            return self._from_result(call, problem, result)
+        brought = self._padded_selection(call, problem) if call.selection else None
+        tensors = _uniform(known, call)
+        with _running(problem.device):
+            o, lse, chosen = program.driver.forward(tensors, where, program.config, brought)
+        outputs = [o, *[lse[branch] for branch in self.branches]]
+        outputs += [chosen[level] for level in self.levels if not brought or level not in brought]
+        return self._done(known, program, outputs)
+
+    def forward_fake(self, call: Call) -> list[Tensor]:
+        """Outputs of `forward`, nothing in them; shapes and strides are exact."""
+        problem = self.check(call, self.attending)
+        q = call.tensors[0]
+        rows = problem.rows
+        heads, width = problem.sizes["Hq"], problem.sizes["Dv"]
+        o = q.new_empty(*rows, heads, width)
+        lse_shape = (heads, *rows) if problem.packed else (rows[0], heads, rows[1])
+        outputs = [o.transpose(1, 2) if problem.layout == "bhtd" else o]
+        outputs += [q.new_empty(*lse_shape, dtype=torch.float32) for _ in self.branches]
+        return outputs + self._empty_selections(call, problem)
+
+    def select(self, call: Call) -> list[Tensor]:
+        """Selection by level."""
+        known = self._look_up("select", self.choosing, call)
+        problem, program = known.problem, known.program
+        if problem.empty:
+            return _filled(self.select_fake(call))
+        where = _batch(call, problem)
+        if self.options.check:
+            self._check_values(call, problem, where)
+        if program is None:
+            result = self.result(call, problem, exact_dtype(problem.dtype), self.choosing)
+            return [result.selection[name].indices for name in self.levels]
+        tensors = _uniform(known, call)
+        with _running(problem.device):
+            chosen = program.driver.select(tensors, where, program.config)
+        return self._done(known, program, [chosen[level] for level in self.levels])
+
+    def select_fake(self, call: Call) -> list[Tensor]:
+        """Outputs of `select`, nothing in them."""
+        return self._empty_selections(call, self.check(call, self.choosing))
+
+    def check_differentiable(self, call: Call) -> None:
+        """Only the reference has derivatives so far."""
+        if self._on_kernels(call.tensors[0].device):
+            raise HsgenError(
+                f"{self.spec.name}: the kernels have no backward yet, and an input requires grad",
+                help="call it under torch.no_grad(), or on tensor.detach(); on CPU tensors the "
+                "reference has derivatives",
+            )
+
+    def backward(self, call: Call, grads: list[Tensor]) -> list[Tensor]:
+        """Derivatives of the reference, the selection taken as it is."""
+        self.check_differentiable(call)
+        problem = self.check(call, self.attending)
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in call.tensors]
+            again = call._replace(tensors=leaves)
+            result = self.result(again, problem, exact_dtype(problem.dtype), self.attending)
+            outputs = self._from_result(again, problem, result)[: len(grads)]
+            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+            found = torch.autograd.grad(
+                [output for output, _ in pairs],
+                leaves,
+                [grad for _, grad in pairs],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return [each.contiguous() for each in found]
+
+    # --- checking
+
+    def check(self, call: Call, expected: Expected) -> Problem:
+        """Everything about a call but its values."""
+        tensors = dict(zip(expected.names(), call.tensors, strict=True))
+        lengths = _lengths(call)
+        problem = arguments.check_tensors(
+            expected, tensors, layout=call.layout, packed=lengths.packed
+        )
+        if self.options.dtype not in (None, problem.dtype):
+            wanted = arguments.SHORT_NAMES.get(self.options.dtype, str(self.options.dtype))
+            got = arguments.SHORT_NAMES[problem.dtype]
+            raise ArgumentError(f"q: expected {wanted}, as load_kernel was told, got {got}")
+        arguments.check_lengths(lengths, problem)
+        arguments.check_selections(expected, problem, _brought(call))
+        return problem
+
+    def _look_up(self, what: str, expected: Expected, call: Call) -> _Known:
+        """What is known about a call like this one; a new one is checked, and compiled for."""
+        self._calls += 1
+        signature = _signature(what, call)
+        known = self._known.get(signature)
+        if known is None:
+            problem = self.check(call, expected)
+            program = self._program(problem) if self._on_kernels(problem.device) else None
+            known = _Known(problem=problem, expected=expected, program=program)
+            with self._lock:
+                if len(self._known) >= KNOWN_CALLS:
+                    self._known.clear()
+                known = self._known.setdefault(signature, known)
+        elif call.length is not None or call.max_seqlen_k is not None:
+            arguments.check_lengths(_lengths(call), known.problem)
+        if not known.ran:
+            self._refuse_capture(known.problem.device)
+        return known
+
+    def _check_values(self, call: Call, problem: Problem, where: Batch) -> None:
+        """Lengths and indices themselves; waits for the device."""
+        arguments.check_values(_lengths(call), where, problem)
+        for level, indices in _brought(call):
+            stride = self.spec.level(level).partition.stride
+            arguments.check_selection_values(level, indices, where, stride=stride)
+
+    def _refuse_capture(self, device: torch.device) -> None:
+        """A first call compiles, which would spoil a CUDA graph that is being captured."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise HsgenError(
+                f"{self.spec.name}: a CUDA graph is being captured, and tensors of these shapes, "
+                "strides and dtype have never run",
+                help="call warmup(...) with the same arguments before the capture",
+            )
+
+    # --- programs
+
+    def _on_kernels(self, device: torch.device) -> bool:
+        match device.type:
+            case "cuda":
+                return True
+            case "cpu" | "meta":
+                return self.options.interpret
+            case kind:
+                raise ArgumentError(f"q: expected a cuda or cpu tensor, got one on {kind}")
+
+    def _program(self, problem: Problem) -> Program:
+        """The program for these tensors: compiled once, whoever asks first; the others wait."""
+        sizes = problem.sizes
+        binding = Binding(
+            query_heads=sizes["Hq"],
+            kv_heads=sizes["Hkv"],
+            qk=sizes["Dqk"],
+            v=sizes.get("Dv", sizes["Dqk"]),  # choosing reads no values
+            dtype=problem.dtype,
+            device=problem.device,
+        )
+        with self._lock:
+            if binding not in self._programs:
+                self._refuse_capture(problem.device)
+                self._programs[binding] = self._compile(binding)
+            return self._programs[binding]
+
+    def _compile(self, binding: Binding) -> Program:
+        spec = self.spec.bind(
+            heads=(binding.query_heads, binding.kv_heads), head_dim=(binding.qk, binding.v)
+        )
+        target = self.options.target
+        if target is None and binding.device.type == "cuda":
+            target = Target.current(binding.device.index)
+        program = self._compiler(spec, target or Target.named(INTERPRETED_TARGET), binding.dtype)
+        return _reconfigured(program, self.options.config)
+
+    def _done(self, known: _Known, program: Program, outputs: list[Tensor]) -> list[Tensor]:
+        """Remember that kernels ran; outputs in the caller's layout."""
+        problem = known.problem
+        if not known.ran:
+            known.bytes = sum(each.nbytes for each in outputs)
+            known.ran = True
+        self._launches += program.launches
+        self._bytes += known.bytes
+        # `.data`: an output is nobody's view, or writing to it in place would be refused
+        if problem.packed:
+            return [each[0].data for each in outputs]
+        if problem.layout == "bhtd" and outputs[0].is_floating_point():
+            outputs[0] = outputs[0].transpose(1, 2).data
+        return outputs
+
+    # --- the reference
+
+    def result(
+        self, call: Call, problem: Problem, dtype: torch.dtype, expected: Expected
+    ) -> Result:
+        """What the reference makes of a call; tensors that only attending needs may be absent."""
+        tensors = dict(zip(expected.names(), call.tensors, strict=True))
+        given = {
+            each.name: _swapped(tensors[each.name], each.type.dims, problem)
+            for each in expected.inputs
+        }
+        sizes = {"Dv": problem.sizes["Dqk"], "Hkv": problem.sizes["Hq"], **problem.sizes}
+        for each in self.attending.inputs:
+            if each.name not in given:
+                dims = each.type.dims[1:] if problem.packed else each.type.dims
+                shape = [int(name) if name.isdecimal() else sizes[name] for name in dims]
+                given[each.name] = call.tensors[0].new_zeros(()).expand(shape)
+        kv_lens = call.kv_lens
+        if call.length is not None or (kv_lens is not None and kv_lens.ndim == 0):
+            number = int(call.length if call.length is not None else kv_lens)
+            cu = call.cu_seqlens_q
+            kv_lens = torch.full((problem.batch if cu is None else len(cu) - 1,), number)
+        return reference(
+            self.spec,
+            given,
+            cu_seqlens_q=call.cu_seqlens_q,
+            cu_seqlens_k=call.cu_seqlens_k,
+            q_offset=call.q_offset if call.q_offset is not None else call.first,
+            kv_lens=kv_lens,
+            selection=dict(_brought(call)),
+            dtype=dtype,
+            keep_scores=False,
+        )
+
+    def _from_result(self, call: Call, problem: Problem, result: Result) -> list[Tensor]:
+        """A reference's result as the outputs of `forward`."""
+        o = result.o.to(problem.dtype).contiguous()
+        outputs = [o.transpose(1, 2) if problem.layout == "bhtd" else o]
+        outputs += [result.lse[name].to(torch.float32).contiguous() for name in self.branches]
+        names = [level for level in self.levels if level not in dict(_brought(call))]
+        return outputs + [result.selection[level].indices.contiguous() for level in names]
+
+    # --- selections
+
+    def _empty_selections(self, call: Call, problem: Problem) -> list[Tensor]:
+        """Room for every selection that the caller does not bring."""
+        brought = call.levels.split(",")
+        shapes = [
+            (*problem.rows, self._heads(level, problem), self.attending.selections[level][1])
+            for level in self.levels
+            if level not in brought
+        ]
+        return [call.tensors[0].new_empty(*shape, dtype=torch.int32) for shape in shapes]
+
+    def _heads(self, level: str, problem: Problem) -> int:
+        name, _ = self.attending.selections[level]
+        return int(name) if name.isdecimal() else problem.sizes[name]
+
+    def _padded_selection(self, call: Call, problem: Problem) -> dict[str, Tensor]:
+        """A caller's indices as wide as the kernels read them, with a batch dimension."""
+        found: dict[str, Tensor] = {}
+        for level, indices in _brought(call):
+            missing = self.attending.selections[level][1] - indices.shape[-1]
+            wide = F.pad(indices, (0, missing), value=-1) if missing else indices
+            found[level] = wide.unsqueeze(0) if problem.packed else wide
+        return found
+
+
+def interpreting() -> bool:
+    """Whether triton was imported with its interpreter switched on."""
+    return isinstance(tl.cdiv, InterpretedFunction)
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the reference computes in, so that its own rounding does not matter."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+# --- what a spec expects
+
+
+def expected_tensors(spec: Spec, graph: Graph) -> Expected:
+    """What a call must bring."""
+    selections: dict[str, tuple[str, int]] = {}
+    for level, name in graph.outputs.selection.items():
+        select = spec.level(level).select
+        assert select is not None, f"{level} selects in the graph, not in the spec"
+        selections[level] = (graph[name].type.dims[2], select.width)
+    raw = {branch.over for branch in spec.attend}
+    return Expected(
+        spec=spec.name,
+        inputs=tensor_inputs(graph),
+        sizes=dict(graph.sizes),
+        selections=selections,
+        attended=tuple(level for level in selections if level in raw),
+        where=lambda name: _where(spec, name),
+    )
+
+
+def _choosing(expected: Expected, graph: Graph) -> Expected:
+    """What `select` must bring: what selections depend on, q, and k for its shape."""
+    needed: set[str] = {"q", "k"}
+    for name in graph.outputs.selection.values():
+        needed |= nx.ancestors(graph.digraph, name)
+    return replace(expected, inputs=tuple(x for x in expected.inputs if x.name in needed))
+
+
+def _where(spec: Spec, dimension: str) -> str:
+    """Where the spec states a dimension."""
+    fields = {"H": "heads", "D": "head_dim", "i": "index"}
+    key = "i" if dimension in ("Hi", "Di") else dimension[0]
+    if key not in fields or getattr(spec, fields[key]) is None:
+        return ""
+    span = spec.span(fields[key])
+    return f"{span}" if span else ""
+
+
+# --- one call
+
+
+def _signature(what: str, call: Call) -> tuple[object, ...]:
+    """All that checking a call depends on, and compiling for it; numbers of lengths left out."""
+    parts: list[object] = [what, call.layout, call.levels]
+    for each in call.tensors:
+        parts += (each.shape, each.stride(), each.dtype, each.device)
+    for each in call.selection:
+        parts += (each.shape, each.stride(), each.dtype, each.device)
+    for optional in (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens):
+        if optional is None:
+            parts.append(None)
+        else:
+            parts += (optional.shape, optional.dtype, optional.device)
+    return tuple(parts)
+
+
+def _lengths(call: Call) -> Lengths:
+    return Lengths(
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_k=call.cu_seqlens_k,
+        max_seqlen_k=call.max_seqlen_k,
+        q_offset=call.q_offset if call.q_offset is not None else call.first,
+        kv_lens=call.kv_lens if call.kv_lens is not None else call.length,
+    )
+
+
+def _batch(call: Call, problem: Problem) -> Batch:
+    """Where the sequences of a call lie."""
+    offset = call.q_offset if call.q_offset is not None else call.first
+    lens = call.kv_lens if call.kv_lens is not None else call.length
+    if call.cu_seqlens_q is None:
+        return batch.dense(
+            problem.batch,
+            problem.tokens,
+            problem.keys,
+            problem.device,
+            q_offset=offset,
+            kv_lens=lens,
+        )
+    cu_seqlens_k = call.cu_seqlens_q if call.cu_seqlens_k is None else call.cu_seqlens_k
+    return batch.packed(
+        call.cu_seqlens_q,
+        cu_seqlens_k,
+        problem.tokens,
+        problem.keys,
+        max_seqlen_k=call.max_seqlen_k,
+        q_offset=offset,
+        kv_lens=lens,
+    )
+
+
+def _brought(call: Call) -> list[tuple[str, Tensor]]:
+    """The caller's indices by level."""
+    if not call.selection:
+        return []
+    return list(zip(call.levels.split(","), call.selection, strict=True))
+
+
+def _uniform(known: _Known, call: Call) -> dict[str, Tensor]:
+    """Tensors by name as [B, T, H, D], all of them views."""
+    names = known.expected.names()
+    problem = known.problem
+    if problem.layout == "bthd" and not problem.packed:
+        return dict(zip(names, call.tensors, strict=True))
+    found: dict[str, Tensor] = {}
+    for each, tensor in zip(known.expected.inputs, call.tensors, strict=True):
+        view = _swapped(tensor, each.type.dims, problem)
+        lift = problem.packed and each.type.dims[0] == "B"
+        found[each.name] = view.unsqueeze(0) if lift else view
+    return found
+
+
+def _swapped(tensor: Tensor, dims: tuple[str, ...], problem: Problem) -> Tensor:
+    """Undo `layout="bhtd"`."""
+    swap = problem.layout == "bhtd" and len(dims) == 4 and dims[0] == "B"
+    return tensor.transpose(1, 2) if swap else tensor
+
+
+def _filled(outputs: list[Tensor]) -> list[Tensor]:
+    """Outputs where there is nothing to attend to: 0, -inf, -1."""
+    outputs[0].zero_() if outputs[0].is_floating_point() else outputs[0].fill_(-1)
+    for each in outputs[1:]:
+        each.fill_(float("-inf") if each.is_floating_point() else -1)
+    return outputs
+
+
+def _running(device: torch.device) -> AbstractContextManager[object]:
+    """The guard that kernels run under."""
+    if device.type != "cuda":
+        return _interpreter_lock
+    if torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _reconfigured(program: Program, config: Configs) -> Program:
+    """The program with the caller's configuration where it says something."""
+    for kernel in config:
+        if kernel not in program.config:
+            raise ArgumentError(
+                f"config: expected one of {', '.join(program.config)}, got {kernel!r}"
+            )
+    merged = {name: {**values, **config.get(name, {})} for name, values in program.config.items()}
+    origin = {name: "caller" if name in config else program.origin[name] for name in merged}
+    return replace(program, config=merged, origin=origin)

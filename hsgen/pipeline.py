@@ -1,0 +1,66 @@
+"""compile_spec: the stages in order, on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+
+from hsgen import build, emit, passes, planner, schedule
+from hsgen.graph import Graph
+from hsgen.plan import Plan
+from hsgen.schedule import DType
+from hsgen.spec import Spec
+from hsgen.target import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A compiled spec: what it means, how it runs, and the files that run it."""
+
+    spec: Spec
+    target: Target
+    graph: Graph
+    plan: Plan
+    module: build.Module
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Text of every emitted file."""
+        return self.module.sources
+
+
+def compile_spec(spec: Spec, target: Target, dtype: DType = "bf16") -> Artifact:
+    """Compile one spec for one GPU, which need not be there.  The whole of hsgen, in order.
+
+    Raises:
+        PlanError: no kernel can do it.
+        BuildError: the emitted files cannot be kept.
+    """
+    graph = passes.run(planner.plan(spec))
+    return compile_graph(graph, spec, target, dtype)
+
+
+def compile_graph(graph: Graph, spec: Spec, target: Target, dtype: DType = "bf16") -> Artifact:
+    """As compile_spec, from a graph: the one a spec gives, or one edited by hand."""
+    plan = schedule.schedule(graph, target, dtype)
+    sources = emit.render(plan, provenance(spec, target))
+    module = build.build(spec.name, sources, {"target": target.name, "dtype": dtype})
+    return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)
+
+
+def provenance(spec: Spec, target: Target) -> emit.Provenance:
+    """What the header of every emitted file says."""
+    return emit.Provenance(
+        version=hsgen_version(), spec=spec.name, digest=spec.digest, target=target.label
+    )
+
+
+@lru_cache(maxsize=1)
+def hsgen_version() -> str:
+    """The installed version."""
+    try:
+        return version("hsgen")
+    except PackageNotFoundError:  # imported from a checkout that is not installed
+        return "0.0.0"

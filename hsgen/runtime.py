@@ -1,0 +1,374 @@
+"""load_kernel -> Kernel: a spec as a function of tensors, for models.
+
+Compiles on the first call of a kind and never again as lengths change; tunes nothing.  How a call is
+carried out is the business of `execution`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from hsgen import analysis, arguments, build, operators, passes, paths, pipeline, planner
+from hsgen.arguments import Expected
+from hsgen.errors import ArgumentError, HsgenError
+from hsgen.execution import (
+    Compiler,
+    Configs,
+    Execution,
+    Options,
+    Program,
+    Stats,
+    interpreting,
+)
+from hsgen.operators import Call
+from hsgen.schedule import DType
+from hsgen.selection import ListSelection, Selection
+from hsgen.spec import HeadDim, Heads, Spec, load
+from hsgen.target import Target
+
+PLANNED: Mapping[torch.dtype, DType] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
+LengthArguments = tuple[
+    Tensor | None, Tensor | None, int | None, int | Tensor | None, int | Tensor | None
+]
+
+
+def load_kernel(
+    spec: str | Path | Spec,
+    *,
+    heads: Heads | tuple[int, int] | None = None,
+    head_dim: HeadDim | tuple[int, int] | int | None = None,
+    dtype: torch.dtype | None = None,
+    target: Target | str | None = None,
+    interpret: bool = False,
+    config: Configs | None = None,
+    check: bool | None = None,
+) -> Kernel:
+    """Load a spec as a function of tensors.
+
+    The same arguments give the same Kernel, which any number of layers and threads may share.
+
+    Args:
+        spec: a path, the name of a shipped spec, or a Spec.
+        heads: `Heads` or (query, kv), where the spec leaves them open; else the tensors tell.
+        head_dim: `HeadDim`, (qk, v) or one number, likewise.
+        dtype: what tensors must have; None takes what comes.
+        target: the GPU to compile for; None is the one that the tensors are on.
+        interpret: run CPU tensors through the emitted kernels, in Triton's interpreter.
+        config: by kernel, what replaces values of the default configuration.
+        check: look at the values of lengths and selections too, which waits for the device; None
+            asks HSGEN_CHECK.
+
+    Raises:
+        SpecError: the spec is wrong.
+        ArgumentError: heads or head_dim contradict it; interpret without TRITON_INTERPRET=1.
+    """
+    loaded = spec if isinstance(spec, Spec) else load(spec)
+    if interpret and not interpreting():
+        raise ArgumentError(
+            "interpret: expected TRITON_INTERPRET=1 in the environment when triton is imported",
+            help="set it before Python starts: TRITON_INTERPRET=1 python ...",
+        )
+    options = Options(
+        dtype=dtype,
+        target=Target.named(target) if isinstance(target, str) else target,
+        interpret=interpret,
+        config=dict(config or {}),
+        check=paths.wants_checks() if check is None else check,
+    )
+    return _shared(loaded.bind(heads=heads, head_dim=head_dim), options)
+
+
+def compile_program(spec: Spec, target: Target, dtype: torch.dtype) -> Program:
+    """Compile a bound spec for a GPU, and import what was emitted."""
+    artifact = pipeline.compile_spec(spec, target, PLANNED[dtype])
+    driver = build.load(artifact.module).driver
+    return Program(
+        driver=driver,
+        plan=artifact.plan,
+        config=driver.CONFIG,
+        origin=dict.fromkeys(driver.CONFIG, "default"),
+        launches=sum(len(step.launches) for step in artifact.plan.steps),
+    )
+
+
+_kernels: dict[str, Kernel] = {}
+_kernels_lock = Lock()
+
+
+def _shared(spec: Spec, options: Options) -> Kernel:
+    """The one Kernel of a spec and its options."""
+    key = _key(spec, options)
+    with _kernels_lock:
+        if key not in _kernels:
+            _kernels[key] = Kernel(spec, options, key=key, compiler=compile_program)
+        return _kernels[key]
+
+
+def _key(spec: Spec, options: Options) -> str:
+    """A name for a spec and its options that is the same in every process."""
+    parts = {
+        "spec": spec.digest,
+        "dtype": str(options.dtype),
+        "target": repr(options.target),
+        "interpret": options.interpret,
+        "check": options.check,
+        "config": {name: dict(values) for name, values in options.config.items()},
+    }
+    text = json.dumps(parts, sort_keys=True)
+    return f"{spec.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+class Kernel:
+    """A sparse attention.  Call it with tensors; one may be shared by layers and threads.
+
+    4-D tensors are [B, T, H, D], or [B, H, T, D] with `layout="bhtd"`; with `cu_seqlens_q` they are
+    packed, [total, H, D].  Their last stride is 1, the others are free; none is ever copied.
+    """
+
+    def __init__(self, spec: Spec, options: Options, *, key: str, compiler: Compiler) -> None:
+        self.spec = spec
+        self.graph = passes.run(planner.plan(spec))
+        self._key = key
+        self._options = options
+        self._execution = Execution(spec, self.graph, options, compiler)
+        self._attending = self._execution.attending
+        self._choosing = self._execution.choosing
+        self._known_names = frozenset({*self._attending.names(), "k", "v"})
+        operators.register(key, self._execution)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layout: str = "bthd",
+        return_lse: bool = False,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+        q_offset: int | Tensor | None = None,
+        kv_lens: int | Tensor | None = None,
+        selection: Mapping[str, Selection | Tensor] | None = None,
+        **tensors: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor | dict[str, Tensor]]:
+        """Attend.
+
+        Args:
+            q: [B, T, Hq, Dqk].
+            k: [B, S, Hkv, Dqk].
+            v: [B, S, Hkv, Dv].
+            layout: "bthd", or "bhtd": the order of dimensions of every 4-D tensor, o included.
+            return_lse: return the log-sum-exp too.
+            cu_seqlens_q: i32[Z + 1], where each packed document's queries start, and their total.
+            cu_seqlens_k: the same of keys; default `cu_seqlens_q`.
+            max_seqlen_k: no document has more keys; spares memory if it is known.
+            q_offset: position of query row 0, an int or i32[B]; the default puts the last query on
+                the last key.
+            kv_lens: how many keys there are, an int or i32[B]; default all.
+            selection: by level, what to attend to instead of choosing.
+            **tensors: what else the spec needs: gates, index, learned parameters, own K/V.
+
+        Returns:
+            o [B, T, Hq, Dv]; with `return_lse` also f32[B, Hq, T], natural logarithm, one by branch
+            where gates combine.
+
+        Raises:
+            ArgumentError: argument, expected and got.
+        """
+        call = self._call(
+            {"q": q, "k": k, "v": v, **tensors},
+            self._attending,
+            layout,
+            (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens),
+            selection,
+        )
+        if operators.is_plain(call):
+            outputs = self._execution.forward(call)
+        else:
+            outputs = operators.forward(self._key, *call)
+        return self._returned(outputs, return_lse=return_lse)
+
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        layout: str = "bthd",
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+        q_offset: int | Tensor | None = None,
+        kv_lens: int | Tensor | None = None,
+        **tensors: Tensor,
+    ) -> dict[str, ListSelection]:
+        """Choose without attending; arguments as of a call, those that choosing does not need left out.
+
+        Returns:
+            By level, i32[B, T, Hs, K] in every layout; may be passed back as `selection`.
+        """
+        given = {"q": q, "k": k, "v": v, **tensors}
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
+        call = self._call(given, self._choosing, layout, lengths, None)
+        if operators.is_plain(call):
+            outputs = self._execution.select(call)
+        else:
+            outputs = operators.select(self._key, *call)
+        return {
+            level: ListSelection(level=level, indices=indices)
+            for level, indices in zip(self._execution.levels, outputs, strict=True)
+        }
+
+    def reference(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layout: str = "bthd",
+        return_lse: bool = False,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+        q_offset: int | Tensor | None = None,
+        kv_lens: int | Tensor | None = None,
+        selection: Mapping[str, Selection | Tensor] | None = None,
+        dtype: torch.dtype = torch.float64,
+        **tensors: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor | dict[str, Tensor]]:
+        """Compute what the spec means, in plain PyTorch on any device; arguments as of a call.
+
+        Everything is computed, and returned, in `dtype`.  Differentiable, and slow.
+        """
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
+        given = {"q": q, "k": k, "v": v, **tensors}
+        call = self._call(given, self._attending, layout, lengths, selection)
+        problem = self._execution.check(call, self._attending)
+        result = self._execution.result(call, problem, dtype, self._attending)
+        lse = (result.lse[branch] for branch in self._execution.branches)
+        o = result.o.transpose(1, 2) if layout == "bhtd" else result.o
+        return self._returned((o, *lse), return_lse=return_lse)
+
+    def warmup(self, q: Tensor, k: Tensor, v: Tensor, **keywords: object) -> None:
+        """Call once, for what a first call compiles: do it before a CUDA graph is captured.
+
+        Takes the arguments of a call.  Tensors of the same shapes, strides and dtype will then run
+        without compiling anything.
+        """
+        with torch.no_grad():
+            self(q, k, v, return_lse=True, **keywords)  # type: ignore[arg-type]  # a call's own
+
+    # --- what people ask of it
+
+    @property
+    def plan(self) -> object:
+        """The plan of the program that was compiled last; prints.
+
+        Raises:
+            HsgenError: nothing is compiled yet.
+        """
+        programs = list(self._execution.programs.values())
+        if not programs:
+            raise HsgenError(
+                f"{self.spec.name}: nothing is compiled yet",
+                help="the first call on a GPU compiles; `hsgen show` plans without one",
+            )
+        return programs[-1].plan
+
+    def explain(self) -> str:
+        """The graph, then every compiled program: its plan, and where each config came from."""
+        parts = [analysis.describe(self.graph)]
+        programs = self._execution.programs
+        for binding, program in programs.items():
+            parts += [f"compiled for {binding}", str(program.plan)]
+            parts += [
+                f"  {name}: {_config_text(values)}  ({program.origin[name]})"
+                for name, values in program.config.items()
+            ]
+        if not programs:
+            parts.append("nothing is compiled yet: CPU tensors run the reference")
+        return "\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+    def stats(self) -> Stats:
+        """What was done so far, by all who share this kernel."""
+        return self._execution.stats
+
+    def __repr__(self) -> str:
+        return f"Kernel({self._key})"
+
+    def __copy__(self) -> Kernel:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Kernel:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[Spec, Options], Kernel], tuple[Spec, Options]]:
+        return _shared, (self.spec, self._options)
+
+    # --- from a caller's arguments to an operator's, in a form that torch.compile traces
+
+    def _call(
+        self,
+        given: dict[str, Tensor | None],
+        expected: Expected,
+        layout: str,
+        lengths: LengthArguments,
+        selection: Mapping[str, Selection | Tensor] | None,
+    ) -> Call:
+        """The operator's arguments; of the tensors only names and types are looked at."""
+        tensors: list[Tensor] = []
+        for name in expected.names():
+            tensor = given.get(name)
+            if not isinstance(tensor, Tensor):
+                arguments.check_names(expected, given)
+                raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            tensors.append(tensor)
+        if not self._known_names.issuperset(given):
+            arguments.check_names(self._attending, {**dict.fromkeys(self._names, 0), **given})
+        levels = ""
+        indices: list[Tensor] = []
+        if selection:
+            chosen = arguments.listed_selection(self._attending, selection)
+            levels, indices = ",".join(chosen), list(chosen.values())
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens = lengths
+        offset_tensor = isinstance(q_offset, Tensor)
+        lens_tensor = isinstance(kv_lens, Tensor)
+        return Call(
+            layout,
+            tensors,
+            indices,
+            levels,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_k,
+            q_offset if offset_tensor else None,
+            None if offset_tensor else q_offset,
+            kv_lens if lens_tensor else None,
+            None if lens_tensor else kv_lens,
+        )
+
+    def _returned(
+        self, outputs: Sequence[Tensor], *, return_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor | dict[str, Tensor]]:
+        """What a caller gets of o and the log-sum-exps."""
+        if not return_lse:
+            return outputs[0]
+        if len(self._execution.branches) == 1:
+            return outputs[0], outputs[1]
+        return outputs[0], dict(zip(self._execution.branches, outputs[1:], strict=False))
+
+
+def _config_text(values: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())

@@ -1,0 +1,102 @@
+"""Who computes a call: emitted kernels, or the reference in float32 standing in for them.
+
+A backend is a function Call -> Outcome.  A test of the suite itself gives a broken one.
+"""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+import sanitizer
+import torch
+from conformance.calls import Outcome
+
+from hsgen import batch, emit, passes, planner, schedule, target
+from hsgen.reference import reference, tensor_kinds
+
+
+def stand_in(call):
+    """The reference in float32, rounded as a kernel would."""
+    result = reference(call.spec, call.tensors, **call.options, dtype=torch.float32)
+    return Outcome(
+        o=result.o.to(call.dtype),
+        lse={name: t.float() for name, t in result.lse.items()},
+        selection={name: s.indices for name, s in result.selection.items()},
+    )
+
+
+def interpreter(call, *, seed=0):
+    """The emitted kernels through Triton's interpreter, under the sanitizer.
+
+    `seed` draws the order in which programs run.
+    """
+    with sanitizer.enabled(seed=seed):
+        return _run(call)
+
+
+def cuda(call):
+    """The emitted kernels on the GPU."""
+    return _run(call)
+
+
+_drivers = {}
+_folder = tempfile.TemporaryDirectory(prefix="hsgen-conformance-")
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def driver(spec, dtype):
+    """The emitted driver of a spec, one for the whole session."""
+    key = (spec, dtype)
+    if key not in _drivers:
+        _drivers[key] = _emit(spec, dtype, f"conformance_{len(_drivers)}")
+    return _drivers[key]
+
+
+def _emit(spec, dtype, package):
+    on_gpu = torch.cuda.is_available()
+    goal = target.from_properties(torch.cuda.get_device_properties(0)) if on_gpu else target.H100
+    plan = schedule.schedule(passes.run(planner.plan(spec)), goal, NAMES[dtype])
+    provenance = emit.Provenance(
+        version="0", spec=spec.name, digest=spec.digest, target=goal.label
+    )
+    folder = Path(_folder.name) / package
+    folder.mkdir()
+    for name, text in emit.render(plan, provenance).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    places = [str(folder)]
+    found = importlib.util.spec_from_file_location(
+        package, folder / "__init__.py", submodule_search_locations=places
+    )
+    sys.modules[package] = importlib.util.module_from_spec(found)
+    return importlib.import_module(f"{package}.driver")
+
+
+def _run(call):
+    """Call a driver; outcomes come back in the shape of the call's tensors."""
+    kinds = tensor_kinds(call.spec)
+    tensors = dict(call.tensors)
+    if call.packed:
+        tensors = {n: t if kinds[n] == "parameter" else t[None] for n, t in tensors.items()}
+    module = driver(call.spec, call.dtype)
+    given = call.options.get("selection")
+    if given is not None:
+        given = {name: s[None] if call.packed else s for name, s in given.items()}
+    o, lse, chosen = module.forward(tensors, _batch(call), module.CONFIG, given)
+    chosen = {name: s for name, s in chosen.items() if s is not None}
+    if call.packed:
+        return Outcome(o=o[0], lse={n: t[0] for n, t in lse.items()}, selection={n: s[0] for n, s in chosen.items()})
+    return Outcome(o=o, lse=lse, selection=chosen)
+
+
+def _batch(call):
+    q = call.tensors["q"]
+    kinds = tensor_kinds(call.spec)
+    keys = next(t for n, t in call.tensors.items() if kinds[n] == "key").shape[-3 if call.packed else 1]
+    options = {n: v for n, v in call.options.items() if n in ("q_offset", "kv_lens")}
+    if call.packed:
+        keys = next(t for n, t in call.tensors.items() if kinds[n] == "key").shape[0]
+        cu_q = call.options["cu_seqlens_q"]
+        cu_k = call.options.get("cu_seqlens_k", cu_q)
+        return batch.packed(cu_q, cu_k, q.shape[0], keys, **options)
+    return batch.dense(q.shape[0], q.shape[1], keys, q.device, **options)

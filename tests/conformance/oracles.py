@@ -1,0 +1,353 @@
+"""Is an outcome right?  Errors against float64, and every level's selection by an oracle of its own."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from conformance.systems import selecting
+from tolerances import tolerance
+
+from hsgen.reference import reference, tensor_kinds
+from hsgen.spec import Attend
+
+ZERO = 2.0**-126  # float32 below it is 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One rule that does not hold, with where and by how much."""
+
+    rule: str
+    detail: str
+
+    def __str__(self):
+        return f"{self.rule}: {self.detail}"
+
+
+def check(call, outcome):
+    """Every rule for every output of a call; raises AssertionError with all that do not hold."""
+    raise_if(findings(call, outcome))
+
+
+def raise_if(found):
+    """AssertionError with every finding, or nothing."""
+    if found:
+        raise AssertionError("\n".join(str(finding) for finding in found))
+
+
+def findings(call, outcome):
+    """Selections by their own oracle; o and lse against the reference on the kernel's selection."""
+    chosen = {level.name: outcome.selection[level.name] for level in selecting(call.spec)}
+    given = {} if "selection" in call.options else {"selection": chosen}
+    exact = call.reference(**given)
+    found = shape_findings(exact, outcome)
+    if found:
+        return found
+    if "selection" not in call.options:
+        found += selection_findings(call, outcome, exact)
+    plain = call.reference(dtype=call.dtype, **given)
+    found += error_findings(call, outcome.o, exact.o, plain.o)
+    for branch, lse in outcome.lse.items():
+        found += lse_findings(call, branch, lse, exact.lse[branch])
+    return found
+
+
+def shape_findings(exact, outcome):
+    """Shapes and dtypes, before anything is compared."""
+    pairs = {"o": (outcome.o, exact.o)}
+    pairs |= {f"lse[{name}]": (outcome.lse.get(name), t) for name, t in exact.lse.items()}
+    found = [
+        Finding(rule="shape", detail=f"{name}: expected {list(want.shape)}, got {_shape(got)}")
+        for name, (got, want) in pairs.items()
+        if got is None or got.shape != want.shape
+    ]
+    wrong = [name for name, t in outcome.lse.items() if t.dtype != torch.float32]
+    return found + [Finding(rule="dtype", detail=f"lse[{name}] is no float32") for name in wrong]
+
+
+def _shape(t):
+    return None if t is None else list(t.shape)
+
+
+# --- o and lse
+
+
+def error_findings(call, o, exact, plain):
+    """R-nan, R-max, R-row, R-bias.  o, exact, plain: [..., Hq, Dv]"""
+    limit = tolerance(call.dtype, o.device)
+    # a plain computation can overflow where a kernel must not
+    plain = torch.where(plain.isfinite(), plain, exact.to(plain.dtype)).double()
+    u, o = limit.output, o.double()
+    found = nan_findings("o", o, exact)
+    if found or not o.numel():
+        return found
+    error, own = o - exact, plain - exact
+    bound = 2 * own.abs().max() + u * exact.abs().max() + ZERO
+    found += _over("R-max", error.abs().max() / bound, "o")
+    row_bound = limit.own * _rms(own) + 2 * u * _rms(exact) + ZERO
+    used = _rms(error) / row_bound
+    found += _over("R-row", used.max(), f"o at {_where(used)}")
+    rows = max(1, int((exact != 0).any(-1).sum()))
+    bias = ((error * exact).sum() / (exact * exact).sum().clamp(min=ZERO)).abs()
+    return found + _over("R-bias", bias / (u / 4 + u / math.sqrt(rows)), "o")
+
+
+def nan_findings(name, got, exact):
+    """R-nan: finite where it must be, exactly 0 or -inf where that is the answer."""
+    found = []
+    wrong = ~got.isfinite() & exact.isfinite()
+    if wrong.any():
+        found.append(Finding(rule="R-nan", detail=f"{name} is {got[wrong][0]} at {_where(wrong)}"))
+    for value in (0.0, -math.inf):
+        wrong = (exact == value) & (got != value)
+        # a sum that happens to be 0 is no row that must be 0
+        wrong = wrong & (exact == value).all(-1, keepdim=True) if value == 0.0 else wrong
+        if wrong.any():
+            detail = f"{name} is {got[wrong][0]}, not {value}, at {_where(wrong)}"
+            found.append(Finding(rule="R-nan", detail=detail))
+    return found
+
+
+def lse_findings(call, branch, got, exact):
+    """R-lse: as far from float64 as the rounding of scores and of one sum allows.  [..., Hq, T]"""
+    found = nan_findings(f"lse[{branch}]", got.double(), exact)
+    seen = exact.isfinite()
+    if found or not seen.any():
+        return found
+    unit = tolerance(call.dtype, got.device).arithmetic
+    bound = logit_bound(call, branch) + 16 * unit * (1 + exact.abs())
+    used = torch.where(seen, (got.double() - exact).abs() / bound, 0.0)
+    return _over("R-lse", used.max(), f"lse[{branch}] at {_where(used)}")
+
+
+def logit_bound(call, branch):
+    """Rounding error of a branch's largest logit, at most.  -> [B, Hq, T] like its lse
+
+    Of every channel the largest key is taken, wherever it is.
+    """
+    spec = call.spec
+    attend = next(b for b in spec.attend if b.name == branch) if branch != "o" else None
+    q = call.tensors["q"].double().abs()
+    group, D = spec.heads.group, q.shape[-1]
+    terms = D
+    largest = torch.zeros(spec.heads.kv, D, dtype=torch.float64, device=q.device)
+    for name in _branch_keys(spec, attend):
+        k = call.tensors[name].double().abs().flatten(0, -3)
+        k = torch.where(k.isfinite(), k, 0.0)
+        largest = torch.maximum(largest, k.amax(0) if len(k) else largest)
+    if attend is None or attend.values == "pooled":
+        pooled, more = _largest_pooled(call, spec.level(attend.over), largest)
+        largest, terms = torch.maximum(largest, pooled), terms + more
+    largest = largest.repeat_interleave(group, 0)  # [Hq, D]
+    logits = (q * largest).sum(-1) * D**-0.5
+    unit = tolerance(call.dtype, q.device).arithmetic
+    return (terms + 16) * unit * logits.transpose(-1, -2)
+
+
+def _branch_keys(spec, attend):
+    branches = [attend] if attend else spec.attend
+    for branch in branches:
+        kv = spec.level(branch.over).kv if branch.values == "pooled" else branch.kv
+        yield f"k_{kv}" if kv else "k"
+
+
+def _largest_pooled(call, level, largest):
+    """The largest pooled key of every channel, at most, and how many terms one sums.  -> [Hkv, D]"""
+    if level.pool.keys != "linear":
+        return largest, level.partition.size
+    weight = call.tensors[f"{level.name}_key_weight"].double().abs()
+    position = call.tensors.get(f"{level.name}_key_position")
+    slots = largest.unsqueeze(1) + (0 if position is None else position.double().abs())
+    return torch.einsum("hsd,hsde->he", slots.expand(weight.shape[:3]), weight), weight[0, ..., 0].numel()
+
+
+def _rms(x):
+    return x.square().mean(-1).sqrt()
+
+
+def _over(rule, used, what):
+    used = float(used)
+    if used <= 1.0:
+        return []
+    return [Finding(rule=rule, detail=f"{what}: error is {used:.3g} of what is allowed")]
+
+
+def _where(x):
+    """Index of the largest element."""
+    flat = int(x.to(torch.float64).flatten().argmax())
+    index = []
+    for n in reversed(x.shape):
+        index.append(flat % n)
+        flat //= n
+    return tuple(reversed(index))
+
+
+# --- selections
+
+
+def selection_findings(call, outcome, exact):
+    """Structure, and certified near-optimality, of every level given the kernel's own parents."""
+    bounds = score_bounds(call, exact)
+    found = []
+    for level in selecting(call.spec):
+        indices = outcome.selection[level.name]
+        name = level.name
+        state = (exact.scores[name], exact.candidates[name], exact.forced[name])
+        found += structure_findings(level, indices, *state[1:])
+        if not found:
+            found += gap_findings(level, indices, *state, bounds[name])
+    return found
+
+
+def structure_findings(level, indices, candidates, forced):
+    """Ascending, padded at the end, candidates only, forced ones all, as many as there must be."""
+    N = candidates.shape[-1]
+    width = level.select.width
+    if indices.shape != (*candidates.shape[:-1], width) or indices.dtype != torch.int32:
+        detail = f"{level.name}: expected i32{[*candidates.shape[:-1], width]}, got "
+        return [Finding(rule="structure", detail=f"{detail}{indices.dtype}{list(indices.shape)}")]
+    used = indices >= 0
+    wanted = candidates.sum(-1)
+    extra = forced.sum(-1) * (not level.select.force.counted)
+    wanted = torch.minimum(wanted, level.select.budget + extra)
+    rising = (indices[..., 1:] > indices[..., :-1]) | ~used[..., 1:]
+    inside = torch.where(used, indices, 0).clamp(max=max(N - 1, 0)).long()
+    known = candidates.gather(-1, inside) if N else torch.zeros_like(used)
+    rules = {
+        "is in range or -1": (indices >= -1) & (indices < N),
+        "is padded at the end": used[..., :-1] | ~used[..., 1:],
+        "rises": rising,
+        "has candidates only": known | ~used,
+        "has as many as there must be": used.sum(-1) == wanted,
+        "has every forced entry": (_spread(indices, N) | ~forced).all(-1),
+    }
+    return [
+        Finding(rule="structure", detail=f"{level.name} {rule}: not at {_where(~holds)}")
+        for rule, holds in rules.items()
+        if not holds.all()
+    ]
+
+
+def gap_findings(level, indices, scores, candidates, forced, bound):
+    """No unselected score lies above a selected one by more than both of their errors."""
+    chosen = _spread(indices, scores.shape[-1])
+    if not scores.numel():
+        return []
+    free = candidates & ~forced
+    lowest = torch.where(free & chosen, scores + bound, math.inf).amin(-1)
+    highest = torch.where(free & ~chosen, scores - bound, -math.inf).amax(-1)
+    wrong = lowest < highest
+    if not wrong.any():
+        return []
+    at = _where(wrong)
+    detail = f"{level.name} at {at}: {highest[at]:.9g} is left out, {lowest[at]:.9g} is in"
+    return [Finding(rule="gap", detail=detail)]
+
+
+def _spread(indices, N):
+    """Lists as masks.  [..., K] -> bool[..., N]"""
+    slots = torch.where((indices >= 0) & (indices < N), indices, N).long()
+    mask = torch.zeros(*indices.shape[:-1], N + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, slots, torch.ones_like(slots, dtype=torch.bool))[..., :N]
+
+
+def score_bounds(call, exact):
+    """Rounding error of every score in float32, at most.  {level: like its scores}
+
+    A form's error is a count of operations times the same form of absolute values; a softmax turns
+    absolute errors of scores into relative ones of masses; sums over heads and maps add errors up.
+    """
+    unit = tolerance(call.dtype, call.tensors["q"].device).arithmetic
+    sizes = _form_only(call, absolute=True)
+    masses = _form_only(call, absolute=False) if _normalises(call.spec) else {}
+    bounds = {}
+    for level in call.spec.levels:
+        if level.score.source:
+            bounds[level.name] = _map_bound(call, level, exact, bounds[level.score.source], unit)
+            continue
+        bound = _terms(call.spec, level) * unit * sizes[level.name]
+        if level.score.normalise:
+            mass = masses[level.name].clamp(min=0.0)  # -inf where there is no entry
+            bound = mass * (2 * bound.amax(-1, keepdim=True) + 32 * unit) + ZERO
+            size = mass
+        else:
+            size = sizes[level.name]
+        bounds[level.name] = _reduce_bound(level, exact.scores[level.name], bound, size, unit)
+    return bounds
+
+
+def _normalises(spec):
+    return any(level.score.normalise for level in spec.levels)
+
+
+def _form_only(call, *, absolute):
+    """Scores of every level that has a form, by query head, unreduced; of absolute values, unnormalised."""
+    spec, levels = call.spec, []
+    for level in spec.levels:
+        if level.score.form:
+            changes = {"share": "head", "reduce": None}
+            changes |= {"normalise": None} if absolute else {}
+            score = level.score.model_copy(update=changes)
+            levels.append(level.model_copy(update={"score": score, "within": None, "select": None}))
+    kv = next((b.kv for b in spec.attend if b.values == "raw"), None)
+    window = Attend(name="none", window=1, kv=kv)
+    plain = spec.model_copy(update={"levels": tuple(levels), "attend": (window,), "combine": None})
+    tensors = {n: t.double() for n, t in call.tensors.items() if n in tensor_kinds(plain)}
+    if absolute:
+        tensors = {n: t.abs() for n, t in tensors.items()}
+    options = {n: v for n, v in call.options.items() if n != "selection"}
+    scores = reference(plain, tensors, **options).scores
+    return {name: torch.where(s.isfinite(), s, 0.0) for name, s in scores.items()}
+
+
+def _terms(spec, level):
+    """Roundings on the way to one score: of its pooled key, of its dot, of what comes after."""
+    dim = spec.index.dim if level.score.form == "relu_weighted" else spec.head_dim.qk
+    heads = spec.index.heads if level.score.form == "relu_weighted" else 0
+    pooled = level.partition.size if level.pool and level.pool.keys else 0
+    if level.pool and level.pool.keys == "linear":
+        pooled *= dim
+    return dim + heads + pooled + 16
+
+
+def _reduce_bound(level, scores, bound, size, unit):
+    """[..., H, N] -> [..., Hs, N], for the heads that agree."""
+    H, Hs = bound.shape[-2], scores.shape[-2]
+    if Hs == H:
+        return bound
+    grouped, sizes = (y.unflatten(-2, (Hs, H // Hs)) for y in (bound, size))
+    if level.score.reduce == "max":
+        return grouped.amax(-2)
+    total = grouped.sum(-2) + (H // Hs) * unit * sizes.sum(-2)
+    return total / (H // Hs) if level.score.reduce == "mean" else total
+
+
+def _map_bound(call, level, exact, bound, unit):
+    """Errors of mapped scores: what an entry gathers, counted by pieces of the source's stride."""
+    source = call.spec.level(level.score.source)
+    scores = exact.scores[source.name]
+    target = exact.scores[level.name]
+    bound = _reduce_bound(level, target, bound, scores.abs(), unit)
+    scores = torch.where(scores.isfinite(), scores, 0.0).abs()
+    bound = bound + 8 * unit * scores[..., : bound.shape[-2], :] if bound.shape == scores.shape else bound
+    weights = gathered(source, level, scores.shape[-1], target.shape[-1]).to(bound)
+    if level.score.map == "max":
+        spread = torch.where(weights > 0, bound.unsqueeze(-1), 0.0)
+        return spread.amax(-2)
+    return bound @ weights
+
+
+def gathered(source, target, N, M):
+    """How often entry j of the target counts entry i of the source.  -> f64[N, M]"""
+    d, width = source.partition.stride, source.partition.size
+    step, size = target.partition.stride, target.partition.size
+    weights = torch.zeros(N, M, dtype=torch.float64)
+    for i in range(N):
+        for j in range(M):
+            start, end = j * step, j * step + size
+            if target.score.map == "overlap_sum":  # pieces of d that both cover
+                pieces = range(i * d, i * d + width, d)
+                weights[i, j] = sum(start <= piece < end for piece in pieces)
+            else:
+                weights[i, j] = start <= i * d and i * d + width <= end
+    return weights

@@ -1,0 +1,193 @@
+"""Exact probes: inputs made so that a wrong mask, index or normaliser shows in the bits.
+
+Statistical bounds miss a single leaking key; these do not.
+"""
+
+import sanitizer
+import torch
+from conformance import calls, lab, oracles, systems
+from conformance.lab import assert_same_bits, check, same
+from tolerances import tolerance
+
+from hsgen.reference import tensor_kinds
+
+
+@check()
+def uniform_probe_reads_the_mask(lab):
+    """q = 0 and one-hot values: the output is 1/n where a key is seen and 0 elsewhere.
+
+    Every value head has its own order of channels, so that a wrong head shows.
+    """
+    spec = lab.spec(dims=(64, 64))
+    call = lab.make(spec)
+    tensors = {"q": torch.zeros_like(call.tensors["q"]), **_first_tokens(call)}
+    for name, t in _values(call).items():
+        S, H, D = t.shape[-3:]
+        token, head = torch.arange(S)[:, None], torch.arange(H)
+        channel = (5 * token + 7 * head) % D  # 5 and 64 have no divisor in common
+        one_hot = torch.nn.functional.one_hot(channel, D)
+        tensors[name] = one_hot.expand(t.shape).to(t)
+    if "gates" in call.tensors:
+        tensors["gates"] = _one_branch_a_row(call.tensors["gates"])
+    call = call.with_tensors(**tensors)
+    outcome = lab.run(call)
+    exact = call.reference(selection=outcome.selection).o
+    bound = 2 * tolerance(call.dtype, lab.device).output * exact
+    wrong = (outcome.o.double() - exact).abs() > bound
+    assert not outcome.o.isnan().any(), "o has NaN"
+    at = oracles._where(wrong)
+    assert not wrong.any(), f"at {at}: expected {exact[at]}, got {outcome.o[at]}"
+    oracles.raise_if(oracles.selection_findings(call, outcome, call.reference(selection=outcome.selection)))
+
+
+@check(applies=lambda spec: lab.laws(spec).future_never_changes_the_past)
+def future_has_no_influence(lab):
+    """Huge keys and values after a row leave it bitwise equal: outputs, sums and selections."""
+    call = lab.make()
+    before = lab.run(call)
+    for last in (lab.T // 2, lab.T // 2 + 5):
+        future = {n: _huge(t, slice(last + 1, None)) for n, t in calls.key_side(call).items()}
+        after = lab.run(call.with_tensors(**future))
+        same(before, after, what=f"tokens after {last}", rows=slice(0, last + 1))
+
+
+@check(applies=lambda spec: bool(_private_branches(spec)))
+def unselected_blocks_have_no_influence(lab):
+    """Huge keys and values in entries that no row selects change no bit.
+
+    The selection is given, and only tensors that no other branch attends are touched.
+    """
+    spec = lab.spec()
+    call = lab.make(spec)
+    muted = slice(16, 24)  # a block, or a few tokens
+    call = call.with_options(selection=_avoiding(call, muted))
+    before = lab.run(call)
+    names = [f"{side}_{kv}" if kv else side for kv in _private_branches(spec) for side in "kv"]
+    touched = {name: _huge(call.tensors[name], muted) for name in names}
+    same(before, lab.run(call.with_tensors(**touched)), what="unselected tokens")
+
+
+@check()
+def padding_is_never_read(lab):
+    """What lies after kv_lens may be NaN."""
+    lens = torch.tensor([lab.T - 11, lab.T], dtype=torch.int32, device=lab.device)
+    call = lab.make(B=2).with_options(kv_lens=lens)
+    before = lab.run(call)
+    padded = {}
+    for name, t in calls.key_side(call).items():
+        padded[name] = t.clone()
+        padded[name][0, lab.T - 11 :] = torch.nan
+    same(before, lab.run(call.with_tensors(**padded)), what="padding")
+
+
+@check()
+def ones_stay_ones(lab):
+    """V = 1 gives 1: the normaliser counts what the values count."""
+    call = lab.make()
+    ones = {name: torch.ones_like(t) for name, t in _values(call).items()}
+    call = call.with_tensors(**ones, **_first_tokens(call, sides=("value",)))
+    if "gates" in call.tensors:
+        call = call.with_tensors(gates=_one_branch_a_row(call.tensors["gates"]))
+    outcome = lab.run(call)
+    exact = call.reference(selection=outcome.selection).o
+    error = (outcome.o.double() - exact).abs().max()
+    assert error <= 2 * tolerance(call.dtype, lab.device).output, f"1 is off by {error:.3g}"
+
+
+@check()
+def integers_select_the_same_everywhere(lab):
+    """Where all arithmetic is exact the sets are the reference's, ties included."""
+    call = lab.make(lab.spec(dims=(64, 32)), integers=True, seed=3)
+    outcome = lab.run(call)
+    exact = call.reference()
+    for level in systems.selecting(call.spec):
+        expected = exact.selection[level.name].indices
+        assert_same_bits(level.name, expected, outcome.selection[level.name], "integers")
+
+
+@check()
+def nothing_depends_on_what_memory_held(lab):
+    """Outputs and buffers that start as NaN and as 7 end the same."""
+    call = lab.make(B=2, T=29)
+    with sanitizer.poisoned_empty("nan"):
+        before = lab.run(call)
+    with sanitizer.poisoned_empty("seven"):
+        same(before, lab.run(call), what="two fills")
+
+
+@check()
+def neighbours_in_memory_have_no_influence(lab):
+    """Views inside tensors of NaN, at odd strides, give the bits of tensors of their own."""
+    call = lab.make(B=2, T=29)
+    before = lab.run(call)
+    same(before, lab.run(calls.placed(call, calls.guarded)), what="guard bands")
+
+
+# --- the inputs
+
+
+def _values(call):
+    """Every tensor of values: [B, S, Hkv, Dv]."""
+    kinds = tensor_kinds(call.spec)
+    return {
+        name: t
+        for name, t in call.tensors.items()
+        if kinds[name] == "key" and (name == "v" or name.startswith("v_"))
+    }
+
+
+def _first_tokens(call, sides=("key", "value")):
+    """Learned pools that hand on each entry's first token."""
+    names = [
+        f"{level.name}_{side}_{what}"
+        for level in call.spec.levels
+        for side in sides
+        for what in ("weight", "position")
+    ]
+    return {
+        name: calls.slot_zero(name, call.tensors[name].shape).to(call.tensors[name])
+        for name in names
+        if name in call.tensors
+    }
+
+
+def _one_branch_a_row(gates):
+    """Gates that open one branch for every row and head, in turns."""
+    T, H, C = gates.shape[-3:]
+    turn = (torch.arange(T)[:, None] + torch.arange(H)) % C
+    return torch.nn.functional.one_hot(turn, C).expand(gates.shape).to(gates)
+
+
+def _huge(t, tokens):
+    """The same tensor with huge numbers of both signs at some tokens.  [B, S, ...]"""
+    t = t.clone()
+    signs = torch.randint(0, 2, t[:, tokens].shape, generator=torch.Generator().manual_seed(9))
+    t[:, tokens] = ((2 * signs - 1) * calls.HUGE[t.dtype]).to(t)
+    return t
+
+
+def _private_branches(spec):
+    """kv names, None for `k` and `v`, that only branches over selections attend."""
+    over = {b.kv for b in spec.attend if b.over and b.values == "raw"}
+    others = {b.kv for b in spec.attend if b.window}
+    others |= {spec.level(b.over).kv for b in spec.attend if b.values == "pooled"}
+    return over - others
+
+
+def _avoiding(call, muted):
+    """Random selections of every level that hold no token of `muted`."""
+    generator = torch.Generator().manual_seed(11)
+    B = call.tensors["q"].shape[0]
+    chosen = {}
+    for level in systems.selecting(call.spec):
+        stride, size = level.partition.stride, level.partition.size
+        N = systems.entries(level, call.keys)
+        starts = torch.arange(N) * stride
+        allowed = starts[(starts + size <= muted.start) | (starts >= muted.stop)] // stride
+        shape = (B, call.tokens, systems.selection_heads(call.spec, level), level.select.width)
+        picks = torch.randint(0, len(allowed), shape, generator=generator)
+        chosen[level.name] = allowed[picks].to(torch.int32).to(call.device)
+    return chosen
+
+
+CHECKS = lab.collect(globals())

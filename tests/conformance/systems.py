@@ -1,0 +1,96 @@
+"""The shipped specs, made small and bound to heads and head dims, so that a case takes seconds."""
+
+import math
+from pathlib import Path
+
+from hsgen import spec as language
+from hsgen.spec import Blocks, HeadDim, Heads, Index
+
+SPECS = Path(__file__).parents[2] / "specs"
+FILES = {path.stem: path for path in sorted(SPECS.glob("*.yaml"))}
+
+
+def load(name):
+    """The shipped spec of that name, as its file says."""
+    return language.parse(FILES[name].read_text(encoding="utf-8"), str(FILES[name]))
+
+
+def shrink(spec, *, block=16):
+    """The same structure with blocks of at most `block` tokens, and budgets that still bite.
+
+    Sizes and strides are divided by one number, so that partitions nest and overlap as before.
+    """
+    sizes = [level.partition.size for level in spec.levels]
+    factor = max([1, *sizes]) // block or 1
+    levels = tuple(_shrunk_level(level, factor) for level in spec.levels)
+    attend = tuple(
+        branch.model_copy(update={"window": min(branch.window, 21)}) if branch.window else branch
+        for branch in spec.attend
+    )
+    return language.verify(spec.model_copy(update={"levels": levels, "attend": attend}))
+
+
+def _shrunk_level(level, factor):
+    changes = {}
+    if isinstance(level.partition, Blocks):
+        size, stride = (max(1, n // factor) for n in (level.partition.size, level.partition.stride))
+        changes["partition"] = Blocks(size=size, stride=stride)
+    if level.select:
+        forced = level.select.force.first + level.select.force.last
+        room = max(3, forced + 1) if isinstance(level.partition, Blocks) else 11
+        key = "top_k" if level.select.top_k else "beam"
+        budget = min(level.select.budget, room)
+        changes["select"] = level.select.model_copy(update={key: budget})
+    return level.model_copy(update=changes)
+
+
+def bind(spec, *, group=2, kv=None, dims=(64, 64)):
+    """Heads and head dims; an index gets as many heads as a group has, and the dim of queries."""
+    kv = kv or (2 if group <= 4 else 1)
+    changes = {
+        "heads": Heads(query=group * kv, kv=kv),
+        "head_dim": HeadDim(qk=dims[0], v=dims[1]),
+    }
+    if spec.index:
+        changes["index"] = Index(heads=group, dim=dims[0])
+    return language.verify(spec.model_copy(update=changes))
+
+
+def small(name, *, block=8, causal=True, **shape):
+    """A shipped spec, shrunk and bound."""
+    spec = load(name).model_copy(update={"causal": causal and load(name).causal})
+    return bind(shrink(spec, block=block), **shape)
+
+
+def with_budgets(spec, budget, *, levels=None):
+    """Every selecting level, or those named, keeps `budget` entries."""
+    changed = []
+    for level in spec.levels:
+        if level.select and (levels is None or level.name in levels):
+            key = "top_k" if level.select.top_k else "beam"
+            select = level.select.model_copy(update={key: budget})
+            level = level.model_copy(update={"select": select})
+        changed.append(level)
+    return language.verify(spec.model_copy(update={"levels": tuple(changed)}))
+
+
+def selecting(spec):
+    """Levels that select, in order."""
+    return [level for level in spec.levels if level.select]
+
+
+def selection_heads(spec, level):
+    """Hs of a level: heads that choose for themselves."""
+    if level.score.source and level.score.reduce is None:
+        return selection_heads(spec, spec.level(level.score.source))
+    if level.score.form == "relu_weighted":
+        return 1
+    share = {"head": spec.heads.query, "group": spec.heads.kv, "all": 1}[level.score.share]
+    if level.score.source:
+        share = min(share, selection_heads(spec, spec.level(level.score.source)))
+    return share
+
+
+def entries(level, keys):
+    """Entries of a level that have a token."""
+    return math.ceil(keys / level.partition.stride)

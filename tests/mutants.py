@@ -1,0 +1,207 @@
+"""Bugs to plant in emitted kernels: each is one textual edit, and one small case that must notice it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """`old` occurs exactly once in `module` of the small `spec`, and becomes `new`."""
+
+    name: str
+    spec: str
+    module: str
+    old: str
+    new: str
+    case: str
+
+    def apply(self, sources: dict[str, str]) -> dict[str, str]:
+        """The sources with this bug; LookupError where the text has changed since."""
+        text = sources[f"{self.module}.py"]
+        if text.count(self.old) != 1:
+            message = f"{self.name}: {self.old!r} occurs {text.count(self.old)} times in {self.module}"
+            raise LookupError(message)
+        return sources | {f"{self.module}.py": text.replace(self.old, self.new)}
+
+
+def _attend(name: str, spec: str, module: str, old: str, new: str, case: str = "given") -> Mutant:
+    return Mutant(name=name, spec=spec, module=module, old=old, new=new, case=case)
+
+
+def _choose(name: str, spec: str, module: str, old: str, new: str, case: str = "choose") -> Mutant:
+    return Mutant(name=name, spec=spec, module=module, old=old, new=new, case=case)
+
+
+CAUSAL = "visible &= n[None, :] <= position[:, None]"
+TIES = """\
+    slot = above_through + tl.minimum(ties_through, ties[:, None]) - 1
+    taken = (above + tie * (ties_through <= ties[:, None]).to(tl.int32)) > 0
+"""
+LATER_TIES = """\
+    skipped = tl.max(ties_through, 1)[:, None] - ties[:, None]
+    slot = above_through + tl.maximum(ties_through - skipped, 0) - 1
+    taken = (above + tie * (ties_through > skipped).to(tl.int32)) > 0
+"""
+
+MUTANTS = (
+    # what is visible
+    _attend("causal off by one", "nsa", "attend_selected", CAUSAL, CAUSAL.replace("<=", "<")),
+    _attend("one key leaks", "moba", "attend_selected", CAUSAL, CAUSAL + " + 1"),
+    _attend(
+        "incomplete entry attended",
+        "nsa",
+        "attend_compressed",
+        "tl.maximum(p + 1 + STRIDE - SIZE, 0)",
+        "tl.maximum(p + 2 + STRIDE - SIZE, 0)",
+    ),
+    _choose(
+        "complete entry not a candidate",
+        "hisa",
+        "rank_token",
+        "tl.maximum(p + 1 + STRIDE - SIZE, 0)",
+        "tl.maximum(p + STRIDE - SIZE, 0)",
+    ),
+    _attend(
+        "window one key wider",
+        "nsa",
+        "attend_window",
+        "n[None, :] > position[:, None] - 21",
+        "n[None, :] > position[:, None] - 22",
+    ),
+    _attend("q_offset ignored", "moba", "attend_selected", "position = q_offset + token", "position = token"),
+    _attend("partial entry called full", "moba", "index_selected", " & (entry < seen)", ""),
+    _attend(
+        "tail not masked",
+        "nsa",
+        "attend_window",
+        "        inside = n < stop\n",
+        "        inside = n < stop + BLOCK_N\n",
+    ),
+    # who chose what
+    _attend(
+        "member bit shifted",
+        "nsa",
+        "index_selected",
+        "(row % 32).to(tl.uint32)",
+        "((row + 1) % 32).to(tl.uint32)",
+    ),
+    _attend(
+        "duplicate counted twice",
+        "moba",
+        "index_selected",
+        "counts = valid & ((place == 0) | (before != pair))",
+        "counts = valid",
+    ),
+    _attend(
+        "index of -1 used as address",
+        "hisa",
+        "attend_selected",
+        "inside = (n >= 0) & ",
+        "inside = ",
+    ),
+    _choose("tie rule reversed", "moba", "rank_chunk", TIES, LATER_TIES, "plateau"),
+    _choose(
+        "tie rule reversed where chunks are walked", "hisa", "rank_token", TIES, LATER_TIES, "plateau"
+    ),
+    _choose("forced entry dropped", "nsa", "rank_block", "(e < FIRST) | ", "(e < FIRST - 1) | "),
+    _choose(
+        "NaN first",
+        "moba",
+        "rank_chunk",
+        "return tl.where(magnitude > 0x7F800000, -0x7FFFFFFF, key)",
+        "return key",
+        "nan",
+    ),
+    _choose(
+        "subnormals ordered",
+        "moba",
+        "rank_chunk",
+        "tl.where(magnitude < 0x00800000, 0, key)",
+        "key",
+        "subnormal",
+    ),
+    _choose(
+        "sign of the order lost",
+        "nsa",
+        "rank_block",
+        "tl.where(bits < 0, -magnitude, magnitude)",
+        "magnitude",
+        "negative",
+    ),
+    _choose("relu missing", "hisa", "score_token", "tl.maximum(s, 0.0)", "s"),
+    _choose("wrong map weight", "nsa", "score_block", "fall = TARGET - offset", "fall = TARGET + 1 - offset"),
+    _choose(
+        "pool divides by the nominal size",
+        "moba_full",
+        "pool_chunk_keys",
+        "tl.maximum(tokens, 1).to(tl.float32)[:, None]",
+        "16.0",
+    ),
+    _choose("padding not written", "moba", "rank_chunk", "slot >= total[:, None]", "slot > total[:, None]"),
+    # numbers
+    _attend("accumulator not rescaled", "nsa", "attend_window", "acc0 = acc0 * rescale[:, None]", "pass"),
+    _attend("sum not rescaled", "nsa", "attend_window", "l * rescale + tl.sum(p, 1)", "l + tl.sum(p, 1)"),
+    _attend("scale applied twice", "nsa", "attend_window", "        s = s * ", "        s = 0.144 * s * "),
+    _attend(
+        "silent TF32",
+        "nsa",
+        "attend_window",
+        's = tl.dot(q1, tl.trans(k1), s, input_precision="tf32x3")',
+        's = tl.dot(q1, tl.trans(k1), s, input_precision="tf32")',
+    ),
+    _attend(
+        "empty row is NaN",
+        "moba",
+        "attend_selected",
+        'tl.where(m_new == float("-inf"), 0.0, m_new)',
+        "m_new",
+    ),
+    _attend("log-sum-exp in base 2", "hisa", "attend_selected", " * 0.6931471805599453", ""),
+    _attend("gate of another branch", "nsa", "merge", "gates + 1 * g_c", "gates + 2 * g_c"),
+    # addresses
+    _attend(
+        "wrong head of the group",
+        "nsa",
+        "attend_window",
+        "row_head = head * 2 + rows % 2",
+        "row_head = head + rows % 2 * 2",
+    ),
+    _attend("wrong stride", "nsa", "attend_selected", "head * v_h", "head * k_h"),
+    _attend(
+        "missing other",
+        "nsa",
+        "attend_window",
+        "tl.load(address, mask=mask[:, None], other=0.0)",
+        "tl.load(address, mask=mask[:, None])",
+    ),
+    _attend(
+        "offset of a batch in int32",
+        "moba",
+        "attend_selected",
+        "Q + z.to(tl.int64) * q_b",
+        "Q + z * q_b",
+        "far",
+    ),
+    _attend(
+        "row of the next document stored",
+        "moba",
+        "attend_selected",
+        "alive = (token < q_len) & ",
+        "alive = (token <= q_len) & ",
+        "documents",
+    ),
+    _attend(
+        "last row of a tile not stored",
+        "moba",
+        "attend_selected",
+        "alive = (token < q_len) & ",
+        "alive = (token < q_len - 1) & ",
+    ),
+    _attend(
+        "document found one too early",
+        "moba",
+        "attend_selected",
+        "low = tl.where(start <= tile, middle, low)",
+        "low = tl.where(start < tile, middle, low)",
+        "documents",
+    ),
+)

@@ -1,0 +1,221 @@
+"""rank: exactly the contract's order, whatever scratch holds where nobody wrote."""
+
+import random
+
+import pytest
+import torch
+from skeletons import Sequences, complete, forced, kernel
+
+from hsgen.kernels import RankContext
+
+INF, NAN = float("inf"), float("nan")
+SPECIAL = [INF, -INF, NAN, -NAN, 0.0, -0.0, 1e-40, -1e-40, 1.1754944e-38, -1.1754944e-38, 1.0, -1.0]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where kernels run; on the CPU under the sanitizer."""
+    if request.param == "cpu":
+        request.getfixturevalue("sanitized")
+    return request.param
+
+
+def context(**changes):
+    fields = dict(
+        name="rank_test", heads=2, k=4, width=4, size=4, stride=4, causal=True, first=0, last=0,
+        counted=True,
+    )  # fmt: skip
+    return RankContext(**(fields | changes))
+
+
+def value(score):
+    """A score as the order sees it: NaN below everything, subnormals and -0 are 0."""
+    if score != score:
+        return (-1, 0.0)
+    return (0, 0.0 if abs(score) < 1.1754943508222875e-38 else score)
+
+
+def expected(c, candidates, must, width):
+    """candidates: entry -> score.  Forced first, then the score, then the lower position."""
+    extra = 0 if c.counted else len(must)
+    order = sorted(
+        candidates, key=lambda e: (e not in must, *(-x for x in value(candidates[e])), e)
+    )
+    best = sorted(order[: c.k + extra])
+    return best + [-1] * (width - len(best))
+
+
+def draw(kind, shape, generator):
+    if kind == "real":
+        return torch.randn(shape, generator=generator)
+    if kind == "plateau":
+        return torch.randint(0, 3, shape, generator=generator).float()
+    if kind == "special":
+        return torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape, generator=generator)]
+    bits = torch.randint(-(1 << 31), 1 << 31, shape, generator=generator)  # any bits at all
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def check(
+    tmp_path, device, seed, c, sequences, kind, *, block_t=4, block_r=4, block_n=32, chunk=None
+):
+    """Rank every row of every chunk, once for each poison, against the oracle."""
+    rank = kernel("rank", c, tmp_path)
+    generator = torch.Generator().manual_seed(seed)
+    parents = parent_lists(c, sequences, generator) if c.children else None
+    most = max(sequences.k_lens) // c.stride + 1
+    capacity = c.slots or most
+    tiles = sequences.tiles(block_t)
+    chunk = chunk or tiles
+    scores = draw(kind, (tiles * block_t, c.heads, capacity), generator)
+    results = []
+    for poison in (NAN, INF):
+        out = torch.full((sequences.rows, c.heads, c.width), 7, dtype=torch.int32, device=device)
+        for tile_first in range(0, tiles, chunk):
+            rows = min(chunk, tiles - tile_first) * block_t
+            part = scores[tile_first * block_t :][:rows].clone()
+            expect = hide(c, sequences, parents, part, tile_first, block_t, poison)
+            rank[(rows // block_r, c.heads)](
+                part.to(device), out,
+                *((parents.to(device),) if c.children else ()),
+                sequences.table.to(device), len(sequences), tile_first, capacity,
+                BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_N=block_n,
+            )  # fmt: skip
+            for (row, h), wanted in expect.items():
+                assert out[row, h].tolist() == wanted, (row, h, poison)
+        results.append(out.cpu())
+    assert torch.equal(*results)
+
+
+def hide(c, sequences, parents, part, tile_first, block_t, poison):
+    """Poison what a score kernel would not have written; what each row should select."""
+    expect = {}
+    for i in range(len(part)):
+        found = sequences.tile(tile_first + i // block_t, block_t)
+        t = found[1] + i % block_t if found else 0
+        if found is None or t >= sequences.q_lens[found[0]]:
+            part[i] = poison
+            continue
+        q_start, _, _, q_offset, _, k_len = sequences.table[found[0]].tolist()
+        p, row = q_offset + t, q_start + t
+        limit = complete(p, k_len, size=c.size, stride=c.stride, causal=c.causal, short=c.short)
+        must = forced(p, k_len, stride=c.stride, first=c.first, last=c.last, causal=c.causal)
+        for h in range(c.heads):
+            if c.children:
+                parent = parents[row, h // c.parent_group].tolist()
+                entry = [
+                    x * c.children + y if x >= 0 else -1 for x in parent for y in range(c.children)
+                ]
+            else:
+                entry = list(range(part.shape[2]))
+            candidates = {e: part[i, h, s].item() for s, e in enumerate(entry) if 0 <= e < limit}
+            for slot, e in enumerate(entry):
+                if not 0 <= e < limit:
+                    part[i, h, slot] = poison
+            inside = [e for e in must if not c.children or e in entry]
+            candidates |= dict.fromkeys(inside, 0.0)
+            expect[row, h] = expected(c, candidates, inside, c.width)
+    return expect
+
+
+def parent_lists(c, sequences, generator):
+    """Ascending parents of each row, -1 at the end."""
+    lists = torch.full((sequences.rows, c.parent_heads, c.parent_width), -1, dtype=torch.int32)
+    chance = random.Random(int(torch.randint(1 << 30, (), generator=generator)))
+    span = c.stride * c.children
+    for q_start, _, q_len, q_offset, _, k_len in sequences.table.tolist():
+        for t in range(q_len):
+            limit = -(-k_len // span)
+            if c.causal:
+                limit = max(0, min(limit, (q_offset + t) // span + 1))
+            for h in range(c.parent_heads):
+                some = sorted(
+                    chance.sample(range(limit), min(limit, chance.randint(0, c.parent_width)))
+                )
+                lists[q_start + t, h, : len(some)] = torch.tensor(some, dtype=torch.int32)
+    return lists
+
+
+DENSE = Sequences(q_lens=(5, 5), k_lens=(70, 61))
+PACKED = Sequences(q_lens=(5, 1, 0, 7), k_lens=(33, 64, 3, 7), packed=True)
+AHEAD = Sequences(q_lens=(8,), k_lens=(5,))  # rows before the first key
+EMPTY = Sequences(q_lens=(3,), k_lens=(0,))
+SHIFTED = Sequences(q_lens=(6,), k_lens=(40,), offsets=(3,))
+
+
+@pytest.mark.parametrize("kind", ["real", "plateau", "special", "bits"])
+@pytest.mark.parametrize(("block_n", "block_r"), [(32, 1), (32, 4), (8, 4)])
+def test_order(tmp_path, device, seed, kind, block_n, block_r):
+    check(tmp_path, device, seed, context(), DENSE, kind, block_n=block_n, block_r=block_r)
+
+
+@pytest.mark.parametrize("sequences", [DENSE, PACKED, AHEAD, EMPTY, SHIFTED])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("counted", [True, False])
+def test_forced(tmp_path, device, seed, sequences, causal, counted):
+    c = context(
+        causal=causal, short=True, first=1, last=2, counted=counted, k=4, width=4 if counted else 7
+    )
+    check(tmp_path, device, seed, c, sequences, "plateau")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_overlap(tmp_path, device, seed, causal):
+    c = context(size=8, stride=4, causal=causal, first=1, last=1)
+    check(tmp_path, device, seed, c, DENSE, "special", block_n=8)
+
+
+def test_more_forced_than_candidates(tmp_path, device, seed):
+    c = context(first=3, last=3, k=6, width=6)
+    check(tmp_path, device, seed, c, Sequences(q_lens=(9,), k_lens=(9,)), "real")
+
+
+def test_forced_fill_the_budget(tmp_path, device, seed):
+    check(tmp_path, device, seed, context(first=1, last=3), DENSE, "bits", block_n=8)
+
+
+def test_one_entry(tmp_path, device, seed):
+    check(tmp_path, device, seed, context(k=1, width=1, last=1), PACKED, "real")
+
+
+def test_all_fit(tmp_path, device, seed):
+    check(tmp_path, device, seed, context(k=40, width=40), DENSE, "special", block_n=8)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_of_rows(tmp_path, device, seed, chunk):
+    check(tmp_path, device, seed, context(last=1), PACKED, "real", chunk=chunk)
+
+
+@pytest.mark.parametrize("block_n", [4, 16])
+@pytest.mark.parametrize("kind", ["plateau", "special"])
+@pytest.mark.parametrize(("heads", "parent_heads"), [(2, 1), (2, 2)])
+def test_children(tmp_path, device, seed, block_n, kind, heads, parent_heads):
+    c = context(
+        heads=heads, k=5, width=7, counted=False, first=1, last=1, size=2, stride=2, children=4,
+        parent_width=3, parent_heads=parent_heads, parent_group=heads // parent_heads,
+    )  # fmt: skip
+    check(tmp_path, device, seed, c, PACKED, kind, block_n=block_n)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_children_that_are_tokens(tmp_path, device, seed, causal):
+    c = context(
+        heads=1,
+        k=6,
+        width=6,
+        size=1,
+        stride=1,
+        children=3,
+        parent_width=4,
+        causal=causal,
+        short=True,
+    )
+    check(tmp_path, device, seed, c, DENSE, "real", block_n=16, block_t=1, block_r=1)
+
+
+@pytest.mark.parametrize("block_n", [4096, 1024])
+def test_long_rows(tmp_path, device, seed, block_n):
+    sequences = Sequences(q_lens=(2,), k_lens=(4096,))
+    c = context(heads=1, k=2048, width=2048, size=1, stride=1, last=1)
+    check(tmp_path, device, seed, c, sequences, "real", block_t=2, block_r=2, block_n=block_n)

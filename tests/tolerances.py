@@ -1,0 +1,37 @@
+"""How far a kernel may be from float64, by dtype; no environment variable widens it.
+
+`used` in a failure says which part of a bound was taken.  Correct kernels take about a third of it:
+a change that suddenly takes more has lost accuracy, even where it passes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """Units of error.
+
+    Attributes:
+        output: unit roundoff of the output's dtype, u.
+        arithmetic: unit roundoff of dots and sums inside a kernel; scores and log-sum-exps have it.
+        own: factor on the error that the same computation in plain PyTorch of that dtype makes.
+    """
+
+    output: float
+    arithmetic: float
+    own: float = 3.0
+
+
+UNITS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+FLOAT32 = 2.0**-24
+THREE_TF32 = 2.0**-21  # dots of float32 on tensor cores: three passes of TF32
+
+
+def tolerance(dtype, device):
+    """The tolerance of a dtype where a kernel runs: on "cpu" through the interpreter, or on "cuda"."""
+    on_gpu = torch.device(device).type == "cuda"
+    arithmetic = THREE_TF32 if on_gpu else FLOAT32
+    output = max(UNITS[dtype], arithmetic)
+    return Tolerance(output=output, arithmetic=arithmetic)
