@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from hsgen.spec import Spec
+
 QUERY_BLOCK = 128  # FlexAttention's own default
 KEY_BLOCK = 128
 LARGEST_TABLE = 1 << 31  # FlexAttention indexes the tables that a mask reads with int32
@@ -36,12 +38,15 @@ class Variant:
     pad: bool
 
 
-def variants(q: Tensor, k: Tensor, v: Tensor, device: str) -> list[Variant]:
-    """The ways worth trying for these shapes.  [B, T, H, D]"""
+def variants(spec: Spec, device: str) -> list[Variant]:
+    """The ways worth trying for a spec's heads."""
+    heads, dim = spec.heads, spec.head_dim
+    assert heads is not None
+    assert dim is not None
     backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     if device != "cuda":
         backends = {"torch": None}
-    grouped, uneven = q.shape[2] != k.shape[2], q.shape[-1] != v.shape[-1]
+    grouped, uneven = heads.group > 1, dim.qk != dim.v
     found = []
     for name, backend in backends.items():
         for padded in (False, True) if uneven else (False,):
@@ -125,9 +130,7 @@ def flex_mask(indices: Tensor, size: int, heads: int) -> BlockMask:
     )
 
 
-def flex(
-    mask: BlockMask, q: Tensor, k: Tensor, v: Tensor
-) -> Callable[[int], Tensor]:
+def flex(mask: BlockMask, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], Tensor]:
     """Compiled FlexAttention.  [B, T, H, D] -> a call that returns [B, T, Hq, Dv]"""
     torch._dynamo.reset()  # noqa: SLF001 - or the ninth mask would run uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hsgen.reference import tensor_kinds
 from hsgen.spec import Blocks, HeadDim, Heads, Index, Level, Select, Spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,17 @@ def load_capture(path: Path) -> list[Group]:
             group = Group(layer=int(layer), kv_head=int(kv), q=q, k=k[:, 0], v=v[:, 0])
             groups.append(group)
     return groups
+
+
+def rows_of(spec: Spec, tensors: Mapping[str, Tensor], a: int, b: int) -> dict[str, Tensor]:
+    """Inputs in which the rows from a to b are the last ones.  [1, T, ...]"""
+    parts = {
+        "query": lambda t: t[:, a:b],
+        "key": lambda t: t[:, :b],
+        "parameter": lambda t: t,
+    }
+    kinds = tensor_kinds(spec)
+    return {name: parts[kinds[name]](t) for name, t in tensors.items() if name in kinds}
 
 
 # Specs ----------------------------------------------------------------------------------------------

@@ -58,9 +58,7 @@ def _mean(weight: Tensor) -> Tensor:
     return (eye / weight.shape[1]).expand(weight.shape).contiguous()
 
 
-def _real(
-    name: str, shape: tuple[int, ...], spec: Spec, groups: Sequence[Group]
-) -> Tensor | None:
+def _real(name: str, shape: tuple[int, ...], spec: Spec, groups: Sequence[Group]) -> Tensor | None:
     """Captured heads in the place of a tensor, [T', H, D], or None where nothing was captured."""
     assert spec.heads is not None
     base, index = name.split("_")[0], name.endswith("_index")
@@ -72,9 +70,13 @@ def _real(
         case "k" if index:
             return _parts(0, shape[-1], [_centred(group.k) for group in groups])[:, None]
         case "k":
-            return torch.stack([_parts(h, shape[-1], [g.k for g in groups]) for h in range(heads)], 1)
+            return torch.stack(
+                [_parts(h, shape[-1], [g.k for g in groups]) for h in range(heads)], 1
+            )
         case "v":
-            return torch.stack([_parts(h, shape[-1], [g.v for g in groups]) for h in range(heads)], 1)
+            return torch.stack(
+                [_parts(h, shape[-1], [g.v for g in groups]) for h in range(heads)], 1
+            )
     return None
 
 
@@ -99,7 +101,5 @@ def _centred(k: Tensor) -> Tensor:
 def _extend(x: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
     """Repeat a text, each time with other noise, its positions as captured.  [T', ...] -> [T, ...]"""
     repeated = x[torch.arange(tokens, device=x.device) % len(x)]
-    noise = torch.randn(
-        repeated.shape, generator=generator, device=x.device, dtype=repeated.dtype
-    )
+    noise = torch.randn(repeated.shape, generator=generator, device=x.device, dtype=repeated.dtype)
     return repeated.add_(noise.mul_(NOISE * float(x.float().std())))

@@ -34,6 +34,7 @@ FORCED = 3  # the smallest budget: nsa forces the first and the last two blocks
 BEAM = 2  # hisa's block filter keeps this many times what is attended in the end
 METHOD = ("text", "model", "made")
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """A system with its numbers changed.  budget: attended tokens / tokens of the whole input"""
@@ -155,19 +156,11 @@ def choose_by_reference(
     chosen, outputs = [], []
     for run in position.split(RUN):
         a, b = int(run[0]), int(run[-1]) + 1
-        part = {
-            name: t if name.endswith(("_weight", "_position")) else t[:, _first(name, a) : b]
-            for name, t in inputs.items()
-        }
+        part = common.rows_of(case.spec, inputs, a, b)
         result = reference(case.spec, part, dtype=torch.float32, keep_scores=False)
         chosen.append(result.selection[case.level].indices[0])
         outputs.append(result.o[0])
     return torch.cat(chosen), torch.cat(outputs)
-
-
-def _first(name: str, row: int) -> int:
-    """Rows of query-side tensors begin at `row`, those of key-side tensors at 0."""
-    return row if name in ("q", "q_index", "w_index", "gates") else 0
 
 
 def choose_by_kernel(
@@ -338,7 +331,9 @@ def agreement(results: Sequence[Json]) -> str:
     for result in results:
         worst = max(r["output_difference"] for r in result["records"])
         common_keys = [r for r in result["records"] if _key(r) in first]
-        apart = max(abs(r["selected"]["mass"] - first[_key(r)]["selected"]["mass"]) for r in common_keys)
+        apart = max(
+            abs(r["selected"]["mass"] - first[_key(r)]["selected"]["mass"]) for r in common_keys
+        )
         name = f"{result['backend']} on {result['made']['card']}"
         lines.append([name, f"{len(common_keys)}", f"{apart:.5f}", f"{worst:.1e}"])
     head = ["backend", "records", "largest difference in mass", "largest output difference"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import sys
 import time
@@ -19,25 +20,27 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Never
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 import hsgen
-from benchmarks import baselines, common, inputs, metrics, timing
+from benchmarks import baselines, common, inputs, metrics, speed_report, timing
 from benchmarks.common import Group, Json
-from hsgen.reference import reference
+from hsgen.reference import reference, tensor_shapes
 from hsgen.selection import ListSelection
-from hsgen.spec import Spec, load
+from hsgen.spec import Pool, Score, Spec, load, verify
 
 SYSTEMS = ("moba", "nsa", "hisa")
+STAGES = ("hsgen", "dense", "flex")
 SMALL = 3000  # tokens of the first check, no multiple of anything
 SAMPLED = 8  # consecutive rows of each of the two runs that are checked at full length
 TOLERANCE = {"cuda": 1e-2, "cpu": 1e-2}  # |o - reference| / |reference|, bf16 outputs
 ROTATED = 256 << 20  # inputs below this many bytes are rotated, so that no cache keeps them
 SETS = 3
 SECONDS = 1.0  # of timing, a measurement
-SECOND_LEVEL_CACHE = 50 << 20
 
 Tensors = dict[str, Tensor]
 Selected = Mapping[str, ListSelection]
@@ -254,7 +257,7 @@ def _compare(
     """
     error, agreement = 0.0, 1.0
     for a, b in runs:
-        part = common.rows_of(tensors, a, b)
+        part = common.rows_of(case.spec, tensors, a, b)
         given = {
             name: ListSelection(level=name, indices=s.indices[:, a:b])
             for name, s in selection.items()
@@ -292,12 +295,16 @@ def _density(case: Case, indices: Tensor) -> float:
 
 def run_dense(bench: Bench, case: Case) -> None:
     """Dense causal attention on the same q, k, v, every way that PyTorch has."""
-    x = _only_qkv(bench, case, lambda step: step)
-    for variant in baselines.variants(*x, bench.device):
-        step = f"dense {variant.name}"
-        bench.journal.run(
-            case.name, step, lambda variant=variant: time_dense(bench, case, variant, x)
-        )
+    variants = baselines.variants(case.spec, bench.device)
+    steps = {f"dense {variant.name}": variant for variant in variants}
+    if all(bench.journal.done(case.name, step) for step in steps):
+        return
+    tensors = bench.make(case, 0)
+    x = tensors["q"], tensors["k"], tensors["v"]
+    del tensors
+    for step, variant in steps.items():
+        action = functools.partial(time_dense, bench, case, variant, x)
+        bench.journal.run(case.name, step, action)
 
 
 def time_dense(
@@ -321,48 +328,52 @@ def run_flex(bench: Bench, case: Case) -> None:
     steps = ("attend selected", "flex mask", "flex")
     if all(journal.done(name, step) for step in steps):
         return
-    if bench.device != "cuda":
-        for step in steps[1:]:
-            journal.run(name, step, lambda: _not_expressible("FlexAttention is timed on GPUs only"))
+    if not journal.done(name, "total"):
+        for step in steps:
+            journal.run(name, step, lambda: _not_expressible("hsgen itself has no figures here"))
         return
     tensors = bench.make(case, 0)
-    if not journal.done(name, "total"):
-        return
-    selection = hsgen.load_kernel(case.spec).select(**tensors)
-    kept = {case.level: selection[case.level]}
-    x = {name: tensors[name] for name in ("q", "k", "v")}
-    spec, extra = selected_only(case), _index_of(tensors)
+    selection = {case.level: hsgen.load_kernel(case.spec).select(**tensors)[case.level]}
+    spec = selected_only(case)
+    tensors = {name: tensors[name] for name in tensor_shapes(spec, 1, 1, 1)}
     kernel = hsgen.load_kernel(spec)
-    journal.run(
-        name, steps[0], lambda: bench.time(lambda _n: kernel(**x, **extra, selection=kept))
-    )
-    indices = kept[case.level].indices[0]
-    del tensors, selection
-    mask: list[object] = []
 
-    def make_mask() -> Json:
-        table = baselines.table_elements(case.tokens, indices.shape[1], case.size)
-        if table >= baselines.LARGEST_TABLE:
-            reason = f"the mask's table would have {table:.2g} elements, above int32 indexing"
-            _not_expressible(reason)
-        heads = x["q"].shape[2]
-        timed = bench.time(lambda _n: baselines.flex_mask(indices, case.size, heads))
-        mask.append(baselines.flex_mask(indices, case.size, heads))
-        return timed
+    def attend(_number: int) -> Tensor:
+        return kernel(**tensors, selection=selection)
 
-    def attend() -> Json:
-        if not mask:
-            _not_expressible("there is no mask")
-        call = baselines.flex(mask[0], **x)
-        error = _relative(call(0), kernel(**x, **extra, selection=kept).double())
-        if not error < TOLERANCE[bench.device]:
-            raise CheckError(f"relative difference {error:.3g} from hsgen on the same selection")
-        return bench.time(call) | {"difference": error}
+    made: list[BlockMask] = []
+    indices = selection[case.level].indices[0]
+    journal.run(name, steps[0], lambda: bench.time(attend))
+    if journal.done(name, steps[1]):
+        _time_mask(bench, case, indices, made)  # the mask is needed again, its time is not
+    journal.run(name, steps[1], lambda: _time_mask(bench, case, indices, made))
+    journal.run(name, steps[2], lambda: _time_flex(bench, tensors, made, attend(0)))
 
-    if journal.done(name, steps[1]) and not journal.done(name, steps[2]):
-        mask.append(baselines.flex_mask(indices, case.size, x["q"].shape[2]))
-    journal.run(name, steps[1], make_mask)
-    journal.run(name, steps[2], attend)
+
+def _time_mask(bench: Bench, case: Case, indices: Tensor, made: list[BlockMask]) -> Json:
+    """Time what turns a selection into FlexAttention's mask, and keep the mask."""
+    if bench.device != "cuda":
+        _not_expressible("FlexAttention is timed on GPUs only")
+    table = baselines.table_elements(case.tokens, indices.shape[1], case.size)
+    if table >= baselines.LARGEST_TABLE:
+        _not_expressible(
+            f"the mask would read a table of {table:.2g} elements (who selected what, token by "
+            "token), beyond what FlexAttention indexes"
+        )
+    heads = case.facts()["heads"][0]
+    made[:] = [baselines.flex_mask(indices, case.size, heads)]
+    return bench.time(lambda _n: baselines.flex_mask(indices, case.size, heads))
+
+
+def _time_flex(bench: Bench, tensors: Tensors, made: list[BlockMask], expected: Tensor) -> Json:
+    """Time FlexAttention once it agrees with hsgen on the same selection."""
+    if not made:
+        _not_expressible("there is no mask")
+    call = baselines.flex(made[0], tensors["q"], tensors["k"], tensors["v"])
+    difference = _relative(call(0), expected.double())
+    if not difference < TOLERANCE[bench.device]:
+        raise CheckError(f"relative difference {difference:.3g} from hsgen on the same selection")
+    return bench.time(call) | {"difference": difference, "sparsity": made[0].sparsity()}
 
 
 def selected_only(case: Case) -> Spec:
@@ -370,35 +381,16 @@ def selected_only(case: Case) -> Spec:
     spec, level = case.spec, case.spec.level(case.level)
     if len(spec.attend) == 1:
         return spec
-    score = {"form": "dot", "source": None, "map": None, "normalise": None}
-    pool = {"keys": "mean"}
+    shared = spec.level(level.score.source).score if level.score.source else level.score
+    score = Score(form="dot", share=shared.share, reduce=shared.reduce)
+    alone = level.model_copy(update={"score": score, "pool": Pool(keys="mean")})
     branch = next(b for b in spec.attend if b.over == level.name)
-    fields = spec.model_dump() | {
-        "name": f"{spec.name}_selected",
-        "levels": (level.model_dump() | {"score": score | _shared(spec), "pool": pool},),
-        "attend": (branch.model_dump(),),
-        "combine": None,
-    }
-    return Spec.model_validate(fields)
+    update = {"levels": (alone,), "attend": (branch,), "combine": None}
+    return verify(spec.model_copy(update={"name": f"{spec.name}_selected", **update}))
 
 
-def _shared(spec: Spec) -> Json:
-    """Which heads agree on a selection: those of the level that scores."""
-    score = spec.levels[0].score
-    return {"share": score.share, "reduce": score.reduce}
-
-
-def _index_of(tensors: Tensors) -> Tensors:
-    return {name: t for name, t in tensors.items() if name.endswith("_index")}
-
-
-def _not_expressible(reason: str) -> Json:
+def _not_expressible(reason: str) -> Never:
     raise NotExpressibleError(reason)
-
-
-def _only_qkv(bench: Bench, case: Case, _done: object) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = bench.make(case, 0)
-    return tensors["q"], tensors["k"], tensors["v"]
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
@@ -415,16 +407,16 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
     for stage in args.stages:
         for case in _cases(args, stage):
             journal.case(case.name, case.facts())
-            failed = _attempt(lambda stage=stage, case=case: stages[stage](bench, case) or {})
-            if failed["status"] != "ok":  # outside any step: making inputs, say
-                journal.run(case.name, stage, lambda failed=failed: _again(failed))
+            try:
+                stages[stage](bench, case)
+            except Exception as error:  # noqa: BLE001 - outside any step: while making inputs, say
+                journal.run(case.name, f"{stage} set-up", functools.partial(_raise, error))
             _forget(args.device)
     return path
 
 
-def _again(entry: Json) -> Json:
-    """Fail as an earlier attempt did, so that it is written down."""
-    raise CheckError(entry["reason"])
+def _raise(error: Exception) -> Never:
+    raise error
 
 
 def _cases(args: argparse.Namespace, stage: str) -> Iterator[Case]:
@@ -439,3 +431,48 @@ def _forget(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+# Command line ---------------------------------------------------------------------------------------
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Time the shipped specs against dense attention.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument(
+        "--inputs", nargs="+", choices=("random", "real"), default=["random", "real"]
+    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument(
+        "--capture", type=Path, default=common.SHIPPED_CAPTURE, help="of real heads"
+    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing, a measurement")
+    parser.add_argument(
+        "--budget", type=float, default=3600.0, help="seconds, no step begins later"
+    )
+    parser.add_argument("--resume", type=Path, help="results whose finished steps are kept")
+    parser.add_argument("-o", "--output", type=Path, default=common.RESULTS, help="a folder")
+    parser.add_argument("--report", type=Path, nargs="+", help="results to write up")
+    parser.add_argument("--page", type=Path, default=common.ROOT / "docs" / "speed.md")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write results, or write the page from results."""
+    args = arguments(argv)
+    if args.report:
+        page = speed_report.page([common.read_json(path) for path in args.report])
+        args.page.write_text(page)
+        print(args.page)
+        return 0
+    path = run(args, sys.argv[1:] if argv is None else argv)
+    print(speed_report.whole([common.read_json(path)]))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

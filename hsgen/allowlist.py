@@ -10,14 +10,14 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from hsgen.errors import BuildError
 
 FILE = re.compile(r"(__init__|[a-z][a-z0-9_]{0,63})\.py")
-NODES = (
+NODES = {
     *(ast.Module, ast.Import, ast.ImportFrom, ast.alias, ast.FunctionDef, ast.arguments, ast.arg),
     *(ast.Return, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.NamedExpr, ast.Expr, ast.Pass),
     *(ast.For, ast.While, ast.If, ast.IfExp, ast.Break, ast.Continue, ast.With, ast.withitem),
@@ -25,8 +25,8 @@ NODES = (
     *(ast.Call, ast.keyword, ast.Starred, ast.Lambda, ast.Tuple, ast.List, ast.Dict, ast.Set),
     *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.comprehension),
     *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.JoinedStr, ast.FormattedValue),
-    *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context),
-)
+}
+BASES = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
 BUILTINS = frozenset(
     """
     abs all any bin bool bytes callable chr complex dict divmod enumerate filter float frozenset
@@ -35,6 +35,7 @@ BUILTINS = frozenset(
     AssertionError IndexError KeyError NotImplementedError RuntimeError TypeError ValueError
     """.split()
 )
+DANGEROUS = frozenset(dir(builtins)) - BUILTINS - {"_"}  # the last one is an interactive session's
 TORCH = frozenset(
     """
     Tensor arange as_tensor cat ceil cumsum device dtype empty empty_like empty_strided finfo full
@@ -54,10 +55,11 @@ IMPORTS = {("torch", None), ("triton", None), ("triton.language", "tl")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _File:
-    """One file while it is checked."""
+    """One file while it is checked; `nodes` are its tree's, walked once."""
 
     name: str
     tree: ast.Module
+    nodes: Sequence[ast.AST]
     modules: Mapping[str, str]  # local name -> torch, triton, triton.language or a sibling file
 
 
@@ -70,8 +72,9 @@ def check(sources: Mapping[str, str]) -> dict[str, ast.Module]:
     trees = {name: _parse(name, text) for name, text in sources.items() if name.endswith(".py")}
     defined = {name: _definitions(tree) for name, tree in trees.items()}
     for name, tree in trees.items():
-        file = _File(name=name, tree=tree, modules=_imports(name, tree, defined))
-        for node in ast.walk(tree):
+        nodes = tuple(ast.walk(tree))
+        file = _File(name=name, tree=tree, nodes=nodes, modules=_imports(name, nodes, defined))
+        for node in nodes:
             _check_node(file, node)
         _check_attributes(file, defined)
         _check_top_level(file)
@@ -82,7 +85,7 @@ def check(sources: Mapping[str, str]) -> dict[str, ast.Module]:
 def siblings(tree: ast.Module) -> set[str]:
     """The files that a file imports from its own package."""
     found = set[str]()
-    for node in ast.walk(tree):
+    for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             names = [node.module] if node.module else [alias.name for alias in node.names]
             found |= {f"{name}.py" for name in names}
@@ -109,9 +112,11 @@ def _definitions(tree: ast.Module) -> set[str]:
     return names
 
 
-def _imports(name: str, tree: ast.Module, defined: Mapping[str, set[str]]) -> dict[str, str]:
+def _imports(
+    name: str, nodes: Sequence[ast.AST], defined: Mapping[str, set[str]]
+) -> dict[str, str]:
     modules = dict[str, str]()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             modules |= _plain_import(name, node)
         elif isinstance(node, ast.ImportFrom):
@@ -146,17 +151,19 @@ def _from_import(
 
 
 def _check_node(file: _File, node: ast.AST) -> None:
-    if not isinstance(node, NODES):
+    if type(node) not in NODES and not isinstance(node, BASES):
         _refuse(file.name, node, type(node).__name__)
     match node:
+        case ast.Import() | ast.ImportFrom() if node not in file.tree.body:
+            _refuse(file.name, node, "import inside a function")
         case ast.Name(id=word) | ast.arg(arg=word) | ast.FunctionDef(name=word):
             _check_word(file, node, word)
+        case ast.Attribute(attr=word) if word.startswith("_") or word in ATTRIBUTES:
+            _refuse(file.name, node, f"the attribute {word}")
         case ast.alias(name=name, asname=alias):
             _check_word(file, node, alias or name.partition(".")[0])
         case ast.keyword(arg=str(word)) if word.startswith("__"):
             _refuse(file.name, node, f"the argument {word}")
-        case ast.Attribute(attr=word) if word.startswith("_") or word in ATTRIBUTES:
-            _refuse(file.name, node, f"the attribute {word}")
         case _:
             pass
 
@@ -165,7 +172,7 @@ def _check_word(file: _File, node: ast.AST, word: str) -> None:
     """No name of a dangerous builtin, read or bound; no dunder; modules are never rebound."""
     if word.startswith("__") and word not in {"__all__", "__future__"}:
         _refuse(file.name, node, f"the name {word}")
-    if hasattr(builtins, word) and word not in BUILTINS and word != "_":
+    if word in DANGEROUS:
         _refuse(file.name, node, f"the builtin {word}")
     rebound = word in file.modules and not isinstance(node, ast.alias)
     if rebound and not (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)):
@@ -175,7 +182,7 @@ def _check_word(file: _File, node: ast.AST, word: str) -> None:
 def _check_attributes(file: _File, defined: Mapping[str, set[str]]) -> None:
     """A module is only ever written before a dot and a name that is known to be harmless."""
     bases = set[int]()
-    for node in ast.walk(file.tree):
+    for node in file.nodes:
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
             continue
         origin = file.modules.get(node.value.id)
@@ -184,7 +191,7 @@ def _check_attributes(file: _File, defined: Mapping[str, set[str]]) -> None:
         bases.add(id(node.value))
         if not isinstance(node.ctx, ast.Load) or not _known(origin, node.attr, defined):
             _refuse(file.name, node, f"{node.value.id}.{node.attr}")
-    for node in ast.walk(file.tree):
+    for node in file.nodes:
         if isinstance(node, ast.Name) and node.id in file.modules and id(node) not in bases:
             _refuse(file.name, node, f"the module {node.id} as a value")
 
@@ -207,7 +214,7 @@ def _check_top_level(file: _File) -> None:
                 _check_calls(file, node)
             case _:
                 _refuse(file.name, node, f"{type(node).__name__} at the top level")
-    for node in ast.walk(file.tree):
+    for node in file.nodes:
         if isinstance(node, ast.FunctionDef):
             for decorator in node.decorator_list:
                 _check_decorator(file, decorator)

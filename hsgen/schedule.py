@@ -541,24 +541,20 @@ class _Scheduler:
 
     def _chain(self, node: Node) -> _Chain:
         """Back from a selection to its score: map, reduce, normalise in the fixed order of steps."""
-        chain = _Chain(names=[node.name])
+        passed: list[Node] = []
         current = self.graph[node.inputs[0]]
-        while True:
-            chain.names.append(current.name)
-            match current.op:
-                case Map():
-                    chain.map = current.op
-                case Reduce():
-                    chain.reduce = current.op
-                case Normalise():
-                    chain.lse = current.inputs[1]
-                case Score():
-                    chain.score = current
-                    chain.names = chain.names[:0:-1]
-                    return chain
-                case _:
-                    raise PlanError(f"no kernel chooses from %{current.name}")
+        while not isinstance(current.op, Score):
+            if not isinstance(current.op, Map | Reduce | Normalise):
+                raise PlanError(f"no kernel chooses from %{current.name}")
+            passed.insert(0, current)
             current = self.graph[current.inputs[0]]
+        return _Chain(
+            score=current,
+            names=(current.name, *(n.name for n in passed)),
+            lse=next((n.inputs[1] for n in passed if isinstance(n.op, Normalise)), None),
+            reduce=next((n.op for n in passed if isinstance(n.op, Reduce)), None),
+            map=next((n.op for n in passed if isinstance(n.op, Map)), None),
+        )
 
     def _score_context(self, node: Node, chain: _Chain, parent: Node | None) -> rows.RowsContext:
         score = chain.score.op
@@ -759,15 +755,15 @@ class _Scheduler:
             width //= 2
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Chain:
     """The operators between a score and the selection made of it."""
 
-    names: list[str]
-    score: Node = None  # type: ignore[assignment]  # found last
-    lse: str | None = None
-    reduce: Reduce | None = None
-    map: Map | None = None
+    score: Node
+    names: tuple[str, ...]
+    lse: str | None
+    reduce: Reduce | None
+    map: Map | None
 
     @property
     def needs(self) -> tuple[str, ...]:

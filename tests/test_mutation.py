@@ -146,7 +146,8 @@ def _forward(driver, call, selection):
 
 
 def _batch(call):
-    q, k = call.tensors["q"], calls.keys_of(call)
+    kinds = tensor_kinds(call.spec)
+    q, k = call.tensors["q"], next(t for n, t in call.tensors.items() if kinds[n] == "key")
     if call.packed:
         ends = (call.options["cu_seqlens_q"], call.options["cu_seqlens_k"])
         return batch.packed(*ends, q.shape[0], k.shape[0])

@@ -42,7 +42,7 @@ def codes(text: str | bytes) -> list[tuple[int, int, str]]:
     return [(span.line, span.column, d.code) for d, span in spans if span]
 
 
-# What is read ---------------------------------------------------------------------------------------
+# What is read -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -145,7 +145,7 @@ def test_spans_point_at_fields() -> None:
     assert spec.level("chunk").name == "chunk"
 
 
-# Late binding ---------------------------------------------------------------------------------------
+# Late binding -------------------------------------------------------------------------------------
 
 
 def test_bind_fills_what_is_open() -> None:
@@ -179,7 +179,7 @@ def test_specs_made_in_python_are_judged_by_the_same_rules() -> None:
         verify(broken)
 
 
-# What is refused ------------------------------------------------------------------------------------
+# What is refused ----------------------------------------------------------------------------------
 
 
 def test_all_mistakes_are_reported_in_file_order() -> None:
@@ -322,7 +322,7 @@ def test_lone_surrogates_can_be_shown() -> None:
     assert str(caught.value).encode()
 
 
-# Fuzzing --------------------------------------------------------------------------------------------
+# Fuzzing ------------------------------------------------------------------------------------------
 
 SEEDS = [path.read_bytes() for path in (*SHIPPED, *ERRORS) if path.stat().st_size < 2000]
 TOKENS = [

@@ -24,19 +24,12 @@ from hsgen.spec.model import (
     MAX_BRANCHES,
     MAX_COUNT,
     MAX_LEVELS,
-    Attend,
     Blocks,
-    Combine,
     Force,
-    HeadDim,
     Heads,
-    Index,
-    Level,
     Node,
     Path,
-    Pool,
     Score,
-    Select,
     Spec,
 )
 from hsgen.spec.syntax import Items, Keys, Tree, Unreadable, Word
@@ -51,7 +44,6 @@ _RENAMED: Mapping[type[Node], Mapping[str, str]] = {
 }
 _SUGAR: Mapping[type[Node], tuple[str, ...]] = {Heads: ("group_size",), Force: ("own",)}
 _HIDDEN = {"kind"}
-_MODELS = (Spec, Heads, HeadDim, Index, Level, Pool, Score, Select, Force, Attend, Combine, Blocks)
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """

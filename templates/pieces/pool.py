@@ -45,8 +45,11 @@ def load_tokens(base, token, inside, stride, OFFSET: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def max_tokens(acc, x, inside):
-    """The greatest of what was and the tokens that are inside; NaN if any is.  -> [E, WIDTH]"""
-    x = tl.where(inside[:, :, None], x, float("-inf"))
+    """The greatest of what was and the tokens that are inside; NaN if any is.  -> [E, WIDTH]
+
+    x: [E, J, WIDTH], 0 where not inside.
+    """
     strange = tl.max((x != x).to(tl.int32), 1) > 0
+    x = tl.where(inside[:, :, None] & (x == x), x, float("-inf"))
     greatest = tl.maximum(acc, tl.max(x, 1))
     return tl.where(strange | (acc != acc), float("nan"), greatest)

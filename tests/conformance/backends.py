@@ -31,13 +31,23 @@ def interpreter(call, *, seed=0):
 
     `seed` draws the order in which programs run.
     """
+    module = driver(call.spec, call.dtype)
+    config = {name: _quick(values) for name, values in module.CONFIG.items()}
     with sanitizer.enabled(seed=seed):
-        return _run(call)
+        return _run(call, module, config)
 
 
 def cuda(call):
-    """The emitted kernels on the GPU."""
-    return _run(call)
+    """The emitted kernels on the GPU, as they are configured without tuning."""
+    module = driver(call.spec, call.dtype)
+    return _run(call, module, module.CONFIG)
+
+
+def _quick(values):
+    """A configuration with few programs, for an interpreter takes its time with each."""
+    if {"BLOCK_R", "BLOCK_N"} <= values.keys():  # rank: rows a program, and entries a step
+        return values | {"BLOCK_R": 16, "BLOCK_N": 16}
+    return values
 
 
 _drivers = {}
@@ -72,17 +82,16 @@ def _emit(spec, dtype, package):
     return importlib.import_module(f"{package}.driver")
 
 
-def _run(call):
+def _run(call, module, config):
     """Call a driver; outcomes come back in the shape of the call's tensors."""
     kinds = tensor_kinds(call.spec)
     tensors = dict(call.tensors)
     if call.packed:
         tensors = {n: t if kinds[n] == "parameter" else t[None] for n, t in tensors.items()}
-    module = driver(call.spec, call.dtype)
     given = call.options.get("selection")
     if given is not None:
         given = {name: s[None] if call.packed else s for name, s in given.items()}
-    o, lse, chosen = module.forward(tensors, _batch(call), module.CONFIG, given)
+    o, lse, chosen = module.forward(tensors, _batch(call), config, given)
     chosen = {name: s for name, s in chosen.items() if s is not None}
     if call.packed:
         return Outcome(o=o[0], lse={n: t[0] for n, t in lse.items()}, selection={n: s[0] for n, s in chosen.items()})
@@ -90,13 +99,10 @@ def _run(call):
 
 
 def _batch(call):
-    q = call.tensors["q"]
-    kinds = tensor_kinds(call.spec)
-    keys = next(t for n, t in call.tensors.items() if kinds[n] == "key").shape[-3 if call.packed else 1]
     options = {n: v for n, v in call.options.items() if n in ("q_offset", "kv_lens")}
     if call.packed:
-        keys = next(t for n, t in call.tensors.items() if kinds[n] == "key").shape[0]
         cu_q = call.options["cu_seqlens_q"]
         cu_k = call.options.get("cu_seqlens_k", cu_q)
-        return batch.packed(cu_q, cu_k, q.shape[0], keys, **options)
-    return batch.dense(q.shape[0], q.shape[1], keys, q.device, **options)
+        return batch.packed(cu_q, cu_k, call.tokens, call.keys, **options)
+    B = call.tensors["q"].shape[0]
+    return batch.dense(B, call.tokens, call.keys, call.device, **options)

@@ -87,9 +87,12 @@ def error_findings(call, o, exact, plain):
     row_bound = limit.own * _rms(own) + 2 * u * _rms(exact) + ZERO
     used = _rms(error) / row_bound
     found += _over("R-row", used.max(), f"o at {_where(used)}")
+    # errors of single rows cancel, those of a wrong scale do not
     rows = max(1, int((exact != 0).any(-1).sum()))
-    bias = ((error * exact).sum() / (exact * exact).sum().clamp(min=ZERO)).abs()
-    return found + _over("R-bias", bias / (u / 4 + u / math.sqrt(rows)), "o")
+    size = exact.square().sum().clamp(min=ZERO)
+    single = u + 2 * (own.square().sum() / size).sqrt()
+    bias = ((error * exact).sum() / size).abs()
+    return found + _over("R-bias", bias / (u / 4 + single / math.sqrt(rows)), "o")
 
 
 def nan_findings(name, got, exact):
