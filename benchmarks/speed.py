@@ -123,19 +123,34 @@ def _short(entry: Json) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One system at one length on one kind of input."""
+    """One system at one length on one kind of input.
+
+    Attributes:
+        system: The name of a shipped spec.
+        tokens: T and S.
+        kind: Of input.
+        heads: (query, kv) instead of the spec's own, for trying the script out.
+        dim: Likewise.
+    """
 
     system: str
     tokens: int
     kind: inputs.Kind
+    heads: tuple[int, int] | None = None
+    dim: int | None = None
 
     @property
     def name(self) -> str:
+        """The key of its record."""
         return f"{self.system}/{self.tokens}/{self.kind}"
 
     @property
     def spec(self) -> Spec:
-        return load(self.system)
+        """The attention that is timed."""
+        spec = load(self.system)
+        if self.heads is None or self.dim is None:
+            return spec
+        return common.bind(spec, query=self.heads[0], kv=self.heads[1], dim=self.dim)
 
     @property
     def level(self) -> str:
@@ -424,7 +439,8 @@ def _cases(args: argparse.Namespace, stage: str) -> Iterator[Case]:
     for tokens in args.tokens:
         for system in args.systems:
             for kind in args.inputs if stage != "dense" else args.inputs[:1]:
-                yield Case(system=system, tokens=tokens, kind=kind)
+                heads = tuple(args.heads) if args.heads else None
+                yield Case(system=system, tokens=tokens, kind=kind, heads=heads, dim=args.dim)
 
 
 def _forget(device: str) -> None:
@@ -446,6 +462,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--inputs", nargs="+", choices=("random", "real"), default=["random", "real"]
     )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--heads", type=int, nargs=2, help="query and kv, to try the script out")
+    parser.add_argument("--dim", type=int, help="of a head, with --heads")
     parser.add_argument(
         "--capture", type=Path, default=common.SHIPPED_CAPTURE, help="of real heads"
     )

@@ -6,7 +6,7 @@ Compiles a program on the first call of its kind; never waits for the device, un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Lock, RLock
@@ -14,10 +14,8 @@ from typing import Protocol
 
 import networkx as nx
 import torch
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from triton.runtime.interpreter import InterpretedFunction
 
 from hsgen import arguments, batch
 from hsgen.arguments import Expected, Lengths, Problem
@@ -28,6 +26,12 @@ from hsgen.operators import Call
 from hsgen.reference import Result, reference
 from hsgen.spec import Spec
 from hsgen.target import Target
+
+try:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+except ImportError:  # where Triton does not exist, the reference still runs
+    tl = None
 
 Configs = Mapping[str, Mapping[str, int]]  # by kernel: constexprs, num_warps, num_stages
 
@@ -77,7 +81,12 @@ class Program:
     launches: int
 
 
-Compiler = Callable[[Spec, Target, torch.dtype], Program]
+class Compiler(Protocol):
+    """Makes the program of a spec whose heads and head dims are bound."""
+
+    def __call__(
+        self, spec: Spec, target: Target, dtype: torch.dtype, *, interpret: bool
+    ) -> Program: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,7 +348,12 @@ class Execution:
         target = self.options.target
         if target is None and binding.device.type == "cuda":
             target = Target.current(binding.device.index)
-        program = self._compiler(spec, target or Target.named(INTERPRETED_TARGET), binding.dtype)
+        program = self._compiler(
+            spec,
+            target or Target.named(INTERPRETED_TARGET),
+            binding.dtype,
+            interpret=binding.device.type != "cuda",
+        )
         return _reconfigured(program, self.options.config)
 
     def _done(self, known: _Known, program: Program, outputs: list[Tensor]) -> list[Tensor]:
@@ -427,7 +441,7 @@ class Execution:
 
 def interpreting() -> bool:
     """Whether triton was imported with its interpreter switched on."""
-    return isinstance(tl.cdiv, InterpretedFunction)
+    return tl is not None and isinstance(tl.cdiv, InterpretedFunction)
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -22,6 +22,7 @@ from typing import Literal
 from hsgen import allowlist, paths, store
 from hsgen.build import Module
 from hsgen.errors import BuildError, PlanError
+from hsgen.plan import Kernel, Param, Plan
 from hsgen.target import MathType, Target
 from hsgen.workers import Failed, JsonObject, Pool, WorkerError
 
@@ -80,6 +81,46 @@ class Job:
     num_warps: int
     num_stages: int
     target: Target
+
+
+def plan_jobs(plan: Plan, module: Module, target: Target) -> tuple[Job, ...]:
+    """One job a kernel of a plan, at its configuration, in the plan's order.
+
+    Strides are promised to be multiples of 16, as they are for every usual head dim; counts vary
+    freely, as the kernels' `do_not_specialize` says.
+    """
+    return tuple(_plan_job(plan, kernel, module, target) for kernel in plan.kernels)
+
+
+def _plan_job(plan: Plan, kernel: Kernel, module: Module, target: Target) -> Job:
+    shared = plan.kernel(kernel.follows).config if kernel.follows else kernel.config
+    constants = dict(shared.constexprs) | dict(kernel.config.constexprs)
+    names = {param.name for param in kernel.params}
+    return Job(
+        module=module,
+        signature=KernelSignature(
+            file=f"{kernel.name}.py",
+            function=kernel.name,
+            parameters=tuple(_plan_parameter(param, plan.dtype) for param in kernel.params),
+        ),
+        constants={name: value for name, value in constants.items() if name in names},
+        num_warps=kernel.config.num_warps,
+        num_stages=kernel.config.num_stages,
+        target=target,
+    )
+
+
+def _plan_parameter(param: Param, dtype: str) -> Parameter:
+    match param.kind:
+        case "pointer":
+            element = dtype if param.dtype in {"input", None} else str(param.dtype)
+            return Parameter(name=param.name, kind="pointer", dtype=element, divisible=True)
+        case "stride":
+            return Parameter(name=param.name, kind="int", dtype="i32", divisible=True)
+        case "count":
+            return Parameter(name=param.name, kind="int", dtype="i32")
+        case "constexpr":
+            return Parameter(name=param.name, kind="constexpr")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

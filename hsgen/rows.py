@@ -368,8 +368,8 @@ def attend_window(shape: Shape, *, name: str, scale: float, window: int) -> Rows
         pitch=shape.group,
         qk_chunks=chunks(shape.qk),
         v_chunks=chunks(shape.v),
-        key_head=" + head * k_h",
-        value_head=" + head * v_h",
+        key_head=_kv_head("k_h", shape, per_head=False),
+        value_head=_kv_head("v_h", shape, per_head=False),
         key_row="k_first",
         setup=(f"start = tl.maximum(first - {window - 1}, 0)", f"stop = {stop}"),
         phases=(
@@ -410,8 +410,8 @@ def attend_pooled(
         pitch=shape.group,
         qk_chunks=chunks(shape.qk),
         v_chunks=chunks(shape.v) if values else (),
-        key_head=" + head * k_h",
-        value_head=" + head * v_h",
+        key_head=_kv_head("k_h", shape, per_head=False),
+        value_head=_kv_head("v_h", shape, per_head=False),
         key_row=f"k_first // {entries.stride}",
         promote=True,
         setup=(
@@ -454,9 +454,12 @@ def _packing(heads: int, what: str) -> str:
 
 def _kv_head(stride: str, shape: Shape, *, per_head: bool) -> str:
     """The address term of the key/value head of a program."""
-    if not per_head:
-        return f" + head * {stride}"
-    return f" + head // {shape.group} * {stride}" if shape.group > 1 else f" + head * {stride}"
+    own = per_head and shape.group > 1
+    return (
+        f" + (head // {shape.group}).to(tl.int64) * {stride}"
+        if own
+        else f" + head.to(tl.int64) * {stride}"
+    )
 
 
 # --- score

@@ -15,7 +15,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from hsgen import analysis, arguments, build, operators, passes, paths, pipeline, planner
+from hsgen import analysis, arguments, build, operators, passes, paths, pipeline, planner, schedule
 from hsgen.arguments import Expected
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
@@ -89,16 +89,17 @@ def load_kernel(
     return _shared(loaded.bind(heads=heads, head_dim=head_dim), options)
 
 
-def compile_program(spec: Spec, target: Target, dtype: torch.dtype) -> Program:
+def compile_program(spec: Spec, target: Target, dtype: torch.dtype, *, interpret: bool) -> Program:
     """Compile a bound spec for a GPU, and import what was emitted."""
     artifact = pipeline.compile_spec(spec, target, PLANNED[dtype])
-    driver = build.load(artifact.module).driver
+    plan = schedule.for_interpreter(artifact.plan) if interpret else artifact.plan
+    config = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
     return Program(
-        driver=driver,
-        plan=artifact.plan,
-        config=driver.CONFIG,
-        origin=dict.fromkeys(driver.CONFIG, "default"),
-        launches=sum(len(step.launches) for step in artifact.plan.steps),
+        driver=build.load(artifact.module).driver,
+        plan=plan,
+        config=config,
+        origin=dict.fromkeys(config, "for the interpreter" if interpret else "default"),
+        launches=sum(len(step.launches) for step in plan.steps),
     )
 
 

@@ -484,7 +484,7 @@ class _Scheduler:
             parent_group=parent_group,
         )
         ranker = self._kernel(
-            "rank", ranking, _rank_config(slots, config["BLOCK_T"]), node.name, follows=scorer
+            "rank", ranking, _rank_config(slots, op.stride, config["BLOCK_T"]), node.name, follows=scorer
         )
         capacity = f"capacity_{op.level}"
         scratch = f"scores_{op.level}"
@@ -808,10 +808,11 @@ def _pool_config(op: Pool, dim: int, size: int) -> Config:
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
-def _rank_config(slots: int, tokens: int) -> Config:
-    """Scores of a row in registers; longer rows are read again in every pass."""
-    width = min(8192, next_power(slots)) if slots else 1024
-    values = (("BLOCK_R", 1), ("BLOCK_N", width))
+def _rank_config(slots: int, stride: int, tokens: int) -> Config:
+    """Scores of a few rows in registers, for up to 128K tokens; longer rows are read in each pass."""
+    longest = slots or (1 << 17) // stride
+    width = max(64, min(8192 if slots else 2048, next_power(longest)))
+    values = (("BLOCK_R", max(1, min(tokens, 2048 // width))), ("BLOCK_N", width))
     return Config(constexprs=values, num_warps=8 if width > 2048 else 4, num_stages=1)
 
 

@@ -3,9 +3,11 @@
 A backend is a function Call -> Outcome.  A test of the suite itself gives a broken one.
 """
 
+import functools
 import importlib.util
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import sanitizer
@@ -31,44 +33,57 @@ def interpreter(call, *, seed=0):
 
     `seed` draws the order in which programs run.
     """
-    module = driver(call.spec, call.dtype)
-    config = {name: _quick(values) for name, values in module.CONFIG.items()}
+    emitted = compiled(call.spec, call.dtype)
     with sanitizer.enabled(seed=seed):
-        return _run(call, module, config)
+        return _run(call, emitted.driver, emitted.quick)
 
 
 def cuda(call):
     """The emitted kernels on the GPU, as they are configured without tuning."""
-    module = driver(call.spec, call.dtype)
-    return _run(call, module, module.CONFIG)
+    emitted = compiled(call.spec, call.dtype)
+    return _run(call, emitted.driver, emitted.driver.CONFIG)
 
 
-def _quick(values):
-    """A configuration with few programs, for an interpreter takes its time with each."""
-    if {"BLOCK_R", "BLOCK_N"} <= values.keys():  # rank: rows a program, and entries a step
-        return values | {"BLOCK_R": 16, "BLOCK_N": 16}
-    return values
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Emitted:
+    """The driver of a spec, and a configuration for the interpreter."""
+
+    driver: object
+    quick: dict
 
 
-_drivers = {}
 _folder = tempfile.TemporaryDirectory(prefix="hsgen-conformance-")
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def driver(spec, dtype):
-    """The emitted driver of a spec, one for the whole session."""
-    key = (spec, dtype)
-    if key not in _drivers:
-        _drivers[key] = _emit(spec, dtype, f"conformance_{len(_drivers)}")
-    return _drivers[key]
+@functools.cache
+def compiled(spec, dtype):
+    """A spec emitted and imported, once a session."""
+    plan = _plan(spec, dtype)
+    return Emitted(driver=_import(plan, spec), quick=_quick(plan))
 
 
-def _emit(spec, dtype, package):
+def _quick(plan):
+    """Few programs, for an interpreter takes its time with each: more rows a program, where allowed."""
+    configs = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
+    for kernel in plan.kernels:
+        if kernel.skeleton == "rank":
+            rows = configs[kernel.follows]["BLOCK_T"]  # a program ranks rows of one tile
+            configs[kernel.name] |= {"BLOCK_R": min(16, rows), "BLOCK_N": 16}
+    return configs
+
+
+def _plan(spec, dtype):
     on_gpu = torch.cuda.is_available()
     goal = target.from_properties(torch.cuda.get_device_properties(0)) if on_gpu else target.H100
-    plan = schedule.schedule(passes.run(planner.plan(spec)), goal, NAMES[dtype])
+    return schedule.schedule(passes.run(planner.plan(spec)), goal, NAMES[dtype])
+
+
+def _import(plan, spec):
+    """Write the modules of a plan, and import their driver."""
+    package = f"conformance_{len(list(Path(_folder.name).iterdir()))}"
     provenance = emit.Provenance(
-        version="0", spec=spec.name, digest=spec.digest, target=goal.label
+        version="0", spec=spec.name, digest=spec.digest, target=plan.target
     )
     folder = Path(_folder.name) / package
     folder.mkdir()
@@ -94,7 +109,7 @@ def _run(call, module, config):
     o, lse, chosen = module.forward(tensors, _batch(call), config, given)
     chosen = {name: s for name, s in chosen.items() if s is not None}
     if call.packed:
-        return Outcome(o=o[0], lse={n: t[0] for n, t in lse.items()}, selection={n: s[0] for n, s in chosen.items()})
+        o, lse, chosen = o[0], {n: t[0] for n, t in lse.items()}, {n: s[0] for n, s in chosen.items()}
     return Outcome(o=o, lse=lse, selection=chosen)
 
 

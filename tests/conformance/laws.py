@@ -113,16 +113,19 @@ def a_sequence_is_alone_in_its_batch(lab):
 def selections_are_sets(lab):
     """-1 in any slot is ignored, a duplicate changes nothing, what does not exist is masked."""
     call = lab.make()
-    clean = lab.run(call).selection
-    expected = lab.run(call.with_options(selection=clean))
     generator = torch.Generator().manual_seed(4)
-    messy = {}
-    for name, chosen in clean.items():
-        chosen = chosen.cpu()
-        junk = torch.tensor([-1, -1, 1 << 20, -7], dtype=torch.int32).expand(*chosen.shape[:-1], 4)
-        both = torch.cat([chosen, chosen, junk], -1)
-        order = torch.rand(both.shape, generator=generator).argsort(-1)
-        messy[name] = both.gather(-1, order).to(lab.device)
+    clean, messy = {}, {}
+    for name, chosen in lab.run(call).selection.items():
+        width = chosen.shape[-1]
+        kept = torch.where(torch.arange(width) < width // 2, chosen.cpu(), -1)
+        junk = torch.tensor([1 << 20, -7, -1], dtype=torch.int32)[torch.arange(width) % 3]
+        again = kept.roll(width // 2 + 1, -1)
+        filled = torch.where(again >= 0, again, junk)
+        filled = torch.where(kept >= 0, kept, filled)
+        order = torch.rand(filled.shape, generator=generator).argsort(-1)
+        clean[name] = kept.to(lab.device)
+        messy[name] = filled.gather(-1, order).to(lab.device)
+    expected = lab.run(call.with_options(selection=clean))
     outcome = lab.run(call.with_options(selection=messy))
     same(_without_selection(expected), _without_selection(outcome), what="a messy selection")
 
@@ -145,7 +148,8 @@ def any_selection_is_attended(lab):
     for level in systems.selecting(call.spec):
         N = systems.entries(level, call.keys)
         heads = systems.selection_heads(call.spec, level)
-        picks = torch.randint(-2, N + 2, (2, 29, heads, 5), generator=generator).clamp(min=-1)
+        shape = (2, 29, heads, level.select.width)
+        picks = torch.randint(-2, N + 2, shape, generator=generator).clamp(min=-1)
         picks[:, ::4] = -1
         chosen[level.name] = picks.to(torch.int32).to(lab.device)
     lab.checked(call.with_options(selection=chosen))
