@@ -27,24 +27,22 @@ NODES = {
     *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.JoinedStr, ast.FormattedValue),
 }
 BASES = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
-BUILTINS = frozenset(
-    """
+BUILTIN_WORDS = """
     abs all any bin bool bytes callable chr complex dict divmod enumerate filter float frozenset
     hash hex id int isinstance issubclass iter len list map max min next oct ord pow range repr
     reversed round set slice sorted str sum tuple zip
     AssertionError IndexError KeyError NotImplementedError RuntimeError TypeError ValueError
-    """.split()
-)
-DANGEROUS = frozenset(dir(builtins)) - BUILTINS - {"_"}  # the last one is an interactive session's
-TORCH = frozenset(
-    """
+"""
+TORCH_WORDS = """
     Tensor arange as_tensor cat ceil cumsum device dtype empty empty_like empty_strided finfo full
     full_like iinfo inf maximum minimum nan ones ones_like promote_types searchsorted stack strided
     tensor where zeros zeros_like
     bfloat16 bool float float8_e4m3fn float8_e5m2 float16 float32 float64 half int int8 int16 int32
     int64 long uint8
-    """.split()
-)
+"""
+BUILTINS = frozenset(BUILTIN_WORDS.split())
+DANGEROUS = frozenset(dir(builtins)) - BUILTINS - {"_"}  # the last one is an interactive session's
+TORCH = frozenset(TORCH_WORDS.split())
 TRITON = frozenset({"Config", "cdiv", "jit", "next_power_of_2"})
 # Submodules of triton.language: through them one reaches all that they import.
 LANGUAGE_MODULES = frozenset({"core", "extra", "random", "semantic", "standard", "target_info"})
@@ -134,7 +132,7 @@ def _plain_import(name: str, node: ast.Import) -> dict[str, str]:
 def _from_import(
     name: str, node: ast.ImportFrom, defined: Mapping[str, set[str]]
 ) -> dict[str, str]:
-    """`from . import attend`, `from .attend import kernel`, `from __future__ import annotations`."""
+    """`from . import attend`, `from .attend import kernel`, and `__future__`."""
     if node.level == 0 and node.module == "__future__":
         return {}
     if node.level != 1:

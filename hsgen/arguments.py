@@ -1,7 +1,7 @@
 """What a kernel's caller must pass, and what to say where it does not: argument, expected, got.
 
-Looks at names, shapes, strides, dtypes and devices; at values only when told to, since that waits for
-the device.  Runs once for each new signature of a call, so it may be thorough.
+Looks at names, shapes, strides, dtypes and devices; at values only when told to, since that waits
+for the device.  Runs once for each new signature of a call, so it may be thorough.
 """
 
 from __future__ import annotations
@@ -420,8 +420,8 @@ def check_selections(
         if not fits or indices.dtype != torch.int32 or indices.device != problem.device:
             shown = ", ".join(str(size) for size in [*rows, wanted])
             raise ArgumentError(
-                f"selection[{level!r}]: expected [{', '.join(names)}, Hs, K] = [{shown}, 1 to {width}] "
-                f"int32 {problem.device}, got {list(indices.shape)} {_kind(indices)}",
+                f"selection[{level!r}]: expected [{', '.join(names)}, Hs, K] = "
+                f"[{shown}, 1 to {width}] int32 {problem.device}, got {list(indices.shape)} {_kind(indices)}",
                 help="selections are [B, T, Hs, K] in every layout; -1 fills unused slots",
             )
 

@@ -1,6 +1,6 @@
 """Batch: where every sequence of a call lies, as one int32 table on the device.
 
-Never waits for the device: lengths that are tensors stay tensors.  Checks nothing (see `arguments`).
+Never waits for the device: lengths that are tensors stay tensors.  Checks nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def dense(
     q_offset: int | Tensor | None = None,
     kv_lens: int | Tensor | None = None,
 ) -> Batch:
-    """Queries [B, T, ...] on keys [B, S, ...]; the last query sees the last key unless q_offset says.
+    """Queries [B, T, ...] on keys [B, S, ...], the last query on the last key by default.
 
     Args:
         batch: B.
@@ -123,8 +123,8 @@ def _equal_sequences(
 ) -> Batch:
     """The Batch of sequences that are all alike, built once per stream.
 
-    A table is read only on the stream that wrote it, so nothing need wait.  A graph capture neither
-    reads the cache (replays would outlive an entry) nor fills it (what is captured has not run yet).
+    A table is read only on the stream that wrote it, so nothing need wait.  A graph capture does
+    not read the cache, as replays would outlive an entry, nor fill it, as nothing has run yet.
     """
     stream = 0
     if device.type == "cuda":

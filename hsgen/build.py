@@ -57,7 +57,7 @@ def build(name: str, sources: Mapping[str, str], key: store.Key) -> Module:
     Args:
         name: the spec's name, for people; an identifier.
         sources: text by file name, `attend.py` and so on; other suffixes are kept, not imported.
-        key: all that decides the text (versions, digests, target), so that `find` can skip emission.
+        key: all that decides the text: versions, digests, target.  `find` then needs no emission.
 
     Raises:
         BuildError: a name that is no identifier, or text that does more than kernels do.
@@ -150,7 +150,7 @@ class _Source(InspectLoader):
     def __init__(self, module: Module, file: str) -> None:
         self._text = module.sources.get(file, "")
 
-    def get_source(self, fullname: str) -> str:
+    def get_source(self, fullname: str) -> str:  # noqa: ARG002 - the protocol's
         return self._text
 
     def exec_module(self, module: ModuleType) -> None:

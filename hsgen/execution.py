@@ -31,7 +31,7 @@ try:
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 except ImportError:  # where Triton does not exist, the reference still runs
-    tl = None
+    tl = InterpretedFunction = None
 
 Configs = Mapping[str, Mapping[str, int]]  # by kernel: constexprs, num_warps, num_stages
 
@@ -388,11 +388,13 @@ class Execution:
                 dims = each.type.dims[1:] if problem.packed else each.type.dims
                 shape = [int(name) if name.isdecimal() else sizes[name] for name in dims]
                 given[each.name] = call.tensors[0].new_zeros(()).expand(shape)
+        cu = call.cu_seqlens_q
+        sequences = problem.batch if cu is None else len(cu) - 1
         kv_lens = call.kv_lens
-        if call.length is not None or (kv_lens is not None and kv_lens.ndim == 0):
-            number = int(call.length if call.length is not None else kv_lens)
-            cu = call.cu_seqlens_q
-            kv_lens = torch.full((problem.batch if cu is None else len(cu) - 1,), number)
+        if kv_lens is not None:
+            kv_lens = kv_lens.expand(sequences)
+        elif call.length is not None:
+            kv_lens = torch.full((sequences,), call.length)
         return reference(
             self.spec,
             given,
@@ -441,7 +443,7 @@ class Execution:
 
 def interpreting() -> bool:
     """Whether triton was imported with its interpreter switched on."""
-    return tl is not None and isinstance(tl.cdiv, InterpretedFunction)
+    return InterpretedFunction is not None and isinstance(tl.cdiv, InterpretedFunction)
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,7 +1,7 @@
 """The torch.library operators: how a Kernel's calls look to torch.compile, autograd and export.
 
-An operator takes tensors, numbers and text only, so a kernel travels as a key.  What an operator does
-is the business of the `Implementation` registered under that key.
+An operator takes tensors, numbers and text only, so a kernel travels as a key.  What an operator
+does is the business of the `Implementation` registered under that key.
 
 `Library.define` and `impl` rather than `custom_op`, which costs three times as much a call; not
 `triton_op`, which cannot be traced with the interpreter.
@@ -98,7 +98,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(call: Call) -> bool:
-    """Whether PyTorch would only pass a call on: the operator may then be skipped, and its cost saved.
+    """Whether PyTorch would only pass a call on, so that the operator and its cost can be skipped.
 
     Nothing traces, transforms, profiles or differentiates, and no tensor is of a class of its own.
     PyTorch has no public way to ask most of this.
@@ -153,7 +153,7 @@ def _backward(key: str, grads: list[Tensor], *arguments: object) -> list[Tensor]
     return implementation(key).backward(Call(*arguments), grads)  # type: ignore[arg-type]
 
 
-def _backward_fake(key: str, grads: list[Tensor], *arguments: object) -> list[Tensor]:
+def _backward_fake(_key: str, _grads: list[Tensor], *arguments: object) -> list[Tensor]:
     call = Call(*arguments)  # type: ignore[arg-type]
     return [tensor.new_empty(tensor.shape) for tensor in call.tensors]
 

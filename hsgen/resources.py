@@ -278,7 +278,7 @@ def measure(
     jobs: Sequence[Job],
     *,
     workers: int = 2,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     progress: Callable[[int, int], None] = _quietly,
 ) -> tuple[Outcome, ...]:
     """Cross-compile kernels, in the order of the jobs.  What was measured before is looked up.

@@ -1,7 +1,7 @@
 """load_kernel -> Kernel: a spec as a function of tensors, for models.
 
-Compiles on the first call of a kind and never again as lengths change; tunes nothing.  How a call is
-carried out is the business of `execution`.
+Compiles on the first call of a kind and never again as lengths change; tunes nothing.  How a call
+is carried out is the business of `execution`.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Kernel:
         kv_lens: int | Tensor | None = None,
         **tensors: Tensor,
     ) -> dict[str, ListSelection]:
-        """Choose without attending; arguments as of a call, those that choosing does not need left out.
+        """Choose without attending; arguments as of a call, but those that choosing needs suffice.
 
         Returns:
             By level, i32[B, T, Hs, K] in every layout; may be passed back as `selection`.
@@ -337,7 +337,7 @@ class Kernel:
                 raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
             tensors.append(tensor)
         if not self._known_names.issuperset(given):
-            arguments.check_names(self._attending, {**dict.fromkeys(self._names, 0), **given})
+            arguments.check_names(self._attending, {**dict.fromkeys(self._known_names, 0), **given})
         levels = ""
         indices: list[Tensor] = []
         if selection:

@@ -737,22 +737,28 @@ class _Scheduler:
         key_bytes: int,
         context: rows.RowsContext,
     ) -> Config:
-        """The deepest pipeline, then the widest step, whose operands fit one block's shared memory."""
-        query = block_m * sum(c.width for c in context.qk_chunks) * key_bytes
-        width = wide
-        while True:
-            for stages in (3, 2, 1):
-                need = query + stages * width * dims * key_bytes + block_m * width * 4
+        """The widest step that fits one block's shared memory: pipelined if possible, else fewer rows.
+
+        Operands of three-pass TF32 lie there half as much again, in high and low parts.
+        """
+        parts = 3 if key_bytes == 4 else 2
+        widths = [wide >> i for i in range(wide.bit_length()) if wide >> i >= 16]
+        columns = sum(c.width for c in context.qk_chunks)
+        for shrink in range(block_m.bit_length()):
+            tokens, tile = block_t >> shrink, block_m >> shrink
+            if shrink and (tokens < 1 or tile < 16):
+                break
+            for width, stages in ((w, s) for w in widths for s in (3, 2)):
+                operands = tile * columns + stages * width * dims
+                need = operands * key_bytes * parts // 2 + tile * width * 4
                 if need <= self.target.smem_per_block:
-                    warps = 8 if block_m >= 128 else 4
-                    values = (("BLOCK_T", block_t), ("BLOCK_M", block_m), ("BLOCK_N", width))
+                    values = (("BLOCK_T", tokens), ("BLOCK_M", tile), ("BLOCK_N", width))
+                    warps = 8 if tile >= 128 else 4
                     return Config(constexprs=values, num_warps=warps, num_stages=stages)
-            if width == 16:
-                raise PlanError(
-                    f"{context.name} needs {need} bytes of shared memory a block, "
-                    f"{self.target.name} has {self.target.smem_per_block}"
-                )
-            width //= 2
+        raise PlanError(
+            f"{context.name}: the smallest tile needs {need} bytes of shared memory a block, "
+            f"{self.target.name} has {self.target.smem_per_block}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -317,7 +317,7 @@ def _read_checked(directory: Path, folder: int, file: str, expected: str) -> byt
 
 
 @contextlib.contextmanager
-def _trusted(directory: Path) -> Iterator[int]:
+def _trusted(directory: Path) -> Generator[int, None, None]:
     """Open a folder that is ours alone to write, and no link."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(directory, flags)
@@ -402,7 +402,7 @@ def _label(name: str, digest: str) -> str:
 
 def _warn(message: str) -> None:
     """Warn once a process about each kind of trouble, not once a kernel."""
-    kind = message.split(":")[0]
+    kind = message.split(":", maxsplit=1)[0]
     with _lock:
         if kind in _warned:
             return

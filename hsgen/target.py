@@ -91,7 +91,7 @@ class Target:
         Raises:
             ArgumentError: torch sees no GPU.
         """
-        import torch  # a laptop that only compiles never pays for it
+        import torch  # noqa: PLC0415 - a laptop that only compiles never pays for it
 
         if not torch.cuda.is_available():
             raise ArgumentError("no GPU is present", help="name one, such as 'h100'")

@@ -102,7 +102,7 @@ class Worker:
         if home is None:
             raise WorkerError("error", "no folder is writable, and compilers need temporary files")
         self._folder = tempfile.TemporaryDirectory(dir=home, ignore_cleanup_errors=True)
-        self._log = tempfile.TemporaryFile(dir=home)
+        self._log = tempfile.TemporaryFile(dir=home)  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,

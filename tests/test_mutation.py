@@ -65,7 +65,7 @@ def load(tmp_path):
 
 def choose(spec, driver):
     """Choices on random numbers, judged by their certified bounds."""
-    call = calls.make(spec, T=24, S=_keys(spec), seed=1)
+    call = calls.make(spec, T=_rows(spec), S=_keys(spec), seed=1)
     return _judge_choice(call, _select(driver, call))
 
 
@@ -76,7 +76,7 @@ def negative(spec, driver):
 
 def plateau(spec, driver):
     """All scores equal: ties go to the lower positions."""
-    call = calls.make(spec, T=12, S=_keys(spec), seed=2)
+    call = calls.make(spec, T=_rows(spec), S=_keys(spec), seed=2)
     query = "q_index" if "q_index" in call.tensors else "q"
     call = call.with_tensors(**{query: torch.zeros_like(call.tensors[query])})
     return _same_choice(call, _select(driver, call))
@@ -128,6 +128,11 @@ def _keys(spec):
     return 75 if spec.heads.group == 1 else 121
 
 
+def _rows(spec):
+    """Rows to choose for; levels inside levels cost a program a row."""
+    return 6 if any(level.within for level in spec.levels) else 24
+
+
 def _select(driver, call):
     return driver.select(call.tensors, _batch(call), _config(driver))
 
@@ -139,10 +144,9 @@ def _forward(driver, call, selection):
         tensors = {n: t if kinds[n] == "parameter" else t[None] for n, t in tensors.items()}
     handed = {name: s[None] if call.packed else s for name, s in selection.items()}
     o, lse, _ = driver.forward(tensors, _batch(call), _config(driver), handed)
-    outcome = calls.Outcome(o=o, lse=lse, selection={})
     if call.packed:
-        outcome = calls.Outcome(o=o[0], lse={n: t[0] for n, t in lse.items()}, selection={})
-    return outcome, selection
+        o, lse = o[0], {name: t[0] for name, t in lse.items()}
+    return calls.Outcome(o=o, lse=lse, selection=selection)
 
 
 def _batch(call):
@@ -176,8 +180,8 @@ def _untidy(spec, call):
         indices[..., 0::5, :, :] = indices[..., 0::5, :, :].flip(-1)
         indices[..., 1::5, :, 0] = indices[..., 1::5, :, 1]
         indices[..., 2::5, :, 1] = 1000
-        indices[..., 3, :, :] = -1
-    return {name: indices for name, indices in chosen.items() if name in attended}
+        indices[..., 3:4, :, :] = -1
+    return chosen
 
 
 # verdicts
@@ -195,9 +199,9 @@ def _same_choice(call, chosen):
     return f"another choice than the reference in {wrong}" if wrong else ""
 
 
-def _judge_output(call, made):
-    outcome, selection = made
-    return "\n".join(map(str, oracles.findings(call.with_options(selection=selection), outcome)))
+def _judge_output(call, outcome):
+    call = call.with_options(selection=outcome.selection)
+    return "\n".join(map(str, oracles.findings(call, outcome)))
 
 
 def _verdict(spec, driver, case):

@@ -1,14 +1,16 @@
 """Cross-compiling without a GPU: costs, occupancy, refusals, and compilers that misbehave."""
 
+import ast
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 
 import pytest
 
-from hsgen import build, resources, store
+from hsgen import build, paths, pipeline, resources, store
 from hsgen.errors import BuildError, PlanError
 from hsgen.resources import (
     CompileFailure,
@@ -22,6 +24,7 @@ from hsgen.resources import (
     require_fit,
     roofline,
 )
+from hsgen.spec import load
 from hsgen.target import A100, B200, H100, H200, MI300X, RTX4090
 from hsgen.workers import Pool, Worker, WorkerError
 
@@ -168,8 +171,6 @@ def test_measuring_imports_neither_torch_nor_triton_here():
         from hsgen import resources
         sys.exit(bool({"torch", "triton"} & sys.modules.keys()))
     """
-    import textwrap
-
     command = [sys.executable, "-c", textwrap.dedent(code)]
     assert subprocess.run(command, check=False).returncode == 0
 
@@ -232,6 +233,17 @@ def test_a_damaged_result_is_measured_again(module, cache):
     assert not second.cached
 
 
+@pytest.mark.parametrize("name", ["moba", "nsa", "hisa"])
+def test_jobs_of_a_plan_name_the_parameters_of_its_kernels(name):
+    artifact = pipeline.compile_spec(load(str(paths.data_dir("specs") / f"{name}.yaml")), H100)
+    for planned in resources.plan_jobs(artifact.plan, artifact.module, H100):
+        signature = planned.signature
+        tree = ast.parse(artifact.sources[signature.file])
+        (kernel,) = [node for node in tree.body if getattr(node, "name", "") == signature.function]
+        assert [p.name for p in signature.parameters] == [arg.arg for arg in kernel.args.args]
+        assert resources._request(planned)["types"], "each constexpr has a value"
+
+
 # What does not compile
 
 
@@ -273,7 +285,7 @@ def test_a_compiler_that_hangs_is_killed_with_its_children(module, tmp_path, mon
     fake, pids = tmp_path / "ptxas", tmp_path / "pids"
     fake.write_text(
         "#!/bin/sh\n"
-        'case "$*" in *--version*) echo "Cuda compilation tools, release 12.8, V12.8.93"; exit;; esac\n'
+        'case "$*" in *--version*) echo "release 12.8, V12.8.93"; exit;; esac\n'
         f"echo $$ >> {pids}\nexec sleep 60\n"
     )
     fake.chmod(0o755)

@@ -60,17 +60,10 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 def compiled(spec, dtype):
     """A spec emitted and imported, once a session."""
     plan = _plan(spec, dtype)
-    return Emitted(driver=_import(plan, spec), quick=_quick(plan))
-
-
-def _quick(plan):
-    """Few programs, for an interpreter takes its time with each: more rows a program, where allowed."""
-    configs = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
-    for kernel in plan.kernels:
-        if kernel.skeleton == "rank":
-            rows = configs[kernel.follows]["BLOCK_T"]  # a program ranks rows of one tile
-            configs[kernel.name] |= {"BLOCK_R": min(16, rows), "BLOCK_N": 16}
-    return configs
+    quick = schedule.for_interpreter(plan)
+    return Emitted(
+        driver=_import(plan, spec), quick={k.name: k.config.keywords() for k in quick.kernels}
+    )
 
 
 def _plan(spec, dtype):
