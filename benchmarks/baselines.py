@@ -132,7 +132,7 @@ def flex_mask(indices: Tensor, size: int, heads: int) -> BlockMask:
 
 def flex(mask: BlockMask, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], Tensor]:
     """Compiled FlexAttention.  [B, T, H, D] -> a call that returns [B, T, Hq, Dv]"""
-    torch._dynamo.reset()  # noqa: SLF001 - or the ninth mask would run uncompiled
+    torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]

@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHIPPED_CAPTURE = ROOT / "tests" / "data" / "smollm2_layer05.safetensors"
 
-Json = dict[str, "str | int | float | bool | None | Json | list[Json]"]
+LINE = 160  # characters of a line of a results file
+
+Json = dict[str, "str | int | float | bool | Json | list[Json] | None"]
 
 
 # Where and when -------------------------------------------------------------------------------------
@@ -145,16 +147,46 @@ def _with_level(spec: Spec, name: str, update: Mapping[str, Blocks | Select]) ->
 
 
 def write_json(path: Path, data: Json) -> None:
-    """Write results so that a diff shows what changed; replaces the file at once."""
+    """Write results so that a diff shows what changed, six digits a number; replaces the file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1, sort_keys=False) + "\n")
+    partial.write_text(_laid_out(_rounded(data), 0) + "\n")
     partial.replace(path)
+
+
+def _rounded(value: object) -> object:
+    match value:
+        case float():
+            return float(f"{value:.6g}")
+        case dict():
+            return {key: _rounded(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_rounded(each) for each in value]
+    return value
+
+
+def _laid_out(value: object, depth: int) -> str:
+    """JSON with what fits a line on a line."""
+    line, indent = json.dumps(value), " " * depth
+    if len(line) <= LINE or not isinstance(value, dict | list):
+        return line
+    if isinstance(value, list):
+        parts = [_laid_out(each, depth + 1) for each in value]
+    else:
+        parts = [f"{json.dumps(k)}: {_laid_out(each, depth + 1)}" for k, each in value.items()]
+    first, last = "[]" if isinstance(value, list) else "{}"
+    body = f",\n{indent} ".join(parts)
+    return f"{first}\n{indent} {body}\n{indent}{last}"
 
 
 def read_json(path: Path) -> Json:
     """Read results."""
     return json.loads(path.read_text())
+
+
+def found(paths: Sequence[Path], kind: str) -> list[Path]:
+    """The results to write up: those named, else all that are kept, by name."""
+    return list(paths) or sorted(RESULTS.glob(f"{kind}_*.json"))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

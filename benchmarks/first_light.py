@@ -60,7 +60,8 @@ def run(s, driver, T):
         e = (o.double() - r.o).abs()
         line += f" max err {e.max():.2e} ref max {r.o.abs().max():.2f}"
         line += " lse " + " ".join(
-            f"{n}:{(l.double() - r.lse[n]).nan_to_num(0, 0, 0).abs().max():.1e}" for n, l in lse.items()
+            f"{n}:{(l.double() - r.lse[n]).nan_to_num(0, 0, 0).abs().max():.1e}"
+            for n, l in lse.items()
         )
         full = reference(s, x, keep_scores=False)
         for level, ix in sel.items():

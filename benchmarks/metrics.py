@@ -18,7 +18,14 @@ CHUNK = 256  # rows alive at once
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Dense:
-    """Causal attention of some rows.  position: i64[R], probs: f32[H, R, S], v: f32[S, Dv], o: f32[H, R, Dv]"""
+    """Causal attention of some rows.
+
+    Attributes:
+        position: i64[R].
+        probs: f32[H, R, S].
+        v: f32[S, Dv].
+        o: f32[H, R, Dv].
+    """
 
     position: Tensor
     probs: Tensor

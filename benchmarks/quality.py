@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality .captures/smollm2_8k.safetensors                  # reference, CPU
     python -m benchmarks.quality .captures/smollm2_8k.safetensors --backend kernel --device cuda
-    python -m benchmarks.quality --report benchmarks/results/quality_*.json        # writes docs/quality.md
+    python -m benchmarks.quality --report                                        # writes docs/quality.md
 
 Chooses with hsgen; everything that the choice is held against is computed by benchmarks.metrics.
 """
@@ -30,6 +30,7 @@ from hsgen.spec import Spec
 RUN = 64  # consecutive rows measured together
 SEED = 2
 WAYS = ("selected", "oracle", "random", "recent_sink")
+SYSTEMS = ("moba", "nsa", "hisa")
 FORCED = 3  # the smallest budget: nsa forces the first and the last two blocks
 BEAM = 2  # hisa's block filter keeps this many times what is attended in the end
 METHOD = ("text", "model", "made")
@@ -286,9 +287,9 @@ def report(results: Sequence[Json]) -> str:
     parts.append("## By layer and head, at 10 %\n")
     parts.append(HEAD_TEXT)
     for block in sorted({r["block"] for r in first["records"]}, reverse=True):
-        for system in ("moba", "nsa", "hisa"):
+        for system in SYSTEMS:
             chosen = [r for r in first["records"] if _is(r, system, block, 0.1)]
-            parts += [f"### {system}, block {block}\n", by_head(chosen)]
+            parts += [f"### {system}, block {block}\n", by_head(chosen)] if chosen else []
     parts += ["## Where the figures come from\n", sources(results)]
     return "\n".join(part for part in parts if part)
 
@@ -314,13 +315,11 @@ def by_head(records: Sequence[Json]) -> str:
     rows = []
     for r in records:
         own = r["selected"]
-        rows.append(
-            [f"{r['layer']}, {r['head']}", f"{r['density']:.3f}"]
-            + [f"{r[way]['mass']:.3f}" for way in WAYS]
-            + [f"{r[way]['error']:.3f}" for way in WAYS]
-            + [f"{own['worst_mass']:.3f} ({own['worst_mass_row']})"]
-            + [f"{own['worst_error']:.2f} ({own['worst_error_row']})"]
-        )
+        row = [f"{r['layer']}, {r['head']}", f"{r['density']:.3f}"]
+        row += [f"{r[way]['mass']:.3f}" for way in WAYS]
+        row += [f"{r[way]['error']:.3f}" for way in WAYS]
+        row += [f"{own['worst_mass']:.3f} ({own['worst_mass_row']})"]
+        rows.append([*row, f"{own['worst_error']:.2f} ({own['worst_error_row']})"])
     return common.table(names, rows)
 
 
@@ -416,11 +415,12 @@ block and the latest ones (where single tokens are selected, the first {sink} an
 | nsa | learned compression | identity / size for every slot and position 0: the mean |
 | nsa | keys and values per branch | the same k and v for all three |
 | nsa | gates | 1 for the selected branch, 0 for the others: mass and error are of that branch |
-| hisa | index queries, keys, weights | the group's three query heads; its key minus its mean over the input; 1 |
+| hisa | index queries, keys, weights | the group's three query heads; its key minus its mean; 1 |
 | hisa | beam | the block filter keeps {beam} the attended tokens |
 
-hisa's ReLU needs the mean gone: q·k is positive for only 0.2 to 14 % of the visible pairs of these heads, and
-what ReLU makes 0 is chosen by position.  Subtracting it moves no head's own order.  nsa compresses by half a block at a quarter block's stride, the paper's proportions.
+The mean is taken over the input: hisa's ReLU needs it gone, as q·k is positive for only 0.2 to 14 % of the
+visible pairs of these heads and what ReLU makes 0 is chosen by position; no head's own order changes by it.
+nsa compresses by half a block at a quarter block's stride, the paper's proportions.
 """
 
 HEAD_TEXT = """The worst rows are the selection's own.\n"""
@@ -446,7 +446,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, nargs="+", default=[64, 32, 16])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     parser.add_argument("-o", "--output", type=Path, default=common.RESULTS, help="a folder")
-    parser.add_argument("--report", type=Path, nargs="+", help="results to write up, best first")
+    parser.add_argument("--report", type=Path, nargs="*", help="results to write up (default: all)")
     parser.add_argument("--page", type=Path, default=common.ROOT / "docs" / "quality.md")
     return parser.parse_args(argv)
 
@@ -454,8 +454,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write results, or write the page from results."""
     args = arguments(argv)
-    if args.report:
-        args.page.write_text(report([common.read_json(path) for path in args.report]))
+    if args.report is not None:
+        results = [common.read_json(path) for path in common.found(args.report, "quality")]
+        args.page.write_text(report(results))
         print(args.page)
         return 0
     result = run(args, argv if argv is not None else sys.argv[1:])
@@ -464,7 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.write_json(args.output / name, result)
     print(overview(result["records"]))
     for block in args.blocks:
-        for system in ("moba", "nsa", "hisa"):
+        for system in SYSTEMS:
             chosen = [r for r in result["records"] if _is(r, system, block, 0.1)]
             print(f"{system}, block {block}, 10 %\n{by_head(chosen)}" if chosen else "")
     print(args.output / name)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed --device cuda --budget 560 -o OUT
     python -m benchmarks.speed --device cuda --budget 560 -o OUT --resume OUT/speed_CARD_DATE.json
-    python -m benchmarks.speed --report benchmarks/results/speed_*.json            # writes docs/speed.md
+    python -m benchmarks.speed --report                                            # writes docs/speed.md
 
 Every step of every case stands alone: what fails is written down with its text, what there was no time
 for says so, and results are on disk after each step.  Nothing is timed before it was checked.
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import gc
+import re
 import sys
 import time
 import traceback
@@ -37,7 +38,7 @@ SYSTEMS = ("moba", "nsa", "hisa")
 STAGES = ("hsgen", "dense", "flex")
 SMALL = 3000  # tokens of the first check, no multiple of anything
 SAMPLED = 8  # consecutive rows of each of the two runs that are checked at full length
-TOLERANCE = {"cuda": 1e-2, "cpu": 1e-2}  # |o - reference| / |reference|, bf16 outputs
+TOLERANCE = 1e-2  # |o - reference| / |reference|, bf16 outputs
 ROTATED = 256 << 20  # inputs below this many bytes are rotated, so that no cache keeps them
 SETS = 3
 SECONDS = 1.0  # of timing, a measurement
@@ -82,6 +83,14 @@ class Journal:
         steps = self.data["cases"].get(name, {}).get("steps", {})
         return steps.get(step, {}).get("status") == "ok"
 
+    def copy(self, name: str, step: str, start: str, end: str, **facts: int) -> None:
+        """Take over a step that another case has already done, with the same facts."""
+        for other, record in self.data["cases"].items():
+            entry = record["steps"].get(step, {})
+            same = all(entry.get(fact) == value for fact, value in facts.items())
+            if other.startswith(start) and other.endswith(end) and same and self.done(other, step):
+                self.data["cases"][name]["steps"].setdefault(step, entry)
+
     def run(self, name: str, step: str, action: Callable[[], Json]) -> bool:
         """Do a step of a case unless it is done, and write down how it ended.  -> whether it is done"""
         if self.done(name, step):
@@ -107,8 +116,17 @@ def _attempt(action: Callable[[], Json]) -> Json:
     except NotExpressibleError as reason:
         return {"status": "skipped", "reason": str(reason)}
     except Exception as error:  # noqa: BLE001 - every failure of a backend belongs into the table
-        where = traceback.format_exc(limit=-3)
-        return {"status": "failed", "reason": f"{type(error).__name__}: {error}", "trace": where}
+        reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc(limit=-3)
+        return {
+            "status": "failed",
+            "reason": _without_paths(reason),
+            "trace": _without_paths(trace),
+        }
+
+
+def _without_paths(text: str) -> str:
+    """Folders of the machine that ran this say nothing to anyone else."""
+    return re.sub(r"/[^\s\"']*/site-packages/", "", text.replace(f"{common.ROOT}/", ""))
 
 
 def _short(entry: Json) -> str:
@@ -215,10 +233,11 @@ def run_hsgen(bench: Bench, case: Case) -> None:
     if all(journal.done(name, step) for step in wanted):
         return
     small = min(SMALL, case.tokens)
+    journal.copy(name, "check small", f"{case.system}/", f"/{case.kind}", rows=small)
     if not journal.run(name, "check small", lambda: check_all(bench, case, small)):
         return
     sets = bench.sets(case)
-    if not journal.run(name, "check", lambda: check_sampled(bench, case, sets[0])):
+    if not journal.run(name, "check", lambda: check_sampled(case, sets[0])):
         return
     kernel = hsgen.load_kernel(case.spec)
     chosen = [kernel.select(**x) for x in sets]
@@ -239,15 +258,15 @@ def check_all(bench: Bench, case: Case, tokens: int) -> Json:
     """Every row of a short input against the float64 reference on the kernel's own selection."""
     tensors = bench.make(case, 10, tokens)
     o, selection = _run(case, tensors)
-    return _compare(case, tensors, o, selection, [(0, tokens)], bench.device)
+    return _compare(case, tensors, o, selection, [(0, tokens)])
 
 
-def check_sampled(bench: Bench, case: Case, tensors: Tensors) -> Json:
+def check_sampled(case: Case, tensors: Tensors) -> Json:
     """Two runs of rows of the full length, in the middle and at the end, in the same way."""
     o, selection = _run(case, tensors)
     T = case.tokens
     runs = [(a, min(a + SAMPLED, T)) for a in (T // 2 - SAMPLED // 2, T - SAMPLED)]
-    found = _compare(case, tensors, o, selection, runs, bench.device)
+    found = _compare(case, tensors, o, selection, runs)
     return found | {"density": _density(case, selection[case.level].indices[0])}
 
 
@@ -263,7 +282,6 @@ def _compare(
     o: Tensor,
     selection: Selected,
     runs: Sequence[tuple[int, int]],
-    device: str,
 ) -> Json:
     """Hold outputs and choices of some rows against the reference.
 
@@ -280,9 +298,10 @@ def _compare(
         expected = reference(case.spec, part, selection=given, keep_scores=False).o
         error = max(error, _relative(o[:, a:b], expected))
         own = reference(case.spec, part, keep_scores=False).selection[case.level].indices
-        agreement = min(agreement, _overlap(given[case.level].indices[0], own[0], b))
-    if not error < TOLERANCE[device]:
-        raise CheckError(f"relative error {error:.3g}, expected below {TOLERANCE[device]}")
+        entries = -(-b // case.size)
+        agreement = min(agreement, _overlap(given[case.level].indices[0], own[0], entries))
+    if not error < TOLERANCE:
+        raise CheckError(f"relative error {error:.3g}, expected below {TOLERANCE}")
     return {"error": error, "same_choice": agreement, "rows": sum(b - a for a, b in runs)}
 
 
@@ -290,9 +309,9 @@ def _relative(o: Tensor, expected: Tensor) -> float:
     return float((o.double() - expected).norm() / expected.norm())
 
 
-def _overlap(chosen: Tensor, own: Tensor, tokens: int) -> float:
+def _overlap(chosen: Tensor, own: Tensor, entries: int) -> float:
     """Share of the reference's own choices that the kernel made too.  i32[R, Hs, K], twice"""
-    both = metrics.members(chosen, tokens) & metrics.members(own, tokens)
+    both = metrics.members(chosen, entries) & metrics.members(own, entries)
     return float(both.sum() / (own >= 0).sum().clamp(min=1))
 
 
@@ -318,21 +337,21 @@ def run_dense(bench: Bench, case: Case) -> None:
     x = tensors["q"], tensors["k"], tensors["v"]
     del tensors
     for step, variant in steps.items():
-        action = functools.partial(time_dense, bench, case, variant, x)
+        action = functools.partial(time_dense, bench, case.tokens, variant, x)
         bench.journal.run(case.name, step, action)
 
 
 def time_dense(
-    bench: Bench, case: Case, variant: baselines.Variant, x: tuple[Tensor, Tensor, Tensor]
+    bench: Bench, tokens: int, variant: baselines.Variant, x: tuple[Tensor, Tensor, Tensor]
 ) -> Json:
     """Check a variant's last row, then time it."""
     call = baselines.dense(variant, *x)
     expected = baselines.last_row(*x)
     error = _relative(call(0)[:, -1], expected.double())
-    if not error < TOLERANCE[bench.device]:
+    if not error < TOLERANCE:
         raise CheckError(f"relative error {error:.3g} in the last row")
     q, v = x[0], x[2]
-    flops = baselines.dense_flops(case.tokens, q.shape[2], q.shape[3], v.shape[3])
+    flops = baselines.dense_flops(tokens, q.shape[2], q.shape[3], v.shape[3])
     timed = bench.time(call)
     return timed | {"error": error, "tflops": flops / timed["ms"]["median"] / 1e9}
 
@@ -386,7 +405,7 @@ def _time_flex(bench: Bench, tensors: Tensors, made: list[BlockMask], expected: 
         _not_expressible("there is no mask")
     call = baselines.flex(made[0], tensors["q"], tensors["k"], tensors["v"])
     difference = _relative(call(0), expected.double())
-    if not difference < TOLERANCE[bench.device]:
+    if not difference < TOLERANCE:
         raise CheckError(f"relative difference {difference:.3g} from hsgen on the same selection")
     return bench.time(call) | {"difference": difference, "sparsity": made[0].sparsity()}
 
@@ -473,7 +492,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", type=Path, help="results whose finished steps are kept")
     parser.add_argument("-o", "--output", type=Path, default=common.RESULTS, help="a folder")
-    parser.add_argument("--report", type=Path, nargs="+", help="results to write up")
+    parser.add_argument("--report", type=Path, nargs="*", help="results to write up (default: all)")
     parser.add_argument("--page", type=Path, default=common.ROOT / "docs" / "speed.md")
     return parser.parse_args(argv)
 
@@ -481,9 +500,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write results, or write the page from results."""
     args = arguments(argv)
-    if args.report:
-        page = speed_report.page([common.read_json(path) for path in args.report])
-        args.page.write_text(page)
+    if args.report is not None:
+        results = [common.read_json(path) for path in common.found(args.report, "speed")]
+        args.page.write_text(speed_report.page(results))
         print(args.page)
         return 0
     path = run(args, sys.argv[1:] if argv is None else argv)

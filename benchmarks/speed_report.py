@@ -67,12 +67,10 @@ def whole(results: Sequence[Json]) -> str:
         best = _best_dense(result, case)
         total = _ms(case, "total")
         ratio = best["ms"]["median"] / total if best and total else None
-        rows.append(
-            [_name(result, case), *(_number(_ms(case, s)) for s in ("total", "select", "attend"))]
-            + [_number(_memory(case)), _number(best and best["ms"]["median"])]
-            + [_number(best and best["tflops"]), best["by"] if best else MISSING]
-            + [f"{ratio:.2f}×" if ratio else MISSING]
-        )
+        row = [_name(result, case), *(_number(_ms(case, s)) for s in ("total", "select", "attend"))]
+        row += [_number(_memory(case)), _number(best and best["ms"]["median"])]
+        row += [_number(best and best["tflops"]), best["by"] if best else MISSING]
+        rows.append([*row, f"{ratio:.2f}×" if ratio else MISSING])
     return common.table(head, rows)
 
 
@@ -84,11 +82,9 @@ def flex(results: Sequence[Json]) -> str:
     for result, case in _cases(results):
         own, other = _ms(case, "attend selected"), _ms(case, "flex")
         skipped = case["steps"].get("flex", {}).get("sparsity")
-        rows.append(
-            [_name(result, case), _number(own), _number(other), _number(_ms(case, "flex mask"))]
-            + [f"{skipped:.0f} %" if skipped is not None else MISSING]
-            + [f"{other / own:.2f}×" if own and other else MISSING]
-        )
+        row = [_name(result, case), _number(own), _number(other), _number(_ms(case, "flex mask"))]
+        row += [f"{skipped:.0f} %" if skipped is not None else MISSING]
+        rows.append([*row, f"{other / own:.2f}×" if own and other else MISSING])
     return common.table(head, rows)
 
 

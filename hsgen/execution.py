@@ -28,10 +28,10 @@ from hsgen.spec import Spec
 from hsgen.target import Target
 
 try:
-    import triton.language as tl
+    from triton.language import cdiv
     from triton.runtime.interpreter import InterpretedFunction
 except ImportError:  # where Triton does not exist, the reference still runs
-    tl = InterpretedFunction = None
+    cdiv = InterpretedFunction = None
 
 Configs = Mapping[str, Mapping[str, int]]  # by kernel: constexprs, num_warps, num_stages
 
@@ -443,7 +443,7 @@ class Execution:
 
 def interpreting() -> bool:
     """Whether triton was imported with its interpreter switched on."""
-    return InterpretedFunction is not None and isinstance(tl.cdiv, InterpretedFunction)
+    return InterpretedFunction is not None and isinstance(cdiv, InterpretedFunction)
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

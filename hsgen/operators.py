@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from hsgen.errors import HsgenError
 
@@ -107,7 +108,7 @@ def is_plain(call: Call) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _functorch.peek_interpreter_stack() is not None
         or torch.autograd.profiler._is_profiler_enabled
     ):
         return False

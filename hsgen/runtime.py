@@ -322,7 +322,7 @@ class Kernel:
 
     def _call(
         self,
-        given: dict[str, Tensor | None],
+        given: Mapping[str, Tensor | None],
         expected: Expected,
         layout: str,
         lengths: LengthArguments,

@@ -27,7 +27,7 @@ from hsgen.graph import (
 )
 from hsgen.kernels import IndexContext, MergeContext, RankContext, SegmentsContext
 from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, Step
-from hsgen.rows import Entries, chunks, next_power
+from hsgen.rows import Entries, next_power
 from hsgen.target import Target
 
 DType = Literal["bf16", "fp16", "fp32"]
@@ -452,12 +452,10 @@ class _Scheduler:
     def _select(self, node: Node, op: Select) -> None:
         """Score into a bounded scratch and rank it, chunk of rows by chunk of rows."""
         chain = self._chain(node)
-        score = chain.score.op
-        assert isinstance(score, Score)
         heads = self._size(node.type.dims[2])
         parent = self.graph[node.inputs[1]] if op.within else None
         context = self._score_context(node, chain, parent)
-        config = self._score_config(context, score)
+        config = self._score_config(context)
         scorer = self._kernel("rows", context, config, *chain.names)
         children, slots, parent_heads, parent_group = 0, 0, 1, 1
         if parent is not None:
@@ -484,7 +482,11 @@ class _Scheduler:
             parent_group=parent_group,
         )
         ranker = self._kernel(
-            "rank", ranking, _rank_config(slots, op.stride, config["BLOCK_T"]), node.name, follows=scorer
+            "rank",
+            ranking,
+            _rank_config(slots, op.stride, config["BLOCK_T"]),
+            node.name,
+            follows=scorer,
         )
         capacity = f"capacity_{op.level}"
         scratch = f"scores_{op.level}"
@@ -712,52 +714,86 @@ class _Scheduler:
         block: int | None = None,
         key_bytes: int | None = None,
     ) -> Config:
-        """Rows to fill a tile of `limit`, keys a step and stages that fit the shared memory."""
-        per_tile = 128 if context.heads == 1 and block and self._bytes == 2 else limit
-        block_t = tokens or 1 << max(1, min(most, per_tile // context.heads)).bit_length() - 1
-        block_m = max(16, next_power(block_t * context.heads))
-        wide = max(16, min(64, block if block and block == next_power(block) else 64))
-        dims = sum(c.width for c in context.qk_chunks) + sum(c.width for c in context.v_chunks)
-        return self._fit(block_t, block_m, wide, dims, key_bytes or self._bytes, context)
+        """Rows to fill a tile of `limit`, keys a step and stages that fit the shared memory.
 
-    def _score_config(self, context: rows.RowsContext, score: Score) -> Config:
-        block_t = 1 if context.children else max(1, 64 // context.pitch)
-        block_m = max(16, block_t * context.pitch)
+        32-bit operands get tiles of 32 by 32: three-pass TF32 holds each operand twice in registers.
+        """
+        key_bytes = key_bytes or self._bytes
+        per_tile = limit if key_bytes == 2 else 32
+        if context.heads == 1 and block and key_bytes == 2:
+            per_tile = 128
+        block_t = tokens or 1 << max(1, min(most, per_tile // context.heads)).bit_length() - 1
+        widest = 64 if key_bytes == 2 else 32
+        wide = max(16, min(widest, block if block and block == next_power(block) else widest))
+        dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
+        deepest = 3 if key_bytes == 2 else 2
+        return self._fit(context, block_t, wide, deepest, dims, key_bytes)
+
+    def _score_config(self, context: rows.RowsContext) -> Config:
+        """As for attending; a score keeps no output, so 32-bit operands have room for more rows."""
         key_bytes = 4 if context.promote else self._bytes
         dims = sum(c.width for c in context.qk_chunks)
-        wide = 64 if not context.children else max(16, min(64, next_power(context.children)))
-        return self._fit(block_t, block_m, wide, dims, key_bytes, context)
+        # tensor memory of sm_100 would be filled from registers, three times for TF32
+        limit = 32 if key_bytes == 4 and self.target.label == "sm_100" else 64
+        widest = 64 if key_bytes == 2 else 32 if dims <= 128 else 16
+        block_t = 1 if context.children else max(1, limit // context.pitch)
+        wide = max(16, min(widest, next_power(context.children))) if context.children else widest
+        return self._fit(context, block_t, wide, 3, dims, key_bytes)
 
     def _fit(
         self,
+        context: rows.RowsContext,
         block_t: int,
-        block_m: int,
         wide: int,
+        deepest: int,
         dims: int,
         key_bytes: int,
-        context: rows.RowsContext,
     ) -> Config:
-        """The widest step that fits one block's shared memory: pipelined if possible, else fewer rows.
+        """The deepest pipeline, then the widest step, then the most rows that shared memory holds.
 
-        Operands of three-pass TF32 lie there half as much again, in high and low parts.
+        Fewer stages cost least, then narrower steps; fewer rows read all keys more often.
         """
-        parts = 3 if key_bytes == 4 else 2
-        widths = [wide >> i for i in range(wide.bit_length()) if wide >> i >= 16]
-        columns = sum(c.width for c in context.qk_chunks)
-        for shrink in range(block_m.bit_length()):
-            tokens, tile = block_t >> shrink, block_m >> shrink
-            if shrink and (tokens < 1 or tile < 16):
-                break
-            for width, stages in ((w, s) for w in widths for s in (3, 2)):
-                operands = tile * columns + stages * width * dims
-                need = operands * key_bytes * parts // 2 + tile * width * 4
-                if need <= self.target.smem_per_block:
-                    values = (("BLOCK_T", tokens), ("BLOCK_M", tile), ("BLOCK_N", width))
-                    warps = 8 if tile >= 128 else 4
-                    return Config(constexprs=values, num_warps=warps, num_stages=stages)
-        raise PlanError(
-            f"{context.name}: the smallest tile needs {need} bytes of shared memory a block, "
-            f"{self.target.name} has {self.target.smem_per_block}"
+        need = 0
+        while True:
+            block_m = max(16, next_power(block_t * context.pitch))
+            for width in _halves(wide, 16):
+                for stages in range(deepest, 0, -1):
+                    need = self._shared(context, block_m, width, stages, dims, key_bytes)
+                    if need <= self.target.smem_per_block:
+                        warps = 8 if block_m >= 128 else 4
+                        values = (("BLOCK_T", block_t), ("BLOCK_M", block_m), ("BLOCK_N", width))
+                        return Config(constexprs=values, num_warps=warps, num_stages=stages)
+            if block_t == 1:
+                raise PlanError(
+                    f"kernel {context.name} cannot run on {self.target.name} ({self.target.label}): needs "
+                    f"about {need:,} bytes of shared memory a block, the limit is "
+                    f"{self.target.smem_per_block:,}"
+                )
+            block_t //= 2
+
+    def _shared(
+        self,
+        context: rows.RowsContext,
+        block_m: int,
+        width: int,
+        stages: int,
+        dims: int,
+        key_bytes: int,
+    ) -> int:
+        """A bound on the shared memory of a tile: what the compiler was seen to take, or a little more.
+
+        The queries and the stages of keys and values; a tile of probabilities.  Three-pass TF32 splits
+        the queries into two, and where the tensor cores read them from shared memory the keys as well.
+        """
+        split = key_bytes == 4 and self.target.backend == "cuda"
+        queries = block_m * sum(c.width for c in context.qk_chunks) * key_bytes
+        keys = width * dims * key_bytes
+        from_shared = self.target.label in ("sm_90", "sm_100") and block_m >= 64
+        buffered = (
+            stages + split if from_shared else max(1, stages - 1) + split * (not context.v_chunks)
+        )
+        return (
+            queries * (1 + split) + buffered * keys + block_m * width * (8 if split else 4) + 1024
         )
 
 
@@ -804,10 +840,15 @@ def _lse_strides(x: str) -> tuple[str, ...]:
     return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
 
 
+def _halves(most: int, least: int) -> tuple[int, ...]:
+    """64, 32, 16."""
+    return tuple(most >> i for i in range((most // least).bit_length()))
+
+
 def _pool_config(op: Pool, dim: int, size: int) -> Config:
     if op.how == "linear":
-        lowest = dim & -dim
-        values = (("BLOCK_E", 64), ("BLOCK_D", min(64, lowest)))
+        lowest, tile = dim & -dim, 64 if size == 2 else 32  # three-pass TF32 holds operands twice
+        values = (("BLOCK_E", tile), ("BLOCK_D", min(tile, lowest)))
         return Config(constexprs=values, num_warps=4, num_stages=2)
     tokens = min(16, next_power(op.size))
     values = (("BLOCK_E", max(1, 8192 // (tokens * 128))), ("BLOCK_J", tokens))

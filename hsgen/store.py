@@ -44,6 +44,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_FILE = 16 * 1024**2
 MAX_QUARANTINE = 16
 STALE_SECONDS = 3600.0
+PRIVATE_SECONDS = 86400.0
 ATTEMPTS = 8
 # Another process was first, removed the folder under us, or a network file system hesitates.
 AGAIN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR, errno.EBUSY, errno.ESTALE}
@@ -151,11 +152,32 @@ def private_directory() -> Path | None:
 
 def _make_private_directory() -> Path | None:
     try:
-        directory = Path(tempfile.mkdtemp(prefix="hsgen-")).resolve()
+        directory = Path(tempfile.mkdtemp(prefix=f"hsgen-{os.getpid()}-")).resolve()
     except OSError:
         return None
+    _sweep_private(directory.parent)
     atexit.register(_remove_own, os.getpid(), directory)
     return directory
+
+
+def _sweep_private(folder: Path) -> None:
+    """Delete the temporary folders of processes that were killed a day ago or more."""
+    with contextlib.suppress(OSError):
+        for directory in folder.glob("hsgen-[0-9]*-*"):
+            status, pid = directory.lstat(), directory.name.split("-")[1]
+            old = time.time() - status.st_mtime > PRIVATE_SECONDS
+            if old and status.st_uid == os.geteuid() and pid.isdigit() and not _alive(int(pid)):
+                _remove(directory)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _remove_own(pid: int, directory: Path) -> None:

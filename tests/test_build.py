@@ -350,7 +350,7 @@ def test_32_processes_start_cold_at_once(cache, tmp_path):
     code = program("""
         open(sys.argv[1] + str(os.getpid()), "w").close()
         while not os.path.exists(sys.argv[2]):
-            time.sleep(0.001)
+            time.sleep(0.01)
         module = build.find(KEY) or build.build("toy", SOURCES, KEY)
         assert build.load(module).driver.forward(3) == 7
         assert build.load(module.directory) is build.load(module)
@@ -408,7 +408,9 @@ def test_killed_at_any_time(cache):
             build.build("toy", SOURCES | {"size.py": f"N = {number % 50}\\n"}, KEY)
     """)
     children = [run(code) for _ in range(4)]
-    time.sleep(1.0)
+    deadline = time.monotonic() + 60
+    while len(list(cache.glob("modules/toy-*"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
     for child in children:
         time.sleep(0.05)
         child.kill()
@@ -433,18 +435,16 @@ def test_drafts_of_killed_processes_are_swept_later(cache):
 
 
 def test_chaos_of_writers_and_vandals_never_gives_wrong_text(cache):
-    """Four writers, while files are flipped, cut and deleted under them for two seconds."""
+    """Four writers, while files are flipped, cut and deleted under them."""
     code = program("""
         warnings.simplefilter("ignore")
-        end, count = time.monotonic() + 2.0, 0
-        while time.monotonic() < end:
+        for count in range(200):
             number = count % 5
             key = {"n": number}
             sources = SOURCES | {"size.py": f"N = {number}\\n"}
             module = build.find(key) or build.build("toy", sources, key)
             assert module.sources == sources
-            count += 1
-        print(count)
+        print("fine")
     """)
     children = [run(code) for _ in range(4)]
     chance, harm = random.Random(7), 0
@@ -456,9 +456,8 @@ def test_chaos_of_writers_and_vandals_never_gives_wrong_text(cache):
             chance.choice(vandals)(victim)
             harm += 1
     results = [child.communicate() for child in children]
-    assert {errors for _, errors in results} == {""}
-    assert min(int(output) for output, _ in results) > 20
-    assert harm > 20
+    assert results == [("fine\n", "")] * 4
+    assert harm > 5
 
 
 def test_the_cache_may_vanish_while_in_use(cache):
@@ -548,6 +547,20 @@ def test_with_no_disk_at_all_modules_live_in_memory(monkeypatch):
     forward = build.load(module).driver.forward
     assert forward(3) == 7
     assert "kernel.double" in inspect.getsource(forward)
+
+
+def test_temporary_folders_of_killed_processes_are_swept_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = {"dead": f"hsgen-{gone.pid}-a", "alive": f"hsgen-{os.getpid()}-a", "other": "hsgen-x-a"}
+    folders = {name: tmp_path / folder for name, folder in names.items()}
+    for folder in folders.values():
+        folder.mkdir()
+        os.utime(folder, (1, 1))
+    private = store.private_directory()
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert {name for name, folder in folders.items() if folder.exists()} == {"alive", "other"}
 
 
 @is_root

@@ -292,8 +292,8 @@ def test_a_compiler_that_hangs_is_killed_with_its_children(module, tmp_path, mon
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(fake))
     monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", str(fake))
     start = time.monotonic()
-    (failure,) = measure([job(module, A100)], timeout=8.0)
-    assert time.monotonic() - start < 20
+    (failure,) = measure([job(module, A100)], timeout=12.0)
+    assert time.monotonic() - start < 30
     assert failure == CompileFailure(kind="timeout", message=failure.message)
     (pid,) = pids.read_text().split()
     assert not alive(int(pid))

@@ -31,7 +31,7 @@ class Lab:
     def T(self):
         """Odd, and long enough for budgets to bite; a level of tokens costs a program a row."""
         narrow = any(level.within for level in systems.load(self.name).levels)
-        return 45 if narrow else 61
+        return 29 if narrow else 61
 
     def spec(self, **shape):
         """The spec, shrunk and bound."""

@@ -1,0 +1,463 @@
+"""Small calls of a spec's emitted kernels in Triton's interpreter, each judged by the reference.
+
+Runs in a child of `verify`, one line of JSON a trial.  A budget of thousands of tokens never bites in
+a small call, so most trials are of a shrunk copy of the spec, whose kernels differ in numbers only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+import traceback
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hsgen import batch
+from hsgen.arguments import SHORT_NAMES
+from hsgen.batch import Batch
+from hsgen.errors import HsgenError
+from hsgen.execution import Program, interpreting
+from hsgen.reference import Result, reference, tensor_kinds, tensor_shapes
+from hsgen.runtime import compile_program
+from hsgen.selection import ListSelection, members
+from hsgen.spec import Attend, Blocks, HeadDim, Heads, Index, Level, Spec, parse
+from hsgen.spec import verify as verify_spec
+from hsgen.target import Target
+
+Numbers = Literal["real", "integers", "plateau"]
+
+BLOCK = 8  # tokens of the largest block of a shrunk copy
+ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+SCORE_BOUND = 1e-4  # of a row's largest score: far above rounding, far below a wrong score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One call.
+
+    Attributes:
+        name: says what it is, for a report.
+        spec: heads and head dims bound.
+        queries: rows of each sequence.
+        keys: of each sequence.
+        packed: documents one after the other; else all have the first one's rows and, of the first
+            one's keys, each its own number.
+        numbers: `integers` and `plateau` (all scores alike) make the choice exact.
+    """
+
+    name: str
+    spec: Spec
+    dtype: torch.dtype
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    packed: bool = False
+    numbers: Numbers = "real"
+
+    @property
+    def exact(self) -> bool:
+        """The arithmetic of scores has no rounding, so every choice is known."""
+        return self.numbers == "plateau" or (
+            self.numbers == "integers" and _exact_on_integers(self.spec)
+        )
+
+
+def trials(spec: Spec) -> tuple[Trial, ...]:
+    """The trials of a spec, the most telling first."""
+    small = shrink(spec)
+    full = _one_key_head(spec)
+    half, single = torch.float16, torch.float32
+    return (
+        Trial(
+            name="shrunk, integers",
+            spec=small,
+            dtype=single,
+            queries=(37, 37),
+            keys=(37, 37),
+            numbers="integers",
+        ),
+        Trial(
+            name="shrunk, all scores alike",
+            spec=small,
+            dtype=single,
+            queries=(21,),
+            keys=(21,),
+            numbers="plateau",
+        ),
+        Trial(
+            name="shrunk, documents",
+            spec=small,
+            dtype=half,
+            queries=(1, 0, 17, 6),
+            keys=(1, 0, 17, 30),
+            packed=True,
+        ),
+        Trial(
+            name="shrunk, a prefix in the keys",
+            spec=small,
+            dtype=single,
+            queries=(5, 5),
+            keys=(29, 11),
+        ),
+        Trial(name="one key head", spec=full, dtype=half, queries=(37,), keys=(37,)),
+    )
+
+
+# --- specs that fit
+
+
+def shrink(spec: Spec) -> Spec:
+    """The same structure in small: blocks of at most 8 tokens, budgets that bite, few heads.
+
+    Sizes and strides are divided by one power of two, so partitions nest and overlap as before.
+    """
+    divisor = _divisor(spec)
+    changes: dict[str, object] = {
+        "levels": tuple(_shrunk_level(level, divisor) for level in spec.levels),
+        "attend": tuple(_shrunk_branch(branch) for branch in spec.attend),
+        "heads": _few_heads(spec, kv=2),
+        "head_dim": HeadDim(qk=16, v=16 if _same_dims(spec) else 32),
+    }
+    if spec.index:
+        changes["index"] = spec.index.model_copy(
+            update={"heads": min(spec.index.heads, 4), "dim": 16}
+        )
+    return verify_spec(spec.model_copy(update=changes))
+
+
+def _divisor(spec: Spec) -> int:
+    """The largest power of two that makes no block smaller than needed, and divides all."""
+    blocks = [x.partition for x in spec.levels if isinstance(x.partition, Blocks)]
+    numbers = [n for x in blocks for n in (x.size, x.stride)]
+    divisor = 1
+    while max(numbers, default=1) // (divisor * 2) >= BLOCK and all(
+        n % (divisor * 2) == 0 for n in numbers
+    ):
+        divisor *= 2
+    return divisor
+
+
+def _shrunk_level(level: Level, divisor: int) -> Level:
+    changes: dict[str, object] = {}
+    blocks = isinstance(level.partition, Blocks)
+    if blocks:
+        changes["partition"] = Blocks(
+            size=level.partition.size // divisor, stride=level.partition.stride // divisor
+        )
+    if level.select:
+        forced = level.select.force.first + level.select.force.last
+        kept = "top_k" if level.select.top_k else "beam"
+        budget = min(level.select.budget, max(forced + 1, 3 if blocks else 6))
+        changes["select"] = level.select.model_copy(update={kept: budget})
+    return level.model_copy(update=changes)
+
+
+def _shrunk_branch(branch: Attend) -> Attend:
+    if branch.window is None:
+        return branch
+    return branch.model_copy(update={"window": min(branch.window, 9)})
+
+
+def _few_heads(spec: Spec, *, kv: int) -> Heads:
+    """A group that is 1, a power of two or neither, as the spec's is."""
+    group = spec.heads.group if spec.heads else 2
+    small = group if group <= 4 else 4 if group & (group - 1) == 0 else 3
+    return Heads(query=kv * small, kv=kv)
+
+
+def _same_dims(spec: Spec) -> bool:
+    return spec.head_dim is None or spec.head_dim.qk == spec.head_dim.v
+
+
+def _one_key_head(spec: Spec) -> Spec:
+    """The spec itself, with the same group but one key head: the grid is all that differs."""
+    group = spec.heads.group if spec.heads else 4
+    return spec.model_copy(
+        update={
+            "heads": Heads(query=group, kv=1),
+            "head_dim": spec.head_dim or HeadDim(qk=64, v=64),
+        }
+    )
+
+
+def differences(spec: Spec) -> str:
+    """What the shrunk copy has in small, as `block 64 -> 8`."""
+    small = shrink(spec)
+    parts = [
+        f"{level.name} {_level_text(level)} -> {_level_text(other)}"
+        for level, other in zip(spec.levels, small.levels, strict=True)
+        if _level_text(level) != _level_text(other)
+    ]
+    parts += [
+        f"{branch.name} window {branch.window} -> {other.window}"
+        for branch, other in zip(spec.attend, small.attend, strict=True)
+        if branch.window != other.window
+    ]
+    assert small.heads is not None and small.head_dim is not None, "shrink binds them"
+    parts.append(f"heads {small.heads.query}/{small.heads.kv}")
+    parts.append(f"head dim {small.head_dim.qk}/{small.head_dim.v}")
+    return ", ".join(parts)
+
+
+def _level_text(level: Level) -> str:
+    size = f"{level.partition.size}/{level.partition.stride}"
+    return f"{size} top {level.select.budget}" if level.select else size
+
+
+def _exact_on_integers(spec: Spec) -> bool:
+    """Whether scores of small integers come out exactly, whatever the order of operations."""
+    assert spec.heads is not None and spec.head_dim is not None, "trials are of bound specs"
+    root = math.isqrt(spec.head_dim.qk)
+    for level in spec.levels:
+        score = level.score
+        if score.normalise is not None or isinstance(score.scale, float):
+            return False
+        if score.form == "dot" and score.scale is None and not _is_power(root, spec.head_dim.qk):
+            return False
+        if level.pool and level.pool.keys == "mean" and not _power_of_two(level.partition.size):
+            return False
+        if score.reduce == "mean" and not _power_of_two(spec.heads.query // spec.heads.kv):
+            return False
+    return True
+
+
+def _is_power(root: int, square: int) -> bool:
+    return root * root == square and _power_of_two(root)
+
+
+def _power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+# --- one call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Tensors:
+    """A trial's tensors as the driver takes them, and as the reference does."""
+
+    driver: dict[str, Tensor]
+    reference: dict[str, Tensor]
+    batch: Batch
+    options: dict[str, Tensor]
+
+
+def judge(trial: Trial, target: Target) -> list[str]:
+    """Run one trial.  -> what is wrong, nothing if all is well"""
+    tensors = _tensors(trial)
+    program = _program(trial.spec, target, trial.dtype)
+    o, lse, chosen = program.driver.forward(tensors.driver, tensors.batch, program.config, None)
+    if trial.packed:
+        o, lse = o[0], {name: each[0] for name, each in lse.items()}
+        chosen = {name: each[0] for name, each in chosen.items()}
+    selection = {
+        name: ListSelection(level=name, indices=indices) for name, indices in chosen.items()
+    }
+    forced = _reference(trial, tensors, torch.float64, selection)
+    plain = _reference(trial, tensors, torch.float32, selection)
+    wrong = [
+        problem
+        for level in trial.spec.levels
+        if level.select
+        for problem in _wrong_selection(level, selection[level.name], forced)
+    ]
+    if trial.exact:
+        wrong += _other_sets(_reference(trial, tensors, torch.float64, None), selection)
+    wrong += _wrong_output(o, plain.o.to(trial.dtype), forced.o, trial.dtype)
+    for (name, got), expected in zip(lse.items(), forced.lse.values(), strict=True):
+        wrong += _wrong_lse(name, got, expected)
+    return wrong
+
+
+@functools.lru_cache(maxsize=8)
+def _program(spec: Spec, target: Target, dtype: torch.dtype) -> Program:
+    return compile_program(spec, target, dtype, interpret=True)
+
+
+def _reference(
+    trial: Trial, tensors: _Tensors, dtype: torch.dtype, selection: dict[str, ListSelection] | None
+) -> Result:
+    return reference(
+        trial.spec, tensors.reference, **tensors.options, selection=selection, dtype=dtype
+    )
+
+
+def _tensors(trial: Trial) -> _Tensors:
+    """Tensors and lengths of a trial; the same each time."""
+    generator = torch.Generator().manual_seed(zlib.crc32(trial.name.encode()))
+    kinds = tensor_kinds(trial.spec)
+    sequences = 1 if trial.packed else len(trial.queries)
+    rows = sum(trial.queries) if trial.packed else trial.queries[0]
+    keys = sum(trial.keys) if trial.packed else trial.keys[0]
+    made = {
+        name: _numbers(trial, name, shape, generator).to(trial.dtype)
+        for name, shape in tensor_shapes(trial.spec, sequences, rows, keys).items()
+    }
+    if not trial.packed:
+        lens = torch.tensor(trial.keys, dtype=torch.int32)
+        where = batch.dense(sequences, rows, keys, lens.device, kv_lens=lens)
+        return _Tensors(driver=made, reference=made, batch=where, options={"kv_lens": lens})
+    cu_q, cu_k = _cumulative(trial.queries), _cumulative(trial.keys)
+    flat = {name: x if kinds[name] == "parameter" else x[0] for name, x in made.items()}
+    return _Tensors(
+        driver=made,
+        reference=flat,
+        batch=batch.packed(cu_q, cu_k, rows, keys),
+        options={"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k},
+    )
+
+
+def _cumulative(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([sum(lengths[:z]) for z in range(len(lengths) + 1)], dtype=torch.int32)
+
+
+def _numbers(trial: Trial, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Numbers fit for a tensor's part: learned maps keep the size of what they map."""
+    if trial.numbers == "plateau" and name in ("q", "q_index"):
+        return torch.zeros(shape)
+    if trial.numbers == "integers" and name != "gates":
+        return torch.randint(-2, 3, shape, generator=generator).float()
+    x = torch.randn(shape, generator=generator)
+    if name.endswith("_weight"):
+        return x / math.sqrt(shape[1] * shape[2])
+    return x
+
+
+# --- judgement
+
+
+def _wrong_selection(level: Level, chosen: ListSelection, given: Result) -> Iterator[str]:
+    """Structure, and what scores say: no unselected entry may be clearly better than a selected one.
+
+    `given` is the reference on the kernels' own selections, so a child is judged by its own parent.
+    """
+    assert level.select is not None
+    scores, candidates = given.scores[level.name], given.candidates[level.name]
+    forced = given.forced[level.name]
+    mask = members(chosen, scores.shape[-1])
+    count = mask.sum(-1)
+    if not torch.equal(_ascending(mask, chosen.indices.shape[-1]), chosen.indices):
+        yield f"{level.name}: a row is not ascending, or not a set, or not -1 padded"
+        return
+    keep = torch.full_like(count, level.select.budget)
+    if not level.select.force.counted:
+        keep = keep + forced.sum(-1)
+    for text, bad in (
+        ("selects what is no candidate", (mask & ~candidates).any(-1)),
+        ("lacks a forced entry", (forced & ~mask).any(-1)),
+        ("has not the size it should", count != torch.minimum(keep, candidates.sum(-1))),
+        ("leaves out a better entry", _left_out(scores, mask, candidates, forced)),
+    ):
+        if bad.any():
+            yield f"{level.name}: {_row(bad)} {text}"
+
+
+def _ascending(mask: Tensor, width: int) -> Tensor:
+    """Members as sorted lists.  bool[..., N] -> i32[..., width]"""
+    entries = mask.shape[-1]
+    numbers = torch.where(mask, torch.arange(entries), entries).sort(-1).values[..., :width]
+    numbers = torch.nn.functional.pad(numbers, (0, width - numbers.shape[-1]), value=entries)
+    return torch.where(numbers < entries, numbers, -1).to(torch.int32)
+
+
+def _left_out(scores: Tensor, mask: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
+    """Rows whose lowest selected score is clearly below the highest unselected one.  -> bool[...]"""
+    lowest = scores.masked_fill(~mask | forced, math.inf).amin(-1)
+    highest = scores.masked_fill(mask | ~candidates, -math.inf).amax(-1)
+    size = scores.masked_fill(~scores.isfinite(), 0.0).abs().amax(-1)
+    return highest - lowest > SCORE_BOUND * size
+
+
+def _other_sets(expected: Result, chosen: dict[str, ListSelection]) -> Iterator[str]:
+    """Where arithmetic is exact, the sets are those of the reference, ties included."""
+    for name, selection in expected.selection.items():
+        differs = (selection.indices != chosen[name].indices).any(-1)
+        if differs.any():
+            yield f"{name}: {_row(differs)} is not the exact choice"
+
+
+def _wrong_output(o: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> Iterator[str]:
+    """Compare row by row and as a whole with float64, by the error of plain PyTorch in that dtype.
+
+    Rows are vectors of one head; a whole has no bias, as rounding has none.
+    """
+    unit = ROUNDOFF[dtype]
+    if not o.isfinite().all():
+        yield f"o: {_row(~o.isfinite().all(-1))} is not finite"
+        return
+    error, own = o.double() - exact, plain.double() - exact
+    size = _rms(exact)
+    floor = 4 * unit * exact.abs().amax() / math.sqrt(exact.shape[-1])
+    bad = _rms(error) > 3 * _rms(own) + 4 * unit * size + floor
+    if bad.any():
+        yield f"o: {_row(bad)} is off by {float(_rms(error)[bad].max()):.2g} of {float(size.max()):.2g}"
+    bias = float((error * exact).sum() / (exact * exact).sum().clamp(min=1e-30))
+    if abs(bias) > max(unit / 4, 1e-6):
+        yield f"o: on average {bias:+.2g} too large"
+
+
+def _wrong_lse(name: str, lse: Tensor, exact: Tensor) -> Iterator[str]:
+    empty = exact == -math.inf
+    bound = 1e-5 * (1 + exact.masked_fill(empty, 0.0).abs())
+    off = (lse.double() - exact).masked_fill(empty, 0.0)
+    bad = (off.abs() > bound) | off.isnan() | ((lse == -math.inf) != empty)
+    if bad.any():
+        yield f"lse of {name}: {_row(bad)} is wrong"
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean(-1).sqrt()
+
+
+def _row(bad: Tensor) -> str:
+    """The first bad row, as its index, and how many there are."""
+    where = bad.nonzero()
+    return f"row {where[0].tolist()} (of {len(where)} in {bad.numel()})"
+
+
+# --- the child
+
+
+def _poisoned_empty(*size: object, **keywords: object) -> Tensor:
+    """torch.empty filled with what must not be read, so that what no kernel writes is seen."""
+    made = _empty(*size, **keywords)
+    return made.fill_(math.nan) if made.is_floating_point() else made.fill_(-(1 << 30))
+
+
+_empty = torch.empty
+
+
+def answer(request: dict[str, object]) -> dict[str, object]:
+    """Judge the trial that a request names; an empty one asks for the list of trials."""
+    spec = parse(str(request["spec"]))
+    known = trials(spec)
+    if "trial" not in request:
+        names = [f"{trial.name}, {SHORT_NAMES[trial.dtype]}" for trial in known]
+        return {"trials": names, "shrunk": differences(spec)}
+    trial = known[int(str(request["trial"]))]
+    try:
+        return {"problems": judge(trial, Target.named(str(request["target"])))}
+    except HsgenError as error:
+        return {"problems": [str(error)]}
+    except Exception:  # noqa: BLE001 - whatever a kernel does wrong is a finding
+        return {"problems": [traceback.format_exc(limit=-4)]}
+
+
+def main() -> None:
+    """Answer each line of stdin by a line on stdout."""
+    assert interpreting(), "the parent sets TRITON_INTERPRET"
+    torch.set_num_threads(1)
+    torch.empty = _poisoned_empty
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

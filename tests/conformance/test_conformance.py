@@ -1,0 +1,58 @@
+"""Every spec in specs/ on the emitted kernels: on CPU through the interpreter, with -m gpu on a GPU."""
+
+import pytest
+import torch
+from conformance import backends, cases, laws, probes, systems
+from conformance.lab import Lab
+from conformance.oracles import check
+
+LANES = [
+    pytest.param((backends.interpreter, "cpu"), id="cpu"),
+    pytest.param((backends.cuda, "cuda"), id="gpu", marks=pytest.mark.gpu),
+]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GROUPS = {"fp32": 3, "fp16": 2, "bf16": 1}
+
+
+def applicable(checks):
+    """(spec, check) wherever the check's precondition holds for the spec."""
+    return [
+        pytest.param(name, check, id=f"{name}-{check.name}")
+        for name in systems.FILES
+        for check in checks
+        if check.applies(systems.small(name))
+    ]
+
+
+def in_turns(checks):
+    """The same, each pair in one dtype only."""
+    pairs = applicable(checks)
+    words = list(DTYPES)
+    return [
+        pytest.param(*pair.values, words[i % len(words)], id=f"{pair.id}-{words[i % len(words)]}")
+        for i, pair in enumerate(pairs)
+    ]
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("case", cases.CASES, ids=cases.case_id)
+@pytest.mark.parametrize("name", systems.FILES)
+def test_outputs_and_selections_are_right(name, case, lane, seed):
+    run, device = lane
+    call = cases.build(name, case, device=device, seed=seed)
+    check(call, run(call))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(("name", "probe"), applicable(probes.CHECKS))
+def test_probe(name, probe, dtype, lane):
+    run, device = lane
+    probe(Lab(run=run, name=name, dtype=DTYPES[dtype], device=device, group=GROUPS[dtype]))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize(("name", "law", "dtype"), in_turns(laws.CHECKS))
+def test_law(name, law, dtype, lane):
+    run, device = lane
+    law(Lab(run=run, name=name, dtype=DTYPES[dtype], device=device, group=GROUPS[dtype]))

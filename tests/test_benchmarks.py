@@ -1,0 +1,293 @@
+"""The measurements measure what they say: metrics by hand, baselines by brute force, failures kept."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn.attention.flex_attention import flex_attention
+
+from benchmarks import baselines, common, inputs, metrics, quality, speed, speed_report
+from hsgen.reference import reference, tensor_shapes
+from hsgen.spec import load
+
+POSITION = torch.tensor([0, 5, 11])
+TINY = ["--device", "cpu", "--heads", "4", "2", "--dim", "16", "--seconds", "0.001"]
+
+
+@pytest.fixture(scope="module")
+def group():
+    (group,) = common.load_capture(common.SHIPPED_CAPTURE)
+    return group
+
+
+@pytest.fixture
+def uniform():
+    """Twelve keys, three rows, two heads, every visible key as good as any other."""
+    return metrics.dense(torch.zeros(3, 2, 4), torch.randn(12, 4), torch.randn(12, 8), POSITION)
+
+
+# The shipped capture --------------------------------------------------------------------------------
+
+
+def test_shipped_capture_is_small_and_says_where_it_is_from():
+    assert common.SHIPPED_CAPTURE.stat().st_size < 1_500_000
+    with safe_open(common.SHIPPED_CAPTURE, framework="pt") as file:
+        said = " ".join(file.metadata().values())
+    assert "Apache-2.0" in said
+    assert "PSF-2.0" in said
+    assert "capture_smollm2" in said
+
+
+def test_shipped_capture_loads(group):
+    assert (group.layer, group.kv_head, group.query_head(2)) == (5, 1, 5)
+    shapes = [list(x.shape) for x in (group.q, group.k, group.v)]
+    assert shapes == [[2048, 3, 64], [2048, 64], [2048, 64]]
+    for x in (group.q, group.k, group.v):
+        assert x.dtype == torch.bfloat16
+        assert x.isfinite().all()
+        assert x.float().std() > 0.1
+
+
+# Metrics --------------------------------------------------------------------------------------------
+
+
+def test_mass_of_uniform_attention_is_the_kept_share(uniform):
+    chosen = torch.zeros(1, 3, 3, dtype=torch.bool)
+    chosen[0, :, 1] = True  # tokens 4..7: none, two and four of them are visible
+    found = metrics.judge(uniform, chosen, 4)
+    torch.testing.assert_close(found.mass[1], torch.tensor([0.0, 2 / 6, 4 / 12]))
+    assert found.kept[0].tolist() == [0, 2, 4]
+    torch.testing.assert_close(found.o[0, 2], uniform.v[4:8].mean(0))
+
+
+def test_everything_kept_is_dense_attention(uniform):
+    found = metrics.judge(uniform, torch.ones(2, 3, 3, dtype=torch.bool), 4)
+    torch.testing.assert_close(found.mass, torch.ones(2, 3))
+    torch.testing.assert_close(found.error, torch.zeros(2, 3), atol=1e-6, rtol=0)
+
+
+def test_error_is_relative_to_the_dense_output():
+    v = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    dense = metrics.dense(torch.zeros(1, 1, 4), torch.zeros(2, 4), v, torch.tensor([1]))
+    chosen = torch.tensor([[[True, False]]])
+    error = metrics.judge(dense, chosen, 1).error  # |(3, 0) - (1.5, 2)| / |(1.5, 2)|
+    torch.testing.assert_close(error, torch.tensor([[1.0]]))
+
+
+def test_dense_agrees_with_torch(group):
+    q, k, v = (x[:70].float() for x in (group.q, group.k, group.v))
+    found = metrics.dense(q[60:], k, v, torch.arange(60, 70)).o
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1), k, v, is_causal=True
+    )
+    torch.testing.assert_close(found, expected[:, 60:], atol=1e-5, rtol=1e-5)
+
+
+def test_keep_best_is_limited_to_what_is_visible():
+    scores = torch.tensor([[[1.0, 2.0, 9.0], [1.0, 2.0, 9.0]]])
+    visible = torch.tensor([[True, True, False], [True, True, True]])
+    kept = metrics.keep_best(scores, visible, torch.tensor([[2, 1]]))
+    assert kept.tolist() == [[[True, True, False], [False, False, True]]]
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"), [(1, {4}), (2, {0, 4}), (3, {0, 3, 4}), (9, {0, 1, 2, 3, 4})]
+)
+def test_recent_and_sink_blocks(count, kept):
+    found = metrics.keep_recent(torch.tensor([19]), 4, 6, torch.tensor([[count]]))
+    assert set(found[0, 0].nonzero().flatten().tolist()) == kept
+
+
+def test_recent_and_sink_tokens():
+    found = metrics.keep_recent(torch.tensor([99]), 1, 128, torch.tensor([[20]]))
+    assert found[0, 0].nonzero().flatten().tolist() == [*range(16), *range(96, 100)]
+
+
+def test_members_ignore_padding():
+    found = metrics.members(torch.tensor([[[0, 2, -1]]], dtype=torch.int32), 4)
+    assert found.tolist() == [[[True, False, True, False]]]
+
+
+def test_choices_have_one_budget_and_the_oracle_is_best(group):
+    position = torch.arange(300, 364)
+    dense = metrics.dense(group.q[position], group.k[:400], group.v[:400], position)
+    chosen = metrics.keep_recent(position, 16, 25, torch.full((3, 64), 5))
+    ways = metrics.choices(dense, chosen, 16, torch.rand(64, 25))
+    for way in ways.values():
+        assert (way.sum(-1) == 5).all()
+    mass = {name: metrics.judge(dense, way, 16).mass for name, way in ways.items()}
+    for other in mass.values():
+        assert (mass["oracle"] >= other - 1e-6).all()
+
+
+# Quality --------------------------------------------------------------------------------------------
+
+
+def test_measured_rows_are_runs_of_the_second_half():
+    rows = quality.measured_rows(2048, 256)
+    assert len(rows) == 256
+    assert (rows.min(), rows.max()) == (1024, 2047)
+    assert (rows.split(quality.RUN)[1].diff() == 1).all()
+
+
+@pytest.mark.parametrize("system", quality.SYSTEMS)
+def test_quality_of_a_prefix_of_the_capture(group, system):
+    prefix = common.Group(layer=5, kv_head=1, q=group.q[:512], k=group.k[:512], v=group.v[:512])
+    position = quality.measured_rows(512, 64)
+    dense = metrics.dense(prefix.q[position], prefix.k, prefix.v, position)
+    (case,) = (c for c in quality.cases(3, 64, 512, [16], [0.2]) if c.system == system)
+    records = quality.measure(case, prefix, dense, quality.choose_by_reference)
+    assert [r["head"] for r in records] == [3, 4, 5]
+    for r in records:
+        assert r["output_difference"] < 1e-4  # the reference attends to what it says it chose
+        assert r["oracle"]["mass"] >= r["selected"]["mass"]
+        assert r["oracle"]["mass"] > r["random"]["mass"]
+        assert 0.1 < r["density"] < 0.4
+        assert r["selected"]["worst_mass_row"] in position
+
+
+def test_both_backends_choose_alike_on_cpu(group):
+    q, k, v = group.q[None, :256], group.k[None, :256, None], group.v[None, :256, None]
+    (case, *_) = quality.cases(3, 64, 256, [16], [0.2])
+    x, position = quality.tensors(case, q, k, v), quality.measured_rows(256, 64)
+    by_reference, by_kernel = (
+        choose(case, x, position)
+        for choose in (quality.choose_by_reference, quality.choose_by_kernel)
+    )
+    assert torch.equal(by_reference[0], by_kernel[0])
+    torch.testing.assert_close(by_reference[1], by_kernel[1], atol=2e-2, rtol=2e-2)
+
+
+# Inputs and baselines -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["random", "real"])
+@pytest.mark.parametrize("system", speed.SYSTEMS)
+def test_inputs_are_what_the_spec_reads(group, system, kind):
+    spec = load(system)
+    tensors = inputs.make(spec, kind, 40, "cpu", 0, [group])
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == tensor_shapes(spec, 1, 40, 40)
+    for t in tensors.values():
+        assert t.dtype == torch.bfloat16
+        assert t.isfinite().all()
+
+
+def test_real_inputs_repeat_with_other_noise(group):
+    q = inputs.make(load("moba"), "real", 2048 + 8, "cpu", 0, [group])["q"].float()
+    first, again = q[0, :8], q[0, 2048:]
+    assert not torch.equal(first, again)
+    assert (first - again).std() < 0.2 * first.std()
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(256, 64), (256, 256), (300, 1)])
+def test_flex_mask_is_the_selection(tokens, size):
+    entries = -(-tokens // size)
+    indices = torch.randint(-1, entries, (tokens, 2, 3), dtype=torch.int32)
+    own = torch.arange(tokens)[:, None, None] // size
+    indices = torch.where(indices > own, -1, indices)
+    indices[:128, 1, 0] = 0  # so that there is a block that needs no mask
+    mask = baselines.flex_mask(indices, size, 4)
+    q, k, v = (torch.randn(1, tokens, h, 16) for h in (4, 2, 2))
+    member = metrics.members(indices, entries).repeat_interleave(size, -1)[..., :tokens]
+    member = member & torch.ones(tokens, tokens).tril().bool()
+    found = flex_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, enable_gqa=True
+    )
+    heads = member.repeat_interleave(2, 0)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=heads, enable_gqa=True
+    )
+    rows = heads.any(-1)[None]
+    torch.testing.assert_close(found[rows], expected[rows], atol=1e-5, rtol=1e-5)
+    _check_blocks(mask, heads)
+
+
+def _check_blocks(mask, heads):
+    """Visited blocks hold something, unmasked ones everything, and nothing is left out."""
+    tall, wide = mask.BLOCK_SIZE
+    tokens = heads.shape[-1]
+    some, every = torch.zeros(2, *heads.shape, dtype=torch.bool)
+    lists = (
+        (mask.kv_num_blocks, mask.kv_indices, some),
+        (
+            mask.full_kv_num_blocks,
+            mask.full_kv_indices,
+            every,
+        ),
+    )
+    for counts, indices, blocks in lists:
+        for h, tile in torch.cartesian_prod(torch.arange(4), torch.arange(-(-tokens // tall))):
+            for column in indices[0, h, tile, : counts[0, h, tile]].tolist():
+                rows = slice(tile * tall, (tile + 1) * tall)
+                blocks[h, rows, column * wide : (column + 1) * wide] = True
+    assert not (some & every).any()
+    assert (heads | ~every).all()
+    assert (some | every | ~heads).all()
+
+
+def test_selected_branch_alone_is_the_branch():
+    case = speed.Case(system="nsa", tokens=200, kind="random", heads=(4, 2), dim=16)
+    whole, alone = case.spec, speed.selected_only(case)
+    x = inputs.make(whole, "random", 200, "cpu", 0, [])
+    x["gates"] = torch.tensor([0.0, 1.0, 0.0]).expand_as(x["gates"])
+    result = reference(whole, x)
+    again = reference(alone, x, selection=result.selection)
+    torch.testing.assert_close(again.o, result.o)
+
+
+def test_last_row_agrees_with_dense_attention():
+    q, k, v = (torch.randn(1, 40, h, 16) for h in (4, 2, 2))
+    variant = baselines.Variant(name="torch", backend=None, expand=True, pad=False)
+    o = baselines.dense(variant, q, k, v)(0)
+    torch.testing.assert_close(o[:, -1], baselines.last_row(q, k, v))
+
+
+# The journal of a speed run ---------------------------------------------------------------------------
+
+
+def test_failures_and_lack_of_time_are_written_down(tmp_path):
+    journal = speed.Journal(path=tmp_path / "r.json", deadline=float("inf"))
+    journal.data["runs"].append({})
+    journal.case("a", {})
+    assert journal.run("a", "good", lambda: {"ms": 1.0})
+    assert not journal.run("a", "bad", lambda: 1 / 0)
+    journal.deadline = 0.0
+    assert not journal.run("a", "late", dict)
+    assert journal.run("a", "good", lambda: pytest.fail("done before"))
+    steps = json.loads((tmp_path / "r.json").read_text())["cases"]["a"]["steps"]
+    assert steps["good"]["ms"] == 1.0
+    assert steps["bad"]["reason"] == "ZeroDivisionError: division by zero"
+    assert steps["late"]["status"] == "skipped"
+
+
+@pytest.mark.parametrize("system", speed.SYSTEMS)
+def test_speed_script_runs_through_on_cpu(tmp_path, system, capsys):
+    argv = [*TINY, "--tokens", "130", "--systems", system, "--inputs", "real", "-o", str(tmp_path)]
+    assert speed.main(argv) == 0
+    (path,) = tmp_path.glob("speed_cpu_*.json")
+    result = common.read_json(path)
+    (case,) = result["cases"].values()
+    done = {step for step, entry in case["steps"].items() if entry["status"] == "ok"}
+    assert {"check small", "check", "total", "select", "attend", "attend selected"} <= done
+    assert case["steps"]["flex"]["reason"] == "there is no mask"
+    page = speed_report.page([result])
+    assert f"130, {system}, real" in page
+    assert "FlexAttention is timed on GPUs only" in page
+    assert "dense / whole" in capsys.readouterr().out
+
+
+# The pages ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "page"), [("quality", quality.report), ("speed", speed_report.page)]
+)
+def test_page_is_made_of_the_kept_results(kind, page):
+    paths = common.found([], kind)
+    if not paths:
+        pytest.skip("no results are kept yet")
+    written = (common.ROOT / "docs" / f"{kind}.md").read_text()
+    assert written == page([common.read_json(path) for path in paths]), (
+        f"run python -m benchmarks.{kind} --report"
+    )

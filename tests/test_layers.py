@@ -1,0 +1,205 @@
+"""The architecture: which module may use which, and what may be loaded or read where."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hsgen"
+
+# In the order of processing.  A module imports only from lines above its own; `spec` has an order
+# of its own.  The README shows the same lines.
+LAYERS = """\
+errors  paths                                   what is said and where things are
+target  spec                                    a GPU · what the user wrote
+selection  graph                                what is chosen · what is computed
+reference  analysis  planner  passes            the meaning · costs · Spec -> Graph -> Graph
+plan                                            what a schedule consists of
+rows
+kernels                                         what each template is told
+schedule                                        Graph, Target -> Plan
+driver
+emit                                            Plan -> source text
+allowlist  store
+workers  build                                  source text -> modules on disk
+crosscompile  resources                         modules -> registers, occupancy, limits
+pipeline                                        all of the above in order
+batch  operators
+arguments
+execution
+runtime                                         load_kernel
+verify                                          emitted kernels against the reference
+report                                          what people and machines are told
+cli
+"""
+SPEC_LAYERS = """\
+model  syntax
+rules  text
+reader
+files
+"""
+LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
+    "errors paths target spec graph analysis planner passes plan rows kernels schedule driver emit "
+    "allowlist store workers build resources pipeline report cli"
+).split()
+HEAVY = {"torch", "triton", "optuna"}
+# Imports that are not at the top of a module, and why.
+LAZY = {
+    ("target", "torch"): "only Target.current() looks at a device",
+    ("cli", "hsgen"): "a command loads what it uses, so that `check` starts quickly",
+}
+SOLE_IMPORTERS = {"jinja2": {"emit"}, "yaml": {"spec"}, "typer": {"cli"}, "optuna": {"tune"}}
+
+
+def named(text: str) -> list[list[str]]:
+    """The modules of each line of a diagram; a description starts after two spaces and a capital or ·."""
+    rows = [line[:48].split() for line in text.splitlines()]
+    return [row for row in rows if row]
+
+
+def ranks(text: str) -> dict[str, int]:
+    return {name: rank for rank, row in enumerate(named(text)) for name in row}
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    """Each file of the package, with its module or package right below hsgen."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Full names that an import statement may load."""
+    match node:
+        case ast.Import(names=names):
+            yield from (alias.name for alias in names)
+        case ast.ImportFrom(module=module, names=names, level=0):
+            yield from (f"{module}.{alias.name}" for alias in names)
+        case ast.ImportFrom():
+            raise AssertionError("relative import")
+        case _:
+            return
+
+
+def imports(path: Path) -> set[str]:
+    return {name for node in ast.walk(tree(path)) for name in imported(node)}
+
+
+def below(name: str, package: str) -> str | None:
+    """Of a full name, the part that follows `package`."""
+    return name.removeprefix(f"{package}.").split(".")[0] if name.startswith(f"{package}.") else None
+
+
+def test_every_module_has_a_layer():
+    modules = {module for module, _ in files()} - {"__init__", "__main__"}
+    assert modules - {"_data"} == set(ranks(LAYERS))
+    inner = {path.stem for module, path in files() if module == "spec"} - {"__init__"}
+    assert inner == set(ranks(SPEC_LAYERS))
+
+
+def test_light_modules_have_a_layer():
+    assert set(LIGHT) <= set(ranks(LAYERS))
+
+
+@pytest.mark.parametrize("package", ["hsgen", "hsgen.spec"])
+def test_imports_point_upwards(package: str):
+    inner = package == "hsgen.spec"
+    order = ranks(SPEC_LAYERS if inner else LAYERS)
+    wrong = []
+    for module, path in files():
+        name = path.stem if inner else module
+        if name.startswith("__") or (inner and module != "spec"):
+            continue
+        used = {below(one, package) for one in imports(path)} & set(order)
+        wrong += [f"{name} imports {one}" for one in used if one != name and order[one] >= order[name]]
+    assert not wrong
+
+
+def test_modules_import_hsgen_by_module():
+    """`from hsgen import load_kernel` would go around the layers."""
+    known = {*ranks(LAYERS), "__version__"}
+    wrong = [
+        f"{path.name} imports {name}"
+        for module, path in files()
+        if module not in ("__init__", "cli")
+        for name in imports(path)
+        if (part := below(name, "hsgen")) and part not in known
+    ]
+    assert not wrong
+
+
+def test_no_import_inside_a_function():
+    found = {
+        (module, name.split(".")[0])
+        for module, path in files()
+        for function in ast.walk(tree(path))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        for name in imported(node)
+    }
+    assert found <= set(LAZY)
+
+
+def test_some_libraries_have_one_importer():
+    for library, allowed in SOLE_IMPORTERS.items():
+        users = {m for m, path in files() if library in {n.split(".")[0] for n in imports(path)}}
+        assert users <= allowed, library
+
+
+def test_only_paths_reads_the_environment():
+    readers = {
+        module
+        for module, path in files()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb")
+    }
+    assert readers == {"paths"}
+
+
+def test_nothing_is_evaluated_or_unpickled():
+    """Only `build` runs text: that of a module whose syntax `allowlist` has passed."""
+    runners = {
+        (module, node.func.id)
+        for module, path in files()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if node.func.id in ("eval", "exec", "compile", "__import__")
+    }
+    assert runners <= {("build", "exec"), ("build", "compile")}
+    unpicklers = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+    users = {m for m, path in files() if unpicklers & {n.split(".")[0] for n in imports(path)}}
+    assert not users
+
+
+def test_nothing_happens_at_import():
+    """The statements of a module define; only `cli` and `__main__` may run, as a program."""
+    calls = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for _, path in files()
+        for node in tree(path).body
+        if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+    ]
+    assert not calls
+
+
+def test_light_modules_load_quickly():
+    """Checking a spec and showing its graph needs neither torch nor triton."""
+    names = ", ".join(f"hsgen.{name}" for name in LIGHT)
+    code = f"import sys, {names}; print(*sorted(set(sys.modules) & {HEAVY}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_import_of_hsgen_loads_next_to_nothing():
+    code = "import sys, hsgen; print(*(m for m in ('yaml', 'pydantic', 'networkx', 'torch') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
