@@ -18,6 +18,7 @@ from hsgen.spec import Spec
 
 QUERY_BLOCK = 128  # FlexAttention's own default
 KEY_BLOCK = 128
+ROWS = 64 * QUERY_BLOCK  # rows whose table is worked on at once
 LARGEST_TABLE = 1 << 31  # FlexAttention indexes the tables that a mask reads with int32
 
 
@@ -120,10 +121,9 @@ def flex_mask(indices: Tensor, size: int, heads: int) -> BlockMask:
 
     key_block = min(size, KEY_BLOCK) if size > 1 else KEY_BLOCK
     some, every = _blocks(member, size, key_block)
-    some, every = (x.repeat_interleave(share, 0)[None] for x in (some & ~every, every))
     return BlockMask.from_kv_blocks(
-        *_ordered(some),
-        *_ordered(every),
+        *_ordered(some & ~every, share),
+        *_ordered(every, share),
         BLOCK_SIZE=(QUERY_BLOCK, key_block),
         mask_mod=mask,
         seq_lengths=(T, T),
@@ -144,9 +144,9 @@ def flex(mask: BlockMask, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], Te
 
 
 def _members(indices: Tensor, entries: int) -> Tensor:
-    """i32[T, Hs, K] -> bool[T, Hs, N], a thousand rows at a time."""
+    """i32[T, Hs, K] -> bool[T, Hs, N], ROWS rows at a time."""
     member = torch.zeros(*indices.shape[:-1], entries, dtype=torch.bool, device=indices.device)
-    for rows, part in zip(member.split(1024), indices.split(1024), strict=True):
+    for rows, part in zip(member.split(ROWS), indices.split(ROWS), strict=True):
         wide = torch.zeros(*part.shape[:-1], entries + 1, dtype=torch.bool, device=part.device)
         wide.scatter_(-1, torch.where(part < 0, entries, part).long(), value=True)
         rows.copy_(wide[..., :entries])
@@ -155,22 +155,26 @@ def _members(indices: Tensor, entries: int) -> Tensor:
 
 def _blocks(member: Tensor, size: int, key_block: int) -> tuple[Tensor, Tensor]:
     """Which mask blocks hold something, and which hold everything.  -> bool[Hs, TQ, TK], twice"""
-    T, Hs, _ = member.shape
-    tiles, columns = -(-T // QUERY_BLOCK), -(-T // key_block)
-    some = torch.empty(tiles, Hs, columns, dtype=torch.bool, device=member.device)
-    every = torch.empty_like(some)
-    start = torch.arange(columns, device=member.device) * key_block
-    for tile, rows in enumerate(member.split(QUERY_BLOCK)):
-        first, last = tile * QUERY_BLOCK, min((tile + 1) * QUERY_BLOCK, T) - 1
-        some[tile] = _columns(rows.any(0), size, key_block, columns, most=True)
-        every[tile] = _columns(rows.all(0), size, key_block, columns, most=False)
-        some[tile] &= start <= last
-        every[tile] &= (start + key_block - 1 <= first) & (len(rows) == QUERY_BLOCK)
-    return some.transpose(0, 1), every.transpose(0, 1)
+    T = len(member)
+    columns = -(-T // key_block)
+    some, every = [], []
+    for rows in member.split(ROWS):
+        tiles = pad(rows, (0, 0, 0, 0, 0, -len(rows) % QUERY_BLOCK)).unflatten(0, (-1, QUERY_BLOCK))
+        some.append(_columns(tiles.any(1), size, key_block, columns, most=True))
+        every.append(_columns(tiles.all(1), size, key_block, columns, most=False))
+    first = torch.arange(0, T, QUERY_BLOCK, device=member.device)[:, None, None]
+    start = torch.arange(0, T, key_block, device=member.device)
+    reached = start <= (first + QUERY_BLOCK - 1).clamp(max=T - 1)
+    past = start + key_block - 1 <= first
+    found = torch.cat(some) & reached, torch.cat(every) & past
+    return found[0].transpose(0, 1), found[1].transpose(0, 1)
 
 
 def _columns(entries: Tensor, size: int, key_block: int, columns: int, *, most: bool) -> Tensor:
-    """Entries as mask columns: one entry spans several, or a column holds several.  -> bool[Hs, TK]"""
+    """Entries as mask columns: one entry spans several, or a column holds several.
+
+    bool[TQ, Hs, N] -> bool[TQ, Hs, TK]
+    """
     if size >= key_block:
         return entries.repeat_interleave(size // key_block, -1)[..., :columns]
     per = key_block // size
@@ -178,7 +182,11 @@ def _columns(entries: Tensor, size: int, key_block: int, columns: int, *, most: 
     return grouped.any(-1) if most else grouped.all(-1)
 
 
-def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row of blocks has, and which, those first.  -> i32[..., TQ], i32[..., TQ, TK]"""
-    order = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
+def _ordered(blocks: Tensor, share: int) -> tuple[Tensor, Tensor]:
+    """How many columns each row of blocks has, and which, those first, for every query head.
+
+    bool[Hs, TQ, TK] -> i32[1, Hq, TQ], i32[1, Hq, TQ, TK]
+    """
+    order = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    count = blocks.sum(-1, dtype=torch.int32)
+    return count.repeat_interleave(share, 0)[None], order.repeat_interleave(share, 0)[None]

@@ -253,8 +253,8 @@ class _Checker:
         if name in self.expected.sizes or name.isdecimal():
             place = self.expected.where(name)
             stated = f" ({place})" if place else ""
-            fixed = "so" if name.isdecimal() else f"{name} = {self.expected.sizes[name]}"
-            return f"spec {self.expected.spec!r} has it {fixed}{stated}"
+            size = name if name.isdecimal() else f"{name} = {self.expected.sizes[name]}"
+            return f"spec {self.expected.spec!r} has {size}{stated}"
         first = next(
             each.name
             for each in self.expected.inputs

@@ -35,6 +35,14 @@ except ImportError:  # where Triton does not exist, the reference still runs
 
 Configs = Mapping[str, Mapping[str, int]]  # by kernel: constexprs, num_warps, num_stages
 
+FIELDS = {
+    "Hq": ("heads", "query"),
+    "Hkv": ("heads", "kv"),
+    "Dqk": ("head_dim", "qk"),
+    "Dv": ("head_dim", "v"),
+    "Hi": ("index", "heads"),
+    "Di": ("index", "dim"),
+}  # where a spec states a dimension
 KNOWN_CALLS = 4096  # signatures of calls that one Execution remembers
 INTERPRETED_TARGET = "h100"  # whose plan the interpreter runs, unless one is named
 
@@ -482,11 +490,7 @@ def _choosing(expected: Expected, graph: Graph) -> Expected:
 
 def _where(spec: Spec, dimension: str) -> str:
     """Where the spec states a dimension."""
-    fields = {"H": "heads", "D": "head_dim", "i": "index"}
-    key = "i" if dimension in ("Hi", "Di") else dimension[0]
-    if key not in fields or getattr(spec, fields[key]) is None:
-        return ""
-    span = spec.span(fields[key])
+    span = spec.span(*FIELDS[dimension]) if dimension in FIELDS else None
     return f"{span}" if span else ""
 
 

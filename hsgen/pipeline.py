@@ -46,7 +46,8 @@ def compile_graph(graph: Graph, spec: Spec, target: Target, dtype: DType = "bf16
     """As compile_spec, from a graph: the one a spec gives, or one edited by hand."""
     plan = schedule.schedule(graph, target, dtype)
     sources = emit.render(plan, provenance(spec, target))
-    module = build.build(spec.name, sources, {"target": target.name, "dtype": dtype})
+    key = {"spec": spec.digest, "target": target.name, "dtype": dtype, "hsgen": hsgen_version()}
+    module = build.build(spec.name, sources, key)
     return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)
 
 

@@ -704,6 +704,11 @@ class _Scheduler:
     def _bytes(self) -> int:
         return 4 if self.dtype == "fp32" else 2
 
+    @property
+    def _reads_shared(self) -> bool:
+        """Whether the tensor cores take operands from shared memory: a step may then be wider."""
+        return self.target.label in ("sm_90", "sm_100")
+
     def _attend_config(
         self,
         context: rows.RowsContext,
@@ -716,28 +721,31 @@ class _Scheduler:
     ) -> Config:
         """Rows to fill a tile of `limit`, keys a step and stages that fit the shared memory.
 
-        32-bit operands get tiles of 32 by 32: three-pass TF32 holds each operand twice in registers.
+        Three-pass TF32 holds each operand twice, so 32-bit operands get tiles of 32 by 32.
         """
-        key_bytes = key_bytes or self._bytes
-        per_tile = limit if key_bytes == 2 else 32
-        if context.heads == 1 and block and key_bytes == 2:
-            per_tile = 128
-        block_t = tokens or 1 << max(1, min(most, per_tile // context.heads)).bit_length() - 1
-        widest = 64 if key_bytes == 2 else 32
-        wide = max(16, min(widest, block if block and block == next_power(block) else widest))
+        wide, key_bytes = 64 if self._reads_shared else 32, key_bytes or self._bytes
+        if key_bytes == 4:
+            limit = wide = 32
+        elif context.heads == 1 and block:
+            limit = 128
+        block_t = tokens or 1 << max(1, min(most, limit // context.heads)).bit_length() - 1
+        if block and block == next_power(block):
+            wide = max(16, min(wide, block))
         dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
-        deepest = 3 if key_bytes == 2 else 2
-        return self._fit(context, block_t, wide, deepest, dims, key_bytes)
+        return self._fit(context, block_t, wide, 3 if key_bytes == 2 else 2, dims, key_bytes)
 
     def _score_config(self, context: rows.RowsContext) -> Config:
-        """As for attending; a score keeps no output, so 32-bit operands have room for more rows."""
+        """As for attending, but with no output to hold there is room for more rows of 32 bits."""
         key_bytes = 4 if context.promote else self._bytes
         dims = sum(c.width for c in context.qk_chunks)
-        # tensor memory of sm_100 would be filled from registers, three times for TF32
-        limit = 32 if key_bytes == 4 and self.target.label == "sm_100" else 64
-        widest = 64 if key_bytes == 2 else 32 if dims <= 128 else 16
+        limit = wide = 64
+        if key_bytes == 4:
+            # tensor memory would be filled from registers, three times over
+            limit = 32 if self.target.label == "sm_100" else 64
+            wide = 32 if self.target.label == "sm_90" and dims <= 128 else 16
+        if context.children:
+            wide = max(16, min(wide, next_power(context.children)))
         block_t = 1 if context.children else max(1, limit // context.pitch)
-        wide = max(16, min(widest, next_power(context.children))) if context.children else widest
         return self._fit(context, block_t, wide, 3, dims, key_bytes)
 
     def _fit(
@@ -749,27 +757,25 @@ class _Scheduler:
         dims: int,
         key_bytes: int,
     ) -> Config:
-        """The deepest pipeline, then the widest step, then the most rows that shared memory holds.
+        """The most rows, then the widest step, then the deepest pipeline that shared memory holds.
 
-        Fewer stages cost least, then narrower steps; fewer rows read all keys more often.
+        Fewer stages cost least, then narrower steps; fewer rows mean that all keys are read more often.
         """
         need = 0
-        while True:
-            block_m = max(16, next_power(block_t * context.pitch))
+        for tokens in _halves(block_t, 1):
+            block_m = max(16, next_power(tokens * context.pitch))
             for width in _halves(wide, 16):
                 for stages in range(deepest, 0, -1):
                     need = self._shared(context, block_m, width, stages, dims, key_bytes)
                     if need <= self.target.smem_per_block:
                         warps = 8 if block_m >= 128 else 4
-                        values = (("BLOCK_T", block_t), ("BLOCK_M", block_m), ("BLOCK_N", width))
+                        values = (("BLOCK_T", tokens), ("BLOCK_M", block_m), ("BLOCK_N", width))
                         return Config(constexprs=values, num_warps=warps, num_stages=stages)
-            if block_t == 1:
-                raise PlanError(
-                    f"kernel {context.name} cannot run on {self.target.name} ({self.target.label}): needs "
-                    f"about {need:,} bytes of shared memory a block, the limit is "
-                    f"{self.target.smem_per_block:,}"
-                )
-            block_t //= 2
+        raise PlanError(
+            f"kernel {context.name} cannot run on {self.target.name} ({self.target.label}): needs at "
+            f"least about {need:,} bytes of shared memory a block, the limit is "
+            f"{self.target.smem_per_block:,}"
+        )
 
     def _shared(
         self,
@@ -780,21 +786,18 @@ class _Scheduler:
         dims: int,
         key_bytes: int,
     ) -> int:
-        """A bound on the shared memory of a tile: what the compiler was seen to take, or a little more.
+        """A bound on the shared memory of a block: what the compiler was seen to take, or a little more.
 
-        The queries and the stages of keys and values; a tile of probabilities.  Three-pass TF32 splits
-        the queries into two, and where the tensor cores read them from shared memory the keys as well.
+        Queries, buffers of keys and values, a tile of probabilities.  Three-pass TF32 splits operands in
+        two; keys too where tensor cores read them from shared memory, else while they are converted.
         """
         split = key_bytes == 4 and self.target.backend == "cuda"
         queries = block_m * sum(c.width for c in context.qk_chunks) * key_bytes
-        keys = width * dims * key_bytes
-        from_shared = self.target.label in ("sm_90", "sm_100") and block_m >= 64
-        buffered = (
-            stages + split if from_shared else max(1, stages - 1) + split * (not context.v_chunks)
-        )
-        return (
-            queries * (1 + split) + buffered * keys + block_m * width * (8 if split else 4) + 1024
-        )
+        buffers = max(1, stages - 1) + (split and context.acc != "softmax")
+        if self._reads_shared and block_m >= 64:
+            buffers = stages + split
+        probabilities = block_m * width * 4
+        return (queries + probabilities) * (1 + split) + buffers * width * dims * key_bytes + 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import traceback
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from hsgen.execution import Program, interpreting
 from hsgen.reference import Result, reference, tensor_kinds, tensor_shapes
 from hsgen.runtime import compile_program
 from hsgen.selection import ListSelection, members
-from hsgen.spec import Attend, Blocks, HeadDim, Heads, Index, Level, Spec, parse
+from hsgen.spec import Attend, Blocks, HeadDim, Heads, Level, Spec, parse
 from hsgen.spec import verify as verify_spec
 from hsgen.target import Target
 
@@ -78,8 +78,8 @@ def trials(spec: Spec) -> tuple[Trial, ...]:
             name="shrunk, integers",
             spec=small,
             dtype=single,
-            queries=(37, 37),
-            keys=(37, 37),
+            queries=(37,),
+            keys=(37,),
             numbers="integers",
         ),
         Trial(
@@ -199,7 +199,8 @@ def differences(spec: Spec) -> str:
         for branch, other in zip(spec.attend, small.attend, strict=True)
         if branch.window != other.window
     ]
-    assert small.heads is not None and small.head_dim is not None, "shrink binds them"
+    assert small.heads is not None, "shrink binds them"
+    assert small.head_dim is not None, "shrink binds them"
     parts.append(f"heads {small.heads.query}/{small.heads.kv}")
     parts.append(f"head dim {small.head_dim.qk}/{small.head_dim.v}")
     return ", ".join(parts)
@@ -212,7 +213,8 @@ def _level_text(level: Level) -> str:
 
 def _exact_on_integers(spec: Spec) -> bool:
     """Whether scores of small integers come out exactly, whatever the order of operations."""
-    assert spec.heads is not None and spec.head_dim is not None, "trials are of bound specs"
+    assert spec.heads is not None, "trials are of bound specs"
+    assert spec.head_dim is not None, "trials are of bound specs"
     root = math.isqrt(spec.head_dim.qk)
     for level in spec.levels:
         score = level.score
@@ -245,7 +247,7 @@ class _Tensors:
     driver: dict[str, Tensor]
     reference: dict[str, Tensor]
     batch: Batch
-    options: dict[str, Tensor]
+    lengths: dict[str, Tensor]
 
 
 def judge(trial: Trial, target: Target) -> list[str]:
@@ -283,8 +285,15 @@ def _program(spec: Spec, target: Target, dtype: torch.dtype) -> Program:
 def _reference(
     trial: Trial, tensors: _Tensors, dtype: torch.dtype, selection: dict[str, ListSelection] | None
 ) -> Result:
+    lengths = tensors.lengths
     return reference(
-        trial.spec, tensors.reference, **tensors.options, selection=selection, dtype=dtype
+        trial.spec,
+        tensors.reference,
+        cu_seqlens_q=lengths.get("cu_seqlens_q"),
+        cu_seqlens_k=lengths.get("cu_seqlens_k"),
+        kv_lens=lengths.get("kv_lens"),
+        selection=selection,
+        dtype=dtype,
     )
 
 
@@ -302,14 +311,14 @@ def _tensors(trial: Trial) -> _Tensors:
     if not trial.packed:
         lens = torch.tensor(trial.keys, dtype=torch.int32)
         where = batch.dense(sequences, rows, keys, lens.device, kv_lens=lens)
-        return _Tensors(driver=made, reference=made, batch=where, options={"kv_lens": lens})
+        return _Tensors(driver=made, reference=made, batch=where, lengths={"kv_lens": lens})
     cu_q, cu_k = _cumulative(trial.queries), _cumulative(trial.keys)
     flat = {name: x if kinds[name] == "parameter" else x[0] for name, x in made.items()}
     return _Tensors(
         driver=made,
         reference=flat,
         batch=batch.packed(cu_q, cu_k, rows, keys),
-        options={"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k},
+        lengths={"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k},
     )
 
 
@@ -424,7 +433,7 @@ def _row(bad: Tensor) -> str:
 # --- the child
 
 
-def _poisoned_empty(*size: object, **keywords: object) -> Tensor:
+def _poisoned_empty(*size: Any, **keywords: Any) -> Tensor:
     """torch.empty filled with what must not be read, so that what no kernel writes is seen."""
     made = _empty(*size, **keywords)
     return made.fill_(math.nan) if made.is_floating_point() else made.fill_(-(1 << 30))

@@ -17,7 +17,7 @@ from hsgen import paths
 from hsgen.errors import HsgenError
 from hsgen.spec import Spec, dump
 from hsgen.target import Target
-from hsgen.workers import Worker, WorkerError
+from hsgen.workers import JsonObject, Worker, WorkerError
 
 Outcome = Literal["passed", "failed", "skipped"]
 
@@ -110,7 +110,7 @@ def verify(
         HsgenError: the child cannot even start.
     """
     start = time.monotonic()
-    request = {"spec": dump(spec), "target": target.label if target else "h100"}
+    request: JsonObject = {"spec": dump(spec), "target": target.label if target else "h100"}
     worker = Worker(COMMAND, _environment)
     try:
         listed = _listed(worker, request)
@@ -130,14 +130,14 @@ def verify(
     )
 
 
-def _listed(worker: Worker, request: dict[str, object]) -> dict[str, object]:
+def _listed(worker: Worker, request: JsonObject) -> JsonObject:
     try:
         return worker.ask(request, START_SECONDS)
     except WorkerError as error:
         raise HsgenError(f"cannot verify: the interpreter does not start: {error}") from error
 
 
-def _case(worker: Worker, request: dict[str, object], name: str, left: float) -> Case:
+def _case(worker: Worker, request: JsonObject, name: str, left: float) -> Case:
     """One trial within the time that is left."""
     if left <= 0:
         return Case(name=name, outcome="skipped")

@@ -68,7 +68,9 @@ MUTANTS = (
         "n[None, :] > position[:, None] - 22",
     ),
     _attend("q_offset ignored", "moba", "attend_selected", "position = q_offset + token", "position = token"),
-    _attend("partial entry called full", "moba", "index_selected", " & (entry < seen)", ""),
+    _attend(
+        "partial entry called full", "moba", "index_selected", " & (entry < seen)", "", "own_block"
+    ),
     _attend(
         "tail not masked",
         "nsa",
@@ -121,11 +123,10 @@ MUTANTS = (
     ),
     _choose(
         "sign of the order lost",
-        "nsa",
-        "rank_block",
+        "moba",
+        "rank_chunk",
         "tl.where(bits < 0, -magnitude, magnitude)",
         "magnitude",
-        "negative",
     ),
     _choose("relu missing", "hisa", "score_token", "tl.maximum(s, 0.0)", "s"),
     _choose("wrong map weight", "nsa", "score_block", "fall = TARGET - offset", "fall = TARGET + 1 - offset"),
@@ -136,7 +137,14 @@ MUTANTS = (
         "tl.maximum(tokens, 1).to(tl.float32)[:, None]",
         "16.0",
     ),
-    _choose("padding not written", "moba", "rank_chunk", "slot >= total[:, None]", "slot > total[:, None]"),
+    _choose(
+        "padding not written",
+        "moba",
+        "rank_chunk",
+        "slot >= total[:, None]",
+        "slot > total[:, None]",
+        "early",
+    ),
     # numbers
     _attend("accumulator not rescaled", "nsa", "attend_window", "acc0 = acc0 * rescale[:, None]", "pass"),
     _attend("sum not rescaled", "nsa", "attend_window", "l * rescale + tl.sum(p, 1)", "l + tl.sum(p, 1)"),
@@ -165,7 +173,7 @@ MUTANTS = (
         "row_head = head * 2 + rows % 2",
         "row_head = head + rows % 2 * 2",
     ),
-    _attend("wrong stride", "nsa", "attend_selected", "head * v_h", "head * k_h"),
+    _attend("wrong stride", "nsa", "attend_selected", "tl.int64) * v_h", "tl.int64) * k_h"),
     _attend(
         "missing other",
         "nsa",
@@ -188,6 +196,13 @@ MUTANTS = (
         "alive = (token < q_len) & ",
         "alive = (token <= q_len) & ",
         "documents",
+    ),
+    _attend(
+        "two programs store one row",
+        "nsa",
+        "attend_window",
+        "(tile - start) * BLOCK",
+        "(tile - start) * (BLOCK - 1)",
     ),
     _attend(
         "last row of a tile not stored",

@@ -16,26 +16,25 @@ PACKAGE = ROOT / "hsgen"
 # In the order of processing.  A module imports only from lines above its own; `spec` has an order
 # of its own.  The README shows the same lines.
 LAYERS = """\
-errors  paths                                   what is said and where things are
-target  spec                                    a GPU · what the user wrote
-selection  graph                                what is chosen · what is computed
-reference  analysis  planner  passes            the meaning · costs · Spec -> Graph -> Graph
-plan                                            what a schedule consists of
+errors  paths                           what is said · where things are
+target  spec                            a GPU · what the user wrote
+selection  graph                        what is chosen · what is computed
+reference  analysis  planner  passes    the meaning · the costs · Spec -> Graph -> Graph
+plan
 rows
-kernels                                         what each template is told
-schedule                                        Graph, Target -> Plan
-driver
-emit                                            Plan -> source text
+kernels
+schedule  driver                        Graph, Target -> Plan
+emit                                    Plan -> source text
 allowlist  store
-workers  build                                  source text -> modules on disk
-crosscompile  resources                         modules -> registers, occupancy, limits
-pipeline                                        all of the above in order
+workers  build                          source text -> modules on disk
+crosscompile  resources                 registers, occupancy and limits of modules
+pipeline                                the stages in order
 batch  operators
 arguments
 execution
-runtime                                         load_kernel
-verify                                          emitted kernels against the reference
-report                                          what people and machines are told
+runtime                                 load_kernel
+trials                                  emitted kernels against the reference
+verify                                  trials in a process of their own
 cli
 """
 SPEC_LAYERS = """\
@@ -46,7 +45,7 @@ files
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes plan rows kernels schedule driver emit "
-    "allowlist store workers build resources pipeline report cli"
+    "allowlist store workers build resources pipeline verify cli"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.
@@ -58,9 +57,8 @@ SOLE_IMPORTERS = {"jinja2": {"emit"}, "yaml": {"spec"}, "typer": {"cli"}, "optun
 
 
 def named(text: str) -> list[list[str]]:
-    """The modules of each line of a diagram; a description starts after two spaces and a capital or ·."""
-    rows = [line[:48].split() for line in text.splitlines()]
-    return [row for row in rows if row]
+    """The modules of each line of a diagram; from column 40 on it is prose."""
+    return [line[:40].split() for line in text.splitlines()]
 
 
 def ranks(text: str) -> dict[str, int]:
@@ -96,7 +94,9 @@ def imports(path: Path) -> set[str]:
 
 def below(name: str, package: str) -> str | None:
     """Of a full name, the part that follows `package`."""
-    return name.removeprefix(f"{package}.").split(".")[0] if name.startswith(f"{package}.") else None
+    return (
+        name.removeprefix(f"{package}.").split(".")[0] if name.startswith(f"{package}.") else None
+    )
 
 
 def test_every_module_has_a_layer():
@@ -120,7 +120,9 @@ def test_imports_point_upwards(package: str):
         if name.startswith("__") or (inner and module != "spec"):
             continue
         used = {below(one, package) for one in imports(path)} & set(order)
-        wrong += [f"{name} imports {one}" for one in used if one != name and order[one] >= order[name]]
+        wrong += [
+            f"{name} imports {one}" for one in used if one != name and order[one] >= order[name]
+        ]
     assert not wrong
 
 
@@ -181,10 +183,11 @@ def test_nothing_is_evaluated_or_unpickled():
 
 
 def test_nothing_happens_at_import():
-    """The statements of a module define; only `cli` and `__main__` may run, as a program."""
+    """The statements of a module define.  `operators` tells torch of its operators."""
     calls = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
-        for _, path in files()
+        for module, path in files()
+        if module != "operators"
         for node in tree(path).body
         if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
     ]
@@ -200,6 +203,6 @@ def test_light_modules_load_quickly():
 
 
 def test_import_of_hsgen_loads_next_to_nothing():
-    code = "import sys, hsgen; print(*(m for m in ('yaml', 'pydantic', 'networkx', 'torch') if m in sys.modules))"
+    code = "import sys, hsgen; print(*{'yaml', 'pydantic', 'networkx', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

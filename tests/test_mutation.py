@@ -21,6 +21,7 @@ SPECS = {
     "nsa": lambda: systems.small("nsa", group=2, dims=(48, 32)),
     "hisa": lambda: systems.small("hisa", group=2, dims=(32, 32)),
 }
+TILE = 16
 FAR = 1 << 30  # elements between batches: the third one lies beyond int32
 
 
@@ -69,9 +70,10 @@ def choose(spec, driver):
     return _judge_choice(call, _select(driver, call))
 
 
-def negative(spec, driver):
-    """As choose, with gates and weights that make every score negative where a form allows it."""
-    return choose(spec, driver)
+def early(spec, driver):
+    """Rows at the start have fewer entries than the budget; the rest of their slots is -1."""
+    call = calls.make(spec, T=20, seed=7)
+    return _judge_choice(call, _select(driver, call))
 
 
 def plateau(spec, driver):
@@ -104,6 +106,12 @@ def given(spec, driver):
     return _judge_output(call, _forward(driver, call, _untidy(spec, call)))
 
 
+def own_block(spec, driver):
+    """All rows choose the block that they lie in themselves, of which each sees another part."""
+    call = calls.make(spec, T=8, S=_keys(spec), seed=8)
+    return _judge_output(call, _forward(driver, call, _untidy(spec, call, holes=False)))
+
+
 def documents(spec, driver):
     """Three documents, the first of one row less than two tiles."""
     call, _ = calls.pack(spec, [31, 5, 20], key_lengths=[33, 5, 41], dtype=torch.float32)
@@ -120,7 +128,7 @@ def far(spec, driver):
     return _judge_output(call, _forward(driver, call, _untidy(spec, call)))
 
 
-CASES = {f.__name__: f for f in (choose, negative, plateau, nan, subnormal, given, documents, far)}
+CASES = {f.__name__: f for f in (choose, early, plateau, nan, subnormal, given, own_block, documents, far)}
 
 
 def _keys(spec):
@@ -130,7 +138,7 @@ def _keys(spec):
 
 def _rows(spec):
     """Rows to choose for; levels inside levels cost a program a row."""
-    return 6 if any(level.within for level in spec.levels) else 24
+    return 5 if any(level.within for level in spec.levels) else 24
 
 
 def _select(driver, call):
@@ -159,19 +167,25 @@ def _batch(call):
 
 
 def _config(driver):
-    """The default configuration with steps so short that every loop runs more than once."""
+    """The default configuration with tiles and steps so short that there are several of each."""
     config = {name: dict(values) for name, values in driver.CONFIG.items()}
-    for name, values in config.items():
+    for values in config.values():
         if "BLOCK_N" in values:
             values["BLOCK_N"] = 16
+        if values.get("BLOCK_T", 0) > TILE:
+            values["BLOCK_M"] = values["BLOCK_M"] * TILE // values["BLOCK_T"]
+            values["BLOCK_T"] = TILE
+    for name, values in config.items():
         if "BLOCK_R" in values and name.startswith("rank"):
             values["BLOCK_R"] = config[name.replace("rank", "score")]["BLOCK_T"]
     return config
 
 
-def _untidy(spec, call):
-    """The reference's choice in the attended levels, then made awkward; a gathered list stays tidy."""
+def _untidy(spec, call, *, holes=True):
+    """The reference's choice, in the attended levels made awkward; a gathered list stays tidy."""
     chosen = {name: s.indices.clone() for name, s in call.reference().selection.items()}
+    if not holes:
+        return chosen
     attended = {branch.over for branch in spec.attend}
     for level in systems.selecting(spec):
         indices = chosen[level.name]

@@ -1,0 +1,190 @@
+"""A plan on paper: the grids, buffers and arguments of one call, without tensors or a GPU.
+
+Works out the expressions that the driver will; decides nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from hsgen.plan import Buffer, ElementType, Launch, Plan, Step
+
+Value = object  # a number, an Array, or what an expression names on the way to one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Array:
+    """A contiguous tensor of which only the shape exists."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+    def stride(self, dim: int) -> int:
+        return math.prod(self.shape[dim + 1 :])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """One launch: its grid, how often it is repeated, and its arguments by parameter."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    repeats: int
+    arguments: Mapping[str, int | Array]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """What one call allocates and launches."""
+
+    buffers: tuple[tuple[Buffer, Array], ...]
+    launches: tuple[Launched, ...]
+
+    def launch(self, kernel: str) -> Launched:
+        return next(each for each in self.launches if each.kernel == kernel)
+
+    def bytes(self, role: str) -> int:
+        """Of all buffers that play one role."""
+        return sum(array.bytes for buffer, array in self.buffers if buffer.role == role)
+
+
+def run(plan: Plan, *, tokens: int, batch: int = 1) -> DryRun:
+    """One call with `batch` sequences of `tokens` queries on as many keys, all tensors contiguous."""
+    return _Run(plan=plan, names=_call(plan, batch, tokens)).run()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """What the driver reads of a batch."""
+
+    table: Array
+    sequences: int
+    rows: int
+    keys: int
+    packed: bool = False
+
+
+def _call(plan: Plan, batch: int, tokens: int) -> dict[str, Value]:
+    """The names that the driver's expressions start from."""
+    known = {**plan.sizes, "B": batch, "T": tokens, "S": tokens}
+    size = _itemsize(plan, "input")
+    inputs = {
+        f"in_{name}": Array(shape=tuple(_dim(dim, known) for dim in dims), itemsize=size)
+        for name, dims in plan.inputs
+    }
+    table = Array(shape=(batch, 6), itemsize=4)
+    return {
+        **inputs,
+        "batch": _Batch(table=table, sequences=batch, rows=batch * tokens, keys=tokens),
+        "config": {kernel.name: kernel.config.keywords() for kernel in plan.kernels},
+        "SCRATCH_BYTES": plan.scratch_bytes,
+        "tile_first": 0,
+    }
+
+
+def _dim(dim: str, known: Mapping[str, int]) -> int:
+    return int(dim) if dim.isdecimal() else known[dim]
+
+
+def _itemsize(plan: Plan, dtype: ElementType) -> int:
+    return 2 if dtype == "input" and plan.dtype != "fp32" else 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """The steps, one after the other; each adds names for the next."""
+
+    plan: Plan
+    names: dict[str, Value]
+    buffers: list[tuple[Buffer, Array]] = field(default_factory=list[tuple[Buffer, Array]])
+    launches: list[Launched] = field(default_factory=list[Launched])
+
+    def run(self) -> DryRun:
+        for step in self.plan.steps:
+            self._step(step)
+        return DryRun(buffers=tuple(self.buffers), launches=tuple(self.launches))
+
+    def _step(self, step: Step) -> None:
+        for name, text in step.sizes:
+            self.names[name] = evaluate(text, self.names)
+        for buffer in step.buffers:
+            shape = tuple(self._number(dim) for dim in buffer.dims)
+            array = Array(shape=shape, itemsize=_itemsize(self.plan, buffer.dtype))
+            self.names[buffer.name] = array
+            self.buffers.append((buffer, array))
+        repeats = 1
+        if step.tiles and step.chunk:
+            tiles, chunk = self._number(step.tiles), self._number(step.chunk)
+            self.names["count"], repeats = chunk, -(-tiles // chunk)
+        self.launches.extend(self._launch(launch, repeats) for launch in step.launches)
+
+    def _launch(self, launch: Launch, repeats: int) -> Launched:
+        kernel = self.plan.kernel(launch.kernel)
+        own = dict(kernel.config.constexprs)
+        names = [param.name for param in kernel.params if param.kind != "constexpr"]
+        arguments = dict[str, int | Array]()
+        for name, text in zip(names, launch.arguments, strict=True):
+            value = evaluate(text, self.names)
+            assert isinstance(value, int | Array), f"{launch.kernel}: {name} is {text}"
+            arguments[name] = value
+        return Launched(
+            kernel=launch.kernel,
+            grid=tuple(self._number(text.format_map(own)) for text in launch.grid),
+            repeats=repeats,
+            arguments=arguments,
+        )
+
+    def _number(self, text: str) -> int:
+        value = evaluate(text, self.names)
+        assert isinstance(value, int), f"{text} is not a number"
+        return value
+
+
+# --- the expressions of a plan: a corner of Python, so that a driver can hold them as they are
+
+ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+FUNCTIONS: Mapping[str, Callable[..., int]] = {"min": min, "max": max}
+READABLE = ("shape", "stride", "table", "sequences", "rows", "keys", "packed")  # attributes
+
+
+def evaluate(text: str, names: Mapping[str, Value]) -> Value:
+    """The value of one expression of a plan.
+
+    Raises:
+        ValueError: a construct that plans do not use.
+    """
+    return _value(ast.parse(text, mode="eval").body, {**FUNCTIONS, **names})
+
+
+def _value(node: ast.expr, names: Mapping[str, Value]) -> Value:
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name):
+            return names[name]
+        case ast.Attribute(value=of, attr=attr) if attr in READABLE:
+            return getattr(_value(of, names), attr)
+        case ast.Subscript(value=of, slice=key):
+            return _value(of, names)[_value(key, names)]  # type: ignore[index]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
+            return ARITHMETIC[type(op)](_value(left, names), _value(right, names))  # type: ignore[arg-type]
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return _value(body if _value(test, names) else orelse, names)
+        case ast.Call(func=function, args=arguments, keywords=[]):
+            return _value(function, names)(*(_value(each, names) for each in arguments))  # type: ignore[operator]
+        case _:
+            raise ValueError(f"a plan has no such expression: {ast.unparse(node)}")

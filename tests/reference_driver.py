@@ -1,0 +1,79 @@
+"""A driver in place of an emitted one: the same contract, computed by the reference."""
+
+import torch
+
+from hsgen.batch import K_FIRST, K_LEN, Q_FIRST, Q_LEN, Q_OFFSET
+from hsgen.execution import Program
+from hsgen.reference import reference, tensor_kinds, tensor_shapes
+
+
+class ReferenceDriver:
+    """Reads nothing but what an emitted driver gets; `calls` has every batch it was given."""
+
+    def __init__(self, spec, dtype):
+        self.spec = spec
+        self.dtype = dtype
+        self.calls = []
+
+    def forward(self, tensors, batch, config, selection=None):
+        result = self._result(tensors, batch, selection)
+        chosen = {name: each.indices for name, each in result.selection.items()}
+        o = result.o.to(tensors["q"].dtype)
+        lse = {name: each.float().contiguous() for name, each in result.lse.items()}
+        if batch.packed:
+            o, lse = o[None], {name: each[None] for name, each in lse.items()}
+            chosen = {name: each[None] for name, each in chosen.items()}
+        return o, lse, chosen
+
+    def select(self, tensors, batch, config):
+        sizes = tensor_shapes(self.spec, *tensors["q"].shape[:2], keys(tensors))
+        absent = {name: torch.zeros(shape) for name, shape in sizes.items() if name not in tensors}
+        return self.forward({**absent, **tensors}, batch, config)[2]
+
+    def _result(self, tensors, batch, selection):
+        self.calls.append(batch)
+        for name, each in tensors.items():
+            assert each.stride(-1) == 1 or each.shape[-1] <= 1, f"{name} has no last stride of 1"
+        table = batch.table.tolist()
+        kinds = tensor_kinds(self.spec)
+        options = {}
+        if batch.packed:
+            tensors = {n: x if kinds[n] == "parameter" else x[0] for n, x in tensors.items()}
+            selection = selection and {name: each[0] for name, each in selection.items()}
+            options["cu_seqlens_q"] = ends(table, Q_FIRST, Q_LEN)
+            options["cu_seqlens_k"] = ends(table, K_FIRST, K_LEN)
+        return reference(
+            self.spec,
+            tensors,
+            **options,
+            kv_lens=torch.tensor([row[K_LEN] for row in table]),
+            q_offset=torch.tensor([row[Q_OFFSET] for row in table]),
+            selection=selection,
+            dtype=self.dtype,
+        )
+
+
+def keys(tensors):
+    return next(x for name, x in tensors.items() if name.startswith("k")).shape[1]
+
+
+def ends(table, first, length):
+    return torch.tensor([row[first] for row in table] + [table[-1][first] + table[-1][length]])
+
+
+def compiler(made=None, *, dtype=torch.float64):
+    """A compiler that gives reference drivers; `made` collects what it was asked for."""
+
+    def compile_program(spec, target, element, *, interpret):
+        driver = ReferenceDriver(spec, dtype)
+        if made is not None:
+            made.append((spec, target, element, driver))
+        return Program(
+            driver=driver,
+            plan="a plan",
+            config={"attend": {"BLOCK_T": 16, "num_warps": 4}},
+            origin={"attend": "default"},
+            launches=3,
+        )
+
+    return compile_program
