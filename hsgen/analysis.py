@@ -6,7 +6,7 @@ Knows nothing of kernels: costs are of operators, one by one, before any share a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
@@ -536,9 +536,13 @@ def _totals_text(graph: Graph) -> list[str]:
 
 def must_move(graph: Graph) -> Cost:
     """Bytes that no fusion avoids: the caller's tensors read once, the outputs written once."""
+    inputs = [node.name for node in graph.nodes() if isinstance(node.op, Input)]
+    return moved(graph, dict.fromkeys((*inputs, *graph.outputs.names())))
+
+
+def moved(graph: Graph, names: Iterable[str], *, input_bytes: int = BYTES["input"]) -> Cost:
+    """Bytes of some values, each moved once; `input_bytes` of a number in the caller's dtype."""
     counts = _Counts(graph=graph, partitions=partitions(graph))
-    names = graph.outputs.names()
-    moved = [
-        node.type for node in graph.nodes() if isinstance(node.op, Input) or node.name in names
-    ]
-    return sum((counts.moved(type_) for type_ in moved), ZERO)
+    types = [graph[name].type for name in names]
+    sizes = {**BYTES, "input": input_bytes}
+    return sum((counts.elements(type_) * sizes[type_.dtype] for type_ in types), ZERO)

@@ -225,9 +225,15 @@ class _Checker:
     def _size(self, name: str) -> int | None:
         return int(name) if name.isdecimal() else self.sizes.get(name)
 
+    def _fits(self, each: TensorInput, dims: tuple[str, ...]) -> bool:
+        tensor = self.tensors[each.name]
+        return isinstance(tensor, Tensor) and tensor.ndim == len(dims)
+
     def _shown(self, each: TensorInput) -> str:
         dims = self._dims(each)
-        sizes = (self._size(name) for name in dims)
+        got = self.tensors[each.name].shape if self._fits(each, dims) else ()
+        free = dict(zip(dims, got, strict=False))  # what no tensor has bound yet
+        sizes = [free.get(name) if self._size(name) is None else self._size(name) for name in dims]
         numbers = ", ".join("?" if size is None else str(size) for size in sizes)
         rename = {"T": "total_q", "S": "total_k"} if self.packed else {}
         names = ", ".join(rename.get(name, name) for name in dims)
@@ -291,8 +297,9 @@ def check_lengths(lengths: Lengths, problem: Problem) -> None:
             )
     if isinstance(lengths.kv_lens, int) and not 0 <= lengths.kv_lens <= problem.keys:
         raise ArgumentError(f"kv_lens: expected 0 to S = {problem.keys}, got {lengths.kv_lens}")
-    if lengths.max_seqlen_k is not None and lengths.max_seqlen_k < 0:
-        raise ArgumentError(f"max_seqlen_k: expected at least 0, got {lengths.max_seqlen_k}")
+    most = lengths.max_seqlen_k
+    if most is not None and (not isinstance(most, (int, torch.SymInt)) or most < 0):
+        raise ArgumentError(f"max_seqlen_k: expected an int of at least 0, got {most!r}")
 
 
 def _check_cu_seqlens(lengths: Lengths, problem: Problem) -> int:
@@ -365,7 +372,7 @@ def listed_selection(
     expected: Expected, given: Mapping[str, Selection | Tensor] | None
 ) -> dict[str, Tensor]:
     """A caller's selections as indices [..., Hs, K], by level, in the order of the spec."""
-    if not given:
+    if given is None:
         return {}
     if not isinstance(given, Mapping):
         raise ArgumentError(
@@ -380,7 +387,7 @@ def listed_selection(
                 f"selection: spec {expected.spec!r} has no selecting level {level!r}",
                 help=f"{hint}levels here: {', '.join(expected.selections) or 'none'}",
             )
-    for level in expected.attended:
+    for level in expected.attended if given else ():
         if level not in given:
             raise ArgumentError(
                 f"selection: expected level {level!r}, which is attended, got {', '.join(given)}"

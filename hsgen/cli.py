@@ -1,8 +1,8 @@
 """The `hsgen` command: parse the arguments, make one library call, print.
 
 stdout is the result, stderr is everything else.  Exit status: 0 fine, 1 failure, 2 a wrong spec or
-wrong usage.  What loads torch or networkx is imported when a command uses it, through `hsgen`'s
-lazy names, so that `hsgen check` stays quick.
+wrong usage.  What loads networkx or jinja2 is imported by the command that uses it, so that
+`hsgen check` stays quick; nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hsgen import paths
-from hsgen.errors import HsgenError, SpecError
+from hsgen.errors import ArgumentError, HsgenError, SpecError
 from hsgen.spec import Spec, load
+from hsgen.target import Target
 
 SCHEMA_VERSION = 1  # of every --json
 
@@ -32,7 +35,55 @@ app = typer.Typer(
 SpecFiles = Annotated[
     list[str], typer.Argument(metavar="SPEC...", help="Files, or names of shipped specs.")
 ]
+SpecFile = Annotated[
+    str, typer.Argument(metavar="SPEC", help="A file, or the name of a shipped spec.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+class DType(StrEnum):
+    """dtype of the caller's tensors, as the command line has it."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+def _target(text: str) -> Target:
+    """A GPU by name; an unknown one is wrong usage."""
+    try:
+        return Target.named(text)
+    except ArgumentError as error:
+        raise typer.BadParameter(f"{error.message}: {error.help}") from error
+
+
+def _pair(text: str) -> tuple[int, int]:
+    """32/8, or one number for both."""
+    parts = text.split("/")
+    if not (1 <= len(parts) <= 2 and all(part.isdecimal() for part in parts)):
+        raise typer.BadParameter(f"expected one or two numbers, as in 32/8, got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+TargetName = Annotated[
+    Target,
+    typer.Option(parser=_target, metavar="GPU", help="h100, a100, 4090, b200, mi300x, sm_80, ..."),
+]
+TensorType = Annotated[DType, typer.Option(help="Of the tensors that kernels get.")]
+HeadCounts = Annotated[
+    tuple[int, int] | None,
+    typer.Option("--heads", parser=_pair, metavar="QUERY/KV", help="Where the spec is open."),
+]
+HeadDims = Annotated[
+    tuple[int, int] | None,
+    typer.Option("--head-dim", parser=_pair, metavar="QK/V", help="Where the spec is open."),
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="DIR", help="Write DIR/<spec name>/, a package; default a cache."
+    ),
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,11 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@app.callback()
-def _root() -> None:
-    """Keep `check` a command of its own while it is the only one."""
-
-
 @app.command(epilog="Example: hsgen check specs/nsa.yaml")
 def check(specs: SpecFiles, *, as_json: Json = False) -> None:
     """Check specs: every mistake at once, with the place and what to type instead."""
@@ -66,6 +112,53 @@ def check(specs: SpecFiles, *, as_json: Json = False) -> None:
         for one in checked:
             one.print()
     raise typer.Exit(max(one.status for one in checked))
+
+
+@app.command(epilog="Example: hsgen show nsa --target a100")
+def show(
+    spec: SpecFile,
+    *,
+    target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
+    dtype: TensorType = DType.bf16,
+    heads: HeadCounts = None,
+    head_dim: HeadDims = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a spec computes and how it would run: hsgen show nsa."""
+    from hsgen import report  # noqa: PLC0415  its stages are not for `check`
+
+    shown = report.show(load(spec).bind(heads=heads, head_dim=head_dim), target, dtype.value)
+    if as_json:
+        _print_json(shown.record())
+    else:
+        typer.echo(str(shown), nl=False)
+
+
+@app.command(name="compile", epilog="Example: hsgen compile nsa --target h100 -o build")
+def compile_(
+    spec: SpecFile,
+    *,
+    target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
+    dtype: TensorType = DType.bf16,
+    output: Folder = None,
+    verify: Annotated[bool, typer.Option(help="Run the kernels in Triton's interpreter.")] = True,
+    heads: HeadCounts = None,
+    head_dim: HeadDims = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a spec for a GPU that need not be there: hsgen compile nsa --target h100 -o build."""
+    from hsgen import progress, report  # noqa: PLC0415
+
+    bound = load(spec).bind(heads=heads, head_dim=head_dim)
+    with progress.bar() as told:
+        done = report.report(
+            bound, target, dtype.value, output=output, verified=verify, progress=told
+        )
+    if as_json:
+        _print_json(done.record())
+    else:
+        typer.echo(str(done), nl=False)
+    raise typer.Exit(0 if done.passed else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

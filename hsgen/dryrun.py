@@ -51,10 +51,6 @@ class DryRun:
     def launch(self, kernel: str) -> Launched:
         return next(each for each in self.launches if each.kernel == kernel)
 
-    def bytes(self, role: str) -> int:
-        """Of all buffers that play one role."""
-        return sum(array.bytes for buffer, array in self.buffers if buffer.role == role)
-
 
 def run(plan: Plan, *, tokens: int, batch: int = 1) -> DryRun:
     """One call with `batch` sequences of `tokens` queries on as many keys, all tensors contiguous."""

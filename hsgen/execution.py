@@ -299,7 +299,7 @@ class Execution:
                 if len(self._known) >= KNOWN_CALLS:
                     self._known.clear()
                 known = self._known.setdefault(signature, known)
-        elif call.length is not None or call.max_seqlen_k is not None:
+        elif (call.first, call.length, call.max_seqlen_k) != (None, None, None):
             arguments.check_lengths(_lengths(call), known.problem)
         if not known.ran:
             self._refuse_capture(known.problem.device)

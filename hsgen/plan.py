@@ -5,6 +5,7 @@ Values only.  `schedule` makes them, `emit` turns them into text; nothing here k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -86,7 +87,7 @@ class Buffer:
     role: Literal["output", "level", "selection", "branch", "list", "scratch"]
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.dtype}[{', '.join(self.dims)}]  ({self.role})"
+        return f"{self.name} = {self.dtype}[{', '.join(self.dims)}] ({self.role})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,16 +150,57 @@ class Plan:
 
 def dump(plan: Plan) -> str:
     """The plan as text: which operators share a launch, in which skeleton, with which buffers."""
-    lines = [f"plan {plan.name} for {plan.target}, {plan.dtype}"]
+    launches = sum(len(step.launches) for step in plan.steps)
+    lines = [
+        f"plan {plan.name} for {plan.target}, {plan.dtype}: {launches} launches",
+        "  Z sequences, rows = all their queries: Z = B, rows = B * T, or packed documents (B = 1)",
+    ]
     for step in plan.steps:
-        repeated = ", repeated over chunks of rows" if step.chunk else ""
-        lines.append(f"  {step.title}{repeated}")
-        for launch in step.launches:
-            kernel = plan.kernel(launch.kernel)
-            lines.append(
-                f"    launch {kernel.name}  ({kernel.skeleton}: {', '.join(kernel.operators)})"
-            )
-            lines.append(f"      grid   ({', '.join(launch.grid)})")
-            lines.append(f"      config {kernel.config}")
-        lines.extend(f"    buffer {buffer}" for buffer in step.buffers)
+        lines += ["", f"  {step.title}", *(f"    {line}" for line in _step_lines(plan, step))]
     return "\n".join(lines) + "\n"
+
+
+def _step_lines(plan: Plan, step: Step) -> list[str]:
+    lines = [f"{name} = {_readable(plan, text)}" for name, text in step.sizes]
+    for buffer in step.buffers:
+        lines.append(f"buffer {_readable(plan, str(buffer))}")
+    if step.chunk:
+        lines.append(
+            f"in turns of {step.chunk} tiles out of {step.tiles}; count: the tiles of a turn"
+        )
+    for launch in step.launches:
+        lines += [f"{'  ' if step.chunk else ''}{line}" for line in _launch_lines(plan, launch)]
+    return lines
+
+
+def _launch_lines(plan: Plan, launch: Launch) -> list[str]:
+    kernel = plan.kernel(launch.kernel)
+    tuned = [name for name, _ in kernel.config.constexprs]
+    shared = [p.name for p in kernel.params if p.kind == "constexpr" and p.name not in tuned]
+    borrowed = f"{' '.join(shared)} of {kernel.follows}, " if kernel.follows else ""
+    grid = ", ".join(_readable(plan, text) for text in launch.grid)
+    computed = ", ".join(f"%{name}" for name in kernel.operators)
+    return [
+        f"launch {kernel.name} ({kernel.skeleton}) for {computed}",
+        f"  grid   [{grid}]",
+        f"  config {borrowed}{kernel.config}",
+    ]
+
+
+def _readable(plan: Plan, text: str) -> str:
+    """An expression of the driver in the words of the spec: B, T, S; kernel.BLOCK_T for a tunable."""
+
+    def dim(match: re.Match[str]) -> str:
+        return dict(plan.inputs)[match[1]][int(match[2])]
+
+    text = re.sub(r"in_(\w+)\.shape\[(\d)\]", dim, text)
+    text = re.sub(r'config\["(\w+)"\]\["(\w+)"\]', r"\1.\2", text)
+    text = re.sub(r"\{(\w+)\}", r"\1", text)
+    for attribute, word in (
+        ("rows", "rows"),
+        ("sequences", "Z"),
+        ("keys", "S"),
+        ("packed", "packed"),
+    ):
+        text = text.replace(f"batch.{attribute}", word)
+    return text.replace("SCRATCH_BYTES", str(plan.scratch_bytes))

@@ -340,10 +340,13 @@ class Kernel:
             arguments.check_names(self._attending, {**dict.fromkeys(self._known_names, 0), **given})
         levels = ""
         indices: list[Tensor] = []
-        if selection:
+        if selection is not None:
             chosen = arguments.listed_selection(self._attending, selection)
             levels, indices = ",".join(chosen), list(chosen.values())
         cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens = lengths
+        for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if value is not None and not isinstance(value, Tensor):
+                raise ArgumentError(f"{name}: expected int32 [Z + 1], got {type(value).__name__}")
         offset_tensor = isinstance(q_offset, Tensor)
         lens_tensor = isinstance(kv_lens, Tensor)
         return Call(

@@ -418,7 +418,7 @@ class _Scheduler:
             values=False,
         )
         config = self._attend_config(context, limit=64, key_bytes=4)
-        self._kernel("rows", context, config, node.name)
+        self._kernel("rows", context, config, score.name, node.name)
         self.steps.append(
             Step(
                 title=f"log-sum-exp: {score.op.level}",

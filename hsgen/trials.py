@@ -35,6 +35,8 @@ Numbers = Literal["real", "integers", "plateau"]
 
 BLOCK = 8  # tokens of the largest block of a shrunk copy
 ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+WIDE = 256  # slots of a selection that make the interpreter slow
+MOST_KEYS = 1024
 SCORE_BOUND = 1e-4  # of a row's largest score: far above rounding, far below a wrong score
 
 
@@ -78,16 +80,16 @@ def trials(spec: Spec) -> tuple[Trial, ...]:
             name="shrunk, integers",
             spec=small,
             dtype=single,
-            queries=(37,),
-            keys=(37,),
+            queries=(53,),
+            keys=(53,),
             numbers="integers",
         ),
         Trial(
             name="shrunk, all scores alike",
             spec=small,
             dtype=single,
-            queries=(21,),
-            keys=(21,),
+            queries=(37,),
+            keys=(37,),
             numbers="plateau",
         ),
         Trial(
@@ -105,8 +107,22 @@ def trials(spec: Spec) -> tuple[Trial, ...]:
             queries=(5, 5),
             keys=(29, 11),
         ),
-        Trial(name="one key head", spec=full, dtype=half, queries=(37,), keys=(37,)),
+        Trial(
+            name="one key head",
+            spec=full,
+            dtype=half,
+            queries=(2 if _widest(spec) > WIDE else 5,),
+            keys=(min(_largest(spec), MOST_KEYS) + 22,),
+        ),
     )
+
+
+def _widest(spec: Spec) -> int:
+    return max((level.select.width for level in spec.levels if level.select), default=0)
+
+
+def _largest(spec: Spec) -> int:
+    return max((level.partition.size for level in spec.levels), default=1)
 
 
 # --- specs that fit

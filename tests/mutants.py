@@ -212,11 +212,11 @@ MUTANTS = (
         "alive = (token < q_len - 1) & ",
     ),
     _attend(
-        "document found one too early",
+        "tiles of earlier documents miscounted",
         "moba",
         "attend_selected",
-        "low = tl.where(start <= tile, middle, low)",
-        "low = tl.where(start < tile, middle, low)",
+        "// BLOCK + low\n",
+        "// BLOCK\n",
         "documents",
     ),
 )

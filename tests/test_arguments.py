@@ -38,7 +38,9 @@ def kernel():
 
 
 def tensors(*shape, dtype=torch.float32):
-    return {n: torch.randn(s).to(dtype) for n, s in tensor_shapes(SPEC, *(shape or (B, T, S))).items()}
+    return {
+        n: torch.randn(s).to(dtype) for n, s in tensor_shapes(SPEC, *(shape or (B, T, S))).items()
+    }
 
 
 def packed(total_q=7, total_k=7):
@@ -72,7 +74,9 @@ def test_missing_tensors_are_named_with_their_shapes(kernel):
 
 
 def test_none_counts_as_missing(kernel):
-    assert says(kernel, tensors() | {"gates": None}).startswith("gates: expected a tensor, got noth")
+    assert says(kernel, tensors() | {"gates": None}).startswith(
+        "gates: expected a tensor, got noth"
+    )
 
 
 def test_unknown_names_get_the_nearest(kernel):
@@ -89,19 +93,39 @@ def test_head_counts_point_at_the_spec(kernel):
     x = tensors() | {"k": torch.randn(B, S, 4, 8)}
     assert says(kernel, x) == (
         "k: expected [B, S, Hkv, Dqk] = [2, 9, 2, 8] fp32 cpu, got [2, 9, 4, 8] fp32 cpu\n"
-        "help: spec 'tiny' has Hkv = 2 (tiny.yaml:3:8)"
+        "help: spec 'tiny' has Hkv = 2 (tiny.yaml:3:23)"
     )
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "expected", "help"),
     [
-        ("q", (B, T, 4, 9), "q: expected [B, T, Hq, Dqk] = [2, 7, 4, 8]", "Dqk = 8 (tiny.yaml:4:11)"),
-        ("q", (B, T, 6, 8), "q: expected [B, T, Hq, Dqk] = [2, 7, 4, 8]", "Hq = 4 (tiny.yaml:3:8)"),
-        ("v", (B, S, 2, 8), "v: expected [B, S, Hkv, Dv] = [2, 9, 2, 4]", "Dv = 4 (tiny.yaml:4:11)"),
+        (
+            "q",
+            (B, T, 4, 9),
+            "q: expected [B, T, Hq, Dqk] = [2, 7, 4, 8]",
+            "Dqk = 8 (tiny.yaml:4:16)",
+        ),
+        (
+            "q",
+            (B, T, 6, 8),
+            "q: expected [B, T, Hq, Dqk] = [2, 7, 4, 8]",
+            "Hq = 4 (tiny.yaml:3:16)",
+        ),
+        (
+            "v",
+            (B, S, 2, 8),
+            "v: expected [B, S, Hkv, Dv] = [2, 9, 2, 4]",
+            "Dv = 4 (tiny.yaml:4:22)",
+        ),
         ("v", (B, S - 1, 2, 4), "v: expected [B, S, Hkv, Dv] = [2, 9, 2, 4]", "S = 9, as in k"),
-        ("k", (B + 1, S, 2, 8), "k: expected [B, S, Hkv, Dqk] = [2, ?, 2, 8]", "B = 2, as in q"),
-        ("q_index", (B, T, 3, 4), "q_index: expected [B, T, Hi, Di] = [2, 7, 3, 5]", "tiny.yaml:5:8"),
+        ("k", (B + 1, S, 2, 8), "k: expected [B, S, Hkv, Dqk] = [2, 9, 2, 8]", "B = 2, as in q"),
+        (
+            "q_index",
+            (B, T, 3, 4),
+            "q_index: expected [B, T, Hi, Di] = [2, 7, 3, 5]",
+            "Di = 5 (tiny.yaml:5:24)",
+        ),
         ("k_index", (B, S, 1, 5), "k_index: expected [B, S, Di]", "expected 3 dimensions, got 4"),
         ("gates", (B, T, 4, 3), "gates: expected [B, T, Hq, 2] = [2, 7, 4, 2]", "spec 'tiny'"),
         ("q", (T, 4, 8), "q: expected [B, T, Hq, Dqk]", "packed sequences need cu_seqlens_q"),
@@ -201,13 +225,20 @@ def test_lengths_are_whole_numbers(kernel, name):
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ({"cu_seqlens_q": torch.tensor([0, 7])}, "cu_seqlens_q: expected [2] int32 cpu, got [2] int64"),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 7])},
+            "cu_seqlens_q: expected [2] int32 cpu, got [2] int64",
+        ),
+        ({"cu_seqlens_q": [0, 7]}, "cu_seqlens_q: expected int32 [Z + 1], got list"),
         ({"cu_seqlens_q": i32()}, "cu_seqlens_q: expected int32 [Z + 1], got [0]"),
         (
             {"cu_seqlens_q": i32(0, 7), "cu_seqlens_k": i32(0, 3, 7)},
             "cu_seqlens_k: expected [2] int32 cpu, got [3] int32 cpu",
         ),
-        ({"cu_seqlens_q": i32(0, 7), "max_seqlen_k": -1}, "max_seqlen_k: expected at least 0"),
+        (
+            {"cu_seqlens_q": i32(0, 7), "max_seqlen_k": -1},
+            "max_seqlen_k: expected an int of at least 0, got -1",
+        ),
     ],
 )
 def test_packed_lengths_say_expected_and_got(kernel, lengths, message):
@@ -342,7 +373,10 @@ def test_nothing_to_attend_to_gives_empty_rows(shape, interpret):
     o, lse = kernel(**tensors(*shape), return_lse=True)
     assert o.shape == (*shape[:2], 4, 4)
     assert not o.any()
-    assert all((each == -torch.inf).all() and each.shape == (shape[0], 4, shape[1]) for each in lse.values())
+    assert all(
+        (each == -torch.inf).all() and each.shape == (shape[0], 4, shape[1])
+        for each in lse.values()
+    )
     assert (kernel.select(**tensors(*shape))["block"].indices == -1).all()
     assert not any(driver.calls for *_, driver in made)
 

@@ -141,10 +141,10 @@ def test_quality_of_a_prefix_of_the_capture(group, system):
     assert [r["head"] for r in records] == [3, 4, 5]
     for r in records:
         assert r["output_difference"] < 1e-4  # the reference attends to what it says it chose
-        assert r["oracle"]["mass"] >= r["selected"]["mass"]
-        assert r["oracle"]["mass"] > r["random"]["mass"]
         assert 0.1 < r["density"] < 0.4
         assert r["selected"]["worst_mass_row"] in position
+    mean = {way: sum(r[way]["mass"] for r in records) for way in quality.WAYS}
+    assert mean["oracle"] == max(mean.values())
 
 
 def test_both_backends_choose_alike_on_cpu(group):

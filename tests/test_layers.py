@@ -21,7 +21,7 @@ target  spec                            a GPU · what the user wrote
 selection  graph                        what is chosen · what is computed
 reference  analysis  planner  passes    the meaning · the costs · Spec -> Graph -> Graph
 plan
-rows
+rows  dryrun                            a kernel's loops · one call on paper
 kernels
 schedule  driver                        Graph, Target -> Plan
 emit                                    Plan -> source text
@@ -35,6 +35,8 @@ execution
 runtime                                 load_kernel
 trials                                  emitted kernels against the reference
 verify                                  trials in a process of their own
+report                                  what `show` and `compile` say
+progress
 cli
 """
 SPEC_LAYERS = """\
@@ -45,7 +47,7 @@ files
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes plan rows kernels schedule driver emit "
-    "allowlist store workers build resources pipeline verify cli"
+    "allowlist store workers build resources pipeline verify dryrun report progress cli"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.
@@ -53,7 +55,13 @@ LAZY = {
     ("target", "torch"): "only Target.current() looks at a device",
     ("cli", "hsgen"): "a command loads what it uses, so that `check` starts quickly",
 }
-SOLE_IMPORTERS = {"jinja2": {"emit"}, "yaml": {"spec"}, "typer": {"cli"}, "optuna": {"tune"}}
+SOLE_IMPORTERS = {
+    "jinja2": {"emit"},
+    "yaml": {"spec"},
+    "typer": {"cli"},
+    "optuna": {"tune"},
+    "rich": {"progress"},
+}
 
 
 def named(text: str) -> list[list[str]]:

@@ -169,6 +169,12 @@ def test_forced(tmp_path, device, seed, sequences, causal, counted):
     check(tmp_path, device, seed, c, sequences, "plateau")
 
 
+def test_rows_before_the_first_key(tmp_path, device, seed):
+    """Position -1 is in no entry, and not in entry 0."""
+    c = context(causal=False, short=True, last=1, k=1, width=1)
+    check(tmp_path, device, seed, c, AHEAD, "real")
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_overlap(tmp_path, device, seed, causal):
     c = context(size=8, stride=4, causal=causal, first=1, last=1)

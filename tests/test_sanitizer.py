@@ -73,6 +73,17 @@ def wide_offset(X, OUT, stride):
 
 
 @triton.jit
+def sum_integers(X, OUT):
+    tl.store(OUT, tl.sum(tl.load(X + tl.arange(0, 16)), 0))
+
+
+@triton.jit
+def scan_integers(X, OUT):
+    lanes = tl.arange(0, 16)
+    tl.store(OUT + lanes, tl.cumsum(tl.load(X + lanes), 0))
+
+
+@triton.jit
 def sum_without_other(X, OUT, n, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     x = tl.load(X + lanes, mask=lanes < n)
@@ -303,6 +314,14 @@ def test_int32_offset_overflow_is_found_and_int64_is_clean():
     out = torch.zeros(3)
     run_clean(wide_offset, (3,), x, out, 1 << 30)
     assert out.tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("kernel", [sum_integers, scan_integers])
+def test_overflow_of_sums_is_found(kernel):
+    out = torch.zeros(16, dtype=torch.int32)
+    run_clean(kernel, (1,), torch.full((16,), 1 << 26, dtype=torch.int32), out)
+    assert out.max() == 1 << 30
+    run_fault("int32 overflow", kernel, (1,), torch.full((16,), 1 << 27, dtype=torch.int32), out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

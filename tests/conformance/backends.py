@@ -14,8 +14,9 @@ import sanitizer
 import torch
 from conformance.calls import Outcome
 
-from hsgen import batch, emit, passes, planner, schedule, target
+from hsgen import batch, emit, passes, planner, schedule
 from hsgen.reference import reference, tensor_kinds
+from hsgen.target import Target
 
 
 def stand_in(call):
@@ -68,7 +69,7 @@ def compiled(spec, dtype):
 
 def _plan(spec, dtype):
     on_gpu = torch.cuda.is_available()
-    goal = target.from_properties(torch.cuda.get_device_properties(0)) if on_gpu else target.H100
+    goal = target.Target.current() if on_gpu else target.H100
     return schedule.schedule(passes.run(planner.plan(spec)), goal, NAMES[dtype])
 
 

@@ -46,7 +46,7 @@ def findings(call, outcome):
     if "selection" not in call.options:
         found += selection_findings(call, outcome, exact)
     plain = call.reference(dtype=call.dtype, **given)
-    found += error_findings(call, outcome.o, exact.o, plain.o)
+    found += error_findings(call, outcome.o, exact.o, plain.o, lse=exact.lse)
     for branch, lse in outcome.lse.items():
         found += lse_findings(call, branch, lse, exact.lse[branch])
     return found
@@ -72,8 +72,8 @@ def _shape(t):
 # --- o and lse
 
 
-def error_findings(call, o, exact, plain):
-    """R-nan, R-max, R-row, R-bias.  o, exact, plain: [..., Hq, Dv]"""
+def error_findings(call, o, exact, plain, *, lse):
+    """R-nan, R-max, R-row, R-bias.  o, exact, plain: [..., Hq, Dv]; lse as a Result has it."""
     limit = tolerance(call.dtype, o.device)
     # a plain computation can overflow where a kernel must not
     plain = torch.where(plain.isfinite(), plain, exact.to(plain.dtype)).double()
@@ -82,9 +82,10 @@ def error_findings(call, o, exact, plain):
     if found or not o.numel():
         return found
     error, own = o - exact, plain - exact
-    bound = 2 * own.abs().max() + u * exact.abs().max() + ZERO
+    logits = logit_error(call, lse, limit.arithmetic)
+    bound = 2 * own.abs().max() + u * exact.abs().max() + logits.max() + ZERO
     found += _over("R-max", error.abs().max() / bound, "o")
-    row_bound = limit.own * _rms(own) + 2 * u * _rms(exact) + ZERO
+    row_bound = limit.own * _rms(own) + 2 * u * _rms(exact) + logits + ZERO
     used = _rms(error) / row_bound
     found += _over("R-row", used.max(), f"o at {_where(used)}")
     # errors of single rows cancel, those of a wrong scale do not
@@ -93,6 +94,17 @@ def error_findings(call, o, exact, plain):
     single = u + 2 * (own.square().sum() / size).sqrt()
     bias = ((error * exact).sum() / size).abs()
     return found + _over("R-bias", bias / (u / 4 + single / math.sqrt(rows)), "o")
+
+
+def logit_error(call, lse, unit):
+    """What the rounding of large logits does to a row, about: two roundings, and values of size 1.
+
+    Where a few keys have all the weight, the plain computation may be right by luck.  -> [..., T, Hq]
+    """
+    sizes = torch.stack([torch.where(t.isfinite(), t, 0.0).abs() for t in lse.values()])
+    values = [t.double() for name, t in call.tensors.items() if name == "v" or name[:2] == "v_"]
+    spread = max(float(v.square().mean().sqrt()) if v.numel() else 0.0 for v in values)
+    return (2 * unit * spread * (1 + sizes.amax(0))).transpose(-1, -2)
 
 
 def nan_findings(name, got, exact):

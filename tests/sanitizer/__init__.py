@@ -384,10 +384,7 @@ def _binary(self, lhs, rhs, op):
         return Handle(numerics.encode(out, dtype), dtype)
     out = _original_binary(self, lhs, rhs, op)
     if out.data.dtype == np.int32 and op in OVERFLOWING:
-        exact = op(lhs.data, rhs.data, dtype=np.int64)
-        if exact.size and (exact.min() < INT32.min or exact.max() > INT32.max):
-            worst = exact.reshape(-1)[np.argmax(np.abs(exact))]
-            _active.fault("int32 overflow", f"{op.__name__} gives {int(worst)}")
+        _check_int32(op.__name__, op(lhs.data, rhs.data, dtype=np.int64))
     return out
 
 
@@ -460,6 +457,30 @@ def _dot(self, a, b, d, input_precision, *rest, **named):
     return Handle(np.matmul(x, y, dtype=d.data.dtype) + d.data, accumulator)
 
 
+def _sum(self, tensor):
+    data, dtype = tensor.handle.data, tensor.dtype
+    if data.dtype != np.int32 or dtype != tl.int32:
+        return _original_sum(self, tensor)
+    exact = np.sum(data, axis=self.axis, keepdims=self.keep_dims, dtype=np.int64)
+    _check_int32("sum", exact)
+    return self.to_tensor(exact, dtype)
+
+
+def _cumsum(self, tensor):
+    data, dtype = tensor.handle.data, tensor.dtype
+    if data.dtype != np.int32 or dtype != tl.int32:
+        return _original_cumsum(self, tensor)
+    exact = np.cumsum(data, axis=self.axis, dtype=np.int64)
+    _check_int32("cumsum", exact)
+    return [self.to_tensor(exact, dtype)]
+
+
+def _check_int32(name, exact):
+    if exact.size and (exact.min() < INT32.min or exact.max() > INT32.max):
+        worst = exact.reshape(-1)[np.argmax(np.abs(exact))]
+        _active.fault("int32 overflow", f"{name} gives {int(worst)}")
+
+
 def _reduce(self, tensors):
     """Reductions and scans of bf16 run in fp32 and round once."""
     if not isinstance(tensors, tuple) or all(t.dtype != tl.bfloat16 for t in tensors):
@@ -519,6 +540,8 @@ _original_ternary = Builder.ternary_op
 _original_fma = Builder.create_fma
 _original_cast = Builder.cast_impl
 _original_fp_to_fp = Builder.create_fp_to_fp
+_original_sum = interpreter.ReduceOps.sum
+_original_cumsum = interpreter.ScanOps.cumsum
 _original_reduce = interpreter.ReduceScanOpInterface.apply
 
 PATCHES = (
@@ -527,8 +550,8 @@ PATCHES = (
     (tl.core.block_type, {"__init__": fast.block_type}),
     (tl.core.tensor, {"__init__": fast.tensor}),
     (interpreter.ReduceScanOpInterface, {"apply": _reduce}),
-    (interpreter.ReduceOps, {"generic_reduce": fast.tree_reduce}),
-    (interpreter.ScanOps, {"generic_scan": fast.tree_scan}),
+    (interpreter.ReduceOps, {"generic_reduce": fast.tree_reduce, "sum": _sum}),
+    (interpreter.ScanOps, {"generic_scan": fast.tree_scan, "cumsum": _cumsum}),
     (
         interpreter.GridExecutor,
         {
