@@ -19,6 +19,7 @@ from hsgen.spec import Spec
 QUERY_BLOCK = 128  # FlexAttention's own default
 KEY_BLOCK = 128
 ROWS = 64 * QUERY_BLOCK  # rows whose table is worked on at once
+MASKS = 64  # that one run compiles FlexAttention for, at most
 LARGEST_TABLE = 1 << 31  # FlexAttention indexes the tables that a mask reads with int32
 
 
@@ -132,7 +133,7 @@ def flex_mask(indices: Tensor, size: int, heads: int) -> BlockMask:
 
 def flex(mask: BlockMask, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], Tensor]:
     """Compiled FlexAttention.  [B, T, H, D] -> a call that returns [B, T, Hq, Dv]"""
-    torch._dynamo.reset()
+    torch._dynamo.config.cache_size_limit = MASKS  # by default the ninth mask would run uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]

@@ -51,8 +51,18 @@ def provenance(module: str, argv: Sequence[str], device: str) -> Json:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", "-m", module, *argv]),
+        "command": shlex.join(["python", "-m", module, *_without_output(argv)]),
     }
+
+
+def _without_output(argv: Sequence[str]) -> list[str]:
+    """A command but for where its results went: that is a folder of one machine."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and word not in ("-o", "--output"):
+            kept.append(word)
+        skip = word in ("-o", "--output")
+    return kept
 
 
 def slug(name: str) -> str:

@@ -334,7 +334,7 @@ def agreement(results: Sequence[Json]) -> str:
             abs(r["selected"]["mass"] - first[_key(r)]["selected"]["mass"]) for r in common_keys
         )
         name = f"{result['backend']} on {result['made']['card']}"
-        lines.append([name, f"{len(common_keys)}", f"{apart:.5f}", f"{worst:.1e}"])
+        lines.append([name, f"{len(common_keys)}", f"{apart:.0e}", f"{worst:.1e}"])
     head = ["backend", "records", "largest difference in mass", "largest output difference"]
     return common.table(head, lines) + AGREEMENT_TEXT
 
@@ -426,9 +426,10 @@ nsa compresses by half a block at a quarter block's stride, the paper's proporti
 
 FINDINGS_TEXT = """
 What to see: moba forces no sink, and where the mass sits there (layers 14 and 20) it falls far behind
-recent + sink; nsa forces it and stays ahead everywhere but in the diffuse layer 0, where nothing beats
-recent + sink by much.  Layer 5 retrieves single tokens, which a mean over a block dilutes: there the distance to the
-oracle is largest.  At one budget smaller blocks recall more; single tokens behind a block filter most.
+recent + sink; nsa forces it, and is level with recent + sink or ahead in every layer.  Layer 0 is diffuse:
+nothing beats recent + sink by much.  Layer 5 retrieves single tokens, which a mean over a block dilutes:
+nsa and hisa are furthest from the oracle there.  At one budget smaller blocks recall more, and single
+tokens behind a block filter most.
 """
 
 REBUILD_TEXT = """

@@ -14,10 +14,12 @@ import argparse
 import dataclasses
 import functools
 import gc
+import math
 import re
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,18 +112,17 @@ class Journal:
 
 
 def _attempt(action: Callable[[], Json]) -> Json:
-    """Run an action; a failure is a result too."""
-    try:
-        return {"status": "ok", **action()}
-    except NotExpressibleError as reason:
-        return {"status": "skipped", "reason": str(reason)}
-    except Exception as error:  # noqa: BLE001 - every failure of a backend belongs into the table
-        reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc(limit=-3)
-        return {
-            "status": "failed",
-            "reason": _without_paths(reason),
-            "trace": _without_paths(trace),
-        }
+    """Run an action; a failure is a result too, with what was warned of on the way to it."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            return {"status": "ok", **action()}
+        except NotExpressibleError as reason:
+            return {"status": "skipped", "reason": str(reason)}
+        except Exception as error:  # noqa: BLE001 - every failure of a backend belongs into the table
+            said = [f"{type(error).__name__}: {error}", *(str(each.message) for each in warned)]
+            reason, trace = " / ".join(dict.fromkeys(said)), traceback.format_exc(limit=-3)
+    return {"status": "failed", "reason": _without_paths(reason), "trace": _without_paths(trace)}
 
 
 def _without_paths(text: str) -> str:
@@ -329,7 +330,7 @@ def _density(case: Case, indices: Tensor) -> float:
 
 def run_dense(bench: Bench, case: Case) -> None:
     """Dense causal attention on the same q, k, v, every way that PyTorch has."""
-    variants = baselines.variants(case.spec, bench.device)
+    variants = contenders(bench.journal, case, baselines.variants(case.spec, bench.device))
     steps = {f"dense {variant.name}": variant for variant in variants}
     if all(bench.journal.done(case.name, step) for step in steps):
         return
@@ -339,6 +340,34 @@ def run_dense(bench: Bench, case: Case) -> None:
     for step, variant in steps.items():
         action = functools.partial(time_dense, bench, case.tokens, variant, x)
         bench.journal.run(case.name, step, action)
+
+
+def contenders(
+    journal: Journal, case: Case, variants: Sequence[baselines.Variant]
+) -> list[baselines.Variant]:
+    """The fastest way of each backend where a shorter input was timed, else all of them."""
+    shorter = [
+        record["steps"]
+        for record in journal.data["cases"].values()
+        if record["system"] == case.system and record["tokens"] < case.tokens
+    ]
+    times = {
+        variant: min(
+            (
+                steps[step]["ms"]["median"]
+                for steps in shorter
+                if steps.get(step := f"dense {variant.name}", {}).get("status") == "ok"
+            ),
+            default=math.inf,
+        )
+        for variant in variants
+    }
+    best = {
+        backend: min((v for v in variants if v.backend == backend), key=times.__getitem__)
+        for backend in dict.fromkeys(v.backend for v in variants)
+    }
+    timed = {backend for backend, variant in best.items() if times[variant] < math.inf}
+    return [v for v in variants if v.backend not in timed or v is best[v.backend]]
 
 
 def time_dense(

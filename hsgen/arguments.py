@@ -52,9 +52,7 @@ class Expected:
     selections: Mapping[str, tuple[str, int]]
     attended: tuple[str, ...]
     where: Callable[[str], str]
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(each.name for each in self.inputs)
+    names: tuple[str, ...]  # of the inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +95,7 @@ def check_names(expected: Expected, given: Mapping[str, object]) -> None:
 
     `k` and `v`, which have places of their own in the signature, may be there unneeded.
     """
-    needed = expected.names()
+    needed = expected.names
     if missing := [name for name in needed if given.get(name) is None]:
         text = "; ".join(str(each) for each in expected.inputs if each.name in missing)
         raise ArgumentError(

@@ -273,7 +273,7 @@ class Execution:
 
     def check(self, call: Call, expected: Expected) -> Problem:
         """Everything about a call but its values."""
-        tensors = dict(zip(expected.names(), call.tensors, strict=True))
+        tensors = dict(zip(expected.names, call.tensors, strict=True))
         lengths = _lengths(call)
         problem = arguments.check_tensors(
             expected, tensors, layout=call.layout, packed=lengths.packed
@@ -385,7 +385,7 @@ class Execution:
         self, call: Call, problem: Problem, dtype: torch.dtype, expected: Expected
     ) -> Result:
         """What the reference makes of a call; tensors that only attending needs may be absent."""
-        tensors = dict(zip(expected.names(), call.tensors, strict=True))
+        tensors = dict(zip(expected.names, call.tensors, strict=True))
         given = {
             each.name: _swapped(tensors[each.name], each.type.dims, problem)
             for each in expected.inputs
@@ -469,14 +469,16 @@ def expected_tensors(spec: Spec, graph: Graph) -> Expected:
         select = spec.level(level).select
         assert select is not None, f"{level} selects in the graph, not in the spec"
         selections[level] = (graph[name].type.dims[2], select.width)
-    raw = {branch.over for branch in spec.attend}
+    over = {branch.over for branch in spec.attend}
+    inputs = tensor_inputs(graph)
     return Expected(
         spec=spec.name,
-        inputs=tensor_inputs(graph),
+        inputs=inputs,
         sizes=dict(graph.sizes),
         selections=selections,
-        attended=tuple(level for level in selections if level in raw),
+        attended=tuple(level for level in selections if level in over),
         where=lambda name: _where(spec, name),
+        names=tuple(each.name for each in inputs),
     )
 
 
@@ -485,7 +487,8 @@ def _choosing(expected: Expected, graph: Graph) -> Expected:
     needed: set[str] = {"q", "k"}
     for name in graph.outputs.selection.values():
         needed |= nx.ancestors(graph.digraph, name)
-    return replace(expected, inputs=tuple(x for x in expected.inputs if x.name in needed))
+    inputs = tuple(each for each in expected.inputs if each.name in needed)
+    return replace(expected, inputs=inputs, names=tuple(each.name for each in inputs))
 
 
 def _where(spec: Spec, dimension: str) -> str:
@@ -556,7 +559,7 @@ def _brought(call: Call) -> list[tuple[str, Tensor]]:
 
 def _uniform(known: _Known, call: Call) -> dict[str, Tensor]:
     """Tensors by name as [B, T, H, D], all of them views."""
-    names = known.expected.names()
+    names = known.expected.names
     problem = known.problem
     if problem.layout == "bthd" and not problem.packed:
         return dict(zip(names, call.tensors, strict=True))

@@ -418,12 +418,21 @@ def _written(graph: Graph, plan: Plan, kernel: Kernel) -> list[str]:
 def math_type(kernel: Kernel, dtype: str) -> MathType:
     """The units that bound a kernel's arithmetic: those of its dots, else ordinary ones."""
     match kernel.context:
-        case RowsContext(promote=True):
-            return "tf32x3"
-        case RowsContext() | SegmentsContext(how="linear"):
-            return "bf16" if dtype == "bf16" else "fp16" if dtype == "fp16" else "tf32x3"
+        case RowsContext(promote=True, precision=precision):
+            return _dot_type("fp32", precision)
+        case RowsContext(precision=precision):
+            return _dot_type(dtype, precision)
+        case SegmentsContext(how="linear"):
+            return _dot_type(dtype, "tf32x3")
         case _:
             return "fp32"
+
+
+def _dot_type(dtype: str, precision: str) -> MathType:
+    """`precision` is of dots of float32 only."""
+    if dtype == "fp32":
+        return "tf32x3" if precision == "tf32x3" else "fp32"
+    return "bf16" if dtype == "bf16" else "fp16"
 
 
 # --- text
@@ -475,8 +484,8 @@ def _milliseconds(seconds: float) -> str:
 def _dense_text(graph: Graph, target: Target, dtype: str) -> str:
     dense = analysis.dense(graph)
     flops, moved = dense.flops.evaluate(TOKENS), dense.bytes.evaluate(TOKENS)
-    units: MathType = "bf16" if dtype == "bf16" else "fp16" if dtype == "fp16" else "tf32x3"
-    limit = resources.roofline(flops, moved, target, units)
+    precision = "tf32x3" if target.backend == "cuda" else "ieee"
+    limit = resources.roofline(flops, moved, target, _dot_type(dtype, precision))
     return (
         f"dense attention of these heads: {quantity(flops)} FLOPs, {quantity(moved)} bytes, "
         f"at least {limit.seconds * 1e3:.3f} ms"

@@ -145,7 +145,7 @@ class Kernel:
         self._execution = Execution(spec, self.graph, options, compiler)
         self._attending = self._execution.attending
         self._choosing = self._execution.choosing
-        self._known_names = frozenset({*self._attending.names(), "k", "v"})
+        self._known_names = frozenset({*self._attending.names, "k", "v"})
         operators.register(key, self._execution)
 
     def __call__(
@@ -330,7 +330,7 @@ class Kernel:
     ) -> Call:
         """The operator's arguments; of the tensors only names and types are looked at."""
         tensors: list[Tensor] = []
-        for name in expected.names():
+        for name in expected.names:
             tensor = given.get(name)
             if not isinstance(tensor, Tensor):
                 arguments.check_names(expected, given)

@@ -75,12 +75,10 @@ class _Scheduler:
                     self._log_sum_exp(node)
                 case Gate():
                     self._gate(node)
-                case Union():
-                    raise PlanError(
-                        "no kernel takes one softmax over several branches yet: `combine: {softmax: union}`"
-                    )
                 case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
                     pass  # fused into the launch that reads them
+                case Union():
+                    raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
             name=self.graph.meta.name,
@@ -99,7 +97,11 @@ class _Scheduler:
         )
 
     def _refuse(self) -> None:
-        """Sizes that no kernel holds."""
+        """Operators that no kernel does yet, and sizes that none holds."""
+        if any(isinstance(node.op, Union) for node in self.graph.nodes()):
+            raise PlanError(
+                "no kernel takes one softmax over several branches yet: `combine: {softmax: union}`"
+            )
         for name in ("Hq", "Hkv", "Dqk", "Dv"):
             if name not in self.graph.sizes:
                 raise PlanError(

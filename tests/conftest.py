@@ -16,7 +16,9 @@ def _asks_for_gpu(arguments):
 # pytest-xdist's workers do not get the command line, but they do get the environment
 LANE = os.environ.setdefault(
     "HSGEN_TEST_LANE",
-    "gpu" if _asks_for_gpu([*os.environ.get("PYTEST_ADDOPTS", "").split(), *sys.argv[1:]]) else "cpu",
+    "gpu"
+    if _asks_for_gpu([*os.environ.get("PYTEST_ADDOPTS", "").split(), *sys.argv[1:]])
+    else "cpu",
 )
 GPU_LANE = LANE == "gpu"
 # Triton reads it where a kernel is decorated, so it must be set before any module with kernels.

@@ -18,7 +18,9 @@ class Mutant:
         """The sources with this bug; LookupError where the text has changed since."""
         text = sources[f"{self.module}.py"]
         if text.count(self.old) != 1:
-            message = f"{self.name}: {self.old!r} occurs {text.count(self.old)} times in {self.module}"
+            message = (
+                f"{self.name}: {self.old!r} occurs {text.count(self.old)} times in {self.module}"
+            )
             raise LookupError(message)
         return sources | {f"{self.module}.py": text.replace(self.old, self.new)}
 
@@ -67,7 +69,13 @@ MUTANTS = (
         "n[None, :] > position[:, None] - 21",
         "n[None, :] > position[:, None] - 22",
     ),
-    _attend("q_offset ignored", "moba", "attend_selected", "position = q_offset + token", "position = token"),
+    _attend(
+        "q_offset ignored",
+        "moba",
+        "attend_selected",
+        "position = q_offset + token",
+        "position = token",
+    ),
     _attend(
         "partial entry called full", "moba", "index_selected", " & (entry < seen)", "", "own_block"
     ),
@@ -102,7 +110,12 @@ MUTANTS = (
     ),
     _choose("tie rule reversed", "moba", "rank_chunk", TIES, LATER_TIES, "plateau"),
     _choose(
-        "tie rule reversed where chunks are walked", "hisa", "rank_token", TIES, LATER_TIES, "plateau"
+        "tie rule reversed where chunks are walked",
+        "hisa",
+        "rank_token",
+        TIES,
+        LATER_TIES,
+        "plateau",
     ),
     _choose("forced entry dropped", "nsa", "rank_block", "(e < FIRST) | ", "(e < FIRST - 1) | "),
     _choose(
@@ -129,7 +142,13 @@ MUTANTS = (
         "magnitude",
     ),
     _choose("relu missing", "hisa", "score_token", "tl.maximum(s, 0.0)", "s"),
-    _choose("wrong map weight", "nsa", "score_block", "fall = TARGET - offset", "fall = TARGET + 1 - offset"),
+    _choose(
+        "wrong map weight",
+        "nsa",
+        "score_block",
+        "fall = TARGET - offset",
+        "fall = TARGET + 1 - offset",
+    ),
     _choose(
         "pool divides by the nominal size",
         "moba_full",
@@ -146,9 +165,19 @@ MUTANTS = (
         "early",
     ),
     # numbers
-    _attend("accumulator not rescaled", "nsa", "attend_window", "acc0 = acc0 * rescale[:, None]", "pass"),
-    _attend("sum not rescaled", "nsa", "attend_window", "l * rescale + tl.sum(p, 1)", "l + tl.sum(p, 1)"),
-    _attend("scale applied twice", "nsa", "attend_window", "        s = s * ", "        s = 0.144 * s * "),
+    _attend(
+        "accumulator not rescaled", "nsa", "attend_window", "acc0 = acc0 * rescale[:, None]", "pass"
+    ),
+    _attend(
+        "sum not rescaled", "nsa", "attend_window", "l * rescale + tl.sum(p, 1)", "l + tl.sum(p, 1)"
+    ),
+    _attend(
+        "scale applied twice",
+        "nsa",
+        "attend_window",
+        "        s = s * ",
+        "        s = 0.144 * s * ",
+    ),
     _attend(
         "silent TF32",
         "nsa",

@@ -32,7 +32,9 @@ def _imports(tree: ast.Module, *, driver: bool) -> Found:
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         text = ast.unparse(node)
-        own = driver and (text == "import torch" or isinstance(node, ast.ImportFrom) and node.level == 1)
+        own = driver and (
+            text == "import torch" or isinstance(node, ast.ImportFrom) and node.level == 1
+        )
         if text not in KERNEL_IMPORTS and not own:
             yield node.lineno, f"import not allowed: {text}"
 
@@ -49,7 +51,10 @@ def _calls(function: ast.FunctionDef) -> Found:
         if name == "dot" and "input_precision" not in words:
             yield call.lineno, "tl.dot needs input_precision="
         if name.startswith("atomic_") and name not in EXACT_ATOMICS:
-            yield call.lineno, f"tl.{name} depends on the order of programs where its operands are floats"
+            yield (
+                call.lineno,
+                f"tl.{name} depends on the order of programs where its operands are floats",
+            )
         if name in ("multiple_of", "max_contiguous"):
             yield call.lineno, f"tl.{name} is a promise that nothing checks"
 
@@ -104,7 +109,11 @@ def _masks(function: ast.FunctionDef) -> Found:
     for node in ast.walk(function):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
             for one, other in ((node.left, node.right), (node.right, node.left)):
-                if _is_block(one, blocks) and _is_scalar(other, scalars) and not _is_block(other, blocks):
+                if (
+                    _is_block(one, blocks)
+                    and _is_scalar(other, scalars)
+                    and not _is_block(other, blocks)
+                ):
                     yield node.lineno, f"{ast.unparse(node)} mixes a scalar and a block mask"
 
 
@@ -148,7 +157,9 @@ def _is_scalar(node: ast.expr, scalars: frozenset[str]) -> bool:
         case _:
             return False
     known = [_is_scalar(x, scalars) for x in parts]
-    return any(known) and all(k or isinstance(x, ast.Constant) for k, x in zip(known, parts, strict=True))
+    return any(known) and all(
+        k or isinstance(x, ast.Constant) for k, x in zip(known, parts, strict=True)
+    )
 
 
 def _closure(function: ast.FunctionDef, test) -> frozenset[str]:

@@ -331,7 +331,7 @@ def test_attended_levels_must_be_there():
     kernel = load_kernel("hisa", heads=(32, 8))
     with pytest.raises(ArgumentError, match="expected level 'token', which is attended, got block"):
         kernel._call(
-            dict.fromkeys(kernel._attending.names(), torch.ones(1)),
+            dict.fromkeys(kernel._attending.names, torch.ones(1)),
             kernel._attending,
             "bthd",
             (None,) * 5,

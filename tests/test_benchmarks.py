@@ -1,6 +1,7 @@
 """The measurements measure what they say: metrics by hand, baselines by brute force, failures kept."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -244,6 +245,27 @@ def test_last_row_agrees_with_dense_attention():
     torch.testing.assert_close(o[:, -1], baselines.last_row(q, k, v))
 
 
+def test_longer_inputs_are_timed_by_the_fastest_of_each_backend(tmp_path):
+    journal = speed.Journal(path=tmp_path / "r.json", deadline=float("inf"))
+    case = speed.Case(system="nsa", tokens=32, kind="random")
+    every = baselines.variants(case.spec, "cuda")
+    assert speed.contenders(journal, case, every) == every
+    steps = {
+        "dense cuDNN": {"status": "ok", "ms": {"median": 2.0}},
+        "dense cuDNN, heads expanded": {"status": "ok", "ms": {"median": 1.0}},
+        "dense flash": {"status": "failed", "reason": "no"},
+    }
+    journal.case("nsa/16/random", {"system": "nsa", "tokens": 16})["steps"] = steps
+    kept = [variant.name for variant in speed.contenders(journal, case, every)]
+    flash = [variant.name for variant in every if variant.name.startswith("flash")]
+    assert kept == ["cuDNN, heads expanded", *flash]
+
+
+def test_provenance_names_no_folder_of_this_machine():
+    made = common.provenance("benchmarks.speed", ["--budget", "9", "-o", "/somewhere"], "cpu")
+    assert made["command"] == "python -m benchmarks.speed --budget 9"
+
+
 # The journal of a speed run ---------------------------------------------------------------------------
 
 
@@ -252,13 +274,13 @@ def test_failures_and_lack_of_time_are_written_down(tmp_path):
     journal.data["runs"].append({})
     journal.case("a", {})
     assert journal.run("a", "good", lambda: {"ms": 1.0})
-    assert not journal.run("a", "bad", lambda: 1 / 0)
+    assert not journal.run("a", "bad", lambda: warnings.warn("why", stacklevel=1) or 1 / 0)
     journal.deadline = 0.0
     assert not journal.run("a", "late", dict)
     assert journal.run("a", "good", lambda: pytest.fail("done before"))
     steps = json.loads((tmp_path / "r.json").read_text())["cases"]["a"]["steps"]
     assert steps["good"]["ms"] == 1.0
-    assert steps["bad"]["reason"] == "ZeroDivisionError: division by zero"
+    assert steps["bad"]["reason"] == "ZeroDivisionError: division by zero / why"
     assert steps["late"]["status"] == "skipped"
 
 

@@ -128,7 +128,10 @@ def far(spec, driver):
     return _judge_output(call, _forward(driver, call, _untidy(spec, call)))
 
 
-CASES = {f.__name__: f for f in (choose, early, plateau, nan, subnormal, given, own_block, documents, far)}
+CASES = {
+    f.__name__: f
+    for f in (choose, early, plateau, nan, subnormal, given, own_block, documents, far)
+}
 
 
 def _keys(spec):

@@ -22,7 +22,12 @@ FIND = "from hsgen import paths; print(*(paths.data_dir(kind) for kind in ('temp
 def python(*arguments: str, cwd: Path) -> str:
     """Run Python without this checkout on its path, except through what is installed."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -420,9 +420,13 @@ def test_dot_that_no_gpu_accepts_is_found(dtype, k):
 
 
 def test_encoding_to_bf16_equals_torch_on_every_half_way_case():
-    bits = (np.arange(1 << 16, dtype=np.uint32) << 16)[:, None] + np.array([0, 0x7FFF, 0x8000, 0x8001])
+    bits = (np.arange(1 << 16, dtype=np.uint32) << 16)[:, None] + np.array(
+        [0, 0x7FFF, 0x8000, 0x8001]
+    )
     values = bits.astype(np.uint32).reshape(-1).view(np.float32)
-    ours = torch.from_numpy(numerics.encode(values, tl.bfloat16).view(np.int16)).view(torch.bfloat16)
+    ours = torch.from_numpy(numerics.encode(values, tl.bfloat16).view(np.int16)).view(
+        torch.bfloat16
+    )
     theirs = torch.from_numpy(values).bfloat16()
     assert torch.equal(ours.nan_to_num(nan=-1), theirs.nan_to_num(nan=-1))
 

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+from conformance import systems
 from template_lint import lint
+
+from hsgen import emit, passes, planner, schedule, target
 
 ROOT = Path(__file__).parent.parent
 PIECES = sorted((ROOT / "templates" / "pieces").glob("*.py"))
@@ -14,6 +17,16 @@ GOLDEN = sorted((ROOT / "tests" / "golden").rglob("*.py"))
 def test_source_obeys_the_rules(path):
     text = path.read_text(encoding="utf-8")
     assert lint(text, driver=path.name in ("driver.py", "__init__.py")) == []
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", systems.FILES)
+def test_emitted_modules_obey_the_rules(name, dtype):
+    spec = systems.load(name)
+    plan = schedule.schedule(passes.run(planner.plan(spec)), target.H100, dtype)
+    provenance = emit.Provenance(version="0", spec=name, digest=spec.digest, target="sm_90")
+    for file, text in emit.render(plan, provenance).items():
+        assert lint(text, driver=file in ("driver.py", "__init__.py")) == [], file
 
 
 def test_pieces_are_found():

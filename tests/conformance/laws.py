@@ -113,18 +113,15 @@ def a_sequence_is_alone_in_its_batch(lab):
 @check()
 def selections_are_sets(lab):
     """-1 in any slot is ignored, a duplicate changes nothing, what does not exist is masked."""
-    call = lab.make()
+    call = lab.make(systems.with_budgets(lab.spec(), 8))
     generator = torch.Generator().manual_seed(4)
     clean, messy = {}, {}
     for name, chosen in lab.run(call).selection.items():
-        width = chosen.shape[-1]
-        kept = torch.where(torch.arange(width) < width // 2, chosen.cpu(), -1)
-        junk = torch.tensor([1 << 20, -7, -1], dtype=torch.int32)[torch.arange(width) % 3]
-        again = kept.roll(width // 2 + 1, -1)
-        filled = torch.where(again >= 0, again, junk)
-        filled = torch.where(kept >= 0, kept, filled)
+        kept = chosen.cpu()[..., :3]
+        junk = torch.tensor([-1, 1 << 20, -7, -1], dtype=torch.int32).expand(*kept.shape[:-1], 4)
+        filled = torch.cat([kept, kept[..., :1], junk], -1)
         order = torch.rand(filled.shape, generator=generator).argsort(-1)
-        clean[name] = kept.to(lab.device)
+        clean[name] = torch.nn.functional.pad(kept, (0, 5), value=-1).to(lab.device)
         messy[name] = filled.gather(-1, order).to(lab.device)
     expected = lab.run(call.with_options(selection=clean))
     outcome = lab.run(call.with_options(selection=messy))

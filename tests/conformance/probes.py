@@ -106,6 +106,33 @@ def integers_select_the_same_everywhere(lab):
         assert_same_bits(level.name, expected, outcome.selection[level.name], "integers")
 
 
+@check(applies=lambda spec: not any(level.score.normalise for level in spec.levels))
+def large_scores_keep_their_low_bits(lab):
+    """Scores and pooled keys that share a large part differ in bits that 16-bit formats lack.
+
+    All sums stay below 2^24 steps, so float32 is exact.
+    """
+    call = lab.make(lab.spec(dims=(64, 32)), integers=True, seed=4)
+    largest = 250 if lab.dtype == torch.bfloat16 else 2000  # what the inputs' format holds exactly
+    generator = torch.Generator().manual_seed(4)
+    moved = {}
+    for name in ("k", "k_index"):
+        if name in call.tensors:
+            shape = call.tensors[name].shape
+            keys = torch.randint(-largest, largest + 1, shape, generator=generator)
+            keys[..., 0] = 960
+            moved[name] = keys.to(call.tensors[name])
+    for name in ("q", "q_index"):
+        if name in call.tensors:
+            moved[name] = call.tensors[name].clone()
+            moved[name][..., 0] = 16.0
+    call = call.with_tensors(**moved)
+    outcome, exact = lab.run(call), call.reference()
+    for level in systems.selecting(call.spec):
+        expected = exact.selection[level.name].indices
+        assert_same_bits(level.name, expected, outcome.selection[level.name], "large integers")
+
+
 @check()
 def nothing_depends_on_what_memory_held(lab):
     """Outputs and buffers that start as NaN and as 7 end the same."""

@@ -211,7 +211,9 @@ def _convert_argument(arg):
 
 def _on_host(args, kwargs):
     values = [*args, *kwargs.values()]
-    return all(isinstance(v, torch.Tensor) and v.is_cpu or not hasattr(v, "data_ptr") for v in values)
+    return all(
+        isinstance(v, torch.Tensor) and v.is_cpu or not hasattr(v, "data_ptr") for v in values
+    )
 
 
 def _arguments_to_host(self, args, kwargs):
@@ -228,7 +230,7 @@ def _arguments_to_device(self, args, host_args, kwargs, host_kwargs):
 
 
 def _call_helper(self, *args, **kwargs):
-    """As the interpreter's, but the language is patched once a module and launch, not at each call."""
+    """As the interpreter's, but a module's language is patched once a launch, not at each call."""
     done = fast.sorted_integers(self, args, kwargs)
     if done is not None:
         return done
@@ -241,6 +243,12 @@ def _call_helper(self, *args, **kwargs):
         return fn(*args, **kwargs)
     except Exception as error:
         raise interpreter.InterpreterError(repr(error)) from error
+
+
+def _patch_tensor(tensor, *scope):
+    """As the interpreter's, with an index that numpy does not warn about."""
+    _original_patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
 
 
 def _set_grid_dim(self, nx, ny, nz):
@@ -346,13 +354,17 @@ def _access(ptrs, active, size, what):
 def _access_view(tag, addresses, size, what):
     session = _active
     if not 1 <= tag <= len(session.views):
-        session.fault(f"out of bounds {what}", f"{addresses.size} lanes point at no tensor argument")
+        session.fault(
+            f"out of bounds {what}", f"{addresses.size} lanes point at no tensor argument"
+        )
     view = session.views[tag - 1]
     offsets = addresses - view.start
     wrong = memory.outside(view, offsets, size)
     if wrong.any():
         element = int(offsets[np.argmax(wrong)]) // view.itemsize
-        detail = f"{int(wrong.sum())} lanes outside {view.describe()}, the first at element {element}"
+        detail = (
+            f"{int(wrong.sum())} lanes outside {view.describe()}, the first at element {element}"
+        )
         session.fault(f"out of bounds {what}", detail)
     region = view.region
     action = {"load": region.load, "store": region.store, "atomic": region.update}[what]
@@ -527,6 +539,7 @@ _original_launch = interpreter.GridExecutor.__call__
 _original_convert = interpreter._implicit_cvt
 _original_to_host = interpreter.GridExecutor._init_args_hst
 _original_to_device = interpreter.GridExecutor._restore_args_dev
+_original_patch_tensor = interpreter._patch_lang_tensor
 _original_set_grid_dim = Builder.set_grid_dim
 _original_set_grid_idx = Builder.set_grid_idx
 _original_load = Builder.create_masked_load
@@ -545,7 +558,14 @@ _original_cumsum = interpreter.ScanOps.cumsum
 _original_reduce = interpreter.ReduceScanOpInterface.apply
 
 PATCHES = (
-    (interpreter, {"_implicit_cvt": _convert_argument, "_get_np_dtype": fast.numpy_type}),
+    (
+        interpreter,
+        {
+            "_implicit_cvt": _convert_argument,
+            "_get_np_dtype": fast.numpy_type,
+            "_patch_lang_tensor": _patch_tensor,
+        },
+    ),
     (interpreter.InterpretedFunction, {"__call__": _call_helper}),
     (tl.core.block_type, {"__init__": fast.block_type}),
     (tl.core.tensor, {"__init__": fast.tensor}),

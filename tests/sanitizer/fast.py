@@ -56,7 +56,9 @@ def sorted_integers(call, args, kwargs):
     if call.fn is not tl.standard.sort.fn or not args[0].dtype.is_int():
         return None
     options = dict(zip(("dim", "descending"), args[1:], strict=False)) | kwargs
-    dim, descending = (getattr(options.get(n), "value", options.get(n)) for n in ("dim", "descending"))
+    dim, descending = (
+        getattr(options.get(n), "value", options.get(n)) for n in ("dim", "descending")
+    )
     rank = len(args[0].shape)
     if rank == 0 or dim not in (None, -1, rank - 1):
         return None

@@ -55,7 +55,13 @@ def make_view(name, tensor):
         return View(name, tensor.data_ptr(), shape, strides, itemsize, 0, ())
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     return View(
-        name, tensor.data_ptr(), shape, strides, itemsize, extent * itemsize, _levels(shape, strides)
+        name,
+        tensor.data_ptr(),
+        shape,
+        strides,
+        itemsize,
+        extent * itemsize,
+        _levels(shape, strides),
     )
 
 

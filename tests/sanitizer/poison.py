@@ -82,7 +82,9 @@ def poison_masked_lanes(data, active, dtype):
     if dtype.is_floating():
         size = out.dtype.itemsize
         # e5m2 and e4m3 both read 0x7f as NaN; bf16 is kept as an unsigned integer.
-        value = np.uint8(0x7F) if size == 1 else np.uint16(0x7FC0) if dtype == tl.bfloat16 else np.nan
+        value = (
+            np.uint8(0x7F) if size == 1 else np.uint16(0x7FC0) if dtype == tl.bfloat16 else np.nan
+        )
     elif out.dtype == np.bool_:
         value = True
     else:

@@ -1,0 +1,56 @@
+"""Plans and sources of specs as tests want them: a fixed target and provenance, small calls."""
+
+import functools
+
+import torch
+
+from hsgen import batch, build, emit, passes, paths, pipeline, planner, schedule
+from hsgen.reference import tensor_shapes
+from hsgen.spec import load
+from hsgen.target import H100
+
+SHIPPED = sorted(path.stem for path in paths.data_dir("specs").glob("*.yaml"))
+
+
+def graph(spec):
+    return passes.run(planner.plan(spec))
+
+
+@functools.cache
+def shipped_plan(name):
+    """The plan of a shipped spec for an H100 and bf16."""
+    return schedule.schedule(graph(load(name)), H100)
+
+
+def sources(plan, digest="0" * 64):
+    """The text of every file of a plan, with a header that no release changes."""
+    origin = emit.Provenance(version="0.0.0", spec=plan.name, digest=digest, target=plan.target)
+    return emit.render(plan, origin)
+
+
+def body(text):
+    """A module without its header."""
+    lines = text.splitlines(keepends=True)
+    assert all(line.startswith("# ") for line in lines[:4])
+    return "".join(lines[4:])
+
+
+def tensors(spec, tokens, dtype=torch.float32):
+    """Random tensors of one sequence for every input of a spec."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = tensor_shapes(spec, 1, tokens, tokens)
+    return {n: torch.randn(shape, generator=generator).to(dtype) for n, shape in shapes.items()}
+
+
+def run(artifact, given):
+    """One dense call of an artifact's kernels in the interpreter.  -> o, lse, selection"""
+    plan = schedule.for_interpreter(artifact.plan)
+    config = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
+    sequences, tokens = given["q"].shape[:2]
+    where = batch.dense(sequences, tokens, given["k"].shape[1], given["q"].device)
+    return build.load(artifact.module).driver.forward(given, where, config, None)
+
+
+def compiled(edited, spec):
+    """A graph compiled for tests: full precision."""
+    return pipeline.compile_graph(edited, spec, H100, "fp32")

@@ -1,0 +1,1 @@
+"""Kernels of hisa, emitted by hsgen."""

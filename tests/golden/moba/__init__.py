@@ -1,0 +1,1 @@
+"""Kernels of moba, emitted by hsgen."""
