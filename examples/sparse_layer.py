@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import hsgen
+from hsgen.spec import HeadDim, Heads, Spec, load
 
 SPEC = Path(__file__).with_name("block_topk.yaml")
 
@@ -19,11 +20,12 @@ class SparseAttention(nn.Module):
     between the projections and the attention, are left out.
     """
 
-    def __init__(self, hidden: int, spec: Path | str) -> None:
+    def __init__(self, hidden: int, spec: Spec) -> None:
         super().__init__()
         self.attend = hsgen.load_kernel(spec)
         heads, dim = self.attend.spec.heads, self.attend.spec.head_dim
-        assert heads and dim, "this layer takes heads and head_dim from the spec"
+        assert heads is not None, "this layer takes heads from the spec"
+        assert dim is not None, "this layer takes head_dim from the spec"
         self.project_q = nn.Linear(hidden, heads.query * dim.qk, bias=False)
         self.project_k = nn.Linear(hidden, heads.kv * dim.qk, bias=False)
         self.project_v = nn.Linear(hidden, heads.kv * dim.v, bias=False)
@@ -43,7 +45,10 @@ class SparseAttention(nn.Module):
 def main() -> None:
     """Attend, differentiate, and look at what was selected."""
     torch.manual_seed(0)
-    layer = SparseAttention(hidden=256, spec=SPEC)
+    # a Spec is a frozen value: the same attention with small heads, for a laptop
+    small = {"heads": Heads(query=8, kv=2), "head_dim": HeadDim(qk=32, v=32)}
+    spec = load(SPEC).model_copy(update=small)
+    layer = SparseAttention(hidden=256, spec=spec)
     x = torch.randn(1, 1200, 256)
     y = layer(x)
     y.square().mean().backward()

@@ -57,8 +57,10 @@ def _target(text: str) -> Target:
         raise typer.BadParameter(f"{error.message}: {error.help}") from error
 
 
-def _pair(text: str) -> tuple[int, int]:
+def _pair(text: str | None) -> tuple[int, int] | None:
     """32/8, or one number for both."""
+    if text is None:
+        return None
     parts = text.split("/")
     if not (1 <= len(parts) <= 2 and all(part.isdecimal() for part in parts)):
         raise typer.BadParameter(f"expected one or two numbers, as in 32/8, got {text!r}")
@@ -71,12 +73,10 @@ TargetName = Annotated[
 ]
 TensorType = Annotated[DType, typer.Option(help="Of the tensors that kernels get.")]
 HeadCounts = Annotated[
-    tuple[int, int] | None,
-    typer.Option("--heads", parser=_pair, metavar="QUERY/KV", help="Where the spec is open."),
+    str | None, typer.Option("--heads", metavar="QUERY/KV", help="Where the spec is open.")
 ]
 HeadDims = Annotated[
-    tuple[int, int] | None,
-    typer.Option("--head-dim", parser=_pair, metavar="QK/V", help="Where the spec is open."),
+    str | None, typer.Option("--head-dim", metavar="QK/V", help="Where the spec is open.")
 ]
 Folder = Annotated[
     Path | None,
@@ -127,7 +127,8 @@ def show(
     """Show what a spec computes and how it would run: hsgen show nsa."""
     from hsgen import report  # noqa: PLC0415  its stages are not for `check`
 
-    shown = report.show(load(spec).bind(heads=heads, head_dim=head_dim), target, dtype.value)
+    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
+    shown = report.show(bound, target, dtype.value)
     if as_json:
         _print_json(shown.record())
     else:
@@ -149,7 +150,7 @@ def compile_(
     """Compile a spec for a GPU that need not be there: hsgen compile nsa --target h100 -o build."""
     from hsgen import progress, report  # noqa: PLC0415
 
-    bound = load(spec).bind(heads=heads, head_dim=head_dim)
+    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
     with progress.bar() as told:
         done = report.report(
             bound, target, dtype.value, output=output, verified=verify, progress=told

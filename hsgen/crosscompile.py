@@ -40,7 +40,7 @@ def main() -> None:
         for line in sys.stdin:
             try:
                 answer = measure(json.loads(line))
-            except Exception as error:  # the compiler's own errors have no common base
+            except Exception as error:  # noqa: BLE001 - the compiler's own errors have no common base
                 answer = {"error": _message(error)}
             answers.write(json.dumps(answer) + "\n")
             answers.flush()

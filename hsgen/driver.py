@@ -73,6 +73,22 @@ class Driver:
         return tuple((level, name) for level, name in self.selection if name in _made(read))
 
     @property
+    def listed(self) -> frozenset[str]:
+        """Selections that a kernel walks slot by slot, so that their order and repeats matter."""
+        return frozenset(
+            name
+            for step in self.plan.steps
+            for launch in step.launches
+            if self.plan.kernel(launch.kernel).skeleton == "rows"
+            for name in launch.arguments
+            if name in self.plan.selection.values() and name not in self._parents(step)
+        )
+
+    def _parents(self, step: Step) -> tuple[str, ...]:
+        """Selections that a step expands: they are never a caller's."""
+        return _made(step.needs) if step.chunk else ()
+
+    @property
     def absent(self) -> tuple[tuple[str, str], ...]:
         """Levels that are only expanded: a caller's selection may leave them out."""
         return tuple(pair for pair in self.selection if pair not in self.given)
@@ -120,7 +136,8 @@ class Driver:
 
     def unpack(self, steps: Iterable[Step]) -> tuple[str, ...]:
         """The caller's tensors that some steps read."""
-        needed = {name for step in steps for name in step.needs} | {"q"}
+        needed = {name for step in steps for name in step.needs}
+        needed |= {"q"} if needed else set()  # the shape of every output
         return tuple(
             f'in_{name} = tensors["{name}"]' for name, _ in self.plan.inputs if name in needed
         )

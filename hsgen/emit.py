@@ -64,7 +64,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         line_statement_prefix="#%",
-        autoescape=False,  # noqa: S701  Python text, not HTML; every value is typed and checked
+        autoescape=False,  # Python text, not HTML; every value is typed and checked
     )
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from dataclasses import Field, dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol
 
 ParamKind = Literal["pointer", "stride", "count", "constexpr"]
 Skeleton = Literal["rows", "rank", "segments", "index", "merge"]
@@ -30,7 +30,9 @@ class Param:
 
 
 class Context(Protocol):
-    """What a skeleton's template reads: every field is an already computed value."""
+    """What a skeleton's template reads, a dataclass: every field is an already computed value."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def name(self) -> str: ...

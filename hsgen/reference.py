@@ -31,6 +31,7 @@ from hsgen.spec import Attend, Level, Select, Spec
 CHUNK_ELEMENTS = 1 << 23  # float64 logits that are alive at once, about
 
 TensorKind = Literal["query", "key", "parameter"]
+_TensorInput = tuple[TensorKind, tuple[str | int, ...]]  # what follows batch and time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -125,10 +126,11 @@ def tensor_kinds(spec: Spec) -> dict[str, TensorKind]:
     return {name: kind for name, (kind, _) in _inputs(spec).items()}
 
 
-def _inputs(spec: Spec) -> dict[str, tuple[TensorKind, tuple[str | int, ...]]]:
+def _inputs(spec: Spec) -> dict[str, _TensorInput]:
     """Every tensor by name: its kind, and what follows batch and time."""
-    found: dict[str, tuple[TensorKind, tuple[str | int, ...]]] = {"q": ("query", ("Hq", "D"))}
-    keys, values = ("key", ("Hkv", "D")), ("key", ("Hkv", "Dv"))
+    found: dict[str, _TensorInput] = {"q": ("query", ("Hq", "D"))}
+    keys: _TensorInput = ("key", ("Hkv", "D"))
+    values: _TensorInput = ("key", ("Hkv", "Dv"))
     for level in spec.levels:
         by_index = level.score.form == "relu_weighted"
         if by_index:

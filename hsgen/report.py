@@ -268,19 +268,22 @@ def report(
     """
     start = time.monotonic()
     artifact = pipeline.compile_spec(spec, target, dtype)
-    folder = output / spec.name if output else artifact.module.directory
+    folder = output / spec.name if output else None
+    if folder:
+        _write(folder, {name: text.encode() for name, text in artifact.sources.items()})
     found = _measure(artifact, progress)
-    binaries = _write(artifact, found, folder) if output and folder else {}
+    binaries = _write_binaries(folder, artifact, found) if folder else {}
     kernels = tuple(
         _kernel_report(artifact, kernel, one, binaries.get(kernel.name))
         for kernel, one in zip(artifact.plan.kernels, found, strict=True)
     )
+    seconds = time.monotonic() - start
     return Report(
         artifact=artifact,
-        directory=folder,
+        directory=folder or artifact.module.directory,
         kernels=kernels,
-        seconds=time.monotonic() - start,
         verification=_verify(spec, target, progress) if verified else None,
+        seconds=seconds,
     )
 
 
@@ -495,19 +498,21 @@ def _dense_text(graph: Graph, target: Target, dtype: str) -> str:
 # --- files
 
 
-def _write(artifact: Artifact, found: Sequence[Resources], folder: Path) -> dict[str, Path]:
-    """Write the package and the binaries.  -> each kernel's binary"""
-    target = artifact.target
-    suffix = "cubin" if target.backend == "cuda" else "hsaco"
-    binaries = {
-        kernel.name: (folder / f"{kernel.name}.{target.label}.{suffix}", one.cost.binary)
-        for kernel, one in zip(artifact.plan.kernels, found, strict=True)
-    }
-    sources = {folder / name: text.encode() for name, text in artifact.sources.items()}
+def _write_binaries(
+    folder: Path, artifact: Artifact, found: Sequence[Resources]
+) -> dict[str, Path]:
+    """Those of several targets may lie side by side.  -> each kernel's file"""
+    suffix = f"{artifact.target.label}.{'cubin' if artifact.target.backend == 'cuda' else 'hsaco'}"
+    kernels = [kernel.name for kernel in artifact.plan.kernels]
+    names = {kernel: f"{kernel}.{suffix}" for kernel in kernels}
+    _write(folder, {names[k]: one.cost.binary for k, one in zip(kernels, found, strict=True)})
+    return {kernel: folder / name for kernel, name in names.items()}
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, data in (*sources.items(), *binaries.values()):
-            path.write_bytes(data)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
     except OSError as error:
         raise BuildError(f"cannot write to {folder}: {error.strerror}") from error
-    return {name: path for name, (path, _) in binaries.items()}

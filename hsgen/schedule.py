@@ -6,7 +6,7 @@ The only stage that decides on launches.  Values that tuning varies are a kernel
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypedDict
 
 from hsgen import rows
 from hsgen.errors import PlanError
@@ -562,7 +562,8 @@ class _Scheduler:
 
     def _score_context(self, node: Node, chain: _Chain, parent: Node | None) -> rows.RowsContext:
         score = chain.score.op
-        assert isinstance(score, Score) and isinstance(node.op, Select)
+        assert isinstance(score, Score)
+        assert isinstance(node.op, Select)
         weighted = score.form == "relu_weighted"
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(
@@ -594,7 +595,7 @@ class _Scheduler:
         dim = self.graph.sizes["Di"] if weighted else self.shape.qk
         return rows.score(self.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
 
-    def _parent(self, node: Node, parent: Node | None) -> dict[str, int | str]:
+    def _parent(self, node: Node, parent: Node | None) -> _Parent:
         """Where a row's surviving parents are listed."""
         if parent is None:
             return {}
@@ -615,12 +616,12 @@ class _Scheduler:
     def _score_arguments(
         self, chain: _Chain, parent: Node | None, scratch: str, capacity: str
     ) -> tuple[str, ...]:
-        score = chain.score
-        weighted = len(score.inputs) > 2 and isinstance(self.graph[score.inputs[2]].op, Input)
+        queries, keys, *others = chain.score.inputs
+        weighted = bool(others) and isinstance(self.graph[others[0]].op, Input)
         return (
-            *self._tensor(score.inputs[0]),
-            *self._tensor(score.inputs[1])[: 3 if weighted else 4],
-            *(self._tensor(score.inputs[2])[:3] if weighted else ()),
+            *self._tensor(queries),
+            *self._tensor(keys)[: 3 if weighted else 4],
+            *(self._tensor(others[0])[:3] if weighted else ()),
             *(_lse_strides(_buffer(chain.lse)) if chain.lse else ()),
             *((_buffer(parent.name),) if parent else ()),
             scratch,
@@ -800,6 +801,15 @@ class _Scheduler:
             buffers = stages + split
         probabilities = block_m * width * 4
         return (queries + probabilities) * (1 + split) + buffers * width * dims * key_bytes + 1024
+
+
+class _Parent(TypedDict, total=False):
+    """The fields of `rows.Scoring` that say where a row's surviving parents are listed."""
+
+    parent_size: int
+    parent_width: int
+    parent_head: str
+    parent_heads: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

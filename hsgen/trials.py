@@ -96,8 +96,8 @@ def trials(spec: Spec) -> tuple[Trial, ...]:
             name="shrunk, documents",
             spec=small,
             dtype=half,
-            queries=(1, 0, 17, 6),
-            keys=(1, 0, 17, 30),
+            queries=(1, 0, 17),
+            keys=(1, 0, 29),
             packed=True,
         ),
         Trial(

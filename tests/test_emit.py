@@ -88,7 +88,12 @@ def test_header_has_four_lines_and_nothing_of_here_and_now(name):
         if file == "__init__.py":
             continue
         lines = text.splitlines()
-        assert [line.split()[1] for line in lines[:4]] == ["Generated", "spec", "template", "target"]
+        assert [line.split()[1] for line in lines[:4]] == [
+            "Generated",
+            "spec",
+            "template",
+            "target",
+        ]
         assert lines[4].startswith('"""')
         assert not re.search(r"20\d\d-\d\d|/home|/root|/work|/tmp", text)
 
@@ -170,14 +175,15 @@ def nsa(levels, attend):
 
 
 BRANCHES = [POOLED, SELECTED, OWN_WINDOW]
-BEFORE = nsa([compressed(4, 2), mapped("overlap_sum")], BRANCHES)
-FORCED = mapped("overlap_sum").model_copy(update={"select": top(3, last=1)})
+BLOCKS = mapped("overlap_sum", k=4)
+BEFORE = nsa([compressed(4, 2), BLOCKS], BRANCHES)
+FORCED = BLOCKS.model_copy(update={"select": top(4, last=1)})
 WIDER = Attend(name="window", window=9, kv="window")
 EDITS = {
     "select": (nsa([compressed(4, 2), mapped("overlap_sum", k=5)], BRANCHES), "block.selection"),
     "force": (nsa([compressed(4, 2), FORCED], BRANCHES), "block.selection"),
-    "map": (nsa([compressed(4, 2), mapped("sum")], BRANCHES), "block.mapped"),
-    "window": (nsa([compressed(4, 2), mapped("overlap_sum")], [*BRANCHES[:2], WIDER]), "window.o"),
+    "map": (nsa([compressed(4, 2), mapped("sum", k=4)], BRANCHES), "block.mapped"),
+    "window": (nsa([compressed(4, 2), BLOCKS], [*BRANCHES[:2], WIDER]), "window.o"),
 }
 CHANGED = {
     "select": {"rank_block.py", "index_selected.py", "attend_selected.py", "driver.py"},

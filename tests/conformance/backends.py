@@ -12,8 +12,8 @@ from pathlib import Path
 
 import sanitizer
 import torch
-from conformance.calls import Outcome
 
+from conformance.calls import Outcome
 from hsgen import batch, emit, passes, planner, schedule
 from hsgen.reference import reference, tensor_kinds
 from hsgen.target import Target
@@ -102,7 +102,11 @@ def _run(call, module, config):
     o, lse, chosen = module.forward(tensors, _batch(call), config, given)
     chosen = {name: s for name, s in chosen.items() if s is not None}
     if call.packed:
-        o, lse, chosen = o[0], {n: t[0] for n, t in lse.items()}, {n: s[0] for n, s in chosen.items()}
+        o, lse, chosen = (
+            o[0],
+            {n: t[0] for n, t in lse.items()},
+            {n: s[0] for n, s in chosen.items()},
+        )
     return Outcome(o=o, lse=lse, selection=chosen)
 
 

@@ -1,6 +1,7 @@
 """The cases of the error test: every pair of group, dtype, length, layout, position, dims and block."""
 
 import torch
+
 from conformance import calls, systems
 from conformance.covering import pairwise
 
@@ -35,15 +36,11 @@ def build(name, case, *, device="cpu", seed=0):
     if case["layout"] == "packed":
         lengths = [T // 2, 0, T - T // 2]
         keys = [n + longer for n in lengths]
-        call, _ = calls.pack(
-            spec, lengths, key_lengths=keys, dtype=dtype, device=device, seed=seed
-        )
+        call, _ = calls.pack(spec, lengths, key_lengths=keys, dtype=dtype, device=device, seed=seed)
     else:
         B = 2 if T <= case["block"] or case["position"] in ("offset", "padded") else 1
         keys = [T + longer] * B
-        call = calls.make(
-            spec, B=B, T=T, S=T + longer, dtype=dtype, device=device, seed=seed
-        )
+        call = calls.make(spec, B=B, T=T, S=T + longer, dtype=dtype, device=device, seed=seed)
     call = call.with_options(**_options(case["position"], keys, device))
     moves = {"headmajor": calls.head_major, "guarded": calls.guarded}
     return calls.placed(call, moves[case["layout"]]) if case["layout"] in moves else call
@@ -52,7 +49,9 @@ def build(name, case, *, device="cpu", seed=0):
 def _tokens(spec, case):
     """How many queries; few where a level of tokens costs a program a row."""
     block = case["block"]
-    many = 4 * block if any(level.within for level in spec.levels) else 6 * block
+    many = 6 * block if block == 8 else 5 * block
+    if any(level.within for level in spec.levels):
+        many = 32 if block == 8 else 48
     return {"one": 1, "short": block - 1, "odd": many - 3, "whole": many}[case["tokens"]]
 
 

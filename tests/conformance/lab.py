@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from conformance import calls, oracles, systems
 
+from conformance import calls, oracles, systems
 from hsgen import analysis, passes, planner
 
 
@@ -30,8 +30,16 @@ class Lab:
     @property
     def T(self):
         """Odd, and long enough for budgets to bite; a level of tokens costs a program a row."""
-        narrow = any(level.within for level in systems.load(self.name).levels)
-        return 29 if narrow else 61
+        return 29 if self._slow else 61
+
+    @property
+    def short(self):
+        """For batches, and where one run is as good as another."""
+        return 13 if self._slow else 29
+
+    @property
+    def _slow(self):
+        return any(level.within for level in systems.load(self.name).levels)
 
     def spec(self, **shape):
         """The spec, shrunk and bound."""

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from conformance import backends
 
+from conformance import backends
 from hsgen import reference
 
 
@@ -313,7 +313,9 @@ def offsets_are_ignored(call):
 def first_offset_is_everyones(call):
     """All sequences have the offset of the first."""
     offset = call.options.get("q_offset")
-    return call if not isinstance(offset, torch.Tensor) else call.with_options(q_offset=int(offset[0]))
+    return (
+        call if not isinstance(offset, torch.Tensor) else call.with_options(q_offset=int(offset[0]))
+    )
 
 
 def keys_of_the_first_sequence(call):
@@ -340,7 +342,7 @@ def budgets_are_capped(call):
     """No more than four entries, whatever the spec says."""
     levels = []
     for level in call.spec.levels:
-        if level.select and level.select.budget > 16:
+        if level.select and level.select.budget > 4:
             level = level.model_copy(update={"select": _with_budget(level.select, 4)})
         levels.append(level)
     return replace(call, spec=call.spec.model_copy(update={"levels": tuple(levels)}))
@@ -460,9 +462,7 @@ MUTANTS = (
     _bent(
         "nsa", "_softmax", empty_rows_divide_by_zero, ERRORS, "rows_before_the_first_key_are_empty"
     ),
-    _bent(
-        "moba", "_complete", short_blocks_do_not_exist, "non_causal_specs_see_both_sides"
-    ),
+    _bent("moba", "_complete", short_blocks_do_not_exist, "non_causal_specs_see_both_sides"),
     _asked("moba", lists_end_at_minus_one, SETS, "any_selection_is_attended"),
     _asked("moba", documents_are_joined, "packed_documents_are_separate", ERRORS),
     _asked("hisa", lengths_are_ignored, "padding_is_never_read", ERRORS),

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from conformance.systems import selecting
 from tolerances import tolerance
 
+from conformance.systems import selecting
 from hsgen.reference import reference, tensor_kinds
 from hsgen.spec import Attend
 
@@ -173,7 +173,9 @@ def _largest_pooled(call, level, largest):
     weight = call.tensors[f"{level.name}_key_weight"].double().abs()
     position = call.tensors.get(f"{level.name}_key_position")
     slots = largest.unsqueeze(1) + (0 if position is None else position.double().abs())
-    return torch.einsum("hsd,hsde->he", slots.expand(weight.shape[:3]), weight), weight[0, ..., 0].numel()
+    return torch.einsum("hsd,hsde->he", slots.expand(weight.shape[:3]), weight), weight[
+        0, ..., 0
+    ].numel()
 
 
 def _rms(x):
@@ -344,7 +346,11 @@ def _map_bound(call, level, exact, bound, unit):
     target = exact.scores[level.name]
     bound = _reduce_bound(level, target, bound, scores.abs(), unit)
     scores = torch.where(scores.isfinite(), scores, 0.0).abs()
-    bound = bound + 8 * unit * scores[..., : bound.shape[-2], :] if bound.shape == scores.shape else bound
+    bound = (
+        bound + 8 * unit * scores[..., : bound.shape[-2], :]
+        if bound.shape == scores.shape
+        else bound
+    )
     weights = gathered(source, level, scores.shape[-1], target.shape[-1]).to(bound)
     if level.score.map == "max":
         spread = torch.where(weights > 0, bound.unsqueeze(-1), 0.0)

@@ -1,5 +1,6 @@
 """The shipped specs, made small and bound to heads and head dims, so that a case takes seconds."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ SPECS = Path(__file__).parents[2] / "specs"
 FILES = {path.stem: path for path in sorted(SPECS.glob("*.yaml"))}
 
 
+@functools.cache
 def load(name):
     """The shipped spec of that name, as its file says."""
     return language.parse(FILES[name].read_text(encoding="utf-8"), str(FILES[name]))
@@ -62,13 +64,14 @@ def small(name, *, block=8, causal=True, **shape):
     return bind(shrink(spec, block=block), **shape)
 
 
-def with_budgets(spec, budget, *, levels=None):
-    """Every selecting level, or those named, keeps `budget` entries."""
+def with_budgets(spec, budget):
+    """Every selecting level keeps budget(level) entries; None leaves a level as it is."""
     changed = []
     for level in spec.levels:
-        if level.select and (levels is None or level.name in levels):
+        number = budget(level) if level.select else None
+        if number:
             key = "top_k" if level.select.top_k else "beam"
-            select = level.select.model_copy(update={key: budget})
+            select = level.select.model_copy(update={key: number})
             level = level.model_copy(update={"select": select})
         changed.append(level)
     return language.verify(spec.model_copy(update={"levels": tuple(changed)}))

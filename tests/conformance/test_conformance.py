@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from conformance import backends, cases, laws, probes, systems
 from conformance.lab import Lab
 from conformance.oracles import check

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+
+import hsgen
 from conformance import backends, calls, systems
 from conformance.lab import assert_same_bits, same
 from conformance.oracles import check
 from conformance.test_conformance import DTYPES
-
-import hsgen
 from hsgen.reference import tensor_kinds
 
 pytestmark = pytest.mark.gpu

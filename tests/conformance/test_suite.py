@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from conformance import backends, cases, laws, probes, systems
 from conformance.covering import pairwise
 from conformance.lab import Lab

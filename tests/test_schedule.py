@@ -1,0 +1,218 @@
+"""Plans: golden text, launches in an order that works, and configurations that fit their GPU."""
+
+import itertools
+from dataclasses import replace
+
+import emitted
+import plan_cases
+import pytest
+import torch
+
+from hsgen import dryrun, pipeline, report, resources, schedule
+from hsgen.errors import PlanError
+from hsgen.graph import Input
+from hsgen.rows import next_power
+from hsgen.spec import HeadDim, Heads, load
+from hsgen.target import A100, B200, H100, MI300X, RTX4090
+
+TARGETS = (H100, A100, RTX4090, B200, MI300X)
+DIMS = ((32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
+HEADS = ((32, 32), (6, 2), (28, 4), (64, 4))  # groups of 1, 3, 7, 16
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", emitted.SHIPPED)
+def test_plan_is_golden(name, golden):
+    golden(f"{name}/plan.txt", str(emitted.shipped_plan(name)))
+
+
+# --- structure
+
+
+@pytest.mark.parametrize("name", emitted.SHIPPED)
+def test_every_operator_has_a_kernel_and_every_value_is_made_before_it_is_read(name):
+    plan = emitted.shipped_plan(name)
+    graph = emitted.graph(load(name))
+    done = {operator for kernel in plan.kernels for operator in kernel.operators}
+    assert done == {node.name for node in graph.nodes() if not isinstance(node.op, Input)}
+    known = {name for name, _ in plan.inputs}
+    for step in plan.steps:
+        assert set(step.needs) <= known, step.title
+        known |= set(step.makes)
+    assert {*plan.lse, *plan.selection} <= {node.partition(".")[0] for node in known}
+
+
+@pytest.mark.parametrize("name", emitted.SHIPPED)
+def test_a_launch_has_an_argument_for_each_parameter(name):
+    plan = emitted.shipped_plan(name)
+    launched = [launch.kernel for step in plan.steps for launch in step.launches]
+    assert sorted(launched) == sorted(kernel.name for kernel in plan.kernels)
+    for launch in (launch for step in plan.steps for launch in step.launches):
+        given = [p for p in plan.kernel(launch.kernel).params if p.kind != "constexpr"]
+        assert len(launch.arguments) == len(given)
+
+
+@pytest.mark.parametrize("name", emitted.SHIPPED)
+def test_every_tunable_has_a_value_of_its_own_or_of_the_kernel_it_follows(name):
+    plan = emitted.shipped_plan(name)
+    for kernel in plan.kernels:
+        own = dict(kernel.config.constexprs)
+        lent = dict(plan.kernel(kernel.follows).config.constexprs) if kernel.follows else {}
+        tunables = {p.name for p in kernel.params if p.kind == "constexpr"}
+        assert set(own) <= tunables <= {*own, *lent}
+
+
+REFUSED = {
+    "nsa_union": "softmax over several branches",
+    "union_own_keys": "softmax over several branches",
+    "moba_all": "over all heads",
+    "overlapping": "overlapping blocks",
+    "beam_of_dots": "selects per head|normalises",
+    "tokens": "over all heads|normalises",
+}
+
+
+@pytest.mark.parametrize("case", plan_cases.CASES, ids=lambda case: case.name)
+def test_what_no_kernel_does_is_refused_by_name(case):
+    wide = case.model_copy(update={"head_dim": HeadDim(qk=32, v=16)})
+    if wide.index:
+        wide = wide.model_copy(update={"index": wide.index.model_copy(update={"dim": 16})})
+    graph = emitted.graph(wide)
+    if case.name in REFUSED:
+        with pytest.raises(PlanError, match=REFUSED[case.name]):
+            schedule.schedule(graph, H100)
+    else:
+        assert schedule.schedule(graph, H100).kernels
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"heads": None}, "Hq is not known: give `heads`"),
+        ({"head_dim": None}, "Dqk is not known"),
+        ({"head_dim": HeadDim(qk=24, v=16)}, "head dim Dqk: expected a multiple of 16 .* got 24"),
+        ({"head_dim": HeadDim(qk=16, v=512)}, "head dim Dv: .* got 512"),
+    ],
+)
+def test_sizes_no_kernel_holds_are_refused(change, words):
+    spec = load("moba").model_copy(update=change)
+    with pytest.raises(PlanError, match=words):
+        schedule.schedule(emitted.graph(spec), H100)
+
+
+# --- a call on paper
+
+
+@pytest.mark.parametrize("name", ["moba", "hisa", "nsa"])
+def test_buffers_on_paper_are_those_that_the_driver_allocates(name, monkeypatch):
+    case = next(case for case in plan_cases.CASES if case.name == name)
+    changes = {"head_dim": HeadDim(qk=16, v=16)}
+    if case.index:
+        changes["index"] = case.index.model_copy(update={"dim": 16})
+    spec = case.model_copy(update=changes)
+    artifact = emitted.compiled(emitted.graph(spec), spec)
+    plan = schedule.for_interpreter(artifact.plan)
+    found = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, **k: found.append(shape) or empty(shape, **k))
+    emitted.run(artifact, emitted.tensors(spec, 16))
+    on_paper = dryrun.run(plan, tokens=16)
+    assert sorted(found) == sorted(array.shape for _, array in on_paper.buffers)
+
+
+def test_scratch_is_bounded_whatever_the_length():
+    for name, tokens in itertools.product(emitted.SHIPPED, (1 << 13, 1 << 17, 1 << 20)):
+        for buffer, array in dryrun.run(emitted.shipped_plan(name), tokens=tokens).buffers:
+            if buffer.role == "scratch":
+                assert array.bytes <= 64 << 20
+
+
+@pytest.mark.parametrize(
+    "text", ["__import__('os')", "q.__class__", "[1]", "f(x=1)", "1 if a < b else 2", "2 ** 9"]
+)
+def test_only_plain_arithmetic_is_worked_out(text):
+    with pytest.raises((ValueError, KeyError)):
+        dryrun.evaluate(text, {"q": 1, "a": 1, "b": 2, "f": 3})
+
+
+# --- configurations
+
+
+def resized(spec, heads, dims):
+    changes = {
+        "heads": Heads(query=heads[0], kv=heads[1]),
+        "head_dim": HeadDim(qk=dims[0], v=dims[1]),
+    }
+    return spec.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("name", emitted.SHIPPED)
+def test_there_is_a_configuration_for_every_size_and_target(name):
+    for heads, dims in itertools.product(HEADS, DIMS):
+        graph = emitted.graph(resized(load(name), heads, dims))
+        for target, dtype in itertools.product(TARGETS, ("bf16", "fp32")):
+            for kernel in schedule.schedule(graph, target, dtype).kernels:
+                check_tile(kernel)
+
+
+def check_tile(kernel):
+    """Tiles are powers of two, and hold what they must."""
+    config = dict(kernel.config.constexprs)
+    assert all(value == next_power(value) for value in config.values()), kernel.name
+    if kernel.skeleton == "rows":
+        assert config["BLOCK_M"] >= max(16, config["BLOCK_T"] * kernel.context.pitch)
+        assert config["BLOCK_N"] >= 16
+
+
+def test_what_cannot_fit_is_refused_with_need_and_limit():
+    tiny = replace(RTX4090, smem_per_block=8192)
+    with pytest.raises(PlanError) as caught:
+        schedule.schedule(emitted.graph(load("moba")), tiny)
+    message = caught.value.message
+    assert "kernel score_chunk cannot run on rtx 4090 (sm_89)" in message
+    assert "bytes of shared memory a block, the limit is 8,192" in message
+
+
+# Of each kind of kernel the one that fits worst: dtype, target, spec, kernel.
+COVERING = (
+    ("bf16", RTX4090, "nsa", "attend_compressed"),
+    ("bf16", H100, "nsa", "score_block"),
+    ("fp32", H100, "nsa", "pool_compressed_keys"),
+    ("fp32", A100, "nsa", "attend_window"),
+    ("bf16", H100, "nsa", "attend_window"),
+    ("bf16", A100, "moba", "attend_selected"),
+    ("fp32", RTX4090, "moba", "attend_selected"),
+    ("fp16", B200, "moba", "score_chunk"),
+    ("fp32", RTX4090, "hisa", "score_token"),
+    ("bf16", A100, "hisa", "score_block"),
+)
+SPILLS = 64  # bytes of stack a thread
+
+
+@pytest.mark.slow
+def test_default_configurations_fit_and_hardly_spill():
+    """By the compiler's own word, on a covering set of specs, dtypes and targets."""
+    jobs = []
+    for dtype, target, name, kernel in COVERING:
+        artifact = pipeline.compile_spec(load(name), target, dtype)
+        (job,) = [job for job in report.jobs(artifact) if job.signature.function == kernel]
+        jobs.append(job)
+    outcomes = resources.measure(jobs, timeout=240)
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        name = f"{job.signature.function} for {job.target.name}: {outcome}"
+        assert isinstance(outcome, resources.Resources), name
+        assert outcome.blocks_per_sm > 0, name
+        assert outcome.cost.spill_bytes <= SPILLS, name
+
+
+def test_the_interpreter_gets_the_same_text():
+    plan = emitted.shipped_plan("nsa")
+    ours, theirs = emitted.sources(plan), emitted.sources(schedule.for_interpreter(plan))
+    assert {f: t for f, t in ours.items() if f != "driver.py"} == {
+        f: t for f, t in theirs.items() if f != "driver.py"
+    }
