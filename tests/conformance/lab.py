@@ -19,6 +19,7 @@ class Lab:
         dtype: of the tensors.
         device: of the tensors.
         group: query heads of one key head.
+        again: the same backend, in another order of programs where it has one.
     """
 
     run: Callable
@@ -26,6 +27,7 @@ class Lab:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     group: int = 3
+    again: Callable | None = None
 
     @property
     def T(self):
@@ -49,6 +51,10 @@ class Lab:
         """A call of it with random tensors."""
         given = {"T": self.T, "dtype": self.dtype, "device": self.device} | options
         return calls.make(spec or self.spec(), **given)
+
+    def rerun(self, call):
+        """Run a call once more, in another order if the backend can."""
+        return (self.again or self.run)(call)
 
     def checked(self, call):
         """Run a call and hold it against every rule."""

@@ -1,5 +1,7 @@
 """Every spec in specs/ on the emitted kernels: on CPU through the interpreter, with -m gpu on a GPU."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,9 +10,11 @@ from conformance.lab import Lab
 from conformance.oracles import check
 
 LANES = [
-    pytest.param((backends.interpreter, "cpu"), id="cpu"),
-    pytest.param((backends.cuda, "cuda"), id="gpu", marks=pytest.mark.gpu),
+    pytest.param("cpu", id="cpu"),
+    pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
 ]
+RUN = {"cpu": backends.interpreter, "cuda": backends.cuda}
+AGAIN = {"cpu": functools.partial(backends.interpreter, seed=1), "cuda": backends.cuda}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GROUPS = {"fp32": 3, "fp16": 2, "bf16": 1}
 LANES_AND_DTYPES = [
@@ -45,20 +49,28 @@ def in_turns(checks):
 @pytest.mark.parametrize("case", cases.CASES, ids=cases.case_id)
 @pytest.mark.parametrize("name", systems.FILES)
 def test_outputs_and_selections_are_right(name, case, lane, seed):
-    run, device = lane
-    call = cases.build(name, case, device=device, seed=seed)
-    check(call, run(call))
+    call = cases.build(name, case, device=lane, seed=seed)
+    check(call, RUN[lane](call))
 
 
 @pytest.mark.parametrize(("lane", "dtype"), LANES_AND_DTYPES)
 @pytest.mark.parametrize(("name", "probe"), applicable(probes.CHECKS))
 def test_probe(name, probe, dtype, lane):
-    run, device = lane
-    probe(Lab(run=run, name=name, dtype=DTYPES[dtype], device=device, group=GROUPS[dtype]))
+    probe(_lab(name, dtype, lane))
 
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize(("name", "law", "dtype"), in_turns(laws.CHECKS))
 def test_law(name, law, dtype, lane):
-    run, device = lane
-    law(Lab(run=run, name=name, dtype=DTYPES[dtype], device=device, group=GROUPS[dtype]))
+    law(_lab(name, dtype, lane))
+
+
+def _lab(name, dtype, lane):
+    return Lab(
+        run=RUN[lane],
+        again=AGAIN[lane],
+        name=name,
+        dtype=DTYPES[dtype],
+        device=lane,
+        group=GROUPS[dtype],
+    )

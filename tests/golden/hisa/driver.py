@@ -62,6 +62,16 @@ CONFIG = {
 }
 
 
+def in_order(indices):
+    """A caller's lists as kernels walk them: ascending, each index once, -1 at the end.  [..., K]"""
+    last = torch.iinfo(torch.int32).max
+    ordered = torch.where(indices < 0, last, indices).sort(-1).values
+    repeated = torch.zeros_like(ordered, dtype=torch.bool)
+    repeated[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    ordered = torch.where(repeated, last, ordered).sort(-1).values
+    return torch.where(ordered == last, -1, ordered)
+
+
 def forward(tensors, batch, config, selection=None):
     """Attend.  -> output [B, T, Hq, Dv], log-sum-exp f32[B, Hq, T] by branch, selection by level."""
     in_q = tensors["q"]
@@ -228,7 +238,7 @@ def forward(tensors, batch, config, selection=None):
                 BLOCK_T=config["score_token"]["BLOCK_T"],
             )
     else:
-        made_token_selection = selection["token"]
+        made_token_selection = in_order(selection["token"])
         made_block_selection = selection.get("block")
 
     # attend: selected

@@ -162,8 +162,8 @@ def attend_selected(
         entry = tl.load(ENTRIES + list_base + i // TILES)
         n = entry * 64 + i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         k0 = load_tile(k_base, k_row + n, k_t, 0, 128)
-        s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
         k1 = load_tile(k_base, k_row + n, k_t, 128, 64)
+        s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
         s = tl.dot(q1, tl.trans(k1), s, input_precision="tf32x3")
         s = s * 0.10411754627697266
         p, m, l, rescale = softmax_step(s, m, l)
@@ -179,8 +179,8 @@ def attend_selected(
         member = tl.load(WORDS + (list_base + i // TILES) * num_words + word) >> bit & 1
         inside = n < k_len
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-        s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
         k1 = load_tile_masked(k_base, k_row + n, inside, k_t, 128, 64)
+        s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
         s = tl.dot(q1, tl.trans(k1), s, input_precision="tf32x3")
         s = s * 0.10411754627697266
         visible = (n < k_len)[None, :]

@@ -88,12 +88,12 @@ def pool_compressed_keys(
         # the positions' own row of the product; 15 more rows of zeros fill the smallest tile
         address = POSITION + weight_row[None, :] + 0 * rows[:, None]
         position = tl.load(address, mask=rows[:, None] + 0 * d[None, :] == 0, other=0.0)
-        w = load_tile(WEIGHT, weight_row, 192, 0, 128)
-        acc0 = tl.dot(x, w, acc0, input_precision="tf32x3")
-        shift0 = tl.dot(position, w, shift0, input_precision="tf32x3")
-        w = load_tile(WEIGHT, weight_row, 192, 128, 64)
-        acc1 = tl.dot(x, w, acc1, input_precision="tf32x3")
-        shift1 = tl.dot(position, w, shift1, input_precision="tf32x3")
+        w0 = load_tile(WEIGHT, weight_row, 192, 0, 128)
+        w1 = load_tile(WEIGHT, weight_row, 192, 128, 64)
+        acc0 = tl.dot(x, w0, acc0, input_precision="tf32x3")
+        acc1 = tl.dot(x, w1, acc1, input_precision="tf32x3")
+        shift0 = tl.dot(position, w0, shift0, input_precision="tf32x3")
+        shift1 = tl.dot(position, w1, shift1, input_precision="tf32x3")
 
     # store
     acc0 += tl.sum(shift0, 0)[None, :]

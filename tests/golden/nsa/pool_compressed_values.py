@@ -86,9 +86,9 @@ def pool_compressed_values(
         # the positions' own row of the product; 15 more rows of zeros fill the smallest tile
         address = POSITION + weight_row[None, :] + 0 * rows[:, None]
         position = tl.load(address, mask=rows[:, None] + 0 * d[None, :] == 0, other=0.0)
-        w = load_tile(WEIGHT, weight_row, 128, 0, 128)
-        acc0 = tl.dot(x, w, acc0, input_precision="tf32x3")
-        shift0 = tl.dot(position, w, shift0, input_precision="tf32x3")
+        w0 = load_tile(WEIGHT, weight_row, 128, 0, 128)
+        acc0 = tl.dot(x, w0, acc0, input_precision="tf32x3")
+        shift0 = tl.dot(position, w0, shift0, input_precision="tf32x3")
 
     # store
     acc0 += tl.sum(shift0, 0)[None, :]

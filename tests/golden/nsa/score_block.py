@@ -140,8 +140,8 @@ def score_block(
             n = slot * 4 + offset
             inside = (n >= 0) & (n < stop)
             k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-            s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
             k1 = load_tile_masked(k_base, k_row + n, inside, k_t, 128, 64)
+            s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
             s = tl.dot(q1, tl.trans(k1), s, input_precision="tf32x3")
             value = tl.exp2(s * 0.10411754627697266 - lse[:, None])
             visible = inside[None, :]
