@@ -7,6 +7,7 @@ import emitted
 import plan_cases
 import pytest
 import torch
+import triton
 
 from hsgen import dryrun, pipeline, report, resources, schedule
 from hsgen.errors import PlanError
@@ -191,7 +192,8 @@ COVERING = (
     ("fp32", RTX4090, "hisa", "score_token"),
     ("bf16", A100, "hisa", "score_block"),
 )
-SPILLS = 64  # bytes of stack a thread
+NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+SPILLS = 64 if NEW else 512  # bytes of stack a thread; the ptxas of older Triton spills more
 
 
 @pytest.mark.slow

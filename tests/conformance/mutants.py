@@ -202,6 +202,19 @@ def scores_are_rounded_to(dtype):
     return lambda old: lambda level, rows: old(level, rows).to(dtype).float()
 
 
+def masses_are_rounded_to(dtype):
+    """Softmax masses are kept in a short format on their way to a map."""
+
+    def make(old):
+        def mapped(rows, level, source, N):
+            short = source.scores.to(dtype).float()
+            return old(rows, level, replace(source, scores=short), N)
+
+        return mapped
+
+    return make
+
+
 def pools_are_rounded_to(dtype):
     """Pooled keys are kept in a short format."""
 
@@ -410,6 +423,7 @@ ERRORS = "errors"  # the covering cases
 UNIFORM, FUTURE = "uniform_probe_reads_the_mask", "future_has_no_influence"
 INTEGERS, ONES = "integers_select_the_same_everywhere", "ones_stay_ones"
 SETS, DECODE = "selections_are_sets", "decode_steps_are_rows_of_prefill"
+MASSES = "close_masses_are_told_apart"
 LOW_BITS = "large_scores_keep_their_low_bits"
 half, bf16 = torch.float16, torch.bfloat16
 
@@ -452,6 +466,7 @@ MUTANTS = (
     _bent("nsa", "_shifted", maps_start_late, ERRORS),
     _bent("moba", "_form", scores_are_rounded_to(half), LOW_BITS, name="scores_are_fp16"),
     _bent("hisa", "_form", scores_are_rounded_to(half), LOW_BITS, name="scores_are_fp16_in_hisa"),
+    _bent("nsa", "_mapped", masses_are_rounded_to(half), MASSES, name="masses_are_fp16"),
     _bent("moba", "_pooled", pools_are_rounded_to(half), LOW_BITS, name="pools_are_fp16"),
     _bent("hisa", "_pooled", pools_are_rounded_to(bf16), LOW_BITS, name="pools_are_bf16_in_hisa"),
     _bent("moba", "_pool", pools_are_cut_short, ERRORS),

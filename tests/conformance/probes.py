@@ -126,6 +126,13 @@ def large_scores_keep_their_low_bits(lab):
         assert_same_bits(level.name, expected, outcome.selection[level.name], "large integers")
 
 
+@check(applies=lambda spec: any(level.score.normalise for level in spec.levels))
+def close_masses_are_told_apart(lab):
+    """Small queries: softmax masses so alike that 16-bit formats hold many of them equal."""
+    call = lab.make()
+    lab.checked(call.with_tensors(q=call.tensors["q"] / 256))
+
+
 @check()
 def nothing_depends_on_what_memory_held(lab):
     """Outputs and buffers that start as NaN and as 7 end the same."""
