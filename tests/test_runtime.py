@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from reference_driver import compiler
 
 from hsgen import execution, operators, runtime
