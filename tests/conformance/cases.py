@@ -30,7 +30,7 @@ def build(name, case, *, device="cpu", seed=0):
     spec = systems.small(
         name, block=case["block"], group=case["group"], dims=case["dims"], causal=True
     )
-    T = _tokens(spec, case)
+    T, skipped = _tokens(spec, case), 0
     dtype = DTYPES[case["dtype"]]
     longer = {"aligned": 0, "longer": 37, "offset": 20, "padded": 9}[case["position"]]
     if case["layout"] == "packed":
@@ -40,8 +40,11 @@ def build(name, case, *, device="cpu", seed=0):
     else:
         B = 2 if T <= case["block"] or case["position"] in ("offset", "padded") else 1
         keys = [T + longer] * B
-        call = calls.make(spec, B=B, T=T, S=T + longer, dtype=dtype, device=device, seed=seed)
-    call = call.with_options(**_options(case["position"], keys, device))
+        skipped = (B - 1) * (T // 2 // case["block"] * case["block"])  # the last rows see the most
+        call = calls.make(
+            spec, B=B, T=T - skipped, S=keys[0], dtype=dtype, device=device, seed=seed
+        )
+    call = call.with_options(**_options(case["position"], keys, skipped, device))
     moves = {"headmajor": calls.head_major, "guarded": calls.guarded}
     return calls.placed(call, moves[case["layout"]]) if case["layout"] in moves else call
 
@@ -55,10 +58,10 @@ def _tokens(spec, case):
     return {"one": 1, "short": block - 1, "odd": many - 3, "whole": many}[case["tokens"]]
 
 
-def _options(position, keys, device):
+def _options(position, keys, skipped, device):
     """Where queries lie, one number a sequence."""
     if position == "offset":
-        offsets = torch.arange(len(keys)) * 9 + 5
+        offsets = torch.arange(len(keys)) * 9 + 5 + skipped
         return {"q_offset": offsets.to(torch.int32).to(device)}
     if position == "padded":
         lens = torch.tensor([n - 3 * z for z, n in enumerate(keys)])

@@ -136,7 +136,7 @@ def lse_findings(call, branch, got, exact):
 
 
 def logit_bound(call, branch):
-    """Rounding error of a branch's largest logit, at most.  -> [B, Hq, T] like its lse
+    """Rounding error of a branch's largest logit, as sums of many terms have it.  -> [B, Hq, T]
 
     Of every channel the largest key is taken, wherever it is.
     """
@@ -156,7 +156,7 @@ def logit_bound(call, branch):
     largest = largest.repeat_interleave(group, 0)  # [Hq, D]
     logits = (q * largest).sum(-1) * D**-0.5
     unit = tolerance(call.dtype, q.device).arithmetic
-    return (terms + 16) * unit * logits.transpose(-1, -2)
+    return (terms**0.5 + 8) * unit * logits.transpose(-1, -2)
 
 
 def _branch_keys(spec, attend):
