@@ -11,11 +11,14 @@ import graphlib
 import importlib.machinery
 import importlib.util
 import linecache
+import re
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.abc import InspectLoader
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import CodeType, ModuleType
 
@@ -25,6 +28,8 @@ from hsgen.errors import BuildError
 KIND = "modules"
 INIT = "__init__.py"
 PACKAGE = "_hsgen_"
+TRITON_NAMES = ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm")
+OLDEST_TRITON = (3, 4)
 
 _lock = threading.RLock()
 _loaded: dict[str, ModuleType] = {}
@@ -173,3 +178,22 @@ def _where(module: Module, error: Exception) -> str:
             line = f"{path}:{trace.tb_lineno}: "
         trace = trace.tb_next
     return f"{line or module.path('') + ': '}{type(error).__name__}: {error}"
+
+
+def triton_version() -> str:
+    """The installed Triton, as "triton 3.6.0".
+
+    Raises:
+        BuildError: there is none, or one that cannot compile what hsgen emits.
+    """
+    for name in TRITON_NAMES:
+        with suppress(PackageNotFoundError):
+            found = version(name)
+            if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRITON:
+                oldest = ".".join(map(str, OLDEST_TRITON))
+                raise BuildError(
+                    f"expected Triton {oldest} or newer, got {name} {found}",
+                    help="update torch, which brings the Triton that it works with",
+                )
+            return f"{name} {found}"
+    raise BuildError("Triton is not installed", help="pip install triton")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 from hsgen import build, emit, passes, planner, schedule
+from hsgen.configs import DType
 from hsgen.graph import Graph
 from hsgen.plan import Plan
-from hsgen.schedule import DType
 from hsgen.spec import Spec
 from hsgen.target import Target
 
@@ -46,7 +47,13 @@ def compile_graph(graph: Graph, spec: Spec, target: Target, dtype: DType = "bf16
     """As compile_spec, from a graph: the one a spec gives, or one edited by hand."""
     plan = schedule.schedule(graph, target, dtype)
     sources = emit.render(plan, provenance(spec, target))
-    key = {"spec": spec.digest, "target": target.name, "dtype": dtype, "hsgen": hsgen_version()}
+    key = {
+        "hsgen": hsgen_version(),
+        "spec": spec.digest,
+        "graph": hashlib.sha256(str(graph).encode()).hexdigest(),  # one edited by hand is another
+        "target": target.name,
+        "dtype": dtype,
+    }
     module = build.build(spec.name, sources, key)
     return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from hsgen import analysis, dryrun, passes, pipeline, planner, resources, schedule, verify
 from hsgen.analysis import Cost, quantity
+from hsgen.configs import DType
 from hsgen.dryrun import Array
 from hsgen.errors import BuildError, PlanError
 from hsgen.graph import Graph, Select, align, op_text, tensor_inputs
@@ -22,7 +23,6 @@ from hsgen.pipeline import Artifact
 from hsgen.plan import Kernel, Plan
 from hsgen.resources import Job, Outcome, Resources, Roofline
 from hsgen.rows import RowsContext
-from hsgen.schedule import DType
 from hsgen.spec import Spec
 from hsgen.target import MathType, Target
 

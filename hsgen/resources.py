@@ -9,18 +9,16 @@ from __future__ import annotations
 import ast
 import base64
 import hashlib
-import importlib.metadata
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from hsgen import allowlist, paths, store
-from hsgen.build import Module
+from hsgen.build import Module, triton_version
 from hsgen.errors import BuildError, PlanError
 from hsgen.plan import Kernel, Param, Plan
 from hsgen.target import MathType, Target
@@ -41,7 +39,6 @@ DTYPES = {
     **{"int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64", "uint8": "u8"},
     **{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"},
 }
-TRITON_NAMES = ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,7 +289,7 @@ def measure(
     Raises:
         BuildError: Triton is not installed.
     """
-    version = _triton_version()
+    version = triton_version()
     keys = [_key(job, version) for job in jobs]
     costs = {key: entry for key in keys if (entry := _recall(key)) is not None}
     missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in costs}
@@ -439,10 +436,3 @@ def _needed(module: Module, file: str) -> dict[str, str]:
 
 def _stem(file: str) -> str:
     return file.removesuffix(".py")
-
-
-def _triton_version() -> str:
-    for name in TRITON_NAMES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return f"{name} {importlib.metadata.version(name)}"
-    raise BuildError("Triton is not installed", help="pip install triton")

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from hsgen.plan import Param
+from hsgen.plan import ElementType, Param
 
 Accumulator = Literal["softmax", "lse", "score"]
 PhaseKind = Literal["range", "list", "gather", "children", "mapped"]
@@ -118,10 +118,10 @@ class RowsContext:
 
 
 def tensor(
-    name: str, prefix: str, comment: str, strides: str, dtype: str = "input"
+    name: str, prefix: str, comment: str, strides: str, dtype: ElementType = "input"
 ) -> tuple[Param, ...]:
     """A pointer and the strides of its dimensions but the last, one letter each."""
-    pointer = Param(name=name, kind="pointer", comment=comment, dtype=dtype)  # type: ignore[arg-type]
+    pointer = Param(name=name, kind="pointer", comment=comment, dtype=dtype)
     words = {"b": "batch", "t": "token", "h": "head"}
     return (
         pointer,

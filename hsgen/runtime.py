@@ -15,8 +15,19 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from hsgen import analysis, arguments, build, operators, passes, paths, pipeline, planner, schedule
+from hsgen import (
+    analysis,
+    arguments,
+    build,
+    configs,
+    operators,
+    passes,
+    paths,
+    pipeline,
+    planner,
+)
 from hsgen.arguments import Expected
+from hsgen.configs import DType
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
     Compiler,
@@ -28,7 +39,6 @@ from hsgen.execution import (
     interpreting,
 )
 from hsgen.operators import Call
-from hsgen.schedule import DType
 from hsgen.selection import ListSelection, Selection
 from hsgen.spec import HeadDim, Heads, Spec, load
 from hsgen.target import Target
@@ -91,8 +101,9 @@ def load_kernel(
 
 def compile_program(spec: Spec, target: Target, dtype: torch.dtype, *, interpret: bool) -> Program:
     """Compile a bound spec for a GPU, and import what was emitted."""
+    build.triton_version()  # refuses one that is too old, before its own errors
     artifact = pipeline.compile_spec(spec, target, PLANNED[dtype])
-    plan = schedule.for_interpreter(artifact.plan) if interpret else artifact.plan
+    plan = configs.for_interpreter(artifact.plan) if interpret else artifact.plan
     config = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
     return Program(
         driver=build.load(artifact.module).driver,

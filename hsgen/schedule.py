@@ -5,10 +5,11 @@ The only stage that decides on launches.  Values that tuning varies are a kernel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-from hsgen import rows
+from hsgen import configs, rows
+from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
@@ -24,13 +25,13 @@ from hsgen.graph import (
     Score,
     Select,
     Union,
+    short_last,
 )
 from hsgen.kernels import IndexContext, MergeContext, RankContext, SegmentsContext
 from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, Step
 from hsgen.rows import Entries, next_power
 from hsgen.target import Target
 
-DType = Literal["bf16", "fp16", "fp32"]
 SCRATCH_BYTES = 64 << 20
 SORT_LIMIT = 4096  # pairs that the index kernel sorts in registers
 
@@ -96,6 +97,10 @@ class _Scheduler:
             sizes=dict(self.graph.sizes),
         )
 
+    @property
+    def _tiles(self) -> configs.RowTiles:
+        return configs.RowTiles(target=self.target, dtype=self.dtype)
+
     def _refuse(self) -> None:
         """Operators that no kernel does yet, and sizes that none holds."""
         if any(isinstance(node.op, Union) for node in self.graph.nodes()):
@@ -146,16 +151,8 @@ class _Scheduler:
         )
         return context.name
 
-    def _short(self, level: str) -> bool:
-        """Whether the last entry of a level may be cut off: only without causality or a linear pool."""
-        pools = [n.op for n in self.graph.nodes() if isinstance(n.op, Pool) and n.op.level == level]
-        whole = any(p.how == "linear" for p in pools)
-        return not self.graph.meta.causal and not whole
-
     def _entries(self, op: Score | Select | Attend | Pool | Map, level: str) -> Entries:
-        return Entries(
-            size=op.size, stride=op.stride, short=op.size == op.stride and self._short(level)
-        )
+        return Entries(size=op.size, stride=op.stride, short=short_last(self.graph, level))
 
     # --- pool
 
@@ -182,7 +179,7 @@ class _Scheduler:
             if short
             else f"{rows_of} // {op.stride}"
         )
-        config = _pool_config(op, dim, self._bytes)
+        config = configs.pool(op, dim, self.dtype)
         kernel = self._kernel("segments", context, config, node.name)
         self.steps.append(
             Step(
@@ -242,13 +239,13 @@ class _Scheduler:
                 context = rows.attend_window(
                     self.shape, name=name, scale=scale, window=op.window or 1
                 )
-                config = self._attend_config(context, limit=128)
+                config = self._tiles.attend(context, limit=128)
             case "pooled":
                 entries = self._pooled_entries(node.inputs[1])
                 context = rows.attend_pooled(
                     self.shape, name=name, scale=scale, entries=entries, values=True
                 )
-                config = self._attend_config(context, limit=64, key_bytes=4)
+                config = self._tiles.attend(context, limit=64, key_bytes=4)
             case "tokens":
                 selection = self.graph[node.inputs[3]]
                 context = rows.attend_tokens(
@@ -258,7 +255,7 @@ class _Scheduler:
                     width=self._width(selection),
                     share=selection.type.dims[2],
                 )
-                config = self._attend_config(context, tokens=1)
+                config = self._tiles.attend(context, tokens=1)
             case "blocks":
                 context, config = self._blocks(node, op, name, launches, buffers, sizes)
         programs = self.shape.query_heads // context.heads
@@ -334,7 +331,7 @@ class _Scheduler:
             share=selection.type.dims[2],
         )
         most = max(1, SORT_LIMIT // next_power(width))
-        config = self._attend_config(context, limit=64, tokens=None, most=most, block=op.size)
+        config = self._tiles.attend(context, limit=64, tokens=None, most=most, block=op.size)
         index = IndexContext(
             name=f"index_{op.branch}",
             heads=heads,
@@ -419,7 +416,7 @@ class _Scheduler:
             entries=self._pooled_entries(score.inputs[1]),
             values=False,
         )
-        config = self._attend_config(context, limit=64, key_bytes=4)
+        config = self._tiles.attend(context, limit=64, key_bytes=4)
         self._kernel("rows", context, config, score.name, node.name)
         self.steps.append(
             Step(
@@ -457,7 +454,7 @@ class _Scheduler:
         heads = self._size(node.type.dims[2])
         parent = self.graph[node.inputs[1]] if op.within else None
         context = self._score_context(node, chain, parent)
-        config = self._score_config(context)
+        config = self._tiles.score(context)
         scorer = self._kernel("rows", context, config, *chain.names)
         children, slots, parent_heads, parent_group = 0, 0, 1, 1
         if parent is not None:
@@ -473,7 +470,7 @@ class _Scheduler:
             width=op.width,
             size=op.size,
             stride=op.stride,
-            short=op.size == op.stride and self._short(op.level),
+            short=short_last(self.graph, op.level),
             causal=self.shape.causal,
             first=op.first,
             last=op.last,
@@ -486,7 +483,7 @@ class _Scheduler:
         ranker = self._kernel(
             "rank",
             ranking,
-            _rank_config(slots, op.stride, config["BLOCK_T"]),
+            configs.rank(slots, op.stride, config["BLOCK_T"]),
             node.name,
             follows=scorer,
         )
@@ -701,107 +698,6 @@ class _Scheduler:
             return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", "0"
         return _strides(_input(name))
 
-    # --- configurations to start from
-
-    @property
-    def _bytes(self) -> int:
-        return 4 if self.dtype == "fp32" else 2
-
-    @property
-    def _reads_shared(self) -> bool:
-        """Whether the tensor cores take operands from shared memory: a step may then be wider."""
-        return self.target.label in ("sm_90", "sm_100")
-
-    def _attend_config(
-        self,
-        context: rows.RowsContext,
-        *,
-        limit: int = 64,
-        tokens: int | None = None,
-        most: int = 128,
-        block: int | None = None,
-        key_bytes: int | None = None,
-    ) -> Config:
-        """Rows to fill a tile of `limit`, keys a step and stages that fit the shared memory.
-
-        Three-pass TF32 holds each operand twice, so 32-bit operands get tiles of 32 by 32.
-        """
-        wide, key_bytes = 64 if self._reads_shared else 32, key_bytes or self._bytes
-        if key_bytes == 4:
-            limit = wide = 32
-        elif context.heads == 1 and block:
-            limit = 128
-        block_t = tokens or 1 << max(1, min(most, limit // context.heads)).bit_length() - 1
-        if block and block == next_power(block):
-            wide = max(16, min(wide, block))
-        dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
-        return self._fit(context, block_t, wide, 3 if key_bytes == 2 else 2, dims, key_bytes)
-
-    def _score_config(self, context: rows.RowsContext) -> Config:
-        """As for attending, but with no output to hold there is room for more rows of 32 bits."""
-        key_bytes = 4 if context.promote else self._bytes
-        dims = sum(c.width for c in context.qk_chunks)
-        limit = wide = 64
-        if key_bytes == 4:
-            # tensor memory would be filled from registers, three times over
-            limit = 32 if self.target.label == "sm_100" else 64
-            wide = 32 if self.target.label == "sm_90" and dims <= 128 else 16
-        if context.children:
-            wide = max(16, min(wide, next_power(context.children)))
-        block_t = 1 if context.children else max(1, limit // context.pitch)
-        return self._fit(context, block_t, wide, 3, dims, key_bytes)
-
-    def _fit(
-        self,
-        context: rows.RowsContext,
-        block_t: int,
-        wide: int,
-        deepest: int,
-        dims: int,
-        key_bytes: int,
-    ) -> Config:
-        """The most rows, then the widest step, then the deepest pipeline that shared memory holds.
-
-        Fewer stages cost least, then narrower steps; fewer rows mean that all keys are read more often.
-        """
-        need = 0
-        for tokens in _halves(block_t, 1):
-            block_m = max(16, next_power(tokens * context.pitch))
-            for width in _halves(wide, 16):
-                for stages in range(deepest, 0, -1):
-                    need = self._shared(context, block_m, width, stages, dims, key_bytes)
-                    if need <= self.target.smem_per_block:
-                        warps = 8 if block_m >= 128 else 4
-                        values = (("BLOCK_T", tokens), ("BLOCK_M", block_m), ("BLOCK_N", width))
-                        return Config(constexprs=values, num_warps=warps, num_stages=stages)
-        raise PlanError(
-            f"kernel {context.name} cannot run on {self.target.name} ({self.target.label}): needs at "
-            f"least about {need:,} bytes of shared memory a block, the limit is "
-            f"{self.target.smem_per_block:,}"
-        )
-
-    def _shared(
-        self,
-        context: rows.RowsContext,
-        block_m: int,
-        width: int,
-        stages: int,
-        dims: int,
-        key_bytes: int,
-    ) -> int:
-        """A bound on the shared memory of a block: what the compiler was seen to take, or a little more.
-
-        Queries, buffers of keys and values, a tile of probabilities.  Three-pass TF32 splits operands in
-        two; keys too where tensor cores read them from shared memory, else while they are converted.
-        """
-        split = key_bytes == 4 and self.target.backend == "cuda"
-        queries = block_m * sum(c.width for c in context.qk_chunks) * key_bytes
-        buffers = max(1, stages - 1) + (split and context.acc != "softmax")
-        if self._reads_shared and block_m >= 64:
-            buffers = stages + split
-        probabilities = block_m * width * 4
-        return (queries + probabilities) * (1 + split) + buffers * width * dims * key_bytes + 1024
-
 
 class _Parent(TypedDict, total=False):
     """The fields of `rows.Scoring` that say where a row's surviving parents are listed."""
@@ -853,46 +749,3 @@ def _strides(x: str) -> tuple[str, ...]:
 
 def _lse_strides(x: str) -> tuple[str, ...]:
     return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
-
-
-def _halves(most: int, least: int) -> tuple[int, ...]:
-    """64, 32, 16."""
-    return tuple(most >> i for i in range((most // least).bit_length()))
-
-
-def _pool_config(op: Pool, dim: int, size: int) -> Config:
-    if op.how == "linear":
-        lowest, tile = dim & -dim, 64 if size == 2 else 32  # three-pass TF32 holds operands twice
-        values = (("BLOCK_E", tile), ("BLOCK_D", min(tile, lowest)))
-        return Config(constexprs=values, num_warps=4, num_stages=2)
-    tokens = min(16, next_power(op.size))
-    values = (("BLOCK_E", max(1, 8192 // (tokens * 128))), ("BLOCK_J", tokens))
-    return Config(constexprs=values, num_warps=4, num_stages=1)
-
-
-def _rank_config(slots: int, stride: int, tokens: int) -> Config:
-    """Scores of a few rows in registers, for up to 128K tokens; longer rows are read in each pass."""
-    longest = slots or (1 << 17) // stride
-    width = max(64, min(8192 if slots else 2048, next_power(longest)))
-    values = (("BLOCK_R", max(1, min(tokens, 2048 // width))), ("BLOCK_N", width))
-    return Config(constexprs=values, num_warps=8 if width > 2048 else 4, num_stages=1)
-
-
-def for_interpreter(plan: Plan) -> Plan:
-    """The same plan for small shapes in Triton's interpreter, where each step of a program is dear.
-
-    Few programs with many rows each, and short steps; the emitted text stays the same.
-    """
-    return plan.with_config({k.name: _interpreted(plan, k) for k in plan.kernels})
-
-
-def _interpreted(plan: Plan, kernel: Kernel) -> Config:
-    values = dict(kernel.config.constexprs)
-    if kernel.skeleton == "rank" and kernel.follows:
-        tokens = plan.kernel(kernel.follows).config["BLOCK_T"]
-        values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
-    if kernel.skeleton == "rows":
-        values["BLOCK_N"] = min(values["BLOCK_N"], 32)
-    if kernel.skeleton == "merge":
-        values["BLOCK_R"] = 256
-    return replace(kernel.config, constexprs=tuple(values.items()))

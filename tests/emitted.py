@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from hsgen import batch, build, emit, passes, paths, pipeline, planner, schedule
+from hsgen import batch, build, configs, emit, passes, paths, pipeline, planner, schedule
 from hsgen.reference import tensor_shapes
 from hsgen.spec import load
 from hsgen.target import H100
@@ -44,7 +44,7 @@ def tensors(spec, tokens, dtype=torch.float32):
 
 def run(artifact, given):
     """One dense call of an artifact's kernels in the interpreter.  -> o, lse, selection"""
-    plan = schedule.for_interpreter(artifact.plan)
+    plan = configs.for_interpreter(artifact.plan)
     config = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
     sequences, tokens = given["q"].shape[:2]
     where = batch.dense(sequences, tokens, given["k"].shape[1], given["q"].device)

@@ -810,3 +810,23 @@ def test_triton_reads_kernels_from_memory(monkeypatch):
     assert module.directory is None
     attend = build.load(module).driver.attend
     assert "tl.program_id" in inspect.getsource(attend.fn)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [("3.2.0", "expected Triton 3.4 or newer, got triton 3.2.0"), (None, "not installed")],
+)
+def test_triton_that_cannot_compile_is_refused(monkeypatch, found, words):
+    def version(name):
+        if found is None or name != "triton":
+            raise build.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(build, "version", version)
+    with pytest.raises(BuildError, match=words):
+        build.triton_version()
+
+
+def test_triton_of_today_is_taken(monkeypatch):
+    monkeypatch.setattr(build, "version", lambda name: "3.10.0+git1")
+    assert build.triton_version() == "triton 3.10.0+git1"

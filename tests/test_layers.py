@@ -23,6 +23,7 @@ reference  analysis  planner  passes    the meaning · the costs · Spec -> Grap
 plan
 rows  dryrun                            a kernel's loops · one call on paper
 kernels
+configs                                 the tiles a kernel starts from
 schedule  driver                        Graph, Target -> Plan
 emit                                    Plan -> source text
 allowlist  store
@@ -46,7 +47,7 @@ reader
 files
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes plan rows kernels schedule driver emit "
+    "errors paths target spec graph analysis planner passes plan rows kernels configs schedule driver emit "
     "allowlist store workers build resources pipeline verify dryrun report progress cli"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from hsgen import dryrun, pipeline, report, resources, schedule
+from hsgen import configs, dryrun, pipeline, report, resources, schedule
 from hsgen.errors import PlanError
 from hsgen.graph import Input
 from hsgen.rows import next_power
@@ -117,7 +117,7 @@ def test_buffers_on_paper_are_those_that_the_driver_allocates(name, monkeypatch)
         changes["index"] = case.index.model_copy(update={"dim": 16})
     spec = case.model_copy(update=changes)
     artifact = emitted.compiled(emitted.graph(spec), spec)
-    plan = schedule.for_interpreter(artifact.plan)
+    plan = configs.for_interpreter(artifact.plan)
     found = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda shape, **k: found.append(shape) or empty(shape, **k))
@@ -214,7 +214,7 @@ def test_default_configurations_fit_and_hardly_spill():
 
 def test_the_interpreter_gets_the_same_text():
     plan = emitted.shipped_plan("nsa")
-    ours, theirs = emitted.sources(plan), emitted.sources(schedule.for_interpreter(plan))
+    ours, theirs = emitted.sources(plan), emitted.sources(configs.for_interpreter(plan))
     assert {f: t for f, t in ours.items() if f != "driver.py"} == {
         f: t for f, t in theirs.items() if f != "driver.py"
     }

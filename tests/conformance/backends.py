@@ -14,7 +14,7 @@ import sanitizer
 import torch
 
 from conformance.calls import Outcome
-from hsgen import batch, emit, passes, planner, schedule
+from hsgen import batch, configs, emit, passes, planner, schedule
 from hsgen.reference import reference, tensor_kinds
 from hsgen.target import Target
 
@@ -36,13 +36,13 @@ def interpreter(call, *, seed=0):
     """
     emitted = compiled(call.spec, call.dtype)
     with sanitizer.enabled(seed=seed):
-        return _run(call, emitted.driver, emitted.quick)
+        return run(call, emitted.driver, emitted.quick)
 
 
 def cuda(call):
     """The emitted kernels on the GPU, as they are configured without tuning."""
     emitted = compiled(call.spec, call.dtype)
-    return _run(call, emitted.driver, emitted.driver.CONFIG)
+    return run(call, emitted.driver, emitted.driver.CONFIG)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,7 +61,7 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 def compiled(spec, dtype):
     """A spec emitted and imported, once a session."""
     plan = _plan(spec, dtype)
-    quick = schedule.for_interpreter(plan)
+    quick = configs.for_interpreter(plan)
     return Emitted(
         driver=_import(plan, spec), quick={k.name: k.config.keywords() for k in quick.kernels}
     )
@@ -90,7 +90,7 @@ def _import(plan, spec):
     return importlib.import_module(f"{package}.driver")
 
 
-def _run(call, module, config):
+def run(call, module, config):
     """Call a driver; outcomes come back in the shape of the call's tensors."""
     kinds = tensor_kinds(call.spec)
     tensors = dict(call.tensors)

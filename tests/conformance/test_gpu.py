@@ -114,3 +114,14 @@ def test_captured_graphs_follow_new_lengths(name):
         graph.replay()
         with torch.no_grad():
             assert torch.equal(o, attn(**tensors, kv_lens=lens))
+
+
+@pytest.mark.parametrize("dim", [80, 96, 160, 192, 224])
+@pytest.mark.parametrize("name", systems.FILES)
+def test_chunks_of_a_head_are_right_without_pipelining(name, dim, seed):
+    """Dots of two widths after each other; Triton 3.6 on Hopper let their operands share memory."""
+    spec = systems.small(name, dims=(dim, dim))
+    call = calls.make(spec, T=150, dtype=torch.float16, device="cuda", seed=seed)
+    driver = backends.compiled(spec, torch.float16).driver
+    config = {kernel: values | {"num_stages": 1} for kernel, values in driver.CONFIG.items()}
+    check(call, backends.run(call, driver, config))

@@ -1,0 +1,171 @@
+"""The tile sizes that each kernel starts from: what fits the GPU and, as compiled, hardly spills.
+
+Guesses that tuning replaces; the kernels' text does not depend on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hsgen import rows
+from hsgen.errors import PlanError
+from hsgen.graph import Pool
+from hsgen.plan import Config, Kernel, Plan
+from hsgen.rows import next_power
+from hsgen.target import Target
+
+DType = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowTiles:
+    """Tiles of the `rows` skeleton on one GPU, for tensors of one dtype."""
+
+    target: Target
+    dtype: DType
+
+    @property
+    def _bytes(self) -> int:
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def _reads_shared(self) -> bool:
+        """Whether the tensor cores take operands from shared memory: a step may then be wider."""
+        return self.target.label in ("sm_90", "sm_100")
+
+    def attend(
+        self,
+        context: rows.RowsContext,
+        *,
+        limit: int = 64,
+        tokens: int | None = None,
+        most: int = 128,
+        block: int | None = None,
+        key_bytes: int | None = None,
+    ) -> Config:
+        """Rows to fill a tile of `limit`, keys a step and stages that fit the shared memory.
+
+        Three-pass TF32 holds each operand twice, so 32-bit operands get tiles of 32 by 32.
+        """
+        wide, key_bytes = 64 if self._reads_shared else 32, key_bytes or self._bytes
+        if key_bytes == 4:
+            limit = wide = 32
+        elif context.heads == 1 and block:
+            limit = 128
+        block_t = tokens or 1 << max(1, min(most, limit // context.heads)).bit_length() - 1
+        if block and block == next_power(block):
+            wide = max(16, min(wide, block))
+        dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
+        return self._fit(context, block_t, wide, 3 if key_bytes == 2 else 2, dims, key_bytes)
+
+    def score(self, context: rows.RowsContext) -> Config:
+        """As for attending, but with no output to hold there is room for more rows of 32 bits."""
+        key_bytes = 4 if context.promote else self._bytes
+        dims = sum(c.width for c in context.qk_chunks)
+        limit = wide = 64
+        if key_bytes == 4:
+            # tensor memory would be filled from registers, three times over
+            limit = 32 if self.target.label == "sm_100" else 64
+            wide = 32 if self.target.label == "sm_90" and dims <= 128 else 16
+        if context.children:
+            wide = max(16, min(wide, next_power(context.children)))
+        block_t = 1 if context.children else max(1, limit // context.pitch)
+        return self._fit(context, block_t, wide, 3, dims, key_bytes)
+
+    def _fit(
+        self,
+        context: rows.RowsContext,
+        block_t: int,
+        wide: int,
+        deepest: int,
+        dims: int,
+        key_bytes: int,
+    ) -> Config:
+        """The most rows, then the widest step, then the deepest pipeline that shared memory holds.
+
+        Fewer stages cost least, then narrower steps; fewer rows mean that all keys are read more often.
+        """
+        need = 0
+        for tokens in _halves(block_t, 1):
+            block_m = max(16, next_power(tokens * context.pitch))
+            for width in _halves(wide, 16):
+                for stages in range(deepest, 0, -1):
+                    need = self._shared(context, block_m, width, stages, dims, key_bytes)
+                    if need <= self.target.smem_per_block:
+                        warps = 8 if block_m >= 128 else 4
+                        values = (("BLOCK_T", tokens), ("BLOCK_M", block_m), ("BLOCK_N", width))
+                        return Config(constexprs=values, num_warps=warps, num_stages=stages)
+        raise PlanError(
+            f"kernel {context.name} cannot run on {self.target.name} ({self.target.label}): needs at "
+            f"least about {need:,} bytes of shared memory a block, the limit is "
+            f"{self.target.smem_per_block:,}"
+        )
+
+    def _shared(
+        self,
+        context: rows.RowsContext,
+        block_m: int,
+        width: int,
+        stages: int,
+        dims: int,
+        key_bytes: int,
+    ) -> int:
+        """A bound on the shared memory of a block: what the compiler was seen to take, or a little more.
+
+        Queries, buffers of keys and values, a tile of probabilities.  Three-pass TF32 splits operands in
+        two; keys too where tensor cores read them from shared memory, else while they are converted.
+        """
+        split = key_bytes == 4 and self.target.backend == "cuda"
+        queries = block_m * sum(c.width for c in context.qk_chunks) * key_bytes
+        buffers = max(1, stages - 1) + (split and context.acc != "softmax")
+        if self._reads_shared and block_m >= 64:
+            buffers = stages + split
+        probabilities = block_m * width * 4
+        return (queries + probabilities) * (1 + split) + buffers * width * dims * key_bytes + 1024
+
+
+def _halves(most: int, least: int) -> tuple[int, ...]:
+    """64, 32, 16."""
+    return tuple(most >> i for i in range((most // least).bit_length()))
+
+
+def pool(op: Pool, dim: int, dtype: DType) -> Config:
+    if op.how == "linear":
+        lowest, tile = (
+            dim & -dim,
+            32 if dtype == "fp32" else 64,
+        )  # three-pass TF32 holds operands twice
+        values = (("BLOCK_E", tile), ("BLOCK_D", min(tile, lowest)))
+        return Config(constexprs=values, num_warps=4, num_stages=2)
+    tokens = min(16, next_power(op.size))
+    values = (("BLOCK_E", max(1, 8192 // (tokens * 128))), ("BLOCK_J", tokens))
+    return Config(constexprs=values, num_warps=4, num_stages=1)
+
+
+def rank(slots: int, stride: int, tokens: int) -> Config:
+    """Scores of a few rows in registers, for up to 128K tokens; longer rows are read in each pass."""
+    longest = slots or (1 << 17) // stride
+    width = max(64, min(8192 if slots else 2048, next_power(longest)))
+    values = (("BLOCK_R", max(1, min(tokens, 2048 // width))), ("BLOCK_N", width))
+    return Config(constexprs=values, num_warps=8 if width > 2048 else 4, num_stages=1)
+
+
+def for_interpreter(plan: Plan) -> Plan:
+    """The same plan for small shapes in Triton's interpreter, where each step of a program is dear.
+
+    Few programs with many rows each, and short steps; the emitted text stays the same.
+    """
+    return plan.with_config({k.name: _interpreted(plan, k) for k in plan.kernels})
+
+
+def _interpreted(plan: Plan, kernel: Kernel) -> Config:
+    values = dict(kernel.config.constexprs)
+    if kernel.skeleton == "rank" and kernel.follows:
+        tokens = plan.kernel(kernel.follows).config["BLOCK_T"]
+        values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
+    if kernel.skeleton == "rows":
+        values["BLOCK_N"] = min(values["BLOCK_N"], 32)
+    if kernel.skeleton == "merge":
+        values["BLOCK_R"] = 256
+    return replace(kernel.config, constexprs=tuple(values.items()))
