@@ -189,7 +189,7 @@ class Execution:
     # --- the operators
 
     def forward(self, call: Call) -> list[Tensor]:
-        """o, log-sum-exp by branch, selection by level that the caller did not bring."""
+        """o, log-sum-exp by branch, selection by level where the caller brings none."""
         known = self._look_up("forward", self.attending, call)
         problem, program = known.problem, known.program
         if problem.empty:
@@ -205,7 +205,7 @@ class Execution:
         with _running(problem.device):
             o, lse, chosen = program.driver.forward(tensors, where, program.config, brought)
         outputs = [o, *[lse[branch] for branch in self.branches]]
-        outputs += [chosen[level] for level in self.levels if not brought or level not in brought]
+        outputs += [chosen[level] for level in self.chosen(call)]
         return self._done(known, program, outputs)
 
     def forward_fake(self, call: Call) -> list[Tensor]:
@@ -420,18 +420,20 @@ class Execution:
         o = result.o.to(problem.dtype).contiguous()
         outputs = [o.transpose(1, 2) if problem.layout == "bhtd" else o]
         outputs += [result.lse[name].to(torch.float32).contiguous() for name in self.branches]
-        names = [level for level in self.levels if level not in dict(_brought(call))]
-        return outputs + [result.selection[level].indices.contiguous() for level in names]
+        chosen = [result.selection[level].indices for level in self.chosen(call)]
+        return outputs + [indices.contiguous() for indices in chosen]
 
     # --- selections
 
+    def chosen(self, call: Call) -> tuple[str, ...]:
+        """Levels that `forward` chooses from itself: a caller's selection replaces choosing whole."""
+        return () if call.levels else self.levels
+
     def _empty_selections(self, call: Call, problem: Problem) -> list[Tensor]:
-        """Room for every selection that the caller does not bring."""
-        brought = call.levels.split(",")
+        """Room for every selection that is made."""
         shapes = [
             (*problem.rows, self._heads(level, problem), self.attending.selections[level][1])
-            for level in self.levels
-            if level not in brought
+            for level in self.chosen(call)
         ]
         return [call.tensors[0].new_empty(*shape, dtype=torch.int32) for shape in shapes]
 

@@ -52,7 +52,7 @@ class Implementation(Protocol):
         ...
 
     def forward(self, call: Call) -> list[Tensor]:
-        """o, log-sum-exp by branch, selection by level that was not brought along."""
+        """o, log-sum-exp by branch; selection by level where none was brought along."""
         ...
 
     def forward_fake(self, call: Call) -> list[Tensor]: ...
@@ -178,7 +178,7 @@ def _save(ctx, inputs: tuple[object, ...], output: list[Tensor]) -> None:
     known = implementation(str(key))
     known.check_differentiable(call)
     brought = [level for level in call.levels.split(",") if level]
-    computed = [level for level in known.levels if level not in brought]
+    computed = [] if brought else list(known.levels)
     chosen = output[len(output) - len(computed) :]
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens)
     ctx.save_for_backward(*call.tensors, *call.selection, *chosen, *lengths)

@@ -276,6 +276,39 @@ def test_a_selection_replaces_choosing(kernel_of):
     assert not torch.equal(o, kernel(**x))
 
 
+NESTED = parse("""
+hsgen: 1
+name: nested
+heads: {query: 4, kv: 2}
+head_dim: 8
+index: {heads: 2, dim: 8, keys: shared}
+levels:
+  - name: block
+    partition: {blocks: 4}
+    pool: {keys: mean}
+    score: {form: relu_weighted, share: all}
+    select: {beam: 3}
+  - name: token
+    within: block
+    partition: tokens
+    score: {form: relu_weighted, share: all}
+    select: {top_k: 5}
+attend:
+  - {name: selected, over: token}
+""")
+
+
+def test_a_selection_may_be_of_the_attended_level_alone(kernel_of):
+    kernel, x = kernel_of(NESTED), tensors(NESTED)
+    token = kernel.select(**x)["token"]
+    expected, selection = kernel(**x), {"token": token}
+    assert torch.equal(kernel(**x, selection=selection), expected)
+    if kernel_of is load_kernel:
+        x["q"].requires_grad_()
+        kernel(**x, selection=selection).sum().backward()
+        assert x["q"].grad is not None
+
+
 def test_tensors_that_a_spec_does_not_need_may_still_be_q_k_v():
     spec = parse("""
 hsgen: 1

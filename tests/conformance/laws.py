@@ -131,11 +131,14 @@ def selections_are_sets(lab):
 
 @check()
 def own_selection_given_back_changes_nothing(lab):
-    """What a call selected, given to it, yields the same bits."""
+    """What a call selected, given to it, yields the same bits; so does what is attended, alone."""
     call = lab.make()
     outcome = lab.run(call)
-    again = lab.run(call.with_options(selection=outcome.selection))
-    same(_without_selection(outcome), _without_selection(again), what="selection given back")
+    over = {branch.over for branch in call.spec.attend}
+    attended = {name: chosen for name, chosen in outcome.selection.items() if name in over}
+    for given in (outcome.selection, attended):
+        again = lab.run(call.with_options(selection=given))
+        same(_without_selection(outcome), _without_selection(again), what="selection given back")
 
 
 @check()

@@ -93,7 +93,7 @@ def error_findings(call, o, exact, plain, *, lse):
     size = exact.square().sum().clamp(min=ZERO)
     single = u + 2 * (own.square().sum() / size).sqrt()
     bias = ((error * exact).sum() / size).abs()
-    return found + _over("R-bias", bias / (u / 4 + single / math.sqrt(rows)), "o")
+    return found + _over("R-bias", bias / (limit.bias * u + single / math.sqrt(rows)), "o")
 
 
 def logit_error(call, lse, unit):
