@@ -193,7 +193,9 @@ COVERING = (
     ("bf16", A100, "hisa", "score_block"),
 )
 NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-SPILLS = 64 if NEW else 512  # bytes of stack a thread; the ptxas of older Triton spills more
+# Bytes of stack a thread.  nsa's score_block spills 184 on the H100 and is still 30 % faster there than
+# with steps half as wide; the ptxas of older Triton spills more.
+SPILLS = 192 if NEW else 512
 
 
 @pytest.mark.slow
