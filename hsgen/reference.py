@@ -195,7 +195,8 @@ class _Rows:
 
     Attributes:
         x: Tensors by name: [T, H, D], [S, H, D], and learned parameters.
-        pooled: By level: "key" [N, H, D] and "value" [N, Hkv, Dv], where it has them.
+        pooled: By level: "key" [N, H, D] and "value" [N, Hkv, Dv], where it has them; minmax keys
+            are [N, H, 2, D].
         p: Position of every row, [T].
         given: By level: the selection to take instead of the level's own, [T, Hs, K].
     """
@@ -393,7 +394,10 @@ def _pooled(level: Level, x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pool(level: Level, how: str, y: Tensor, x: dict[str, Tensor], side: str) -> Tensor:
-    """Summarise every entry.  [S, H, D] -> [N, H, D]; what a linear map lacks tokens for is 0."""
+    """Summarise every entry.  [S, H, D] -> [N, H, D]; what a linear map lacks tokens for is 0.
+
+    minmax: [N, H, 2, D], the least and the greatest of every channel.
+    """
     S, size = len(y), level.partition.size
     slots = _starts(level, S, y)[:, None] + torch.arange(size, device=y.device)  # [N, size]
     there = (slots < S)[..., None, None]
@@ -403,6 +407,11 @@ def _pool(level: Level, how: str, y: Tensor, x: dict[str, Tensor], side: str) ->
             return tokens.masked_fill(~there, 0.0).sum(1) / there.sum(1)
         case "max":
             return tokens.masked_fill(~there, -math.inf).amax(1)
+        case "minmax":
+            low = tokens.masked_fill(~there, math.inf).amin(1)
+            return torch.stack((low, tokens.masked_fill(~there, -math.inf).amax(1)), 2)
+        case "sum_rsqrt":
+            return tokens.masked_fill(~there, 0.0).sum(1) / there.sum(1).to(y.dtype).sqrt()
         case "linear":
             weight = x[f"{level.name}_{side}_weight"]  # [H, size, D, D]
             position = x.get(f"{level.name}_{side}_position")  # [H, size, D]
@@ -421,6 +430,11 @@ def _form(level: Level, rows: _Rows) -> Tensor:
     match level.score.form:
         case "dot":
             return _dot(x["q"], keys) * _scale(level, x["q"].shape[-1])
+        case "bound":
+            low, high = keys.unbind(2)
+            q = x["q"]  # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
+            most = _dot(q.clamp(max=0), low) + _dot(q.clamp(min=0), high)
+            return most * _scale(level, q.shape[-1])
         case "relu_weighted":
             heads = torch.einsum("thd,nd->thn", x["q_index"], keys[:, 0]).relu()
             total = torch.einsum("th,thn->tn", x["w_index"], heads)

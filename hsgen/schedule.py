@@ -202,7 +202,7 @@ class _Scheduler:
                             f"{_input(source.name)}.shape[0]",
                             f"length_{_safe(node.name)}",
                             str(heads),
-                            str(dim),
+                            str(context.width),
                         ),
                         role="level",
                     ),
@@ -695,7 +695,7 @@ class _Scheduler:
         if isinstance(node.op, Pool):
             buffer, source = _buffer(name), self.graph[node.inputs[0]]
             heads = self._size(source.type.dims[2]) if len(source.type.dims) == 4 else 1
-            dim = self._size(source.type.dims[-1])
+            dim = self._size(source.type.dims[-1]) * (2 if node.op.how == "minmax" else 1)
             row = heads * dim
             return buffer, f"count_{_safe(name)} * {row}", str(row), str(dim)
         if len(node.type.dims) == 3:

@@ -54,7 +54,7 @@ def random_spec(choice: random.Random) -> Spec:
     share = choice.choice(["head", "group", "all"])
     stride = choice.choice([1, 2, 3, 4])
     size = stride * choice.choice([1, 2, 3])
-    how = choice.choice(["mean", "max", "linear"])
+    how = choice.choice(["mean", "max", "sum_rsqrt", "linear"])
     pooled = choice.random() < 0.5
     source = Level(
         name="compressed",
@@ -62,7 +62,7 @@ def random_spec(choice: random.Random) -> Spec:
         kv=choice.choice([None, "own"]),
         pool=Pool(
             keys=how,
-            values=choice.choice(["mean", "max", "linear"]) if pooled else None,
+            values=choice.choice(["mean", "max", "sum_rsqrt", "linear"]) if pooled else None,
             position="learned" if how == "linear" else None,
         ),
         score=Score(

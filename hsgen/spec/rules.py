@@ -223,8 +223,22 @@ def _pools(spec: Spec) -> Iterator[Problem]:
                 help="write 'pool: {keys: mean}' in this level",
                 also=((*here, "pool", "keys"), (*here, "partition")),
             )
+        elif score.form and has_keys and (score.form == "bound") != (pool.keys == "minmax"):
+            yield _bound_without_minmax(i, pool.keys, score.form)
         if pool is not None:
             yield from _pool(spec, i, level)
+
+
+def _bound_without_minmax(i: int, keys: str | None, form: str) -> Problem:
+    """The two bounds of an entry and the score that reads them come together."""
+    wanted, got = ("minmax", keys) if form == "bound" else ("one vector an entry", "minmax")
+    return Problem(
+        code="HS090",
+        path=("levels", i, "pool", "keys"),
+        message=f"expected {wanted} for form '{form}', got {got}",
+        help="write 'keys: minmax'" if form == "bound" else "write 'keys: mean', or 'form: bound'",
+        also=(("levels", i, "score", "form"),),
+    )
 
 
 def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
@@ -286,10 +300,10 @@ def _scores(spec: Spec) -> Iterator[Problem]:
             )
         elif score.source is not None:
             yield from _mapped(score, path)
-        elif score.form == "dot":
-            yield from _dot(score, path)
-        else:
+        elif score.form == "relu_weighted":
             yield from _relu_weighted(spec, score, path)
+        else:
+            yield from _shared(score, path)
         if score.map is not None and score.source is None:
             yield Problem(
                 code="HS057",
@@ -322,7 +336,8 @@ def _mapped(score: Score, path: Path) -> Iterator[Problem]:
             )
 
 
-def _dot(score: Score, path: Path) -> Iterator[Problem]:
+def _shared(score: Score, path: Path) -> Iterator[Problem]:
+    """Heads that score for themselves, and agree or do not."""
     also = ((*path, "share"), (*path, "reduce"))
     if score.share == "head" and score.reduce is not None:
         yield Problem(
@@ -338,7 +353,7 @@ def _dot(score: Score, path: Path) -> Iterator[Problem]:
             code="HS060",
             path=(*path, "share"),
             message=f"expected 'reduce' with 'share: {score.share}', got none",
-            help=f"write '{{form: dot, share: {score.share}, reduce: sum}}'",
+            help=f"write '{{form: {score.form}, share: {score.share}, reduce: sum}}'",
             also=also,
         )
 
@@ -580,6 +595,9 @@ def _pooled(i: int, j: int, level: Level) -> Iterator[Problem]:
     elif level.score.form == "relu_weighted":
         wrong = "its pooled keys are those of the index, which a query cannot attend"
         help = "attend a level with 'form: dot'"
+    elif pool is not None and pool.keys == "minmax":
+        wrong = "its pooled keys are bounds, which a query cannot attend"
+        help = "attend a level with 'keys: mean'"
     elif lacking:
         wrong = f"its pool has no {' and no '.join(lacking)}"
         help = f"write 'pool: {{keys: mean, values: mean}}' in '{level.name}'"
