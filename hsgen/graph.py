@@ -74,7 +74,10 @@ class LogSumExp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normalise:
-    """exp(score - lse): the softmax mass of each entry.  score, lse -> f32[B, T, H, N]"""
+    """exp(score - lse): the softmax mass of each entry.  score, lse -> f32[B, T, H, N]
+
+    With the log-sum-exp of another level's scores, masses are 0 where that level has no entry.
+    """
 
     level: str
 

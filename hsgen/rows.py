@@ -491,6 +491,7 @@ class Scoring:
     normalise: bool
     share: Literal["head", "group", "all"]
     reduce: Literal["sum", "mean", "max"] | None
+    borrowed: bool = False  # by the log-sum-exp of another level, which may have no entry yet
     map_how: Literal["overlap_sum", "sum", "max"] | None = None
     target: Entries = Entries(size=0, stride=0)
     taps: tuple[tuple[int, int], ...] = ()
@@ -578,6 +579,8 @@ def _row_values(scoring: Scoring, weighted: bool) -> tuple[str, ...]:
             'lse = tl.load(lse_base + q_token * lse_t, mask=alive, other=float("inf"))',
             f"lse = lse * {LOG2_E}",
         ]
+    if scoring.borrowed:
+        lines.append('lse = tl.where(lse == float("-inf"), float("inf"), lse)')
     return tuple(lines)
 
 

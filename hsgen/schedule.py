@@ -583,6 +583,7 @@ class _Scheduler:
             entries=self._entries(score, score.level),
             pooled=pooled,
             normalise=chain.lse is not None,
+            borrowed=self._is_borrowed(chain),
             share=share,
             reduce="sum" if weighted else chain.reduce.how if chain.reduce else None,
             map_how=chain.map.how if chain.map else None,
@@ -595,6 +596,13 @@ class _Scheduler:
         heads = {"head": 1, "group": self.shape.group, "all": self.graph.sizes.get("Hi", 1)}[share]
         dim = self.graph.sizes["Di"] if weighted else self.shape.qk
         return rows.score(self.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
+
+    def _is_borrowed(self, chain: _Chain) -> bool:
+        """Whether the log-sum-exp is that of another level's scores."""
+        if chain.lse is None:
+            return False
+        summed = self.graph[self.graph[chain.lse].inputs[0]]
+        return isinstance(summed.op, Score) and summed.name != chain.score.name
 
     def _parent(self, node: Node, parent: Node | None) -> _Parent:
         """Where a row's surviving parents are listed."""

@@ -132,8 +132,10 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return x.lse if isinstance(x, Attended) else _masked(x).logsumexp(-1).transpose(1, 2)
         case Normalise():
             score, lse = operands
-            mass = (_masked(score) - lse.transpose(1, 2).unsqueeze(-1)).exp()
-            return Scores(value=mass.masked_fill(~score.there, 0.0), there=score.there)
+            total = lse.transpose(1, 2).unsqueeze(-1)
+            mass = (_masked(score) - total).exp()
+            nothing = ~score.there | (total == -math.inf)
+            return Scores(value=mass.masked_fill(nothing, 0.0), there=score.there)
         case Reduce():
             return _reduce(run, node.op, *operands)
         case Map():

@@ -75,6 +75,16 @@ def moba(share: str = "head", reduce: str | None = None, **more: object) -> list
     return [Level(name="block", partition=blocks(8), pool=MEAN, score=score, select=top(3, last=1))]
 
 
+def infllm() -> list[Level]:
+    """Masses by a coarser sum, which is empty for the first rows."""
+    mass = Score(form="dot", normalise="softmax", lse_from="coarse", share="group", reduce="sum")
+    return [
+        Level(name="coarse", partition=blocks(8, 4), pool=MEAN, score=DOT),
+        Level(name="compressed", partition=blocks(4, 2), pool=MEAN, score=mass),
+        mapped("overlap_max"),
+    ]
+
+
 def quest(share: str = "head", reduce: str | None = None) -> list[Level]:
     score = Score(form="bound", share=share, reduce=reduce)
     pool = Pool(keys="minmax")
@@ -140,6 +150,7 @@ CASES = [
         [SELECTED, WINDOW, Attend(name="far", window=9, kv="far")],
         combine=UNION,
     ),
+    spec("infllm", infllm(), [SELECTED]),
     spec("quest", quest(), [SELECTED], kv=4),
     spec("quest_group", quest("group", "max"), [SELECTED]),
     spec("quest_not_causal", quest(), [SELECTED], causal=False),

@@ -30,7 +30,15 @@ from hsgen.spec import Combine, Level, Pool, Spec
 from hsgen.spec import Score as Scoring
 
 DENSE = {"moba_not_causal", "moba", "moba_gqa", "moba_group", "moba_all", "hisa", "tokens"}
-DENSE |= {"hisa_blocks", "beam_of_dots", "uncounted", "quest", "quest_group", "quest_not_causal"}
+DENSE |= {
+    "hisa_blocks",
+    "beam_of_dots",
+    "uncounted",
+    "infllm",
+    "quest",
+    "quest_group",
+    "quest_not_causal",
+}
 POOLED = {"nsa", "nsa_wide", "nsa_scale", "nsa_not_causal", "nsa_union"}
 
 each_case = pytest.mark.parametrize("spec", CASES, ids=lambda spec: spec.name)

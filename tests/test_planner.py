@@ -78,7 +78,9 @@ def random_spec(choice: random.Random) -> Spec:
     target = Level(
         name="block",
         partition=blocks(stride * 3),
-        score=Score(source="compressed", map=choice.choice(["overlap_sum", "sum", "max"])),
+        score=Score(
+            source="compressed", map=choice.choice(["overlap_sum", "overlap_max", "sum", "max"])
+        ),
         select=Select(top_k=3, force=force),
     )
     return language.verify(
@@ -113,7 +115,9 @@ def test_taps_are_those_of_the_paper() -> None:
     assert (op.ratio, op.taps) == (4, ((-1, 1), (0, 2), (1, 2), (2, 2), (3, 1)))
 
 
-@pytest.mark.parametrize(("how", "taps"), [("sum", 7), ("max", 7), ("overlap_sum", 9)])
+@pytest.mark.parametrize(
+    ("how", "taps"), [("sum", 7), ("max", 7), ("overlap_sum", 9), ("overlap_max", 9)]
+)
 def test_taps_are_counted(how: str, taps: int) -> None:
     source = CASES[[c.name for c in CASES].index("nsa")].levels[0]
     target = Level(

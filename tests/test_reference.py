@@ -314,6 +314,46 @@ def test_overlap_sum_has_the_weights_of_eq_9(source, target, taps):
         assert result.scores["block"][0, -1, 0, j].item() == pytest.approx(sum(gathered) / n)
 
 
+def test_overlap_max_takes_entries_that_touch():
+    # means of (0..3), (2..5), (4..7): 1, 5, 6; the second is incomplete for row 3
+    spec, x = one_head(k=[1, 1, 1, 1, 9, 9, 3, 3], v=[0] * 8, q=[1] * 8)
+    source = Level(
+        name="source",
+        partition=blocks(4, 2),
+        pool=Pool(keys="mean"),
+        score=Score(form="dot", scale="none"),
+    )
+    target = Level(
+        name="chunk",
+        partition=blocks(4),
+        score=Score(source="source", map="overlap_max"),
+        select=Select(top_k=1),
+    )
+    result = reference(spec.model_copy(update={"levels": (source, target)}), x)
+    assert result.scores["chunk"][0, 3, 0].tolist() == [1.0, -INF]
+    assert result.scores["chunk"][0, 6, 0].tolist() == [5.0, -INF]
+    assert result.scores["chunk"][0, 7, 0].tolist() == [5.0, 6.0]
+
+
+def test_masses_by_the_sum_of_another_level():
+    """Coarse means 0 and ln 2: the sum is of nothing, then 1, then 1 + 2; tokens weigh 1, 1, 2, 2."""
+    log2 = math.log(2)
+    spec, x = one_head(k=[0, 0, log2, log2], v=[0] * 4, q=[1] * 4)
+    plain = Score(form="dot", scale="none")
+    coarse = Level(name="coarse", partition=blocks(2), pool=Pool(keys="mean"), score=plain)
+    borrowed = plain.model_copy(update={"normalise": "softmax", "lse_from": "coarse"})
+    fine = Level(name="chunk", partition=Tokens(), score=borrowed, select=Select(top_k=4))
+    x = {name: t.requires_grad_() for name, t in x.items()}
+    result = reference(spec.model_copy(update={"levels": (coarse, fine)}), x)
+    scores = result.scores["chunk"][0, :, 0]
+    assert scores[0].tolist() == [0.0, -INF, -INF, -INF]
+    assert scores[1].tolist() == [1.0, 1.0, -INF, -INF]
+    assert scores[2].tolist() == pytest.approx([1.0, 1.0, 2.0, -INF])
+    assert scores[3].tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    scores[scores.isfinite()].sum().backward()
+    assert x["q"].grad.isfinite().all()
+
+
 @pytest.mark.parametrize(("how", "expected"), [("max", [2.0, 5.0]), ("sum", [3.0, 9.0])])
 def test_map_takes_entries_inside(how, expected):
     # tokens score 1 2 5 4; row 3 has both blocks, row 2 lacks the last token of the second

@@ -50,7 +50,7 @@ Scale = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 KeyPool = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
 ValuePool = Literal["mean", "max", "sum_rsqrt", "linear"]
 ScoreForm = Literal["dot", "bound", "relu_weighted"]
-MapHow = Literal["overlap_sum", "sum", "max"]
+MapHow = Literal["overlap_sum", "overlap_max", "sum", "max"]
 Share = Literal["head", "group", "all"]
 Reduce = Literal["sum", "mean", "max"]
 
@@ -139,6 +139,7 @@ class Score(Node):
     map: MapHow | None = None
     scale: Scale | Literal["none"] | None = None  # None: 1, or 1/sqrt(qk dim) for dot and bound
     normalise: Literal["softmax"] | None = None
+    lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
     share: Share = "head"
     reduce: Reduce | None = None
 

@@ -95,6 +95,7 @@ def _references(spec: Spec) -> Iterator[Problem]:
         for key, path, target in (
             ("from", ("levels", i, "score", "source"), level.score.source),
             ("within", ("levels", i, "within"), level.within),
+            ("lse_from", ("levels", i, "score", "lse_from"), level.score.lse_from),
         ):
             if target is None:
                 continue
@@ -133,13 +134,16 @@ def _names(spec: Spec) -> tuple[Path, ...]:
     return tuple(("levels", i, "name") for i in range(-1, len(spec.levels)))
 
 
+_NAMING: tuple[Path, ...] = (("within",), ("score", "source"), ("score", "lse_from"))
+
+
 def _uses(spec: Spec) -> tuple[Path, ...]:
     """All that a judgement about what is unused rests on."""
     levels = range(-1, len(spec.levels))
     branches = range(-1, len(spec.attend))
     return (
         *_names(spec),
-        *(("levels", i, *field) for i in levels for field in (("within",), ("score", "source"))),
+        *(("levels", i, *field) for i in levels for field in _NAMING),
         *(("attend", i, field) for i in branches for field in ("over", "window", "values")),
     )
 
@@ -321,10 +325,10 @@ def _mapped(score: Score, path: Path) -> Iterator[Problem]:
             code="HS057",
             path=(*path, "source"),
             message="expected 'map' with 'from', got none",
-            help="write 'map: overlap_sum', 'map: sum' or 'map: max'",
+            help="write 'map: overlap_sum', 'map: overlap_max', 'map: sum' or 'map: max'",
             also=((*path, "map"),),
         )
-    for key in ("scale", "normalise", "share", "reduce"):
+    for key in ("scale", "normalise", "lse_from", "share", "reduce"):
         if key in score.model_fields_set and getattr(score, key) is not None:
             yield Problem(
                 code="HS059",
@@ -385,6 +389,47 @@ def _relu_weighted(spec: Spec, score: Score, path: Path) -> Iterator[Problem]:
         )
 
 
+def _borrowed_sums(spec: Spec) -> Iterator[Problem]:
+    """Whether a log-sum-exp taken from another level is used, and is one sum a head."""
+    levels = {level.name: (j, level) for j, level in enumerate(spec.levels)}
+    for i, level in enumerate(spec.levels):
+        score, path = level.score, ("levels", i, "score", "lse_from")
+        if score.lse_from is None or score.source is not None:
+            continue
+        if score.normalise is None:
+            yield Problem(
+                code="HS091",
+                path=path,
+                message="expected 'lse_from' with 'normalise' only, got it without",
+                help="write 'normalise: softmax', or remove 'lse_from'",
+                also=(("levels", i, "score", "normalise"),),
+                at_key=True,
+            )
+        elif score.lse_from in levels:
+            j, source = levels[score.lse_from]
+            wrong = _no_sum(level, source)
+            if wrong:
+                yield Problem(
+                    code="HS091",
+                    path=path,
+                    message=f"expected a level that every query head scores, got '{source.name}': "
+                    + wrong,
+                    help="name a level with 'form: dot', or remove 'lse_from'",
+                    also=(("levels", i, "score", "form"), ("levels", j, "score"), ("levels", j)),
+                )
+
+
+def _no_sum(level: Level, source: Level) -> str | None:
+    """Why the scores of `source` have no log-sum-exp for `level`."""
+    if source.score.source is not None:
+        return "its scores are mapped"
+    if source.within is not None:
+        return f"its scores exist only for children of '{source.within}'"
+    if "relu_weighted" in (source.score.form, level.score.form):
+        return "the heads of an index are one score"
+    return None
+
+
 def _maps(spec: Spec) -> Iterator[Problem]:
     """Whether the entries of the two levels lie so to each other that the map is defined."""
     levels = {level.name: (j, level) for j, level in enumerate(spec.levels)}
@@ -433,9 +478,9 @@ def _map_problem(how: str, source: Level, target: Level) -> tuple[str, str] | No
             f"{expected}, {s.stride}, got {s.size}",
             f"write 'map: max', or another stride in '{source.name}'",
         )
-    if how != "overlap_sum" and s.size > t.size:
+    if how in ("sum", "max") and s.size > t.size:
         expected = f"expected blocks of at least its size, {s.size}, got {t.size}"
-        return expected, f"write '{{blocks: {s.size}}}', or 'map: overlap_sum'"
+        return expected, f"write '{{blocks: {s.size}}}', or 'map: overlap_{how}'"
     return None
 
 
@@ -644,6 +689,11 @@ def _combines(spec: Spec) -> Iterator[Problem]:
         )
 
 
+def _named(level: Level) -> tuple[str | None, ...]:
+    """The levels that a level names."""
+    return level.within, level.score.source, level.score.lse_from
+
+
 # What nothing uses --------------------------------------------------------------------------------
 
 
@@ -659,7 +709,7 @@ def _unused(spec: Spec) -> Iterator[Problem]:
             at_key=True,
         )
     used = {branch.over for branch in spec.attend}
-    used |= {name for level in spec.levels for name in (level.within, level.score.source)}
+    used |= {name for level in spec.levels for name in _named(level)}
     for i, level in enumerate(spec.levels):
         if level.name not in used and level.select is None:
             yield Problem(
@@ -701,6 +751,7 @@ _RULES: tuple[Rule, ...] = (
     _partitions,
     _pools,
     _scores,
+    _borrowed_sums,
     _maps,
     _nesting,
     _selects,
