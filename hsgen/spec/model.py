@@ -47,9 +47,10 @@ Forced = Annotated[int, Field(strict=True, ge=0, le=MAX_FORCED)]
 # scores are float32: outside this range they all become 0 or infinite
 Scale = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 
-PoolHow = Literal["mean", "max", "linear"]
-ScoreForm = Literal["dot", "relu_weighted"]
-MapHow = Literal["overlap_sum", "sum", "max"]
+KeyPool = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
+ValuePool = Literal["mean", "max", "sum_rsqrt", "linear"]
+ScoreForm = Literal["dot", "bound", "relu_weighted"]
+MapHow = Literal["overlap_sum", "overlap_max", "sum", "max"]
 Share = Literal["head", "group", "all"]
 Reduce = Literal["sum", "mean", "max"]
 
@@ -116,21 +117,29 @@ Partition = Tokens | Blocks
 
 
 class Pool(Node):
-    """One vector an entry, in float32.  `linear`: sum over slots of (token + position) @ weight."""
+    """One vector an entry, in float32.
 
-    keys: PoolHow | None = None
-    values: PoolHow | None = None
+    `linear`: sum over slots of (token + position) @ weight.  `sum_rsqrt`: the sum by the root of the
+    number of tokens.  `minmax`: two vectors, the least and the greatest of every channel.
+    """
+
+    keys: KeyPool | None = None
+    values: ValuePool | None = None
     position: Literal["learned"] | None = None
 
 
 class Score(Node):
-    """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed."""
+    """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed.
+
+    `bound`: the most that a key between an entry's minmax keys can score, channel by channel.
+    """
 
     form: ScoreForm | None = None
     source: Identifier | None = None  # YAML key `from`: the level whose scores are mapped
     map: MapHow | None = None
-    scale: Scale | Literal["none"] | None = None  # None: 1/sqrt(qk dim) for dot, 1 otherwise
+    scale: Scale | Literal["none"] | None = None  # None: 1, or 1/sqrt(qk dim) for dot and bound
     normalise: Literal["softmax"] | None = None
+    lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
     share: Share = "head"
     reduce: Reduce | None = None
 
