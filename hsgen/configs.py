@@ -30,11 +30,6 @@ class RowTiles:
     def _bytes(self) -> int:
         return 4 if self.dtype == "fp32" else 2
 
-    @property
-    def _reads_shared(self) -> bool:
-        """Whether the tensor cores take operands from shared memory: a step may then be wider."""
-        return self.target.label in ("sm_90", "sm_100")
-
     def attend(
         self,
         context: rows.RowsContext,
@@ -49,7 +44,7 @@ class RowTiles:
 
         Three-pass TF32 holds each operand twice, so 32-bit operands get tiles of 32 by 32.
         """
-        wide, key_bytes = 64 if self._reads_shared else 32, key_bytes or self._bytes
+        wide, key_bytes = 64 if self.target.dots_read_shared else 32, key_bytes or self._bytes
         if key_bytes == 4:
             limit = wide = 32
         elif context.heads == 1 and block:
@@ -68,8 +63,8 @@ class RowTiles:
         limit = wide = 64
         if key_bytes == 4:
             # tensor memory would be filled from registers, three times over
-            limit = 32 if self.target.label == "sm_100" else 64
-            wide = 32 if self.target.label == "sm_90" else 16
+            limit = 32 if self.target.tensor_columns else 64
+            wide = 32 if self.target.dots_read_shared and not self.target.tensor_columns else 16
         if context.children:
             wide = max(16, min(wide, next_power(context.children)))
             return replace(self._fit(context, 1, wide, 2, dims, key_bytes), num_warps=2)
@@ -118,10 +113,10 @@ class RowTiles:
         Queries, buffers of keys and values, a tile of probabilities.  Three-pass TF32 splits operands in
         two; keys too where tensor cores read them from shared memory, else while they are converted.
         """
-        split = key_bytes == 4 and self.target.backend == "cuda"
+        split = key_bytes == 4 and self.target.dot_precision == "tf32x3"
         queries = block_m * sum(c.width for c in context.qk_chunks) * key_bytes
         buffers = max(1, stages - 1) + (split and context.acc != "softmax")
-        if self._reads_shared and block_m >= 64:
+        if self.target.dots_read_shared and block_m >= 64:
             buffers = stages + split
         probabilities = block_m * width * 4
         return (queries + probabilities) * (1 + split) + buffers * width * dims * key_bytes + 1024

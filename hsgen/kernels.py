@@ -166,6 +166,7 @@ class SegmentsContext:
     stride: int
     short: bool = False
     position: bool = False
+    precision: str = "tf32x3"  # of dots of float32
 
     @property
     def summary(self) -> str:

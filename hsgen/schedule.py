@@ -128,7 +128,7 @@ class _Scheduler:
             qk=sizes["Dqk"],
             v=sizes["Dv"],
             causal=self.graph.meta.causal,
-            precision="tf32x3" if self.target.backend == "cuda" else "ieee",
+            precision=self.target.dot_precision,
         )
 
     def _kernel(
@@ -170,6 +170,7 @@ class _Scheduler:
             short=short,
             how=op.how,
             position=op.position,
+            precision=self.target.dot_precision,
         )
         count = f"count_{_safe(node.name)}"
         buffer = _buffer(node.name)
