@@ -108,7 +108,9 @@ class Catalogue:
         table = align([heads, *map(_cells, self.entries)])
         below = [_below(entry) for entry in self.entries]
         rows = [line for row, lines in zip(table[1:], below, strict=True) for line in (row, *lines)]
-        last = f"of dense: arithmetic at {TOKENS:,} tokens; kernels: as planned for {self.target.name}"
+        last = (
+            f"of dense: arithmetic at {TOKENS:,} tokens; kernels: as planned for {self.target.name}"
+        )
         return "\n".join([table[0], *rows, last]) + "\n"
 
     def page(self) -> str:
@@ -153,9 +155,7 @@ def entry(path: Path, target: Target) -> Entry:
         plan = schedule.schedule(graph, target)
     except PlanError as error:
         problem = _one_line(error)
-    return Entry(
-        spec=spec, essence=essence(text.decode()), graph=graph, plan=plan, problem=problem
-    )
+    return Entry(spec=spec, essence=essence(text.decode()), graph=graph, plan=plan, problem=problem)
 
 
 def _one_line(error: HsgenError) -> str:
@@ -190,7 +190,9 @@ def operators(spec: Spec) -> Mapping[str, str]:
     top = {key.text: node for key, node in tree.items}
     levels = [_level(node) for node in _listed(top.get("levels"))]
     said = {
-        operator: "; ".join(f"{name} {level[operator]}" for name, level in levels if operator in level)
+        operator: "; ".join(
+            f"{name} {level[operator]}" for name, level in levels if operator in level
+        )
         for operator in OPERATORS
     }
     said |= {key: _words(node) for key, node in top.items() if key not in ABOUT}

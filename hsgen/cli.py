@@ -91,7 +91,8 @@ Preset = Annotated[
 ForEditors = Annotated[
     Path | None,
     typer.Option(
-        metavar="SCHEMA", help="What `hsgen schema -o SCHEMA` wrote: the new file tells editors of it."
+        metavar="SCHEMA",
+        help="What `hsgen schema -o SCHEMA` wrote: the new file tells editors of it.",
     ),
 ]
 TargetName = Annotated[

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic.config import JsonDict
 
 from hsgen.errors import ArgumentError, Span
 
@@ -41,17 +42,17 @@ def _one_line(text: str) -> str:
 
 
 # a JSON Schema learns of no validator, so each is said once more in its words
-_NO_KEYWORD = {"not": {"enum": keyword.kwlist}}
+_NO_KEYWORD: JsonDict = {"not": {"enum": [*keyword.kwlist]}}
 # about printable: the rest of it are classes of Unicode that not every editor's patterns know
-_ONE_LINE = {"pattern": r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"}
+_ONE_LINE: JsonDict = {"pattern": r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"}
 
 Identifier = Annotated[
     str,
-    Field(pattern=r"^[a-z][a-z0-9_]{0,47}$", json_schema_extra={**_NO_KEYWORD}),
+    Field(pattern=r"^[a-z][a-z0-9_]{0,47}$", json_schema_extra=_NO_KEYWORD),
     AfterValidator(_no_keyword),
 ]
 Text = Annotated[
-    str, Field(max_length=200, json_schema_extra={**_ONE_LINE}), AfterValidator(_one_line)
+    str, Field(max_length=200, json_schema_extra=_ONE_LINE), AfterValidator(_one_line)
 ]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 Forced = Annotated[int, Field(strict=True, ge=0, le=MAX_FORCED)]

@@ -81,14 +81,16 @@ def _value(made: Json, found: Mapping[str, Json]) -> Json:
     rest = {key: value for key, value in made.items() if key not in left_out}
     if rest.get("default", ...) is None or isinstance(rest.get("default"), dict | list):
         del rest["default"]
-    options = cast("list[Json]", made.get("anyOf") or made.get("oneOf") or [])
-    if "$ref" in made:
-        options = [{"$ref": made["$ref"]}]
+    one = [{"$ref": made["$ref"]}] if "$ref" in made else []
+    options = cast("list[Json]", made.get("anyOf") or made.get("oneOf") or one)
     shown = [part for one in options if one.get("type") != "null" for part in _option(one, found)]
-    return {**rest, **shown[0]} if len(shown) == 1 else {**rest, **({"anyOf": shown} if shown else {})}
+    if len(shown) > 1:
+        return {**rest, "anyOf": shown}
+    return {**rest, **shown[0]} if shown else rest
 
 
 def _option(made: Json, found: Mapping[str, Json]) -> list[Json]:
+    """One way to write a value; of what has a short form as well, both."""
     name = str(made.get("$ref", "")).rpartition("/")[2]
     if name == HeadDim.__name__:  # as the reader has it: one number is both
         number = cast("dict[str, Json]", found[name]["properties"])["qk"]
@@ -110,7 +112,7 @@ def _words() -> dict[str, str]:
 
 def _about_ref(value: Json, found: Mapping[str, Json]) -> object:
     """The docstring of the mapping that a field holds."""
-    options = cast("list[Json]", [value, *cast("list[Json]", value.get("anyOf", []))])
+    options = [value, *cast("list[Json]", value.get("anyOf", []))]
     names = [str(one["$ref"]).rpartition("/")[2] for one in options if "$ref" in one]
     return found[names[0]]["description"] if len(names) == 1 else None
 
