@@ -51,9 +51,7 @@ Identifier = Annotated[
     Field(pattern=r"^[a-z][a-z0-9_]{0,47}$", json_schema_extra=_NO_KEYWORD),
     AfterValidator(_no_keyword),
 ]
-Text = Annotated[
-    str, Field(max_length=200, json_schema_extra=_ONE_LINE), AfterValidator(_one_line)
-]
+Text = Annotated[str, Field(max_length=200, json_schema_extra=_ONE_LINE), AfterValidator(_one_line)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 Forced = Annotated[int, Field(strict=True, ge=0, le=MAX_FORCED)]
 # scores are float32: outside this range they all become 0 or infinite
