@@ -262,7 +262,7 @@ def test_keys_are_spelt_as_in_yaml():
     defs = SCHEMA["$defs"]
     assert "from" in defs["Score"]["properties"]
     assert "source" not in defs["Score"]["properties"]
-    assert defs["Score"]["properties"]["from"]["description"].startswith("the level whose scores")
+    assert defs["Score"]["properties"]["from"]["description"].endswith("the level whose scores are mapped")
     assert "group_size" in defs["Heads"]["properties"]
     assert list(defs["Blocks"]["properties"]) == ["blocks", "stride"]
     tokens, *_ = defs["Level"]["properties"]["partition"]["anyOf"]
@@ -279,6 +279,7 @@ def test_every_key_of_the_parser_is_there():
 
 def test_comments_beside_and_above_a_field_are_its_description():
     assert SCHEMA["properties"]["causal"]["description"] == "a row sees no token after its own"
+    assert SCHEMA["properties"]["heads"]["description"] == "left out: bound at load_kernel"
     lines = ["    # first", "    # second", "    x: int", "    y: str = '#'  # beside"]
     above, beside = schema.ast.parse("class A:\n" + "\n".join(lines)).body[0].body
     lines.insert(0, "class A:")

@@ -119,7 +119,7 @@ class Blocks(Node):
 
     kind: Literal["blocks"] = "blocks"
     size: Count  # tokens of one block
-    stride: Count  # from one block's start to the next; left out: the block's size
+    stride: Count  # from one block's start to the next; in YAML by default the block's size
 
 
 Partition = Tokens | Blocks
@@ -137,9 +137,9 @@ class Score(Node):
     """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed."""
 
     form: ScoreForm | None = None
-    source: Identifier | None = None  # the level whose scores are mapped; `from` in YAML
+    source: Identifier | None = None  # YAML key `from`: the level whose scores are mapped
     map: MapHow | None = None
-    scale: Scale | Literal["none"] | None = None  # left out: 1/sqrt(qk dim) for dot, else 1
+    scale: Scale | Literal["none"] | None = None  # None: 1/sqrt(qk dim) for dot, 1 otherwise
     normalise: Literal["softmax"] | None = None
     share: Share = "head"
     reduce: Reduce | None = None
@@ -207,7 +207,7 @@ class Spec(Node):
     hsgen: Literal[1] = 1  # version of the language
     name: Identifier  # of the spec, and of what is compiled from it
     source: Text | None = None  # where it was published, as arXiv:2502.11089
-    heads: Heads | None = None  # left out: bound at load_kernel
+    heads: Heads | None = None  # None: bound at load_kernel
     head_dim: HeadDim | None = None
     causal: bool = True  # a row sees no token after its own
     index: Index | None = None

@@ -126,7 +126,7 @@ def _field_docs() -> dict[str, dict[str, str]]:
             part.target.id: comment
             for part in node.body
             if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
-            if (comment := _comment(lines, part))
+            if (comment := _comment(lines, part).replace("None:", "left out:"))
         }
         for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef)
