@@ -6,9 +6,11 @@ All of it is derived: from the spec's own file, its graph and its plan.  Measure
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from hsgen import analysis, emit, passes, pipeline, planner, schedule
@@ -22,6 +24,7 @@ from hsgen.target import Target
 
 TOKENS = 131072  # at which a spec is compared with dense attention
 HEADS, HEAD_DIM = (32, 8), 128  # of a spec that leaves them open
+_SENTENCE = re.compile(r".*?\.(?=\n|\s+[A-Z]|$)", re.DOTALL)  # not the one in "eq. 9"
 MODELINE = "# yaml-language-server:"
 
 # What every system is composed of, in the order of the language.
@@ -164,17 +167,17 @@ def _one_line(error: HsgenError) -> str:
 
 
 def essence(text: str) -> str:
-    """What a spec is about: its first comment lines, down to the first that ends with a full stop."""
-    said: list[str] = []
-    for line in text.removeprefix("\ufeff").splitlines():
-        if line.startswith(MODELINE):
-            continue
-        if not line.startswith("#"):
-            break
-        said.append(line.removeprefix("#").strip())
-        if line.endswith("."):
-            break
-    return " ".join(said)
+    """What a spec is about: the first sentence of the comment at its top."""
+    lines = [
+        line for line in text.removeprefix("\ufeff").splitlines() if not line.startswith(MODELINE)
+    ]
+    said = [line.removeprefix("#").strip() for line in takewhile(_is_comment, lines)]
+    sentence = _SENTENCE.match("\n".join(said))
+    return " ".join(sentence[0].split()) if sentence else ""
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
 
 
 # --- a spec in the words of its language

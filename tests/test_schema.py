@@ -262,7 +262,9 @@ def test_keys_are_spelt_as_in_yaml():
     defs = SCHEMA["$defs"]
     assert "from" in defs["Score"]["properties"]
     assert "source" not in defs["Score"]["properties"]
-    assert defs["Score"]["properties"]["from"]["description"].endswith("the level whose scores are mapped")
+    assert defs["Score"]["properties"]["from"]["description"].endswith(
+        "the level whose scores are mapped"
+    )
     assert "group_size" in defs["Heads"]["properties"]
     assert list(defs["Blocks"]["properties"]) == ["blocks", "stride"]
     tokens, *_ = defs["Level"]["properties"]["partition"]["anyOf"]
