@@ -7,7 +7,9 @@ Plans nothing and knows nothing of kernels, GPUs or tensors.
     rules    what the values must be to each other
     reader   words -> Spec
     text     Spec -> YAML text
+    schema   the classes -> JSON Schema, for editors
     files    paths and shipped names -> Spec
+    drafts   a shipped spec -> the text of a new one
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic.config import JsonDict
 
 from hsgen.errors import ArgumentError, Span
 
@@ -40,8 +41,17 @@ def _one_line(text: str) -> str:
     return text
 
 
-Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$"), AfterValidator(_no_keyword)]
-Text = Annotated[str, Field(max_length=200), AfterValidator(_one_line)]
+# a JSON Schema learns of no validator, so each is said once more in its words
+_NO_KEYWORD: JsonDict = {"not": {"enum": [*keyword.kwlist]}}
+# about printable: the rest of it are classes of Unicode that not every editor's patterns know
+_ONE_LINE: JsonDict = {"pattern": r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"}
+
+Identifier = Annotated[
+    str,
+    Field(pattern=r"^[a-z][a-z0-9_]{0,47}$", json_schema_extra=_NO_KEYWORD),
+    AfterValidator(_no_keyword),
+]
+Text = Annotated[str, Field(max_length=200, json_schema_extra=_ONE_LINE), AfterValidator(_one_line)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 Forced = Annotated[int, Field(strict=True, ge=0, le=MAX_FORCED)]
 # scores are float32: outside this range they all become 0 or infinite
@@ -64,8 +74,8 @@ class Node(BaseModel):
 class Heads(Node):
     """How many heads; query heads of one group share a key/value head.  `group = query / kv`."""
 
-    query: Count
-    kv: Count
+    query: Count  # of the query and of the output
+    kv: Count  # of keys and values
 
     @property
     def group(self) -> int:
@@ -76,17 +86,17 @@ class Heads(Node):
 class HeadDim(Node):
     """Length of one head's query/key vector, and of its value vector."""
 
-    qk: Count
-    v: Count
+    qk: Count  # of a query and of a key
+    v: Count  # of a value and of the output
 
 
 class Index(Node):
     """A separate low-cost scorer: `q_index [B,T,Hi,Di]`, `k_index [B,S,Di]`, `w_index [B,T,Hi]`."""
 
-    heads: Count
-    dim: Count
-    dtype: Literal["input"] = "input"
-    keys: Literal["shared"] = "shared"
+    heads: Count  # of the index's queries
+    dim: Count  # length of one head's query, and of a key
+    dtype: Literal["input"] = "input"  # scores are of tensors as they are given
+    keys: Literal["shared"] = "shared"  # all heads of the index have the same keys
 
 
 class Tokens(Node):
@@ -109,8 +119,8 @@ class Blocks(Node):
     """Entry i covers tokens [i * stride, i * stride + size)."""
 
     kind: Literal["blocks"] = "blocks"
-    size: Count
-    stride: Count
+    size: Count  # tokens of one block
+    stride: Count  # from one block's start to the next; in YAML by default the block's size
 
 
 Partition = Tokens | Blocks
@@ -203,14 +213,14 @@ class Combine(Node):
 class Spec(Node):
     """What an attention means.  Equal text up to comments and layout gives an equal Spec."""
 
-    hsgen: Literal[1] = 1
-    name: Identifier
-    source: Text | None = None
+    hsgen: Literal[1] = 1  # version of the language
+    name: Identifier  # of the spec, and of what is compiled from it
+    source: Text | None = None  # where it was published, as arXiv:2502.11089
     heads: Heads | None = None  # None: bound at load_kernel
     head_dim: HeadDim | None = None
-    causal: bool = True
+    causal: bool = True  # a row sees no token after its own
     index: Index | None = None
-    levels: Annotated[tuple[Level, ...], Field(max_length=MAX_LEVELS)] = ()
+    levels: Annotated[tuple[Level, ...], Field(max_length=MAX_LEVELS)] = ()  # earlier first
     attend: Annotated[tuple[Attend, ...], Field(min_length=1, max_length=MAX_BRANCHES)]
     combine: Combine | None = None
 
