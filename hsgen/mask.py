@@ -22,7 +22,8 @@ from hsgen.spec import Spec
 PIXELS = 256  # a side of a panel, at most
 TOKENS = 2048
 ROWS = 256  # alive at once
-FULL = 4.0  # times the mean mass of a visible token: what is drawn darkest
+FULL = 4.0  # times what a token has where a row attends to all alike: drawn darkest
+SHADES = 15  # so that a picture stays small
 PAGE = (255, 255, 255)
 HIDDEN = (234, 238, 242)  # later than the row
 TAKEN = (205, 224, 247)  # chosen, no mass
@@ -170,6 +171,7 @@ def pixels(panel: Panel) -> Tensor:
     visible = panel.visible.sum(-1, keepdim=True)
     level = panel.mass * visible / panel.visible.clamp(min=1e-6)  # 1: as a uniform row would have
     dark = (level / FULL).clamp(max=1).sqrt()[..., None]
+    dark = (dark * SHADES).round() / SHADES
     share = panel.chosen[..., None]
     taken = colors["taken"] + (colors["held"] - colors["taken"]) * dark
     left = colors["page"] + (missed - colors["page"]) * dark
