@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import common
 from benchmarks.common import Json
+from hsgen import standins
 from hsgen.reference import Result, reference, tensor_shapes
 from hsgen.spec import Spec, load, parse
 
@@ -191,11 +192,11 @@ def xunhao_nsa(spec: Spec, peer: Mapping[str, types.ModuleType]) -> tuple[Answer
 
 
 def _moba_spec() -> Spec:
-    return common.with_blocks(common.bind(load("moba"), query=4, kv=4, dim=32), "chunk", 16)
+    return common.with_blocks(standins.bind(load("moba"), query=4, kv=4, dim=32), "chunk", 16)
 
 
 def _nsa_spec() -> Spec:
-    small = common.bind(load("nsa"), query=8, kv=2, dim=32)
+    small = standins.bind(load("nsa"), query=8, kv=2, dim=32)
     return common.with_budget(small, "block", 5)
 
 

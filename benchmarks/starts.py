@@ -20,6 +20,7 @@ from torch import Tensor
 import hsgen
 from benchmarks import common, inputs, timing
 from benchmarks.common import Json
+from hsgen import captures
 from hsgen.passes import run
 from hsgen.planner import plan as graph
 from hsgen.schedule import schedule
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = ["--capture", args.capture.name, "--tokens", str(args.tokens)]
     result = common.provenance("benchmarks.starts", words, "cuda")
     result |= {"tokens": args.tokens, "inputs": "real", "kernels": {}}
-    groups, began = common.load_capture(args.capture), time.monotonic()
+    groups, began = captures.load(args.capture), time.monotonic()
     for number, name in enumerate(SYSTEMS):
         tensors = inputs.make(load(name), "real", args.tokens, "cuda", 0, groups)
         deadline = began + args.budget * (number + 1) / len(SYSTEMS)

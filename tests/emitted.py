@@ -6,7 +6,7 @@ import pytest
 import torch
 from conformance import systems
 
-from hsgen import batch, build, configs, emit, passes, paths, pipeline, planner, schedule
+from hsgen import batch, build, configs, emit, passes, pipeline, planner, schedule
 from hsgen.errors import BuildError
 from hsgen.reference import tensor_shapes
 from hsgen.spec import load
