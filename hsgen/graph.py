@@ -17,7 +17,7 @@ from typing import Literal, assert_never, get_args
 
 import networkx as nx
 
-from hsgen.errors import HsgenError
+from hsgen.errors import HsgenError, Span
 
 DType = Literal["input", "f32", "i32"]  # input: the dtype of the query tensor
 Role = Literal[
@@ -167,6 +167,7 @@ class Node:
     op: Op
     inputs: tuple[str, ...]
     type: TensorType
+    span: Span | None = field(default=None, compare=False, repr=False)  # where the text asks for it
 
 
 class GraphError(HsgenError):

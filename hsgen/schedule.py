@@ -103,10 +103,10 @@ class _Scheduler:
 
     def _refuse(self) -> None:
         """Operators that no kernel does yet, and sizes that none holds."""
-        if any(isinstance(node.op, Union) for node in self.graph.nodes()):
-            raise PlanError(
-                "no kernel takes one softmax over several branches yet: `combine: {softmax: union}`"
-            )
+        for node in self.graph.nodes():
+            if isinstance(node.op, Union):
+                message = "no kernel takes one softmax over several branches yet"
+                raise PlanError(f"{message}: `combine: {{softmax: union}}`", span=node.span)
         for name in ("Hq", "Hkv", "Dqk", "Dv"):
             if name not in self.graph.sizes:
                 raise PlanError(
@@ -318,7 +318,8 @@ class _Scheduler:
         if op.size != op.stride:
             raise PlanError(
                 f"branch {op.branch}: no kernel attends raw tokens of overlapping blocks "
-                f"(size {op.size}, stride {op.stride})"
+                f"(size {op.size}, stride {op.stride})",
+                span=node.span,
             )
         selection = self.graph[node.inputs[3]]
         width, heads = self._width(selection), self._size(selection.type.dims[2])
@@ -408,7 +409,8 @@ class _Scheduler:
         score = self.graph[node.inputs[0]]
         assert isinstance(score.op, Score)
         if score.op.form != "dot" or score.op.within is not None or score.op.size == 1:
-            raise PlanError(f"level {score.op.level}: no kernel normalises these scores yet")
+            message = f"level {score.op.level}: no kernel normalises these scores yet"
+            raise PlanError(message, span=node.span)
         context = rows.attend_pooled(
             self.shape,
             name=f"lse_{score.op.level}",
@@ -546,7 +548,7 @@ class _Scheduler:
         current = self.graph[node.inputs[0]]
         while not isinstance(current.op, Score):
             if not isinstance(current.op, Map | Reduce | Normalise):
-                raise PlanError(f"no kernel chooses from %{current.name}")
+                raise PlanError(f"no kernel chooses from %{current.name}", span=node.span)
             passed.insert(0, current)
             current = self.graph[current.inputs[0]]
         return _Chain(
@@ -565,10 +567,12 @@ class _Scheduler:
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(
                 f"level {node.op.level}: no kernel reduces a dot score over all heads yet; "
-                "share: group, or form: relu_weighted"
+                "share: group, or form: relu_weighted",
+                span=chain.score.span,
             )
         if chain.lse is not None and parent is not None:
-            raise PlanError(f"level {node.op.level}: no kernel normalises scores inside a beam yet")
+            message = f"level {node.op.level}: no kernel normalises scores inside a beam yet"
+            raise PlanError(message, span=chain.score.span)
         share: Literal["head", "group", "all"] = (
             "all" if weighted else chain.reduce.share if chain.reduce else "head"
         )
@@ -600,7 +604,8 @@ class _Scheduler:
         mine, theirs = self._size(node.type.dims[2]), self._size(parent.type.dims[2])
         if mine < theirs:
             raise PlanError(
-                f"level {parent.op.level} selects per head, the level below it does not"
+                f"level {parent.op.level} selects per head, the level below it does not",
+                span=node.span,
             )
         group = mine // theirs
         return {
