@@ -21,6 +21,7 @@ from hsgen.spec.model import (
     Force,
     HeadDim,
     Heads,
+    HeadSpan,
     Identifier,
     Index,
     Level,
@@ -35,7 +36,9 @@ from hsgen.spec.model import (
     Select,
     Share,
     Spec,
+    Static,
     Tokens,
+    TopP,
 )
 from hsgen.spec.reader import parse
 from hsgen.spec.text import dump
@@ -47,6 +50,7 @@ __all__ = [
     "Count",
     "Force",
     "HeadDim",
+    "HeadSpan",
     "Heads",
     "Identifier",
     "Index",
@@ -62,7 +66,9 @@ __all__ = [
     "Select",
     "Share",
     "Spec",
+    "Static",
     "Tokens",
+    "TopP",
     "dump",
     "load",
     "parse",
