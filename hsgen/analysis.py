@@ -526,7 +526,23 @@ def _costs_text(graph: Graph) -> list[str]:
         f"N_{level} = {_entries_text(size, stride, causal=graph.meta.causal)}"
         for level, (size, stride) in sorted(partitions(graph).items())
     ]
-    return [head, *align(cells), *([f"  where {', '.join(entries)}"] if entries else [])]
+    where = [f"  where {', '.join(entries)}"] if entries else []
+    return [head, *align(cells), *where, *_at_most(graph)]
+
+
+def _at_most(graph: Graph) -> list[str]:
+    """What the costs do not know: how much a rule or a pattern leaves."""
+    names = [
+        f"%{node.name}"
+        for node in graph.nodes()
+        if isinstance(node.op, Attend)
+        and (node.op.over == "static" or any(_varies(x) for x in graph.operands(node)))
+    ]
+    return [f"  {', '.join(names)}: at most, as if every token were kept"] if names else []
+
+
+def _varies(node: Node) -> bool:
+    return isinstance(node.op, SelectSet) and node.op.rule != "fraction"
 
 
 def _entries_text(size: int, stride: int, *, causal: bool) -> str:

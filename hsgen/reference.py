@@ -236,9 +236,8 @@ def _choose_mass(
     if top_p.scope == "row":
         reached = _until_mass(top_p, scores, candidates, first)
     else:  # all rows of a head together; ties go to the earlier row
-        T = len(scores)
         flat = [y.transpose(0, 1).flatten(1) for y in (scores, candidates, first)]
-        reached = _until_mass(top_p, *flat).unflatten(1, (T, -1)).transpose(0, 1)
+        reached = _until_mass(top_p, *flat).unflatten(1, scores.shape[::2]).transpose(0, 1)
     ranking = order(scores, candidates, first)
     chosen = (reached | _early(ranking, _count(top_p.min, scores))) & candidates
     if top_p.max is not None:
