@@ -88,12 +88,14 @@ def error_findings(call, o, exact, plain, *, lse):
     row_bound = limit.own * _rms(own) + 2 * u * _rms(exact) + logits + ZERO
     used = _rms(error) / row_bound
     found += _over("R-row", used.max(), f"o at {_where(used)}")
-    # errors of single rows cancel, those of a wrong scale do not
+    # errors of single rows cancel, those of a wrong scale do not; what rounding has in common, the
+    # plain computation has too
     rows = max(1, int((exact != 0).any(-1).sum()))
     size = exact.square().sum().clamp(min=ZERO)
     single = u + 2 * (own.square().sum() / size).sqrt()
-    bias = ((error * exact).sum() / size).abs()
-    return found + _over("R-bias", bias / (limit.bias * u + single / math.sqrt(rows)), "o")
+    bias, common = (((e * exact).sum() / size).abs() for e in (error, own))
+    allowed = limit.bias * u + common + single / math.sqrt(rows)
+    return found + _over("R-bias", bias / allowed, "o")
 
 
 def logit_error(call, lse, unit):
