@@ -554,7 +554,7 @@ def _top_p(spec: Spec, i: int, level: Level, path: Path) -> Iterator[Problem]:
         return
     if top_p.max is not None and top_p.min > top_p.max:
         yield Problem(
-            code="HS090",
+            code="HS100",
             path=(*path, "top_p", "min"),
             message=f"expected at most max = {top_p.max} entries, got min {top_p.min}",
             help=f"write 'max: {top_p.min}', or leave one of the two out",
@@ -564,7 +564,7 @@ def _top_p(spec: Spec, i: int, level: Level, path: Path) -> Iterator[Problem]:
     if spec.levels[j].score.normalise is None:
         name = spec.levels[j].name
         yield Problem(
-            code="HS091",
+            code="HS101",
             path=(*path, "top_p"),
             message=f"expected masses for 'top_p', got scores of '{name}' that are not normalised",
             help=f"write 'normalise: softmax' in the score of '{name}', or 'fraction: 0.1' here",
@@ -653,7 +653,7 @@ def _static(spec: Spec, static: Static, path: Path) -> Iterator[Problem]:
     rules = ("window", "sink", "stride", "power_of_two", "per_head")
     if not any(getattr(static, rule) for rule in rules):
         yield Problem(
-            code="HS092",
+            code="HS102",
             path=path,
             message=f"expected at least one of {', '.join(rules)} in 'static', got none",
             help="write 'static: {blocks: 64, window: 16}', or 'window: all' for every token",
@@ -673,7 +673,7 @@ def _static(spec: Spec, static: Static, path: Path) -> Iterator[Problem]:
     ):
         if wrong:
             yield Problem(
-                code="HS093",
+                code="HS103",
                 path=(*path, key),
                 message=f"'{key}' has no meaning here: {why}",
                 help=f"remove '{key}'",
@@ -682,7 +682,7 @@ def _static(spec: Spec, static: Static, path: Path) -> Iterator[Problem]:
             )
     if per_head and spec.heads and spec.heads.query % len(static.per_head):
         yield Problem(
-            code="HS094",
+            code="HS104",
             path=(*path, "per_head"),
             message=f"expected a number of heads that divides the query heads, {spec.heads.query},"
             f" got {len(static.per_head)}",
