@@ -8,6 +8,7 @@ wrong usage.  What loads networkx or jinja2 is imported by the command that uses
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import typer
 
 from hsgen import paths
 from hsgen.errors import ArgumentError, HsgenError, SpecError
-from hsgen.spec import Spec, load
+from hsgen.spec import Spec, drafts, load
 from hsgen.target import Target
 
 SCHEMA_VERSION = 1  # of every --json
@@ -37,6 +38,10 @@ SpecFiles = Annotated[
 ]
 SpecFile = Annotated[
     str, typer.Argument(metavar="SPEC", help="A file, or the name of a shipped spec.")
+]
+SchemaFile = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write FILE; default standard output."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -67,6 +72,29 @@ def _pair(text: str | None) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[-1])
 
 
+def _name(text: str) -> str:
+    """What a spec may be called; anything else is wrong usage."""
+    try:
+        return drafts.named(text)
+    except ArgumentError as error:
+        raise typer.BadParameter(f"{error.message}: {error.help}") from error
+
+
+NewName = Annotated[str, typer.Argument(parser=_name, metavar="NAME", help="Of the new spec.")]
+NewFile = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write FILE; default NAME.yaml."),
+]
+Preset = Annotated[
+    str, typer.Option("--from", metavar="PRESET", help="Name of a shipped spec, or a file.")
+]
+ForEditors = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="SCHEMA",
+        help="What `hsgen schema -o SCHEMA` wrote: the new file tells editors of it.",
+    ),
+]
 TargetName = Annotated[
     Target,
     typer.Option(parser=_target, metavar="GPU", help="h100, a100, 4090, b200, mi300x, sm_80, ..."),
@@ -255,6 +283,56 @@ def compile_(
     else:
         typer.echo(str(done), nl=False)
     raise typer.Exit(0 if done.passed else 1)
+
+
+@app.command(epilog="Example: hsgen schema -o hsgen.schema.json")
+def schema(*, output: SchemaFile = None) -> None:
+    """Print the JSON Schema of the language, by which editors complete and explain a spec."""
+    from hsgen.spec import schema as language  # noqa: PLC0415
+
+    text = json.dumps(language.schema(), indent=2) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        drafts.write(output, text, over=True)
+
+
+@app.command(epilog="Example: hsgen new my_attention --from nsa")
+def new(
+    name: NewName,
+    *,
+    preset: Preset,
+    output: NewFile = None,
+    schema: ForEditors = None,
+    as_json: Json = False,
+) -> None:
+    """Write a spec that starts from another, comments kept: hsgen new my_attention --from nsa."""
+    file = output or Path(f"{name}.yaml")
+    if schema is not None and not schema.is_file():
+        raise typer.BadParameter(f"{schema}: no such file; 'hsgen schema -o {schema}' writes it")
+    seen = Path(os.path.relpath(schema, file.parent)).as_posix() if schema else None
+    drafts.write(file, drafts.draft(name, preset, schema=seen))
+    if as_json:
+        _print_json({"file": str(file), "name": name, "from": preset})
+    else:
+        typer.echo(f"{file}: {name}, which is {preset} until you change it")
+
+
+@app.command(epilog="Example: hsgen specs --json")
+def specs(
+    *,
+    target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
+    page: Annotated[bool, typer.Option(help="Print docs/systems.md.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the shipped specs: what each is, what it costs, and how far its kernels reach."""
+    from hsgen import catalogue  # noqa: PLC0415
+
+    found = catalogue.catalogue(target)
+    if as_json:
+        _print_json(found.record())
+    else:
+        typer.echo(found.page() if page else str(found), nl=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The measurements measure what they say: baselines by brute force, failures kept, pages made."""
 
 import json
+import sys
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import baselines, common, inputs, quality, speed, speed_report
+from benchmarks import baselines, common, independent, inputs, quality, speed, speed_report
 from hsgen import captures, metrics, standins
 from hsgen.reference import reference, tensor_shapes
 from hsgen.spec import load
@@ -225,7 +226,12 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "page"), [("quality", quality.report), ("speed", speed_report.page)]
+    ("kind", "page"),
+    [
+        ("quality", quality.report),
+        ("speed", speed_report.page),
+        ("independent", independent.page),
+    ],
 )
 def test_page_is_made_of_the_kept_results(kind, page):
     paths = common.found([], kind)
@@ -234,3 +240,32 @@ def test_page_is_made_of_the_kept_results(kind, page):
     assert written == page([common.read_json(path) for path in paths]), (
         f"run python -m benchmarks.{kind} --report"
     )
+
+
+# Independent implementations ------------------------------------------------------------------------
+
+
+def test_every_comparison_is_kept_and_agrees():
+    (path,) = common.found([], "independent")
+    kept = common.read_json(path)["comparisons"]
+    assert set(kept) == set(independent.COMPARISONS)
+    for name, figures in kept.items():
+        assert figures["worst"] < independent.TOLERANCE, name
+        assert figures.get("same_rows") == figures.get("rows"), name
+
+
+def test_selections_are_compared_as_sets():
+    left = torch.tensor([[3, -1, 0], [1, 2, -1], [-1, -1, -1]])
+    right = torch.tensor([[0, 3], [1, 3], [-1, -1]])
+    assert independent.same_rows(left, right).tolist() == [True, False, True]
+
+
+def test_a_peer_is_read_without_its_asserts(tmp_path):
+    path = tmp_path / "theirs.py"
+    path.write_text(
+        "from fla.ops.utils.pooling import mean_pooling\nassert False\nx = mean_pooling\n"
+    )
+    made = independent.read(path)
+    x = torch.arange(5.0).reshape(1, 5, 1, 1)
+    assert made.x(x, 2, None).flatten().tolist() == [0.5, 2.5, 4.0]
+    assert "fla" not in sys.modules

@@ -30,6 +30,7 @@ allowlist  store
 workers  build                          source text -> modules on disk
 crosscompile  resources                 registers, occupancy and limits of modules
 pipeline                                the stages in order
+catalogue                               what `specs` says
 batch  operators
 arguments
 execution
@@ -48,11 +49,12 @@ SPEC_LAYERS = """\
 model  syntax
 rules  text
 reader
-files
+schema  files
+drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes plan rows kernels configs schedule driver emit "
-    "allowlist store workers build resources pipeline verify dryrun report progress cli "
+    "allowlist store workers build resources pipeline catalogue verify dryrun report progress cli "
     "svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
