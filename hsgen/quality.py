@@ -51,10 +51,9 @@ def subjects(spec: Spec) -> tuple[Subject, ...]:
     found = [_level_subject(spec, level) for level in spec.levels if level.select]
     found += [_branch_subject(branch) for branch in spec.attend if branch.window or branch.static]
     if len(_raw(spec)) > 1:
-        one = (
-            "one softmax" if spec.combine and spec.combine.softmax else "as if one softmax spanned"
-        )
-        about = f"the tokens that {', '.join(x.name for x in _raw(spec))} read, each once, {one}"
+        names = " and ".join(branch.name for branch in _raw(spec))
+        apart = "" if spec.combine and spec.combine.softmax else ", as the spec does not"
+        about = f"tokens that {names} read, each once, under one softmax{apart}"
         found.append(Subject(name=TOGETHER, about=about))
     return tuple(found)
 
