@@ -57,14 +57,18 @@ def _shrunk_level(level, factor):
 
 
 def bind(spec, *, group=2, kv=None, dims=(64, 64)):
-    """Heads and head dims; an index gets as many heads as a group has, and the dim of queries."""
+    """Heads and head dims; an index gets the dim of queries, and as many heads as a group has.
+
+    Where index heads stand for key heads it gets as many as those.
+    """
     kv = kv or (2 if group <= 4 else 1)
     changes = {
         "heads": Heads(query=group * kv, kv=kv),
         "head_dim": HeadDim(qk=dims[0], v=dims[1]),
     }
     if spec.index:
-        changes["index"] = Index(heads=group, dim=dims[0])
+        per_key_head = any(level.score.form == "index_dot" for level in spec.levels)
+        changes["index"] = Index(heads=kv if per_key_head else group, dim=dims[0])
     return language.verify(spec.model_copy(update=changes))
 
 
