@@ -15,6 +15,14 @@ REFUSED: dict[str, str] = {}
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
+# Specs put together from loops that another has too: a few of the covering cases, every law, and
+# every probe in one dtype.  All others get all covering cases, and every probe in every dtype.
+ALIKE: dict[str, str] = {
+    "infllm_v2": "nsa",
+    "kinetics": "moba",
+    "nsa_fla": "nsa",
+    "nsa_xunhao": "nsa",
+}
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
 
