@@ -166,10 +166,13 @@ def _shrunk_level(level: Level, divisor: int) -> Level:
             size=level.partition.size // divisor, stride=level.partition.stride // divisor
         )
     if level.select:
-        forced = level.select.force.first + level.select.force.last
+        few = {
+            "last": min(level.select.force.last, 2)
+        }  # a long window would leave nothing to choose
+        force = level.select.force.model_copy(update=few)
         kept = "top_k" if level.select.top_k else "beam"
-        budget = min(level.select.budget, max(forced + 1, 3 if blocks else 6))
-        changes["select"] = level.select.model_copy(update={kept: budget})
+        budget = min(level.select.budget, max(force.first + force.last + 1, 3 if blocks else 6))
+        changes["select"] = level.select.model_copy(update={kept: budget, "force": force})
     return level.model_copy(update=changes)
 
 
