@@ -227,7 +227,9 @@ def _pools(spec: Spec) -> Iterator[Problem]:
                 help="write 'pool: {keys: mean}' in this level",
                 also=((*here, "pool", "keys"), (*here, "partition")),
             )
-        elif score.form and has_keys and (score.form == "bound") != (pool.keys == "minmax"):
+        elif (
+            score.form and pool and pool.keys and (score.form == "bound") != (pool.keys == "minmax")
+        ):
             yield _bound_without_minmax(i, pool.keys, score.form)
         if pool is not None:
             yield from _pool(spec, i, level)
