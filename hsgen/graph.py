@@ -53,12 +53,13 @@ class Score:
 
     query, entry keys, [index weights], [parent selection] -> f32[B, T, H, N]
 
-    `relu_weighted` sums its index heads itself, so it has one head.  `bound` reads minmax keys.  With
-    `within`, only children of the parent selection are scored: f32[B, T, H, C].
+    `relu_weighted` sums its index heads itself, so it has one head; those of `index_dot` stand for
+    the key heads.  `bound` reads minmax keys.  With `within`, only children of the parent selection
+    are scored: f32[B, T, H, C].
     """
 
     level: str
-    form: Literal["dot", "bound", "relu_weighted"]
+    form: Literal["dot", "bound", "index_dot", "relu_weighted"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
@@ -457,10 +458,11 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     weighted = op.form == "relu_weighted"
     _need_count(operands, 2 + weighted + (op.within is not None))
     query, keys = operands[0].type, operands[1]
-    if weighted:
+    if weighted or op.form == "index_dot":
         _need_dims(query, ("B", "T", "Hi", "Di"))
         _need(keys.type.dims[2:] == ("Di",), f"expected [B, N, Di], got {keys.type}")
-        _need_dims(operands[2].type, ("B", "T", "Hi"))
+        if weighted:
+            _need_dims(operands[2].type, ("B", "T", "Hi"))
     else:
         _need_dims(query, ("B", "T", "Hq", "Dqk"))
         vectors = ("Hkv", "2", "Dqk") if op.form == "bound" else ("Hkv", "Dqk")
@@ -468,7 +470,7 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
         _need(keys.type.dims[2:] == vectors, f"expected [{expected}], got {keys.type}")
     if op.within is not None:
         _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
-    heads = "1" if weighted else "Hq"
+    heads = {"relu_weighted": "1", "index_dot": "Hkv"}.get(op.form, "Hq")
     return TensorType(dtype="f32", dims=("B", "T", heads, _entry_dim(op, keys)))
 
 
@@ -607,6 +609,9 @@ def verify(graph: Graph) -> Graph:
     _verify_outputs(graph)
     heads, kv_heads = graph.sizes.get("Hq", 0), graph.sizes.get("Hkv", 1)
     _need(heads % kv_heads == 0, f"{heads} query heads do not divide among {kv_heads}")
+    if any(isinstance(node.op, Score) and node.op.form == "index_dot" for node in graph.nodes()):
+        index_heads = graph.sizes.get("Hi", kv_heads)
+        _need("Hkv" not in graph.sizes or index_heads == kv_heads, f"{index_heads} index heads")
     return graph
 
 

@@ -175,7 +175,7 @@ def _scale(builder: _Builder, score: language.Score) -> float | None:
         case "none":
             return 1.0
         case None:
-            return 1.0 if score.form == "relu_weighted" else builder.attention_scale()
+            return 1.0 if score.by_index else builder.attention_scale()
         case _:
             return float(score.scale)
 
@@ -275,13 +275,13 @@ def _select_set(level: language.Level, select: language.Select) -> SelectSet:
 
 
 def _score_query(builder: _Builder, level: language.Level) -> Node:
-    if level.score.form == "relu_weighted":
+    if level.score.by_index:
         return builder.input("q_index", "index_query", "B", "T", "Hi", "Di")
     return builder.query()
 
 
 def _score_keys(builder: _Builder, level: language.Level) -> Node:
-    if level.score.form == "relu_weighted":
+    if level.score.by_index:
         raw = builder.input("k_index", "index_keys", "B", "S", "Di")
     else:
         raw = builder.keys(level.kv)

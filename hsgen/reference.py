@@ -136,11 +136,12 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
     keys: _TensorInput = ("key", ("Hkv", "D"))
     values: _TensorInput = ("key", ("Hkv", "Dv"))
     for level in spec.levels:
-        by_index = level.score.form == "relu_weighted"
+        by_index = level.score.by_index
         if by_index:
             found["q_index"] = ("query", ("Hi", "Di"))
             found["k_index"] = ("key", ("Di",))
-            found["w_index"] = ("query", ("Hi",))
+            if level.score.form == "relu_weighted":
+                found["w_index"] = ("query", ("Hi",))
         elif level.score.form == "dot" or (level.pool and level.pool.keys):
             found[_own("k", level.kv)] = keys
         if level.pool and level.pool.values:
@@ -478,7 +479,7 @@ def _token_mask(level: Level, chosen: Tensor, S: int) -> Tensor:
 def _pooled(level: Level, x: dict[str, Tensor]) -> dict[str, Tensor]:
     """One vector an entry of what is scored, and of values: key [N, H, D], value [N, Hkv, Dv]."""
     pool = level.pool
-    by_index = level.score.form == "relu_weighted"
+    by_index = level.score.by_index
     keys = x["k_index"].unsqueeze(1) if by_index else x.get(_own("k", level.kv))
     if pool is None or keys is None:
         return {} if keys is None else {"key": keys}
@@ -532,6 +533,9 @@ def _form(level: Level, rows: _Rows) -> Tensor:
             q = x["q"]  # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
             most = _dot(q.clamp(max=0), low) + _dot(q.clamp(min=0), high)
             return most * _scale(level, q.shape[-1])
+        case "index_dot":
+            scores = torch.einsum("thd,nd->thn", x["q_index"], keys[:, 0])
+            return scores * _scale(level, 1)
         case "relu_weighted":
             heads = torch.einsum("thd,nd->thn", x["q_index"], keys[:, 0]).relu()
             total = torch.einsum("th,thn->tn", x["w_index"], heads)

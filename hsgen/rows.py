@@ -525,7 +525,7 @@ def _kv_head(stride: str, shape: Shape, *, per_head: bool) -> str:
 class Scoring:
     """One level's score as a chain of steps: form, normalise, reduce over heads, map."""
 
-    form: Literal["dot", "bound", "relu_weighted"]
+    form: Literal["dot", "bound", "index_dot", "relu_weighted"]
     scale: float
     entries: Entries  # the entries scored
     pooled: bool  # keys are float32 pooled entries, else raw tokens
@@ -541,6 +541,11 @@ class Scoring:
     parent_head: str = ""  # the parent's selection head, of this program's `head`
     parent_heads: int = 1
 
+    @property
+    def by_index(self) -> bool:
+        """Whether queries and keys are those of the index: its keys have no heads."""
+        return self.form in ("index_dot", "relu_weighted")
+
 
 def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) -> RowsContext:
     """Scores of a level's entries into a scratch [rows of the chunk, heads, capacity].
@@ -552,12 +557,12 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
     phase, setup = _score_phase(shape, scoring)
     value = _value(scoring)
     identity = _identity(scoring)
-    key = "K", "k", _key_comment(scoring, weighted), "bt" if weighted else "bth"
+    key = "K", "k", _key_comment(scoring), "bt" if scoring.by_index else "bth"
     return RowsContext(
         name=name,
         summary=_score_summary(scoring),
         params=(
-            *tensor("Q", "q", "[B, T, Hi, Di]" if weighted else "[B, T, Hq, Dqk]", "bth"),
+            *tensor("Q", "q", "[B, T, Hi, Di]" if scoring.by_index else "[B, T, Hq, Dqk]", "bth"),
             *tensor(*key, "f32" if scoring.pooled else "input"),
             *(tensor("WEIGHT", "w", "[B, T, Hi]", "bt") if weighted else ()),
             *(tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32") if scoring.normalise else ()),
@@ -574,7 +579,9 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         heads=heads,
         pitch=pitch,
         qk_chunks=bound_chunks(dim) if scoring.form == "bound" else chunks(dim),
-        key_head="" if weighted else _kv_head("k_h", shape, per_head=scoring.share == "head"),
+        key_head=""
+        if scoring.by_index
+        else _kv_head("k_h", shape, per_head=scoring.share == "head"),
         key_row=f"k_first // {scoring.entries.stride}" if scoring.pooled else "k_first",
         promote=scoring.pooled,
         setup=(*_row_values(scoring, weighted), *setup, *_score_rows(pitch)),
@@ -592,8 +599,8 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
     )
 
 
-def _key_comment(scoring: Scoring, weighted: bool) -> str:
-    if weighted:
+def _key_comment(scoring: Scoring) -> str:
+    if scoring.by_index:
         return "f32[B, N, Di]" if scoring.pooled else "[B, S, Di]"
     if scoring.form == "bound":
         return "f32[B, N, Hkv, 2, Dqk]"

@@ -607,7 +607,7 @@ class _Scheduler:
             **self._parent(node, parent),
         )
         heads = {"head": 1, "group": self.shape.group, "all": self.graph.sizes.get("Hi", 1)}[share]
-        dim = self.graph.sizes["Di"] if weighted else self.shape.qk
+        dim = self.graph.sizes["Di"] if scoring.by_index else self.shape.qk
         return rows.score(self.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
 
     def _is_borrowed(self, chain: _Chain) -> bool:
@@ -641,9 +641,10 @@ class _Scheduler:
     ) -> tuple[str, ...]:
         queries, keys, *others = chain.score.inputs
         weighted = bool(others) and isinstance(self.graph[others[0]].op, Input)
+        indexed = self.graph[queries].type.dims[-1] == "Di"
         return (
             *self._tensor(queries),
-            *self._tensor(keys)[: 3 if weighted else 4],
+            *self._tensor(keys)[: 3 if indexed else 4],
             *(self._tensor(others[0])[:3] if weighted else ()),
             *(_lse_strides(_buffer(chain.lse)) if chain.lse else ()),
             *((_buffer(parent.name),) if parent else ()),

@@ -141,9 +141,8 @@ def shrink(spec: Spec) -> Spec:
         "head_dim": HeadDim(qk=16, v=16 if _same_dims(spec) else 32),
     }
     if spec.index:
-        changes["index"] = spec.index.model_copy(
-            update={"heads": min(spec.index.heads, 4), "dim": 16}
-        )
+        heads = 2 if _stands_for_key_heads(spec) else min(spec.index.heads, 4)
+        changes["index"] = spec.index.model_copy(update={"heads": heads, "dim": 16})
     return verify_spec(spec.model_copy(update=changes))
 
 
@@ -167,10 +166,13 @@ def _shrunk_level(level: Level, divisor: int) -> Level:
             size=level.partition.size // divisor, stride=level.partition.stride // divisor
         )
     if level.select:
-        forced = level.select.force.first + level.select.force.last
+        few = {
+            "last": min(level.select.force.last, 2)
+        }  # a long window would leave nothing to choose
+        force = level.select.force.model_copy(update=few)
         kept = "top_k" if level.select.top_k else "beam"
-        budget = min(level.select.budget, max(forced + 1, 3 if blocks else 6))
-        changes["select"] = level.select.model_copy(update={kept: budget})
+        budget = min(level.select.budget, max(force.first + force.last + 1, 3 if blocks else 6))
+        changes["select"] = level.select.model_copy(update={kept: budget, "force": force})
     return level.model_copy(update=changes)
 
 
@@ -194,12 +196,18 @@ def _same_dims(spec: Spec) -> bool:
 def _one_key_head(spec: Spec) -> Spec:
     """The spec itself, with the same group but one key head: the grid is all that differs."""
     group = spec.heads.group if spec.heads else 4
-    return spec.model_copy(
-        update={
-            "heads": Heads(query=group, kv=1),
-            "head_dim": spec.head_dim or HeadDim(qk=64, v=64),
-        }
-    )
+    changes: dict[str, object] = {
+        "heads": Heads(query=group, kv=1),
+        "head_dim": spec.head_dim or HeadDim(qk=64, v=64),
+    }
+    if spec.index and _stands_for_key_heads(spec):
+        changes["index"] = spec.index.model_copy(update={"heads": 1})
+    return spec.model_copy(update=changes)
+
+
+def _stands_for_key_heads(spec: Spec) -> bool:
+    """Whether there is an index head for each key head."""
+    return any(level.score.form == "index_dot" for level in spec.levels)
 
 
 def differences(spec: Spec) -> str:

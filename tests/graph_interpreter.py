@@ -206,6 +206,8 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
     query, keys = operands[:2]
     if op.form == "dot":
         value = _dots(query, keys)
+    elif op.form == "index_dot":
+        value = torch.einsum("bthd,bnd->bthn", query, keys)
     elif op.form == "bound":
         bounds = keys.repeat_interleave(query.shape[2] // keys.shape[2], 2).transpose(1, 2)
         corners = query.transpose(1, 2)[:, :, :, None, None] * bounds[:, :, None]

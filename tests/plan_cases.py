@@ -88,6 +88,18 @@ def infllm() -> list[Level]:
     ]
 
 
+def minimax() -> list[Level]:
+    """Blocks by their best token."""
+    token = Level(
+        name="token", partition=Tokens(), score=Score(form="index_dot", share="group", scale=0.5)
+    )
+    score = Score(source="token", map="max")
+    return [
+        token,
+        Level(name="block", partition=blocks(4), score=score, select=top(3, last=1)),
+    ]
+
+
 def quest(share: str = "head", reduce: str | None = None) -> list[Level]:
     score = Score(form="bound", share=share, reduce=reduce)
     pool = Pool(keys="minmax")
@@ -154,6 +166,7 @@ CASES = [
         combine=UNION,
     ),
     spec("infllm", infllm(), [SELECTED]),
+    spec("minimax", minimax(), [SELECTED], index=Index(heads=2, dim=4)),
     spec("quest", quest(), [SELECTED], kv=4),
     spec("quest_group", quest("group", "max"), [SELECTED]),
     spec("quest_not_causal", quest(), [SELECTED], causal=False),

@@ -35,6 +35,7 @@ DENSE |= {
     "beam_of_dots",
     "uncounted",
     "infllm",
+    "minimax",
     "quest",
     "quest_group",
     "quest_not_causal",
@@ -160,9 +161,12 @@ def test_pairs_are_those_that_the_interpreter_sees(spec: Spec) -> None:
         value = values[node.name]
         if isinstance(node.op, Score):
             assert isinstance(value, Scores)
-            per_pair = {"dot": 2 * 6, "bound": 4 * 6, "relu_weighted": 3 * (2 * 4 + 2)}[
-                node.op.form
-            ]
+            per_pair = {
+                "dot": 2 * 6,
+                "bound": 4 * 6,
+                "index_dot": 2 * 4,
+                "relu_weighted": 3 * (2 * 4 + 2),
+            }[node.op.form]
             expected = per_pair * value.there[0].sum().item()
         elif isinstance(node.op, Attend):
             assert isinstance(value, Attended) and value.seen is not None

@@ -335,6 +335,31 @@ def test_overlap_max_takes_entries_that_touch():
     assert result.scores["chunk"][0, 7, 0].tolist() == [5.0, 6.0]
 
 
+def test_index_heads_choose_for_their_key_heads():
+    """Two key heads, index queries 1 and -1: one takes the block of the greatest key, one of the least."""
+    spec, x = one_head(k=[0] * 6, v=[0] * 6, q=[0] * 6)
+    token = Level(name="token", partition=Tokens(), score=Score(form="index_dot", share="group"))
+    block = Level(
+        name="chunk",
+        partition=blocks(2),
+        score=Score(source="token", map="max"),
+        select=Select(top_k=1),
+    )
+    changes = {
+        "levels": (token, block),
+        "heads": Heads(query=4, kv=2),
+        "index": Index(heads=2, dim=1),
+    }
+    spec = spec.model_copy(update=changes)
+    x = {name: torch.zeros(shape) for name, shape in tensor_shapes(spec, 1, 6, 6).items()}
+    assert "w_index" not in x
+    x["k_index"][0, :, 0] = torch.tensor([1.0, 2.0, 5.0, 0.0, -3.0, 3.0])
+    x["q_index"][0, :, 0], x["q_index"][0, :, 1] = 1.0, -1.0
+    result = reference(spec, x)
+    assert result.scores["chunk"][0, 5].tolist() == [[2.0, 5.0, 3.0], [-1.0, 0.0, 3.0]]
+    assert result.selection["chunk"].indices[0, 5].tolist() == [[1], [2]]
+
+
 def test_masses_by_the_sum_of_another_level():
     """Coarse means 0 and ln 2: the sum is of nothing, then 1, then 1 + 2; tokens weigh 1, 1, 2, 2."""
     log2 = math.log(2)

@@ -127,10 +127,14 @@ def test_buffers_on_paper_are_those_that_the_driver_allocates(name, monkeypatch)
 
 
 def test_scratch_is_bounded_whatever_the_length():
+    """By 64 MiB, or by what one tile of rows needs."""
     for name, tokens in itertools.product(emitted.SHIPPED, (1 << 13, 1 << 17, 1 << 20)):
-        for buffer, array in dryrun.run(emitted.shipped_plan(name), tokens=tokens).buffers:
+        plan = emitted.shipped_plan(name)
+        for buffer, array in dryrun.run(plan, tokens=tokens).buffers:
             if buffer.role == "scratch":
-                assert array.bytes <= 64 << 20
+                scorer = plan.kernel(buffer.name.replace("scores_", "score_"))
+                one = scorer.config["BLOCK_T"]
+                assert array.bytes <= 64 << 20 or array.shape[0] == one
 
 
 @pytest.mark.parametrize(
@@ -157,8 +161,8 @@ def test_there_is_a_configuration_for_every_size_and_target(name):
     for heads, dims in itertools.product(HEADS, DIMS):
         graph = emitted.graph(resized(load(name), heads, dims))
         for target, dtype in itertools.product(TARGETS, ("bf16", "fp32")):
-            if name == "quest" and target is RTX4090 and dims[0] > 128:
-                with pytest.raises(PlanError, match="score_page cannot run on rtx 4090"):
+            if name == "quest" and dims[0] == 256 and target in (RTX4090, MI300X):
+                with pytest.raises(PlanError, match="score_page cannot run"):
                     schedule.schedule(graph, target, dtype)  # keys twice as wide, in float32
                 continue
             for kernel in schedule.schedule(graph, target, dtype).kernels:

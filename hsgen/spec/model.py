@@ -66,7 +66,7 @@ SelectRule = Literal["top_k", "beam", "fraction", "threshold", "top_p"]
 SELECT_RULES: tuple[SelectRule, ...] = get_args(SelectRule)
 KeyPool = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
 ValuePool = Literal["mean", "max", "sum_rsqrt", "linear"]
-ScoreForm = Literal["dot", "bound", "relu_weighted"]
+ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted"]
 MapHow = Literal["overlap_sum", "overlap_max", "sum", "max"]
 Share = Literal["head", "group", "all"]
 Reduce = Literal["sum", "mean", "max"]
@@ -149,6 +149,7 @@ class Score(Node):
     """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed.
 
     `bound`: the most that a key between an entry's minmax keys can score, channel by channel.
+    `index_dot`: index head h scores for the group of key head h.
     """
 
     form: ScoreForm | None = None
@@ -159,6 +160,11 @@ class Score(Node):
     lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
     share: Share = "head"
     reduce: Reduce | None = None
+
+    @property
+    def by_index(self) -> bool:
+        """Whether queries and keys are those of the index."""
+        return self.form in ("index_dot", "relu_weighted")
 
 
 class Force(Node):

@@ -270,7 +270,7 @@ def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
         why = "a token is an entry of its own"
     elif pool.keys is None and pool.values is None:
         why = "it pools neither keys nor values"
-    elif pool.values is not None and level.score.form == "relu_weighted":
+    elif pool.values is not None and level.score.by_index:
         why, where = "an index has no values", (*path, "values")
     elif pool.values is not None and not pooled:
         why, where = (
@@ -318,8 +318,8 @@ def _scores(spec: Spec) -> Iterator[Problem]:
             )
         elif score.source is not None:
             yield from _mapped(score, path)
-        elif score.form == "relu_weighted":
-            yield from _relu_weighted(spec, score, path)
+        elif score.by_index:
+            yield from _by_index(spec, score, path)
         else:
             yield from _shared(score, path)
         if score.map is not None and score.source is None:
@@ -376,28 +376,42 @@ def _shared(score: Score, path: Path) -> Iterator[Problem]:
         )
 
 
-def _relu_weighted(spec: Spec, score: Score, path: Path) -> Iterator[Problem]:
+def _by_index(spec: Spec, score: Score, path: Path) -> Iterator[Problem]:
+    wanted, why = (
+        ("group", "an index head chooses for a key head")
+        if score.form == "index_dot"
+        else ("all", "the index heads are one score")
+    )
     if spec.index is None:
         yield Problem(
             code="HS061",
             path=(*path, "form"),
-            message="expected 'index' in the spec for form 'relu_weighted', got none",
+            message=f"expected 'index' in the spec for form '{score.form}', got none",
             help="write 'index: {heads: 64, dim: 128}' at the top",
             also=(("index",),),
         )
-    if score.share != "all":
+    elif score.form == "index_dot" and spec.heads and spec.index.heads != spec.heads.kv:
+        yield Problem(
+            code="HS092",
+            path=("index", "heads"),
+            message=f"expected an index head for each kv head, {spec.heads.kv}, with form"
+            f" 'index_dot', got {spec.index.heads}",
+            help=f"write 'heads: {spec.heads.kv}'",
+            also=((*path, "form"), ("heads", "kv")),
+        )
+    if score.share != wanted:
         yield Problem(
             code="HS062",
             path=(*path, "share") if "share" in score.model_fields_set else (*path, "form"),
-            message=f"expected 'share: all' with form 'relu_weighted', got '{score.share}'",
-            help="write '{form: relu_weighted, share: all}': the index heads are one score",
+            message=f"expected 'share: {wanted}' with form '{score.form}', got '{score.share}'",
+            help=f"write '{{form: {score.form}, share: {wanted}}}': {why}",
             also=((*path, "share"),),
         )
     if score.reduce is not None:
         yield Problem(
             code="HS062",
             path=(*path, "reduce"),
-            message="'reduce' has no meaning with form 'relu_weighted', which sums its own heads",
+            message=f"'reduce' has no meaning with form '{score.form}': {why}",
             help="remove 'reduce'",
             at_key=True,
         )
@@ -439,8 +453,8 @@ def _no_sum(level: Level, source: Level) -> str | None:
         return "its scores are mapped"
     if source.within is not None:
         return f"its scores exist only for children of '{source.within}'"
-    if "relu_weighted" in (source.score.form, level.score.form):
-        return "the heads of an index are one score"
+    if source.score.by_index or level.score.by_index:
+        return "the heads of an index are others"
     return None
 
 
@@ -757,7 +771,7 @@ def _pooled(i: int, j: int, level: Level) -> Iterator[Problem]:
     if isinstance(level.partition, Tokens):
         wrong = "a token is not pooled"
         help = "remove 'values'"
-    elif level.score.form == "relu_weighted":
+    elif level.score.by_index:
         wrong = "its pooled keys are those of the index, which a query cannot attend"
         help = "attend a level with 'form: dot'"
     elif pool is not None and pool.keys == "minmax":
@@ -818,8 +832,7 @@ def _named(level: Level) -> tuple[str | None, ...]:
 
 
 def _unused(spec: Spec) -> Iterator[Problem]:
-    forms = {level.score.form for level in spec.levels}
-    if spec.index is not None and "relu_weighted" not in forms:
+    if spec.index is not None and not any(level.score.by_index for level in spec.levels):
         yield Problem(
             code="HS078",
             path=("index",),
@@ -845,7 +858,7 @@ def _kvs(spec: Spec) -> Iterator[Problem]:
     for i, level in enumerate(spec.levels):
         if level.kv is not None and level.score.form != "dot" and level.pool is None:
             yield _idle_kv(("levels", i), "this level neither scores nor pools keys")
-        elif level.kv is not None and level.score.form == "relu_weighted":
+        elif level.kv is not None and level.score.by_index:
             yield _idle_kv(("levels", i), "the index has keys of its own")
     for i, branch in enumerate(spec.attend):
         if branch.kv is not None and branch.values == "pooled":

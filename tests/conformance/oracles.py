@@ -324,7 +324,7 @@ def _form_only(call, *, absolute):
 
 def _terms(spec, level):
     """Roundings on the way to one score: of its pooled key, of its dot, of what comes after."""
-    dim = spec.index.dim if level.score.form == "relu_weighted" else spec.head_dim.qk
+    dim = spec.index.dim if level.score.by_index else spec.head_dim.qk
     heads = spec.index.heads if level.score.form == "relu_weighted" else 0
     pooled = level.partition.size if level.pool and level.pool.keys else 0
     if level.pool and level.pool.keys == "linear":

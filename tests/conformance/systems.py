@@ -19,6 +19,14 @@ REFUSED: dict[str, str] = {
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
+# Specs put together from loops that another has too: a few of the covering cases, every law, and
+# every probe in one dtype.  All others get all covering cases, and every probe in every dtype.
+ALIKE: dict[str, str] = {
+    "infllm_v2": "nsa",
+    "kinetics": "moba",
+    "nsa_fla": "nsa",
+    "nsa_xunhao": "nsa",
+}
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
 
@@ -63,14 +71,18 @@ def _shrunk_level(level, factor):
 
 
 def bind(spec, *, group=2, kv=None, dims=(64, 64)):
-    """Heads and head dims; an index gets as many heads as a group has, and the dim of queries."""
+    """Heads and head dims; an index gets the dim of queries, and as many heads as a group has.
+
+    Where index heads stand for key heads it gets as many as those.
+    """
     kv = kv or (2 if group <= 4 else 1)
     changes = {
         "heads": Heads(query=group * kv, kv=kv),
         "head_dim": HeadDim(qk=dims[0], v=dims[1]),
     }
     if spec.index:
-        changes["index"] = Index(heads=group, dim=dims[0])
+        per_key_head = any(level.score.form == "index_dot" for level in spec.levels)
+        changes["index"] = Index(heads=kv if per_key_head else group, dim=dims[0])
     return language.verify(spec.model_copy(update=changes))
 
 

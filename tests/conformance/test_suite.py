@@ -63,8 +63,10 @@ def test_what_no_kernel_does_is_refused_where_the_text_says_it(name):
 
 
 def test_names_of_exceptions_are_those_of_specs():
-    assert {*systems.REFUSED, *systems.PRESETS, *systems.PRESETS.values()} <= set(systems.FILES)
+    as_others = systems.PRESETS | systems.ALIKE
+    assert {*systems.REFUSED, *as_others, *as_others.values()} <= set(systems.FILES)
     assert not set(systems.PRESETS.values()) & {*systems.REFUSED, *systems.PRESETS}
+    assert not set(systems.ALIKE.values()) & {*systems.REFUSED, *as_others}
 
 
 @pytest.mark.parametrize("name", systems.PRESETS)

@@ -1,0 +1,1 @@
+"""Kernels of minimax_m3, emitted by hsgen."""
