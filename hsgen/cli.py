@@ -142,6 +142,54 @@ def check(specs: SpecFiles, *, as_json: Json = False) -> None:
     raise typer.Exit(max(one.status for one in checked))
 
 
+@app.command(epilog="Example: hsgen show nsa --target a100")
+def show(
+    spec: SpecFile,
+    *,
+    target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
+    dtype: TensorType = DType.bf16,
+    heads: HeadCounts = None,
+    head_dim: HeadDims = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a spec computes and how it would run: hsgen show nsa."""
+    from hsgen import report  # noqa: PLC0415  its stages are not for `check`
+
+    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
+    shown = report.show(bound, target, dtype.value)
+    if as_json:
+        _print_json(shown.record())
+    else:
+        typer.echo(str(shown), nl=False)
+
+
+@app.command(name="compile", epilog="Example: hsgen compile nsa --target h100 -o build")
+def compile_(
+    spec: SpecFile,
+    *,
+    target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
+    dtype: TensorType = DType.bf16,
+    output: Folder = None,
+    verify: Annotated[bool, typer.Option(help="Run the kernels in Triton's interpreter.")] = True,
+    heads: HeadCounts = None,
+    head_dim: HeadDims = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a spec for a GPU that need not be there: hsgen compile nsa --target h100 -o build."""
+    from hsgen import progress, report  # noqa: PLC0415
+
+    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
+    with progress.bar() as told:
+        done = report.report(
+            bound, target, dtype.value, output=output, verified=verify, progress=told
+        )
+    if as_json:
+        _print_json(done.record())
+    else:
+        typer.echo(str(done), nl=False)
+    raise typer.Exit(0 if done.passed else 1)
+
+
 @app.command(epilog="Example: hsgen schema -o hsgen.schema.json")
 def schema(*, output: SchemaFile = None) -> None:
     """Print the JSON Schema of the language, by which editors complete and explain a spec."""
@@ -190,54 +238,6 @@ def specs(
         _print_json(found.record())
     else:
         typer.echo(found.page() if page else str(found), nl=False)
-
-
-@app.command(epilog="Example: hsgen show nsa --target a100")
-def show(
-    spec: SpecFile,
-    *,
-    target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
-    dtype: TensorType = DType.bf16,
-    heads: HeadCounts = None,
-    head_dim: HeadDims = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a spec computes and how it would run: hsgen show nsa."""
-    from hsgen import report  # noqa: PLC0415  its stages are not for `check`
-
-    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
-    shown = report.show(bound, target, dtype.value)
-    if as_json:
-        _print_json(shown.record())
-    else:
-        typer.echo(str(shown), nl=False)
-
-
-@app.command(name="compile", epilog="Example: hsgen compile nsa --target h100 -o build")
-def compile_(
-    spec: SpecFile,
-    *,
-    target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
-    dtype: TensorType = DType.bf16,
-    output: Folder = None,
-    verify: Annotated[bool, typer.Option(help="Run the kernels in Triton's interpreter.")] = True,
-    heads: HeadCounts = None,
-    head_dim: HeadDims = None,
-    as_json: Json = False,
-) -> None:
-    """Compile a spec for a GPU that need not be there: hsgen compile nsa --target h100 -o build."""
-    from hsgen import progress, report  # noqa: PLC0415
-
-    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
-    with progress.bar() as told:
-        done = report.report(
-            bound, target, dtype.value, output=output, verified=verify, progress=told
-        )
-    if as_json:
-        _print_json(done.record())
-    else:
-        typer.echo(str(done), nl=False)
-    raise typer.Exit(0 if done.passed else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
