@@ -24,12 +24,18 @@ from types import CodeType, ModuleType
 
 from hsgen import allowlist, store
 from hsgen.errors import BuildError
+from hsgen.target import Backend
 
 KIND = "modules"
 INIT = "__init__.py"
 PACKAGE = "_hsgen_"
 TRITON_NAMES = ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm")
-OLDEST_TRITON = (3, 4)
+# by backend: the release, and how an error says what for.  Before 3.5.1 linking an AMD binary
+# takes a linker of ROCm's, which few machines without such a card have.
+OLDEST_TRITON: Mapping[Backend, tuple[tuple[int, ...], str]] = {
+    "cuda": ((3, 4), ""),
+    "hip": ((3, 5, 1), " to compile for AMD cards"),
+}
 
 _lock = threading.RLock()
 _loaded: dict[str, ModuleType] = {}
@@ -180,20 +186,21 @@ def _where(module: Module, error: Exception) -> str:
     return f"{line or module.path('') + ': '}{type(error).__name__}: {error}"
 
 
-def triton_version() -> str:
+def triton_version(backend: Backend = "cuda") -> str:
     """The installed Triton, as "triton 3.6.0".
 
     Raises:
-        BuildError: there is none, or one that cannot compile what hsgen emits.
+        BuildError: there is none, or one that cannot compile what hsgen emits for such cards.
     """
+    needed, purpose = OLDEST_TRITON[backend]
     for name in TRITON_NAMES:
         with suppress(PackageNotFoundError):
             found = version(name)
-            if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRITON:
-                oldest = ".".join(map(str, OLDEST_TRITON))
+            if tuple(map(int, re.findall(r"\d+", found)[: len(needed)])) < needed:
+                oldest = ".".join(map(str, needed))
                 raise BuildError(
-                    f"expected Triton {oldest} or newer, got {name} {found}",
-                    help="update torch, which brings the Triton that it works with",
+                    f"expected Triton {oldest} or newer{purpose}, got {name} {found}",
+                    help="pip install --upgrade torch, which brings the Triton that it works with",
                 )
             return f"{name} {found}"
     raise BuildError("Triton is not installed", help="pip install triton")

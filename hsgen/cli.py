@@ -2,7 +2,7 @@
 
 stdout is the result, stderr is everything else.  Exit status: 0 fine, 1 failure, 2 a wrong spec or
 wrong usage.  What loads networkx or jinja2 is imported by the command that uses it, so that
-`hsgen check` stays quick; nothing here loads torch.
+`hsgen check` stays quick; only what looks at a capture loads torch.
 """
 
 from __future__ import annotations
@@ -114,6 +114,36 @@ Folder = Annotated[
 ]
 
 
+def _numbers(text: str | None) -> tuple[int, ...]:
+    """0,5,14; none at all where nothing is said."""
+    parts = text.split(",") if text is not None else []
+    if not all(part.strip().isdecimal() for part in parts):
+        raise typer.BadParameter(f"expected numbers, as in 0,5, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+Capture = Annotated[
+    Path, typer.Option("--qkv", metavar="FILE", help="Captured q, k, v, a safetensors file.")
+]
+MaskCapture = Annotated[
+    Path | None, typer.Option("--qkv", metavar="FILE", help="Captured q, k, v that --mask is of.")
+]
+Layer = Annotated[int | None, typer.Option(min=0, help="Of the capture; default its first.")]
+Layers = Annotated[str | None, typer.Option(metavar="0,5,...", help="Of the capture; default all.")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="A prefix of the capture.")]
+GraphFile = Annotated[
+    Path | None, typer.Option("--svg", metavar="FILE", help="Draw graph and launches as SVG.")
+]
+MaskFile = Annotated[
+    Path | None,
+    typer.Option("--mask", metavar="FILE", help="Draw what each row takes, as .svg or .png."),
+]
+PlotFile = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw mass recalled against density as SVG."),
+]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -150,17 +180,82 @@ def show(
     dtype: TensorType = DType.bf16,
     heads: HeadCounts = None,
     head_dim: HeadDims = None,
+    svg: GraphFile = None,
+    mask: MaskFile = None,
+    qkv: MaskCapture = None,
+    layer: Layer = None,
+    tokens: Tokens = None,
     as_json: Json = False,
 ) -> None:
     """Show what a spec computes and how it would run: hsgen show nsa."""
-    from hsgen import report  # noqa: PLC0415  its stages are not for `check`
-
+    if (mask is None) != (qkv is None):
+        raise typer.BadParameter("expected --mask and --qkv together: what is drawn, and of what")
     bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
-    shown = report.show(bound, target, dtype.value)
+    if mask and qkv:
+        _show_mask(bound, mask, qkv, layer, tokens, as_json=as_json)
+    if svg or not mask:
+        _show_graph(bound, target, dtype, svg, as_json=as_json and not mask)
+
+
+def _show_graph(
+    spec: Spec, target: Target, dtype: DType, file: Path | None, *, as_json: bool
+) -> None:
+    """Print graph and plan, or draw them."""
+    from hsgen import drawing, report  # noqa: PLC0415  their stages are not for `check`
+
+    shown = report.show(spec, target, dtype.value)
+    if file:
+        _write(file, drawing.draw(shown).encode(), ".svg")
     if as_json:
         _print_json(shown.record())
+    elif file:
+        typer.echo(file)
     else:
         typer.echo(str(shown), nl=False)
+
+
+def _show_mask(
+    spec: Spec, file: Path, qkv: Path, layer: int | None, tokens: int | None, *, as_json: bool
+) -> None:
+    """Draw what each row takes on a capture, and print what the panels are."""
+    from hsgen import mask  # noqa: PLC0415  loads torch
+
+    _check_suffix(file, ".svg", ".png")
+    found = mask.mask(spec, qkv, layer=layer, tokens=tokens or mask.TOKENS)
+    as_png = file.suffix.lower() == ".png"
+    _write(file, mask.png(found) if as_png else mask.draw(found).encode(), ".svg", ".png")
+    if as_json:
+        _print_json(found.record())
+    else:
+        typer.echo(f"{found}{file}")
+
+
+@app.command(epilog="Example: hsgen quality nsa --qkv tests/data/smollm2_layer05.safetensors")
+def quality(
+    spec: SpecFile,
+    *,
+    qkv: Capture,
+    layers: Layers = None,
+    tokens: Tokens = None,
+    rows: Annotated[int, typer.Option(min=1, help="Measured, of the second half.")] = 1024,
+    plot: PlotFile = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a spec's choices recall of a model's attention: hsgen quality nsa --qkv FILE."""
+    from hsgen import charts, quality  # noqa: PLC0415  load torch
+
+    if plot:
+        _check_suffix(plot, ".svg")
+    numbers = _numbers(layers)
+    found = quality.report(
+        load(spec), qkv, layers=numbers, tokens=tokens, rows=rows, curves=plot is not None
+    )
+    if plot:
+        _write(plot, charts.draw(found).encode(), ".svg")
+    if as_json:
+        _print_json(found.record())
+    else:
+        typer.echo(str(found), nl=False)
 
 
 @app.command(name="compile", epilog="Example: hsgen compile nsa --target h100 -o build")
@@ -302,6 +397,23 @@ def _status(error: HsgenError) -> int:
 
 def _print_json(result: dict[str, object]) -> None:
     typer.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}, indent=2))
+
+
+def _check_suffix(file: Path, *suffixes: str) -> None:
+    """A file's suffix says its kind; another one is wrong usage."""
+    if file.suffix.lower() not in suffixes:
+        raise typer.BadParameter(
+            f"expected a file that ends in {' or '.join(suffixes)}, got {file}"
+        )
+
+
+def _write(file: Path, content: bytes, *suffixes: str) -> None:
+    """Write a picture."""
+    _check_suffix(file, *suffixes)
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise HsgenError(f"{file}: cannot write this picture: {error.strerror}") from error
 
 
 def _complain(text: str) -> None:

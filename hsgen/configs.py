@@ -1,6 +1,7 @@
 """The tile sizes that each kernel starts from: what fits the GPU and, as compiled, hardly spills.
 
-Guesses that tuning replaces; the kernels' text does not depend on them.
+Guesses that tuning replaces, the H100's measured one by one (benchmarks/starts.py); the kernels' text
+does not depend on them.
 """
 
 from __future__ import annotations
@@ -29,11 +30,6 @@ class RowTiles:
     def _bytes(self) -> int:
         return 4 if self.dtype == "fp32" else 2
 
-    @property
-    def _reads_shared(self) -> bool:
-        """Whether the tensor cores take operands from shared memory: a step may then be wider."""
-        return self.target.label in ("sm_90", "sm_100")
-
     def attend(
         self,
         context: rows.RowsContext,
@@ -48,7 +44,7 @@ class RowTiles:
 
         Three-pass TF32 holds each operand twice, so 32-bit operands get tiles of 32 by 32.
         """
-        wide, key_bytes = 64 if self._reads_shared else 32, key_bytes or self._bytes
+        wide, key_bytes = 64 if self.target.dots_read_shared else 32, key_bytes or self._bytes
         if key_bytes == 4:
             limit = wide = 32
         elif context.heads == 1 and block:
@@ -57,7 +53,8 @@ class RowTiles:
         if block and block == next_power(block):
             wide = max(16, min(wide, block))
         dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
-        return self._fit(context, block_t, wide, 3 if key_bytes == 2 else 2, dims, key_bytes)
+        deepest = 2 if key_bytes == 4 or tokens == 1 else 3  # gathered tokens: rows come one by one
+        return self._fit(context, block_t, wide, deepest, dims, key_bytes)
 
     def score(self, context: rows.RowsContext) -> Config:
         """As for attending, but with no output to hold there is room for more rows of 32 bits."""
@@ -66,12 +63,12 @@ class RowTiles:
         limit = wide = 64
         if key_bytes == 4:
             # tensor memory would be filled from registers, three times over
-            limit = 32 if self.target.label == "sm_100" else 64
-            wide = 32 if self.target.label == "sm_90" and dims <= 128 else 16
+            limit = 32 if self.target.tensor_columns else 64
+            wide = 32 if self.target.dots_read_shared and not self.target.tensor_columns else 16
         if context.children:
             wide = max(16, min(wide, next_power(context.children)))
-        block_t = 1 if context.children else max(1, limit // context.pitch)
-        return self._fit(context, block_t, wide, 3, dims, key_bytes)
+            return replace(self._fit(context, 1, wide, 2, dims, key_bytes), num_warps=2)
+        return self._fit(context, max(1, limit // context.pitch), wide, 3, dims, key_bytes)
 
     def _fit(
         self,
@@ -116,10 +113,10 @@ class RowTiles:
         Queries, buffers of keys and values, a tile of probabilities.  Three-pass TF32 splits operands in
         two; keys too where tensor cores read them from shared memory, else while they are converted.
         """
-        split = key_bytes == 4 and self.target.backend == "cuda"
+        split = key_bytes == 4 and self.target.dot_precision == "tf32x3"
         queries = block_m * sum(c.width for c in context.qk_chunks) * key_bytes
         buffers = max(1, stages - 1) + (split and context.acc != "softmax")
-        if self._reads_shared and block_m >= 64:
+        if self.target.dots_read_shared and block_m >= 64:
             buffers = stages + split
         probabilities = block_m * width * 4
         return (queries + probabilities) * (1 + split) + buffers * width * dims * key_bytes + 1024
@@ -144,11 +141,14 @@ def pool(op: Pool, dim: int, dtype: DType) -> Config:
 
 
 def rank(slots: int, stride: int, tokens: int) -> Config:
-    """Scores of a few rows in registers, for up to 128K tokens; longer rows are read in each pass."""
+    """Scores of a row in registers, for up to 128K tokens; longer rows are read in each pass.
+
+    Every pass ends in a sum over the row: within one warp that is cheap, between warps it waits.
+    """
     longest = slots or (1 << 17) // stride
     width = max(64, min(8192 if slots else 2048, next_power(longest)))
-    values = (("BLOCK_R", max(1, min(tokens, 2048 // width))), ("BLOCK_N", width))
-    return Config(constexprs=values, num_warps=8 if width > 2048 else 4, num_stages=1)
+    values = (("BLOCK_R", max(1, min(tokens, 256 // width))), ("BLOCK_N", width))
+    return Config(constexprs=values, num_warps=4 if width > 1024 else 1, num_stages=1)
 
 
 def for_interpreter(plan: Plan) -> Plan:

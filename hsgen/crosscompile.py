@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from hsgen import build
+from hsgen.target import BINARIES
 from hsgen.workers import JsonObject
 
 MEMORY_LIMIT = 16 * 1024**3  # address space, bytes
@@ -51,16 +52,15 @@ def measure(request: JsonObject) -> JsonObject:
     start = time.monotonic()
     compiled = _compile(request)
     seconds = time.monotonic() - start
-    cuda = request["target"][0] == "cuda"
-    registers, spilled = _cuda_usage(compiled) if cuda else _hip_usage(compiled)
+    backend = request["target"][0]
+    usage = _cuda_usage(compiled) if backend == "cuda" else hip_usage(compiled.asm["amdgcn"])
     return {
-        "registers": registers,
-        "spill_bytes": spilled,
-        "shared_bytes": compiled.metadata.shared,
+        **usage,
+        "shared_bytes": usage.get("shared_bytes", 0) + compiled.metadata.shared,
         "tensor_columns": getattr(compiled.metadata, "tmem_size", None) or 0,
         "warps": compiled.metadata.num_warps,
         "seconds": seconds,
-        "binary": base64.b64encode(compiled.asm["cubin" if cuda else "hsaco"]).decode(),
+        "binary": base64.b64encode(compiled.asm[BINARIES[backend]]).decode(),
     }
 
 
@@ -93,7 +93,7 @@ def _function(request: JsonObject) -> triton.JITFunction:
     return getattr(file, request["function"])
 
 
-def _cuda_usage(compiled: CompiledKernel) -> tuple[int, int]:
+def _cuda_usage(compiled: CompiledKernel) -> dict[str, int]:
     """Registers and stack bytes a thread, by cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -104,18 +104,28 @@ def _cuda_usage(compiled: CompiledKernel) -> tuple[int, int]:
     found = re.search(pattern, text)
     if found is None:
         raise ValueError(f"cuobjdump says nothing of {compiled.metadata.name}: {text}")
-    return int(found[1]), int(found[2])
+    return {"registers": int(found[1]), "spill_bytes": int(found[2]), "scalar_registers": 0}
 
 
-def _hip_usage(compiled: CompiledKernel) -> tuple[int, int]:
-    """Vector registers and scratch bytes a thread, from the notes of the assembly."""
-    text = compiled.asm["amdgcn"]
-    counts = [
-        re.search(rf"\.{name}:\s+(\d+)", text)
-        for name in ("vgpr_count", "private_segment_fixed_size")
-    ]
-    registers, scratch = (int(found[1]) if found else 0 for found in counts)
-    return registers, scratch
+HIP_NOTES = {
+    "registers": "vgpr_count",  # accumulators included
+    "scalar_registers": "sgpr_count",
+    "spill_bytes": "private_segment_fixed_size",
+    "shared_bytes": "group_segment_fixed_size",  # what a launch adds to it is the compiler's to say
+}
+
+
+def hip_usage(assembly: str) -> dict[str, int]:
+    """What the notes of the code object say (`amdhsa.kernels`, for the loader); scratch a thread.
+
+    The assembly has them as text: the binary, assembled from it, as MessagePack.
+    """
+    _, _, notes = assembly.partition("amdhsa.kernels:")
+    found = {name: re.search(rf"\.{key}:\s+(\d+)", notes) for name, key in HIP_NOTES.items()}
+    missing = [HIP_NOTES[name] for name, match in found.items() if match is None]
+    if missing:
+        raise ValueError(f"the code object does not say its {', '.join(missing)}")
+    return {name: int(match[1]) for name, match in found.items() if match}
 
 
 def _message(error: Exception) -> str:

@@ -4,7 +4,8 @@ Knows what each value's shape is; knows neither schedules nor GPUs nor templates
 
 Dimensions are names: B batch, T query rows, S key rows, Hq and Hkv heads, G = Hq / Hkv, Dqk and Dv
 head dims, Hi and Di heads and dim of the index, N_x entries of level x, K_x slots of its selection,
-C_x candidates of x inside another level's beam; a dimension that is a number is written as one.
+W_x words of it where rows are bitmaps, C_x candidates of x inside another level's beam; a dimension
+that is a number is written as one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal, assert_never, get_args
 
 import networkx as nx
 
-from hsgen.errors import HsgenError
+from hsgen.errors import HsgenError, Span
 
 DType = Literal["input", "f32", "i32"]  # input: the dtype of the query tensor
 Role = Literal[
@@ -34,10 +35,13 @@ class Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """Summarise each entry by one float32 vector.  x, [weight, [position]] -> [B, N, H, D]"""
+    """Summarise each entry by one float32 vector.  x, [weight, [position]] -> [B, N, H, D]
+
+    `minmax` makes two, the least and the greatest of every channel: [B, N, H, 2, D].
+    """
 
     level: str
-    how: Literal["mean", "max", "linear"]
+    how: Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
     size: int
     stride: int
     position: bool
@@ -49,12 +53,12 @@ class Score:
 
     query, entry keys, [index weights], [parent selection] -> f32[B, T, H, N]
 
-    `relu_weighted` sums its index heads itself, so it has one head.  With `within`, only children
-    of the parent selection are scored: f32[B, T, H, C].
+    `relu_weighted` sums its index heads itself, so it has one head.  `bound` reads minmax keys.  With
+    `within`, only children of the parent selection are scored: f32[B, T, H, C].
     """
 
     level: str
-    form: Literal["dot", "relu_weighted"]
+    form: Literal["dot", "bound", "relu_weighted"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
@@ -71,7 +75,10 @@ class LogSumExp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normalise:
-    """exp(score - lse): the softmax mass of each entry.  score, lse -> f32[B, T, H, N]"""
+    """exp(score - lse): the softmax mass of each entry.  score, lse -> f32[B, T, H, N]
+
+    With the log-sum-exp of another level's scores, masses are 0 where that level has no entry.
+    """
 
     level: str
 
@@ -120,19 +127,67 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SelectSet:
+    """Keep entries by a rule that lets counts vary.  f32[B, T, H, N] -> i32[B, T, H, W], bitmap rows
+
+    `fraction` of the candidates, rounded up; scores above a `threshold`; the best until their mass
+    reaches a part of the total, `top_p`, where `boundary`, `least`, `most` and `scope` count.
+    """
+
+    level: str
+    size: int
+    stride: int
+    rule: Literal["fraction", "threshold", "top_p"]
+    value: float
+    first: int
+    last: int
+    counted: bool
+    boundary: Literal["keep", "drop"] | None = None
+    scope: Literal["row", "head"] | None = None
+    least: int | None = None
+    most: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """What a static attend shows, in units of `size` tokens; see the language's `static`.
+
+    `spans` are (window, growth, sink) of heads, over and over; growth is in units of 2^-30.
+    """
+
+    spans: tuple[tuple[int, int, int], ...]
+    dilation: int
+    stride: int | None
+    shift: int
+    power_of_two: bool
+
+    def __str__(self) -> str:
+        spans = " ".join(f"{window}+{growth}N/{sink}" for window, growth, sink in self.spans)
+        strided = f" stride={self.stride} shift={self.shift}" if self.stride else ""
+        powers = " power_of_two" if self.power_of_two else ""
+        return f"[{spans} dilation={self.dilation}{strided}{powers}]"
+
+    @property
+    def grows(self) -> bool:
+        """Whether windows depend on the length of the whole sequence."""
+        return any(growth for _, growth, _ in self.spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attend:
     """One softmax over one branch's keys.  query, keys, values, [selection] -> [B, T, Hq, Dv]
 
-    `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete, or
-    the last `window` tokens.
+    `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete, the
+    last `window` tokens, what a static `pattern` of units of `size` tokens shows, or all tokens.
     """
 
     branch: str
-    over: Literal["blocks", "tokens", "pooled", "window"]
+    over: Literal["blocks", "tokens", "pooled", "window", "static", "all"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
     window: int | None
+    pattern: Pattern | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +200,20 @@ class Union:
     """One softmax over the union of the branches' keys, a raw token counted once."""
 
 
-Op = Input | Pool | Score | LogSumExp | Normalise | Reduce | Map | Select | Attend | Gate | Union
+Op = (
+    Input
+    | Pool
+    | Score
+    | LogSumExp
+    | Normalise
+    | Reduce
+    | Map
+    | Select
+    | SelectSet
+    | Attend
+    | Gate
+    | Union
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +235,7 @@ class Node:
     op: Op
     inputs: tuple[str, ...]
     type: TensorType
+    span: Span | None = field(default=None, compare=False, repr=False)  # where the text asks for it
 
 
 class GraphError(HsgenError):
@@ -319,8 +388,8 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             return _reduce_type(op, types)
         case Map():
             return _map_type(op, types)
-        case Select():
-            return _select_type(op, operands)
+        case Select() | SelectSet():
+            return _selection_type(op, operands)
         case Attend():
             return _attend_type(op, operands)
         case Gate():
@@ -370,7 +439,8 @@ def _pool_type(op: Pool, types: Sequence[TensorType]) -> TensorType:
         types[1:], ((heads, str(op.size), dim, dim), (heads, str(op.size), dim)), strict=False
     ):
         _need_dims(learned, expected)
-    return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *dims[2:]))
+    rows = ("2",) if op.how == "minmax" else ()
+    return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *dims[2:-1], *rows, dim))
 
 
 def _entry_dim(op: Score, keys: Node) -> str:
@@ -393,7 +463,9 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
         _need_dims(operands[2].type, ("B", "T", "Hi"))
     else:
         _need_dims(query, ("B", "T", "Hq", "Dqk"))
-        _need(keys.type.dims[2:] == ("Hkv", "Dqk"), f"expected [B, N, Hkv, Dqk], got {keys.type}")
+        vectors = ("Hkv", "2", "Dqk") if op.form == "bound" else ("Hkv", "Dqk")
+        expected = ", ".join(("B", "N", *vectors))
+        _need(keys.type.dims[2:] == vectors, f"expected [{expected}], got {keys.type}")
     if op.within is not None:
         _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
     heads = "1" if weighted else "Hq"
@@ -463,6 +535,11 @@ def _map_type(op: Map, types: Sequence[TensorType]) -> TensorType:
     return TensorType(dtype="f32", dims=(batch, rows, heads, f"N_{op.level}"))
 
 
+def _selection_type(op: Select | SelectSet, operands: Sequence[Node]) -> TensorType:
+    lists = isinstance(op, Select)
+    return _select_type(op, operands) if lists else _select_set_type(op, operands)
+
+
 def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
     _need_count(operands, 1 if op.within is None else 2)
     batch, rows, heads, entries = _score_dims(operands[0].type)
@@ -482,6 +559,17 @@ def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
     return TensorType(dtype="i32", dims=(batch, rows, heads, f"K_{op.level}"))
 
 
+def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
+    _need_count(operands, 1)
+    batch, rows, heads, entries = _score_dims(operands[0].type)
+    _need(entries == f"N_{op.level}", f"scores {operands[0].type} are not of level {op.level}")
+    by_mass = op.rule == "top_p"
+    _need((op.scope is not None) == by_mass, "a scope is one of masses")
+    _need((op.boundary is not None) == by_mass, "a boundary is one of masses")
+    _need(op.most is None or op.most >= (op.least or 0), f"at least {op.least} of {op.most}")
+    return TensorType(dtype="i32", dims=(batch, rows, heads, f"W_{op.level}"))
+
+
 def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     selected = op.over in ("blocks", "tokens")
     _need_count(operands, 4 if selected else 3)
@@ -493,11 +581,15 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     _need_dims(keys, ("B", rows, "Hkv", "Dqk"))
     _need_dims(values, ("B", rows, "Hkv", "Dv"))
     _need((op.window is not None) == (op.over == "window"), "a window is attended with over=window")
+    _need(
+        (op.pattern is not None) == (op.over == "static"), "a pattern is attended with over=static"
+    )
     _need(op.over != "tokens" or op.size == 1, f"tokens have size 1, not {op.size}")
     if selected:
         select = operands[3].op
         _need(
-            isinstance(select, Select) and (select.size, select.stride) == (op.size, op.stride),
+            isinstance(select, Select | SelectSet)
+            and (select.size, select.stride) == (op.size, op.stride),
             f"%{operands[3].name} is not a selection of entries of {op.size}",
         )
     return TensorType(dtype="input", dims=("B", "T", "Hq", "Dv"))
@@ -553,7 +645,7 @@ def partitions(graph: Graph) -> Mapping[str, tuple[int, int]]:
     """Size and stride of every level's entries; GraphError where operators disagree."""
     found: dict[str, tuple[int, int]] = {}
     for node in graph.nodes():
-        if isinstance(node.op, Pool | Score | Map | Select):
+        if isinstance(node.op, Pool | Score | Map | Select | SelectSet):
             own = (node.op.size, node.op.stride)
             _need(
                 found.setdefault(node.op.level, own) == own,
@@ -576,10 +668,10 @@ def short_last(graph: Graph, level: str) -> bool:
 def _verify_unique(graph: Graph) -> None:
     owners = [
         f"level {node.op.level} selects"
-        if isinstance(node.op, Select)
+        if isinstance(node.op, Select | SelectSet)
         else f"branch {node.op.branch}"
         for node in graph.nodes()
-        if isinstance(node.op, Select | Attend)
+        if isinstance(node.op, Select | SelectSet | Attend)
     ]
     for owner in owners:
         _need(owners.count(owner) == 1, f"{owner} more than once")
@@ -594,7 +686,8 @@ def _verify_outputs(graph: Graph) -> None:
     for level, name in outputs.selection.items():
         op = graph[name].op
         _need(
-            isinstance(op, Select) and op.level == level, f"%{name} is not a selection of {level}"
+            isinstance(op, Select | SelectSet) and op.level == level,
+            f"%{name} is not a selection of {level}",
         )
 
 
@@ -654,7 +747,7 @@ def _about(graph: Graph, node: Node) -> str:
 def _owner(op: Op) -> str:
     """The level or branch that an operator belongs to, in words."""
     match op:
-        case Pool() | Score() | Normalise() | Map() | Select():
+        case Pool() | Score() | Normalise() | Map() | Select() | SelectSet():
             return f"level {op.level}"
         case Attend():
             return f"branch {op.branch}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hsgen import spec as language
-from hsgen.errors import PlanError
+from hsgen.errors import PlanError, Span
 from hsgen.graph import (
     Attend,
     Gate,
@@ -25,11 +25,13 @@ from hsgen.graph import (
     Normalise,
     Op,
     Outputs,
+    Pattern,
     Pool,
     Reduce,
     Role,
     Score,
     Select,
+    SelectSet,
     TensorType,
     Union,
     result_type,
@@ -81,11 +83,18 @@ class _Builder:
     scores: dict[str, Node] = field(default_factory=dict[str, Node])
     selections: dict[str, Node] = field(default_factory=dict[str, Node])
 
-    def add(self, name: str, op: Op, *operands: Node) -> Node:
-        """The node `name`, made now or the same one again."""
+    def add(self, name: str, op: Op, *operands: Node, at: Span | None = None) -> Node:
+        """The node `name`, made now or the same one again; the text asks for it `at` a place."""
         type_ = result_type(op, operands)
         inputs = tuple(operand.name for operand in operands)
-        return self.nodes.setdefault(name, Node(name=name, op=op, inputs=inputs, type=type_))
+        node = Node(name=name, op=op, inputs=inputs, type=type_, span=at)
+        return self.nodes.setdefault(name, node)
+
+    def place(self, item: language.Level | language.Attend, *field: str) -> Span | None:
+        """Where the text says a field of a level or of a branch."""
+        if isinstance(item, language.Level):
+            return self.spec.span("levels", self.spec.levels.index(item), *field)
+        return self.spec.span("attend", self.spec.attend.index(item), *field)
 
     def input(self, name: str, role: Role, *dims: str) -> Node:
         """A tensor of the caller, in the dtype of the query."""
@@ -118,8 +127,13 @@ def _plan_level(builder: _Builder, level: language.Level) -> None:
         score = _plan_map(builder, level, builder.spec.level(level.score.source))
     builder.scores[level.name] = score
     if level.select is not None:
-        op = _select(level, level.select)
-        selection = builder.add(f"{level.name}.selection", op, score, *_some(parent))
+        op = (
+            _select_set(level, level.select)
+            if level.select.counts_vary
+            else _select(level, level.select)
+        )
+        at = builder.place(level, "select")
+        selection = builder.add(f"{level.name}.selection", op, score, *_some(parent), at=at)
         builder.selections[level.name] = selection
 
 
@@ -142,13 +156,18 @@ def _plan_score(builder: _Builder, level: language.Level, parent: Node | None) -
     operands = [_score_query(builder, level), _score_keys(builder, level)]
     if score.form == "relu_weighted":
         operands.append(builder.input("w_index", "index_weights", "B", "T", "Hi"))
-    made = builder.add(f"{level.name}.score", op, *operands, *_some(parent))
+    at = builder.place(level, "score", "form")
+    made = builder.add(f"{level.name}.score", op, *operands, *_some(parent), at=at)
     if score.normalise is not None:
-        lse = builder.add(f"{level.name}.score_lse", LogSumExp(), made)
-        made = builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse)
+        at = builder.place(level, "score", "normalise")
+        summed = builder.nodes[f"{score.lse_from or level.name}.score"]
+        lse = builder.add(f"{score.lse_from or level.name}.score_lse", LogSumExp(), summed, at=at)
+        made = builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse, at=at)
     if score.share == "head" or score.reduce is None:
         return made  # the heads of an index are one score already
-    return builder.add(f"{level.name}.reduced", Reduce(share=score.share, how=score.reduce), made)
+    at = builder.place(level, "score", "share")
+    reduce = Reduce(share=score.share, how=score.reduce)
+    return builder.add(f"{level.name}.reduced", reduce, made, at=at)
 
 
 def _scale(builder: _Builder, score: language.Score) -> float | None:
@@ -165,16 +184,16 @@ def _plan_map(builder: _Builder, level: language.Level, source: language.Level) 
     """The scores of another level, after its own steps, carried over."""
     how, target = level.score.map, level.partition
     assert how is not None
-    taps = _overlap_taps if how == "overlap_sum" else _inner_taps
     op = Map(
         level=level.name,
-        how=how,
+        how="max" if how == "overlap_max" else how,
         size=target.size,
         stride=target.stride,
         ratio=target.stride // source.partition.stride,
-        taps=taps(source.partition, target),
+        taps=_TAPS[how](source.partition, target),
     )
-    return builder.add(f"{level.name}.mapped", op, builder.scores[source.name])
+    at = builder.place(level, "score", "map")
+    return builder.add(f"{level.name}.mapped", op, builder.scores[source.name], at=at)
 
 
 def _overlap_taps(
@@ -200,6 +219,22 @@ def _inner_taps(
     return tuple((o, 1) for o in range((target.size - source.size) // source.stride + 1))
 
 
+def _touching_taps(
+    source: language.Partition, target: language.Partition
+) -> tuple[tuple[int, int], ...]:
+    """Source entries that share a token with the target entry, once each."""
+    before = -(-source.size // source.stride) - 1
+    return tuple((o, 1) for o in range(-before, target.size // source.stride))
+
+
+_TAPS = {
+    "overlap_sum": _overlap_taps,
+    "overlap_max": _touching_taps,
+    "sum": _inner_taps,
+    "max": _inner_taps,
+}
+
+
 def _select(level: language.Level, select: language.Select) -> Select:
     return Select(
         level=level.name,
@@ -212,6 +247,27 @@ def _select(level: language.Level, select: language.Select) -> Select:
         counted=select.force.counted,
         final=select.top_k is not None,
         within=level.within,
+    )
+
+
+def _select_set(level: language.Level, select: language.Select) -> SelectSet:
+    rule = select.rules[0]
+    assert rule in ("fraction", "threshold", "top_p")
+    top_p = select.top_p
+    value = select.fraction if rule == "fraction" else select.threshold
+    return SelectSet(
+        level=level.name,
+        size=level.partition.size,
+        stride=level.partition.stride,
+        rule=rule,
+        value=float((top_p.mass if top_p else value) or 0.0),
+        first=select.force.first,
+        last=select.force.last,
+        counted=select.force.counted,
+        boundary=top_p.boundary if top_p else None,
+        scope=top_p.scope if top_p else None,
+        least=top_p.min if top_p else None,
+        most=top_p.max if top_p else None,
     )
 
 
@@ -257,7 +313,8 @@ def _pooled(
     if position:
         name = f"{level.name}_{which}_position"
         operands.append(builder.input(name, "parameter", heads, slots, dim))
-    return builder.add(f"{level.name}.{which}s", op, *operands)
+    at = builder.place(level, "pool", "keys" if which == "key" else "values")
+    return builder.add(f"{level.name}.{which}s", op, *operands, at=at)
 
 
 # --- branches
@@ -266,7 +323,10 @@ def _pooled(
 def _plan_branch(builder: _Builder, i: int, branch: language.Attend) -> Node:
     """One attend and its log-sum-exp."""
     if branch.over is None:
-        op, selection = _attend(builder, branch, over="window", partition=language.Tokens()), None
+        over = "static" if branch.static else "all" if branch.window == "all" else "window"
+        size = branch.static.blocks if branch.static else 1
+        units = language.Blocks(size=size, stride=size)
+        op, selection = _attend(builder, branch, over=over, partition=units), None
     else:
         level = builder.spec.level(branch.over)
         if branch.values == "pooled":
@@ -296,7 +356,10 @@ def _plan_pooled_branch(
 def _with_log_sum_exp(
     builder: _Builder, branch: language.Attend, op: Attend, *operands: Node
 ) -> Node:
-    made = builder.add(f"{branch.name}.o", op, *operands)
+    at = builder.place(
+        branch, "static" if branch.static else "window" if branch.over is None else "over"
+    )
+    made = builder.add(f"{branch.name}.o", op, *operands, at=at)
     builder.add(f"{branch.name}.lse", LogSumExp(), made)
     return made
 
@@ -305,7 +368,7 @@ def _attend(
     builder: _Builder,
     branch: language.Attend,
     *,
-    over: Literal["blocks", "tokens", "pooled", "window"],
+    over: Literal["blocks", "tokens", "pooled", "window", "static", "all"],
     partition: language.Partition,
 ) -> Attend:
     return Attend(
@@ -314,7 +377,19 @@ def _attend(
         scale=builder.attention_scale(),
         size=partition.size,
         stride=partition.stride,
-        window=branch.window,
+        window=None if branch.window == "all" else branch.window,
+        pattern=_pattern(branch.static) if branch.static else None,
+    )
+
+
+def _pattern(static: language.Static) -> Pattern:
+    spans = [(span.window, round(span.grow * (1 << 30)), span.sink) for span in static.per_head]
+    return Pattern(
+        spans=tuple(spans) or ((static.window or 0, 0, static.sink),),
+        dilation=static.dilation,
+        stride=static.stride,
+        shift=static.shift,
+        power_of_two=static.power_of_two,
     )
 
 
@@ -327,7 +402,8 @@ def _plan_combine(builder: _Builder, branches: list[Node]) -> Outputs:
         gates = builder.input("gates", "gates", "B", "T", "Hq", str(len(branches)))
         made = builder.add("o", Gate(), gates, *branches)
     elif combine.softmax is not None:
-        made = builder.add("o", Union(), *branches)
+        at = builder.spec.span("combine", "softmax")
+        made = builder.add("o", Union(), *branches, at=at)
         lse = {"o": builder.add("lse", LogSumExp(), made).name}
     else:
         (made,) = branches

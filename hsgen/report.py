@@ -61,7 +61,8 @@ def show(spec: Spec, target: Target, dtype: DType = "bf16") -> Shown:
     try:
         return Shown(graph=graph, plan=schedule.schedule(graph, target, dtype), problem="")
     except PlanError as error:
-        return Shown(graph=graph, plan=None, problem=error.message)
+        where = f" ({error.span})" if error.span else ""
+        return Shown(graph=graph, plan=None, problem=f"{error.message}{where}")
 
 
 ROLES = ("output", "branch", "level", "selection", "list", "scratch")
@@ -173,6 +174,7 @@ class KernelReport:
             "operators": list(self.kernel.operators),
             "config": self.kernel.config.keywords(),
             "registers": cost.registers,
+            "scalar_registers": cost.scalar_registers,
             "spill_bytes": cost.spill_bytes,
             "shared_bytes": cost.shared_bytes,
             "tensor_columns": cost.tensor_columns,
@@ -425,8 +427,8 @@ def math_type(kernel: Kernel, dtype: str) -> MathType:
             return _dot_type("fp32", precision)
         case RowsContext(precision=precision):
             return _dot_type(dtype, precision)
-        case SegmentsContext(how="linear"):
-            return _dot_type(dtype, "tf32x3")
+        case SegmentsContext(how="linear", precision=precision):
+            return _dot_type(dtype, precision)
         case _:
             return "fp32"
 
@@ -487,8 +489,8 @@ def _milliseconds(seconds: float) -> str:
 def _dense_text(graph: Graph, target: Target, dtype: str) -> str:
     dense = analysis.dense(graph)
     flops, moved = dense.flops.evaluate(TOKENS), dense.bytes.evaluate(TOKENS)
-    precision = "tf32x3" if target.backend == "cuda" else "ieee"
-    limit = resources.roofline(flops, moved, target, _dot_type(dtype, precision))
+    units = _dot_type(dtype, target.dot_precision)
+    limit = resources.roofline(flops, moved, target, units)
     return (
         f"dense attention of these heads: {quantity(flops)} FLOPs, {quantity(moved)} bytes, "
         f"at least {limit.seconds * 1e3:.3f} ms"
@@ -502,7 +504,7 @@ def _write_binaries(
     folder: Path, artifact: Artifact, found: Sequence[Resources]
 ) -> dict[str, Path]:
     """Those of several targets may lie side by side.  -> each kernel's file"""
-    suffix = f"{artifact.target.label}.{'cubin' if artifact.target.backend == 'cuda' else 'hsaco'}"
+    suffix = f"{artifact.target.label}.{artifact.target.binary}"
     kernels = [kernel.name for kernel in artifact.plan.kernels]
     names = {kernel: f"{kernel}.{suffix}" for kernel in kernels}
     _write(folder, {names[k]: one.cost.binary for k, one in zip(kernels, found, strict=True)})

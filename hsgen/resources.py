@@ -25,12 +25,15 @@ from hsgen.target import MathType, Target
 from hsgen.workers import Failed, JsonObject, Pool, WorkerError
 
 KIND = "resources"
-FORMAT = 1
+FORMAT = 2
 Kind = Literal["pointer", "int", "float", "constexpr"]
 Constant = int | float | bool | str | None
-Limit = Literal["registers", "shared memory", "tensor memory", "warps", "blocks"]
+Limit = Literal[
+    "registers", "scalar registers", "shared memory", "tensor memory", "warps", "blocks"
+]
 
-TENSOR_COLUMNS = 512  # of tensor memory in a multiprocessor of sm_100
+SCHEDULERS = 4  # of a multiprocessor, each with a quarter of its registers and warps
+SCALAR_UNIT = 16  # scalar registers that a warp gets at a time
 WORKER = ("-P", "-m", "hsgen.crosscompile")
 DTYPES = {
     **{name: name for name in ("bf16", "fp16", "fp32", "fp64", "fp8e4nv", "fp8e5")},
@@ -124,12 +127,14 @@ def _plan_parameter(param: Param, dtype: str) -> Parameter:
 class Cost:
     """What the compiler says of one kernel.
 
-    `registers` and `spill_bytes` (stack) are per thread, the rest per block.  `warps` exceeds what
-    was asked for when the compiler specialises warps; `tensor_columns` are of sm_100's tensor
-    memory.  `binary` is the cubin or hsaco, the same bytes at each compilation.
+    `registers` and `spill_bytes` (stack) are per thread, `scalar_registers` per warp (AMD's; 0
+    elsewhere), the rest per block.  `warps` exceeds what was asked for when the compiler
+    specialises warps; `tensor_columns` are of sm_100's tensor memory.  `binary` is the cubin or
+    hsaco, the same bytes at each compilation.
     """
 
     registers: int
+    scalar_registers: int = 0
     spill_bytes: int
     shared_bytes: int
     tensor_columns: int
@@ -197,35 +202,46 @@ def roofline(flops: float, num_bytes: float, target: Target, dtype: MathType) ->
 
 
 def occupancy(
-    *, registers: int, shared_bytes: int, tensor_columns: int, warps: int, target: Target
+    *,
+    registers: int,
+    shared_bytes: int,
+    tensor_columns: int,
+    warps: int,
+    target: Target,
+    scalar_registers: int = 0,
 ) -> tuple[int, Limit]:
     """Blocks that one multiprocessor holds, and what stops one more.
 
-    Registers are given to warps in units of 256, warps spread over four schedulers, shared memory
-    comes in units of 128 bytes on top of what the system keeps for each block.
+    Registers and shared memory come in units, the latter on top of what the system keeps for each
+    block; warps are spread over the schedulers.
     """
     limits: dict[Limit, int] = {
         "warps": target.max_warps_per_sm // warps,
         "blocks": target.max_blocks_per_sm,
-        "registers": _blocks_by_registers(registers, warps, target),
     }
-    shared = _round_up(shared_bytes + target.smem_reserved, 128)
+    if warps > target.max_warps_per_block:
+        limits["warps"] = 0
+    lanes, unit = target.warp_size, target.register_unit
+    per_warp = max(_round_up(registers, unit), unit) * lanes
+    limits["registers"] = _blocks_by_registers(per_warp, target.registers_per_sm, warps)
+    if scalar_registers:
+        per_warp = _round_up(scalar_registers, SCALAR_UNIT)
+        held = _blocks_by_registers(per_warp, target.scalar_registers_per_sm, warps)
+        limits["scalar registers"] = held
+    shared = _round_up(shared_bytes + target.smem_reserved, target.smem_unit)
     if shared_bytes > target.smem_per_block:
         limits["shared memory"] = 0
     elif shared:
         limits["shared memory"] = target.smem_per_sm // shared
     if tensor_columns:
-        limits["tensor memory"] = TENSOR_COLUMNS // tensor_columns
+        limits["tensor memory"] = target.tensor_columns // tensor_columns
     limit = min(limits, key=lambda name: limits[name])
     return limits[limit], limit
 
 
-def _blocks_by_registers(registers: int, warps: int, target: Target) -> int:
-    schedulers = 4
-    unit = 256 if target.backend == "cuda" else 8 * target.warp_size
-    per_warp = max(_round_up(registers * target.warp_size, unit), unit)
-    held = target.registers_per_sm // schedulers // per_warp * schedulers
-    return held // _round_up(warps, schedulers)
+def _blocks_by_registers(per_warp: int, per_sm: int, warps: int) -> int:
+    held = per_sm // SCHEDULERS // per_warp * SCHEDULERS
+    return held // _round_up(warps, SCHEDULERS)
 
 
 def _round_up(value: int, unit: int) -> int:
@@ -258,12 +274,16 @@ def _excess(compiled: Sequence[Resources], target: Target) -> str:
         case "shared memory":
             needed, what, limit = cost.shared_bytes, "bytes of shared memory", target.smem_per_block
         case "tensor memory":
-            needed, what, limit = cost.tensor_columns, "columns of tensor memory", TENSOR_COLUMNS
+            needed, what = cost.tensor_columns, "columns of tensor memory"
+            limit = target.tensor_columns
         case "registers":
             needed = cost.registers * cost.warps * target.warp_size
             what, limit = "registers", target.registers_per_sm
+        case "scalar registers":
+            needed = cost.scalar_registers * cost.warps
+            what, limit = "scalar registers", target.scalar_registers_per_sm
         case "warps" | "blocks":
-            needed, what, limit = cost.warps, "warps", target.max_warps_per_sm
+            needed, what, limit = cost.warps, "warps", target.max_warps_per_block
     return f"needs at least {needed:,} {what} a block, the limit is {limit:,}"
 
 
@@ -287,10 +307,10 @@ def measure(
         progress: told how many of the missing ones are done, and how many there are.
 
     Raises:
-        BuildError: Triton is not installed.
+        BuildError: Triton is not installed, or too old for a target.
     """
-    version = triton_version()
-    keys = [_key(job, version) for job in jobs]
+    versions = {job.target.backend: triton_version(job.target.backend) for job in jobs}
+    keys = [_key(job, versions[job.target.backend]) for job in jobs]
     costs = {key: entry for key in keys if (entry := _recall(key)) is not None}
     missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in costs}
     requests = [_request(job) for job in missing.values()]
@@ -312,6 +332,7 @@ def _outcome(job: Job, cost: Cost | CompileFailure, *, cached: bool) -> Outcome:
         return cost
     blocks, limit = occupancy(
         registers=cost.registers,
+        scalar_registers=cost.scalar_registers,
         shared_bytes=cost.shared_bytes,
         tensor_columns=cost.tensor_columns,
         warps=cost.warps,
@@ -357,6 +378,7 @@ def _reply(answer: JsonObject | WorkerError) -> Cost | CompileFailure:
 def _cost(answer: JsonObject, binary: bytes) -> Cost:
     return Cost(
         registers=int(answer["registers"]),
+        scalar_registers=int(answer["scalar_registers"]),
         spill_bytes=int(answer["spill_bytes"]),
         shared_bytes=int(answer["shared_bytes"]),
         tensor_columns=int(answer["tensor_columns"]),

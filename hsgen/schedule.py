@@ -24,6 +24,7 @@ from hsgen.graph import (
     Reduce,
     Score,
     Select,
+    SelectSet,
     Union,
     short_last,
 )
@@ -78,7 +79,7 @@ class _Scheduler:
                     self._gate(node)
                 case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
                     pass  # fused into the launch that reads them
-                case Union():
+                case Union() | SelectSet():
                     raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
@@ -103,10 +104,16 @@ class _Scheduler:
 
     def _refuse(self) -> None:
         """Operators that no kernel does yet, and sizes that none holds."""
-        if any(isinstance(node.op, Union) for node in self.graph.nodes()):
-            raise PlanError(
-                "no kernel takes one softmax over several branches yet: `combine: {softmax: union}`"
-            )
+        for node in self.graph.nodes():
+            if isinstance(node.op, SelectSet):
+                message = f"level {node.op.level}: no kernel selects by {node.op.rule} yet"
+                raise PlanError(message, span=node.span)
+            if isinstance(node.op, Attend) and node.op.over == "static":
+                message = f"branch {node.op.branch}: no kernel attends a static pattern yet"
+                raise PlanError(message, span=node.span)
+            if isinstance(node.op, Union):
+                message = "no kernel takes one softmax over several branches yet"
+                raise PlanError(f"{message}: `combine: {{softmax: union}}`", span=node.span)
         for name in ("Hq", "Hkv", "Dqk", "Dv"):
             if name not in self.graph.sizes:
                 raise PlanError(
@@ -128,7 +135,7 @@ class _Scheduler:
             qk=sizes["Dqk"],
             v=sizes["Dv"],
             causal=self.graph.meta.causal,
-            precision="tf32x3" if self.target.backend == "cuda" else "ieee",
+            precision=self.target.dot_precision,
         )
 
     def _kernel(
@@ -170,6 +177,7 @@ class _Scheduler:
             short=short,
             how=op.how,
             position=op.position,
+            precision=self.target.dot_precision,
         )
         count = f"count_{_safe(node.name)}"
         buffer = _buffer(node.name)
@@ -202,7 +210,7 @@ class _Scheduler:
                             f"{_input(source.name)}.shape[0]",
                             f"length_{_safe(node.name)}",
                             str(heads),
-                            str(dim),
+                            str(context.width),
                         ),
                         role="level",
                     ),
@@ -240,6 +248,9 @@ class _Scheduler:
                     self.shape, name=name, scale=scale, window=op.window or 1
                 )
                 config = self._tiles.attend(context, limit=128)
+            case "all":
+                context = rows.attend_all(self.shape, name=name, scale=scale)
+                config = self._tiles.attend(context, limit=128)
             case "pooled":
                 entries = self._pooled_entries(node.inputs[1])
                 context = rows.attend_pooled(
@@ -256,6 +267,8 @@ class _Scheduler:
                     share=selection.type.dims[2],
                 )
                 config = self._tiles.attend(context, tokens=1)
+            case "static":
+                raise AssertionError("refused")
             case "blocks":
                 context, config = self._blocks(node, op, name, launches, buffers, sizes)
         programs = self.shape.query_heads // context.heads
@@ -318,7 +331,8 @@ class _Scheduler:
         if op.size != op.stride:
             raise PlanError(
                 f"branch {op.branch}: no kernel attends raw tokens of overlapping blocks "
-                f"(size {op.size}, stride {op.stride})"
+                f"(size {op.size}, stride {op.stride})",
+                span=node.span,
             )
         selection = self.graph[node.inputs[3]]
         width, heads = self._width(selection), self._size(selection.type.dims[2])
@@ -389,7 +403,7 @@ class _Scheduler:
                 return (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
             case "tokens":
                 return (_buffer(node.inputs[3]),)
-            case "pooled" | "window":
+            case "pooled" | "window" | "static" | "all":
                 return ()
 
     def _outputs(self, node: Node) -> tuple[str, ...]:
@@ -408,7 +422,8 @@ class _Scheduler:
         score = self.graph[node.inputs[0]]
         assert isinstance(score.op, Score)
         if score.op.form != "dot" or score.op.within is not None or score.op.size == 1:
-            raise PlanError(f"level {score.op.level}: no kernel normalises these scores yet")
+            message = f"level {score.op.level}: no kernel normalises these scores yet"
+            raise PlanError(message, span=node.span)
         context = rows.attend_pooled(
             self.shape,
             name=f"lse_{score.op.level}",
@@ -546,7 +561,7 @@ class _Scheduler:
         current = self.graph[node.inputs[0]]
         while not isinstance(current.op, Score):
             if not isinstance(current.op, Map | Reduce | Normalise):
-                raise PlanError(f"no kernel chooses from %{current.name}")
+                raise PlanError(f"no kernel chooses from %{current.name}", span=node.span)
             passed.insert(0, current)
             current = self.graph[current.inputs[0]]
         return _Chain(
@@ -565,10 +580,12 @@ class _Scheduler:
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(
                 f"level {node.op.level}: no kernel reduces a dot score over all heads yet; "
-                "share: group, or form: relu_weighted"
+                "share: group, or form: relu_weighted",
+                span=chain.score.span,
             )
         if chain.lse is not None and parent is not None:
-            raise PlanError(f"level {node.op.level}: no kernel normalises scores inside a beam yet")
+            message = f"level {node.op.level}: no kernel normalises scores inside a beam yet"
+            raise PlanError(message, span=chain.score.span)
         share: Literal["head", "group", "all"] = (
             "all" if weighted else chain.reduce.share if chain.reduce else "head"
         )
@@ -579,6 +596,7 @@ class _Scheduler:
             entries=self._entries(score, score.level),
             pooled=pooled,
             normalise=chain.lse is not None,
+            borrowed=self._is_borrowed(chain),
             share=share,
             reduce="sum" if weighted else chain.reduce.how if chain.reduce else None,
             map_how=chain.map.how if chain.map else None,
@@ -592,6 +610,13 @@ class _Scheduler:
         dim = self.graph.sizes["Di"] if weighted else self.shape.qk
         return rows.score(self.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
 
+    def _is_borrowed(self, chain: _Chain) -> bool:
+        """Whether the log-sum-exp is that of another level's scores."""
+        if chain.lse is None:
+            return False
+        summed = self.graph[self.graph[chain.lse].inputs[0]]
+        return isinstance(summed.op, Score) and summed.name != chain.score.name
+
     def _parent(self, node: Node, parent: Node | None) -> _Parent:
         """Where a row's surviving parents are listed."""
         if parent is None:
@@ -600,7 +625,8 @@ class _Scheduler:
         mine, theirs = self._size(node.type.dims[2]), self._size(parent.type.dims[2])
         if mine < theirs:
             raise PlanError(
-                f"level {parent.op.level} selects per head, the level below it does not"
+                f"level {parent.op.level} selects per head, the level below it does not",
+                span=node.span,
             )
         group = mine // theirs
         return {
@@ -690,7 +716,7 @@ class _Scheduler:
         if isinstance(node.op, Pool):
             buffer, source = _buffer(name), self.graph[node.inputs[0]]
             heads = self._size(source.type.dims[2]) if len(source.type.dims) == 4 else 1
-            dim = self._size(source.type.dims[-1])
+            dim = self._size(source.type.dims[-1]) * (2 if node.op.how == "minmax" else 1)
             row = heads * dim
             return buffer, f"count_{_safe(name)} * {row}", str(row), str(dim)
         if len(node.type.dims) == 3:

@@ -6,7 +6,7 @@ Knows the cards that people name; imports torch only to ask for the card that is
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -16,15 +16,21 @@ Backend = Literal["cuda", "hip"]
 MathType = Literal["bf16", "fp16", "fp8", "tf32", "tf32x3", "fp32"]
 
 KIB = 1024
+BINARIES: Mapping[Backend, str] = {"cuda": "cubin", "hip": "hsaco"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One GPU.  Sizes in bytes, rates per second, dense (no structured sparsity).
 
+    An AMD card in these words: `sms` are compute units, a block is a workgroup, a warp a wave,
+    shared memory is LDS, registers are vector registers of one lane.
+
     `arch` is 90 for sm_90, or "gfx942".  `smem_per_block` is what a block gets when it opts in;
-    `smem_reserved` is what the system keeps of `smem_per_sm` for each resident block.
-    `peak_fp8` is 0 where the card has no fp8 units.
+    `smem_reserved` is what the system keeps of `smem_per_sm` for each resident block, and
+    `smem_unit` what it gives at a time; so too `register_unit`, registers of one lane.
+    `scalar_registers_per_sm` is 0 where warps share no registers of their own, `tensor_columns`
+    where there is no tensor memory, `peak_fp8` where there are no fp8 units.
     """
 
     name: str
@@ -34,9 +40,14 @@ class Target:
     smem_per_block: int
     smem_per_sm: int
     smem_reserved: int
+    smem_unit: int
     registers_per_sm: int
+    register_unit: int
+    scalar_registers_per_sm: int = 0
+    tensor_columns: int = 0
     max_warps_per_sm: int
     max_blocks_per_sm: int
+    max_threads_per_block: int = 1024
     warp_size: int
     bandwidth: float
     l2_bytes: int
@@ -50,6 +61,25 @@ class Target:
     def label(self) -> str:
         """The architecture as compilers write it: sm_90, gfx942."""
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+    @property
+    def binary(self) -> str:
+        """What compilers make for it, as the suffix of a file."""
+        return BINARIES[self.backend]
+
+    @property
+    def max_warps_per_block(self) -> int:
+        return self.max_threads_per_block // self.warp_size
+
+    @property
+    def dot_precision(self) -> Literal["tf32x3", "ieee"]:
+        """How a dot of float32 keeps its digits: in three passes of TF32, or as it is."""
+        return "tf32x3" if self.backend == "cuda" else "ieee"
+
+    @property
+    def dots_read_shared(self) -> bool:
+        """Whether matrix units take operands straight from shared memory."""
+        return self.label in ("sm_90", "sm_100")
 
     def peak(self, dtype: MathType) -> float:
         """FLOP/s of matrix multiplies; `tf32x3` is hsgen's fp32 dot, three TF32 passes."""
@@ -190,7 +220,9 @@ H100 = Target(
     smem_per_block=227 * KIB,
     smem_per_sm=228 * KIB,
     smem_reserved=KIB,
+    smem_unit=128,
     registers_per_sm=65536,
+    register_unit=8,
     max_warps_per_sm=64,
     max_blocks_per_sm=32,
     warp_size=32,
@@ -240,6 +272,7 @@ B200 = replace(
     name="b200",
     arch=100,
     sms=148,
+    tensor_columns=512,
     bandwidth=8.0e12,
     l2_bytes=126 * KIB**2,
     peak_bf16=2250e12,
@@ -256,7 +289,10 @@ MI300X = Target(
     smem_per_block=64 * KIB,
     smem_per_sm=64 * KIB,
     smem_reserved=0,
+    smem_unit=512,
     registers_per_sm=131072,
+    register_unit=8,
+    scalar_registers_per_sm=3200,
     max_warps_per_sm=32,
     max_blocks_per_sm=32,
     warp_size=64,

@@ -2,14 +2,17 @@
 
 import functools
 
+import pytest
 import torch
+from conformance import systems
 
-from hsgen import batch, build, configs, emit, passes, paths, pipeline, planner, schedule
+from hsgen import batch, build, configs, emit, passes, pipeline, planner, schedule
+from hsgen.errors import BuildError
 from hsgen.reference import tensor_shapes
 from hsgen.spec import load
 from hsgen.target import H100
 
-SHIPPED = sorted(path.stem for path in paths.data_dir("specs").glob("*.yaml"))
+SHIPPED = systems.KERNELS
 
 
 def graph(spec):
@@ -54,3 +57,13 @@ def run(artifact, given):
 def compiled(edited, spec):
     """A graph compiled for tests: full precision."""
     return pipeline.compile_graph(edited, spec, H100, "fp32")
+
+
+def _compiles_for_amd():
+    try:
+        return bool(build.triton_version("hip"))
+    except BuildError:
+        return False
+
+
+needs_amd = pytest.mark.skipif(not _compiles_for_amd(), reason="Triton is too old for AMD cards")

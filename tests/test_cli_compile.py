@@ -1,5 +1,6 @@
 """`hsgen compile`: modules, binaries, limits and verification, on a machine without a GPU."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from emitted import needs_amd
 
 from hsgen import analysis, pipeline, report, resources, verify
 from hsgen.cli import main
 from hsgen.errors import PlanError
 from hsgen.spec import load
-from hsgen.target import A100, H100, RTX4090
+from hsgen.target import A100, H100, MI300X, RTX4090
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """\
@@ -173,6 +175,27 @@ torch.testing.assert_close(o, dense.transpose(1, 2), rtol=1e-4, atol=1e-5)
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@needs_amd
+def test_an_amd_card_gets_binaries_of_its_own(folder, tmp_path, monkeypatch, capsys):
+    argv = ["compile", str(folder / "tiny.yaml"), "--target", "gfx942", "--no-verify"]
+    assert main([*argv, "--json", "-o", str(tmp_path)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["target"] == {"name": "mi300x", "arch": "gfx942"}
+    assert {kernel["name"] for kernel in said["kernels"]} == FILES
+    for kernel in said["kernels"]:
+        assert Path(kernel["binary"]).name == f"{kernel['name']}.gfx942.hsaco"
+        assert b"amdgcn-amd-amdhsa--gfx942" in Path(kernel["binary"]).read_bytes()
+        assert 0 < kernel["registers"] <= 512
+        assert 0 < kernel["scalar_registers"] <= 112
+        assert kernel["shared_bytes"] <= MI300X.smem_per_block
+        assert 0 < kernel["occupancy"] <= 1
+        assert kernel["limit_seconds"] > 0
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(importlib.import_module("tiny.driver").CONFIG) == FILES
+    assert main(argv) == 0
+    assert "tiny for mi300x (gfx942), bf16: 5 kernels in " in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_is_status_1(tiny, tmp_path, capsys):

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from emitted import needs_amd
 
 from hsgen import build, paths, pipeline, resources, store
 from hsgen.errors import BuildError, PlanError
@@ -163,6 +164,67 @@ def test_every_cuda_target_is_measured_and_the_second_time_is_quick(module, capf
     assert time.monotonic() - start < 1.0
     assert again == results
     assert all(result.cached for result in again)
+
+
+@needs_amd
+def test_an_amd_card_is_measured_from_the_notes_of_its_code(module):
+    """One tile fits; with seven stages its buffers do not, and that need is named with the limit."""
+    fine, deep = measure([job(module, MI300X), job(module, MI300X, sizes=(64, 64, 128), stages=7)])
+    assert isinstance(fine, Resources), fine
+    assert fine.cost.binary.startswith(b"\x7fELF")
+    assert b"amdgcn-amd-amdhsa" in fine.cost.binary
+    assert b".vgpr_count" in fine.cost.binary
+    assert 32 <= fine.cost.registers <= 512
+    assert 16 <= fine.cost.scalar_registers <= 112
+    assert 8192 <= fine.cost.shared_bytes <= MI300X.smem_per_block
+    assert (fine.cost.spill_bytes, fine.cost.warps, fine.cost.tensor_columns) == (0, 4, 0)
+    assert 0 < fine.occupancy <= 1
+
+    least = deep.cost.shared_bytes
+    assert least > MI300X.smem_per_block
+    words = f"needs at least {least:,} bytes of shared memory a block, the limit is 65,536"
+    with pytest.raises(PlanError, match=f"cannot run on mi300x .gfx942.: {words}"):
+        require_fit("attend", [outcome(MI300X, shared_bytes=2 * least), deep], MI300X)
+    assert require_fit("attend", [deep, fine], MI300X) == (fine,)
+
+
+def test_a_triton_that_cannot_compile_for_amd_is_refused_by_name(module, monkeypatch):
+    monkeypatch.setattr(build, "version", lambda name: "3.4.0")
+    with pytest.raises(BuildError) as caught:
+        measure([job(module, MI300X)])
+    assert str(caught.value) == (
+        "expected Triton 3.5.1 or newer to compile for AMD cards, got triton 3.4.0\n"
+        "help: pip install --upgrade torch, which brings the Triton that it works with"
+    )
+    monkeypatch.setattr(build, "version", lambda name: "3.5.1")
+    assert build.triton_version("hip") == "triton 3.5.1"
+
+
+NOTES = """\
+\t.amdhsa_next_free_vgpr 93
+\t.amdgpu_metadata
+amdhsa.kernels:
+  - .agpr_count:     0
+    .group_segment_fixed_size: 512
+    .name:           rank
+    .private_segment_fixed_size: 24
+    .sgpr_count:     106
+    .sgpr_spill_count: 67
+    .vgpr_count:     93
+    .vgpr_spill_count: 6
+"""
+
+
+def test_notes_are_read_and_none_may_be_missing():
+    crosscompile = pytest.importorskip("hsgen.crosscompile")
+    assert crosscompile.hip_usage(NOTES) == {
+        "registers": 93,
+        "scalar_registers": 106,
+        "spill_bytes": 24,
+        "shared_bytes": 512,
+    }
+    with pytest.raises(ValueError, match="does not say its vgpr_count"):
+        crosscompile.hip_usage(NOTES.replace(".vgpr_count", ".count"))
 
 
 def test_measuring_imports_neither_torch_nor_triton_here():
@@ -408,6 +470,18 @@ def test_an_interrupt_does_not_wait_for_compilers():
         (32, 1024, 1024, 4, B200, (0, "tensor memory")),
         (228, 65_536, 0, 4, MI300X, (1, "shared memory")),
         (256, 0, 0, 4, MI300X, (2, "registers")),
+        # waves a scheduler as LLVM counts them: 8, 7, 5, 4, 3 for these registers of a lane
+        (64, 0, 0, 4, MI300X, (8, "warps")),
+        (69, 0, 0, 4, MI300X, (7, "registers")),
+        (93, 0, 0, 4, MI300X, (5, "registers")),
+        (124, 0, 0, 4, MI300X, (4, "registers")),
+        (158, 0, 0, 4, MI300X, (3, "registers")),
+        (32, 16_385, 0, 4, MI300X, (3, "shared memory")),
+        (32, 65_537, 0, 4, MI300X, (0, "shared memory")),
+        (32, 0, 0, 16, MI300X, (2, "warps")),
+        (32, 0, 0, 32, MI300X, (0, "warps")),
+        (32, 0, 0, 32, H100, (2, "warps")),
+        (32, 0, 0, 64, H100, (0, "warps")),
     ],
 )
 def test_occupancy(registers, shared, columns, warps, target, expected):
@@ -419,6 +493,26 @@ def test_occupancy(registers, shared, columns, warps, target, expected):
         target=target,
     )
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("scalars", "expected"), [(96, (8, "warps")), (106, (7, "scalar registers"))]
+)
+def test_scalar_registers_are_shared_by_the_waves_of_a_scheduler(scalars, expected):
+    found = occupancy(
+        registers=32,
+        scalar_registers=scalars,
+        shared_bytes=0,
+        tensor_columns=0,
+        warps=4,
+        target=MI300X,
+    )
+    assert found == expected
+
+
+def test_a_block_of_too_many_threads_is_refused():
+    with pytest.raises(PlanError, match="at least 32 warps a block, the limit is 16"):
+        require_fit("selected", [outcome(MI300X, warps=32, registers=32)], MI300X)
 
 
 def test_what_cannot_fit_is_refused_with_need_and_limit():

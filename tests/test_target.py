@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 
 import pytest
 
 from hsgen.errors import ArgumentError
-from hsgen.target import A100, B200, H100, TARGETS, Target, from_properties, target_names
+from hsgen.target import A100, B200, H100, MI300X, TARGETS, Target, from_properties, target_names
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,7 @@ def test_shared_memory_limits_are_those_of_the_driver():
     assert limits["h100"] == limits["b200"] == 232_448
     assert limits["a100"] == 166_912
     assert limits["rtx 4090"] == 101_376
+    assert limits["mi300x"] == 65_536
 
 
 def test_block_and_system_share_fit_a_multiprocessor():
@@ -131,3 +132,41 @@ def test_without_a_gpu_current_says_what_to_do():
         return
     with pytest.raises(ArgumentError, match="no GPU"):
         Target.current()
+
+
+# AMD
+
+
+def test_an_mi300x_in_the_words_of_the_others():
+    """A workgroup is a block, a wave a warp, a compute unit a multiprocessor, LDS shared memory."""
+    assert (MI300X.label, MI300X.binary, MI300X.warp_size, MI300X.sms) == (
+        "gfx942",
+        "hsaco",
+        64,
+        304,
+    )
+    assert MI300X.smem_per_block == 65_536
+    assert MI300X.max_warps_per_block == 16
+    assert H100.max_warps_per_block == 32
+    assert MI300X.peak("bf16") / MI300X.bandwidth == pytest.approx(247, rel=0.01)
+
+
+def test_a_present_amd_card_is_known_by_its_architecture():
+    said = properties(
+        name="AMD Instinct MI300X",
+        gcnArchName="gfx942:sramecc+:xnack-",
+        multi_processor_count=304,
+        shared_memory_per_block_optin=65_536,
+        shared_memory_per_multiprocessor=65_536,
+        regs_per_multiprocessor=0,
+    )
+    target = from_properties(said, "hip")
+    assert replace(target, name="mi300x", l2_bytes=MI300X.l2_bytes) == MI300X
+    with pytest.raises(ArgumentError, match="got architecture gfx1100"):
+        from_properties(properties(name="RX 7900", gcnArchName="gfx1100"), "hip")
+
+
+def test_float32_keeps_its_digits_in_the_way_that_each_compiler_knows():
+    assert {target.dot_precision for target in TARGETS if target.backend == "cuda"} == {"tf32x3"}
+    assert MI300X.dot_precision == "ieee"
+    assert MI300X.peak("fp32") < MI300X.peak("tf32")
