@@ -313,16 +313,20 @@ def test_command_says_what_it_cannot_write(tmp_path, capsys):
     assert "cannot write: No such file or directory" in capsys.readouterr().err
 
 
-def test_command_is_quick_and_loads_nothing_heavy():
-    works = []
+def test_command_takes_half_a_second():
+    """Of processor time; where other work slows that too, little more than `check` of a spec."""
+    works = {"schema": 60.0, "check": 0.0}
     for _ in range(6):
-        before = _children_time()
-        done = hsgen("schema")
-        works.append(_children_time() - before)
-        assert done.returncode == 0
-        if works[-1] < 0.5:
-            break
-    assert min(works) < 0.5
+        for argv in (["schema"], ["check", "nsa"]):
+            before = _children_time()
+            assert hsgen(*argv).returncode == 0
+            works[argv[0]] = _children_time() - before
+        if works["schema"] < max(0.5, 1.2 * works["check"]):
+            return
+    raise AssertionError(works)
+
+
+def test_command_loads_nothing_heavy():
     code = (
         "import sys; from hsgen.cli import main; status = main(['schema']);"
         "heavy = {'torch', 'triton', 'numpy', 'networkx', 'jinja2'} & set(sys.modules);"

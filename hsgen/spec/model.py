@@ -227,9 +227,9 @@ class Select(Node):
 class Level(Node):
     """One scored partition of the keys; `within` narrows it to children of another level's beam."""
 
-    name: Identifier
-    within: Identifier | None = None
-    partition: Annotated[Partition, Field(discriminator="kind")]
+    name: Identifier  # what other levels and branches call it
+    within: Identifier | None = None  # the level above, whose survivors' children are scored
+    partition: Annotated[Partition, Field(discriminator="kind")]  # what an entry is
     kv: Identifier | None = None  # pools `k_<kv>`, `v_<kv>` instead of `k`, `v`
     pool: Pool | None = None
     score: Score
