@@ -37,6 +37,7 @@ runtime                                 load_kernel
 trials                                  emitted kernels against the reference
 verify                                  trials in a process of their own
 report                                  what `show` and `compile` say
+compare                                 what `diff` says
 progress
 cli
 """
@@ -48,7 +49,7 @@ files
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes plan rows kernels configs schedule driver emit "
-    "allowlist store workers build resources pipeline verify dryrun report progress cli"
+    "allowlist store workers build resources pipeline verify dryrun report compare progress cli"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.
