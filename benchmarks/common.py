@@ -1,4 +1,4 @@
-"""What the measurements share: where they ran, captures, specs with other numbers, results, tables.
+"""What the measurements share: where they ran, specs with other numbers, results, tables.
 
 Measures nothing.
 """
@@ -12,24 +12,19 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
 import triton
-from torch import Tensor
 
-from hsgen.reference import tensor_kinds
-from hsgen.spec import Blocks, HeadDim, Heads, Index, Level, Select, Spec
+from hsgen.quality import Json
+from hsgen.spec import Blocks, Level, Select, Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHIPPED_CAPTURE = ROOT / "tests" / "data" / "smollm2_layer05.safetensors"
 
 LINE = 160  # characters of a line of a results file
-
-Json = dict[str, "str | int | float | bool | Json | list[Json] | None"]
 
 
 # Where and when -------------------------------------------------------------------------------------
@@ -79,57 +74,7 @@ def _driver() -> str:
     return done.stdout.split("\n")[0].strip()
 
 
-# Captures -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Group:
-    """One captured GQA group.  q: [T, G, D], k and v: [T, D], post-RoPE, bf16."""
-
-    layer: int
-    kv_head: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-    def query_head(self, index: int) -> int:
-        """The model's number of the group's query head `index`."""
-        return self.kv_head * self.q.shape[1] + index
-
-
-def load_capture(path: Path) -> list[Group]:
-    """Every group of a file that benchmarks.capture_smollm2 wrote, by layer and kv head."""
-    groups = []
-    with safetensors.safe_open(path, framework="pt") as file:
-        for name in sorted(name for name in file.keys() if name.endswith(".q")):  # noqa: SIM118
-            layer, kv = name.removeprefix("layer").removesuffix(".q").split(".kv")
-            q, k, v = (file.get_tensor(name[:-1] + x)[0] for x in "qkv")
-            group = Group(layer=int(layer), kv_head=int(kv), q=q, k=k[:, 0], v=v[:, 0])
-            groups.append(group)
-    return groups
-
-
-def rows_of(spec: Spec, tensors: Mapping[str, Tensor], a: int, b: int) -> dict[str, Tensor]:
-    """Inputs in which the rows from a to b are the last ones.  [1, T, ...]"""
-    parts = {
-        "query": lambda t: t[:, a:b],
-        "key": lambda t: t[:, :b],
-        "parameter": lambda t: t,
-    }
-    kinds = tensor_kinds(spec)
-    return {name: parts[kinds[name]](t) for name, t in tensors.items() if name in kinds}
-
-
 # Specs ----------------------------------------------------------------------------------------------
-
-
-def bind(spec: Spec, *, query: int, kv: int, dim: int) -> Spec:
-    """The same attention for other heads; an index gets one index head a query head."""
-    index = spec.index and Index(heads=query, dim=dim)
-    heads = Heads(query=query, kv=kv)
-    return spec.model_copy(
-        update={"heads": heads, "head_dim": HeadDim(qk=dim, v=dim), "index": index}
-    )
 
 
 def with_blocks(spec: Spec, level: str, size: int, stride: int | None = None) -> Spec:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.common import Group
+from hsgen.captures import Group
 from hsgen.reference import tensor_shapes
 from hsgen.spec import Spec
 

@@ -4,7 +4,8 @@
     python -m benchmarks.quality .captures/smollm2_8k.safetensors --backend kernel --device cuda
     python -m benchmarks.quality --report                                        # writes docs/quality.md
 
-Chooses with hsgen; everything that the choice is held against is computed by benchmarks.metrics.
+The three systems with budgets that bite; `hsgen quality` measures any spec as it is.  Chooses with hsgen;
+everything that the choice is held against is computed by hsgen.metrics.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ import torch
 from torch import Tensor
 
 import hsgen
-from benchmarks import common, metrics
-from benchmarks.common import Group, Json
+from benchmarks import common
+from hsgen import captures, metrics, standins
 from hsgen import spec as language
+from hsgen.captures import Group
+from hsgen.quality import RUN, WAYS, Json, measured_rows, noise, summary
 from hsgen.reference import reference
 from hsgen.selection import ListSelection
 from hsgen.spec import Spec
 
-RUN = 64  # consecutive rows measured together
-SEED = 2
-WAYS = ("selected", "oracle", "random", "recent_sink")
 SYSTEMS = ("moba", "nsa", "hisa")
 FORCED = 3  # the smallest budget: nsa forces the first and the last two blocks
 BEAM = 2  # hisa's block filter keeps this many times what is attended in the end
@@ -63,7 +63,7 @@ def cases(
 ) -> Iterator[Case]:
     """Every system at every block size and budget."""
     for system, derive in (("moba", _moba), ("nsa", _nsa), ("hisa", _hisa)):
-        bound = common.bind(language.load(system), query=heads, kv=1, dim=dim)
+        bound = standins.bind(language.load(system), query=heads, kv=1, dim=dim)
         for block in blocks:
             for budget in budgets:
                 spec, level = derive(bound, block, budget * tokens)
@@ -98,44 +98,12 @@ def _hisa(spec: Spec, block: int, kept: float) -> tuple[Spec, str]:
 
 
 def tensors(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-    """What the case's spec reads.  q: [1, T, G, D], k and v: [1, T, 1, D]"""
-    raw = {"q": q, "k": k, "v": v}
-    match case.system:
-        case "moba":
-            return raw
-        case "nsa":
-            return raw | _compression(case.spec, k, v) | {"gates": _selected_only(case.spec, q)}
-        case "hisa":
-            ones = torch.ones_like(q[..., 0])
-            return raw | {"q_index": q, "k_index": _centred(k[:, :, 0]), "w_index": ones}
-    raise ValueError(f"unknown system {case.system!r}")
+    """What the case's spec reads; gates let the selected branch through and nothing else.
 
-
-def _compression(spec: Spec, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-    """Compress by the mean: every slot's weight is identity / size, every position is 0."""
-    size, dim = spec.level("compressed").partition.size, k.shape[-1]
-    mean = torch.eye(dim, dtype=k.dtype, device=k.device) / size
-    weight = mean.expand(1, size, dim, dim).contiguous()
-    position = torch.zeros_like(weight[..., 0])
-    branches = {f"{x}_{kv}": y for kv in ("compressed", "window") for x, y in (("k", k), ("v", v))}
-    return branches | {
-        "compressed_key_weight": weight,
-        "compressed_key_position": position,
-        "compressed_value_weight": weight,
-        "compressed_value_position": position,
-    }
-
-
-def _centred(k: Tensor) -> Tensor:
-    """Index keys: minus their mean over the input, so that ReLU cuts at a query's average score."""
-    wide = k.double()  # the same bits on every device, once rounded
-    return (wide - wide.mean(1, keepdim=True)).to(k.dtype)
-
-
-def _selected_only(spec: Spec, q: Tensor) -> Tensor:
-    """Gates that let the selected branch through and nothing else.  [1, T, G, branches]"""
-    gate = [float(branch.name == "selected") for branch in spec.attend]
-    return torch.tensor(gate, dtype=q.dtype, device=q.device).expand(*q.shape[:3], -1).contiguous()
+    q: [1, T, G, D], k and v: [1, T, 1, D]
+    """
+    gates = [float(branch.name == "selected") for branch in case.spec.attend]
+    return standins.tensors(case.spec, q, k, v, gates)
 
 
 # Choosing: by the reference or by the kernels ---------------------------------------------------------
@@ -157,7 +125,7 @@ def choose_by_reference(
     chosen, outputs = [], []
     for run in position.split(RUN):
         a, b = int(run[0]), int(run[-1]) + 1
-        part = common.rows_of(case.spec, inputs, a, b)
+        part = standins.rows_of(case.spec, inputs, a, b)
         result = reference(case.spec, part, dtype=torch.float32, keep_scores=False)
         chosen.append(result.selection[case.level].indices[0])
         outputs.append(result.o[0])
@@ -179,23 +147,14 @@ def choose_by_kernel(
 # Measuring ------------------------------------------------------------------------------------------
 
 
-def measured_rows(tokens: int, rows: int) -> Tensor:
-    """Runs of RUN rows, evenly spaced over the second half.  -> i64[R]"""
-    runs = max(1, min(rows, tokens // 2) // RUN)
-    first = torch.linspace(tokens / 2, tokens - RUN, runs).round().long()
-    return (first[:, None] + torch.arange(RUN)).flatten().unique()
-
-
 def measure(case: Case, group: Group, dense: metrics.Dense, choose: Chooser) -> list[Json]:
     """One record a head of the group."""
     q, k, v = group.q[None], group.k[None, :, None], group.v[None, :, None]
     position = dense.position
     indices, o = choose(case, tensors(case, q, k, v), position)
     entries = -(-len(group.k) // case.size)
-    noise = torch.rand(len(position), entries, generator=torch.Generator().manual_seed(SEED))
-    ways = metrics.choices(
-        dense, metrics.members(indices, entries), case.size, noise.to(position.device)
-    )
+    drawn = noise(len(position), entries).to(position.device)
+    ways = metrics.choices(dense, metrics.members(indices, entries), case.size, drawn)
     judged = {name: metrics.judge(dense, chosen, case.size) for name, chosen in ways.items()}
     difference = (o.transpose(0, 1) - judged["selected"].o).norm(dim=-1)
     difference = difference / judged["selected"].o.norm(dim=-1)
@@ -215,27 +174,14 @@ def measure(case: Case, group: Group, dense: metrics.Dense, choose: Chooser) -> 
     ]
 
 
-def summary(quality: metrics.Quality, head: int, position: Tensor) -> Json:
-    """Means over the rows of one head, and the worst row of each."""
-    mass, error = quality.mass[head], quality.error[head]
-    return {
-        "mass": float(mass.mean()),
-        "error": float(error.mean()),
-        "worst_mass": float(mass.min()),
-        "worst_mass_row": int(position[mass.argmin()]),
-        "worst_error": float(error.max()),
-        "worst_error_row": int(position[error.argmax()]),
-    }
-
-
 def run(args: argparse.Namespace, argv: Sequence[str]) -> Json:
     """Measure every case on every group of the capture."""
     choose = {"reference": choose_by_reference, "kernel": choose_by_kernel}[args.backend]
     records: list[Json] = []
     started = time.monotonic()
-    groups = common.load_capture(args.capture)
+    groups = captures.load(args.capture)
     for group in groups:
-        group = _prefix(group, args.tokens, args.device)
+        group = group.prefix(args.tokens, args.device)
         position = measured_rows(len(group.q), args.rows).to(args.device)
         dense = metrics.dense(group.q[position], group.k, group.v, position)
         heads, dim = group.q.shape[1:]
@@ -255,16 +201,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Json:
     }
 
 
-def _prefix(group: Group, tokens: int, device: str) -> Group:
-    """The first tokens of a group, on the device."""
-    q, k, v = (x[:tokens].to(device) for x in (group.q, group.k, group.v))
-    return Group(layer=group.layer, kv_head=group.kv_head, q=q, k=k, v=v)
-
-
 def _origin(path: Path) -> Json:
     """The name of a capture and what it says of itself."""
-    with common.safetensors.safe_open(path, framework="pt") as file:
-        return {"file": path.name, **file.metadata()}
+    return {"file": path.name, **captures.metadata(path)}
 
 
 def _brief(records: Sequence[Json]) -> str:

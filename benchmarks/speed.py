@@ -30,8 +30,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 import hsgen
-from benchmarks import baselines, common, inputs, metrics, speed_report, timing
-from benchmarks.common import Group, Json
+from benchmarks import baselines, common, inputs, speed_report, timing
+from hsgen import captures, metrics, standins
+from hsgen.captures import Group
+from hsgen.quality import Json
 from hsgen.reference import reference, tensor_shapes
 from hsgen.selection import ListSelection
 from hsgen.spec import Pool, Score, Spec, load, verify
@@ -169,7 +171,7 @@ class Case:
         spec = load(self.system)
         if self.heads is None or self.dim is None:
             return spec
-        return common.bind(spec, query=self.heads[0], kv=self.heads[1], dim=self.dim)
+        return standins.bind(spec, query=self.heads[0], kv=self.heads[1], dim=self.dim)
 
     @property
     def level(self) -> str:
@@ -291,7 +293,7 @@ def _compare(
     """
     error, agreement = 0.0, 1.0
     for a, b in runs:
-        part = common.rows_of(case.spec, tensors, a, b)
+        part = standins.rows_of(case.spec, tensors, a, b)
         given = {
             name: ListSelection(level=name, indices=s.indices[:, a:b])
             for name, s in selection.items()
@@ -464,7 +466,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
     if args.resume:
         journal.data = common.read_json(args.resume)
     journal.data["runs"].append(made | {"capture": args.capture.name})
-    groups = common.load_capture(args.capture)
+    groups = captures.load(args.capture)
     bench = Bench(device=args.device, seconds=args.seconds, groups=groups, journal=journal)
     stages = {"hsgen": run_hsgen, "dense": run_dense, "flex": run_flex}
     for stage in args.stages:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks import common
-from benchmarks.common import Json
+from hsgen.quality import Json
 
 MISSING = "–"
 SHOWN_KERNELS = 8

@@ -208,6 +208,11 @@ def costs(graph: Graph) -> Mapping[str, NodeCost]:
     }
 
 
+def total(graph: Graph) -> NodeCost:
+    """What all nodes cost together, each alone: bytes of what passes between two count twice."""
+    return sum(costs(graph).values(), NodeCost(flops=ZERO, bytes=ZERO))
+
+
 def unbound_sizes(graph: Graph) -> tuple[str, ...]:
     """The heads and head dims that the graph uses and nobody has bound yet."""
     used = {dim for node in graph.nodes() for dim in node.type.dims}
@@ -343,7 +348,8 @@ def _flops(counts: _Counts, node: Node) -> Cost:
             return counts.elements(node.type) * (per_number if op.how == "linear" else op.size)
         case Score():
             heads, dim = operands[0].dims[2:]
-            per_head = 2 * counts.product((dim,)) + 2 * (op.form == "relu_weighted")
+            dots = 2 if op.form == "bound" else 1
+            per_head = dots * 2 * counts.product((dim,)) + 2 * (op.form == "relu_weighted")
             pairs = counts.complete(op.level) if op.within is None else counts.children(op.level)
             return pairs * counts.product((heads,)) * per_head
         case LogSumExp():
@@ -514,13 +520,13 @@ def _entries_text(size: int, stride: int, *, causal: bool) -> str:
 
 
 def _totals_text(graph: Graph) -> list[str]:
-    total = sum(costs(graph).values(), NodeCost(flops=ZERO, bytes=ZERO))
+    whole = total(graph)
     must, full = must_move(graph), dense(graph)
     cells = [
         ("  T", "FLOPs", "dense FLOPs", "dense / this", "bytes in and out", "bytes, each alone")
     ]
     for tokens in LENGTHS:
-        flops, dense_flops = total.flops.evaluate(tokens), full.flops.evaluate(tokens)
+        flops, dense_flops = whole.flops.evaluate(tokens), full.flops.evaluate(tokens)
         cells.append(
             (
                 f"  {tokens}",
@@ -528,7 +534,7 @@ def _totals_text(graph: Graph) -> list[str]:
                 quantity(dense_flops),
                 f"{dense_flops / flops:.1f}x",
                 quantity(must.evaluate(tokens)),
-                quantity(total.bytes.evaluate(tokens)),
+                quantity(whole.bytes.evaluate(tokens)),
             )
         )
     return ["totals against dense attention", *align(cells)]

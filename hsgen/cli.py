@@ -2,13 +2,14 @@
 
 stdout is the result, stderr is everything else.  Exit status: 0 fine, 1 failure, 2 a wrong spec or
 wrong usage; of `diff` as of any diff: 0 the same, 1 different, 2 an error.  What loads networkx or
-jinja2 is imported by the command that uses it, so that `hsgen check` stays quick; nothing here loads
-torch.
+jinja2 is imported by the command that uses it, so that `hsgen check` stays quick; only what looks at
+a capture loads torch.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import typer
 
 from hsgen import paths
 from hsgen.errors import ArgumentError, HsgenError, SpecError
-from hsgen.spec import Spec, load
+from hsgen.spec import Spec, drafts, load
 from hsgen.target import Target
 
 SCHEMA_VERSION = 1  # of every --json
@@ -38,6 +39,10 @@ SpecFiles = Annotated[
 ]
 SpecFile = Annotated[
     str, typer.Argument(metavar="SPEC", help="A file, or the name of a shipped spec.")
+]
+SchemaFile = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write FILE; default standard output."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -68,6 +73,29 @@ def _pair(text: str | None) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[-1])
 
 
+def _name(text: str) -> str:
+    """What a spec may be called; anything else is wrong usage."""
+    try:
+        return drafts.named(text)
+    except ArgumentError as error:
+        raise typer.BadParameter(f"{error.message}: {error.help}") from error
+
+
+NewName = Annotated[str, typer.Argument(parser=_name, metavar="NAME", help="Of the new spec.")]
+NewFile = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write FILE; default NAME.yaml."),
+]
+Preset = Annotated[
+    str, typer.Option("--from", metavar="PRESET", help="Name of a shipped spec, or a file.")
+]
+ForEditors = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="SCHEMA",
+        help="What `hsgen schema -o SCHEMA` wrote: the new file tells editors of it.",
+    ),
+]
 TargetName = Annotated[
     Target,
     typer.Option(parser=_target, metavar="GPU", help="h100, a100, 4090, b200, mi300x, sm_80, ..."),
@@ -84,6 +112,36 @@ Folder = Annotated[
     typer.Option(
         "--output", "-o", metavar="DIR", help="Write DIR/<spec name>/, a package; default a cache."
     ),
+]
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    """0,5,14; none at all where nothing is said."""
+    parts = text.split(",") if text is not None else []
+    if not all(part.strip().isdecimal() for part in parts):
+        raise typer.BadParameter(f"expected numbers, as in 0,5, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+Capture = Annotated[
+    Path, typer.Option("--qkv", metavar="FILE", help="Captured q, k, v, a safetensors file.")
+]
+MaskCapture = Annotated[
+    Path | None, typer.Option("--qkv", metavar="FILE", help="Captured q, k, v that --mask is of.")
+]
+Layer = Annotated[int | None, typer.Option(min=0, help="Of the capture; default its first.")]
+Layers = Annotated[str | None, typer.Option(metavar="0,5,...", help="Of the capture; default all.")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="A prefix of the capture.")]
+GraphFile = Annotated[
+    Path | None, typer.Option("--svg", metavar="FILE", help="Draw graph and launches as SVG.")
+]
+MaskFile = Annotated[
+    Path | None,
+    typer.Option("--mask", metavar="FILE", help="Draw what each row takes, as .svg or .png."),
+]
+PlotFile = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw mass recalled against density as SVG."),
 ]
 
 
@@ -123,17 +181,82 @@ def show(
     dtype: TensorType = DType.bf16,
     heads: HeadCounts = None,
     head_dim: HeadDims = None,
+    svg: GraphFile = None,
+    mask: MaskFile = None,
+    qkv: MaskCapture = None,
+    layer: Layer = None,
+    tokens: Tokens = None,
     as_json: Json = False,
 ) -> None:
     """Show what a spec computes and how it would run: hsgen show nsa."""
-    from hsgen import report  # noqa: PLC0415  its stages are not for `check`
-
+    if (mask is None) != (qkv is None):
+        raise typer.BadParameter("expected --mask and --qkv together: what is drawn, and of what")
     bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
-    shown = report.show(bound, target, dtype.value)
+    if mask and qkv:
+        _show_mask(bound, mask, qkv, layer, tokens, as_json=as_json)
+    if svg or not mask:
+        _show_graph(bound, target, dtype, svg, as_json=as_json and not mask)
+
+
+def _show_graph(
+    spec: Spec, target: Target, dtype: DType, file: Path | None, *, as_json: bool
+) -> None:
+    """Print graph and plan, or draw them."""
+    from hsgen import drawing, report  # noqa: PLC0415  their stages are not for `check`
+
+    shown = report.show(spec, target, dtype.value)
+    if file:
+        _write(file, drawing.draw(shown).encode(), ".svg")
     if as_json:
         _print_json(shown.record())
+    elif file:
+        typer.echo(file)
     else:
         typer.echo(str(shown), nl=False)
+
+
+def _show_mask(
+    spec: Spec, file: Path, qkv: Path, layer: int | None, tokens: int | None, *, as_json: bool
+) -> None:
+    """Draw what each row takes on a capture, and print what the panels are."""
+    from hsgen import mask  # noqa: PLC0415  loads torch
+
+    _check_suffix(file, ".svg", ".png")
+    found = mask.mask(spec, qkv, layer=layer, tokens=tokens or mask.TOKENS)
+    as_png = file.suffix.lower() == ".png"
+    _write(file, mask.png(found) if as_png else mask.draw(found).encode(), ".svg", ".png")
+    if as_json:
+        _print_json(found.record())
+    else:
+        typer.echo(f"{found}{file}")
+
+
+@app.command(epilog="Example: hsgen quality nsa --qkv tests/data/smollm2_layer05.safetensors")
+def quality(
+    spec: SpecFile,
+    *,
+    qkv: Capture,
+    layers: Layers = None,
+    tokens: Tokens = None,
+    rows: Annotated[int, typer.Option(min=1, help="Measured, of the second half.")] = 1024,
+    plot: PlotFile = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a spec's choices recall of a model's attention: hsgen quality nsa --qkv FILE."""
+    from hsgen import charts, quality  # noqa: PLC0415  load torch
+
+    if plot:
+        _check_suffix(plot, ".svg")
+    numbers = _numbers(layers)
+    found = quality.report(
+        load(spec), qkv, layers=numbers, tokens=tokens, rows=rows, curves=plot is not None
+    )
+    if plot:
+        _write(plot, charts.draw(found).encode(), ".svg")
+    if as_json:
+        _print_json(found.record())
+    else:
+        typer.echo(str(found), nl=False)
 
 
 @app.command(name="compile", epilog="Example: hsgen compile nsa --target h100 -o build")
@@ -192,6 +315,56 @@ def diff(
     else:
         typer.echo(str(found), nl=False)
     raise typer.Exit(0 if found.same else 1)
+
+
+@app.command(epilog="Example: hsgen schema -o hsgen.schema.json")
+def schema(*, output: SchemaFile = None) -> None:
+    """Print the JSON Schema of the language, by which editors complete and explain a spec."""
+    from hsgen.spec import schema as language  # noqa: PLC0415
+
+    text = json.dumps(language.schema(), indent=2) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        drafts.write(output, text, over=True)
+
+
+@app.command(epilog="Example: hsgen new my_attention --from nsa")
+def new(
+    name: NewName,
+    *,
+    preset: Preset,
+    output: NewFile = None,
+    schema: ForEditors = None,
+    as_json: Json = False,
+) -> None:
+    """Write a spec that starts from another, comments kept: hsgen new my_attention --from nsa."""
+    file = output or Path(f"{name}.yaml")
+    if schema is not None and not schema.is_file():
+        raise typer.BadParameter(f"{schema}: no such file; 'hsgen schema -o {schema}' writes it")
+    seen = Path(os.path.relpath(schema, file.parent)).as_posix() if schema else None
+    drafts.write(file, drafts.draft(name, preset, schema=seen))
+    if as_json:
+        _print_json({"file": str(file), "name": name, "from": preset})
+    else:
+        typer.echo(f"{file}: {name}, which is {preset} until you change it")
+
+
+@app.command(epilog="Example: hsgen specs --json")
+def specs(
+    *,
+    target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
+    page: Annotated[bool, typer.Option(help="Print docs/systems.md.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the shipped specs: what each is, what it costs, and how far its kernels reach."""
+    from hsgen import catalogue  # noqa: PLC0415
+
+    found = catalogue.catalogue(target)
+    if as_json:
+        _print_json(found.record())
+    else:
+        typer.echo(found.page() if page else str(found), nl=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,6 +429,23 @@ def _status(error: HsgenError) -> int:
 
 def _print_json(result: dict[str, object]) -> None:
     typer.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}, indent=2))
+
+
+def _check_suffix(file: Path, *suffixes: str) -> None:
+    """A file's suffix says its kind; another one is wrong usage."""
+    if file.suffix.lower() not in suffixes:
+        raise typer.BadParameter(
+            f"expected a file that ends in {' or '.join(suffixes)}, got {file}"
+        )
+
+
+def _write(file: Path, content: bytes, *suffixes: str) -> None:
+    """Write a picture."""
+    _check_suffix(file, *suffixes)
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise HsgenError(f"{file}: cannot write this picture: {error.strerror}") from error
 
 
 def _complain(text: str) -> None:

@@ -1,6 +1,7 @@
 """The tile sizes that each kernel starts from: what fits the GPU and, as compiled, hardly spills.
 
-Guesses that tuning replaces; the kernels' text does not depend on them.
+Guesses that tuning replaces, the H100's measured one by one (benchmarks/starts.py); the kernels' text
+does not depend on them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class RowTiles:
         if block and block == next_power(block):
             wide = max(16, min(wide, block))
         dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
-        return self._fit(context, block_t, wide, 3 if key_bytes == 2 else 2, dims, key_bytes)
+        deepest = 2 if key_bytes == 4 or tokens == 1 else 3  # gathered tokens: rows come one by one
+        return self._fit(context, block_t, wide, deepest, dims, key_bytes)
 
     def score(self, context: rows.RowsContext) -> Config:
         """As for attending, but with no output to hold there is room for more rows of 32 bits."""
@@ -62,12 +64,11 @@ class RowTiles:
         if key_bytes == 4:
             # tensor memory would be filled from registers, three times over
             limit = 32 if self.target.tensor_columns else 64
-            reads_shared = self.target.dots_read_shared and not self.target.tensor_columns
-            wide = 32 if reads_shared and dims <= 128 else 16
+            wide = 32 if self.target.dots_read_shared and not self.target.tensor_columns else 16
         if context.children:
             wide = max(16, min(wide, next_power(context.children)))
-        block_t = 1 if context.children else max(1, limit // context.pitch)
-        return self._fit(context, block_t, wide, 3, dims, key_bytes)
+            return replace(self._fit(context, 1, wide, 2, dims, key_bytes), num_warps=2)
+        return self._fit(context, max(1, limit // context.pitch), wide, 3, dims, key_bytes)
 
     def _fit(
         self,
@@ -140,11 +141,14 @@ def pool(op: Pool, dim: int, dtype: DType) -> Config:
 
 
 def rank(slots: int, stride: int, tokens: int) -> Config:
-    """Scores of a few rows in registers, for up to 128K tokens; longer rows are read in each pass."""
+    """Scores of a row in registers, for up to 128K tokens; longer rows are read in each pass.
+
+    Every pass ends in a sum over the row: within one warp that is cheap, between warps it waits.
+    """
     longest = slots or (1 << 17) // stride
     width = max(64, min(8192 if slots else 2048, next_power(longest)))
-    values = (("BLOCK_R", max(1, min(tokens, 2048 // width))), ("BLOCK_N", width))
-    return Config(constexprs=values, num_warps=8 if width > 2048 else 4, num_stages=1)
+    values = (("BLOCK_R", max(1, min(tokens, 256 // width))), ("BLOCK_N", width))
+    return Config(constexprs=values, num_warps=4 if width > 1024 else 1, num_stages=1)
 
 
 def for_interpreter(plan: Plan) -> Plan:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hsgen import spec as language
-from hsgen.errors import PlanError
+from hsgen.errors import PlanError, Span
 from hsgen.graph import (
     Attend,
     Gate,
@@ -81,11 +81,18 @@ class _Builder:
     scores: dict[str, Node] = field(default_factory=dict[str, Node])
     selections: dict[str, Node] = field(default_factory=dict[str, Node])
 
-    def add(self, name: str, op: Op, *operands: Node) -> Node:
-        """The node `name`, made now or the same one again."""
+    def add(self, name: str, op: Op, *operands: Node, at: Span | None = None) -> Node:
+        """The node `name`, made now or the same one again; the text asks for it `at` a place."""
         type_ = result_type(op, operands)
         inputs = tuple(operand.name for operand in operands)
-        return self.nodes.setdefault(name, Node(name=name, op=op, inputs=inputs, type=type_))
+        node = Node(name=name, op=op, inputs=inputs, type=type_, span=at)
+        return self.nodes.setdefault(name, node)
+
+    def place(self, item: language.Level | language.Attend, *field: str) -> Span | None:
+        """Where the text says a field of a level or of a branch."""
+        if isinstance(item, language.Level):
+            return self.spec.span("levels", self.spec.levels.index(item), *field)
+        return self.spec.span("attend", self.spec.attend.index(item), *field)
 
     def input(self, name: str, role: Role, *dims: str) -> Node:
         """A tensor of the caller, in the dtype of the query."""
@@ -119,7 +126,8 @@ def _plan_level(builder: _Builder, level: language.Level) -> None:
     builder.scores[level.name] = score
     if level.select is not None:
         op = _select(level, level.select)
-        selection = builder.add(f"{level.name}.selection", op, score, *_some(parent))
+        at = builder.place(level, "select")
+        selection = builder.add(f"{level.name}.selection", op, score, *_some(parent), at=at)
         builder.selections[level.name] = selection
 
 
@@ -142,13 +150,18 @@ def _plan_score(builder: _Builder, level: language.Level, parent: Node | None) -
     operands = [_score_query(builder, level), _score_keys(builder, level)]
     if score.form == "relu_weighted":
         operands.append(builder.input("w_index", "index_weights", "B", "T", "Hi"))
-    made = builder.add(f"{level.name}.score", op, *operands, *_some(parent))
+    at = builder.place(level, "score", "form")
+    made = builder.add(f"{level.name}.score", op, *operands, *_some(parent), at=at)
     if score.normalise is not None:
-        lse = builder.add(f"{level.name}.score_lse", LogSumExp(), made)
-        made = builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse)
+        at = builder.place(level, "score", "normalise")
+        summed = builder.nodes[f"{score.lse_from or level.name}.score"]
+        lse = builder.add(f"{score.lse_from or level.name}.score_lse", LogSumExp(), summed, at=at)
+        made = builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse, at=at)
     if score.share == "head" or score.reduce is None:
         return made  # the heads of an index are one score already
-    return builder.add(f"{level.name}.reduced", Reduce(share=score.share, how=score.reduce), made)
+    at = builder.place(level, "score", "share")
+    reduce = Reduce(share=score.share, how=score.reduce)
+    return builder.add(f"{level.name}.reduced", reduce, made, at=at)
 
 
 def _scale(builder: _Builder, score: language.Score) -> float | None:
@@ -165,16 +178,16 @@ def _plan_map(builder: _Builder, level: language.Level, source: language.Level) 
     """The scores of another level, after its own steps, carried over."""
     how, target = level.score.map, level.partition
     assert how is not None
-    taps = _overlap_taps if how == "overlap_sum" else _inner_taps
     op = Map(
         level=level.name,
-        how=how,
+        how="max" if how == "overlap_max" else how,
         size=target.size,
         stride=target.stride,
         ratio=target.stride // source.partition.stride,
-        taps=taps(source.partition, target),
+        taps=_TAPS[how](source.partition, target),
     )
-    return builder.add(f"{level.name}.mapped", op, builder.scores[source.name])
+    at = builder.place(level, "score", "map")
+    return builder.add(f"{level.name}.mapped", op, builder.scores[source.name], at=at)
 
 
 def _overlap_taps(
@@ -198,6 +211,22 @@ def _inner_taps(
 ) -> tuple[tuple[int, int], ...]:
     """Source entries that lie wholly inside the target entry, once each."""
     return tuple((o, 1) for o in range((target.size - source.size) // source.stride + 1))
+
+
+def _touching_taps(
+    source: language.Partition, target: language.Partition
+) -> tuple[tuple[int, int], ...]:
+    """Source entries that share a token with the target entry, once each."""
+    before = -(-source.size // source.stride) - 1
+    return tuple((o, 1) for o in range(-before, target.size // source.stride))
+
+
+_TAPS = {
+    "overlap_sum": _overlap_taps,
+    "overlap_max": _touching_taps,
+    "sum": _inner_taps,
+    "max": _inner_taps,
+}
 
 
 def _select(level: language.Level, select: language.Select) -> Select:
@@ -257,7 +286,8 @@ def _pooled(
     if position:
         name = f"{level.name}_{which}_position"
         operands.append(builder.input(name, "parameter", heads, slots, dim))
-    return builder.add(f"{level.name}.{which}s", op, *operands)
+    at = builder.place(level, "pool", "keys" if which == "key" else "values")
+    return builder.add(f"{level.name}.{which}s", op, *operands, at=at)
 
 
 # --- branches
@@ -296,7 +326,8 @@ def _plan_pooled_branch(
 def _with_log_sum_exp(
     builder: _Builder, branch: language.Attend, op: Attend, *operands: Node
 ) -> Node:
-    made = builder.add(f"{branch.name}.o", op, *operands)
+    at = builder.place(branch, "window" if branch.over is None else "over")
+    made = builder.add(f"{branch.name}.o", op, *operands, at=at)
     builder.add(f"{branch.name}.lse", LogSumExp(), made)
     return made
 
@@ -327,7 +358,8 @@ def _plan_combine(builder: _Builder, branches: list[Node]) -> Outputs:
         gates = builder.input("gates", "gates", "B", "T", "Hq", str(len(branches)))
         made = builder.add("o", Gate(), gates, *branches)
     elif combine.softmax is not None:
-        made = builder.add("o", Union(), *branches)
+        at = builder.spec.span("combine", "softmax")
+        made = builder.add("o", Union(), *branches, at=at)
         lse = {"o": builder.add("lse", LogSumExp(), made).name}
     else:
         (made,) = branches

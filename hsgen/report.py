@@ -61,7 +61,8 @@ def show(spec: Spec, target: Target, dtype: DType = "bf16") -> Shown:
     try:
         return Shown(graph=graph, plan=schedule.schedule(graph, target, dtype), problem="")
     except PlanError as error:
-        return Shown(graph=graph, plan=None, problem=error.message)
+        where = f" ({error.span})" if error.span else ""
+        return Shown(graph=graph, plan=None, problem=f"{error.message}{where}")
 
 
 ROLES = ("output", "branch", "level", "selection", "list", "scratch")

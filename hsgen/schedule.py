@@ -103,10 +103,10 @@ class _Scheduler:
 
     def _refuse(self) -> None:
         """Operators that no kernel does yet, and sizes that none holds."""
-        if any(isinstance(node.op, Union) for node in self.graph.nodes()):
-            raise PlanError(
-                "no kernel takes one softmax over several branches yet: `combine: {softmax: union}`"
-            )
+        for node in self.graph.nodes():
+            if isinstance(node.op, Union):
+                message = "no kernel takes one softmax over several branches yet"
+                raise PlanError(f"{message}: `combine: {{softmax: union}}`", span=node.span)
         for name in ("Hq", "Hkv", "Dqk", "Dv"):
             if name not in self.graph.sizes:
                 raise PlanError(
@@ -203,7 +203,7 @@ class _Scheduler:
                             f"{_input(source.name)}.shape[0]",
                             f"length_{_safe(node.name)}",
                             str(heads),
-                            str(dim),
+                            str(context.width),
                         ),
                         role="level",
                     ),
@@ -319,7 +319,8 @@ class _Scheduler:
         if op.size != op.stride:
             raise PlanError(
                 f"branch {op.branch}: no kernel attends raw tokens of overlapping blocks "
-                f"(size {op.size}, stride {op.stride})"
+                f"(size {op.size}, stride {op.stride})",
+                span=node.span,
             )
         selection = self.graph[node.inputs[3]]
         width, heads = self._width(selection), self._size(selection.type.dims[2])
@@ -409,7 +410,8 @@ class _Scheduler:
         score = self.graph[node.inputs[0]]
         assert isinstance(score.op, Score)
         if score.op.form != "dot" or score.op.within is not None or score.op.size == 1:
-            raise PlanError(f"level {score.op.level}: no kernel normalises these scores yet")
+            message = f"level {score.op.level}: no kernel normalises these scores yet"
+            raise PlanError(message, span=node.span)
         context = rows.attend_pooled(
             self.shape,
             name=f"lse_{score.op.level}",
@@ -547,7 +549,7 @@ class _Scheduler:
         current = self.graph[node.inputs[0]]
         while not isinstance(current.op, Score):
             if not isinstance(current.op, Map | Reduce | Normalise):
-                raise PlanError(f"no kernel chooses from %{current.name}")
+                raise PlanError(f"no kernel chooses from %{current.name}", span=node.span)
             passed.insert(0, current)
             current = self.graph[current.inputs[0]]
         return _Chain(
@@ -566,10 +568,12 @@ class _Scheduler:
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(
                 f"level {node.op.level}: no kernel reduces a dot score over all heads yet; "
-                "share: group, or form: relu_weighted"
+                "share: group, or form: relu_weighted",
+                span=chain.score.span,
             )
         if chain.lse is not None and parent is not None:
-            raise PlanError(f"level {node.op.level}: no kernel normalises scores inside a beam yet")
+            message = f"level {node.op.level}: no kernel normalises scores inside a beam yet"
+            raise PlanError(message, span=chain.score.span)
         share: Literal["head", "group", "all"] = (
             "all" if weighted else chain.reduce.share if chain.reduce else "head"
         )
@@ -580,6 +584,7 @@ class _Scheduler:
             entries=self._entries(score, score.level),
             pooled=pooled,
             normalise=chain.lse is not None,
+            borrowed=self._is_borrowed(chain),
             share=share,
             reduce="sum" if weighted else chain.reduce.how if chain.reduce else None,
             map_how=chain.map.how if chain.map else None,
@@ -593,6 +598,13 @@ class _Scheduler:
         dim = self.graph.sizes["Di"] if weighted else self.shape.qk
         return rows.score(self.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
 
+    def _is_borrowed(self, chain: _Chain) -> bool:
+        """Whether the log-sum-exp is that of another level's scores."""
+        if chain.lse is None:
+            return False
+        summed = self.graph[self.graph[chain.lse].inputs[0]]
+        return isinstance(summed.op, Score) and summed.name != chain.score.name
+
     def _parent(self, node: Node, parent: Node | None) -> _Parent:
         """Where a row's surviving parents are listed."""
         if parent is None:
@@ -601,7 +613,8 @@ class _Scheduler:
         mine, theirs = self._size(node.type.dims[2]), self._size(parent.type.dims[2])
         if mine < theirs:
             raise PlanError(
-                f"level {parent.op.level} selects per head, the level below it does not"
+                f"level {parent.op.level} selects per head, the level below it does not",
+                span=node.span,
             )
         group = mine // theirs
         return {
@@ -691,7 +704,7 @@ class _Scheduler:
         if isinstance(node.op, Pool):
             buffer, source = _buffer(name), self.graph[node.inputs[0]]
             heads = self._size(source.type.dims[2]) if len(source.type.dims) == 4 else 1
-            dim = self._size(source.type.dims[-1])
+            dim = self._size(source.type.dims[-1]) * (2 if node.op.how == "minmax" else 1)
             row = heads * dim
             return buffer, f"count_{_safe(name)} * {row}", str(row), str(dim)
         if len(node.type.dims) == 3:

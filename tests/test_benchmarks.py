@@ -1,6 +1,7 @@
-"""The measurements measure what they say: metrics by hand, baselines by brute force, failures kept."""
+"""The measurements measure what they say: baselines by brute force, failures kept, pages made."""
 
 import json
+import sys
 import warnings
 
 import pytest
@@ -8,24 +9,18 @@ import torch
 from safetensors import safe_open
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import baselines, common, inputs, metrics, quality, speed, speed_report
+from benchmarks import baselines, common, independent, inputs, quality, speed, speed_report
+from hsgen import captures, metrics, standins
 from hsgen.reference import reference, tensor_shapes
 from hsgen.spec import load
 
-POSITION = torch.tensor([0, 5, 11])
 TINY = ["--device", "cpu", "--heads", "4", "2", "--dim", "16", "--seconds", "0.001"]
 
 
 @pytest.fixture(scope="module")
 def group():
-    (group,) = common.load_capture(common.SHIPPED_CAPTURE)
+    (group,) = captures.load(common.SHIPPED_CAPTURE)
     return group
-
-
-@pytest.fixture
-def uniform():
-    """Twelve keys, three rows, two heads, every visible key as good as any other."""
-    return metrics.dense(torch.zeros(3, 2, 4), torch.randn(12, 4), torch.randn(12, 8), POSITION)
 
 
 # The shipped capture --------------------------------------------------------------------------------
@@ -50,78 +45,6 @@ def test_shipped_capture_loads(group):
         assert x.float().std() > 0.1
 
 
-# Metrics --------------------------------------------------------------------------------------------
-
-
-def test_mass_of_uniform_attention_is_the_kept_share(uniform):
-    chosen = torch.zeros(1, 3, 3, dtype=torch.bool)
-    chosen[0, :, 1] = True  # tokens 4..7: none, two and four of them are visible
-    found = metrics.judge(uniform, chosen, 4)
-    torch.testing.assert_close(found.mass[1], torch.tensor([0.0, 2 / 6, 4 / 12]))
-    assert found.kept[0].tolist() == [0, 2, 4]
-    torch.testing.assert_close(found.o[0, 2], uniform.v[4:8].mean(0))
-
-
-def test_everything_kept_is_dense_attention(uniform):
-    found = metrics.judge(uniform, torch.ones(2, 3, 3, dtype=torch.bool), 4)
-    torch.testing.assert_close(found.mass, torch.ones(2, 3))
-    torch.testing.assert_close(found.error, torch.zeros(2, 3), atol=1e-6, rtol=0)
-
-
-def test_error_is_relative_to_the_dense_output():
-    v = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    dense = metrics.dense(torch.zeros(1, 1, 4), torch.zeros(2, 4), v, torch.tensor([1]))
-    chosen = torch.tensor([[[True, False]]])
-    error = metrics.judge(dense, chosen, 1).error  # |(3, 0) - (1.5, 2)| / |(1.5, 2)|
-    torch.testing.assert_close(error, torch.tensor([[1.0]]))
-
-
-def test_dense_agrees_with_torch(group):
-    q, k, v = (x[:70].float() for x in (group.q, group.k, group.v))
-    found = metrics.dense(q[60:], k, v, torch.arange(60, 70)).o
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(0, 1), k, v, is_causal=True
-    )
-    torch.testing.assert_close(found, expected[:, 60:], atol=1e-5, rtol=1e-5)
-
-
-def test_keep_best_is_limited_to_what_is_visible():
-    scores = torch.tensor([[[1.0, 2.0, 9.0], [1.0, 2.0, 9.0]]])
-    visible = torch.tensor([[True, True, False], [True, True, True]])
-    kept = metrics.keep_best(scores, visible, torch.tensor([[2, 1]]))
-    assert kept.tolist() == [[[True, True, False], [False, False, True]]]
-
-
-@pytest.mark.parametrize(
-    ("count", "kept"), [(1, {4}), (2, {0, 4}), (3, {0, 3, 4}), (9, {0, 1, 2, 3, 4})]
-)
-def test_recent_and_sink_blocks(count, kept):
-    found = metrics.keep_recent(torch.tensor([19]), 4, 6, torch.tensor([[count]]))
-    assert set(found[0, 0].nonzero().flatten().tolist()) == kept
-
-
-def test_recent_and_sink_tokens():
-    found = metrics.keep_recent(torch.tensor([99]), 1, 128, torch.tensor([[20]]))
-    assert found[0, 0].nonzero().flatten().tolist() == [*range(16), *range(96, 100)]
-
-
-def test_members_ignore_padding():
-    found = metrics.members(torch.tensor([[[0, 2, -1]]], dtype=torch.int32), 4)
-    assert found.tolist() == [[[True, False, True, False]]]
-
-
-def test_choices_have_one_budget_and_the_oracle_is_best(group):
-    position = torch.arange(300, 364)
-    dense = metrics.dense(group.q[position], group.k[:400], group.v[:400], position)
-    chosen = metrics.keep_recent(position, 16, 25, torch.full((3, 64), 5))
-    ways = metrics.choices(dense, chosen, 16, torch.rand(64, 25))
-    for way in ways.values():
-        assert (way.sum(-1) == 5).all()
-    mass = {name: metrics.judge(dense, way, 16).mass for name, way in ways.items()}
-    for other in mass.values():
-        assert (mass["oracle"] >= other - 1e-6).all()
-
-
 # Quality --------------------------------------------------------------------------------------------
 
 
@@ -134,7 +57,7 @@ def test_measured_rows_are_runs_of_the_second_half():
 
 @pytest.mark.parametrize("system", quality.SYSTEMS)
 def test_quality_of_a_prefix_of_the_capture(group, system):
-    prefix = common.Group(layer=5, kv_head=1, q=group.q[:512], k=group.k[:512], v=group.v[:512])
+    prefix = captures.Group(layer=5, kv_head=1, q=group.q[:512], k=group.k[:512], v=group.v[:512])
     position = quality.measured_rows(512, 64)
     dense = metrics.dense(prefix.q[position], prefix.k, prefix.v, position)
     (case,) = (c for c in quality.cases(3, 64, 512, [16], [0.2]) if c.system == system)
@@ -166,7 +89,7 @@ def test_both_backends_choose_alike_on_cpu(group):
 @pytest.mark.parametrize("kind", ["random", "real"])
 @pytest.mark.parametrize("system", speed.SYSTEMS)
 def test_inputs_are_what_the_spec_reads(group, system, kind):
-    spec = common.bind(load(system), query=6, kv=2, dim=96)
+    spec = standins.bind(load(system), query=6, kv=2, dim=96)
     tensors = inputs.make(spec, kind, 40, "cpu", 0, [group])
     assert {name: tuple(t.shape) for name, t in tensors.items()} == tensor_shapes(spec, 1, 40, 40)
     for t in tensors.values():
@@ -175,7 +98,7 @@ def test_inputs_are_what_the_spec_reads(group, system, kind):
 
 
 def test_real_inputs_repeat_with_other_noise(group):
-    spec = common.bind(load("moba"), query=2, kv=2, dim=64)
+    spec = standins.bind(load("moba"), query=2, kv=2, dim=64)
     q = inputs.make(spec, "real", 2048 + 8, "cpu", 0, [group])["q"].float()
     first, again = q[0, :8], q[0, 2048:]
     assert not torch.equal(first, again)
@@ -303,7 +226,12 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "page"), [("quality", quality.report), ("speed", speed_report.page)]
+    ("kind", "page"),
+    [
+        ("quality", quality.report),
+        ("speed", speed_report.page),
+        ("independent", independent.page),
+    ],
 )
 def test_page_is_made_of_the_kept_results(kind, page):
     paths = common.found([], kind)
@@ -312,3 +240,32 @@ def test_page_is_made_of_the_kept_results(kind, page):
     assert written == page([common.read_json(path) for path in paths]), (
         f"run python -m benchmarks.{kind} --report"
     )
+
+
+# Independent implementations ------------------------------------------------------------------------
+
+
+def test_every_comparison_is_kept_and_agrees():
+    (path,) = common.found([], "independent")
+    kept = common.read_json(path)["comparisons"]
+    assert set(kept) == set(independent.COMPARISONS)
+    for name, figures in kept.items():
+        assert figures["worst"] < independent.TOLERANCE, name
+        assert figures.get("same_rows") == figures.get("rows"), name
+
+
+def test_selections_are_compared_as_sets():
+    left = torch.tensor([[3, -1, 0], [1, 2, -1], [-1, -1, -1]])
+    right = torch.tensor([[0, 3], [1, 3], [-1, -1]])
+    assert independent.same_rows(left, right).tolist() == [True, False, True]
+
+
+def test_a_peer_is_read_without_its_asserts(tmp_path):
+    path = tmp_path / "theirs.py"
+    path.write_text(
+        "from fla.ops.utils.pooling import mean_pooling\nassert False\nx = mean_pooling\n"
+    )
+    made = independent.read(path)
+    x = torch.arange(5.0).reshape(1, 5, 1, 1)
+    assert made.x(x, 2, None).flatten().tolist() == [0.5, 2.5, 4.0]
+    assert "fla" not in sys.modules

@@ -16,9 +16,9 @@ PACKAGE = ROOT / "hsgen"
 # In the order of processing.  A module imports only from lines above its own; `spec` has an order
 # of its own.  The README shows the same lines.
 LAYERS = """\
-errors  paths                           what is said · where things are
+errors  paths  svg                      what is said · where things are · pictures as text
 target  spec                            a GPU · what the user wrote
-selection  graph                        what is chosen · what is computed
+selection  graph  layout                what is chosen · what is computed · places for its boxes
 reference  analysis  planner  passes    the meaning · the costs · Spec -> Graph -> Graph
 plan
 rows  dryrun                            a kernel's loops · one call on paper
@@ -30,6 +30,7 @@ allowlist  store
 workers  build                          source text -> modules on disk
 crosscompile  resources                 registers, occupancy and limits of modules
 pipeline                                the stages in order
+catalogue                               what `specs` says
 batch  operators
 arguments
 execution
@@ -38,6 +39,10 @@ trials                                  emitted kernels against the reference
 verify                                  trials in a process of their own
 report                                  what `show` and `compile` say
 compare                                 what `diff` says
+drawing                                 graph and plan as a picture
+captures  metrics  standins             a model's q, k, v · a choice against dense · what it lacks
+quality                                 what a spec recalls of a capture
+charts  mask                            that as curves · what each row takes
 progress
 cli
 """
@@ -45,11 +50,13 @@ SPEC_LAYERS = """\
 model  syntax
 rules  text
 reader
-files
+schema  files
+drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes plan rows kernels configs schedule driver emit "
-    "allowlist store workers build resources pipeline verify dryrun report compare progress cli"
+    "allowlist store workers build resources pipeline catalogue verify dryrun report compare progress cli "
+    "svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.
@@ -63,6 +70,7 @@ SOLE_IMPORTERS = {
     "typer": {"cli"},
     "optuna": {"tune"},
     "rich": {"progress"},
+    "safetensors": {"captures"},
 }
 
 

@@ -20,7 +20,7 @@ def test_source_obeys_the_rules(path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", systems.FILES)
+@pytest.mark.parametrize("name", systems.KERNELS)
 def test_emitted_modules_obey_the_rules(name, dtype):
     spec = systems.load(name)
     plan = schedule.schedule(passes.run(planner.plan(spec)), target.H100, dtype)

@@ -7,7 +7,9 @@ Plans nothing and knows nothing of kernels, GPUs or tensors.
     rules    what the values must be to each other
     reader   words -> Spec
     text     Spec -> YAML text
+    schema   the classes -> JSON Schema, for editors
     files    paths and shipped names -> Spec
+    drafts   a shipped spec -> the text of a new one
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from hsgen.spec.model import (
     Heads,
     Identifier,
     Index,
+    KeyPool,
     Level,
     MapHow,
     Node,
     Partition,
     Pool,
-    PoolHow,
     Reduce,
     Score,
     ScoreForm,
@@ -36,6 +38,7 @@ from hsgen.spec.model import (
     Share,
     Spec,
     Tokens,
+    ValuePool,
 )
 from hsgen.spec.reader import parse
 from hsgen.spec.text import dump
@@ -50,12 +53,12 @@ __all__ = [
     "Heads",
     "Identifier",
     "Index",
+    "KeyPool",
     "Level",
     "MapHow",
     "Node",
     "Partition",
     "Pool",
-    "PoolHow",
     "Reduce",
     "Score",
     "ScoreForm",
@@ -63,6 +66,7 @@ __all__ = [
     "Share",
     "Spec",
     "Tokens",
+    "ValuePool",
     "dump",
     "load",
     "parse",

@@ -25,15 +25,25 @@ def load(path_or_name: str | Path) -> Spec:
         HsgenError: there is no such file, or it cannot be read.
         SpecError: with every mistake in it.
     """
+    path, text = read(path_or_name)
+    return parse(text, str(path))
+
+
+def read(path_or_name: str | Path) -> tuple[Path, bytes]:
+    """Where a spec file is, and what stands in it, right or wrong.
+
+    Raises:
+        HsgenError: there is no such file, or it cannot be read.
+    """
     path = _find(path_or_name)
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)  # no more than that is ever held, whatever the file is
+            # no more than that is ever held, whatever the file is
+            return path, file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         msg = f"{path_or_name}: cannot read this spec: {reason}"
         raise HsgenError(msg) from error
-    return parse(text, str(path))
 
 
 def shipped() -> dict[str, Path]:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic.config import JsonDict
 
 from hsgen.errors import ArgumentError, Span
 
@@ -40,16 +41,26 @@ def _one_line(text: str) -> str:
     return text
 
 
-Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$"), AfterValidator(_no_keyword)]
-Text = Annotated[str, Field(max_length=200), AfterValidator(_one_line)]
+# a JSON Schema learns of no validator, so each is said once more in its words
+_NO_KEYWORD: JsonDict = {"not": {"enum": [*keyword.kwlist]}}
+# about printable: the rest of it are classes of Unicode that not every editor's patterns know
+_ONE_LINE: JsonDict = {"pattern": r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"}
+
+Identifier = Annotated[
+    str,
+    Field(pattern=r"^[a-z][a-z0-9_]{0,47}$", json_schema_extra=_NO_KEYWORD),
+    AfterValidator(_no_keyword),
+]
+Text = Annotated[str, Field(max_length=200, json_schema_extra=_ONE_LINE), AfterValidator(_one_line)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 Forced = Annotated[int, Field(strict=True, ge=0, le=MAX_FORCED)]
 # scores are float32: outside this range they all become 0 or infinite
 Scale = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 
-PoolHow = Literal["mean", "max", "linear"]
-ScoreForm = Literal["dot", "relu_weighted"]
-MapHow = Literal["overlap_sum", "sum", "max"]
+KeyPool = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
+ValuePool = Literal["mean", "max", "sum_rsqrt", "linear"]
+ScoreForm = Literal["dot", "bound", "relu_weighted"]
+MapHow = Literal["overlap_sum", "overlap_max", "sum", "max"]
 Share = Literal["head", "group", "all"]
 Reduce = Literal["sum", "mean", "max"]
 
@@ -63,8 +74,8 @@ class Node(BaseModel):
 class Heads(Node):
     """How many heads; query heads of one group share a key/value head.  `group = query / kv`."""
 
-    query: Count
-    kv: Count
+    query: Count  # of the query and of the output
+    kv: Count  # of keys and values
 
     @property
     def group(self) -> int:
@@ -75,17 +86,17 @@ class Heads(Node):
 class HeadDim(Node):
     """Length of one head's query/key vector, and of its value vector."""
 
-    qk: Count
-    v: Count
+    qk: Count  # of a query and of a key
+    v: Count  # of a value and of the output
 
 
 class Index(Node):
     """A separate low-cost scorer: `q_index [B,T,Hi,Di]`, `k_index [B,S,Di]`, `w_index [B,T,Hi]`."""
 
-    heads: Count
-    dim: Count
-    dtype: Literal["input"] = "input"
-    keys: Literal["shared"] = "shared"
+    heads: Count  # of the index's queries
+    dim: Count  # length of one head's query, and of a key
+    dtype: Literal["input"] = "input"  # scores are of tensors as they are given
+    keys: Literal["shared"] = "shared"  # all heads of the index have the same keys
 
 
 class Tokens(Node):
@@ -108,29 +119,37 @@ class Blocks(Node):
     """Entry i covers tokens [i * stride, i * stride + size)."""
 
     kind: Literal["blocks"] = "blocks"
-    size: Count
-    stride: Count
+    size: Count  # tokens of one block
+    stride: Count  # from one block's start to the next; in YAML by default the block's size
 
 
 Partition = Tokens | Blocks
 
 
 class Pool(Node):
-    """One vector an entry, in float32.  `linear`: sum over slots of (token + position) @ weight."""
+    """One vector an entry, in float32.
 
-    keys: PoolHow | None = None
-    values: PoolHow | None = None
+    `linear`: sum over slots of (token + position) @ weight.  `sum_rsqrt`: the sum by the root of the
+    number of tokens.  `minmax`: two vectors, the least and the greatest of every channel.
+    """
+
+    keys: KeyPool | None = None
+    values: ValuePool | None = None
     position: Literal["learned"] | None = None
 
 
 class Score(Node):
-    """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed."""
+    """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed.
+
+    `bound`: the most that a key between an entry's minmax keys can score, channel by channel.
+    """
 
     form: ScoreForm | None = None
     source: Identifier | None = None  # YAML key `from`: the level whose scores are mapped
     map: MapHow | None = None
-    scale: Scale | Literal["none"] | None = None  # None: 1/sqrt(qk dim) for dot, 1 otherwise
+    scale: Scale | Literal["none"] | None = None  # None: 1, or 1/sqrt(qk dim) for dot and bound
     normalise: Literal["softmax"] | None = None
+    lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
     share: Share = "head"
     reduce: Reduce | None = None
 
@@ -194,14 +213,14 @@ class Combine(Node):
 class Spec(Node):
     """What an attention means.  Equal text up to comments and layout gives an equal Spec."""
 
-    hsgen: Literal[1] = 1
-    name: Identifier
-    source: Text | None = None
+    hsgen: Literal[1] = 1  # version of the language
+    name: Identifier  # of the spec, and of what is compiled from it
+    source: Text | None = None  # where it was published, as arXiv:2502.11089
     heads: Heads | None = None  # None: bound at load_kernel
     head_dim: HeadDim | None = None
-    causal: bool = True
+    causal: bool = True  # a row sees no token after its own
     index: Index | None = None
-    levels: Annotated[tuple[Level, ...], Field(max_length=MAX_LEVELS)] = ()
+    levels: Annotated[tuple[Level, ...], Field(max_length=MAX_LEVELS)] = ()  # earlier first
     attend: Annotated[tuple[Attend, ...], Field(min_length=1, max_length=MAX_BRANCHES)]
     combine: Combine | None = None
 

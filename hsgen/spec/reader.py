@@ -10,6 +10,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from types import NoneType
 from typing import Annotated, Literal, cast, get_args, get_origin
@@ -47,10 +48,10 @@ _HIDDEN = {"kind"}
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    antidiagonal avg_pool bias bound budget_from by centroid code_match columns cosine diagonals
-    dtype early_stop fraction gather given grid halving kmeans loss lse_from max_min_mean minmax
+    antidiagonal avg_pool bias budget_from by centroid code_match columns cosine diagonals
+    dtype early_stop fraction gather given grid halving kmeans loss max_min_mean
     mlp pages permute quota ragged reuse rotate route sample sink softcap softmax_mass
-    sort_in_segment static stripes sum_rsqrt tail then threshold tile top_p tree upsample
+    sort_in_segment static stripes tail then threshold tile top_p tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 
@@ -415,6 +416,41 @@ def _keys(cls: type[Node]) -> Mapping[str, str]:
     fields = [field for field in cls.model_fields if field not in _HIDDEN]
     sugar = _SUGAR.get(cls, ())
     return {renamed.get(field, field): field for field in fields} | {key: key for key in sugar}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """A key of a mapping: the field it sets; of sugar, that field is none, and `like` holds the same."""
+
+    name: str
+    field: str
+    like: str
+    needed: bool
+
+    @property
+    def sugar(self) -> bool:
+        """Whether this is another way to say what other keys say."""
+        return self.field != self.like
+
+
+def keys(cls: type[Node]) -> tuple[Key, ...]:
+    """The keys of a mapping, in the order of its class."""
+    return tuple(
+        Key(
+            name=name,
+            field=field,
+            like=field if field in cls.model_fields else _LIKE.get(field, field),
+            needed=field in cls.model_fields and _is_needed(cls, field),
+        )
+        for name, field in _keys(cls).items()
+    )
+
+
+def nodes_of(annotation: object) -> tuple[type[Node], ...]:
+    """The mappings that a type speaks of."""
+    if isinstance(annotation, type) and issubclass(annotation, Node):
+        return (annotation,)
+    return tuple(node for part in get_args(annotation) for node in nodes_of(part))
 
 
 def _is_needed(cls: type[Node], field: str) -> bool:

@@ -88,12 +88,14 @@ def error_findings(call, o, exact, plain, *, lse):
     row_bound = limit.own * _rms(own) + 2 * u * _rms(exact) + logits + ZERO
     used = _rms(error) / row_bound
     found += _over("R-row", used.max(), f"o at {_where(used)}")
-    # errors of single rows cancel, those of a wrong scale do not
+    # errors of single rows cancel, those of a wrong scale do not; what rounding has in common, the
+    # plain computation has too
     rows = max(1, int((exact != 0).any(-1).sum()))
     size = exact.square().sum().clamp(min=ZERO)
     single = u + 2 * (own.square().sum() / size).sqrt()
-    bias = ((error * exact).sum() / size).abs()
-    return found + _over("R-bias", bias / (limit.bias * u + single / math.sqrt(rows)), "o")
+    bias, common = (((e * exact).sum() / size).abs() for e in (error, own))
+    allowed = limit.bias * u + common + single / math.sqrt(rows)
+    return found + _over("R-bias", bias / allowed, "o")
 
 
 def logit_error(call, lse, unit):
@@ -285,7 +287,10 @@ def score_bounds(call, exact):
         bound = _terms(call.spec, level) * unit * sizes[level.name]
         if level.score.normalise:
             mass = masses[level.name].clamp(min=0.0)  # -inf where there is no entry
-            bound = mass * (2 * bound.amax(-1, keepdim=True) + 32 * unit) + ZERO
+            summed = call.spec.level(level.score.lse_from or level.name)
+            total = _terms(call.spec, summed) * unit * sizes[summed.name]
+            worst = bound.amax(-1, keepdim=True) + total.amax(-1, keepdim=True)
+            bound = mass * (worst + 32 * unit) + ZERO
             size = mass
         else:
             size = sizes[level.name]
@@ -352,7 +357,7 @@ def _map_bound(call, level, exact, bound, unit):
         else bound
     )
     weights = gathered(source, level, scores.shape[-1], target.shape[-1]).to(bound)
-    if level.score.map == "max":
+    if level.score.map in ("max", "overlap_max"):
         spread = torch.where(weights > 0, bound.unsqueeze(-1), 0.0)
         return spread.amax(-2)
     return bound @ weights
@@ -366,7 +371,9 @@ def gathered(source, target, N, M):
     for i in range(N):
         for j in range(M):
             start, end = j * step, j * step + size
-            if target.score.map == "overlap_sum":  # pieces of d that both cover
+            if target.score.map == "overlap_max":
+                weights[i, j] = i * d < end and start < i * d + width
+            elif target.score.map == "overlap_sum":  # pieces of d that both cover
                 pieces = range(i * d, i * d + width, d)
                 weights[i, j] = sum(start <= piece < end for piece in pieces)
             else:

@@ -29,7 +29,7 @@ def applicable(checks):
     """(spec, check) wherever the check's precondition holds for the spec."""
     return [
         pytest.param(name, check, id=f"{name}-{check.name}")
-        for name in systems.FILES
+        for name in systems.STRUCTURES
         for check in checks
         if check.applies(systems.small(name))
     ]
@@ -46,8 +46,14 @@ def in_turns(checks):
 
 
 @pytest.mark.parametrize("lane", LANES)
-@pytest.mark.parametrize("case", cases.CASES, ids=cases.case_id)
-@pytest.mark.parametrize("name", systems.FILES)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(name, case, id=f"{name}-{cases.case_id(case)}")
+        for name in systems.KERNELS
+        for case in (cases.FEW if name in systems.PRESETS else cases.CASES)
+    ],
+)
 def test_outputs_and_selections_are_right(name, case, lane, seed):
     call = cases.build(name, case, device=lane, seed=seed)
     check(call, RUN[lane](call))

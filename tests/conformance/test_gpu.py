@@ -25,13 +25,13 @@ def as_shipped(name):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("T", [1000, 4099])
-@pytest.mark.parametrize("name", systems.FILES)
+@pytest.mark.parametrize("name", systems.STRUCTURES)
 def test_shipped_sizes_are_right(name, T, dtype, seed):
     call = calls.make(as_shipped(name), T=T, dtype=DTYPES[dtype], device="cuda", seed=seed)
     check(call, backends.cuda(call))
 
 
-@pytest.mark.parametrize("name", systems.FILES)
+@pytest.mark.parametrize("name", systems.STRUCTURES)
 def test_long_documents_are_right(name, seed):
     lengths = [700, 1, 0, 1300, 513]
     packed, _ = calls.pack(
@@ -40,7 +40,7 @@ def test_long_documents_are_right(name, seed):
     check(packed, backends.cuda(packed))
 
 
-@pytest.mark.parametrize("name", systems.FILES)
+@pytest.mark.parametrize("name", systems.STRUCTURES)
 def test_long_integers_select_the_same(name):
     spec = as_shipped(name).model_copy(
         update={"head_dim": systems.load(name).head_dim.model_copy(update={"qk": 64, "v": 64})}
@@ -53,7 +53,7 @@ def test_long_integers_select_the_same(name):
 
 
 @pytest.mark.parametrize("side", ["query", "key"])
-@pytest.mark.parametrize("name", systems.FILES)
+@pytest.mark.parametrize("name", systems.STRUCTURES)
 def test_rows_may_lie_far_apart(name, side):
     """Strides of a token that take the last row past 2^31 elements."""
     call = calls.make(systems.small(name), T=61, dtype=torch.bfloat16, device="cuda")
@@ -76,7 +76,7 @@ def far_apart(x):
     return room.as_strided(x.shape, strides).copy_(x)
 
 
-@pytest.mark.parametrize("name", systems.FILES)
+@pytest.mark.parametrize("name", systems.STRUCTURES)
 def test_outputs_may_be_large(name):
     """More than 2^31 elements of output; inputs are the same sequence over and over."""
     spec = systems.small(name, group=16, kv=1, dims=(64, 128))
@@ -94,7 +94,7 @@ def test_outputs_may_be_large(name):
             assert torch.equal(outcome.selection[level][z], chosen[0])
 
 
-@pytest.mark.parametrize("name", systems.FILES)
+@pytest.mark.parametrize("name", systems.STRUCTURES)
 def test_captured_graphs_follow_new_lengths(name):
     """A replay reads tensors, lengths and offsets as they are then."""
     spec = systems.small(name)
@@ -117,7 +117,7 @@ def test_captured_graphs_follow_new_lengths(name):
 
 
 @pytest.mark.parametrize("dim", [80, 96, 160, 192, 224])
-@pytest.mark.parametrize("name", systems.FILES)
+@pytest.mark.parametrize("name", systems.STRUCTURES)
 def test_chunks_of_a_head_are_right_without_pipelining(name, dim, seed):
     """Dots of two widths after each other; Triton 3.6 on Hopper let their operands share memory."""
     spec = systems.small(name, dims=(dim, dim))

@@ -8,6 +8,9 @@ from conformance.covering import pairwise
 from conformance.lab import Lab
 from conformance.mutants import ERRORS, MUTANTS
 from conformance.oracles import check, gathered
+from hsgen import passes, planner, schedule
+from hsgen.errors import PlanError
+from hsgen.target import H100
 
 CHECKS = {c.name: c for c in (*probes.CHECKS, *laws.CHECKS)}
 
@@ -27,7 +30,7 @@ def run_check(name, run, spec, dtype=torch.float32):
     [
         (name, spec)
         for name in (ERRORS, *CHECKS)
-        for spec in systems.FILES
+        for spec in systems.STRUCTURES
         if name == ERRORS or CHECKS[name].applies(systems.small(spec))
     ],
 )
@@ -46,6 +49,31 @@ def test_suite_passes_the_reference_in_float32(name, spec):
 def test_suite_notices_what_is_wrong(mutant, name):
     with pytest.raises(AssertionError):
         run_check(name, mutant.run, mutant.spec)
+
+
+@pytest.mark.parametrize("name", systems.FILES)
+def test_what_no_kernel_does_is_refused_where_the_text_says_it(name):
+    graph = passes.run(planner.plan(systems.load(name)))
+    if name not in systems.REFUSED:
+        assert schedule.schedule(graph, H100).kernels
+        return
+    with pytest.raises(PlanError, match=systems.REFUSED[name]) as caught:
+        schedule.schedule(graph, H100)
+    assert caught.value.span.file == str(systems.FILES[name])
+
+
+def test_names_of_exceptions_are_those_of_specs():
+    assert {*systems.REFUSED, *systems.PRESETS, *systems.PRESETS.values()} <= set(systems.FILES)
+    assert not set(systems.PRESETS.values()) & {*systems.REFUSED, *systems.PRESETS}
+
+
+@pytest.mark.parametrize("name", systems.PRESETS)
+def test_presets_are_another_spec_with_other_numbers(name):
+    def structure(name):
+        spec = systems.small(name)
+        return spec.model_copy(update={"name": "either", "source": None})
+
+    assert structure(name) == structure(systems.PRESETS[name])
 
 
 def test_every_pair_of_settings_is_met():

@@ -36,20 +36,20 @@ CONFIG = {
     "rank_block": {
         "BLOCK_R": 1,
         "BLOCK_N": 1024,
-        "num_warps": 4,
+        "num_warps": 1,
         "num_stages": 1,
     },
     "score_token": {
         "BLOCK_T": 1,
         "BLOCK_M": 64,
         "BLOCK_N": 64,
-        "num_warps": 4,
-        "num_stages": 3,
+        "num_warps": 2,
+        "num_stages": 2,
     },
     "rank_token": {
         "BLOCK_R": 1,
         "BLOCK_N": 8192,
-        "num_warps": 8,
+        "num_warps": 4,
         "num_stages": 1,
     },
     "attend_selected": {
@@ -57,7 +57,7 @@ CONFIG = {
         "BLOCK_M": 16,
         "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2,
     },
 }
 

@@ -33,9 +33,9 @@ CONFIG = {
         "num_stages": 3,
     },
     "rank_chunk": {
-        "BLOCK_R": 8,
+        "BLOCK_R": 1,
         "BLOCK_N": 256,
-        "num_warps": 4,
+        "num_warps": 1,
         "num_stages": 1,
     },
     "index_selected": {

@@ -45,7 +45,7 @@ CONFIG = {
     "score_block": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
-        "BLOCK_N": 16,
+        "BLOCK_N": 32,
         "num_warps": 4,
         "num_stages": 3,
     },

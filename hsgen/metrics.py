@@ -1,7 +1,8 @@
 """What a selection is worth on real attention: mass recalled, output error, and what to hold it against.
 
-Plain dense PyTorch over one GQA group, sharing nothing with hsgen.  Shapes: R measured rows, H query
-heads on one kv head, Hs heads that select (H or 1), S keys, N entries of `size` tokens.
+Plain dense PyTorch over one GQA group, sharing nothing with what chooses.  Shapes: R measured rows, H
+query heads on one kv head, Hs heads that select (H or 1), S keys, N entries of `size` tokens, one every
+`stride` tokens (None: entries do not overlap).
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ CHUNK = 256  # rows alive at once
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Dense:
-    """Causal attention of some rows.
+    """Attention of some rows to all that they may see.
 
     Attributes:
         position: i64[R].
         probs: f32[H, R, S].
         v: f32[S, Dv].
         o: f32[H, R, Dv].
+        causal: Whether a row sees no later token.
     """
 
     position: Tensor
     probs: Tensor
     v: Tensor
     o: Tensor
+    causal: bool = True
+
+    def sees(self, tokens: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Which tokens each row may see.  i64[N] -> bool[R, N]"""
+        seen = tokens <= self.position[rows, None]
+        return seen if self.causal else torch.ones_like(seen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,22 +58,40 @@ class Quality:
     o: Tensor
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Dense:
+def dense(q: Tensor, k: Tensor, v: Tensor, position: Tensor, *, causal: bool = True) -> Dense:
     """Attend from rows to every visible key.  q: [R, H, D], k: [S, D], v: [S, Dv], position: i64[R]"""
     q, k, v = q.float(), k.float(), v.float()
     probs = torch.empty(q.shape[1], len(q), len(k), device=q.device)
     for a in range(0, len(q), CHUNK):
         rows = slice(a, a + CHUNK)
         logits = torch.einsum("rhd,sd->hrs", q[rows], k) * q.shape[-1] ** -0.5
-        hidden = torch.arange(len(k), device=q.device) > position[rows, None]
-        probs[:, rows] = logits.masked_fill_(hidden, -math.inf).softmax(-1)
-    return Dense(position=position, probs=probs, v=v, o=probs @ v)
+        if causal:
+            hidden = torch.arange(len(k), device=q.device) > position[rows, None]
+            logits.masked_fill_(hidden, -math.inf)
+        probs[:, rows] = logits.softmax(-1)
+    return Dense(position=position, probs=probs, v=v, o=probs @ v, causal=causal)
 
 
-def entry_mass(probs: Tensor, size: int) -> Tensor:
+def entry_mass(probs: Tensor, size: int, stride: int | None = None) -> Tensor:
     """Attention mass of every entry.  f32[H, R, S] -> f32[H, R, N]"""
-    short = -probs.shape[-1] % size
-    return torch.nn.functional.pad(probs, (0, short)).unflatten(-1, (-1, size)).sum(-1)
+    stride = stride or size
+    entries = -(-probs.shape[-1] // stride)
+    padded = torch.nn.functional.pad(probs, (0, entries * stride - probs.shape[-1] + size - stride))
+    return padded.unfold(-1, size, stride).sum(-1) if size > 1 else padded
+
+
+def tokens_of(chosen: Tensor, size: int, stride: int | None, tokens: int) -> Tensor:
+    """Tokens of chosen entries, each once.  bool[..., N] -> bool[..., S]"""
+    stride = stride or size
+    if size == stride:
+        return chosen.repeat_interleave(size, -1)[..., :tokens]
+    token = torch.arange(tokens, device=chosen.device)
+    found = torch.zeros(*chosen.shape[:-1], tokens, dtype=torch.bool, device=chosen.device)
+    for back in range(-(-size // stride)):
+        entry = token // stride - back
+        covers = (entry >= 0) & (token - entry * stride < size)
+        found = found | (chosen[..., entry.clamp(min=0)] & covers)
+    return found
 
 
 def keep_best(scores: Tensor, visible: Tensor, count: Tensor) -> Tensor:
@@ -77,11 +103,20 @@ def keep_best(scores: Tensor, visible: Tensor, count: Tensor) -> Tensor:
 
 def keep_recent(position: Tensor, size: int, entries: int, count: Tensor) -> Tensor:
     """The sink and the latest entries, `count` in all.  i64[R], i64[Hs, R] -> bool[Hs, R, N]"""
-    sink = torch.full_like(count, 1 if size > 1 else SINK_TOKENS).minimum(count - 1)
+    sink = torch.full_like(count, 1 if size > 1 else SINK_TOKENS).minimum((count - 1).clamp(min=0))
     own = position // size
     e = torch.arange(entries, device=position.device)
     recent = e > (own - (count - sink)).unsqueeze(-1)
     return (recent | (e < sink.unsqueeze(-1))) & (e <= own.unsqueeze(-1))
+
+
+def keep_near(position: Tensor, size: int, entries: int, count: Tensor) -> Tensor:
+    """Without causality: the sink and the entries nearest to the own one.  -> bool[Hs, R, N]"""
+    e = torch.arange(entries, device=position.device)
+    near = -(e - (position // size)[:, None]).abs().float()
+    near = near.masked_fill(e < (1 if size > 1 else SINK_TOKENS), 1.0)
+    visible = torch.ones_like(near, dtype=torch.bool)
+    return keep_best(near.expand(len(count), -1, -1), visible, count)
 
 
 def members(indices: Tensor, entries: int) -> Tensor:
@@ -91,20 +126,23 @@ def members(indices: Tensor, entries: int) -> Tensor:
     return chosen.scatter_(-1, slots, value=True)[..., :entries]
 
 
-def judge(dense: Dense, chosen: Tensor, size: int) -> Quality:
+def judge(dense: Dense, chosen: Tensor, size: int, stride: int | None = None) -> Quality:
     """Compare attention over chosen entries with all of it.  chosen: bool[Hs, R, N]"""
-    parts = [_judge_rows(dense, chosen, size, a) for a in range(0, len(dense.position), CHUNK)]
+    starts = range(0, len(dense.position), CHUNK)
+    parts = [_judge_rows(dense, chosen, (size, stride), a) for a in starts]
     kept, mass, error, o = (torch.cat(x, 1) for x in zip(*parts, strict=True))
     return Quality(kept=kept, mass=mass, error=error, o=o)
 
 
-def _judge_rows(dense: Dense, chosen: Tensor, size: int, a: int) -> tuple[Tensor, ...]:
+def _judge_rows(
+    dense: Dense, chosen: Tensor, entry: tuple[int, int | None], a: int
+) -> tuple[Tensor, ...]:
     """Kept tokens, mass and error [H, r] and output [H, r, Dv] of the rows from `a`."""
     rows = slice(a, a + CHUNK)
-    probs, position, full = dense.probs[:, rows], dense.position[rows], dense.o[:, rows]
+    probs, full = dense.probs[:, rows], dense.o[:, rows]
     S = probs.shape[-1]
-    tokens = chosen[:, rows].repeat_interleave(size, -1)[..., :S]
-    tokens = tokens & (torch.arange(S, device=probs.device) <= position[:, None])
+    tokens = tokens_of(chosen[:, rows], *entry, S)
+    tokens = tokens & dense.sees(torch.arange(S, device=probs.device), rows)
     kept = probs * tokens
     mass = kept.sum(-1)
     o = (kept @ dense.v) / mass.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
@@ -112,7 +150,14 @@ def _judge_rows(dense: Dense, chosen: Tensor, size: int, a: int) -> tuple[Tensor
     return tokens.sum(-1).float().expand_as(mass), mass, error, o
 
 
-def choices(dense: Dense, chosen: Tensor, size: int, noise: Tensor) -> dict[str, Tensor]:
+def overlap(chosen: Tensor, best: Tensor) -> Tensor:
+    """Entries in both sets over entries in either.  bool[Hs, R, N], twice -> f32[Hs, R]"""
+    return (chosen & best).sum(-1) / (chosen | best).sum(-1).clamp(min=1)
+
+
+def choices(
+    dense: Dense, chosen: Tensor, size: int, noise: Tensor, stride: int | None = None
+) -> dict[str, Tensor]:
     """A selection beside others of the same budget, row by row, and shared by the same heads.
 
     Args:
@@ -120,18 +165,24 @@ def choices(dense: Dense, chosen: Tensor, size: int, noise: Tensor) -> dict[str,
         chosen: bool[Hs, R, N], the selection under test.
         size: Tokens an entry.
         noise: f32[R, N], what the random choice is made of.
+        stride: Tokens from entry to entry.
 
     Returns:
         By name, bool[Hs, R, N]: `selected`; `oracle`, the entries of largest true mass, summed over
         the heads that share; `random`; `recent_sink`.
     """
     entries, count = chosen.shape[-1], chosen.sum(-1)
-    mass = entry_mass(dense.probs, size).unflatten(0, (len(chosen), -1)).sum(1)
-    starts = torch.arange(entries, device=chosen.device) * size
-    visible = starts <= dense.position[:, None]
+    mass = entry_mass(dense.probs, size, stride).unflatten(0, (len(chosen), -1)).sum(1)
+    starts = torch.arange(entries, device=chosen.device) * (stride or size)
+    visible = dense.sees(starts)
+    recent = (
+        keep_recent(dense.position, stride or size, entries, count)
+        if dense.causal
+        else keep_near(dense.position, stride or size, entries, count)
+    )
     return {
         "selected": chosen,
         "oracle": keep_best(mass, visible, count),
         "random": keep_best(noise.expand_as(mass), visible, count),
-        "recent_sink": keep_recent(dense.position, size, entries, count),
+        "recent_sink": recent,
     }

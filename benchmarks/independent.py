@@ -1,0 +1,380 @@
+"""The reference beside independent implementations in plain PyTorch, on CPU.
+
+    python -m benchmarks.independent --sources DIR     DIR/<repository> are checkouts of the peers
+    python -m benchmarks.independent --report          docs/independent.md from the results
+
+Their code is read from the checkouts and no part of this one; only figures are kept.  Asserts of theirs,
+which admit 16-bit tensors only, are compiled away, so that both sides may be exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import common
+from benchmarks.common import Json
+from hsgen import standins
+from hsgen.reference import Result, reference, tensor_shapes
+from hsgen.spec import Spec, load, parse
+
+PAGE = common.ROOT / "docs" / "independent.md"
+TOLERANCE = 1e-5  # the peers compute in float32
+
+FLA_NSA = """
+hsgen: 1
+name: fla_nsa
+heads: {query: 32, kv: 2}
+head_dim: {qk: 32, v: 16}
+levels:
+  - name: compressed
+    partition: {blocks: 16}
+    pool: {keys: mean, values: mean}
+    score: {form: dot, normalise: softmax, share: group, reduce: mean}
+  - name: block
+    partition: {blocks: 16}
+    score: {from: compressed, map: sum}
+    select: {top_k: 5, force: {first: 1, last: 2}}
+attend:
+  - {name: compressed, over: compressed, values: pooled}
+  - {name: selected, over: block}
+combine: {gates: input}
+"""
+
+FLA_DSA = """
+hsgen: 1
+name: fla_dsa
+heads: {query: 6, kv: 2}
+head_dim: {qk: 32, v: 32}
+index: {heads: 8, dim: 16, keys: shared}
+levels:
+  - name: token
+    partition: tokens
+    score: {form: relu_weighted, share: all}
+    select: {top_k: 24}
+attend:
+  - {name: selected, over: token}
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Answer:
+    """What one side says.  o: [1, T, Hq, Dv] or packed; selection: [..., T, Hs, K], order free."""
+
+    o: Tensor
+    selection: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One peer beside one spec.
+
+    Attributes:
+        repository: as GitHub names it; its checkout is DIR/<last part>.
+        files: the modules that are read, by path in the checkout.
+        what: what is compared, and the sizes.
+        level: the selecting level.
+        run: (spec, modules by stem) -> theirs, ours.
+    """
+
+    repository: str
+    files: tuple[str, ...]
+    what: str
+    level: str
+    spec: Callable[[], Spec]
+    run: Callable[[Spec, Mapping[str, types.ModuleType]], tuple[Answer, Result]]
+
+
+# --- inputs
+
+
+def tensors(spec: Spec, T: int, seed: int, *, packed: bool = False) -> dict[str, Tensor]:
+    """Normal numbers in float64 for everything that a spec needs.  [1, T, ...], or packed [T, ...]
+
+    Pooled keys are normal as well, or float32 would round most softmax masses to 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in tensor_shapes(spec, 1, T, T).items()
+    }
+    learned = {name for name in made if name.endswith(("_weight", "_position"))}
+    for name in learned:
+        if name.endswith("_weight"):  # [Hkv, size, D, D']
+            made[name] /= (made[name].shape[1] * made[name].shape[2]) ** 0.5
+    return {n: t[0] if packed and n not in learned else t for n, t in made.items()}
+
+
+def i32(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+# --- peers
+
+
+def moba(spec: Spec, peer: Mapping[str, types.ModuleType]) -> tuple[Answer, Result]:
+    """Documents of 5, 16, 33 and 130 tokens, packed."""
+    cu = i32(0, 5, 21, 54, 184)
+    x = tensors(spec, 184, 1, packed=True)
+    size = spec.level("chunk").partition.size
+    o = peer["moba_naive"].moba_attn_varlen_naive(x["q"], x["k"], x["v"], cu, 130, size, 3)
+    # theirs is inside the function: the selection is not handed out
+    return Answer(o=o, selection=torch.empty(0)), reference(spec, x, cu_seqlens_q=cu)
+
+
+def fla_nsa(spec: Spec, peer: Mapping[str, types.ModuleType]) -> tuple[Answer, Result]:
+    """One sequence of 200 tokens, so that its last block is short."""
+    x = tensors(spec, 200, 2)
+    compressed, selected = x["gates"].unbind(-1)
+    o, chosen = peer["naive"].naive_nsa(
+        x["q"],
+        x["k"],
+        x["v"],
+        g_cmp=compressed,
+        g_slc=selected,
+        block_counts=5,
+        block_size=16,
+        return_block_indices=True,
+    )
+    return Answer(o=o, selection=chosen), reference(spec, x)
+
+
+def fla_dsa(spec: Spec, peer: Mapping[str, types.ModuleType]) -> tuple[Answer, Result]:
+    """One sequence of 150 tokens; one index head is positive, so that no score is exactly 0."""
+    x = tensors(spec, 150, 3)
+    x["k_index"] = x["k_index"].abs()
+    x["q_index"][:, :, 0] = x["q_index"][:, :, 0].abs()
+    o, chosen = peer["naive"].naive_dsa(
+        x["q"],
+        x["k"],
+        x["v"],
+        x["q_index"],
+        x["k_index"],
+        x["w_index"],
+        topk=24,
+        return_indices=True,
+    )
+    return Answer(o=o, selection=chosen.unsqueeze(2)), reference(spec, x)
+
+
+def xunhao_nsa(spec: Spec, peer: Mapping[str, types.ModuleType]) -> tuple[Answer, Result]:
+    """Documents of 704 and 640 tokens; the window's gate is 0, since theirs is flash-attn."""
+    lengths, total = (704, 640), 1344
+    cu = i32(0, 704, 1344)
+    x = tensors(spec, total, 4, packed=True)
+    x["gates"][..., 2] = 0
+    compress = peer["compress_key_value"].linear_compress_torch
+    pooled, cu_pooled = {}, None
+    for kind in ("key", "value"):
+        weight = x[f"compressed_{kind}_weight"]
+        position = x[f"compressed_{kind}_position"]
+        flat = weight.flatten(1, 2)
+        source = x[f"{kind[0]}_compressed"]
+        pooled[kind], cu_pooled = compress(source, flat, cu, 32, 16, position)
+    o_compressed, chosen = peer["compressed_attention"].compressed_attention_torch(
+        x["q"], pooled["key"], pooled["value"], 32, 16, 64, 5, cu, cu_pooled, max(lengths), 43
+    )
+    attend = peer["topk_sparse_attention"].topk_sparse_attention_torch
+    o_selected = attend(x["q"], x["k"], x["v"], chosen, 64, cu)
+    gates = x["gates"].unsqueeze(-1)
+    o = gates[..., 0, :] * o_compressed + gates[..., 1, :] * o_selected
+    return Answer(o=o, selection=chosen.transpose(0, 1)), reference(spec, x, cu_seqlens_q=cu)
+
+
+def _moba_spec() -> Spec:
+    return common.with_blocks(standins.bind(load("moba"), query=4, kv=4, dim=32), "chunk", 16)
+
+
+def _nsa_spec() -> Spec:
+    small = standins.bind(load("nsa"), query=8, kv=2, dim=32)
+    return common.with_budget(small, "block", 5)
+
+
+XUNHAO = "native_sparse_attention/ops/torch"
+COMPARISONS = {
+    "moba": Comparison(
+        repository="MoonshotAI/MoBA",
+        files=("moba/moba_naive.py",),
+        what="4 heads, D 32, chunks of 16, top 3; documents of 5, 16, 33 and 130 tokens",
+        level="chunk",
+        spec=_moba_spec,
+        run=moba,
+    ),
+    "nsa (fla)": Comparison(
+        repository="fla-org/flash-linear-attention",
+        files=("fla/ops/nsa/naive.py",),
+        what="32/2 heads, D 32 and 16, mean blocks of 16, top 5 with 1 + 2 forced; 200 tokens",
+        level="block",
+        spec=lambda: parse(FLA_NSA),
+        run=fla_nsa,
+    ),
+    "nsa (XunhaoLai)": Comparison(
+        repository="XunhaoLai/native-sparse-attention-triton",
+        files=tuple(
+            f"{XUNHAO}/{stem}.py"
+            for stem in ("compress_key_value", "compressed_attention", "topk_sparse_attention")
+        ),
+        what="8/2 heads, D 32, linear 32 by 16, blocks of 64, top 5 with 1 + 2 forced; "
+        "documents of 704 and 640 tokens",
+        level="block",
+        spec=_nsa_spec,
+        run=xunhao_nsa,
+    ),
+    "dsa (fla)": Comparison(
+        repository="fla-org/flash-linear-attention",
+        files=("fla/ops/dsa/naive.py",),
+        what="6/2 heads, D 32, 8 index heads of 16, top 24 tokens; 150 tokens",
+        level="token",
+        spec=lambda: parse(FLA_DSA),
+        run=fla_dsa,
+    ),
+}
+
+
+# --- reading peers
+
+
+class OnCPU(TorchFunctionMode):
+    """`device="cuda"` is written into some of them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        wanted = dict(kwargs or {})
+        if wanted.get("device") == "cuda":
+            wanted["device"] = "cpu"
+        return func(*args, **wanted)
+
+
+def _stand_ins() -> dict[str, types.ModuleType]:
+    """What fla's file imports from its own package, where that is Triton: a mean over blocks."""
+    package = {name: types.ModuleType(name) for name in ("fla", "fla.ops", "fla.ops.utils")}
+    pooling = types.ModuleType("fla.ops.utils.pooling")
+    pooling.mean_pooling = _block_means  # type: ignore[attr-defined]
+    package["fla.ops.utils"].prepare_chunk_offsets = None  # type: ignore[attr-defined]
+    return package | {"fla.ops.utils.pooling": pooling}
+
+
+def _block_means(x: Tensor, size: int, cu_seqlens: Tensor | None) -> Tensor:
+    assert cu_seqlens is None, "one sequence at a time"
+    return torch.stack([part.mean(1) for part in x.split(size, 1)], 1)
+
+
+def read(path: Path) -> types.ModuleType:
+    """A peer's file as a module, without its asserts."""
+    made = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader(f"peer_{path.stem}", loader=None)
+    )
+    replaced = {name: sys.modules.get(name) for name in _stand_ins()}
+    sys.modules.update(_stand_ins())
+    try:
+        exec(compile(path.read_text(), str(path), "exec", optimize=1), made.__dict__)
+    finally:
+        for name, old in replaced.items():
+            if old is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = old
+    return made
+
+
+def commit(checkout: Path) -> str:
+    """Which version of a peer was read."""
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+# --- comparing
+
+
+def compare(comparison: Comparison, sources: Path) -> Json:
+    """Figures of one comparison."""
+    checkout = sources / comparison.repository.split("/")[1]
+    modules = {Path(file).stem: read(checkout / file) for file in comparison.files}
+    with OnCPU():
+        theirs, ours = comparison.run(comparison.spec(), modules)
+    error = (theirs.o.double() - ours.o).norm() / ours.o.norm()
+    worst = (theirs.o.double() - ours.o).abs().amax() / ours.o.abs().amax()
+    figures: Json = {
+        "repository": comparison.repository,
+        "commit": commit(checkout),
+        "files": list(comparison.files),
+        "what": comparison.what,
+        "error": float(error),
+        "worst": float(worst),
+    }
+    if theirs.selection.numel():
+        same = same_rows(theirs.selection, ours.selection[comparison.level].indices)
+        figures |= {"rows": same.numel(), "same_rows": int(same.sum())}
+    return figures
+
+
+def same_rows(left: Tensor, right: Tensor) -> Tensor:
+    """Rows of two selections that are equal as sets; -1 fills.  [..., K] -> bool[...]"""
+    width = max(left.shape[-1], right.shape[-1])
+    padded = [
+        torch.nn.functional.pad(t.long(), (0, width - t.shape[-1]), value=-1).sort(-1).values
+        for t in (left, right)
+    ]
+    return (padded[0] == padded[1]).all(-1)
+
+
+TEXT = """# The reference beside independent implementations
+
+hsgen's float64 reference is what every kernel is tested against, so it is itself held against code that
+others wrote from the same papers, in plain PyTorch, on CPU.  Their code is no part of this repository.
+*Error* is |theirs − ours| / |ours| over the whole output, *worst* the largest difference over the largest
+value; they compute in float32.  *Same choice* counts rows (query and selecting head) whose sets are equal.
+
+"""
+
+
+def page(results: Sequence[Json]) -> str:
+    """docs/independent.md."""
+    rows, notes = [], []
+    for result in results:
+        for name, figures in result["comparisons"].items():
+            chosen = "not handed out"
+            if "rows" in figures:
+                chosen = f"{figures['same_rows']:,} of {figures['rows']:,}"
+            place = f"[{figures['repository']}](https://github.com/{figures['repository']})"
+            shown = (figures["what"], f"{figures['error']:.1e}", f"{figures['worst']:.1e}", chosen)
+            rows.append((name, *shown))
+            files = ", ".join(f"`{file}`" for file in figures["files"])
+            notes.append(f"- {name}: {place} at {figures['commit'][:10]}, {files}")
+        notes.append(f"\n{result['date']}, torch {result['torch']}, `{result['command']}`")
+    head = ("system", "sizes", "error", "worst", "same choice")
+    return TEXT + common.table(head, rows) + "\n" + "\n".join(notes) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare, or write the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.independent")
+    parser.add_argument("--sources", type=Path, help="folder of the peers' checkouts")
+    parser.add_argument("-o", "--output", type=Path, default=common.RESULTS)
+    parser.add_argument("--report", action="store_true", help="write docs/independent.md")
+    args = parser.parse_args(argv)
+    if args.report:
+        PAGE.write_text(page([common.read_json(p) for p in common.found([], "independent")]))
+        return
+    result = common.provenance("benchmarks.independent", ["--sources", "DIR"], "cpu")
+    result["comparisons"] = {
+        name: compare(each, args.sources) for name, each in COMPARISONS.items()
+    }
+    for name, figures in result["comparisons"].items():
+        print(f"{name:18} error {figures['error']:.2e}  worst {figures['worst']:.2e}", end="  ")
+        print(f"same rows {figures.get('same_rows', '-')} of {figures.get('rows', '-')}")
+        assert figures["worst"] < TOLERANCE, f"{name} differs"
+    common.write_json(args.output / f"independent_cpu_{result['date']}.json", result)
+
+
+if __name__ == "__main__":
+    main()

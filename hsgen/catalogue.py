@@ -1,0 +1,335 @@
+"""What `hsgen specs` says: each shipped spec, what it costs, and how far its kernels reach.
+
+All of it is derived: from the spec's own file, its graph and its plan.  Measures and compiles nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from hsgen import analysis, emit, passes, pipeline, planner, schedule
+from hsgen.analysis import Causality
+from hsgen.errors import HsgenError, PlanError
+from hsgen.graph import Graph, align
+from hsgen.plan import Plan
+from hsgen.spec import Spec, dump, files, parse, syntax
+from hsgen.spec.syntax import Items, Keys, Tree, Word
+from hsgen.target import Target
+
+TOKENS = 131072  # at which a spec is compared with dense attention
+HEADS, HEAD_DIM = (32, 8), 128  # of a spec that leaves them open
+_SENTENCE = re.compile(r".*?\.(?=\n|\s+[A-Z]|$)", re.DOTALL)  # not the one in "eq. 9"
+MODELINE = "# yaml-language-server:"
+
+# What every system is composed of, in the order of the language.
+OPERATORS = (
+    *("partition", "permute", "pool", "score", "select"),
+    *("route", "attend", "combine", "reuse", "loss"),
+)
+ABOUT = {"hsgen", "name", "source", "heads", "head_dim", "causal", "levels"}  # no operator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One spec.  Without a plan, `problem` says why; without a graph, neither cost nor causality."""
+
+    spec: Spec
+    essence: str
+    graph: Graph | None
+    plan: Plan | None
+    problem: str
+
+    @property
+    def causality(self) -> Causality | None:
+        return analysis.causality(self.graph) if self.graph else None
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """What can be launched: a whole call, and the choice alone."""
+        if self.plan is None:
+            return ()
+        return ("prefill", "select") if self.plan.selection else ("prefill",)
+
+    @property
+    def flops(self) -> str | None:
+        """Arithmetic of one call as a polynomial in T, batch 1, S = T."""
+        return f"{analysis.total(self.graph).flops}" if self.graph else None
+
+    @property
+    def of_dense(self) -> float | None:
+        """Its arithmetic at TOKENS tokens, dense attention's being 1."""
+        if self.graph is None:
+            return None
+        dense = analysis.dense(self.graph).flops.evaluate(TOKENS)
+        return analysis.total(self.graph).flops.evaluate(TOKENS) / dense
+
+    @property
+    def status(self) -> str:
+        """Of its kernels."""
+        return f"{len(self.plan.kernels)} kernels" if self.plan else f"none: {self.problem}"
+
+    def record(self) -> dict[str, object]:
+        """The same for machines."""
+        return {
+            "name": self.spec.name,
+            "essence": self.essence,
+            "source": self.spec.source,
+            "levels": [level.name for level in self.spec.levels],
+            "operators": dict(operators(self.spec)),
+            "causality": self.causality,
+            "phases": list(self.phases),
+            "flops": self.flops,
+            "of_dense": self.of_dense,
+            "kernels": [kernel.name for kernel in self.plan.kernels] if self.plan else None,
+            "problem": self.problem or None,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalogue:
+    """Every shipped spec, planned for one GPU."""
+
+    entries: tuple[Entry, ...]
+    target: Target
+
+    def record(self) -> dict[str, object]:
+        """The same for machines."""
+        return {
+            "target": self.target.name,
+            "tokens": TOKENS,
+            "specs": [entry.record() for entry in self.entries],
+        }
+
+    def __str__(self) -> str:
+        heads = ("spec", "source", "levels", "causality", "phases", "of dense", "kernels")
+        table = align([heads, *map(_cells, self.entries)])
+        below = [_below(entry) for entry in self.entries]
+        rows = [line for row, lines in zip(table[1:], below, strict=True) for line in (row, *lines)]
+        last = (
+            f"of dense: arithmetic at {TOKENS:,} tokens; kernels: as planned for {self.target.name}"
+        )
+        return "\n".join([table[0], *rows, last]) + "\n"
+
+    def page(self) -> str:
+        """docs/systems.md."""
+        planned = [entry for entry in self.entries if entry.plan]
+        return _PAGE.format(
+            tokens=f"{TOKENS:,}",
+            target=self.target.name,
+            heads=f"{HEADS[0]} and {HEADS[1]} heads of {HEAD_DIM}",
+            table="\n".join(map(_row, self.entries)),
+            served=_served(planned, self.entries, self.target),
+            lines="\n".join(map(_line, self.entries)),
+            unused=_unused(self.entries),
+        )
+
+
+def catalogue(target: Target) -> Catalogue:
+    """Plan every shipped spec for a GPU that need not be there.
+
+    Raises:
+        SpecError: a shipped spec has mistakes.
+    """
+    entries = [entry(path, target) for path in files.shipped().values()]
+    return Catalogue(entries=tuple(entries), target=target)
+
+
+def entry(path: Path, target: Target) -> Entry:
+    """One spec file, planned; what it leaves open is bound first.
+
+    Raises:
+        SpecError: it has mistakes.
+    """
+    _, text = files.read(path)
+    spec = parse(text, path.name)
+    bound = spec.bind(
+        heads=None if spec.heads else HEADS, head_dim=None if spec.head_dim else HEAD_DIM
+    )
+    graph = plan = None
+    problem = ""
+    try:
+        graph = passes.run(planner.plan(bound))
+        plan = schedule.schedule(graph, target)
+    except PlanError as error:
+        problem = _one_line(error)
+    return Entry(spec=spec, essence=essence(text.decode()), graph=graph, plan=plan, problem=problem)
+
+
+def _one_line(error: HsgenError) -> str:
+    where = f"line {error.span.line}: " if error.span else ""
+    return where + " ".join(error.message.split())
+
+
+def essence(text: str) -> str:
+    """What a spec is about: the first sentence of the comment at its top."""
+    lines = [
+        line for line in text.removeprefix("\ufeff").splitlines() if not line.startswith(MODELINE)
+    ]
+    said = [line.removeprefix("#").strip() for line in takewhile(_is_comment, lines)]
+    sentence = _SENTENCE.match("\n".join(said))
+    return " ".join(sentence[0].split()) if sentence else ""
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
+
+
+# --- a spec in the words of its language
+
+
+def operators(spec: Spec) -> Mapping[str, str]:
+    """Operator -> what the spec says of it, in the spec's own words; `index` and the like as well.
+
+    What a level says besides its operators (`within`, `kv`) stands with its partition.
+    """
+    tree, _ = syntax.read(dump(spec), spec.name)
+    assert tree is not None
+    top = {key.text: node for key, node in tree.items}
+    levels = [_level(node) for node in _listed(top.get("levels"))]
+    said = {
+        operator: "; ".join(
+            f"{name} {level[operator]}" for name, level in levels if operator in level
+        )
+        for operator in OPERATORS
+    }
+    said |= {key: _words(node) for key, node in top.items() if key not in ABOUT}
+    order = [*(key for key in said if key not in OPERATORS), *OPERATORS]
+    return {key: said[key] for key in order if said[key]}
+
+
+def _listed(node: Tree | None) -> Sequence[Keys]:
+    items = node.items if isinstance(node, Items) else ()
+    return [one for one in items if isinstance(one, Keys)]
+
+
+def _level(node: Keys) -> tuple[str, Mapping[str, str]]:
+    """Name, and operator -> words."""
+    keys = {key.text: _words(value) for key, value in node.items}
+    name = keys.pop("name")
+    extra = [f"{key} {words}" for key, words in keys.items() if key not in OPERATORS]
+    said = {key: words for key, words in keys.items() if key in OPERATORS}
+    return name, said | {"partition": ", ".join([said["partition"], *extra])}
+
+
+def _words(node: Tree) -> str:
+    """YAML without its brackets, where they can be spared."""
+    match node:
+        case Word():
+            return node.text
+        case Items():
+            return "; ".join(map(_words, node.items))
+        case Keys():
+            return ", ".join(_pair(key.text, value) for key, value in node.items)
+        case _:
+            raise AssertionError("a spec that was dumped can be read")
+
+
+def _pair(key: str, node: Tree) -> str:
+    words = _words(node)
+    if key == "name":
+        return words
+    return f"{key} ({words})" if isinstance(node, Keys | Items) else f"{key} {words}"
+
+
+# --- text
+
+
+def _cells(entry: Entry) -> tuple[str, ...]:
+    return (
+        entry.spec.name,
+        entry.spec.source or "-",
+        ", ".join(level.name for level in entry.spec.levels) or "-",
+        entry.causality or "-",
+        ", ".join(entry.phases) or "-",
+        _percent(entry.of_dense) or "-",
+        str(len(entry.plan.kernels)) if entry.plan else "none",
+    )
+
+
+def _below(entry: Entry) -> list[str]:
+    lines = [entry.essence, f"FLOPs {entry.flops}" if entry.flops else ""]
+    return [f"  {line}" for line in (*lines, entry.problem) if line]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.3g} %"
+
+
+_PAGE = """\
+# Systems
+
+Every spec in `specs/`, with what hsgen derives from it.  This page is what `hsgen specs --page` prints.
+
+**Causality**: what row t depends on; `token` means tokens up to t.  **Phases**: *prefill* is a whole call,
+*select* the choice alone; no spec has kernels of its own for decoding yet.  **FLOPs**: those of the graph's
+operators, as a polynomial in T at batch 1 and S = T; **of dense** compares them at {tokens} tokens with dense
+attention of the same heads.  A spec that leaves heads open is counted at {heads}.  **Kernels**: how many the
+plan for {target}, bf16, has; *none* comes with the reason.
+
+| system | essence | source | levels | causality | phases | FLOPs | of dense | kernels |
+| --- | --- | --- | --- | --- | --- | --- | ---: | --- |
+{table}
+
+{served}
+
+## In ten operators
+
+Each line is the spec's own words, defaults left out, level by level.
+{unused}
+
+{lines}
+"""
+
+
+def _row(entry: Entry) -> str:
+    cells = (
+        f"[{entry.spec.name}](../specs/{entry.spec.name}.yaml)",
+        entry.essence,
+        entry.spec.source or "–",
+        ", ".join(level.name for level in entry.spec.levels) or "–",
+        entry.causality or "–",
+        ", ".join(entry.phases) or "–",
+        (entry.flops or "–").replace("^2", "²"),
+        _percent(entry.of_dense) or "–",
+        str(len(entry.plan.kernels)) if entry.plan else entry.status,
+    )
+    shown = " | ".join(cell.replace("|", r"\|") for cell in cells)
+    return f"| {shown} |"
+
+
+def _line(entry: Entry) -> str:
+    said = [f"*{operator}* {words}" for operator, words in operators(entry.spec).items()]
+    return f"- **{entry.spec.name}**: {' · '.join(said)}"
+
+
+def _unused(entries: Iterable[Entry]) -> str:
+    used = {operator for entry in entries for operator in operators(entry.spec)}
+    idle = [f"`{operator}`" for operator in OPERATORS if operator not in used]
+    return f"No shipped spec has {', '.join(idle)} yet." if idle else "All ten are in use."
+
+
+def _served(planned: Sequence[Entry], entries: Sequence[Entry], target: Target) -> str:
+    """How many skeletons and pieces the kernels of how many specs are made of."""
+    skeletons, used = Counter[str](), set[str]()
+    for one in planned:
+        assert one.plan is not None
+        skeletons.update({kernel.skeleton for kernel in one.plan.kernels})
+        for kernel in one.plan.kernels:
+            used |= _pieces(emit.render_kernel(kernel, pipeline.provenance(one.spec, target)))
+    counts = ", ".join(f"`{name}` in {count}" for name, count in sorted(skeletons.items()))
+    return (
+        f"{len(skeletons)} skeletons ({counts}) and {len(used)} pieces make the kernels of "
+        f"{len(planned)} of the {len(entries)} systems."
+    )
+
+
+def _pieces(source: str) -> set[str]:
+    """The pieces in one kernel's module."""
+    defined = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    return defined & set(emit.library())

@@ -1,0 +1,140 @@
+"""Any spec on a captured GQA group: the group's heads in place of the spec's, and stand-ins for tensors
+that the model has none of.  What stands in for what is said in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hsgen.errors import HsgenError
+from hsgen.reference import tensor_kinds, tensor_shapes
+from hsgen.spec import HeadDim, Heads, Index, Spec
+
+
+def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec:
+    """The same attention for other heads; an index gets one index head a query head.
+
+    Args:
+        spec: The attention, bound or not.
+        query: Query heads.
+        kv: Key heads.
+        dim: Of a key and a value, or one number for both.
+    """
+    qk, v = (dim, dim) if isinstance(dim, int) else dim
+    changed = {
+        "heads": Heads(query=query, kv=kv),
+        "head_dim": HeadDim(qk=qk, v=v),
+        "index": spec.index and Index(heads=query, dim=qk),
+    }
+    return spec.model_copy(update=changed)
+
+
+def tensors(
+    spec: Spec, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """What a spec reads, made of one group.
+
+    Args:
+        spec: Bound to the group's heads.
+        q: [1, T, G, D].
+        k: [1, T, 1, D].
+        v: [1, T, 1, Dv].
+        gates: Of each branch; None opens all.
+
+    Raises:
+        HsgenError: nothing stands in for a tensor.
+    """
+    shapes = tensor_shapes(spec, 1, q.shape[1], k.shape[1])
+    kinds = tensor_kinds(spec)
+    made: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        x = _tensor(name, kinds[name] == "parameter", shape, (q, k, v), gates)
+        if x is None or tuple(x.shape) != shape:
+            raise HsgenError(f"spec {spec.name}: nothing in a capture can stand in for {name}")
+        made[name] = x
+    return made
+
+
+def _tensor(
+    name: str,
+    learned: bool,
+    shape: tuple[int, ...],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    gates: Sequence[float] | None,
+) -> Tensor | None:
+    """One tensor; None where there is no stand-in."""
+    q, k, v = qkv
+    if learned:
+        return _compression(name, shape, k)
+    match name.partition("_")[0], name:
+        case _, "k_index":
+            return _centred(k[:, :, 0])
+        case _, "w_index":
+            return torch.ones_like(q[..., 0])
+        case _, "gates":
+            opened = torch.tensor(gates or [1.0] * shape[-1], dtype=q.dtype, device=q.device)
+            return opened.expand(*q.shape[:3], -1).contiguous()
+        case "q", _:
+            return q
+        case "k", _:
+            return k
+        case "v", _:
+            return v
+    return None
+
+
+def _compression(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """Learned pooling that is a mean: every slot's weight is identity / size, every position 0."""
+    if name.endswith("_weight"):
+        mean = torch.eye(shape[-1], dtype=like.dtype, device=like.device) / shape[1]
+        return mean.expand(shape).contiguous()
+    if name.endswith("_position"):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    return None
+
+
+def _centred(k: Tensor) -> Tensor:
+    """Index keys: minus their mean over the input, so that ReLU cuts at a query's average score."""
+    wide = k.double()  # the same bits on every device, once rounded
+    return (wide - wide.mean(1, keepdim=True)).to(k.dtype)
+
+
+def stated(spec: Spec, heads: int) -> list[tuple[str, str]]:
+    """What the spec wants that a capture lacks, and what it was given.  heads: of the group"""
+    found = [
+        ("heads and head dims of its own", f"the captured group: {heads} query heads, 1 kv head")
+    ]
+    names = tensor_kinds(spec)
+    if any(name.endswith("_weight") for name in names):
+        given = "identity / size for every slot and position 0: the mean"
+        found.append(("learned compression", given))
+    keys = [name for name, kind in names.items() if kind == "key" and name != "k_index"]
+    if own := [name for name in keys if name not in ("k", "v")]:
+        found.append((", ".join(own), "the same k and v for all"))
+    if "q_index" in names:
+        found.append(
+            (
+                "index queries, keys, weights",
+                "the group's queries; its key minus its mean over the input; 1",
+            )
+        )
+    if "gates" in names:
+        found.append(("gates", "none: every branch is measured by itself"))
+    return found
+
+
+def rows_of(spec: Spec, made: Mapping[str, Tensor], a: int, b: int) -> dict[str, Tensor]:
+    """Inputs in which the rows from a to b are the last ones.  [1, T, ...]
+
+    Without causality every row sees all keys, so that these must be given apart: `q_offset`.
+    """
+    parts = {
+        "query": lambda t: t[:, a:b],
+        "key": lambda t: t[:, :b] if spec.causal else t,
+        "parameter": lambda t: t,
+    }
+    kinds = tensor_kinds(spec)
+    return {name: parts[kinds[name]](t) for name, t in made.items() if name in kinds}

@@ -1,0 +1,236 @@
+"""`hsgen specs`, and docs/systems.md that is made of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_cli_check import ROOT, _children_time, hsgen
+
+from hsgen import catalogue, emit, passes, planner, schedule
+from hsgen.cli import main
+from hsgen.errors import PlanError, Span
+from hsgen.spec import files, load
+from hsgen.target import Target
+
+PAGE = ROOT / "docs" / "systems.md"
+SHIPPED = files.shipped()
+HEADER = "# Small: a spec for a test.\n# Not shipped.\nhsgen: 1\nname: small\n"
+LEVEL = """\
+levels:
+  - name: chunk
+    partition: {blocks: 64}
+    pool: {keys: mean}
+    score: {form: dot}
+    select: {top_k: 4, force: {last: 1}}
+"""
+H100 = Target.named("h100")
+
+
+@pytest.fixture(scope="module")
+def listed() -> catalogue.Catalogue:
+    return catalogue.catalogue(H100)
+
+
+@pytest.fixture
+def entry(tmp_path: Path):
+    """The entry of a text."""
+
+    def make(text: str) -> catalogue.Entry:
+        path = tmp_path / "small.yaml"
+        path.write_text(text)
+        return catalogue.entry(path, H100)
+
+    return make
+
+
+# What is listed -----------------------------------------------------------------------------------
+
+
+def test_every_shipped_spec_is_listed(listed: catalogue.Catalogue):
+    assert [one.spec.name for one in listed.entries] == list(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_spec_says_its_essence(name: str):
+    """One sentence at the top of the file: the one place where it is said."""
+    said = catalogue.essence(SHIPPED[name].read_text())
+    assert 20 < len(said) <= 220
+    assert said.endswith(".")
+    assert said.isprintable()
+
+
+def test_essence_is_the_header_down_to_a_full_stop():
+    assert catalogue.essence(HEADER) == "Small: a spec for a test."
+    wrapped = (
+        "\ufeff# yaml-language-server: $schema=s.json\n# One\n# sentence.\n# More.\nhsgen: 1\n"
+    )
+    assert catalogue.essence(wrapped) == "One sentence."
+    assert catalogue.essence("hsgen: 1\n# late.\n") == ""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_json_says_what_show_says(name: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["specs", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["schema_version"], result["target"], result["tokens"]) == (1, "h100", 131072)
+    (mine,) = [one for one in result["specs"] if one["name"] == name]
+    main(["show", name, "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert mine["source"] == load(name).source
+    assert mine["causality"] == shown["graph"]["causality"]
+    assert mine["problem"] == shown["problem"]
+    if shown["plan"]:
+        assert mine["kernels"] == [kernel["name"] for kernel in shown["plan"]["kernels"]]
+    last = [node["flops"][-1] for node in shown["graph"]["nodes"]]
+    flops = sum(piece["t2"] * 131072**2 + piece["t1"] * 131072 + piece["t0"] for piece in last)
+    sizes = shown["graph"]["sizes"]
+    pairs = 131072 * 131073 / 2 if load(name).causal else 131072**2
+    dense = 2 * sizes["Hq"] * (sizes["Dqk"] + sizes["Dv"]) * pairs
+    assert mine["of_dense"] == pytest.approx(flops / dense)
+
+
+def test_text_has_a_row_and_an_essence_each(
+    listed: catalogue.Catalogue, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["specs"]) == 0
+    out, err = capsys.readouterr()
+    assert out == str(listed)
+    assert not err
+    rows = [line for line in out.splitlines() if not line.startswith("  ")]
+    assert [row.split()[0] for row in rows[1:-1]] == list(SHIPPED)
+    assert all(f"  {one.essence}\n" in out for one in listed.entries)
+
+
+def test_heads_that_are_open_are_bound(entry):
+    open_, bound = entry(TEXT), entry(f"{TEXT}heads: {{query: 32, kv: 8}}\nhead_dim: 128\n")
+    assert open_.flops == bound.flops
+    assert open_.plan
+    assert open_.spec.heads is None
+
+
+def test_choice_needs_a_selection(entry):
+    window = entry(HEADER + "attend: [{name: local, window: 64}]\n")
+    assert window.phases == ("prefill",)
+    assert window.record()["levels"] == []
+    assert window.of_dense and window.of_dense < 0.01
+
+
+def refuse(*_: object):
+    span = Span(file="small.yaml", line=7, column=1)
+    raise PlanError("no kernel\n  does it yet", span=span)
+
+
+TEXT = f"{HEADER}{LEVEL}attend: [{{name: selected, over: chunk}}]\n"
+
+
+def test_graph_without_a_plan_says_why(entry, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(schedule, "schedule", refuse)
+    one = entry(TEXT)
+    assert one.flops and one.of_dense and one.causality == "token"
+    assert (one.plan, one.phases, one.record()["kernels"]) == (None, (), None)
+    assert one.problem == one.record()["problem"] == "line 7: no kernel does it yet"
+
+
+def test_spec_without_a_graph_says_why(entry, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planner, "plan", refuse)
+    one = entry(TEXT)
+    assert (one.graph, one.flops, one.causality, one.of_dense) == (None, None, None, None)
+    alone = catalogue.Catalogue(entries=(one,), target=H100)
+    assert str(alone).splitlines()[1].split() == ["small", "-", "chunk", "-", "-", "-", "none"]
+    assert f"\n  {one.problem}\n" in str(alone)
+    assert f"| – | – | – | – | none: {one.problem} |" in alone.page()
+    assert "make the kernels of 0 of the 1 systems." in alone.page()
+
+
+# The ten operators --------------------------------------------------------------------------------
+
+
+def test_operators_are_in_the_words_of_the_spec():
+    assert dict(catalogue.operators(load("hisa"))) == {
+        "index": "heads 64, dim 128",
+        "partition": "block blocks 128; token tokens, within block",
+        "pool": "block keys mean",
+        "score": "block form relu_weighted, share all; token form relu_weighted, share all",
+        "select": "block beam 64, force (first 1, last 1); token top_k 2048",
+        "attend": "selected, over token",
+    }
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_operators_leave_nothing_out(name: str):
+    """Every number and word of a spec is in its line."""
+    said = " ".join(catalogue.operators(load(name)).values())
+    text = re.sub(r"#.*", "", SHIPPED[name].read_text())
+    body = text[text.index("levels:") if "levels:" in text else text.index("attend:") :]
+    values = set(re.findall(r"(?<=[ :{])[a-z0-9_.]+(?=[,}\n])", body)) - {"shared", "true", "input"}
+    assert values
+    assert not {one for one in values if not re.search(rf"\b{re.escape(one)}\b", said)}
+
+
+# The page -----------------------------------------------------------------------------------------
+
+
+def test_page_is_what_the_command_prints(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+):
+    """`hsgen specs --page > docs/systems.md` rewrites it, as does `pytest --update-golden`."""
+    assert main(["specs", "--page"]) == 0
+    out = capsys.readouterr().out
+    if request.config.getoption("--update-golden"):
+        PAGE.write_text(out, encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == out
+
+
+def test_page_has_two_lines_for_every_system(listed: catalogue.Catalogue):
+    page = listed.page()
+    for one in listed.entries:
+        name = one.spec.name
+        (row,) = re.findall(rf"^\| \[{name}\]\(\.\./specs/{name}\.yaml\) \|.*$", page, re.MULTILINE)
+        assert len(re.findall(r"(?<!\\)\|", row)) == 10
+        assert f"\n- **{name}**: " in page
+
+
+def test_page_counts_skeletons_and_pieces(listed: catalogue.Catalogue):
+    """Counted anew, from what the plans name and from what the modules define."""
+    skeletons, pieces, plans = Counter(), set(), 0
+    for one in listed.entries:
+        if one.plan is None:
+            continue
+        plans += 1
+        skeletons.update({kernel.skeleton for kernel in one.plan.kernels})
+        provenance = emit.Provenance(version="0", spec="s", digest="d", target="t")
+        for text in emit.render(one.plan, provenance).values():
+            pieces |= {name for name in emit.library() if f"\ndef {name}(" in text}
+    counts = ", ".join(f"`{name}` in {count}" for name, count in sorted(skeletons.items()))
+    assert (
+        f"{len(skeletons)} skeletons ({counts}) and {len(pieces)} pieces make the kernels of "
+        f"{plans} of the {len(SHIPPED)} systems."
+    ) in listed.page()
+
+
+def test_operators_that_nothing_uses_are_named(listed: catalogue.Catalogue):
+    idle = re.findall(r"No shipped spec has (.*) yet\.", listed.page())
+    named = set(re.findall(r"`(\w+)`", idle[0])) if idle else set()
+    used = {operator for one in listed.entries for operator in catalogue.operators(one.spec)}
+    assert named == set(catalogue.OPERATORS) - used
+
+
+def test_plans_are_those_of_the_pipeline(listed: catalogue.Catalogue):
+    one = next(each for each in listed.entries if each.spec.name == "nsa")
+    assert one.plan == schedule.schedule(passes.run(planner.plan(load("nsa"))), H100, "bf16")
+
+
+def test_check_of_all_specs_takes_a_second():
+    """By processor time: other work may keep the machine busy."""
+    works = []
+    for _ in range(6):
+        before = _children_time()
+        assert hsgen("check", *SHIPPED).returncode == 0
+        works.append(_children_time() - before)
+        if works[-1] < 1:
+            return
+    assert min(works) < 1
