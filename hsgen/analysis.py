@@ -27,6 +27,7 @@ from hsgen.graph import (
     Reduce,
     Score,
     Select,
+    SelectSet,
     TensorType,
     Union,
     align,
@@ -50,7 +51,11 @@ def causality(graph: Graph) -> Causality:
 def _op_causality(op: Op, *, causal: bool) -> Causality:
     """`token` where the result of row t needs nothing after t, given operands that do not."""
     match op:
-        case Score() | Map() | Select() | Attend():
+        case SelectSet() if causal and op.scope == "head":
+            return "prompt"  # rows of a head are ranked together
+        case Attend() if causal and op.pattern is not None and op.pattern.grows:
+            return "prompt"  # windows grow with the length of the whole sequence
+        case Score() | Map() | Select() | SelectSet() | Attend():
             return "token" if causal else "none"  # entries count once complete, tokens once seen
         case Input() | Pool() | LogSumExp() | Normalise() | Reduce() | Gate() | Union():
             return "token"  # row by row, or entry by entry, of what the operators above have masked
@@ -107,17 +112,24 @@ def not_dense_because(graph: Graph) -> str | None:
 def _unreachable_because(graph: Graph, attend: Node) -> str | None:
     """Why some visible token cannot be attended, however much is selected."""
     assert isinstance(attend.op, Attend)
-    if attend.op.over == "window":
-        return f"branch {attend.op.branch} attends a window only"
+    match attend.op.over:
+        case "all":
+            return None
+        case "window":
+            return f"branch {attend.op.branch} attends a window only"
+        case "static":
+            return f"branch {attend.op.branch} attends a static pattern only"
+        case "blocks" | "tokens" | "pooled":
+            pass
     selection = graph[attend.inputs[3]]
     while True:
         select = selection.op
-        assert isinstance(select, Select)
+        assert isinstance(select, Select | SelectSet)
         if select.size != select.stride:
             return f"entries of level {select.level} overlap or leave gaps"
         if graph.meta.causal and select.size > 1 and select.last == 0:
             return f"level {select.level} does not force the own block"
-        if select.within is None:
+        if isinstance(select, SelectSet) or select.within is None:
             return None
         selection = graph[selection.inputs[1]]
 
@@ -230,6 +242,7 @@ def dense(graph: Graph) -> NodeCost:
     )
 
 
+WORD = 32  # entries that one word of a bitmap row holds
 BYTES: Mapping[DType, int] = {"input": 2, "f32": 4, "i32": 4}
 
 
@@ -258,8 +271,14 @@ class _Counts:
         return self.selected(beam) * whole + _from(0, Polynomial(t1=-begun))
 
     def selected(self, selection: Node) -> Cost:
-        """Pairs of a row and a raw token of the entries it selects; at most, where they overlap."""
+        """Pairs of a row and a raw token of the entries it selects; at most, where they overlap.
+
+        Of a selection whose counts the data decide, what it may be at most: all that is visible.
+        """
         op = selection.op
+        if isinstance(op, SelectSet):
+            part = op.value if op.rule == "fraction" else 1.0
+            return _complete_pairs(1, 1, causal=self.graph.meta.causal) * part
         assert isinstance(op, Select)
         own = op.size if op.last > 0 else 1
         return _selected_pairs(op.width * op.size, own=own, causal=self.graph.meta.causal)
@@ -269,6 +288,9 @@ class _Counts:
         dims, last = type_.dims, type_.dims[-1]
         if last.startswith("C_"):
             return self.children(last.removeprefix("C_")) * self.product(dims[2:-1])
+        if last.startswith("W_"):
+            _, stride = self.partitions[last.removeprefix("W_")]
+            return _from(0, Polynomial(t2=1 / (WORD * stride))) * self.product(dims[2:-1])
         if last.startswith("N_"):
             return self.complete(last.removeprefix("N_")) * self.product(dims[2:-1])
         if dims[1].startswith("N_"):
@@ -341,7 +363,7 @@ def _flops(counts: _Counts, node: Node) -> Cost:
     graph, op = counts.graph, node.op
     operands = [operand.type for operand in graph.operands(node)]
     match op:
-        case Input() | Select() | Union():
+        case Input() | Select() | SelectSet() | Union():
             return _from(0, Polynomial())
         case Pool():
             per_number = 2 * op.size * counts.product(node.type.dims[-1:]) + op.size * op.position
@@ -382,6 +404,8 @@ def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
         case "window":
             assert op.window is not None
             return _window_pairs(op.window, causal=counts.graph.meta.causal)
+        case "static" | "all":  # of a pattern what it may be at most: all that is visible
+            return _complete_pairs(1, 1, causal=counts.graph.meta.causal)
         case _:
             assert_never(op.over)
 
@@ -508,7 +532,23 @@ def _costs_text(graph: Graph) -> list[str]:
         f"N_{level} = {_entries_text(size, stride, causal=graph.meta.causal)}"
         for level, (size, stride) in sorted(partitions(graph).items())
     ]
-    return [head, *align(cells), *([f"  where {', '.join(entries)}"] if entries else [])]
+    where = [f"  where {', '.join(entries)}"] if entries else []
+    return [head, *align(cells), *where, *_at_most(graph)]
+
+
+def _at_most(graph: Graph) -> list[str]:
+    """What the costs do not know: how much a rule or a pattern leaves."""
+    names = [
+        f"%{node.name}"
+        for node in graph.nodes()
+        if isinstance(node.op, Attend)
+        and (node.op.over == "static" or any(_varies(x) for x in graph.operands(node)))
+    ]
+    return [f"  {', '.join(names)}: at most, as if every token were kept"] if names else []
+
+
+def _varies(node: Node) -> bool:
+    return isinstance(node.op, SelectSet) and node.op.rule != "fraction"
 
 
 def _entries_text(size: int, stride: int, *, causal: bool) -> str:

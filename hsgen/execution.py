@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from hsgen import arguments, batch
 from hsgen.arguments import Expected, Lengths, Problem
 from hsgen.batch import Batch
-from hsgen.errors import ArgumentError, HsgenError
+from hsgen.errors import ArgumentError, HsgenError, PlanError
 from hsgen.graph import Graph, tensor_inputs
 from hsgen.operators import Call
 from hsgen.reference import Result, reference
@@ -470,6 +470,12 @@ def expected_tensors(spec: Spec, graph: Graph) -> Expected:
     for level, name in graph.outputs.selection.items():
         select = spec.level(level).select
         assert select is not None, f"{level} selects in the graph, not in the spec"
+        if select.counts_vary:
+            raise PlanError(
+                f"level {level}: no kernel selects by {select.rules[0]} yet",
+                span=graph[name].span,
+                help="hsgen.reference.reference runs it on tensors of any device",
+            )
         selections[level] = (graph[name].type.dims[2], select.width)
     over = {branch.over for branch in spec.attend}
     inputs = tensor_inputs(graph)

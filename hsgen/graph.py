@@ -4,7 +4,8 @@ Knows what each value's shape is; knows neither schedules nor GPUs nor templates
 
 Dimensions are names: B batch, T query rows, S key rows, Hq and Hkv heads, G = Hq / Hkv, Dqk and Dv
 head dims, Hi and Di heads and dim of the index, N_x entries of level x, K_x slots of its selection,
-C_x candidates of x inside another level's beam; a dimension that is a number is written as one.
+W_x words of it where rows are bitmaps, C_x candidates of x inside another level's beam; a dimension
+that is a number is written as one.
 """
 
 from __future__ import annotations
@@ -126,19 +127,67 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SelectSet:
+    """Keep entries by a rule that lets counts vary.  f32[B, T, H, N] -> i32[B, T, H, W], bitmap rows
+
+    `fraction` of the candidates, rounded up; scores above a `threshold`; the best until their mass
+    reaches a part of the total, `top_p`, where `boundary`, `least`, `most` and `scope` count.
+    """
+
+    level: str
+    size: int
+    stride: int
+    rule: Literal["fraction", "threshold", "top_p"]
+    value: float
+    first: int
+    last: int
+    counted: bool
+    boundary: Literal["keep", "drop"] | None = None
+    scope: Literal["row", "head"] | None = None
+    least: int | None = None
+    most: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """What a static attend shows, in units of `size` tokens; see the language's `static`.
+
+    `spans` are (window, growth, sink) of heads, over and over; growth is in units of 2^-30.
+    """
+
+    spans: tuple[tuple[int, int, int], ...]
+    dilation: int
+    stride: int | None
+    shift: int
+    power_of_two: bool
+
+    def __str__(self) -> str:
+        spans = " ".join(f"{window}+{growth}N/{sink}" for window, growth, sink in self.spans)
+        strided = f" stride={self.stride} shift={self.shift}" if self.stride else ""
+        powers = " power_of_two" if self.power_of_two else ""
+        return f"[{spans} dilation={self.dilation}{strided}{powers}]"
+
+    @property
+    def grows(self) -> bool:
+        """Whether windows depend on the length of the whole sequence."""
+        return any(growth for _, growth, _ in self.spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attend:
     """One softmax over one branch's keys.  query, keys, values, [selection] -> [B, T, Hq, Dv]
 
-    `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete, or
-    the last `window` tokens.
+    `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete, the
+    last `window` tokens, what a static `pattern` of units of `size` tokens shows, or all tokens.
     """
 
     branch: str
-    over: Literal["blocks", "tokens", "pooled", "window"]
+    over: Literal["blocks", "tokens", "pooled", "window", "static", "all"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
     window: int | None
+    pattern: Pattern | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +200,20 @@ class Union:
     """One softmax over the union of the branches' keys, a raw token counted once."""
 
 
-Op = Input | Pool | Score | LogSumExp | Normalise | Reduce | Map | Select | Attend | Gate | Union
+Op = (
+    Input
+    | Pool
+    | Score
+    | LogSumExp
+    | Normalise
+    | Reduce
+    | Map
+    | Select
+    | SelectSet
+    | Attend
+    | Gate
+    | Union
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,8 +388,8 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             return _reduce_type(op, types)
         case Map():
             return _map_type(op, types)
-        case Select():
-            return _select_type(op, operands)
+        case Select() | SelectSet():
+            return _selection_type(op, operands)
         case Attend():
             return _attend_type(op, operands)
         case Gate():
@@ -473,6 +535,11 @@ def _map_type(op: Map, types: Sequence[TensorType]) -> TensorType:
     return TensorType(dtype="f32", dims=(batch, rows, heads, f"N_{op.level}"))
 
 
+def _selection_type(op: Select | SelectSet, operands: Sequence[Node]) -> TensorType:
+    lists = isinstance(op, Select)
+    return _select_type(op, operands) if lists else _select_set_type(op, operands)
+
+
 def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
     _need_count(operands, 1 if op.within is None else 2)
     batch, rows, heads, entries = _score_dims(operands[0].type)
@@ -492,6 +559,17 @@ def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
     return TensorType(dtype="i32", dims=(batch, rows, heads, f"K_{op.level}"))
 
 
+def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
+    _need_count(operands, 1)
+    batch, rows, heads, entries = _score_dims(operands[0].type)
+    _need(entries == f"N_{op.level}", f"scores {operands[0].type} are not of level {op.level}")
+    by_mass = op.rule == "top_p"
+    _need((op.scope is not None) == by_mass, "a scope is one of masses")
+    _need((op.boundary is not None) == by_mass, "a boundary is one of masses")
+    _need(op.most is None or op.most >= (op.least or 0), f"at least {op.least} of {op.most}")
+    return TensorType(dtype="i32", dims=(batch, rows, heads, f"W_{op.level}"))
+
+
 def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     selected = op.over in ("blocks", "tokens")
     _need_count(operands, 4 if selected else 3)
@@ -503,11 +581,15 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     _need_dims(keys, ("B", rows, "Hkv", "Dqk"))
     _need_dims(values, ("B", rows, "Hkv", "Dv"))
     _need((op.window is not None) == (op.over == "window"), "a window is attended with over=window")
+    _need(
+        (op.pattern is not None) == (op.over == "static"), "a pattern is attended with over=static"
+    )
     _need(op.over != "tokens" or op.size == 1, f"tokens have size 1, not {op.size}")
     if selected:
         select = operands[3].op
         _need(
-            isinstance(select, Select) and (select.size, select.stride) == (op.size, op.stride),
+            isinstance(select, Select | SelectSet)
+            and (select.size, select.stride) == (op.size, op.stride),
             f"%{operands[3].name} is not a selection of entries of {op.size}",
         )
     return TensorType(dtype="input", dims=("B", "T", "Hq", "Dv"))
@@ -563,7 +645,7 @@ def partitions(graph: Graph) -> Mapping[str, tuple[int, int]]:
     """Size and stride of every level's entries; GraphError where operators disagree."""
     found: dict[str, tuple[int, int]] = {}
     for node in graph.nodes():
-        if isinstance(node.op, Pool | Score | Map | Select):
+        if isinstance(node.op, Pool | Score | Map | Select | SelectSet):
             own = (node.op.size, node.op.stride)
             _need(
                 found.setdefault(node.op.level, own) == own,
@@ -586,10 +668,10 @@ def short_last(graph: Graph, level: str) -> bool:
 def _verify_unique(graph: Graph) -> None:
     owners = [
         f"level {node.op.level} selects"
-        if isinstance(node.op, Select)
+        if isinstance(node.op, Select | SelectSet)
         else f"branch {node.op.branch}"
         for node in graph.nodes()
-        if isinstance(node.op, Select | Attend)
+        if isinstance(node.op, Select | SelectSet | Attend)
     ]
     for owner in owners:
         _need(owners.count(owner) == 1, f"{owner} more than once")
@@ -604,7 +686,8 @@ def _verify_outputs(graph: Graph) -> None:
     for level, name in outputs.selection.items():
         op = graph[name].op
         _need(
-            isinstance(op, Select) and op.level == level, f"%{name} is not a selection of {level}"
+            isinstance(op, Select | SelectSet) and op.level == level,
+            f"%{name} is not a selection of {level}",
         )
 
 
@@ -664,7 +747,7 @@ def _about(graph: Graph, node: Node) -> str:
 def _owner(op: Op) -> str:
     """The level or branch that an operator belongs to, in words."""
     match op:
-        case Pool() | Score() | Normalise() | Map() | Select():
+        case Pool() | Score() | Normalise() | Map() | Select() | SelectSet():
             return f"level {op.level}"
         case Attend():
             return f"branch {op.branch}"

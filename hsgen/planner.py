@@ -25,11 +25,13 @@ from hsgen.graph import (
     Normalise,
     Op,
     Outputs,
+    Pattern,
     Pool,
     Reduce,
     Role,
     Score,
     Select,
+    SelectSet,
     TensorType,
     Union,
     result_type,
@@ -125,7 +127,11 @@ def _plan_level(builder: _Builder, level: language.Level) -> None:
         score = _plan_map(builder, level, builder.spec.level(level.score.source))
     builder.scores[level.name] = score
     if level.select is not None:
-        op = _select(level, level.select)
+        op = (
+            _select_set(level, level.select)
+            if level.select.counts_vary
+            else _select(level, level.select)
+        )
         at = builder.place(level, "select")
         selection = builder.add(f"{level.name}.selection", op, score, *_some(parent), at=at)
         builder.selections[level.name] = selection
@@ -244,6 +250,27 @@ def _select(level: language.Level, select: language.Select) -> Select:
     )
 
 
+def _select_set(level: language.Level, select: language.Select) -> SelectSet:
+    rule = select.rules[0]
+    assert rule in ("fraction", "threshold", "top_p")
+    top_p = select.top_p
+    value = select.fraction if rule == "fraction" else select.threshold
+    return SelectSet(
+        level=level.name,
+        size=level.partition.size,
+        stride=level.partition.stride,
+        rule=rule,
+        value=float((top_p.mass if top_p else value) or 0.0),
+        first=select.force.first,
+        last=select.force.last,
+        counted=select.force.counted,
+        boundary=top_p.boundary if top_p else None,
+        scope=top_p.scope if top_p else None,
+        least=top_p.min if top_p else None,
+        most=top_p.max if top_p else None,
+    )
+
+
 # --- keys and values of entries
 
 
@@ -296,7 +323,10 @@ def _pooled(
 def _plan_branch(builder: _Builder, i: int, branch: language.Attend) -> Node:
     """One attend and its log-sum-exp."""
     if branch.over is None:
-        op, selection = _attend(builder, branch, over="window", partition=language.Tokens()), None
+        over = "static" if branch.static else "all" if branch.window == "all" else "window"
+        size = branch.static.blocks if branch.static else 1
+        units = language.Blocks(size=size, stride=size)
+        op, selection = _attend(builder, branch, over=over, partition=units), None
     else:
         level = builder.spec.level(branch.over)
         if branch.values == "pooled":
@@ -326,7 +356,9 @@ def _plan_pooled_branch(
 def _with_log_sum_exp(
     builder: _Builder, branch: language.Attend, op: Attend, *operands: Node
 ) -> Node:
-    at = builder.place(branch, "window" if branch.over is None else "over")
+    at = builder.place(
+        branch, "static" if branch.static else "window" if branch.over is None else "over"
+    )
     made = builder.add(f"{branch.name}.o", op, *operands, at=at)
     builder.add(f"{branch.name}.lse", LogSumExp(), made)
     return made
@@ -336,7 +368,7 @@ def _attend(
     builder: _Builder,
     branch: language.Attend,
     *,
-    over: Literal["blocks", "tokens", "pooled", "window"],
+    over: Literal["blocks", "tokens", "pooled", "window", "static", "all"],
     partition: language.Partition,
 ) -> Attend:
     return Attend(
@@ -345,7 +377,19 @@ def _attend(
         scale=builder.attention_scale(),
         size=partition.size,
         stride=partition.stride,
-        window=branch.window,
+        window=None if branch.window == "all" else branch.window,
+        pattern=_pattern(branch.static) if branch.static else None,
+    )
+
+
+def _pattern(static: language.Static) -> Pattern:
+    spans = [(span.window, round(span.grow * (1 << 30)), span.sink) for span in static.per_head]
+    return Pattern(
+        spans=tuple(spans) or ((static.window or 0, 0, static.sink),),
+        dilation=static.dilation,
+        stride=static.stride,
+        shift=static.shift,
+        power_of_two=static.power_of_two,
     )
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from hsgen import captures, metrics, standins
 from hsgen.captures import Group
 from hsgen.errors import HsgenError
-from hsgen.reference import reference
+from hsgen.reference import reference, static_mask
 from hsgen.selection import members
-from hsgen.spec import Attend, Level, Spec, verify
+from hsgen.spec import Attend, Level, Spec, Static, verify
 
 RUN = 64  # consecutive rows measured together
 ROWS = 1024
@@ -25,6 +25,7 @@ SEED = 2
 WAYS = ("selected", "oracle", "random", "recent_sink")
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the spec's budgets, in the plot
 TOGETHER = "all branches"
+EVERYTHING = 1 << 30  # tokens: more than there are
 
 Json = dict[str, "str | int | float | bool | Json | list[Json] | None"]
 
@@ -34,33 +35,25 @@ Json = dict[str, "str | int | float | bool | Json | list[Json] | None"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A choice that a spec makes: a level's selection, a window, or all raw branches together."""
+    """A choice that a spec makes: a level's selection, a window or pattern, or all raw branches together."""
 
     name: str
     about: str
     size: int = 1
     stride: int = 1
     level: str | None = None
-    window: int | None = None
+    window: int | None = None  # EVERYTHING: all of them
+    static: Static | None = None
 
 
 def subjects(spec: Spec) -> tuple[Subject, ...]:
-    """Every level that selects, every window; and their union where several branches read tokens."""
+    """Every level that selects, every window or pattern; and their union where several read tokens."""
     found = [_level_subject(spec, level) for level in spec.levels if level.select]
-    found += [
-        Subject(
-            name=f"branch {branch.name}",
-            about=f"the last {branch.window} tokens, whatever they are",
-            window=branch.window,
-        )
-        for branch in spec.attend
-        if branch.window
-    ]
+    found += [_branch_subject(branch) for branch in spec.attend if branch.window or branch.static]
     if len(_raw(spec)) > 1:
-        one = (
-            "one softmax" if spec.combine and spec.combine.softmax else "as if one softmax spanned"
-        )
-        about = f"the tokens that {', '.join(x.name for x in _raw(spec))} read, each once, {one}"
+        names = " and ".join(branch.name for branch in _raw(spec))
+        apart = "" if spec.combine and spec.combine.softmax else ", as the spec does not"
+        about = f"tokens that {names} read, each once, under one softmax{apart}"
         found.append(Subject(name=TOGETHER, about=about))
     return tuple(found)
 
@@ -85,6 +78,18 @@ def _level_subject(spec: Spec, level: Level) -> Subject:
     )
 
 
+def _branch_subject(branch: Attend) -> Subject:
+    """A branch that chooses by position alone."""
+    name = f"branch {branch.name}"
+    if branch.static:
+        about = f"a static pattern of blocks of {branch.static.blocks} tokens"
+        return Subject(name=name, about=about, static=branch.static)
+    if branch.window == "all" or branch.window is None:
+        return Subject(name=name, about="every token", window=EVERYTHING)
+    about = f"the last {branch.window} tokens, whatever they are"
+    return Subject(name=name, about=about, window=branch.window)
+
+
 def _raw(spec: Spec) -> list[Attend]:
     """The branches that read tokens."""
     return [branch for branch in spec.attend if branch.values == "raw"]
@@ -101,12 +106,17 @@ def bound(spec: Spec, group: Group) -> Spec:
 
 
 def scaled(spec: Spec, factor: float) -> Spec:
-    """The same attention with every budget and window multiplied; forced entries still fit."""
+    """The same attention with every budget and window multiplied; forced entries still fit.
+
+    Patterns, thresholds and masses are no budgets: they stay as they are.
+    """
     return spec.model_copy(
         update={
             "levels": tuple(_scaled_level(level, factor) for level in spec.levels),
             "attend": tuple(
-                x.model_copy(update={"window": max(1, round(x.window * factor))}) if x.window else x
+                x.model_copy(update={"window": max(1, round(x.window * factor))})
+                if isinstance(x.window, int)
+                else x
                 for x in spec.attend
             ),
         }
@@ -115,8 +125,11 @@ def scaled(spec: Spec, factor: float) -> Spec:
 
 def _scaled_level(level: Level, factor: float) -> Level:
     select = level.select
-    if select is None:
+    if select is None or select.threshold is not None or select.top_p is not None:
         return level
+    if select.fraction is not None:
+        changed = select.model_copy(update={"fraction": min(1.0, select.fraction * factor)})
+        return level.model_copy(update={"select": changed})
     forced = (select.force.first + select.force.last) if select.force.counted else 0
     key = "top_k" if select.top_k else "beam"
     budget = max(1, forced, round(select.budget * factor))
@@ -157,6 +170,11 @@ def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
                 chosen[each.name].append(mask)
             elif each.window:
                 chosen[each.name].append(_window(run, tokens, each.window, spec.causal))
+            elif each.static:
+                heads = group.q.shape[1]
+                seen = static_mask(each.static, run, tokens, heads, spec.causal).transpose(0, 1)
+                before = torch.arange(tokens, device=run.device) <= run[:, None]
+                chosen[each.name].append(seen & before if spec.causal else seen)
     found = {name: torch.cat(parts, 1) for name, parts in chosen.items() if parts}
     if TOGETHER in chosen:
         found[TOGETHER] = _together(spec, found, tokens)
@@ -174,7 +192,7 @@ def _together(spec: Spec, found: dict[str, Tensor], tokens: int) -> Tensor:
     """Tokens that any raw branch reads.  -> bool[Hs, R, S]"""
     masks: list[Tensor] = []
     for branch in _raw(spec):
-        if branch.window:
+        if branch.window or branch.static:
             masks.append(found[f"branch {branch.name}"])
         elif branch.over:
             level = spec.level(branch.over).partition

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 import torch
@@ -22,12 +22,15 @@ from hsgen.selection import (
     BitmapSelection,
     ListSelection,
     Selection,
+    bitmap_from_members,
     from_members,
     members,
     to_list,
 )
-from hsgen.spec import Attend, Level, Select, Spec
+from hsgen.spec import Attend, Level, Select, Spec, Static, TopP
 
+ONE = 1 << 30  # masses and parts are whole numbers of 2^-30, so that their sums know no order
+MOST_MASS = 1 << 44  # of one entry: far above every sum of softmaxes, far below what a sum can hold
 CHUNK_ELEMENTS = 1 << 23  # float64 logits that are alive at once, about
 
 TensorKind = Literal["query", "key", "parameter"]
@@ -42,7 +45,8 @@ class Result:
         o: [B, T, Hq, Dv].
         lse: By branch, or "o" where one softmax spans all: [B, Hq, T], natural logarithm, -inf for
             an empty row.
-        selection: By selecting level: ascending, -1 padded.
+        selection: By selecting level: a list, ascending, -1 padded; bitmap rows where the spec's rule
+            lets counts vary.
         scores: By level: [B, T, Hs, N], what entries are ordered by; -inf where an entry is
             incomplete or no candidate.  An incomplete entry can still be selected by force.
         candidates: By level: bool[B, T, Hs, N], complete or forced, and child of a selected parent.
@@ -51,7 +55,7 @@ class Result:
 
     o: Tensor
     lse: dict[str, Tensor]
-    selection: dict[str, ListSelection]
+    selection: dict[str, Selection]
     scores: dict[str, Tensor]
     candidates: dict[str, Tensor]
     forced: dict[str, Tensor]
@@ -178,12 +182,84 @@ def order(scores: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
 def choose(select: Select, scores: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
     """Keep the best candidates.  f[T, Hs, N], bool[T, Hs, N], bool[T, Hs, N] -> bool[T, Hs, N]"""
     forced = forced & candidates
-    keep = torch.full_like(forced.sum(-1, keepdim=True), select.budget)
+    if select.threshold is not None:
+        return ((scores > select.threshold) & candidates) | forced
+    if select.top_p is not None:
+        return _choose_mass(select.top_p, select.force.counted, scores, candidates, forced)
+    if select.fraction is not None:
+        keep = _part(select.fraction, candidates.sum(-1, keepdim=True))
+    else:
+        keep = torch.full_like(forced.sum(-1, keepdim=True), select.budget)
     if not select.force.counted:
         keep = keep + forced.sum(-1, keepdim=True)
-    ranking = order(scores, candidates, forced)
-    early = torch.arange(scores.shape[-1], device=scores.device) < keep
-    return torch.zeros_like(candidates).scatter_(-1, ranking, early) & candidates
+    chosen = _early(order(scores, candidates, forced), keep) & candidates
+    return chosen | forced if select.fraction is not None else chosen
+
+
+def _early(ranking: Tensor, keep: Tensor) -> Tensor:
+    """Entries among the first `keep` of a ranking.  i64[..., N], i64[..., 1] -> bool[..., N]"""
+    early = torch.arange(ranking.shape[-1], device=ranking.device) < keep
+    return torch.zeros_like(ranking, dtype=torch.bool).scatter_(-1, ranking, early)
+
+
+def fixed(value: float) -> int:
+    """A part of a whole as a number of 2^-30, the nearest."""
+    return round(value * ONE)
+
+
+def _part(part: float, whole: Tensor, *, up: bool = True) -> Tensor:
+    """part * whole, rounded up or down, in integers that do not overflow below 2^62 / part."""
+    units = fixed(part)
+    high, low = whole // ONE, whole % ONE
+    return units * high + (units * low + (ONE - 1 if up else 0)) // ONE
+
+
+def masses(scores: Tensor) -> Tensor:
+    """Scores as whole numbers of 2^-30, the nearest, ties to even; none below 0, NaN is 0.  -> i64"""
+    scaled = (scores.double() * ONE).round()
+    return scaled.nan_to_num(nan=0.0, posinf=MOST_MASS, neginf=0.0).clamp(0, MOST_MASS).long()
+
+
+def _choose_mass(
+    top_p: TopP, counted: bool, scores: Tensor, candidates: Tensor, forced: Tensor
+) -> Tensor:
+    """Best first until the masses reach a part of the total.  Shapes as in `choose`.
+
+    Forced entries come first and their masses count, or, not counted, the choice is made as if
+    nothing were forced.  Complete entries alone have masses: an entry that is forced before it is
+    complete weighs nothing.
+    """
+    if counted:
+        first = forced
+    else:
+        candidates, first = candidates & (scores > -math.inf), torch.zeros_like(forced)
+    if top_p.scope == "row":
+        reached = _until_mass(top_p, scores, candidates, first)
+    else:  # all rows of a head together; ties go to the earlier row
+        flat = [y.transpose(0, 1).flatten(1) for y in (scores, candidates, first)]
+        reached = _until_mass(top_p, *flat).unflatten(1, scores.shape[::2]).transpose(0, 1)
+    ranking = order(scores, candidates, first)
+    chosen = (reached | _early(ranking, _count(top_p.min, scores))) & candidates
+    if top_p.max is not None:
+        chosen = chosen & _early(ranking, _count(top_p.max, scores))
+    return chosen | forced
+
+
+def _count(number: int, like: Tensor) -> Tensor:
+    return torch.full((*like.shape[:-1], 1), number, device=like.device)
+
+
+def _until_mass(top_p: TopP, scores: Tensor, candidates: Tensor, first: Tensor) -> Tensor:
+    """Candidates before their masses reach, or as long as they do not exceed, the part asked for."""
+    ranking = order(scores, candidates, first)
+    mass = masses(scores).masked_fill(~candidates, 0)
+    total = mass.sum(-1, keepdim=True)
+    sums = mass.gather(-1, ranking).cumsum(-1)
+    if top_p.boundary == "keep":
+        taken = sums - mass.gather(-1, ranking) < _part(top_p.mass, total)
+    else:
+        taken = sums <= _part(top_p.mass, total, up=False)
+    return torch.zeros_like(candidates).scatter_(-1, ranking, taken) & candidates
 
 
 # --- One sequence
@@ -239,6 +315,8 @@ def _sequence(
     pooled = {level.name: _pooled(level, x) for level in spec.levels}
     kinds = tensor_kinds(spec)
     step = max(1, CHUNK_ELEMENTS // (x["q"].shape[1] * max(len(_keys(spec, x)), 1)))
+    if any(_ranks_rows_together(level) for level in spec.levels):
+        step = max(len(p), 1)
     parts = []
     for t in range(0, max(len(p), 1), step):
         rows = _Rows(
@@ -250,6 +328,11 @@ def _sequence(
         )
         parts.append(_compute(rows, keep_scores=keep_scores))
     return _concatenate(parts)
+
+
+def _ranks_rows_together(level: Level) -> bool:
+    top_p = level.select and level.select.top_p
+    return bool(top_p) and top_p.scope == "head"
 
 
 def _compute(rows: _Rows, *, keep_scores: bool) -> Result:
@@ -313,10 +396,12 @@ def _level(rows: _Rows, level: Level, levels: dict[str, _Scored]) -> _Scored:
     )
 
 
-def _listed(rows: _Rows, level: Level, chosen: Tensor | None) -> ListSelection:
-    """A level's choice as a list, as wide as the spec says or as the list that was given."""
+def _listed(rows: _Rows, level: Level, chosen: Tensor | None) -> Selection:
+    """A level's choice: a list, as wide as the spec says or as the list that was given; or bits."""
     assert level.select is not None
     assert chosen is not None
+    if level.select.counts_vary:
+        return bitmap_from_members(level.name, chosen)
     given = rows.given.get(level.name)
     width = level.select.width if given is None else given.shape[-1]
     return from_members(level.name, chosen, width=width)
@@ -564,14 +649,48 @@ def _branch(rows: _Rows, branch: Attend, levels: dict[str, _Scored]) -> _Keys:
     k, v = rows.x[_own("k", branch.kv)], rows.x[_own("v", branch.kv)]
     distance = (rows.p[:, None] - torch.arange(len(k), device=k.device)).unsqueeze(1)  # [T, 1, S]
     visible = distance >= 0 if rows.spec.causal else torch.ones_like(distance, dtype=torch.bool)
-    if branch.window:
-        visible = visible & (distance.abs() < branch.window)
+    if branch.static:
+        near = static_mask(branch.static, rows.p, len(k), rows.x["q"].shape[1], rows.spec.causal)
+        visible = visible & near
+    elif branch.window:
+        visible = visible if branch.window == "all" else visible & (distance.abs() < branch.window)
     else:
         assert branch.over is not None, f"branch {branch.name} attends to nothing"
         chosen = levels[branch.over].chosen
         assert chosen is not None, f"{branch.over} is attended raw and must select"
         visible = visible & _token_mask(rows.spec.level(branch.over), chosen, len(k))
     return _Keys(source=f"raw {branch.kv or ''}", k=k, v=v, visible=visible)
+
+
+def static_mask(static: Static, p: Tensor, S: int, Hq: int, causal: bool) -> Tensor:
+    """Which tokens a static pattern shows to each row and head.  p: [T] -> bool[T, Hq, S]"""
+    unit = torch.arange(S, device=p.device) // static.blocks
+    head = torch.arange(Hq, device=p.device)[:, None]
+    d = (p // static.blocks)[:, None, None] - unit
+    if not causal:
+        d = d.abs()
+    seen = torch.zeros(len(p), Hq, S, dtype=torch.bool, device=p.device)
+    windows, sinks = _spans_of_heads(static, Hq, -(-S // static.blocks))
+    for h, (window, sink) in enumerate(zip(windows, sinks, strict=True)):
+        near = (
+            (d[:, 0] >= 0) & (d[:, 0] < window * static.dilation) & (d[:, 0] % static.dilation == 0)
+        )
+        seen[:, h] = near | (unit < sink)
+    if static.stride is not None:
+        seen = seen | ((unit + 1 + static.shift * head) % static.stride == 0)
+    if static.power_of_two:
+        seen = seen | ((d >= 0) & (d & (d - 1) == 0))
+    return seen
+
+
+def _spans_of_heads(static: Static, Hq: int, N: int) -> tuple[list[int], list[int]]:
+    """Window and sink of every head, in units, of which the sequence has N."""
+    if not static.per_head:
+        return [static.window or 0] * Hq, [static.sink] * Hq
+    spans = [static.per_head[h % len(static.per_head)] for h in range(Hq)]
+    grown = [fixed(span.grow) * max(0, N - span.window) // ONE for span in spans]
+    windows = [span.window + more for span, more in zip(spans, grown, strict=True)]
+    return windows, [span.sink for span in spans]
 
 
 def _union(branches: list[_Keys]) -> list[_Keys]:
@@ -699,15 +818,24 @@ def _concatenate(parts: list[Result]) -> Result:
         o=torch.cat([part.o for part in parts]),
         lse={name: torch.cat([part.lse[name] for part in parts]) for name in first.lse},
         selection={
-            name: ListSelection(
-                level=name, indices=torch.cat([part.selection[name].indices for part in parts])
-            )
+            name: _one_after_another([part.selection[name] for part in parts])
             for name in first.selection
         },
         scores=rows("scores"),
         candidates=rows("candidates"),
         forced=rows("forced"),
     )
+
+
+def _one_after_another(parts: list[Selection]) -> Selection:
+    """Selections of one level along rows; bitmaps as wide as the longest sequence needs."""
+    lists = [part.indices for part in parts if isinstance(part, ListSelection)]
+    if lists:
+        return ListSelection(level=parts[0].level, indices=torch.cat(lists))
+    bitmaps = [part for part in parts if isinstance(part, BitmapSelection)]
+    words = torch.cat(_padded([part.words for part in bitmaps], 0))
+    entries = max(part.entries for part in bitmaps)
+    return BitmapSelection(level=parts[0].level, words=words, entries=entries)
 
 
 def _padded(ys: list[Tensor], fill: float | bool) -> list[Tensor]:
@@ -727,7 +855,9 @@ def _join(parts: list[Result], *, packed: bool) -> Result:
         o=shape(result.o),
         lse={name: shape(y).transpose(-1, -2) for name, y in result.lse.items()},
         selection={
-            name: ListSelection(level=name, indices=shape(s.indices))
+            name: replace(s, indices=shape(s.indices))
+            if isinstance(s, ListSelection)
+            else replace(s, words=shape(s.words))
             for name, s in result.selection.items()
         },
         scores={name: shape(y) for name, y in result.scores.items()},

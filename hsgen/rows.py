@@ -402,6 +402,47 @@ def attend_window(shape: Shape, *, name: str, scale: float, window: int) -> Rows
     )
 
 
+def attend_all(shape: Shape, *, name: str, scale: float) -> RowsContext:
+    """One softmax over every token that is seen: dense attention."""
+    everyone = "tl.minimum(tl.maximum(first + 1, 0), k_len)" if shape.causal else "k_len"
+    stop = "tl.minimum(last + 1, k_len)" if shape.causal else "k_len"
+    return RowsContext(
+        name=name,
+        summary="attention over all tokens.",
+        params=(
+            *QUERY,
+            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
+            *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            *OUTPUTS,
+            *SEQ,
+            *BLOCKS,
+        ),
+        acc="softmax",
+        rows_comment=_packing(shape.group, "the group's heads"),
+        heads=shape.group,
+        pitch=shape.group,
+        qk_chunks=chunks(shape.qk),
+        v_chunks=chunks(shape.v),
+        key_head=_kv_head("k_h", shape, per_head=False),
+        value_head=_kv_head("v_h", shape, per_head=False),
+        key_row="k_first",
+        setup=(f"full = {everyone} // BLOCK_N * BLOCK_N", f"stop = {stop}"),
+        phases=(
+            Phase(kind="range", comment="tokens that every row sees", start="0", stop="full"),
+            Phase(
+                kind="range",
+                comment="tokens up to the tile's last row, or to the end of the sequence",
+                start="full",
+                stop="stop",
+                inside="n < stop",
+                visible=_seen(shape),
+            ),
+        ),
+        scale_log2=number(scale * LOG2_E),
+        precision=shape.precision,
+    )
+
+
 def attend_pooled(
     shape: Shape, *, name: str, scale: float, entries: Entries, values: bool
 ) -> RowsContext:

@@ -24,6 +24,7 @@ from hsgen.graph import (
     Reduce,
     Score,
     Select,
+    SelectSet,
     Union,
     short_last,
 )
@@ -78,7 +79,7 @@ class _Scheduler:
                     self._gate(node)
                 case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
                     pass  # fused into the launch that reads them
-                case Union():
+                case Union() | SelectSet():
                     raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
@@ -104,6 +105,12 @@ class _Scheduler:
     def _refuse(self) -> None:
         """Operators that no kernel does yet, and sizes that none holds."""
         for node in self.graph.nodes():
+            if isinstance(node.op, SelectSet):
+                message = f"level {node.op.level}: no kernel selects by {node.op.rule} yet"
+                raise PlanError(message, span=node.span)
+            if isinstance(node.op, Attend) and node.op.over == "static":
+                message = f"branch {node.op.branch}: no kernel attends a static pattern yet"
+                raise PlanError(message, span=node.span)
             if isinstance(node.op, Union):
                 message = "no kernel takes one softmax over several branches yet"
                 raise PlanError(f"{message}: `combine: {{softmax: union}}`", span=node.span)
@@ -241,6 +248,9 @@ class _Scheduler:
                     self.shape, name=name, scale=scale, window=op.window or 1
                 )
                 config = self._tiles.attend(context, limit=128)
+            case "all":
+                context = rows.attend_all(self.shape, name=name, scale=scale)
+                config = self._tiles.attend(context, limit=128)
             case "pooled":
                 entries = self._pooled_entries(node.inputs[1])
                 context = rows.attend_pooled(
@@ -257,6 +267,8 @@ class _Scheduler:
                     share=selection.type.dims[2],
                 )
                 config = self._tiles.attend(context, tokens=1)
+            case "static":
+                raise AssertionError("refused")
             case "blocks":
                 context, config = self._blocks(node, op, name, launches, buffers, sizes)
         programs = self.shape.query_heads // context.heads
@@ -391,7 +403,7 @@ class _Scheduler:
                 return (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
             case "tokens":
                 return (_buffer(node.inputs[3]),)
-            case "pooled" | "window":
+            case "pooled" | "window" | "static" | "all":
                 return ()
 
     def _outputs(self, node: Node) -> tuple[str, ...]:

@@ -41,6 +41,11 @@ class BitmapSelection:
     words: Tensor
     entries: int
 
+    @property
+    def indices(self) -> Tensor:
+        """The same sets as lists, as wide as the largest; costs a look at the data."""
+        return to_list(self).indices
+
     def __repr__(self) -> str:
         return (
             f"{self.level}: bitmap of {self.entries}, i32{list(self.words.shape)}, {_sizes(self)}"
@@ -108,13 +113,18 @@ def to_list(selection: Selection, *, width: int | None = None) -> ListSelection:
 
 def to_bitmap(selection: Selection, entries: int) -> BitmapSelection:
     """The same sets as bitmap rows of `entries` bits; what lies outside is dropped."""
-    mask = members(selection, entries)
+    return bitmap_from_members(selection.level, members(selection, entries))
+
+
+def bitmap_from_members(level: str, mask: Tensor) -> BitmapSelection:
+    """Write sets as bitmap rows.  bool[..., Hs, N] -> i32[..., Hs, ceil(N / 32)]"""
+    entries = mask.shape[-1]
     count = -(-entries // WORD)
     mask = torch.nn.functional.pad(mask, (0, count * WORD - entries)).unflatten(-1, (count, WORD))
     bits = torch.arange(WORD, device=mask.device)
     words = (mask.long() << bits).sum(-1)
     words = torch.where(words >= 1 << (WORD - 1), words - (1 << WORD), words)
-    return BitmapSelection(level=selection.level, words=words.to(torch.int32), entries=entries)
+    return BitmapSelection(level=level, words=words.to(torch.int32), entries=entries)
 
 
 def checked(selection: Selection, *, level: str, rows: tuple[int, ...], heads: int) -> Selection:

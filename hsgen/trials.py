@@ -175,7 +175,7 @@ def _shrunk_level(level: Level, divisor: int) -> Level:
 
 
 def _shrunk_branch(branch: Attend) -> Attend:
-    if branch.window is None:
+    if branch.window is None or branch.window == "all":
         return branch
     return branch.model_copy(update={"window": min(branch.window, 9)})
 

@@ -27,6 +27,7 @@ from hsgen.graph import (
     Reduce,
     Score,
     Select,
+    SelectSet,
     Union,
     partitions,
     short_last,
@@ -142,6 +143,8 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return _map(run, node.op, *operands)
         case Select():
             return _select(run, node.op, *operands)
+        case SelectSet():
+            return _select_set(run, node.op, *operands)
         case Attend():
             return _attend(run, node, *operands)
         case Gate():
@@ -277,6 +280,71 @@ def _forced(run: _Run, op: Select, p: int, N: int) -> set[int]:
     return {e for e in (*first, *last) if 0 <= e <= upper}
 
 
+def _select_set(run: _Run, op: SelectSet, score: Scores) -> Chosen:
+    """Python's own integers and sorting; one ranking a row, or one of all rows of a head."""
+    B, T, H, N = score.value.shape
+    member = torch.zeros(B, T, H, N, dtype=torch.bool)
+    for b, h in ((b, h) for b in range(B) for h in range(H)):
+        rows = [_row_of(run, op, score, (b, t, h)) for t in range(T)]
+        together = rows if op.scope != "head" else [[entry for row in rows for entry in row]]
+        reached = {x.where for group in together for x in _reached(op, group)}
+        for row in rows:
+            ranked = _ranked(op, row)
+            kept = [x for i, x in enumerate(ranked) if x.where in reached or i < (op.least or 0)]
+            if op.most is not None:
+                kept = [x for x in kept if x in ranked[: op.most]]
+            for x in (*kept, *(x for x in row if x.forced)):
+                member[b, x.where[0], h, x.where[1]] = True
+    width = int(member.sum(-1).max()) if member.numel() else 0
+    entries = torch.arange(N, dtype=torch.int32).expand(member.shape)
+    listed = entries.masked_fill(~member, N).sort(-1).values[..., :width]
+    return Chosen(member=member, indices=listed.masked_fill(listed == N, -1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    where: tuple[int, int]  # row, entry
+    score: float
+    forced: bool
+    there: bool
+
+
+def _row_of(run: _Run, op: SelectSet, score: Scores, at: tuple[int, int, int]) -> list[_Entry]:
+    """The candidates of one row."""
+    values, there = score.value[at].tolist(), score.there[at].tolist()
+    forced = _forced(run, op, run.positions[at[1]], len(values))
+    return [
+        _Entry(where=(at[1], e), score=x if there[e] else -math.inf, forced=e in forced, there=seen)
+        for e, (x, seen) in enumerate(zip(values, there, strict=True))
+        if seen or e in forced
+    ]
+
+
+def _ranked(op: SelectSet, entries: list[_Entry]) -> list[_Entry]:
+    if op.rule == "top_p" and not op.counted:
+        entries = [x for x in entries if x.there]
+        return sorted(entries, key=lambda x: (-x.score, x.where))
+    return sorted(entries, key=lambda x: (not x.forced, -x.score, x.where))
+
+
+def _reached(op: SelectSet, entries: list[_Entry]) -> list[_Entry]:
+    ranked = _ranked(op, entries)
+    if op.rule == "threshold":
+        return [x for x in ranked if x.score > op.value]
+    one = 1 << 30
+    part = round(op.value * one)
+    if op.rule == "fraction":
+        keep = -(-part * len(entries) // one)
+        return ranked[: keep + (0 if op.counted else sum(x.forced for x in entries))]
+    masses = [round(max(x.score, 0.0) * one) for x in ranked]
+    goal, sums, kept = part * sum(masses), 0, []
+    for x, mass in zip(ranked, masses, strict=True):
+        if sums * one < goal if op.boundary == "keep" else (sums + mass) * one <= goal:
+            kept.append(x)
+        sums += mass
+    return kept
+
+
 def _attend(
     run: _Run, node: Node, query: Tensor, keys: Tensor, values: Tensor, chosen: Chosen | None = None
 ) -> Attended:
@@ -295,6 +363,8 @@ def _attend(
 def _seen_tokens(run: _Run, op: Attend, keys: Tensor, chosen: Chosen | None) -> Tensor:
     """bool[B or 1, T, H, S]"""
     rows = []
+    if op.pattern is not None:
+        return _seen_by_pattern(run, op, keys.shape[1])
     for p in run.positions:
         token = torch.arange(keys.shape[1])
         visible = token <= p if run.graph.meta.causal else token >= 0
@@ -309,6 +379,27 @@ def _seen_tokens(run: _Run, op: Attend, keys: Tensor, chosen: Chosen | None) -> 
         start = e * op.stride
         covered[..., start : start + op.size] |= chosen.member[..., e, None]
     return covered & visible
+
+
+def _seen_by_pattern(run: _Run, op: Attend, S: int) -> Tensor:
+    """bool[1, T, Hq, S], token by token."""
+    pattern, causal = op.pattern, run.graph.meta.causal
+    assert pattern is not None
+    seen = torch.zeros(1, len(run.positions), run.graph.sizes["Hq"], S, dtype=torch.bool)
+    for t, h, s in (
+        (t, h, s) for t in range(seen.shape[1]) for h in range(seen.shape[2]) for s in range(S)
+    ):
+        p = run.positions[t]
+        window, growth, sink = pattern.spans[h % len(pattern.spans)]
+        window += growth * max(0, -(-S // op.size) - window) >> 30
+        unit = s // op.size
+        d = p // op.size - unit if causal else abs(p // op.size - unit)
+        near = 0 <= d < window * pattern.dilation and d % pattern.dilation == 0
+        strided = pattern.stride and (unit + 1 + pattern.shift * h) % pattern.stride == 0
+        power = pattern.power_of_two and (d == 0 or (d > 0 and d.bit_count() == 1))
+        shown = near or unit < sink or strided or power
+        seen[0, t, h, s] = bool(shown) and (s <= p or not causal)
+    return seen
 
 
 def _softmax(

@@ -12,13 +12,16 @@ from hsgen.spec import (
     Force,
     HeadDim,
     Heads,
+    HeadSpan,
     Index,
     Level,
     Pool,
     Score,
     Select,
     Spec,
+    Static,
     Tokens,
+    TopP,
 )
 
 
@@ -206,6 +209,74 @@ CASES = [
             ),
         ],
         [SELECTED],
+    ),
+]
+
+
+def kept(select: Select, *, share: str = "head", **score: object) -> list[Level]:
+    """Blocks of 4 that a rule keeps by their softmax masses."""
+    reduce = None if share == "head" else "sum"
+    how = Score(form="dot", normalise="softmax", share=share, reduce=reduce, **score)
+    return [Level(name="block", partition=blocks(4), pool=MEAN, score=how, select=select)]
+
+
+def top_p(mass: float = 0.7, *, force: Force | None = None, **more: object) -> Select:
+    return Select(top_p=TopP(mass=mass, **more), force=force or Force(last=1))
+
+
+ADDED = Force(first=1, last=2, counted=False)
+# rules that let counts vary, and patterns: their meaning is the reference's, no kernel has them yet
+SETS = [
+    spec("fraction", kept(Select(fraction=0.3, force=Force(last=1))), [SELECTED]),
+    spec("fraction_added", kept(Select(fraction=0.2, force=ADDED)), [SELECTED]),
+    spec("threshold", kept(Select(threshold=0.2, force=Force(first=1))), [SELECTED]),
+    spec("top_p", kept(top_p()), [SELECTED]),
+    spec("top_p_shared", kept(top_p(), share="group"), [SELECTED]),
+    spec("top_p_drop", kept(top_p(boundary="drop", force=ADDED)), [SELECTED]),
+    spec("top_p_drop_counted", kept(top_p(boundary="drop", min=1)), [SELECTED]),
+    spec("top_p_limits", kept(top_p(min=2, max=3), share="all"), [SELECTED]),
+    spec("top_p_head", kept(top_p(scope="head", max=4)), [SELECTED]),
+    spec("top_p_head_added", kept(top_p(scope="head", min=1, force=ADDED)), [SELECTED]),
+    spec("top_p_not_causal", kept(top_p(scope="head")), [SELECTED], causal=False),
+    spec(
+        "top_p_mapped",
+        [
+            compressed(4, 2),
+            Level(
+                name="block",
+                partition=blocks(8),
+                score=Score(source="compressed", map="overlap_sum"),
+                select=top_p(0.5),
+            ),
+        ],
+        [POOLED, SELECTED],
+        combine=GATES,
+    ),
+    spec("all_tokens", [], [Attend(name="dense", window="all")]),
+    spec("all_tokens_not_causal", [], [Attend(name="dense", window="all")], causal=False),
+    spec("sharded", [], [Attend(name="s", static=Static(blocks=2, window=2, stride=4, shift=1))]),
+    spec("powers", [], [Attend(name="s", static=Static(blocks=3, sink=1, power_of_two=True))]),
+    spec("dilated", [], [Attend(name="s", static=Static(window=3, dilation=4))]),
+    spec(
+        "dilated_not_causal",
+        [],
+        [Attend(name="s", static=Static(blocks=2, window=3, dilation=2))],
+        causal=False,
+    ),
+    spec(
+        "spans",
+        [],
+        [
+            Attend(
+                name="s",
+                static=Static(
+                    blocks=2,
+                    per_head=(HeadSpan(window=2, sink=1), HeadSpan(window=3, grow=0.4)),
+                ),
+            ),
+            WINDOW,
+        ],
+        combine=UNION,
     ),
 ]
 

@@ -1,5 +1,6 @@
 """`hsgen show --svg`: boxes hold their words, lines join the right boxes, colours are launches'."""
 
+import functools
 import re
 import zlib
 from pathlib import Path
@@ -19,6 +20,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 H100 = Target.named("h100")
 
 
+@functools.cache
 def drawn(spec):
     return drawing.draw(report.show(spec, H100))
 
@@ -84,9 +86,9 @@ def test_inputs_stand_right_above_their_first_reader():
 # --- the picture
 
 
-@pytest.mark.parametrize("path", SPECS[:-1], ids=lambda path: path.stem)
-def test_picture_is_as_kept(path, golden):
-    golden(f"{path.stem}/graph.svg", drawn(load(path)))
+@pytest.mark.parametrize("name", ["hisa", "moba", "nsa"])
+def test_picture_is_as_kept(name, golden):
+    golden(f"{name}/graph.svg", drawn(load(name)))
 
 
 def test_picture_of_the_docs_is_of_the_example(golden):

@@ -53,6 +53,9 @@ def test_subjects_are_levels_windows_and_all_branches():
     names = [subject.name for subject in quality.subjects(load("nsa"))]
     assert names == ["level block", "branch window", "all branches"]
     hisa = {subject.name: subject.about for subject in quality.subjects(load("hisa"))}
+    (*_, together) = quality.subjects(load("nsa"))
+    assert together.about.startswith("tokens that selected and window read, each once, under one")
+    assert together.about.endswith("as the spec does not")
     assert hisa["level block"] == "blocks of 128, expanded by token"
     assert hisa["level token"] == "tokens, attended by selected"
 

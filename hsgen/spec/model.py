@@ -10,7 +10,7 @@ import json
 import keyword
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 from pydantic.config import JsonDict
@@ -23,6 +23,7 @@ MAX_COUNT = 1 << 24
 MAX_FORCED = 1 << 20
 MAX_LEVELS = 16
 MAX_BRANCHES = 16
+MAX_SPANS = 256
 LANGUAGE = 1
 
 
@@ -56,7 +57,13 @@ Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 Forced = Annotated[int, Field(strict=True, ge=0, le=MAX_FORCED)]
 # scores are float32: outside this range they all become 0 or infinite
 Scale = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
+Bound = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
+# parts of a whole are counted in units of 2^-30; the smallest part is far above one unit
+Part = Annotated[float, Field(ge=1e-6, le=1.0, allow_inf_nan=False)]
+Growth = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
+SelectRule = Literal["top_k", "beam", "fraction", "threshold", "top_p"]
+SELECT_RULES: tuple[SelectRule, ...] = get_args(SelectRule)
 KeyPool = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
 ValuePool = Literal["mean", "max", "sum_rsqrt", "linear"]
 ScoreForm = Literal["dot", "bound", "relu_weighted"]
@@ -162,21 +169,51 @@ class Force(Node):
     counted: bool = True  # inside `top_k`; false: on top of it
 
 
+class TopP(Node):
+    """Best entries first, until their masses reach `mass` of the total: how many is the data's say.
+
+    `boundary`: whether the entry that crosses is kept.  `scope`: the total of a row, or of all rows
+    of a head, which are then ranked together.  `min` and `max` entries a row, whatever the masses.
+    """
+
+    mass: Part
+    boundary: Literal["keep", "drop"] = "keep"
+    scope: Literal["row", "head"] = "row"
+    min: Forced = 0
+    max: Count | None = None
+
+
 class Select(Node):
-    """Keep the best: `beam` entries are expanded by a level below, `top_k` entries are attended."""
+    """Keep the best: `beam` entries are expanded by a level below, the others are attended.
+
+    `fraction`: of a row's visible entries, rounded up.  `threshold`: every score above it.
+    """
 
     top_k: Count | None = None
     beam: Count | None = None
+    fraction: Part | None = None
+    threshold: Bound | None = None
+    top_p: TopP | None = None
     force: Force = Force()
 
     @property
+    def rules(self) -> tuple[SelectRule, ...]:
+        """The rules that are given; a valid spec has one."""
+        return tuple(rule for rule in SELECT_RULES if getattr(self, rule) is not None)
+
+    @property
+    def counts_vary(self) -> bool:
+        """Whether rows differ in how many entries they keep, so that they are bitmaps, not lists."""
+        return not self.budget
+
+    @property
     def budget(self) -> int:
-        """The number kept before uncounted forced entries are added."""
+        """The number kept before uncounted forced entries are added; 0 where counts vary."""
         return self.top_k or self.beam or 0
 
     @property
     def width(self) -> int:
-        """Slots of one row of the selection."""
+        """Slots of one row of the selection, where counts do not vary."""
         extra = 0 if self.force.counted else self.force.first + self.force.last
         return self.budget + extra
 
@@ -193,12 +230,47 @@ class Level(Node):
     select: Select | None = None
 
 
+class HeadSpan(Node):
+    """What one head sees of a `static` rule.  Of N units it sees the last
+    window + grow * max(0, N - window), rounded down, and the first `sink`.
+    """
+
+    window: Count
+    grow: Growth = 0.0
+    sink: Forced = 0
+
+
+class Static(Node):
+    """A pattern that depends on positions and heads alone: the union of the rules that are given.
+
+    Positions are counted in units of `blocks` tokens.  A query in unit m sees a unit n at distance
+    d = m - n (|m - n| without causality), by head h, where
+
+        d < window * dilation and dilation divides d;  n < sink;
+        stride divides n + 1 + shift * h;  power_of_two, and d is 0 or a power of two.
+
+    `per_head` gives windows and sinks head by head, over and over until every head has one.
+    """
+
+    blocks: Count = 1
+    window: Count | None = None
+    dilation: Count = 1
+    sink: Forced = 0
+    stride: Count | None = None
+    shift: Forced = 0
+    power_of_two: bool = False
+    per_head: Annotated[tuple[HeadSpan, ...], Field(max_length=MAX_SPANS)] = ()
+
+
 class Attend(Node):
-    """One branch: raw tokens of selected entries, pooled entries, or the last `window` tokens."""
+    """One branch: raw tokens of selected entries, pooled entries, the last `window` tokens or all of
+    them, or what a `static` rule says.
+    """
 
     name: Identifier
     over: Identifier | None = None
-    window: Count | None = None
+    window: Count | Literal["all"] | None = None
+    static: Static | None = None
     values: Literal["raw", "pooled"] = "raw"
     kv: Identifier | None = None  # attends `k_<kv>`, `v_<kv>` instead of `k`, `v`
 
@@ -241,7 +313,7 @@ class Spec(Node):
     @property
     def digest(self) -> str:
         """sha256 of the meaning: all fields but `source`, defaults filled in."""
-        fields = self.model_dump(mode="json", exclude={"source"})
+        fields = _without_news(self.model_dump(mode="json", exclude={"source"}))
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -299,6 +371,20 @@ class Spec(Node):
             msg = f"{field}: expected {said!r} as the spec '{self.name}' says, got {value!r}"
             raise ArgumentError(msg, span=self.span(field))
         return self.model_copy(update={field: value})
+
+
+# keys that the language got later: a spec that does not say them keeps the digest it had before
+_NEWS = {"fraction", "threshold", "top_p", "static"}
+
+
+def _without_news(fields: object) -> object:
+    """Fields of a dump without those that are new and say nothing."""
+    if isinstance(fields, list):
+        return [_without_news(item) for item in cast("list[object]", fields)]
+    if not isinstance(fields, dict):
+        return fields
+    items = cast("dict[str, object]", fields).items()
+    return {key: _without_news(x) for key, x in items if key not in _NEWS or x is not None}
 
 
 def _count(name: str, value: int) -> int:

@@ -25,6 +25,7 @@ from hsgen.spec.model import (
     MAX_BRANCHES,
     MAX_COUNT,
     MAX_LEVELS,
+    MAX_SPANS,
     Blocks,
     Force,
     Heads,
@@ -49,9 +50,9 @@ _HIDDEN = {"kind"}
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
     antidiagonal avg_pool bias budget_from by centroid code_match columns cosine diagonals
-    dtype early_stop fraction gather given grid halving kmeans loss max_min_mean
+    dtype early_stop gather given grid halving kmeans loss max_min_mean
     mlp pages permute quota ragged reuse rotate route sample sink softcap softmax_mass
-    sort_in_segment static stripes tail then threshold tile top_p tree upsample
+    sort_in_segment stripes tail then tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 
@@ -164,8 +165,8 @@ class _Reading:
         return self.word(node, path) if isinstance(node, Word) else self.mismatch(node, path)
 
     def listed(self, node: Items, path: Path) -> Plain:
-        """The levels, or the branches."""
-        limit = MAX_LEVELS if path == ("levels",) else MAX_BRANCHES
+        """The levels, the branches, or the heads of a static rule."""
+        limit = _MOST[path[-1]]
         if len(node.items) > limit:
             message = f"expected at most {limit} entries in {_where(path)}, got {len(node.items)}"
             self.report("HS039", node.items[limit].span, message, "leave some out")
@@ -178,7 +179,7 @@ class _Reading:
         return tuple(self.item(tree, (*path, i)) for i, tree in enumerate(node.items[:limit]))
 
     def item(self, node: Tree, path: Path) -> Plain:
-        """One level, or one branch."""
+        """One level, one branch, or one head."""
         self.spans[path] = self.keys[path] = node.span
         cls = _shape(path)
         assert isinstance(cls, type)
@@ -376,6 +377,12 @@ def _nearest_span(spans: Mapping[Path, Span], path: Path) -> Span:
 
 # What the classes say -----------------------------------------------------------------------------
 
+_MOST: Mapping[str | int, int] = {
+    "levels": MAX_LEVELS,
+    "attend": MAX_BRANCHES,
+    "per_head": MAX_SPANS,
+}
+
 _EXAMPLE = {
     "hsgen": "hsgen: 1",
     "name": "name: my_attention",
@@ -391,6 +398,10 @@ _EXAMPLE = {
     "levels": "levels: [{name: block, ...}]",
     "attend": "attend: [{name: local, window: 512}]",
     "combine": "combine: {gates: input}",
+    "top_p": "top_p: {mass: 0.9}",
+    "mass": "mass: 0.9",
+    "static": "static: {blocks: 64, window: 16, sink: 1}",
+    "per_head": "per_head: [{window: 16}, {window: 64}]",
 }
 _CODES = {
     "int_type": "HS032",
@@ -503,6 +514,8 @@ def _expected(path: Path) -> str:
         return "a whole number, or a mapping {qk: ..., v: ...}"
     if path[-1] == "scale":
         return "a number from 1e-9 to 1e9 or none"
+    if path[0] == "attend" and path[2:] == ("window",):
+        return f"a whole number from 1 to {MAX_COUNT} or all"
     shape = _shape(path)
     if isinstance(shape, type):
         return f"a mapping with keys {', '.join(_keys(shape))}"
@@ -511,6 +524,9 @@ def _expected(path: Path) -> str:
     if part is int:
         low, high = (int(_limit(limits, end)) for end in ("ge", "le"))
         return f"a whole number from {low} to {high}"
+    if part is float:
+        low, high = (_limit(limits, end) for end in ("ge", "le"))
+        return f"a number from {low:g} to {high:g}"
     if part is bool:
         return "true or false"
     if part is str:
@@ -536,7 +552,7 @@ def _stand_in(path: Path) -> Plain:
         return cast("Plain", field.get_default())
     if part is str:
         return "_".join(["unnamed", *(str(step) for step in path[1:-1])])
-    return _smallest(_class(part), path) if isinstance(part, type) and part is not int else 1
+    return _smallest(_class(part), path) if _has_class(part) else 1
 
 
 def _smallest(cls: type[Node], path: Path) -> Data:
@@ -627,9 +643,13 @@ def _advice(code: str, value: object, path: Path) -> str:
     if isinstance(value, str) and (close := nearest(value, words)):
         quotes = " without quotes" if value == close else ""
         return f"write '{key}: {close}'{quotes}"
+    if key == "window" and words:
+        return "write 'window: 512' or 'window: all'"
     if words:
         options = [f"'{key}: {word}'" for word in words]
         return f"write {' or '.join(options)}"
+    if part is float:
+        return f"write '{key}: {_example_of(path)}'"
     if isinstance(value, str) and value.isascii() and value.isdecimal():
         return f"write '{key}: {_within(int(value[:9]), path)}' without quotes"
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else 16
@@ -649,6 +669,11 @@ def _named(value: object) -> str:
     """A name that looks like the value."""
     name = re.sub(r"[^a-z0-9]+", "_", str(value).lower()).strip("_")[:40].lstrip("0123456789_")
     return f"{name}_" if keyword.iskeyword(name) else name or "my_name"
+
+
+def _example_of(path: Path) -> str:
+    """A number that the field may hold, as one would write it."""
+    return {"mass": "0.9", "fraction": "0.1", "threshold": "0.005"}.get(str(path[-1]), "0.5")
 
 
 def _within(number: float, path: Path) -> int:

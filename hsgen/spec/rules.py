@@ -9,7 +9,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hsgen.errors import nearest
-from hsgen.spec.model import Blocks, Level, Path, Score, Spec, Tokens
+from hsgen.spec.model import (
+    SELECT_RULES,
+    Blocks,
+    Level,
+    Path,
+    Score,
+    Select,
+    Spec,
+    Static,
+    Tokens,
+)
 
 _COARSENESS = {"all": 0, "group": 1, "head": 2}
 # arguments of a kernel's call; `kv: new` would make another k_new
@@ -144,7 +154,11 @@ def _uses(spec: Spec) -> tuple[Path, ...]:
     return (
         *_names(spec),
         *(("levels", i, *field) for i in levels for field in _NAMING),
-        *(("attend", i, field) for i in branches for field in ("over", "window", "values")),
+        *(
+            ("attend", i, field)
+            for i in branches
+            for field in ("over", "window", "static", "values")
+        ),
     )
 
 
@@ -218,8 +232,8 @@ def _pools(spec: Spec) -> Iterator[Problem]:
     for i, level in enumerate(spec.levels):
         here: Path = ("levels", i)
         pool, score = level.pool, level.score
-        has_keys = pool is not None and pool.keys is not None
-        if isinstance(level.partition, Blocks) and score.form and not (has_keys or score.source):
+        keys = pool.keys if pool is not None else None
+        if isinstance(level.partition, Blocks) and score.form and not (keys or score.source):
             yield Problem(
                 code="HS063",
                 path=(*here, "score", "form"),
@@ -227,8 +241,8 @@ def _pools(spec: Spec) -> Iterator[Problem]:
                 help="write 'pool: {keys: mean}' in this level",
                 also=((*here, "pool", "keys"), (*here, "partition")),
             )
-        elif score.form and has_keys and (score.form == "bound") != (pool.keys == "minmax"):
-            yield _bound_without_minmax(i, pool.keys, score.form)
+        elif score.form and keys and (score.form == "bound") != (keys == "minmax"):
+            yield _bound_without_minmax(i, keys, score.form)
         if pool is not None:
             yield from _pool(spec, i, level)
 
@@ -508,7 +522,7 @@ def _nesting_problem(spec: Spec, parent: Level, child: Level) -> tuple[str, str,
     """Code, message and help."""
     p, c = parent.partition, child.partition
     if parent.select is None or parent.select.beam is None:
-        got = "a top_k" if parent.select else "no select"
+        got = _kept(parent)
         expected = (
             f"expected '{parent.name}' to have a beam, whose entries are expanded here, got {got}"
         )
@@ -551,28 +565,85 @@ def _selects(spec: Spec) -> Iterator[Problem]:
         if select is None:
             continue
         path: Path = ("levels", i, "select")
-        both = ((*path, "top_k"), (*path, "beam"))
-        if (select.top_k is None) == (select.beam is None):
+        if len(select.rules) != 1:
+            got = " and ".join(select.rules) or "none"
             yield Problem(
                 code="HS070",
                 path=path,
-                message=f"expected 'top_k' or 'beam' in 'select', got {_either(select.top_k)}",
+                message=f"expected one of {', '.join(SELECT_RULES)} in 'select', got {got}",
                 help="write 'top_k: 16' for what is attended, 'beam: 64' for what is expanded",
-                also=both,
+                also=_select_keys(path),
             )
             continue
-        forced = select.force.first + select.force.last
-        if select.force.counted and forced > select.budget:
-            key = "top_k" if select.top_k else "beam"
-            yield Problem(
-                code="HS071",
-                path=(*path, "force"),
-                message=f"expected at most {key} = {select.budget} forced entries, got"
-                f" first {select.force.first} + last {select.force.last} = {forced}",
-                help=f"write '{key}: {forced}', or 'counted: false' to select them on top",
-                also=both,
-            )
+        yield from _forced(select, path)
+        yield from _top_p(spec, i, level, path)
         yield from _select_use(spec, level, path)
+
+
+def _select_keys(path: Path) -> tuple[Path, ...]:
+    return tuple((*path, rule) for rule in SELECT_RULES)
+
+
+def _kept(level: Level) -> str:
+    """How a level selects, for the end of a message."""
+    return f"a {level.select.rules[0]}" if level.select and level.select.rules else "no select"
+
+
+def _forced(select: Select, path: Path) -> Iterator[Problem]:
+    """More forced entries than there is room for."""
+    forced = select.force.first + select.force.last
+    keys: tuple[Path, ...] = ((*path, "top_k"), (*path, "beam"))
+    key, most = ("top_k" if select.top_k else "beam"), select.budget
+    if select.top_p is not None:
+        key, most, keys = "max", select.top_p.max or forced, ((*path, "top_p", "max"),)
+    if select.force.counted and forced > most > 0:
+        yield Problem(
+            code="HS071",
+            path=(*path, "force"),
+            message=f"expected at most {key} = {most} forced entries, got"
+            f" first {select.force.first} + last {select.force.last} = {forced}",
+            help=f"write '{key}: {forced}', or 'counted: false' to select them on top",
+            also=keys,
+        )
+
+
+def _top_p(spec: Spec, i: int, level: Level, path: Path) -> Iterator[Problem]:
+    """Masses that are none, and bounds that exclude each other."""
+    top_p = level.select and level.select.top_p
+    if not top_p:
+        return
+    if top_p.max is not None and top_p.min > top_p.max:
+        yield Problem(
+            code="HS100",
+            path=(*path, "top_p", "min"),
+            message=f"expected at most max = {top_p.max} entries, got min {top_p.min}",
+            help=f"write 'max: {top_p.min}', or leave one of the two out",
+            also=((*path, "top_p", "max"),),
+        )
+    j = _scored_by(spec, i)
+    if spec.levels[j].score.normalise is None:
+        name = spec.levels[j].name
+        yield Problem(
+            code="HS101",
+            path=(*path, "top_p"),
+            message=f"expected masses for 'top_p', got scores of '{name}' that are not normalised",
+            help=f"write 'normalise: softmax' in the score of '{name}', or 'fraction: 0.1' here",
+            also=(
+                *(("levels", at, "score", key) for at in {i, j} for key in ("source", "form")),
+                ("levels", j, "score", "normalise"),
+            ),
+        )
+
+
+def _scored_by(spec: Spec, i: int) -> int:
+    """The level whose scores a level selects by: itself, or the one that it takes them from."""
+    names = [level.name for level in spec.levels]
+    for _ in names:  # a chain of `from` is no longer than that
+        source = spec.levels[i].score.source
+        if source not in names:
+            break
+        i = names.index(source)
+    return i
 
 
 def _select_use(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
@@ -580,7 +651,7 @@ def _select_use(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
     assert level.select is not None
     expanded = any(other.within == level.name for other in spec.levels)
     attended = any(b.over == level.name and b.values == "raw" for b in spec.attend)
-    also = (*_uses(spec), (*path, "top_k"), (*path, "beam"))
+    also = (*_uses(spec), *_select_keys(path))
     if level.select.beam is not None and not expanded and not attended:
         yield Problem(
             code="HS068",
@@ -590,11 +661,12 @@ def _select_use(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
             also=also,
             at_key=True,
         )
-    if level.select.top_k is not None and not attended and not expanded:
+    (rule,) = level.select.rules
+    if rule != "beam" and not attended and not expanded:
         yield Problem(
             code="HS069",
-            path=(*path, "top_k"),
-            message=f"expected a branch that attends the top_k of '{level.name}', got none",
+            path=(*path, rule),
+            message=f"expected a branch that attends the {rule} of '{level.name}', got none",
             help=f"write '{{name: selected, over: {level.name}}}' in 'attend'",
             also=also,
             at_key=True,
@@ -608,27 +680,75 @@ def _branches(spec: Spec) -> Iterator[Problem]:
     levels = {level.name: (j, level) for j, level in enumerate(spec.levels)}
     for i, branch in enumerate(spec.attend):
         path: Path = ("attend", i)
-        over, window = (*path, "over"), (*path, "window")
-        if (branch.over is None) == (branch.window is None):
+        keys = ("over", "window", "static")
+        said = [key for key in keys if getattr(branch, key) is not None]
+        also: tuple[Path, ...] = tuple((*path, key) for key in keys)
+        if len(said) != 1:
             yield Problem(
                 code="HS073",
-                path=path if branch.over is None else window,
-                message=f"expected 'over' or 'window' in a branch, got {_either(branch.over)}",
-                help="write 'over: LEVEL' or 'window: 512'",
-                also=(over, window),
-                at_key=branch.over is not None,
+                path=(*path, said[1]) if said else path,
+                message="expected one of over, window, static in a branch, got"
+                f" {' and '.join(said) or 'none'}",
+                help="write 'over: LEVEL', 'window: 512' or 'static: {blocks: 64, window: 16}'",
+                also=also,
+                at_key=bool(said),
             )
-        elif branch.window is not None and branch.values == "pooled":
+        elif branch.over is None and branch.values == "pooled":
             yield Problem(
                 code="HS082",
                 path=(*path, "values"),
-                message="expected 'values: pooled' with 'over' only, got it with 'window'",
+                message=f"expected 'values: pooled' with 'over' only, got it with '{said[0]}'",
                 help="remove 'values'",
-                also=(over, window),
+                also=also,
             )
+        if branch.static is not None:
+            yield from _static(spec, branch.static, (*path, "static"))
         if branch.over in levels:
             j, level = levels[branch.over]
             yield from _pooled(i, j, level) if branch.values == "pooled" else _raw(i, j, level)
+
+
+def _static(spec: Spec, static: Static, path: Path) -> Iterator[Problem]:
+    """A pattern of nothing, keys that need another one, and heads that it does not come out for."""
+    rules = ("window", "sink", "stride", "power_of_two", "per_head")
+    if not any(getattr(static, rule) for rule in rules):
+        yield Problem(
+            code="HS102",
+            path=path,
+            message=f"expected at least one of {', '.join(rules)} in 'static', got none",
+            help="write 'static: {blocks: 64, window: 16}', or 'window: all' for every token",
+            also=tuple((*path, rule) for rule in rules),
+        )
+    per_head = bool(static.per_head)
+    for key, wrong, why, others in (
+        ("shift", static.shift and not static.stride, "there is no 'stride'", ("stride",)),
+        (
+            "dilation",
+            static.dilation > 1 and not (static.window or per_head),
+            "there is no window",
+            ("window", "per_head"),
+        ),
+        ("window", per_head and static.window, "'per_head' has windows of its own", ("per_head",)),
+        ("sink", per_head and static.sink, "'per_head' has sinks of its own", ("per_head",)),
+    ):
+        if wrong:
+            yield Problem(
+                code="HS103",
+                path=(*path, key),
+                message=f"'{key}' has no meaning here: {why}",
+                help=f"remove '{key}'",
+                also=tuple((*path, other) for other in others),
+                at_key=True,
+            )
+    if per_head and spec.heads and spec.heads.query % len(static.per_head):
+        yield Problem(
+            code="HS104",
+            path=(*path, "per_head"),
+            message=f"expected a number of heads that divides the query heads, {spec.heads.query},"
+            f" got {len(static.per_head)}",
+            help="write one entry for each query head, or a pattern that they repeat",
+            also=(("heads",),),
+        )
 
 
 def _pooled(i: int, j: int, level: Level) -> Iterator[Problem]:
@@ -658,7 +778,7 @@ def _pooled(i: int, j: int, level: Level) -> Iterator[Problem]:
 
 
 def _raw(i: int, j: int, level: Level) -> Iterator[Problem]:
-    if level.select is None or level.select.top_k is None:
+    if level.select is None or level.select.rules == ("beam",):
         got = "a beam, which is expanded and not attended" if level.select else "no select"
         yield Problem(
             code="HS075",

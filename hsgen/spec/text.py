@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import cast
 
 from hsgen.errors import Span
 from hsgen.spec import syntax
@@ -59,8 +60,16 @@ def _flow(node: Node) -> str:
         if not info.is_required() and value == info.get_default():
             continue
         key = "from" if field == "source" else field
-        parts.append(f"{key}: {_flow(value) if isinstance(value, Node) else _word(value)}")
+        parts.append(f"{key}: {_value(value)}")
     return f"{{{', '.join(parts)}}}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Node):
+        return _flow(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(_value(item) for item in cast('tuple[object, ...]', value))}]"
+    return _word(cast("str | float | bool", value))
 
 
 def _word(value: str | float | bool) -> str:

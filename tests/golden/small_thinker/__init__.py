@@ -1,0 +1,1 @@
+"""Kernels of small_thinker, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of sqa, emitted by hsgen."""
