@@ -1,8 +1,9 @@
 """The `hsgen` command: parse the arguments, make one library call, print.
 
 stdout is the result, stderr is everything else.  Exit status: 0 fine, 1 failure, 2 a wrong spec or
-wrong usage.  What loads networkx or jinja2 is imported by the command that uses it, so that
-`hsgen check` stays quick; only what looks at a capture loads torch.
+wrong usage; of `diff` as of any diff: 0 the same, 1 different, 2 an error.  What loads networkx or
+jinja2 is imported by the command that uses it, so that `hsgen check` stays quick; only what looks at
+a capture loads torch.
 """
 
 from __future__ import annotations
@@ -283,6 +284,37 @@ def compile_(
     else:
         typer.echo(str(done), nl=False)
     raise typer.Exit(0 if done.passed else 1)
+
+
+@app.command(epilog="Example: hsgen diff nsa my_nsa.yaml")
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A file, or the name of a shipped spec.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    *,
+    target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
+    dtype: TensorType = DType.bf16,
+    heads: HeadCounts = None,
+    head_dim: HeadDims = None,
+    as_json: Json = False,
+) -> None:
+    """Show how two specs differ: graph, plan, emitted code.  Status 0: they mean the same, 1: not."""
+    from hsgen import compare, progress  # noqa: PLC0415
+
+    try:
+        one, other = (
+            load(name).bind(heads=_pair(heads), head_dim=_pair(head_dim)) for name in (a, b)
+        )
+        found = compare.compare(one, other, target, dtype.value)
+    except HsgenError as error:
+        _complain(str(error))
+        raise typer.Exit(2) from error
+    if as_json:
+        _print_json(found.record())
+    elif sys.stdout.isatty() and paths.wants_color():
+        progress.print_difference(str(found))
+    else:
+        typer.echo(str(found), nl=False)
+    raise typer.Exit(0 if found.same else 1)
 
 
 @app.command(epilog="Example: hsgen schema -o hsgen.schema.json")

@@ -803,9 +803,13 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 def op_text(op: Op) -> str:
     """An operator as `name(field=value, ...)`, fields that are None left out."""
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(op).__name__).lower()
+    return f"{name}({', '.join(f'{field}={text}' for field, text in op_fields(op).items())})"
+
+
+def op_fields(op: Op) -> dict[str, str]:
+    """An operator's fields as text, those that are None left out."""
     shown = ((each.name, getattr(op, each.name)) for each in fields(op))
-    attributes = [f"{name}={_value_text(value)}" for name, value in shown if value is not None]
-    return f"{name}({', '.join(attributes)})"
+    return {name: _value_text(value) for name, value in shown if value is not None}
 
 
 def _value_text(value: object) -> str:

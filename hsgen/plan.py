@@ -163,9 +163,9 @@ def dump(plan: Plan) -> str:
 
 
 def _step_lines(plan: Plan, step: Step) -> list[str]:
-    lines = [f"{name} = {_readable(plan, text)}" for name, text in step.sizes]
+    lines = [f"{name} = {readable(plan, text)}" for name, text in step.sizes]
     for buffer in step.buffers:
-        lines.append(f"buffer {_readable(plan, str(buffer))}")
+        lines.append(f"buffer {readable(plan, str(buffer))}")
     if step.chunk:
         lines.append(
             f"in turns of {step.chunk} tiles out of {step.tiles}; count: the tiles of a turn"
@@ -180,7 +180,7 @@ def _launch_lines(plan: Plan, launch: Launch) -> list[str]:
     tuned = [name for name, _ in kernel.config.constexprs]
     shared = [p.name for p in kernel.params if p.kind == "constexpr" and p.name not in tuned]
     borrowed = f"{' '.join(shared)} of {kernel.follows}, " if kernel.follows else ""
-    grid = ", ".join(_readable(plan, text) for text in launch.grid)
+    grid = ", ".join(readable(plan, text) for text in launch.grid)
     computed = ", ".join(f"%{name}" for name in kernel.operators)
     return [
         f"launch {kernel.name} ({kernel.skeleton}) for {computed}",
@@ -189,7 +189,7 @@ def _launch_lines(plan: Plan, launch: Launch) -> list[str]:
     ]
 
 
-def _readable(plan: Plan, text: str) -> str:
+def readable(plan: Plan, text: str) -> str:
     """An expression of the driver in the words of the spec: B, T, S; kernel.BLOCK_T for a tunable."""
 
     def dim(match: re.Match[str]) -> str:

@@ -38,6 +38,7 @@ runtime                                 load_kernel
 trials                                  emitted kernels against the reference
 verify                                  trials in a process of their own
 report                                  what `show` and `compile` say
+compare                                 what `diff` says
 drawing                                 graph and plan as a picture
 captures  metrics  standins             a model's q, k, v · a choice against dense · what it lacks
 quality                                 what a spec recalls of a capture
@@ -54,7 +55,7 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes plan rows kernels configs schedule driver emit "
-    "allowlist store workers build resources pipeline catalogue verify dryrun report progress cli "
+    "allowlist store workers build resources pipeline catalogue verify dryrun report compare progress cli "
     "svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}

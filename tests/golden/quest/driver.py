@@ -28,9 +28,9 @@ CONFIG = {
     "score_page": {
         "BLOCK_T": 64,
         "BLOCK_M": 64,
-        "BLOCK_N": 16,
+        "BLOCK_N": 32,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 1,
     },
     "rank_page": {
         "BLOCK_R": 1,
