@@ -91,8 +91,8 @@ def _branch_subject(branch: Attend) -> Subject:
 
 
 def _raw(spec: Spec) -> list[Attend]:
-    """The branches that read tokens."""
-    return [branch for branch in spec.attend if branch.values == "raw"]
+    """The branches that read tokens of a selection or of a window."""
+    return [x for x in spec.attend if x.values == "raw" and (x.window or x.over)]
 
 
 def bound(spec: Spec, group: Group) -> Spec:
@@ -449,6 +449,8 @@ def _notes(report: Report) -> tuple[str, ...]:
             notes.append(
                 f"branch {each.name} attends pooled entries, no tokens: not measured by itself"
             )
+        elif not (each.window or each.over):
+            notes.append(f"branch {each.name} neither selects nor has a window: not measured")
     if not report.spec.causal:
         notes.append("the spec is not causal, the captured model was: dense sees every token here")
     for subject in report.subjects:

@@ -63,8 +63,11 @@ def test_what_is_no_capture_is_said(tmp_path):
         captures.load(tmp_path / "half")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SPECS.glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in SPECS.glob("*.yaml") if path.stem != "moa")
+)
 def test_every_shipped_spec_has_stand_ins(name):
+    """Except moa, whose four kinds of heads are no three."""
     (group,) = captures.load(CAPTURE)
     group = group.prefix(64)
     spec = verify(standins.bind(load(name), query=3, kv=1, dim=64))
