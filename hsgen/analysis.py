@@ -365,7 +365,8 @@ def _flops(counts: _Counts, node: Node) -> Cost:
             return counts.elements(node.type) * (per_number if op.how == "linear" else op.size)
         case Score():
             heads, dim = operands[0].dims[2:]
-            per_head = 2 * counts.product((dim,)) + 2 * (op.form == "relu_weighted")
+            dots = 2 if op.form == "bound" else 1
+            per_head = dots * 2 * counts.product((dim,)) + 2 * (op.form == "relu_weighted")
             pairs = counts.complete(op.level) if op.within is None else counts.children(op.level)
             return pairs * counts.product((heads,)) * per_head
         case LogSumExp():

@@ -35,10 +35,13 @@ class Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """Summarise each entry by one float32 vector.  x, [weight, [position]] -> [B, N, H, D]"""
+    """Summarise each entry by one float32 vector.  x, [weight, [position]] -> [B, N, H, D]
+
+    `minmax` makes two, the least and the greatest of every channel: [B, N, H, 2, D].
+    """
 
     level: str
-    how: Literal["mean", "max", "linear"]
+    how: Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
     size: int
     stride: int
     position: bool
@@ -50,12 +53,12 @@ class Score:
 
     query, entry keys, [index weights], [parent selection] -> f32[B, T, H, N]
 
-    `relu_weighted` sums its index heads itself, so it has one head.  With `within`, only children
-    of the parent selection are scored: f32[B, T, H, C].
+    `relu_weighted` sums its index heads itself, so it has one head.  `bound` reads minmax keys.  With
+    `within`, only children of the parent selection are scored: f32[B, T, H, C].
     """
 
     level: str
-    form: Literal["dot", "relu_weighted"]
+    form: Literal["dot", "bound", "relu_weighted"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
@@ -72,7 +75,10 @@ class LogSumExp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normalise:
-    """exp(score - lse): the softmax mass of each entry.  score, lse -> f32[B, T, H, N]"""
+    """exp(score - lse): the softmax mass of each entry.  score, lse -> f32[B, T, H, N]
+
+    With the log-sum-exp of another level's scores, masses are 0 where that level has no entry.
+    """
 
     level: str
 
@@ -433,7 +439,8 @@ def _pool_type(op: Pool, types: Sequence[TensorType]) -> TensorType:
         types[1:], ((heads, str(op.size), dim, dim), (heads, str(op.size), dim)), strict=False
     ):
         _need_dims(learned, expected)
-    return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *dims[2:]))
+    rows = ("2",) if op.how == "minmax" else ()
+    return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *dims[2:-1], *rows, dim))
 
 
 def _entry_dim(op: Score, keys: Node) -> str:
@@ -456,7 +463,9 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
         _need_dims(operands[2].type, ("B", "T", "Hi"))
     else:
         _need_dims(query, ("B", "T", "Hq", "Dqk"))
-        _need(keys.type.dims[2:] == ("Hkv", "Dqk"), f"expected [B, N, Hkv, Dqk], got {keys.type}")
+        vectors = ("Hkv", "2", "Dqk") if op.form == "bound" else ("Hkv", "Dqk")
+        expected = ", ".join(("B", "N", *vectors))
+        _need(keys.type.dims[2:] == vectors, f"expected [{expected}], got {keys.type}")
     if op.within is not None:
         _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
     heads = "1" if weighted else "Hq"

@@ -11,7 +11,7 @@ from typing import Literal
 from hsgen.plan import ElementType, Param
 from hsgen.rows import SEQ, Chunk, chunks, count, next_power
 
-PoolHow = Literal["mean", "max", "linear"]
+PoolHow = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
 
 TUNABLES = {
     "BLOCK_T": "tokens a tile",
@@ -169,7 +169,20 @@ class SegmentsContext:
 
     @property
     def summary(self) -> str:
+        if self.how == "minmax":
+            return "two float32 vectors an entry: the least and the greatest of its tokens."
         return f"one float32 vector an entry: {self.how} of its tokens."
+
+    @property
+    def divisor(self) -> str:
+        """What a sum over the tokens is divided by, of each entry."""
+        tokens = "tl.maximum(tokens, 1).to(tl.float32)"
+        return f"tl.sqrt_rn({tokens})" if self.how == "sum_rsqrt" else tokens
+
+    @property
+    def width(self) -> int:
+        """Numbers of one entry and head."""
+        return 2 * self.head_dim if self.how == "minmax" else self.head_dim
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -178,6 +191,7 @@ class SegmentsContext:
     @property
     def params(self) -> tuple[Param, ...]:
         shape = f"{self.heads}, {self.head_dim}]"
+        made = f"{self.heads}, 2, {self.head_dim}]" if self.how == "minmax" else shape
         learned = f"[{self.heads}, {self.size}, {self.head_dim}"
         weight = _pointer("WEIGHT", "input", f"{learned}, {self.head_dim}]")
         position = _pointer("POSITION", "input", f"{learned}]")
@@ -186,7 +200,7 @@ class SegmentsContext:
             *_strides("X", "x", "batch", "token", "head"),
             *((weight,) if self.how == "linear" else ()),
             *((position,) if self.position else ()),
-            _pointer("POOLED", "f32", f"f32[Z, N, {shape}, packed [1, N, {shape}"),
+            _pointer("POOLED", "f32", f"f32[Z, N, {made}, packed [1, N, {made}"),
             count("length", "N; packed: 1 if the last entry of a sequence may be short, else 0"),
             *SEQ,
             *_tunables("BLOCK_E", "BLOCK_D" if self.how == "linear" else "BLOCK_J"),

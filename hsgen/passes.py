@@ -36,6 +36,7 @@ def share_log_sum_exp(graph: Graph) -> Graph:
         replace(node, inputs=(node.inputs[0], shared.name))
         for node in graph.nodes()
         if isinstance(node.op, Normalise)
+        and graph[node.inputs[1]].inputs == node.inputs[:1]  # a sum of its own scores
         and (shared := _log_sum_exp_of_branch(graph, graph[node.inputs[0]])) is not None
     ]
     return graph.replacing(*changed)

@@ -160,7 +160,8 @@ def _plan_score(builder: _Builder, level: language.Level, parent: Node | None) -
     made = builder.add(f"{level.name}.score", op, *operands, *_some(parent), at=at)
     if score.normalise is not None:
         at = builder.place(level, "score", "normalise")
-        lse = builder.add(f"{level.name}.score_lse", LogSumExp(), made, at=at)
+        summed = builder.nodes[f"{score.lse_from or level.name}.score"]
+        lse = builder.add(f"{score.lse_from or level.name}.score_lse", LogSumExp(), summed, at=at)
         made = builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse, at=at)
     if score.share == "head" or score.reduce is None:
         return made  # the heads of an index are one score already
@@ -183,14 +184,13 @@ def _plan_map(builder: _Builder, level: language.Level, source: language.Level) 
     """The scores of another level, after its own steps, carried over."""
     how, target = level.score.map, level.partition
     assert how is not None
-    taps = _overlap_taps if how == "overlap_sum" else _inner_taps
     op = Map(
         level=level.name,
-        how=how,
+        how="max" if how == "overlap_max" else how,
         size=target.size,
         stride=target.stride,
         ratio=target.stride // source.partition.stride,
-        taps=taps(source.partition, target),
+        taps=_TAPS[how](source.partition, target),
     )
     at = builder.place(level, "score", "map")
     return builder.add(f"{level.name}.mapped", op, builder.scores[source.name], at=at)
@@ -217,6 +217,22 @@ def _inner_taps(
 ) -> tuple[tuple[int, int], ...]:
     """Source entries that lie wholly inside the target entry, once each."""
     return tuple((o, 1) for o in range((target.size - source.size) // source.stride + 1))
+
+
+def _touching_taps(
+    source: language.Partition, target: language.Partition
+) -> tuple[tuple[int, int], ...]:
+    """Source entries that share a token with the target entry, once each."""
+    before = -(-source.size // source.stride) - 1
+    return tuple((o, 1) for o in range(-before, target.size // source.stride))
+
+
+_TAPS = {
+    "overlap_sum": _overlap_taps,
+    "overlap_max": _touching_taps,
+    "sum": _inner_taps,
+    "max": _inner_taps,
+}
 
 
 def _select(level: language.Level, select: language.Select) -> Select:

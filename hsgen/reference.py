@@ -271,7 +271,8 @@ class _Rows:
 
     Attributes:
         x: Tensors by name: [T, H, D], [S, H, D], and learned parameters.
-        pooled: By level: "key" [N, H, D] and "value" [N, Hkv, Dv], where it has them.
+        pooled: By level: "key" [N, H, D] and "value" [N, Hkv, Dv], where it has them; minmax keys
+            are [N, H, 2, D].
         p: Position of every row, [T].
         given: By level: the selection to take instead of the level's own, [T, Hs, K].
     """
@@ -295,6 +296,7 @@ class _Rows:
 class _Scored:
     """One level for some rows: complete: bool[T, N], the rest [T, Hs, N]; see Result.
 
+    lse: of its scores by head, [T, H], where another level normalises by it.
     chosen: bool, None where the level does not select.
     """
 
@@ -302,6 +304,7 @@ class _Scored:
     candidates: Tensor
     forced: Tensor
     scores: Tensor
+    lse: Tensor | None
     chosen: Tensor | None
 
 
@@ -357,12 +360,17 @@ def _level(rows: _Rows, level: Level, levels: dict[str, _Scored]) -> _Scored:
     """One level: form -> scale -> normalise -> reduce over heads -> map -> force -> select."""
     complete = _complete(rows, level)  # [T, N]
     allowed = _children(rows, level, levels)  # [T, Hp, N]
+    lse = None
     if level.score.source:
         scores = _mapped(rows, level, levels[level.score.source], complete.shape[-1])
     else:
         scores = _form(level, rows)
-        if level.score.normalise:
-            seen = complete[:, None] & _spread(allowed, scores.shape[1])
+        seen = complete[:, None] & _spread(allowed, scores.shape[1])
+        if any(other.score.lse_from == level.name for other in rows.spec.levels):
+            lse = _softmax(scores, seen)[1]
+        if level.score.lse_from:
+            scores = _mass(scores, seen, levels[level.score.lse_from].lse)
+        elif level.score.normalise:
             scores = _softmax(scores, seen)[0]
         scores = _reduce(level, scores, rows.Hkv)
     allowed = _spread(allowed, scores.shape[1])
@@ -379,7 +387,12 @@ def _level(rows: _Rows, level: Level, levels: dict[str, _Scored]) -> _Scored:
     elif level.select:
         chosen = choose(level.select, scores.detach(), candidates, forced)
     return _Scored(
-        complete=complete, candidates=candidates, forced=forced, scores=scores, chosen=chosen
+        complete=complete,
+        candidates=candidates,
+        forced=forced,
+        scores=scores,
+        lse=lse,
+        chosen=chosen,
     )
 
 
@@ -478,7 +491,10 @@ def _pooled(level: Level, x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pool(level: Level, how: str, y: Tensor, x: dict[str, Tensor], side: str) -> Tensor:
-    """Summarise every entry.  [S, H, D] -> [N, H, D]; what a linear map lacks tokens for is 0."""
+    """Summarise every entry.  [S, H, D] -> [N, H, D]; what a linear map lacks tokens for is 0.
+
+    minmax: [N, H, 2, D], the least and the greatest of every channel.
+    """
     S, size = len(y), level.partition.size
     slots = _starts(level, S, y)[:, None] + torch.arange(size, device=y.device)  # [N, size]
     there = (slots < S)[..., None, None]
@@ -488,6 +504,11 @@ def _pool(level: Level, how: str, y: Tensor, x: dict[str, Tensor], side: str) ->
             return tokens.masked_fill(~there, 0.0).sum(1) / there.sum(1)
         case "max":
             return tokens.masked_fill(~there, -math.inf).amax(1)
+        case "minmax":
+            low = tokens.masked_fill(~there, math.inf).amin(1)
+            return torch.stack((low, tokens.masked_fill(~there, -math.inf).amax(1)), 2)
+        case "sum_rsqrt":
+            return tokens.masked_fill(~there, 0.0).sum(1) / there.sum(1).to(y.dtype).sqrt()
         case "linear":
             weight = x[f"{level.name}_{side}_weight"]  # [H, size, D, D]
             position = x.get(f"{level.name}_{side}_position")  # [H, size, D]
@@ -506,6 +527,11 @@ def _form(level: Level, rows: _Rows) -> Tensor:
     match level.score.form:
         case "dot":
             return _dot(x["q"], keys) * _scale(level, x["q"].shape[-1])
+        case "bound":
+            low, high = keys.unbind(2)
+            q = x["q"]  # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
+            most = _dot(q.clamp(max=0), low) + _dot(q.clamp(min=0), high)
+            return most * _scale(level, q.shape[-1])
         case "relu_weighted":
             heads = torch.einsum("thd,nd->thn", x["q_index"], keys[:, 0]).relu()
             total = torch.einsum("th,thn->tn", x["w_index"], heads)
@@ -554,21 +580,25 @@ def _mapped(rows: _Rows, level: Level, source: _Scored, N: int) -> Tensor:
     """Carry the scores of another level's complete entries over.  -> [T, Hs, N]
 
     `overlap_sum` is eq. 9 of NSA (arXiv:2502.11089), counted from 0: entry j gathers the sources
-    (l'/d) j + m - n for every m < l'/d, n < l/d.  `sum` and `max` take those that lie inside j.
+    (l'/d) j + m - n for every m < l'/d, n < l/d; `overlap_max` takes those that share a token with
+    j.  `sum` and `max` take those that lie inside j.
     """
     assert level.score.source is not None
     partition = rows.spec.level(level.score.source).partition
     l, d = partition.size, partition.stride
     target, ratio = level.partition.size, level.partition.stride // d
-    empty = -math.inf if level.score.map == "max" else 0.0
+    greatest = level.score.map in ("max", "overlap_max")
+    empty = -math.inf if greatest else 0.0
     scores = _reduce(level, source.scores, rows.Hkv)
     scores = scores.masked_fill(~source.complete[:, None], empty)
     if level.score.map == "overlap_sum":
         offsets = [m - n for m in range(target // d) for n in range(l // d)]
+    elif level.score.map == "overlap_max":
+        offsets = list(range(1 - -(-l // d), target // d))
     else:
         offsets = list(range((target - l) // d + 1))
     gathered = torch.stack([_shifted(scores, ratio, o, N, empty) for o in offsets])
-    return gathered.amax(0) if level.score.map == "max" else gathered.sum(0)
+    return gathered.amax(0) if greatest else gathered.sum(0)
 
 
 def _shifted(scores: Tensor, ratio: int, offset: int, N: int, empty: float) -> Tensor:
@@ -703,6 +733,14 @@ def _softmax(logits: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     total = total.masked_fill(empty, 1.0)
     lse = (top + total.log()).masked_fill(empty, -math.inf)
     return weights / total, lse.squeeze(-1)
+
+
+def _mass(scores: Tensor, seen: Tensor, lse: Tensor | None) -> Tensor:
+    """exp(score - lse) of what is seen, 0 where the sum is of nothing.  [T, H, N], [T, H] -> [T, H, N]"""
+    assert lse is not None, "the level of `lse_from` comes first and keeps its sum"
+    lse = lse.unsqueeze(-1)
+    empty = lse == -math.inf
+    return (scores - lse.masked_fill(empty, 0.0)).masked_fill(~seen | empty, -math.inf).exp()
 
 
 # --- Small change

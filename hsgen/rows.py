@@ -6,7 +6,7 @@ Decides which keys a tile walks and which mask each needs.  Knows no GPU; tile s
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hsgen.plan import ElementType, Param
@@ -18,11 +18,17 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Columns [offset, offset + width) of a head; width is a power of two, so nothing is padded."""
+    """Columns [offset, offset + width) of a head; width is a power of two, so nothing is padded.
+
+    `clip`: of a query's columns at `source`, those that meet the least (minimum) or the greatest
+    (maximum) keys of an entry.
+    """
 
     index: int
     offset: int
     width: int
+    source: int
+    clip: Literal["", "minimum", "maximum"] = ""
 
     @property
     def carry(self) -> str:
@@ -35,9 +41,18 @@ def chunks(dim: int) -> tuple[Chunk, ...]:
     widths = [1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1]
     offsets = [sum(widths[:i]) for i in range(len(widths))]
     return tuple(
-        Chunk(index=i, offset=offset, width=width)
+        Chunk(index=i, offset=offset, width=width, source=offset)
         for i, (offset, width) in enumerate(zip(offsets, widths, strict=True))
     )
+
+
+def bound_chunks(dim: int) -> tuple[Chunk, ...]:
+    """The least keys of an entry, then the greatest: one row of twice the columns."""
+    low = tuple(replace(c, clip="minimum") for c in chunks(dim))
+    high = (
+        replace(c, index=len(low) + c.index, offset=dim + c.offset, clip="maximum") for c in low
+    )
+    return (*low, *high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -510,13 +525,14 @@ def _kv_head(stride: str, shape: Shape, *, per_head: bool) -> str:
 class Scoring:
     """One level's score as a chain of steps: form, normalise, reduce over heads, map."""
 
-    form: Literal["dot", "relu_weighted"]
+    form: Literal["dot", "bound", "relu_weighted"]
     scale: float
     entries: Entries  # the entries scored
     pooled: bool  # keys are float32 pooled entries, else raw tokens
     normalise: bool
     share: Literal["head", "group", "all"]
     reduce: Literal["sum", "mean", "max"] | None
+    borrowed: bool = False  # by the log-sum-exp of another level, which may have no entry yet
     map_how: Literal["overlap_sum", "sum", "max"] | None = None
     target: Entries = Entries(size=0, stride=0)
     taps: tuple[tuple[int, int], ...] = ()
@@ -557,7 +573,7 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         tile="tl.program_id(0) + tile_first",
         heads=heads,
         pitch=pitch,
-        qk_chunks=chunks(dim),
+        qk_chunks=bound_chunks(dim) if scoring.form == "bound" else chunks(dim),
         key_head="" if weighted else _kv_head("k_h", shape, per_head=scoring.share == "head"),
         key_row=f"k_first // {scoring.entries.stride}" if scoring.pooled else "k_first",
         promote=scoring.pooled,
@@ -579,6 +595,8 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
 def _key_comment(scoring: Scoring, weighted: bool) -> str:
     if weighted:
         return "f32[B, N, Di]" if scoring.pooled else "[B, S, Di]"
+    if scoring.form == "bound":
+        return "f32[B, N, Hkv, 2, Dqk]"
     return "f32[B, N, Hkv, Dqk]" if scoring.pooled else "[B, S, Hkv, Dqk]"
 
 
@@ -602,6 +620,8 @@ def _row_values(scoring: Scoring, weighted: bool) -> tuple[str, ...]:
             'lse = tl.load(lse_base + q_token * lse_t, mask=alive, other=float("inf"))',
             f"lse = lse * {LOG2_E}",
         ]
+    if scoring.borrowed:
+        lines.append('lse = tl.where(lse == float("-inf"), float("inf"), lse)')
     return tuple(lines)
 
 

@@ -209,7 +209,7 @@ class _Scheduler:
                             f"{_input(source.name)}.shape[0]",
                             f"length_{_safe(node.name)}",
                             str(heads),
-                            str(dim),
+                            str(context.width),
                         ),
                         role="level",
                     ),
@@ -595,6 +595,7 @@ class _Scheduler:
             entries=self._entries(score, score.level),
             pooled=pooled,
             normalise=chain.lse is not None,
+            borrowed=self._is_borrowed(chain),
             share=share,
             reduce="sum" if weighted else chain.reduce.how if chain.reduce else None,
             map_how=chain.map.how if chain.map else None,
@@ -607,6 +608,13 @@ class _Scheduler:
         heads = {"head": 1, "group": self.shape.group, "all": self.graph.sizes.get("Hi", 1)}[share]
         dim = self.graph.sizes["Di"] if weighted else self.shape.qk
         return rows.score(self.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
+
+    def _is_borrowed(self, chain: _Chain) -> bool:
+        """Whether the log-sum-exp is that of another level's scores."""
+        if chain.lse is None:
+            return False
+        summed = self.graph[self.graph[chain.lse].inputs[0]]
+        return isinstance(summed.op, Score) and summed.name != chain.score.name
 
     def _parent(self, node: Node, parent: Node | None) -> _Parent:
         """Where a row's surviving parents are listed."""
@@ -707,7 +715,7 @@ class _Scheduler:
         if isinstance(node.op, Pool):
             buffer, source = _buffer(name), self.graph[node.inputs[0]]
             heads = self._size(source.type.dims[2]) if len(source.type.dims) == 4 else 1
-            dim = self._size(source.type.dims[-1])
+            dim = self._size(source.type.dims[-1]) * (2 if node.op.how == "minmax" else 1)
             row = heads * dim
             return buffer, f"count_{_safe(name)} * {row}", str(row), str(dim)
         if len(node.type.dims) == 3:

@@ -236,7 +236,10 @@ def _exact_on_integers(spec: Spec) -> bool:
         score = level.score
         if score.normalise is not None or isinstance(score.scale, float):
             return False
-        if score.form == "dot" and score.scale is None and not _is_power(root, spec.head_dim.qk):
+        scaled = score.form in ("dot", "bound") and score.scale is None
+        if scaled and not _is_power(root, spec.head_dim.qk):
+            return False
+        if level.pool and level.pool.keys == "sum_rsqrt":
             return False
         if level.pool and level.pool.keys == "mean" and not _power_of_two(level.partition.size):
             return False

@@ -133,8 +133,10 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return x.lse if isinstance(x, Attended) else _masked(x).logsumexp(-1).transpose(1, 2)
         case Normalise():
             score, lse = operands
-            mass = (_masked(score) - lse.transpose(1, 2).unsqueeze(-1)).exp()
-            return Scores(value=mass.masked_fill(~score.there, 0.0), there=score.there)
+            total = lse.transpose(1, 2).unsqueeze(-1)
+            mass = (_masked(score) - total).exp()
+            nothing = ~score.there | (total == -math.inf)
+            return Scores(value=mass.masked_fill(nothing, 0.0), there=score.there)
         case Reduce():
             return _reduce(run, node.op, *operands)
         case Map():
@@ -173,6 +175,10 @@ def _pool(
             entries.append(tokens.mean(1))
         elif op.how == "max":
             entries.append(tokens.amax(1))
+        elif op.how == "minmax":
+            entries.append(torch.stack((tokens.amin(1), tokens.amax(1)), -2))
+        elif op.how == "sum_rsqrt":
+            entries.append(tokens.sum(1) / tokens.shape[1] ** 0.5)
         else:
             entries.append(_linear(op, tokens, weight, position))
     return torch.stack(entries, 1)
@@ -200,6 +206,10 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
     query, keys = operands[:2]
     if op.form == "dot":
         value = _dots(query, keys)
+    elif op.form == "bound":
+        bounds = keys.repeat_interleave(query.shape[2] // keys.shape[2], 2).transpose(1, 2)
+        corners = query.transpose(1, 2)[:, :, :, None, None] * bounds[:, :, None]
+        value = corners.amax(-2).sum(-1).transpose(1, 2)  # [B, H, T, N, 2, D]
     else:
         heads = torch.einsum("bthd,bnd->bthn", query, keys).clamp(min=0)
         value = (operands[2].unsqueeze(-1) * heads).sum(2, keepdim=True)

@@ -78,6 +78,22 @@ def moba(share: str = "head", reduce: str | None = None, **more: object) -> list
     return [Level(name="block", partition=blocks(8), pool=MEAN, score=score, select=top(3, last=1))]
 
 
+def infllm() -> list[Level]:
+    """Masses by a coarser sum, which is empty for the first rows."""
+    mass = Score(form="dot", normalise="softmax", lse_from="coarse", share="group", reduce="sum")
+    return [
+        Level(name="coarse", partition=blocks(8, 4), pool=MEAN, score=DOT),
+        Level(name="compressed", partition=blocks(4, 2), pool=MEAN, score=mass),
+        mapped("overlap_max"),
+    ]
+
+
+def quest(share: str = "head", reduce: str | None = None) -> list[Level]:
+    score = Score(form="bound", share=share, reduce=reduce)
+    pool = Pool(keys="minmax")
+    return [Level(name="block", partition=blocks(4), pool=pool, score=score, select=top(3, last=1))]
+
+
 def hisa(child_size: int, **force: int) -> list[Level]:
     relu = Score(form="relu_weighted", share="all")
     fine = Tokens() if child_size == 1 else blocks(child_size)
@@ -137,6 +153,10 @@ CASES = [
         [SELECTED, WINDOW, Attend(name="far", window=9, kv="far")],
         combine=UNION,
     ),
+    spec("infllm", infllm(), [SELECTED]),
+    spec("quest", quest(), [SELECTED], kv=4),
+    spec("quest_group", quest("group", "max"), [SELECTED]),
+    spec("quest_not_causal", quest(), [SELECTED], causal=False),
     spec("window", [], [Attend(name="window", window=7)]),
     spec("window_not_causal", [], [Attend(name="window", window=7)], causal=False),
     spec(

@@ -30,7 +30,15 @@ from hsgen.spec import Combine, Level, Pool, Spec
 from hsgen.spec import Score as Scoring
 
 DENSE = {"moba_not_causal", "moba", "moba_gqa", "moba_group", "moba_all", "hisa", "tokens"}
-DENSE |= {"hisa_blocks", "beam_of_dots", "uncounted"}
+DENSE |= {
+    "hisa_blocks",
+    "beam_of_dots",
+    "uncounted",
+    "infllm",
+    "quest",
+    "quest_group",
+    "quest_not_causal",
+}
 POOLED = {"nsa", "nsa_wide", "nsa_scale", "nsa_not_causal", "nsa_union"}
 
 each_case = pytest.mark.parametrize("spec", CASES, ids=lambda spec: spec.name)
@@ -152,7 +160,9 @@ def test_pairs_are_those_that_the_interpreter_sees(spec: Spec) -> None:
         value = values[node.name]
         if isinstance(node.op, Score):
             assert isinstance(value, Scores)
-            per_pair = {"dot": 2 * 6, "relu_weighted": 3 * (2 * 4 + 2)}[node.op.form]
+            per_pair = {"dot": 2 * 6, "bound": 4 * 6, "relu_weighted": 3 * (2 * 4 + 2)}[
+                node.op.form
+            ]
             expected = per_pair * value.there[0].sum().item()
         elif isinstance(node.op, Attend):
             assert isinstance(value, Attended) and value.seen is not None

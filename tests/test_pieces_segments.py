@@ -25,7 +25,7 @@ def context(**changes):
 
 
 def expected(c, x, weight, position):
-    """Entries of one sequence, by the definition.  x: [S, H, D] -> float64[N, H, D]"""
+    """Entries of one sequence, by the definition.  x: [S, H, D] -> float64[N, H, D or 2 D]"""
     x, entries = x.double(), []
     for start in range(0, len(x), c.stride):
         tokens = x[start : start + c.size]
@@ -35,10 +35,14 @@ def expected(c, x, weight, position):
             entries.append(tokens.mean(0))
         elif c.how == "max":
             entries.append(tokens.amax(0))
+        elif c.how == "minmax":
+            entries.append(torch.cat((tokens.amin(0), tokens.amax(0)), -1))
+        elif c.how == "sum_rsqrt":
+            entries.append(tokens.sum(0) / len(tokens) ** 0.5)
         else:
             shifted = tokens if position is None else tokens + position.double().transpose(0, 1)
             entries.append(torch.einsum("jhd,hjde->he", shifted, weight.double()))
-    return torch.stack(entries) if entries else x.new_zeros(0, c.heads, c.head_dim)
+    return torch.stack(entries) if entries else x.new_zeros(0, c.heads, c.width)
 
 
 def check(tmp_path, device, c, sequences, x, *, blocks, weight=None, position=None, rtol=1e-6):
@@ -49,7 +53,7 @@ def check(tmp_path, device, c, sequences, x, *, blocks, weight=None, position=No
         entries, length = sequences.keys // c.stride + short * len(sequences), short
     else:
         entries = length = -(-sequences.keys // c.stride)
-    pooled = torch.full((sequences.batch, entries, c.heads, c.head_dim), NAN, device=device)
+    pooled = torch.full((sequences.batch, entries, c.heads, c.width), NAN, device=device)
     tiles = sequences.batch * entries // blocks["BLOCK_E"] + len(sequences)
     learned = [t for t in (weight, position) if t is not None]
     pool[(tiles, c.heads)](
@@ -74,7 +78,7 @@ def whole_numbers(*shape, device, dtype=torch.float32, most=4):
 
 
 @pytest.mark.parametrize("sequences", [DENSE, PACKED])
-@pytest.mark.parametrize("how", ["mean", "max"])
+@pytest.mark.parametrize("how", ["mean", "max", "minmax", "sum_rsqrt"])
 @pytest.mark.parametrize(
     ("size", "stride", "short"), [(4, 4, False), (4, 4, True), (6, 3, False), (1, 1, True)]
 )
@@ -92,8 +96,9 @@ def test_head_dims(tmp_path, device, dim, dtype):
     check(tmp_path, device, c, DENSE, x, blocks={"BLOCK_E": 4, "BLOCK_J": 2})
 
 
-def test_max_of_strange_numbers(tmp_path, device):
-    c = context(how="max", short=True)
+@pytest.mark.parametrize("how", ["max", "minmax"])
+def test_extremes_of_strange_numbers(tmp_path, device, how):
+    c = context(how=how, short=True)
     some = torch.tensor([NAN, float("inf"), -float("inf"), 0.0, 1.0], device=device)
     chance = torch.tensor([0.05, 0.1, 0.4, 0.3, 0.15], device=device)
     x = some[torch.multinomial(chance, 2 * 22 * 2 * 32, replacement=True)].view(2, 22, 2, 32)

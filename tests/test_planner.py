@@ -54,7 +54,7 @@ def random_spec(choice: random.Random) -> Spec:
     share = choice.choice(["head", "group", "all"])
     stride = choice.choice([1, 2, 3, 4])
     size = stride * choice.choice([1, 2, 3])
-    how = choice.choice(["mean", "max", "linear"])
+    how = choice.choice(["mean", "max", "sum_rsqrt", "linear"])
     pooled = choice.random() < 0.5
     source = Level(
         name="compressed",
@@ -62,7 +62,7 @@ def random_spec(choice: random.Random) -> Spec:
         kv=choice.choice([None, "own"]),
         pool=Pool(
             keys=how,
-            values=choice.choice(["mean", "max", "linear"]) if pooled else None,
+            values=choice.choice(["mean", "max", "sum_rsqrt", "linear"]) if pooled else None,
             position="learned" if how == "linear" else None,
         ),
         score=Score(
@@ -78,7 +78,9 @@ def random_spec(choice: random.Random) -> Spec:
     target = Level(
         name="block",
         partition=blocks(stride * 3),
-        score=Score(source="compressed", map=choice.choice(["overlap_sum", "sum", "max"])),
+        score=Score(
+            source="compressed", map=choice.choice(["overlap_sum", "overlap_max", "sum", "max"])
+        ),
         select=Select(top_k=3, force=force),
     )
     return language.verify(
@@ -113,7 +115,9 @@ def test_taps_are_those_of_the_paper() -> None:
     assert (op.ratio, op.taps) == (4, ((-1, 1), (0, 2), (1, 2), (2, 2), (3, 1)))
 
 
-@pytest.mark.parametrize(("how", "taps"), [("sum", 7), ("max", 7), ("overlap_sum", 9)])
+@pytest.mark.parametrize(
+    ("how", "taps"), [("sum", 7), ("max", 7), ("overlap_sum", 9), ("overlap_max", 9)]
+)
 def test_taps_are_counted(how: str, taps: int) -> None:
     source = CASES[[c.name for c in CASES].index("nsa")].levels[0]
     target = Level(

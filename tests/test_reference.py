@@ -314,6 +314,46 @@ def test_overlap_sum_has_the_weights_of_eq_9(source, target, taps):
         assert result.scores["block"][0, -1, 0, j].item() == pytest.approx(sum(gathered) / n)
 
 
+def test_overlap_max_takes_entries_that_touch():
+    # means of (0..3), (2..5), (4..7): 1, 5, 6; the second is incomplete for row 3
+    spec, x = one_head(k=[1, 1, 1, 1, 9, 9, 3, 3], v=[0] * 8, q=[1] * 8)
+    source = Level(
+        name="source",
+        partition=blocks(4, 2),
+        pool=Pool(keys="mean"),
+        score=Score(form="dot", scale="none"),
+    )
+    target = Level(
+        name="chunk",
+        partition=blocks(4),
+        score=Score(source="source", map="overlap_max"),
+        select=Select(top_k=1),
+    )
+    result = reference(spec.model_copy(update={"levels": (source, target)}), x)
+    assert result.scores["chunk"][0, 3, 0].tolist() == [1.0, -INF]
+    assert result.scores["chunk"][0, 6, 0].tolist() == [5.0, -INF]
+    assert result.scores["chunk"][0, 7, 0].tolist() == [5.0, 6.0]
+
+
+def test_masses_by_the_sum_of_another_level():
+    """Coarse means 0 and ln 2: the sum is of nothing, then 1, then 1 + 2; tokens weigh 1, 1, 2, 2."""
+    log2 = math.log(2)
+    spec, x = one_head(k=[0, 0, log2, log2], v=[0] * 4, q=[1] * 4)
+    plain = Score(form="dot", scale="none")
+    coarse = Level(name="coarse", partition=blocks(2), pool=Pool(keys="mean"), score=plain)
+    borrowed = plain.model_copy(update={"normalise": "softmax", "lse_from": "coarse"})
+    fine = Level(name="chunk", partition=Tokens(), score=borrowed, select=Select(top_k=4))
+    x = {name: t.requires_grad_() for name, t in x.items()}
+    result = reference(spec.model_copy(update={"levels": (coarse, fine)}), x)
+    scores = result.scores["chunk"][0, :, 0]
+    assert scores[0].tolist() == [0.0, -INF, -INF, -INF]
+    assert scores[1].tolist() == [1.0, 1.0, -INF, -INF]
+    assert scores[2].tolist() == pytest.approx([1.0, 1.0, 2.0, -INF])
+    assert scores[3].tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    scores[scores.isfinite()].sum().backward()
+    assert x["q"].grad.isfinite().all()
+
+
 @pytest.mark.parametrize(("how", "expected"), [("max", [2.0, 5.0]), ("sum", [3.0, 9.0])])
 def test_map_takes_entries_inside(how, expected):
     # tokens score 1 2 5 4; row 3 has both blocks, row 2 lacks the last token of the second
@@ -331,7 +371,13 @@ def test_map_takes_entries_inside(how, expected):
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"), [("mean", [2.0, 6.0]), ("max", [3.0, 7.0]), ("linear", [23.0, 43.0])]
+    ("how", "expected"),
+    [
+        ("mean", [2.0, 6.0]),
+        ("max", [3.0, 7.0]),
+        ("sum_rsqrt", [4 / 2**0.5, 12 / 2**0.5]),
+        ("linear", [23.0, 43.0]),
+    ],
 )
 def test_pooling_by_hand(how, expected):
     # linear, position 10 and 0, weight 1 and 4: (1 + 10) * 1 + (3 + 0) * 4, (5 + 10) * 1 + (7 + 0) * 4
@@ -341,6 +387,43 @@ def test_pooling_by_hand(how, expected):
     x["chunk_key_position"] = torch.tensor([10.0, 0.0]).reshape(1, 2, 1)
     result = reference(spec, x)
     assert result.scores["chunk"][0, 3, 0].tolist() == expected
+
+
+def test_sum_by_the_root_counts_the_tokens_there_are():
+    """A short last entry, which counts where nothing is causal, of 1 token: 9 / sqrt(1)."""
+    spec, x = one_head(k=[1, 3, 5, 7, 9], v=[0] * 5, q=[1] * 5, chunk=2)
+    spec = with_level(spec, pool=Pool(keys="sum_rsqrt")).model_copy(update={"causal": False})
+    assert reference(spec, x).scores["chunk"][0, 0, 0].tolist() == pytest.approx(
+        [4 / 2**0.5, 12 / 2**0.5, 9.0]
+    )
+
+
+def test_bound_by_hand():
+    """Pages (1, -4), (3, 2) and (-1, 0), (-5, 6), queries (2, 3), (-1, 1) and (0, -2).
+
+    Page 0 lies in [1, 3] x [-4, 2], page 1 in [-5, -1] x [0, 6].
+    """
+    spec, x = one_head(k=[0] * 4, v=[0] * 4, q=[0] * 4, chunk=2, top_k=2)
+    spec = with_level(spec, pool=Pool(keys="minmax"), score=Score(form="bound", scale="none"))
+    spec = spec.model_copy(update={"head_dim": HeadDim(qk=2, v=1), "causal": False})
+    keys = [[1.0, -4.0], [3.0, 2.0], [-1.0, 0.0], [-5.0, 6.0]]
+    x["k"] = torch.tensor(keys).reshape(1, 4, 1, 2)
+    x["q"] = torch.tensor([[2.0, 3.0], [-1.0, 1.0], [0.0, -2.0], [0.0, 0.0]]).reshape(1, 4, 1, 2)
+    scores = reference(spec, x).scores["chunk"][0, :, 0]
+    # 2 * 3 + 3 * 2, 2 * -1 + 3 * 6; -1 * 1 + 2, -1 * -5 + 6; -2 * -4, -2 * 0
+    assert scores.tolist() == [[12.0, 16.0], [1.0, 11.0], [8.0, 0.0], [0.0, 0.0]]
+
+
+def test_no_key_scores_above_the_bound_of_its_page():
+    spec, x = one_head(k=[0] * 32, v=[0] * 32, q=[0] * 32, chunk=4, top_k=8)
+    bounded = with_level(spec, pool=Pool(keys="minmax"), score=Score(form="bound"))
+    dims = {"head_dim": HeadDim(qk=6, v=1)}
+    x["k"], x["q"] = torch.randn(1, 32, 1, 6), torch.randn(1, 32, 1, 6)
+    bounds = reference(bounded.model_copy(update=dims), x).scores["chunk"][0, -1, 0]
+    logits = (x["q"][0, -1, 0].double() @ x["k"][0, :, 0].double().T) * 6**-0.5
+    best = logits.reshape(8, 4).amax(-1)
+    assert (bounds >= best).all()
+    assert (bounds > best).any()
 
 
 @pytest.mark.parametrize(("how", "expected"), [("sum", 7.0), ("mean", 3.5), ("max", 4.0)])

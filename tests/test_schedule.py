@@ -157,6 +157,10 @@ def test_there_is_a_configuration_for_every_size_and_target(name):
     for heads, dims in itertools.product(HEADS, DIMS):
         graph = emitted.graph(resized(load(name), heads, dims))
         for target, dtype in itertools.product(TARGETS, ("bf16", "fp32")):
+            if name == "quest" and target is RTX4090 and dims[0] > 128:
+                with pytest.raises(PlanError, match="score_page cannot run on rtx 4090"):
+                    schedule.schedule(graph, target, dtype)  # keys twice as wide, in float32
+                continue
             for kernel in schedule.schedule(graph, target, dtype).kernels:
                 check_tile(kernel)
 

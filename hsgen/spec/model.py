@@ -54,9 +54,10 @@ Growth = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 SelectRule = Literal["top_k", "beam", "fraction", "threshold", "top_p"]
 SELECT_RULES: tuple[SelectRule, ...] = get_args(SelectRule)
-PoolHow = Literal["mean", "max", "linear"]
-ScoreForm = Literal["dot", "relu_weighted"]
-MapHow = Literal["overlap_sum", "sum", "max"]
+KeyPool = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
+ValuePool = Literal["mean", "max", "sum_rsqrt", "linear"]
+ScoreForm = Literal["dot", "bound", "relu_weighted"]
+MapHow = Literal["overlap_sum", "overlap_max", "sum", "max"]
 Share = Literal["head", "group", "all"]
 Reduce = Literal["sum", "mean", "max"]
 
@@ -123,21 +124,29 @@ Partition = Tokens | Blocks
 
 
 class Pool(Node):
-    """One vector an entry, in float32.  `linear`: sum over slots of (token + position) @ weight."""
+    """One vector an entry, in float32.
 
-    keys: PoolHow | None = None
-    values: PoolHow | None = None
+    `linear`: sum over slots of (token + position) @ weight.  `sum_rsqrt`: the sum by the root of the
+    number of tokens.  `minmax`: two vectors, the least and the greatest of every channel.
+    """
+
+    keys: KeyPool | None = None
+    values: ValuePool | None = None
     position: Literal["learned"] | None = None
 
 
 class Score(Node):
-    """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed."""
+    """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed.
+
+    `bound`: the most that a key between an entry's minmax keys can score, channel by channel.
+    """
 
     form: ScoreForm | None = None
     source: Identifier | None = None  # YAML key `from`: the level whose scores are mapped
     map: MapHow | None = None
-    scale: Scale | Literal["none"] | None = None  # None: 1/sqrt(qk dim) for dot, 1 otherwise
+    scale: Scale | Literal["none"] | None = None  # None: 1, or 1/sqrt(qk dim) for dot and bound
     normalise: Literal["softmax"] | None = None
+    lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
     share: Share = "head"
     reduce: Reduce | None = None
 
@@ -355,7 +364,7 @@ class Spec(Node):
 
 
 # keys that the language got later: a spec that does not say them keeps the digest it had before
-_NEWS = {"fraction", "threshold", "top_p", "static"}
+_NEWS = {"fraction", "threshold", "top_p", "static", "lse_from"}
 
 
 def _without_news(fields: object) -> object:

@@ -48,10 +48,10 @@ _HIDDEN = {"kind"}
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    antidiagonal avg_pool bias bound budget_from by centroid code_match columns cosine diagonals
-    dtype early_stop gather given grid halving kmeans loss lse_from max_min_mean minmax
+    antidiagonal avg_pool bias budget_from by centroid code_match columns cosine diagonals
+    dtype early_stop gather given grid halving kmeans loss max_min_mean
     mlp pages permute quota ragged reuse rotate route sample sink softcap softmax_mass
-    sort_in_segment stripes sum_rsqrt tail then tile tree upsample
+    sort_in_segment stripes tail then tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 

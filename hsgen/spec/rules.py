@@ -105,6 +105,7 @@ def _references(spec: Spec) -> Iterator[Problem]:
         for key, path, target in (
             ("from", ("levels", i, "score", "source"), level.score.source),
             ("within", ("levels", i, "within"), level.within),
+            ("lse_from", ("levels", i, "score", "lse_from"), level.score.lse_from),
         ):
             if target is None:
                 continue
@@ -143,13 +144,16 @@ def _names(spec: Spec) -> tuple[Path, ...]:
     return tuple(("levels", i, "name") for i in range(-1, len(spec.levels)))
 
 
+_NAMING: tuple[Path, ...] = (("within",), ("score", "source"), ("score", "lse_from"))
+
+
 def _uses(spec: Spec) -> tuple[Path, ...]:
     """All that a judgement about what is unused rests on."""
     levels = range(-1, len(spec.levels))
     branches = range(-1, len(spec.attend))
     return (
         *_names(spec),
-        *(("levels", i, *field) for i in levels for field in (("within",), ("score", "source"))),
+        *(("levels", i, *field) for i in levels for field in _NAMING),
         *(
             ("attend", i, field)
             for i in branches
@@ -237,8 +241,27 @@ def _pools(spec: Spec) -> Iterator[Problem]:
                 help="write 'pool: {keys: mean}' in this level",
                 also=((*here, "pool", "keys"), (*here, "partition")),
             )
+        elif (
+            pool is not None
+            and score.form
+            and has_keys
+            and (score.form == "bound") != (pool.keys == "minmax")
+        ):
+            yield _bound_without_minmax(i, pool.keys, score.form)
         if pool is not None:
             yield from _pool(spec, i, level)
+
+
+def _bound_without_minmax(i: int, keys: str | None, form: str) -> Problem:
+    """The two bounds of an entry and the score that reads them come together."""
+    wanted, got = ("minmax", keys) if form == "bound" else ("one vector an entry", "minmax")
+    return Problem(
+        code="HS090",
+        path=("levels", i, "pool", "keys"),
+        message=f"expected {wanted} for form '{form}', got {got}",
+        help="write 'keys: minmax'" if form == "bound" else "write 'keys: mean', or 'form: bound'",
+        also=(("levels", i, "score", "form"),),
+    )
 
 
 def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
@@ -300,10 +323,10 @@ def _scores(spec: Spec) -> Iterator[Problem]:
             )
         elif score.source is not None:
             yield from _mapped(score, path)
-        elif score.form == "dot":
-            yield from _dot(score, path)
-        else:
+        elif score.form == "relu_weighted":
             yield from _relu_weighted(spec, score, path)
+        else:
+            yield from _shared(score, path)
         if score.map is not None and score.source is None:
             yield Problem(
                 code="HS057",
@@ -321,10 +344,10 @@ def _mapped(score: Score, path: Path) -> Iterator[Problem]:
             code="HS057",
             path=(*path, "source"),
             message="expected 'map' with 'from', got none",
-            help="write 'map: overlap_sum', 'map: sum' or 'map: max'",
+            help="write 'map: overlap_sum', 'map: overlap_max', 'map: sum' or 'map: max'",
             also=((*path, "map"),),
         )
-    for key in ("scale", "normalise", "share", "reduce"):
+    for key in ("scale", "normalise", "lse_from", "share", "reduce"):
         if key in score.model_fields_set and getattr(score, key) is not None:
             yield Problem(
                 code="HS059",
@@ -336,7 +359,8 @@ def _mapped(score: Score, path: Path) -> Iterator[Problem]:
             )
 
 
-def _dot(score: Score, path: Path) -> Iterator[Problem]:
+def _shared(score: Score, path: Path) -> Iterator[Problem]:
+    """Heads that score for themselves, and agree or do not."""
     also = ((*path, "share"), (*path, "reduce"))
     if score.share == "head" and score.reduce is not None:
         yield Problem(
@@ -352,7 +376,7 @@ def _dot(score: Score, path: Path) -> Iterator[Problem]:
             code="HS060",
             path=(*path, "share"),
             message=f"expected 'reduce' with 'share: {score.share}', got none",
-            help=f"write '{{form: dot, share: {score.share}, reduce: sum}}'",
+            help=f"write '{{form: {score.form}, share: {score.share}, reduce: sum}}'",
             also=also,
         )
 
@@ -382,6 +406,47 @@ def _relu_weighted(spec: Spec, score: Score, path: Path) -> Iterator[Problem]:
             help="remove 'reduce'",
             at_key=True,
         )
+
+
+def _borrowed_sums(spec: Spec) -> Iterator[Problem]:
+    """Whether a log-sum-exp taken from another level is used, and is one sum a head."""
+    levels = {level.name: (j, level) for j, level in enumerate(spec.levels)}
+    for i, level in enumerate(spec.levels):
+        score, path = level.score, ("levels", i, "score", "lse_from")
+        if score.lse_from is None or score.source is not None:
+            continue
+        if score.normalise is None:
+            yield Problem(
+                code="HS091",
+                path=path,
+                message="expected 'lse_from' with 'normalise' only, got it without",
+                help="write 'normalise: softmax', or remove 'lse_from'",
+                also=(("levels", i, "score", "normalise"),),
+                at_key=True,
+            )
+        elif score.lse_from in levels:
+            j, source = levels[score.lse_from]
+            wrong = _no_sum(level, source)
+            if wrong:
+                yield Problem(
+                    code="HS091",
+                    path=path,
+                    message=f"expected a level that every query head scores, got '{source.name}': "
+                    + wrong,
+                    help="name a level with 'form: dot', or remove 'lse_from'",
+                    also=(("levels", i, "score", "form"), ("levels", j, "score"), ("levels", j)),
+                )
+
+
+def _no_sum(level: Level, source: Level) -> str | None:
+    """Why the scores of `source` have no log-sum-exp for `level`."""
+    if source.score.source is not None:
+        return "its scores are mapped"
+    if source.within is not None:
+        return f"its scores exist only for children of '{source.within}'"
+    if "relu_weighted" in (source.score.form, level.score.form):
+        return "the heads of an index are one score"
+    return None
 
 
 def _maps(spec: Spec) -> Iterator[Problem]:
@@ -432,9 +497,9 @@ def _map_problem(how: str, source: Level, target: Level) -> tuple[str, str] | No
             f"{expected}, {s.stride}, got {s.size}",
             f"write 'map: max', or another stride in '{source.name}'",
         )
-    if how != "overlap_sum" and s.size > t.size:
+    if how in ("sum", "max") and s.size > t.size:
         expected = f"expected blocks of at least its size, {s.size}, got {t.size}"
-        return expected, f"write '{{blocks: {s.size}}}', or 'map: overlap_sum'"
+        return expected, f"write '{{blocks: {s.size}}}', or 'map: overlap_{how}'"
     return None
 
 
@@ -700,6 +765,9 @@ def _pooled(i: int, j: int, level: Level) -> Iterator[Problem]:
     elif level.score.form == "relu_weighted":
         wrong = "its pooled keys are those of the index, which a query cannot attend"
         help = "attend a level with 'form: dot'"
+    elif pool is not None and pool.keys == "minmax":
+        wrong = "its pooled keys are bounds, which a query cannot attend"
+        help = "attend a level with 'keys: mean'"
     elif lacking:
         wrong = f"its pool has no {' and no '.join(lacking)}"
         help = f"write 'pool: {{keys: mean, values: mean}}' in '{level.name}'"
@@ -746,6 +814,11 @@ def _combines(spec: Spec) -> Iterator[Problem]:
         )
 
 
+def _named(level: Level) -> tuple[str | None, ...]:
+    """The levels that a level names."""
+    return level.within, level.score.source, level.score.lse_from
+
+
 # What nothing uses --------------------------------------------------------------------------------
 
 
@@ -761,7 +834,7 @@ def _unused(spec: Spec) -> Iterator[Problem]:
             at_key=True,
         )
     used = {branch.over for branch in spec.attend}
-    used |= {name for level in spec.levels for name in (level.within, level.score.source)}
+    used |= {name for level in spec.levels for name in _named(level)}
     for i, level in enumerate(spec.levels):
         if level.name not in used and level.select is None:
             yield Problem(
@@ -803,6 +876,7 @@ _RULES: tuple[Rule, ...] = (
     _partitions,
     _pools,
     _scores,
+    _borrowed_sums,
     _maps,
     _nesting,
     _selects,

@@ -287,7 +287,10 @@ def score_bounds(call, exact):
         bound = _terms(call.spec, level) * unit * sizes[level.name]
         if level.score.normalise:
             mass = masses[level.name].clamp(min=0.0)  # -inf where there is no entry
-            bound = mass * (2 * bound.amax(-1, keepdim=True) + 32 * unit) + ZERO
+            summed = call.spec.level(level.score.lse_from or level.name)
+            total = _terms(call.spec, summed) * unit * sizes[summed.name]
+            worst = bound.amax(-1, keepdim=True) + total.amax(-1, keepdim=True)
+            bound = mass * (worst + 32 * unit) + ZERO
             size = mass
         else:
             size = sizes[level.name]
@@ -354,7 +357,7 @@ def _map_bound(call, level, exact, bound, unit):
         else bound
     )
     weights = gathered(source, level, scores.shape[-1], target.shape[-1]).to(bound)
-    if level.score.map == "max":
+    if level.score.map in ("max", "overlap_max"):
         spread = torch.where(weights > 0, bound.unsqueeze(-1), 0.0)
         return spread.amax(-2)
     return bound @ weights
@@ -368,7 +371,9 @@ def gathered(source, target, N, M):
     for i in range(N):
         for j in range(M):
             start, end = j * step, j * step + size
-            if target.score.map == "overlap_sum":  # pieces of d that both cover
+            if target.score.map == "overlap_max":
+                weights[i, j] = i * d < end and start < i * d + width
+            elif target.score.map == "overlap_sum":  # pieces of d that both cover
                 pieces = range(i * d, i * d + width, d)
                 weights[i, j] = sum(start <= piece < end for piece in pieces)
             else:

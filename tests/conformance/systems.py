@@ -18,7 +18,7 @@ REFUSED: dict[str, str] = {
 }
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
-PRESETS: dict[str, str] = {}
+PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
 
@@ -52,11 +52,13 @@ def _shrunk_level(level, factor):
         size, stride = (max(1, n // factor) for n in (level.partition.size, level.partition.stride))
         changes["partition"] = Blocks(size=size, stride=stride)
     if level.select:
-        forced = level.select.force.first + level.select.force.last
+        last = min(level.select.force.last, 2)
+        force = level.select.force.model_copy(update={"last": last})
+        forced = force.first + force.last
         room = max(3, forced + 1) if isinstance(level.partition, Blocks) else 11
         key = "top_k" if level.select.top_k else "beam"
         budget = min(level.select.budget, room)
-        changes["select"] = level.select.model_copy(update={key: budget})
+        changes["select"] = level.select.model_copy(update={key: budget, "force": force})
     return level.model_copy(update=changes)
 
 

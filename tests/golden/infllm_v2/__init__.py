@@ -1,0 +1,1 @@
+"""Kernels of infllm_v2, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of kinetics, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of nsa_fla, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of nsa_xunhao, emitted by hsgen."""

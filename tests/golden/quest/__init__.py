@@ -1,0 +1,1 @@
+"""Kernels of quest, emitted by hsgen."""
