@@ -110,6 +110,15 @@ def test_meaning_changes_the_digest(old: str, new: str) -> None:
 def test_digest_is_stable() -> None:
     """Compiled modules are found by it: a change here orphans every user's cache."""
     assert parse(WINDOW).digest[:16] == "691b89a35a653fbd"
+    assert parse(SMALL).digest[:16] == "5fbf2714f201bf9a"
+
+
+def test_a_window_may_be_all() -> None:
+    assert parse(WINDOW.replace("4}", "all}")).attend[0].window == "all"
+    with pytest.raises(SpecError, match=r"or all for 'window', got 'al'(?s:.*)write 'window: all'"):
+        parse(WINDOW.replace("4}", "al}"))
+    with pytest.raises(SpecError, match=r"got 0(?s:.*)write 'window: 512' or 'window: all'"):
+        parse(WINDOW.replace("4}", "0}"))
 
 
 def test_sugar_means_its_long_form() -> None:

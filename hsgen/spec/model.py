@@ -380,7 +380,7 @@ class Spec(Node):
 
 
 # keys that the language got later: a spec that does not say them keeps the digest it had before
-_NEWS = {"fraction", "threshold", "top_p", "static"}
+_NEWS = {"fraction", "threshold", "top_p", "static", "lse_from"}
 
 
 def _without_news(fields: object) -> object:
