@@ -153,6 +153,10 @@ def resized(spec, heads, dims):
         "heads": Heads(query=heads[0], kv=heads[1]),
         "head_dim": HeadDim(qk=dims[0], v=dims[1]),
     }
+    if any(level.score.form == "index_dot" for level in spec.levels):
+        changes["index"] = spec.index.model_copy(
+            update={"heads": heads[1]}
+        )  # one for each key head
     return spec.model_copy(update=changes)
 
 

@@ -26,6 +26,8 @@ ALIKE: dict[str, str] = {
     "kinetics": "moba",
     "nsa_fla": "nsa",
     "nsa_xunhao": "nsa",
+    "small_thinker": "nsa",
+    "sqa": "nsa",
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]

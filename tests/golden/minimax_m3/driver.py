@@ -26,9 +26,9 @@ CONFIG = {
         "num_stages": 3,
     },
     "rank_block": {
-        "BLOCK_R": 2,
+        "BLOCK_R": 1,
         "BLOCK_N": 1024,
-        "num_warps": 4,
+        "num_warps": 1,
         "num_stages": 1,
     },
     "index_selected": {
