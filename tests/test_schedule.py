@@ -8,6 +8,7 @@ import plan_cases
 import pytest
 import torch
 import triton
+from conformance import systems
 
 from hsgen import configs, dryrun, pipeline, report, resources, schedule
 from hsgen.errors import PlanError
@@ -153,7 +154,7 @@ def resized(spec, heads, dims):
         "heads": Heads(query=heads[0], kv=heads[1]),
         "head_dim": HeadDim(qk=dims[0], v=dims[1]),
     }
-    if any(level.score.form == "index_dot" for level in spec.levels):
+    if systems.index_per_key_head(spec):
         changes["index"] = spec.index.model_copy(
             update={"heads": heads[1]}
         )  # one for each key head

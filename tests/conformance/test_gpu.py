@@ -20,7 +20,10 @@ def as_shipped(name):
     spec = systems.load(name)
     kv = 1 if spec.heads.group >= 8 else 2
     heads = spec.heads.model_copy(update={"query": spec.heads.group * kv, "kv": kv})
-    return spec.model_copy(update={"heads": heads})
+    changes = {"heads": heads}
+    if systems.index_per_key_head(spec):
+        changes["index"] = spec.index.model_copy(update={"heads": kv})
+    return spec.model_copy(update=changes)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
