@@ -17,6 +17,8 @@ from hsgen.spec import HeadDim, Heads, Index, Spec
 def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec:
     """The same attention for other heads; an index gets one index head a query head.
 
+    Where index heads stand for key heads, it gets one a key head.
+
     Args:
         spec: The attention, bound or not.
         query: Query heads.
@@ -24,10 +26,11 @@ def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec
         dim: Of a key and a value, or one number for both.
     """
     qk, v = (dim, dim) if isinstance(dim, int) else dim
+    per_key_head = any(level.score.form == "index_dot" for level in spec.levels)
     changed = {
         "heads": Heads(query=query, kv=kv),
         "head_dim": HeadDim(qk=qk, v=v),
-        "index": spec.index and Index(heads=query, dim=qk),
+        "index": spec.index and Index(heads=kv if per_key_head else query, dim=qk),
     }
     return spec.model_copy(update=changed)
 
@@ -70,6 +73,8 @@ def _tensor(
     if learned:
         return _compression(name, shape, k)
     match name.partition("_")[0], name:
+        case _, "q_index":  # of the group's queries the mean, where one index head serves them all
+            return q if shape[2] == q.shape[2] else q.mean(2, keepdim=True)
         case _, "k_index":
             return _centred(k[:, :, 0])
         case _, "w_index":

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,8 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._starting = threading.Lock()
+        self._stopped = False
 
     def ask(self, request: JsonObject, timeout: float) -> JsonObject:
         """Send one line, wait for one line.
@@ -61,7 +64,8 @@ class Worker:
             WorkerError: late or dead; the child and all that it started are gone.
         """
         try:
-            process = self._process or self._start()
+            with self._starting:
+                process = self._process or self._start()
             deadline = time.monotonic() + timeout
             self._send(process, json.dumps(request).encode() + b"\n", deadline)
             return json.loads(self._receive(process, deadline))
@@ -72,6 +76,12 @@ class Worker:
             message = self._obituary(error)
             self.close()
             raise WorkerError("crash", message) from error
+
+    def stop(self) -> None:
+        """Kill the child, or the one that another thread is about to start, and start no more."""
+        with self._starting:
+            self._stopped = True
+            self.kill()
 
     def kill(self) -> None:
         """End the child's process group; a thread that waits for its answer learns it at once."""
@@ -98,6 +108,8 @@ class Worker:
             self._folder = None
 
     def _start(self) -> subprocess.Popen[bytes]:
+        if self._stopped:
+            raise WorkerError("crash", "stopped before it began")
         home = store.private_directory()
         if home is None:
             raise WorkerError("error", "no folder is writable, and compilers need temporary files")
@@ -191,7 +203,7 @@ class Pool:
                 yield from threads.map(ask, requests)
             except BaseException:  # an interrupt: do not wait for compilers
                 for worker in self._workers:
-                    worker.kill()
+                    worker.stop()
                 raise
 
 

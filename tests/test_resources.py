@@ -437,6 +437,14 @@ def test_leaving_the_pool_kills_its_workers():
     assert not alive(answer["pid"])
 
 
+def test_a_stopped_worker_starts_no_child():
+    """An interrupt may come while another thread is about to start one."""
+    worker = Worker(("-c", ECHO), environment)
+    worker.stop()
+    with pytest.raises(WorkerError, match="stopped before it began"):
+        worker.ask({"a": 1}, 30.0)
+
+
 def test_an_interrupt_does_not_wait_for_compilers():
     code = ECHO + "import time\n"
     code = code.replace(

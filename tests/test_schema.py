@@ -185,13 +185,15 @@ def mutated(draw):
             st.sampled_from(["value", "value", "key", "less", "misspell", "graft", "many"])
         )
         if change == "key" and isinstance(here, dict):
-            here[draw(st.sampled_from([*sorted(KEYS), "colour", ""]))] = draw(SCALARS)
+            here[draw(st.sampled_from([*sorted(KEYS), "colour", ""]))] = copy.deepcopy(
+                draw(SCALARS)
+            )
         elif change == "many" and isinstance(here, list):
             here *= 17
         elif path and change in ("value", "graft", "less", "misspell"):
             owner, last = at(data, path[:-1]), path[-1]
             if change == "value":
-                owner[last] = draw(SCALARS)
+                owner[last] = copy.deepcopy(draw(SCALARS))
             elif change == "graft":
                 other = draw(st.sampled_from(TREES))
                 owner[last] = copy.deepcopy(at(other, draw(st.sampled_from(places(other)))))

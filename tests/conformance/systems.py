@@ -19,11 +19,12 @@ REFUSED: dict[str, str] = {
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
-# Specs put together from loops that another has too: a few of the covering cases, every law, and
-# every probe in one dtype.  All others get all covering cases, and every probe in every dtype.
+# Specs put together from loops that another has too: a few of the covering cases and, on the CPU, every
+# probe in one dtype and every other law (on a GPU all laws).  All others get all of them.
 ALIKE: dict[str, str] = {
     "infllm_v2": "nsa",
     "kinetics": "moba",
+    "minimax_m3": "hisa",
     "nsa_fla": "nsa",
     "nsa_xunhao": "nsa",
     "small_thinker": "nsa",
