@@ -20,7 +20,7 @@ REFUSED: dict[str, str] = {
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
 # Specs put together from loops that another has too: a few of the covering cases and, on the CPU, every
-# probe in one dtype and every other law (on a GPU all laws).  All others get all of them.
+# other probe in one dtype and every third law (on a GPU all).  All others get all of them.
 ALIKE: dict[str, str] = {
     "infllm_v2": "nsa",
     "kinetics": "moba",
