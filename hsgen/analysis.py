@@ -533,18 +533,19 @@ def _costs_text(graph: Graph) -> list[str]:
         for level, (size, stride) in sorted(partitions(graph).items())
     ]
     where = [f"  where {', '.join(entries)}"] if entries else []
-    return [head, *align(cells), *where, *_at_most(graph)]
+    loose = ", ".join(f"%{name}" for name in at_most(graph))
+    last = [f"  {loose}: at most, as if every token were kept"] if loose else []
+    return [head, *align(cells), *where, *last]
 
 
-def _at_most(graph: Graph) -> list[str]:
-    """What the costs do not know: how much a rule or a pattern leaves."""
-    names = [
-        f"%{node.name}"
+def at_most(graph: Graph) -> tuple[str, ...]:
+    """The attends whose costs are only bounded: how much a rule or a pattern leaves is not known."""
+    return tuple(
+        node.name
         for node in graph.nodes()
         if isinstance(node.op, Attend)
         and (node.op.over == "static" or any(_varies(x) for x in graph.operands(node)))
-    ]
-    return [f"  {', '.join(names)}: at most, as if every token were kept"] if names else []
+    )
 
 
 def _varies(node: Node) -> bool:

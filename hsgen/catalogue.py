@@ -70,6 +70,11 @@ class Entry:
         return analysis.total(self.graph).flops.evaluate(TOKENS) / dense
 
     @property
+    def at_most(self) -> bool:
+        """Whether its arithmetic is only bounded: a rule or a pattern leaves less of it."""
+        return self.graph is not None and bool(analysis.at_most(self.graph))
+
+    @property
     def status(self) -> str:
         """Of its kernels."""
         return f"{len(self.plan.kernels)} kernels" if self.plan else f"none: {self.problem}"
@@ -86,6 +91,7 @@ class Entry:
             "phases": list(self.phases),
             "flops": self.flops,
             "of_dense": self.of_dense,
+            "at_most": self.at_most,
             "kernels": [kernel.name for kernel in self.plan.kernels] if self.plan else None,
             "problem": self.problem or None,
         }
@@ -247,7 +253,7 @@ def _cells(entry: Entry) -> tuple[str, ...]:
         ", ".join(level.name for level in entry.spec.levels) or "-",
         entry.causality or "-",
         ", ".join(entry.phases) or "-",
-        _percent(entry.of_dense) or "-",
+        _of_dense(entry) or "-",
         str(len(entry.plan.kernels)) if entry.plan else "none",
     )
 
@@ -257,8 +263,10 @@ def _below(entry: Entry) -> list[str]:
     return [f"  {line}" for line in (*lines, entry.problem) if line]
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.3g} %"
+def _of_dense(entry: Entry) -> str:
+    if entry.of_dense is None:
+        return ""
+    return f"{'≤ ' * entry.at_most}{100 * entry.of_dense:.3g} %"
 
 
 _PAGE = """\
@@ -269,7 +277,8 @@ Every spec in `specs/`, with what hsgen derives from it.  This page is what `hsg
 **Causality**: what row t depends on; `token` means tokens up to t.  **Phases**: *prefill* is a whole call,
 *select* the choice alone; no spec has kernels of its own for decoding yet.  **FLOPs**: those of the graph's
 operators, as a polynomial in T at batch 1 and S = T; **of dense** compares them at {tokens} tokens with dense
-attention of the same heads.  A spec that leaves heads open is counted at {heads}.  **Kernels**: how many the
+attention of the same heads, *≤* where a pattern or a rule leaves an unknown part of it.  A spec that leaves
+heads open is counted at {heads}.  **Kernels**: how many the
 plan for {target}, bf16, has; *none* comes with the reason.
 
 | system | essence | source | levels | causality | phases | FLOPs | of dense | kernels |
@@ -296,7 +305,7 @@ def _row(entry: Entry) -> str:
         entry.causality or "–",
         ", ".join(entry.phases) or "–",
         (entry.flops or "–").replace("^2", "²"),
-        _percent(entry.of_dense) or "–",
+        _of_dense(entry) or "–",
         str(len(entry.plan.kernels)) if entry.plan else entry.status,
     )
     shown = " | ".join(cell.replace("|", r"\|") for cell in cells)

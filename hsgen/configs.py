@@ -1,7 +1,7 @@
 """The tile sizes that each kernel starts from: what fits the GPU and, as compiled, hardly spills.
 
-Guesses that tuning replaces, the H100's measured one by one (benchmarks/starts.py); the kernels' text
-does not depend on them.
+Guesses that tuning replaces; benchmarks/starts.py says how far some are from what an H100 does best.  The
+kernels' text does not depend on them.
 """
 
 from __future__ import annotations
@@ -128,11 +128,10 @@ def _halves(most: int, least: int) -> tuple[int, ...]:
 
 
 def pool(op: Pool, dim: int, dtype: DType) -> Config:
+    """Entries a program, and slots or channels a step."""
     if op.how == "linear":
-        lowest, tile = (
-            dim & -dim,
-            32 if dtype == "fp32" else 64,
-        )  # three-pass TF32 holds operands twice
+        lowest = dim & -dim
+        tile = 32 if dtype == "fp32" else 64  # three-pass TF32 holds operands twice
         values = (("BLOCK_E", tile), ("BLOCK_D", min(tile, lowest)))
         return Config(constexprs=values, num_warps=4, num_stages=2)
     tokens = min(16, next_power(op.size))

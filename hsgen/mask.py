@@ -103,7 +103,7 @@ def mask(spec: Spec, path: Path, *, layer: int | None = None, tokens: int = TOKE
     """
     group = captures.load(path, [] if layer is None else [layer])[0].prefix(tokens)
     if not quality.subjects(spec):
-        raise HsgenError(f"spec {spec.name}: no level selects and no branch has a window")
+        raise HsgenError(f"spec {spec.name}: no level selects and no branch reads tokens")
     if len(group.q) < 1:
         raise HsgenError(f"tokens: expected at least 1, got {tokens}")
     spec = quality.bound(spec, group)

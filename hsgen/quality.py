@@ -17,7 +17,7 @@ from hsgen.captures import Group
 from hsgen.errors import HsgenError
 from hsgen.reference import reference, static_mask
 from hsgen.selection import members
-from hsgen.spec import Attend, Level, Spec, Static, verify
+from hsgen.spec import Attend, Level, Spec, verify
 
 RUN = 64  # consecutive rows measured together
 ROWS = 1024
@@ -25,7 +25,6 @@ SEED = 2
 WAYS = ("selected", "oracle", "random", "recent_sink")
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the spec's budgets, in the plot
 TOGETHER = "all branches"
-EVERYTHING = 1 << 30  # tokens: more than there are
 
 Json = dict[str, "str | int | float | bool | Json | list[Json] | None"]
 
@@ -42,14 +41,13 @@ class Subject:
     size: int = 1
     stride: int = 1
     level: str | None = None
-    window: int | None = None  # EVERYTHING: all of them
-    static: Static | None = None
+    branch: Attend | None = None  # that chooses by position alone
 
 
 def subjects(spec: Spec) -> tuple[Subject, ...]:
     """Every level that selects, every window or pattern; and their union where several read tokens."""
     found = [_level_subject(spec, level) for level in spec.levels if level.select]
-    found += [_branch_subject(branch) for branch in spec.attend if branch.window or branch.static]
+    found += [_branch_subject(branch) for branch in spec.attend if branch.over is None]
     if len(_raw(spec)) > 1:
         names = " and ".join(branch.name for branch in _raw(spec))
         apart = "" if spec.combine and spec.combine.softmax else ", as the spec does not"
@@ -80,19 +78,18 @@ def _level_subject(spec: Spec, level: Level) -> Subject:
 
 def _branch_subject(branch: Attend) -> Subject:
     """A branch that chooses by position alone."""
-    name = f"branch {branch.name}"
     if branch.static:
-        about = f"a static pattern of blocks of {branch.static.blocks} tokens"
-        return Subject(name=name, about=about, static=branch.static)
-    if branch.window == "all" or branch.window is None:
-        return Subject(name=name, about="every token", window=EVERYTHING)
-    about = f"the last {branch.window} tokens, whatever they are"
-    return Subject(name=name, about=about, window=branch.window)
+        about = f"a static pattern of units of {branch.static.blocks} tokens"
+    elif branch.window == "all":
+        about = "every token"
+    else:
+        about = f"the last {branch.window} tokens, whatever they are"
+    return Subject(name=f"branch {branch.name}", about=about, branch=branch)
 
 
 def _raw(spec: Spec) -> list[Attend]:
-    """The branches that read tokens of a selection or of a window."""
-    return [x for x in spec.attend if x.values == "raw" and (x.window or x.over)]
+    """The branches that read tokens."""
+    return [branch for branch in spec.attend if branch.values == "raw"]
 
 
 def bound(spec: Spec, group: Group) -> Spec:
@@ -168,33 +165,33 @@ def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
                 entries = -(-tokens // each.stride)
                 mask = members(result.selection[each.level], entries)[0].transpose(0, 1)
                 chosen[each.name].append(mask)
-            elif each.window:
-                chosen[each.name].append(_window(run, tokens, each.window, spec.causal))
-            elif each.static:
+            elif each.branch:
                 heads = group.q.shape[1]
-                seen = static_mask(each.static, run, tokens, heads, spec.causal).transpose(0, 1)
-                before = torch.arange(tokens, device=run.device) <= run[:, None]
-                chosen[each.name].append(seen & before if spec.causal else seen)
+                chosen[each.name].append(_seen(each.branch, run, tokens, heads, spec.causal))
     found = {name: torch.cat(parts, 1) for name, parts in chosen.items() if parts}
     if TOGETHER in chosen:
         found[TOGETHER] = _together(spec, found, tokens)
     return found
 
 
-def _window(position: Tensor, tokens: int, window: int, causal: bool) -> Tensor:
-    """Tokens nearer than `window`.  -> bool[1, R, S]"""
+def _seen(branch: Attend, position: Tensor, tokens: int, heads: int, causal: bool) -> Tensor:
+    """Tokens that a branch shows by position alone.  -> bool[1 or heads, R, S]"""
     distance = position[:, None] - torch.arange(tokens, device=position.device)
-    near = distance.abs() < window
-    return (near & (distance >= 0) if causal else near)[None]
+    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if branch.static:
+        return visible & static_mask(branch.static, position, tokens, heads, causal).transpose(0, 1)
+    if isinstance(branch.window, int):
+        visible = visible & (distance.abs() < branch.window)
+    return visible[None]
 
 
 def _together(spec: Spec, found: dict[str, Tensor], tokens: int) -> Tensor:
     """Tokens that any raw branch reads.  -> bool[Hs, R, S]"""
     masks: list[Tensor] = []
     for branch in _raw(spec):
-        if branch.window or branch.static:
+        if branch.over is None:
             masks.append(found[f"branch {branch.name}"])
-        elif branch.over:
+        else:
             level = spec.level(branch.over).partition
             mask = found[f"level {branch.over}"]
             masks.append(metrics.tokens_of(mask, level.size, level.stride, tokens))
@@ -443,14 +440,12 @@ def _notes(report: Report) -> tuple[str, ...]:
     """What a reader must know to read the figures rightly."""
     notes: list[str] = []
     if not report.subjects:
-        notes.append("nothing to measure: no level selects, and no branch has a window")
+        notes.append("nothing to measure: no level selects, and no branch reads tokens")
     for each in report.spec.attend:
         if each.values == "pooled":
             notes.append(
                 f"branch {each.name} attends pooled entries, no tokens: not measured by itself"
             )
-        elif not (each.window or each.over):
-            notes.append(f"branch {each.name} neither selects nor has a window: not measured")
     if not report.spec.causal:
         notes.append("the spec is not causal, the captured model was: dense sees every token here")
     for subject in report.subjects:

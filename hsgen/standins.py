@@ -26,11 +26,10 @@ def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec
         dim: Of a key and a value, or one number for both.
     """
     qk, v = (dim, dim) if isinstance(dim, int) else dim
-    per_key_head = any(level.score.form == "index_dot" for level in spec.levels)
     changed = {
         "heads": Heads(query=query, kv=kv),
         "head_dim": HeadDim(qk=qk, v=v),
-        "index": spec.index and Index(heads=kv if per_key_head else query, dim=qk),
+        "index": spec.index and Index(heads=kv if spec.index_per_key_head else query, dim=qk),
     }
     return spec.model_copy(update=changed)
 

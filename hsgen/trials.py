@@ -141,7 +141,7 @@ def shrink(spec: Spec) -> Spec:
         "head_dim": HeadDim(qk=16, v=16 if _same_dims(spec) else 32),
     }
     if spec.index:
-        heads = 2 if _stands_for_key_heads(spec) else min(spec.index.heads, 4)
+        heads = 2 if spec.index_per_key_head else min(spec.index.heads, 4)
         changes["index"] = spec.index.model_copy(update={"heads": heads, "dim": 16})
     return verify_spec(spec.model_copy(update=changes))
 
@@ -200,14 +200,9 @@ def _one_key_head(spec: Spec) -> Spec:
         "heads": Heads(query=group, kv=1),
         "head_dim": spec.head_dim or HeadDim(qk=64, v=64),
     }
-    if spec.index and _stands_for_key_heads(spec):
+    if spec.index and spec.index_per_key_head:
         changes["index"] = spec.index.model_copy(update={"heads": 1})
     return spec.model_copy(update=changes)
-
-
-def _stands_for_key_heads(spec: Spec) -> bool:
-    """Whether there is an index head for each key head."""
-    return any(level.score.form == "index_dot" for level in spec.levels)
 
 
 def differences(spec: Spec) -> str:

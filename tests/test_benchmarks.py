@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import baselines, common, independent, inputs, quality, speed, speed_report
+from benchmarks import baselines, common, independent, inputs, quality, speed, speed_report, starts
 from hsgen import captures, metrics, standins
 from hsgen.reference import reference, tensor_shapes
 from hsgen.spec import load
@@ -269,3 +269,26 @@ def test_a_peer_is_read_without_its_asserts(tmp_path):
     x = torch.arange(5.0).reshape(1, 5, 1, 1)
     assert made.x(x, 2, None).flatten().tolist() == [0.5, 2.5, 4.0]
     assert "fla" not in sys.modules
+
+
+# Starting tiles -------------------------------------------------------------------------------------
+
+
+def test_variants_of_a_start_change_one_value_and_what_follows_from_it():
+    start = {"BLOCK_T": 4, "BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3}
+    changed = {key: list(starts.variants(start, key)) for key in start}
+    assert changed["BLOCK_M"] == []
+    assert {"BLOCK_T": 2, "BLOCK_M": 32} in changed["BLOCK_T"]
+    assert changed["BLOCK_N"] == [{"BLOCK_N": 32}, {"BLOCK_N": 64}]  # no dot has fewer than 16
+    assert {"num_warps": 4} not in changed["num_warps"]
+    assert {"num_stages": 1} in changed["num_stages"]
+
+
+def test_the_best_of_the_kept_starts_was_tried_and_right():
+    for path in common.found([], "starts"):
+        for name, kernel in common.read_json(path)["kernels"].items():
+            if name.endswith("/skipped"):
+                continue
+            times = [(t["ms"], t["status"]) for t in kernel["tried"] if t["ms"] is not None]
+            assert {status for _, status in times} == {"ok"}, name
+            assert kernel["best_ms"] in [kernel["start_ms"], *(ms for ms, _ in times)], name

@@ -110,7 +110,7 @@ def test_a_spec_without_a_choice_is_refused():
         "attend: [{name: chunk, over: chunk, values: pooled}]\n",
         "pooled.yaml",
     )
-    with pytest.raises(HsgenError, match="no level selects and no branch has a window"):
+    with pytest.raises(HsgenError, match="no level selects and no branch reads tokens"):
         mask.mask(spec, CAPTURE)
 
 

@@ -118,6 +118,34 @@ def test_figures_of_a_window_are_those_of_brute_force(group):
     assert first.iou == pytest.approx(iou, abs=1e-3)
 
 
+STATIC = """
+hsgen: 1
+name: static
+attend:
+  - {name: only, static: {blocks: 16, window: 2, sink: 1, stride: 5, shift: 1, power_of_two: true}}
+"""
+
+
+def test_what_a_static_pattern_takes_is_what_the_reference_attends(group):
+    spec = quality.bound(parse(STATIC), group)
+    position = quality.measured_rows(512, 64)
+    (subject,) = quality.subjects(spec)
+    chosen = quality.choices(spec, group, position)[subject.name]
+    q, k, v = group.q[None], group.k[None, :, None], group.v[None, :, None]
+    o = reference(spec, standins.tensors(spec, q, k, v)).o[0, position]
+    full = metrics.dense(group.q[position], group.k, group.v, position)
+    judged = metrics.judge(full, chosen, 1).o.transpose(0, 1).double()
+    torch.testing.assert_close(judged, o, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(chosen[0], chosen[1])  # heads take turns
+
+
+def test_a_branch_that_sees_everything_misses_nothing(group):
+    spec = parse("hsgen: 1\nname: whole\nattend: [{name: whole, window: all}]\n")
+    for each in measured(spec, group):
+        assert (each.density, each.iou) == (1.0, 1.0)
+        assert each.ways["selected"]["mass"] == pytest.approx(1.0)
+
+
 def sum_over_heads(group, rows):
     logits = torch.einsum("rhd,sd->hrs", group.q[rows].float(), group.k.float()) * 64**-0.5
     hidden = torch.arange(512) > rows[:, None]

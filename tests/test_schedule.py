@@ -8,7 +8,6 @@ import plan_cases
 import pytest
 import torch
 import triton
-from conformance import systems
 
 from hsgen import configs, dryrun, pipeline, report, resources, schedule
 from hsgen.errors import PlanError
@@ -154,7 +153,7 @@ def resized(spec, heads, dims):
         "heads": Heads(query=heads[0], kv=heads[1]),
         "head_dim": HeadDim(qk=dims[0], v=dims[1]),
     }
-    if systems.index_per_key_head(spec):
+    if spec.index_per_key_head:
         changes["index"] = spec.index.model_copy(
             update={"heads": heads[1]}
         )  # one for each key head
@@ -206,9 +205,9 @@ COVERING = (
     ("bf16", A100, "hisa", "score_block"),
 )
 NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-# Bytes of stack a thread.  nsa's score_block spills 184 on the H100 and is still 30 % faster there than
-# with steps half as wide; the ptxas of older Triton spills more.
-SPILLS = 192 if NEW else 512
+SPILLS = 64 if NEW else 512  # bytes of stack a thread; the ptxas of older Triton spills more
+# With steps half as wide it does not spill, and is 43 % slower on the H100 (benchmarks/starts.py).
+MORE_SPILLS = {("bf16", H100, "nsa", "score_block"): 192}
 
 
 @pytest.mark.slow
@@ -220,11 +219,11 @@ def test_default_configurations_fit_and_hardly_spill():
         (job,) = [job for job in report.jobs(artifact) if job.signature.function == kernel]
         jobs.append(job)
     outcomes = resources.measure(jobs, timeout=240)
-    for job, outcome in zip(jobs, outcomes, strict=True):
+    for key, job, outcome in zip(COVERING, jobs, outcomes, strict=True):
         name = f"{job.signature.function} for {job.target.name}: {outcome}"
         assert isinstance(outcome, resources.Resources), name
         assert outcome.blocks_per_sm > 0, name
-        assert outcome.cost.spill_bytes <= SPILLS, name
+        assert outcome.cost.spill_bytes <= max(SPILLS, MORE_SPILLS.get(key, 0)), name
 
 
 def test_the_interpreter_gets_the_same_text():

@@ -317,6 +317,11 @@ class Spec(Node):
         return {level.name: level for level in self.levels}[name]
 
     @property
+    def index_per_key_head(self) -> bool:
+        """Whether index head h stands for key head h, so that there are as many of both."""
+        return any(level.score.form == "index_dot" for level in self.levels)
+
+    @property
     def digest(self) -> str:
         """sha256 of the meaning: all fields but `source`, defaults filled in."""
         fields = _without_news(self.model_dump(mode="json", exclude={"source"}))

@@ -73,11 +73,6 @@ def _shrunk_level(level, factor):
     return level.model_copy(update=changes)
 
 
-def index_per_key_head(spec):
-    """Whether index head h stands for key head h, so that there are as many."""
-    return any(level.score.form == "index_dot" for level in spec.levels)
-
-
 def bind(spec, *, group=2, kv=None, dims=(64, 64)):
     """Heads and head dims; an index gets the dim of queries, and as many heads as a group has.
 
@@ -89,7 +84,7 @@ def bind(spec, *, group=2, kv=None, dims=(64, 64)):
         "head_dim": HeadDim(qk=dims[0], v=dims[1]),
     }
     if spec.index:
-        changes["index"] = Index(heads=kv if index_per_key_head(spec) else group, dim=dims[0])
+        changes["index"] = Index(heads=kv if spec.index_per_key_head else group, dim=dims[0])
     return language.verify(spec.model_copy(update=changes))
 
 
