@@ -39,7 +39,7 @@ def test_fixture_shows_its_own_code(path: Path) -> None:
 
 
 def test_codes_and_fixtures_are_the_same_set() -> None:
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "hsgen" / "spec").glob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "hsgen" / "spec").rglob("*.py")]
     in_code = {code for text in sources for code in CODE.findall(text)}
     assert in_code == {path.name[:5] for path in FIXTURES}
     assert len(FIXTURES) == len(in_code)

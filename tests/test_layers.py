@@ -89,6 +89,11 @@ def files() -> Iterator[tuple[str, Path]]:
         yield path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path
 
 
+def inner_module(path: Path) -> str:
+    """The module or package right below hsgen.spec that a file belongs to."""
+    return path.relative_to(PACKAGE / "spec").parts[0].removesuffix(".py")
+
+
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -120,7 +125,7 @@ def below(name: str, package: str) -> str | None:
 def test_every_module_has_a_layer():
     modules = {module for module, _ in files()} - {"__init__", "__main__"}
     assert modules - {"_data"} == set(ranks(LAYERS))
-    inner = {path.stem for module, path in files() if module == "spec"} - {"__init__"}
+    inner = {inner_module(path) for module, path in files() if module == "spec"} - {"__init__"}
     assert inner == set(ranks(SPEC_LAYERS))
 
 
@@ -134,7 +139,7 @@ def test_imports_point_upwards(package: str):
     order = ranks(SPEC_LAYERS if inner else LAYERS)
     wrong = []
     for module, path in files():
-        name = path.stem if inner else module
+        name = inner_module(path) if inner and module == "spec" else module
         if name.startswith("__") or (inner and module != "spec"):
             continue
         used = {below(one, package) for one in imports(path)} & set(order)

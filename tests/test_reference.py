@@ -615,7 +615,7 @@ def test_keys_past_kv_lens_do_not_exist(spec):
 def test_chunks_of_rows_change_nothing(spec, monkeypatch):
     x = random(spec, 21)
     whole = reference(spec, x)
-    monkeypatch.setattr("hsgen.reference.CHUNK_ELEMENTS", 4 * 21 * 5)
+    monkeypatch.setattr("hsgen.reference.sequence.CHUNK_ELEMENTS", 4 * 21 * 5)
     chunked = reference(spec, x)
     torch.testing.assert_close(chunked.o, whole.o, rtol=1e-13, atol=1e-13)
     assert chunked.scores.keys() == whole.scores.keys()

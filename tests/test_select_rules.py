@@ -14,7 +14,7 @@ import hsgen
 from hsgen import passes, planner, schedule
 from hsgen.analysis import causality, costs, laws, not_dense_because
 from hsgen.errors import PlanError
-from hsgen.reference import _part, choose, masses, reference
+from hsgen.reference import choose, masses, reference, share_of
 from hsgen.selection import BitmapSelection, members
 from hsgen.spec import Attend, Force, HeadSpan, Select, Static, TopP, load, parse
 from hsgen.target import H100
@@ -135,9 +135,9 @@ def test_parts_of_large_totals_do_not_overflow():
     for whole in (0, 1, (1 << 30) - 1, 1 << 30, (1 << 56) + 12345):
         for part in (1e-6, 0.3, 0.9, 1.0):
             exact = round(part * (1 << 30)) * whole
-            got = _part(part, torch.tensor(whole)).item()
+            got = share_of(part, torch.tensor(whole)).item()
             assert got == -(-exact >> 30), (part, whole)
-            assert _part(part, torch.tensor(whole), up=False).item() == exact >> 30
+            assert share_of(part, torch.tensor(whole), up=False).item() == exact >> 30
 
 
 def test_forced_masses_count_or_do_not():

@@ -4,6 +4,7 @@ Each is the stand-in with one function of the reference replaced, or its inputs 
 """
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,13 +26,19 @@ class Mutant:
 
 @contextlib.contextmanager
 def _replaced(name, make):
-    """Put make(old) in the place of a function of the reference."""
-    old = getattr(reference, name)
-    setattr(reference, name, make(old))
+    """Put make(old) in the place of a function of the reference, wherever it is used."""
+    modules = [
+        module for path, module in sys.modules.items() if path.startswith(f"{reference.__name__}.")
+    ]
+    users = [module for module in modules if hasattr(module, name)]
+    (old,) = {getattr(module, name) for module in users}
+    for module in users:
+        setattr(module, name, make(old))
     try:
         yield
     finally:
-        setattr(reference, name, old)
+        for module in users:
+            setattr(module, name, old)
 
 
 def bent(name, make):
@@ -182,7 +189,7 @@ def maps_have_no_weights(old):
         empty = torch.zeros_like(source.scores)
         scores = torch.where(source.complete[:, None], source.scores, empty)
         offsets = range(-1, count)
-        return sum(reference._shifted(scores, count, o, N, 0.0) for o in offsets)
+        return sum(reference.scores._shifted(scores, count, o, N, 0.0) for o in offsets)
 
     return mapped
 
@@ -292,7 +299,7 @@ def short_blocks_do_not_exist(old):
     """Without causality the last block must be whole."""
 
     def complete(rows, level):
-        starts = reference._starts(level, rows.S, rows.p)
+        starts = reference.entries.first_tokens(level, rows.S, rows.p)
         return old(rows, level) & (starts + level.partition.size <= rows.S)
 
     return complete
@@ -451,8 +458,8 @@ MUTANTS = (
     _bent("nsa", "_branch", one_key_leaks, UNIFORM, name="one_key_leaks_in_nsa"),
     _bent("moba", "_branch", own_key_is_missing, UNIFORM, ERRORS),
     _bent("nsa", "_branch", window_has_one_more, UNIFORM, ERRORS),
-    _bent("nsa", "_complete", entries_are_scored_early, FUTURE, UNIFORM, ERRORS),
-    _bent("moba", "_forced", last_forced_is_forgotten, INTEGERS, ERRORS),
+    _bent("nsa", "complete_entries", entries_are_scored_early, FUTURE, UNIFORM, ERRORS),
+    _bent("moba", "forced_entries", last_forced_is_forgotten, INTEGERS, ERRORS),
     _bent("moba", "order", ties_go_up, INTEGERS),
     _bent("hisa", "order", ties_go_up, INTEGERS, name="ties_go_up_in_hisa"),
     _bent("nsa", "order", ties_go_up, INTEGERS, name="ties_go_up_in_nsa"),
@@ -461,23 +468,31 @@ MUTANTS = (
     _bent("hisa", "choose", last_pick_is_the_next_best, ERRORS, name="next_best_in_hisa"),
     _bent("nsa", "choose", last_pick_is_the_next_best, ERRORS, name="next_best_in_nsa"),
     _bent("moba", "choose", forced_entries_always_count, "uncounted_entries_come_on_top"),
-    _bent("hisa", "_children", beams_are_ignored, ERRORS),
-    _bent("nsa", "_mapped", maps_have_no_weights, ERRORS),
+    _bent("hisa", "inside_beam", beams_are_ignored, ERRORS),
+    _bent("nsa", "mapped", maps_have_no_weights, ERRORS),
     _bent("nsa", "_shifted", maps_start_late, ERRORS),
-    _bent("moba", "_form", scores_are_rounded_to(half), LOW_BITS, name="scores_are_fp16"),
-    _bent("hisa", "_form", scores_are_rounded_to(half), LOW_BITS, name="scores_are_fp16_in_hisa"),
-    _bent("nsa", "_mapped", masses_are_rounded_to(half), MASSES, name="masses_are_fp16"),
-    _bent("moba", "_pooled", pools_are_rounded_to(half), LOW_BITS, name="pools_are_fp16"),
-    _bent("hisa", "_pooled", pools_are_rounded_to(bf16), LOW_BITS, name="pools_are_bf16_in_hisa"),
+    _bent("moba", "raw_scores", scores_are_rounded_to(half), LOW_BITS, name="scores_are_fp16"),
+    _bent(
+        "hisa", "raw_scores", scores_are_rounded_to(half), LOW_BITS, name="scores_are_fp16_in_hisa"
+    ),
+    _bent("nsa", "mapped", masses_are_rounded_to(half), MASSES, name="masses_are_fp16"),
+    _bent("moba", "pooled_entries", pools_are_rounded_to(half), LOW_BITS, name="pools_are_fp16"),
+    _bent(
+        "hisa",
+        "pooled_entries",
+        pools_are_rounded_to(bf16),
+        LOW_BITS,
+        name="pools_are_bf16_in_hisa",
+    ),
     _bent("moba", "_pool", pools_are_cut_short, ERRORS),
     _bent("nsa", "_pool", pools_are_cut_short, ERRORS, name="pools_are_cut_short_in_nsa"),
     _bent("nsa", "_pool", positions_are_forgotten, ERRORS),
-    _bent("hisa", "_dot", heads_are_strided, ERRORS),
-    _bent("moba", "_softmax", maximum_is_not_subtracted, "large_queries_stay_finite"),
+    _bent("hisa", "dot", heads_are_strided, ERRORS),
+    _bent("moba", "softmax", maximum_is_not_subtracted, "large_queries_stay_finite"),
     _bent(
-        "nsa", "_softmax", empty_rows_divide_by_zero, ERRORS, "rows_before_the_first_key_are_empty"
+        "nsa", "softmax", empty_rows_divide_by_zero, ERRORS, "rows_before_the_first_key_are_empty"
     ),
-    _bent("moba", "_complete", short_blocks_do_not_exist, "non_causal_specs_see_both_sides"),
+    _bent("moba", "complete_entries", short_blocks_do_not_exist, "non_causal_specs_see_both_sides"),
     _asked("moba", lists_end_at_minus_one, SETS, "any_selection_is_attended"),
     _asked("moba", documents_are_joined, "packed_documents_are_separate", ERRORS),
     _asked("hisa", lengths_are_ignored, "padding_is_never_read", ERRORS),

@@ -1,0 +1,71 @@
+"""The operators as small frozen classes in a closed union, and the Graph that holds them.
+
+Knows what each value's shape is; knows neither schedules nor GPUs nor templates.
+
+Dimensions are names: B batch, T query rows, S key rows, Hq and Hkv heads, G = Hq / Hkv, Dqk and Dv
+head dims, Hi and Di heads and dim of the index, N_x entries of level x, K_x slots of its selection,
+W_x words of it where rows are bitmaps, C_x candidates of x inside another level's beam; a dimension
+that is a number is written as one.
+"""
+
+from __future__ import annotations
+
+from hsgen.graph.checks import partitions, short_last, verify
+from hsgen.graph.nodes import FIXED_SIZES, Graph, GraphError, Meta, Node, Outputs, TensorType, dump
+from hsgen.graph.ops import (
+    Attend,
+    DType,
+    Gate,
+    Input,
+    LogSumExp,
+    Map,
+    Normalise,
+    Op,
+    Pattern,
+    Pool,
+    Reduce,
+    Role,
+    Score,
+    Select,
+    SelectSet,
+    Union,
+)
+from hsgen.graph.signature import TensorInput, tensor_inputs
+from hsgen.graph.text import align, op_fields, op_text
+from hsgen.graph.types import result_type
+
+__all__ = [
+    "Attend",
+    "DType",
+    "FIXED_SIZES",
+    "Gate",
+    "Graph",
+    "GraphError",
+    "Input",
+    "LogSumExp",
+    "Map",
+    "Meta",
+    "Node",
+    "Normalise",
+    "Op",
+    "Outputs",
+    "Pattern",
+    "Pool",
+    "Reduce",
+    "Role",
+    "Score",
+    "Select",
+    "SelectSet",
+    "TensorInput",
+    "TensorType",
+    "Union",
+    "align",
+    "dump",
+    "op_fields",
+    "op_text",
+    "partitions",
+    "result_type",
+    "short_last",
+    "tensor_inputs",
+    "verify",
+]

@@ -1,0 +1,204 @@
+"""The operators: small frozen classes in a closed union."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["input", "f32", "i32"]  # input: the dtype of the query tensor
+
+
+Role = Literal[
+    "query", "keys", "values", "index_query", "index_keys", "index_weights", "gates", "parameter"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """A tensor the caller passes, by name."""
+
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Summarise each entry by one float32 vector.  x, [weight, [position]] -> [B, N, H, D]
+
+    `minmax` makes two, the least and the greatest of every channel: [B, N, H, 2, D].
+    """
+
+    level: str
+    how: Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
+    size: int
+    stride: int
+    position: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Score entries of a level.
+
+    query, entry keys, [index weights], [parent selection] -> f32[B, T, H, N]
+
+    `relu_weighted` sums its index heads itself, so it has one head; those of `index_dot` stand for
+    the key heads.  `bound` reads minmax keys.  With `within`, only children of the parent selection
+    are scored: f32[B, T, H, C].
+    """
+
+    level: str
+    form: Literal["dot", "bound", "index_dot", "relu_weighted"]
+    scale: float | None  # None: 1/sqrt(qk dim), not bound yet
+    size: int
+    stride: int
+    within: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSumExp:
+    """Natural log of the sum of exp over visible entries.  f32[B, H, T]
+
+    Of a score it is a pass of its own; of an attend or a union, a by-product.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normalise:
+    """exp(score - lse): the softmax mass of each entry.  score, lse -> f32[B, T, H, N]
+
+    With the log-sum-exp of another level's scores, masses are 0 where that level has no entry.
+    """
+
+    level: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduce:
+    """Make heads agree.  f32[B, T, H, N] -> f32[B, T, H', N]"""
+
+    share: Literal["group", "all"]
+    how: Literal["sum", "mean", "max"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Map:
+    """Carry scores to another level: entry j gathers source entries j * ratio + offset.
+
+    `taps` are (offset, weight) pairs; sources that do not exist or are incomplete count nothing.
+    `size` and `stride` are of the entries that are made.
+    """
+
+    level: str
+    how: Literal["overlap_sum", "sum", "max"]
+    size: int
+    stride: int
+    ratio: int
+    taps: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Select:
+    """Keep the best entries of each row, ascending, -1 padded.  f32[B, T, H, N] -> i32[B, T, H, K]
+
+    With `within`, only children of the parent selection (second input) are candidates.
+    """
+
+    level: str
+    size: int
+    stride: int
+    k: int
+    width: int
+    first: int
+    last: int
+    counted: bool
+    final: bool  # attended (top_k), or only expanded (beam)
+    within: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectSet:
+    """Keep entries by a rule that lets counts vary.  f32[B, T, H, N] -> i32[B, T, H, W], bitmap rows
+
+    `fraction` of the candidates, rounded up; scores above a `threshold`; the best until their mass
+    reaches a part of the total, `top_p`, where `boundary`, `least`, `most` and `scope` count.
+    """
+
+    level: str
+    size: int
+    stride: int
+    rule: Literal["fraction", "threshold", "top_p"]
+    value: float
+    first: int
+    last: int
+    counted: bool
+    boundary: Literal["keep", "drop"] | None = None
+    scope: Literal["row", "head"] | None = None
+    least: int | None = None
+    most: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """What a static attend shows, in units of `size` tokens; see the language's `static`.
+
+    `spans` are (window, growth, sink) of heads, over and over; growth is in units of 2^-30.
+    """
+
+    spans: tuple[tuple[int, int, int], ...]
+    dilation: int
+    stride: int | None
+    shift: int
+    power_of_two: bool
+
+    def __str__(self) -> str:
+        spans = " ".join(f"{window}+{growth}N/{sink}" for window, growth, sink in self.spans)
+        strided = f" stride={self.stride} shift={self.shift}" if self.stride else ""
+        powers = " power_of_two" if self.power_of_two else ""
+        return f"[{spans} dilation={self.dilation}{strided}{powers}]"
+
+    @property
+    def grows(self) -> bool:
+        """Whether windows depend on the length of the whole sequence."""
+        return any(growth for _, growth, _ in self.spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attend:
+    """One softmax over one branch's keys.  query, keys, values, [selection] -> [B, T, Hq, Dv]
+
+    `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete, the
+    last `window` tokens, what a static `pattern` of units of `size` tokens shows, or all tokens.
+    """
+
+    branch: str
+    over: Literal["blocks", "tokens", "pooled", "window", "static", "all"]
+    scale: float | None  # None: 1/sqrt(qk dim), not bound yet
+    size: int
+    stride: int
+    window: int | None
+    pattern: Pattern | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """o = sum over c of gates[..., c] * branch c.  gates, branches... -> [B, T, Hq, Dv]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Union:
+    """One softmax over the union of the branches' keys, a raw token counted once."""
+
+
+Op = (
+    Input
+    | Pool
+    | Score
+    | LogSumExp
+    | Normalise
+    | Reduce
+    | Map
+    | Select
+    | SelectSet
+    | Attend
+    | Gate
+    | Union
+)

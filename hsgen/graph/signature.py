@@ -1,0 +1,87 @@
+"""The inputs, in the order of a signature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from hsgen.graph.nodes import Graph, Node, TensorType
+from hsgen.graph.ops import (
+    Attend,
+    Gate,
+    Input,
+    LogSumExp,
+    Map,
+    Normalise,
+    Op,
+    Pool,
+    Reduce,
+    Role,
+    Score,
+    Select,
+    SelectSet,
+    Union,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInput:
+    """A tensor that the caller passes: `str()` is a line of a docstring."""
+
+    name: str
+    type: TensorType
+    role: Role
+    about: str
+
+    def __str__(self) -> str:
+        return f"{self.name} [{', '.join(self.type.dims)}]: {self.about}"
+
+
+def tensor_inputs(graph: Graph) -> tuple[TensorInput, ...]:
+    """Every input: q, k, v first, then keys and values of branches, index, gates, parameters."""
+    return tuple(
+        TensorInput(name=node.name, type=node.type, role=node.op.role, about=_about(graph, node))
+        for node in graph.nodes()
+        if isinstance(node.op, Input)
+    )
+
+
+def _about(graph: Graph, node: Node) -> str:
+    assert isinstance(node.op, Input)
+    users = graph.users(node.name)
+    whose = sorted({_owner(user.op) for user in users} - {""})
+    of = f" of {', '.join(whose)}" if whose else ""
+    match node.op.role:
+        case "query":
+            return "queries"
+        case "keys":
+            return f"keys{of}"
+        case "values":
+            return f"values{of}"
+        case "index_query":
+            return "queries of the index"
+        case "index_keys":
+            return "keys of the index, shared by its heads"
+        case "index_weights":
+            return "weight of each head of the index"
+        case "gates":
+            gated = [graph[name].op for user in users for name in user.inputs[1:]]
+            names = [op.branch for op in gated if isinstance(op, Attend)]
+            return f"gate of each branch: {', '.join(names)}"
+        case "parameter":
+            return f"learned pooling{of}"
+        case _:
+            assert_never(node.op.role)
+
+
+def _owner(op: Op) -> str:
+    """The level or branch that an operator belongs to, in words."""
+    match op:
+        case Pool() | Score() | Normalise() | Map() | Select() | SelectSet():
+            return f"level {op.level}"
+        case Attend():
+            return f"branch {op.branch}"
+        case Input() | LogSumExp() | Reduce() | Gate() | Union():
+            return ""
+        case _:
+            assert_never(op)

@@ -1,0 +1,252 @@
+"""What an operator makes of its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import assert_never
+
+from hsgen.graph.nodes import GraphError, Node, TensorType
+from hsgen.graph.ops import (
+    Attend,
+    Gate,
+    Input,
+    LogSumExp,
+    Map,
+    Normalise,
+    Op,
+    Pool,
+    Reduce,
+    Score,
+    Select,
+    SelectSet,
+    Union,
+)
+
+
+def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
+    """The type of `op` applied to `operands`; GraphError where they do not fit."""
+    types = [operand.type for operand in operands]
+    match op:
+        case Input():
+            raise GraphError("an input has the type it is given")
+        case Pool():
+            return _pool_type(op, types)
+        case Score():
+            return _score_type(op, operands)
+        case LogSumExp():
+            return _log_sum_exp_type(operands)
+        case Normalise():
+            return _normalise_type(op, operands)
+        case Reduce():
+            return _reduce_type(op, types)
+        case Map():
+            return _map_type(op, types)
+        case Select() | SelectSet():
+            return _selection_type(op, operands)
+        case Attend():
+            return _attend_type(op, operands)
+        case Gate():
+            need(len(types) >= 2, "gates need a tensor of gates and at least one branch")
+            need_dims(types[0], ("B", "T", "Hq", str(len(types) - 1)))
+            return _agree(types[1:])
+        case Union():
+            need(len(types) >= 1, "a union needs at least one branch")
+            for operand in operands:
+                need(isinstance(operand.op, Attend), f"%{operand.name} is not an attend")
+            return _agree(types)
+        case _:
+            assert_never(op)
+
+
+def need(condition: bool, message: str) -> None:
+    if not condition:
+        raise GraphError(message)
+
+
+def need_dims(actual: TensorType, dims: tuple[str, ...]) -> None:
+    need(actual.dims == dims, f"expected [{', '.join(dims)}], got {actual}")
+
+
+def _need_count(operands: Sequence[object], *counts: int) -> None:
+    expected = " or ".join(str(count) for count in counts)
+    need(len(operands) in counts, f"expected {expected} operands, got {len(operands)}")
+
+
+def _agree(types: Sequence[TensorType]) -> TensorType:
+    for other in types[1:]:
+        need(other == types[0], f"branches differ: {types[0]} and {other}")
+    return types[0]
+
+
+def _pool_type(op: Pool, types: Sequence[TensorType]) -> TensorType:
+    """x [B, S, H, D], weight [H, size, D, D], position [H, size, D] -> f32[B, N, H, D]
+
+    An index has no head dimension: x [B, S, D] -> f32[B, N, D], H = 1 in its parameters.
+    """
+    _need_count(types, 1 if op.how != "linear" else 3 if op.position else 2)
+    need(op.position is False or op.how == "linear", "only linear pooling has positions")
+    dims = types[0].dims
+    need(dims[:2] == ("B", "S"), f"expected [B, S, ...], got {types[0]}")
+    heads, dim = (dims[2] if len(dims) == 4 else "1"), dims[-1]
+    for learned, expected in zip(
+        types[1:], ((heads, str(op.size), dim, dim), (heads, str(op.size), dim)), strict=False
+    ):
+        need_dims(learned, expected)
+    rows = ("2",) if op.how == "minmax" else ()
+    return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *dims[2:-1], *rows, dim))
+
+
+def _entry_dim(op: Score, keys: Node) -> str:
+    """N_x or C_x; checked against the keys, which are pooled entries or, for tokens, raw."""
+    tokens = op.size == op.stride == 1 and keys.type.dims[1] == "S"
+    need(
+        tokens or keys.type.dims[1] == f"N_{op.level}",
+        f"keys {keys.type} are not of level {op.level}",
+    )
+    return f"N_{op.level}" if op.within is None else f"C_{op.level}"
+
+
+def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
+    weighted = op.form == "relu_weighted"
+    _need_count(operands, 2 + weighted + (op.within is not None))
+    query, keys = operands[0].type, operands[1]
+    if weighted or op.form == "index_dot":
+        need_dims(query, ("B", "T", "Hi", "Di"))
+        need(keys.type.dims[2:] == ("Di",), f"expected [B, N, Di], got {keys.type}")
+        if weighted:
+            need_dims(operands[2].type, ("B", "T", "Hi"))
+    else:
+        need_dims(query, ("B", "T", "Hq", "Dqk"))
+        vectors = ("Hkv", "2", "Dqk") if op.form == "bound" else ("Hkv", "Dqk")
+        expected = ", ".join(("B", "N", *vectors))
+        need(keys.type.dims[2:] == vectors, f"expected [{expected}], got {keys.type}")
+    if op.within is not None:
+        _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
+    heads = {"relu_weighted": "1", "index_dot": "Hkv"}.get(op.form, "Hq")
+    return TensorType(dtype="f32", dims=("B", "T", heads, _entry_dim(op, keys)))
+
+
+def _need_parent(within: str, parent: Node, *, size: int, stride: int) -> None:
+    select = parent.op
+    need(
+        isinstance(select, Select) and select.level == within,
+        f"%{parent.name} is not the selection of level {within}",
+    )
+    assert isinstance(select, Select)
+    need(
+        select.size == select.stride and size == stride and select.size % size == 0,
+        f"entries of {size} do not nest in entries of {select.size} of level {within}",
+    )
+
+
+def _log_sum_exp_type(operands: Sequence[Node]) -> TensorType:
+    _need_count(operands, 1)
+    operand = operands[0]
+    need(
+        isinstance(operand.op, Score | Attend | Union),
+        f"%{operand.name} has no log-sum-exp: it is neither a score nor an attend",
+    )
+    return TensorType(dtype="f32", dims=("B", operand.type.dims[2], "T"))
+
+
+def _normalise_type(op: Normalise, operands: Sequence[Node]) -> TensorType:
+    _need_count(operands, 2)
+    score, lse = operands
+    need(
+        isinstance(score.op, Score) and score.op.level == op.level,
+        f"%{score.name} is not the score of level {op.level}",
+    )
+    need(isinstance(lse.op, LogSumExp), f"%{lse.name} is not a log-sum-exp")
+    need_dims(lse.type, ("B", score.type.dims[2], "T"))
+    return score.type
+
+
+def _reduce_type(op: Reduce, types: Sequence[TensorType]) -> TensorType:
+    _need_count(types, 1)
+    batch, rows, heads, entries = _score_dims(types[0])
+    need(COARSENESS[heads] < COARSENESS[SHARE_HEADS[op.share]], f"{types[0]} already agrees")
+    return TensorType(dtype="f32", dims=(batch, rows, SHARE_HEADS[op.share], entries))
+
+
+SHARE_HEADS: Mapping[str, str] = MappingProxyType({"head": "Hq", "group": "Hkv", "all": "1"})
+
+
+COARSENESS: Mapping[str, int] = MappingProxyType({"Hq": 0, "Hkv": 1, "1": 2})
+
+
+def _score_dims(score: TensorType) -> tuple[str, str, str, str]:
+    need(
+        score.dtype == "f32" and score.dims[:2] == ("B", "T") and len(score.dims) == 4,
+        f"expected f32[B, T, H, N], got {score}",
+    )
+    batch, rows, heads, entries = score.dims
+    return batch, rows, heads, entries
+
+
+def _map_type(op: Map, types: Sequence[TensorType]) -> TensorType:
+    _need_count(types, 1)
+    batch, rows, heads, entries = _score_dims(types[0])
+    need(entries.startswith("N_"), f"scores of a beam's children cannot be mapped: {types[0]}")
+    need(bool(op.taps) and all(weight > 0 for _, weight in op.taps), "a map needs taps")
+    return TensorType(dtype="f32", dims=(batch, rows, heads, f"N_{op.level}"))
+
+
+def _selection_type(op: Select | SelectSet, operands: Sequence[Node]) -> TensorType:
+    lists = isinstance(op, Select)
+    return _select_type(op, operands) if lists else _select_set_type(op, operands)
+
+
+def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
+    _need_count(operands, 1 if op.within is None else 2)
+    batch, rows, heads, entries = _score_dims(operands[0].type)
+    of_level = (f"N_{op.level}",) if op.within is None else (f"N_{op.level}", f"C_{op.level}")
+    need(entries in of_level, f"scores {operands[0].type} are not of level {op.level}")
+    if op.within is not None:
+        parent = operands[1]
+        _need_parent(op.within, parent, size=op.size, stride=op.stride)
+        need(
+            COARSENESS[parent.type.dims[2]] >= COARSENESS[heads],
+            f"heads that share a selection of {op.level} have different beams of {op.within}",
+        )
+    forced = op.first + op.last
+    need(op.k >= 1, "a selection of nothing")
+    need(not op.counted or op.k >= forced, f"{forced} entries are forced into {op.k}")
+    need(op.width == op.k + (0 if op.counted else forced), f"width {op.width} does not fit")
+    return TensorType(dtype="i32", dims=(batch, rows, heads, f"K_{op.level}"))
+
+
+def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
+    _need_count(operands, 1)
+    batch, rows, heads, entries = _score_dims(operands[0].type)
+    need(entries == f"N_{op.level}", f"scores {operands[0].type} are not of level {op.level}")
+    by_mass = op.rule == "top_p"
+    need((op.scope is not None) == by_mass, "a scope is one of masses")
+    need((op.boundary is not None) == by_mass, "a boundary is one of masses")
+    need(op.most is None or op.most >= (op.least or 0), f"at least {op.least} of {op.most}")
+    return TensorType(dtype="i32", dims=(batch, rows, heads, f"W_{op.level}"))
+
+
+def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
+    selected = op.over in ("blocks", "tokens")
+    _need_count(operands, 4 if selected else 3)
+    query, keys, values = (operand.type for operand in operands[:3])
+    need_dims(query, ("B", "T", "Hq", "Dqk"))
+    need(keys.dims[1] == values.dims[1], f"keys {keys} and values {values} differ in length")
+    rows = keys.dims[1]
+    need((rows != "S") == (op.over == "pooled"), f"keys {keys} do not fit over={op.over}")
+    need_dims(keys, ("B", rows, "Hkv", "Dqk"))
+    need_dims(values, ("B", rows, "Hkv", "Dv"))
+    need((op.window is not None) == (op.over == "window"), "a window is attended with over=window")
+    need(
+        (op.pattern is not None) == (op.over == "static"), "a pattern is attended with over=static"
+    )
+    need(op.over != "tokens" or op.size == 1, f"tokens have size 1, not {op.size}")
+    if selected:
+        select = operands[3].op
+        need(
+            isinstance(select, Select | SelectSet)
+            and (select.size, select.stride) == (op.size, op.stride),
+            f"%{operands[3].name} is not a selection of entries of {op.size}",
+        )
+    return TensorType(dtype="input", dims=("B", "T", "Hq", "Dv"))

@@ -1,0 +1,102 @@
+"""Branches and how they are combined."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hsgen import spec as language
+from hsgen.errors import PlanError
+from hsgen.graph import Attend, Gate, LogSumExp, Node, Outputs, Pattern, Union
+from hsgen.planner.builder import Builder, some
+from hsgen.planner.entries import pooled
+
+
+def plan_branch(builder: Builder, i: int, branch: language.Attend) -> Node:
+    """One attend and its log-sum-exp."""
+    if branch.over is None:
+        over = "static" if branch.static else "all" if branch.window == "all" else "window"
+        size = branch.static.blocks if branch.static else 1
+        units = language.Blocks(size=size, stride=size)
+        op, selection = _attend(builder, branch, over=over, partition=units), None
+    else:
+        level = builder.spec.level(branch.over)
+        if branch.values == "pooled":
+            return _plan_pooled_branch(builder, i, branch, level)
+        over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
+        op = _attend(builder, branch, over=over, partition=level.partition)
+        selection = builder.selections[level.name]
+    operands = [builder.query(), builder.keys(branch.kv), builder.values(branch.kv)]
+    return _with_log_sum_exp(builder, branch, op, *operands, *some(selection))
+
+
+def _plan_pooled_branch(
+    builder: Builder, i: int, branch: language.Attend, level: language.Level
+) -> Node:
+    if level.select is not None or level.within is not None:
+        raise PlanError(
+            f"branch '{branch.name}' attends pooled entries of a selection: no kernel does yet",
+            span=builder.spec.span("attend", i, "values"),
+            help=f"remove 'values: pooled', or attend a level without 'select', not '{level.name}'",
+        )
+    keys = pooled(builder, level, builder.keys(level.kv), "key")
+    values = pooled(builder, level, builder.values(level.kv), "value")
+    op = _attend(builder, branch, over="pooled", partition=level.partition)
+    return _with_log_sum_exp(builder, branch, op, builder.query(), keys, values)
+
+
+def _with_log_sum_exp(
+    builder: Builder, branch: language.Attend, op: Attend, *operands: Node
+) -> Node:
+    at = builder.place(
+        branch, "static" if branch.static else "window" if branch.over is None else "over"
+    )
+    made = builder.add(f"{branch.name}.o", op, *operands, at=at)
+    builder.add(f"{branch.name}.lse", LogSumExp(), made)
+    return made
+
+
+def _attend(
+    builder: Builder,
+    branch: language.Attend,
+    *,
+    over: Literal["blocks", "tokens", "pooled", "window", "static", "all"],
+    partition: language.Partition,
+) -> Attend:
+    return Attend(
+        branch=branch.name,
+        over=over,
+        scale=builder.attention_scale(),
+        size=partition.size,
+        stride=partition.stride,
+        window=None if branch.window == "all" else branch.window,
+        pattern=_pattern(branch.static) if branch.static else None,
+    )
+
+
+def _pattern(static: language.Static) -> Pattern:
+    spans = [(span.window, round(span.grow * (1 << 30)), span.sink) for span in static.per_head]
+    return Pattern(
+        spans=tuple(spans) or ((static.window or 0, 0, static.sink),),
+        dilation=static.dilation,
+        stride=static.stride,
+        shift=static.shift,
+        power_of_two=static.power_of_two,
+    )
+
+
+def plan_combine(builder: Builder, branches: list[Node]) -> Outputs:
+    """The output: the only branch, gated branches, or one softmax over all of them."""
+    combine = builder.spec.combine or language.Combine()
+    names = [branch.name for branch in builder.spec.attend]
+    lse = {name: f"{name}.lse" for name in names}
+    if combine.gates is not None:
+        gates = builder.input("gates", "gates", "B", "T", "Hq", str(len(branches)))
+        made = builder.add("o", Gate(), gates, *branches)
+    elif combine.softmax is not None:
+        at = builder.spec.span("combine", "softmax")
+        made = builder.add("o", Union(), *branches, at=at)
+        lse = {"o": builder.add("lse", LogSumExp(), made).name}
+    else:
+        (made,) = branches
+    selection = {level: node.name for level, node in builder.selections.items()}
+    return Outputs(o=made.name, lse=lse, selection=selection)

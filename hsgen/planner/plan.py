@@ -1,0 +1,63 @@
+"""Level by level, branch by branch."""
+
+from __future__ import annotations
+
+from hsgen import spec as language
+from hsgen.graph import Graph, Meta, verify
+from hsgen.planner.branches import plan_branch, plan_combine
+from hsgen.planner.builder import Builder, some
+from hsgen.planner.scores import plan_map, plan_score
+from hsgen.planner.selections import select, select_set
+
+
+def plan(spec: language.Spec) -> Graph:
+    """The operators of a spec, one a node, verified.
+
+    Heads and head dims that the spec leaves open stay names without sizes.
+
+    Raises:
+        SpecError: the spec, made in Python, breaks rules of the language.
+        PlanError: the graph has no operators for it yet.
+    """
+    builder = Builder(spec=language.verify(spec))
+    for level in spec.levels:
+        _plan_level(builder, level)
+    branches = [plan_branch(builder, i, branch) for i, branch in enumerate(spec.attend)]
+    outputs = plan_combine(builder, branches)
+    graph = Graph.build(
+        builder.nodes.values(), outputs=outputs, sizes=_sizes(spec), meta=_meta(spec)
+    )
+    return verify(graph)
+
+
+def _sizes(spec: language.Spec) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    if spec.heads is not None:
+        sizes |= {"Hq": spec.heads.query, "Hkv": spec.heads.kv, "G": spec.heads.group}
+    if spec.head_dim is not None:
+        sizes |= {"Dqk": spec.head_dim.qk, "Dv": spec.head_dim.v}
+    if spec.index is not None:
+        sizes |= {"Hi": spec.index.heads, "Di": spec.index.dim}
+    return sizes
+
+
+def _meta(spec: language.Spec) -> Meta:
+    return Meta(name=spec.name, source=spec.source, causal=spec.causal, digest=spec.digest)
+
+
+def _plan_level(builder: Builder, level: language.Level) -> None:
+    parent = builder.selections[level.within] if level.within else None
+    if level.score.source is None:
+        score = plan_score(builder, level, parent)
+    else:
+        score = plan_map(builder, level, builder.spec.level(level.score.source))
+    builder.scores[level.name] = score
+    if level.select is not None:
+        op = (
+            select_set(level, level.select)
+            if level.select.counts_vary
+            else select(level, level.select)
+        )
+        at = builder.place(level, "select")
+        selection = builder.add(f"{level.name}.selection", op, score, *some(parent), at=at)
+        builder.selections[level.name] = selection

@@ -1,0 +1,102 @@
+"""Scores of a level, computed or mapped."""
+
+from __future__ import annotations
+
+from hsgen import spec as language
+from hsgen.graph import LogSumExp, Map, Node, Normalise, Reduce, Score
+from hsgen.planner.builder import Builder, some
+from hsgen.planner.entries import score_keys, score_query
+
+
+def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> Node:
+    """form, scale -> normalise -> reduce over heads."""
+    score = level.score
+    assert score.form is not None
+    op = Score(
+        level=level.name,
+        form=score.form,
+        scale=_scale(builder, score),
+        size=level.partition.size,
+        stride=level.partition.stride,
+        within=level.within,
+    )
+    operands = [score_query(builder, level), score_keys(builder, level)]
+    if score.form == "relu_weighted":
+        operands.append(builder.input("w_index", "index_weights", "B", "T", "Hi"))
+    at = builder.place(level, "score", "form")
+    made = builder.add(f"{level.name}.score", op, *operands, *some(parent), at=at)
+    if score.normalise is not None:
+        at = builder.place(level, "score", "normalise")
+        summed = builder.nodes[f"{score.lse_from or level.name}.score"]
+        lse = builder.add(f"{score.lse_from or level.name}.score_lse", LogSumExp(), summed, at=at)
+        made = builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse, at=at)
+    if score.share == "head" or score.reduce is None:
+        return made  # the heads of an index are one score already
+    at = builder.place(level, "score", "share")
+    reduce = Reduce(share=score.share, how=score.reduce)
+    return builder.add(f"{level.name}.reduced", reduce, made, at=at)
+
+
+def _scale(builder: Builder, score: language.Score) -> float | None:
+    match score.scale:
+        case "none":
+            return 1.0
+        case None:
+            return 1.0 if score.by_index else builder.attention_scale()
+        case _:
+            return float(score.scale)
+
+
+def plan_map(builder: Builder, level: language.Level, source: language.Level) -> Node:
+    """The scores of another level, after its own steps, carried over."""
+    how, target = level.score.map, level.partition
+    assert how is not None
+    op = Map(
+        level=level.name,
+        how="max" if how == "overlap_max" else how,
+        size=target.size,
+        stride=target.stride,
+        ratio=target.stride // source.partition.stride,
+        taps=_TAPS[how](source.partition, target),
+    )
+    at = builder.place(level, "score", "map")
+    return builder.add(f"{level.name}.mapped", op, builder.scores[source.name], at=at)
+
+
+def _overlap_taps(
+    source: language.Partition, target: language.Partition
+) -> tuple[tuple[int, int], ...]:
+    """NSA eq. 9: how many pairs of a stride of the source and one of the target coincide.
+
+    Cut both into pieces of the source's stride: source entry i has pieces i .. i + wide - 1.
+    Offset o counts the pairs (a, b), a < wide, b < long, with a + b = o + wide - 1.
+    """
+    wide, long = source.size // source.stride, target.size // source.stride
+    weights = [0] * (wide + long - 1)
+    for a in range(wide):
+        for b in range(long):
+            weights[a + b] += 1
+    return tuple((index - (wide - 1), weight) for index, weight in enumerate(weights))
+
+
+def _inner_taps(
+    source: language.Partition, target: language.Partition
+) -> tuple[tuple[int, int], ...]:
+    """Source entries that lie wholly inside the target entry, once each."""
+    return tuple((o, 1) for o in range((target.size - source.size) // source.stride + 1))
+
+
+def _touching_taps(
+    source: language.Partition, target: language.Partition
+) -> tuple[tuple[int, int], ...]:
+    """Source entries that share a token with the target entry, once each."""
+    before = -(-source.size // source.stride) - 1
+    return tuple((o, 1) for o in range(-before, target.size // source.stride))
+
+
+_TAPS = {
+    "overlap_sum": _overlap_taps,
+    "overlap_max": _touching_taps,
+    "sum": _inner_taps,
+    "max": _inner_taps,
+}

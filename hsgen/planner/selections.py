@@ -1,0 +1,42 @@
+"""Selections of a level."""
+
+from __future__ import annotations
+
+from hsgen import spec as language
+from hsgen.graph import Select, SelectSet
+
+
+def select(level: language.Level, select: language.Select) -> Select:
+    return Select(
+        level=level.name,
+        size=level.partition.size,
+        stride=level.partition.stride,
+        k=select.budget,
+        width=select.width,
+        first=select.force.first,
+        last=select.force.last,
+        counted=select.force.counted,
+        final=select.top_k is not None,
+        within=level.within,
+    )
+
+
+def select_set(level: language.Level, select: language.Select) -> SelectSet:
+    rule = select.rules[0]
+    assert rule in ("fraction", "threshold", "top_p")
+    top_p = select.top_p
+    value = select.fraction if rule == "fraction" else select.threshold
+    return SelectSet(
+        level=level.name,
+        size=level.partition.size,
+        stride=level.partition.stride,
+        rule=rule,
+        value=float((top_p.mass if top_p else value) or 0.0),
+        first=select.force.first,
+        last=select.force.last,
+        counted=select.force.counted,
+        boundary=top_p.boundary if top_p else None,
+        scope=top_p.scope if top_p else None,
+        least=top_p.min if top_p else None,
+        most=top_p.max if top_p else None,
+    )

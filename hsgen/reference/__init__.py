@@ -1,0 +1,38 @@
+"""The meaning of a spec: (Spec, tensors) -> outputs in plain PyTorch, sequence after sequence.
+
+Dense masks, no tiles, no online softmax; differentiable, in float64 if you like.  Knows nothing
+of graphs, plans or kernels: all else is an optimisation of this file and is tested against it.
+
+Shapes, for one sequence: T query rows, S keys, N entries of a level, Hq query heads, Hkv key heads,
+G = Hq / Hkv, Hs heads that select (Hq, Hkv or 1), D and Dv head sizes.
+
+    inputs     which tensors there are
+    choice     the order of entries, and who is kept
+    rows       what is known while a sequence is computed
+    entries    which entries there are, and who sees them
+    pools      one vector an entry
+    scores     what entries are ordered by
+    attention  softmax over branches, and their combination
+    sequence   one sequence
+    calls      batches and packed sequences
+"""
+
+from __future__ import annotations
+
+from hsgen.reference.attention import static_mask
+from hsgen.reference.calls import reference
+from hsgen.reference.choice import choose, masses, order, share_of
+from hsgen.reference.inputs import tensor_kinds, tensor_shapes
+from hsgen.reference.sequence import Result
+
+__all__ = [
+    "Result",
+    "choose",
+    "masses",
+    "order",
+    "share_of",
+    "reference",
+    "static_mask",
+    "tensor_kinds",
+    "tensor_shapes",
+]

@@ -1,0 +1,120 @@
+"""Branches: what each row sees of which keys, softmax, and how branches are combined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsgen.reference.choice import ONE, fixed
+from hsgen.reference.entries import token_mask
+from hsgen.reference.inputs import named
+from hsgen.reference.rows import Rows, Scored, spread
+from hsgen.reference.scores import dot, softmax
+from hsgen.spec import Attend, Static
+
+
+def attend_all(rows: Rows, levels: dict[str, Scored]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every branch, combined.  -> o [T, Hq, Dv], lse {branch: [T, Hq]}"""
+    combine, q = rows.spec.combine, rows.x["q"]
+    branches = {branch.name: _branch(rows, branch, levels) for branch in rows.spec.attend}
+    if combine and combine.softmax:
+        o, lse = _attention(q, _union(list(branches.values())))
+        return o, {"o": lse}
+    outputs = {name: _attention(q, [keys]) for name, keys in branches.items()}
+    parts = torch.stack([o for o, _ in outputs.values()], -1)  # [T, Hq, Dv, branches]
+    lse = {name: lse for name, (_, lse) in outputs.items()}
+    if combine and combine.gates:
+        return (parts * rows.x["gates"].unsqueeze(2)).sum(-1), lse
+    assert len(outputs) == 1, "several branches need `combine`"
+    return parts[..., 0], lse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Keys:
+    """What a branch attends to: `source` names the keys, visible: bool[T, H, S]."""
+
+    source: str
+    k: Tensor
+    v: Tensor
+    visible: Tensor
+
+
+def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> _Keys:
+    """The keys of one branch, and which of them each row sees."""
+    if branch.over and branch.values == "pooled":
+        level, keys = levels[branch.over], rows.pooled[branch.over]
+        visible = level.complete[:, None] & level.candidates
+        if level.chosen is not None:
+            visible = visible & level.chosen
+        return _Keys(source=branch.over, k=keys["key"], v=keys["value"], visible=visible)
+    k, v = rows.x[named("k", branch.kv)], rows.x[named("v", branch.kv)]
+    distance = (rows.p[:, None] - torch.arange(len(k), device=k.device)).unsqueeze(1)  # [T, 1, S]
+    visible = distance >= 0 if rows.spec.causal else torch.ones_like(distance, dtype=torch.bool)
+    if branch.static:
+        near = static_mask(branch.static, rows.p, len(k), rows.x["q"].shape[1], rows.spec.causal)
+        visible = visible & near
+    elif branch.window:
+        visible = visible if branch.window == "all" else visible & (distance.abs() < branch.window)
+    else:
+        assert branch.over is not None, f"branch {branch.name} attends to nothing"
+        chosen = levels[branch.over].chosen
+        assert chosen is not None, f"{branch.over} is attended raw and must select"
+        visible = visible & token_mask(rows.spec.level(branch.over), chosen, len(k))
+    return _Keys(source=f"raw {branch.kv or ''}", k=k, v=v, visible=visible)
+
+
+def static_mask(static: Static, p: Tensor, S: int, Hq: int, causal: bool) -> Tensor:
+    """Which tokens a static pattern shows to each row and head.  p: [T] -> bool[T, Hq, S]"""
+    unit = torch.arange(S, device=p.device) // static.blocks
+    head = torch.arange(Hq, device=p.device)[:, None]
+    d = (p // static.blocks)[:, None, None] - unit
+    if not causal:
+        d = d.abs()
+    seen = torch.zeros(len(p), Hq, S, dtype=torch.bool, device=p.device)
+    windows, sinks = _spans_of_heads(static, Hq, -(-S // static.blocks))
+    for h, (window, sink) in enumerate(zip(windows, sinks, strict=True)):
+        near = (
+            (d[:, 0] >= 0) & (d[:, 0] < window * static.dilation) & (d[:, 0] % static.dilation == 0)
+        )
+        seen[:, h] = near | (unit < sink)
+    if static.stride is not None:
+        seen = seen | ((unit + 1 + static.shift * head) % static.stride == 0)
+    if static.power_of_two:
+        seen = seen | ((d >= 0) & (d & (d - 1) == 0))
+    return seen
+
+
+def _spans_of_heads(static: Static, Hq: int, N: int) -> tuple[list[int], list[int]]:
+    """Window and sink of every head, in units, of which the sequence has N."""
+    if not static.per_head:
+        return [static.window or 0] * Hq, [static.sink] * Hq
+    spans = [static.per_head[h % len(static.per_head)] for h in range(Hq)]
+    grown = [fixed(span.grow) * max(0, N - span.window) // ONE for span in spans]
+    windows = [span.window + more for span, more in zip(spans, grown, strict=True)]
+    return windows, [span.sink for span in spans]
+
+
+def _union(branches: list[_Keys]) -> list[_Keys]:
+    """Merge branches over the same keys: a token counts once, however often it is reached."""
+    merged: dict[str, _Keys] = {}
+    for keys in branches:
+        if (seen := merged.get(keys.source)) is None:
+            merged[keys.source] = keys
+        else:
+            heads = max(seen.visible.shape[1], keys.visible.shape[1])
+            either = spread(seen.visible, heads) | spread(keys.visible, heads)
+            merged[keys.source] = _Keys(source=keys.source, k=keys.k, v=keys.v, visible=either)
+    return list(merged.values())
+
+
+def _attention(q: Tensor, parts: list[_Keys]) -> tuple[Tensor, Tensor]:
+    """One softmax over all keys of all parts.  q: [T, Hq, D] -> o [T, Hq, Dv], lse [T, Hq]"""
+    Hq = q.shape[1]
+    logits = torch.cat([dot(q, part.k) for part in parts], -1) * q.shape[-1] ** -0.5
+    visible = torch.cat([spread(part.visible, Hq) for part in parts], -1)
+    weights, lse = softmax(logits, visible)
+    v = torch.cat([part.v for part in parts])  # [S, Hkv, Dv]
+    grouped = weights.unflatten(1, (v.shape[1], -1))
+    return torch.einsum("tkgs,skd->tkgd", grouped, v).flatten(1, 2), lse

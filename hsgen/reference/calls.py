@@ -1,0 +1,115 @@
+"""A call: batches, packed sequences, prefixes, given selections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hsgen.reference.inputs import some_keys, tensor_kinds
+from hsgen.reference.sequence import Result, concatenate, one_sequence
+from hsgen.selection import BitmapSelection, ListSelection, Selection, to_list
+from hsgen.spec import Spec
+
+
+def reference(
+    spec: Spec,
+    tensors: Mapping[str, Tensor],
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    selection: Mapping[str, Selection | Tensor] | None = None,
+    dtype: torch.dtype = torch.float64,
+    keep_scores: bool = True,
+) -> Result:
+    """Compute what `spec` means.
+
+    Args:
+        spec: The attention.
+        tensors: By name, as `tensor_shapes` lists them: [B, T, H, D], or packed [total, H, D].
+        cu_seqlens_q: i32[Z + 1], first row of every packed sequence.
+        cu_seqlens_k: The same for keys; the default is `cu_seqlens_q`.
+        q_offset: Position of each sequence's query row 0, one number or [Z]; the default aligns the
+            last query with the last key.
+        kv_lens: [Z], how many keys each sequence really has.
+        selection: By level: taken instead of the level's own choice.
+        dtype: What everything is computed in.
+        keep_scores: False leaves `scores`, `candidates` and `forced` empty, and memory in peace.
+    """
+    packed = tensors["q"].ndim == 3
+    kinds = tensor_kinds(spec)
+    spans = _spans(spec, tensors, cu_seqlens_q, cu_seqlens_k)
+    given = {name: _indices(chosen) for name, chosen in (selection or {}).items()}
+    parts = []
+    for z, (rows, keys) in enumerate(spans):
+        k_len = len(keys) if kv_lens is None else min(len(keys), int(kv_lens[z]))
+        where = {"query": _at(rows, z, packed), "key": _at(keys[:k_len], z, packed)}
+        x = {
+            name: (tensors[name] if kind == "parameter" else tensors[name][where[kind]]).to(dtype)
+            for name, kind in kinds.items()
+        }
+        first = k_len - len(rows) if q_offset is None else _number(q_offset, z)
+        p = torch.arange(first, first + len(rows), device=x["q"].device)
+        chosen = {name: indices[where["query"]] for name, indices in given.items()}
+        parts.append(one_sequence(spec, x, p, chosen, keep_scores=keep_scores))
+    return _join(parts, packed=packed)
+
+
+def _indices(selection: Selection | Tensor) -> Tensor:
+    """A caller's selection as indices [..., Hs, K]."""
+    if isinstance(selection, BitmapSelection):
+        selection = to_list(selection)
+    return selection if isinstance(selection, Tensor) else selection.indices
+
+
+def _spans(
+    spec: Spec, tensors: Mapping[str, Tensor], cu_q: Tensor | None, cu_k: Tensor | None
+) -> list[tuple[range, range]]:
+    """Rows and keys of every sequence."""
+    q, k = tensors["q"], some_keys(spec, tensors)
+    if q.ndim == 4:
+        return [(range(q.shape[1]), range(k.shape[1]))] * q.shape[0]
+    assert cu_q is not None, "packed tensors need cu_seqlens_q"
+    ends_q = cu_q.tolist()
+    ends_k = ends_q if cu_k is None else cu_k.tolist()
+    pairs = zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
+    return [(range(a, b), range(c, d)) for a, b, c, d in pairs]
+
+
+def _at(items: range, z: int, packed: bool) -> slice | tuple[int, slice]:
+    """Index of a sequence's items in a packed or a dense tensor."""
+    where = slice(items.start, items.stop)
+    return where if packed else (z, where)
+
+
+def _number(value: int | Tensor, z: int) -> int:
+    return (
+        value if isinstance(value, int) else int(value.reshape(-1)[z if value.numel() > 1 else 0])
+    )
+
+
+def _join(parts: list[Result], *, packed: bool) -> Result:
+    """Sequences as the caller's layout has them; lse gets its head before its row."""
+    result = concatenate(parts)
+    B = len(parts)
+
+    def shape(y: Tensor) -> Tensor:
+        return y if packed else y.unflatten(0, (B, len(y) // B))
+
+    return Result(
+        o=shape(result.o),
+        lse={name: shape(y).transpose(-1, -2) for name, y in result.lse.items()},
+        selection={
+            name: replace(s, indices=shape(s.indices))
+            if isinstance(s, ListSelection)
+            else replace(s, words=shape(s.words))
+            for name, s in result.selection.items()
+        },
+        scores={name: shape(y) for name, y in result.scores.items()},
+        candidates={name: shape(y) for name, y in result.candidates.items()},
+        forced={name: shape(y) for name, y in result.forced.items()},
+    )

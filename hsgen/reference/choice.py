@@ -1,0 +1,115 @@
+"""Order entries and keep the best by a level's rule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hsgen.spec import Select, TopP
+
+ONE = 1 << 30  # masses and parts are whole numbers of 2^-30, so that their sums know no order
+
+
+MOST_MASS = 1 << 44  # of one entry: far above every sum of softmaxes, far below what a sum can hold
+
+
+def order(scores: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
+    """Rank entries, best first.  f[..., N], bool[..., N], bool[..., N] -> int64[..., N]
+
+    Forced candidates come first, then numbers in descending order (-0 = +0; subnormal float32
+    numbers are 0), then NaN; last what is no candidate.  Ties go to the lower position.
+    """
+    if scores.dtype == torch.float32:
+        tiny = scores.abs() < torch.finfo(torch.float32).tiny
+        scores = scores.masked_fill(tiny, 0.0)
+    numbers = scores.masked_fill(scores.isnan(), -math.inf)
+    by_score = numbers.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.where(scores.isnan(), 2, 1)
+    rank = rank.masked_fill(forced, 0).masked_fill(~candidates, 3)
+    by_rank = rank.gather(-1, by_score).argsort(dim=-1, stable=True)
+    return by_score.gather(-1, by_rank)
+
+
+def choose(select: Select, scores: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
+    """Keep the best candidates.  f[T, Hs, N], bool[T, Hs, N], bool[T, Hs, N] -> bool[T, Hs, N]"""
+    forced = forced & candidates
+    if select.threshold is not None:
+        return ((scores > select.threshold) & candidates) | forced
+    if select.top_p is not None:
+        return _choose_mass(select.top_p, select.force.counted, scores, candidates, forced)
+    if select.fraction is not None:
+        keep = share_of(select.fraction, candidates.sum(-1, keepdim=True))
+    else:
+        keep = torch.full_like(forced.sum(-1, keepdim=True), select.budget)
+    if not select.force.counted:
+        keep = keep + forced.sum(-1, keepdim=True)
+    chosen = _early(order(scores, candidates, forced), keep) & candidates
+    return chosen | forced if select.fraction is not None else chosen
+
+
+def _early(ranking: Tensor, keep: Tensor) -> Tensor:
+    """Entries among the first `keep` of a ranking.  i64[..., N], i64[..., 1] -> bool[..., N]"""
+    early = torch.arange(ranking.shape[-1], device=ranking.device) < keep
+    return torch.zeros_like(ranking, dtype=torch.bool).scatter_(-1, ranking, early)
+
+
+def fixed(value: float) -> int:
+    """A part of a whole as a number of 2^-30, the nearest."""
+    return round(value * ONE)
+
+
+def share_of(part: float, whole: Tensor, *, up: bool = True) -> Tensor:
+    """part * whole, rounded up or down, in integers that do not overflow below 2^62 / part."""
+    units = fixed(part)
+    high, low = whole // ONE, whole % ONE
+    return units * high + (units * low + (ONE - 1 if up else 0)) // ONE
+
+
+def masses(scores: Tensor) -> Tensor:
+    """Scores as whole numbers of 2^-30, the nearest, ties to even; none below 0, NaN is 0.  -> i64"""
+    scaled = (scores.double() * ONE).round()
+    return scaled.nan_to_num(nan=0.0, posinf=MOST_MASS, neginf=0.0).clamp(0, MOST_MASS).long()
+
+
+def _choose_mass(
+    top_p: TopP, counted: bool, scores: Tensor, candidates: Tensor, forced: Tensor
+) -> Tensor:
+    """Best first until the masses reach a part of the total.  Shapes as in `choose`.
+
+    Forced entries come first and their masses count, or, not counted, the choice is made as if
+    nothing were forced.  Complete entries alone have masses: an entry that is forced before it is
+    complete weighs nothing.
+    """
+    if counted:
+        first = forced
+    else:
+        candidates, first = candidates & (scores > -math.inf), torch.zeros_like(forced)
+    if top_p.scope == "row":
+        reached = _until_mass(top_p, scores, candidates, first)
+    else:  # all rows of a head together; ties go to the earlier row
+        flat = [y.transpose(0, 1).flatten(1) for y in (scores, candidates, first)]
+        reached = _until_mass(top_p, *flat).unflatten(1, scores.shape[::2]).transpose(0, 1)
+    ranking = order(scores, candidates, first)
+    chosen = (reached | _early(ranking, _count(top_p.min, scores))) & candidates
+    if top_p.max is not None:
+        chosen = chosen & _early(ranking, _count(top_p.max, scores))
+    return chosen | forced
+
+
+def _count(number: int, like: Tensor) -> Tensor:
+    return torch.full((*like.shape[:-1], 1), number, device=like.device)
+
+
+def _until_mass(top_p: TopP, scores: Tensor, candidates: Tensor, first: Tensor) -> Tensor:
+    """Candidates before their masses reach, or as long as they do not exceed, the part asked for."""
+    ranking = order(scores, candidates, first)
+    mass = masses(scores).masked_fill(~candidates, 0)
+    total = mass.sum(-1, keepdim=True)
+    sums = mass.gather(-1, ranking).cumsum(-1)
+    if top_p.boundary == "keep":
+        taken = sums - mass.gather(-1, ranking) < share_of(top_p.mass, total)
+    else:
+        taken = sums <= share_of(top_p.mass, total, up=False)
+    return torch.zeros_like(candidates).scatter_(-1, ranking, taken) & candidates

@@ -1,0 +1,131 @@
+"""What entries are ordered by: form -> scale -> normalise -> reduce over heads -> map."""
+
+from __future__ import annotations
+
+import math
+from typing import assert_never
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hsgen.reference.rows import Rows, Scored
+from hsgen.spec import Level
+
+
+def raw_scores(level: Level, rows: Rows) -> Tensor:
+    """Score every entry by every head, scaled.  -> [T, H, N]"""
+    x, keys = rows.x, rows.pooled[level.name].get("key")
+    assert keys is not None, f"level {level.name} has nothing to score"
+    match level.score.form:
+        case "dot":
+            return dot(x["q"], keys) * _scale(level, x["q"].shape[-1])
+        case "bound":
+            low, high = keys.unbind(2)
+            q = x["q"]  # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
+            most = dot(q.clamp(max=0), low) + dot(q.clamp(min=0), high)
+            return most * _scale(level, q.shape[-1])
+        case "index_dot":
+            scores = torch.einsum("thd,nd->thn", x["q_index"], keys[:, 0])
+            return scores * _scale(level, 1)
+        case "relu_weighted":
+            heads = torch.einsum("thd,nd->thn", x["q_index"], keys[:, 0]).relu()
+            total = torch.einsum("th,thn->tn", x["w_index"], heads)
+            return total.unsqueeze(1) * _scale(level, 1)
+        case None:
+            raise AssertionError(f"level {level.name} has neither `form` nor `from`")
+        case form:
+            assert_never(form)
+
+
+def _scale(level: Level, width: int) -> float:
+    """1/sqrt(width) unless the spec says otherwise."""
+    scale = level.score.scale
+    if scale is None:
+        return width**-0.5
+    return 1.0 if scale == "none" else scale
+
+
+def dot(q: Tensor, k: Tensor) -> Tensor:
+    """Query head h against key head h // G.  [T, Hq, D], [S, Hkv, D] -> [T, Hq, S]"""
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    return torch.einsum("tkgd,skd->tkgs", grouped, k).flatten(1, 2)
+
+
+def over_heads(level: Level, scores: Tensor, Hkv: int) -> Tensor:
+    """Make heads agree.  [T, H, N] -> [T, Hs, N]; consecutive heads share."""
+    H, how = scores.shape[1], level.score.reduce
+    heads = {"head": H, "group": min(Hkv, H), "all": 1}[level.score.share]
+    if level.score.source and how is None:
+        return scores
+    if heads == H:
+        return scores
+    grouped = scores.unflatten(1, (heads, -1))
+    match how:
+        case "sum":
+            return grouped.sum(2)
+        case "mean":
+            return grouped.mean(2)
+        case "max":
+            return grouped.amax(2)
+        case None:
+            raise AssertionError(f"level {level.name}: heads that share need `reduce`")
+
+
+def mapped(rows: Rows, level: Level, source: Scored, N: int) -> Tensor:
+    """Carry the scores of another level's complete entries over.  -> [T, Hs, N]
+
+    `overlap_sum` is eq. 9 of NSA (arXiv:2502.11089), counted from 0: entry j gathers the sources
+    (l'/d) j + m - n for every m < l'/d, n < l/d; `overlap_max` takes those that share a token with
+    j.  `sum` and `max` take those that lie inside j.
+    """
+    assert level.score.source is not None
+    partition = rows.spec.level(level.score.source).partition
+    l, d = partition.size, partition.stride
+    target, ratio = level.partition.size, level.partition.stride // d
+    greatest = level.score.map in ("max", "overlap_max")
+    empty = -math.inf if greatest else 0.0
+    scores = over_heads(level, source.scores, rows.Hkv)
+    scores = scores.masked_fill(~source.complete[:, None], empty)
+    if level.score.map == "overlap_sum":
+        offsets = [m - n for m in range(target // d) for n in range(l // d)]
+    elif level.score.map == "overlap_max":
+        offsets = list(range(1 - -(-l // d), target // d))
+    else:
+        offsets = list(range((target - l) // d + 1))
+    gathered = torch.stack([_shifted(scores, ratio, o, N, empty) for o in offsets])
+    return gathered.amax(0) if greatest else gathered.sum(0)
+
+
+def _shifted(scores: Tensor, ratio: int, offset: int, N: int, empty: float) -> Tensor:
+    """scores[..., j * ratio + offset] for j < N, and `empty` where there is no such source."""
+    index = torch.arange(N, device=scores.device) * ratio + offset
+    outside = (index < 0) | (index >= scores.shape[-1])
+    padded = F.pad(scores, (0, 1), value=empty)
+    return padded[..., index.masked_fill(outside, scores.shape[-1])]
+
+
+def softmax(logits: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over what is visible.  [..., N], bool[..., N] -> weights [..., N], lse [...]
+
+    A row that sees nothing has weights 0 and lse -inf, and no gradient is NaN.
+    """
+    logits = logits.masked_fill(~visible, -math.inf)
+    if not logits.shape[-1]:
+        return logits, logits.new_full(logits.shape[:-1], -math.inf)
+    top = logits.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    weights = (logits - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (top + total.log()).masked_fill(empty, -math.inf)
+    return weights / total, lse.squeeze(-1)
+
+
+def masses_by(scores: Tensor, seen: Tensor, lse: Tensor | None) -> Tensor:
+    """exp(score - lse) of what is seen, 0 where the sum is of nothing.  [T, H, N], [T, H] -> [T, H, N]"""
+    assert lse is not None, "the level of `lse_from` comes first and keeps its sum"
+    lse = lse.unsqueeze(-1)
+    empty = lse == -math.inf
+    return (scores - lse.masked_fill(empty, 0.0)).masked_fill(~seen | empty, -math.inf).exp()

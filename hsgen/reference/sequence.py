@@ -1,0 +1,192 @@
+"""One sequence, some rows at a time: score and narrow level by level, attend, combine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hsgen.reference.attention import attend_all
+from hsgen.reference.choice import choose
+from hsgen.reference.entries import begun_entries, complete_entries, forced_entries, inside_beam
+from hsgen.reference.inputs import some_keys, tensor_kinds
+from hsgen.reference.pools import pooled_entries
+from hsgen.reference.rows import Rows, Scored, spread
+from hsgen.reference.scores import mapped, masses_by, over_heads, raw_scores, softmax
+from hsgen.selection import (
+    BitmapSelection,
+    ListSelection,
+    Selection,
+    bitmap_from_members,
+    from_members,
+    members,
+)
+from hsgen.spec import Level, Spec
+
+CHUNK_ELEMENTS = 1 << 23  # float64 logits that are alive at once, about
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    """What a spec makes of its tensors; packed results have `total` for B, T (lse: [Hq, total]).
+
+    Attributes:
+        o: [B, T, Hq, Dv].
+        lse: By branch, or "o" where one softmax spans all: [B, Hq, T], natural logarithm, -inf for
+            an empty row.
+        selection: By selecting level: a list, ascending, -1 padded; bitmap rows where the spec's rule
+            lets counts vary.
+        scores: By level: [B, T, Hs, N], what entries are ordered by; -inf where an entry is
+            incomplete or no candidate.  An incomplete entry can still be selected by force.
+        candidates: By level: bool[B, T, Hs, N], complete or forced, and child of a selected parent.
+        forced: By level: bool[B, T, Hs, N], the candidates that are taken whatever their score.
+    """
+
+    o: Tensor
+    lse: dict[str, Tensor]
+    selection: dict[str, Selection]
+    scores: dict[str, Tensor]
+    candidates: dict[str, Tensor]
+    forced: dict[str, Tensor]
+
+
+def one_sequence(
+    spec: Spec, x: dict[str, Tensor], p: Tensor, given: dict[str, Tensor], *, keep_scores: bool
+) -> Result:
+    """All rows of one sequence, some at a time.  x: [T, H, D] and [S, H, D]; p: positions [T]."""
+    pooled = {level.name: pooled_entries(level, x) for level in spec.levels}
+    kinds = tensor_kinds(spec)
+    step = max(1, CHUNK_ELEMENTS // (x["q"].shape[1] * max(len(some_keys(spec, x)), 1)))
+    if any(_ranks_rows_together(level) for level in spec.levels):
+        step = max(len(p), 1)
+    parts = []
+    for t in range(0, max(len(p), 1), step):
+        rows = Rows(
+            spec=spec,
+            x={n: y[t : t + step] if kinds[n] == "query" else y for n, y in x.items()},
+            pooled=pooled,
+            p=p[t : t + step],
+            given={name: indices[t : t + step] for name, indices in given.items()},
+        )
+        parts.append(_compute(rows, keep_scores=keep_scores))
+    return concatenate(parts)
+
+
+def _ranks_rows_together(level: Level) -> bool:
+    top_p = level.select and level.select.top_p
+    return bool(top_p) and top_p.scope == "head"
+
+
+def _compute(rows: Rows, *, keep_scores: bool) -> Result:
+    """Score and narrow level by level, attend, combine."""
+    levels: dict[str, Scored] = {}
+    for level in rows.spec.levels:
+        levels[level.name] = _level(rows, level, levels)
+    o, lse = attend_all(rows, levels)
+    kept = levels if keep_scores else {}
+    return Result(
+        o=o,
+        lse=lse,
+        selection={
+            level.name: _listed(rows, level, levels[level.name].chosen)
+            for level in rows.spec.levels
+            if level.select
+        },
+        scores={name: level.scores for name, level in kept.items()},
+        candidates={name: level.candidates for name, level in kept.items()},
+        forced={name: level.forced for name, level in kept.items()},
+    )
+
+
+def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
+    """One level: form -> scale -> normalise -> reduce over heads -> map -> force -> select."""
+    complete = complete_entries(rows, level)  # [T, N]
+    allowed = inside_beam(rows, level, levels)  # [T, Hp, N]
+    lse = None
+    if level.score.source:
+        scores = mapped(rows, level, levels[level.score.source], complete.shape[-1])
+    else:
+        scores = raw_scores(level, rows)
+        seen = complete[:, None] & spread(allowed, scores.shape[1])
+        if any(other.score.lse_from == level.name for other in rows.spec.levels):
+            lse = softmax(scores, seen)[1]
+        if level.score.lse_from:
+            scores = masses_by(scores, seen, levels[level.score.lse_from].lse)
+        elif level.score.normalise:
+            scores = softmax(scores, seen)[0]
+        scores = over_heads(level, scores, rows.Hkv)
+    allowed = spread(allowed, scores.shape[1])
+    forced = forced_entries(rows, level)[:, None] & allowed
+    scored = complete[:, None] & allowed
+    scores = scores.masked_fill(~scored, -math.inf)
+    candidates = scored | forced
+    chosen = None
+    if level.name in rows.given:
+        chosen = members(
+            ListSelection(level=level.name, indices=rows.given[level.name]), scores.shape[-1]
+        )
+        chosen = chosen & begun_entries(rows, level)[:, None]
+    elif level.select:
+        chosen = choose(level.select, scores.detach(), candidates, forced)
+    return Scored(
+        complete=complete,
+        candidates=candidates,
+        forced=forced,
+        scores=scores,
+        lse=lse,
+        chosen=chosen,
+    )
+
+
+def _listed(rows: Rows, level: Level, chosen: Tensor | None) -> Selection:
+    """A level's choice: a list, as wide as the spec says or as the list that was given; or bits."""
+    assert level.select is not None
+    assert chosen is not None
+    if level.select.counts_vary:
+        return bitmap_from_members(level.name, chosen)
+    given = rows.given.get(level.name)
+    width = level.select.width if given is None else given.shape[-1]
+    return from_members(level.name, chosen, width=width)
+
+
+def concatenate(parts: list[Result]) -> Result:
+    """Chunks or sequences one after another, along rows; entries are padded to the longest."""
+    first = parts[0]
+    pads = {"scores": -math.inf, "candidates": False, "forced": False}
+
+    def rows(field: str) -> dict[str, Tensor]:
+        values = {
+            name: [getattr(part, field)[name] for part in parts] for name in getattr(first, field)
+        }
+        return {name: torch.cat(_padded(ys, pads[field])) for name, ys in values.items()}
+
+    return Result(
+        o=torch.cat([part.o for part in parts]),
+        lse={name: torch.cat([part.lse[name] for part in parts]) for name in first.lse},
+        selection={
+            name: _one_after_another([part.selection[name] for part in parts])
+            for name in first.selection
+        },
+        scores=rows("scores"),
+        candidates=rows("candidates"),
+        forced=rows("forced"),
+    )
+
+
+def _one_after_another(parts: list[Selection]) -> Selection:
+    """Selections of one level along rows; bitmaps as wide as the longest sequence needs."""
+    lists = [part.indices for part in parts if isinstance(part, ListSelection)]
+    if lists:
+        return ListSelection(level=parts[0].level, indices=torch.cat(lists))
+    bitmaps = [part for part in parts if isinstance(part, BitmapSelection)]
+    words = torch.cat(_padded([part.words for part in bitmaps], 0))
+    entries = max(part.entries for part in bitmaps)
+    return BitmapSelection(level=parts[0].level, words=words, entries=entries)
+
+
+def _padded(ys: list[Tensor], fill: float | bool) -> list[Tensor]:
+    N = max(y.shape[-1] for y in ys)
+    return [F.pad(y, (0, N - y.shape[-1]), value=fill) for y in ys]

@@ -1,0 +1,56 @@
+"""All rules, in two rounds: names first, then what rests on them."""
+
+from __future__ import annotations
+
+from hsgen.spec.model import Path, Spec
+from hsgen.spec.rules.branches import branches, combines, kvs, unused
+from hsgen.spec.rules.choices import nesting, selects
+from hsgen.spec.rules.entries import heads, partitions, pools
+from hsgen.spec.rules.names import references, tensor_names, unique_names
+from hsgen.spec.rules.problem import Problem, Rule
+from hsgen.spec.rules.scores import borrowed_sums, maps, scores
+
+
+def problems(spec: Spec, broken: set[Path] | None = None) -> list[Problem]:
+    """Every broken rule.
+
+    Args:
+        spec: any Spec.
+        broken: fields already known to be wrong; what rests on them is not judged.
+    """
+    known = set(broken or ())
+    found: list[Problem] = []
+    for rules in (_REFERENCES, _RULES):
+        new = [problem for rule in rules for problem in rule(spec) if not _rests_on(problem, known)]
+        known |= {problem.path for problem in new}
+        found += new
+    return found
+
+
+def _rests_on(problem: Problem, broken: set[Path]) -> bool:
+    """Whether a problem is, or may be, only the shadow of something already reported."""
+    return any(
+        bad[: len(path)] == path or path[: len(bad)] == bad
+        for path in (problem.path, *problem.also)
+        for bad in broken
+    )
+
+
+_REFERENCES: tuple[Rule, ...] = (unique_names, references)
+
+
+_RULES: tuple[Rule, ...] = (
+    heads,
+    tensor_names,
+    partitions,
+    pools,
+    scores,
+    borrowed_sums,
+    maps,
+    nesting,
+    selects,
+    branches,
+    combines,
+    unused,
+    kvs,
+)

@@ -1,0 +1,136 @@
+"""Names: unique, known, earlier, and no tensor under two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hsgen.errors import nearest
+from hsgen.spec.model import Level, Path, Spec
+from hsgen.spec.rules.problem import Problem
+
+# arguments of a kernel's call; `kv: new` would make another k_new
+_ARGUMENTS = {
+    **dict.fromkeys(("q", "k", "v"), "the query, keys and values"),
+    **dict.fromkeys(("q_index", "k_index", "v_index", "w_index"), "the index"),
+    **dict.fromkeys(("k_new", "v_new"), "new tokens of a decode step"),
+    **dict.fromkeys(("k_pages", "v_pages"), "the pages of a cache"),
+    "gates": "the gates",
+}
+
+
+def unique_names(spec: Spec) -> Iterator[Problem]:
+    for field, items in (("levels", spec.levels), ("attend", spec.attend)):
+        seen: set[str] = set()
+        for i, item in enumerate(items):
+            if item.name in seen:
+                yield Problem(
+                    code="HS052",
+                    path=(field, i, "name"),
+                    message=f"duplicate name '{item.name}' in '{field}'",
+                    help=f"write another name, as '{_free(item.name, seen)}'",
+                )
+            seen.add(item.name)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    tries = (f"{name[:44]}_{i}" for i in range(2, 1000))
+    return next(option for option in tries if option not in taken)
+
+
+def references(spec: Spec) -> Iterator[Problem]:
+    names = [level.name for level in spec.levels]
+    for i, level in enumerate(spec.levels):
+        for key, path, target in (
+            ("from", ("levels", i, "score", "source"), level.score.source),
+            ("within", ("levels", i, "within"), level.within),
+            ("lse_from", ("levels", i, "score", "lse_from"), level.score.lse_from),
+        ):
+            if target is None:
+                continue
+            if target not in names:
+                yield _unknown_level(target, names, path, spec)
+            elif names.index(target) >= i:
+                yield Problem(
+                    code="HS055",
+                    path=path,
+                    message=f"expected '{key}' to name an earlier level, got '{target}'"
+                    + (" itself" if target == level.name else ", which comes later"),
+                    help=f"move the level '{target}' before '{level.name}'"
+                    if target != level.name
+                    else f"write the name of a level above '{level.name}'",
+                    also=_names(spec),
+                )
+    for i, branch in enumerate(spec.attend):
+        if branch.over is not None and branch.over not in names:
+            yield _unknown_level(branch.over, names, ("attend", i, "over"), spec)
+
+
+def _unknown_level(target: str, names: list[str], path: Path, spec: Spec) -> Problem:
+    close = nearest(target, names)
+    levels = f"levels: {', '.join(names)}" if names else "this spec has no levels"
+    return Problem(
+        code="HS054",
+        path=path,
+        message=f"unknown level '{target}'",
+        help=f"did you mean '{close}'? {levels}" if close else levels,
+        also=_names(spec),
+    )
+
+
+def _names(spec: Spec) -> tuple[Path, ...]:
+    """All that a judgement about names rests on; -1: there is a list of levels at all."""
+    return tuple(("levels", i, "name") for i in range(-1, len(spec.levels)))
+
+
+_NAMING: tuple[Path, ...] = (("within",), ("score", "source"), ("score", "lse_from"))
+
+
+def uses(spec: Spec) -> tuple[Path, ...]:
+    """All that a judgement about what is unused rests on."""
+    levels = range(-1, len(spec.levels))
+    branches = range(-1, len(spec.attend))
+    return (
+        *_names(spec),
+        *(("levels", i, *field) for i in levels for field in _NAMING),
+        *(
+            ("attend", i, field)
+            for i in branches
+            for field in ("over", "window", "static", "values")
+        ),
+    )
+
+
+def tensor_names(spec: Spec) -> Iterator[Problem]:
+    """Two tensors of the call under one name."""
+    taken = dict(_ARGUMENTS)
+    seen: set[Path] = set()
+    for path, name, what in _tensors(spec):
+        if taken.setdefault(name, what) != what and path not in seen:
+            seen.add(path)
+            yield Problem(
+                code="HS053",
+                path=path,
+                message=f"{what} would be the argument '{name}', which is {taken[name]}",
+                help="write another name",
+                also=_names(spec),
+            )
+
+
+def _tensors(spec: Spec) -> Iterator[tuple[Path, str, str]]:
+    """Field that names it, name and meaning of each tensor whose name the spec makes."""
+    for field, items in (("levels", spec.levels), ("attend", spec.attend)):
+        for i, item in enumerate(items):
+            if item.kv is not None:
+                for letter, noun in (("k", "keys"), ("v", "values")):
+                    yield (field, i, "kv"), f"{letter}_{item.kv}", f"the {noun} of 'kv: {item.kv}'"
+    for i, level in enumerate(spec.levels):
+        for name in _learned(level):
+            yield ("levels", i, "name"), name, f"a weight of the level '{level.name}'"
+
+
+def _learned(level: Level) -> Iterator[str]:
+    pool = level.pool
+    for which, how in (("key", pool and pool.keys), ("value", pool and pool.values)):
+        if how == "linear":
+            yield f"{level.name}_{which}_weight"
+            yield f"{level.name}_{which}_position"
