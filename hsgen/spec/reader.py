@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType
@@ -31,7 +31,6 @@ from hsgen.spec.model import (
     Heads,
     Node,
     Path,
-    Score,
     Spec,
 )
 from hsgen.spec.syntax import Items, Keys, Tree, Unreadable, Word
@@ -39,13 +38,12 @@ from hsgen.spec.syntax import Items, Keys, Tree, Unreadable, Word
 Data = dict[str, "Plain"]
 Plain = str | int | float | bool | None | Node | Data | tuple["Plain", ...]
 
-# fields that the text calls by another key, keys that are no fields, and fields that are no keys
-_RENAMED: Mapping[type[Node], Mapping[str, str]] = {
-    Score: {"from": "source"},
-    Blocks: {"blocks": "size"},
-}
+# keys that are no fields, and fields that are no keys
 _SUGAR: Mapping[type[Node], tuple[str, ...]] = {Heads: ("group_size",), Force: ("own",)}
 _HIDDEN = {"kind"}
+# partitions: those that are a word, and those that are a mapping, by the key that tells them apart
+_WORD_KINDS = {"tokens"}
+_KINDS: Mapping[str, type[Node]] = {"blocks": Blocks}
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
@@ -193,24 +191,44 @@ class _Reading:
         return self.model(node, path, cls)
 
     def partition(self, node: Tree, path: Path) -> Plain:
-        """`tokens`, or `{blocks: size, stride: step}`."""
+        """A word, as `tokens`, or a mapping that the key of its kind tells apart: `{blocks: 64}`."""
         if isinstance(node, Keys):
-            data = self.fields(node, self.entries(node, path, Blocks), path, Blocks)
+            return self.kind_of_partition(node, path)
+        word = self.word(node, path) if isinstance(node, Word) else None
+        if word not in _WORD_KINDS and path not in self.broken:
+            got = _shown(word) if isinstance(node, Word) else _kind(node)
+            self.no_partition(node.span, got, path, _not_yet(word))
+        return {"kind": word if word in _WORD_KINDS else "tokens"}
+
+    def kind_of_partition(self, node: Keys, path: Path) -> Plain:
+        """A partition with keys, by the first key that is the name of a kind."""
+        said = [key.text for key, _ in node.items]
+        kind = next((key for key in said if key in _KINDS), None)
+        if kind is None and len(_KINDS) > 1:
+            close = next((near for key in said if (near := nearest(key, _KINDS))), None)
+            planned = next((_not_yet(key) for key in said if key in _PLANNED), None)
+            self.no_partition(
+                node.span,
+                f"a mapping without {_listed(_KINDS)}",
+                path,
+                planned or (f"did you mean '{close}'?" if close else None),
+            )
+            return {"kind": "tokens"}
+        cls = _KINDS[kind or next(iter(_KINDS))]
+        data = self.fields(node, self.entries(node, path, cls), path, cls)
+        if cls is Blocks:
             size = data["size"]
             if "stride" not in data and not (type(size) is int and 1 <= size <= MAX_COUNT):
                 self.broken.add((*path, "stride"))  # it is the size that gets reported
             data.setdefault("stride", size)
-            return {"kind": "blocks", **data}
-        word = self.word(node, path) if isinstance(node, Word) else None
-        if word != "tokens" and path not in self.broken:
-            expected = "'tokens', or a mapping {blocks: size, stride: step}"
-            help = "write 'partition: tokens' or 'partition: {blocks: 64}'"
-            got = _shown(word) if isinstance(node, Word) else _kind(node)
-            self.report(
-                "HS035", node.span, f"expected {expected}, got {got}", _not_yet(word) or help
-            )
-            self.broken.add(path)
-        return {"kind": "tokens"}
+        return {"kind": cls.model_fields["kind"].default, **data}
+
+    def no_partition(self, span: Span, got: str, path: Path, help: str | None) -> None:
+        """Report what is no partition at all."""
+        expected = "'tokens', or a mapping {blocks: size, stride: step}"
+        advice = "write 'partition: tokens' or 'partition: {blocks: 64}'"
+        self.report("HS035", span, f"expected {expected}, got {got}", help or advice)
+        self.broken.add(path)
 
     def heads(self, tree: Keys, entries: Mapping[str, Tree], path: Path) -> Data:
         """`{query, kv}`, or `{kv, group_size}`."""
@@ -423,7 +441,7 @@ def _code(kind: str, path: Path) -> str:
 @cache
 def _keys(cls: type[Node]) -> Mapping[str, str]:
     """YAML key -> field, in the order of the class."""
-    renamed = {field: key for key, field in _RENAMED.get(cls, {}).items()}
+    renamed = {field: key for key, field in cls.renamed.items()}
     fields = [field for field in cls.model_fields if field not in _HIDDEN]
     sugar = _SUGAR.get(cls, ())
     return {renamed.get(field, field): field for field in fields} | {key: key for key in sugar}
@@ -478,7 +496,8 @@ def _part(path: Path) -> tuple[object, tuple[object, ...]]:
         if isinstance(step, int):
             here, limits = get_args(here)[0], ()
             continue
-        field = _class(here).model_fields[_LIKE.get(step, step)]
+        name = _LIKE.get(step, step)
+        field = _class(here, name).model_fields[name]
         here, limits = field.annotation, tuple(field.metadata)
         if NoneType in (args := get_args(here)):
             rest = [arg for arg in args if arg is not NoneType]
@@ -493,11 +512,10 @@ def _part(path: Path) -> tuple[object, tuple[object, ...]]:
 _LIKE = {"group_size": "kv", "own": "counted"}
 
 
-def _class(annotation: object) -> type[Node]:
-    """The mapping that a type says there is; of a partition, the one with keys."""
-    options = (annotation, *get_args(annotation))
-    classes = [part for part in options if isinstance(part, type) and issubclass(part, Node)]
-    return classes[-1]
+def _class(annotation: object, field: str | None = None) -> type[Node]:
+    """The mapping that a type says there is; of several kinds, the first that has the field."""
+    classes = [cls for cls in nodes_of(annotation) if _keys(cls)] or [*nodes_of(annotation)]
+    return next((cls for cls in classes if field in cls.model_fields), classes[0])
 
 
 def _shape(path: Path) -> type[Node] | Literal["list", "word"]:
@@ -542,7 +560,7 @@ def _stand_in(path: Path) -> Plain:
         return _smallest(_class(part), path)
     if last in _LIKE:
         return None
-    owner = _class(_part(path[:-1])[0]) if len(path) > 1 else Spec
+    owner = _class(_part(path[:-1])[0], last) if len(path) > 1 else Spec
     field = owner.model_fields[last]
     if last == "partition":
         return {"kind": "tokens"}
@@ -579,10 +597,15 @@ def _path(loc: Path) -> Path:
     path: Path = ()
     here: object = Spec
     for step in loc:
-        if isinstance(step, int) or (_has_class(here) and step in _class(here).model_fields):
+        if isinstance(step, int) or step in _fields(here):
             path = (*path, step)
             here, _ = _part(path)
     return path
+
+
+def _fields(annotation: object) -> set[str]:
+    """The fields of every mapping that a type speaks of."""
+    return {field for cls in nodes_of(annotation) for field in cls.model_fields}
 
 
 def _has_class(annotation: object) -> bool:
@@ -605,13 +628,16 @@ def _key_name(path: Path) -> str:
     last = path[-1]
     if isinstance(last, int):
         return f"{path[-2]}[{last}]"
-    if path[-2:] == ("score", "source"):
-        return "from"
-    return "blocks" if path[-2:] == ("partition", "size") else last
+    owner = _class(_part(path[:-1])[0], last) if len(path) > 1 else Spec
+    return {field: key for key, field in owner.renamed.items()}.get(last, last)
 
 
 def _kind(node: Tree) -> str:
     return "a mapping" if isinstance(node, Keys) else "a list"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def _where(path: Path) -> str:

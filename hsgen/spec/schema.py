@@ -12,8 +12,19 @@ from collections.abc import Mapping
 from functools import cache
 from typing import cast
 
-from hsgen.spec import model, reader
-from hsgen.spec.model import HeadDim, Heads, Node, Spec
+from hsgen.spec import reader
+from hsgen.spec.model import (
+    HeadDim,
+    Heads,
+    Node,
+    Spec,
+    branches,
+    choices,
+    entries,
+    scalars,
+    scores,
+    whole,
+)
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -119,7 +130,12 @@ def _about_ref(value: Json, found: Mapping[str, Json]) -> object:
 
 def _field_docs() -> dict[str, dict[str, str]]:
     """Class -> field -> the comment beside it in `model`: there a field is explained once, for all."""
-    source = inspect.getsource(model)
+    modules = (scalars, entries, scores, choices, branches, whole)
+    sources = [inspect.getsource(module) for module in modules]
+    return {name: docs for source in sources for name, docs in _docs_in(source).items()}
+
+
+def _docs_in(source: str) -> dict[str, dict[str, str]]:
     lines = source.splitlines()
     return {
         node.name: {

@@ -42,10 +42,11 @@ def _level(level: Level) -> list[str]:
 
 
 def _partition(partition: Partition) -> str:
-    if not isinstance(partition, Blocks):
-        return "tokens"
-    stride = f", stride: {partition.stride}" if partition.stride != partition.size else ""
-    return f"{{blocks: {partition.size}{stride}}}"
+    """The word of its kind, or its keys; a stride that is the size goes without saying."""
+    if isinstance(partition, Blocks):
+        stride = f", stride: {partition.stride}" if partition.stride != partition.size else ""
+        return f"{{blocks: {partition.size}{stride}}}"
+    return _flow(partition) if len(type(partition).model_fields) > 1 else partition.kind
 
 
 def _head_dim(head_dim: HeadDim) -> str:
@@ -55,11 +56,14 @@ def _head_dim(head_dim: HeadDim) -> str:
 def _flow(node: Node) -> str:
     """A mapping on one line; fields that have their default are left out."""
     parts: list[str] = []
+    keys = {field: key for key, field in type(node).renamed.items()}
     for field, info in type(node).model_fields.items():
         value = getattr(node, field)
         if not info.is_required() and value == info.get_default():
             continue
-        key = "from" if field == "source" else field
+        if field == "kind":
+            continue  # the keys say it
+        key = keys.get(field, field)
         parts.append(f"{key}: {_value(value)}")
     return f"{{{', '.join(parts)}}}"
 

@@ -1,0 +1,81 @@
+"""The spec as frozen values: what a sparse attention means, and the range of each single value.
+
+Reads no text and judges no two values against each other: `reader` and `rules` do.
+
+    scalars   single values, and the range of each
+    entries   partitions and pools
+    scores    what entries are ordered by
+    choices   which entries are kept
+    branches  what is attended, and how branches are combined
+    whole     a level, and the spec
+"""
+
+from __future__ import annotations
+
+from hsgen.spec.model.branches import Attend, Combine, HeadSpan, Static
+from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, TopP
+from hsgen.spec.model.entries import Blocks, KeyPool, Partition, Pool, Tokens, ValuePool
+from hsgen.spec.model.scalars import (
+    LANGUAGE,
+    MAX_BRANCHES,
+    MAX_COUNT,
+    MAX_FORCED,
+    MAX_LEVELS,
+    MAX_SPANS,
+    Bound,
+    Count,
+    Forced,
+    Growth,
+    Identifier,
+    Node,
+    Part,
+    Path,
+    Scale,
+    Text,
+)
+from hsgen.spec.model.scores import MapHow, Reduce, Score, ScoreForm, Share
+from hsgen.spec.model.whole import HeadDim, Heads, Index, Level, Spec
+
+__all__ = [
+    "Attend",
+    "Blocks",
+    "Bound",
+    "Combine",
+    "Count",
+    "Force",
+    "Forced",
+    "Growth",
+    "HeadDim",
+    "HeadSpan",
+    "Heads",
+    "Identifier",
+    "Index",
+    "KeyPool",
+    "LANGUAGE",
+    "Level",
+    "MAX_BRANCHES",
+    "MAX_COUNT",
+    "MAX_FORCED",
+    "MAX_LEVELS",
+    "MAX_SPANS",
+    "MapHow",
+    "Node",
+    "Part",
+    "Partition",
+    "Path",
+    "Pool",
+    "Reduce",
+    "SELECT_RULES",
+    "Scale",
+    "Score",
+    "ScoreForm",
+    "Select",
+    "SelectRule",
+    "Share",
+    "Spec",
+    "Static",
+    "Text",
+    "Tokens",
+    "TopP",
+    "ValuePool",
+]

@@ -1,0 +1,61 @@
+"""Branches: what is attended, and how branches are combined."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hsgen.spec.model.scalars import MAX_SPANS, Count, Forced, Growth, Identifier, Node
+
+
+class HeadSpan(Node):
+    """What one head sees of a `static` rule.  Of N units it sees the last
+    window + grow * max(0, N - window), rounded down, and the first `sink`.
+    """
+
+    window: Count
+    grow: Growth = 0.0
+    sink: Forced = 0
+
+
+class Static(Node):
+    """A pattern that depends on positions and heads alone: the union of the rules that are given.
+
+    Positions are counted in units of `blocks` tokens.  A query in unit m sees a unit n at distance
+    d = m - n (|m - n| without causality), by head h, where
+
+        d < window * dilation and dilation divides d;  n < sink;
+        stride divides n + 1 + shift * h;  power_of_two, and d is 0 or a power of two.
+
+    `per_head` gives windows and sinks head by head, over and over until every head has one.
+    """
+
+    blocks: Count = 1
+    window: Count | None = None
+    dilation: Count = 1
+    sink: Forced = 0
+    stride: Count | None = None
+    shift: Forced = 0
+    power_of_two: bool = False
+    per_head: Annotated[tuple[HeadSpan, ...], Field(max_length=MAX_SPANS)] = ()
+
+
+class Attend(Node):
+    """One branch: raw tokens of selected entries, pooled entries, the last `window` tokens or all of
+    them, or what a `static` rule says.
+    """
+
+    name: Identifier
+    over: Identifier | None = None
+    window: Count | Literal["all"] | None = None
+    static: Static | None = None
+    values: Literal["raw", "pooled"] = "raw"
+    kv: Identifier | None = None  # attends `k_<kv>`, `v_<kv>` instead of `k`, `v`
+
+
+class Combine(Node):
+    """`gates`: o = sum of gate * branch.  `softmax`: one softmax over the union of all branches."""
+
+    gates: Literal["input"] | None = None
+    softmax: Literal["union"] | None = None

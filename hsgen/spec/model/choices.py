@@ -1,0 +1,69 @@
+"""Selections: which entries are kept."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from hsgen.spec.model.scalars import Bound, Count, Forced, Node, Part
+
+SelectRule = Literal["top_k", "beam", "fraction", "threshold", "top_p"]
+
+
+SELECT_RULES: tuple[SelectRule, ...] = get_args(SelectRule)
+
+
+class Force(Node):
+    """Entries taken whatever their score: the first ones, and the last ones, own included."""
+
+    first: Forced = 0
+    last: Forced = 0
+    counted: bool = True  # inside `top_k`; false: on top of it
+
+
+class TopP(Node):
+    """Best entries first, until their masses reach `mass` of the total: how many is the data's say.
+
+    `boundary`: whether the entry that crosses is kept.  `scope`: the total of a row, or of all rows
+    of a head, which are then ranked together.  `min` and `max` entries a row, whatever the masses.
+    """
+
+    mass: Part
+    boundary: Literal["keep", "drop"] = "keep"
+    scope: Literal["row", "head"] = "row"
+    min: Forced = 0
+    max: Count | None = None
+
+
+class Select(Node):
+    """Keep the best: `beam` entries are expanded by a level below, the others are attended.
+
+    `fraction`: of a row's visible entries, rounded up.  `threshold`: every score above it.
+    """
+
+    top_k: Count | None = None
+    beam: Count | None = None
+    fraction: Part | None = None
+    threshold: Bound | None = None
+    top_p: TopP | None = None
+    force: Force = Force()
+
+    @property
+    def rules(self) -> tuple[SelectRule, ...]:
+        """The rules that are given; a valid spec has one."""
+        return tuple(rule for rule in SELECT_RULES if getattr(self, rule) is not None)
+
+    @property
+    def counts_vary(self) -> bool:
+        """Whether rows differ in how many entries they keep, so that they are bitmaps, not lists."""
+        return not self.budget
+
+    @property
+    def budget(self) -> int:
+        """The number kept before uncounted forced entries are added; 0 where counts vary."""
+        return self.top_k or self.beam or 0
+
+    @property
+    def width(self) -> int:
+        """Slots of one row of the selection, where counts do not vary."""
+        extra = 0 if self.force.counted else self.force.first + self.force.last
+        return self.budget + extra

@@ -1,0 +1,42 @@
+"""Scores of entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from hsgen.spec.model.scalars import Identifier, Node, Scale
+
+ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted"]
+
+
+MapHow = Literal["overlap_sum", "overlap_max", "sum", "max"]
+
+
+Share = Literal["head", "group", "all"]
+
+
+Reduce = Literal["sum", "mean", "max"]
+
+
+class Score(Node):
+    """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed.
+
+    `bound`: the most that a key between an entry's minmax keys can score, channel by channel.
+    `index_dot`: index head h scores for the group of key head h.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {"from": "source"}
+    form: ScoreForm | None = None
+    source: Identifier | None = None  # the level whose scores are mapped
+    map: MapHow | None = None
+    scale: Scale | Literal["none"] | None = None  # None: 1, or 1/sqrt(qk dim) for dot and bound
+    normalise: Literal["softmax"] | None = None
+    lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
+    share: Share = "head"
+    reduce: Reduce | None = None
+
+    @property
+    def by_index(self) -> bool:
+        """Whether queries and keys are those of the index."""
+        return self.form in ("index_dot", "relu_weighted")

@@ -1,0 +1,177 @@
+"""A level, and the whole spec."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal, cast
+
+from pydantic import Field, PrivateAttr
+
+from hsgen.errors import ArgumentError, Span
+from hsgen.spec.model.branches import Attend, Combine
+from hsgen.spec.model.choices import Select
+from hsgen.spec.model.entries import Partition, Pool
+from hsgen.spec.model.scalars import (
+    MAX_BRANCHES,
+    MAX_LEVELS,
+    Count,
+    Identifier,
+    Node,
+    Path,
+    Text,
+    count,
+)
+from hsgen.spec.model.scores import Score
+
+
+class Heads(Node):
+    """How many heads; query heads of one group share a key/value head.  `group = query / kv`."""
+
+    query: Count  # of the query and of the output
+    kv: Count  # of keys and values
+
+    @property
+    def group(self) -> int:
+        """Query heads of one key/value head."""
+        return self.query // self.kv
+
+
+class HeadDim(Node):
+    """Length of one head's query/key vector, and of its value vector."""
+
+    qk: Count  # of a query and of a key
+    v: Count  # of a value and of the output
+
+
+class Index(Node):
+    """A separate low-cost scorer: `q_index [B,T,Hi,Di]`, `k_index [B,S,Di]`, `w_index [B,T,Hi]`."""
+
+    heads: Count  # of the index's queries
+    dim: Count  # length of one head's query, and of a key
+    dtype: Literal["input"] = "input"  # scores are of tensors as they are given
+    keys: Literal["shared"] = "shared"  # all heads of the index have the same keys
+
+
+class Level(Node):
+    """One scored partition of the keys; `within` narrows it to children of another level's beam."""
+
+    name: Identifier  # what other levels and branches call it
+    within: Identifier | None = None  # the level above, whose survivors' children are scored
+    partition: Annotated[Partition, Field(discriminator="kind")]  # what an entry is
+    kv: Identifier | None = None  # pools `k_<kv>`, `v_<kv>` instead of `k`, `v`
+    pool: Pool | None = None
+    score: Score
+    select: Select | None = None
+
+
+class Spec(Node):
+    """What an attention means.  Equal text up to comments and layout gives an equal Spec."""
+
+    hsgen: Literal[1] = 1  # version of the language
+    name: Identifier  # of the spec, and of what is compiled from it
+    source: Text | None = None  # where it was published, as arXiv:2502.11089
+    heads: Heads | None = None  # None: bound at load_kernel
+    head_dim: HeadDim | None = None
+    causal: bool = True  # a row sees no token after its own
+    index: Index | None = None
+    levels: Annotated[tuple[Level, ...], Field(max_length=MAX_LEVELS)] = ()  # earlier first
+    attend: Annotated[tuple[Attend, ...], Field(min_length=1, max_length=MAX_BRANCHES)]
+    combine: Combine | None = None
+
+    # where each field stood in the text; no part of the value
+    _spans: Mapping[Path, Span] = PrivateAttr(default_factory=dict[Path, Span])
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what is meant and where it was published, not where the text stood."""
+        return isinstance(other, Spec) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.__dict__.values()))
+
+    def level(self, name: str) -> Level:
+        """The level called `name`; KeyError where there is none."""
+        return {level.name: level for level in self.levels}[name]
+
+    @property
+    def index_per_key_head(self) -> bool:
+        """Whether index head h stands for key head h, so that there are as many of both."""
+        return any(level.score.form == "index_dot" for level in self.levels)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the meaning: all fields but `source`, defaults filled in."""
+        fields = _without_news(self.model_dump(mode="json", exclude={"source"}))
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def spans(self) -> Mapping[Path, Span]:
+        """Where the text says each field; empty where the Spec was built in Python."""
+        return MappingProxyType(dict(self._spans))
+
+    def span(self, *path: str | int) -> Span | None:
+        """The place of a field, or of the nearest thing around it: `span("levels", 0, "pool")`."""
+        for end in range(len(path), -1, -1):
+            if found := self._spans.get(path[:end]):
+                return found
+        return None
+
+    def located(self, spans: Mapping[Path, Span]) -> Spec:
+        """The same Spec that knows where its fields stood."""
+        located = self.model_copy()
+        located._spans = dict(spans)
+        return located
+
+    def bind(
+        self,
+        *,
+        heads: Heads | tuple[int, int] | None = None,
+        head_dim: HeadDim | tuple[int, int] | int | None = None,
+    ) -> Spec:
+        """Fill in what the text left open.
+
+        Args:
+            heads: `Heads`, or (query, kv).
+            head_dim: `HeadDim`, (qk, v), or one number for both.
+
+        Raises:
+            ArgumentError: the text says otherwise, or query is no multiple of kv.
+        """
+        if isinstance(heads, tuple):
+            heads = Heads(query=count("heads", heads[0]), kv=count("heads", heads[1]))
+        if isinstance(head_dim, int):
+            head_dim = (head_dim, head_dim)
+        if isinstance(head_dim, tuple):
+            qk, v = (count("head_dim", number) for number in head_dim)
+            head_dim = HeadDim(qk=qk, v=v)
+        if heads is not None and heads.query % heads.kv:
+            msg = f"heads: expected query to be a multiple of kv, {heads.kv}, got {heads.query}"
+            raise ArgumentError(msg)
+        bound = self._bound("heads", heads)._bound("head_dim", head_dim)
+        return bound.located(self._spans)
+
+    def _bound(self, field: str, value: Heads | HeadDim | None) -> Spec:
+        said: Heads | HeadDim | None = getattr(self, field)
+        if value is None or value == said:
+            return self
+        if said is not None:
+            msg = f"{field}: expected {said!r} as the spec '{self.name}' says, got {value!r}"
+            raise ArgumentError(msg, span=self.span(field))
+        return self.model_copy(update={field: value})
+
+
+# keys that the language got later: a spec that does not say them keeps the digest it had before
+_NEWS = {"fraction", "threshold", "top_p", "static", "lse_from"}
+
+
+def _without_news(fields: object) -> object:
+    """Fields of a dump without those that are new and say nothing."""
+    if isinstance(fields, list):
+        return [_without_news(item) for item in cast("list[object]", fields)]
+    if not isinstance(fields, dict):
+        return fields
+    items = cast("dict[str, object]", fields).items()
+    return {key: _without_news(x) for key, x in items if key not in _NEWS or x is not None}
