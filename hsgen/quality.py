@@ -15,7 +15,7 @@ from torch import Tensor
 from hsgen import captures, metrics, standins
 from hsgen.captures import Group
 from hsgen.errors import HsgenError
-from hsgen.reference import reference, static_mask
+from hsgen.reference import Result, reference
 from hsgen.selection import members
 from hsgen.spec import Attend, Level, Spec, verify
 
@@ -41,7 +41,7 @@ class Subject:
     size: int = 1
     stride: int = 1
     level: str | None = None
-    branch: Attend | None = None  # that chooses by position alone
+    branch: str | None = None  # that chooses by position alone
 
 
 def subjects(spec: Spec) -> tuple[Subject, ...]:
@@ -84,7 +84,7 @@ def _branch_subject(branch: Attend) -> Subject:
         about = "every token"
     else:
         about = f"the last {branch.window} tokens, whatever they are"
-    return Subject(name=f"branch {branch.name}", about=about, branch=branch)
+    return Subject(name=f"branch {branch.name}", about=about, branch=branch.name)
 
 
 def _raw(spec: Spec) -> list[Attend]:
@@ -159,45 +159,28 @@ def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
             q_offset=a,
             dtype=torch.float32,
             keep_scores=False,
+            keep_seen=True,
         )
         for each in subjects(spec):
-            if each.level:
-                entries = -(-tokens // each.stride)
-                mask = members(result.selection[each.level], entries)[0].transpose(0, 1)
-                chosen[each.name].append(mask)
-            elif each.branch:
-                heads = group.q.shape[1]
-                chosen[each.name].append(_seen(each.branch, run, tokens, heads, spec.causal))
-    found = {name: torch.cat(parts, 1) for name, parts in chosen.items() if parts}
-    if TOGETHER in chosen:
-        found[TOGETHER] = _together(spec, found, tokens)
-    return found
+            chosen[each.name].append(_chosen(result, each, tokens))
+    return {name: torch.cat(parts, 1) for name, parts in chosen.items()}
 
 
-def _seen(branch: Attend, position: Tensor, tokens: int, heads: int, causal: bool) -> Tensor:
-    """Tokens that a branch shows by position alone.  -> bool[1 or heads, R, S]"""
-    distance = position[:, None] - torch.arange(tokens, device=position.device)
-    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    if branch.static:
-        return visible & static_mask(branch.static, position, tokens, heads, causal).transpose(0, 1)
-    if isinstance(branch.window, int):
-        visible = visible & (distance.abs() < branch.window)
-    return visible[None]
+def _chosen(result: Result, subject: Subject, tokens: int) -> Tensor:
+    """What a subject took, of one sequence.  -> bool[Hs, R, N]"""
+    if subject.level:
+        entries = -(-tokens // subject.stride)
+        return members(result.selection[subject.level], entries)[0].transpose(0, 1)
+    names = [subject.branch] if subject.branch else list(result.seen)
+    masks = [_padded(result.seen[name][0], tokens) for name in names]
+    heads = max(mask.shape[1] for mask in masks)
+    spread = [mask.repeat_interleave(heads // mask.shape[1], 1) for mask in masks]
+    return torch.stack(spread).any(0).transpose(0, 1)
 
 
-def _together(spec: Spec, found: dict[str, Tensor], tokens: int) -> Tensor:
-    """Tokens that any raw branch reads.  -> bool[Hs, R, S]"""
-    masks: list[Tensor] = []
-    for branch in _raw(spec):
-        if branch.over is None:
-            masks.append(found[f"branch {branch.name}"])
-        else:
-            level = spec.level(branch.over).partition
-            mask = found[f"level {branch.over}"]
-            masks.append(metrics.tokens_of(mask, level.size, level.stride, tokens))
-    heads = max(len(mask) for mask in masks)
-    spread = [mask.repeat_interleave(heads // len(mask), 0) for mask in masks]
-    return torch.stack(spread).any(0)
+def _padded(seen: Tensor, tokens: int) -> Tensor:
+    """Tokens that a row could not see are unseen.  bool[R, H, s] -> bool[R, H, S]"""
+    return torch.nn.functional.pad(seen, (0, tokens - seen.shape[-1]))
 
 
 # --- measuring

@@ -19,7 +19,6 @@ G = Hq / Hkv, Hs heads that select (Hq, Hkv or 1), D and Dv head sizes.
 
 from __future__ import annotations
 
-from hsgen.reference.attention import static_mask
 from hsgen.reference.calls import reference
 from hsgen.reference.choice import choose, masses, order, share_of
 from hsgen.reference.inputs import tensor_kinds, tensor_shapes
@@ -32,7 +31,6 @@ __all__ = [
     "order",
     "share_of",
     "reference",
-    "static_mask",
     "tensor_kinds",
     "tensor_shapes",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +15,14 @@ from hsgen.reference.scores import dot, softmax
 from hsgen.spec import Attend, Static
 
 
-def attend_all(rows: Rows, levels: dict[str, Scored]) -> tuple[Tensor, dict[str, Tensor]]:
+def what_is_seen(rows: Rows, levels: dict[str, Scored]) -> dict[str, Keys]:
+    """By branch, the keys that it attends to, and which of them each row sees."""
+    return {branch.name: _branch(rows, branch, levels) for branch in rows.spec.attend}
+
+
+def attend_all(rows: Rows, branches: dict[str, Keys]) -> tuple[Tensor, dict[str, Tensor]]:
     """Every branch, combined.  -> o [T, Hq, Dv], lse {branch: [T, Hq]}"""
     combine, q = rows.spec.combine, rows.x["q"]
-    branches = {branch.name: _branch(rows, branch, levels) for branch in rows.spec.attend}
     if combine and combine.softmax:
         o, lse = _attention(q, _union(list(branches.values())))
         return o, {"o": lse}
@@ -32,28 +36,32 @@ def attend_all(rows: Rows, levels: dict[str, Scored]) -> tuple[Tensor, dict[str,
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Keys:
-    """What a branch attends to: `source` names the keys, visible: bool[T, H, S]."""
+class Keys:
+    """What a branch attends to: `source` names the keys, visible: bool[T, H, S].
+
+    raw: Whether keys are the caller's tokens, in the caller's order.
+    """
 
     source: str
+    raw: bool
     k: Tensor
     v: Tensor
     visible: Tensor
 
 
-def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> _Keys:
+def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
     """The keys of one branch, and which of them each row sees."""
     if branch.over and branch.values == "pooled":
         level, keys = levels[branch.over], rows.pooled[branch.over]
         visible = level.complete[:, None] & level.candidates
         if level.chosen is not None:
             visible = visible & level.chosen
-        return _Keys(source=branch.over, k=keys["key"], v=keys["value"], visible=visible)
+        return Keys(source=branch.over, raw=False, k=keys["key"], v=keys["value"], visible=visible)
     k, v = rows.x[named("k", branch.kv)], rows.x[named("v", branch.kv)]
     distance = (rows.p[:, None] - torch.arange(len(k), device=k.device)).unsqueeze(1)  # [T, 1, S]
     visible = distance >= 0 if rows.spec.causal else torch.ones_like(distance, dtype=torch.bool)
     if branch.static:
-        near = static_mask(branch.static, rows.p, len(k), rows.x["q"].shape[1], rows.spec.causal)
+        near = _static_mask(branch.static, rows.p, len(k), rows.x["q"].shape[1], rows.spec.causal)
         visible = visible & near
     elif branch.window:
         visible = visible if branch.window == "all" else visible & (distance.abs() < branch.window)
@@ -62,10 +70,10 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> _Keys:
         chosen = levels[branch.over].chosen
         assert chosen is not None, f"{branch.over} is attended raw and must select"
         visible = visible & token_mask(rows.spec.level(branch.over), chosen, len(k))
-    return _Keys(source=f"raw {branch.kv or ''}", k=k, v=v, visible=visible)
+    return Keys(source=f"raw {branch.kv or ''}", raw=True, k=k, v=v, visible=visible)
 
 
-def static_mask(static: Static, p: Tensor, S: int, Hq: int, causal: bool) -> Tensor:
+def _static_mask(static: Static, p: Tensor, S: int, Hq: int, causal: bool) -> Tensor:
     """Which tokens a static pattern shows to each row and head.  p: [T] -> bool[T, Hq, S]"""
     unit = torch.arange(S, device=p.device) // static.blocks
     head = torch.arange(Hq, device=p.device)[:, None]
@@ -96,20 +104,20 @@ def _spans_of_heads(static: Static, Hq: int, N: int) -> tuple[list[int], list[in
     return windows, [span.sink for span in spans]
 
 
-def _union(branches: list[_Keys]) -> list[_Keys]:
+def _union(branches: list[Keys]) -> list[Keys]:
     """Merge branches over the same keys: a token counts once, however often it is reached."""
-    merged: dict[str, _Keys] = {}
+    merged: dict[str, Keys] = {}
     for keys in branches:
         if (seen := merged.get(keys.source)) is None:
             merged[keys.source] = keys
         else:
             heads = max(seen.visible.shape[1], keys.visible.shape[1])
             either = spread(seen.visible, heads) | spread(keys.visible, heads)
-            merged[keys.source] = _Keys(source=keys.source, k=keys.k, v=keys.v, visible=either)
+            merged[keys.source] = replace(seen, visible=either)
     return list(merged.values())
 
 
-def _attention(q: Tensor, parts: list[_Keys]) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, parts: list[Keys]) -> tuple[Tensor, Tensor]:
     """One softmax over all keys of all parts.  q: [T, Hq, D] -> o [T, Hq, Dv], lse [T, Hq]"""
     Hq = q.shape[1]
     logits = torch.cat([dot(q, part.k) for part in parts], -1) * q.shape[-1] ** -0.5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.inputs import some_keys, tensor_kinds
-from hsgen.reference.sequence import Result, concatenate, one_sequence
+from hsgen.reference.sequence import Keep, Result, concatenate, one_sequence
 from hsgen.selection import BitmapSelection, ListSelection, Selection, to_list
 from hsgen.spec import Spec
 
@@ -25,6 +25,7 @@ def reference(
     selection: Mapping[str, Selection | Tensor] | None = None,
     dtype: torch.dtype = torch.float64,
     keep_scores: bool = True,
+    keep_seen: bool = False,
 ) -> Result:
     """Compute what `spec` means.
 
@@ -39,11 +40,13 @@ def reference(
         selection: By level: taken instead of the level's own choice.
         dtype: What everything is computed in.
         keep_scores: False leaves `scores`, `candidates` and `forced` empty, and memory in peace.
+        keep_seen: True fills `seen`, which is empty otherwise.
     """
     packed = tensors["q"].ndim == 3
     kinds = tensor_kinds(spec)
     spans = _spans(spec, tensors, cu_seqlens_q, cu_seqlens_k)
     given = {name: _indices(chosen) for name, chosen in (selection or {}).items()}
+    keep = Keep(scores=keep_scores, seen=keep_seen)
     parts = []
     for z, (rows, keys) in enumerate(spans):
         k_len = len(keys) if kv_lens is None else min(len(keys), int(kv_lens[z]))
@@ -55,7 +58,7 @@ def reference(
         first = k_len - len(rows) if q_offset is None else _number(q_offset, z)
         p = torch.arange(first, first + len(rows), device=x["q"].device)
         chosen = {name: indices[where["query"]] for name, indices in given.items()}
-        parts.append(one_sequence(spec, x, p, chosen, keep_scores=keep_scores))
+        parts.append(one_sequence(spec, x, p, chosen, keep=keep))
     return _join(parts, packed=packed)
 
 
@@ -112,4 +115,5 @@ def _join(parts: list[Result], *, packed: bool) -> Result:
         scores={name: shape(y) for name, y in result.scores.items()},
         candidates={name: shape(y) for name, y in result.candidates.items()},
         forced={name: shape(y) for name, y in result.forced.items()},
+        seen={name: shape(y) for name, y in result.seen.items()},
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hsgen.reference.attention import attend_all
+from hsgen.reference.attention import attend_all, what_is_seen
 from hsgen.reference.choice import choose
 from hsgen.reference.entries import begun_entries, complete_entries, forced_entries, inside_beam
 from hsgen.reference.inputs import some_keys, tensor_kinds
@@ -43,6 +43,8 @@ class Result:
             incomplete or no candidate.  An incomplete entry can still be selected by force.
         candidates: By level: bool[B, T, Hs, N], complete or forced, and child of a selected parent.
         forced: By level: bool[B, T, Hs, N], the candidates that are taken whatever their score.
+        seen: By branch over raw tokens: bool[B, T, H, S], the tokens that a row attends to, where
+            H divides Hq.
     """
 
     o: Tensor
@@ -51,10 +53,19 @@ class Result:
     scores: dict[str, Tensor]
     candidates: dict[str, Tensor]
     forced: dict[str, Tensor]
+    seen: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """What of a sequence is worth its memory."""
+
+    scores: bool = True  # also candidates and forced
+    seen: bool = False
 
 
 def one_sequence(
-    spec: Spec, x: dict[str, Tensor], p: Tensor, given: dict[str, Tensor], *, keep_scores: bool
+    spec: Spec, x: dict[str, Tensor], p: Tensor, given: dict[str, Tensor], *, keep: Keep
 ) -> Result:
     """All rows of one sequence, some at a time.  x: [T, H, D] and [S, H, D]; p: positions [T]."""
     pooled = {level.name: pooled_entries(level, x) for level in spec.levels}
@@ -71,7 +82,7 @@ def one_sequence(
             p=p[t : t + step],
             given={name: indices[t : t + step] for name, indices in given.items()},
         )
-        parts.append(_compute(rows, keep_scores=keep_scores))
+        parts.append(_compute(rows, keep=keep))
     return concatenate(parts)
 
 
@@ -80,13 +91,14 @@ def _ranks_rows_together(level: Level) -> bool:
     return bool(top_p) and top_p.scope == "head"
 
 
-def _compute(rows: Rows, *, keep_scores: bool) -> Result:
+def _compute(rows: Rows, *, keep: Keep) -> Result:
     """Score and narrow level by level, attend, combine."""
     levels: dict[str, Scored] = {}
     for level in rows.spec.levels:
         levels[level.name] = _level(rows, level, levels)
-    o, lse = attend_all(rows, levels)
-    kept = levels if keep_scores else {}
+    branches = what_is_seen(rows, levels)
+    o, lse = attend_all(rows, branches)
+    kept = levels if keep.scores else {}
     return Result(
         o=o,
         lse=lse,
@@ -98,6 +110,7 @@ def _compute(rows: Rows, *, keep_scores: bool) -> Result:
         scores={name: level.scores for name, level in kept.items()},
         candidates={name: level.candidates for name, level in kept.items()},
         forced={name: level.forced for name, level in kept.items()},
+        seen={name: keys.visible for name, keys in branches.items() if keep.seen and keys.raw},
     )
 
 
@@ -155,7 +168,7 @@ def _listed(rows: Rows, level: Level, chosen: Tensor | None) -> Selection:
 def concatenate(parts: list[Result]) -> Result:
     """Chunks or sequences one after another, along rows; entries are padded to the longest."""
     first = parts[0]
-    pads = {"scores": -math.inf, "candidates": False, "forced": False}
+    pads = {"scores": -math.inf, "candidates": False, "forced": False, "seen": False}
 
     def rows(field: str) -> dict[str, Tensor]:
         values = {
@@ -173,6 +186,7 @@ def concatenate(parts: list[Result]) -> Result:
         scores=rows("scores"),
         candidates=rows("candidates"),
         forced=rows("forced"),
+        seen=rows("seen"),
     )
 
 
