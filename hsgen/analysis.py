@@ -23,6 +23,7 @@ from hsgen.graph import (
     Node,
     Normalise,
     Op,
+    Pattern,
     Pool,
     Reduce,
     Score,
@@ -55,12 +56,26 @@ def _op_causality(op: Op, *, causal: bool) -> Causality:
             return "prompt"  # rows of a head are ranked together
         case Attend() if causal and op.pattern is not None and op.pattern.grows:
             return "prompt"  # windows grow with the length of the whole sequence
+        case Attend() if op.pattern is not None and op.pattern.axes:
+            return _axes_causality(op.pattern, causal=causal)
         case Score() | Map() | Select() | SelectSet() | Attend():
             return "token" if causal else "none"  # entries count once complete, tokens once seen
         case Input() | Pool() | LogSumExp() | Normalise() | Reduce() | Gate() | Union():
             return "token"  # row by row, or entry by entry, of what the operators above have masked
         case _:
             assert_never(op)
+
+
+def _axes_causality(pattern: Pattern, *, causal: bool) -> Causality:
+    """Of windows along axes: an axis that is causal keeps out all that lies after its step."""
+    first = pattern.axes[0]
+    if first.length is None and (first.stride > 1 if first.causal else causal):
+        return "prompt"  # where the axis ends decides where the windows of its last rows begin
+    if causal:
+        return "token"
+    if not pattern.without_units or not first.causal:
+        return "none"
+    return "token" if all(axis.causal for axis in pattern.axes) else "query_block"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,6 +419,9 @@ def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
         case "window":
             assert op.window is not None
             return _window_pairs(op.window, causal=counts.graph.meta.causal)
+        case "static" if op.pattern and op.pattern.axes and op.pattern.without_units:
+            slots = math.prod(axis.window for axis in op.pattern.axes)
+            return _selected_pairs(slots, own=1, causal=counts.graph.meta.causal)
         case "static" | "all":  # of a pattern what it may be at most: all that is visible
             return _complete_pairs(1, 1, causal=counts.graph.meta.causal)
         case _:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hsgen.graph import (
     Attend,
+    AxisWindow,
     Gate,
     Graph,
     Input,
@@ -400,8 +401,34 @@ def _seen_by_pattern(run: _Run, op: Attend, S: int) -> Tensor:
         strided = pattern.stride and (unit + 1 + pattern.shift * h) % pattern.stride == 0
         power = pattern.power_of_two and (d == 0 or (d > 0 and d.bit_count() == 1))
         shown = near or unit < sink or strided or power
+        shown = shown or (bool(pattern.axes) and _in_windows(pattern.axes, p, s, S))
         seen[0, t, h, s] = bool(shown) and (s <= p or not causal)
     return seen
+
+
+def _in_windows(axes: tuple[AxisWindow, ...], p: int, s: int, S: int) -> bool:
+    """Whether token s lies in the window of the row at p along every axis, from the last one on."""
+    for back, axis in enumerate(reversed(axes)):
+        last = back == len(axes) - 1
+        n = axis.length or -(-S // math.prod(other.length or 1 for other in axes))
+        i, j = (p, s) if last else (p % n, s % n)
+        p, s = p // n, s // n
+        if i % axis.dilation != j % axis.dilation:
+            return False
+        line = list(range(i % axis.dilation, n, axis.dilation))  # the steps of its residue class
+        at = line.index(i)
+        group = line[at // axis.stride * axis.stride :][: axis.stride]
+        if axis.causal:
+            shown = line[max(line.index(group[-1]) - axis.window + 1, 0) : at + 1]
+        else:
+            middle = min(line.index(group[0]) + axis.stride // 2, len(line) - 1)
+            start = max(middle - axis.window // 2, 0)
+            while start > 0 and start + axis.window > len(line):
+                start -= 1
+            shown = line[start : start + axis.window]
+        if j not in shown:
+            return False
+    return True
 
 
 def _softmax(

@@ -10,6 +10,7 @@ from hsgen.spec import (
     Blocks,
     Combine,
     Force,
+    GridWindow,
     HeadDim,
     Heads,
     HeadSpan,
@@ -237,6 +238,11 @@ def top_p(mass: float = 0.7, *, force: Force | None = None, **more: object) -> S
     return Select(top_p=TopP(mass=mass, **more), force=force or Force(last=1))
 
 
+def near(window: tuple[int, ...], **more: tuple[int | bool, ...]) -> Attend:
+    """A window along each axis of the spec."""
+    return Attend(name="near", static=Static(grid=GridWindow(window=window, **more)))
+
+
 ADDED = Force(first=1, last=2, counted=False)
 # rules that let counts vary, and patterns: their meaning is the reference's, no kernel has them yet
 SETS = [
@@ -275,6 +281,24 @@ SETS = [
         [],
         [Attend(name="s", static=Static(blocks=2, window=3, dilation=2))],
         causal=False,
+    ),
+    spec("near", [], [near((4, 3))], causal=False, axes=("any", 5)),
+    spec("near_1d", [], [near((6,), stride=(4,))], causal=False, axes=("any",)),
+    spec("near_fixed", [], [near((3, 2), stride=(2, 2))], causal=False, axes=(8, 5)),
+    spec(
+        "near_strided",
+        [],
+        [near((2, 3, 2), stride=(2, 2, 1), dilation=(1, 1, 2), causal=(True, False, True))],
+        causal=False,
+        axes=("any", 3, 4),
+    ),
+    spec("near_causal", [], [near((3, 4), dilation=(2, 1))], axes=("any", 6)),
+    spec(
+        "near_or_sink",
+        [],
+        [Attend(name="s", static=Static(sink=2, grid=GridWindow(window=(2, 2))))],
+        causal=False,
+        axes=("any", 3),
     ),
     spec(
         "spans",

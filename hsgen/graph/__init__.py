@@ -14,6 +14,7 @@ from hsgen.graph.checks import partitions, short_last, verify
 from hsgen.graph.nodes import FIXED_SIZES, Graph, GraphError, Meta, Node, Outputs, TensorType, dump
 from hsgen.graph.ops import (
     Attend,
+    AxisWindow,
     DType,
     Gate,
     Input,
@@ -36,6 +37,7 @@ from hsgen.graph.types import result_type
 
 __all__ = [
     "Attend",
+    "AxisWindow",
     "DType",
     "FIXED_SIZES",
     "Gate",

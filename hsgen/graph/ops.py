@@ -137,10 +137,28 @@ class SelectSet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AxisWindow:
+    """A window along one axis of the tokens; see the language's `grid`."""
+
+    length: int | None  # None: bound later, or as long as the tokens need
+    window: int
+    stride: int
+    dilation: int
+    causal: bool
+
+    def __str__(self) -> str:
+        said = [f"{self.window} of {self.length or 'any'}"]
+        said += [f"by {self.stride}"] if self.stride > 1 else []
+        said += [f"dilation {self.dilation}"] if self.dilation > 1 else []
+        return " ".join([*said, *(["causal"] if self.causal else [])])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pattern:
     """What a static attend shows, in units of `size` tokens; see the language's `static`.
 
-    `spans` are (window, growth, sink) of heads, over and over; growth is in units of 2^-30.
+    `spans` are (window, growth, sink) of heads, over and over; growth is in units of 2^-30.  `axes`
+    are a window of tokens along each axis, the last one fastest; none where there is no such window.
     """
 
     spans: tuple[tuple[int, int, int], ...]
@@ -148,12 +166,21 @@ class Pattern:
     stride: int | None
     shift: int
     power_of_two: bool
+    axes: tuple[AxisWindow, ...] = ()
 
     def __str__(self) -> str:
+        if self.axes and self.without_units:
+            return f"[{' x '.join(map(str, self.axes))}]"
         spans = " ".join(f"{window}+{growth}N/{sink}" for window, growth, sink in self.spans)
         strided = f" stride={self.stride} shift={self.shift}" if self.stride else ""
         powers = " power_of_two" if self.power_of_two else ""
-        return f"[{spans} dilation={self.dilation}{strided}{powers}]"
+        axes = f" or {' x '.join(map(str, self.axes))}" if self.axes else ""
+        return f"[{spans} dilation={self.dilation}{strided}{powers}{axes}]"
+
+    @property
+    def without_units(self) -> bool:
+        """Whether no rule counts units, so that all that is shown lies in the windows of `axes`."""
+        return not (any(map(any, self.spans)) or self.stride or self.power_of_two)
 
     @property
     def grows(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from hsgen import spec as language
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Gate, LogSumExp, Node, Outputs, Pattern, Union
+from hsgen.graph import Attend, AxisWindow, Gate, LogSumExp, Node, Outputs, Pattern, Union
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.entries import pooled
 
@@ -69,11 +69,11 @@ def _attend(
         size=partition.size,
         stride=partition.stride,
         window=None if branch.window == "all" else branch.window,
-        pattern=_pattern(branch.static) if branch.static else None,
+        pattern=_pattern(builder.spec, branch.static) if branch.static else None,
     )
 
 
-def _pattern(static: language.Static) -> Pattern:
+def _pattern(spec: language.Spec, static: language.Static) -> Pattern:
     spans = [(span.window, round(span.grow * (1 << 30)), span.sink) for span in static.per_head]
     return Pattern(
         spans=tuple(spans) or ((static.window or 0, 0, static.sink),),
@@ -81,6 +81,29 @@ def _pattern(static: language.Static) -> Pattern:
         stride=static.stride,
         shift=static.shift,
         power_of_two=static.power_of_two,
+        axes=_axes(spec, static.grid) if static.grid else (),
+    )
+
+
+def _axes(spec: language.Spec, grid: language.GridWindow) -> tuple[AxisWindow, ...]:
+    assert spec.axes is not None
+    ones = (1,) * len(spec.axes)
+    return tuple(
+        AxisWindow(
+            length=None if length == "any" else length,
+            window=window,
+            stride=stride,
+            dilation=dilation,
+            causal=causal,
+        )
+        for length, window, stride, dilation, causal in zip(
+            spec.axes,
+            grid.window,
+            grid.stride or ones,
+            grid.dilation or ones,
+            grid.causal or (False,) * len(ones),
+            strict=True,
+        )
     )
 
 

@@ -10,6 +10,7 @@ G = Hq / Hkv, Hs heads that select (Hq, Hkv or 1), D and Dv head sizes.
     choice     the order of entries, and who is kept
     rows       what is known while a sequence is computed
     entries    which entries there are, and who sees them
+    grids      tokens along axes, and windows there
     pools      one vector an entry
     scores     what entries are ordered by
     attention  softmax over branches, and their combination

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hsgen.reference.choice import ONE, fixed
 from hsgen.reference.entries import token_mask
+from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import dot, softmax
@@ -62,6 +63,8 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
     visible = distance >= 0 if rows.spec.causal else torch.ones_like(distance, dtype=torch.bool)
     if branch.static:
         near = _static_mask(branch.static, rows.p, len(k), rows.x["q"].shape[1], rows.spec.causal)
+        if branch.static.grid:
+            near = near | grid_mask(rows.spec, branch.static.grid, rows.p, len(k))[:, None]
         visible = visible & near
     elif branch.window:
         visible = visible if branch.window == "all" else visible & (distance.abs() < branch.window)

@@ -22,10 +22,7 @@ from hsgen.errors import Diagnostic, Span, SpecError, nearest
 from hsgen.spec import rules, syntax
 from hsgen.spec.model import (
     LANGUAGE,
-    MAX_BRANCHES,
     MAX_COUNT,
-    MAX_LEVELS,
-    MAX_SPANS,
     Blocks,
     Force,
     Heads,
@@ -137,7 +134,7 @@ class _Reading:
         for key, field in _keys(cls).items():
             if field not in data and _is_needed(cls, field):
                 here = self.spans.get(path, tree.span)
-                example = _EXAMPLE.get(key, f"{key}: ...")
+                example = _example((*path, field)) or f"{key}: ..."
                 self.report(
                     "HS030", here, f"missing key '{key}' in {_where(path)}", f"write '{example}'"
                 )
@@ -163,8 +160,8 @@ class _Reading:
         return self.word(node, path) if isinstance(node, Word) else self.mismatch(node, path)
 
     def listed(self, node: Items, path: Path) -> Plain:
-        """The levels, the branches, or the heads of a static rule."""
-        limit = _MOST[path[-1]]
+        """The levels, the branches, the heads of a static rule, or one word for every axis."""
+        limit = _most(path)
         if len(node.items) > limit:
             message = f"expected at most {limit} entries in {_where(path)}, got {len(node.items)}"
             self.report("HS039", node.items[limit].span, message, "leave some out")
@@ -177,12 +174,13 @@ class _Reading:
         return tuple(self.item(tree, (*path, i)) for i, tree in enumerate(node.items[:limit]))
 
     def item(self, node: Tree, path: Path) -> Plain:
-        """One level, one branch, or one head."""
+        """One level, one branch, one head, or one word."""
         self.spans[path] = self.keys[path] = node.span
         cls = _shape(path)
-        assert isinstance(cls, type)
         if isinstance(node, Unreadable):
             return self.stand_in(path)
+        if not isinstance(cls, type):
+            return self.word(node, path) if isinstance(node, Word) else self.mismatch(node, path)
         if not isinstance(node, Keys):
             return self.mismatch(node, path)
         for key, value in node.items:
@@ -195,10 +193,10 @@ class _Reading:
         if isinstance(node, Keys):
             return self.kind_of_partition(node, path)
         word = self.word(node, path) if isinstance(node, Word) else None
-        if word not in _WORD_KINDS and path not in self.broken:
+        if path not in self.broken and word not in _WORD_KINDS:
             got = _shown(word) if isinstance(node, Word) else _kind(node)
             self.no_partition(node.span, got, path, _not_yet(word))
-        return {"kind": word if word in _WORD_KINDS else "tokens"}
+        return {"kind": word if path not in self.broken else "tokens"}
 
     def kind_of_partition(self, node: Keys, path: Path) -> Plain:
         """A partition with keys, by the first key that is the name of a kind."""
@@ -334,7 +332,8 @@ class _Reading:
                 return self.stand_in(path)
         got = _shown(node.text) if isinstance(node, Word) else _kind(node)
         key = _key_name(path)
-        help = f"write '{_EXAMPLE[key]}'" if key in _EXAMPLE else f"write {_expected(path)}"
+        example = _example(path)
+        help = f"write '{example}'" if example else f"write {_expected(path)}"
         self.report(
             "HS031", node.span, f"expected {_expected(path)} for {_where(path)}, got {got}", help
         )
@@ -395,11 +394,19 @@ def _nearest_span(spans: Mapping[Path, Span], path: Path) -> Span:
 
 # What the classes say -----------------------------------------------------------------------------
 
-_MOST: Mapping[str | int, int] = {
-    "levels": MAX_LEVELS,
-    "attend": MAX_BRANCHES,
-    "per_head": MAX_SPANS,
-}
+
+def _example(path: Path) -> str | None:
+    """A field as one would write it."""
+    key, part = _key_name(path), _part(path)[0]
+    if get_origin(part) is tuple and not _has_class(part) and key not in _EXAMPLE:
+        return f"{key}: [true, false]" if get_args(part)[0] is bool else f"{key}: [8, 16, 16]"
+    return _EXAMPLE.get(key)
+
+
+def _most(path: Path) -> int:
+    """The longest list that a field holds."""
+    return next(x for limit in _part(path)[1] if (x := getattr(limit, "max_length", None)))
+
 
 _EXAMPLE = {
     "hsgen": "hsgen: 1",
@@ -420,6 +427,8 @@ _EXAMPLE = {
     "mass": "mass: 0.9",
     "static": "static: {blocks: 64, window: 16, sink: 1}",
     "per_head": "per_head: [{window: 16}, {window: 64}]",
+    "axes": "axes: [30, 48, 80]",
+    "grid": "grid: {window: [8, 16, 16]}",
 }
 _CODES = {
     "int_type": "HS032",
@@ -495,10 +504,10 @@ def _part(path: Path) -> tuple[object, tuple[object, ...]]:
     for step in path:
         if isinstance(step, int):
             here, limits = get_args(here)[0], ()
-            continue
-        name = _LIKE.get(step, step)
-        field = _class(here, name).model_fields[name]
-        here, limits = field.annotation, tuple(field.metadata)
+        else:
+            name = _LIKE.get(step, step)
+            field = _class(here, name).model_fields[name]
+            here, limits = field.annotation, tuple(field.metadata)
         if NoneType in (args := get_args(here)):
             rest = [arg for arg in args if arg is not NoneType]
             here = rest[0] if len(rest) == 1 else here
@@ -532,8 +541,8 @@ def _expected(path: Path) -> str:
         return "a whole number, or a mapping {qk: ..., v: ...}"
     if path[-1] == "scale":
         return "a number from 1e-9 to 1e9 or none"
-    if path[0] == "attend" and path[2:] == ("window",):
-        return f"a whole number from 1 to {MAX_COUNT} or all"
+    if any(get_origin(one) is Annotated for one in get_args(part)) and _words(part):
+        return f"a whole number from 1 to {MAX_COUNT} or {_words(part)[0]}"  # a Count or a word
     shape = _shape(path)
     if isinstance(shape, type):
         return f"a mapping with keys {', '.join(_keys(shape))}"
@@ -557,7 +566,7 @@ def _stand_in(path: Path) -> Plain:
     part, _ = _part(path)
     last = path[-1]
     if isinstance(last, int):
-        return _smallest(_class(part), path)
+        return _smallest(_class(part), path) if _has_class(part) else part is not bool
     if last in _LIKE:
         return None
     owner = _class(_part(path[:-1])[0], last) if len(path) > 1 else Spec
@@ -568,6 +577,8 @@ def _stand_in(path: Path) -> Plain:
         return ({"name": "unnamed", "window": 1},)
     if not field.is_required():
         return cast("Plain", field.get_default())
+    if get_origin(part) is tuple:
+        return ()
     if part is str:
         return "_".join(["unnamed", *(str(step) for step in path[1:-1])])
     return _smallest(_class(part), path) if _has_class(part) else 1
@@ -617,7 +628,11 @@ def _put(data: Data, path: Path, value: Plain) -> None:
     here: Plain = data
     for step in path[:-1]:
         here = cast("Mapping[str | int, Plain]", here)[step]
-    cast("dict[str | int, Plain]", here)[path[-1]] = value
+    if isinstance(here, tuple):  # a list of words
+        i = cast("int", path[-1])
+        _put(data, path[:-1], (*here[:i], value, *here[i + 1 :]))
+    else:
+        cast("dict[str | int, Plain]", here)[path[-1]] = value
 
 
 # Words for messages -------------------------------------------------------------------------------
@@ -671,6 +686,8 @@ def _advice(code: str, value: object, path: Path) -> str:
         return f"write '{key}: {close}'{quotes}"
     if key == "window" and words:
         return "write 'window: 512' or 'window: all'"
+    if isinstance(path[-1], int) and part is not bool:
+        return f"write a whole number from 1 to {MAX_COUNT}{' or any' if words else ''}"
     if words:
         options = [f"'{key}: {word}'" for word in words]
         return f"write {' or '.join(options)}"

@@ -19,6 +19,7 @@ def dump(spec: Spec) -> str:
     lines += [f"heads: {_flow(spec.heads)}"] if spec.heads else []
     lines += [f"head_dim: {_head_dim(spec.head_dim)}"] if spec.head_dim else []
     lines.append(f"causal: {_word(spec.causal)}")
+    lines += [f"axes: {_value(spec.axes)}"] if spec.axes is not None else []
     lines += [f"index: {_flow(spec.index)}"] if spec.index else []
     lines += (
         ["levels:", *(line for level in spec.levels for line in _level(level))]

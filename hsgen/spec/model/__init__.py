@@ -12,16 +12,18 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
 
 from __future__ import annotations
 
-from hsgen.spec.model.branches import Attend, Combine, HeadSpan, Static
+from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Static
 from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, TopP
 from hsgen.spec.model.entries import Blocks, KeyPool, Partition, Pool, Tokens, ValuePool
 from hsgen.spec.model.scalars import (
     LANGUAGE,
+    MAX_AXES,
     MAX_BRANCHES,
     MAX_COUNT,
     MAX_FORCED,
     MAX_LEVELS,
     MAX_SPANS,
+    Axis,
     Bound,
     Count,
     Forced,
@@ -38,6 +40,7 @@ from hsgen.spec.model.whole import HeadDim, Heads, Index, Level, Spec
 
 __all__ = [
     "Attend",
+    "Axis",
     "Blocks",
     "Bound",
     "Combine",
@@ -45,6 +48,7 @@ __all__ = [
     "Force",
     "Forced",
     "Growth",
+    "GridWindow",
     "HeadDim",
     "HeadSpan",
     "Heads",
@@ -53,6 +57,7 @@ __all__ = [
     "KeyPool",
     "LANGUAGE",
     "Level",
+    "MAX_AXES",
     "MAX_BRANCHES",
     "MAX_COUNT",
     "MAX_FORCED",

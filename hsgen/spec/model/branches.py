@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hsgen.spec.model.scalars import MAX_SPANS, Count, Forced, Growth, Identifier, Node
+from hsgen.spec.model.scalars import (
+    MAX_AXES,
+    MAX_SPANS,
+    Count,
+    Forced,
+    Growth,
+    Identifier,
+    Node,
+    PerAxis,
+)
 
 
 class HeadSpan(Node):
@@ -19,6 +28,24 @@ class HeadSpan(Node):
     sink: Forced = 0
 
 
+class GridWindow(Node):
+    """A window along every axis of `axes`; a token is seen that lies in all of them.
+
+    Along an axis of n steps: rows and keys `dilation` steps apart see each other and no others, so
+    each residue class is an axis of its own, of n' steps, where a row stands at i.  Rows of `stride`
+    steps have one window, that of their leader, l = i // stride * stride + stride // 2, or the last
+    step where there is none.  It begins at l - window // 2, and is moved inside where it would begin
+    before 0 or end after n'; one longer than n' is all of it.  With `causal` the leader is the last
+    of its rows, the window ends with it, is cut short at 0, and no row sees a step after its own.
+    """
+
+    window: PerAxis
+    stride: PerAxis | None = None  # left out: 1 along every axis
+    dilation: PerAxis | None = None  # left out: 1 along every axis
+    # left out: false along every axis
+    causal: Annotated[tuple[bool, ...], Field(max_length=MAX_AXES)] | None = None
+
+
 class Static(Node):
     """A pattern that depends on positions and heads alone: the union of the rules that are given.
 
@@ -26,7 +53,9 @@ class Static(Node):
     d = m - n (|m - n| without causality), by head h, where
 
         d < window * dilation and dilation divides d;  n < sink;
-        stride divides n + 1 + shift * h;  power_of_two, and d is 0 or a power of two.
+        stride divides n + 1 + shift * h;  power_of_two, and d is 0 or a power of two;
+
+    and the tokens that `grid` shows, whatever `blocks` is.
 
     `per_head` gives windows and sinks head by head, over and over until every head has one.
     """
@@ -39,6 +68,7 @@ class Static(Node):
     shift: Forced = 0
     power_of_two: bool = False
     per_head: Annotated[tuple[HeadSpan, ...], Field(max_length=MAX_SPANS)] = ()
+    grid: GridWindow | None = None  # tokens near each other along the spec's `axes`
 
 
 class Attend(Node):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
@@ -27,6 +27,9 @@ MAX_BRANCHES = 16
 
 
 MAX_SPANS = 256
+
+
+MAX_AXES = 3
 
 
 LANGUAGE = 1
@@ -83,6 +86,14 @@ Part = Annotated[float, Field(ge=1e-6, le=1.0, allow_inf_nan=False)]
 
 
 Growth = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+
+
+# an axis of the tokens: so many steps, or as many as a later binding says; the first may stay open
+Axis = Count | Literal["any"]
+
+
+# one number an axis of the tokens; how many there must be is for the rules to say
+PerAxis = Annotated[tuple[Count, ...], Field(max_length=MAX_AXES)]
 
 
 class Node(BaseModel):

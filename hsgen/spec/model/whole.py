@@ -15,8 +15,10 @@ from hsgen.spec.model.branches import Attend, Combine
 from hsgen.spec.model.choices import Select
 from hsgen.spec.model.entries import Partition, Pool
 from hsgen.spec.model.scalars import (
+    MAX_AXES,
     MAX_BRANCHES,
     MAX_LEVELS,
+    Axis,
     Count,
     Identifier,
     Node,
@@ -76,6 +78,9 @@ class Spec(Node):
     heads: Heads | None = None  # None: bound at load_kernel
     head_dim: HeadDim | None = None
     causal: bool = True  # a row sees no token after its own
+    # what tokens lie along, the last axis fastest, as [30, 48, 80] of a video.  `any`: bound later;
+    # the first axis, where nothing binds it, is as long as a sequence needs
+    axes: Annotated[tuple[Axis, ...], Field(max_length=MAX_AXES)] | None = None
     index: Index | None = None
     levels: Annotated[tuple[Level, ...], Field(max_length=MAX_LEVELS)] = ()  # earlier first
     attend: Annotated[tuple[Attend, ...], Field(min_length=1, max_length=MAX_BRANCHES)]
@@ -130,12 +135,14 @@ class Spec(Node):
         *,
         heads: Heads | tuple[int, int] | None = None,
         head_dim: HeadDim | tuple[int, int] | int | None = None,
+        axes: tuple[int, ...] | None = None,
     ) -> Spec:
         """Fill in what the text left open.
 
         Args:
             heads: `Heads`, or (query, kv).
             head_dim: `HeadDim`, (qk, v), or one number for both.
+            axes: the length of every axis of the tokens.
 
         Raises:
             ArgumentError: the text says otherwise, or query is no multiple of kv.
@@ -151,7 +158,20 @@ class Spec(Node):
             msg = f"heads: expected query to be a multiple of kv, {heads.kv}, got {heads.query}"
             raise ArgumentError(msg)
         bound = self._bound("heads", heads)._bound("head_dim", head_dim)
-        return bound.located(self._spans)
+        return bound._laid(axes).located(self._spans)
+
+    def _laid(self, axes: tuple[int, ...] | None) -> Spec:
+        """With every axis that is open bound; the others as the text says."""
+        if axes is None:
+            return self
+        said = self.axes or ()
+        lengths = tuple(count("axes", number) for number in axes)
+        fit = [a in (b, "any") for a, b in zip(said, lengths, strict=False)]
+        if len(said) != len(lengths) or not all(fit):
+            shown = f"[{', '.join(map(str, said))}]" if said else "none"
+            msg = f"axes: expected {shown} as the spec '{self.name}' says, got {list(lengths)}"
+            raise ArgumentError(msg, span=self.span("axes"))
+        return self.model_copy(update={"axes": lengths})
 
     def _bound(self, field: str, value: Heads | HeadDim | None) -> Spec:
         said: Heads | HeadDim | None = getattr(self, field)
@@ -164,7 +184,7 @@ class Spec(Node):
 
 
 # keys that the language got later: a spec that does not say them keeps the digest it had before
-_NEWS = {"fraction", "threshold", "top_p", "static", "lse_from"}
+_NEWS = {"fraction", "threshold", "top_p", "static", "lse_from", "axes", "grid"}
 
 
 def _without_news(fields: object) -> object:

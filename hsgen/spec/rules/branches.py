@@ -43,7 +43,7 @@ def branches(spec: Spec) -> Iterator[Problem]:
 
 def _static(spec: Spec, static: Static, path: Path) -> Iterator[Problem]:
     """A pattern of nothing, keys that need another one, and heads that it does not come out for."""
-    rules = ("window", "sink", "stride", "power_of_two", "per_head")
+    rules = ("window", "sink", "stride", "power_of_two", "per_head", "grid")
     if not any(getattr(static, rule) for rule in rules):
         yield Problem(
             code="HS102",

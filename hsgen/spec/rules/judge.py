@@ -6,6 +6,7 @@ from hsgen.spec.model import Path, Spec
 from hsgen.spec.rules.branches import branches, combines, kvs, unused
 from hsgen.spec.rules.choices import nesting, selects
 from hsgen.spec.rules.entries import heads, partitions, pools
+from hsgen.spec.rules.grids import axes, grid_windows
 from hsgen.spec.rules.names import references, tensor_names, unique_names
 from hsgen.spec.rules.problem import Problem, Rule
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
@@ -53,4 +54,6 @@ _RULES: tuple[Rule, ...] = (
     combines,
     unused,
     kvs,
+    axes,
+    grid_windows,
 )
