@@ -562,8 +562,16 @@ def at_most(graph: Graph) -> tuple[str, ...]:
         node.name
         for node in graph.nodes()
         if isinstance(node.op, Attend)
-        and (node.op.over == "static" or any(_varies(x) for x in graph.operands(node)))
+        and (_pattern_varies(node.op) or any(_varies(x) for x in graph.operands(node)))
     )
+
+
+def _pattern_varies(op: Attend) -> bool:
+    """Whether rows of a pattern see more or less than their windows' lengths say."""
+    pattern = op.pattern
+    if pattern is None or not (pattern.axes and pattern.without_units):
+        return pattern is not None
+    return any(axis.causal for axis in pattern.axes)
 
 
 def _varies(node: Node) -> bool:

@@ -21,11 +21,15 @@ def axis_lengths(spec: Spec, S: int) -> tuple[int, ...]:
     first, *rest = spec.axes
     inner = [n for n in rest if n != "any"]
     if len(inner) < len(rest):
-        msg = f"axes: expected all but the first to be bound, got [{', '.join(map(str, spec.axes))}]"
+        msg = (
+            f"axes: expected all but the first to be bound, got [{', '.join(map(str, spec.axes))}]"
+        )
         raise ArgumentError(msg, help="give `axes=` to Spec.bind")
     lengths = (-(-S // math.prod(inner)) if first == "any" else first, *inner)
     if math.prod(lengths) < S:
-        msg = f"axes: expected at most {math.prod(lengths)} tokens, those of {list(lengths)}, got {S}"
+        msg = (
+            f"axes: expected at most {math.prod(lengths)} tokens, those of {list(lengths)}, got {S}"
+        )
         raise ArgumentError(msg)
     return lengths
 

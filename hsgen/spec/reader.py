@@ -331,7 +331,6 @@ class _Reading:
                 self.found.append(value)
                 return self.stand_in(path)
         got = _shown(node.text) if isinstance(node, Word) else _kind(node)
-        key = _key_name(path)
         example = _example(path)
         help = f"write '{example}'" if example else f"write {_expected(path)}"
         self.report(
