@@ -13,6 +13,7 @@ from typing import Literal, assert_never
 from hsgen.graph import (
     FIXED_SIZES,
     Attend,
+    Cluster,
     DType,
     Gate,
     Graph,
@@ -24,6 +25,7 @@ from hsgen.graph import (
     Normalise,
     Op,
     Pattern,
+    Permute,
     Pool,
     Reduce,
     Score,
@@ -58,9 +60,21 @@ def _op_causality(op: Op, *, causal: bool) -> Causality:
             return "prompt"  # windows grow with the length of the whole sequence
         case Attend() if op.pattern is not None and op.pattern.axes:
             return _axes_causality(op.pattern, causal=causal)
+        case Permute() if causal and op.by == "mass":
+            return "prompt"  # the last rows say which keys come first
         case Score() | Map() | Select() | SelectSet() | Attend():
             return "token" if causal else "none"  # entries count once complete, tokens once seen
-        case Input() | Pool() | LogSumExp() | Normalise() | Reduce() | Gate() | Union():
+        case (
+            Input()
+            | Cluster()
+            | Permute()
+            | Pool()
+            | LogSumExp()
+            | Normalise()
+            | Reduce()
+            | Gate()
+            | Union()
+        ):
             return "token"  # row by row, or entry by entry, of what the operators above have masked
         case _:
             assert_never(op)
@@ -137,6 +151,8 @@ def _unreachable_because(graph: Graph, attend: Node) -> str | None:
         case "blocks" | "tokens" | "pooled":
             pass
     selection = graph[attend.inputs[3]]
+    if any(isinstance(x.op, Permute) and x.op.by == "given" for x in graph.operands(attend)):
+        return f"the order that branch {attend.op.branch} is given may leave tokens out"
     while True:
         select = selection.op
         assert isinstance(select, Select | SelectSet)
@@ -271,11 +287,16 @@ class _Counts:
     def entries(self, level: str) -> Cost:
         """Entries of a level, all whole."""
         size, stride = self.partitions[level]
+        if stride == 0:
+            return _from(0, Polynomial(t0=self.graph.sizes[f"N_{level}"]))
         return _from(size, Polynomial(t1=1 / stride, t0=1 - size / stride))
 
     def complete(self, level: str) -> Cost:
         """Pairs of a row and an entry that is complete for it."""
-        return _complete_pairs(*self.partitions[level], causal=self.graph.meta.causal)
+        size, stride = self.partitions[level]
+        if stride == 0:
+            return _from(0, Polynomial(t1=self.graph.sizes[f"N_{level}"]))
+        return _complete_pairs(size, stride, causal=self.graph.meta.causal)
 
     def children(self, level: str) -> Cost:
         """Pairs of a row and a complete entry inside the beam."""
@@ -295,8 +316,19 @@ class _Counts:
             part = op.value if op.rule == "fraction" else 1.0
             return _complete_pairs(1, 1, causal=self.graph.meta.causal) * part
         assert isinstance(op, Select)
+        if op.size == 0:
+            return _complete_pairs(1, 1, causal=self.graph.meta.causal)
         own = op.size if op.last > 0 else 1
         return _selected_pairs(op.width * op.size, own=own, causal=self.graph.meta.causal)
+
+    def pooled(self, selection: Node) -> Cost:
+        """Pairs of a row and an entry that it selects; at most all that are complete."""
+        op = selection.op
+        assert isinstance(op, Select | SelectSet)
+        if isinstance(op, SelectSet):
+            part = op.value if op.rule == "fraction" else 1.0
+            return self.complete(op.level) * part
+        return _selected_pairs(op.width, own=1, causal=self.graph.meta.causal)
 
     def elements(self, type_: TensorType) -> Cost:
         """Numbers in a value; of scores those that exist: visible, and inside a beam."""
@@ -305,6 +337,9 @@ class _Counts:
             return self.children(last.removeprefix("C_")) * self.product(dims[2:-1])
         if last.startswith("W_"):
             _, stride = self.partitions[last.removeprefix("W_")]
+            if stride == 0:
+                words = -(-self.graph.sizes[f"N_{last.removeprefix('W_')}"] // WORD)
+                return _from(0, Polynomial(t1=words)) * self.product(dims[2:-1])
             return _from(0, Polynomial(t2=1 / (WORD * stride))) * self.product(dims[2:-1])
         if last.startswith("N_"):
             return self.complete(last.removeprefix("N_")) * self.product(dims[2:-1])
@@ -380,7 +415,11 @@ def _flops(counts: _Counts, node: Node) -> Cost:
     match op:
         case Input() | Select() | SelectSet() | Union():
             return _from(0, Polynomial())
+        case Cluster() | Permute():
+            return _order_flops(counts, op, operands)
         case Pool():
+            if op.size == 0:  # every token is in one cluster
+                return counts.elements(operands[0])
             per_number = 2 * op.size * counts.product(node.type.dims[-1:]) + op.size * op.position
             return counts.elements(node.type) * (per_number if op.how == "linear" else op.size)
         case Score():
@@ -409,12 +448,23 @@ def _flops(counts: _Counts, node: Node) -> Cost:
             assert_never(op)
 
 
+def _order_flops(counts: _Counts, op: Cluster | Permute, operands: list[TensorType]) -> Cost:
+    """Distances and means, over and over; masses of the last rows, or products with means."""
+    if isinstance(op, Cluster):
+        return counts.elements(operands[0]) * ((3 * op.clusters + 1) * op.iterations)
+    if op.by == "mass":
+        return _from(0, Polynomial(t1=2 * counts.product(("Hq", "Dqk")) * (op.last or 0)))
+    return counts.elements(operands[0]) * (3 if op.by == "mean" else 0)
+
+
 def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
     """Pairs of a row and a key it attends to."""
     match op.over:
         case "blocks" | "tokens":
             return counts.selected(counts.graph[node.inputs[3]])
         case "pooled":
+            for selection in node.inputs[3:]:
+                return counts.pooled(counts.graph[selection])
             return counts.complete(counts.graph[node.inputs[1]].type.dims[1].removeprefix("N_"))
         case "window":
             assert op.window is not None
@@ -549,6 +599,7 @@ def _costs_text(graph: Graph) -> list[str]:
     entries = [
         f"N_{level} = {_entries_text(size, stride, causal=graph.meta.causal)}"
         for level, (size, stride) in sorted(partitions(graph).items())
+        if stride
     ]
     where = [f"  where {', '.join(entries)}"] if entries else []
     loose = ", ".join(f"%{name}" for name in at_most(graph))
@@ -562,7 +613,11 @@ def at_most(graph: Graph) -> tuple[str, ...]:
         node.name
         for node in graph.nodes()
         if isinstance(node.op, Attend)
-        and (_pattern_varies(node.op) or any(_varies(x) for x in graph.operands(node)))
+        and (
+            _pattern_varies(node.op)
+            or (node.op.over == "pooled" and len(node.inputs) > 3)
+            or any(_varies(x) for x in graph.operands(node))
+        )
     )
 
 
@@ -575,6 +630,8 @@ def _pattern_varies(op: Attend) -> bool:
 
 
 def _varies(node: Node) -> bool:
+    if isinstance(node.op, Select):
+        return node.op.size == 0  # clusters have any number of tokens
     return isinstance(node.op, SelectSet) and node.op.rule != "fraction"
 
 

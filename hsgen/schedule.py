@@ -13,6 +13,7 @@ from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
+    Cluster,
     Gate,
     Graph,
     Input,
@@ -20,6 +21,7 @@ from hsgen.graph import (
     Map,
     Node,
     Normalise,
+    Permute,
     Pool,
     Reduce,
     Score,
@@ -79,7 +81,7 @@ class _Scheduler:
                     self._gate(node)
                 case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
                     pass  # fused into the launch that reads them
-                case Union() | SelectSet():
+                case Union() | SelectSet() | Cluster() | Permute():
                     raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
@@ -105,11 +107,22 @@ class _Scheduler:
     def _refuse(self) -> None:
         """Operators that no kernel does yet, and sizes that none holds."""
         for node in self.graph.nodes():
+            if isinstance(node.op, Cluster):
+                message = f"level {node.op.level}: no kernel clusters keys yet"
+                raise PlanError(message, span=node.span)
+            if isinstance(node.op, Permute):
+                message = f"level {node.op.level}: no kernel puts keys in another order yet"
+                raise PlanError(message, span=node.span)
             if isinstance(node.op, SelectSet):
                 message = f"level {node.op.level}: no kernel selects by {node.op.rule} yet"
                 raise PlanError(message, span=node.span)
             if isinstance(node.op, Attend) and node.op.over == "static":
                 message = f"branch {node.op.branch}: no kernel attends a static pattern yet"
+                raise PlanError(message, span=node.span)
+            if isinstance(node.op, Attend) and node.op.over == "pooled" and len(node.inputs) > 3:
+                message = (
+                    f"branch {node.op.branch}: no kernel attends pooled entries of a selection yet"
+                )
                 raise PlanError(message, span=node.span)
             if isinstance(node.op, Union):
                 message = "no kernel takes one softmax over several branches yet"

@@ -17,6 +17,7 @@ from torch import Tensor
 from hsgen.graph import (
     Attend,
     AxisWindow,
+    Cluster,
     Gate,
     Graph,
     Input,
@@ -24,6 +25,7 @@ from hsgen.graph import (
     Map,
     Node,
     Normalise,
+    Permute,
     Pool,
     Reduce,
     Score,
@@ -31,6 +33,7 @@ from hsgen.graph import (
     SelectSet,
     Union,
     partitions,
+    segments,
     short_last,
 )
 
@@ -81,6 +84,7 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor]) -> Evaluation:
         keys=keys,
         positions=[keys - rows + t for t in range(rows)],
         levels=partitions(graph),
+        segments=segments(graph),
         values={},
     )
     for node in graph.nodes():
@@ -101,18 +105,31 @@ class _Run:
     keys: int  # S
     positions: list[int]  # of the rows
     levels: Mapping[str, tuple[int, int]]  # size, stride
+    segments: Mapping[str, int | None]  # of levels that are cut from an order
     values: dict[str, Value]
 
     def entries(self, level: str) -> int:
+        if self.levels[level][1] == 0:
+            return self.graph.sizes[f"N_{level}"]
         return math.ceil(self.keys / self.levels[level][1])
+
+    def span(self, level: str, e: int) -> tuple[int, int]:
+        """First token and end of what entry e may hold, whatever the data."""
+        size, stride = self.levels[level]
+        if level not in self.segments:
+            return e * stride, e * stride + size
+        segment = self.segments[level]
+        if segment is None:
+            return 0, self.keys
+        start = e * size // segment * segment
+        return start, start + segment
 
     def complete_mask(self, level: str) -> Tensor:
         """Which entries count for which rows.  bool[1, T, 1, N]"""
-        size, stride = self.levels[level]
         short = short_last(self.graph, level)
         rows = []
         for p in self.positions:
-            ends = [e * stride + size for e in range(self.entries(level))]
+            ends = [self.span(level, e)[1] for e in range(self.entries(level))]
             if self.graph.meta.causal:
                 rows.append([end <= min(p + 1, self.keys) for end in ends])
             else:
@@ -125,8 +142,13 @@ def _evaluate(run: _Run, node: Node) -> Value:
     match node.op:
         case Input():
             return run.tensors[node.name].double()
+        case Cluster():
+            return _cluster(node.op, *operands)
+        case Permute():
+            return _permute(node.op, *operands)
         case Pool():
-            return _pool(run, node.op, *operands)
+            order = operands.pop() if node.op.cut else None
+            return _pool(run, node.op, operands, order)
         case Score():
             return _score(run, node.op, operands)
         case LogSumExp():
@@ -166,23 +188,116 @@ def _spread(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[2], 2)
 
 
-def _pool(
+def _cluster(op: Cluster, keys: Tensor) -> Tensor:
+    """Sequence by sequence, head by head, token by token."""
+    B, S, H, _ = keys.shape
+    found = torch.zeros(B, S, H, dtype=torch.int64)
+    for b, h in ((b, h) for b in range(B) for h in range(H)):
+        x = keys[b, :, h]
+        centroids = [x[i * S // op.clusters] for i in range(op.clusters)]
+        for _ in range(op.iterations):
+            away = torch.stack([((x - c) ** 2).sum(-1) for c in centroids], -1).tolist()
+            nearest = torch.tensor([row.index(min(row)) for row in away])
+            found[b, :, h] = nearest
+            for i in nearest.unique().tolist():
+                centroids[i] = x[nearest == i].mean(0)
+    return found
+
+
+def _permute(op: Permute, x: Tensor, judges: Tensor | None = None) -> Tensor:
+    """[B, S, H, D], or [B, S, H] of clusters and given orders -> [B, S, H]"""
+    B, S, H = x.shape[:3]
+    found = torch.full((B, S, H), -1)
+    for b, h in ((b, h) for b in range(B) for h in range(H)):
+        y = x[b, :, h]
+        if op.by == "given":
+            slots = [int(token) for token in y]
+            good = [0 <= t < S and t not in slots[:i] for i, t in enumerate(slots)]
+            order = [t if ok else -1 for t, ok in zip(slots, good, strict=True)]
+        elif op.by == "clusters":
+            order = sorted(range(S), key=lambda s: (int(y[s]), s))  # noqa: B023
+        else:
+            weights = _sorting_weights(op, y, judges, b, h, H)
+            whole = S // op.segment * op.segment
+            order = sorted(range(whole), key=lambda s: (s // op.segment, -weights[s], s))  # noqa: B023
+            order += range(whole, S)
+        found[b, :, h] = torch.tensor(order)
+    return found
+
+
+def _sorting_weights(
+    op: Permute, y: Tensor, judges: Tensor | None, b: int, h: int, heads: int
+) -> list[float]:
+    """Of the tokens of whole segments of one head."""
+    whole = len(y) // op.segment * op.segment
+    if op.by == "mean":
+        middles = [y[s : s + op.segment].mean(0) for s in range(0, whole, op.segment)]
+        return [float(y[s] @ middles[s // op.segment]) for s in range(whole)]
+    group = judges.shape[2] // heads
+    total = torch.zeros(whole, dtype=y.dtype)
+    for q in judges[b, -op.last :, h * group : (h + 1) * group].flatten(0, 1):
+        total += torch.softmax(y[:whole] @ q / q.shape[0] ** 0.5, 0)
+    return total.tolist()
+
+
+def _tokens_of(run: _Run, level: str, e: int, order: Tensor | None, cut: str | None) -> list[list]:
+    """Which tokens entry e has, by sequence and head; all alike where there is no order."""
+    size, stride = run.levels[level]
+    if order is None:
+        return [[list(range(e * stride, min(e * stride + size, run.keys)))]]
+    found = []
+    for by_head in order.transpose(1, 2).tolist():
+        if cut == "clusters":
+            found.append([[s for s, i in enumerate(row) if i == e] for row in by_head])
+        else:
+            found.append([[s for s in row[e * size : (e + 1) * size] if s >= 0] for row in by_head])
+    return found
+
+
+def _pool(run: _Run, op: Pool, operands: list[Tensor], order: Tensor | None) -> Tensor:
+    if order is None:
+        return _pool_in_place(run, op, *operands)
+    x, *learned = operands
+    B, _, H, _ = x.shape
+    where = [_tokens_of(run, op.level, e, order, op.cut) for e in range(run.entries(op.level))]
+    rows = [
+        [[_of_head(op, x[b, tokens[b][h], h], learned, h) for h in range(H)] for tokens in where]
+        for b in range(B)
+    ]
+    return torch.stack([torch.stack([torch.stack(heads) for heads in row]) for row in rows])
+
+
+def _of_head(op: Pool, tokens: Tensor, learned: list[Tensor], h: int) -> Tensor:
+    """The entry that some tokens of one head make, 0 of none.  [slots, D] -> [D], or [2, D]"""
+    if not len(tokens):
+        return tokens.new_zeros((2, tokens.shape[1]) if op.how == "minmax" else tokens.shape[1:])
+    made = _summed_up(op, tokens[None, :, None], *(x[h : h + 1] for x in learned))
+    return made[0, 0]
+
+
+def _pool_in_place(
     run: _Run, op: Pool, x: Tensor, weight: Tensor | None = None, position: Tensor | None = None
 ) -> Tensor:
     entries = []
     for e in range(run.entries(op.level)):
         tokens = x[:, e * op.stride : e * op.stride + op.size]  # [B, slots, (H,) D]
-        if op.how == "mean":
-            entries.append(tokens.mean(1))
-        elif op.how == "max":
-            entries.append(tokens.amax(1))
-        elif op.how == "minmax":
-            entries.append(torch.stack((tokens.amin(1), tokens.amax(1)), -2))
-        elif op.how == "sum_rsqrt":
-            entries.append(tokens.sum(1) / tokens.shape[1] ** 0.5)
-        else:
-            entries.append(_linear(op, tokens, weight, position))
+        entries.append(_summed_up(op, tokens, weight, position))
     return torch.stack(entries, 1)
+
+
+def _summed_up(
+    op: Pool, tokens: Tensor, weight: Tensor | None = None, position: Tensor | None = None
+) -> Tensor:
+    """One entry.  [B, slots, (H,) D] -> [B, (H,) D], of minmax [B, (H,) 2, D]"""
+    if op.how == "mean":
+        return tokens.mean(1)
+    if op.how == "max":
+        return tokens.amax(1)
+    if op.how == "minmax":
+        return torch.stack((tokens.amin(1), tokens.amax(1)), -2)
+    if op.how == "sum_rsqrt":
+        return tokens.sum(1) / tokens.shape[1] ** 0.5
+    return _linear(op, tokens, weight, position)
 
 
 def _linear(op: Pool, tokens: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
@@ -216,11 +331,26 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
     else:
         heads = torch.einsum("bthd,bnd->bthn", query, keys).clamp(min=0)
         value = (operands[2].unsqueeze(-1) * heads).sum(2, keepdim=True)
-    there = run.complete_mask(op.level).expand(value.shape)
+    there = run.complete_mask(op.level).expand(value.shape) & _has_tokens(run, op, value.shape)
     if op.within is not None:
         there = there & _in_beam(run, op, operands[-1], value.shape[2])
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
     return Scores(value=value * scale, there=there)
+
+
+def _has_tokens(run: _Run, op: Score, shape: torch.Size) -> Tensor:
+    """Entries of an order that hold any token.  bool[B, 1, H, N]"""
+    found = torch.ones(1, 1, 1, run.entries(op.level), dtype=torch.bool)
+    for node in run.graph.nodes():
+        if not isinstance(node.op, Pool) or node.op.level != op.level or node.op.cut is None:
+            continue
+        order = run.values[node.inputs[-1]]
+        by_entry = [
+            _tokens_of(run, op.level, e, order, node.op.cut) for e in range(run.entries(op.level))
+        ]
+        some = torch.tensor([[[bool(x) for x in row] for row in entry] for entry in by_entry])
+        found = _spread(some.permute(1, 2, 0).unsqueeze(1), shape[2])  # [N, B, H] -> [B, 1, H, N]
+    return found
 
 
 def _in_beam(run: _Run, op: Score | Select, parent: Chosen, heads: int) -> Tensor:
@@ -276,11 +406,15 @@ def _select(run: _Run, op: Select, score: Scores, parent: Chosen | None = None) 
 
 
 def _forced(run: _Run, op: Select, p: int, N: int) -> set[int]:
-    own = p // op.stride
-    first = range(op.first)
-    last = range(own - op.last + 1, own + 1)
-    upper = min(own, N - 1) if run.graph.meta.causal else N - 1
-    return {e for e in (*first, *last) if 0 <= e <= upper}
+    begins = sorted({run.span(op.level, e)[0] for e in range(N)})
+    unit = [begins.index(run.span(op.level, e)[0]) for e in range(N)]
+    own = max((u for u, begin in enumerate(begins) if begin <= p), default=-1)
+    upper = own if run.graph.meta.causal else N - 1
+    return {
+        e
+        for e in range(N)
+        if (unit[e] < op.first and unit[e] <= upper) or own - op.last < unit[e] <= own
+    }
 
 
 def _select_set(run: _Run, op: SelectSet, score: Scores) -> Chosen:
@@ -349,7 +483,13 @@ def _reached(op: SelectSet, entries: list[_Entry]) -> list[_Entry]:
 
 
 def _attend(
-    run: _Run, node: Node, query: Tensor, keys: Tensor, values: Tensor, chosen: Chosen | None = None
+    run: _Run,
+    node: Node,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chosen: Chosen | None = None,
+    order: Tensor | None = None,
 ) -> Attended:
     op = node.op
     assert isinstance(op, Attend)
@@ -357,13 +497,17 @@ def _attend(
         pool = run.graph[node.inputs[1]].op
         assert isinstance(pool, Pool)
         seen = run.complete_mask(pool.level)
+        if chosen is not None:
+            seen = seen & chosen.member
     else:
-        seen = _seen_tokens(run, op, keys, chosen)
+        seen = _seen_tokens(run, op, keys, chosen, order, query.shape[2])
     seen = _spread(seen.expand(query.shape[0], -1, -1, -1), query.shape[2])
     return _softmax(op.scale, query, [(keys, values, seen)])
 
 
-def _seen_tokens(run: _Run, op: Attend, keys: Tensor, chosen: Chosen | None) -> Tensor:
+def _seen_tokens(
+    run: _Run, op: Attend, keys: Tensor, chosen: Chosen | None, order: Tensor | None, heads: int
+) -> Tensor:
     """bool[B or 1, T, H, S]"""
     rows = []
     if op.pattern is not None:
@@ -377,11 +521,26 @@ def _seen_tokens(run: _Run, op: Attend, keys: Tensor, chosen: Chosen | None) -> 
     visible = torch.stack(rows)[None, :, None]
     if chosen is None:
         return visible
+    if op.cut is not None:
+        return _seen_in_order(op, _spread(chosen.member, heads), order) & visible
     covered = torch.zeros(*chosen.member.shape[:3], keys.shape[1], dtype=torch.bool)
     for e in range(chosen.member.shape[-1]):
         start = e * op.stride
         covered[..., start : start + op.size] |= chosen.member[..., e, None]
     return covered & visible
+
+
+def _seen_in_order(op: Attend, member: Tensor, order: Tensor) -> Tensor:
+    """Tokens of chosen entries, wherever they stand.  bool[B, T, Hq, S]"""
+    B, S, H = order.shape
+    seen = torch.zeros(*member.shape[:3], S, dtype=torch.bool)
+    group = member.shape[2] // H
+    for b, h, i in ((b, h, i) for b in range(B) for h in range(H) for i in range(S)):
+        entry, token = (i // op.size, int(order[b, i, h])) if op.size else (int(order[b, i, h]), i)
+        if token >= 0:
+            heads = slice(h * group, (h + 1) * group)
+            seen[b, :, heads, token] = member[b, :, heads, entry]
+    return seen
 
 
 def _seen_by_pattern(run: _Run, op: Attend, S: int) -> Tensor:

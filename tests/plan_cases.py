@@ -8,17 +8,22 @@ from hsgen.reference import tensor_shapes
 from hsgen.spec import (
     Attend,
     Blocks,
+    Clusters,
     Combine,
     Force,
+    Gather,
     GridWindow,
     HeadDim,
     Heads,
     HeadSpan,
     Index,
+    KMeans,
     Level,
+    Permute,
     Pool,
     Score,
     Select,
+    SortInSegment,
     Spec,
     Static,
     Tokens,
@@ -318,11 +323,73 @@ SETS = [
 ]
 
 
+def ordered(order: object, *, size: int = 4, select: Select | None = None) -> list[Level]:
+    """Blocks of an order of keys, or its clusters where the size is 0."""
+    return [
+        Level(
+            name="block",
+            permute=Permute(keys=order),
+            partition=blocks(size) if size else Clusters(),
+            pool=MEAN,
+            score=Score(form="dot", normalise="softmax"),
+            select=select or top_p(),
+        )
+    ]
+
+
+BY_MASS = SortInSegment(segment=8, by="mass", last=3)
+BY_MEAN = SortInSegment(segment=12, by="mean")
+FREE = Select(top_p=TopP(mass=0.6))
+# entries that are cut from an order of the keys
+ORDERS = [
+    spec("sorted_by_mass", ordered(BY_MASS), [SELECTED]),
+    spec("sorted_by_mean", ordered(BY_MEAN, select=top(7, first=1, last=1)), [SELECTED], kv=4),
+    spec("sorted_not_causal", ordered(BY_MASS), [SELECTED], causal=False),
+    spec(
+        "sorted_union",
+        ordered(BY_MASS, select=top(5, last=1)),
+        [SELECTED, WINDOW],
+        combine=UNION,
+    ),
+    spec(
+        "clusters",
+        ordered(KMeans(clusters=5, iterations=3), size=0, select=FREE),
+        [SELECTED],
+        causal=False,
+    ),
+    spec(
+        "blocks_of_clusters",
+        ordered(KMeans(clusters=4, iterations=2), select=FREE),
+        [SELECTED],
+        causal=False,
+    ),
+    spec("gathered", ordered(Gather(), select=FREE), [SELECTED], causal=False),
+    spec(
+        "pooled_selection",
+        [
+            Level(
+                name="block",
+                partition=blocks(4),
+                pool=Pool(keys="mean", values="mean"),
+                score=DOT,
+                select=top(3, last=1),
+            )
+        ],
+        [SELECTED, Attend(name="summary", over="block", values="pooled")],
+        combine=GATES,
+    ),
+]
+
+
 def random_tensors(spec: Spec, rows: int, keys: int, *, batch: int = 1) -> dict[str, torch.Tensor]:
     """Float64 tensors for every input of a spec."""
     generator = torch.Generator().manual_seed(0)
     shapes = tensor_shapes(spec, batch, rows, keys)
-    return {
+    made = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
         for name, shape in shapes.items()
     }
+    for name in (name for name in made if name.endswith("_order")):  # a slot is empty, one repeats
+        made[name] = made[name].argsort(1).double()
+        made[name][:, 2:4] = torch.tensor([-1.0, 0.0])[: made[name][:, 2:4].shape[1], None]
+    return made

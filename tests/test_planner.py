@@ -7,7 +7,18 @@ import random
 import pytest
 import torch
 from graph_interpreter import evaluate
-from plan_cases import CASES, GATES, POOLED, SELECTED, SETS, WINDOW, blocks, random_tensors, top
+from plan_cases import (
+    CASES,
+    GATES,
+    ORDERS,
+    POOLED,
+    SELECTED,
+    SETS,
+    WINDOW,
+    blocks,
+    random_tensors,
+    top,
+)
 from plan_cases import spec as make
 
 from hsgen import passes
@@ -39,7 +50,7 @@ def check_against_reference(spec: Spec, rows: int, keys: int) -> None:
 
 
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
-@pytest.mark.parametrize("spec", [*CASES, *SETS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*CASES, *SETS, *ORDERS], ids=lambda spec: spec.name)
 def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:
     check_against_reference(spec, rows, keys)
 

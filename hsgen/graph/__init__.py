@@ -10,11 +10,13 @@ that is a number is written as one.
 
 from __future__ import annotations
 
-from hsgen.graph.checks import partitions, short_last, verify
+from hsgen.graph.checks import partitions, segments, short_last, verify
 from hsgen.graph.nodes import FIXED_SIZES, Graph, GraphError, Meta, Node, Outputs, TensorType, dump
 from hsgen.graph.ops import (
     Attend,
     AxisWindow,
+    Cluster,
+    Cut,
     DType,
     Gate,
     Input,
@@ -23,6 +25,7 @@ from hsgen.graph.ops import (
     Normalise,
     Op,
     Pattern,
+    Permute,
     Pool,
     Reduce,
     Role,
@@ -38,6 +41,8 @@ from hsgen.graph.types import result_type
 __all__ = [
     "Attend",
     "AxisWindow",
+    "Cluster",
+    "Cut",
     "DType",
     "FIXED_SIZES",
     "Gate",
@@ -52,6 +57,7 @@ __all__ = [
     "Op",
     "Outputs",
     "Pattern",
+    "Permute",
     "Pool",
     "Reduce",
     "Role",
@@ -67,6 +73,7 @@ __all__ = [
     "op_text",
     "partitions",
     "result_type",
+    "segments",
     "short_last",
     "tensor_inputs",
     "verify",

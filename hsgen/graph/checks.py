@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hsgen.graph.nodes import Graph, GraphError, Node
-from hsgen.graph.ops import Attend, Input, LogSumExp, Map, Pool, Score, Select, SelectSet
+from hsgen.graph.ops import (
+    Attend,
+    Cluster,
+    Input,
+    LogSumExp,
+    Map,
+    Permute,
+    Pool,
+    Score,
+    Select,
+    SelectSet,
+)
 from hsgen.graph.types import need, need_dims, result_type
 
 
@@ -70,6 +81,19 @@ def partitions(graph: Graph) -> Mapping[str, tuple[int, int]]:
                 f" {_entry_text(found[node.op.level])}",
             )
     return found
+
+
+def segments(graph: Graph) -> Mapping[str, int | None]:
+    """Of every level whose entries are cut from an order: tokens of a segment, None of no segment.
+
+    An entry may hold any token of its segment, or of the sequence: complete, begun and forced are
+    said of whole segments.
+    """
+    return {
+        node.op.level: node.op.segment if isinstance(node.op, Permute) else None
+        for node in graph.nodes()
+        if isinstance(node.op, Permute | Cluster)
+    }
 
 
 def short_last(graph: Graph, level: str) -> bool:

@@ -10,7 +10,7 @@ from typing import get_args
 import networkx as nx
 
 from hsgen.errors import HsgenError, Span
-from hsgen.graph.ops import DType, Input, Op, Role, Score, Select
+from hsgen.graph.ops import Cluster, DType, Input, Op, Role, Score, Select
 from hsgen.graph.text import align, op_text
 
 
@@ -159,6 +159,8 @@ def _known_sizes(order: Sequence[Node], sizes: Mapping[str, int]) -> dict[str, i
     for select in selects.values():
         known[f"K_{select.level}"] = select.width
     for node in order:
+        if isinstance(node.op, Cluster):
+            known[f"N_{node.op.level}"] = node.op.clusters
         if isinstance(node.op, Score) and node.op.within in selects:
             parent = selects[node.op.within]
             known[f"C_{node.op.level}"] = parent.width * (parent.size // node.op.size)

@@ -9,7 +9,15 @@ DType = Literal["input", "f32", "i32"]  # input: the dtype of the query tensor
 
 
 Role = Literal[
-    "query", "keys", "values", "index_query", "index_keys", "index_weights", "gates", "parameter"
+    "query",
+    "keys",
+    "values",
+    "index_query",
+    "index_keys",
+    "index_weights",
+    "order",
+    "gates",
+    "parameter",
 ]
 
 
@@ -21,10 +29,41 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """Summarise each entry by one float32 vector.  x, [weight, [position]] -> [B, N, H, D]
+class Cluster:
+    """Lloyd's algorithm from tokens evenly spaced; see the language's `kmeans`.
 
-    `minmax` makes two, the least and the greatest of every channel: [B, N, H, 2, D].
+    keys -> i32[B, S, Hkv], the cluster of every token
+    """
+
+    level: str
+    clusters: int
+    iterations: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Permute:
+    """The token of every slot, head by head, -1 of none.  operands -> i32[B, S, Hkv]
+
+    `mass` (keys, query) and `mean` (keys) sort inside whole segments, greatest first, by the mean
+    softmax mass that the last `last` rows give and by the dot product with the segment's mean;
+    `clusters` (clusters) puts one after another, `given` (order) takes what is a permutation.
+    """
+
+    level: str
+    by: Literal["mass", "mean", "clusters", "given"]
+    segment: int | None
+    last: int | None
+
+
+Cut = Literal["order", "clusters"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Summarise each entry by one float32 vector.  x, [weight, [position]], [order] -> [B, N, H, D]
+
+    `minmax` makes two, the least and the greatest of every channel: [B, N, H, 2, D].  `cut`: entries
+    are blocks of an order's slots, or clusters, as the last operand has them.
     """
 
     level: str
@@ -32,6 +71,7 @@ class Pool:
     size: int
     stride: int
     position: bool
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,10 +230,13 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attend:
-    """One softmax over one branch's keys.  query, keys, values, [selection] -> [B, T, Hq, Dv]
+    """One softmax over one branch's keys.
+
+    query, keys, values, [selection], [order] -> [B, T, Hq, Dv]
 
     `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete, the
     last `window` tokens, what a static `pattern` of units of `size` tokens shows, or all tokens.
+    `cut`: blocks are those of an order's slots, or clusters, as the last operand has them.
     """
 
     branch: str
@@ -203,6 +246,7 @@ class Attend:
     stride: int
     window: int | None
     pattern: Pattern | None = None
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +261,8 @@ class Union:
 
 Op = (
     Input
+    | Cluster
+    | Permute
     | Pool
     | Score
     | LogSumExp

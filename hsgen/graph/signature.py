@@ -8,12 +8,14 @@ from typing import assert_never
 from hsgen.graph.nodes import Graph, Node, TensorType
 from hsgen.graph.ops import (
     Attend,
+    Cluster,
     Gate,
     Input,
     LogSumExp,
     Map,
     Normalise,
     Op,
+    Permute,
     Pool,
     Reduce,
     Role,
@@ -64,6 +66,8 @@ def _about(graph: Graph, node: Node) -> str:
             return "keys of the index, shared by its heads"
         case "index_weights":
             return "weight of each head of the index"
+        case "order":
+            return f"which token each slot has{of}"
         case "gates":
             gated = [graph[name].op for user in users for name in user.inputs[1:]]
             names = [op.branch for op in gated if isinstance(op, Attend)]
@@ -77,7 +81,9 @@ def _about(graph: Graph, node: Node) -> str:
 def _owner(op: Op) -> str:
     """The level or branch that an operator belongs to, in words."""
     match op:
-        case Pool() | Score() | Normalise() | Map() | Select() | SelectSet():
+        case (
+            Cluster() | Permute() | Pool() | Score() | Normalise() | Map() | Select() | SelectSet()
+        ):
             return f"level {op.level}"
         case Attend():
             return f"branch {op.branch}"

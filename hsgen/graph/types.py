@@ -9,12 +9,15 @@ from typing import assert_never
 from hsgen.graph.nodes import GraphError, Node, TensorType
 from hsgen.graph.ops import (
     Attend,
+    Cluster,
+    Cut,
     Gate,
     Input,
     LogSumExp,
     Map,
     Normalise,
     Op,
+    Permute,
     Pool,
     Reduce,
     Score,
@@ -30,8 +33,10 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
     match op:
         case Input():
             raise GraphError("an input has the type it is given")
+        case Cluster() | Permute():
+            return _order_type(op, operands)
         case Pool():
-            return _pool_type(op, types)
+            return _pool_type(op, operands)
         case Score():
             return _score_type(op, operands)
         case LogSumExp():
@@ -46,17 +51,23 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             return _selection_type(op, operands)
         case Attend():
             return _attend_type(op, operands)
-        case Gate():
-            need(len(types) >= 2, "gates need a tensor of gates and at least one branch")
-            need_dims(types[0], ("B", "T", "Hq", str(len(types) - 1)))
-            return _agree(types[1:])
-        case Union():
-            need(len(types) >= 1, "a union needs at least one branch")
-            for operand in operands:
-                need(isinstance(operand.op, Attend), f"%{operand.name} is not an attend")
-            return _agree(types)
+        case Gate() | Union():
+            return _combined_type(op, operands)
         case _:
             assert_never(op)
+
+
+def _combined_type(op: Gate | Union, operands: Sequence[Node]) -> TensorType:
+    """Gates and branches, or branches alone."""
+    types = [operand.type for operand in operands]
+    if isinstance(op, Gate):
+        need(len(types) >= 2, "gates need a tensor of gates and at least one branch")
+        need_dims(types[0], ("B", "T", "Hq", str(len(types) - 1)))
+        return _agree(types[1:])
+    need(len(types) >= 1, "a union needs at least one branch")
+    for operand in operands:
+        need(isinstance(operand.op, Attend), f"%{operand.name} is not an attend")
+    return _agree(types)
 
 
 def need(condition: bool, message: str) -> None:
@@ -79,11 +90,48 @@ def _agree(types: Sequence[TensorType]) -> TensorType:
     return types[0]
 
 
-def _pool_type(op: Pool, types: Sequence[TensorType]) -> TensorType:
+def _ordered_type(keys: TensorType) -> TensorType:
+    """One number a token and head."""
+    need(keys.dims[:2] == ("B", "S") and len(keys.dims) == 4, f"expected [B, S, H, D], got {keys}")
+    return TensorType(dtype="i32", dims=keys.dims[:3])
+
+
+def _order_type(op: Cluster | Permute, operands: Sequence[Node]) -> TensorType:
+    """keys [B, S, H, D] and judges [B, T, Hq, D], clusters or an order [B, S, H] -> i32[B, S, H]"""
+    if isinstance(op, Cluster):
+        _need_count(operands, 1)
+        return _ordered_type(operands[0].type)
+    _need_count(operands, 2 if op.by == "mass" else 1)
+    sorts = op.by in ("mass", "mean")
+    need((op.segment is not None) == sorts, "segments are what sorting stays inside")
+    need((op.last is not None) == (op.by == "mass"), "it is masses that the last rows give")
+    if sorts:
+        return _ordered_type(operands[0].type)
+    need_dims(operands[0].type, ("B", "S", operands[0].type.dims[-1]))
+    clusters = isinstance(operands[0].op, Cluster)
+    need(clusters == (op.by == "clusters"), f"%{operands[0].name} does not say clusters")
+    return TensorType(dtype="i32", dims=operands[0].type.dims)
+
+
+def _cut_from(cut: Cut | None, operands: Sequence[Node], level: str | None) -> Sequence[Node]:
+    """The other operands, where the last one says what entries are cut from."""
+    if cut is None:
+        return operands
+    *others, last = operands
+    needed = Permute if cut == "order" else Cluster
+    need(isinstance(last.op, needed), f"%{last.name} is no {cut}")
+    assert isinstance(last.op, Permute | Cluster)
+    need(level in (None, last.op.level), f"%{last.name} orders another level")
+    return others
+
+
+def _pool_type(op: Pool, operands: Sequence[Node]) -> TensorType:
     """x [B, S, H, D], weight [H, size, D, D], position [H, size, D] -> f32[B, N, H, D]
 
     An index has no head dimension: x [B, S, D] -> f32[B, N, D], H = 1 in its parameters.
     """
+    types = [operand.type for operand in _cut_from(op.cut, operands, op.level)]
+    need((op.size == 0) == (op.cut == "clusters"), f"entries of {op.size} tokens")
     _need_count(types, 1 if op.how != "linear" else 3 if op.position else 2)
     need(op.position is False or op.how == "linear", "only linear pooling has positions")
     dims = types[0].dims
@@ -229,7 +277,8 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
 
 def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     selected = op.over in ("blocks", "tokens")
-    _need_count(operands, 4 if selected else 3)
+    operands = _cut_from(op.cut, operands, None)
+    _need_count(operands, *((4,) if selected else (3, 4) if op.over == "pooled" else (3,)))
     query, keys, values = (operand.type for operand in operands[:3])
     need_dims(query, ("B", "T", "Hq", "Dqk"))
     need(keys.dims[1] == values.dims[1], f"keys {keys} and values {values} differ in length")
@@ -242,7 +291,7 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
         (op.pattern is not None) == (op.over == "static"), "a pattern is attended with over=static"
     )
     need(op.over != "tokens" or op.size == 1, f"tokens have size 1, not {op.size}")
-    if selected:
+    if len(operands) == 4:
         select = operands[3].op
         need(
             isinstance(select, Select | SelectSet)

@@ -6,9 +6,10 @@ from typing import Literal
 
 from hsgen import spec as language
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, AxisWindow, Gate, LogSumExp, Node, Outputs, Pattern, Union
+from hsgen.graph import Attend, AxisWindow, Cut, Gate, LogSumExp, Node, Outputs, Pattern, Union
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.entries import pooled
+from hsgen.planner.orders import cut_of, order
 
 
 def plan_branch(builder: Builder, i: int, branch: language.Attend) -> Node:
@@ -17,31 +18,32 @@ def plan_branch(builder: Builder, i: int, branch: language.Attend) -> Node:
         over = "static" if branch.static else "all" if branch.window == "all" else "window"
         size = branch.static.blocks if branch.static else 1
         units = language.Blocks(size=size, stride=size)
-        op, selection = _attend(builder, branch, over=over, partition=units), None
+        op, chosen = _attend(builder, branch, over=over, partition=units), ()
     else:
         level = builder.spec.level(branch.over)
         if branch.values == "pooled":
             return _plan_pooled_branch(builder, i, branch, level)
         over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
-        op = _attend(builder, branch, over=over, partition=level.partition)
-        selection = builder.selections[level.name]
+        op = _attend(builder, branch, over=over, partition=level.partition, cut=cut_of(level))
+        chosen = (builder.selections[level.name], *order(builder, level))
     operands = [builder.query(), builder.keys(branch.kv), builder.values(branch.kv)]
-    return _with_log_sum_exp(builder, branch, op, *operands, *some(selection))
+    return _with_log_sum_exp(builder, branch, op, *operands, *chosen)
 
 
 def _plan_pooled_branch(
     builder: Builder, i: int, branch: language.Attend, level: language.Level
 ) -> Node:
-    if level.select is not None or level.within is not None:
+    if level.select is None and level.within is not None:
         raise PlanError(
-            f"branch '{branch.name}' attends pooled entries of a selection: no kernel does yet",
+            f"branch '{branch.name}' attends pooled children of a beam: the graph has no operator yet",
             span=builder.spec.span("attend", i, "values"),
-            help=f"remove 'values: pooled', or attend a level without 'select', not '{level.name}'",
+            help=f"write 'select' in '{level.name}', or attend a level without 'within'",
         )
     keys = pooled(builder, level, builder.keys(level.kv), "key")
     values = pooled(builder, level, builder.values(level.kv), "value")
     op = _attend(builder, branch, over="pooled", partition=level.partition)
-    return _with_log_sum_exp(builder, branch, op, builder.query(), keys, values)
+    selection = builder.selections.get(level.name)
+    return _with_log_sum_exp(builder, branch, op, builder.query(), keys, values, *some(selection))
 
 
 def _with_log_sum_exp(
@@ -61,6 +63,7 @@ def _attend(
     *,
     over: Literal["blocks", "tokens", "pooled", "window", "static", "all"],
     partition: language.Partition,
+    cut: Cut | None = None,
 ) -> Attend:
     return Attend(
         branch=branch.name,
@@ -70,6 +73,7 @@ def _attend(
         stride=partition.stride,
         window=None if branch.window == "all" else branch.window,
         pattern=_pattern(builder.spec, branch.static) if branch.static else None,
+        cut=cut,
     )
 
 

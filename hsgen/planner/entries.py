@@ -7,6 +7,7 @@ from typing import Literal
 from hsgen import spec as language
 from hsgen.graph import Node, Pool
 from hsgen.planner.builder import Builder
+from hsgen.planner.orders import cut_of, order
 
 
 def score_query(builder: Builder, level: language.Level) -> Node:
@@ -38,6 +39,7 @@ def pooled(
         size=level.partition.size,
         stride=level.partition.stride,
         position=position,
+        cut=cut_of(level),
     )
     heads, dim = raw.type.dims[2] if len(raw.type.dims) == 4 else "1", raw.type.dims[-1]
     slots = str(level.partition.size)
@@ -48,5 +50,6 @@ def pooled(
     if position:
         name = f"{level.name}_{which}_position"
         operands.append(builder.input(name, "parameter", heads, slots, dim))
+    operands += order(builder, level)
     at = builder.place(level, "pool", "keys" if which == "key" else "values")
     return builder.add(f"{level.name}.{which}s", op, *operands, at=at)

@@ -9,6 +9,8 @@ G = Hq / Hkv, Hs heads that select (Hq, Hkv or 1), D and Dv head sizes.
     inputs     which tensors there are
     choice     the order of entries, and who is kept
     rows       what is known while a sequence is computed
+    permutes   orders of tokens
+    layouts    where entries lie
     entries    which entries there are, and who sees them
     grids      tokens along axes, and windows there
     pools      one vector an entry

@@ -72,7 +72,7 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
         assert branch.over is not None, f"branch {branch.name} attends to nothing"
         chosen = levels[branch.over].chosen
         assert chosen is not None, f"{branch.over} is attended raw and must select"
-        visible = visible & token_mask(rows.spec.level(branch.over), chosen, len(k))
+        visible = visible & token_mask(rows, rows.spec.level(branch.over), chosen)
     return Keys(source=f"raw {branch.kv or ''}", raw=True, k=k, v=v, visible=visible)
 
 

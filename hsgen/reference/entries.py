@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.inputs import linear_sides
-from hsgen.reference.rows import Rows, Scored
+from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.spec import Level
-
-
-def first_tokens(level: Level, S: int, like: Tensor) -> Tensor:
-    """First token of every entry that has a token at all.  -> [N]"""
-    stride = level.partition.stride
-    return torch.arange(-(-S // stride), device=like.device) * stride
 
 
 def complete_entries(rows: Rows, level: Level) -> Tensor:
@@ -22,46 +16,61 @@ def complete_entries(rows: Rows, level: Level) -> Tensor:
     Without causality all that exist: also a short last one, unless entries overlap or a linear map
     needs all of its tokens.
     """
-    size, stride = level.partition.size, level.partition.stride
-    starts = first_tokens(level, rows.S, rows.p)
-    whole = starts + size <= rows.S
+    layout = rows.layouts[level.name]
+    whole = layout.ends <= rows.S
     if rows.spec.causal:
-        return whole & (starts + size - 1 <= rows.p[:, None])
-    short_too = size == stride and not linear_sides(level)
+        return whole & (layout.ends - 1 <= rows.p[:, None])
+    short_too = layout.entry_of is not None and not linear_sides(level)
     return (whole | short_too).expand(len(rows.p), -1)
 
 
 def begun_entries(rows: Rows, level: Level) -> Tensor:
-    """Entries that have a token which the row may see.  -> bool[T, N]"""
-    starts = first_tokens(level, rows.S, rows.p)
-    seen = starts <= rows.p[:, None]
+    """Entries that may have a token which the row may see.  -> bool[T, N]"""
+    seen = rows.layouts[level.name].starts <= rows.p[:, None]
     return seen if rows.spec.causal else torch.ones_like(seen)
 
 
 def forced_entries(rows: Rows, level: Level) -> Tensor:
-    """The first entries, and the last ones up to the row's own.  -> bool[T, N]"""
+    """The first entries, and the last ones up to the row's own.  -> bool[T, N]
+
+    Entries of one unit come together: whole segments, where tokens are sorted inside segments.
+    """
     begun = begun_entries(rows, level)
     if not level.select:
         return torch.zeros_like(begun)
-    force = level.select.force
-    entry = torch.arange(begun.shape[-1], device=begun.device)
-    own = (rows.p // level.partition.stride)[:, None]
-    return ((entry < force.first) & begun) | ((entry > own - force.last) & (entry <= own))
+    force, layout = level.select.force, rows.layouts[level.name]
+    unit = torch.searchsorted(layout.units, layout.starts)
+    own = torch.searchsorted(layout.units, rows.p, right=True)[:, None] - 1
+    return ((unit < force.first) & begun) | ((unit > own - force.last) & (unit <= own))
 
 
 def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored]) -> Tensor:
-    """Entries whose parent was selected; all where nothing narrows.  -> bool[T, Hp, N]"""
-    starts = first_tokens(level, rows.S, rows.p)
+    """Entries that have a token, and whose parent was selected, if any.  -> bool[T, Hp, N]"""
+    there = rows.layouts[level.name].there.expand(len(rows.p), -1, -1)
     if level.within is None:
-        return torch.ones(len(rows.p), 1, len(starts), dtype=torch.bool, device=starts.device)
+        return there
     parent, chosen = rows.spec.level(level.within).partition, levels[level.within].chosen
     assert chosen is not None, f"{level.within} is named by `within` and must select"
     assert parent.size == parent.stride, "parents must not overlap"
-    return chosen[..., starts // parent.stride]
+    first = torch.arange(there.shape[-1], device=there.device) * level.partition.stride
+    beam = chosen[..., first // parent.stride]
+    heads = max(beam.shape[1], there.shape[1])
+    return spread(beam, heads) & spread(there, heads)
 
 
-def token_mask(level: Level, chosen: Tensor, S: int) -> Tensor:
-    """Tokens of chosen entries, each once.  bool[T, Hs, N] -> bool[T, Hs, S]"""
+def token_mask(rows: Rows, level: Level, chosen: Tensor) -> Tensor:
+    """Tokens of chosen entries, each once.  bool[T, Hs, N] -> bool[T, H, S]"""
+    layout = rows.layouts[level.name]
+    if layout.entry_of is None:
+        return _overlapping(level, chosen, rows.S)
+    heads = max(chosen.shape[1], len(layout.entry_of))
+    entry = spread(layout.entry_of[None], heads).expand(len(chosen), -1, -1)
+    covers = entry >= 0
+    return spread(chosen, heads).gather(-1, entry.clamp(min=0)) & covers
+
+
+def _overlapping(level: Level, chosen: Tensor, S: int) -> Tensor:
+    """Tokens of chosen entries in place, as many of which may have a token as overlap."""
     size, stride = level.partition.size, level.partition.stride
     token = torch.arange(S, device=chosen.device)
     mask = torch.zeros(*chosen.shape[:-1], S, dtype=torch.bool, device=chosen.device)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from hsgen.spec import Level, Spec
+from hsgen.spec import Gather, Level, Spec
 
 TensorKind = Literal["query", "key", "parameter"]
 
@@ -53,6 +53,8 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
                 found["w_index"] = ("query", ("Hi",))
         elif level.score.form == "dot" or (level.pool and level.pool.keys):
             found[named("k", level.kv)] = keys
+        if level.permute and isinstance(level.permute.keys, Gather):
+            found[f"{level.name}_key_order"] = ("key", ("Hkv",))
         if level.pool and level.pool.values:
             found[named("v", level.kv)] = values
         for side in linear_sides(level):

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from hsgen.reference.entries import first_tokens
 from hsgen.reference.inputs import named
+from hsgen.reference.layouts import Layout
 from hsgen.spec import Level
 
 
-def pooled_entries(level: Level, x: dict[str, Tensor]) -> dict[str, Tensor]:
+def pooled_entries(level: Level, layout: Layout, x: dict[str, Tensor]) -> dict[str, Tensor]:
     """One vector an entry of what is scored, and of values: key [N, H, D], value [N, Hkv, Dv]."""
     pool = level.pool
     by_index = level.score.by_index
@@ -21,31 +21,33 @@ def pooled_entries(level: Level, x: dict[str, Tensor]) -> dict[str, Tensor]:
         return {} if keys is None else {"key": keys}
     pooled = {}
     if pool.keys:
-        pooled["key"] = _pool(level, pool.keys, keys, x, "key")
+        pooled["key"] = _pool(level, layout, pool.keys, keys, x, "key")
     if pool.values:
-        pooled["value"] = _pool(level, pool.values, x[named("v", level.kv)], x, "value")
+        pooled["value"] = _pool(level, layout, pool.values, x[named("v", level.kv)], x, "value")
     return pooled
 
 
-def _pool(level: Level, how: str, y: Tensor, x: dict[str, Tensor], side: str) -> Tensor:
+def _pool(
+    level: Level, layout: Layout, how: str, y: Tensor, x: dict[str, Tensor], side: str
+) -> Tensor:
     """Summarise every entry.  [S, H, D] -> [N, H, D]; what a linear map lacks tokens for is 0.
 
     minmax: [N, H, 2, D], the least and the greatest of every channel.
     """
-    S, size = len(y), level.partition.size
-    slots = first_tokens(level, S, y)[:, None] + torch.arange(size, device=y.device)  # [N, size]
-    there = (slots < S)[..., None, None]
-    tokens = y[slots.clamp(max=max(S - 1, 0))]  # [N, size, H, D]
+    tokens, there = _tokens(layout, y)
     match how:
         case "mean":
-            return tokens.masked_fill(~there, 0.0).sum(1) / there.sum(1)
+            return tokens.masked_fill(~there, 0.0).sum(1) / there.sum(1).clamp(min=1)
         case "max":
             return tokens.masked_fill(~there, -math.inf).amax(1)
         case "minmax":
             low = tokens.masked_fill(~there, math.inf).amin(1)
             return torch.stack((low, tokens.masked_fill(~there, -math.inf).amax(1)), 2)
         case "sum_rsqrt":
-            return tokens.masked_fill(~there, 0.0).sum(1) / there.sum(1).to(y.dtype).sqrt()
+            return (
+                tokens.masked_fill(~there, 0.0).sum(1)
+                / there.sum(1).clamp(min=1).to(y.dtype).sqrt()
+            )
         case "linear":
             weight = x[f"{level.name}_{side}_weight"]  # [H, size, D, D]
             position = x.get(f"{level.name}_{side}_position")  # [H, size, D]
@@ -55,3 +57,12 @@ def _pool(level: Level, how: str, y: Tensor, x: dict[str, Tensor], side: str) ->
             return torch.einsum("nshd,hsde->nhe", tokens, weight).masked_fill(~whole, 0.0)
         case _:
             raise AssertionError(f"unknown pooling {how!r}")
+
+
+def _tokens(layout: Layout, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of entries, and where there are any.  [S, H, D] -> [N, M, H, D], bool[N, M, H, 1]"""
+    there, slots = layout.slots >= 0, layout.slots.clamp(min=0)  # [H, N, M]
+    if len(slots) == 1:
+        return y[slots[0]], there[0, ..., None, None]
+    head = torch.arange(len(slots), device=y.device)[:, None, None]
+    return y[slots, head].permute(1, 2, 0, 3), there.permute(1, 2, 0).unsqueeze(-1)

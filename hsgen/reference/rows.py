@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hsgen.reference.inputs import some_keys
+from hsgen.reference.layouts import Layout
 from hsgen.spec import Spec
 
 
@@ -18,6 +19,7 @@ class Rows:
         x: Tensors by name: [T, H, D], [S, H, D], and learned parameters.
         pooled: By level: "key" [N, H, D] and "value" [N, Hkv, Dv], where it has them; minmax keys
             are [N, H, 2, D].
+        layouts: By level: where its entries lie.
         p: Position of every row, [T].
         given: By level: the selection to take instead of the level's own, [T, Hs, K].
     """
@@ -25,6 +27,7 @@ class Rows:
     spec: Spec
     x: dict[str, Tensor]
     pooled: dict[str, dict[str, Tensor]]
+    layouts: dict[str, Layout]
     p: Tensor
     given: dict[str, Tensor]
 

@@ -13,6 +13,7 @@ from hsgen.reference.attention import attend_all, what_is_seen
 from hsgen.reference.choice import choose
 from hsgen.reference.entries import begun_entries, complete_entries, forced_entries, inside_beam
 from hsgen.reference.inputs import some_keys, tensor_kinds
+from hsgen.reference.layouts import layout_of
 from hsgen.reference.pools import pooled_entries
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import mapped, masses_by, over_heads, raw_scores, softmax
@@ -68,9 +69,12 @@ def one_sequence(
     spec: Spec, x: dict[str, Tensor], p: Tensor, given: dict[str, Tensor], *, keep: Keep
 ) -> Result:
     """All rows of one sequence, some at a time.  x: [T, H, D] and [S, H, D]; p: positions [T]."""
-    pooled = {level.name: pooled_entries(level, x) for level in spec.levels}
+    keys = some_keys(spec, x)
+    group = x["q"].shape[1] // keys.shape[1]
+    layouts = {level.name: layout_of(level, x, len(keys), group) for level in spec.levels}
+    pooled = {level.name: pooled_entries(level, layouts[level.name], x) for level in spec.levels}
     kinds = tensor_kinds(spec)
-    step = max(1, CHUNK_ELEMENTS // (x["q"].shape[1] * max(len(some_keys(spec, x)), 1)))
+    step = max(1, CHUNK_ELEMENTS // (x["q"].shape[1] * max(len(keys), 1)))
     if any(_ranks_rows_together(level) for level in spec.levels):
         step = max(len(p), 1)
     parts = []
@@ -79,6 +83,7 @@ def one_sequence(
             spec=spec,
             x={n: y[t : t + step] if kinds[n] == "query" else y for n, y in x.items()},
             pooled=pooled,
+            layouts=layouts,
             p=p[t : t + step],
             given={name: indices[t : t + step] for name, indices in given.items()},
         )

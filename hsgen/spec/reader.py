@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType
@@ -26,8 +26,10 @@ from hsgen.spec.model import (
     Blocks,
     Force,
     Heads,
+    KMeans,
     Node,
     Path,
+    SortInSegment,
     Spec,
 )
 from hsgen.spec.syntax import Items, Keys, Tree, Unreadable, Word
@@ -39,15 +41,18 @@ Plain = str | int | float | bool | None | Node | Data | tuple["Plain", ...]
 _SUGAR: Mapping[type[Node], tuple[str, ...]] = {Heads: ("group_size",), Force: ("own",)}
 _HIDDEN = {"kind"}
 # partitions: those that are a word, and those that are a mapping, by the key that tells them apart
-_WORD_KINDS = {"tokens"}
+_WORD_KINDS = {"tokens", "clusters"}
 _KINDS: Mapping[str, type[Node]] = {"blocks": Blocks}
+# orders of keys, told apart in the same way
+_WORD_ORDERS = {"gather"}
+_ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans": KMeans}
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
     antidiagonal avg_pool bias budget_from by centroid code_match columns cosine diagonals
-    dtype early_stop gather given grid halving kmeans loss max_min_mean
-    mlp pages permute quota ragged reuse rotate route sample sink softcap softmax_mass
-    sort_in_segment stripes tail then tile tree upsample
+    dtype early_stop given grid halving loss max_min_mean
+    mlp pages quota ragged reuse rotate route sample sink softcap softmax_mass
+    stripes tail then tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 
@@ -145,8 +150,8 @@ class _Reading:
         """What a field holds, of the shape that its type has."""
         if isinstance(node, Unreadable):
             return self.stand_in(path)
-        if path[-1] == "partition":
-            return self.partition(node, path)
+        if (union := _union_of(path)) is not None:
+            return self.told_apart(node, path, union)
         if path == ("head_dim",) and isinstance(node, Word):
             number = self.word(node, path)
             return {"qk": number, "v": number}
@@ -188,31 +193,32 @@ class _Reading:
                 self.spans[path] = value.span
         return self.model(node, path, cls)
 
-    def partition(self, node: Tree, path: Path) -> Plain:
+    def told_apart(self, node: Tree, path: Path, union: _Union) -> Plain:
         """A word, as `tokens`, or a mapping that the key of its kind tells apart: `{blocks: 64}`."""
         if isinstance(node, Keys):
-            return self.kind_of_partition(node, path)
+            return self.kind_of(node, path, union)
         word = self.word(node, path) if isinstance(node, Word) else None
-        if path not in self.broken and word not in _WORD_KINDS:
+        if path not in self.broken and word not in union.words:
             got = _shown(word) if isinstance(node, Word) else _kind(node)
-            self.no_partition(node.span, got, path, _not_yet(word))
-        return {"kind": word if path not in self.broken else "tokens"}
+            self.no_kind(node.span, got, path, union, _not_yet(word))
+        return {"kind": word if path not in self.broken else union.stand_in}
 
-    def kind_of_partition(self, node: Keys, path: Path) -> Plain:
-        """A partition with keys, by the first key that is the name of a kind."""
-        said = [key.text for key, _ in node.items]
-        kind = next((key for key in said if key in _KINDS), None)
-        if kind is None and len(_KINDS) > 1:
-            close = next((near for key in said if (near := nearest(key, _KINDS))), None)
+    def kind_of(self, node: Keys, path: Path, union: _Union) -> Plain:
+        """A mapping, by the first key that is the name of a kind."""
+        said, kinds = [key.text for key, _ in node.items], union.mappings
+        kind = next((key for key in said if key in kinds), None)
+        if kind is None and len(kinds) > 1:
+            close = next((near for key in said if (near := nearest(key, kinds))), None)
             planned = next((_not_yet(key) for key in said if key in _PLANNED), None)
-            self.no_partition(
+            self.no_kind(
                 node.span,
-                f"a mapping without {_listed(_KINDS)}",
+                f"a mapping without {_listed(kinds)}",
                 path,
+                union,
                 planned or (f"did you mean '{close}'?" if close else None),
             )
-            return {"kind": "tokens"}
-        cls = _KINDS[kind or next(iter(_KINDS))]
+            return {"kind": union.stand_in}
+        cls = kinds[kind or next(iter(kinds))]
         data = self.fields(node, self.entries(node, path, cls), path, cls)
         if cls is Blocks:
             size = data["size"]
@@ -221,11 +227,10 @@ class _Reading:
             data.setdefault("stride", size)
         return {"kind": cls.model_fields["kind"].default, **data}
 
-    def no_partition(self, span: Span, got: str, path: Path, help: str | None) -> None:
-        """Report what is no partition at all."""
-        expected = "'tokens', or a mapping {blocks: size, stride: step}"
-        advice = "write 'partition: tokens' or 'partition: {blocks: 64}'"
-        self.report("HS035", span, f"expected {expected}, got {got}", help or advice)
+    def no_kind(self, span: Span, got: str, path: Path, union: _Union, help: str | None) -> None:
+        """Report what is of no kind at all."""
+        message = f"expected {union.expected}, got {got}"
+        self.report("HS035", span, message, help or union.advice)
         self.broken.add(path)
 
     def heads(self, tree: Keys, entries: Mapping[str, Tree], path: Path) -> Data:
@@ -407,12 +412,50 @@ def _most(path: Path) -> int:
     return next(x for limit in _part(path)[1] if (x := getattr(limit, "max_length", None)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Union:
+    """What may stand in one place: words, and mappings by the key that tells them apart."""
+
+    words: Collection[str]
+    mappings: Mapping[str, type[Node]]
+    stand_in: str
+    expected: str
+    advice: str
+
+
+_PARTITION = _Union(
+    words=_WORD_KINDS,
+    mappings=_KINDS,
+    stand_in="tokens",
+    expected="'tokens', 'clusters', or a mapping {blocks: size, stride: step}",
+    advice="write 'partition: tokens' or 'partition: {blocks: 64}'",
+)
+_ORDER = _Union(
+    words=_WORD_ORDERS,
+    mappings=_ORDERS,
+    stand_in="gather",
+    expected="'gather', or a mapping {sort_in_segment: size, ...} or {kmeans: clusters, ...}",
+    advice="write '{sort_in_segment: 256, by: mass, last: 128}' or 'gather'",
+)
+
+
+def _union_of(path: Path) -> _Union | None:
+    if path[-1] == "partition":
+        return _PARTITION
+    return _ORDER if path[-2:-1] == ("permute",) else None
+
+
 _EXAMPLE = {
     "hsgen": "hsgen: 1",
     "name": "name: my_attention",
     "heads": "heads: {query: 32, kv: 8}",
     "head_dim": "head_dim: 128",
     "index": "index: {heads: 64, dim: 128}",
+    "permute": "permute: {keys: {sort_in_segment: 256, by: mass, last: 128}}",
+    "sort_in_segment": "sort_in_segment: 256",
+    "by": "by: mass",
+    "kmeans": "kmeans: 1000",
+    "iterations": "iterations: 50",
     "partition": "partition: {blocks: 64}",
     "blocks": "blocks: 64",
     "pool": "pool: {keys: mean}",

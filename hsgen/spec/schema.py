@@ -21,6 +21,7 @@ from hsgen.spec.model import (
     branches,
     choices,
     entries,
+    permutes,
     scalars,
     scores,
     whole,
@@ -101,7 +102,10 @@ def _value(made: Json, found: Mapping[str, Json]) -> Json:
 
 
 def _option(made: Json, found: Mapping[str, Json]) -> list[Json]:
-    """One way to write a value; of what has a short form as well, both."""
+    """One way to write a value; of what has a short form as well, both; of a union, its members."""
+    if "oneOf" in made:
+        members = cast("list[Json]", made["oneOf"])
+        return [part for one in members for part in _option(one, found)]
     name = str(made.get("$ref", "")).rpartition("/")[2]
     if name == HeadDim.__name__:  # as the reader has it: one number is both
         number = cast("dict[str, Json]", found[name]["properties"])["qk"]
@@ -130,7 +134,7 @@ def _about_ref(value: Json, found: Mapping[str, Json]) -> object:
 
 def _field_docs() -> dict[str, dict[str, str]]:
     """Class -> field -> the comment beside it in `model`: there a field is explained once, for all."""
-    modules = (scalars, entries, scores, choices, branches, whole)
+    modules = (scalars, permutes, entries, scores, choices, branches, whole)
     sources = [inspect.getsource(module) for module in modules]
     return {name: docs for source in sources for name, docs in _docs_in(source).items()}
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from hsgen.errors import Span
 from hsgen.spec import syntax
-from hsgen.spec.model import Blocks, HeadDim, Level, Node, Partition, Spec
+from hsgen.spec.model import Blocks, Gather, HeadDim, Level, Node, Partition, Spec
 
 _PLACE = Span(file="", line=1, column=1)
 
@@ -34,6 +34,7 @@ def dump(spec: Spec) -> str:
 def _level(level: Level) -> list[str]:
     parts = [f"name: {_word(level.name)}"]
     parts += [f"within: {_word(level.within)}"] if level.within else []
+    parts += [f"permute: {_flow(level.permute)}"] if level.permute else []
     parts.append(f"partition: {_partition(level.partition)}")
     parts += [f"kv: {_word(level.kv)}"] if level.kv else []
     parts += [f"pool: {_flow(level.pool)}"] if level.pool else []
@@ -71,7 +72,7 @@ def _flow(node: Node) -> str:
 
 def _value(value: object) -> str:
     if isinstance(value, Node):
-        return _flow(value)
+        return value.kind if isinstance(value, Gather) else _flow(value)
     if isinstance(value, tuple):
         return f"[{', '.join(_value(item) for item in cast('tuple[object, ...]', value))}]"
     return _word(cast("str | float | bool", value))

@@ -299,8 +299,8 @@ def short_blocks_do_not_exist(old):
     """Without causality the last block must be whole."""
 
     def complete(rows, level):
-        starts = reference.entries.first_tokens(level, rows.S, rows.p)
-        return old(rows, level) & (starts + level.partition.size <= rows.S)
+        ends = rows.layouts[level.name].ends
+        return old(rows, level) & (ends <= rows.S)
 
     return complete
 

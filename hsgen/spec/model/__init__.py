@@ -3,6 +3,7 @@
 Reads no text and judges no two values against each other: `reader` and `rules` do.
 
     scalars   single values, and the range of each
+    permutes  orders that entries are cut from
     entries   partitions and pools
     scores    what entries are ordered by
     choices   which entries are kept
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Static
 from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, TopP
-from hsgen.spec.model.entries import Blocks, KeyPool, Partition, Pool, Tokens, ValuePool
+from hsgen.spec.model.entries import Blocks, Clusters, KeyPool, Partition, Pool, Tokens, ValuePool
+from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
 from hsgen.spec.model.scalars import (
     LANGUAGE,
     MAX_AXES,
@@ -43,10 +45,12 @@ __all__ = [
     "Axis",
     "Blocks",
     "Bound",
+    "Clusters",
     "Combine",
     "Count",
     "Force",
     "Forced",
+    "Gather",
     "Growth",
     "GridWindow",
     "HeadDim",
@@ -54,6 +58,7 @@ __all__ = [
     "Heads",
     "Identifier",
     "Index",
+    "KMeans",
     "KeyPool",
     "LANGUAGE",
     "Level",
@@ -65,9 +70,11 @@ __all__ = [
     "MAX_SPANS",
     "MapHow",
     "Node",
+    "Order",
     "Part",
     "Partition",
     "Path",
+    "Permute",
     "Pool",
     "Reduce",
     "SELECT_RULES",
@@ -77,6 +84,7 @@ __all__ = [
     "Select",
     "SelectRule",
     "Share",
+    "SortInSegment",
     "Spec",
     "Static",
     "Text",

@@ -38,7 +38,23 @@ class Blocks(Node):
     stride: Count  # from one block's start to the next; in YAML by default the block's size
 
 
-Partition = Tokens | Blocks
+class Clusters(Node):
+    """Entry i is cluster i of the order that `permute` puts keys in: of any size, also of none."""
+
+    kind: Literal["clusters"] = "clusters"
+
+    @property
+    def size(self) -> int:
+        """0: no number of tokens is that of every entry."""
+        return 0
+
+    @property
+    def stride(self) -> int:
+        """0, like the size."""
+        return 0
+
+
+Partition = Tokens | Blocks | Clusters
 
 
 class Pool(Node):

@@ -14,6 +14,7 @@ from hsgen.errors import ArgumentError, Span
 from hsgen.spec.model.branches import Attend, Combine
 from hsgen.spec.model.choices import Select
 from hsgen.spec.model.entries import Partition, Pool
+from hsgen.spec.model.permutes import Permute
 from hsgen.spec.model.scalars import (
     MAX_AXES,
     MAX_BRANCHES,
@@ -62,6 +63,7 @@ class Level(Node):
 
     name: Identifier  # what other levels and branches call it
     within: Identifier | None = None  # the level above, whose survivors' children are scored
+    permute: Permute | None = None
     partition: Annotated[Partition, Field(discriminator="kind")]  # what an entry is
     kv: Identifier | None = None  # pools `k_<kv>`, `v_<kv>` instead of `k`, `v`
     pool: Pool | None = None
@@ -184,7 +186,7 @@ class Spec(Node):
 
 
 # keys that the language got later: a spec that does not say them keeps the digest it had before
-_NEWS = {"fraction", "threshold", "top_p", "static", "lse_from", "axes", "grid"}
+_NEWS = {"fraction", "threshold", "top_p", "static", "lse_from", "axes", "grid", "permute"}
 
 
 def _without_news(fields: object) -> object:

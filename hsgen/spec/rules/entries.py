@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Blocks, Level, Path, Spec, Tokens
+from hsgen.spec.model import Level, Path, Spec, Tokens
 from hsgen.spec.rules.names import uses
 from hsgen.spec.rules.problem import Problem
 
@@ -41,7 +41,7 @@ def pools(spec: Spec) -> Iterator[Problem]:
         here: Path = ("levels", i)
         pool, score = level.pool, level.score
         keys = pool.keys if pool is not None else None
-        if isinstance(level.partition, Blocks) and score.form and not (keys or score.source):
+        if not isinstance(level.partition, Tokens) and score.form and not (keys or score.source):
             yield Problem(
                 code="HS063",
                 path=(*here, "score", "form"),

@@ -8,6 +8,7 @@ from hsgen.spec.rules.choices import nesting, selects
 from hsgen.spec.rules.entries import heads, partitions, pools
 from hsgen.spec.rules.grids import axes, grid_windows
 from hsgen.spec.rules.names import references, tensor_names, unique_names
+from hsgen.spec.rules.orders import orders
 from hsgen.spec.rules.problem import Problem, Rule
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 
@@ -44,6 +45,7 @@ _RULES: tuple[Rule, ...] = (
     heads,
     tensor_names,
     partitions,
+    orders,
     pools,
     scores,
     borrowed_sums,

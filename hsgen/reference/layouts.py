@@ -1,0 +1,100 @@
+"""Where the entries of a level lie: the tokens that each has, and the span that each may fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsgen.reference.inputs import named
+from hsgen.reference.permutes import cluster_of, order_of
+from hsgen.spec import Clusters, KMeans, Level, SortInSegment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layout:
+    """The entries of a level in one sequence.
+
+    slots: i64[H, N, M], the tokens of every entry in its order, -1 where it has no more; H is 1
+        where heads agree.
+    entry_of: i64[H, S], the entry of every token, -1 of none; None where entries overlap.
+    starts, ends: i64[N], the first token that an entry may hold, whatever the data are, and the end.
+    units: i64[U], ascending: where entries may start, each place once.  What may lie in one place
+        is one unit: forced together, and complete together.
+    """
+
+    slots: Tensor
+    entry_of: Tensor | None
+    starts: Tensor
+    ends: Tensor
+    units: Tensor
+
+    @property
+    def there(self) -> Tensor:
+        """Entries that have a token.  bool[H, N]"""
+        return (self.slots >= 0).any(-1)
+
+
+def layout_of(level: Level, x: Mapping[str, Tensor], S: int, group: int) -> Layout:
+    """The entries of a level for S keys.  `group`: query heads of a key head."""
+    order = level.permute and level.permute.keys
+    if order is None:
+        return _in_place(level.partition.size, level.partition.stride, S, x["q"])
+    keys = x[named("k", level.kv)]
+    if isinstance(level.partition, Clusters):
+        assert isinstance(order, KMeans), "clusters are those of a k-means order"
+        return _clusters(cluster_of(order, keys), order.clusters)
+    at = order_of(order, keys, x["q"], group, x.get(f"{level.name}_key_order"))  # [H, S]
+    segment = order.segment if isinstance(order, SortInSegment) else max(S, 1)
+    return _permuted(at, level.partition.size, segment)
+
+
+def _in_place(size: int, stride: int, S: int, like: Tensor) -> Layout:
+    """Entry i covers tokens [i * stride, i * stride + size)."""
+    starts = torch.arange(-(-S // stride), device=like.device) * stride
+    slots = starts[:, None] + torch.arange(size, device=like.device)
+    slots = slots.masked_fill(slots >= S, -1)[None]
+    entry_of = torch.arange(S, device=like.device)[None] // size if size == stride else None
+    return Layout(slots=slots, entry_of=entry_of, starts=starts, ends=starts + size, units=starts)
+
+
+def _permuted(at: Tensor, size: int, segment: int) -> Layout:
+    """Blocks of `size` slots; a segment's tokens may lie in each of its blocks."""
+    H, S = at.shape
+    N = -(-S // size)
+    slots = torch.cat((at, at.new_full((H, N * size - S), -1)), 1).unflatten(1, (N, size))
+    starts = torch.arange(N, device=at.device) * size // segment * segment
+    return Layout(
+        slots=slots,
+        entry_of=_entry_of(slots, S),
+        starts=starts,
+        ends=starts + segment,
+        units=starts.unique(),
+    )
+
+
+def _clusters(cluster: Tensor, N: int) -> Layout:
+    """Entry i has the tokens of cluster i, in order.  cluster: [H, S]"""
+    H, S = cluster.shape
+    at = cluster.argsort(dim=-1, stable=True)
+    of = cluster.gather(-1, at)
+    counts = torch.zeros(H, N, dtype=torch.long, device=at.device)
+    counts.scatter_add_(-1, cluster, torch.ones_like(cluster))
+    before = counts.cumsum(-1) - counts
+    slot = torch.arange(S, device=at.device) - before.gather(-1, of)
+    slots = at.new_full((H, N, int(counts.max()) if S else 0), -1)
+    head = torch.arange(H, device=at.device)[:, None].expand(H, S)
+    slots[head, of, slot] = at
+    starts = torch.zeros(N, dtype=torch.long, device=at.device)
+    return Layout(slots=slots, entry_of=cluster, starts=starts, ends=starts + S, units=starts[:1])
+
+
+def _entry_of(slots: Tensor, S: int) -> Tensor:
+    """The entry that has each token.  i64[H, N, M] -> i64[H, S]"""
+    H, N, M = slots.shape
+    entry = torch.arange(N, device=slots.device).repeat_interleave(M).expand(H, -1)
+    flat = slots.flatten(1)
+    found = slots.new_full((H, S + 1), -1)  # the last takes what is no token
+    return found.scatter_(1, flat.masked_fill(flat < 0, S), entry)[:, :S]
