@@ -28,8 +28,10 @@ from hsgen.errors import PlanError, SpecError
 from hsgen.graph import Attend, Map, dump
 from hsgen.planner import plan
 from hsgen.reference import reference
+from hsgen.schedule import schedule
 from hsgen.spec import Force, Level, Pool, Score, Select, Spec, Tokens
 from hsgen.spec.files import shipped
+from hsgen.target import H100
 
 LENGTHS = [(1, 1), (13, 13), (37, 37), (5, 30)]  # query rows, keys
 
@@ -186,8 +188,9 @@ attend:
   - {name: summary, over: block, values: pooled}
 combine: {gates: input}
 """
-    with pytest.raises(PlanError, match="branch 'summary' attends pooled entries") as caught:
-        plan(language.parse(text, "mine.yaml"))
+    graph = passes.run(plan(language.parse(text, "mine.yaml")))
+    with pytest.raises(PlanError, match="branch summary: no kernel attends pooled") as caught:
+        schedule(graph, H100)
     assert str(caught.value.span) == "mine.yaml:13:42"
 
 

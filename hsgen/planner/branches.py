@@ -49,8 +49,9 @@ def _plan_pooled_branch(
 def _with_log_sum_exp(
     builder: Builder, branch: language.Attend, op: Attend, *operands: Node
 ) -> Node:
+    said = "over" if branch.values == "raw" else "values"
     at = builder.place(
-        branch, "static" if branch.static else "window" if branch.over is None else "over"
+        branch, "static" if branch.static else "window" if branch.over is None else said
     )
     made = builder.add(f"{branch.name}.o", op, *operands, at=at)
     builder.add(f"{branch.name}.lse", LogSumExp(), made)
