@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from hsgen import paths
 from hsgen.errors import ArgumentError, HsgenError, SpecError
 from hsgen.spec import Spec, drafts, load
 from hsgen.target import Target
+
+if TYPE_CHECKING:
+    from hsgen.quality import Report
 
 SCHEMA_VERSION = 1  # of every --json
 
@@ -124,7 +127,15 @@ def _numbers(text: str | None) -> tuple[int, ...]:
 
 
 Capture = Annotated[
-    Path, typer.Option("--qkv", metavar="FILE", help="Captured q, k, v, a safetensors file.")
+    Path | None, typer.Option("--qkv", metavar="FILE", help="Captured q, k, v, a safetensors file.")
+]
+ModelFolder = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="DIR", help="A model as transformers saves it, or .gguf."),
+]
+TextFile = Annotated[
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="What --model reads; default Python's own manual."),
 ]
 MaskCapture = Annotated[
     Path | None, typer.Option("--qkv", metavar="FILE", help="Captured q, k, v that --mask is of.")
@@ -235,7 +246,9 @@ def _show_mask(
 def quality(
     spec: SpecFile,
     *,
-    qkv: Capture,
+    qkv: Capture = None,
+    model: ModelFolder = None,
+    text: TextFile = None,
     layers: Layers = None,
     tokens: Tokens = None,
     rows: Annotated[int, typer.Option(min=1, help="Measured, of the second half.")] = 1024,
@@ -245,18 +258,50 @@ def quality(
     """Measure what a spec's choices recall of a model's attention: hsgen quality nsa --qkv FILE."""
     from hsgen import charts, quality  # noqa: PLC0415  load torch
 
+    if (qkv is None) == (model is None):
+        raise typer.BadParameter("expected --qkv FILE or --model DIR, one of them")
+    if text and not model:
+        raise typer.BadParameter("expected --text with --model, which reads it")
     if plot:
         _check_suffix(plot, ".svg")
-    numbers = _numbers(layers)
-    found = quality.report(
-        load(spec), qkv, layers=numbers, tokens=tokens, rows=rows, curves=plot is not None
-    )
+    own, numbers = load(spec), _numbers(layers)
+    if model:
+        found = _of_model(own, model, text, numbers, tokens, rows, curves=plot is not None)
+    else:
+        assert qkv is not None
+        found = quality.report(
+            own, qkv, layers=numbers, tokens=tokens, rows=rows, curves=plot is not None
+        )
     if plot:
         _write(plot, charts.draw(found).encode(), ".svg")
     if as_json:
         _print_json(found.record())
     else:
         typer.echo(str(found), nl=False)
+
+
+def _of_model(
+    spec: Spec,
+    model: Path,
+    text: Path | None,
+    layers: tuple[int, ...],
+    tokens: int | None,
+    rows: int,
+    *,
+    curves: bool,
+) -> Report:
+    """What a spec recalls of a model's own attention, and how the model speaks with the spec's."""
+    from hsgen import progress  # noqa: PLC0415  loads torch
+
+    try:
+        from hsgen import perplexity  # noqa: PLC0415  loads transformers
+    except ModuleNotFoundError as error:
+        help = "pip install 'hsgen[model]'"
+        raise HsgenError(f"--model needs the package {error.name}", help=help) from error
+    with progress.bar() as told:
+        return perplexity.report(
+            spec, model, text, layers=layers, tokens=tokens, rows=rows, curves=curves, told=told
+        )
 
 
 @app.command(name="compile", epilog="Example: hsgen compile nsa --target h100 -o build")

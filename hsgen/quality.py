@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ ROWS = 1024
 SEED = 2
 WAYS = ("selected", "oracle", "random", "recent_sink")
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the spec's budgets, in the plot
+WAYS_TEXT = {"recent_sink": "recent + sink"}  # others are called what they are
 TOGETHER = "all branches"
 
 Json = dict[str, "str | int | float | bool | Json | list[Json] | None"]
@@ -48,8 +50,8 @@ def subjects(spec: Spec) -> tuple[Subject, ...]:
     """Every level that selects, every window or pattern; and their union where several read tokens."""
     found = [_level_subject(spec, level) for level in spec.levels if level.select]
     found += [_branch_subject(branch) for branch in spec.attend if branch.over is None]
-    if len(_raw(spec)) > 1:
-        names = " and ".join(branch.name for branch in _raw(spec))
+    if len(raw_branches(spec)) > 1:
+        names = " and ".join(branch.name for branch in raw_branches(spec))
         apart = "" if spec.combine and spec.combine.softmax else ", as the spec does not"
         about = f"tokens that {names} read, each once, under one softmax{apart}"
         found.append(Subject(name=TOGETHER, about=about))
@@ -87,7 +89,7 @@ def _branch_subject(branch: Attend) -> Subject:
     return Subject(name=f"branch {branch.name}", about=about, branch=branch.name)
 
 
-def _raw(spec: Spec) -> list[Attend]:
+def raw_branches(spec: Spec) -> list[Attend]:
     """The branches that read tokens."""
     return [branch for branch in spec.attend if branch.values == "raw"]
 
@@ -162,11 +164,11 @@ def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
             keep_seen=True,
         )
         for each in subjects(spec):
-            chosen[each.name].append(_chosen(result, each, tokens))
+            chosen[each.name].append(chosen_of(result, each, tokens))
     return {name: torch.cat(parts, 1) for name, parts in chosen.items()}
 
 
-def _chosen(result: Result, subject: Subject, tokens: int) -> Tensor:
+def chosen_of(result: Result, subject: Subject, tokens: int) -> Tensor:
     """What a subject took, of one sequence.  -> bool[Hs, R, N]"""
     if subject.level:
         entries = -(-tokens // subject.stride)
@@ -281,6 +283,15 @@ class Curves:
     mass: dict[str, tuple[float, ...]]
 
 
+class Part(Protocol):
+    """Another section of a report; `str()` is its text."""
+
+    @property
+    def name(self) -> str: ...
+
+    def record(self) -> Json: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What a spec's choices are worth on a capture."""
@@ -294,6 +305,7 @@ class Report:
     subjects: tuple[Subject, ...]
     measured: tuple[Measured, ...]
     curves: tuple[Curves, ...] = ()
+    more: tuple[Part, ...] = ()  # what else was measured of the same
 
     def record(self) -> dict[str, object]:
         """The same for machines."""
@@ -309,6 +321,7 @@ class Report:
                 for wants, given in standins.stated(self.spec, self.heads)
             ],
             "notes": list(_notes(self)),
+            **{part.name: part.record() for part in self.more},
             "subjects": [{"name": each.name, "about": each.about} for each in self.subjects],
             "records": [each.record() for each in self.measured],
             "curves": [
@@ -322,7 +335,7 @@ class Report:
         parts += [_table(self, subject) for subject in self.subjects]
         if notes := _notes(self):
             parts.append("\n".join(notes) + "\n")
-        return "\n".join(parts)
+        return "\n".join([*parts, *map(str, self.more)])
 
 
 def report(
@@ -348,14 +361,28 @@ def report(
         HsgenError: the capture does not do, or the spec needs what it lacks.
     """
     groups = [group.prefix(tokens or len(group.q)) for group in captures.load(path, layers)]
+    origin = captures.metadata(path)
+    return report_on(spec, groups, name=path.name, origin=origin, rows=rows, curves=curves)
+
+
+def report_on(
+    spec: Spec,
+    groups: Sequence[Group],
+    *,
+    name: str,
+    origin: dict[str, str],
+    rows: int = ROWS,
+    curves: bool = False,
+) -> Report:
+    """Measure a spec on groups at hand: `report`, of what is called `name` and came from `origin`."""
     length = min(len(group.q) for group in groups)
     if length < 2 * RUN:
         raise HsgenError(f"tokens: expected at least {2 * RUN}, got {length}")
     measured = tuple(each for group in groups for each in measure(spec, group, rows))
     return Report(
         spec=spec,
-        capture=path.name,
-        origin=captures.metadata(path),
+        capture=name,
+        origin=origin,
         tokens=length,
         rows=len(measured_rows(length, rows)),
         heads=groups[0].q.shape[1],

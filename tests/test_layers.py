@@ -41,8 +41,9 @@ report                                  what `show` and `compile` say
 compare                                 what `diff` says
 drawing                                 graph and plan as a picture
 captures  metrics  standins             a model's q, k, v · a choice against dense · what it lacks
+models                                  a model whose attention can be exchanged
 quality                                 what a spec recalls of a capture
-charts  mask                            that as curves · what each row takes
+charts  mask  perplexity                that as curves · what each row takes · what a model then says
 progress
 cli
 """
@@ -71,6 +72,7 @@ SOLE_IMPORTERS = {
     "optuna": {"tune"},
     "rich": {"progress"},
     "safetensors": {"captures"},
+    "transformers": {"models"},
 }
 
 
