@@ -1,9 +1,12 @@
-"""Curves of a quality report as SVG: mass recalled against density, one panel a subject."""
+"""Curves as SVG: of a quality report, mass recalled against density, one panel a subject; and any shares
+against a width that doubles, as `benchmarks.beams` has them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hsgen import svg
 from hsgen.quality import WAYS, Curves, Report
@@ -42,6 +45,66 @@ def draw(report: Report) -> str:
     wide = MARGIN + max(panels, _legend_width(), max(map(svg.width, about)) + MARGIN)
     title = f"{report.spec.name}: mass recalled against density"
     return svg.document(wide, y + svg.LINE + MARGIN, title, elements, *_style())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """Shares from `least` to 1 against widths; by line, one share a width, and one that they tend to."""
+
+    title: str
+    widths: Sequence[float]
+    lines: dict[str, Sequence[float]]
+    limits: dict[str, float]
+    least: float = 0.0
+
+
+def plot(title: str, about: Sequence[str], axis: str, panels: Sequence[Panel]) -> str:
+    """Panels side by side over one legend; a dashed line is what its curve tends to."""
+    elements = [
+        svg.text(MARGIN, MARGIN + svg.SIZE + i * svg.LINE, line, "dim" if i else "bold")
+        for i, line in enumerate((title, *about))
+    ]
+    top = MARGIN + (len(about) + 3) * svg.LINE
+    for i, panel in enumerate(panels):
+        x = MARGIN + LEFT + i * (WIDE + BETWEEN)
+        elements.append(f'<g transform="translate({svg.number(x)} {svg.number(top)})">')
+        elements += [*_shares(panel, axis), "</g>"]
+    y = top + HIGH + 3.5 * svg.LINE
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    looks = dict(zip(names, WAYS, strict=False))
+    x = MARGIN
+    for name in names:
+        elements.append(svg.path(f"M{svg.number(x)} {svg.number(y - 4)}h28", f"curve {looks[name]}"))
+        elements.append(svg.text(x + 34, y, name))
+        x += 34 + svg.width(name) + 20
+    wide = MARGIN + max(LEFT + len(panels) * (WIDE + BETWEEN), x, *map(svg.width, about))
+    return svg.document(wide, y + svg.LINE + MARGIN, title, elements, *_style())
+
+
+def _shares(panel: Panel, axis: str) -> list[str]:
+    """One panel: widths on a logarithmic axis, and a dotted line for each limit."""
+    first, last = math.log2(panel.widths[0]), math.log2(panel.widths[-1])
+
+    def high(share: float) -> float:
+        return HIGH * (1 - share) / (1 - panel.least)
+
+    elements = [svg.text(0, -svg.LINE / 2, panel.title, "bold")]
+    for quarter in range(5):
+        share = panel.least + (1 - panel.least) * quarter / 4
+        y = svg.number(high(share))
+        elements.append(svg.path(f"M0 {y}h{svg.number(WIDE)}", "axis"))
+        elements.append(svg.text(-8, high(share) + 4, f"{share:.2f}", "dim", "end"))
+    xs = [WIDE * (math.log2(width) - first) / (last - first) for width in panel.widths]
+    for x, width in zip(xs, panel.widths, strict=True):
+        elements.append(svg.path(f"M{svg.number(x)} 0v{svg.number(HIGH)}", "axis"))
+        elements.append(svg.text(x, HIGH + svg.LINE, f"{width:g}", "dim", "middle"))
+    elements.append(svg.text(WIDE / 2, HIGH + 2 * svg.LINE, axis, "dim", "middle"))
+    for way, (name, shares) in zip(WAYS, panel.lines.items(), strict=False):
+        if name in panel.limits:
+            y = svg.number(high(panel.limits[name]))
+            elements.append(svg.path(f"M0 {y}h{svg.number(WIDE)}", "line"))
+        elements += _curve([(x, high(y)) for x, y in zip(xs, shares, strict=True)], way)
+    return elements
 
 
 def _style() -> tuple[str, str]:
