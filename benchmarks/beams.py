@@ -188,7 +188,7 @@ def drawing(result: Json) -> str:
 
 
 def _look(rank: int) -> str:
-    return ("one level above", "two levels above", "more levels above")[rank]
+    return ("below 64", "below 256 > 64", "with more levels between")[rank]
 
 
 def _of(result: Json, sizes: Sequence[int]) -> list[Json]:
@@ -261,7 +261,13 @@ lost: that the choice is then that of the last level alone is a law, and tested.
 Means over {rows} rows, layers and heads.
 """
 
-FINDINGS_TEXT = ""
+FINDINGS_TEXT = """
+What to see: the coarsest level decides.  Levels between it and the last one lose nothing more, at one
+width, and save most of the scores.  Blocks of 16 below blocks of 64 need a width of 2 for 0.98 of the mass
+that the exhaustive choice holds, below blocks of 256 one of 4.  Single tokens are lost more easily, as the
+mean of a block hides them: at a width of 4 a tenth of the mass.  Recall falls faster than mass, since what
+a beam loses are the weaker ones of the choice.
+"""
 
 
 # Command line ---------------------------------------------------------------------------------------

@@ -9,7 +9,17 @@ import torch
 from safetensors import safe_open
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import baselines, common, independent, inputs, quality, speed, speed_report, starts
+from benchmarks import (
+    baselines,
+    beams,
+    common,
+    independent,
+    inputs,
+    quality,
+    speed,
+    speed_report,
+    starts,
+)
 from hsgen import captures, metrics, standins
 from hsgen.reference import reference, tensor_shapes
 from hsgen.spec import load
@@ -228,6 +238,7 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "page"),
     [
+        ("beams", beams.page),
         ("quality", quality.report),
         ("speed", speed_report.page),
         ("independent", independent.page),
@@ -240,6 +251,22 @@ def test_page_is_made_of_the_kept_results(kind, page):
     assert written == page([common.read_json(path) for path in paths]), (
         f"run python -m benchmarks.{kind} --report"
     )
+
+
+def test_picture_of_beams_is_made_of_the_kept_results():
+    (path,) = common.found([], "beams")
+    written = (common.ROOT / "docs" / "beams.svg").read_text()
+    assert written == beams.drawing(common.read_json(path))
+
+
+def test_beams_of_a_prefix_of_the_capture(group):
+    """A beam as wide as the input loses nothing, a narrow one something."""
+    prefix = group.prefix(512)
+    position = quality.measured_rows(512, 64)
+    records = beams.measure(prefix, position, (64, 16, 1), 26, [2.0, 32.0])
+    assert len(records) == 2 * 3
+    assert all(r["recall"] == 1.0 and r["mass"] == r["mass_exhaustive"] for r in records[3:])
+    assert all(0 < r["recall"] < 1 for r in records[:3])
 
 
 # Independent implementations ------------------------------------------------------------------------
