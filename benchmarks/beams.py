@@ -24,7 +24,19 @@ from hsgen import spec as language
 from hsgen.captures import Group
 from hsgen.quality import RUN, Json, measured_rows, noise
 from hsgen.reference import reference
-from hsgen.spec import Attend, Blocks, Force, HeadDim, Heads, Level, Pool, Score, Select, Spec, Tokens
+from hsgen.spec import (
+    Attend,
+    Blocks,
+    Force,
+    HeadDim,
+    Heads,
+    Level,
+    Pool,
+    Score,
+    Select,
+    Spec,
+    Tokens,
+)
 
 # Sizes of the levels from the top down; 1 is tokens.  Those of one panel choose the same entries.
 PANELS = {
@@ -224,14 +236,16 @@ def page(results: Sequence[Json]) -> str:
         for sizes in (sizes for panel in PANELS.values() for sizes in panel):
             own = _of(result, sizes)
             row = [_name(sizes), *(f"{_mean(_at(own, w), field):.3f}" for w in widths)]
-            rows.append(row + ([] if field == "recall" else [f"{_mean(own, f'{field}_exhaustive'):.3f}"]))
+            if field != "recall":
+                row.append(f"{_mean(own, f'{field}_exhaustive'):.3f}")
+            rows.append(row)
         parts.append(common.table(names, rows))
     parts.append("## By layer: recall, 256 > 64 > 16\n")
     own = _of(result, (256, 64, 16))
-    rows = [
-        [str(layer), *(f"{_mean([r for r in _at(own, w) if r['layer'] == layer], 'recall'):.3f}" for w in widths)]
-        for layer in sorted({r["layer"] for r in own})
-    ]
+    rows = []
+    for layer in sorted({r["layer"] for r in own}):
+        of_layer = [r for r in own if r["layer"] == layer]
+        rows.append([str(layer), *(f"{_mean(_at(of_layer, w), 'recall'):.3f}" for w in widths)])
     parts.append(common.table(["layer", *(f"{w:g}" for w in widths)], rows))
     parts.append(FINDINGS_TEXT)
     parts.append("## Where the figures come from\n")

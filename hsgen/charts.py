@@ -74,7 +74,9 @@ def plot(title: str, about: Sequence[str], axis: str, panels: Sequence[Panel]) -
     looks = dict(zip(names, WAYS, strict=False))
     x = MARGIN
     for name in names:
-        elements.append(svg.path(f"M{svg.number(x)} {svg.number(y - 4)}h28", f"curve {looks[name]}"))
+        elements.append(
+            svg.path(f"M{svg.number(x)} {svg.number(y - 4)}h28", f"curve {looks[name]}")
+        )
         elements.append(svg.text(x + 34, y, name))
         x += 34 + svg.width(name) + 20
     wide = MARGIN + max(LEFT + len(panels) * (WIDE + BETWEEN), x, *map(svg.width, about))

@@ -114,7 +114,9 @@ def random_chain(choice: random.Random) -> Spec:
     depth = choice.choice([3, 4])
     sizes = [choice.choice([1, 1, 2, 3])]
     while len(sizes) < depth:
-        sizes.insert(0, sizes[0] * choice.choice([1, 2, 3]) if sizes[0] > 1 else choice.choice([2, 3]))
+        sizes.insert(
+            0, sizes[0] * choice.choice([1, 2, 3]) if sizes[0] > 1 else choice.choice([2, 3])
+        )
     share = choice.choice(["head", "group", "all"])
     reduce = None if share == "head" else choice.choice(["sum", "mean", "max"])
     by_index = choice.random() < 0.3
@@ -187,7 +189,9 @@ def test_narrow_beams_of_three_and_four_levels_are_planned_as_meant(seed: int) -
 def test_a_wider_beam_never_recalls_less_at_its_own_level() -> None:
     """Of one level's scores, more survivors hold the fewer: beams nest."""
     x = random_tensors(chain([8, 4, 2], [1, 1], 2), 64, 64)
-    kept = [reference(chain([8, 4, 2], [b, b], 2), x).selection["level0"].indices for b in (1, 3, 5)]
+    kept = [
+        reference(chain([8, 4, 2], [b, b], 2), x).selection["level0"].indices for b in (1, 3, 5)
+    ]
     for few, many in zip(kept, kept[1:], strict=False):
         rows = zip(few.flatten(0, 2).tolist(), many.flatten(0, 2).tolist(), strict=True)
         assert all(set(a) - {-1} <= set(b) for a, b in rows)
