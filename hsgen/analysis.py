@@ -24,10 +24,12 @@ from hsgen.graph import (
     Node,
     Normalise,
     Op,
+    OutputGate,
     Pattern,
     Permute,
     Pool,
     Reduce,
+    Round,
     Score,
     Select,
     SelectSet,
@@ -69,11 +71,13 @@ def _op_causality(op: Op, *, causal: bool) -> Causality:
             | Cluster()
             | Permute()
             | Pool()
+            | Round()
             | LogSumExp()
             | Normalise()
             | Reduce()
             | Gate()
             | Union()
+            | OutputGate()
         ):
             return "token"  # row by row, or entry by entry, of what the operators above have masked
         case _:
@@ -129,6 +133,10 @@ def not_dense_because(graph: Graph) -> str | None:
     """Why selecting every entry does not give dense attention; None where it does."""
     if any(isinstance(node.op, Gate) for node in graph.nodes()):
         return "branches have softmaxes of their own, and gates"
+    if any(isinstance(node.op, OutputGate) for node in graph.nodes()):
+        return "the output is gated"
+    if any(isinstance(node.op, Attend | Union) and node.op.sink for node in graph.nodes()):
+        return "a sink takes part of every softmax"
     if pooled := _pooled_attends(graph):
         return f"branch {pooled[0]} attends pooled values"
     attends = _attends(graph)
@@ -158,7 +166,7 @@ def _unreachable_because(graph: Graph, attend: Node) -> str | None:
         assert isinstance(select, Select | SelectSet)
         if select.size != select.stride:
             return f"entries of level {select.level} overlap or leave gaps"
-        if graph.meta.causal and select.size > 1 and select.last == 0:
+        if graph.meta.causal and select.size > 1 and not (select.last or select.tail):
             return f"level {select.level} does not force the own block"
         if isinstance(select, SelectSet) or select.within is None:
             return None
@@ -318,17 +326,19 @@ class _Counts:
         assert isinstance(op, Select)
         if op.size == 0:
             return _complete_pairs(1, 1, causal=self.graph.meta.causal)
-        own = op.size if op.last > 0 else 1
+        own = op.size if op.last > 0 or op.tail else 1
         return _selected_pairs(op.width * op.size, own=own, causal=self.graph.meta.causal)
 
-    def pooled(self, selection: Node) -> Cost:
-        """Pairs of a row and an entry that it selects; at most all that are complete."""
-        op = selection.op
-        assert isinstance(op, Select | SelectSet)
+    def kept(self, level: str, selection: Node) -> Cost:
+        """Pairs of a row and a complete entry of a level that it selects; at most."""
+        op, complete = selection.op, self.complete(level)
         if isinstance(op, SelectSet):
-            part = op.value if op.rule == "fraction" else 1.0
-            return self.complete(op.level) * part
-        return _selected_pairs(op.width, own=1, causal=self.graph.meta.causal)
+            return complete * (op.value if op.rule == "fraction" else 1.0)
+        assert isinstance(op, Select)
+        if not self.graph.meta.causal:
+            return _at_most_a_row(complete, op.width, full=0)
+        size, stride = self.partitions[level]
+        return _at_most_a_row(complete, op.width, full=op.width * stride + size - stride)
 
     def elements(self, type_: TensorType) -> Cost:
         """Numbers in a value; of scores those that exist: visible, and inside a beam."""
@@ -402,6 +412,19 @@ def _selected_pairs(slots: int, *, own: int, causal: bool) -> Cost:
     )
 
 
+def _at_most_a_row(pairs: Cost, most: int, *, full: int) -> Cost:
+    """The pairs of early rows, and `most` of each row from row `full` on."""
+    early = pairs.evaluate(full)
+    late = Polynomial(t1=most, t0=early - most * full)
+    return Cost(pieces=(*(p for p in pairs.pieces if p[0] < full), (full, late)))
+
+
+def _selection_of(graph: Graph, attend: Node) -> Node | None:
+    """The selection that an attend reads, if it reads one."""
+    chosen = (node for node in graph.operands(attend) if isinstance(node.op, Select | SelectSet))
+    return next(chosen, None)
+
+
 def _window_pairs(window: int, *, causal: bool) -> Cost:
     if causal:
         return _selected_pairs(window, own=1, causal=True)
@@ -425,7 +448,8 @@ def _flops(counts: _Counts, node: Node) -> Cost:
         case Score():
             heads, dim = operands[0].dims[2:]
             dots = 2 if op.form == "bound" else 1
-            per_head = dots * 2 * counts.product((dim,)) + 2 * (op.form == "relu_weighted")
+            sums = {"relu_weighted": 2, "relu_sum": 1}.get(op.form, 0)
+            per_head = dots * 2 * counts.product((dim,)) + sums
             pairs = counts.complete(op.level) if op.within is None else counts.children(op.level)
             return pairs * counts.product((heads,)) * per_head
         case LogSumExp():
@@ -444,6 +468,8 @@ def _flops(counts: _Counts, node: Node) -> Cost:
             return _attended_pairs(counts, node, op) * per_pair
         case Gate():
             return counts.elements(node.type) * (2 * (len(operands) - 1))
+        case OutputGate() | Round():
+            return counts.elements(node.type) * 2
         case _:
             assert_never(op)
 
@@ -463,9 +489,9 @@ def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
         case "blocks" | "tokens":
             return counts.selected(counts.graph[node.inputs[3]])
         case "pooled":
-            for selection in node.inputs[3:]:
-                return counts.pooled(counts.graph[selection])
-            return counts.complete(counts.graph[node.inputs[1]].type.dims[1].removeprefix("N_"))
+            level = counts.graph[node.inputs[1]].type.dims[1].removeprefix("N_")
+            chosen = _selection_of(counts.graph, node)
+            return counts.kept(level, chosen) if chosen else counts.complete(level)
         case "window":
             assert op.window is not None
             return _window_pairs(op.window, causal=counts.graph.meta.causal)

@@ -21,9 +21,11 @@ from hsgen.graph import (
     Map,
     Node,
     Normalise,
+    OutputGate,
     Permute,
     Pool,
     Reduce,
+    Round,
     Score,
     Select,
     SelectSet,
@@ -81,7 +83,7 @@ class _Scheduler:
                     self._gate(node)
                 case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
                     pass  # fused into the launch that reads them
-                case Union() | SelectSet() | Cluster() | Permute():
+                case Union() | SelectSet() | Cluster() | Permute() | OutputGate() | Round():
                     raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
@@ -127,6 +129,8 @@ class _Scheduler:
             if isinstance(node.op, Union):
                 message = "no kernel takes one softmax over several branches yet"
                 raise PlanError(f"{message}: `combine: {{softmax: union}}`", span=node.span)
+            if message := _no_kernel_for(node):
+                raise PlanError(message, span=node.span)
         for name in ("Hq", "Hkv", "Dqk", "Dv"):
             if name not in self.graph.sizes:
                 raise PlanError(
@@ -589,6 +593,7 @@ class _Scheduler:
         score = chain.score.op
         assert isinstance(score, Score)
         assert isinstance(node.op, Select)
+        assert score.form != "relu_sum", "refused"
         weighted = score.form == "relu_weighted"
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(
@@ -768,6 +773,31 @@ SEQ = ("batch.table", "batch.sequences")
 
 def _tiles() -> str:
     return "batch.rows // {BLOCK_T} + batch.sequences"
+
+
+def _no_kernel_for(node: Node) -> str | None:
+    """What of one operator no kernel does yet; None where some kernel does it."""
+    match node.op:
+        case Round(dtype=dtype):
+            return f"%{node.name}: no kernel scores vectors kept in {dtype} yet"
+        case Score(form="relu_sum", level=level):
+            return f"level {level}: no kernel sums an index without weights yet"
+        case Score(grouped=True, level=level):
+            return f"level {level}: no kernel sums an index inside each group yet"
+        case Select(tail=True, level=level):
+            return f"level {level}: no kernel forces a tail yet"
+        case Attend(latent=True, branch=branch):
+            return f"branch {branch}: no kernel reads values from latent keys yet"
+        case Attend(softcap=float(), branch=branch):
+            return f"branch {branch}: no kernel caps logits yet"
+        case Attend(sink=True, branch=branch):
+            return f"branch {branch}: no kernel has a sink logit yet"
+        case Attend(over="pooled", branch=branch) if len(node.inputs) > 3:
+            return f"branch {branch}: no kernel attends pooled entries of a selection yet"
+        case OutputGate(each=each):
+            return f"no kernel gates the output by {each} yet"
+        case _:
+            return None
 
 
 def _safe(name: str) -> str:

@@ -25,9 +25,11 @@ from hsgen.graph import (
     Map,
     Node,
     Normalise,
+    OutputGate,
     Permute,
     Pool,
     Reduce,
+    Round,
     Score,
     Select,
     SelectSet,
@@ -77,7 +79,7 @@ class Evaluation:
 def evaluate(graph: Graph, tensors: Mapping[str, Tensor]) -> Evaluation:
     """Every node of `graph`, on these inputs."""
     rows = tensors["q"].shape[1]
-    keys = next(x.shape[1] for name, x in tensors.items() if name.startswith("k"))
+    keys = next(x.shape[1] for name, x in tensors.items() if name == "k" or name[:2] == "k_")
     run = _Run(
         graph=graph,
         tensors=tensors,
@@ -175,6 +177,13 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return sum(gates[..., c, None] * branch.o for c, branch in enumerate(branches))
         case Union():
             return _union(run, node)
+        case OutputGate():
+            gate, x = operands
+            o = x.o if isinstance(x, Attended) else x
+            open_ = 1 / (1 + (-gate).exp())
+            return o * (open_ if node.op.each == "channel" else open_[..., None])
+        case Round():
+            return _round(node.op, *operands)
         case _:
             assert_never(node.op)
 
@@ -312,6 +321,36 @@ def _linear(op: Pool, tokens: Tensor, weight: Tensor, position: Tensor | None) -
     return total if tokens.ndim == 4 else total.squeeze(1)
 
 
+def _round(op: Round, x: Tensor) -> Tensor:
+    """One vector after another, a number at a time: the nearest of the 253 numbers of e4m3."""
+    bf16 = x.to(torch.bfloat16).double()
+    if op.dtype == "bf16":
+        return bf16
+    vectors = []
+    for vector in bf16.flatten(0, -2):
+        scale = 1.0
+        if op.dtype == "fp8":
+            greatest = max(float(vector.abs().max()), 1e-4)
+            scale = 2.0 ** math.ceil(math.log2(greatest / 448))
+        vectors.append([scale * _nearest_e4m3(float(y) / scale) for y in vector])
+    return torch.tensor(vectors, dtype=torch.float64).view(x.shape)
+
+
+def _e4m3_numbers() -> list[float]:
+    """Not negative: subnormal steps of 2^-9, then eight in each octave up to 448."""
+    octaves = [(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)]
+    return [m * 2.0**-9 for m in range(8)] + octaves[:-1]
+
+
+E4M3 = _e4m3_numbers()
+
+
+def _nearest_e4m3(y: float) -> float:
+    """Ties to the even mantissa, which are those of even places in the list."""
+    place = min(range(len(E4M3)), key=lambda i: (abs(E4M3[i] - abs(y)), i % 2))
+    return math.copysign(E4M3[place], y)
+
+
 def _dots(q: Tensor, k: Tensor) -> Tensor:
     """[B, T, Hq, D], [B, N, Hkv, D] -> [B, T, Hq, N]"""
     keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
@@ -330,7 +369,10 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
         value = corners.amax(-2).sum(-1).transpose(1, 2)  # [B, H, T, N, 2, D]
     else:
         heads = torch.einsum("bthd,bnd->bthn", query, keys).clamp(min=0)
-        value = (operands[2].unsqueeze(-1) * heads).sum(2, keepdim=True)
+        if op.form == "relu_weighted":
+            heads = operands[2].unsqueeze(-1) * heads
+        groups = run.graph.sizes["Hkv"] if op.grouped else 1
+        value = torch.stack([part.sum(2) for part in heads.chunk(groups, 2)], 2)
     there = run.complete_mask(op.level).expand(value.shape) & _has_tokens(run, op, value.shape)
     if op.within is not None:
         there = there & _in_beam(run, op, operands[-1], value.shape[2])
@@ -395,14 +437,21 @@ def _select(run: _Run, op: Select, score: Scores, parent: Chosen | None = None) 
     indices = torch.full((B, T, H, op.width), -1, dtype=torch.int32)
     for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
         row, inside = score.value[b, t, h].tolist(), beam[b, t, h].tolist()
-        forced = {e for e in _forced(run, op, run.positions[t], N) if inside[e]}
         there = score.there[b, t, h].tolist()
+        tail = {e for e in _tail(op, run.positions[t], there) if inside[e]}
+        forced = {e for e in _forced(run, op, run.positions[t], N) if inside[e]} - tail
         candidates = [e for e in range(N) if e in forced or (there[e] and inside[e])]
         best = sorted(candidates, key=lambda e: (e not in forced, -row[e], e))  # noqa: B023
-        kept = sorted(best[: op.k + (0 if op.counted else len(forced))])
+        kept = sorted({*best[: op.k + (0 if op.counted else len(forced))], *tail})
         member[b, t, h, kept] = True
         indices[b, t, h, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
     return Chosen(member=member, indices=indices)
+
+
+def _tail(op: Select | SelectSet, p: int, there: list[bool]) -> set[int]:
+    """The entry of position p, if it is not there yet."""
+    own = p // op.stride
+    return {own} if op.tail and not there[own] else set()
 
 
 def _forced(run: _Run, op: Select, p: int, N: int) -> set[int]:
@@ -432,6 +481,8 @@ def _select_set(run: _Run, op: SelectSet, score: Scores) -> Chosen:
                 kept = [x for x in kept if x in ranked[: op.most]]
             for x in (*kept, *(x for x in row if x.forced)):
                 member[b, x.where[0], h, x.where[1]] = True
+        for t, p in enumerate(run.positions):
+            member[b, t, h, sorted(_tail(op, p, score.there[b, t, h].tolist()))] = True
     width = int(member.sum(-1).max()) if member.numel() else 0
     entries = torch.arange(N, dtype=torch.int32).expand(member.shape)
     listed = entries.masked_fill(~member, N).sort(-1).values[..., :width]
@@ -449,7 +500,8 @@ class _Entry:
 def _row_of(run: _Run, op: SelectSet, score: Scores, at: tuple[int, int, int]) -> list[_Entry]:
     """The candidates of one row."""
     values, there = score.value[at].tolist(), score.there[at].tolist()
-    forced = _forced(run, op, run.positions[at[1]], len(values))
+    p = run.positions[at[1]]
+    forced = _forced(run, op, p, len(values)) - _tail(op, p, there)
     return [
         _Entry(where=(at[1], e), score=x if there[e] else -math.inf, forced=e in forced, there=seen)
         for e, (x, seen) in enumerate(zip(values, there, strict=True))
@@ -483,26 +535,26 @@ def _reached(op: SelectSet, entries: list[_Entry]) -> list[_Entry]:
 
 
 def _attend(
-    run: _Run,
-    node: Node,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    chosen: Chosen | None = None,
-    order: Tensor | None = None,
+    run: _Run, node: Node, query: Tensor, keys: Tensor, values: Tensor, *more: Value
 ) -> Attended:
     op = node.op
     assert isinstance(op, Attend)
+    *more, sink = more if op.sink else (*more, None)
+    chosen = more[0] if more else None
+    order = more[1] if op.cut else None
     if op.over == "pooled":
-        pool = run.graph[node.inputs[1]].op
-        assert isinstance(pool, Pool)
-        seen = run.complete_mask(pool.level)
-        if chosen is not None:
-            seen = seen & chosen.member
+        level = run.graph[node.inputs[1]].type.dims[1].removeprefix("N_")
+        seen = run.complete_mask(level)
+        seen = seen if chosen is None else seen & chosen.member
     else:
         seen = _seen_tokens(run, op, keys, chosen, order, query.shape[2])
     seen = _spread(seen.expand(query.shape[0], -1, -1, -1), query.shape[2])
-    return _softmax(op.scale, query, [(keys, values, seen)])
+    values = _values(run, op, values)
+    return _softmax(op, query, [(keys, values, seen)], sink)
+
+
+def _values(run: _Run, op: Attend, values: Tensor) -> Tensor:
+    return values[..., : run.graph.sizes["Dv"]] if op.latent else values
 
 
 def _seen_tokens(
@@ -591,15 +643,22 @@ def _in_windows(axes: tuple[AxisWindow, ...], p: int, s: int, S: int) -> bool:
 
 
 def _softmax(
-    scale: float | None, query: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]
+    op: Attend, query: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], sink: Tensor | None
 ) -> Attended:
     """One softmax over parts of (keys, values, seen); a row that sees nothing: 0 and -inf."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = [(_dots(query, k) * scale).masked_fill(~seen, -math.inf) for k, _, seen in parts]
+    scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
+    logits = [_dots(query, k) * scale for k, _, _ in parts]
+    if op.softcap is not None:
+        logits = [op.softcap * torch.tanh(logit / op.softcap) for logit in logits]
+    logits = [
+        logit.masked_fill(~seen, -math.inf)
+        for logit, (_, _, seen) in zip(logits, parts, strict=True)
+    ]
     lse = torch.cat(logits, -1).logsumexp(-1)  # [B, T, Hq]
+    total = lse if sink is None else torch.logaddexp(lse, sink)
     o = 0.0
     for logit, (_, v, _) in zip(logits, parts, strict=True):
-        weights = (logit - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
+        weights = (logit - total.unsqueeze(-1)).exp().nan_to_num(0.0)
         values = v.repeat_interleave(query.shape[2] // v.shape[2], 2)
         o = o + torch.einsum("bthn,bnhd->bthd", weights, values)
     seen = parts[0][2] if len(parts) == 1 else None
@@ -608,12 +667,18 @@ def _softmax(
 
 def _union(run: _Run, node: Node) -> Attended:
     """Branches over the same keys see what either sees."""
+    assert isinstance(node.op, Union)
     merged: dict[tuple[str, str], Tensor] = {}
-    attends = run.graph.operands(node)
+    operands = run.graph.operands(node)
+    attends = operands[:-1] if node.op.sink else operands
+    sink = run.values[operands[-1].name] if node.op.sink else None
     for attend in attends:
         source = (attend.inputs[1], attend.inputs[2])
         seen = run.values[attend.name].seen
         merged[source] = merged[source] | seen if source in merged else seen
     query = run.values[attends[0].inputs[0]]
-    parts = [(run.values[k], run.values[v], seen) for (k, v), seen in merged.items()]
-    return _softmax(attends[0].op.scale, query, parts)
+    op = attends[0].op
+    parts = [
+        (run.values[k], _values(run, op, run.values[v]), seen) for (k, v), seen in merged.items()
+    ]
+    return _softmax(op, query, parts, sink)

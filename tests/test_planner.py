@@ -20,6 +20,7 @@ from plan_cases import (
     top,
 )
 from plan_cases import spec as make
+from plan_cases_production import PRODUCTION
 
 from hsgen import passes
 from hsgen import spec as language
@@ -52,7 +53,7 @@ def check_against_reference(spec: Spec, rows: int, keys: int) -> None:
 
 
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
-@pytest.mark.parametrize("spec", [*CASES, *SETS, *ORDERS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*CASES, *SETS, *ORDERS, *PRODUCTION], ids=lambda spec: spec.name)
 def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:
     check_against_reference(spec, rows, keys)
 

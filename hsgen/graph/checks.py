@@ -35,6 +35,9 @@ def verify(graph: Graph) -> Graph:
     if any(isinstance(node.op, Score) and node.op.form == "index_dot" for node in graph.nodes()):
         index_heads = graph.sizes.get("Hi", kv_heads)
         need("Hkv" not in graph.sizes or index_heads == kv_heads, f"{index_heads} index heads")
+    if any(isinstance(node.op, Score) and node.op.grouped for node in graph.nodes()):
+        index_heads = graph.sizes.get("Hi", kv_heads)
+        need(index_heads % kv_heads == 0, f"{index_heads} index heads in {kv_heads} groups")
     return graph
 
 

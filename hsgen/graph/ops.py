@@ -17,6 +17,7 @@ Role = Literal[
     "index_weights",
     "order",
     "gates",
+    "output_gate",
     "parameter",
 ]
 
@@ -80,17 +81,25 @@ class Score:
 
     query, entry keys, [index weights], [parent selection] -> f32[B, T, H, N]
 
-    `relu_weighted` sums its index heads itself, so it has one head; those of `index_dot` stand for
-    the key heads.  `bound` reads minmax keys.  With `within`, only children of the parent selection
-    are scored: f32[B, T, H, C].
+    `relu_weighted` and `relu_sum`, which has no weights, sum index heads themselves, all of them or
+    with `grouped` those of each group; those of `index_dot` stand for the key heads.  `bound` reads
+    minmax keys.  With `within`, only children of the parent selection are scored: f32[B, T, H, C].
     """
 
     level: str
-    form: Literal["dot", "bound", "index_dot", "relu_weighted"]
+    form: Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
     within: str | None
+    grouped: Literal[True] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """Vectors as they are kept in fewer bits, in float32; see the language's `index: {dtype}`."""
+
+    dtype: Literal["bf16", "fp8", "fp8_unscaled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +161,7 @@ class Select:
     counted: bool
     final: bool  # attended (top_k), or only expanded (beam)
     within: str | None
+    tail: Literal[True] | None = None  # the row's own entry while incomplete, on top
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +184,7 @@ class SelectSet:
     scope: Literal["row", "head"] | None = None
     least: int | None = None
     most: int | None = None
+    tail: Literal[True] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,11 +243,12 @@ class Pattern:
 class Attend:
     """One softmax over one branch's keys.
 
-    query, keys, values, [selection], [order] -> [B, T, Hq, Dv]
+    query, keys, values, [selection], [order], [sink] -> [B, T, Hq, Dv]
 
-    `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete, the
-    last `window` tokens, what a static `pattern` of units of `size` tokens shows, or all tokens.
-    `cut`: blocks are those of an order's slots, or clusters, as the last operand has them.
+    `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete or, with
+    a selection, those of them that are selected, the last `window` tokens, what a static `pattern` of
+    units of `size` tokens shows, or all tokens.  `latent`: values are the first Dv channels of keys.
+    `cut`: blocks are those of an order's slots, or clusters, as the operand of the order has them.
     """
 
     branch: str
@@ -247,6 +259,9 @@ class Attend:
     window: int | None
     pattern: Pattern | None = None
     cut: Cut | None = None
+    latent: Literal[True] | None = None
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+    sink: Literal[True] | None = None  # one more logit a head, in the denominator only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +271,19 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Union:
-    """One softmax over the union of the branches' keys, a raw token counted once."""
+    """One softmax over the union of the branches' keys, a raw token counted once.
+
+    branches..., [sink] -> [B, T, Hq, Dv]
+    """
+
+    sink: Literal[True] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputGate:
+    """o * sigmoid(gate), by channel or by head.  gate, o -> [B, T, Hq, Dv]"""
+
+    each: Literal["channel", "head"]
 
 
 Op = (
@@ -265,6 +292,7 @@ Op = (
     | Permute
     | Pool
     | Score
+    | Round
     | LogSumExp
     | Normalise
     | Reduce
@@ -274,4 +302,5 @@ Op = (
     | Attend
     | Gate
     | Union
+    | OutputGate
 )

@@ -15,10 +15,12 @@ from hsgen.graph.ops import (
     Map,
     Normalise,
     Op,
+    OutputGate,
     Permute,
     Pool,
     Reduce,
     Role,
+    Round,
     Score,
     Select,
     SelectSet,
@@ -72,10 +74,17 @@ def _about(graph: Graph, node: Node) -> str:
             gated = [graph[name].op for user in users for name in user.inputs[1:]]
             names = [op.branch for op in gated if isinstance(op, Attend)]
             return f"gate of each branch: {', '.join(names)}"
+        case "output_gate":
+            return "gate of the output, before its sigmoid"
         case "parameter":
-            return f"learned pooling{of}"
+            return _about_parameter(users, of)
         case _:
             assert_never(node.op.role)
+
+
+def _about_parameter(users: tuple[Node, ...], of: str) -> str:
+    softmaxes = [user for user in users if isinstance(user.op, Attend | Union)]
+    return f"learned sink{of}" if softmaxes else f"learned pooling{of}"
 
 
 def _owner(op: Op) -> str:
@@ -87,7 +96,7 @@ def _owner(op: Op) -> str:
             return f"level {op.level}"
         case Attend():
             return f"branch {op.branch}"
-        case Input() | LogSumExp() | Reduce() | Gate() | Union():
+        case Input() | Round() | LogSumExp() | Reduce() | Gate() | Union() | OutputGate():
             return ""
         case _:
             assert_never(op)

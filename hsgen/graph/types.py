@@ -17,9 +17,11 @@ from hsgen.graph.ops import (
     Map,
     Normalise,
     Op,
+    OutputGate,
     Permute,
     Pool,
     Reduce,
+    Round,
     Score,
     Select,
     SelectSet,
@@ -49,25 +51,34 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             return _map_type(op, types)
         case Select() | SelectSet():
             return _selection_type(op, operands)
-        case Attend():
-            return _attend_type(op, operands)
-        case Gate() | Union():
-            return _combined_type(op, operands)
+        case Attend() | Gate() | Union() | OutputGate():
+            return _output_type(op, operands)
+        case Round():
+            _need_count(types, 1)
+            return TensorType(dtype="f32", dims=types[0].dims)
         case _:
             assert_never(op)
 
 
-def _combined_type(op: Gate | Union, operands: Sequence[Node]) -> TensorType:
-    """Gates and branches, or branches alone."""
+def _output_type(op: Attend | Gate | Union | OutputGate, operands: Sequence[Node]) -> TensorType:
+    """Of what has a vector a row and query head."""
     types = [operand.type for operand in operands]
-    if isinstance(op, Gate):
-        need(len(types) >= 2, "gates need a tensor of gates and at least one branch")
-        need_dims(types[0], ("B", "T", "Hq", str(len(types) - 1)))
-        return _agree(types[1:])
-    need(len(types) >= 1, "a union needs at least one branch")
-    for operand in operands:
-        need(isinstance(operand.op, Attend), f"%{operand.name} is not an attend")
-    return _agree(types)
+    match op:
+        case Attend():
+            return _attend_type(op, operands)
+        case Gate():
+            need(len(types) >= 2, "gates need a tensor of gates and at least one branch")
+            need_dims(types[0], ("B", "T", "Hq", str(len(types) - 1)))
+            return _agree(types[1:])
+        case Union():
+            return _union_type(op, operands)
+        case OutputGate():
+            _need_count(types, 2)
+            need_dims(types[0], ("B", "T", "Hq", *(("Dv",) if op.each == "channel" else ())))
+            need_dims(types[1], ("B", "T", "Hq", "Dv"))
+            return types[1]
+        case _:
+            assert_never(op)
 
 
 def need(condition: bool, message: str) -> None:
@@ -145,6 +156,18 @@ def _pool_type(op: Pool, operands: Sequence[Node]) -> TensorType:
     return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *dims[2:-1], *rows, dim))
 
 
+def _union_type(op: Union, operands: Sequence[Node]) -> TensorType:
+    branches = operands[:-1] if op.sink else operands
+    need(len(branches) >= 1, "a union needs at least one branch")
+    if op.sink:
+        need_dims(operands[-1].type, ("Hq",))
+    for branch in branches:
+        need(isinstance(branch.op, Attend), f"%{branch.name} is not an attend")
+        assert isinstance(branch.op, Attend)
+        need(branch.op.sink is None, f"%{branch.name} has a sink of its own inside a union")
+    return _agree([branch.type for branch in branches])
+
+
 def _entry_dim(op: Score, keys: Node) -> str:
     """N_x or C_x; checked against the keys, which are pooled entries or, for tokens, raw."""
     tokens = op.size == op.stride == 1 and keys.type.dims[1] == "S"
@@ -159,7 +182,7 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     weighted = op.form == "relu_weighted"
     _need_count(operands, 2 + weighted + (op.within is not None))
     query, keys = operands[0].type, operands[1]
-    if weighted or op.form == "index_dot":
+    if op.form in ("relu_weighted", "relu_sum", "index_dot"):
         need_dims(query, ("B", "T", "Hi", "Di"))
         need(keys.type.dims[2:] == ("Di",), f"expected [B, N, Di], got {keys.type}")
         if weighted:
@@ -171,7 +194,8 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
         need(keys.type.dims[2:] == vectors, f"expected [{expected}], got {keys.type}")
     if op.within is not None:
         _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
-    heads = {"relu_weighted": "1", "index_dot": "Hkv"}.get(op.form, "Hq")
+    summed = "Hkv" if op.grouped else "1"
+    heads = {"relu_weighted": summed, "relu_sum": summed, "index_dot": "Hkv"}.get(op.form, "Hq")
     return TensorType(dtype="f32", dims=("B", "T", heads, _entry_dim(op, keys)))
 
 
@@ -260,7 +284,8 @@ def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
     forced = op.first + op.last
     need(op.k >= 1, "a selection of nothing")
     need(not op.counted or op.k >= forced, f"{forced} entries are forced into {op.k}")
-    need(op.width == op.k + (0 if op.counted else forced), f"width {op.width} does not fit")
+    more = (0 if op.counted else forced) + bool(op.tail)
+    need(op.width == op.k + more, f"width {op.width} does not fit")
     return TensorType(dtype="i32", dims=(batch, rows, heads, f"K_{op.level}"))
 
 
@@ -277,25 +302,30 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
 
 def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     selected = op.over in ("blocks", "tokens")
+    if op.sink:
+        *operands, sink = operands
+        need_dims(sink.type, ("Hq",))
     operands = _cut_from(op.cut, operands, None)
     _need_count(operands, *((4,) if selected else (3, 4) if op.over == "pooled" else (3,)))
+    selection = operands[3] if len(operands) == 4 else None
     query, keys, values = (operand.type for operand in operands[:3])
     need_dims(query, ("B", "T", "Hq", "Dqk"))
     need(keys.dims[1] == values.dims[1], f"keys {keys} and values {values} differ in length")
     rows = keys.dims[1]
     need((rows != "S") == (op.over == "pooled"), f"keys {keys} do not fit over={op.over}")
     need_dims(keys, ("B", rows, "Hkv", "Dqk"))
-    need_dims(values, ("B", rows, "Hkv", "Dv"))
+    need_dims(values, ("B", rows, "Hkv", "Dqk" if op.latent else "Dv"))
     need((op.window is not None) == (op.over == "window"), "a window is attended with over=window")
     need(
         (op.pattern is not None) == (op.over == "static"), "a pattern is attended with over=static"
     )
     need(op.over != "tokens" or op.size == 1, f"tokens have size 1, not {op.size}")
-    if len(operands) == 4:
-        select = operands[3].op
+    if selection is not None:
+        select = selection.op
         need(
             isinstance(select, Select | SelectSet)
-            and (select.size, select.stride) == (op.size, op.stride),
-            f"%{operands[3].name} is not a selection of entries of {op.size}",
+            and (select.size, select.stride) == (op.size, op.stride)
+            and (op.over != "pooled" or rows == f"N_{select.level}"),
+            f"%{selection.name} is not a selection of entries of {op.size}",
         )
     return TensorType(dtype="input", dims=("B", "T", "Hq", "Dv"))

@@ -6,13 +6,24 @@ from typing import Literal
 
 from hsgen import spec as language
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, AxisWindow, Cut, Gate, LogSumExp, Node, Outputs, Pattern, Union
+from hsgen.graph import (
+    Attend,
+    AxisWindow,
+    Cut,
+    Gate,
+    LogSumExp,
+    Node,
+    OutputGate,
+    Outputs,
+    Pattern,
+    Union,
+)
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.entries import pooled
 from hsgen.planner.orders import cut_of, order
 
 
-def plan_branch(builder: Builder, i: int, branch: language.Attend) -> Node:
+def plan_branch(builder: Builder, branch: language.Attend) -> Node:
     """One attend and its log-sum-exp."""
     if branch.over is None:
         over = "static" if branch.static else "all" if branch.window == "all" else "window"
@@ -22,25 +33,31 @@ def plan_branch(builder: Builder, i: int, branch: language.Attend) -> Node:
     else:
         level = builder.spec.level(branch.over)
         if branch.values == "pooled":
-            return _plan_pooled_branch(builder, i, branch, level)
+            return _plan_pooled_branch(builder, branch, level)
         over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
         op = _attend(builder, branch, over=over, partition=level.partition, cut=cut_of(level))
         chosen = (builder.selections[level.name], *order(builder, level))
-    operands = [builder.query(), builder.keys(branch.kv), builder.values(branch.kv)]
-    return _with_log_sum_exp(builder, branch, op, *operands, *chosen)
+    keys = builder.keys(branch.kv)
+    values = keys if branch.storage else builder.values(branch.kv)
+    return _with_log_sum_exp(builder, branch, op, builder.query(), keys, values, *chosen)
 
 
-def _plan_pooled_branch(
-    builder: Builder, i: int, branch: language.Attend, level: language.Level
-) -> Node:
+def _plan_pooled_branch(builder: Builder, branch: language.Attend, level: language.Level) -> Node:
+    """All entries of a level, or those that it selects.
+
+    Raises:
+        PlanError: the level narrows another's choice without choosing itself.
+    """
     if level.select is None and level.within is not None:
         raise PlanError(
             f"branch '{branch.name}' attends pooled children of a beam: the graph has no operator yet",
-            span=builder.spec.span("attend", i, "values"),
+            span=builder.place(branch, "values"),
             help=f"write 'select' in '{level.name}', or attend a level without 'within'",
         )
     keys = pooled(builder, level, builder.keys(level.kv), "key")
-    values = pooled(builder, level, builder.values(level.kv), "value")
+    values = keys
+    if branch.storage is None:
+        values = pooled(builder, level, builder.values(level.kv), "value")
     op = _attend(builder, branch, over="pooled", partition=level.partition)
     selection = builder.selections.get(level.name)
     return _with_log_sum_exp(builder, branch, op, builder.query(), keys, values, *some(selection))
@@ -53,7 +70,8 @@ def _with_log_sum_exp(
     at = builder.place(
         branch, "static" if branch.static else "window" if branch.over is None else said
     )
-    made = builder.add(f"{branch.name}.o", op, *operands, at=at)
+    sink = builder.input(f"{branch.name}_sink", "parameter", "Hq") if branch.sink else None
+    made = builder.add(f"{branch.name}.o", op, *operands, *some(sink), at=at)
     builder.add(f"{branch.name}.lse", LogSumExp(), made)
     return made
 
@@ -69,12 +87,15 @@ def _attend(
     return Attend(
         branch=branch.name,
         over=over,
-        scale=builder.attention_scale(),
+        scale=builder.attention_scale() if branch.scale is None else branch.scale,
         size=partition.size,
         stride=partition.stride,
         window=None if branch.window == "all" else branch.window,
         pattern=_pattern(builder.spec, branch.static) if branch.static else None,
         cut=cut,
+        latent=True if branch.storage else None,
+        softcap=branch.softcap,
+        sink=True if branch.sink else None,
     )
 
 
@@ -122,9 +143,16 @@ def plan_combine(builder: Builder, branches: list[Node]) -> Outputs:
         made = builder.add("o", Gate(), gates, *branches)
     elif combine.softmax is not None:
         at = builder.spec.span("combine", "softmax")
-        made = builder.add("o", Union(), *branches, at=at)
+        sink = builder.input("sink", "parameter", "Hq") if combine.sink else None
+        union = Union(sink=True if combine.sink else None)
+        made = builder.add("o", union, *branches, *some(sink), at=at)
         lse = {"o": builder.add("lse", LogSumExp(), made).name}
     else:
         (made,) = branches
+    if combine.output_gate is not None:
+        at = builder.spec.span("combine", "output_gate")
+        width = ("Dv",) if combine.output_gate == "channel" else ()
+        gate = builder.input("output_gate", "output_gate", "B", "T", "Hq", *width)
+        made = builder.add("gated", OutputGate(each=combine.output_gate), gate, made, at=at)
     selection = {level: node.name for level, node in builder.selections.items()}
     return Outputs(o=made.name, lse=lse, selection=selection)

@@ -22,7 +22,7 @@ def plan(spec: language.Spec) -> Graph:
     builder = Builder(spec=language.verify(spec))
     for level in spec.levels:
         _plan_level(builder, level)
-    branches = [plan_branch(builder, i, branch) for i, branch in enumerate(spec.attend)]
+    branches = [plan_branch(builder, branch) for branch in spec.attend]
     outputs = plan_combine(builder, branches)
     graph = Graph.build(
         builder.nodes.values(), outputs=outputs, sizes=_sizes(spec), meta=_meta(spec)

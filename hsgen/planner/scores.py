@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hsgen import spec as language
-from hsgen.graph import LogSumExp, Map, Node, Normalise, Reduce, Score
+from hsgen.graph import LogSumExp, Map, Node, Normalise, Reduce, Round, Score
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.entries import score_keys, score_query
 
@@ -19,8 +19,11 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         size=level.partition.size,
         stride=level.partition.stride,
         within=level.within,
+        grouped=True if score.sums_index and score.share == "group" else None,
     )
     operands = [score_query(builder, level), score_keys(builder, level)]
+    if score.by_index:
+        operands = [_rounded(builder, operand) for operand in operands]
     if score.form == "relu_weighted":
         operands.append(builder.input("w_index", "index_weights", "B", "T", "Hi"))
     at = builder.place(level, "score", "form")
@@ -35,6 +38,15 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
     at = builder.place(level, "score", "share")
     reduce = Reduce(share=score.share, how=score.reduce)
     return builder.add(f"{level.name}.reduced", reduce, made, at=at)
+
+
+def _rounded(builder: Builder, vectors: Node) -> Node:
+    """Vectors of the index as they are kept."""
+    dtype = builder.spec.index.dtype if builder.spec.index else "input"
+    if dtype == "input":
+        return vectors
+    at = builder.spec.span("index", "dtype")
+    return builder.add(f"{vectors.name}.rounded", Round(dtype=dtype), vectors, at=at)
 
 
 def _scale(builder: Builder, score: language.Score) -> float | None:

@@ -18,6 +18,7 @@ def select(level: language.Level, select: language.Select) -> Select:
         counted=select.force.counted,
         final=select.top_k is not None,
         within=level.within,
+        tail=True if select.force.tail else None,
     )
 
 
@@ -39,4 +40,5 @@ def select_set(level: language.Level, select: language.Select) -> SelectSet:
         scope=top_p.scope if top_p else None,
         least=top_p.min if top_p else None,
         most=top_p.max if top_p else None,
+        tail=True if select.force.tail else None,
     )

@@ -13,7 +13,7 @@ from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import dot, softmax
-from hsgen.spec import Attend, Static
+from hsgen.spec import Attend, Combine, Static
 
 
 def what_is_seen(rows: Rows, levels: dict[str, Scored]) -> dict[str, Keys]:
@@ -22,18 +22,40 @@ def what_is_seen(rows: Rows, levels: dict[str, Scored]) -> dict[str, Keys]:
 
 
 def attend_all(rows: Rows, branches: dict[str, Keys]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Every branch, combined.  -> o [T, Hq, Dv], lse {branch: [T, Hq]}"""
-    combine, q = rows.spec.combine, rows.x["q"]
-    if combine and combine.softmax:
-        o, lse = _attention(q, _union(list(branches.values())))
+    """Every branch, combined.  -> o [T, Hq, Dv], lse {branch: [T, Hq]}
+
+    A sink is in no log-sum-exp: o is what it would be without, times sigmoid(lse - sink).
+    """
+    combine = rows.spec.combine or Combine()
+    o, lse = _combined(rows, combine, branches)
+    if combine.output_gate:
+        gate = rows.x["output_gate"].sigmoid()
+        o = o * (gate if combine.output_gate == "channel" else gate.unsqueeze(-1))
+    return o, lse
+
+
+def _combined(
+    rows: Rows, combine: Combine, branches: dict[str, Keys]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    q = rows.x["q"]
+    if combine.softmax:
+        sink = rows.x["sink"] if combine.sink else None
+        o, lse = _attention(q, _union(list(branches.values())), rows.spec.attend[0], sink)
         return o, {"o": lse}
-    outputs = {name: _attention(q, [keys]) for name, keys in branches.items()}
+    outputs = {
+        branch.name: _attention(q, [branches[branch.name]], branch, _sink_of(rows, branch))
+        for branch in rows.spec.attend
+    }
     parts = torch.stack([o for o, _ in outputs.values()], -1)  # [T, Hq, Dv, branches]
     lse = {name: lse for name, (_, lse) in outputs.items()}
-    if combine and combine.gates:
+    if combine.gates:
         return (parts * rows.x["gates"].unsqueeze(2)).sum(-1), lse
     assert len(outputs) == 1, "several branches need `combine`"
     return parts[..., 0], lse
+
+
+def _sink_of(rows: Rows, branch: Attend) -> Tensor | None:
+    return rows.x[f"{branch.name}_sink"] if branch.sink else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,8 +79,10 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
         visible = level.complete[:, None] & level.candidates
         if level.chosen is not None:
             visible = visible & level.chosen
-        return Keys(source=branch.over, raw=False, k=keys["key"], v=keys["value"], visible=visible)
-    k, v = rows.x[named("k", branch.kv)], rows.x[named("v", branch.kv)]
+        v = _latent(rows, keys["key"]) if branch.storage else keys["value"]
+        return Keys(source=branch.over, raw=False, k=keys["key"], v=v, visible=visible)
+    k = rows.x[named("k", branch.kv)]
+    v = _latent(rows, k) if branch.storage else rows.x[named("v", branch.kv)]
     distance = (rows.p[:, None] - torch.arange(len(k), device=k.device)).unsqueeze(1)  # [T, 1, S]
     visible = distance >= 0 if rows.spec.causal else torch.ones_like(distance, dtype=torch.bool)
     if branch.static:
@@ -73,7 +97,14 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
         chosen = levels[branch.over].chosen
         assert chosen is not None, f"{branch.over} is attended raw and must select"
         visible = visible & token_mask(rows, rows.spec.level(branch.over), chosen)
-    return Keys(source=f"raw {branch.kv or ''}", raw=True, k=k, v=v, visible=visible)
+    source = f"raw {branch.kv or ''} {branch.storage or ''}"
+    return Keys(source=source, raw=True, k=k, v=v, visible=visible)
+
+
+def _latent(rows: Rows, k: Tensor) -> Tensor:
+    """The first v channels of every key, which are its value.  [S, H, D] -> [S, H, Dv]"""
+    assert rows.spec.head_dim is not None, "head_dim must be bound"
+    return k[..., : rows.spec.head_dim.v]
 
 
 def _static_mask(static: Static, p: Tensor, S: int, Hq: int, causal: bool) -> Tensor:
@@ -120,12 +151,22 @@ def _union(branches: list[Keys]) -> list[Keys]:
     return list(merged.values())
 
 
-def _attention(q: Tensor, parts: list[Keys]) -> tuple[Tensor, Tensor]:
-    """One softmax over all keys of all parts.  q: [T, Hq, D] -> o [T, Hq, Dv], lse [T, Hq]"""
+def _attention(
+    q: Tensor, parts: list[Keys], how: Attend, sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One softmax over all keys of all parts.  q: [T, Hq, D] -> o [T, Hq, Dv], lse [T, Hq]
+
+    how: scale and softcap, which all parts have in common.  sink: [Hq], one more logit.
+    """
     Hq = q.shape[1]
-    logits = torch.cat([dot(q, part.k) for part in parts], -1) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if how.scale is None else how.scale
+    logits = torch.cat([dot(q, part.k) for part in parts], -1) * scale
+    if how.softcap is not None:
+        logits = how.softcap * (logits / how.softcap).tanh()
     visible = torch.cat([spread(part.visible, Hq) for part in parts], -1)
     weights, lse = softmax(logits, visible)
     v = torch.cat([part.v for part in parts])  # [S, Hkv, Dv]
+    if sink is not None:
+        weights = weights * (lse - sink).sigmoid().unsqueeze(-1)
     grouped = weights.unflatten(1, (v.shape[1], -1))
     return torch.einsum("tkgs,skd->tkgd", grouped, v).flatten(1, 2), lse

@@ -32,8 +32,21 @@ def order(scores: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
     return by_score.gather(-1, by_rank)
 
 
-def choose(select: Select, scores: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
-    """Keep the best candidates.  f[T, Hs, N], bool[T, Hs, N], bool[T, Hs, N] -> bool[T, Hs, N]"""
+def choose(
+    select: Select,
+    scores: Tensor,
+    candidates: Tensor,
+    forced: Tensor,
+    *,
+    tail: Tensor | None = None,
+) -> Tensor:
+    """Keep the best candidates.  f[T, Hs, N], bool[T, Hs, N], bool[T, Hs, N] -> bool[T, Hs, N]
+
+    tail: bool[T, 1, N], of the forced those that are on top of whatever the rule keeps.
+    """
+    if tail is not None:
+        tail = tail & candidates
+        return choose(select, scores, candidates & ~tail, forced & ~tail) | tail
     forced = forced & candidates
     if select.threshold is not None:
         return ((scores > select.threshold) & candidates) | forced

@@ -40,8 +40,22 @@ def forced_entries(rows: Rows, level: Level) -> Tensor:
         return torch.zeros_like(begun)
     force, layout = level.select.force, rows.layouts[level.name]
     unit = torch.searchsorted(layout.units, layout.starts)
-    own = torch.searchsorted(layout.units, rows.p, right=True)[:, None] - 1
-    return ((unit < force.first) & begun) | ((unit > own - force.last) & (unit <= own))
+    own = _own_unit(rows, level)
+    last = (unit > own - force.last) & (unit <= own)
+    forced = ((unit < force.first) & begun) | last
+    return forced | tail_entries(rows, level) if force.tail else forced
+
+
+def tail_entries(rows: Rows, level: Level) -> Tensor:
+    """The entry that each row stands in, as long as it is incomplete.  -> bool[T, N]"""
+    layout = rows.layouts[level.name]
+    unit = torch.searchsorted(layout.units, layout.starts)
+    return (unit == _own_unit(rows, level)) & ~complete_entries(rows, level)
+
+
+def _own_unit(rows: Rows, level: Level) -> Tensor:
+    """The last unit that starts at or before each row.  -> i64[T, 1]"""
+    return torch.searchsorted(rows.layouts[level.name].units, rows.p, right=True)[:, None] - 1
 
 
 def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored]) -> Tensor:

@@ -68,9 +68,23 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
     for branch in spec.attend:
         if branch.values == "raw":
             found[named("k", branch.kv)] = keys
+        if branch.values == "raw" and branch.storage is None:
             found[named("v", branch.kv)] = values
-    if spec.combine and spec.combine.gates:
+        if branch.sink:
+            found[f"{branch.name}_sink"] = ("parameter", ("Hq",))
+    return found | _of_combine(spec)
+
+
+def _of_combine(spec: Spec) -> dict[str, _TensorInput]:
+    combine = spec.combine
+    found: dict[str, _TensorInput] = {}
+    if combine and combine.gates:
         found["gates"] = ("query", ("Hq", len(spec.attend)))
+    if combine and combine.sink:
+        found["sink"] = ("parameter", ("Hq",))
+    if combine and combine.output_gate:
+        width = ("Dv",) if combine.output_gate == "channel" else ()
+        found["output_gate"] = ("query", ("Hq", *width))
     return found
 
 

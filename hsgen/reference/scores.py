@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hsgen.reference.rounding import stored
 from hsgen.reference.rows import Rows, Scored
 from hsgen.spec import Level
 
@@ -25,17 +26,27 @@ def raw_scores(level: Level, rows: Rows) -> Tensor:
             q = x["q"]  # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
             most = dot(q.clamp(max=0), low) + dot(q.clamp(min=0), high)
             return most * _scale(level, q.shape[-1])
-        case "index_dot":
-            scores = torch.einsum("thd,nd->thn", x["q_index"], keys[:, 0])
-            return scores * _scale(level, 1)
-        case "relu_weighted":
-            heads = torch.einsum("thd,nd->thn", x["q_index"], keys[:, 0]).relu()
-            total = torch.einsum("th,thn->tn", x["w_index"], heads)
-            return total.unsqueeze(1) * _scale(level, 1)
+        case "index_dot" | "relu_weighted" | "relu_sum":
+            return _by_index(level, rows, keys[:, 0]) * _scale(level, 1)
         case None:
             raise AssertionError(f"level {level.name} has neither `form` nor `from`")
         case form:
             assert_never(form)
+
+
+def _by_index(level: Level, rows: Rows, keys: Tensor) -> Tensor:
+    """Scores of the index's heads, each or summed for those who share.  keys: [N, Di] -> [T, H, N]"""
+    assert rows.spec.index is not None, "a level that scores by the index needs one"
+    dtype = rows.spec.index.dtype
+    q, k = stored(rows.x["q_index"], dtype), stored(keys, dtype)
+    scores = torch.einsum("thd,nd->thn", q, k)
+    if not level.score.sums_index:
+        return scores
+    scores = scores.relu()
+    if level.score.form == "relu_weighted":
+        scores = scores * rows.x["w_index"].unsqueeze(-1)
+    heads = rows.Hkv if level.score.share == "group" else 1
+    return scores.unflatten(1, (heads, -1)).sum(2)
 
 
 def _scale(level: Level, width: int) -> float:
@@ -56,7 +67,7 @@ def over_heads(level: Level, scores: Tensor, Hkv: int) -> Tensor:
     """Make heads agree.  [T, H, N] -> [T, Hs, N]; consecutive heads share."""
     H, how = scores.shape[1], level.score.reduce
     heads = {"head": H, "group": min(Hkv, H), "all": 1}[level.score.share]
-    if level.score.source and how is None:
+    if (level.score.source or level.score.sums_index) and how is None:
         return scores
     if heads == H:
         return scores

@@ -11,7 +11,13 @@ from torch.nn import functional as F
 
 from hsgen.reference.attention import attend_all, what_is_seen
 from hsgen.reference.choice import choose
-from hsgen.reference.entries import begun_entries, complete_entries, forced_entries, inside_beam
+from hsgen.reference.entries import (
+    begun_entries,
+    complete_entries,
+    forced_entries,
+    inside_beam,
+    tail_entries,
+)
 from hsgen.reference.inputs import some_keys, tensor_kinds
 from hsgen.reference.layouts import layout_of
 from hsgen.reference.pools import pooled_entries
@@ -148,7 +154,8 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         )
         chosen = chosen & begun_entries(rows, level)[:, None]
     elif level.select:
-        chosen = choose(level.select, scores.detach(), candidates, forced)
+        tail = tail_entries(rows, level)[:, None] if level.select.force.tail else None
+        chosen = choose(level.select, scores.detach(), candidates, forced, tail=tail)
     return Scored(
         complete=complete,
         candidates=candidates,

@@ -50,9 +50,8 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
     antidiagonal avg_pool bias budget_from by centroid code_match columns cosine diagonals
-    dtype early_stop given grid halving loss max_min_mean
-    mlp pages quota ragged reuse rotate route sample sink softcap softmax_mass
-    stripes tail then tile tree upsample
+    early_stop given grid halving loss pages quota ragged reuse route sample softmax_mass
+    stripes tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 
@@ -581,7 +580,7 @@ def _expected(path: Path) -> str:
     part, limits = _part(path)
     if path[-1] == "head_dim":
         return "a whole number, or a mapping {qk: ..., v: ...}"
-    if path[-1] == "scale":
+    if path[-2:] == ("score", "scale"):
         return "a number from 1e-9 to 1e9 or none"
     if any(get_origin(one) is Annotated for one in get_args(part)) and _words(part):
         return f"a whole number from 1 to {MAX_COUNT} or {_words(part)[0]}"  # a Count or a word

@@ -15,6 +15,7 @@ NESTED = {"three_levels": SPECS.parent / "examples" / "three_levels.yaml"}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "gna": "branch near: no kernel attends a static pattern yet",
+    "dsa": "%k_index.rounded: no kernel scores vectors kept in fp8 yet",
     "moa": "branch elastic: no kernel attends a static pattern yet",
     "power_attention": "branch powers: no kernel attends a static pattern yet",
     "s2_attention": "branch sharded: no kernel attends a static pattern yet",
@@ -25,6 +26,7 @@ PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
 # Specs put together from loops that another has too: a few of the covering cases and, on the CPU, every
 # other probe in one dtype and every third law (on a GPU all).  All others get all of them.
 ALIKE: dict[str, str] = {
+    "dsa_gqa": "hisa",
     "infllm_v2": "nsa",
     "kinetics": "moba",
     "minimax_m3": "hisa",

@@ -37,7 +37,7 @@ from hsgen.spec.model.scalars import (
     Scale,
     Text,
 )
-from hsgen.spec.model.scores import MapHow, Reduce, Score, ScoreForm, Share
+from hsgen.spec.model.scores import MapHow, Reduce, Score, ScoreForm, Share, Stored
 from hsgen.spec.model.whole import HeadDim, Heads, Index, Level, Spec
 
 __all__ = [
@@ -87,6 +87,7 @@ __all__ = [
     "SortInSegment",
     "Spec",
     "Static",
+    "Stored",
     "Text",
     "Tokens",
     "TopP",

@@ -15,6 +15,7 @@ from hsgen.spec.model.scalars import (
     Identifier,
     Node,
     PerAxis,
+    Scale,
 )
 
 
@@ -82,10 +83,22 @@ class Attend(Node):
     static: Static | None = None
     values: Literal["raw", "pooled"] = "raw"
     kv: Identifier | None = None  # attends `k_<kv>`, `v_<kv>` instead of `k`, `v`
+    # latent: there are no values; a key's first v channels are its value, as in absorbed MLA
+    storage: Literal["latent"] | None = None
+    scale: Scale | None = None  # of logits; None: 1/sqrt(qk dim)
+    softcap: Scale | None = None  # logits become softcap * tanh(logits / softcap)
+    # one more logit a head, input `<name>_sink`, in the denominator only: it has no value
+    sink: Literal["learned"] | None = None
 
 
 class Combine(Node):
-    """`gates`: o = sum of gate * branch.  `softmax`: one softmax over the union of all branches."""
+    """`gates`: o = sum of gate * branch.  `softmax`: one softmax over the union of all branches.
+
+    `output_gate` multiplies what comes of that, or of a single branch, by a sigmoid.
+    """
 
     gates: Literal["input"] | None = None
     softmax: Literal["union"] | None = None
+    sink: Literal["learned"] | None = None  # one logit a head, input `sink`, for the whole union
+    # o * sigmoid(input `output_gate`), which has a number a channel, or a number a head
+    output_gate: Literal["channel", "head"] | None = None

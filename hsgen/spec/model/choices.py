@@ -18,6 +18,9 @@ class Force(Node):
     first: Forced = 0
     last: Forced = 0
     counted: bool = True  # inside `top_k`; false: on top of it
+    # the entry that the query stands in, while it is incomplete: its tokens up to the query, raw,
+    # on top of what is counted
+    tail: bool | None = None
 
 
 class TopP(Node):
@@ -66,4 +69,4 @@ class Select(Node):
     def width(self) -> int:
         """Slots of one row of the selection, where counts do not vary."""
         extra = 0 if self.force.counted else self.force.first + self.force.last
-        return self.budget + extra
+        return self.budget + extra + bool(self.force.tail)

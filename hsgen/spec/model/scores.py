@@ -7,7 +7,10 @@ from typing import ClassVar, Literal
 
 from hsgen.spec.model.scalars import Identifier, Node, Scale
 
-ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted"]
+ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum"]
+
+
+Stored = Literal["input", "bf16", "fp8", "fp8_unscaled"]  # how vectors of an index are kept
 
 
 MapHow = Literal["overlap_sum", "overlap_max", "sum", "max"]
@@ -24,6 +27,8 @@ class Score(Node):
 
     `bound`: the most that a key between an entry's minmax keys can score, channel by channel.
     `index_dot`: index head h scores for the group of key head h.
+    `relu_weighted`, `relu_sum`: the sum of relu(dot) over index heads, weighted by `w_index` or not;
+    with `share: group` over those of a group, the first Hi / Hkv heads for key head 0 and so on.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"from": "source"}
@@ -39,4 +44,9 @@ class Score(Node):
     @property
     def by_index(self) -> bool:
         """Whether queries and keys are those of the index."""
-        return self.form in ("index_dot", "relu_weighted")
+        return self.form in ("index_dot", "relu_weighted", "relu_sum")
+
+    @property
+    def sums_index(self) -> bool:
+        """Whether the score is a sum over heads of the index."""
+        return self.form in ("relu_weighted", "relu_sum")

@@ -27,7 +27,7 @@ from hsgen.spec.model.scalars import (
     Text,
     count,
 )
-from hsgen.spec.model.scores import Score
+from hsgen.spec.model.scores import Score, Stored
 
 
 class Heads(Node):
@@ -50,11 +50,16 @@ class HeadDim(Node):
 
 
 class Index(Node):
-    """A separate low-cost scorer: `q_index [B,T,Hi,Di]`, `k_index [B,S,Di]`, `w_index [B,T,Hi]`."""
+    """A separate low-cost scorer: `q_index [B,T,Hi,Di]`, `k_index [B,S,Di]`, `w_index [B,T,Hi]`.
+
+    dtype: `input` as given.  All others round to bf16 first.  `fp8`: e4m3 by a power-of-two scale a
+    vector, the least that keeps its greatest number at most 448.  `fp8_unscaled`: e4m3 as they are.
+    """
 
     heads: Count  # of the index's queries
     dim: Count  # length of one head's query, and of a key
-    dtype: Literal["input"] = "input"  # scores are of tensors as they are given
+    # what queries and entry keys are rounded to before they are multiplied; see `Stored`
+    dtype: Stored = "input"
     keys: Literal["shared"] = "shared"  # all heads of the index have the same keys
 
 
@@ -185,15 +190,32 @@ class Spec(Node):
         return self.model_copy(update={field: value})
 
 
-# keys that the language got later: a spec that does not say them keeps the digest it had before
-_NEWS = {"fraction", "threshold", "top_p", "static", "lse_from", "axes", "grid", "permute"}
+# keys that the language got later: a spec that does not say them keeps the digest it had before;
+# `attend.scale`: of branches alone, since scores have always had one
+_NEWS = {
+    "fraction",
+    "threshold",
+    "top_p",
+    "static",
+    "lse_from",
+    "axes",
+    "grid",
+    "permute",
+    "storage",
+    "attend.scale",
+    "softcap",
+    "sink",
+    "output_gate",
+    "tail",
+}
 
 
-def _without_news(fields: object) -> object:
-    """Fields of a dump without those that are new and say nothing."""
+def _without_news(fields: object, of: str = "") -> object:
+    """Fields of a dump without those that are new and say nothing; `of`: the key that holds them."""
     if isinstance(fields, list):
-        return [_without_news(item) for item in cast("list[object]", fields)]
+        return [_without_news(item, of) for item in cast("list[object]", fields)]
     if not isinstance(fields, dict):
         return fields
     items = cast("dict[str, object]", fields).items()
-    return {key: _without_news(x) for key, x in items if key not in _NEWS or x is not None}
+    said = ((key, x) for key, x in items if x is not None or not {key, f"{of}.{key}"} & _NEWS)
+    return {key: _without_news(x, key) for key, x in said}

@@ -38,7 +38,9 @@ def branches(spec: Spec) -> Iterator[Problem]:
             yield from _static(spec, branch.static, (*path, "static"))
         if branch.over in levels:
             j, level = levels[branch.over]
-            yield from _pooled(i, j, level) if branch.values == "pooled" else _raw(i, j, level)
+            sides = ("keys",) if branch.storage else ("keys", "values")
+            pooled = branch.values == "pooled"
+            yield from _pooled(i, j, level, sides) if pooled else _raw(i, j, level)
 
 
 def _static(spec: Spec, static: Static, path: Path) -> Iterator[Problem]:
@@ -84,9 +86,9 @@ def _static(spec: Spec, static: Static, path: Path) -> Iterator[Problem]:
         )
 
 
-def _pooled(i: int, j: int, level: Level) -> Iterator[Problem]:
+def _pooled(i: int, j: int, level: Level, sides: tuple[str, ...]) -> Iterator[Problem]:
     pool = level.pool
-    lacking = [key for key in ("keys", "values") if pool is None or getattr(pool, key) is None]
+    lacking = [key for key in sides if pool is None or getattr(pool, key) is None]
     if isinstance(level.partition, Tokens):
         wrong = "a token is not pooled"
         help = "remove 'values'"
@@ -133,7 +135,9 @@ def combines(spec: Spec) -> Iterator[Problem]:
                 help="write 'combine: {gates: input}' or 'combine: {softmax: union}' at the top",
                 also=(("combine",),),
             )
-    elif (combine.gates is None) == (combine.softmax is None):
+    elif (combine.gates and combine.softmax) or not (
+        combine.gates or combine.softmax or (combine.output_gate and len(spec.attend) == 1)
+    ):
         yield Problem(
             code="HS077",
             path=("combine",),

@@ -66,7 +66,7 @@ def _share(spec: Spec, level: Level) -> str:
         if level.score.source not in levels:
             break
         level = levels[level.score.source]
-    return "all" if level.score.form == "relu_weighted" else level.score.share
+    return level.score.share
 
 
 def selects(spec: Spec) -> Iterator[Problem]:
@@ -160,9 +160,10 @@ def _select_use(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
     """A selection that nothing attends or expands."""
     assert level.select is not None
     expanded = any(other.within == level.name for other in spec.levels)
-    attended = any(b.over == level.name and b.values == "raw" for b in spec.attend)
+    attended = any(b.over == level.name for b in spec.attend)
+    raw = any(b.over == level.name and b.values == "raw" for b in spec.attend)
     also = (*uses(spec), *_select_keys(path))
-    if level.select.beam is not None and not expanded and not attended:
+    if level.select.beam is not None and not expanded and not raw:
         yield Problem(
             code="HS068",
             path=(*path, "beam"),

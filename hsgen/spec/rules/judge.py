@@ -11,6 +11,7 @@ from hsgen.spec.rules.names import references, tensor_names, unique_names
 from hsgen.spec.rules.orders import orders
 from hsgen.spec.rules.problem import Problem, Rule
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
+from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
 
 
 def problems(spec: Spec, broken: set[Path] | None = None) -> list[Problem]:
@@ -58,4 +59,7 @@ _RULES: tuple[Rule, ...] = (
     kvs,
     axes,
     grid_windows,
+    latents,
+    one_softmax,
+    tails,
 )

@@ -15,6 +15,8 @@ _ARGUMENTS = {
     **dict.fromkeys(("k_new", "v_new"), "new tokens of a decode step"),
     **dict.fromkeys(("k_pages", "v_pages"), "the pages of a cache"),
     "gates": "the gates",
+    "output_gate": "the gate of the output",
+    "sink": "the sink of the union",
 }
 
 
@@ -126,6 +128,9 @@ def _tensors(spec: Spec) -> Iterator[tuple[Path, str, str]]:
     for i, level in enumerate(spec.levels):
         for name in _learned(level):
             yield ("levels", i, "name"), name, f"a weight of the level '{level.name}'"
+    for i, branch in enumerate(spec.attend):
+        if branch.sink is not None:
+            yield ("attend", i, "name"), f"{branch.name}_sink", f"the sink of '{branch.name}'"
 
 
 def _learned(level: Level) -> Iterator[str]:

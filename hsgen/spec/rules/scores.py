@@ -88,6 +88,7 @@ def _by_index(spec: Spec, score: Score, path: Path) -> Iterator[Problem]:
         if score.form == "index_dot"
         else ("all", "the index heads are one score")
     )
+    fits = score.share == wanted or (score.sums_index and score.share == "group")
     if spec.index is None:
         yield Problem(
             code="HS061",
@@ -105,7 +106,9 @@ def _by_index(spec: Spec, score: Score, path: Path) -> Iterator[Problem]:
             help=f"write 'heads: {spec.heads.kv}'",
             also=((*path, "form"), ("heads", "kv")),
         )
-    if score.share != wanted:
+    elif score.sums_index and score.share == "group" and spec.heads:
+        yield from _heads_in_groups(spec.index.heads, spec.heads.kv, path)
+    if not fits:
         yield Problem(
             code="HS062",
             path=(*path, "share") if "share" in score.model_fields_set else (*path, "form"),
@@ -120,6 +123,20 @@ def _by_index(spec: Spec, score: Score, path: Path) -> Iterator[Problem]:
             message=f"'reduce' has no meaning with form '{score.form}': {why}",
             help="remove 'reduce'",
             at_key=True,
+        )
+
+
+def _heads_in_groups(heads: int, groups: int, path: Path) -> Iterator[Problem]:
+    """Index heads that are summed inside a group are as many in each."""
+    if heads % groups:
+        close = max(1, round(heads / groups)) * groups
+        yield Problem(
+            code="HS173",
+            path=("index", "heads"),
+            message=f"expected a multiple of the kv heads, {groups}, whose groups sum index heads"
+            f" of their own, got {heads}",
+            help=f"write 'heads: {close}', or 'share: all' for one sum of all",
+            also=((*path, "share"), (*path, "form"), ("heads", "kv")),
         )
 
 
