@@ -55,7 +55,10 @@ def tail_entries(rows: Rows, level: Level) -> Tensor:
 
 def _own_unit(rows: Rows, level: Level) -> Tensor:
     """The last unit that starts at or before each row.  -> i64[T, 1]"""
-    return torch.searchsorted(rows.layouts[level.name].units, rows.p, right=True)[:, None] - 1
+    layout = rows.layouts[level.name]
+    if layout.step is not None:
+        return (rows.p // layout.step)[:, None]
+    return torch.searchsorted(layout.units, rows.p, right=True)[:, None] - 1
 
 
 def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored]) -> Tensor:

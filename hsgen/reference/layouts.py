@@ -23,6 +23,8 @@ class Layout:
     starts, ends: i64[N], the first token that an entry may hold, whatever the data are, and the end.
     units: i64[U], ascending: where entries may start, each place once.  What may lie in one place
         is one unit: forced together, and complete together.
+    step: Tokens from one unit to the next, where that is one number; rows after the last key then
+        stand in units that do not exist.
     """
 
     slots: Tensor
@@ -30,6 +32,7 @@ class Layout:
     starts: Tensor
     ends: Tensor
     units: Tensor
+    step: int | None = None
 
     @property
     def there(self) -> Tensor:
@@ -57,7 +60,9 @@ def _in_place(size: int, stride: int, S: int, like: Tensor) -> Layout:
     slots = starts[:, None] + torch.arange(size, device=like.device)
     slots = slots.masked_fill(slots >= S, -1)[None]
     entry_of = torch.arange(S, device=like.device)[None] // size if size == stride else None
-    return Layout(slots=slots, entry_of=entry_of, starts=starts, ends=starts + size, units=starts)
+    return Layout(
+        slots=slots, entry_of=entry_of, starts=starts, ends=starts + size, units=starts, step=stride
+    )
 
 
 def _permuted(at: Tensor, size: int, segment: int) -> Layout:
@@ -72,6 +77,7 @@ def _permuted(at: Tensor, size: int, segment: int) -> Layout:
         starts=starts,
         ends=starts + segment,
         units=starts.unique(),
+        step=segment,
     )
 
 

@@ -226,8 +226,8 @@ def pools_are_rounded_to(dtype):
     """Pooled keys are kept in a short format."""
 
     def make(old):
-        def pooled(level, x):
-            return {name: y.to(dtype).float() for name, y in old(level, x).items()}
+        def pooled(*arguments):
+            return {name: y.to(dtype).float() for name, y in old(*arguments).items()}
 
         return pooled
 
@@ -237,14 +237,13 @@ def pools_are_rounded_to(dtype):
 def pools_are_cut_short(old):
     """The last token of an entry is not pooled."""
 
-    def pool(level, how, y, x, side):
-        partition = level.partition.model_copy(update={"size": level.partition.size - 1})
+    def pool(level, layout, how, y, x, side):
         if how == "linear":
             x = dict(x)
             name = f"{level.name}_{side}_weight"
             x[name] = torch.cat([x[name][:, :-1], torch.zeros_like(x[name][:, -1:])], 1)
-            return old(level, how, y, x, side)
-        return old(level.model_copy(update={"partition": partition}), how, y, x, side)
+            return old(level, layout, how, y, x, side)
+        return old(level, replace(layout, slots=layout.slots[..., :-1]), how, y, x, side)
 
     return pool
 
@@ -252,9 +251,9 @@ def pools_are_cut_short(old):
 def positions_are_forgotten(old):
     """Learned positions are not added."""
 
-    def pool(level, how, y, x, side):
+    def pool(level, layout, how, y, x, side):
         without = {name: t for name, t in x.items() if not name.endswith("_position")}
-        return old(level, how, y, without, side)
+        return old(level, layout, how, y, without, side)
 
     return pool
 
