@@ -30,9 +30,11 @@ from hsgen.graph import (
     Pool,
     Reduce,
     Round,
+    Route,
     Score,
     Select,
     SelectSet,
+    Switch,
     TensorType,
     Union,
     align,
@@ -75,6 +77,8 @@ def _op_causality(op: Op, *, causal: bool) -> Causality:
             | LogSumExp()
             | Normalise()
             | Reduce()
+            | Route()
+            | Switch()
             | Gate()
             | Union()
             | OutputGate()
@@ -142,8 +146,22 @@ def not_dense_because(graph: Graph) -> str | None:
     attends = _attends(graph)
     if len({node.inputs[:3] for node in attends}) > 1:
         return "branches have keys and values of their own"
-    reasons = [_unreachable_because(graph, attend) for attend in attends]
-    return None if None in reasons else reasons[0]
+    for way in _ways(graph):
+        reasons = [_unreachable_because(graph, attend) for attend in _attends_on(attends, way)]
+        if None not in reasons:
+            return reasons[0] if reasons else f"nothing is attended on the way {way}"
+    return None
+
+
+def _ways(graph: Graph) -> tuple[str | None, ...]:
+    """The ways of the route; one without a name where there is none."""
+    routes = [node.op for node in graph.nodes() if isinstance(node.op, Route)]
+    return routes[0].ways if routes else (None,)
+
+
+def _attends_on(attends: list[Node], way: str | None) -> list[Node]:
+    """The attends that are there on a way."""
+    return [node for node in attends if isinstance(node.op, Attend) and node.op.when in (None, way)]
 
 
 def _unreachable_because(graph: Graph, attend: Node) -> str | None:
@@ -231,6 +249,7 @@ class Cost:
 
 
 ZERO = Cost()
+LENGTHS = (8192, 32768, 131072)  # tokens at which totals are told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +261,9 @@ class NodeCost:
 
     def __add__(self, other: NodeCost) -> NodeCost:
         return NodeCost(flops=self.flops + other.flops, bytes=self.bytes + other.bytes)
+
+    def __mul__(self, factor: float) -> NodeCost:
+        return NodeCost(flops=self.flops * factor, bytes=self.bytes * factor)
 
 
 def costs(graph: Graph) -> Mapping[str, NodeCost]:
@@ -260,8 +282,39 @@ def costs(graph: Graph) -> Mapping[str, NodeCost]:
 
 
 def total(graph: Graph) -> NodeCost:
-    """What all nodes cost together, each alone: bytes of what passes between two count twice."""
-    return sum(costs(graph).values(), NodeCost(flops=ZERO, bytes=ZERO))
+    """What all nodes cost together, each alone: bytes of what passes between two count twice.
+
+    Of ways that a table gives to layers or heads, the mean; of others, the one that costs most.
+    """
+    found = costs(graph)
+    shares = _shares_of_ways(graph)
+    sums = {
+        way: _sum(found[node.name] for node in graph.nodes() if _way_of(node) == way)
+        for way in (None, *shares)
+    }
+    if all(share is None for share in shares.values()):
+        most = max(shares, key=lambda way: sums[way].flops.evaluate(LENGTHS[-1]), default=None)
+        shares = {way: float(way == most) for way in shares}
+    return sums[None] + _sum(sums[way] * (share or 0.0) for way, share in shares.items())
+
+
+def _sum(found: Iterable[NodeCost]) -> NodeCost:
+    return sum(found, NodeCost(flops=ZERO, bytes=ZERO))
+
+
+def _way_of(node: Node) -> str | None:
+    """The way on which an operator is there; None: on all."""
+    return node.op.when if isinstance(node.op, Select | SelectSet | Attend) else None
+
+
+def _shares_of_ways(graph: Graph) -> dict[str, float | None]:
+    """What part of all layers or heads takes each way; None where the call decides."""
+    routes = [node.op for node in graph.nodes() if isinstance(node.op, Route)]
+    return {
+        way: route.places.count(i) / len(route.places) if route.repeats else None
+        for route in routes
+        for i, way in enumerate(route.ways)
+    }
 
 
 def unbound_sizes(graph: Graph) -> tuple[str, ...]:
@@ -353,11 +406,11 @@ class _Counts:
             return _from(0, Polynomial(t2=1 / (WORD * stride))) * self.product(dims[2:-1])
         if last.startswith("N_"):
             return self.complete(last.removeprefix("N_")) * self.product(dims[2:-1])
-        if dims[1].startswith("N_"):
+        if len(dims) > 1 and dims[1].startswith("N_"):
             return self.entries(dims[1].removeprefix("N_")) * self.product(dims[2:])
         per_token = {"T", "S"} & set(dims)
         unit = Polynomial(t1=1.0) if per_token else Polynomial(t0=1.0)
-        rest = tuple(dim for dim in dims if dim not in ("B", "T", "S"))
+        rest = tuple(dim for dim in dims if dim not in ("B", "T", "S", "Z"))
         return _from(0, unit) * self.product(rest)
 
     def product(self, dims: tuple[str, ...]) -> int:
@@ -436,7 +489,7 @@ def _flops(counts: _Counts, node: Node) -> Cost:
     graph, op = counts.graph, node.op
     operands = [operand.type for operand in graph.operands(node)]
     match op:
-        case Input() | Select() | SelectSet() | Union():
+        case Input() | Select() | SelectSet() | Route() | Switch() | Union():
             return _from(0, Polynomial())
         case Cluster() | Permute():
             return _order_flops(counts, op, operands)
@@ -517,9 +570,6 @@ def _bytes(counts: _Counts, node: Node) -> Cost:
 
 
 # --- the text of `show`
-
-
-LENGTHS = (8192, 32768, 131072)
 
 
 def quantity(value: float) -> str:
@@ -630,11 +680,15 @@ def _costs_text(graph: Graph) -> list[str]:
     where = [f"  where {', '.join(entries)}"] if entries else []
     loose = ", ".join(f"%{name}" for name in at_most(graph))
     last = [f"  {loose}: at most, as if every token were kept"] if loose else []
+    if any(isinstance(node.op, Route) for node in graph.nodes()):
+        last.append(
+            "  each way as if all took it; totals: the mean of a table, or the costliest way"
+        )
     return [head, *align(cells), *where, *last]
 
 
 def at_most(graph: Graph) -> tuple[str, ...]:
-    """The attends whose costs are only bounded: how much a rule or a pattern leaves is not known."""
+    """The attends whose costs are only bounded: what a rule, pattern or route leaves is not known."""
     return tuple(
         node.name
         for node in graph.nodes()
@@ -642,6 +696,7 @@ def at_most(graph: Graph) -> tuple[str, ...]:
         and (
             _pattern_varies(node.op)
             or (node.op.over == "pooled" and len(node.inputs) > 3)
+            or _shares_of_ways(graph).get(node.op.when or "", 1.0) is None
             or any(_varies(x) for x in graph.operands(node))
         )
     )

@@ -199,7 +199,12 @@ class _Checker:
     def _check_kind(self, each: TensorInput, tensor: Tensor) -> None:
         q = self.tensors["q"]
         allowed = REFERENCE_DTYPES if q.device.type == "cpu" else DTYPES
-        if tensor.dtype != q.dtype or tensor.device != q.device:
+        if each.type.dtype == "i32":
+            if tensor.dtype != torch.int32 or tensor.device != q.device:
+                self._fail(
+                    each, "numbers are int32, on the device of q; `.to(torch.int32)` converts"
+                )
+        elif tensor.dtype != q.dtype or tensor.device != q.device:
             self._fail(each, "every tensor has the dtype and the device of q")
         if q.dtype not in allowed:
             names = ", ".join(SHORT_NAMES[dtype] for dtype in allowed)
@@ -238,12 +243,16 @@ class _Checker:
         return f"[{names}] = [{numbers}]"
 
     def _fail(self, each: TensorInput, help: str) -> None:
-        tensor, q = self.tensors[each.name], self.tensors["q"]
+        tensor = self.tensors[each.name]
         raise ArgumentError(
-            f"{each.name}: expected {self._shown(each)} {_kind(q)}, "
+            f"{each.name}: expected {self._shown(each)} {self._wanted(each)}, "
             f"got {list(tensor.shape)} {_kind(tensor)}",
             help=help,
         )
+
+    def _wanted(self, each: TensorInput) -> str:
+        q = self.tensors["q"]
+        return f"int32 {q.device}" if each.type.dtype == "i32" else _kind(q)
 
     def _rank_help(self, got: int, wanted: int) -> str:
         if self.packed and got == wanted + 1:
@@ -283,6 +292,9 @@ def check_lengths(lengths: Lengths, problem: Problem) -> None:
             if getattr(lengths, name) is not None:
                 raise ArgumentError(f"{name}: expected cu_seqlens_q beside it, got none")
     sequences = _check_cu_seqlens(lengths, problem) if lengths.packed else problem.batch
+    if problem.sizes.get("Z", sequences) != sequences:
+        got = problem.sizes["Z"]
+        raise ArgumentError(f"route: expected one for each of {sequences} sequences, got {got}")
     for name in ("q_offset", "kv_lens"):
         value = getattr(lengths, name)
         if isinstance(value, Tensor):

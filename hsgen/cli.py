@@ -140,7 +140,10 @@ TextFile = Annotated[
 MaskCapture = Annotated[
     Path | None, typer.Option("--qkv", metavar="FILE", help="Captured q, k, v that --mask is of.")
 ]
-Layer = Annotated[int | None, typer.Option(min=0, help="Of the capture; default its first.")]
+Layer = Annotated[
+    int | None, typer.Option(min=0, help="Of a route by layer, and of the capture: its first.")
+]
+OfRoute = Annotated[int | None, typer.Option("--layer", min=0, help="Where a route goes by layer.")]
 Layers = Annotated[str | None, typer.Option(metavar="0,5,...", help="Of the capture; default all.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="A prefix of the capture.")]
 GraphFile = Annotated[
@@ -202,7 +205,7 @@ def show(
     """Show what a spec computes and how it would run: hsgen show nsa."""
     if (mask is None) != (qkv is None):
         raise typer.BadParameter("expected --mask and --qkv together: what is drawn, and of what")
-    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
+    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim), layer=layer)
     if mask and qkv:
         _show_mask(bound, mask, qkv, layer, tokens, as_json=as_json)
     if svg or not mask:
@@ -314,12 +317,13 @@ def compile_(
     verify: Annotated[bool, typer.Option(help="Run the kernels in Triton's interpreter.")] = True,
     heads: HeadCounts = None,
     head_dim: HeadDims = None,
+    layer: OfRoute = None,
     as_json: Json = False,
 ) -> None:
     """Compile a spec for a GPU that need not be there: hsgen compile nsa --target h100 -o build."""
     from hsgen import progress, report  # noqa: PLC0415
 
-    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
+    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim), layer=layer)
     with progress.bar() as told:
         done = report.report(
             bound, target, dtype.value, output=output, verified=verify, progress=told

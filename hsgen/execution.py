@@ -255,19 +255,22 @@ class Execution:
         self.check_differentiable(call)
         problem = self.check(call, self.attending)
         with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in call.tensors]
-            again = call._replace(tensors=leaves)
+            tensors = [tensor.detach() for tensor in call.tensors]
+            leaves = [each.requires_grad_() for each in tensors if each.is_floating_point()]
+            again = call._replace(tensors=tensors)
             result = self.result(again, problem, exact_dtype(problem.dtype), self.attending)
             outputs = self._from_result(again, problem, result)[: len(grads)]
             pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
-            found = torch.autograd.grad(
+            derived = torch.autograd.grad(
                 [output for output, _ in pairs],
                 leaves,
                 [grad for _, grad in pairs],
                 allow_unused=True,
                 materialize_grads=True,
             )
-        return [each.contiguous() for each in found]
+        found = iter(derived)
+        made = [next(found) if x.requires_grad else torch.zeros_like(x) for x in tensors]
+        return [each.contiguous() for each in made]
 
     # --- checking
 

@@ -58,6 +58,7 @@ def load_kernel(
     *,
     heads: Heads | tuple[int, int] | None = None,
     head_dim: HeadDim | tuple[int, int] | int | None = None,
+    layer: int | None = None,
     dtype: torch.dtype | None = None,
     target: Target | str | None = None,
     interpret: bool = False,
@@ -72,6 +73,8 @@ def load_kernel(
         spec: a path, the name of a shipped spec, or a Spec.
         heads: `Heads` or (query, kv), where the spec leaves them open; else the tensors tell.
         head_dim: `HeadDim`, (qk, v) or one number, likewise.
+        layer: number of the layer, from 0, where a route goes by it; None leaves it to the call,
+            whose argument `layer` it then is.
         dtype: what tensors must have; None takes what comes.
         target: the GPU to compile for; None is the one that the tensors are on.
         interpret: run CPU tensors through the emitted kernels, in Triton's interpreter.
@@ -81,7 +84,8 @@ def load_kernel(
 
     Raises:
         SpecError: the spec is wrong.
-        ArgumentError: heads or head_dim contradict it; interpret without TRITON_INTERPRET=1.
+        ArgumentError: heads or head_dim contradict it; a negative layer; interpret without
+            TRITON_INTERPRET=1.
     """
     loaded = spec if isinstance(spec, Spec) else load(spec)
     if interpret and not interpreting():
@@ -96,7 +100,7 @@ def load_kernel(
         config=dict(config or {}),
         check=paths.wants_checks() if check is None else check,
     )
-    return _shared(loaded.bind(heads=heads, head_dim=head_dim), options)
+    return _shared(loaded.bind(heads=heads, head_dim=head_dim, layer=layer), options)
 
 
 def compile_program(spec: Spec, target: Target, dtype: torch.dtype, *, interpret: bool) -> Program:

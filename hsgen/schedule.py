@@ -26,9 +26,11 @@ from hsgen.graph import (
     Pool,
     Reduce,
     Round,
+    Route,
     Score,
     Select,
     SelectSet,
+    Switch,
     Union,
     short_last,
 )
@@ -83,7 +85,9 @@ class _Scheduler:
                     self._gate(node)
                 case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
                     pass  # fused into the launch that reads them
-                case Union() | SelectSet() | Cluster() | Permute() | OutputGate() | Round():
+                case Route() | Switch() | Union() | OutputGate() | SelectSet():
+                    raise AssertionError("refused")
+                case Cluster() | Permute() | Round():
                     raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
@@ -108,6 +112,7 @@ class _Scheduler:
 
     def _refuse(self) -> None:
         """Operators that no kernel does yet, and sizes that none holds."""
+        self._refuse_routes()
         for node in self.graph.nodes():
             if isinstance(node.op, Cluster):
                 message = f"level {node.op.level}: no kernel clusters keys yet"
@@ -142,6 +147,14 @@ class _Scheduler:
                 raise PlanError(
                     f"head dim {name}: expected a multiple of 16 from 16 to 256, got {dim}"
                 )
+
+    def _refuse_routes(self) -> None:
+        for node in self.graph.nodes():
+            if isinstance(node.op, Route):
+                by_layer = node.op.by == "layer"
+                help = "give `layer` to load_kernel, or `--layer`" if by_layer else None
+                message = f"no kernel takes a route by {node.op.by} yet: `route`"
+                raise PlanError(message, span=node.span, help=help)
 
     @property
     def shape(self) -> rows.Shape:

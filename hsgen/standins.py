@@ -69,7 +69,7 @@ def _tensor(
 ) -> Tensor | None:
     """One tensor; None where there is no stand-in."""
     q, k, v = qkv
-    if learned:
+    if learned and name not in ("layer", "route"):
         return _compression(name, shape, k)
     match name.partition("_")[0], name:
         case _, "q_index":  # of the group's queries the mean, where one index head serves them all
@@ -81,6 +81,8 @@ def _tensor(
         case _, "gates":
             opened = torch.tensor(gates or [1.0] * shape[-1], dtype=q.dtype, device=q.device)
             return opened.expand(*q.shape[:3], -1).contiguous()
+        case "layer" | "route", _:  # the first layer; the first way
+            return torch.zeros(shape, dtype=torch.int32, device=q.device)
         case "q", _:
             return q
         case "k", _:
@@ -125,6 +127,8 @@ def stated(spec: Spec, heads: int) -> list[tuple[str, str]]:
                 "the group's queries; its key minus its mean over the input; 1",
             )
         )
+    if "route" in names or "layer" in names:
+        found.append(("a route", "the first way of its list, or the way of layer 0"))
     if "gates" in names:
         found.append(("gates", "none: every branch is measured by itself"))
     return found
@@ -138,6 +142,7 @@ def rows_of(spec: Spec, made: Mapping[str, Tensor], a: int, b: int) -> dict[str,
     parts = {
         "query": lambda t: t[:, a:b],
         "key": lambda t: t[:, :b] if spec.causal else t,
+        "sequence": lambda t: t,
         "parameter": lambda t: t,
     }
     kinds = tensor_kinds(spec)

@@ -9,7 +9,6 @@ from conformance import systems
 from hsgen import batch, build, configs, emit, passes, pipeline, planner, schedule
 from hsgen.errors import BuildError
 from hsgen.reference import tensor_shapes
-from hsgen.spec import load
 from hsgen.target import H100
 
 SHIPPED = systems.KERNELS
@@ -22,7 +21,7 @@ def graph(spec):
 @functools.cache
 def shipped_plan(name):
     """The plan of a shipped spec for an H100 and bf16."""
-    return schedule.schedule(graph(load(name)), H100)
+    return schedule.schedule(graph(systems.load(name)), H100)
 
 
 def sources(plan, digest="0" * 64):

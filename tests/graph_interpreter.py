@@ -30,9 +30,11 @@ from hsgen.graph import (
     Pool,
     Reduce,
     Round,
+    Route,
     Score,
     Select,
     SelectSet,
+    Switch,
     Union,
     partitions,
     segments,
@@ -148,6 +150,10 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return _cluster(node.op, *operands)
         case Permute():
             return _permute(node.op, *operands)
+        case Switch():
+            return _switch(operands)
+        case Route():
+            return _route(run, node.op, *operands)
         case Pool():
             order = operands.pop() if node.op.cut else None
             return _pool(run, node.op, operands, order)
@@ -167,11 +173,14 @@ def _evaluate(run: _Run, node: Node) -> Value:
         case Map():
             return _map(run, node.op, *operands)
         case Select():
-            return _select(run, node.op, *operands)
+            operands = operands[:-1] if node.op.when else operands
+            return _off_way(_select(run, node.op, *operands), _on_way(run, node))
         case SelectSet():
-            return _select_set(run, node.op, *operands)
+            chosen = _off_way(_select_set(run, node.op, operands[0]), _on_way(run, node))
+            width = int(chosen.member.sum(-1).max()) if chosen.member.numel() else 0
+            return Chosen(member=chosen.member, indices=chosen.indices[..., :width])
         case Attend():
-            return _attend(run, node, *operands)
+            return _attend(run, node, *(operands[:-1] if node.op.when else operands))
         case Gate():
             gates, *branches = operands
             return sum(gates[..., c, None] * branch.o for c, branch in enumerate(branches))
@@ -186,6 +195,54 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return _round(node.op, *operands)
         case _:
             assert_never(node.op)
+
+
+def _route(run: _Run, op: Route, number: Tensor | None = None) -> Tensor:
+    """The number of each head's way, or one that no way has.  -> int64[B, Hq]"""
+    batch, heads = run.tensors["q"].shape[0], run.graph.sizes["Hq"]
+    taken = torch.full((batch, heads), -7)
+    for b, h in ((b, h) for b in range(batch) for h in range(heads)):
+        if number is None:
+            at = h
+        else:
+            which = {"layer": (0,), "head": (h,), "sample": (b,), "sample_head": (b, h)}[op.by]
+            at = int(number[which])
+        if op.repeats:
+            at %= len(op.places)
+        if 0 <= at < len(op.places):
+            taken[b, h] = op.places[at]
+    return taken
+
+
+def _switch(branches: list[Attended]) -> Attended:
+    """Of each row and head the branch that sees something; no two do."""
+    o, lse = branches[0].o, branches[0].lse
+    for branch in branches[1:]:
+        assert not ((lse > -math.inf) & (branch.lse > -math.inf)).any(), "branches overlap"
+        sees = branch.lse > -math.inf
+        o = torch.where(sees.transpose(1, 2)[..., None], branch.o, o)
+        lse = torch.where(sees, branch.lse, lse)
+    return Attended(o=o, lse=lse)
+
+
+def _on_way(run: _Run, node: Node) -> Tensor | None:
+    """The heads that are on the way of an operator.  -> bool[B, 1, Hq, 1]; None: all"""
+    if node.op.when is None:
+        return None
+    route = run.graph[node.inputs[-1]].op
+    return (run.values[node.inputs[-1]] == route.ways.index(node.op.when))[:, None, :, None]
+
+
+def _off_way(chosen: Chosen, way: Tensor | None) -> Chosen:
+    """A selection whose heads keep nothing where they take another way."""
+    if way is None:
+        return chosen
+    heads = chosen.member.shape[2]
+    way = way if heads == way.shape[2] else way[:, :, :1]
+    return Chosen(
+        member=chosen.member & way,
+        indices=torch.where(way, chosen.indices, torch.full_like(chosen.indices, -1)),
+    )
 
 
 def _masked(score: Scores) -> Tensor:
@@ -549,6 +606,8 @@ def _attend(
     else:
         seen = _seen_tokens(run, op, keys, chosen, order, query.shape[2])
     seen = _spread(seen.expand(query.shape[0], -1, -1, -1), query.shape[2])
+    way = _on_way(run, node)
+    seen = seen if way is None else seen & way
     values = _values(run, op, values)
     return _softmax(op, query, [(keys, values, seen)], sink)
 

@@ -21,6 +21,7 @@ from hsgen.spec import (
     Level,
     Permute,
     Pool,
+    Route,
     Score,
     Select,
     SortInSegment,
@@ -379,6 +380,63 @@ ORDERS = [
         combine=GATES,
     ),
 ]
+BOTH = [
+    Attend(name="selected", over="block", when="far"),
+    Attend(name="near", window=5, when="near"),
+]
+
+
+def far(**more: object) -> list[Level]:
+    """Blocks that are chosen on the way `far` only."""
+    levels = moba(**more)
+    return [levels[0].model_copy(update={"when": "far"})]
+
+
+# routes: who takes which way; without `combine` no head takes two branches
+ROUTES = [
+    spec(
+        "route_of_layers",
+        moba("group", "mean"),
+        BOTH,
+        route=Route(by="layer", table=("far", "near")),
+    ),
+    spec("route_of_heads", far(), BOTH, route=Route(by="head", table=("near", "far"))),
+    spec("route_of_heads_given", far(), BOTH, route=Route(by="head", input=("near", "far"))),
+    spec(
+        "route_of_samples",
+        far(share="all", reduce="sum"),
+        [*BOTH, WINDOW],
+        route=Route(by="sample", input=("near", "far")),
+        combine=UNION,
+    ),
+    spec(
+        "route_of_samples_and_heads",
+        [
+            *far(),
+            Level(
+                name="set",
+                when="set",
+                partition=blocks(4),
+                pool=MEAN,
+                score=Score(form="dot", normalise="softmax"),
+                select=Select(fraction=0.4, force=Force(last=1)),
+            ),
+            Level(
+                name="pooled",
+                partition=blocks(4, 2),
+                pool=Pool(keys="max", values="mean"),
+                score=DOT,
+            ),
+        ],
+        [
+            *BOTH,
+            Attend(name="set", over="set", when="set"),
+            Attend(name="pooled", over="pooled", values="pooled", when="near"),
+        ],
+        route=Route(by="sample_head", input=("near", "far", "near", "set")),
+        combine=UNION,
+    ),
+]
 
 
 def random_tensors(spec: Spec, rows: int, keys: int, *, batch: int = 1) -> dict[str, torch.Tensor]:
@@ -392,4 +450,6 @@ def random_tensors(spec: Spec, rows: int, keys: int, *, batch: int = 1) -> dict[
     for name in (name for name in made if name.endswith("_order")):  # a slot is empty, one repeats
         made[name] = made[name].argsort(1).double()
         made[name][:, 2:4] = torch.tensor([-1.0, 0.0])[: made[name][:, 2:4].shape[1], None]
+    for name in {"layer", "route"} & {*made}:
+        made[name] = torch.randint(-1, 5, shapes[name], generator=generator, dtype=torch.int32)
     return made

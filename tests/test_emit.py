@@ -50,7 +50,7 @@ def test_no_golden_file_is_left_over(name):
 def test_an_amd_card_gets_the_same_text_in_its_own_precision(name):
     """Its compiler knows no three passes of TF32, and its dots of float32 need none."""
     ours = emitted.sources(emitted.shipped_plan(name))
-    plan = schedule.schedule(emitted.graph(load(name)), MI300X, "bf16")
+    plan = schedule.schedule(emitted.graph(systems.load(name)), MI300X, "bf16")
     theirs = emitted.sources(plan)
     assert any('input_precision="ieee"' in text for text in theirs.values())
     for file, text in ours.items():

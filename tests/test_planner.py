@@ -12,6 +12,7 @@ from plan_cases import (
     GATES,
     ORDERS,
     POOLED,
+    ROUTES,
     SELECTED,
     SETS,
     WINDOW,
@@ -53,7 +54,9 @@ def check_against_reference(spec: Spec, rows: int, keys: int) -> None:
 
 
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
-@pytest.mark.parametrize("spec", [*CASES, *SETS, *ORDERS, *PRODUCTION], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec", [*CASES, *SETS, *ORDERS, *PRODUCTION, *ROUTES], ids=lambda spec: spec.name
+)
 def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:
     check_against_reference(spec, rows, keys)
 

@@ -2,10 +2,10 @@
 
 Knows what each value's shape is; knows neither schedules nor GPUs nor templates.
 
-Dimensions are names: B batch, T query rows, S key rows, Hq and Hkv heads, G = Hq / Hkv, Dqk and Dv
-head dims, Hi and Di heads and dim of the index, N_x entries of level x, K_x slots of its selection,
-W_x words of it where rows are bitmaps, C_x candidates of x inside another level's beam; a dimension
-that is a number is written as one.
+Dimensions are names: B batch, Z sequences (B, or those that are packed), T query rows, S key rows,
+Hq and Hkv heads, G = Hq / Hkv, Dqk and Dv head dims, Hi and Di heads and dim of the index, N_x
+entries of level x, K_x slots of its selection, W_x words of it where rows are bitmaps, C_x
+candidates of x inside another level's beam; a dimension that is a number is written as one.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from hsgen.graph.ops import (
     Reduce,
     Role,
     Round,
+    Route,
     Score,
     Select,
     SelectSet,
+    Switch,
     Union,
 )
 from hsgen.graph.signature import TensorInput, tensor_inputs
@@ -65,9 +67,11 @@ __all__ = [
     "Reduce",
     "Role",
     "Round",
+    "Route",
     "Score",
     "Select",
     "SelectSet",
+    "Switch",
     "TensorInput",
     "TensorType",
     "Union",

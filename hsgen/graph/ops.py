@@ -18,6 +18,7 @@ Role = Literal[
     "order",
     "gates",
     "output_gate",
+    "route",
     "parameter",
 ]
 
@@ -148,7 +149,8 @@ class Map:
 class Select:
     """Keep the best entries of each row, ascending, -1 padded.  f32[B, T, H, N] -> i32[B, T, H, K]
 
-    With `within`, only children of the parent selection (second input) are candidates.
+    With `within`, only children of the parent selection (second input) are candidates.  With `when`,
+    heads that the route (last input) sends another way keep none.
     """
 
     level: str
@@ -162,6 +164,7 @@ class Select:
     final: bool  # attended (top_k), or only expanded (beam)
     within: str | None
     tail: Literal[True] | None = None  # the row's own entry while incomplete, on top
+    when: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +173,7 @@ class SelectSet:
 
     `fraction` of the candidates, rounded up; scores above a `threshold`; the best until their mass
     reaches a part of the total, `top_p`, where `boundary`, `least`, `most` and `scope` count.
+    `when` as in Select.
     """
 
     level: str
@@ -185,6 +189,7 @@ class SelectSet:
     least: int | None = None
     most: int | None = None
     tail: Literal[True] | None = None
+    when: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,12 +248,13 @@ class Pattern:
 class Attend:
     """One softmax over one branch's keys.
 
-    query, keys, values, [selection], [order], [sink] -> [B, T, Hq, Dv]
+    query, keys, values, [selection], [order], [sink], [route] -> [B, T, Hq, Dv]
 
     `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete or, with
     a selection, those of them that are selected, the last `window` tokens, what a static `pattern` of
     units of `size` tokens shows, or all tokens.  `latent`: values are the first Dv channels of keys.
     `cut`: blocks are those of an order's slots, or clusters, as the operand of the order has them.
+    With `when`, heads that the route sends another way see nothing.
     """
 
     branch: str
@@ -262,6 +268,27 @@ class Attend:
     latent: Literal[True] | None = None
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
     sink: Literal[True] | None = None  # one more logit a head, in the denominator only
+    when: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Which way each takes, a number into `ways`.  [number of the layer, or of the way] -> i32
+
+    One number for a layer, i32[1]; for each head, i32[Hq]; for each sequence, i32[Z], or both.
+    `places` are places in `ways`: where they repeat, layer or head i is at place i, over and over,
+    and else the operand is a number into them, any other number no way at all.
+    """
+
+    by: Literal["layer", "head", "sample", "sample_head"]
+    ways: tuple[str, ...]
+    places: tuple[int, ...]
+    repeats: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """The branch on whose way a head is, of which it has one at most.  branches... -> [B, T, Hq, Dv]"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +327,8 @@ Op = (
     | Select
     | SelectSet
     | Attend
+    | Route
+    | Switch
     | Gate
     | Union
     | OutputGate

@@ -21,9 +21,11 @@ from hsgen.graph.ops import (
     Reduce,
     Role,
     Round,
+    Route,
     Score,
     Select,
     SelectSet,
+    Switch,
     Union,
 )
 
@@ -76,6 +78,12 @@ def _about(graph: Graph, node: Node) -> str:
             return f"gate of each branch: {', '.join(names)}"
         case "output_gate":
             return "gate of the output, before its sigmoid"
+        case "route":
+            routes = [user.op for user in users if isinstance(user.op, Route)]
+            if any(route.repeats for route in routes):
+                return "number of the layer, from 0"
+            ways = [route.ways[place] for route in routes for place in route.places]
+            return f"way that is taken: {', '.join(f'{i} {way}' for i, way in enumerate(ways))}"
         case "parameter":
             return _about_parameter(users, of)
         case _:
@@ -96,7 +104,9 @@ def _owner(op: Op) -> str:
             return f"level {op.level}"
         case Attend():
             return f"branch {op.branch}"
-        case Input() | Round() | LogSumExp() | Reduce() | Gate() | Union() | OutputGate():
+        case Input() | Round() | LogSumExp() | Reduce() | Route() | Switch():
+            return ""
+        case Gate() | Union() | OutputGate():
             return ""
         case _:
             assert_never(op)

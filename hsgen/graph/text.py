@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import cast
 
 from hsgen.graph.ops import Op
 
@@ -31,6 +32,13 @@ def op_fields(op: Op) -> dict[str, str]:
 
 
 def _value_text(value: object) -> str:
-    if isinstance(value, tuple):  # taps
-        return "[" + " ".join(f"{offset:+d}:{weight}" for offset, weight in value) + "]"
+    if isinstance(value, tuple):
+        return f"[{' '.join(map(_item_text, cast('tuple[object, ...]', value)))}]"
     return str(value)
+
+
+def _item_text(item: object) -> str:
+    if isinstance(item, tuple):  # taps
+        offset, weight = cast("tuple[int, int]", item)
+        return f"{offset:+d}:{weight}"
+    return str(item)

@@ -22,9 +22,11 @@ from hsgen.graph.ops import (
     Pool,
     Reduce,
     Round,
+    Route,
     Score,
     Select,
     SelectSet,
+    Switch,
     Union,
 )
 
@@ -51,7 +53,7 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             return _map_type(op, types)
         case Select() | SelectSet():
             return _selection_type(op, operands)
-        case Attend() | Gate() | Union() | OutputGate():
+        case Attend() | Route() | Gate() | Switch() | Union() | OutputGate():
             return _output_type(op, operands)
         case Round():
             _need_count(types, 1)
@@ -60,12 +62,18 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             assert_never(op)
 
 
-def _output_type(op: Attend | Gate | Union | OutputGate, operands: Sequence[Node]) -> TensorType:
-    """Of what has a vector a row and query head."""
+def _output_type(
+    op: Attend | Route | Gate | Switch | Union | OutputGate, operands: Sequence[Node]
+) -> TensorType:
+    """Of what has a vector a row and query head, and of what tells heads apart."""
     types = [operand.type for operand in operands]
     match op:
         case Attend():
             return _attend_type(op, operands)
+        case Route():
+            return _route_type(op, types)
+        case Switch():
+            return _switch_type(operands)
         case Gate():
             need(len(types) >= 2, "gates need a tensor of gates and at least one branch")
             need_dims(types[0], ("B", "T", "Hq", str(len(types) - 1)))
@@ -79,6 +87,14 @@ def _output_type(op: Attend | Gate | Union | OutputGate, operands: Sequence[Node
             return types[1]
         case _:
             assert_never(op)
+
+
+def _switch_type(operands: Sequence[Node]) -> TensorType:
+    """Attends of one route, no two of which are on the same way."""
+    whens = [operand.op.when for operand in operands if isinstance(operand.op, Attend)]
+    need(len(whens) == len(operands) >= 2, "a switch needs at least two attends")
+    need(None not in whens and len({*whens}) == len(whens), f"attends on the ways {whens} overlap")
+    return _agree([operand.type for operand in operands])
 
 
 def need(condition: bool, message: str) -> None:
@@ -216,7 +232,7 @@ def _log_sum_exp_type(operands: Sequence[Node]) -> TensorType:
     _need_count(operands, 1)
     operand = operands[0]
     need(
-        isinstance(operand.op, Score | Attend | Union),
+        isinstance(operand.op, Score | Attend | Switch | Union),
         f"%{operand.name} has no log-sum-exp: it is neither a score nor an attend",
     )
     return TensorType(dtype="f32", dims=("B", operand.type.dims[2], "T"))
@@ -264,7 +280,42 @@ def _map_type(op: Map, types: Sequence[TensorType]) -> TensorType:
     return TensorType(dtype="f32", dims=(batch, rows, heads, f"N_{op.level}"))
 
 
+def _without_route(op: Select | SelectSet | Attend, operands: Sequence[Node]) -> Sequence[Node]:
+    """The operands before the route, which is there with `when` and has that way."""
+    if op.when is None:
+        return operands
+    need(bool(operands), "expected a route")
+    route = operands[-1]
+    need(isinstance(route.op, Route), f"%{route.name} is not a route")
+    assert isinstance(route.op, Route)
+    need(op.when in route.op.ways, f"%{route.name} has no way {op.when}")
+    return operands[:-1]
+
+
+def _route_type(op: Route, types: Sequence[TensorType]) -> TensorType:
+    dims = ROUTE_DIMS[op.by]
+    _need_count(types, 0 if op.repeats and op.by == "head" else 1)
+    need(not op.repeats or not op.by.startswith("sample"), "sequences have no numbers")
+    need(bool(op.places) and len(set(op.ways)) == len(op.ways), "a route of nothing")
+    need({*range(len(op.ways))} == {*op.places}, f"places {op.places} of {len(op.ways)} ways")
+    for each in types:
+        need(
+            each == TensorType(dtype="i32", dims=dims),
+            f"expected i32[{', '.join(dims)}], got {each}",
+        )
+    return TensorType(dtype="i32", dims=dims)
+
+
+ROUTE_DIMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"layer": ("1",), "head": ("Hq",), "sample": ("Z",), "sample_head": ("Z", "Hq")}
+)
+
+
 def _selection_type(op: Select | SelectSet, operands: Sequence[Node]) -> TensorType:
+    heads = operands[0].type.dims[2] if operands and len(operands[0].type.dims) == 4 else ""
+    by_head = op.when is not None and "Hq" in operands[-1].type.dims
+    need(not by_head or heads == "Hq", f"heads share a selection of {op.level}, and not their way")
+    operands = _without_route(op, operands)
     lists = isinstance(op, Select)
     return _select_type(op, operands) if lists else _select_set_type(op, operands)
 
@@ -301,6 +352,7 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
 
 
 def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
+    operands = _without_route(op, operands)
     selected = op.over in ("blocks", "tokens")
     if op.sink:
         *operands, sink = operands

@@ -16,11 +16,13 @@ from hsgen.graph import (
     OutputGate,
     Outputs,
     Pattern,
+    Switch,
     Union,
 )
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.entries import pooled
 from hsgen.planner.orders import cut_of, order
+from hsgen.planner.routes import taken
 
 
 def plan_branch(builder: Builder, branch: language.Attend) -> Node:
@@ -39,7 +41,8 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
         chosen = (builder.selections[level.name], *order(builder, level))
     keys = builder.keys(branch.kv)
     values = keys if branch.storage else builder.values(branch.kv)
-    return _with_log_sum_exp(builder, branch, op, builder.query(), keys, values, *chosen)
+    operands = [builder.query(), keys, values, *chosen]
+    return _with_log_sum_exp(builder, branch, op, *operands)
 
 
 def _plan_pooled_branch(builder: Builder, branch: language.Attend, level: language.Level) -> Node:
@@ -60,7 +63,8 @@ def _plan_pooled_branch(builder: Builder, branch: language.Attend, level: langua
         values = pooled(builder, level, builder.values(level.kv), "value")
     op = _attend(builder, branch, over="pooled", partition=level.partition)
     selection = builder.selections.get(level.name)
-    return _with_log_sum_exp(builder, branch, op, builder.query(), keys, values, *some(selection))
+    operands = [builder.query(), keys, values, *some(selection)]
+    return _with_log_sum_exp(builder, branch, op, *operands)
 
 
 def _with_log_sum_exp(
@@ -71,7 +75,8 @@ def _with_log_sum_exp(
         branch, "static" if branch.static else "window" if branch.over is None else said
     )
     sink = builder.input(f"{branch.name}_sink", "parameter", "Hq") if branch.sink else None
-    made = builder.add(f"{branch.name}.o", op, *operands, *some(sink), at=at)
+    last = (*some(sink), *taken(builder, branch.when))
+    made = builder.add(f"{branch.name}.o", op, *operands, *last, at=at)
     builder.add(f"{branch.name}.lse", LogSumExp(), made)
     return made
 
@@ -96,6 +101,7 @@ def _attend(
         latent=True if branch.storage else None,
         softcap=branch.softcap,
         sink=True if branch.sink else None,
+        when=branch.when,
     )
 
 
@@ -146,6 +152,9 @@ def plan_combine(builder: Builder, branches: list[Node]) -> Outputs:
         sink = builder.input("sink", "parameter", "Hq") if combine.sink else None
         union = Union(sink=True if combine.sink else None)
         made = builder.add("o", union, *branches, *some(sink), at=at)
+        lse = {"o": builder.add("lse", LogSumExp(), made).name}
+    elif len(branches) > 1:
+        made = builder.add("o", Switch(), *branches, at=builder.spec.span("route"))
         lse = {"o": builder.add("lse", LogSumExp(), made).name}
     else:
         (made,) = branches

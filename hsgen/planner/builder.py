@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hsgen import spec as language
 from hsgen.errors import Span
-from hsgen.graph import Input, Node, Op, Role, TensorType, result_type
+from hsgen.graph import DType, Input, Node, Op, Role, TensorType, result_type
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,9 +32,9 @@ class Builder:
             return self.spec.span("levels", self.spec.levels.index(item), *field)
         return self.spec.span("attend", self.spec.attend.index(item), *field)
 
-    def input(self, name: str, role: Role, *dims: str) -> Node:
-        """A tensor of the caller, in the dtype of the query."""
-        type_ = TensorType(dtype="input", dims=dims)
+    def input(self, name: str, role: Role, *dims: str, dtype: DType = "input") -> Node:
+        """A tensor of the caller."""
+        type_ = TensorType(dtype=dtype, dims=dims)
         node = Node(name=name, op=Input(role=role), inputs=(), type=type_)
         return self.nodes.setdefault(name, node)
 

@@ -19,6 +19,7 @@ def select(level: language.Level, select: language.Select) -> Select:
         final=select.top_k is not None,
         within=level.within,
         tail=True if select.force.tail else None,
+        when=level.when,
     )
 
 
@@ -41,4 +42,5 @@ def select_set(level: language.Level, select: language.Select) -> SelectSet:
         least=top_p.min if top_p else None,
         most=top_p.max if top_p else None,
         tail=True if select.force.tail else None,
+        when=level.when,
     )

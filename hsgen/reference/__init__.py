@@ -16,6 +16,7 @@ G = Hq / Hkv, Hs heads that select (Hq, Hkv or 1), D and Dv head sizes.
     pools      one vector an entry
     scores     what entries are ordered by
     attention  softmax over branches, and their combination
+    routes     which way each head takes
     sequence   one sequence
     calls      batches and packed sequences
 """

@@ -11,6 +11,7 @@ from hsgen.reference.choice import ONE, fixed
 from hsgen.reference.entries import token_mask
 from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
+from hsgen.reference.routes import on_way
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import dot, softmax
 from hsgen.spec import Attend, Combine, Static
@@ -18,7 +19,7 @@ from hsgen.spec import Attend, Combine, Static
 
 def what_is_seen(rows: Rows, levels: dict[str, Scored]) -> dict[str, Keys]:
     """By branch, the keys that it attends to, and which of them each row sees."""
-    return {branch.name: _branch(rows, branch, levels) for branch in rows.spec.attend}
+    return {branch.name: _taken(rows, branch, levels) for branch in rows.spec.attend}
 
 
 def attend_all(rows: Rows, branches: dict[str, Keys]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -50,7 +51,8 @@ def _combined(
     lse = {name: lse for name, (_, lse) in outputs.items()}
     if combine.gates:
         return (parts * rows.x["gates"].unsqueeze(2)).sum(-1), lse
-    assert len(outputs) == 1, "several branches need `combine`"
+    if len(branches) > 1:  # a head is on the way of one, and sees nothing on the others
+        return parts.sum(-1), {"o": torch.stack([*lse.values()], -1).amax(-1)}
     return parts[..., 0], lse
 
 
@@ -70,6 +72,15 @@ class Keys:
     k: Tensor
     v: Tensor
     visible: Tensor
+
+
+def _taken(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
+    """The same for heads that take a way on which the branch is; the others see nothing."""
+    keys = _branch(rows, branch, levels)
+    way = on_way(rows.spec, rows.taken, branch.when)
+    if way is None:
+        return keys
+    return replace(keys, visible=spread(keys.visible, len(way)) & way[:, None])
 
 
 def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:

@@ -51,10 +51,8 @@ def reference(
     for z, (rows, keys) in enumerate(spans):
         k_len = len(keys) if kv_lens is None else min(len(keys), int(kv_lens[z]))
         where = {"query": _at(rows, z, packed), "key": _at(keys[:k_len], z, packed)}
-        x = {
-            name: (tensors[name] if kind == "parameter" else tensors[name][where[kind]]).to(dtype)
-            for name, kind in kinds.items()
-        }
+        where |= {"sequence": z, "parameter": ...}
+        x = {name: tensors[name][where[kind]].to(dtype) for name, kind in kinds.items()}
         first = k_len - len(rows) if q_offset is None else _number(q_offset, z)
         p = torch.arange(first, first + len(rows), device=x["q"].device)
         chosen = {name: indices[where["query"]] for name, indices in given.items()}

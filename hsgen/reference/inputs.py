@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hsgen.spec import Gather, Level, Spec
 
-TensorKind = Literal["query", "key", "parameter"]
+TensorKind = Literal["query", "key", "sequence", "parameter"]
 
 
 _TensorInput = tuple[TensorKind, tuple[str | int, ...]]  # what follows batch and time
@@ -27,7 +27,7 @@ def tensor_shapes(spec: Spec, B: int, T: int, S: int) -> dict[str, tuple[int, ..
     }
     if spec.index:
         sizes |= {"Hi": spec.index.heads, "Di": spec.index.dim}
-    lead = {"query": (B, T), "key": (B, S), "parameter": ()}
+    lead = {"query": (B, T), "key": (B, S), "sequence": (B,), "parameter": ()}
     return {
         name: (*lead[kind], *(sizes[n] if isinstance(n, str) else n for n in dims))
         for name, (kind, dims) in _inputs(spec).items()
@@ -35,7 +35,7 @@ def tensor_shapes(spec: Spec, B: int, T: int, S: int) -> dict[str, tuple[int, ..
 
 
 def tensor_kinds(spec: Spec) -> dict[str, TensorKind]:
-    """Whether each tensor has one row a query, one a key, or is a learned parameter."""
+    """Whether each tensor has one row a query, a key or a sequence, or is a parameter of all."""
     return {name: kind for name, (kind, _) in _inputs(spec).items()}
 
 
@@ -85,7 +85,26 @@ def _of_combine(spec: Spec) -> dict[str, _TensorInput]:
     if combine and combine.output_gate:
         width = ("Dv",) if combine.output_gate == "channel" else ()
         found["output_gate"] = ("query", ("Hq", *width))
-    return found
+    return found | _route(spec)
+
+
+def _route(spec: Spec) -> dict[str, _TensorInput]:
+    """What the caller says of ways: which is taken, or the number of the layer."""
+    if spec.route and spec.route.input:
+        kind = "sequence" if spec.route.by.startswith("sample") else "parameter"
+        return {"route": (kind, _WAYS[spec.route.by])}
+    if spec.route and spec.route.by == "layer":
+        return {"layer": ("parameter", (1,))}
+    return {}
+
+
+# what takes a way of its own, within one sequence
+_WAYS: Mapping[str, tuple[str | int, ...]] = {
+    "layer": (1,),
+    "head": ("Hq",),
+    "sample": (),
+    "sample_head": ("Hq",),
+}
 
 
 def named(kind: str, kv: str | None) -> str:

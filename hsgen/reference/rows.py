@@ -21,6 +21,7 @@ class Rows:
             are [N, H, 2, D].
         layouts: By level: where its entries lie.
         p: Position of every row, [T].
+        taken: Place of each query head's way in `route.ways`, [Hq]; None without a route.
         given: By level: the selection to take instead of the level's own, [T, Hs, K].
     """
 
@@ -29,6 +30,7 @@ class Rows:
     pooled: dict[str, dict[str, Tensor]]
     layouts: dict[str, Layout]
     p: Tensor
+    taken: Tensor | None
     given: dict[str, Tensor]
 
     @property

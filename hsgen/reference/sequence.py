@@ -21,6 +21,7 @@ from hsgen.reference.entries import (
 from hsgen.reference.inputs import some_keys, tensor_kinds
 from hsgen.reference.layouts import layout_of
 from hsgen.reference.pools import pooled_entries
+from hsgen.reference.routes import on_way, ways_taken
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import mapped, masses_by, over_heads, raw_scores, softmax
 from hsgen.selection import (
@@ -80,6 +81,7 @@ def one_sequence(
     layouts = {level.name: layout_of(level, x, len(keys), group) for level in spec.levels}
     pooled = {level.name: pooled_entries(level, layouts[level.name], x) for level in spec.levels}
     kinds = tensor_kinds(spec)
+    taken = ways_taken(spec, x)
     step = max(1, CHUNK_ELEMENTS // (x["q"].shape[1] * max(len(keys), 1)))
     if any(_ranks_rows_together(level) for level in spec.levels):
         step = max(len(p), 1)
@@ -91,6 +93,7 @@ def one_sequence(
             pooled=pooled,
             layouts=layouts,
             p=p[t : t + step],
+            taken=taken,
             given={name: indices[t : t + step] for name, indices in given.items()},
         )
         parts.append(_compute(rows, keep=keep))
@@ -156,6 +159,9 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
     elif level.select:
         tail = tail_entries(rows, level)[:, None] if level.select.force.tail else None
         chosen = choose(level.select, scores.detach(), candidates, forced, tail=tail)
+    way = on_way(rows.spec, rows.taken, level.when)
+    if way is not None and chosen is not None:
+        chosen = chosen & (way if chosen.shape[1] == len(way) else way[:1])[:, None]
     return Scored(
         complete=complete,
         candidates=candidates,

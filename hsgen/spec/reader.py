@@ -50,7 +50,7 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
     antidiagonal avg_pool bias budget_from by centroid code_match columns cosine diagonals
-    early_stop given grid halving loss pages quota ragged reuse route sample softmax_mass
+    early_stop given grid halving loss pages quota ragged reuse sample softmax_mass
     stripes tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
@@ -164,7 +164,7 @@ class _Reading:
         return self.word(node, path) if isinstance(node, Word) else self.mismatch(node, path)
 
     def listed(self, node: Items, path: Path) -> Plain:
-        """The levels, the branches, the heads of a static rule, or one word for every axis."""
+        """The levels, branches, heads of a static rule, ways of a route, or a word for every axis."""
         limit = _most(path)
         if len(node.items) > limit:
             message = f"expected at most {limit} entries in {_where(path)}, got {len(node.items)}"
@@ -403,7 +403,8 @@ def _example(path: Path) -> str | None:
     key, part = _key_name(path), _part(path)[0]
     if get_origin(part) is tuple and not _has_class(part) and key not in _EXAMPLE:
         return f"{key}: [true, false]" if get_args(part)[0] is bool else f"{key}: [8, 16, 16]"
-    return _EXAMPLE.get(key)
+    owned = f"{_key_name(path[:-1])}.{key}" if len(path) > 1 else key
+    return _EXAMPLE.get(owned) or _EXAMPLE.get(key)
 
 
 def _most(path: Path) -> int:
@@ -461,6 +462,9 @@ _EXAMPLE = {
     "score": "score: {form: dot}",
     "select": "select: {top_k: 16}",
     "force": "force: {first: 1, last: 1}",
+    "route": "route: {by: layer, table: [full, near]}",
+    "route.by": "by: layer",
+    "table": "table: [full, near]",
     "levels": "levels: [{name: block, ...}]",
     "attend": "attend: [{name: local, window: 512}]",
     "combine": "combine: {gates: input}",
@@ -607,7 +611,8 @@ def _stand_in(path: Path) -> Plain:
     part, _ = _part(path)
     last = path[-1]
     if isinstance(last, int):
-        return _smallest(_class(part), path) if _has_class(part) else part is not bool
+        word = _unnamed(path) if part is str else part is not bool
+        return _smallest(_class(part), path) if _has_class(part) else word
     if last in _LIKE:
         return None
     owner = _class(_part(path[:-1])[0], last) if len(path) > 1 else Spec
@@ -621,8 +626,14 @@ def _stand_in(path: Path) -> Plain:
     if get_origin(part) is tuple:
         return ()
     if part is str:
-        return "_".join(["unnamed", *(str(step) for step in path[1:-1])])
+        return _unnamed(path)
     return _smallest(_class(part), path) if _has_class(part) else 1
+
+
+def _unnamed(path: Path) -> str:
+    """A name that no other stand-in has."""
+    steps = path[1:] if isinstance(path[-1], int) else path[1:-1]
+    return "_".join(["unnamed", *(str(step) for step in steps)])
 
 
 def _smallest(cls: type[Node], path: Path) -> Data:
@@ -721,7 +732,8 @@ def _advice(code: str, value: object, path: Path) -> str:
     key, part = _key_name(path), _part(path)[0]
     words = ["true", "false"] if part is bool else _words(part)
     if part is str:
-        return f"write {_expected(path)}" if code == "HS037" else f"write '{key}: {_named(value)}'"
+        name = _named(value) if isinstance(path[-1], int) else f"{key}: {_named(value)}"
+        return f"write {_expected(path)}" if code == "HS037" else f"write '{name}'"
     if isinstance(value, str) and (close := nearest(value, words)):
         quotes = " without quotes" if value == close else ""
         return f"write '{key}: {close}'{quotes}"

@@ -21,6 +21,7 @@ def dump(spec: Spec) -> str:
     lines.append(f"causal: {_word(spec.causal)}")
     lines += [f"axes: {_value(spec.axes)}"] if spec.axes is not None else []
     lines += [f"index: {_flow(spec.index)}"] if spec.index else []
+    lines += [f"route: {_flow(spec.route)}"] if spec.route else []
     lines += (
         ["levels:", *(line for level in spec.levels for line in _level(level))]
         if spec.levels
@@ -34,6 +35,7 @@ def dump(spec: Spec) -> str:
 def _level(level: Level) -> list[str]:
     parts = [f"name: {_word(level.name)}"]
     parts += [f"within: {_word(level.within)}"] if level.within else []
+    parts += [f"when: {_word(level.when)}"] if level.when else []
     parts += [f"permute: {_flow(level.permute)}"] if level.permute else []
     parts.append(f"partition: {_partition(level.partition)}")
     parts += [f"kv: {_word(level.kv)}"] if level.kv else []

@@ -7,6 +7,7 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
     entries   partitions and pools
     scores    what entries are ordered by
     choices   which entries are kept
+    routes    which of several ways is taken
     branches  what is attended, and how branches are combined
     whole     a level, and the spec
 """
@@ -17,6 +18,7 @@ from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Sta
 from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, TopP
 from hsgen.spec.model.entries import Blocks, Clusters, KeyPool, Partition, Pool, Tokens, ValuePool
 from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
+from hsgen.spec.model.routes import Route, RouteBy
 from hsgen.spec.model.scalars import (
     LANGUAGE,
     MAX_AXES,
@@ -25,6 +27,7 @@ from hsgen.spec.model.scalars import (
     MAX_FORCED,
     MAX_LEVELS,
     MAX_SPANS,
+    MAX_WAYS,
     Axis,
     Bound,
     Count,
@@ -68,6 +71,7 @@ __all__ = [
     "MAX_FORCED",
     "MAX_LEVELS",
     "MAX_SPANS",
+    "MAX_WAYS",
     "MapHow",
     "Node",
     "Order",
@@ -77,6 +81,8 @@ __all__ = [
     "Permute",
     "Pool",
     "Reduce",
+    "Route",
+    "RouteBy",
     "SELECT_RULES",
     "Scale",
     "Score",

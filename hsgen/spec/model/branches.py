@@ -89,6 +89,7 @@ class Attend(Node):
     softcap: Scale | None = None  # logits become softcap * tanh(logits / softcap)
     # one more logit a head, input `<name>_sink`, in the denominator only: it has no value
     sink: Literal["learned"] | None = None
+    when: Identifier | None = None  # the way of the route on which it attends; None: on every one
 
 
 class Combine(Node):
@@ -102,3 +103,8 @@ class Combine(Node):
     sink: Literal["learned"] | None = None  # one logit a head, input `sink`, for the whole union
     # o * sigmoid(input `output_gate`), which has a number a channel, or a number a head
     output_gate: Literal["channel", "head"] | None = None
+
+    def of(self, branches: int) -> Combine | None:
+        """What is left of it where only so many branches are: one needs no union, but for its sink."""
+        left = self if branches > 1 or self.sink else self.model_copy(update={"softmax": None})
+        return left if left != Combine() else None

@@ -32,6 +32,9 @@ MAX_SPANS = 256
 MAX_AXES = 3
 
 
+MAX_WAYS = 256
+
+
 LANGUAGE = 1
 
 

@@ -15,6 +15,7 @@ from hsgen.spec.model.branches import Attend, Combine
 from hsgen.spec.model.choices import Select
 from hsgen.spec.model.entries import Partition, Pool
 from hsgen.spec.model.permutes import Permute
+from hsgen.spec.model.routes import Route
 from hsgen.spec.model.scalars import (
     MAX_AXES,
     MAX_BRANCHES,
@@ -68,12 +69,19 @@ class Level(Node):
 
     name: Identifier  # what other levels and branches call it
     within: Identifier | None = None  # the level above, whose survivors' children are scored
+    when: Identifier | None = None  # the way of the route on which it selects; None: on every one
     permute: Permute | None = None
     partition: Annotated[Partition, Field(discriminator="kind")]  # what an entry is
     kv: Identifier | None = None  # pools `k_<kv>`, `v_<kv>` instead of `k`, `v`
     pool: Pool | None = None
     score: Score
     select: Select | None = None
+
+    @property
+    def named(self) -> frozenset[str]:
+        """The levels that this one names."""
+        names = (self.within, self.score.source, self.score.lse_from)
+        return frozenset(name for name in names if name is not None)
 
 
 class Spec(Node):
@@ -89,6 +97,7 @@ class Spec(Node):
     # the first axis, where nothing binds it, is as long as a sequence needs
     axes: Annotated[tuple[Axis, ...], Field(max_length=MAX_AXES)] | None = None
     index: Index | None = None
+    route: Route | None = None
     levels: Annotated[tuple[Level, ...], Field(max_length=MAX_LEVELS)] = ()  # earlier first
     attend: Annotated[tuple[Attend, ...], Field(min_length=1, max_length=MAX_BRANCHES)]
     combine: Combine | None = None
@@ -143,6 +152,7 @@ class Spec(Node):
         heads: Heads | tuple[int, int] | None = None,
         head_dim: HeadDim | tuple[int, int] | int | None = None,
         axes: tuple[int, ...] | None = None,
+        layer: int | None = None,
     ) -> Spec:
         """Fill in what the text left open.
 
@@ -150,9 +160,11 @@ class Spec(Node):
             heads: `Heads`, or (query, kv).
             head_dim: `HeadDim`, (qk, v), or one number for both.
             axes: the length of every axis of the tokens.
+            layer: number of the layer, from 0: where layers take ways, only its own is left.  It
+                changes nothing where they do not.
 
         Raises:
-            ArgumentError: the text says otherwise, or query is no multiple of kv.
+            ArgumentError: the text says otherwise, or query is no multiple of kv; a negative layer.
         """
         if isinstance(heads, tuple):
             heads = Heads(query=count("heads", heads[0]), kv=count("heads", heads[1]))
@@ -165,7 +177,7 @@ class Spec(Node):
             msg = f"heads: expected query to be a multiple of kv, {heads.kv}, got {heads.query}"
             raise ArgumentError(msg)
         bound = self._bound("heads", heads)._bound("head_dim", head_dim)
-        return bound._laid(axes).located(self._spans)
+        return bound._laid(axes).located(self._spans)._on_layer(layer)
 
     def _laid(self, axes: tuple[int, ...] | None) -> Spec:
         """With every axis that is open bound; the others as the text says."""
@@ -180,6 +192,37 @@ class Spec(Node):
             raise ArgumentError(msg, span=self.span("axes"))
         return self.model_copy(update={"axes": lengths})
 
+    def _on_layer(self, layer: int | None) -> Spec:
+        """What is left of the spec for one layer."""
+        if layer is not None and (isinstance(layer, bool) or layer < 0):
+            msg = f"layer: expected a whole number of at least 0, got {layer!r}"
+            raise ArgumentError(msg, span=self.span("route"))
+        route = self.route
+        if layer is None or route is None or route.by != "layer" or not route.table:
+            return self
+        return self._on_way(route.table[layer % len(route.table)])
+
+    def _on_way(self, way: str) -> Spec:
+        """What is left of the spec where one way is taken: a spec without a route."""
+        branches = [i for i, branch in enumerate(self.attend) if branch.when in (None, way)]
+        needed = {self.attend[i].over for i in branches}
+        for level in reversed(self.levels):
+            needed |= level.named if level.name in needed else set()
+        levels = [j for j, level in enumerate(self.levels) if level.name in needed]
+        gone = {"when": None}
+        left = self.model_copy(
+            update={
+                "route": None,
+                "index": self.index if any(self.levels[j].score.by_index for j in levels) else None,
+                "levels": tuple(self.levels[j].model_copy(update=gone) for j in levels),
+                "attend": tuple(self.attend[i].model_copy(update=gone) for i in branches),
+                "combine": self.combine and self.combine.of(len(branches)),
+            }
+        )
+        moved = {"levels": levels, "attend": branches}
+        places = ((_moved(path, moved), span) for path, span in self._spans.items())
+        return left.located({path: span for path, span in places if path is not None})
+
     def _bound(self, field: str, value: Heads | HeadDim | None) -> Spec:
         said: Heads | HeadDim | None = getattr(self, field)
         if value is None or value == said:
@@ -188,6 +231,14 @@ class Spec(Node):
             msg = f"{field}: expected {said!r} as the spec '{self.name}' says, got {value!r}"
             raise ArgumentError(msg, span=self.span(field))
         return self.model_copy(update={field: value})
+
+
+def _moved(path: Path, kept: Mapping[str, list[int]]) -> Path | None:
+    """Where a field is once lists have only some of their items; None where it is gone."""
+    if len(path) < 2 or path[0] not in kept or path[1] == -1:
+        return path
+    items = kept[str(path[0])]
+    return (path[0], items.index(int(path[1])), *path[2:]) if path[1] in items else None
 
 
 # keys that the language got later: a spec that does not say them keeps the digest it had before;
@@ -207,6 +258,8 @@ _NEWS = {
     "sink",
     "output_gate",
     "tail",
+    "route",
+    "when",
 }
 
 

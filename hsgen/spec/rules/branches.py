@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from hsgen.spec.model import Level, Path, Spec, Static, Tokens
 from hsgen.spec.rules.names import uses
 from hsgen.spec.rules.problem import Problem, either
+from hsgen.spec.rules.routes import needs_combine
 
 
 def branches(spec: Spec) -> Iterator[Problem]:
@@ -127,13 +128,17 @@ def _raw(i: int, j: int, level: Level) -> Iterator[Problem]:
 def combines(spec: Spec) -> Iterator[Problem]:
     combine = spec.combine
     if combine is None:
-        if len(spec.attend) > 1:
+        if needs_combine(spec):
             yield Problem(
                 code="HS076",
                 path=("attend",),
                 message=f"expected 'combine' with {len(spec.attend)} branches, got none",
                 help="write 'combine: {gates: input}' or 'combine: {softmax: union}' at the top",
-                also=(("combine",),),
+                also=(
+                    ("combine",),
+                    ("route",),
+                    *(("attend", i, "when") for i in range(len(spec.attend))),
+                ),
             )
     elif (combine.gates and combine.softmax) or not (
         combine.gates or combine.softmax or (combine.output_gate and len(spec.attend) == 1)
@@ -144,11 +149,6 @@ def combines(spec: Spec) -> Iterator[Problem]:
             message=f"expected 'gates' or 'softmax' in 'combine', got {either(combine.gates)}",
             help="write 'combine: {gates: input}' or 'combine: {softmax: union}'",
         )
-
-
-def _named(level: Level) -> tuple[str | None, ...]:
-    """The levels that a level names."""
-    return level.within, level.score.source, level.score.lse_from
 
 
 def unused(spec: Spec) -> Iterator[Problem]:
@@ -162,7 +162,7 @@ def unused(spec: Spec) -> Iterator[Problem]:
             at_key=True,
         )
     used = {branch.over for branch in spec.attend}
-    used |= {name for level in spec.levels for name in _named(level)}
+    used |= {name for level in spec.levels for name in level.named}
     for i, level in enumerate(spec.levels):
         if level.name not in used and level.select is None:
             yield Problem(

@@ -10,6 +10,7 @@ from hsgen.spec.rules.grids import axes, grid_windows
 from hsgen.spec.rules.names import references, tensor_names, unique_names
 from hsgen.spec.rules.orders import orders
 from hsgen.spec.rules.problem import Problem, Rule
+from hsgen.spec.rules.routes import on_ways, routes, ways
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
 
@@ -39,7 +40,7 @@ def _rests_on(problem: Problem, broken: set[Path]) -> bool:
     )
 
 
-_REFERENCES: tuple[Rule, ...] = (unique_names, references)
+_REFERENCES: tuple[Rule, ...] = (unique_names, references, routes)
 
 
 _RULES: tuple[Rule, ...] = (
@@ -62,4 +63,6 @@ _RULES: tuple[Rule, ...] = (
     latents,
     one_softmax,
     tails,
+    ways,
+    on_ways,
 )

@@ -17,6 +17,7 @@ _ARGUMENTS = {
     "gates": "the gates",
     "output_gate": "the gate of the output",
     "sink": "the sink of the union",
+    **dict.fromkeys(("layer", "route"), "the route"),
 }
 
 
