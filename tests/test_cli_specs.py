@@ -98,7 +98,10 @@ def test_json_says_what_show_says(name: str, capsys: pytest.CaptureFixture[str])
     sizes = shown["graph"]["sizes"]
     pairs = 131072 * 131073 / 2 if load(name).causal else 131072**2
     dense = 2 * sizes["Hq"] * (sizes["Dqk"] + sizes["Dv"]) * pairs
-    assert mine["of_dense"] == pytest.approx(flops / dense)
+    if load(name).route:  # of ways, the mean of a table or the costliest
+        assert 0 < mine["of_dense"] < flops / dense
+    else:
+        assert mine["of_dense"] == pytest.approx(flops / dense)
 
 
 def test_text_has_a_row_and_an_essence_each(
