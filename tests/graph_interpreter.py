@@ -507,8 +507,10 @@ def _select(run: _Run, op: Select, score: Scores, parent: Chosen | None = None) 
 
 def _tail(op: Select | SelectSet, p: int, there: list[bool]) -> set[int]:
     """The entry of position p, if it is not there yet."""
+    if not op.tail:
+        return set()  # nor has an entry a place where entries are clusters
     own = p // op.stride
-    return {own} if op.tail and not there[own] else set()
+    return set() if there[own] else {own}
 
 
 def _forced(run: _Run, op: Select, p: int, N: int) -> set[int]:
