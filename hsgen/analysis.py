@@ -60,6 +60,8 @@ def _op_causality(op: Op, *, causal: bool) -> Causality:
     match op:
         case SelectSet() if causal and op.scope == "head":
             return "prompt"  # rows of a head are ranked together
+        case SelectSet() if causal and op.of == "all":
+            return "prompt"  # budgets grow with the length of the whole sequence
         case Attend() if causal and op.pattern is not None and op.pattern.grows:
             return "prompt"  # windows grow with the length of the whole sequence
         case Attend() if op.pattern is not None and op.pattern.axes:
@@ -374,6 +376,8 @@ class _Counts:
         """
         op = selection.op
         if isinstance(op, SelectSet):
+            if op.of == "all":
+                return _pairs_of_part(op.value, causal=self.graph.meta.causal)
             part = op.value if op.rule == "fraction" else 1.0
             return _complete_pairs(1, 1, causal=self.graph.meta.causal) * part
         assert isinstance(op, Select)
@@ -478,6 +482,13 @@ def _selection_of(graph: Graph, attend: Node) -> Node | None:
     return next(chosen, None)
 
 
+def _pairs_of_part(part: float, *, causal: bool) -> Cost:
+    """Tokens of as many entries as are a part of all; a row with fewer before it takes all."""
+    if not causal:
+        return _from(0, Polynomial(t2=part))
+    return _from(0, Polynomial(t2=part - part * part / 2, t1=part / 2))
+
+
 def _window_pairs(window: int, *, causal: bool) -> Cost:
     if causal:
         return _selected_pairs(window, own=1, causal=True)
@@ -499,12 +510,7 @@ def _flops(counts: _Counts, node: Node) -> Cost:
             per_number = 2 * op.size * counts.product(node.type.dims[-1:]) + op.size * op.position
             return counts.elements(node.type) * (per_number if op.how == "linear" else op.size)
         case Score():
-            heads, dim = operands[0].dims[2:]
-            dots = 2 if op.form == "bound" else 1
-            sums = {"relu_weighted": 2, "relu_sum": 1}.get(op.form, 0)
-            per_head = dots * 2 * counts.product((dim,)) + sums
-            pairs = counts.complete(op.level) if op.within is None else counts.children(op.level)
-            return pairs * counts.product((heads,)) * per_head
+            return _score_flops(counts, op, operands)
         case LogSumExp():
             own_pass = isinstance(graph[node.inputs[0]].op, Score)  # else a by-product
             return counts.elements(operands[0]) * (2 if own_pass else 0)
@@ -525,6 +531,20 @@ def _flops(counts: _Counts, node: Node) -> Cost:
             return counts.elements(node.type) * 2
         case _:
             assert_never(op)
+
+
+def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost:
+    """Dots of pairs.  Of codes a comparison and an addition a run, once both are encoded."""
+    heads, dim = operands[0].dims[2:]
+    pairs = counts.complete(op.level) if op.within is None else counts.children(op.level)
+    pairs = pairs * counts.product((heads,))
+    if op.codes is not None:  # encoding is a distance to every codeword
+        query, keys, codebook = operands[:3]
+        encoded = (counts.elements(query) + counts.elements(keys)) * (3 * op.codes.words)
+        return encoded + pairs * (2 * int(codebook.dims[0]))
+    dots = 2 if op.form == "bound" else 1
+    sums = {"relu_weighted": 2, "relu_sum": 1}.get(op.form, 0)
+    return pairs * (dots * 2 * counts.product((dim,)) + sums)
 
 
 def _order_flops(counts: _Counts, op: Cluster | Permute, operands: list[TensorType]) -> Cost:

@@ -606,7 +606,7 @@ class _Scheduler:
         score = chain.score.op
         assert isinstance(score, Score)
         assert isinstance(node.op, Select)
-        assert score.form != "relu_sum", "refused"
+        assert score.form not in ("relu_sum", "code_match"), "refused"
         weighted = score.form == "relu_weighted"
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(
@@ -795,6 +795,8 @@ def _no_kernel_for(node: Node) -> str | None:
             return f"%{node.name}: no kernel scores vectors kept in {dtype} yet"
         case Score(form="relu_sum", level=level):
             return f"level {level}: no kernel sums an index without weights yet"
+        case Score(form="code_match", level=level):
+            return f"level {level}: no kernel compares codes yet"
         case Score(grouped=True, level=level):
             return f"level {level}: no kernel sums an index inside each group yet"
         case Select(tail=True, level=level):

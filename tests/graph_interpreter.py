@@ -418,6 +418,8 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
     query, keys = operands[:2]
     if op.form == "dot":
         value = _dots(query, keys)
+    elif op.form == "code_match":
+        value = _equal_codes(op, query, keys, operands[2])
     elif op.form == "index_dot":
         value = torch.einsum("bthd,bnd->bthn", query, keys)
     elif op.form == "bound":
@@ -435,6 +437,33 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
         there = there & _in_beam(run, op, operands[-1], value.shape[2])
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
     return Scores(value=value * scale, there=there)
+
+
+def _equal_codes(op: Score, query: Tensor, keys: Tensor, codebook: Tensor) -> Tensor:
+    """[B, T, Hq, D], [B, N, Hkv, D], [runs, words, dim] -> [B, T, Hq, N], pair after pair"""
+    codes, runs = op.codes, codebook.shape[0]
+
+    def nearest(x: Tensor) -> list[int]:
+        found = []
+        for run in range(runs):
+            part = x[run * codes.dim : (run + 1) * codes.dim]
+            power = 1 if codes.distance == "l1" else 2
+            away = [((part - word).abs() ** power).sum().item() for word in codebook[run]]
+            found.append(away.index(min(away)))
+        return found
+
+    group = query.shape[2] // keys.shape[2]
+    value = query.new_zeros(*query.shape[:3], keys.shape[1])
+    B, N, H = keys.shape[:3]
+    for b, n, h in ((b, n, h) for b in range(B) for n in range(N) for h in range(H)):
+        code = nearest(keys[b, n, h])
+        for t, g in ((t, g) for t in range(query.shape[1]) for g in range(group)):
+            other = nearest(query[b, t, h * group + g])
+            equal = sum(x == y for x, y in zip(code, other, strict=True))
+            if codes.buckets:
+                equal = min(equal // (runs // codes.buckets), codes.buckets - 1)
+            value[b, t, h * group + g, n] = equal
+    return value
 
 
 def _has_tokens(run: _Run, op: Score, shape: torch.Size) -> Tensor:
@@ -532,7 +561,7 @@ def _select_set(run: _Run, op: SelectSet, score: Scores) -> Chosen:
     for b, h in ((b, h) for b in range(B) for h in range(H)):
         rows = [_row_of(run, op, score, (b, t, h)) for t in range(T)]
         together = rows if op.scope != "head" else [[entry for row in rows for entry in row]]
-        reached = {x.where for group in together for x in _reached(op, group)}
+        reached = {x.where for group in together for x in _reached(op, group, N)}
         for row in rows:
             ranked = _ranked(op, row)
             kept = [x for i, x in enumerate(ranked) if x.where in reached or i < (op.least or 0)]
@@ -575,14 +604,15 @@ def _ranked(op: SelectSet, entries: list[_Entry]) -> list[_Entry]:
     return sorted(entries, key=lambda x: (not x.forced, -x.score, x.where))
 
 
-def _reached(op: SelectSet, entries: list[_Entry]) -> list[_Entry]:
+def _reached(op: SelectSet, entries: list[_Entry], all_entries: int) -> list[_Entry]:
     ranked = _ranked(op, entries)
     if op.rule == "threshold":
         return [x for x in ranked if x.score > op.value]
     one = 1 << 30
     part = round(op.value * one)
     if op.rule == "fraction":
-        keep = -(-part * len(entries) // one)
+        whole = all_entries if op.of == "all" else len(entries)
+        keep = -(-part * whole // one)
         return ranked[: keep + (0 if op.counted else sum(x.forced for x in entries))]
     masses = [round(max(x.score, 0.0) * one) for x in ranked]
     goal, sums, kept = part * sum(masses), 0, []

@@ -21,6 +21,7 @@ from plan_cases import (
     top,
 )
 from plan_cases import spec as make
+from plan_cases_odd import ODD
 from plan_cases_production import PRODUCTION
 
 from hsgen import passes
@@ -55,7 +56,7 @@ def check_against_reference(spec: Spec, rows: int, keys: int) -> None:
 
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
 @pytest.mark.parametrize(
-    "spec", [*CASES, *SETS, *ORDERS, *PRODUCTION, *ROUTES], ids=lambda spec: spec.name
+    "spec", [*CASES, *SETS, *ORDERS, *PRODUCTION, *ROUTES, *ODD], ids=lambda spec: spec.name
 )
 def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:
     check_against_reference(spec, rows, keys)

@@ -15,6 +15,7 @@ Role = Literal[
     "index_query",
     "index_keys",
     "index_weights",
+    "codebook",
     "order",
     "gates",
     "output_gate",
@@ -77,10 +78,24 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Codes:
+    """What `code_match` compares; see the language's `codes`."""
+
+    words: int
+    dim: int
+    distance: Literal["l1", "l2"]
+    buckets: int | None
+
+    def __str__(self) -> str:
+        buckets = f" in {self.buckets} buckets" if self.buckets else ""
+        return f"[{self.words} of {self.dim} {self.distance}{buckets}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """Score entries of a level.
 
-    query, entry keys, [index weights], [parent selection] -> f32[B, T, H, N]
+    query, entry keys, [index weights or codebook], [parent selection] -> f32[B, T, H, N]
 
     `relu_weighted` and `relu_sum`, which has no weights, sum index heads themselves, all of them or
     with `grouped` those of each group; those of `index_dot` stand for the key heads.  `bound` reads
@@ -88,12 +103,13 @@ class Score:
     """
 
     level: str
-    form: Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum"]
+    form: Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
     within: str | None
     grouped: Literal[True] | None = None
+    codes: Codes | None = None  # of `code_match`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,9 +187,9 @@ class Select:
 class SelectSet:
     """Keep entries by a rule that lets counts vary.  f32[B, T, H, N] -> i32[B, T, H, W], bitmap rows
 
-    `fraction` of the candidates, rounded up; scores above a `threshold`; the best until their mass
-    reaches a part of the total, `top_p`, where `boundary`, `least`, `most` and `scope` count.
-    `when` as in Select.
+    `fraction` of the candidates, or `of` all entries, rounded up; scores above a `threshold`; the
+    best until their mass reaches a part of the total, `top_p`, where `boundary`, `least`, `most` and
+    `scope` count.  `when` as in Select.
     """
 
     level: str
@@ -190,6 +206,7 @@ class SelectSet:
     most: int | None = None
     tail: Literal[True] | None = None
     when: str | None = None
+    of: Literal["all"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,16 +60,16 @@ def _about(graph: Graph, node: Node) -> str:
     match node.op.role:
         case "query":
             return "queries"
-        case "keys":
-            return f"keys{of}"
-        case "values":
-            return f"values{of}"
+        case "keys" | "values" as role:
+            return f"{role}{of}"
         case "index_query":
             return "queries of the index"
         case "index_keys":
             return "keys of the index, shared by its heads"
         case "index_weights":
             return "weight of each head of the index"
+        case "codebook":
+            return f"codewords of every run of channels{of}"
         case "order":
             return f"which token each slot has{of}"
         case "gates":

@@ -196,7 +196,8 @@ def _entry_dim(op: Score, keys: Node) -> str:
 
 def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     weighted = op.form == "relu_weighted"
-    _need_count(operands, 2 + weighted + (op.within is not None))
+    coded = op.codes is not None
+    _need_count(operands, 2 + weighted + coded + (op.within is not None))
     query, keys = operands[0].type, operands[1]
     if op.form in ("relu_weighted", "relu_sum", "index_dot"):
         need_dims(query, ("B", "T", "Hi", "Di"))
@@ -208,6 +209,10 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
         vectors = ("Hkv", "2", "Dqk") if op.form == "bound" else ("Hkv", "Dqk")
         expected = ", ".join(("B", "N", *vectors))
         need(keys.type.dims[2:] == vectors, f"expected [{expected}], got {keys.type}")
+    need(coded == (op.form == "code_match"), "codes are what code_match compares")
+    if op.codes is not None:
+        runs = operands[2].type.dims[0]
+        need_dims(operands[2].type, (runs, str(op.codes.words), str(op.codes.dim)))
     if op.within is not None:
         _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
     summed = "Hkv" if op.grouped else "1"
@@ -347,6 +352,7 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
     by_mass = op.rule == "top_p"
     need((op.scope is not None) == by_mass, "a scope is one of masses")
     need((op.boundary is not None) == by_mass, "a boundary is one of masses")
+    need(op.of is None or op.rule == "fraction", "it is a fraction that is of all")
     need(op.most is None or op.most >= (op.least or 0), f"at least {op.least} of {op.most}")
     return TensorType(dtype="i32", dims=(batch, rows, heads, f"W_{op.level}"))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hsgen import spec as language
-from hsgen.graph import LogSumExp, Map, Node, Normalise, Reduce, Round, Score
+from hsgen.errors import PlanError
+from hsgen.graph import Codes, LogSumExp, Map, Node, Normalise, Reduce, Round, Score
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.entries import score_keys, score_query
 
@@ -20,12 +21,15 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         stride=level.partition.stride,
         within=level.within,
         grouped=True if score.sums_index and score.share == "group" else None,
+        codes=_codes(score.codes) if score.codes else None,
     )
     operands = [score_query(builder, level), score_keys(builder, level)]
     if score.by_index:
         operands = [_rounded(builder, operand) for operand in operands]
     if score.form == "relu_weighted":
         operands.append(builder.input("w_index", "index_weights", "B", "T", "Hi"))
+    if score.codes is not None:
+        operands.append(_codebook(builder, level, score.codes))
     at = builder.place(level, "score", "form")
     made = builder.add(f"{level.name}.score", op, *operands, *some(parent), at=at)
     if score.normalise is not None:
@@ -49,12 +53,28 @@ def _rounded(builder: Builder, vectors: Node) -> Node:
     return builder.add(f"{vectors.name}.rounded", Round(dtype=dtype), vectors, at=at)
 
 
+def _codes(codes: language.Codes) -> Codes:
+    return Codes(words=codes.words, dim=codes.dim, distance=codes.distance, buckets=codes.buckets)
+
+
+def _codebook(builder: Builder, level: language.Level, codes: language.Codes) -> Node:
+    width = builder.spec.head_dim
+    if width is None:
+        raise PlanError(
+            f"level '{level.name}' compares codes: how many depends on head_dim, which is not known",
+            span=builder.place(level, "score", "codes"),
+            help="give `head_dim` in the spec or to Spec.bind",
+        )
+    dims = (str(width.qk // codes.dim), str(codes.words), str(codes.dim))
+    return builder.input(f"{level.name}_codebook", "codebook", *dims)
+
+
 def _scale(builder: Builder, score: language.Score) -> float | None:
     match score.scale:
         case "none":
             return 1.0
         case None:
-            return 1.0 if score.by_index else builder.attention_scale()
+            return 1.0 if score.by_index or score.codes else builder.attention_scale()
         case _:
             return float(score.scale)
 

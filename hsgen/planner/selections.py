@@ -43,4 +43,5 @@ def select_set(level: language.Level, select: language.Select) -> SelectSet:
         most=top_p.max if top_p else None,
         tail=True if select.force.tail else None,
         when=level.when,
+        of=select.of,
     )

@@ -14,6 +14,7 @@ G = Hq / Hkv, Hs heads that select (Hq, Hkv or 1), D and Dv head sizes.
     entries    which entries there are, and who sees them
     grids      tokens along axes, and windows there
     pools      one vector an entry
+    codes      product quantisation
     scores     what entries are ordered by
     attention  softmax over branches, and their combination
     routes     which way each head takes

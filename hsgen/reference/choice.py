@@ -53,7 +53,10 @@ def choose(
     if select.top_p is not None:
         return _choose_mass(select.top_p, select.force.counted, scores, candidates, forced)
     if select.fraction is not None:
-        keep = share_of(select.fraction, candidates.sum(-1, keepdim=True))
+        whole = candidates.sum(-1, keepdim=True)
+        if select.of == "all":
+            whole = torch.full_like(whole, candidates.shape[-1])
+        keep = share_of(select.fraction, whole)
     else:
         keep = torch.full_like(forced.sum(-1, keepdim=True), select.budget)
     if not select.force.counted:

@@ -51,8 +51,9 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
             found["k_index"] = ("key", ("Di",))
             if level.score.form == "relu_weighted":
                 found["w_index"] = ("query", ("Hi",))
-        elif level.score.form == "dot" or (level.pool and level.pool.keys):
+        elif level.score.form in ("dot", "code_match") or (level.pool and level.pool.keys):
             found[named("k", level.kv)] = keys
+        found |= _codebook(spec, level)
         if level.permute and isinstance(level.permute.keys, Gather):
             found[f"{level.name}_key_order"] = ("key", ("Hkv",))
         if level.pool and level.pool.values:
@@ -73,6 +74,16 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
         if branch.sink:
             found[f"{branch.name}_sink"] = ("parameter", ("Hq",))
     return found | _of_combine(spec)
+
+
+def _codebook(spec: Spec, level: Level) -> dict[str, _TensorInput]:
+    """The codewords of a level that compares codes."""
+    codes = level.score.codes
+    if codes is None:
+        return {}
+    assert spec.head_dim is not None, "a codebook is of bound heads"
+    runs = spec.head_dim.qk // codes.dim
+    return {f"{level.name}_codebook": ("parameter", (runs, codes.words, codes.dim))}
 
 
 def _of_combine(spec: Spec) -> dict[str, _TensorInput]:

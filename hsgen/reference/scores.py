@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hsgen.reference.codes import code_matches
 from hsgen.reference.rounding import stored
 from hsgen.reference.rows import Rows, Scored
 from hsgen.spec import Level
@@ -26,6 +27,10 @@ def raw_scores(level: Level, rows: Rows) -> Tensor:
             q = x["q"]  # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
             most = dot(q.clamp(max=0), low) + dot(q.clamp(min=0), high)
             return most * _scale(level, q.shape[-1])
+        case "code_match":
+            assert level.score.codes is not None, f"level {level.name} has no codes"
+            codebook = x[f"{level.name}_codebook"]
+            return code_matches(level.score.codes, x["q"], keys, codebook) * _scale(level, 1)
         case "index_dot" | "relu_weighted" | "relu_sum":
             return _by_index(level, rows, keys[:, 0]) * _scale(level, 1)
         case None:

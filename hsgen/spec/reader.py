@@ -49,7 +49,7 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    antidiagonal avg_pool bias budget_from by centroid code_match columns cosine diagonals
+    antidiagonal avg_pool bias budget_from by centroid columns cosine diagonals
     early_stop given grid halving loss pages quota ragged reuse sample softmax_mass
     stripes tile tree upsample
 """
@@ -461,6 +461,9 @@ _EXAMPLE = {
     "pool": "pool: {keys: mean}",
     "score": "score: {form: dot}",
     "select": "select: {top_k: 16}",
+    "codes": "codes: {words: 16, dim: 8}",
+    "words": "words: 16",
+    "dim": "dim: 128",
     "force": "force: {first: 1, last: 1}",
     "route": "route: {by: layer, table: [full, near]}",
     "route.by": "by: layer",

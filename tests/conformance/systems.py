@@ -21,6 +21,7 @@ REFUSED: dict[str, str] = {
     "moa": "branch elastic: no kernel attends a static pattern yet",
     "power_attention": "no kernel takes a route by layer yet",
     "s2_attention": "no kernel takes a route by layer yet",
+    "spt": "level token: no kernel compares codes yet",
 }
 # Specs whose layers differ, and the layer whose kernels are tested.
 LAYERS: dict[str, int] = {"small_thinker": 1}

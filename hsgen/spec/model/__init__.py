@@ -5,6 +5,7 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
     scalars   single values, and the range of each
     permutes  orders that entries are cut from
     entries   partitions and pools
+    codes     vectors as numbers of codewords
     scores    what entries are ordered by
     choices   which entries are kept
     routes    which of several ways is taken
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Static
 from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, TopP
+from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.entries import Blocks, Clusters, KeyPool, Partition, Pool, Tokens, ValuePool
 from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
 from hsgen.spec.model.routes import Route, RouteBy
@@ -49,6 +51,7 @@ __all__ = [
     "Blocks",
     "Bound",
     "Clusters",
+    "Codes",
     "Combine",
     "Count",
     "Force",

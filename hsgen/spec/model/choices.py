@@ -40,12 +40,14 @@ class TopP(Node):
 class Select(Node):
     """Keep the best: `beam` entries are expanded by a level below, the others are attended.
 
-    `fraction`: of a row's visible entries, rounded up.  `threshold`: every score above it.
+    `fraction`: of a row's visible entries, or of all that its sequence has, rounded up.
+    `threshold`: every score above it.
     """
 
     top_k: Count | None = None
     beam: Count | None = None
     fraction: Part | None = None
+    of: Literal["all"] | None = None  # of `fraction`; left out: of what is visible
     threshold: Bound | None = None
     top_p: TopP | None = None
     force: Force = Force()

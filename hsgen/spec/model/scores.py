@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.scalars import Identifier, Node, Scale
 
-ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum"]
+ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match"]
 
 
 Stored = Literal["input", "bf16", "fp8", "fp8_unscaled"]  # how vectors of an index are kept
@@ -29,10 +30,12 @@ class Score(Node):
     `index_dot`: index head h scores for the group of key head h.
     `relu_weighted`, `relu_sum`: the sum of relu(dot) over index heads, weighted by `w_index` or not;
     with `share: group` over those of a group, the first Hi / Hkv heads for key head 0 and so on.
+    `code_match`: in how many runs of channels query and key have the same code.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"from": "source"}
     form: ScoreForm | None = None
+    codes: Codes | None = None  # what `code_match` compares
     source: Identifier | None = None  # the level whose scores are mapped
     map: MapHow | None = None
     scale: Scale | Literal["none"] | None = None  # None: 1, or 1/sqrt(qk dim) for dot and bound

@@ -260,6 +260,8 @@ _NEWS = {
     "tail",
     "route",
     "when",
+    "codes",
+    "of",
 }
 
 

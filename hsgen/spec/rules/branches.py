@@ -176,7 +176,11 @@ def unused(spec: Spec) -> Iterator[Problem]:
 
 def kvs(spec: Spec) -> Iterator[Problem]:
     for i, level in enumerate(spec.levels):
-        if level.kv is not None and level.score.form != "dot" and level.pool is None:
+        if (
+            level.kv is not None
+            and level.score.form not in ("dot", "code_match")
+            and level.pool is None
+        ):
             yield _idle_kv(("levels", i), "this level neither scores nor pools keys")
         elif level.kv is not None and level.score.by_index:
             yield _idle_kv(("levels", i), "the index has keys of its own")

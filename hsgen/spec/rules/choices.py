@@ -86,6 +86,7 @@ def selects(spec: Spec) -> Iterator[Problem]:
             )
             continue
         yield from _forced(select, path)
+        yield from _of(select, path)
         yield from _top_p(spec, i, level, path)
         yield from _select_use(spec, level, path)
 
@@ -114,6 +115,18 @@ def _forced(select: Select, path: Path) -> Iterator[Problem]:
             f" first {select.force.first} + last {select.force.last} = {forced}",
             help=f"write '{key}: {forced}', or 'counted: false' to select them on top",
             also=keys,
+        )
+
+
+def _of(select: Select, path: Path) -> Iterator[Problem]:
+    if select.of is not None and select.fraction is None:
+        yield Problem(
+            code="HS182",
+            path=(*path, "of"),
+            message=f"expected 'of' with 'fraction' only, got it with '{select.rules[0]}'",
+            help="remove 'of', or write 'fraction: 0.125'",
+            also=_select_keys(path),
+            at_key=True,
         )
 
 

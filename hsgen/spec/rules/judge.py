@@ -5,6 +5,7 @@ from __future__ import annotations
 from hsgen.spec.model import Path, Spec
 from hsgen.spec.rules.branches import branches, combines, kvs, unused
 from hsgen.spec.rules.choices import nesting, selects
+from hsgen.spec.rules.codes import codes
 from hsgen.spec.rules.entries import heads, partitions, pools
 from hsgen.spec.rules.grids import axes, grid_windows
 from hsgen.spec.rules.names import references, tensor_names, unique_names
@@ -50,6 +51,7 @@ _RULES: tuple[Rule, ...] = (
     orders,
     pools,
     scores,
+    codes,
     borrowed_sums,
     maps,
     nesting,

@@ -135,6 +135,8 @@ def _tensors(spec: Spec) -> Iterator[tuple[Path, str, str]]:
 
 
 def _learned(level: Level) -> Iterator[str]:
+    if level.score.form == "code_match":
+        yield f"{level.name}_codebook"
     pool = level.pool
     for which, how in (("key", pool and pool.keys), ("value", pool and pool.values)):
         if how == "linear":
