@@ -37,6 +37,7 @@ ALIKE: dict[str, str] = {
     "minimax_m3": "hisa",
     "nsa_fla": "nsa",
     "nsa_xunhao": "nsa",
+    "quest": "moba",
     "small_thinker": "nsa",
     "sqa": "nsa",
 }
