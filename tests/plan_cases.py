@@ -439,9 +439,11 @@ ROUTES = [
 ]
 
 
-def random_tensors(spec: Spec, rows: int, keys: int, *, batch: int = 1) -> dict[str, torch.Tensor]:
+def random_tensors(
+    spec: Spec, rows: int, keys: int, *, batch: int = 1, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Float64 tensors for every input of a spec."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     shapes = tensor_shapes(spec, batch, rows, keys)
     made = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)

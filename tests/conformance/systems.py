@@ -61,13 +61,19 @@ def shrink(spec, *, block=16):
     sizes = [level.partition.size for level in spec.levels]
     factor = max([1, *sizes]) // block or 1
     levels = tuple(_shrunk_level(level, factor) for level in spec.levels)
-    attend = tuple(
-        branch.model_copy(update={"window": min(branch.window, 21)})
-        if isinstance(branch.window, int)
-        else branch
-        for branch in spec.attend
-    )
+    attend = tuple(_shrunk_branch(branch) for branch in spec.attend)
     return language.verify(spec.model_copy(update={"levels": levels, "attend": attend}))
+
+
+def _shrunk_branch(branch):
+    """A window of at most 21 tokens; a pattern of units of at most 2."""
+    changes = {}
+    if isinstance(branch.window, int):
+        changes["window"] = min(branch.window, 21)
+    if branch.static:
+        units = min(branch.static.blocks, 2)
+        changes["static"] = branch.static.model_copy(update={"blocks": units})
+    return branch.model_copy(update=changes)
 
 
 def _shrunk_level(level, factor):
