@@ -162,7 +162,7 @@ def test_only_identifiers_are_names(name):
 @pytest.mark.parametrize("name", emitted.SHIPPED)
 def test_tuning_and_target_change_no_kernel(name):
     ours = emitted.sources(emitted.shipped_plan(name))
-    plan = schedule.schedule(emitted.graph(load(name)), A100, "fp16")
+    plan = schedule.schedule(emitted.graph(systems.load(name)), A100, "fp16")
     theirs = emitted.sources(plan)
     for kernel in plan.kernels:
         file = f"{kernel.name}.py"

@@ -8,6 +8,7 @@ import plan_cases
 import pytest
 import torch
 import triton
+from conformance import systems
 
 from hsgen import configs, dryrun, pipeline, report, resources, schedule
 from hsgen.errors import PlanError
@@ -38,7 +39,7 @@ def test_plan_is_golden(name, golden):
 @pytest.mark.parametrize("name", emitted.SHIPPED)
 def test_every_operator_has_a_kernel_and_every_value_is_made_before_it_is_read(name):
     plan = emitted.shipped_plan(name)
-    graph = emitted.graph(load(name))
+    graph = emitted.graph(systems.load(name))
     done = {operator for kernel in plan.kernels for operator in kernel.operators}
     assert done == {node.name for node in graph.nodes() if not isinstance(node.op, Input)}
     known = {name for name, _ in plan.inputs}
@@ -163,7 +164,7 @@ def resized(spec, heads, dims):
 @pytest.mark.parametrize("name", emitted.SHIPPED)
 def test_there_is_a_configuration_for_every_size_and_target(name):
     for heads, dims in itertools.product(HEADS, DIMS):
-        graph = emitted.graph(resized(load(name), heads, dims))
+        graph = emitted.graph(resized(systems.load(name), heads, dims))
         for target, dtype in itertools.product(TARGETS, ("bf16", "fp32")):
             if name == "quest" and dims[0] == 256 and target in (RTX4090, MI300X):
                 with pytest.raises(PlanError, match="score_page cannot run"):
@@ -215,7 +216,7 @@ def test_default_configurations_fit_and_hardly_spill():
     """By the compiler's own word, on a covering set of specs, dtypes and targets."""
     jobs = []
     for dtype, target, name, kernel in COVERING:
-        artifact = pipeline.compile_spec(load(name), target, dtype)
+        artifact = pipeline.compile_spec(systems.load(name), target, dtype)
         (job,) = [job for job in report.jobs(artifact) if job.signature.function == kernel]
         jobs.append(job)
     outcomes = resources.measure(jobs, timeout=240)
