@@ -13,7 +13,7 @@ from hsgen.reference import reference, tensor_kinds
 
 T = 61  # several blocks of 8, the last one incomplete
 NAMES = sorted(systems.FILES)
-LAST = {"query": 1, "key": 1}  # the dimension of tokens in [B, T, H, D]
+LAST = {"query", "key"}  # tensors with a dimension of tokens, [B, T, H, D]
 
 
 @functools.cache
@@ -123,14 +123,18 @@ def test_packed_documents_are_separate_ones(name):
     lengths = [13, 0, 29, 1]
     parts = [tensors(spec, n, n, seed=i) for i, n in enumerate(lengths)]
     kinds = tensor_kinds(spec)
-    packed = {
-        n: torch.cat([part[n][0] for part in parts]) if kinds[n] in LAST else y
-        for n, y in parts[0].items()
-    }
+    packed = {n: _packed(kinds[n], [part[n] for part in parts]) for n in kinds}
     same_parameters = [
-        {**part, **{n: parts[0][n] for n in part if kinds[n] not in LAST}} for part in parts
+        {**part, **{n: parts[0][n] for n in part if kinds[n] == "parameter"}} for part in parts
     ]
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     found = reference(spec, packed, cu_seqlens_q=cu).o
     alone = [reference(spec, part).o[0] for part in same_parameters]
     same(found, torch.cat(alone))
+
+
+def _packed(kind, parts):
+    """What each document has of a tensor, as a packed batch has it."""
+    if kind == "parameter":
+        return parts[0]
+    return torch.cat([part[0] for part in parts] if kind in LAST else parts)

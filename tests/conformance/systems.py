@@ -81,7 +81,7 @@ def _shrunk_level(level, factor):
     if isinstance(level.partition, Blocks):
         size, stride = (max(1, n // factor) for n in (level.partition.size, level.partition.stride))
         changes["partition"] = Blocks(size=size, stride=stride)
-    if level.select:
+    if level.select and not level.select.counts_vary:
         last = min(level.select.force.last, 2)
         force = level.select.force.model_copy(update={"last": last})
         forced = force.first + force.last
