@@ -93,12 +93,18 @@ def _tensor(
 
 
 def _compression(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """Learned pooling that is a mean: every slot's weight is identity / size, every position 0."""
+    """Learned pooling that is a mean: every slot's weight is identity / size, every position 0.
+
+    A codebook's words are keys, evenly spaced.
+    """
     if name.endswith("_weight"):
         mean = torch.eye(shape[-1], dtype=like.dtype, device=like.device) / shape[1]
         return mean.expand(shape).contiguous()
     if name.endswith("_position"):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    if name.endswith("_codebook"):  # [runs, words, dim]
+        at = torch.arange(shape[1], device=like.device) * like.shape[1] // shape[1]
+        return like[0, at, 0].unflatten(-1, (shape[0], shape[2])).transpose(0, 1).contiguous()
     return None
 
 
@@ -117,6 +123,8 @@ def stated(spec: Spec, heads: int) -> list[tuple[str, str]]:
     if any(name.endswith("_weight") for name in names):
         given = "identity / size for every slot and position 0: the mean"
         found.append(("learned compression", given))
+    if any(name.endswith("_codebook") for name in names):
+        found.append(("codebooks", "keys of the input, evenly spaced"))
     keys = [name for name, kind in names.items() if kind == "key" and name != "k_index"]
     if own := [name for name in keys if name not in ("k", "v")]:
         found.append((", ".join(own), "the same k and v for all"))

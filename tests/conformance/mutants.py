@@ -143,8 +143,8 @@ def ties_go_up(old):
 def worst_pick_is_lost(old):
     """One entry fewer than there is room for."""
 
-    def choose(select, *arguments):
-        return old(_with_budget(select, select.budget - 1), *arguments)
+    def choose(select, *arguments, **tail):
+        return old(_with_budget(select, select.budget - 1), *arguments, **tail)
 
     return choose
 
@@ -152,10 +152,10 @@ def worst_pick_is_lost(old):
 def last_pick_is_the_next_best(old):
     """Rank k + 1 is taken in place of rank k."""
 
-    def choose(select, scores, candidates, forced):
-        best = old(_with_budget(select, max(1, select.budget - 1)), scores, candidates, forced)
-        more = old(_with_budget(select, select.budget + 1), scores, candidates, forced)
-        full = old(select, scores, candidates, forced)
+    def choose(select, *arguments, **tail):
+        best = old(_with_budget(select, max(1, select.budget - 1)), *arguments, **tail)
+        more = old(_with_budget(select, select.budget + 1), *arguments, **tail)
+        full = old(select, *arguments, **tail)
         enough = more.sum(-1, keepdim=True) > full.sum(-1, keepdim=True)
         return torch.where(enough, best | (more & ~full), full)
 
@@ -165,9 +165,9 @@ def last_pick_is_the_next_best(old):
 def forced_entries_always_count(old):
     """`counted: false` is ignored."""
 
-    def choose(select, *arguments):
+    def choose(select, *arguments, **tail):
         counted = select.force.model_copy(update={"counted": True})
-        return old(select.model_copy(update={"force": counted}), *arguments)
+        return old(select.model_copy(update={"force": counted}), *arguments, **tail)
 
     return choose
 

@@ -1,0 +1,1 @@
+"""Kernels of dsa_gqa, emitted by hsgen."""
