@@ -146,6 +146,8 @@ def not_dense_because(graph: Graph) -> str | None:
     if pooled := _pooled_attends(graph):
         return f"branch {pooled[0]} attends pooled values"
     attends = _attends(graph)
+    if biased := [x.op.branch for x in attends if isinstance(x.op, Attend) and x.op.biased]:
+        return f"branch {biased[0]} adds a learned bias to its logits"
     if len({node.inputs[:3] for node in attends}) > 1:
         return "branches have keys and values of their own"
     for way in _ways(graph):
@@ -535,6 +537,8 @@ def _flops(counts: _Counts, node: Node) -> Cost:
 
 def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost:
     """Dots of pairs.  Of codes a comparison and an addition a run, once both are encoded."""
+    if op.form == "bias":
+        return _from(0, Polynomial())  # what a key has already
     heads, dim = operands[0].dims[2:]
     pairs = counts.complete(op.level) if op.within is None else counts.children(op.level)
     pairs = pairs * counts.product((heads,))

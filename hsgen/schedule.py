@@ -114,26 +114,6 @@ class _Scheduler:
         """Operators that no kernel does yet, and sizes that none holds."""
         self._refuse_routes()
         for node in self.graph.nodes():
-            if isinstance(node.op, Cluster):
-                message = f"level {node.op.level}: no kernel clusters keys yet"
-                raise PlanError(message, span=node.span)
-            if isinstance(node.op, Permute):
-                message = f"level {node.op.level}: no kernel puts keys in another order yet"
-                raise PlanError(message, span=node.span)
-            if isinstance(node.op, SelectSet):
-                message = f"level {node.op.level}: no kernel selects by {node.op.rule} yet"
-                raise PlanError(message, span=node.span)
-            if isinstance(node.op, Attend) and node.op.over == "static":
-                message = f"branch {node.op.branch}: no kernel attends a static pattern yet"
-                raise PlanError(message, span=node.span)
-            if isinstance(node.op, Attend) and node.op.over == "pooled" and len(node.inputs) > 3:
-                message = (
-                    f"branch {node.op.branch}: no kernel attends pooled entries of a selection yet"
-                )
-                raise PlanError(message, span=node.span)
-            if isinstance(node.op, Union):
-                message = "no kernel takes one softmax over several branches yet"
-                raise PlanError(f"{message}: `combine: {{softmax: union}}`", span=node.span)
             if message := _no_kernel_for(node):
                 raise PlanError(message, span=node.span)
         for name in ("Hq", "Hkv", "Dqk", "Dv"):
@@ -606,7 +586,7 @@ class _Scheduler:
         score = chain.score.op
         assert isinstance(score, Score)
         assert isinstance(node.op, Select)
-        assert score.form not in ("relu_sum", "code_match"), "refused"
+        assert score.form not in ("relu_sum", "code_match", "bias"), "refused"
         weighted = score.form == "relu_weighted"
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(
@@ -788,33 +768,6 @@ def _tiles() -> str:
     return "batch.rows // {BLOCK_T} + batch.sequences"
 
 
-def _no_kernel_for(node: Node) -> str | None:
-    """What of one operator no kernel does yet; None where some kernel does it."""
-    match node.op:
-        case Round(dtype=dtype):
-            return f"%{node.name}: no kernel scores vectors kept in {dtype} yet"
-        case Score(form="relu_sum", level=level):
-            return f"level {level}: no kernel sums an index without weights yet"
-        case Score(form="code_match", level=level):
-            return f"level {level}: no kernel compares codes yet"
-        case Score(grouped=True, level=level):
-            return f"level {level}: no kernel sums an index inside each group yet"
-        case Select(tail=True, level=level):
-            return f"level {level}: no kernel forces a tail yet"
-        case Attend(latent=True, branch=branch):
-            return f"branch {branch}: no kernel reads values from latent keys yet"
-        case Attend(softcap=float(), branch=branch):
-            return f"branch {branch}: no kernel caps logits yet"
-        case Attend(sink=True, branch=branch):
-            return f"branch {branch}: no kernel has a sink logit yet"
-        case Attend(over="pooled", branch=branch) if len(node.inputs) > 3:
-            return f"branch {branch}: no kernel attends pooled entries of a selection yet"
-        case OutputGate(each=each):
-            return f"no kernel gates the output by {each} yet"
-        case _:
-            return None
-
-
 def _safe(name: str) -> str:
     return name.replace(".", "_")
 
@@ -834,3 +787,64 @@ def _strides(x: str) -> tuple[str, ...]:
 
 def _lse_strides(x: str) -> tuple[str, ...]:
     return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
+
+
+# --- what no kernel does yet
+
+
+def _no_kernel_for(node: Node) -> str | None:
+    """What of one operator no kernel does yet; None where some kernel does it."""
+    match node.op:
+        case Attend():
+            return _no_attend_for(node, node.op)
+        case Union():
+            message = "no kernel takes one softmax over several branches yet"
+            return f"{message}: `combine: {{softmax: union}}`"
+        case Cluster() | Permute() | Score() | Select() | SelectSet():
+            lacking = _no_level_for(node.op)
+            return lacking and f"level {node.op.level}: no kernel {lacking} yet"
+        case Round(dtype=dtype):
+            return f"%{node.name}: no kernel scores vectors kept in {dtype} yet"
+        case OutputGate(each=each):
+            return f"no kernel gates the output by {each} yet"
+        case _:
+            return None
+
+
+def _no_attend_for(node: Node, op: Attend) -> str | None:
+    """What no kernel does of a branch, and the words for it."""
+    lacks = (
+        (op.over == "static", "attends a static pattern"),
+        (op.latent, "reads values from latent keys"),
+        (op.softcap is not None, "caps logits"),
+        (op.sink, "has a sink logit"),
+        (op.over == "pooled" and len(node.inputs) > 3, "attends pooled entries of a selection"),
+        (op.biased, "adds a learned bias to logits"),
+    )
+    words = next((words for lacking, words in lacks if lacking), None)
+    return words and f"branch {op.branch}: no kernel {words} yet"
+
+
+def _no_level_for(op: Cluster | Permute | Score | Select | SelectSet) -> str | None:
+    """What no kernel does of a level, in words."""
+    match op:
+        case Cluster():
+            return "clusters keys"
+        case Permute():
+            return "puts keys in another order"
+        case SelectSet():
+            return f"selects by {op.rule}"
+        case Score(form="relu_sum"):
+            return "sums an index without weights"
+        case Score(form="code_match"):
+            return "compares codes"
+        case Score(grouped=True):
+            return "sums an index inside each group"
+        case Score(form="bias") | Score(biased=True):
+            return "scores by a learned bias"
+        case Select(tail=True):
+            return "forces a tail"
+        case Select(joined=str()):
+            return "forces another selection"
+        case _:
+            return None

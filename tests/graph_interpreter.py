@@ -415,6 +415,12 @@ def _dots(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
+    if op.form == "bias":
+        value = operands[0].transpose(1, 2)[:, None].expand(-1, len(run.positions), -1, -1)
+        there = run.complete_mask(op.level).expand(value.shape)
+        if op.within is not None:
+            there = there & _in_beam(run, op, operands[-1], value.shape[2])
+        return Scores(value=value * (1.0 if op.scale is None else op.scale), there=there)
     query, keys = operands[:2]
     if op.form == "dot":
         value = _dots(query, keys)
@@ -436,7 +442,8 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
     if op.within is not None:
         there = there & _in_beam(run, op, operands[-1], value.shape[2])
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
-    return Scores(value=value * scale, there=there)
+    added = _spread(operands[2].transpose(1, 2)[:, None], value.shape[2]) if op.biased else 0.0
+    return Scores(value=value * scale + added, there=there)
 
 
 def _equal_codes(op: Score, query: Tensor, keys: Tensor, codebook: Tensor) -> Tensor:
@@ -514,18 +521,21 @@ def _map(run: _Run, op: Map, source: Scores) -> Scores:
     return Scores(value=value, there=run.complete_mask(op.level).expand(value.shape))
 
 
-def _select(run: _Run, op: Select, score: Scores, parent: Chosen | None = None) -> Chosen:
+def _select(run: _Run, op: Select, score: Scores, *others: Chosen) -> Chosen:
     B, T, H, N = score.value.shape
     beam = torch.ones(B, T, H, N, dtype=torch.bool)
-    if parent is not None:
-        beam = _in_beam(run, op, parent, H)
+    if op.within is not None:
+        beam = _in_beam(run, op, others[0], H)
+    joined = torch.zeros_like(beam) if op.joined is None else _spread(others[-1].member, H)
     member = torch.zeros(B, T, H, N, dtype=torch.bool)
     indices = torch.full((B, T, H, op.width), -1, dtype=torch.int32)
     for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
         row, inside = score.value[b, t, h].tolist(), beam[b, t, h].tolist()
         there = score.there[b, t, h].tolist()
         tail = {e for e in _tail(op, run.positions[t], there) if inside[e]}
-        forced = {e for e in _forced(run, op, run.positions[t], N) if inside[e]} - tail
+        forced = {e for e in _forced(run, op, run.positions[t], N) if inside[e]}
+        forced |= {e for e in range(N) if joined[b, t, h, e] and inside[e]}
+        forced -= tail
         candidates = [e for e in range(N) if e in forced or (there[e] and inside[e])]
         best = sorted(candidates, key=lambda e: (e not in forced, -row[e], e))  # noqa: B023
         kept = sorted({*best[: op.k + (0 if op.counted else len(forced))], *tail})
@@ -629,8 +639,10 @@ def _attend(
     op = node.op
     assert isinstance(op, Attend)
     *more, sink = more if op.sink else (*more, None)
-    chosen = more[0] if more else None
-    order = more[1] if op.cut else None
+    rest = list(more)
+    order = rest.pop() if op.cut else None
+    bias = rest.pop() if op.biased else None
+    (chosen,) = rest or (None,)
     if op.over == "pooled":
         level = run.graph[node.inputs[1]].type.dims[1].removeprefix("N_")
         seen = run.complete_mask(level)
@@ -641,7 +653,7 @@ def _attend(
     way = _on_way(run, node)
     seen = seen if way is None else seen & way
     values = _values(run, op, values)
-    return _softmax(op, query, [(keys, values, seen)], sink)
+    return _softmax(op, query, [(keys, values, seen, bias)], sink)
 
 
 def _values(run: _Run, op: Attend, values: Tensor) -> Tensor:
@@ -734,21 +746,25 @@ def _in_windows(axes: tuple[AxisWindow, ...], p: int, s: int, S: int) -> bool:
 
 
 def _softmax(
-    op: Attend, query: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], sink: Tensor | None
+    op: Attend,
+    query: Tensor,
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]],
+    sink: Tensor | None,
 ) -> Attended:
-    """One softmax over parts of (keys, values, seen); a row that sees nothing: 0 and -inf."""
+    """One softmax over parts of (keys, values, seen, bias); a row that sees nothing: 0 and -inf."""
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
-    logits = [_dots(query, k) * scale for k, _, _ in parts]
-    if op.softcap is not None:
-        logits = [op.softcap * torch.tanh(logit / op.softcap) for logit in logits]
-    logits = [
-        logit.masked_fill(~seen, -math.inf)
-        for logit, (_, _, seen) in zip(logits, parts, strict=True)
-    ]
+    logits = []
+    for k, _, seen, bias in parts:
+        logit = _dots(query, k) * scale
+        if op.softcap is not None:
+            logit = op.softcap * torch.tanh(logit / op.softcap)
+        if bias is not None:
+            logit = logit + _spread(bias.transpose(1, 2)[:, None], query.shape[2])
+        logits.append(logit.masked_fill(~seen, -math.inf))
     lse = torch.cat(logits, -1).logsumexp(-1)  # [B, T, Hq]
     total = lse if sink is None else torch.logaddexp(lse, sink)
     o = 0.0
-    for logit, (_, v, _) in zip(logits, parts, strict=True):
+    for logit, (_, v, _, _) in zip(logits, parts, strict=True):
         weights = (logit - total.unsqueeze(-1)).exp().nan_to_num(0.0)
         values = v.repeat_interleave(query.shape[2] // v.shape[2], 2)
         o = o + torch.einsum("bthn,bnhd->bthd", weights, values)
@@ -759,17 +775,23 @@ def _softmax(
 def _union(run: _Run, node: Node) -> Attended:
     """Branches over the same keys see what either sees."""
     assert isinstance(node.op, Union)
-    merged: dict[tuple[str, str], Tensor] = {}
+    merged: dict[tuple[str, str, bool], Tensor] = {}
     operands = run.graph.operands(node)
     attends = operands[:-1] if node.op.sink else operands
     sink = run.values[operands[-1].name] if node.op.sink else None
     for attend in attends:
-        source = (attend.inputs[1], attend.inputs[2])
+        source = (attend.inputs[1], attend.inputs[2], bool(attend.op.biased))
         seen = run.values[attend.name].seen
         merged[source] = merged[source] | seen if source in merged else seen
     query = run.values[attends[0].inputs[0]]
     op = attends[0].op
     parts = [
-        (run.values[k], _values(run, op, run.values[v]), seen) for (k, v), seen in merged.items()
+        (
+            run.values[k],
+            _values(run, op, run.values[v]),
+            seen,
+            run.values["bias"] if biased else None,
+        )
+        for (k, v, biased), seen in merged.items()
     ]
     return _softmax(op, query, parts, sink)

@@ -107,6 +107,31 @@ def minimax() -> list[Level]:
     ]
 
 
+def dma(share: str = "group", reduce: str | None = None) -> list[Level]:
+    """Tokens by what is learned of them, whatever the query."""
+    score = Score(form="bias", share=share, reduce=reduce)
+    return [Level(name="block", partition=Tokens(), score=score, select=top(6))]
+
+
+def nosa() -> list[Level]:
+    """Blocks that queries choose, and then blocks that none asks for."""
+    asked = mapped("overlap_max", k=2).model_copy(
+        update={"name": "asked", "select": top(2, first=1, last=1)}
+    )
+    bias = Score(form="bias", share="group")
+    return [
+        *infllm()[:2],
+        asked,
+        Level(name="bias", partition=blocks(4, 2), pool=MEAN, score=bias),
+        Level(
+            name="block",
+            partition=blocks(8),
+            score=Score(source="bias", map="overlap_max"),
+            select=Select(top_k=3, force=Force(level="asked")),
+        ),
+    ]
+
+
 def quest(share: str = "head", reduce: str | None = None) -> list[Level]:
     score = Score(form="bound", share=share, reduce=reduce)
     pool = Pool(keys="minmax")
@@ -287,6 +312,27 @@ SETS = [
         [],
         [Attend(name="s", static=Static(blocks=2, window=3, dilation=2))],
         causal=False,
+    ),
+    spec("dma", dma(), [Attend(name="selected", over="block", bias="learned")]),
+    spec("dma_not_causal", dma("all", "max"), [SELECTED], causal=False),
+    spec("nosa", nosa(), [Attend(name="selected", over="block", bias="learned")]),
+    spec(
+        "biased",
+        [
+            Level(
+                name="block",
+                partition=blocks(4),
+                pool=MEAN,
+                score=Score(form="dot", bias="learned", normalise="softmax"),
+                select=top(2, last=1),
+            )
+        ],
+        [
+            Attend(name="selected", over="block", bias="learned"),
+            Attend(name="window", window=4, bias="learned"),
+            Attend(name="far", window=5, kv="far"),
+        ],
+        combine=UNION,
     ),
     spec("near", [], [near((4, 3))], causal=False, axes=("any", 5)),
     spec("near_1d", [], [near((6,), stride=(4,))], causal=False, axes=("any",)),

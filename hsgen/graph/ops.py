@@ -17,6 +17,7 @@ Role = Literal[
     "index_weights",
     "codebook",
     "order",
+    "bias",
     "gates",
     "output_gate",
     "route",
@@ -95,21 +96,25 @@ class Codes:
 class Score:
     """Score entries of a level.
 
-    query, entry keys, [index weights or codebook], [parent selection] -> f32[B, T, H, N]
+    query, entry keys, [index weights or codebook], [entry biases], [parent selection]
+        -> f32[B, T, H, N]
 
     `relu_weighted` and `relu_sum`, which has no weights, sum index heads themselves, all of them or
     with `grouped` those of each group; those of `index_dot` stand for the key heads.  `bound` reads
-    minmax keys.  With `within`, only children of the parent selection are scored: f32[B, T, H, C].
+    minmax keys.  `bias` has no query: its keys are the biases of entries, one a key head; of other
+    forms they are added, where they are `biased`.  With `within`, only children of the parent
+    selection are scored: f32[B, T, H, C].
     """
 
     level: str
-    form: Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match"]
+    form: Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match", "bias"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
     within: str | None
     grouped: Literal[True] | None = None
     codes: Codes | None = None  # of `code_match`
+    biased: Literal[True] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +170,9 @@ class Map:
 class Select:
     """Keep the best entries of each row, ascending, -1 padded.  f32[B, T, H, N] -> i32[B, T, H, K]
 
-    With `within`, only children of the parent selection (second input) are candidates.  With `when`,
-    heads that the route (last input) sends another way keep none.
+    With `within`, only children of the parent selection (second input) are candidates.  The entries
+    that the level `joined` selects (next input) are forced.  With `when`, heads that the route (last
+    input) sends another way keep none.
     """
 
     level: str
@@ -181,6 +187,7 @@ class Select:
     within: str | None
     tail: Literal[True] | None = None  # the row's own entry while incomplete, on top
     when: str | None = None
+    joined: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,7 +272,7 @@ class Pattern:
 class Attend:
     """One softmax over one branch's keys.
 
-    query, keys, values, [selection], [order], [sink], [route] -> [B, T, Hq, Dv]
+    query, keys, values, [selection], [bias], [order], [sink], [route] -> [B, T, Hq, Dv]
 
     `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete or, with
     a selection, those of them that are selected, the last `window` tokens, what a static `pattern` of
@@ -285,6 +292,7 @@ class Attend:
     latent: Literal[True] | None = None
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
     sink: Literal[True] | None = None  # one more logit a head, in the denominator only
+    biased: Literal[True] | None = None  # the bias of each key and key head is added to its logits
     when: str | None = None
 
 

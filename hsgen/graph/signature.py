@@ -52,6 +52,13 @@ def tensor_inputs(graph: Graph) -> tuple[TensorInput, ...]:
     )
 
 
+_INDEX = {
+    "index_query": "queries of the index",
+    "index_keys": "keys of the index, shared by its heads",
+    "index_weights": "weight of each head of the index",
+}
+
+
 def _about(graph: Graph, node: Node) -> str:
     assert isinstance(node.op, Input)
     users = graph.users(node.name)
@@ -62,32 +69,38 @@ def _about(graph: Graph, node: Node) -> str:
             return "queries"
         case "keys" | "values" as role:
             return f"{role}{of}"
-        case "index_query":
-            return "queries of the index"
-        case "index_keys":
-            return "keys of the index, shared by its heads"
-        case "index_weights":
-            return "weight of each head of the index"
+        case "index_query" | "index_keys" | "index_weights" as role:
+            return _INDEX[role]
         case "codebook":
             return f"codewords of every run of channels{of}"
         case "order":
             return f"which token each slot has{of}"
+        case "bias":
+            return f"what is added to the logits of each key, or scores it{of}"
         case "gates":
-            gated = [graph[name].op for user in users for name in user.inputs[1:]]
-            names = [op.branch for op in gated if isinstance(op, Attend)]
-            return f"gate of each branch: {', '.join(names)}"
+            return _about_gates(graph, users)
         case "output_gate":
             return "gate of the output, before its sigmoid"
         case "route":
-            routes = [user.op for user in users if isinstance(user.op, Route)]
-            if any(route.repeats for route in routes):
-                return "number of the layer, from 0"
-            ways = [route.ways[place] for route in routes for place in route.places]
-            return f"way that is taken: {', '.join(f'{i} {way}' for i, way in enumerate(ways))}"
+            return _about_route(users)
         case "parameter":
             return _about_parameter(users, of)
         case _:
             assert_never(node.op.role)
+
+
+def _about_gates(graph: Graph, users: tuple[Node, ...]) -> str:
+    gated = [graph[name].op for user in users for name in user.inputs[1:]]
+    names = [op.branch for op in gated if isinstance(op, Attend)]
+    return f"gate of each branch: {', '.join(names)}"
+
+
+def _about_route(users: tuple[Node, ...]) -> str:
+    routes = [user.op for user in users if isinstance(user.op, Route)]
+    if any(route.repeats for route in routes):
+        return "number of the layer, from 0"
+    ways = [route.ways[place] for route in routes for place in route.places]
+    return f"way that is taken: {', '.join(f'{i} {way}' for i, way in enumerate(ways))}"
 
 
 def _about_parameter(users: tuple[Node, ...], of: str) -> str:

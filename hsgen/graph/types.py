@@ -195,10 +195,16 @@ def _entry_dim(op: Score, keys: Node) -> str:
 
 
 def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
+    if op.form == "bias":
+        return _bias_score_type(op, operands)
     weighted = op.form == "relu_weighted"
     coded = op.codes is not None
-    _need_count(operands, 2 + weighted + coded + (op.within is not None))
+    more = weighted + coded + bool(op.biased) + (op.within is not None)
+    _need_count(operands, 2 + more)
     query, keys = operands[0].type, operands[1]
+    if op.biased:
+        need(op.form in ("dot", "bound"), "an index has no bias")
+        need_dims(operands[2].type, ("B", keys.type.dims[1], "Hkv"))
     if op.form in ("relu_weighted", "relu_sum", "index_dot"):
         need_dims(query, ("B", "T", "Hi", "Di"))
         need(keys.type.dims[2:] == ("Di",), f"expected [B, N, Di], got {keys.type}")
@@ -218,6 +224,15 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     summed = "Hkv" if op.grouped else "1"
     heads = {"relu_weighted": summed, "relu_sum": summed, "index_dot": "Hkv"}.get(op.form, "Hq")
     return TensorType(dtype="f32", dims=("B", "T", heads, _entry_dim(op, keys)))
+
+
+def _bias_score_type(op: Score, operands: Sequence[Node]) -> TensorType:
+    _need_count(operands, 1 + (op.within is not None))
+    keys = operands[0]
+    need(keys.type.dims[2:] == ("Hkv",), f"expected [B, N, Hkv], got {keys.type}")
+    if op.within is not None:
+        _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
+    return TensorType(dtype="f32", dims=("B", "T", "Hkv", _entry_dim(op, keys)))
 
 
 def _need_parent(within: str, parent: Node, *, size: int, stride: int) -> None:
@@ -326,7 +341,7 @@ def _selection_type(op: Select | SelectSet, operands: Sequence[Node]) -> TensorT
 
 
 def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
-    _need_count(operands, 1 if op.within is None else 2)
+    _need_count(operands, 1 + (op.within is not None) + (op.joined is not None))
     batch, rows, heads, entries = _score_dims(operands[0].type)
     of_level = (f"N_{op.level}",) if op.within is None else (f"N_{op.level}", f"C_{op.level}")
     need(entries in of_level, f"scores {operands[0].type} are not of level {op.level}")
@@ -337,12 +352,32 @@ def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
             COARSENESS[parent.type.dims[2]] >= COARSENESS[heads],
             f"heads that share a selection of {op.level} have different beams of {op.within}",
         )
+    if op.joined is not None:
+        _need_same_entries(op, operands[-1], heads)
     forced = op.first + op.last
     need(op.k >= 1, "a selection of nothing")
     need(not op.counted or op.k >= forced, f"{forced} entries are forced into {op.k}")
     more = (0 if op.counted else forced) + bool(op.tail)
     need(op.width == op.k + more, f"width {op.width} does not fit")
     return TensorType(dtype="i32", dims=(batch, rows, heads, f"K_{op.level}"))
+
+
+def _need_same_entries(op: Select, joined: Node, heads: str) -> None:
+    """Whether a selection may be forced into another one."""
+    other = joined.op
+    need(
+        isinstance(other, Select) and other.level == op.joined,
+        f"%{joined.name} is not the selection of level {op.joined}",
+    )
+    assert isinstance(other, Select)
+    need(
+        (other.size, other.stride) == (op.size, op.stride),
+        f"entries of {other.size} are forced among those of {op.size}",
+    )
+    need(
+        COARSENESS[joined.type.dims[2]] >= COARSENESS[heads],
+        f"heads that share a selection of {op.level} force different ones",
+    )
 
 
 def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
@@ -364,6 +399,10 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
         *operands, sink = operands
         need_dims(sink.type, ("Hq",))
     operands = _cut_from(op.cut, operands, None)
+    if op.biased:
+        need(op.over != "pooled", "it is tokens that have a bias")
+        need_dims(operands[-1].type, ("B", "S", "Hkv"))
+        operands = operands[:-1]
     _need_count(operands, *((4,) if selected else (3, 4) if op.over == "pooled" else (3,)))
     selection = operands[3] if len(operands) == 4 else None
     query, keys, values = (operand.type for operand in operands[:3])

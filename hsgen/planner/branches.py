@@ -31,17 +31,18 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
         over = "static" if branch.static else "all" if branch.window == "all" else "window"
         size = branch.static.blocks if branch.static else 1
         units = language.Blocks(size=size, stride=size)
-        op, chosen = _attend(builder, branch, over=over, partition=units), ()
+        op, selection, cut = _attend(builder, branch, over=over, partition=units), None, ()
     else:
         level = builder.spec.level(branch.over)
         if branch.values == "pooled":
             return _plan_pooled_branch(builder, branch, level)
         over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
         op = _attend(builder, branch, over=over, partition=level.partition, cut=cut_of(level))
-        chosen = (builder.selections[level.name], *order(builder, level))
+        selection, cut = builder.selections[level.name], order(builder, level)
     keys = builder.keys(branch.kv)
     values = keys if branch.storage else builder.values(branch.kv)
-    operands = [builder.query(), keys, values, *chosen]
+    bias = builder.bias() if branch.bias else None
+    operands = [builder.query(), keys, values, *some(selection), *some(bias), *cut]
     return _with_log_sum_exp(builder, branch, op, *operands)
 
 
@@ -102,6 +103,7 @@ def _attend(
         softcap=branch.softcap,
         sink=True if branch.sink else None,
         when=branch.when,
+        biased=True if branch.bias else None,
     )
 
 

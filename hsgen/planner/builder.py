@@ -47,6 +47,9 @@ class Builder:
     def values(self, kv: str | None) -> Node:
         return self.input(f"v_{kv}" if kv else "v", "values", "B", "S", "Hkv", "Dv")
 
+    def bias(self) -> Node:
+        return self.input("bias", "bias", "B", "S", "Hkv")
+
     def attention_scale(self) -> float | None:
         dim = self.spec.head_dim
         return None if dim is None else 1 / math.sqrt(dim.qk)

@@ -19,10 +19,22 @@ def score_query(builder: Builder, level: language.Level) -> Node:
 def score_keys(builder: Builder, level: language.Level) -> Node:
     if level.score.by_index:
         raw = builder.input("k_index", "index_keys", "B", "S", "Di")
+    elif level.score.form == "bias":
+        raw = builder.bias()
     else:
         raw = builder.keys(level.kv)
     tokens = isinstance(level.partition, language.Tokens)
     return raw if tokens else pooled(builder, level, raw, "key")
+
+
+def score_bias(builder: Builder, level: language.Level) -> Node:
+    """The mean bias of every entry."""
+    raw = builder.bias()
+    if isinstance(level.partition, language.Tokens):
+        return raw
+    size, stride = level.partition.size, level.partition.stride
+    op = Pool(level=level.name, how="mean", size=size, stride=stride, position=False)
+    return builder.add(f"{level.name}.biases", op, raw, at=builder.place(level, "score", "bias"))
 
 
 def pooled(

@@ -59,7 +59,10 @@ def _plan_level(builder: Builder, level: language.Level) -> None:
             if level.select.counts_vary
             else select(level, level.select)
         )
+        operands = [score, *some(parent)]
+        if level.select.force.level:
+            operands.append(builder.selections[level.select.force.level])
         at = builder.place(level, "select")
-        operands = [score, *some(parent), *taken(builder, level.when)]
+        operands += taken(builder, level.when)
         selection = builder.add(f"{level.name}.selection", op, *operands, at=at)
         builder.selections[level.name] = selection

@@ -6,13 +6,19 @@ from hsgen import spec as language
 from hsgen.errors import PlanError
 from hsgen.graph import Codes, LogSumExp, Map, Node, Normalise, Reduce, Round, Score
 from hsgen.planner.builder import Builder, some
-from hsgen.planner.entries import score_keys, score_query
+from hsgen.planner.entries import score_bias, score_keys, score_query
 
 
 def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> Node:
     """form, scale -> normalise -> reduce over heads."""
     score = level.score
     assert score.form is not None
+    if score.by_bias and level.permute is not None:
+        raise PlanError(
+            f"level '{level.name}' scores a bias of permuted keys: the graph has no operator yet",
+            span=builder.place(level, "permute"),
+            help="remove 'permute'",
+        )
     op = Score(
         level=level.name,
         form=score.form,
@@ -22,14 +28,18 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         within=level.within,
         grouped=True if score.sums_index and score.share == "group" else None,
         codes=_codes(score.codes) if score.codes else None,
+        biased=True if score.bias else None,
     )
-    operands = [score_query(builder, level), score_keys(builder, level)]
+    queries = [] if score.form == "bias" else [score_query(builder, level)]
+    operands = [*queries, score_keys(builder, level)]
     if score.by_index:
         operands = [_rounded(builder, operand) for operand in operands]
     if score.form == "relu_weighted":
         operands.append(builder.input("w_index", "index_weights", "B", "T", "Hi"))
     if score.codes is not None:
         operands.append(_codebook(builder, level, score.codes))
+    if score.bias:
+        operands.append(score_bias(builder, level))
     at = builder.place(level, "score", "form")
     made = builder.add(f"{level.name}.score", op, *operands, *some(parent), at=at)
     if score.normalise is not None:
@@ -74,7 +84,8 @@ def _scale(builder: Builder, score: language.Score) -> float | None:
         case "none":
             return 1.0
         case None:
-            return 1.0 if score.by_index or score.codes else builder.attention_scale()
+            plain = score.by_index or score.codes or score.form == "bias"
+            return 1.0 if plain else builder.attention_scale()
         case _:
             return float(score.scale)
 

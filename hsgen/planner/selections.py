@@ -20,6 +20,7 @@ def select(level: language.Level, select: language.Select) -> Select:
         within=level.within,
         tail=True if select.force.tail else None,
         when=level.when,
+        joined=select.force.level,
     )
 
 

@@ -72,6 +72,7 @@ class Keys:
     k: Tensor
     v: Tensor
     visible: Tensor
+    bias: Tensor | None = None  # [S, Hkv], added to logits
 
 
 def _taken(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
@@ -108,8 +109,9 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
         chosen = levels[branch.over].chosen
         assert chosen is not None, f"{branch.over} is attended raw and must select"
         visible = visible & token_mask(rows, rows.spec.level(branch.over), chosen)
-    source = f"raw {branch.kv or ''} {branch.storage or ''}"
-    return Keys(source=source, raw=True, k=k, v=v, visible=visible)
+    bias = rows.x["bias"] if branch.bias else None
+    source = f"raw {branch.kv or ''} {branch.storage or ''} {branch.bias or ''}"
+    return Keys(source=source, raw=True, k=k, v=v, visible=visible, bias=bias)
 
 
 def _latent(rows: Rows, k: Tensor) -> Tensor:
@@ -162,6 +164,15 @@ def _union(branches: list[Keys]) -> list[Keys]:
     return list(merged.values())
 
 
+def _logits(q: Tensor, part: Keys, how: Attend) -> Tensor:
+    """Scaled dot products, then the cap, then what is added to those of a key.  -> [T, Hq, S]"""
+    scale = q.shape[-1] ** -0.5 if how.scale is None else how.scale
+    logits = dot(q, part.k) * scale
+    if how.softcap is not None:
+        logits = how.softcap * (logits / how.softcap).tanh()
+    return logits if part.bias is None else logits + spread(part.bias.T[None], q.shape[1])
+
+
 def _attention(
     q: Tensor, parts: list[Keys], how: Attend, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -170,10 +181,7 @@ def _attention(
     how: scale and softcap, which all parts have in common.  sink: [Hq], one more logit.
     """
     Hq = q.shape[1]
-    scale = q.shape[-1] ** -0.5 if how.scale is None else how.scale
-    logits = torch.cat([dot(q, part.k) for part in parts], -1) * scale
-    if how.softcap is not None:
-        logits = how.softcap * (logits / how.softcap).tanh()
+    logits = torch.cat([_logits(q, part, how) for part in parts], -1)
     visible = torch.cat([spread(part.visible, Hq) for part in parts], -1)
     weights, lse = softmax(logits, visible)
     v = torch.cat([part.v for part in parts])  # [S, Hkv, Dv]

@@ -39,40 +39,26 @@ def tensor_kinds(spec: Spec) -> dict[str, TensorKind]:
     return {name: kind for name, (kind, _) in _inputs(spec).items()}
 
 
+_KEYS: _TensorInput = ("key", ("Hkv", "D"))
+
+
+_VALUES: _TensorInput = ("key", ("Hkv", "Dv"))
+
+
 def _inputs(spec: Spec) -> dict[str, _TensorInput]:
     """Every tensor by name: its kind, and what follows batch and time."""
     found: dict[str, _TensorInput] = {"q": ("query", ("Hq", "D"))}
-    keys: _TensorInput = ("key", ("Hkv", "D"))
-    values: _TensorInput = ("key", ("Hkv", "Dv"))
     for level in spec.levels:
-        by_index = level.score.by_index
-        if by_index:
-            found["q_index"] = ("query", ("Hi", "Di"))
-            found["k_index"] = ("key", ("Di",))
-            if level.score.form == "relu_weighted":
-                found["w_index"] = ("query", ("Hi",))
-        elif level.score.form in ("dot", "code_match") or (level.pool and level.pool.keys):
-            found[named("k", level.kv)] = keys
-        found |= _codebook(spec, level)
-        if level.permute and isinstance(level.permute.keys, Gather):
-            found[f"{level.name}_key_order"] = ("key", ("Hkv",))
-        if level.pool and level.pool.values:
-            found[named("v", level.kv)] = values
-        for side in linear_sides(level):
-            heads, width = (
-                ("Hkv", "Dv") if side == "value" else (1, "Di") if by_index else ("Hkv", "D")
-            )
-            size = level.partition.size
-            found[f"{level.name}_{side}_weight"] = ("parameter", (heads, size, width, width))
-            if level.pool and level.pool.position:
-                found[f"{level.name}_{side}_position"] = ("parameter", (heads, size, width))
+        found |= _level_inputs(level) | _codebook(spec, level)
     for branch in spec.attend:
         if branch.values == "raw":
-            found[named("k", branch.kv)] = keys
+            found[named("k", branch.kv)] = _KEYS
         if branch.values == "raw" and branch.storage is None:
-            found[named("v", branch.kv)] = values
+            found[named("v", branch.kv)] = _VALUES
         if branch.sink:
             found[f"{branch.name}_sink"] = ("parameter", ("Hq",))
+        if branch.bias:
+            found["bias"] = ("key", ("Hkv",))
     return found | _of_combine(spec)
 
 
@@ -118,6 +104,34 @@ _WAYS: Mapping[str, tuple[str | int, ...]] = {
 }
 
 
+def _level_inputs(level: Level) -> dict[str, _TensorInput]:
+    """What a level scores and pools."""
+    found: dict[str, _TensorInput] = {}
+    by_index, by_bias = level.score.by_index, level.score.form == "bias"
+    if by_index:
+        found["q_index"] = ("query", ("Hi", "Di"))
+        found["k_index"] = ("key", ("Di",))
+        if level.score.form == "relu_weighted":
+            found["w_index"] = ("query", ("Hi",))
+    elif level.score.form in ("dot", "code_match") or (
+        level.pool and level.pool.keys and not by_bias
+    ):
+        found[named("k", level.kv)] = _KEYS
+    if level.permute and isinstance(level.permute.keys, Gather):
+        found[f"{level.name}_key_order"] = ("key", ("Hkv",))
+    if level.score.by_bias:
+        found["bias"] = ("key", ("Hkv",))
+    if level.pool and level.pool.values:
+        found[named("v", level.kv)] = _VALUES
+    for side in linear_sides(level):
+        heads, width = ("Hkv", "Dv") if side == "value" else (1, "Di") if by_index else ("Hkv", "D")
+        size = level.partition.size
+        found[f"{level.name}_{side}_weight"] = ("parameter", (heads, size, width, width))
+        if level.pool and level.pool.position:
+            found[f"{level.name}_{side}_position"] = ("parameter", (heads, size, width))
+    return found
+
+
 def named(kind: str, kv: str | None) -> str:
     return f"{kind}_{kv}" if kv else kind
 
@@ -133,4 +147,5 @@ def linear_sides(level: Level) -> list[str]:
 def some_keys(spec: Spec, x: Mapping[str, Tensor]) -> Tensor:
     """Some tensor of keys or values: [S, Hkv, D], or with a batch in front."""
     kinds = tensor_kinds(spec).items()
-    return next(x[name] for name, kind in kinds if kind == "key" and name != "k_index")
+    others = ("k_index", "bias")
+    return next(x[name] for name, kind in kinds if kind == "key" and name not in others)

@@ -17,9 +17,14 @@ def pooled_entries(level: Level, layout: Layout, x: dict[str, Tensor]) -> dict[s
     pool = level.pool
     by_index = level.score.by_index
     keys = x["k_index"].unsqueeze(1) if by_index else x.get(named("k", level.kv))
+    if level.score.form == "bias":
+        keys = x["bias"].unsqueeze(-1)  # one channel
     if pool is None or keys is None:
-        return {} if keys is None else {"key": keys}
+        pooled = {} if keys is None else {"key": keys}
+        return pooled | ({"bias": x["bias"].unsqueeze(-1)} if level.score.bias else {})
     pooled = {}
+    if level.score.bias:
+        pooled["bias"] = _pool(level, layout, "mean", x["bias"].unsqueeze(-1), x, "key")
     if pool.keys:
         pooled["key"] = _pool(level, layout, pool.keys, keys, x, "key")
     if pool.values:

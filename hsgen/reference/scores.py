@@ -11,12 +11,24 @@ from torch.nn import functional as F
 
 from hsgen.reference.codes import code_matches
 from hsgen.reference.rounding import stored
-from hsgen.reference.rows import Rows, Scored
+from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.spec import Level
 
 
 def raw_scores(level: Level, rows: Rows) -> Tensor:
-    """Score every entry by every head, scaled.  -> [T, H, N]"""
+    """Score every entry by every head, scaled, and add what asks no query.  -> [T, H, N]"""
+    scores = _of_form(level, rows)
+    if level.score.bias:
+        scores = scores + spread(_by_head(rows.pooled[level.name]["bias"]), scores.shape[1])
+    return scores
+
+
+def _by_head(bias: Tensor) -> Tensor:
+    """[N, Hkv, 1] -> [1, Hkv, N], which every row has alike"""
+    return bias.permute(2, 1, 0)
+
+
+def _of_form(level: Level, rows: Rows) -> Tensor:
     x, keys = rows.x, rows.pooled[level.name].get("key")
     assert keys is not None, f"level {level.name} has nothing to score"
     match level.score.form:
@@ -33,6 +45,8 @@ def raw_scores(level: Level, rows: Rows) -> Tensor:
             return code_matches(level.score.codes, x["q"], keys, codebook) * _scale(level, 1)
         case "index_dot" | "relu_weighted" | "relu_sum":
             return _by_index(level, rows, keys[:, 0]) * _scale(level, 1)
+        case "bias":
+            return _by_head(keys).expand(len(rows.p), -1, -1) * _scale(level, 1)
         case None:
             raise AssertionError(f"level {level.name} has neither `form` nor `from`")
         case form:

@@ -147,6 +147,10 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         scores = over_heads(level, scores, rows.Hkv)
     allowed = spread(allowed, scores.shape[1])
     forced = forced_entries(rows, level)[:, None] & allowed
+    if level.select and level.select.force.level:
+        joined = levels[level.select.force.level].chosen
+        assert joined is not None, f"level {level.name} forces what is not selected"
+        forced = forced | (spread(joined, allowed.shape[1]) & allowed)
     scored = complete[:, None] & allowed
     scores = scores.masked_fill(~scored, -math.inf)
     candidates = scored | forced

@@ -49,8 +49,8 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    antidiagonal avg_pool bias budget_from by centroid columns cosine diagonals
-    early_stop given grid halving loss pages quota ragged reuse sample softmax_mass
+    antidiagonal avg_pool budget_from by centroid columns cosine diagonals
+    early_stop given halving loss pages quota ragged reuse sample softmax_mass
     stripes tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())

@@ -15,6 +15,8 @@ NESTED = {"three_levels": SPECS.parent / "examples" / "three_levels.yaml"}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "flux_attention": "no kernel takes a route by sample yet",
+    "dma": "level token: no kernel scores by a learned bias yet",
+    "nosa": "level importance: no kernel scores by a learned bias yet",
     "gna": "branch near: no kernel attends a static pattern yet",
     "dsa": "%k_index.rounded: no kernel scores vectors kept in fp8 yet",
     "hydra": "one softmax over several branches",

@@ -90,6 +90,8 @@ class Attend(Node):
     # one more logit a head, input `<name>_sink`, in the denominator only: it has no value
     sink: Literal["learned"] | None = None
     when: Identifier | None = None  # the way of the route on which it attends; None: on every one
+    # adds the input `bias` of each key and key head to its logits, after scale and softcap
+    bias: Literal["learned"] | None = None
 
 
 class Combine(Node):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import ClassVar, Literal, get_args
 
-from hsgen.spec.model.scalars import Bound, Count, Forced, Node, Part
+from hsgen.spec.model.scalars import Bound, Count, Forced, Identifier, Node, Part
 
 SelectRule = Literal["top_k", "beam", "fraction", "threshold", "top_p"]
 
@@ -13,14 +14,18 @@ SELECT_RULES: tuple[SelectRule, ...] = get_args(SelectRule)
 
 
 class Force(Node):
-    """Entries taken whatever their score: the first ones, and the last ones, own included."""
+    """Entries taken whatever their score: the first ones, the last ones, own included, and those
+    that another level selects.
+    """
 
+    renamed: ClassVar[Mapping[str, str]] = {"from": "level"}
     first: Forced = 0
     last: Forced = 0
     counted: bool = True  # inside `top_k`; false: on top of it
     # the entry that the query stands in, while it is incomplete: its tokens up to the query, raw,
     # on top of what is counted
     tail: bool | None = None
+    level: Identifier | None = None  # an earlier level, whose entries are the same; always counted
 
 
 class TopP(Node):

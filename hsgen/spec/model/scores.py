@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.scalars import Identifier, Node, Scale
 
-ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match"]
+ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match", "bias"]
 
 
 Stored = Literal["input", "bf16", "fp8", "fp8_unscaled"]  # how vectors of an index are kept
@@ -31,6 +31,8 @@ class Score(Node):
     `relu_weighted`, `relu_sum`: the sum of relu(dot) over index heads, weighted by `w_index` or not;
     with `share: group` over those of a group, the first Hi / Hkv heads for key head 0 and so on.
     `code_match`: in how many runs of channels query and key have the same code.
+    `bias`: the input `bias` of a token and key head, whatever the query; of an entry, what its
+    `pool` makes of them.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"from": "source"}
@@ -39,6 +41,8 @@ class Score(Node):
     source: Identifier | None = None  # the level whose scores are mapped
     map: MapHow | None = None
     scale: Scale | Literal["none"] | None = None  # None: 1, or 1/sqrt(qk dim) for dot and bound
+    # added to the scaled scores of the key head's group: the mean input `bias` of an entry's tokens
+    bias: Literal["learned"] | None = None
     normalise: Literal["softmax"] | None = None
     lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
     share: Share = "head"
@@ -53,3 +57,8 @@ class Score(Node):
     def sums_index(self) -> bool:
         """Whether the score is a sum over heads of the index."""
         return self.form in ("relu_weighted", "relu_sum")
+
+    @property
+    def by_bias(self) -> bool:
+        """Whether the input `bias` is all that scores, or some of it."""
+        return self.form == "bias" or self.bias is not None

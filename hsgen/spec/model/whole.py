@@ -80,7 +80,8 @@ class Level(Node):
     @property
     def named(self) -> frozenset[str]:
         """The levels that this one names."""
-        names = (self.within, self.score.source, self.score.lse_from)
+        forced = self.select.force.level if self.select else None
+        names = (self.within, self.score.source, self.score.lse_from, forced)
         return frozenset(name for name in names if name is not None)
 
 
@@ -244,20 +245,22 @@ def _moved(path: Path, kept: Mapping[str, list[int]]) -> Path | None:
 # keys that the language got later: a spec that does not say them keeps the digest it had before;
 # `attend.scale`: of branches alone, since scores have always had one
 _NEWS = {
+    "attend.scale",
+    "axes",
+    "bias",
     "fraction",
+    "grid",
+    "level",
+    "lse_from",
+    "output_gate",
+    "permute",
+    "sink",
+    "softcap",
+    "static",
+    "storage",
+    "tail",
     "threshold",
     "top_p",
-    "static",
-    "lse_from",
-    "axes",
-    "grid",
-    "permute",
-    "storage",
-    "attend.scale",
-    "softcap",
-    "sink",
-    "output_gate",
-    "tail",
     "route",
     "when",
     "codes",

@@ -93,8 +93,9 @@ def _pooled(i: int, j: int, level: Level, sides: tuple[str, ...]) -> Iterator[Pr
     if isinstance(level.partition, Tokens):
         wrong = "a token is not pooled"
         help = "remove 'values'"
-    elif level.score.by_index:
-        wrong = "its pooled keys are those of the index, which a query cannot attend"
+    elif level.score.by_index or level.score.form == "bias":
+        what = "biases" if level.score.form == "bias" else "those of the index"
+        wrong = f"its pooled keys are {what}, which a query cannot attend"
         help = "attend a level with 'form: dot'"
     elif pool is not None and pool.keys == "minmax":
         wrong = "its pooled keys are bounds, which a query cannot attend"

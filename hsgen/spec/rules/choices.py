@@ -85,7 +85,8 @@ def selects(spec: Spec) -> Iterator[Problem]:
                 also=_select_keys(path),
             )
             continue
-        yield from _forced(select, path)
+        yield from _forced(spec, select, path)
+        yield from _joined(spec, i, level, path)
         yield from _of(select, path)
         yield from _top_p(spec, i, level, path)
         yield from _select_use(spec, level, path)
@@ -100,21 +101,71 @@ def _kept(level: Level) -> str:
     return f"a {level.select.rules[0]}" if level.select and level.select.rules else "no select"
 
 
-def _forced(select: Select, path: Path) -> Iterator[Problem]:
+def _forces(level: Level) -> str | None:
+    """The level whose selection is forced here."""
+    return level.select and level.select.force.level
+
+
+def _joined(spec: Spec, i: int, level: Level, path: Path) -> Iterator[Problem]:
+    """A selection forced into another one, where that has no meaning."""
+    levels = {other.name: (j, other) for j, other in enumerate(spec.levels)}
+    if _forces(level) not in levels or level.select is None:
+        return
+    j, source = levels[_forces(level) or ""]
+    shares = [_share(spec, each) for each in (source, level)]
+    wrong = (
+        (f"'{source.name}' selects nothing", f"write 'select: {{top_k: 16}}' in '{source.name}'")
+        if source.select is None
+        else ("counts vary", "write 'top_k' in both levels, or remove 'from'")
+        if source.select.counts_vary or level.select.counts_vary
+        else (
+            f"the entries of '{source.name}' are others",
+            f"write the partition of '{source.name}' here",
+        )
+        if source.partition != level.partition or level.within != source.within
+        else (
+            f"'{source.name}' is selected by heads that share '{level.name}' one by one",
+            f"write 'share: {shares[1]}' in '{source.name}'",
+        )
+        if _COARSENESS[shares[0]] > _COARSENESS[shares[1]]
+        else ("it is always counted", "remove 'counted: false'")
+        if not level.select.force.counted
+        else None
+    )
+    if wrong:
+        yield Problem(
+            code="HS147",
+            path=(*path, "force", "level"),
+            message=f"'from' has no meaning here: {wrong[0]}",
+            help=wrong[1],
+            also=(
+                *_select_keys(path),
+                (*path, "force", "counted"),
+                *(("levels", at, key) for at in (i, j) for key in ("partition", "select", "score")),
+            ),
+            at_key=True,
+        )
+
+
+def _forced(spec: Spec, select: Select, path: Path) -> Iterator[Problem]:
     """More forced entries than there is room for."""
     forced = select.force.first + select.force.last
+    more = next((x.select for x in spec.levels if x.name == select.force.level and x.select), None)
+    joined = more.width if more else 0
     keys: tuple[Path, ...] = ((*path, "top_k"), (*path, "beam"))
     key, most = ("top_k" if select.top_k else "beam"), select.budget
     if select.top_p is not None:
         key, most, keys = "max", select.top_p.max or forced, ((*path, "top_p", "max"),)
-    if select.force.counted and forced > most > 0:
+    if select.force.counted and forced + joined > most > 0:
+        shown = f" + {joined} of '{select.force.level}'" if joined else ""
         yield Problem(
             code="HS071",
             path=(*path, "force"),
             message=f"expected at most {key} = {most} forced entries, got"
-            f" first {select.force.first} + last {select.force.last} = {forced}",
-            help=f"write '{key}: {forced}', or 'counted: false' to select them on top",
-            also=keys,
+            f" first {select.force.first} + last {select.force.last}{shown} = {forced + joined}",
+            help=f"write '{key}: {forced + joined}'"
+            + ("" if joined else ", or 'counted: false' to select them on top"),
+            also=(*keys, *((("levels",),) if joined else ())),
         )
 
 
@@ -172,7 +223,9 @@ def _scored_by(spec: Spec, i: int) -> int:
 def _select_use(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
     """A selection that nothing attends or expands."""
     assert level.select is not None
-    expanded = any(other.within == level.name for other in spec.levels)
+    expanded = any(
+        other.within == level.name or _forces(other) == level.name for other in spec.levels
+    )
     attended = any(b.over == level.name for b in spec.attend)
     raw = any(b.over == level.name and b.values == "raw" for b in spec.attend)
     also = (*uses(spec), *_select_keys(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hsgen.spec.model import Path, Spec
+from hsgen.spec.rules.biases import biases
 from hsgen.spec.rules.branches import branches, combines, kvs, unused
 from hsgen.spec.rules.choices import nesting, selects
 from hsgen.spec.rules.codes import codes
@@ -60,6 +61,7 @@ _RULES: tuple[Rule, ...] = (
     combines,
     unused,
     kvs,
+    biases,
     axes,
     grid_windows,
     latents,

@@ -18,6 +18,7 @@ _ARGUMENTS = {
     "output_gate": "the gate of the output",
     "sink": "the sink of the union",
     **dict.fromkeys(("layer", "route"), "the route"),
+    "bias": "the bias",
 }
 
 
@@ -47,6 +48,7 @@ def references(spec: Spec) -> Iterator[Problem]:
             ("from", ("levels", i, "score", "source"), level.score.source),
             ("within", ("levels", i, "within"), level.within),
             ("lse_from", ("levels", i, "score", "lse_from"), level.score.lse_from),
+            ("from", ("levels", i, "select", "force", "level"), _forced_by(level)),
         ):
             if target is None:
                 continue
@@ -68,6 +70,10 @@ def references(spec: Spec) -> Iterator[Problem]:
             yield _unknown_level(branch.over, names, ("attend", i, "over"), spec)
 
 
+def _forced_by(level: Level) -> str | None:
+    return level.select and level.select.force.level
+
+
 def _unknown_level(target: str, names: list[str], path: Path, spec: Spec) -> Problem:
     close = nearest(target, names)
     levels = f"levels: {', '.join(names)}" if names else "this spec has no levels"
@@ -85,7 +91,12 @@ def _names(spec: Spec) -> tuple[Path, ...]:
     return tuple(("levels", i, "name") for i in range(-1, len(spec.levels)))
 
 
-_NAMING: tuple[Path, ...] = (("within",), ("score", "source"), ("score", "lse_from"))
+_NAMING: tuple[Path, ...] = (
+    ("within",),
+    ("score", "source"),
+    ("score", "lse_from"),
+    ("select", "force", "level"),
+)
 
 
 def uses(spec: Spec) -> tuple[Path, ...]:

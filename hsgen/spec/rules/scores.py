@@ -26,8 +26,17 @@ def scores(spec: Spec) -> Iterator[Problem]:
             yield from _mapped(score, path)
         elif score.by_index:
             yield from _by_index(spec, score, path)
-        else:
+        elif score.form != "bias" or score.share == "all":
             yield from _shared(score, path)
+        elif score.reduce is not None:
+            yield Problem(
+                code="HS062",
+                path=(*path, "reduce"),
+                message="'reduce' has no meaning with form 'bias': a group has one bias",
+                help="remove 'reduce'",
+                also=((*path, "share"),),
+                at_key=True,
+            )
         if score.map is not None and score.source is None:
             yield Problem(
                 code="HS057",
@@ -178,6 +187,8 @@ def _no_sum(level: Level, source: Level) -> str | None:
         return f"its scores exist only for children of '{source.within}'"
     if source.score.by_index or level.score.by_index:
         return "the heads of an index are others"
+    if "bias" in (source.score.form, level.score.form):
+        return "it is key heads that have a bias"
     return None
 
 
