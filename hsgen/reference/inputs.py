@@ -66,6 +66,11 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
             found[f"{level.name}_{side}_weight"] = ("parameter", (heads, size, width, width))
             if level.pool and level.pool.position:
                 found[f"{level.name}_{side}_position"] = ("parameter", (heads, size, width))
+    return found | _of_branches(spec, keys, values) | _of_combine(spec)
+
+
+def _of_branches(spec: Spec, keys: _TensorInput, values: _TensorInput) -> dict[str, _TensorInput]:
+    found: dict[str, _TensorInput] = {}
     for branch in spec.attend:
         if branch.values == "raw":
             found[named("k", branch.kv)] = keys
@@ -73,7 +78,9 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
             found[named("v", branch.kv)] = values
         if branch.sink:
             found[f"{branch.name}_sink"] = ("parameter", ("Hq",))
-    return found | _of_combine(spec)
+    if spec.loss and spec.loss.kl:
+        found[loss_keys(spec)] = keys
+    return found
 
 
 def _codebook(spec: Spec, level: Level) -> dict[str, _TensorInput]:
@@ -122,6 +129,12 @@ def named(kind: str, kv: str | None) -> str:
     return f"{kind}_{kv}" if kv else kind
 
 
+def loss_keys(spec: Spec) -> str:
+    """The keys of the attention that a level learns from: those of the first branch over tokens."""
+    branch = spec.learned_from
+    return named("k", branch and branch.kv)
+
+
 def linear_sides(level: Level) -> list[str]:
     """Which of key and value are pooled by a learned map."""
     if level.pool is None:
@@ -133,4 +146,6 @@ def linear_sides(level: Level) -> list[str]:
 def some_keys(spec: Spec, x: Mapping[str, Tensor]) -> Tensor:
     """Some tensor of keys or values: [S, Hkv, D], or with a batch in front."""
     kinds = tensor_kinds(spec).items()
-    return next(x[name] for name, kind in kinds if kind == "key" and name != "k_index")
+    return next(
+        x[name] for name, kind in kinds if kind == "key" and name != "k_index" and name in x
+    )

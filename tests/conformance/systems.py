@@ -22,6 +22,10 @@ REFUSED: dict[str, str] = {
     "power_attention": "no kernel takes a route by layer yet",
     "s2_attention": "no kernel takes a route by layer yet",
     "spt": "level token: no kernel compares codes yet",
+    "delta": "level page: no kernel takes over a selection yet",
+    "hylra": "level token: no kernel takes over a selection yet",
+    "index_cache": "level token: no kernel takes over a selection yet",
+    "ssa": "no kernel puts out branches apart yet",
 }
 # Specs whose layers differ, and the layer whose kernels are tested.
 LAYERS: dict[str, int] = {"small_thinker": 1}
