@@ -13,7 +13,10 @@ from typing import Literal, assert_never
 from hsgen.graph import (
     FIXED_SIZES,
     Attend,
+    Carry,
     Cluster,
+    Distance,
+    Divergence,
     DType,
     Gate,
     Graph,
@@ -28,6 +31,7 @@ from hsgen.graph import (
     Pattern,
     Permute,
     Pool,
+    Recall,
     Reduce,
     Round,
     Route,
@@ -70,6 +74,8 @@ def _op_causality(op: Op, *, causal: bool) -> Causality:
             return "prompt"  # the last rows say which keys come first
         case Score() | Map() | Select() | SelectSet() | Attend():
             return "token" if causal else "none"  # entries count once complete, tokens once seen
+        case Recall() | Carry() | Divergence() | Distance():
+            return "token"  # what earlier calls say of a row is of that row; losses are no rows
         case (
             Input()
             | Cluster()
@@ -119,8 +125,14 @@ def laws(graph: Graph) -> Laws:
         dense_when_all_selected=not_dense_because(graph) is None,
         unselected_values_have_no_effect=not _pooled_attends(graph),
         future_never_changes_the_past=by_token,
-        decode_equals_prefill_row=by_token,
+        decode_equals_prefill_row=by_token and not _recalls(graph, over="steps"),
     )
+
+
+def _recalls(graph: Graph, *, over: Literal["layers", "steps"]) -> bool:
+    """Whether a call takes over what earlier ones, layers or steps, have chosen."""
+    ops = (node.op for node in graph.nodes())
+    return any(isinstance(op, Recall | Carry) and op.turns.over == over for op in ops)
 
 
 def _attends(graph: Graph) -> list[Node]:
@@ -185,6 +197,8 @@ def _unreachable_because(graph: Graph, attend: Node) -> str | None:
         return f"the order that branch {attend.op.branch} is given may leave tokens out"
     while True:
         select = selection.op
+        if isinstance(select, Recall):
+            return f"level {select.level} takes over what other calls chose"
         assert isinstance(select, Select | SelectSet)
         if select.size != select.stride:
             return f"entries of level {select.level} overlap or leave gaps"
@@ -377,6 +391,10 @@ class _Counts:
         Of a selection whose counts the data decide, what it may be at most: all that is visible.
         """
         op = selection.op
+        if isinstance(op, Recall) and "all" not in op.takes and "own" in op.takes:
+            return self.selected(self.graph[selection.inputs[0]])
+        if isinstance(op, Recall):
+            return _complete_pairs(1, 1, causal=self.graph.meta.causal)
         if isinstance(op, SelectSet):
             if op.of == "all":
                 return _pairs_of_part(op.value, causal=self.graph.meta.causal)
@@ -401,6 +419,8 @@ class _Counts:
 
     def elements(self, type_: TensorType) -> Cost:
         """Numbers in a value; of scores those that exist: visible, and inside a beam."""
+        if len(type_.dims) < 2:  # a loss, or the number of a call
+            return _from(0, Polynomial(t0=1.0))
         dims, last = type_.dims, type_.dims[-1]
         if last.startswith("C_"):
             return self.children(last.removeprefix("C_")) * self.product(dims[2:-1])
@@ -502,10 +522,14 @@ def _flops(counts: _Counts, node: Node) -> Cost:
     graph, op = counts.graph, node.op
     operands = [operand.type for operand in graph.operands(node)]
     match op:
-        case Input() | Select() | SelectSet() | Route() | Switch() | Union():
+        case Input() | Select() | SelectSet() | Route() | Switch() | Union() | Recall():
             return _from(0, Polynomial())
         case Cluster() | Permute():
             return _order_flops(counts, op, operands)
+        case Carry() | Distance() | Divergence():
+            dense = 2 * counts.product(("Hq", "Dqk")) if isinstance(op, Divergence) else 0
+            pairs = _complete_pairs(1, 1, causal=graph.meta.causal)  # what is learned from
+            return pairs * dense + counts.elements(operands[0])
         case Pool():
             if op.size == 0:  # every token is in one cluster
                 return counts.elements(operands[0])
@@ -527,10 +551,8 @@ def _flops(counts: _Counts, node: Node) -> Cost:
                 2 * counts.product(("Hq",)) * (counts.product(("Dqk",)) + counts.product(("Dv",)))
             )
             return _attended_pairs(counts, node, op) * per_pair
-        case Gate():
-            return counts.elements(node.type) * (2 * (len(operands) - 1))
-        case OutputGate() | Round():
-            return counts.elements(node.type) * 2
+        case Gate() | OutputGate() | Round():
+            return counts.elements(node.type) * (2 * max(1, len(operands) - 1))
         case _:
             assert_never(op)
 
@@ -650,7 +672,11 @@ def _laws_text(graph: Graph) -> list[str]:
         ),
         (
             "decode step t equals row t of prefill",
-            None if found.decode_equals_prefill_row else not_causal,
+            None
+            if found.decode_equals_prefill_row
+            else "a step takes over what earlier ones chose"
+            if _recalls(graph, over="steps")
+            else not_causal,
         ),
     ]
     cells = [
@@ -737,6 +763,8 @@ def _pattern_varies(op: Attend) -> bool:
 def _varies(node: Node) -> bool:
     if isinstance(node.op, Select):
         return node.op.size == 0  # clusters have any number of tokens
+    if isinstance(node.op, Recall):
+        return "all" in node.op.takes
     return isinstance(node.op, SelectSet) and node.op.rule != "fraction"
 
 

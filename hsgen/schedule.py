@@ -5,6 +5,7 @@ The only stage that decides on launches.  Values that tuning varies are a kernel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
@@ -13,7 +14,10 @@ from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
+    Carry,
     Cluster,
+    Distance,
+    Divergence,
     Gate,
     Graph,
     Input,
@@ -21,9 +25,11 @@ from hsgen.graph import (
     Map,
     Node,
     Normalise,
+    Op,
     OutputGate,
     Permute,
     Pool,
+    Recall,
     Reduce,
     Round,
     Route,
@@ -39,6 +45,17 @@ from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, 
 from hsgen.rows import Entries, next_power
 from hsgen.target import Target
 
+# operators that no kernel does yet, whatever their fields
+_NO_KERNEL: Mapping[type[Op], str] = {
+    Cluster: "level {op.level}: no kernel clusters keys yet",
+    Permute: "level {op.level}: no kernel puts keys in another order yet",
+    SelectSet: "level {op.level}: no kernel selects by {op.rule} yet",
+    Recall: "level {op.level}: no kernel takes over a selection yet",
+    Carry: "level {op.level}: no kernel takes over a selection yet",
+    Divergence: "no kernel computes a loss yet",
+    Distance: "no kernel computes a loss yet",
+    Union: "no kernel takes one softmax over several branches yet: `combine: {{softmax: union}}`",
+}
 SCRATCH_BYTES = 64 << 20
 SORT_LIMIT = 4096  # pairs that the index kernel sorts in registers
 
@@ -89,6 +106,8 @@ class _Scheduler:
                     raise AssertionError("refused")
                 case Cluster() | Permute() | Round():
                     raise AssertionError("refused")
+                case Recall() | Carry() | Divergence() | Distance():
+                    raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
             name=self.graph.meta.name,
@@ -110,11 +129,22 @@ class _Scheduler:
     def _tiles(self) -> configs.RowTiles:
         return configs.RowTiles(target=self.target, dtype=self.dtype)
 
+    def _no_kernel(self, node: Node) -> str | None:
+        """Why no kernel does an operator, if none does."""
+        op = node.op
+        if isinstance(op, Attend) and op.over == "static":
+            return f"branch {op.branch}: no kernel attends a static pattern yet"
+        if isinstance(op, Attend) and op.over == "pooled" and len(node.inputs) > 3:
+            return f"branch {op.branch}: no kernel attends pooled entries of a selection yet"
+        if node.name in self.graph.outputs.streams.values():
+            return "no kernel puts out branches apart yet: `combine: {streams: branches}`"
+        return _NO_KERNEL[type(op)].format(op=op) if type(op) in _NO_KERNEL else None
+
     def _refuse(self) -> None:
         """Operators that no kernel does yet, and sizes that none holds."""
         self._refuse_routes()
         for node in self.graph.nodes():
-            if message := _no_kernel_for(node):
+            if message := self._no_kernel(node) or _no_kernel_for(node):
                 raise PlanError(message, span=node.span)
         for name in ("Hq", "Hkv", "Dqk", "Dv"):
             if name not in self.graph.sizes:

@@ -17,7 +17,10 @@ from torch import Tensor
 from hsgen.graph import (
     Attend,
     AxisWindow,
+    Carry,
     Cluster,
+    Distance,
+    Divergence,
     Gate,
     Graph,
     Input,
@@ -28,6 +31,7 @@ from hsgen.graph import (
     OutputGate,
     Permute,
     Pool,
+    Recall,
     Reduce,
     Round,
     Route,
@@ -35,6 +39,7 @@ from hsgen.graph import (
     Select,
     SelectSet,
     Switch,
+    Turns,
     Union,
     partitions,
     segments,
@@ -75,6 +80,9 @@ class Evaluation:
     o: Tensor
     lse: dict[str, Tensor]
     selection: dict[str, Tensor]
+    streams: dict[str, Tensor]
+    loss: dict[str, Tensor]
+    state: dict[str, Tensor]  # indices, or scores with -inf where there is none
     values: dict[str, Value]
 
 
@@ -93,13 +101,23 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor]) -> Evaluation:
     )
     for node in graph.nodes():
         run.values[node.name] = _evaluate(run, node)
-    o = run.values[graph.outputs.o]
     return Evaluation(
-        o=o if isinstance(o, Tensor) else o.o,
+        o=_output(run, graph.outputs.o),
+        streams={x: _output(run, name) for x, name in graph.outputs.streams.items()},
+        loss={x: run.values[name] for x, name in graph.outputs.loss.items()},
+        state={
+            x: _masked(value) if isinstance(value := run.values[name], Scores) else value.indices
+            for x, name in graph.outputs.state.items()
+        },
         lse={branch: run.values[name] for branch, name in graph.outputs.lse.items()},
         selection={x: run.values[name].indices for x, name in graph.outputs.selection.items()},
         values=run.values,
     )
+
+
+def _output(run: _Run, name: str) -> Tensor:
+    value = run.values[name]
+    return value if isinstance(value, Tensor) else value.o
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -181,6 +199,17 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return Chosen(member=chosen.member, indices=chosen.indices[..., :width])
         case Attend():
             return _attend(run, node, *(operands[:-1] if node.op.when else operands))
+        case Recall():
+            return _recall(run, node.op, operands)
+        case Carry():
+            return _carry(node.op, *operands)
+        case Divergence():
+            return _divergence(run, node.op, *operands)
+        case Distance():
+            return _distance(node.op, *operands)
+        case Gate(column=int(column)):
+            gates, branch = operands
+            return gates[..., column, None] * branch.o
         case Gate():
             gates, *branches = operands
             return sum(gates[..., c, None] * branch.o for c, branch in enumerate(branches))
@@ -439,6 +468,8 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
         groups = run.graph.sizes["Hkv"] if op.grouped else 1
         value = torch.stack([part.sum(2) for part in heads.chunk(groups, 2)], 2)
     there = run.complete_mask(op.level).expand(value.shape) & _has_tokens(run, op, value.shape)
+    if op.among:
+        there = there & _spread(operands[-1].member, value.shape[2])
     if op.within is not None:
         there = there & _in_beam(run, op, operands[-1], value.shape[2])
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
@@ -795,3 +826,108 @@ def _union(run: _Run, node: Node) -> Attended:
         for (k, v, biased), seen in merged.items()
     ]
     return _softmax(op, query, parts, sink)
+    parts = [(run.values[k], run.values[v], seen) for (k, v), seen in merged.items()]
+    return _softmax(attends[0].op.scale, query, parts)
+
+
+# --- calls after calls, and losses
+
+
+def _turn(turns: Turns, calls: int) -> int:
+    """0 of a dense call, 1 of a fresh one, 2 of one that shares: letters, written out."""
+    letters = "D" * turns.dense + "F" * turns.lead
+    while len(letters) <= calls:
+        if turns.pattern is not None:
+            letters += turns.pattern
+        elif turns.every is not None:
+            letters += "F" + "S" * (turns.every - 1)
+        else:
+            letters += "F" + "S" * calls
+    return "DFS".index(letters[calls])
+
+
+def _recall(run: _Run, op: Recall, operands: list[Value]) -> Chosen:
+    """The set of the turn; kept entries that a row cannot have seen are dropped."""
+    *sets, calls = operands
+    which = op.takes[_turn(op.turns, int(calls))]
+    begun = [
+        [e * op.stride <= p or not run.graph.meta.causal for e in range(run.entries(op.level))]
+        for p in run.positions
+    ]
+    seen = torch.tensor(begun)[None, :, None]
+    if which == "own":
+        return sets[0]
+    if which == "all":
+        first = sets[0]
+        heads = first.member.shape[2] if isinstance(first, Chosen) else first.shape[2]
+        member = seen.expand(run.tensors["q"].shape[0], -1, heads, -1)
+        return Chosen(member=member, indices=_indices(member))
+    kept = sets[-1].long()
+    member = torch.zeros(*kept.shape[:3], run.entries(op.level), dtype=torch.bool)
+    for e in range(member.shape[-1]):
+        member[..., e] = (kept == e).any(-1)
+    member = member & seen
+    return Chosen(member=member, indices=_indices(member, kept.shape[-1]))
+
+
+def _indices(member: Tensor, width: int | None = None) -> Tensor:
+    """Ascending, -1 padded."""
+    N = member.shape[-1]
+    width = int(member.sum(-1).max()) if width is None else width
+    entries = torch.arange(N, dtype=torch.int32).expand(member.shape)
+    listed = entries.masked_fill(~member, N).sort(-1).values
+    listed = torch.nn.functional.pad(listed, (0, max(0, width - N)), value=N)[..., :width]
+    return listed.masked_fill(listed == N, -1)
+
+
+def _carry(op: Carry, score: Scores, kept: Tensor, calls: Tensor) -> Scores:
+    if _turn(op.turns, int(calls)) != 2:
+        return score
+    if op.how == "keep":
+        return Scores(value=kept, there=kept > -math.inf)
+    return Scores(value=score.value + kept.nan_to_num(neginf=0.0), there=score.there)
+
+
+def _divergence(
+    run: _Run,
+    op: Divergence,
+    score: Scores,
+    query: Tensor,
+    keys: Tensor,
+    chosen: Chosen | None = None,
+) -> Tensor:
+    """Row after row."""
+    scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
+    logits = _dots(query, keys) * scale
+    B, T, H, N = score.value.shape
+    together = {"sum": torch.sum, "max": torch.amax}
+    found = []
+    for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
+        seen = run.positions[t] + 1 if run.graph.meta.causal else run.keys
+        if seen <= 0:
+            continue
+        heads = query.shape[2] // H
+        p = logits[b, t, h * heads : (h + 1) * heads, :seen].softmax(-1)
+        p = together[op.heads](p, 0)
+        inside = (
+            score.there[b, t, h]
+            if chosen is None
+            else score.there[b, t, h] & chosen.member[b, t, h]
+        )
+        which = [e for e in range(N) if inside[e]]
+        target = [p[e * op.stride : e * op.stride + op.size] for e in which]
+        target = [together[op.tokens](x, 0) for x in target if len(x)]
+        if not target or sum(target) == 0:
+            continue
+        target = torch.stack(target) / sum(target)
+        values = score.value[b, t, h, which]
+        learnt = values / values.sum() if op.masses else values.softmax(-1)
+        found.append((target * (target / learnt).log()).nan_to_num(0.0).sum())
+    return torch.stack(found).mean() if found else torch.zeros((), dtype=torch.float64)
+
+
+def _distance(op: Distance, student: Attended | Tensor, teacher: Attended | Tensor) -> Tensor:
+    a, b = (x if isinstance(x, Tensor) else x.o for x in (student, teacher))
+    d = (a - b).abs()
+    each = d * d if op.form == "mse" else torch.where(d < 1, d * d / 2, d - 0.5)
+    return each.mean() * (2 if op.toward == "both" else 1)

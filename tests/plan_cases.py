@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from hsgen.reference import tensor_shapes
+from hsgen.graph import Graph, partitions, tensor_inputs
+from hsgen.reference import Kept, tensor_shapes
 from hsgen.spec import (
     Attend,
     Blocks,
     Clusters,
     Combine,
+    Distill,
     Force,
     Gather,
     GridWindow,
@@ -17,10 +21,13 @@ from hsgen.spec import (
     Heads,
     HeadSpan,
     Index,
+    Kl,
     KMeans,
     Level,
+    Loss,
     Permute,
     Pool,
+    Reuse,
     Route,
     Score,
     Select,
@@ -483,6 +490,122 @@ ROUTES = [
         combine=UNION,
     ),
 ]
+
+
+def delta(role: str = "final", **reuse: object) -> dict[str, object]:
+    return {"reuse": (Reuse(level="block", over="layers", role=role, **reuse),)}
+
+
+def pages() -> list[Level]:
+    """Blocks by the sum of their tokens' masses."""
+    mass = Score(form="dot", normalise="softmax", share="all", reduce="max")
+    token = Level(name="token", partition=Tokens(), score=mass)
+    page = Score(source="token", map="sum")
+    return [
+        token,
+        Level(name="block", partition=blocks(4), score=page, select=top(3, last=2)),
+    ]
+
+
+def cascade(select: Select) -> list[Level]:
+    how = Score(form="dot", normalise="softmax", share="group", reduce="sum")
+    return [Level(name="block", partition=Tokens(), score=how, select=select)]
+
+
+APART = Combine(streams="branches")
+APART_GATED = Combine(gates="input", streams="branches")
+DISTILL = Loss(distill=Distill(student="block", teacher="window", form="smooth_l1", toward="both"))
+# outputs of their own, and losses
+TRAINED = [
+    spec("streams", moba(), [WINDOW, SELECTED], combine=APART),
+    spec(
+        "distilled",
+        moba(),
+        [WINDOW, Attend(name="block", over="block")],
+        combine=APART_GATED,
+        loss=DISTILL,
+    ),
+    spec(
+        "distilled_gates",
+        moba(),
+        [WINDOW, Attend(name="block", over="block")],
+        combine=GATES,
+        loss=Loss(distill=Distill(student="block", teacher="window")),
+    ),
+    spec("kl", hisa(1), [SELECTED], index=SMALL_INDEX, loss=Loss(kl=Kl(level="coarse"))),
+    spec(
+        "kl_selected",
+        hisa(1),
+        [SELECTED],
+        index=SMALL_INDEX,
+        loss=Loss(kl=Kl(level="block", over="selected")),
+    ),
+    spec(
+        "kl_gate",
+        kept(top_p(), share="group"),
+        [SELECTED],
+        loss=Loss(kl=Kl(level="block", heads="max", tokens="max")),
+    ),
+    spec("kl_mapped", pages(), [SELECTED], causal=False, loss=Loss(kl=Kl(level="block"))),
+]
+# calls after calls: each is played several times, with the state of the one before
+CALLS = [
+    spec("every", hisa(1), [SELECTED], index=SMALL_INDEX, **delta(every=3, lead=1)),
+    spec(
+        "every_kl",
+        hisa(1),
+        [SELECTED],
+        index=SMALL_INDEX,
+        loss=Loss(kl=Kl(level="block")),
+        **delta(pattern="FSFSS"),
+    ),
+    spec("given", pages(), [SELECTED], **delta(every=2, lead=1, attend="given")),
+    spec("dense", pages(), [SELECTED], **delta(dense=2, attend="given")),
+    spec("dense_once", kept(top_p()), [SELECTED, WINDOW], combine=UNION, **delta(dense=1)),
+    spec(
+        "beam",
+        hisa(1),
+        [SELECTED],
+        index=SMALL_INDEX,
+        reuse=(Reuse(level="coarse", over="steps", role="final"),),
+    ),
+    spec("cascade", cascade(top(9)), [SELECTED], **delta(role="candidates", every=3)),
+    spec(
+        "cascade_given",
+        cascade(Select(fraction=0.6)),
+        [SELECTED],
+        **delta(role="candidates", accumulate=True, attend="given"),
+    ),
+    spec(
+        "cascade_forced",
+        cascade(Select(fraction=0.5, force=Force(last=2))),
+        [SELECTED],
+        causal=False,
+        **delta(role="candidates", dense=1, lead=1, attend="given"),
+    ),
+]
+
+
+def state_tensors(
+    graph: Graph, state: Mapping[str, Kept], rows: int, keys: int, *, batch: int = 1
+) -> dict[str, torch.Tensor]:
+    """What a graph reads of earlier calls; of none, nothing."""
+    made = {}
+    for x in tensor_inputs(graph):
+        level, _, what = x.name.partition(".")
+        old = state.get(level, Kept(calls=0))
+        heads = x.type.dims[2] if x.role == "state" and len(x.type.dims) > 2 else "1"
+        size = (batch, rows, graph.sizes.get(heads, 1))
+        if what == "calls":
+            made[x.name] = torch.tensor([old.calls])
+        elif what == "kept":
+            none = torch.full((*size, 1), -1)
+            made[x.name] = none if old.selection is None else old.selection.indices
+        elif what == "kept_scores":
+            _, stride = partitions(graph)[level]
+            none = torch.full((*size, -(-keys // stride)), -torch.inf, dtype=torch.float64)
+            made[x.name] = none if old.scores is None else old.scores
+    return made
 
 
 def random_tensors(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from graph_interpreter import evaluate
 from plan_cases import (
+    CALLS,
     CASES,
     GATES,
     ORDERS,
@@ -15,9 +16,11 @@ from plan_cases import (
     ROUTES,
     SELECTED,
     SETS,
+    TRAINED,
     WINDOW,
     blocks,
     random_tensors,
+    state_tensors,
     top,
 )
 from plan_cases import spec as make
@@ -30,7 +33,7 @@ from hsgen.analysis import describe
 from hsgen.errors import PlanError, SpecError
 from hsgen.graph import Attend, Map, dump
 from hsgen.planner import plan
-from hsgen.reference import reference
+from hsgen.reference import Kept, reference
 from hsgen.schedule import schedule
 from hsgen.spec import Force, Level, Pool, Score, Select, Spec, Tokens
 from hsgen.spec.files import shipped
@@ -52,11 +55,44 @@ def check_against_reference(spec: Spec, rows: int, keys: int) -> None:
         assert set(actual.lse) == set(expected.lse)
         for branch, lse in actual.lse.items():
             torch.testing.assert_close(lse, expected.lse[branch], msg=branch)
+        assert_same(actual.streams, expected.streams)
+        assert_same(actual.loss, expected.loss)
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(actual) == set(expected)
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(13, 13), (5, 22)])
+@pytest.mark.parametrize("spec", CALLS, ids=lambda spec: spec.name)
+def test_calls_after_calls_mean_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:
+    """Six calls, each with tensors of its own and the state of the one before."""
+    language.verify(spec)
+    state: dict[str, Kept] = {}
+    for call in range(6):
+        tensors = random_tensors(spec, rows, keys, batch=2, seed=call)
+        expected = reference(spec, tensors, state=state)
+        for graph in (plan(spec), passes.run(plan(spec))):
+            kept = state_tensors(graph, state, rows, keys, batch=2)
+            actual = evaluate(graph, tensors | kept)
+            torch.testing.assert_close(actual.o, expected.o)
+            for level, chosen in expected.selection.items():
+                assert torch.equal(actual.selection[level], chosen.indices), (call, level)
+            if spec.reuse_of(spec.levels[-1].name) is None or call >= spec.reuse[0].dense:
+                assert_same(actual.loss, expected.loss)
+        for level, after in expected.state.items():
+            if after.scores is not None:
+                torch.testing.assert_close(actual.state[f"{level}.scores"], after.scores)
+        state = expected.state
 
 
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
 @pytest.mark.parametrize(
-    "spec", [*CASES, *SETS, *ORDERS, *PRODUCTION, *ROUTES, *ODD], ids=lambda spec: spec.name
+    "spec",
+    [*CASES, *SETS, *ORDERS, *PRODUCTION, *ROUTES, *ODD, *TRAINED],
+    ids=lambda spec: spec.name,
 )
 def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:
     check_against_reference(spec, rows, keys)

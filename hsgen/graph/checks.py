@@ -13,6 +13,7 @@ from hsgen.graph.ops import (
     Map,
     Permute,
     Pool,
+    Recall,
     Score,
     Select,
     SelectSet,
@@ -76,7 +77,7 @@ def partitions(graph: Graph) -> Mapping[str, tuple[int, int]]:
     """Size and stride of every level's entries; GraphError where operators disagree."""
     found: dict[str, tuple[int, int]] = {}
     for node in graph.nodes():
-        if isinstance(node.op, Pool | Score | Map | Select | SelectSet):
+        if isinstance(node.op, Pool | Score | Map | Select | SelectSet | Recall):
             own = (node.op.size, node.op.stride)
             need(
                 found.setdefault(node.op.level, own) == own,
@@ -130,6 +131,10 @@ def _verify_outputs(graph: Graph) -> None:
     for level, name in outputs.selection.items():
         op = graph[name].op
         need(
-            isinstance(op, Select | SelectSet) and op.level == level,
+            isinstance(op, Select | SelectSet | Recall) and op.level == level,
             f"%{name} is not a selection of {level}",
         )
+    for name in outputs.streams.values():
+        need_dims(graph[name].type, ("B", "T", "Hq", "Dv"))
+    for name in outputs.loss.values():
+        need_dims(graph[name].type, ())

@@ -52,14 +52,22 @@ class Meta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """Names of the nodes that the caller gets: o, lse per branch, selection per selecting level."""
+    """Names of the nodes that the caller gets: o, lse per branch, selection per selecting level.
+
+    streams: branches that are outputs of their own.  loss: numbers, by name.  state: what the next
+    call is to be given, by level, and as `level.scores`.
+    """
 
     o: str
     lse: Mapping[str, str]
     selection: Mapping[str, str]
+    streams: Mapping[str, str] = field(default_factory=dict[str, str])
+    loss: Mapping[str, str] = field(default_factory=dict[str, str])
+    state: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def names(self) -> tuple[str, ...]:
-        return (self.o, *self.lse.values(), *self.selection.values())
+        groups = (self.lse, self.selection, self.streams, self.loss, self.state)
+        return (self.o, *(name for group in groups for name in group.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,4 +198,7 @@ def dump(graph: Graph) -> str:
     tail = [f"return o=%{outputs.o}"]
     tail += [f"lse.{branch}=%{name}" for branch, name in outputs.lse.items()]
     tail += [f"selection.{level}=%{name}" for level, name in outputs.selection.items()]
+    tail += [f"stream.{branch}=%{name}" for branch, name in outputs.streams.items()]
+    tail += [f"loss.{loss}=%{name}" for loss, name in outputs.loss.items()]
+    tail += [f"state.{level}=%{name}" for level, name in outputs.state.items()]
     return "\n".join([head, *align(inputs), *align(operators), ", ".join(tail)]) + "\n"

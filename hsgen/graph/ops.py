@@ -22,7 +22,11 @@ Role = Literal[
     "output_gate",
     "route",
     "parameter",
+    "state",
 ]
+
+
+Which = Literal["own", "kept", "all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +107,8 @@ class Score:
     with `grouped` those of each group; those of `index_dot` stand for the key heads.  `bound` reads
     minmax keys.  `bias` has no query: its keys are the biases of entries, one a key head; of other
     forms they are added, where they are `biased`.  With `within`, only children of the parent
-    selection are scored: f32[B, T, H, C].
+    selection are scored: f32[B, T, H, C].  `among`: only entries of one more operand, a recalled
+    selection.
     """
 
     level: str
@@ -115,6 +120,7 @@ class Score:
     grouped: Literal[True] | None = None
     codes: Codes | None = None  # of `code_match`
     biased: Literal[True] | None = None
+    among: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,7 +324,12 @@ class Switch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """o = sum over c of gates[..., c] * branch c.  gates, branches... -> [B, T, Hq, Dv]"""
+    """o = sum over c of gates[..., c] * branch c.  gates, branches... -> [B, T, Hq, Dv]
+
+    With `column`, one branch times that gate, as an output of its own.
+    """
+
+    column: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,6 +347,71 @@ class OutputGate:
     """o * sigmoid(gate), by channel or by head.  gate, o -> [B, T, Hq, Dv]"""
 
     each: Literal["channel", "head"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """Which call of a pass chooses, and which takes over; see the language's `reuse`."""
+
+    over: Literal["layers", "steps"]
+    dense: int
+    lead: int
+    every: int | None
+    pattern: str | None
+
+    def __str__(self) -> str:
+        rule = f"every={self.every}" if self.every else self.pattern or "once"
+        return f"[{self.over} dense={self.dense} lead={self.lead} {rule}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """The set that a call takes, by its turn.  [own], [kept], calls -> i32[B, T, H, K], or bitmap rows
+
+    `takes` tells it of a dense, a fresh and a shared call: its `own` choice, the `kept` one, or `all`
+    visible entries; an operand that it does not name is not there.  calls: how many there were.
+    """
+
+    level: str
+    size: int
+    stride: int
+    turns: Turns
+    takes: tuple[Which, Which, Which]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carry:
+    """Scores over calls: of a shared one the kept ones, or with those added.  score, kept, calls -> same"""
+
+    level: str
+    turns: Turns
+    how: Literal["keep", "sum"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """KL(attention || scores), mean over rows.  score, query, keys, [selection] -> f32[]
+
+    Attention is summed, or its maximum is taken, over `heads` that share a score and `tokens` of an
+    entry.  `masses`: the scores are shares already, not logarithms of them.
+    """
+
+    level: str
+    size: int
+    stride: int
+    over: Literal["all", "selected"]
+    heads: Literal["sum", "max"]
+    tokens: Literal["sum", "max"]
+    masses: bool
+    scale: float | None  # None: 1/sqrt(qk dim), not bound yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distance:
+    """How far two branches are apart, mean over numbers.  student, teacher -> f32[]"""
+
+    form: Literal["mse", "smooth_l1"]
+    toward: Literal["teacher", "both"]
 
 
 Op = (
@@ -357,4 +433,8 @@ Op = (
     | Gate
     | Union
     | OutputGate
+    | Recall
+    | Carry
+    | Divergence
+    | Distance
 )

@@ -8,7 +8,10 @@ from typing import assert_never
 from hsgen.graph.nodes import Graph, Node, TensorType
 from hsgen.graph.ops import (
     Attend,
+    Carry,
     Cluster,
+    Distance,
+    Divergence,
     Gate,
     Input,
     LogSumExp,
@@ -18,6 +21,7 @@ from hsgen.graph.ops import (
     OutputGate,
     Permute,
     Pool,
+    Recall,
     Reduce,
     Role,
     Round,
@@ -77,6 +81,8 @@ def _about(graph: Graph, node: Node) -> str:
             return f"which token each slot has{of}"
         case "bias":
             return f"what is added to the logits of each key, or scores it{of}"
+        case "state":
+            return f"what earlier calls hand on{of}"
         case "gates":
             return _about_gates(graph, users)
         case "output_gate":
@@ -111,15 +117,15 @@ def _about_parameter(users: tuple[Node, ...], of: str) -> str:
 def _owner(op: Op) -> str:
     """The level or branch that an operator belongs to, in words."""
     match op:
-        case (
-            Cluster() | Permute() | Pool() | Score() | Normalise() | Map() | Select() | SelectSet()
-        ):
+        case Pool() | Score() | Normalise() | Map() | Select() | SelectSet():
+            return f"level {op.level}"
+        case Cluster() | Permute() | Recall() | Carry():
             return f"level {op.level}"
         case Attend():
             return f"branch {op.branch}"
         case Input() | Round() | LogSumExp() | Reduce() | Route() | Switch():
             return ""
-        case Gate() | Union() | OutputGate():
+        case Gate() | Union() | OutputGate() | Divergence() | Distance():
             return ""
         case _:
             assert_never(op)

@@ -9,8 +9,11 @@ from typing import assert_never
 from hsgen.graph.nodes import GraphError, Node, TensorType
 from hsgen.graph.ops import (
     Attend,
+    Carry,
     Cluster,
     Cut,
+    Distance,
+    Divergence,
     Gate,
     Input,
     LogSumExp,
@@ -20,6 +23,7 @@ from hsgen.graph.ops import (
     OutputGate,
     Permute,
     Pool,
+    Recall,
     Reduce,
     Round,
     Route,
@@ -58,6 +62,8 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
         case Round():
             _need_count(types, 1)
             return TensorType(dtype="f32", dims=types[0].dims)
+        case Recall() | Carry() | Divergence() | Distance():
+            return _calls_type(op, types)
         case _:
             assert_never(op)
 
@@ -75,9 +81,7 @@ def _output_type(
         case Switch():
             return _switch_type(operands)
         case Gate():
-            need(len(types) >= 2, "gates need a tensor of gates and at least one branch")
-            need_dims(types[0], ("B", "T", "Hq", str(len(types) - 1)))
-            return _agree(types[1:])
+            return _gate_type(op, types)
         case Union():
             return _union_type(op, operands)
         case OutputGate():
@@ -95,6 +99,67 @@ def _switch_type(operands: Sequence[Node]) -> TensorType:
     need(len(whens) == len(operands) >= 2, "a switch needs at least two attends")
     need(None not in whens and len({*whens}) == len(whens), f"attends on the ways {whens} overlap")
     return _agree([operand.type for operand in operands])
+
+
+def _calls_type(
+    op: Recall | Carry | Divergence | Distance, types: Sequence[TensorType]
+) -> TensorType:
+    """What calls hand on, and losses."""
+    match op:
+        case Recall():
+            return _recall_type(op, types)
+        case Carry():
+            return _carry_type(types)
+        case Divergence() | Distance():
+            return _loss_type(op, types)
+
+
+def _gate_type(op: Gate, types: Sequence[TensorType]) -> TensorType:
+    need(len(types) >= 2, "gates need a tensor of gates and at least one branch")
+    if op.column is None:
+        need_dims(types[0], ("B", "T", "Hq", str(len(types) - 1)))
+        return _agree(types[1:])
+    _need_count(types, 2)
+    need(0 <= op.column < int(types[0].dims[-1]), f"no gate {op.column} in {types[0]}")
+    return types[1]
+
+
+def _recall_type(op: Recall, types: Sequence[TensorType]) -> TensorType:
+    """A list where every set that may be taken is one, else bitmap rows."""
+    sets, rows, lists = types[:-1], f"W_{op.level}", f"K_{op.level}"
+    _need_count(types, 1 + ("own" in op.takes) + ("kept" in op.takes))
+    need(bool(sets), "a recall takes something")
+    need_dims(types[-1], ("1",))
+    first = _agree(sets)
+    need(
+        first.dims[:2] == ("B", "T") and first.dims[-1] in (rows, lists),
+        f"{first} is not a selection of level {op.level}",
+    )
+    last = rows if "all" in op.takes else first.dims[-1]
+    return TensorType(dtype="i32", dims=(*first.dims[:-1], last))
+
+
+def _carry_type(types: Sequence[TensorType]) -> TensorType:
+    _need_count(types, 3)
+    need(types[1] == types[0], f"scores {types[0]} and kept ones {types[1]} differ")
+    need_dims(types[2], ("1",))
+    return types[0]
+
+
+def _loss_type(op: Divergence | Distance, types: Sequence[TensorType]) -> TensorType:
+    if isinstance(op, Distance):
+        _need_count(types, 2)
+        need_dims(_agree(types), ("B", "T", "Hq", "Dv"))
+        return TensorType(dtype="f32", dims=())
+    selected = op.over == "selected"
+    _need_count(types, 3 + selected)
+    *_, heads, entries = _score_dims(types[0])
+    need(entries.partition("_")[2] == op.level, f"scores {types[0]} are not of level {op.level}")
+    need_dims(types[1], ("B", "T", "Hq", "Dqk"))
+    need_dims(types[2], ("B", "S", "Hkv", "Dqk"))
+    if selected:
+        need(types[3].dims[2] == heads, f"{types[3]} is not what {types[0]} chooses")
+    return TensorType(dtype="f32", dims=())
 
 
 def need(condition: bool, message: str) -> None:
@@ -199,8 +264,10 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
         return _bias_score_type(op, operands)
     weighted = op.form == "relu_weighted"
     coded = op.codes is not None
-    more = weighted + coded + bool(op.biased) + (op.within is not None)
+    more = weighted + coded + bool(op.biased) + (op.within is not None) + bool(op.among)
     _need_count(operands, 2 + more)
+    if op.among:
+        _need_recalled(op, operands[-1])
     query, keys = operands[0].type, operands[1]
     if op.biased:
         need(op.form in ("dot", "bound"), "an index has no bias")
@@ -235,13 +302,21 @@ def _bias_score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     return TensorType(dtype="f32", dims=("B", "T", "Hkv", _entry_dim(op, keys)))
 
 
+def _need_recalled(op: Score, among: Node) -> None:
+    need(op.within is None, "kept entries are not children of others")
+    need(
+        isinstance(among.op, Recall) and among.op.level == op.level,
+        f"%{among.name} is not a recalled selection of level {op.level}",
+    )
+
+
 def _need_parent(within: str, parent: Node, *, size: int, stride: int) -> None:
     select = parent.op
     need(
-        isinstance(select, Select) and select.level == within,
+        isinstance(select, Select | Recall) and select.level == within,
         f"%{parent.name} is not the selection of level {within}",
     )
-    assert isinstance(select, Select)
+    assert isinstance(select, Select | Recall)
     need(
         select.size == select.stride and size == stride and select.size % size == 0,
         f"entries of {size} do not nest in entries of {select.size} of level {within}",
@@ -420,7 +495,7 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     if selection is not None:
         select = selection.op
         need(
-            isinstance(select, Select | SelectSet)
+            isinstance(select, Select | SelectSet | Recall)
             and (select.size, select.stride) == (op.size, op.stride)
             and (op.over != "pooled" or rows == f"N_{select.level}"),
             f"%{selection.name} is not a selection of entries of {op.size}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from hsgen import spec as language
@@ -20,6 +21,7 @@ from hsgen.graph import (
     Union,
 )
 from hsgen.planner.builder import Builder, some
+from hsgen.planner.calls import plan_losses
 from hsgen.planner.entries import pooled
 from hsgen.planner.orders import cut_of, order
 from hsgen.planner.routes import taken
@@ -38,7 +40,8 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
             return _plan_pooled_branch(builder, branch, level)
         over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
         op = _attend(builder, branch, over=over, partition=level.partition, cut=cut_of(level))
-        selection, cut = builder.selections[level.name], order(builder, level)
+        selection = builder.attended.get(level.name, builder.selections[level.name])
+        cut = order(builder, level)
     keys = builder.keys(branch.kv)
     values = keys if branch.storage else builder.values(branch.kv)
     bias = builder.bias() if branch.bias else None
@@ -146,9 +149,18 @@ def plan_combine(builder: Builder, branches: list[Node]) -> Outputs:
     combine = builder.spec.combine or language.Combine()
     names = [branch.name for branch in builder.spec.attend]
     lse = {name: f"{name}.lse" for name in names}
+    outputs, gates = dict(zip(names, branches, strict=True)), ()
     if combine.gates is not None:
-        gates = builder.input("gates", "gates", "B", "T", "Hq", str(len(branches)))
-        made = builder.add("o", Gate(), gates, *branches)
+        gates = (builder.input("gates", "gates", "B", "T", "Hq", str(len(branches))),)
+        if combine.streams is not None or (builder.spec.loss and builder.spec.loss.distill):
+            outputs = {
+                name: builder.add(f"{name}.gated", Gate(column=c), *gates, branch, at=branch.span)
+                for c, (name, branch) in enumerate(outputs.items())
+            }
+    if combine.streams is not None:
+        made = next(iter(outputs.values()))
+    elif gates:
+        made = builder.add("o", Gate(), *gates, *branches)
     elif combine.softmax is not None:
         at = builder.spec.span("combine", "softmax")
         sink = builder.input("sink", "parameter", "Hq") if combine.sink else None
@@ -165,5 +177,16 @@ def plan_combine(builder: Builder, branches: list[Node]) -> Outputs:
         width = ("Dv",) if combine.output_gate == "channel" else ()
         gate = builder.input("output_gate", "output_gate", "B", "T", "Hq", *width)
         made = builder.add("gated", OutputGate(each=combine.output_gate), gate, made, at=at)
-    selection = {level: node.name for level, node in builder.selections.items()}
-    return Outputs(o=made.name, lse=lse, selection=selection)
+    losses = plan_losses(builder, outputs)
+    return Outputs(
+        o=made.name,
+        lse=lse,
+        selection=_names(builder.selections),
+        streams=_names(outputs) if combine.streams is not None else {},
+        loss=_names(losses),
+        state=_names(builder.state),
+    )
+
+
+def _names(nodes: Mapping[str, Node]) -> dict[str, str]:
+    return {key: node.name for key, node in nodes.items()}

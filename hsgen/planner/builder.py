@@ -18,6 +18,11 @@ class Builder:
     nodes: dict[str, Node] = field(default_factory=dict[str, Node])
     scores: dict[str, Node] = field(default_factory=dict[str, Node])
     selections: dict[str, Node] = field(default_factory=dict[str, Node])
+    attended: dict[str, Node] = field(default_factory=dict[str, Node])  # where not the selection
+    state: dict[str, Node] = field(default_factory=dict[str, Node])  # for the next call
+    recalled: dict[tuple[str, tuple[str, ...]], Node] = field(
+        default_factory=dict[tuple[str, tuple[str, ...]], Node]
+    )
 
     def add(self, name: str, op: Op, *operands: Node, at: Span | None = None) -> Node:
         """The node `name`, made now or the same one again; the text asks for it `at` a place."""
@@ -33,7 +38,7 @@ class Builder:
         return self.spec.span("attend", self.spec.attend.index(item), *field)
 
     def input(self, name: str, role: Role, *dims: str, dtype: DType = "input") -> Node:
-        """A tensor of the caller."""
+        """A tensor of the caller, in the dtype of the query unless it says otherwise."""
         type_ = TensorType(dtype=dtype, dims=dims)
         node = Node(name=name, op=Input(role=role), inputs=(), type=type_)
         return self.nodes.setdefault(name, node)

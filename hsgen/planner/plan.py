@@ -6,6 +6,7 @@ from hsgen import spec as language
 from hsgen.graph import Graph, Meta, verify
 from hsgen.planner.branches import plan_branch, plan_combine
 from hsgen.planner.builder import Builder, some
+from hsgen.planner.calls import carried, plan_reuse
 from hsgen.planner.routes import taken
 from hsgen.planner.scores import plan_map, plan_score
 from hsgen.planner.selections import select, select_set
@@ -64,5 +65,7 @@ def _plan_level(builder: Builder, level: language.Level) -> None:
             operands.append(builder.selections[level.select.force.level])
         at = builder.place(level, "select")
         operands += taken(builder, level.when)
+        operands[0] = carried(builder, level, score)
         selection = builder.add(f"{level.name}.selection", op, *operands, at=at)
         builder.selections[level.name] = selection
+        plan_reuse(builder, level, selection)

@@ -6,6 +6,7 @@ from hsgen import spec as language
 from hsgen.errors import PlanError
 from hsgen.graph import Codes, LogSumExp, Map, Node, Normalise, Reduce, Round, Score
 from hsgen.planner.builder import Builder, some
+from hsgen.planner.calls import narrowed
 from hsgen.planner.entries import score_bias, score_keys, score_query
 
 
@@ -29,6 +30,7 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         grouped=True if score.sums_index and score.share == "group" else None,
         codes=_codes(score.codes) if score.codes else None,
         biased=True if score.bias else None,
+        among=True if (among := narrowed(builder, level)) else None,
     )
     queries = [] if score.form == "bias" else [score_query(builder, level)]
     operands = [*queries, score_keys(builder, level)]
@@ -41,7 +43,7 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
     if score.bias:
         operands.append(score_bias(builder, level))
     at = builder.place(level, "score", "form")
-    made = builder.add(f"{level.name}.score", op, *operands, *some(parent), at=at)
+    made = builder.add(f"{level.name}.score", op, *operands, *some(parent), *some(among), at=at)
     if score.normalise is not None:
         at = builder.place(level, "score", "normalise")
         summed = builder.nodes[f"{score.lse_from or level.name}.score"]

@@ -18,6 +18,8 @@ G = Hq / Hkv, Hs heads that select (Hq, Hkv or 1), D and Dv head sizes.
     scores     what entries are ordered by
     attention  softmax over branches, and their combination
     routes     which way each head takes
+    reuse      what calls hand on
+    losses     what a call tells a training besides
     sequence   one sequence
     calls      batches and packed sequences
 """
@@ -27,9 +29,11 @@ from __future__ import annotations
 from hsgen.reference.calls import reference
 from hsgen.reference.choice import choose, masses, order, share_of
 from hsgen.reference.inputs import tensor_kinds, tensor_shapes
+from hsgen.reference.reuse import Kept
 from hsgen.reference.sequence import Result
 
 __all__ = [
+    "Kept",
     "Result",
     "choose",
     "masses",

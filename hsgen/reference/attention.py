@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.choice import ONE, fixed
-from hsgen.reference.entries import token_mask
+from hsgen.reference.entries import kept_entries, token_mask
 from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
 from hsgen.reference.routes import on_way
@@ -22,38 +22,53 @@ def what_is_seen(rows: Rows, levels: dict[str, Scored]) -> dict[str, Keys]:
     return {branch.name: _taken(rows, branch, levels) for branch in rows.spec.attend}
 
 
-def attend_all(rows: Rows, branches: dict[str, Keys]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Every branch, combined.  -> o [T, Hq, Dv], lse {branch: [T, Hq]}
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Combined:
+    """o: [T, Hq, Dv]; lse: [T, Hq] by branch; outputs: [T, Hq, Dv] by branch, times its gate."""
+
+    o: Tensor
+    lse: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def attend_all(rows: Rows, branches: dict[str, Keys]) -> Combined:
+    """Every branch, combined.
 
     A sink is in no log-sum-exp: o is what it would be without, times sigmoid(lse - sink).
     """
     combine = rows.spec.combine or Combine()
-    o, lse = _combined(rows, combine, branches)
+    combined = _combined(rows, combine, branches)
     if combine.output_gate:
         gate = rows.x["output_gate"].sigmoid()
-        o = o * (gate if combine.output_gate == "channel" else gate.unsqueeze(-1))
-    return o, lse
+        gate = gate if combine.output_gate == "channel" else gate.unsqueeze(-1)
+        return replace(combined, o=combined.o * gate)
+    return combined
 
 
-def _combined(
-    rows: Rows, combine: Combine, branches: dict[str, Keys]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _combined(rows: Rows, combine: Combine, branches: dict[str, Keys]) -> Combined:
     q = rows.x["q"]
     if combine.softmax:
         sink = rows.x["sink"] if combine.sink else None
         o, lse = _attention(q, _union(list(branches.values())), rows.spec.attend[0], sink)
-        return o, {"o": lse}
-    outputs = {
+        return Combined(o=o, lse={"o": lse}, outputs={})
+    attended = {
         branch.name: _attention(q, [branches[branch.name]], branch, _sink_of(rows, branch))
         for branch in rows.spec.attend
     }
-    parts = torch.stack([o for o, _ in outputs.values()], -1)  # [T, Hq, Dv, branches]
-    lse = {name: lse for name, (_, lse) in outputs.items()}
+    outputs = {name: o for name, (o, _) in attended.items()}
+    lse = {name: lse for name, (_, lse) in attended.items()}
     if combine.gates:
-        return (parts * rows.x["gates"].unsqueeze(2)).sum(-1), lse
-    if len(branches) > 1:  # a head is on the way of one, and sees nothing on the others
-        return parts.sum(-1), {"o": torch.stack([*lse.values()], -1).amax(-1)}
-    return parts[..., 0], lse
+        gates = rows.x["gates"].unbind(-1)
+        outputs = {
+            name: o * gate[..., None]
+            for (name, o), gate in zip(outputs.items(), gates, strict=True)
+        }
+    first = next(iter(outputs.values()))
+    if combine.streams or len(outputs) == 1:
+        return Combined(o=first, lse=lse, outputs=outputs)
+    if not combine.gates:  # a head is on the way of one, and sees nothing on the others
+        lse = {"o": torch.stack([*lse.values()], -1).amax(-1)}
+    return Combined(o=torch.stack([*outputs.values()], -1).sum(-1), lse=lse, outputs=outputs)
 
 
 def _sink_of(rows: Rows, branch: Attend) -> Tensor | None:
@@ -106,9 +121,7 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
         visible = visible if branch.window == "all" else visible & (distance.abs() < branch.window)
     else:
         assert branch.over is not None, f"branch {branch.name} attends to nothing"
-        chosen = levels[branch.over].chosen
-        assert chosen is not None, f"{branch.over} is attended raw and must select"
-        visible = visible & token_mask(rows, rows.spec.level(branch.over), chosen)
+        visible = visible & _tokens_of_level(rows, branch.over, levels, len(k))
     bias = rows.x["bias"] if branch.bias else None
     source = f"raw {branch.kv or ''} {branch.storage or ''} {branch.bias or ''}"
     return Keys(source=source, raw=True, k=k, v=v, visible=visible, bias=bias)
@@ -118,6 +131,18 @@ def _latent(rows: Rows, k: Tensor) -> Tensor:
     """The first v channels of every key, which are its value.  [S, H, D] -> [S, H, Dv]"""
     assert rows.spec.head_dim is not None, "head_dim must be bound"
     return k[..., : rows.spec.head_dim.v]
+
+
+def _tokens_of_level(rows: Rows, name: str, levels: dict[str, Scored], S: int) -> Tensor:
+    """Tokens of what a branch over a level attends: its choice, or as the call's turn has it."""
+    level, taken = rows.spec.level(name), rows.reused.get(name)
+    if taken and taken.attends_all:
+        return torch.ones(1, 1, S, dtype=torch.bool, device=rows.p.device)
+    chosen = levels[name].chosen
+    if taken and taken.attends_kept:
+        chosen = kept_entries(rows, level)
+    assert chosen is not None, f"{name} is attended raw and must select"
+    return token_mask(rows, level, chosen)
 
 
 def _static_mask(static: Static, p: Tensor, S: int, Hq: int, causal: bool) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.inputs import some_keys, tensor_kinds
+from hsgen.reference.losses import mean
+from hsgen.reference.reuse import Kept, Taken, carries_scores, kept_after, turns
 from hsgen.reference.sequence import Keep, Result, concatenate, one_sequence
 from hsgen.selection import BitmapSelection, ListSelection, Selection, to_list
-from hsgen.spec import Spec
+from hsgen.spec import Spec, Turn
 
 
 def reference(
@@ -23,6 +25,7 @@ def reference(
     q_offset: int | Tensor | None = None,
     kv_lens: Tensor | None = None,
     selection: Mapping[str, Selection | Tensor] | None = None,
+    state: Mapping[str, Kept] | None = None,
     dtype: torch.dtype = torch.float64,
     keep_scores: bool = True,
     keep_seen: bool = False,
@@ -38,6 +41,8 @@ def reference(
             last query with the last key.
         kv_lens: [Z], how many keys each sequence really has.
         selection: By level: taken instead of the level's own choice.
+        state: Of the call before, its `Result.state`; None is the first call of a pass.  A call that
+            takes a level over does without the tensors that only this level reads.
         dtype: What everything is computed in.
         keep_scores: False leaves `scores`, `candidates` and `forced` empty, and memory in peace.
         keep_seen: True fills `seen`, which is empty otherwise.
@@ -46,18 +51,43 @@ def reference(
     kinds = tensor_kinds(spec)
     spans = _spans(spec, tensors, cu_seqlens_q, cu_seqlens_k)
     given = {name: _indices(chosen) for name, chosen in (selection or {}).items()}
-    keep = Keep(scores=keep_scores, seen=keep_seen)
+    state = state or {}
+    turn = turns(spec, state)
+    carried = frozenset(name for name in turn if carries_scores(spec, name))
+    keep = Keep(scores=keep_scores, seen=keep_seen, carried=carried)
     parts = []
     for z, (rows, keys) in enumerate(spans):
         k_len = len(keys) if kv_lens is None else min(len(keys), int(kv_lens[z]))
         where = {"query": _at(rows, z, packed), "key": _at(keys[:k_len], z, packed)}
+        place = where["query"]
         where |= {"sequence": z, "parameter": ...}
-        x = {name: tensors[name][where[kind]].to(dtype) for name, kind in kinds.items()}
+        x = {
+            name: tensors[name][where[kind]].to(dtype)
+            for name, kind in kinds.items()
+            if name in tensors or not spec.reuse
+        }
         first = k_len - len(rows) if q_offset is None else _number(q_offset, z)
         p = torch.arange(first, first + len(rows), device=x["q"].device)
         chosen = {name: indices[where["query"]] for name, indices in given.items()}
-        parts.append(one_sequence(spec, x, p, chosen, keep=keep))
-    return _join(parts, packed=packed)
+        reused = {
+            name: _taken(spec, name, each, state.get(name), place) for name, each in turn.items()
+        }
+        parts.append(one_sequence(spec, x, p, chosen, reused=reused, keep=keep))
+    result = _join(parts, packed=packed)
+    kept = kept_after(spec, state, result.selection, result.scores)
+    return replace(result, state=kept, scores=result.scores if keep_scores else {})
+
+
+def _taken(
+    spec: Spec, level: str, turn: Turn, kept: Kept | None, rows: slice | tuple[int, slice]
+) -> Taken:
+    """A reused level in this call, for the rows of one sequence."""
+    reuse = spec.reuse_of(level)
+    assert reuse is not None, f"{level} is reused"
+    if turn != "shared" or kept is None or kept.selection is None:
+        return Taken(reuse=reuse, turn=turn)
+    scores = None if kept.scores is None else kept.scores[rows]
+    return Taken(reuse=reuse, turn=turn, indices=_indices(kept.selection)[rows], scores=scores)
 
 
 def _indices(selection: Selection | Tensor) -> Tensor:
@@ -114,4 +144,7 @@ def _join(parts: list[Result], *, packed: bool) -> Result:
         candidates={name: shape(y) for name, y in result.candidates.items()},
         forced={name: shape(y) for name, y in result.forced.items()},
         seen={name: shape(y) for name, y in result.seen.items()},
+        streams={name: shape(y) for name, y in result.streams.items()},
+        loss={name: mean(y) for name, y in result.loss.items()},
+        state={},
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hsgen.reference.inputs import linear_sides
 from hsgen.reference.rows import Rows, Scored, spread
+from hsgen.selection import ListSelection, members
 from hsgen.spec import Level
 
 
@@ -59,6 +60,15 @@ def _own_unit(rows: Rows, level: Level) -> Tensor:
     if layout.step is not None:
         return (rows.p // layout.step)[:, None]
     return torch.searchsorted(layout.units, rows.p, right=True)[:, None] - 1
+
+
+def kept_entries(rows: Rows, level: Level) -> Tensor:
+    """Entries that earlier calls have kept, as far as the row sees them.  -> bool[T, Hs, N]"""
+    begun = begun_entries(rows, level)
+    indices = rows.reused[level.name].indices
+    assert indices is not None, f"nothing is kept of {level.name}"
+    kept = members(ListSelection(level=level.name, indices=indices), begun.shape[-1])
+    return kept & begun[:, None]
 
 
 def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored]) -> Tensor:

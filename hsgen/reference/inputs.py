@@ -50,6 +50,11 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
     found: dict[str, _TensorInput] = {"q": ("query", ("Hq", "D"))}
     for level in spec.levels:
         found |= _level_inputs(level) | _codebook(spec, level)
+    return found | _of_branches(spec) | _of_combine(spec)
+
+
+def _of_branches(spec: Spec) -> dict[str, _TensorInput]:
+    found: dict[str, _TensorInput] = {}
     for branch in spec.attend:
         if branch.values == "raw":
             found[named("k", branch.kv)] = _KEYS
@@ -59,7 +64,9 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
             found[f"{branch.name}_sink"] = ("parameter", ("Hq",))
         if branch.bias:
             found["bias"] = ("key", ("Hkv",))
-    return found | _of_combine(spec)
+    if spec.loss and spec.loss.kl:
+        found[loss_keys(spec)] = _KEYS
+    return found
 
 
 def _codebook(spec: Spec, level: Level) -> dict[str, _TensorInput]:
@@ -136,6 +143,12 @@ def named(kind: str, kv: str | None) -> str:
     return f"{kind}_{kv}" if kv else kind
 
 
+def loss_keys(spec: Spec) -> str:
+    """The keys of the attention that a level learns from: those of the first branch over tokens."""
+    branch = spec.learned_from
+    return named("k", branch and branch.kv)
+
+
 def linear_sides(level: Level) -> list[str]:
     """Which of key and value are pooled by a learned map."""
     if level.pool is None:
@@ -148,4 +161,6 @@ def some_keys(spec: Spec, x: Mapping[str, Tensor]) -> Tensor:
     """Some tensor of keys or values: [S, Hkv, D], or with a batch in front."""
     kinds = tensor_kinds(spec).items()
     others = ("k_index", "bias")
-    return next(x[name] for name, kind in kinds if kind == "key" and name not in others)
+    return next(
+        x[name] for name, kind in kinds if kind == "key" and name not in others and name in x
+    )

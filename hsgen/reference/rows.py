@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hsgen.reference.inputs import some_keys
 from hsgen.reference.layouts import Layout
+from hsgen.reference.reuse import Taken
 from hsgen.spec import Spec
 
 
@@ -23,6 +24,7 @@ class Rows:
         p: Position of every row, [T].
         taken: Place of each query head's way in `route.ways`, [Hq]; None without a route.
         given: By level: the selection to take instead of the level's own, [T, Hs, K].
+        reused: By reused level: what this call does with it.
     """
 
     spec: Spec
@@ -32,6 +34,7 @@ class Rows:
     p: Tensor
     taken: Tensor | None
     given: dict[str, Tensor]
+    reused: dict[str, Taken]
 
     @property
     def S(self) -> int:

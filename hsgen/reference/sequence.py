@@ -16,11 +16,14 @@ from hsgen.reference.entries import (
     complete_entries,
     forced_entries,
     inside_beam,
+    kept_entries,
     tail_entries,
 )
 from hsgen.reference.inputs import some_keys, tensor_kinds
 from hsgen.reference.layouts import layout_of
+from hsgen.reference.losses import terms
 from hsgen.reference.pools import pooled_entries
+from hsgen.reference.reuse import Kept, Taken, kept_scores, reached, rows_of
 from hsgen.reference.routes import on_way, ways_taken
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import mapped, masses_by, over_heads, raw_scores, softmax
@@ -53,6 +56,10 @@ class Result:
         forced: By level: bool[B, T, Hs, N], the candidates that are taken whatever their score.
         seen: By branch over raw tokens: bool[B, T, H, S], the tokens that a row attends to, where
             H divides Hq.
+        streams: By branch, as o, where the spec says that branches are outputs of their own.
+        loss: By name, a number each.
+        state: By reused level: what the next call takes over.  A level that this call has nothing
+            to do with is in none of the others.
     """
 
     o: Tensor
@@ -62,6 +69,9 @@ class Result:
     candidates: dict[str, Tensor]
     forced: dict[str, Tensor]
     seen: dict[str, Tensor]
+    streams: dict[str, Tensor]
+    loss: dict[str, Tensor]
+    state: dict[str, Kept]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,17 +79,28 @@ class Keep:
     """What of a sequence is worth its memory."""
 
     scores: bool = True  # also candidates and forced
+    carried: frozenset[str] = frozenset()  # levels whose scores later calls need
     seen: bool = False
 
 
 def one_sequence(
-    spec: Spec, x: dict[str, Tensor], p: Tensor, given: dict[str, Tensor], *, keep: Keep
+    spec: Spec,
+    x: dict[str, Tensor],
+    p: Tensor,
+    given: dict[str, Tensor],
+    *,
+    reused: dict[str, Taken],
+    keep: Keep,
 ) -> Result:
     """All rows of one sequence, some at a time.  x: [T, H, D] and [S, H, D]; p: positions [T]."""
     keys = some_keys(spec, x)
     group = x["q"].shape[1] // keys.shape[1]
-    layouts = {level.name: layout_of(level, x, len(keys), group) for level in spec.levels}
-    pooled = {level.name: pooled_entries(level, layouts[level.name], x) for level in spec.levels}
+    here = reached(spec, reused)
+    layouts = {n: layout_of(spec.level(n), x, len(keys), group) for n in here}
+    pooled = {
+        n: pooled_entries(spec.level(n), layouts[n], x) if _reads_entries(spec, n, reused) else {}
+        for n in here
+    }
     kinds = tensor_kinds(spec)
     taken = ways_taken(spec, x)
     step = max(1, CHUNK_ELEMENTS // (x["q"].shape[1] * max(len(keys), 1)))
@@ -95,9 +116,16 @@ def one_sequence(
             p=p[t : t + step],
             taken=taken,
             given={name: indices[t : t + step] for name, indices in given.items()},
+            reused={name: rows_of(each, t, t + step) for name, each in reused.items()},
         )
         parts.append(_compute(rows, keep=keep))
     return concatenate(parts)
+
+
+def _reads_entries(spec: Spec, level: str, reused: dict[str, Taken]) -> bool:
+    """Whether a call scores the entries of a level, or attends them pooled."""
+    pooled = any(branch.over == level and branch.values == "pooled" for branch in spec.attend)
+    return pooled or level not in reused or reused[level].scored
 
 
 def _ranks_rows_together(level: Level) -> bool:
@@ -109,35 +137,44 @@ def _compute(rows: Rows, *, keep: Keep) -> Result:
     """Score and narrow level by level, attend, combine."""
     levels: dict[str, Scored] = {}
     for level in rows.spec.levels:
-        levels[level.name] = _level(rows, level, levels)
+        if level.name in rows.pooled:
+            levels[level.name] = _level(rows, level, levels)
     branches = what_is_seen(rows, levels)
-    o, lse = attend_all(rows, branches)
-    kept = levels if keep.scores else {}
+    attended = attend_all(rows, branches)
+    kept = {name: x for name, x in levels.items() if keep.scores or name in keep.carried}
+    streams = rows.spec.combine is not None and rows.spec.combine.streams is not None
     return Result(
-        o=o,
-        lse=lse,
+        o=attended.o,
+        lse=attended.lse,
         selection={
-            level.name: _listed(rows, level, levels[level.name].chosen)
-            for level in rows.spec.levels
-            if level.select
+            name: _listed(rows, rows.spec.level(name), scored.chosen)
+            for name, scored in levels.items()
+            if scored.chosen is not None
         },
         scores={name: level.scores for name, level in kept.items()},
-        candidates={name: level.candidates for name, level in kept.items()},
-        forced={name: level.forced for name, level in kept.items()},
+        candidates={name: level.candidates for name, level in kept.items() if keep.scores},
+        forced={name: level.forced for name, level in kept.items() if keep.scores},
         seen={name: keys.visible for name, keys in branches.items() if keep.seen and keys.raw},
+        streams=attended.outputs if streams else {},
+        loss=terms(rows, levels, attended.outputs),
+        state={},
     )
 
 
 def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
     """One level: form -> scale -> normalise -> reduce over heads -> map -> force -> select."""
     complete = complete_entries(rows, level)  # [T, N]
+    taken = rows.reused.get(level.name)
+    if taken and not taken.scored:
+        return _taken_over(rows, level, taken, complete)
     allowed = inside_beam(rows, level, levels)  # [T, Hp, N]
+    among = kept_entries(rows, level) if taken and taken.narrowed else allowed
     lse = None
     if level.score.source:
         scores = mapped(rows, level, levels[level.score.source], complete.shape[-1])
     else:
         scores = raw_scores(level, rows)
-        seen = complete[:, None] & spread(allowed, scores.shape[1])
+        seen = complete[:, None] & spread(among, scores.shape[1])
         if any(other.score.lse_from == level.name for other in rows.spec.levels):
             lse = softmax(scores, seen)[1]
         if level.score.lse_from:
@@ -145,21 +182,20 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         elif level.score.normalise:
             scores = softmax(scores, seen)[0]
         scores = over_heads(level, scores, rows.Hkv)
-    allowed = spread(allowed, scores.shape[1])
+    if taken and taken.narrowed and (earlier := kept_scores(taken, complete.shape[-1])) is not None:
+        scores = scores + earlier.masked_fill(earlier == -math.inf, 0.0)
+    allowed, among = (spread(x, scores.shape[1]) for x in (allowed, among))
     forced = forced_entries(rows, level)[:, None] & allowed
     if level.select and level.select.force.level:
         joined = levels[level.select.force.level].chosen
         assert joined is not None, f"level {level.name} forces what is not selected"
         forced = forced | (spread(joined, allowed.shape[1]) & allowed)
-    scored = complete[:, None] & allowed
+    scored = complete[:, None] & among
     scores = scores.masked_fill(~scored, -math.inf)
     candidates = scored | forced
     chosen = None
     if level.name in rows.given:
-        chosen = members(
-            ListSelection(level=level.name, indices=rows.given[level.name]), scores.shape[-1]
-        )
-        chosen = chosen & begun_entries(rows, level)[:, None]
+        chosen = _given(rows, level, scores.shape[-1])
     elif level.select:
         tail = tail_entries(rows, level)[:, None] if level.select.force.tail else None
         chosen = choose(level.select, scores.detach(), candidates, forced, tail=tail)
@@ -174,6 +210,33 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         lse=lse,
         chosen=chosen,
     )
+
+
+def _taken_over(rows: Rows, level: Level, taken: Taken, complete: Tensor) -> Scored:
+    """A level that this call does not score: the kept entries are its choice, if it has one."""
+    if taken.turn == "dense":
+        chosen, candidates = None, torch.ones_like(complete[:, None])
+    else:
+        chosen = candidates = kept_entries(rows, level)
+        if level.name in rows.given:
+            chosen = candidates = _given(rows, level, complete.shape[-1])
+    scores = kept_scores(taken, complete.shape[-1])
+    if scores is None:
+        scores = torch.full(candidates.shape, -math.inf, dtype=rows.x["q"].dtype).to(rows.p.device)
+    return Scored(
+        complete=complete,
+        candidates=candidates,
+        forced=torch.zeros_like(candidates),
+        scores=scores,
+        lse=None,
+        chosen=chosen,
+    )
+
+
+def _given(rows: Rows, level: Level, N: int) -> Tensor:
+    """The caller's choice, as far as the row sees it.  -> bool[T, Hs, N]"""
+    chosen = members(ListSelection(level=level.name, indices=rows.given[level.name]), N)
+    return chosen & begun_entries(rows, level)[:, None]
 
 
 def _listed(rows: Rows, level: Level, chosen: Tensor | None) -> Selection:
@@ -209,6 +272,9 @@ def concatenate(parts: list[Result]) -> Result:
         candidates=rows("candidates"),
         forced=rows("forced"),
         seen=rows("seen"),
+        streams={name: torch.cat([p.streams[name] for p in parts]) for name in first.streams},
+        loss={name: torch.cat([p.loss[name] for p in parts]) for name in first.loss},
+        state={},
     )
 
 

@@ -22,6 +22,7 @@ from hsgen.errors import Diagnostic, Span, SpecError, nearest
 from hsgen.spec import rules, syntax
 from hsgen.spec.model import (
     LANGUAGE,
+    MAX_CALLS,
     MAX_COUNT,
     Blocks,
     Force,
@@ -50,7 +51,7 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
     antidiagonal avg_pool budget_from by centroid columns cosine diagonals
-    early_stop given halving loss pages quota ragged reuse sample softmax_mass
+    early_stop given halving pages quota ragged sample softmax_mass
     stripes tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
@@ -367,7 +368,7 @@ class _Reading:
         value: object = detail["input"]
         code = _code(detail["type"], path)
         key = _key_name(path)
-        help = _not_yet(value) or _advice(code, value, path)
+        help = _not_yet(value) or _advice(value, path)
         message = f"expected {_expected(path)} for '{key}', got {_shown(value)}"
         self.report(code, self.place(path), message, help)
 
@@ -471,6 +472,12 @@ _EXAMPLE = {
     "levels": "levels: [{name: block, ...}]",
     "attend": "attend: [{name: local, window: 512}]",
     "combine": "combine: {gates: input}",
+    "reuse": "reuse: [{level: token, over: layers, as: final, every: 4}]",
+    "as": "as: final",
+    "pattern": "pattern: FSSS",
+    "loss": "loss: {kl: {level: token}}",
+    "kl": "kl: {level: token}",
+    "distill": "distill: {student: sparse, teacher: full}",
     "top_p": "top_p: {mass: 0.9}",
     "mass": "mass: 0.9",
     "static": "static: {blocks: 64, window: 16, sink: 1}",
@@ -605,7 +612,7 @@ def _expected(path: Path) -> str:
     if part is bool:
         return "true or false"
     if part is str:
-        return "one printable line of at most 200 characters" if path == ("source",) else _A_NAME
+        return _TEXTS.get(str(path[-1]), _A_NAME)
     words = [str(word) for word in get_args(part)]
     return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
 
@@ -730,13 +737,15 @@ def _not_yet(value: object) -> str | None:
     return None
 
 
-def _advice(code: str, value: object, path: Path) -> str:
+def _advice(value: object, path: Path) -> str:
     """What to type instead."""
     key, part = _key_name(path), _part(path)[0]
     words = ["true", "false"] if part is bool else _words(part)
+    if key in _TEXTS:
+        return f"write '{_EXAMPLE[key]}'" if key in _EXAMPLE else f"write {_expected(path)}"
     if part is str:
         name = _named(value) if isinstance(path[-1], int) else f"{key}: {_named(value)}"
-        return f"write {_expected(path)}" if code == "HS037" else f"write '{name}'"
+        return f"write '{name}'"
     if isinstance(value, str) and (close := nearest(value, words)):
         quotes = " without quotes" if value == close else ""
         return f"write '{key}: {close}'{quotes}"
@@ -755,6 +764,11 @@ def _advice(code: str, value: object, path: Path) -> str:
     return f"write '{key}: {_within(number, path)}'"
 
 
+# what texts hold that are no names
+_TEXTS = {
+    "source": "one printable line of at most 200 characters",
+    "pattern": f"letters F (fresh) and S (shared), F first, at most {MAX_CALLS}",
+}
 _A_NAME = "a name (a-z first, then a-z, 0-9 and _, at most 48, no word of Python)"
 
 

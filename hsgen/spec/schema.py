@@ -22,7 +22,9 @@ from hsgen.spec.model import (
     choices,
     codes,
     entries,
+    losses,
     permutes,
+    reuse,
     routes,
     scalars,
     scores,
@@ -136,7 +138,8 @@ def _about_ref(value: Json, found: Mapping[str, Json]) -> object:
 
 def _field_docs() -> dict[str, dict[str, str]]:
     """Class -> field -> the comment beside it in `model`: there a field is explained once, for all."""
-    modules = (scalars, permutes, entries, codes, scores, choices, routes, branches, whole)
+    parts = (scalars, permutes, entries, codes, scores, choices, routes, branches)
+    modules = (*parts, reuse, losses, whole)
     sources = [inspect.getsource(module) for module in modules]
     return {name: docs for source in sources for name, docs in _docs_in(source).items()}
 

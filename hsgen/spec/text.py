@@ -29,6 +29,8 @@ def dump(spec: Spec) -> str:
     )
     lines += ["attend:", *(f"  - {_flow(branch)}" for branch in spec.attend)]
     lines += [f"combine: {_flow(spec.combine)}"] if spec.combine else []
+    lines += ["reuse:", *(f"  - {_flow(reuse)}" for reuse in spec.reuse)] if spec.reuse else []
+    lines += [f"loss: {_flow(spec.loss)}"] if spec.loss else []
     return "\n".join(lines) + "\n"
 
 

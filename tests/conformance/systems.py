@@ -24,6 +24,10 @@ REFUSED: dict[str, str] = {
     "power_attention": "no kernel takes a route by layer yet",
     "s2_attention": "no kernel takes a route by layer yet",
     "spt": "level token: no kernel compares codes yet",
+    "delta": "level page: no kernel takes over a selection yet",
+    "hylra": "level token: no kernel takes over a selection yet",
+    "index_cache": "level token: no kernel takes over a selection yet",
+    "ssa": "no kernel puts out branches apart yet",
 }
 # Specs whose layers differ, and the layer whose kernels are tested.
 LAYERS: dict[str, int] = {"small_thinker": 1}
@@ -62,9 +66,11 @@ def shrink(spec, *, block=16):
     """
     sizes = [level.partition.size for level in spec.levels]
     factor = max([1, *sizes]) // block or 1
-    levels = tuple(_shrunk_level(level, factor) for level in spec.levels)
+    levels = []
+    for level in spec.levels:
+        levels.append(_shrunk_level(level, factor, {one.name: one.select for one in levels}))
     attend = tuple(_shrunk_branch(branch) for branch in spec.attend)
-    return language.verify(spec.model_copy(update={"levels": levels, "attend": attend}))
+    return language.verify(spec.model_copy(update={"levels": tuple(levels), "attend": attend}))
 
 
 def _shrunk_branch(branch):
@@ -78,7 +84,8 @@ def _shrunk_branch(branch):
     return branch.model_copy(update=changes)
 
 
-def _shrunk_level(level, factor):
+def _shrunk_level(level, factor, above):
+    """A level, given the selections of those before it."""
     changes = {}
     if isinstance(level.partition, Blocks):
         size, stride = (max(1, n // factor) for n in (level.partition.size, level.partition.stride))
@@ -86,7 +93,7 @@ def _shrunk_level(level, factor):
     if level.select and not level.select.counts_vary:
         last = min(level.select.force.last, 2)
         force = level.select.force.model_copy(update={"last": last})
-        forced = force.first + force.last
+        forced = force.first + force.last + (above[force.level].width if force.level else 0)
         room = max(3, forced + 1) if isinstance(level.partition, Blocks) else 11
         key = "top_k" if level.select.top_k else "beam"
         budget = min(level.select.budget, room)

@@ -10,6 +10,8 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
     choices   which entries are kept
     routes    which of several ways is taken
     branches  what is attended, and how branches are combined
+    reuse     what a call takes over from earlier ones
+    losses    what a call tells a training besides
     whole     a level, and the spec
 """
 
@@ -19,12 +21,15 @@ from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Sta
 from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, TopP
 from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.entries import Blocks, Clusters, KeyPool, Partition, Pool, Tokens, ValuePool
+from hsgen.spec.model.losses import Distill, Kl, Loss
 from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
+from hsgen.spec.model.reuse import Reuse, Turn
 from hsgen.spec.model.routes import Route, RouteBy
 from hsgen.spec.model.scalars import (
     LANGUAGE,
     MAX_AXES,
     MAX_BRANCHES,
+    MAX_CALLS,
     MAX_COUNT,
     MAX_FORCED,
     MAX_LEVELS,
@@ -54,6 +59,7 @@ __all__ = [
     "Codes",
     "Combine",
     "Count",
+    "Distill",
     "Force",
     "Forced",
     "Gather",
@@ -66,10 +72,13 @@ __all__ = [
     "Index",
     "KMeans",
     "KeyPool",
+    "Kl",
     "LANGUAGE",
     "Level",
     "MAX_AXES",
+    "Loss",
     "MAX_BRANCHES",
+    "MAX_CALLS",
     "MAX_COUNT",
     "MAX_FORCED",
     "MAX_LEVELS",
@@ -86,6 +95,7 @@ __all__ = [
     "Reduce",
     "Route",
     "RouteBy",
+    "Reuse",
     "SELECT_RULES",
     "Scale",
     "Score",
@@ -100,5 +110,6 @@ __all__ = [
     "Text",
     "Tokens",
     "TopP",
+    "Turn",
     "ValuePool",
 ]

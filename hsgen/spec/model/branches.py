@@ -98,6 +98,8 @@ class Combine(Node):
     """`gates`: o = sum of gate * branch.  `softmax`: one softmax over the union of all branches.
 
     `output_gate` multiplies what comes of that, or of a single branch, by a sigmoid.
+    `streams`: every branch is an output of its own, times its gate where there are gates; `o` is the
+    first.
     """
 
     gates: Literal["input"] | None = None
@@ -110,3 +112,5 @@ class Combine(Node):
         """What is left of it where only so many branches are: one needs no union, but for its sink."""
         left = self if branches > 1 or self.sink else self.model_copy(update={"softmax": None})
         return left if left != Combine() else None
+
+    streams: Literal["branches"] | None = None

@@ -14,7 +14,9 @@ from hsgen.errors import ArgumentError, Span
 from hsgen.spec.model.branches import Attend, Combine
 from hsgen.spec.model.choices import Select
 from hsgen.spec.model.entries import Partition, Pool
+from hsgen.spec.model.losses import Loss
 from hsgen.spec.model.permutes import Permute
+from hsgen.spec.model.reuse import Reuse
 from hsgen.spec.model.routes import Route
 from hsgen.spec.model.scalars import (
     MAX_AXES,
@@ -102,6 +104,8 @@ class Spec(Node):
     levels: Annotated[tuple[Level, ...], Field(max_length=MAX_LEVELS)] = ()  # earlier first
     attend: Annotated[tuple[Attend, ...], Field(min_length=1, max_length=MAX_BRANCHES)]
     combine: Combine | None = None
+    reuse: Annotated[tuple[Reuse, ...], Field(max_length=MAX_LEVELS)] = ()  # by level
+    loss: Loss | None = None
 
     # where each field stood in the text; no part of the value
     _spans: Mapping[Path, Span] = PrivateAttr(default_factory=dict[Path, Span])
@@ -116,6 +120,15 @@ class Spec(Node):
     def level(self, name: str) -> Level:
         """The level called `name`; KeyError where there is none."""
         return {level.name: level for level in self.levels}[name]
+
+    def reuse_of(self, level: str | None) -> Reuse | None:
+        """How calls reuse the selection of a level, if they do."""
+        return next((reuse for reuse in self.reuse if reuse.level == level), None)
+
+    @property
+    def learned_from(self) -> Attend | None:
+        """The branch whose attention a `kl` loss learns from: the first over raw tokens."""
+        return next((branch for branch in self.attend if branch.values == "raw"), None)
 
     @property
     def index_per_key_head(self) -> bool:
@@ -265,6 +278,9 @@ _NEWS = {
     "when",
     "codes",
     "of",
+    "reuse",
+    "loss",
+    "streams",
 }
 
 
@@ -275,5 +291,5 @@ def _without_news(fields: object, of: str = "") -> object:
     if not isinstance(fields, dict):
         return fields
     items = cast("dict[str, object]", fields).items()
-    said = ((key, x) for key, x in items if x is not None or not {key, f"{of}.{key}"} & _NEWS)
+    said = ((key, x) for key, x in items if x not in (None, []) or not {key, f"{of}.{key}"} & _NEWS)
     return {key: _without_news(x, key) for key, x in said}

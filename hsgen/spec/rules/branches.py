@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hsgen.spec.model import Level, Path, Spec, Static, Tokens
 from hsgen.spec.rules.names import uses
-from hsgen.spec.rules.problem import Problem, either
+from hsgen.spec.rules.problem import Problem
 from hsgen.spec.rules.routes import needs_combine
 
 
@@ -141,13 +141,15 @@ def combines(spec: Spec) -> Iterator[Problem]:
                     *(("attend", i, "when") for i in range(len(spec.attend))),
                 ),
             )
-    elif (combine.gates and combine.softmax) or not (
-        combine.gates or combine.softmax or (combine.output_gate and len(spec.attend) == 1)
-    ):
+        return
+    said = [key for key in ("gates", "softmax", "streams") if getattr(combine, key) is not None]
+    alone = combine.output_gate is not None and len(spec.attend) == 1
+    if said not in (["gates"], ["softmax"], ["streams"], ["gates", "streams"], *([[]] * alone)):
+        got = " and ".join(said) or "neither"
         yield Problem(
             code="HS077",
             path=("combine",),
-            message=f"expected 'gates' or 'softmax' in 'combine', got {either(combine.gates)}",
+            message=f"expected 'gates' or 'softmax' in 'combine', got {got}",
             help="write 'combine: {gates: input}' or 'combine: {softmax: union}'",
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hsgen.spec.model import Path, Spec
 from hsgen.spec.rules.biases import biases
 from hsgen.spec.rules.branches import branches, combines, kvs, unused
+from hsgen.spec.rules.calls import losses, reuses
 from hsgen.spec.rules.choices import nesting, selects
 from hsgen.spec.rules.codes import codes
 from hsgen.spec.rules.entries import heads, partitions, pools
@@ -69,4 +70,6 @@ _RULES: tuple[Rule, ...] = (
     tails,
     ways,
     on_ways,
+    reuses,
+    losses,
 )

@@ -65,9 +65,19 @@ def references(spec: Spec) -> Iterator[Problem]:
                     else f"write the name of a level above '{level.name}'",
                     also=_names(spec),
                 )
+    for path, target in _named_later(spec):
+        if target is not None and target not in names:
+            yield _unknown_level(target, names, path, spec)
+
+
+def _named_later(spec: Spec) -> Iterator[tuple[Path, str | None]]:
+    """Levels that are named from outside of `levels`."""
     for i, branch in enumerate(spec.attend):
-        if branch.over is not None and branch.over not in names:
-            yield _unknown_level(branch.over, names, ("attend", i, "over"), spec)
+        yield ("attend", i, "over"), branch.over
+    for i, reuse in enumerate(spec.reuse):
+        yield ("reuse", i, "level"), reuse.level
+    if spec.loss and spec.loss.kl:
+        yield ("loss", "kl", "level"), spec.loss.kl.level
 
 
 def _forced_by(level: Level) -> str | None:

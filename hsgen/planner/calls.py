@@ -1,0 +1,149 @@
+"""What a level takes over from earlier calls, and losses."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hsgen import spec as language
+from hsgen.graph import Carry, Distance, Divergence, Node, Recall, Turns, Which
+from hsgen.planner.builder import Builder
+
+Takes = tuple[Which, Which, Which]  # of dense, fresh and shared calls
+
+
+def plan_reuse(builder: Builder, level: language.Level, own: Node) -> None:
+    """What a reused level hands on, and what its branches attend."""
+    reuse = builder.spec.reuse_of(level.name)
+    if reuse is None:
+        return
+    final = reuse.role == "final"
+    before: Which = "all" if reuse.attend == "given" else "own"
+    shared: Which = "kept" if final or reuse.attend == "given" else "own"
+    taken = _recall(builder, level, own, "taken", ("kept", "own", "kept" if final else "own"))
+    attended = _recall(builder, level, own, "attended", ("all", before, shared))
+    builder.selections[level.name] = taken
+    builder.attended[level.name] = attended
+    builder.state[level.name] = taken
+
+
+def narrowed(builder: Builder, level: language.Level) -> Node | None:
+    """The entries that a call scores, where it chooses among kept ones."""
+    reuse = builder.spec.reuse_of(level.name)
+    if reuse is None or reuse.role != "candidates":
+        return None
+    return _recall(builder, level, None, "among", ("all", "all", "kept"))
+
+
+def carried(builder: Builder, level: language.Level, score: Node) -> Node:
+    """Scores with those of earlier calls, where the spec adds them up."""
+    reuse = builder.spec.reuse_of(level.name)
+    if reuse is None or not reuse.accumulate:
+        return score
+    return _carry(builder, level, score, reuse, "sum")
+
+
+def plan_losses(builder: Builder, outputs: dict[str, Node]) -> dict[str, Node]:
+    """Every loss of the spec.  outputs: of branches, after their gates."""
+    loss = builder.spec.loss
+    found: dict[str, Node] = {}
+    if loss and loss.kl:
+        found["kl"] = _plan_kl(builder, loss.kl)
+    if loss and loss.distill:
+        distill = loss.distill
+        op = Distance(form=distill.form, toward=distill.toward)
+        at = builder.spec.span("loss", "distill")
+        operands = outputs[distill.student], outputs[distill.teacher]
+        found["distill"] = builder.add("loss.distill", op, *operands, at=at)
+    return found
+
+
+def _plan_kl(builder: Builder, kl: language.Kl) -> Node:
+    level = builder.spec.level(kl.level)
+    score, reuse = builder.scores[kl.level], builder.spec.reuse_of(kl.level)
+    if reuse is not None and reuse.role == "final":
+        score = _carry(builder, level, score, reuse, "keep")
+    source, branch = level, builder.spec.learned_from
+    while source.score.source:
+        source = builder.spec.level(source.score.source)
+    op = Divergence(
+        level=level.name,
+        size=level.partition.size,
+        stride=level.partition.stride,
+        over=kl.over,
+        heads=kl.heads,
+        tokens=kl.tokens,
+        masses=source.score.normalise is not None,
+        scale=builder.attention_scale() if not branch or branch.scale is None else branch.scale,
+    )
+    operands = [score, builder.query(), builder.keys(branch and branch.kv)]
+    if kl.over == "selected":
+        operands.append(builder.selections[kl.level])
+    return builder.add("loss.kl", op, *operands, at=builder.spec.span("loss", "kl"))
+
+
+def _recall(
+    builder: Builder, level: language.Level, own: Node | None, name: str, takes: Takes
+) -> Node:
+    """The set that a call takes, by its turn; no node where that is always its own choice."""
+    reuse = builder.spec.reuse_of(level.name)
+    assert reuse is not None
+    if reuse.dense == 0:  # there is no such call: say nothing of it
+        takes = (takes[1], *takes[1:])
+    if own is not None and set(takes) == {"own"}:
+        return own
+    known = builder.recalled.get((level.name, takes))
+    if known is not None:
+        return known
+    op = Recall(
+        level=level.name,
+        size=level.partition.size,
+        stride=level.partition.stride,
+        turns=_turns(reuse),
+        takes=takes,
+    )
+    operands = [own] if own is not None and "own" in takes else []
+    if "kept" in takes:
+        operands.append(_kept(builder, level, own))
+    calls = builder.input(f"{level.name}.calls", "state", "1", dtype="i32")
+    at = builder.spec.span("reuse", builder.spec.reuse.index(reuse), "level")
+    made = builder.add(f"{level.name}.{name}", op, *operands, calls, at=at)
+    return builder.recalled.setdefault((level.name, takes), made)
+
+
+def _kept(builder: Builder, level: language.Level, own: Node | None) -> Node:
+    """The kept selection, as the level's own choice is laid out."""
+    assert level.select is not None
+    last = f"W_{level.name}" if level.select.counts_vary else f"K_{level.name}"
+    heads = own.type.dims[2] if own else _heads(level)
+    return builder.input(f"{level.name}.kept", "state", "B", "T", heads, last, dtype="i32")
+
+
+def _heads(level: language.Level) -> str:
+    """Heads that choose for themselves, of a level with scores of its own."""
+    return {"head": "Hq", "group": "Hkv", "all": "1"}[level.score.share]
+
+
+def _carry(
+    builder: Builder,
+    level: language.Level,
+    score: Node,
+    reuse: language.Reuse,
+    how: Literal["sum", "keep"],
+) -> Node:
+    op = Carry(level=level.name, turns=_turns(reuse), how=how)
+    kept = builder.input(f"{level.name}.kept_scores", "state", *score.type.dims, dtype="f32")
+    calls = builder.input(f"{level.name}.calls", "state", "1", dtype="i32")
+    at = builder.spec.span("reuse", builder.spec.reuse.index(reuse), "level")
+    made = builder.add(f"{level.name}.carried", op, score, kept, calls, at=at)
+    builder.state[f"{level.name}.scores"] = made
+    return made
+
+
+def _turns(reuse: language.Reuse) -> Turns:
+    return Turns(
+        over=reuse.over,
+        dense=reuse.dense,
+        lead=reuse.lead,
+        every=reuse.every,
+        pattern=reuse.pattern,
+    )
