@@ -285,15 +285,18 @@ def test_causality_and_laws(spec):
     assert causality(graph) == near.get(spec.name, loose if spec.causal else "none")
     assert laws(graph).decode_equals_prefill_row == (causality(graph) == "token")
     dense = laws(graph).dense_when_all_selected
-    assert dense == (spec.name.startswith(("top_p_not", "all_tokens")) or "last=" in _forces(spec))
+    assert dense == (
+        spec.name.startswith(("top_p_not", "all_tokens", "dma_not")) or "last=" in _forces(spec)
+    )
     assert (not_dense_because(graph) is None) == dense
     assert all(cost.flops.evaluate(100) >= 0 for cost in costs(graph).values())
 
 
 def _forces(spec):
     """Where the own block is always reached, and there is one softmax."""
-    levels = spec.levels if spec.combine is None else ()
-    return "".join(f"last={x.select.force.last}" for x in levels if x.select.force.last)
+    alike = spec.combine is None and not any(branch.bias for branch in spec.attend)
+    selects = [x.select for x in spec.levels if x.select] if alike else []
+    return "".join(f"last={x.force.last}" for x in selects if x.force.last)
 
 
 @pytest.mark.parametrize("name", ["top_p", "top_p_drop", "fraction", "threshold", "sharded"])

@@ -88,6 +88,8 @@ def turns(spec: Spec, state: Mapping[str, Kept]) -> dict[str, Turn]:
 
 def reached(spec: Spec, taken: Mapping[str, Taken]) -> set[str]:
     """The levels that a call has to do with: what is taken over needs no level of its own."""
+    if not taken:
+        return {level.name for level in spec.levels}
     needed = {branch.over for branch in spec.attend}
     if spec.loss and spec.loss.kl:
         needed.add(spec.loss.kl.level)
