@@ -81,6 +81,8 @@ def _tensor(
         case _, "gates":
             opened = torch.tensor(gates or [1.0] * shape[-1], dtype=q.dtype, device=q.device)
             return opened.expand(*q.shape[:3], -1).contiguous()
+        case _, "bias":
+            return _centred(v.norm(dim=-1))
         case "layer" | "route", _:  # the first layer; the first way
             return torch.zeros(shape, dtype=torch.int32, device=q.device)
         case "q", _:
@@ -109,7 +111,7 @@ def _compression(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor | No
 
 
 def _centred(k: Tensor) -> Tensor:
-    """Index keys: minus their mean over the input, so that ReLU cuts at a query's average score."""
+    """Minus the mean over the input: of index keys, so that ReLU cuts at a query's average score."""
     wide = k.double()  # the same bits on every device, once rounded
     return (wide - wide.mean(1, keepdim=True)).to(k.dtype)
 
@@ -125,7 +127,10 @@ def stated(spec: Spec, heads: int) -> list[tuple[str, str]]:
         found.append(("learned compression", given))
     if any(name.endswith("_codebook") for name in names):
         found.append(("codebooks", "keys of the input, evenly spaced"))
-    keys = [name for name, kind in names.items() if kind == "key" and name != "k_index"]
+    if "bias" in names:
+        found.append(("a learned bias", "the norm of each value minus the mean norm"))
+    others = ("k_index", "bias")
+    keys = [name for name, kind in names.items() if kind == "key" and name not in others]
     if own := [name for name in keys if name not in ("k", "v")]:
         found.append((", ".join(own), "the same k and v for all"))
     if "q_index" in names:
