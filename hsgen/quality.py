@@ -153,8 +153,9 @@ def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
     made = standins.tensors(spec, q, k, v)
     tokens = len(group.k)
     chosen: dict[str, list[Tensor]] = {each.name: [] for each in subjects(spec)}
-    for run in position.split(RUN):
-        a, b = int(run[0]), int(run[-1]) + 1
+    together = any(spec.rows_of(level) for level in spec.levels)
+    for run in (position,) if together else position.split(RUN):
+        a, b = (0, tokens) if together else (int(run[0]), int(run[-1]) + 1)
         result = reference(
             spec,
             standins.rows_of(spec, made, a, b),
@@ -164,7 +165,7 @@ def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
             keep_seen=True,
         )
         for each in subjects(spec):
-            chosen[each.name].append(chosen_of(result, each, tokens))
+            chosen[each.name].append(chosen_of(result, each, tokens)[:, run - a])
     return {name: torch.cat(parts, 1) for name, parts in chosen.items()}
 
 

@@ -24,7 +24,10 @@ from hsgen.graph import (
     OutputGate,
     Permute,
     Pool,
+    PoolHeads,
+    PoolRows,
     Reduce,
+    ReduceRows,
     Round,
     Route,
     Score,
@@ -34,7 +37,7 @@ from hsgen.graph import (
     Union,
     short_last,
 )
-from hsgen.kernels import IndexContext, MergeContext, RankContext, SegmentsContext
+from hsgen.kernels import POOLS, IndexContext, MergeContext, RankContext, SegmentsContext
 from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, Step
 from hsgen.rows import Entries, next_power
 from hsgen.target import Target
@@ -55,6 +58,31 @@ def schedule(graph: Graph, target: Target, dtype: DType = "bf16") -> Plan:
         PlanError: an operator that no kernel does yet, or a size that none can hold.
     """
     return _Scheduler(graph, target, dtype).plan()
+
+
+def _unserved(node: Node) -> str | None:
+    """Which operator no kernel does yet, in words."""
+    match op := node.op:
+        case Cluster():
+            what = "clusters keys"
+        case Permute():
+            what = "puts keys in another order"
+        case PoolRows() | ReduceRows():
+            what = "chooses for rows together"
+        case PoolHeads():
+            what = "pools heads"
+        case Pool() if op.how not in POOLS:
+            what = f"pools by {op.how}"
+        case SelectSet():
+            what = f"selects by {op.rule}"
+        case Attend(over="static"):
+            return f"branch {op.branch}: no kernel attends a static pattern yet"
+        case Union():
+            one = "no kernel takes one softmax over several branches yet"
+            return f"{one}: `combine: {{softmax: union}}`"
+        case _:
+            return None
+    return f"level {op.level}: no kernel {what} yet"
 
 
 @dataclass(slots=True)
@@ -89,6 +117,8 @@ class _Scheduler:
                     raise AssertionError("refused")
                 case Cluster() | Permute() | Round():
                     raise AssertionError("refused")
+                case PoolRows() | PoolHeads() | ReduceRows():
+                    raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
             name=self.graph.meta.name,
@@ -114,27 +144,7 @@ class _Scheduler:
         """Operators that no kernel does yet, and sizes that none holds."""
         self._refuse_routes()
         for node in self.graph.nodes():
-            if isinstance(node.op, Cluster):
-                message = f"level {node.op.level}: no kernel clusters keys yet"
-                raise PlanError(message, span=node.span)
-            if isinstance(node.op, Permute):
-                message = f"level {node.op.level}: no kernel puts keys in another order yet"
-                raise PlanError(message, span=node.span)
-            if isinstance(node.op, SelectSet):
-                message = f"level {node.op.level}: no kernel selects by {node.op.rule} yet"
-                raise PlanError(message, span=node.span)
-            if isinstance(node.op, Attend) and node.op.over == "static":
-                message = f"branch {node.op.branch}: no kernel attends a static pattern yet"
-                raise PlanError(message, span=node.span)
-            if isinstance(node.op, Attend) and node.op.over == "pooled" and len(node.inputs) > 3:
-                message = (
-                    f"branch {node.op.branch}: no kernel attends pooled entries of a selection yet"
-                )
-                raise PlanError(message, span=node.span)
-            if isinstance(node.op, Union):
-                message = "no kernel takes one softmax over several branches yet"
-                raise PlanError(f"{message}: `combine: {{softmax: union}}`", span=node.span)
-            if message := _no_kernel_for(node):
+            if message := _unserved(node) or _no_kernel_for(node):
                 raise PlanError(message, span=node.span)
         for name in ("Hq", "Hkv", "Dqk", "Dv"):
             if name not in self.graph.sizes:
@@ -198,6 +208,7 @@ class _Scheduler:
         dims = [self._size(dim) for dim in source.type.dims[2:]]
         heads, dim = (dims[0], dims[1]) if len(dims) == 2 else (1, dims[0])
         short = self._entries(op, op.level).short
+        assert op.how in POOLS, "refused"
         context = SegmentsContext(
             name=f"pool_{_safe(node.name)}",
             heads=heads,

@@ -2,10 +2,11 @@
 
 Knows what each value's shape is; knows neither schedules nor GPUs nor templates.
 
-Dimensions are names: B batch, Z sequences (B, or those that are packed), T query rows, S key rows,
-Hq and Hkv heads, G = Hq / Hkv, Dqk and Dv head dims, Hi and Di heads and dim of the index, N_x
-entries of level x, K_x slots of its selection, W_x words of it where rows are bitmaps, C_x
-candidates of x inside another level's beam; a dimension that is a number is written as one.
+Dimensions are names: B batch, Z sequences (B, or those that are packed), T query rows, T/b blocks of
+b of them, S key rows, Hq and Hkv heads, G = Hq / Hkv, Dqk and Dv head dims, Hi and Di heads and dim
+of the index, N_x entries of level x, K_x slots of its selection, W_x words of it where rows are
+bitmaps, C_x candidates of x inside another level's beam; a dimension that is a number is written as
+one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from hsgen.graph.ops import (
     Pattern,
     Permute,
     Pool,
+    PoolHeads,
+    PoolRows,
     Reduce,
+    ReduceRows,
     Role,
     Round,
     Route,
@@ -39,6 +43,7 @@ from hsgen.graph.ops import (
     Switch,
     Union,
 )
+from hsgen.graph.rows import block_of, own_entries
 from hsgen.graph.signature import TensorInput, tensor_inputs
 from hsgen.graph.text import align, op_fields, op_text
 from hsgen.graph.types import result_type
@@ -66,7 +71,10 @@ __all__ = [
     "Pattern",
     "Permute",
     "Pool",
+    "PoolHeads",
+    "PoolRows",
     "Reduce",
+    "ReduceRows",
     "Role",
     "Round",
     "Route",
@@ -78,9 +86,11 @@ __all__ = [
     "TensorType",
     "Union",
     "align",
+    "block_of",
     "dump",
     "op_fields",
     "op_text",
+    "own_entries",
     "partitions",
     "result_type",
     "segments",

@@ -18,7 +18,10 @@ from hsgen.graph.ops import (
     OutputGate,
     Permute,
     Pool,
+    PoolHeads,
+    PoolRows,
     Reduce,
+    ReduceRows,
     Role,
     Round,
     Route,
@@ -99,7 +102,17 @@ def _owner(op: Op) -> str:
     """The level or branch that an operator belongs to, in words."""
     match op:
         case (
-            Cluster() | Permute() | Pool() | Score() | Normalise() | Map() | Select() | SelectSet()
+            Cluster()
+            | Permute()
+            | Pool()
+            | PoolRows()
+            | PoolHeads()
+            | Score()
+            | Normalise()
+            | ReduceRows()
+            | Map()
+            | Select()
+            | SelectSet()
         ):
             return f"level {op.level}"
         case Attend():

@@ -6,13 +6,13 @@ from hsgen import spec as language
 from hsgen.graph import Select, SelectSet
 
 
-def select(level: language.Level, select: language.Select) -> Select:
+def select(spec: language.Spec, level: language.Level, select: language.Select) -> Select:
     return Select(
         level=level.name,
         size=level.partition.size,
         stride=level.partition.stride,
         k=select.budget,
-        width=select.width,
+        width=spec.width(level),
         first=select.force.first,
         last=select.force.last,
         counted=select.force.counted,

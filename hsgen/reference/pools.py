@@ -32,7 +32,7 @@ def _pool(
 ) -> Tensor:
     """Summarise every entry.  [S, H, D] -> [N, H, D]; what a linear map lacks tokens for is 0.
 
-    minmax: [N, H, 2, D], the least and the greatest of every channel.
+    minmax: [N, H, 2, D], the least and the greatest of every channel.  antidiagonal: [N, H, size D].
     """
     tokens, there = _tokens(layout, y)
     match how:
@@ -48,6 +48,10 @@ def _pool(
                 tokens.masked_fill(~there, 0.0).sum(1)
                 / there.sum(1).clamp(min=1).to(y.dtype).sqrt()
             )
+        case "first":
+            return tokens[:, 0]
+        case "antidiagonal":
+            return tokens.masked_fill(~there, 0.0).transpose(1, 2).flatten(2)
         case "linear":
             weight = x[f"{level.name}_{side}_weight"]  # [H, size, D, D]
             position = x.get(f"{level.name}_{side}_position")  # [H, size, D]

@@ -23,6 +23,7 @@ from hsgen.spec.model import (
     codes,
     entries,
     permutes,
+    queries,
     routes,
     scalars,
     scores,
@@ -136,7 +137,18 @@ def _about_ref(value: Json, found: Mapping[str, Json]) -> object:
 
 def _field_docs() -> dict[str, dict[str, str]]:
     """Class -> field -> the comment beside it in `model`: there a field is explained once, for all."""
-    modules = (scalars, permutes, entries, codes, scores, choices, routes, branches, whole)
+    modules = (
+        scalars,
+        permutes,
+        entries,
+        codes,
+        scores,
+        queries,
+        choices,
+        routes,
+        branches,
+        whole,
+    )
     sources = [inspect.getsource(module) for module in modules]
     return {name: docs for source in sources for name, docs in _docs_in(source).items()}
 

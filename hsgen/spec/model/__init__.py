@@ -7,6 +7,7 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
     entries   partitions and pools
     codes     vectors as numbers of codewords
     scores    what entries are ordered by
+    queries   which rows score and choose together
     choices   which entries are kept
     routes    which of several ways is taken
     branches  what is attended, and how branches are combined
@@ -20,6 +21,7 @@ from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, To
 from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.entries import Blocks, Clusters, KeyPool, Partition, Pool, Tokens, ValuePool
 from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
+from hsgen.spec.model.queries import Query, QueryPool
 from hsgen.spec.model.routes import Route, RouteBy
 from hsgen.spec.model.scalars import (
     LANGUAGE,
@@ -83,6 +85,8 @@ __all__ = [
     "Path",
     "Permute",
     "Pool",
+    "Query",
+    "QueryPool",
     "Reduce",
     "Route",
     "RouteBy",

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from hsgen.spec.model.scalars import Count, Node
 
-KeyPool = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
+KeyPool = Literal["mean", "max", "minmax", "sum_rsqrt", "linear", "first", "antidiagonal"]
 
 
 ValuePool = Literal["mean", "max", "sum_rsqrt", "linear"]
@@ -62,6 +62,9 @@ class Pool(Node):
 
     `linear`: sum over slots of (token + position) @ weight.  `sum_rsqrt`: the sum by the root of the
     number of tokens.  `minmax`: two vectors, the least and the greatest of every channel.
+    `first`: the first token.  `antidiagonal`: all tokens side by side, 0 where one is not there; a
+    pooled query has them in reverse order, so that their dot is the mean of the logits on the
+    antidiagonal of the tile.
     """
 
     keys: KeyPool | None = None

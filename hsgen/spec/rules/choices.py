@@ -85,7 +85,7 @@ def selects(spec: Spec) -> Iterator[Problem]:
                 also=_select_keys(path),
             )
             continue
-        yield from _forced(select, path)
+        yield from _forced(spec, level, path)
         yield from _of(select, path)
         yield from _top_p(spec, i, level, path)
         yield from _select_use(spec, level, path)
@@ -100,9 +100,12 @@ def _kept(level: Level) -> str:
     return f"a {level.select.rules[0]}" if level.select and level.select.rules else "no select"
 
 
-def _forced(select: Select, path: Path) -> Iterator[Problem]:
+def _forced(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
     """More forced entries than there is room for."""
-    forced = select.force.first + select.force.last
+    select, forced = level.select, spec.most_forced(level)
+    assert select is not None
+    more = forced - select.force.first - select.force.last
+    of_others = f" + {more} of the other rows of a block" if more else ""
     keys: tuple[Path, ...] = ((*path, "top_k"), (*path, "beam"))
     key, most = ("top_k" if select.top_k else "beam"), select.budget
     if select.top_p is not None:
@@ -112,7 +115,7 @@ def _forced(select: Select, path: Path) -> Iterator[Problem]:
             code="HS071",
             path=(*path, "force"),
             message=f"expected at most {key} = {most} forced entries, got"
-            f" first {select.force.first} + last {select.force.last} = {forced}",
+            f" first {select.force.first} + last {select.force.last}{of_others} = {forced}",
             help=f"write '{key}: {forced}', or 'counted: false' to select them on top",
             also=keys,
         )
