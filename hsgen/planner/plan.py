@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hsgen import spec as language
+from hsgen.errors import PlanError
 from hsgen.graph import Graph, Meta, verify
 from hsgen.planner.branches import plan_branch, plan_combine
 from hsgen.planner.builder import Builder, some
@@ -47,7 +48,25 @@ def _meta(spec: language.Spec) -> Meta:
     return Meta(name=spec.name, source=spec.source, causal=spec.causal, digest=spec.digest)
 
 
+def _refuse(builder: Builder, level: language.Level) -> None:
+    """What the language and the reference know, and the graph has no operator for yet."""
+    kinds = language.Halving | language.LearnedTree | language.Ragged | language.Stripes
+    if isinstance(level.partition, kinds):
+        message = f"level {level.name}: the graph has no {level.partition.kind} yet"
+        raise PlanError(message, span=builder.place(level, "partition"))
+    if level.pool is not None and level.pool.keys == "sample":
+        message = f"level {level.name}: the graph has no sampled keys yet"
+        raise PlanError(message, span=builder.place(level, "pool", "keys"))
+    if level.score.map in ("upsample", "avg_pool"):
+        message = f"level {level.name}: the graph has no map '{level.score.map}' yet"
+        raise PlanError(message, span=builder.place(level, "score", "map"))
+    if level.q is not None:
+        message = f"level {level.name}: the graph has no queries of a level's own yet"
+        raise PlanError(message, span=builder.place(level, "q"))
+
+
 def _plan_level(builder: Builder, level: language.Level) -> None:
+    _refuse(builder, level)
     parent = builder.selections[level.within] if level.within else None
     if level.score.source is None:
         score = plan_score(builder, level, parent)

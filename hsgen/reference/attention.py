@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,10 +12,11 @@ from hsgen.reference.choice import ONE, fixed
 from hsgen.reference.entries import kept_entries, token_mask
 from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
+from hsgen.reference.partitions import anchors
 from hsgen.reference.routes import on_way
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import dot, softmax
-from hsgen.spec import Attend, Combine, Static
+from hsgen.spec import Attend, Combine, Spans, Static, Stripes
 
 
 def what_is_seen(rows: Rows, levels: dict[str, Scored]) -> dict[str, Keys]:
@@ -52,7 +54,7 @@ def _combined(rows: Rows, combine: Combine, branches: dict[str, Keys]) -> Combin
         o, lse = _attention(q, _union(list(branches.values())), rows.spec.attend[0], sink)
         return Combined(o=o, lse={"o": lse}, outputs={})
     attended = {
-        branch.name: _attention(q, [branches[branch.name]], branch, _sink_of(rows, branch))
+        branch.name: (_weighed if branch.spans else _attend_alone)(rows, branches, branch)
         for branch in rows.spec.attend
     }
     outputs = {name: o for name, (o, _) in attended.items()}
@@ -80,6 +82,7 @@ class Keys:
     """What a branch attends to: `source` names the keys, visible: bool[T, H, S].
 
     raw: Whether keys are the caller's tokens, in the caller's order.
+    weighed: bool[T, H, S] and [T, H], softmaxes of their own and the weight of each output.
     """
 
     source: str
@@ -88,6 +91,7 @@ class Keys:
     v: Tensor
     visible: Tensor
     bias: Tensor | None = None  # [S, Hkv], added to logits
+    weighed: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def _taken(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
@@ -96,7 +100,12 @@ def _taken(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
     way = on_way(rows.spec, rows.taken, branch.when)
     if way is None:
         return keys
-    return replace(keys, visible=spread(keys.visible, len(way)) & way[:, None])
+
+    def on(visible: Tensor) -> Tensor:
+        return spread(visible, len(way)) & way[:, None]
+
+    weighed = tuple((on(visible), weight) for visible, weight in keys.weighed)
+    return replace(keys, visible=on(keys.visible), weighed=weighed)
 
 
 def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
@@ -121,6 +130,8 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
         visible = visible if branch.window == "all" else visible & (distance.abs() < branch.window)
     else:
         assert branch.over is not None, f"branch {branch.name} attends to nothing"
+        if branch.spans is not None:
+            return _spans(rows, branch, levels[branch.over], k, v)
         visible = visible & _tokens_of_level(rows, branch.over, levels, len(k))
     bias = rows.x["bias"] if branch.bias else None
     source = f"raw {branch.kv or ''} {branch.storage or ''} {branch.bias or ''}"
@@ -143,6 +154,51 @@ def _tokens_of_level(rows: Rows, name: str, levels: dict[str, Scored], S: int) -
         chosen = kept_entries(rows, level)
     assert chosen is not None, f"{name} is attended raw and must select"
     return token_mask(rows, level, chosen)
+
+
+def _spans(rows: Rows, branch: Attend, level: Scored, k: Tensor, v: Tensor) -> Keys:
+    """The span before each chosen anchor and the window, each with the weight of its anchor."""
+    spans, stripes = branch.spans, rows.spec.level(branch.over or "").partition
+    assert spans is not None
+    assert isinstance(stripes, Stripes)
+    assert level.chosen is not None
+    token = torch.arange(len(k), device=k.device)
+    p = rows.p[:, None]
+    near = ((token <= p) & (token > p - spans.window))[:, None]  # [T, 1, S]
+    anchor, _ = anchors(stripes, rows.p, rows.S)
+    reach = torch.tensor([_reach(spans, t) for t in rows.p.tolist()], device=k.device)
+    weight, _ = softmax(level.scores, level.chosen)  # [T, Hs, N]
+    lone = ~level.chosen.any(-1)  # a row without an anchor
+    weighed = [(near.expand(-1, level.chosen.shape[1], -1), lone.to(weight.dtype))]
+    union = near
+    for j in range(anchor.shape[1]):
+        at = anchor[:, j, None]
+        span = ((token <= at) & (token >= at - reach[:, None]))[:, None] | near
+        taken = level.chosen[..., j, None]
+        weighed.append((span & taken, weight[..., j]))
+        union = union | (span & taken)
+    return Keys(
+        source=f"spans {branch.name}", raw=True, k=k, v=v, visible=union, weighed=tuple(weighed)
+    )
+
+
+def _reach(spans: Spans, p: int) -> int:
+    """How far a span reaches before its anchor; float64, to the nearest 2^-20, then rounded up."""
+    return math.ceil(round(spans.factor * max(p + 1, 0) ** spans.power * (1 << 20)) / (1 << 20))
+
+
+def _attend_alone(rows: Rows, branches: dict[str, Keys], branch: Attend) -> tuple[Tensor, Tensor]:
+    return _attention(rows.x["q"], [branches[branch.name]], branch, _sink_of(rows, branch))
+
+
+def _weighed(rows: Rows, branches: dict[str, Keys], branch: Attend) -> tuple[Tensor, Tensor]:
+    """The mean of outputs, each of a softmax of its own; the log-sum-exp is of all that is seen."""
+    q, keys, sink = rows.x["q"], branches[branch.name], _sink_of(rows, branch)
+    o = q.new_zeros(*q.shape[:2], keys.v.shape[-1])
+    for visible, weight in keys.weighed:
+        part, _ = _attention(q, [replace(keys, visible=visible)], branch, sink)
+        o = o + spread(weight[..., None], q.shape[1]) * part
+    return o, _attention(q, [keys], branch, sink)[1]
 
 
 def _static_mask(static: Static, p: Tensor, S: int, Hq: int, causal: bool) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.inputs import linear_sides
+from hsgen.reference.partitions import anchors
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.selection import ListSelection, members
-from hsgen.spec import Level
+from hsgen.spec import LearnedTree, Level, Ragged, Stripes
 
 
 def complete_entries(rows: Rows, level: Level) -> Tensor:
@@ -17,6 +18,8 @@ def complete_entries(rows: Rows, level: Level) -> Tensor:
     Without causality all that exist: also a short last one, unless entries overlap or a linear map
     needs all of its tokens.
     """
+    if isinstance(level.partition, Stripes):
+        return anchors(level.partition, rows.p, rows.S)[1]
     layout = rows.layouts[level.name]
     whole = layout.ends <= rows.S
     if rows.spec.causal:
@@ -27,6 +30,8 @@ def complete_entries(rows: Rows, level: Level) -> Tensor:
 
 def begun_entries(rows: Rows, level: Level) -> Tensor:
     """Entries that may have a token which the row may see.  -> bool[T, N]"""
+    if isinstance(level.partition, Stripes):
+        return complete_entries(rows, level)
     seen = rows.layouts[level.name].starts <= rows.p[:, None]
     return seen if rows.spec.causal else torch.ones_like(seen)
 
@@ -37,7 +42,7 @@ def forced_entries(rows: Rows, level: Level) -> Tensor:
     Entries of one unit come together: whole segments, where tokens are sorted inside segments.
     """
     begun = begun_entries(rows, level)
-    if not level.select:
+    if not level.select or isinstance(level.partition, Stripes):
         return torch.zeros_like(begun)
     force, layout = level.select.force, rows.layouts[level.name]
     unit = torch.searchsorted(layout.units, layout.starts)
@@ -73,14 +78,24 @@ def kept_entries(rows: Rows, level: Level) -> Tensor:
 
 def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored]) -> Tensor:
     """Entries that have a token, and whose parent was selected, if any.  -> bool[T, Hp, N]"""
-    there = rows.layouts[level.name].there.expand(len(rows.p), -1, -1)
+    if isinstance(level.partition, Stripes):
+        return complete_entries(rows, level)[:, None]
+    layout = rows.layouts[level.name]
+    there = layout.there.expand(len(rows.p), -1, -1)
+    if layout.first is not None and rows.spec.causal:
+        there = there & (layout.first <= rows.p[:, None, None])
     if level.within is None:
         return there
-    parent, chosen = rows.spec.level(level.within).partition, levels[level.within].chosen
+    above, chosen = rows.spec.level(level.within), levels[level.within].chosen
     assert chosen is not None, f"{level.within} is named by `within` and must select"
-    assert parent.size == parent.stride, "parents must not overlap"
-    first = torch.arange(there.shape[-1], device=there.device) * level.partition.stride
-    beam = chosen[..., first // parent.stride]
+    assert above.partition.size == above.partition.stride, "parents must not overlap"
+    if isinstance(level.partition, LearnedTree):
+        beam = chosen.repeat_interleave(level.partition.branching, -1)
+    elif isinstance(above.partition, LearnedTree | Ragged):  # what is inside are tokens
+        beam = token_mask(rows, above, chosen)
+    else:
+        first = torch.arange(there.shape[-1], device=there.device) * level.partition.stride
+        beam = chosen[..., first // above.partition.stride]
     heads = max(beam.shape[1], there.shape[1])
     return spread(beam, heads) & spread(there, heads)
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from hsgen.spec import Gather, Level, Spec
+from hsgen.spec import Gather, LearnedTree, Level, Ragged, Spec
 
 TensorKind = Literal["query", "key", "sequence", "parameter"]
 
@@ -49,7 +49,12 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
     """Every tensor by name: its kind, and what follows batch and time."""
     found: dict[str, _TensorInput] = {"q": ("query", ("Hq", "D"))}
     for level in spec.levels:
-        found |= _level_inputs(level) | _codebook(spec, level)
+        found |= (
+            _level_inputs(level)
+            | _own_query(level)
+            | _of_partition(spec, level)
+            | _codebook(spec, level)
+        )
     return found | _of_branches(spec) | _of_combine(spec)
 
 
@@ -139,6 +144,22 @@ def _level_inputs(level: Level) -> dict[str, _TensorInput]:
     return found
 
 
+def _own_query(level: Level) -> dict[str, _TensorInput]:
+    return {} if level.q is None else {f"q_{level.q}": ("query", ("Hq", "D"))}
+
+
+def _of_partition(spec: Spec, level: Level) -> dict[str, _TensorInput]:
+    partition = level.partition
+    if isinstance(partition, LearnedTree):
+        N = spec.nodes(level.name)
+        return {f"{level.name}_centroids": ("parameter", ("Hkv", N, "D"))}
+    if isinstance(partition, Ragged) and partition.boundaries == "given":
+        return {f"{level.name}_starts": ("key", ())}
+    if isinstance(partition, Ragged):
+        return {named("k", level.kv): _KEYS}
+    return {}
+
+
 def named(kind: str, kv: str | None) -> str:
     return f"{kind}_{kv}" if kv else kind
 
@@ -159,8 +180,7 @@ def linear_sides(level: Level) -> list[str]:
 
 def some_keys(spec: Spec, x: Mapping[str, Tensor]) -> Tensor:
     """Some tensor of keys or values: [S, Hkv, D], or with a batch in front."""
-    kinds = tensor_kinds(spec).items()
-    others = ("k_index", "bias")
+    inputs = _inputs(spec).items()
     return next(
-        x[name] for name, kind in kinds if kind == "key" and name not in others and name in x
+        x[name] for name, (kind, dims) in inputs if kind == "key" and len(dims) == 2 and name in x
     )

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hsgen.reference.inputs import named
 from hsgen.reference.layouts import Layout
-from hsgen.spec import Level
+from hsgen.reference.partitions import centroids, drawn
+from hsgen.spec import LearnedTree, Level
 
 
 def pooled_entries(level: Level, layout: Layout, x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -22,6 +23,8 @@ def pooled_entries(level: Level, layout: Layout, x: dict[str, Tensor]) -> dict[s
     if pool is None or keys is None:
         pooled = {} if keys is None else {"key": keys}
         return pooled | ({"bias": x["bias"].unsqueeze(-1)} if level.score.bias else {})
+    if isinstance(level.partition, LearnedTree):
+        return {"key": centroids(level, x).transpose(0, 1)}
     pooled = {}
     if level.score.bias:
         pooled["bias"] = _pool(level, layout, "mean", x["bias"].unsqueeze(-1), x, "key")
@@ -53,6 +56,9 @@ def _pool(
                 tokens.masked_fill(~there, 0.0).sum(1)
                 / there.sum(1).clamp(min=1).to(y.dtype).sqrt()
             )
+        case "sample":
+            assert level.pool is not None
+            return _drawn(tokens, there, level.pool.seed or 0)
         case "linear":
             weight = x[f"{level.name}_{side}_weight"]  # [H, size, D, D]
             position = x.get(f"{level.name}_{side}_position")  # [H, size, D]
@@ -62,6 +68,16 @@ def _pool(
             return torch.einsum("nshd,hsde->nhe", tokens, weight).masked_fill(~whole, 0.0)
         case _:
             raise AssertionError(f"unknown pooling {how!r}")
+
+
+def _drawn(tokens: Tensor, there: Tensor, seed: int) -> Tensor:
+    """One token of each entry, head by head; 0 of an entry without any.  -> [N, H, D]"""
+    N, _, H, D = tokens.shape
+    count = there.sum(1).squeeze(-1).expand(N, H)
+    head = torch.arange(H, device=tokens.device)
+    entry = torch.arange(N, device=tokens.device)[:, None]
+    slot = drawn(seed, head, entry, count)[:, None, :, None].expand(-1, -1, -1, D)
+    return tokens.gather(1, slot).squeeze(1) if tokens.shape[1] else tokens.sum(1)
 
 
 def _tokens(layout: Layout, y: Tensor) -> tuple[Tensor, Tensor]:

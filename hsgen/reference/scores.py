@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hsgen.reference.codes import code_matches
+from hsgen.reference.inputs import named
+from hsgen.reference.partitions import anchors
 from hsgen.reference.rounding import stored
 from hsgen.reference.rows import Rows, Scored, spread
-from hsgen.spec import Level
+from hsgen.reference.searches import halved
+from hsgen.spec import Halving, Level, Ragged, Stripes
 
 
 def raw_scores(level: Level, rows: Rows) -> Tensor:
@@ -33,10 +36,18 @@ def _of_form(level: Level, rows: Rows) -> Tensor:
     assert keys is not None, f"level {level.name} has nothing to score"
     match level.score.form:
         case "dot":
-            return dot(x["q"], keys) * _scale(level, x["q"].shape[-1])
+            q = x[named("q", level.q)]
+            scale = _scale(level, q.shape[-1])
+            if isinstance(level.partition, Halving):
+                return halved(level.partition, _seen_dots(rows, q, keys)) * scale
+            if isinstance(level.partition, Stripes):
+                at = anchors(level.partition, rows.p, rows.S)[0]
+                return _at(dot(q, keys), at) * scale
+            return dot(q, keys) * scale
         case "bound":
             low, high = keys.unbind(2)
-            q = x["q"]  # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
+            q = x[named("q", level.q)]
+            # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
             most = dot(q.clamp(max=0), low) + dot(q.clamp(min=0), high)
             return most * _scale(level, q.shape[-1])
         case "code_match":
@@ -66,6 +77,20 @@ def _by_index(level: Level, rows: Rows, keys: Tensor) -> Tensor:
         scores = scores * rows.x["w_index"].unsqueeze(-1)
     heads = rows.Hkv if level.score.share == "group" else 1
     return scores.unflatten(1, (heads, -1)).sum(2)
+
+
+def _seen_dots(rows: Rows, q: Tensor, keys: Tensor) -> Tensor:
+    """Logits of tokens, -inf of those that a row does not see.  -> [T, H, S]"""
+    later = torch.arange(rows.S, device=q.device) > rows.p[:, None]
+    hidden = later & rows.spec.causal
+    return dot(q, keys).masked_fill(hidden[:, None], -math.inf)
+
+
+def _at(scores: Tensor, token: Tensor) -> Tensor:
+    """Scores of each row's own tokens.  [T, H, S], i64[T, N] -> [T, H, N]"""
+    if not scores.shape[-1]:
+        return scores.new_zeros(*scores.shape[:-1], token.shape[-1])
+    return scores.gather(-1, token[:, None].expand(-1, scores.shape[1], -1))
 
 
 def _scale(level: Level, width: int) -> float:
@@ -110,6 +135,8 @@ def mapped(rows: Rows, level: Level, source: Scored, N: int) -> Tensor:
     j.  `sum` and `max` take those that lie inside j.
     """
     assert level.score.source is not None
+    if level.score.map == "upsample":
+        return _upsampled(rows, level, source, N)
     partition = rows.spec.level(level.score.source).partition
     l, d = partition.size, partition.stride
     target, ratio = level.partition.size, level.partition.stride // d
@@ -124,7 +151,26 @@ def mapped(rows: Rows, level: Level, source: Scored, N: int) -> Tensor:
     else:
         offsets = list(range((target - l) // d + 1))
     gathered = torch.stack([_shifted(scores, ratio, o, N, empty) for o in offsets])
+    if level.score.map == "avg_pool":
+        there = source.complete[:, None].expand_as(scores).to(scores.dtype)
+        count = torch.stack([_shifted(there, ratio, o, N, 0.0) for o in offsets]).sum(0)
+        return gathered.sum(0) / count.clamp(min=1)
     return gathered.amax(0) if greatest else gathered.sum(0)
+
+
+def _upsampled(rows: Rows, level: Level, source: Scored, N: int) -> Tensor:
+    """The score of the source entry that holds an entry's first token, -inf where it is incomplete."""
+    above = rows.spec.level(level.score.source or "")
+    scores = over_heads(level, source.scores, rows.Hkv)
+    scores = scores.masked_fill(~source.complete[:, None], -math.inf)
+    if isinstance(above.partition, Ragged):
+        entry_of = rows.layouts[above.name].entry_of
+        assert entry_of is not None
+        holder = entry_of[0]
+    else:
+        first = torch.arange(N, device=scores.device) * level.partition.stride
+        holder = first // above.partition.stride
+    return scores[..., holder] if N else scores[..., :0]
 
 
 def _shifted(scores: Tensor, ratio: int, offset: int, N: int, empty: float) -> Tensor:

@@ -20,7 +20,7 @@ from hsgen.reference.entries import (
     tail_entries,
 )
 from hsgen.reference.inputs import some_keys, tensor_kinds
-from hsgen.reference.layouts import layout_of
+from hsgen.reference.layouts import layouts_of
 from hsgen.reference.losses import terms
 from hsgen.reference.pools import pooled_entries
 from hsgen.reference.reuse import Kept, Taken, kept_scores, reached, rows_of
@@ -96,7 +96,7 @@ def one_sequence(
     keys = some_keys(spec, x)
     group = x["q"].shape[1] // keys.shape[1]
     here = reached(spec, reused)
-    layouts = {n: layout_of(spec.level(n), x, len(keys), group) for n in here}
+    layouts = layouts_of(spec, here, x, len(keys), group)
     pooled = {
         n: pooled_entries(spec.level(n), layouts[n], x) if _reads_entries(spec, n, reused) else {}
         for n in here

@@ -26,12 +26,16 @@ from hsgen.spec.model import (
     MAX_COUNT,
     Blocks,
     Force,
+    Halving,
     Heads,
     KMeans,
+    LearnedTree,
     Node,
     Path,
+    Ragged,
     SortInSegment,
     Spec,
+    Stripes,
 )
 from hsgen.spec.syntax import Items, Keys, Tree, Unreadable, Word
 
@@ -43,16 +47,21 @@ _SUGAR: Mapping[type[Node], tuple[str, ...]] = {Heads: ("group_size",), Force: (
 _HIDDEN = {"kind"}
 # partitions: those that are a word, and those that are a mapping, by the key that tells them apart
 _WORD_KINDS = {"tokens", "clusters"}
-_KINDS: Mapping[str, type[Node]] = {"blocks": Blocks}
+_KINDS: Mapping[str, type[Node]] = {
+    "blocks": Blocks,
+    "halving": Halving,
+    "tree": LearnedTree,
+    "ragged": Ragged,
+    "stripes": Stripes,
+}
 # orders of keys, told apart in the same way
 _WORD_ORDERS = {"gather"}
 _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans": KMeans}
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    antidiagonal avg_pool budget_from by centroid columns cosine diagonals
-    early_stop given halving pages quota ragged sample softmax_mass
-    stripes tile tree upsample
+    antidiagonal budget_from by columns cosine diagonals
+    early_stop pages quota softmax_mass tile
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 
@@ -484,6 +493,8 @@ _EXAMPLE = {
     "per_head": "per_head: [{window: 16}, {window: 64}]",
     "axes": "axes: [30, 48, 80]",
     "grid": "grid: {window: [8, 16, 16]}",
+    "spans": "spans: {factor: 2.0, power: 0.5}",
+    "ragged": "ragged: given",
 }
 _CODES = {
     "int_type": "HS032",

@@ -17,10 +17,22 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
 
 from __future__ import annotations
 
-from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Static
+from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Spans, Static
 from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, TopP
 from hsgen.spec.model.codes import Codes
-from hsgen.spec.model.entries import Blocks, Clusters, KeyPool, Partition, Pool, Tokens, ValuePool
+from hsgen.spec.model.entries import (
+    Blocks,
+    Clusters,
+    Halving,
+    KeyPool,
+    LearnedTree,
+    Partition,
+    Pool,
+    Ragged,
+    Stripes,
+    Tokens,
+    ValuePool,
+)
 from hsgen.spec.model.losses import Distill, Kl, Loss
 from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
 from hsgen.spec.model.reuse import Reuse, Turn
@@ -65,6 +77,7 @@ __all__ = [
     "Gather",
     "Growth",
     "GridWindow",
+    "Halving",
     "HeadDim",
     "HeadSpan",
     "Heads",
@@ -92,6 +105,7 @@ __all__ = [
     "Path",
     "Permute",
     "Pool",
+    "Ragged",
     "Reduce",
     "Route",
     "RouteBy",
@@ -104,12 +118,15 @@ __all__ = [
     "SelectRule",
     "Share",
     "SortInSegment",
+    "Spans",
     "Spec",
     "Static",
     "Stored",
+    "Stripes",
     "Text",
     "Tokens",
     "TopP",
     "Turn",
+    "LearnedTree",
     "ValuePool",
 ]

@@ -14,6 +14,7 @@ from hsgen.spec.model.scalars import (
     Growth,
     Identifier,
     Node,
+    Part,
     PerAxis,
     Scale,
 )
@@ -72,6 +73,21 @@ class Static(Node):
     grid: GridWindow | None = None  # tokens near each other along the spec's `axes`
 
 
+class Spans(Node):
+    """A span of tokens that ends at each selected anchor, with a softmax of its own.
+
+    Of a row at position p, the span of an anchor at a holds the tokens from a - n to a, where
+    n = ceil(factor * (p + 1) ** power), taken to the nearest 2^-20 before; and the last `window`
+    tokens.  The output is the mean of the spans' outputs by the softmax of their anchors' scores,
+    through which gradients reach what the anchors are scored with.  A row without an anchor attends
+    to its window.
+    """
+
+    factor: Scale
+    power: Part
+    window: Forced = 0
+
+
 class Attend(Node):
     """One branch: raw tokens of selected entries, pooled entries, the last `window` tokens or all of
     them, or what a `static` rule says.
@@ -92,6 +108,7 @@ class Attend(Node):
     when: Identifier | None = None  # the way of the route on which it attends; None: on every one
     # adds the input `bias` of each key and key head to its logits, after scale and softcap
     bias: Literal["learned"] | None = None
+    spans: Spans | None = None  # of tokens before anchors, instead of the anchors alone
 
 
 class Combine(Node):

@@ -14,7 +14,7 @@ ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "c
 Stored = Literal["input", "bf16", "fp8", "fp8_unscaled"]  # how vectors of an index are kept
 
 
-MapHow = Literal["overlap_sum", "overlap_max", "sum", "max"]
+MapHow = Literal["overlap_sum", "overlap_max", "sum", "max", "upsample", "avg_pool"]
 
 
 Share = Literal["head", "group", "all"]
@@ -33,6 +33,9 @@ class Score(Node):
     `code_match`: in how many runs of channels query and key have the same code.
     `bias`: the input `bias` of a token and key head, whatever the query; of an entry, what its
     `pool` makes of them.
+    `map`: what an entry gets of the scores of the level it takes them from; `upsample`: that of the
+    entry that holds it, -inf where that is not complete; `avg_pool`: the mean of the complete ones
+    inside it, 0 of none.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"from": "source"}

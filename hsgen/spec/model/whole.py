@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr
 from hsgen.errors import ArgumentError, Span
 from hsgen.spec.model.branches import Attend, Combine
 from hsgen.spec.model.choices import Select
-from hsgen.spec.model.entries import Partition, Pool
+from hsgen.spec.model.entries import LearnedTree, Partition, Pool
 from hsgen.spec.model.losses import Loss
 from hsgen.spec.model.permutes import Permute
 from hsgen.spec.model.reuse import Reuse
@@ -75,6 +75,7 @@ class Level(Node):
     permute: Permute | None = None
     partition: Annotated[Partition, Field(discriminator="kind")]  # what an entry is
     kv: Identifier | None = None  # pools `k_<kv>`, `v_<kv>` instead of `k`, `v`
+    q: Identifier | None = None  # scores by `q_<q>` instead of `q`
     pool: Pool | None = None
     score: Score
     select: Select | None = None
@@ -129,6 +130,13 @@ class Spec(Node):
     def learned_from(self) -> Attend | None:
         """The branch whose attention a `kl` loss learns from: the first over raw tokens."""
         return next((branch for branch in self.attend if branch.values == "raw"), None)
+
+    def nodes(self, name: str) -> int:
+        """How many nodes a level of a learned tree has."""
+        level = self.level(name)
+        assert isinstance(level.partition, LearnedTree), f"{name} is no tree"
+        inside = level.within and isinstance(self.level(level.within).partition, LearnedTree)
+        return level.partition.branching * (self.nodes(level.within or "") if inside else 1)
 
     @property
     def index_per_key_head(self) -> bool:
@@ -281,6 +289,9 @@ _NEWS = {
     "reuse",
     "loss",
     "streams",
+    "seed",
+    "q",
+    "spans",
 }
 
 

@@ -16,6 +16,7 @@ from hsgen.spec.rules.problem import Problem, Rule
 from hsgen.spec.rules.routes import on_ways, routes, ways
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
+from hsgen.spec.rules.trees import assigned, spans
 
 
 def problems(spec: Spec, broken: set[Path] | None = None) -> list[Problem]:
@@ -72,4 +73,6 @@ _RULES: tuple[Rule, ...] = (
     on_ways,
     reuses,
     losses,
+    assigned,
+    spans,
 )

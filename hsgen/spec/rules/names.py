@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hsgen.errors import nearest
-from hsgen.spec.model import Level, Path, Spec
+from hsgen.spec.model import LearnedTree, Level, Path, Ragged, Spec
 from hsgen.spec.rules.problem import Problem
 
 # arguments of a kernel's call; `kv: new` would make another k_new
@@ -148,6 +148,9 @@ def _tensors(spec: Spec) -> Iterator[tuple[Path, str, str]]:
                 for letter, noun in (("k", "keys"), ("v", "values")):
                     yield (field, i, "kv"), f"{letter}_{item.kv}", f"the {noun} of 'kv: {item.kv}'"
     for i, level in enumerate(spec.levels):
+        if level.q is not None:
+            yield ("levels", i, "q"), f"q_{level.q}", f"the queries of 'q: {level.q}'"
+    for i, level in enumerate(spec.levels):
         for name in _learned(level):
             yield ("levels", i, "name"), name, f"a weight of the level '{level.name}'"
     for i, branch in enumerate(spec.attend):
@@ -163,3 +166,7 @@ def _learned(level: Level) -> Iterator[str]:
         if how == "linear":
             yield f"{level.name}_{which}_weight"
             yield f"{level.name}_{which}_position"
+    if isinstance(level.partition, LearnedTree):
+        yield f"{level.name}_centroids"
+    if isinstance(level.partition, Ragged) and level.partition.boundaries == "given":
+        yield f"{level.name}_starts"
