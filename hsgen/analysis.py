@@ -58,6 +58,8 @@ def causality(graph: Graph) -> Causality:
 def _op_causality(op: Op, *, causal: bool) -> Causality:
     """`token` where the result of row t needs nothing after t, given operands that do not."""
     match op:
+        case SelectSet() if causal and op.rows is not None and op.rows > 1:
+            return "query_block"  # rows of a tile stop together
         case SelectSet() if causal and op.scope == "head":
             return "prompt"  # rows of a head are ranked together
         case SelectSet() if causal and op.of == "all":
@@ -176,6 +178,8 @@ def _unreachable_because(graph: Graph, attend: Node) -> str | None:
             return f"branch {attend.op.branch} attends a window only"
         case "static":
             return f"branch {attend.op.branch} attends a static pattern only"
+        case "tiers":
+            return f"branch {attend.op.branch} attends means of tokens"
         case "blocks" | "tokens" | "pooled":
             pass
     selection = graph[attend.inputs[3]]
@@ -501,7 +505,9 @@ def _flops(counts: _Counts, node: Node) -> Cost:
     operands = [operand.type for operand in graph.operands(node)]
     match op:
         case Input() | Select() | SelectSet() | Route() | Switch() | Union():
-            return _from(0, Polynomial())
+            walks = isinstance(op, SelectSet) and op.rule == "early_stop"
+            pairs = _complete_pairs(1, 1, causal=graph.meta.causal)  # at most every logit, once
+            return pairs * (2 * counts.product(("Hq", "Dqk"))) if walks else ZERO
         case Cluster() | Permute():
             return _order_flops(counts, op, operands)
         case Pool():
@@ -542,6 +548,11 @@ def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost
         query, keys, codebook = operands[:3]
         encoded = (counts.elements(query) + counts.elements(keys)) * (3 * op.codes.words)
         return encoded + pairs * (2 * int(codebook.dims[0]))
+    if op.form == "pooling_error":  # every visible token against its entry, values as well
+        all_pairs = _complete_pairs(1, 1, causal=counts.graph.meta.causal)
+        dims = ("Dqk", "Dv") if any("Dv" in x.dims for x in operands) else ("Dqk",)
+        each = 2 * sum(counts.product((dim,)) for dim in dims)
+        return all_pairs * counts.product((heads,)) * each
     dots = 2 if op.form == "bound" else 1
     sums = {"relu_weighted": 2, "relu_sum": 1}.get(op.form, 0)
     return pairs * (dots * 2 * counts.product((dim,)) + sums)
@@ -559,7 +570,7 @@ def _order_flops(counts: _Counts, op: Cluster | Permute, operands: list[TensorTy
 def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
     """Pairs of a row and a key it attends to."""
     match op.over:
-        case "blocks" | "tokens":
+        case "blocks" | "tokens" | "tiers":  # of tiers as if each were attended token by token
             return counts.selected(counts.graph[node.inputs[3]])
         case "pooled":
             level = counts.graph[node.inputs[1]].type.dims[1].removeprefix("N_")

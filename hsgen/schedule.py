@@ -126,15 +126,10 @@ class _Scheduler:
             if isinstance(node.op, Attend) and node.op.over == "static":
                 message = f"branch {node.op.branch}: no kernel attends a static pattern yet"
                 raise PlanError(message, span=node.span)
-            if isinstance(node.op, Attend) and node.op.over == "pooled" and len(node.inputs) > 3:
-                message = (
-                    f"branch {node.op.branch}: no kernel attends pooled entries of a selection yet"
-                )
-                raise PlanError(message, span=node.span)
             if isinstance(node.op, Union):
                 message = "no kernel takes one softmax over several branches yet"
                 raise PlanError(f"{message}: `combine: {{softmax: union}}`", span=node.span)
-            if message := _no_kernel_for(node):
+            if message := _no_kernel_weighs(node) or _no_kernel_for(node):
                 raise PlanError(message, span=node.span)
         for name in ("Hq", "Hkv", "Dqk", "Dv"):
             if name not in self.graph.sizes:
@@ -297,7 +292,7 @@ class _Scheduler:
                     share=selection.type.dims[2],
                 )
                 config = self._tiles.attend(context, tokens=1)
-            case "static":
+            case "static" | "tiers":
                 raise AssertionError("refused")
             case "blocks":
                 context, config = self._blocks(node, op, name, launches, buffers, sizes)
@@ -433,7 +428,7 @@ class _Scheduler:
                 return (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
             case "tokens":
                 return (_buffer(node.inputs[3]),)
-            case "pooled" | "window" | "static" | "all":
+            case "pooled" | "tiers" | "window" | "static" | "all":
                 return ()
 
     def _outputs(self, node: Node) -> tuple[str, ...]:
@@ -606,7 +601,7 @@ class _Scheduler:
         score = chain.score.op
         assert isinstance(score, Score)
         assert isinstance(node.op, Select)
-        assert score.form not in ("relu_sum", "code_match"), "refused"
+        assert score.form not in ("relu_sum", "code_match", "pooling_error"), "refused"
         weighted = score.form == "relu_weighted"
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(
@@ -834,3 +829,20 @@ def _strides(x: str) -> tuple[str, ...]:
 
 def _lse_strides(x: str) -> tuple[str, ...]:
     return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
+
+
+def _no_kernel_weighs(node: Node) -> str | None:
+    """What no kernel does yet of entries that stand for several tokens, and of first tokens."""
+    match node.op:
+        case Score(form="pooling_error", level=level):
+            return f"level {level}: no kernel scores by what pooling gets wrong yet"
+        case Score(bias="log_count", level=level):
+            return f"level {level}: no kernel adds the logarithm of counts to scores yet"
+        case Select(sink=int(), level=level):
+            return f"level {level}: no kernel forces the entries of first tokens yet"
+        case Attend(over="tiers", branch=branch):
+            return f"branch {branch}: no kernel attends tiers of a pyramid yet"
+        case Attend(bias="log_count", branch=branch):
+            return f"branch {branch}: no kernel weighs pooled keys by their tokens yet"
+        case _:
+            return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 import torch
@@ -56,15 +56,16 @@ class Chosen:
 
     member: Tensor
     indices: Tensor
+    tier: Tensor | None = None  # i64[B, T, H, N], of a pyramid; -1 of what is left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Attended:
-    """o: [B, T, Hq, Dv], lse: [B, Hq, T]; seen: bool[B, T, Hq, keys], for a union."""
+    """o: [B, T, Hq, Dv], lse: [B, Hq, T]; parts: by where keys come from, for a union."""
 
     o: Tensor
     lse: Tensor
-    seen: Tensor | None = None
+    parts: Mapping[tuple, _Part]
 
 
 Value = Tensor | Scores | Chosen | Attended
@@ -176,9 +177,12 @@ def _evaluate(run: _Run, node: Node) -> Value:
             operands = operands[:-1] if node.op.when else operands
             return _off_way(_select(run, node.op, *operands), _on_way(run, node))
         case SelectSet():
-            chosen = _off_way(_select_set(run, node.op, operands[0]), _on_way(run, node))
+            operands = operands[:-1] if node.op.when else operands
+            walks = node.op.rule == "early_stop"
+            kept = (_walk if walks else _select_set)(run, node.op, *operands)
+            chosen = _off_way(kept, _on_way(run, node))
             width = int(chosen.member.sum(-1).max()) if chosen.member.numel() else 0
-            return Chosen(member=chosen.member, indices=chosen.indices[..., :width])
+            return replace(chosen, indices=chosen.indices[..., :width])
         case Attend():
             return _attend(run, node, *(operands[:-1] if node.op.when else operands))
         case Gate():
@@ -239,7 +243,8 @@ def _off_way(chosen: Chosen, way: Tensor | None) -> Chosen:
         return chosen
     heads = chosen.member.shape[2]
     way = way if heads == way.shape[2] else way[:, :, :1]
-    return Chosen(
+    return replace(
+        chosen,
         member=chosen.member & way,
         indices=torch.where(way, chosen.indices, torch.full_like(chosen.indices, -1)),
     )
@@ -420,6 +425,8 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
         value = _dots(query, keys)
     elif op.form == "code_match":
         value = _equal_codes(op, query, keys, operands[2])
+    elif op.form == "pooling_error":
+        value = _pooling_error(run, op, operands)
     elif op.form == "index_dot":
         value = torch.einsum("bthd,bnd->bthn", query, keys)
     elif op.form == "bound":
@@ -435,8 +442,55 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
     there = run.complete_mask(op.level).expand(value.shape) & _has_tokens(run, op, value.shape)
     if op.within is not None:
         there = there & _in_beam(run, op, operands[-1], value.shape[2])
+    if op.form == "pooling_error":
+        return Scores(value=value, there=there)
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
-    return Scores(value=value * scale, there=there)
+    value = value * scale
+    if op.bias is not None:
+        order = operands[2] if op.cut else None
+        value = value + _spread(_log_counts(run, op.level, order, op.cut), value.shape[2])
+    return Scores(value=value, there=there)
+
+
+def _counts(run: _Run, level: str, order: Tensor | None, cut: str | None) -> Tensor:
+    """Tokens of every entry.  [B or 1, 1, H or 1, N]"""
+    found = [_tokens_of(run, level, e, order, cut) for e in range(run.entries(level))]
+    numbers = [[[len(tokens) for tokens in row] for row in entry] for entry in found]
+    return torch.tensor(numbers).permute(1, 2, 0).unsqueeze(1)
+
+
+def _log_counts(run: _Run, level: str, order: Tensor | None, cut: str | None) -> Tensor:
+    return _counts(run, level, order, cut).clamp(min=1).double().log()
+
+
+def _pooling_error(run: _Run, op: Score, operands: list[Value]) -> Tensor:
+    """Token by token: what its entry's mean would have made of it."""
+    query, means, keys, *rest = operands
+    order = rest.pop() if op.cut else None
+    group = query.shape[2] // keys.shape[2]
+    scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
+    B, T, H, _ = query.shape
+    N = run.entries(op.level)
+    value = torch.zeros(B, T, H, N, dtype=query.dtype)
+    complete = run.complete_mask(op.level)[0, :, 0]
+    where = [_tokens_of(run, op.level, e, order, op.cut) for e in range(N)]
+    for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
+        kv = h // group
+        tokens = [(w[b] if order is not None else w[0]) for w in where]
+        tokens = [w[kv] if order is not None else w[0] for w in tokens]
+        seen = [e for e in range(N) if complete[t, e] and tokens[e]]
+        exact = {e: keys[b, tokens[e], kv] @ query[b, t, h] * scale for e in seen}
+        whole = {e: means[b, e, kv] @ query[b, t, h] * scale for e in seen}
+        top = max((float(x) for e in seen for x in (*exact[e], whole[e])), default=0.0)
+        for e in seen:
+            one, many = (whole[e] - top).exp(), (exact[e] - top).exp()
+            if rest:
+                mean, values = rest
+                off = one * mean[b, e, kv] - many[:, None] * values[b, tokens[e], kv]
+                value[b, t, h, e] = (off**2).sum(-1).mean()
+            else:
+                value[b, t, h, e] = ((one - many) ** 2).mean()
+    return value
 
 
 def _equal_codes(op: Score, query: Tensor, keys: Tensor, codebook: Tensor) -> Tensor:
@@ -514,7 +568,10 @@ def _map(run: _Run, op: Map, source: Scores) -> Scores:
     return Scores(value=value, there=run.complete_mask(op.level).expand(value.shape))
 
 
-def _select(run: _Run, op: Select, score: Scores, parent: Chosen | None = None) -> Chosen:
+def _select(run: _Run, op: Select, score: Scores, *others: Value) -> Chosen:
+    others = list(others)
+    order = others.pop() if op.cut else None
+    parent = others.pop() if others else None
     B, T, H, N = score.value.shape
     beam = torch.ones(B, T, H, N, dtype=torch.bool)
     if parent is not None:
@@ -523,9 +580,10 @@ def _select(run: _Run, op: Select, score: Scores, parent: Chosen | None = None) 
     indices = torch.full((B, T, H, op.width), -1, dtype=torch.int32)
     for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
         row, inside = score.value[b, t, h].tolist(), beam[b, t, h].tolist()
+        sinks = _sinks(run, op, order, (b, h, H), run.positions[t])
         there = score.there[b, t, h].tolist()
         tail = {e for e in _tail(op, run.positions[t], there) if inside[e]}
-        forced = {e for e in _forced(run, op, run.positions[t], N) if inside[e]} - tail
+        forced = {e for e in _forced(run, op, run.positions[t], N) | sinks if inside[e]} - tail
         candidates = [e for e in range(N) if e in forced or (there[e] and inside[e])]
         best = sorted(candidates, key=lambda e: (e not in forced, -row[e], e))  # noqa: B023
         kept = sorted({*best[: op.k + (0 if op.counted else len(forced))], *tail})
@@ -554,12 +612,74 @@ def _forced(run: _Run, op: Select, p: int, N: int) -> set[int]:
     }
 
 
-def _select_set(run: _Run, op: SelectSet, score: Scores) -> Chosen:
+def _sinks(
+    run: _Run, op: Select | SelectSet, order: Tensor | None, at: tuple[int, int, int], p: int
+) -> set[int]:
+    """Entries with one of the first tokens.  `at`: sequence, head, and how many heads choose"""
+    b, h, heads = at
+    found: set[int] = set()
+    for e in range(run.entries(op.level) if op.sink else 0):
+        where = _tokens_of(run, op.level, e, order, op.cut)
+        row = where[b if order is not None else 0]
+        tokens = row[h * len(row) // heads]
+        if any(s < op.sink for s in tokens):
+            if run.span(op.level, e)[0] <= p or not run.graph.meta.causal:
+                found.add(e)
+    return found
+
+
+def _walk(
+    run: _Run, op: SelectSet, score: Scores, query: Tensor, keys: Tensor, *more: Tensor
+) -> Chosen:
+    """Tile by tile, step by step."""
+    rest = list(more)
+    order = rest.pop() if op.cut else None
+    B, T, H, N = score.value.shape
+    group = query.shape[2] // H
+    dots = _dots(query, keys) * query.shape[-1] ** -0.5
+    member = torch.zeros(B, T, H, N, dtype=torch.bool)
+    tiles = sorted({p // op.rows for p in run.positions})
+    for b, h, tile in ((b, h, tile) for b in range(B) for h in range(H) for tile in tiles):
+        rows = [t for t, p in enumerate(run.positions) if p // op.rows == tile]
+        sums = {
+            (t, g): float(rest[0][b, g, t].exp()) if rest else 0.0
+            for t in rows
+            for g in range(h * group, (h + 1) * group)
+        }
+        ranked = {t: _ranked(op, _row_of(run, op, score, (b, t, h), order)) for t in rows}
+        for step in range(-(-N // op.step)):
+            little = True
+            for t in rows:
+                part = ranked[t][step * op.step : (step + 1) * op.step]
+                for x in part:
+                    member[b, t, h, x.where[1]] = True
+                for g in range(h * group, (h + 1) * group):
+                    gain = 0.0
+                    for x in part:
+                        row = _tokens_of(run, op.level, x.where[1], order, op.cut)
+                        heads = row[b if order is not None else 0]
+                        for s in heads[h * len(heads) // H]:
+                            if s <= run.positions[t] or not run.graph.meta.causal:
+                                gain += float(dots[b, t, g, s].exp())
+                    sums[t, g] += gain
+                    little = little and (gain == 0 or gain < op.value * sums[t, g])
+            if little:
+                break
+    return _chosen(member)
+
+
+def _select_set(run: _Run, op: SelectSet, score: Scores, order: Tensor | None = None) -> Chosen:
     """Python's own integers and sorting; one ranking a row, or one of all rows of a head."""
     B, T, H, N = score.value.shape
     member = torch.zeros(B, T, H, N, dtype=torch.bool)
+    tiers = torch.full((B, T, H, N), -1)
     for b, h in ((b, h) for b in range(B) for h in range(H)):
-        rows = [_row_of(run, op, score, (b, t, h)) for t in range(T)]
+        rows = [_row_of(run, op, score, (b, t, h), order) for t in range(T)]
+        if op.tiers is not None:
+            for x, tier in ((x, tier) for row in rows for x, tier in _in_tiers(op, row)):
+                member[b, x.where[0], h, x.where[1]] = True
+                tiers[b, x.where[0], h, x.where[1]] = tier
+            continue
         together = rows if op.scope != "head" else [[entry for row in rows for entry in row]]
         reached = {x.where for group in together for x in _reached(op, group, N)}
         for row in rows:
@@ -571,10 +691,35 @@ def _select_set(run: _Run, op: SelectSet, score: Scores) -> Chosen:
                 member[b, x.where[0], h, x.where[1]] = True
         for t, p in enumerate(run.positions):
             member[b, t, h, sorted(_tail(op, p, score.there[b, t, h].tolist()))] = True
+    return _chosen(member, tiers if op.tiers else None)
+
+
+def _chosen(member: Tensor, tier: Tensor | None = None) -> Chosen:
+    N = member.shape[-1]
     width = int(member.sum(-1).max()) if member.numel() else 0
     entries = torch.arange(N, dtype=torch.int32).expand(member.shape)
     listed = entries.masked_fill(~member, N).sort(-1).values[..., :width]
-    return Chosen(member=member, indices=listed.masked_fill(listed == N, -1))
+    return Chosen(member=member, indices=listed.masked_fill(listed == N, -1), tier=tier)
+
+
+def _in_tiers(op: SelectSet, row: list[_Entry]) -> list[tuple[_Entry, int]]:
+    """What a row keeps, and the tier that each entry is in."""
+    free = [x for x in row if op.counted or not x.forced]
+    ranked = sorted(free, key=lambda x: (not x.forced, -x.score, x.where))
+    one, total, before = 1 << 30, 0, 0
+    masses = [round(max(x.score, 0.0) * one) if x.there else 0 for x in ranked]
+    total = sum(masses)
+    found = [(x, 0) for x in row if x.forced]
+    for i, (x, mass) in enumerate(zip(ranked, masses, strict=True)):
+        for tier, (_, part, least) in enumerate(op.tiers.steps):
+            by_count = least if op.tiers.by == "mass" else max(part, least)
+            if i < -(-by_count * len(ranked) // one) or (
+                op.tiers.by == "mass" and before * one < part * total
+            ):
+                found += [] if x.forced else [(x, tier)]
+                break
+        before += mass
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -585,11 +730,15 @@ class _Entry:
     there: bool
 
 
-def _row_of(run: _Run, op: SelectSet, score: Scores, at: tuple[int, int, int]) -> list[_Entry]:
+def _row_of(
+    run: _Run, op: SelectSet, score: Scores, at: tuple[int, int, int], order: Tensor | None = None
+) -> list[_Entry]:
     """The candidates of one row."""
     values, there = score.value[at].tolist(), score.there[at].tolist()
     p = run.positions[at[1]]
-    forced = _forced(run, op, p, len(values)) - _tail(op, p, there)
+    forced = _forced(run, op, p, len(values))
+    forced |= _sinks(run, op, order, (at[0], at[2], score.value.shape[2]), p)
+    forced -= _tail(op, p, there)
     return [
         _Entry(where=(at[1], e), score=x if there[e] else -math.inf, forced=e in forced, there=seen)
         for e, (x, seen) in enumerate(zip(values, there, strict=True))
@@ -631,21 +780,101 @@ def _attend(
     *more, sink = more if op.sink else (*more, None)
     chosen = more[0] if more else None
     order = more[1] if op.cut else None
-    if op.over == "pooled":
-        level = run.graph[node.inputs[1]].type.dims[1].removeprefix("N_")
-        seen = run.complete_mask(level)
-        seen = seen if chosen is None else seen & chosen.member
+    values = _values(run, op, values)
+    if op.over == "tiers":
+        parts = _tier_parts(run, node, keys, values, chosen, order)
+    elif op.over == "pooled":
+        parts = {(*node.inputs[1:3], op.bias): _pooled_part(run, node, keys, values, chosen, order)}
     else:
         seen = _seen_tokens(run, op, keys, chosen, order, query.shape[2])
-    seen = _spread(seen.expand(query.shape[0], -1, -1, -1), query.shape[2])
+        parts = {node.inputs[1:3]: _Part(k=keys, v=values, seen=seen)}
     way = _on_way(run, node)
-    seen = seen if way is None else seen & way
-    values = _values(run, op, values)
-    return _softmax(op, query, [(keys, values, seen)], sink)
+    for source, part in parts.items():
+        seen = _spread(part.seen.expand(query.shape[0], -1, -1, -1), query.shape[2])
+        parts[source] = replace(part, seen=seen if way is None else seen & way)
+    return _softmax(op, query, parts, sink)
 
 
 def _values(run: _Run, op: Attend, values: Tensor) -> Tensor:
     return values[..., : run.graph.sizes["Dv"]] if op.latent else values
+
+
+def _pooled_part(
+    run: _Run,
+    node: Node,
+    keys: Tensor,
+    values: Tensor,
+    chosen: Chosen | None,
+    order: Tensor | None,
+) -> _Part:
+    """All entries that are complete, or those of them that are selected, or that are not."""
+    op, pool = node.op, run.graph[node.inputs[1]]
+    seen = run.complete_mask(pool.op.level)
+    if op.which == "skipped":
+        cut = pool.op.cut
+        counts = _counts(run, pool.op.level, run.values[pool.inputs[-1]] if cut else None, cut)
+        there = _spread(counts > 0, max(counts.shape[2], chosen.member.shape[2]))
+        seen = seen & ~chosen.member & there
+    elif chosen is not None:
+        seen = seen & chosen.member
+    bias = _log_counts(run, pool.op.level, order, op.cut) if op.bias else None
+    return _Part(k=keys, v=values, seen=seen, bias=bias)
+
+
+def _tier_parts(
+    run: _Run,
+    node: Node,
+    keys: Tensor,
+    values: Tensor,
+    chosen: Chosen,
+    order: Tensor | None,
+) -> dict[tuple, _Part]:
+    """Token by token where a tier merges nothing; means of tokens in a row elsewhere."""
+    op = node.op
+    level = next(x.op.level for x in run.graph.operands(node) if isinstance(x.op, SelectSet))
+    B, _, H, _ = keys.shape
+    heads = run.graph.sizes["Hq"]
+    parts = {}
+    for i, merge in enumerate(op.merges):
+        mine = Chosen(member=chosen.tier == i, indices=chosen.indices)
+        if merge == 1:
+            seen = _seen_tokens(run, op, keys, mine, order, heads)
+            parts[node.inputs[1:3]] = _Part(k=keys, v=values, seen=seen)
+            continue
+        k, v, sees, counts = [], [], [], []
+        for e in range(run.entries(level)):
+            where = _tokens_of(run, level, e, order, op.cut)
+            for c in range(-(-op.size // merge)):
+                pieces = [[h[c * merge : (c + 1) * merge] for h in row] for row in where]
+                pieces = [[row[min(h, len(row) - 1)] for h in range(H)] for row in pieces]
+                pieces = [pieces[min(b, len(pieces) - 1)] for b in range(B)]
+                k.append(_means(keys, pieces))
+                v.append(_means(values, pieces))
+                counts.append([[len(x) for x in row] for row in pieces])
+                whole = [
+                    [[bool(x) and (max(x) <= p or not run.graph.meta.causal) for x in row] for row in pieces]
+                    for p in run.positions
+                ]  # fmt: skip
+                member = _spread(mine.member, heads)[..., e]  # [B, T, Hq]
+                there = torch.tensor(whole).transpose(0, 1)  # [B, T, H]
+                sees.append(member & there.repeat_interleave(heads // H, 2))
+        bias = torch.tensor(counts).clamp(min=1).double().log().permute(1, 2, 0).unsqueeze(1)
+        parts[level, merge, op.bias] = _Part(
+            k=torch.stack(k, 1),
+            v=torch.stack(v, 1),
+            seen=torch.stack(sees, -1),
+            bias=bias if op.bias else None,
+        )
+    return parts
+
+
+def _means(x: Tensor, where: list[list[list[int]]]) -> Tensor:
+    """[B, S, H, D] -> [B, H, D]"""
+    rows = [
+        torch.stack([x[b, w, h].mean(0) if w else torch.zeros_like(x[b, 0, h]) for h, w in enumerate(row)])
+        for b, row in enumerate(where)
+    ]  # fmt: skip
+    return torch.stack(rows)
 
 
 def _seen_tokens(
@@ -733,43 +962,49 @@ def _in_windows(axes: tuple[AxisWindow, ...], p: int, s: int, S: int) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """Keys under one softmax: [B, N, Hkv, D], [B, N, Hkv, Dv], bool[B, T, Hq, N], [B or 1, 1, H, N]."""
+
+    k: Tensor
+    v: Tensor
+    seen: Tensor
+    bias: Tensor | None = None
+
+
 def _softmax(
-    op: Attend, query: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], sink: Tensor | None
+    op: Attend, query: Tensor, parts: Mapping[tuple, _Part], sink: Tensor | None
 ) -> Attended:
-    """One softmax over parts of (keys, values, seen); a row that sees nothing: 0 and -inf."""
+    """One softmax over parts; a row that sees nothing: 0 and -inf."""
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
-    logits = [_dots(query, k) * scale for k, _, _ in parts]
-    if op.softcap is not None:
-        logits = [op.softcap * torch.tanh(logit / op.softcap) for logit in logits]
-    logits = [
-        logit.masked_fill(~seen, -math.inf)
-        for logit, (_, _, seen) in zip(logits, parts, strict=True)
-    ]
+    logits = []
+    for part in parts.values():
+        logit = _dots(query, part.k) * scale
+        if op.softcap is not None:
+            logit = op.softcap * torch.tanh(logit / op.softcap)
+        if part.bias is not None:
+            logit = logit + _spread(part.bias, logit.shape[2])
+        logits.append(logit.masked_fill(~part.seen, -math.inf))
     lse = torch.cat(logits, -1).logsumexp(-1)  # [B, T, Hq]
     total = lse if sink is None else torch.logaddexp(lse, sink)
     o = 0.0
-    for logit, (_, v, _) in zip(logits, parts, strict=True):
+    for logit, part in zip(logits, parts.values(), strict=True):
         weights = (logit - total.unsqueeze(-1)).exp().nan_to_num(0.0)
-        values = v.repeat_interleave(query.shape[2] // v.shape[2], 2)
+        values = part.v.repeat_interleave(query.shape[2] // part.v.shape[2], 2)
         o = o + torch.einsum("bthn,bnhd->bthd", weights, values)
-    seen = parts[0][2] if len(parts) == 1 else None
-    return Attended(o=o, lse=lse.transpose(1, 2), seen=seen)
+    return Attended(o=o, lse=lse.transpose(1, 2), parts=parts)
 
 
 def _union(run: _Run, node: Node) -> Attended:
     """Branches over the same keys see what either sees."""
     assert isinstance(node.op, Union)
-    merged: dict[tuple[str, str], Tensor] = {}
+    merged: dict[tuple, _Part] = {}
     operands = run.graph.operands(node)
     attends = operands[:-1] if node.op.sink else operands
     sink = run.values[operands[-1].name] if node.op.sink else None
     for attend in attends:
-        source = (attend.inputs[1], attend.inputs[2])
-        seen = run.values[attend.name].seen
-        merged[source] = merged[source] | seen if source in merged else seen
+        for source, part in run.values[attend.name].parts.items():
+            seen = merged[source].seen | part.seen if source in merged else part.seen
+            merged[source] = replace(part, seen=seen)
     query = run.values[attends[0].inputs[0]]
-    op = attends[0].op
-    parts = [
-        (run.values[k], _values(run, op, run.values[v]), seen) for (k, v), seen in merged.items()
-    ]
-    return _softmax(op, query, parts, sink)
+    return _softmax(attends[0].op, query, merged, sink)

@@ -56,7 +56,9 @@ def check_against_reference(spec: Spec, rows: int, keys: int) -> None:
 
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
 @pytest.mark.parametrize(
-    "spec", [*CASES, *SETS, *ORDERS, *PRODUCTION, *ROUTES, *ODD], ids=lambda spec: spec.name
+    "spec",
+    [*CASES, *SETS, *ORDERS, *PRODUCTION, *ROUTES, *ODD, *WEIGHED],
+    ids=lambda spec: spec.name,
 )
 def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:
     check_against_reference(spec, rows, keys)

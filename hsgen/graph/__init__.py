@@ -37,6 +37,7 @@ from hsgen.graph.ops import (
     Select,
     SelectSet,
     Switch,
+    Tiers,
     Union,
 )
 from hsgen.graph.signature import TensorInput, tensor_inputs
@@ -76,6 +77,7 @@ __all__ = [
     "Switch",
     "TensorInput",
     "TensorType",
+    "Tiers",
     "Union",
     "align",
     "dump",

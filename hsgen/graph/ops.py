@@ -95,21 +95,28 @@ class Codes:
 class Score:
     """Score entries of a level.
 
-    query, entry keys, [index weights or codebook], [parent selection] -> f32[B, T, H, N]
+    query, entry keys, [index weights or codebook], [keys, [entry values, values]], [order],
+    [parent selection] -> f32[B, T, H, N]
 
     `relu_weighted` and `relu_sum`, which has no weights, sum index heads themselves, all of them or
     with `grouped` those of each group; those of `index_dot` stand for the key heads.  `bound` reads
     minmax keys.  With `within`, only children of the parent selection are scored: f32[B, T, H, C].
+    `pooling_error` reads what was pooled as well.  `bias`: the logarithm of an entry's tokens is
+    added.  `cut`: the order says which tokens an entry has.
     """
 
     level: str
-    form: Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match"]
+    form: Literal[
+        "dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match", "pooling_error"
+    ]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
     within: str | None
     grouped: Literal[True] | None = None
     codes: Codes | None = None  # of `code_match`
+    bias: Literal["log_count"] | None = None
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +173,8 @@ class Select:
     """Keep the best entries of each row, ascending, -1 padded.  f32[B, T, H, N] -> i32[B, T, H, K]
 
     With `within`, only children of the parent selection (second input) are candidates.  With `when`,
-    heads that the route (last input) sends another way keep none.
+    heads that the route (last input) sends another way keep none.  Entries with one of the first
+    `sink` tokens are forced; `cut`: the order, an input before the route, says which they are.
     """
 
     level: str
@@ -181,21 +189,41 @@ class Select:
     within: str | None
     tail: Literal[True] | None = None  # the row's own entry while incomplete, on top
     when: str | None = None
+    sink: int | None = None
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiers:
+    """The parts of a pyramid: (merge, part, least) of each tier, parts in units of 2^-30.
+
+    Both parts are of all up to that tier: of the mass or of the candidates, and of the candidates.
+    """
+
+    by: Literal["fraction", "mass"]
+    steps: tuple[tuple[int, int, int], ...]
+
+    def __str__(self) -> str:
+        steps = (f"x{merge}:{part}/{least}" for merge, part, least in self.steps)
+        return f"[{self.by} {' '.join(steps)}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectSet:
-    """Keep entries by a rule that lets counts vary.  f32[B, T, H, N] -> i32[B, T, H, W], bitmap rows
+    """Keep entries by a rule that lets counts vary.  score, ... -> i32[B, T, H, W], bitmap rows
 
     `fraction` of the candidates, or `of` all entries, rounded up; scores above a `threshold`; the
     best until their mass reaches a part of the total, `top_p`, where `boundary`, `least`, `most` and
-    `scope` count.  `when` as in Select.
+    `scope` count; by `tiers` of a `quota`, a bitmap each; step by step, until the walk of a tile of
+    `rows` rows adds less than `value` to the softmax of each (`early_stop`), where query and keys are
+    inputs, and the log-sum-exp that the walk begins with, if any.  `sink`, `cut` and `when` as in
+    Select.
     """
 
     level: str
     size: int
     stride: int
-    rule: Literal["fraction", "threshold", "top_p"]
+    rule: Literal["fraction", "threshold", "top_p", "quota", "early_stop"]
     value: float
     first: int
     last: int
@@ -207,6 +235,11 @@ class SelectSet:
     tail: Literal[True] | None = None
     when: str | None = None
     of: Literal["all"] | None = None
+    tiers: Tiers | None = None
+    rows: int | None = None
+    step: int | None = None
+    sink: int | None = None
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,10 +305,12 @@ class Attend:
     units of `size` tokens shows, or all tokens.  `latent`: values are the first Dv channels of keys.
     `cut`: blocks are those of an order's slots, or clusters, as the operand of the order has them.
     With `when`, heads that the route sends another way see nothing.
+    `tiers`: entries as means of `merges` tokens, tier by tier, 1 as they are.  `which`: pooled entries
+    that are not selected.  `bias`: the logarithm of the tokens that a pooled key stands for is added.
     """
 
     branch: str
-    over: Literal["blocks", "tokens", "pooled", "window", "static", "all"]
+    over: Literal["blocks", "tokens", "pooled", "tiers", "window", "static", "all"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
@@ -286,6 +321,9 @@ class Attend:
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
     sink: Literal[True] | None = None  # one more logit a head, in the denominator only
     when: str | None = None
+    merges: tuple[int, ...] | None = None
+    which: Literal["skipped"] | None = None
+    bias: Literal["log_count"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

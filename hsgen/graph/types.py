@@ -195,9 +195,11 @@ def _entry_dim(op: Score, keys: Node) -> str:
 
 
 def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
-    weighted = op.form == "relu_weighted"
-    coded = op.codes is not None
-    _need_count(operands, 2 + weighted + coded + (op.within is not None))
+    weighted, coded = op.form == "relu_weighted", op.codes is not None
+    split = len(operands) - (op.within is not None)
+    operands = [*_cut_from(op.cut, operands[:split], op.level), *operands[split:]]
+    known = 2 + weighted + coded + (op.within is not None)
+    _need_count(operands, *((known + 1, known + 3) if op.form == "pooling_error" else (known,)))
     query, keys = operands[0].type, operands[1]
     if op.form in ("relu_weighted", "relu_sum", "index_dot"):
         need_dims(query, ("B", "T", "Hi", "Di"))
@@ -326,6 +328,7 @@ def _selection_type(op: Select | SelectSet, operands: Sequence[Node]) -> TensorT
 
 
 def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
+    operands = _cut_from(op.cut, operands, op.level)
     _need_count(operands, 1 if op.within is None else 2)
     batch, rows, heads, entries = _score_dims(operands[0].type)
     of_level = (f"N_{op.level}",) if op.within is None else (f"N_{op.level}", f"C_{op.level}")
@@ -346,20 +349,27 @@ def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
 
 
 def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
-    _need_count(operands, 1)
+    operands = _cut_from(op.cut, operands, op.level)
+    walks = op.rule == "early_stop"
+    _need_count(operands, *((3, 4) if walks else (1,)))
     batch, rows, heads, entries = _score_dims(operands[0].type)
     need(entries == f"N_{op.level}", f"scores {operands[0].type} are not of level {op.level}")
     by_mass = op.rule == "top_p"
-    need((op.scope is not None) == by_mass, "a scope is one of masses")
+    need(op.scope is None or by_mass or op.rule == "fraction", "a scope is one of parts")
+    need(not by_mass or op.scope is not None, "masses are of rows or of heads")
+    need((op.tiers is not None) == (op.rule == "quota"), "tiers are those of quotas")
+    need((op.rows is not None) == walks, "rows walk together only until they stop")
+    need((op.step is not None) == walks, "steps are those of a walk")
     need((op.boundary is not None) == by_mass, "a boundary is one of masses")
     need(op.of is None or op.rule == "fraction", "it is a fraction that is of all")
     need(op.most is None or op.most >= (op.least or 0), f"at least {op.least} of {op.most}")
-    return TensorType(dtype="i32", dims=(batch, rows, heads, f"W_{op.level}"))
+    tiers = (str(len(op.tiers.steps)),) if op.tiers else ()
+    return TensorType(dtype="i32", dims=(batch, rows, heads, *tiers, f"W_{op.level}"))
 
 
 def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     operands = _without_route(op, operands)
-    selected = op.over in ("blocks", "tokens")
+    selected = op.over in ("blocks", "tokens", "tiers")
     if op.sink:
         *operands, sink = operands
         need_dims(sink.type, ("Hq",))
@@ -376,6 +386,10 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     need((op.window is not None) == (op.over == "window"), "a window is attended with over=window")
     need(
         (op.pattern is not None) == (op.over == "static"), "a pattern is attended with over=static"
+    )
+    need((op.merges is not None) == (op.over == "tiers"), "tiers are attended with over=tiers")
+    need(
+        op.which is None or selection is not None, "what is skipped is what a selection leaves out"
     )
     need(op.over != "tokens" or op.size == 1, f"tokens have size 1, not {op.size}")
     if selection is not None:

@@ -37,6 +37,7 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
         if branch.values == "pooled":
             return _plan_pooled_branch(builder, branch, level)
         over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
+        over = "tiers" if branch.values == "tiers" else over
         op = _attend(builder, branch, over=over, partition=level.partition, cut=cut_of(level))
         chosen = (builder.selections[level.name], *order(builder, level))
     keys = builder.keys(branch.kv)
@@ -61,9 +62,11 @@ def _plan_pooled_branch(builder: Builder, branch: language.Attend, level: langua
     values = keys
     if branch.storage is None:
         values = pooled(builder, level, builder.values(level.kv), "value")
-    op = _attend(builder, branch, over="pooled", partition=level.partition)
+    cut = cut_of(level) if branch.bias else None
+    op = _attend(builder, branch, over="pooled", partition=level.partition, cut=cut)
     selection = builder.selections.get(level.name)
-    operands = [builder.query(), keys, values, *some(selection)]
+    ordered = order(builder, level) if cut else ()
+    operands = [builder.query(), keys, values, *some(selection), *ordered]
     return _with_log_sum_exp(builder, branch, op, *operands)
 
 
@@ -85,7 +88,7 @@ def _attend(
     builder: Builder,
     branch: language.Attend,
     *,
-    over: Literal["blocks", "tokens", "pooled", "window", "static", "all"],
+    over: Literal["blocks", "tokens", "pooled", "tiers", "window", "static", "all"],
     partition: language.Partition,
     cut: Cut | None = None,
 ) -> Attend:
@@ -102,7 +105,19 @@ def _attend(
         softcap=branch.softcap,
         sink=True if branch.sink else None,
         when=branch.when,
+        merges=_merges(builder, branch),
+        which=branch.which,
+        bias=branch.bias,
     )
+
+
+def _merges(builder: Builder, branch: language.Attend) -> tuple[int, ...] | None:
+    """How many tokens the means of each tier are of."""
+    if branch.values != "tiers" or branch.over is None:
+        return None
+    select = builder.spec.level(branch.over).select
+    assert select is not None
+    return tuple(tier.merge for tier in select.quota or ())
 
 
 def _pattern(spec: language.Spec, static: language.Static) -> Pattern:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from hsgen import spec as language
-from hsgen.graph import Graph, Meta, verify
+from hsgen.graph import Graph, Meta, Node, verify
 from hsgen.planner.branches import plan_branch, plan_combine
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.routes import taken
 from hsgen.planner.scores import plan_map, plan_score
-from hsgen.planner.selections import select, select_set
+from hsgen.planner.selections import select, select_operands, select_set
 
 
 def plan(spec: language.Spec) -> Graph:
@@ -21,9 +21,16 @@ def plan(spec: language.Spec) -> Graph:
         PlanError: the graph has no operators for it yet.
     """
     builder = Builder(spec=language.verify(spec))
+    made: dict[str, Node] = {}
+    for branch in spec.attend:
+        if branch.over is None:  # chosen by position alone: levels may ask for its log-sum-exp
+            made[branch.name] = plan_branch(builder, branch)
     for level in spec.levels:
         _plan_level(builder, level)
-    branches = [plan_branch(builder, branch) for branch in spec.attend]
+    for branch in spec.attend:
+        if branch.over is not None:
+            made[branch.name] = plan_branch(builder, branch)
+    branches = [made[branch.name] for branch in spec.attend]
     outputs = plan_combine(builder, branches)
     graph = Graph.build(
         builder.nodes.values(), outputs=outputs, sizes=_sizes(spec), meta=_meta(spec)
@@ -60,6 +67,7 @@ def _plan_level(builder: Builder, level: language.Level) -> None:
             else select(level, level.select)
         )
         at = builder.place(level, "select")
-        operands = [score, *some(parent), *taken(builder, level.when)]
+        read = select_operands(builder, level)
+        operands = (score, *some(parent), *read, *taken(builder, level.when))
         selection = builder.add(f"{level.name}.selection", op, *operands, at=at)
         builder.selections[level.name] = selection

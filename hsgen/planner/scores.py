@@ -6,7 +6,8 @@ from hsgen import spec as language
 from hsgen.errors import PlanError
 from hsgen.graph import Codes, LogSumExp, Map, Node, Normalise, Reduce, Round, Score
 from hsgen.planner.builder import Builder, some
-from hsgen.planner.entries import score_keys, score_query
+from hsgen.planner.entries import pooled, score_keys, score_query
+from hsgen.planner.orders import cut_of, order
 
 
 def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> Node:
@@ -22,6 +23,8 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         within=level.within,
         grouped=True if score.sums_index and score.share == "group" else None,
         codes=_codes(score.codes) if score.codes else None,
+        bias=score.bias,
+        cut=cut_of(level) if score.bias or score.form == "pooling_error" else None,
     )
     operands = [score_query(builder, level), score_keys(builder, level)]
     if score.by_index:
@@ -30,6 +33,9 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         operands.append(builder.input("w_index", "index_weights", "B", "T", "Hi"))
     if score.codes is not None:
         operands.append(_codebook(builder, level, score.codes))
+    if score.form == "pooling_error":
+        operands += _pooled_from(builder, level)
+    operands += order(builder, level) if op.cut else ()
     at = builder.place(level, "score", "form")
     made = builder.add(f"{level.name}.score", op, *operands, *some(parent), at=at)
     if score.normalise is not None:
@@ -67,6 +73,15 @@ def _codebook(builder: Builder, level: language.Level, codes: language.Codes) ->
         )
     dims = (str(width.qk // codes.dim), str(codes.words), str(codes.dim))
     return builder.input(f"{level.name}_codebook", "codebook", *dims)
+
+
+def _pooled_from(builder: Builder, level: language.Level) -> list[Node]:
+    """The keys that were pooled, and values and what they were pooled into."""
+    found = [builder.keys(level.kv)]
+    if level.pool is not None and level.pool.values is not None:
+        values = builder.values(level.kv)
+        found += [pooled(builder, level, values, "value"), values]
+    return found
 
 
 def _scale(builder: Builder, score: language.Score) -> float | None:

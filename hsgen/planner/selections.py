@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from hsgen import spec as language
-from hsgen.graph import Select, SelectSet
+from hsgen.graph import Node, Select, SelectSet, Tiers
+from hsgen.planner.builder import Builder
+from hsgen.planner.orders import cut_of, order
 
 
 def select(level: language.Level, select: language.Select) -> Select:
@@ -20,28 +22,59 @@ def select(level: language.Level, select: language.Select) -> Select:
         within=level.within,
         tail=True if select.force.tail else None,
         when=level.when,
+        sink=select.force.sink,
+        cut=cut_of(level) if select.force.sink else None,
     )
 
 
 def select_set(level: language.Level, select: language.Select) -> SelectSet:
     rule = select.rules[0]
-    assert rule in ("fraction", "threshold", "top_p")
-    top_p = select.top_p
-    value = select.fraction if rule == "fraction" else select.threshold
+    assert rule not in ("top_k", "beam")
+    top_p, stop = select.top_p, select.early_stop
+    values = {"top_p": top_p and top_p.mass, "early_stop": stop and stop.gain}
+    value = values.get(rule, select.fraction or select.threshold)
     return SelectSet(
         level=level.name,
         size=level.partition.size,
         stride=level.partition.stride,
         rule=rule,
-        value=float((top_p.mass if top_p else value) or 0.0),
+        value=float(value or 0.0),
         first=select.force.first,
         last=select.force.last,
         counted=select.force.counted,
         boundary=top_p.boundary if top_p else None,
-        scope=top_p.scope if top_p else None,
+        scope=top_p.scope if top_p else select.scope,
         least=top_p.min if top_p else None,
         most=top_p.max if top_p else None,
         tail=True if select.force.tail else None,
         when=level.when,
         of=select.of,
+        tiers=_tiers(select.quota) if select.quota else None,
+        rows=stop.rows if stop else None,
+        step=stop.entries if stop else None,
+        sink=select.force.sink,
+        cut=cut_of(level) if select.force.sink or stop else None,
     )
+
+
+def select_operands(builder: Builder, level: language.Level) -> tuple[Node, ...]:
+    """What a selection reads besides scores and a beam: what it walks, and the order of entries."""
+    assert level.select is not None
+    stop = level.select.early_stop
+    ordered = order(builder, level) if stop or level.select.force.sink else ()
+    if stop is None:
+        return ordered
+    after = (builder.nodes[f"{stop.after}.lse"],) if stop.after else ()
+    return (builder.query(), builder.keys(None), *after, *ordered)
+
+
+def _tiers(quota: tuple[language.Tier, ...]) -> Tiers:
+    """Parts of all tiers up to each, in units of 2^-30."""
+    fraction = mass = least = 0.0
+    steps: list[tuple[int, int, int]] = []
+    for tier in quota:
+        fraction, mass = fraction + (tier.fraction or 0.0), mass + (tier.mass or 0.0)
+        least = max(least, tier.least or 0.0)
+        part = mass if tier.fraction is None else fraction
+        steps.append((tier.merge, round(part * (1 << 30)), round(least * (1 << 30))))
+    return Tiers(by="mass" if quota[0].fraction is None else "fraction", steps=tuple(steps))

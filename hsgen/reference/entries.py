@@ -61,6 +61,14 @@ def _own_unit(rows: Rows, level: Level) -> Tensor:
     return torch.searchsorted(layout.units, rows.p, right=True)[:, None] - 1
 
 
+def sink_entries(rows: Rows, level: Level) -> Tensor:
+    """Entries that hold one of the first tokens, as soon as they begin.  -> bool[T, H, N]"""
+    sink = (level.select and level.select.force.sink) or 0
+    slots = rows.layouts[level.name].slots
+    holds = ((slots >= 0) & (slots < sink)).any(-1)
+    return begun_entries(rows, level)[:, None] & holds
+
+
 def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored]) -> Tensor:
     """Entries that have a token, and whose parent was selected, if any.  -> bool[T, Hp, N]"""
     there = rows.layouts[level.name].there.expand(len(rows.p), -1, -1)

@@ -51,7 +51,9 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
             found["k_index"] = ("key", ("Di",))
             if level.score.form == "relu_weighted":
                 found["w_index"] = ("query", ("Hi",))
-        elif level.score.form in ("dot", "code_match") or (level.pool and level.pool.keys):
+        elif level.score.form in ("dot", "code_match", "pooling_error") or (
+            level.pool and level.pool.keys
+        ):
             found[named("k", level.kv)] = keys
         found |= _codebook(spec, level)
         if level.permute and isinstance(level.permute.keys, Gather):
@@ -67,9 +69,9 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
             if level.pool and level.pool.position:
                 found[f"{level.name}_{side}_position"] = ("parameter", (heads, size, width))
     for branch in spec.attend:
-        if branch.values == "raw":
+        if branch.values != "pooled":
             found[named("k", branch.kv)] = keys
-        if branch.values == "raw" and branch.storage is None:
+        if branch.values != "pooled" and branch.storage is None:
             found[named("v", branch.kv)] = values
         if branch.sink:
             found[f"{branch.name}_sink"] = ("parameter", ("Hq",))

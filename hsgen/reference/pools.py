@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.inputs import named
-from hsgen.reference.layouts import Layout
+from hsgen.reference.layouts import Layout, tokens_of
 from hsgen.spec import Level
 
 
@@ -34,7 +34,7 @@ def _pool(
 
     minmax: [N, H, 2, D], the least and the greatest of every channel.
     """
-    tokens, there = _tokens(layout, y)
+    tokens, there = tokens_of(layout.slots, y)
     match how:
         case "mean":
             return tokens.masked_fill(~there, 0.0).sum(1) / there.sum(1).clamp(min=1)
@@ -57,12 +57,3 @@ def _pool(
             return torch.einsum("nshd,hsde->nhe", tokens, weight).masked_fill(~whole, 0.0)
         case _:
             raise AssertionError(f"unknown pooling {how!r}")
-
-
-def _tokens(layout: Layout, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of entries, and where there are any.  [S, H, D] -> [N, M, H, D], bool[N, M, H, 1]"""
-    there, slots = layout.slots >= 0, layout.slots.clamp(min=0)  # [H, N, M]
-    if len(slots) == 1:
-        return y[slots[0]], there[0, ..., None, None]
-    head = torch.arange(len(slots), device=y.device)[:, None, None]
-    return y[slots, head].permute(1, 2, 0, 3), there.permute(1, 2, 0).unsqueeze(-1)

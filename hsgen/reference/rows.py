@@ -48,6 +48,7 @@ class Scored:
 
     lse: of its scores by head, [T, H], where another level normalises by it.
     chosen: bool, None where the level does not select.
+    tiers: i64, of a pyramid: the tier of each entry that is chosen.
     """
 
     complete: Tensor
@@ -56,6 +57,7 @@ class Scored:
     scores: Tensor
     lse: Tensor | None
     chosen: Tensor | None
+    tiers: Tensor | None = None
 
 
 def spread(y: Tensor, heads: int) -> Tensor:

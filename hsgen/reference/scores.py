@@ -10,13 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hsgen.reference.codes import code_matches
+from hsgen.reference.entries import complete_entries
+from hsgen.reference.inputs import named
+from hsgen.reference.pyramids import log_counts
 from hsgen.reference.rounding import stored
-from hsgen.reference.rows import Rows, Scored
+from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.spec import Level
 
 
 def raw_scores(level: Level, rows: Rows) -> Tensor:
-    """Score every entry by every head, scaled.  -> [T, H, N]"""
+    """Score every entry by every head, scaled, with what is added to them.  -> [T, H, N]"""
+    scores = _of_form(level, rows)
+    if level.score.bias == "log_count":
+        bias = log_counts(rows.layouts[level.name], scores)  # [N, H]
+        scores = scores + spread(bias.T[None], scores.shape[1])
+    return scores
+
+
+def _of_form(level: Level, rows: Rows) -> Tensor:
     x, keys = rows.x, rows.pooled[level.name].get("key")
     assert keys is not None, f"level {level.name} has nothing to score"
     match level.score.form:
@@ -27,6 +38,8 @@ def raw_scores(level: Level, rows: Rows) -> Tensor:
             q = x["q"]  # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
             most = dot(q.clamp(max=0), low) + dot(q.clamp(min=0), high)
             return most * _scale(level, q.shape[-1])
+        case "pooling_error":
+            return pooling_error(level, rows)
         case "code_match":
             assert level.score.codes is not None, f"level {level.name} has no codes"
             codebook = x[f"{level.name}_codebook"]
@@ -52,6 +65,36 @@ def _by_index(level: Level, rows: Rows, keys: Tensor) -> Tensor:
         scores = scores * rows.x["w_index"].unsqueeze(-1)
     heads = rows.Hkv if level.score.share == "group" else 1
     return scores.unflatten(1, (heads, -1)).sum(2)
+
+
+def pooling_error(level: Level, rows: Rows) -> Tensor:
+    """What pooled entries get wrong, a token on average.  -> [T, Hq, N]"""
+    q, k, pooled = rows.x["q"], rows.x[named("k", level.kv)], rows.pooled[level.name]
+    layout, scale = rows.layouts[level.name], _scale(level, q.shape[-1])
+    entry = layout.entry_of
+    assert entry is not None, "entries that are pooled in place of tokens do not overlap"
+    Hq, N = q.shape[1], layout.slots.shape[1]
+    entry = entry.repeat_interleave(Hq // len(entry), 0)  # [Hq, S]
+    of = entry.clamp(min=0).expand(len(q), -1, -1)
+    seen = complete_entries(rows, level)[:, None] & spread(layout.there[None], Hq)  # [T, Hq, N]
+    by_token = seen.gather(-1, of) & (entry >= 0)
+    exact = (dot(q, k) * scale).masked_fill(~by_token, -math.inf)
+    whole = (dot(q, pooled["key"]) * scale).masked_fill(~seen, -math.inf)
+    top = torch.cat((exact, whole), -1).amax(-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    exact, whole = (exact - top).exp(), (whole - top).exp().gather(-1, of)
+    wrong = (whole - exact).square()
+    if "value" in pooled:
+        v, mean = rows.x[named("v", level.kv)], pooled["value"]
+        group = Hq // v.shape[1]
+        v, mean = (y.transpose(0, 1).repeat_interleave(group, 0) for y in (v, mean))  # [Hq, S, Dv]
+        mean = mean.gather(1, entry.clamp(min=0)[..., None].expand_as(v))
+        inner = (v * mean).sum(-1)
+        wrong = whole**2 * mean.square().sum(-1) - 2 * whole * exact * inner
+        wrong = (wrong + exact**2 * v.square().sum(-1)).clamp(min=0)
+    total = torch.zeros(len(q), Hq, N, dtype=q.dtype, device=q.device)
+    total = total.scatter_add(-1, of, wrong.masked_fill(~by_token, 0.0))
+    return total / spread((layout.slots >= 0).sum(-1).clamp(min=1)[None], Hq)
 
 
 def _scale(level: Level, width: int) -> float:

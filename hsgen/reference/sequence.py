@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hsgen.reference.attention import attend_all, what_is_seen
-from hsgen.reference.choice import choose
+from hsgen.reference.choice import choose, tiers_of
 from hsgen.reference.entries import (
     begun_entries,
     complete_entries,
     forced_entries,
     inside_beam,
+    sink_entries,
     tail_entries,
 )
 from hsgen.reference.inputs import some_keys, tensor_kinds
@@ -24,6 +25,7 @@ from hsgen.reference.pools import pooled_entries
 from hsgen.reference.routes import on_way, ways_taken
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import mapped, masses_by, over_heads, raw_scores, softmax
+from hsgen.reference.stopping import walk
 from hsgen.selection import (
     BitmapSelection,
     ListSelection,
@@ -101,8 +103,11 @@ def one_sequence(
 
 
 def _ranks_rows_together(level: Level) -> bool:
-    top_p = level.select and level.select.top_p
-    return bool(top_p) and top_p.scope == "head"
+    select = level.select
+    if select is None:
+        return False
+    by_head = "head" in (select.scope, select.top_p and select.top_p.scope)
+    return by_head or bool(select.early_stop and select.early_stop.rows > 1)
 
 
 def _compute(rows: Rows, *, keep: Keep) -> Result:
@@ -147,21 +152,28 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         scores = over_heads(level, scores, rows.Hkv)
     allowed = spread(allowed, scores.shape[1])
     forced = forced_entries(rows, level)[:, None] & allowed
+    forced = forced | (spread(sink_entries(rows, level), allowed.shape[1]) & allowed)
     scored = complete[:, None] & allowed
     scores = scores.masked_fill(~scored, -math.inf)
     candidates = scored | forced
-    chosen = None
+    chosen = tiers = None
+    if level.select and level.select.quota:
+        tiers = tiers_of(level.select, scores.detach(), candidates, forced)
     if level.name in rows.given:
         chosen = members(
             ListSelection(level=level.name, indices=rows.given[level.name]), scores.shape[-1]
         )
         chosen = chosen & begun_entries(rows, level)[:, None]
+        tiers = tiers if tiers is None else _tiers_of_given(level, tiers, chosen)
+    elif level.select and level.select.early_stop:
+        chosen = walk(rows, level, scores.detach(), candidates, forced)
     elif level.select:
         tail = tail_entries(rows, level)[:, None] if level.select.force.tail else None
         chosen = choose(level.select, scores.detach(), candidates, forced, tail=tail)
     way = on_way(rows.spec, rows.taken, level.when)
     if way is not None and chosen is not None:
         chosen = chosen & (way if chosen.shape[1] == len(way) else way[:1])[:, None]
+        tiers = tiers if tiers is None else tiers.masked_fill(~chosen, -1)
     return Scored(
         complete=complete,
         candidates=candidates,
@@ -169,7 +181,15 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         scores=scores,
         lse=lse,
         chosen=chosen,
+        tiers=tiers,
     )
+
+
+def _tiers_of_given(level: Level, tiers: Tensor, chosen: Tensor) -> Tensor:
+    """The tiers of what a caller chose: as the scores say, or the last one where they leave it out."""
+    assert level.select is not None
+    last = len(level.select.quota or ()) - 1
+    return torch.where(tiers < 0, last, tiers).masked_fill(~chosen, -1)
 
 
 def _listed(rows: Rows, level: Level, chosen: Tensor | None) -> Selection:

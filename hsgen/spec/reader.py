@@ -49,9 +49,8 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    antidiagonal avg_pool bias budget_from by centroid columns cosine diagonals
-    early_stop given grid halving loss pages quota ragged reuse sample softmax_mass
-    stripes tile tree upsample
+    antidiagonal avg_pool bias budget_from by centroid columns cosine diagonals given grid
+    halving loss pages ragged reuse sample softmax_mass stripes tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 
@@ -472,6 +471,12 @@ _EXAMPLE = {
     "attend": "attend: [{name: local, window: 512}]",
     "combine": "combine: {gates: input}",
     "top_p": "top_p: {mass: 0.9}",
+    "quota": "quota: [{merge: 1, fraction: 0.1}, {merge: 8, fraction: 0.2}]",
+    "merge": "merge: 2",
+    "early_stop": "early_stop: {gain: 0.01, rows: 1, entries: 64}",
+    "gain": "gain: 0.01",
+    "rows": "rows: 1",
+    "entries": "entries: 64",
     "mass": "mass: 0.9",
     "static": "static: {blocks: 64, window: 16, sink: 1}",
     "per_head": "per_head: [{window: 16}, {window: 64}]",

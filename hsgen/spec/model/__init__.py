@@ -16,7 +16,7 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
 from __future__ import annotations
 
 from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Static
-from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, TopP
+from hsgen.spec.model.choices import SELECT_RULES, EarlyStop, Force, Select, SelectRule, Tier, TopP
 from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.entries import Blocks, Clusters, KeyPool, Partition, Pool, Tokens, ValuePool
 from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
@@ -54,6 +54,7 @@ __all__ = [
     "Codes",
     "Combine",
     "Count",
+    "EarlyStop",
     "Force",
     "Forced",
     "Gather",
@@ -98,6 +99,7 @@ __all__ = [
     "Static",
     "Stored",
     "Text",
+    "Tier",
     "Tokens",
     "TopP",
     "ValuePool",

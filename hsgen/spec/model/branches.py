@@ -81,7 +81,11 @@ class Attend(Node):
     over: Identifier | None = None
     window: Count | Literal["all"] | None = None
     static: Static | None = None
-    values: Literal["raw", "pooled"] = "raw"
+    values: Literal["raw", "pooled", "tiers"] = "raw"  # tiers: each entry as its tier has it
+    # of pooled entries: those that `over` did not select, so that they stand for what is left out
+    which: Literal["skipped"] | None = None
+    # log_count: the natural logarithm of the tokens that a pooled key stands for is added to its logits
+    bias: Literal["log_count"] | None = None
     kv: Identifier | None = None  # attends `k_<kv>`, `v_<kv>` instead of `k`, `v`
     # latent: there are no values; a key's first v channels are its value, as in absorbed MLA
     storage: Literal["latent"] | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from hsgen.spec.model.scalars import Bound, Count, Forced, Node, Part
+from pydantic import Field
 
-SelectRule = Literal["top_k", "beam", "fraction", "threshold", "top_p"]
+from hsgen.spec.model.scalars import MAX_TIERS, Bound, Count, Forced, Identifier, Node, Part
+
+SelectRule = Literal["top_k", "beam", "fraction", "threshold", "top_p", "quota", "early_stop"]
 
 
 SELECT_RULES: tuple[SelectRule, ...] = get_args(SelectRule)
@@ -21,6 +23,8 @@ class Force(Node):
     # the entry that the query stands in, while it is incomplete: its tokens up to the query, raw,
     # on top of what is counted
     tail: bool | None = None
+    # entries that hold one of the first `sink` tokens, wherever those are
+    sink: Count | None = None
 
 
 class TopP(Node):
@@ -37,11 +41,39 @@ class TopP(Node):
     max: Count | None = None
 
 
+class Tier(Node):
+    """The next best part of the entries, attended as means of `merge` consecutive tokens of theirs."""
+
+    merge: Count  # 1: token by token
+    fraction: Part | None = None  # of a row's visible entries; sums of tiers are rounded up
+    # of the total mass; the entry that crosses the sum of masses up to here is of this tier
+    mass: Part | None = None
+    least: Part | None = (
+        None  # of the visible entries in this tier and those before, whatever masses
+    )
+
+
+class EarlyStop(Node):
+    """Walk entries best first and stop where they add little: the order and the tile are meant.
+
+    A tile of `rows` consecutive rows, and the heads that choose together, walk the ranking `entries`
+    at a time.  They stop after a step that adds less than the part `gain` of what it leaves each row
+    with; what is added up are exp(logit) of the tokens that a row sees, beginning with those of the
+    branch `after`.  The step after which they stop is still attended.
+    """
+
+    gain: Part
+    rows: Count
+    entries: Count
+    after: Identifier | None = None  # a window or a pattern; its tokens should not be among entries
+
+
 class Select(Node):
     """Keep the best: `beam` entries are expanded by a level below, the others are attended.
 
     `fraction`: of a row's visible entries, or of all that its sequence has, rounded up.
-    `threshold`: every score above it.
+    `threshold`: every score above it.  `quota`: the best entries token by token, the next ones as
+    means; forced entries are of the first tier.
     """
 
     top_k: Count | None = None
@@ -50,6 +82,10 @@ class Select(Node):
     of: Literal["all"] | None = None  # of `fraction`; left out: of what is visible
     threshold: Bound | None = None
     top_p: TopP | None = None
+    quota: Annotated[tuple[Tier, ...] | None, Field(min_length=1, max_length=MAX_TIERS)] = None
+    early_stop: EarlyStop | None = None
+    # of `fraction`: head ranks all rows of a head together, so that some may keep nothing
+    scope: Literal["row", "head"] | None = None
     force: Force = Force()
 
     @property

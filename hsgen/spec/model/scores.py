@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.scalars import Identifier, Node, Scale
 
-ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match"]
+ScoreForm = Literal[
+    "dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match", "pooling_error"
+]
 
 
 Stored = Literal["input", "bf16", "fp8", "fp8_unscaled"]  # how vectors of an index are kept
@@ -31,6 +33,10 @@ class Score(Node):
     `relu_weighted`, `relu_sum`: the sum of relu(dot) over index heads, weighted by `w_index` or not;
     with `share: group` over those of a group, the first Hi / Hkv heads for key head 0 and so on.
     `code_match`: in how many runs of channels query and key have the same code.
+    `pooling_error`: how wrong attending
+    an entry as one pooled key and value would be, a token on average: of its tokens k, v the mean of
+    |exp(q key - m) value - exp(q k - m) v|^2, where m is the greatest logit of what the query sees
+    there; without pooled values of (exp(q key - m) - exp(q k - m))^2.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"from": "source"}
@@ -39,6 +45,8 @@ class Score(Node):
     source: Identifier | None = None  # the level whose scores are mapped
     map: MapHow | None = None
     scale: Scale | Literal["none"] | None = None  # None: 1, or 1/sqrt(qk dim) for dot and bound
+    # log_count: the natural logarithm of an entry's tokens is added to its scaled scores
+    bias: Literal["log_count"] | None = None
     normalise: Literal["softmax"] | None = None
     lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
     share: Share = "head"

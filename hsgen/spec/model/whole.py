@@ -262,6 +262,11 @@ _NEWS = {
     "when",
     "codes",
     "of",
+    "quota",
+    "early_stop",
+    "scope",
+    "which",
+    "bias",
 }
 
 

@@ -80,7 +80,7 @@ def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
         why = "it pools neither keys nor values"
     elif pool.values is not None and level.score.by_index:
         why, where = "an index has no values", (*path, "values")
-    elif pool.values is not None and not pooled:
+    elif pool.values is not None and not pooled and level.score.form != "pooling_error":
         why, where = (
             f"no branch attends 'over: {level.name}' with 'values: pooled'",
             (*path, "values"),

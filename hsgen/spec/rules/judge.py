@@ -14,6 +14,7 @@ from hsgen.spec.rules.problem import Problem, Rule
 from hsgen.spec.rules.routes import on_ways, routes, ways
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
+from hsgen.spec.rules.weights import errors_and_counts, quotas, stands_for, walks
 
 
 def problems(spec: Spec, broken: set[Path] | None = None) -> list[Problem]:
@@ -65,6 +66,10 @@ _RULES: tuple[Rule, ...] = (
     latents,
     one_softmax,
     tails,
+    quotas,
+    walks,
+    stands_for,
+    errors_and_counts,
     ways,
     on_ways,
 )
