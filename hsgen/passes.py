@@ -10,7 +10,18 @@ from dataclasses import replace
 
 import networkx as nx
 
-from hsgen.graph import Attend, Graph, GraphError, LogSumExp, Node, Normalise, Score, verify
+from hsgen.graph import (
+    Attend,
+    Graph,
+    GraphError,
+    LogSumExp,
+    Node,
+    Normalise,
+    Score,
+    Select,
+    SelectSet,
+    verify,
+)
 
 Pass = Callable[[Graph], Graph]
 
@@ -49,13 +60,21 @@ def _log_sum_exp_of_branch(graph: Graph, score: Node) -> Node | None:
     for attend in graph.users(score.inputs[1]):
         if (
             isinstance(attend.op, Attend)
-            and attend.op.over == "pooled"
-            and attend.op.scale == score.op.scale
-            and attend.inputs[:2] == score.inputs
+            and _attends_all(graph, attend)
+            and (attend.op.scale, attend.op.bias) == (score.op.scale, score.op.bias)
+            and attend.inputs[:2] == score.inputs[:2]
         ):
             found = [user for user in graph.users(attend.name) if isinstance(user.op, LogSumExp)]
             return found[0] if found else None
     return None
+
+
+def _attends_all(graph: Graph, attend: Node) -> bool:
+    """Whether a branch attends every pooled entry that is complete, by its logits as they are."""
+    op = attend.op
+    assert isinstance(op, Attend)
+    chosen = any(isinstance(x.op, Select | SelectSet) for x in graph.operands(attend))
+    return op.over == "pooled" and not chosen and op.softcap is None and op.when is None
 
 
 def drop_dead(graph: Graph) -> Graph:

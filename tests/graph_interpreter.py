@@ -226,7 +226,7 @@ def _switch(branches: list[Attended]) -> Attended:
         sees = branch.lse > -math.inf
         o = torch.where(sees.transpose(1, 2)[..., None], branch.o, o)
         lse = torch.where(sees, branch.lse, lse)
-    return Attended(o=o, lse=lse)
+    return Attended(o=o, lse=lse, parts={})
 
 
 def _on_way(run: _Run, node: Node) -> Tensor | None:

@@ -15,6 +15,7 @@ from plan_cases import (
     ROUTES,
     SELECTED,
     SETS,
+    WEIGHED,
     WINDOW,
     blocks,
     random_tensors,
