@@ -67,6 +67,11 @@ class Attended:
     lse: Tensor
     parts: Mapping[tuple, _Part]
 
+    @property
+    def seen(self) -> Tensor | None:
+        """bool[B, T, Hq, keys], where keys are of one kind."""
+        return next(iter(self.parts.values())).seen if len(self.parts) == 1 else None
+
 
 Value = Tensor | Scores | Chosen | Attended
 
