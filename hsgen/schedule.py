@@ -20,11 +20,13 @@ from hsgen.graph import (
     LogSumExp,
     Map,
     Node,
+    Norm,
     Normalise,
     OutputGate,
     Permute,
     Pool,
     Reduce,
+    Rotate,
     Round,
     Route,
     Score,
@@ -87,7 +89,7 @@ class _Scheduler:
                     pass  # fused into the launch that reads them
                 case Route() | Switch() | Union() | OutputGate() | SelectSet():
                     raise AssertionError("refused")
-                case Cluster() | Permute() | Round():
+                case Cluster() | Permute() | Round() | Norm() | Rotate():
                     raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
@@ -194,6 +196,7 @@ class _Scheduler:
     # --- pool
 
     def _pool(self, node: Node, op: Pool) -> None:
+        assert op.how not in ("mlp", "gated", "max_min_mean"), "refused"
         source = self.graph[node.inputs[0]]
         dims = [self._size(dim) for dim in source.type.dims[2:]]
         heads, dim = (dims[0], dims[1]) if len(dims) == 2 else (1, dims[0])
@@ -791,6 +794,22 @@ def _tiles() -> str:
 def _no_kernel_for(node: Node) -> str | None:
     """What of one operator no kernel does yet; None where some kernel does it."""
     match node.op:
+        case Pool(how="mlp" | "gated" | "max_min_mean" as how, level=level):
+            return f"level {level}: no kernel pools by {how} yet"
+        case Pool(before=int(), level=level):
+            return f"level {level}: no kernel has entries that begin before their place yet"
+        case Pool(series=int(), level=level):
+            return f"level {level}: no kernel pools several series yet"
+        case Norm(level=level):
+            return f"level {level}: no kernel norms pooled keys yet"
+        case Rotate(level=level):
+            return f"level {level}: no kernel rotates pooled keys yet"
+        case _:
+            return _no_choice_for(node) or _no_output_for(node)
+
+
+def _no_choice_for(node: Node) -> str | None:
+    match node.op:
         case Round(dtype=dtype):
             return f"%{node.name}: no kernel scores vectors kept in {dtype} yet"
         case Score(form="relu_sum", level=level):
@@ -801,6 +820,12 @@ def _no_kernel_for(node: Node) -> str | None:
             return f"level {level}: no kernel sums an index inside each group yet"
         case Select(tail=True, level=level):
             return f"level {level}: no kernel forces a tail yet"
+        case _:
+            return None
+
+
+def _no_output_for(node: Node) -> str | None:
+    match node.op:
         case Attend(latent=True, branch=branch):
             return f"branch {branch}: no kernel reads values from latent keys yet"
         case Attend(softcap=float(), branch=branch):

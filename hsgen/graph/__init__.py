@@ -10,7 +10,7 @@ candidates of x inside another level's beam; a dimension that is a number is wri
 
 from __future__ import annotations
 
-from hsgen.graph.checks import partitions, segments, short_last, verify
+from hsgen.graph.checks import befores, partitions, segments, short_last, verify
 from hsgen.graph.nodes import FIXED_SIZES, Graph, GraphError, Meta, Node, Outputs, TensorType, dump
 from hsgen.graph.ops import (
     Attend,
@@ -23,6 +23,7 @@ from hsgen.graph.ops import (
     Input,
     LogSumExp,
     Map,
+    Norm,
     Normalise,
     Op,
     OutputGate,
@@ -31,6 +32,7 @@ from hsgen.graph.ops import (
     Pool,
     Reduce,
     Role,
+    Rotate,
     Round,
     Route,
     Score,
@@ -59,6 +61,7 @@ __all__ = [
     "Map",
     "Meta",
     "Node",
+    "Norm",
     "Normalise",
     "Op",
     "OutputGate",
@@ -68,6 +71,7 @@ __all__ = [
     "Pool",
     "Reduce",
     "Role",
+    "Rotate",
     "Round",
     "Route",
     "Score",
@@ -78,6 +82,7 @@ __all__ = [
     "TensorType",
     "Union",
     "align",
+    "befores",
     "dump",
     "op_fields",
     "op_text",

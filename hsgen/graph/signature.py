@@ -13,6 +13,7 @@ from hsgen.graph.ops import (
     Input,
     LogSumExp,
     Map,
+    Norm,
     Normalise,
     Op,
     OutputGate,
@@ -20,6 +21,7 @@ from hsgen.graph.ops import (
     Pool,
     Reduce,
     Role,
+    Rotate,
     Round,
     Route,
     Score,
@@ -52,22 +54,25 @@ def tensor_inputs(graph: Graph) -> tuple[TensorInput, ...]:
     )
 
 
+_PLAIN = {
+    "query": "queries",
+    "index_query": "queries of the index",
+    "index_keys": "keys of the index, shared by its heads",
+    "index_weights": "weight of each head of the index",
+    "output_gate": "gate of the output, before its sigmoid",
+}
+
+
 def _about(graph: Graph, node: Node) -> str:
     assert isinstance(node.op, Input)
     users = graph.users(node.name)
     whose = sorted({_owner(user.op) for user in users} - {""})
     of = f" of {', '.join(whose)}" if whose else ""
     match node.op.role:
-        case "query":
-            return "queries"
+        case "query" | "index_query" | "index_keys" | "index_weights" | "output_gate" as role:
+            return _PLAIN[role]
         case "keys" | "values" as role:
             return f"{role}{of}"
-        case "index_query":
-            return "queries of the index"
-        case "index_keys":
-            return "keys of the index, shared by its heads"
-        case "index_weights":
-            return "weight of each head of the index"
         case "codebook":
             return f"codewords of every run of channels{of}"
         case "order":
@@ -76,14 +81,16 @@ def _about(graph: Graph, node: Node) -> str:
             gated = [graph[name].op for user in users for name in user.inputs[1:]]
             names = [op.branch for op in gated if isinstance(op, Attend)]
             return f"gate of each branch: {', '.join(names)}"
-        case "output_gate":
-            return "gate of the output, before its sigmoid"
         case "route":
             routes = [user.op for user in users if isinstance(user.op, Route)]
             if any(route.repeats for route in routes):
                 return "number of the layer, from 0"
             ways = [route.ways[place] for route in routes for place in route.places]
             return f"way that is taken: {', '.join(f'{i} {way}' for i, way in enumerate(ways))}"
+        case "pool_gates":
+            return f"gates of tokens{of}, before their softmax"
+        case "angles":
+            return f"{node.name[:3]} of every position{of}"
         case "parameter":
             return _about_parameter(users, of)
         case _:
@@ -91,15 +98,26 @@ def _about(graph: Graph, node: Node) -> str:
 
 
 def _about_parameter(users: tuple[Node, ...], of: str) -> str:
-    softmaxes = [user for user in users if isinstance(user.op, Attend | Union)]
-    return f"learned sink{of}" if softmaxes else f"learned pooling{of}"
+    if any(isinstance(user.op, Attend | Union) for user in users):
+        return f"learned sink{of}"
+    norms = any(isinstance(user.op, Norm) for user in users)
+    return f"learned {'norm' if norms else 'pooling'}{of}"
 
 
 def _owner(op: Op) -> str:
     """The level or branch that an operator belongs to, in words."""
     match op:
         case (
-            Cluster() | Permute() | Pool() | Score() | Normalise() | Map() | Select() | SelectSet()
+            Cluster()
+            | Permute()
+            | Pool()
+            | Norm()
+            | Rotate()
+            | Score()
+            | Normalise()
+            | Map()
+            | Select()
+            | SelectSet()
         ):
             return f"level {op.level}"
         case Attend():

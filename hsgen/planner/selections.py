@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hsgen import spec as language
 from hsgen.graph import Select, SelectSet
+from hsgen.planner.entries import before_of
 
 
 def select(level: language.Level, select: language.Select) -> Select:
@@ -20,6 +21,7 @@ def select(level: language.Level, select: language.Select) -> Select:
         within=level.within,
         tail=True if select.force.tail else None,
         when=level.when,
+        before=before_of(level),
     )
 
 
@@ -44,4 +46,5 @@ def select_set(level: language.Level, select: language.Select) -> SelectSet:
         tail=True if select.force.tail else None,
         when=level.when,
         of=select.of,
+        before=before_of(level),
     )

@@ -16,6 +16,11 @@ NESTED = {"three_levels": SPECS.parent / "examples" / "three_levels.yaml"}
 REFUSED: dict[str, str] = {
     "flux_attention": "no kernel takes a route by sample yet",
     "gna": "branch near: no kernel attends a static pattern yet",
+    "deepseek_csa": "level entry: no kernel pools by gated yet",
+    "deepseek_hca": "level entry: no kernel pools by gated yet",
+    "glm_kpool": "level pool: no kernel pools by gated yet",
+    "qwen_qsa": "level block: no kernel norms pooled keys yet",
+    "step_csa": "%q_index.rounded: no kernel scores vectors kept in fp8_unscaled yet",
     "dsa": "%k_index.rounded: no kernel scores vectors kept in fp8 yet",
     "hydra": "one softmax over several branches",
     "moa": "branch elastic: no kernel attends a static pattern yet",

@@ -262,6 +262,12 @@ _NEWS = {
     "when",
     "codes",
     "of",
+    "before",
+    "pool.softmax",
+    "series",
+    "hidden",
+    "then",
+    "rotate",
 }
 
 
