@@ -182,12 +182,12 @@ def _pool_type(op: Pool, operands: Sequence[Node]) -> TensorType:
     """
     types = [operand.type for operand in _cut_from(op.cut, operands, op.level)]
     need((op.size == 0) == (op.cut == "clusters"), f"entries of {op.size} tokens")
-    counts = {"gated": 2, "linear": 2, "max_min_mean": 2, "mlp": 3}
-    _need_count(types, counts.get(op.how, 1) + op.position)
     need(
         op.position is False or op.how in ("linear", "mlp", "gated"),
         "only linear, mlp and gated pooling have positions",
     )
+    counts = {"gated": 2, "linear": 2, "max_min_mean": 2, "mlp": 3}
+    _need_count(types, counts.get(op.how, 1) + op.position)
     need((op.softmax is not None) == (op.how == "gated"), "a softmax is one of gates")
     x = types[0]
     need(x.dims[:2] == ("B", "S"), f"expected [B, S, ...], got {x}")
