@@ -25,6 +25,7 @@ from hsgen.graph import (
     LogSumExp,
     Map,
     Node,
+    Norm,
     Normalise,
     Op,
     OutputGate,
@@ -33,6 +34,7 @@ from hsgen.graph import (
     Pool,
     Recall,
     Reduce,
+    Rotate,
     Round,
     Route,
     Score,
@@ -42,6 +44,7 @@ from hsgen.graph import (
     TensorType,
     Union,
     align,
+    befores,
     dump,
     partitions,
     tensor_inputs,
@@ -81,6 +84,8 @@ def _op_causality(op: Op, *, causal: bool) -> Causality:
             | Cluster()
             | Permute()
             | Pool()
+            | Norm()
+            | Rotate()
             | Round()
             | LogSumExp()
             | Normalise()
@@ -363,16 +368,21 @@ class _Counts:
     graph: Graph
     partitions: Mapping[str, tuple[int, int]]  # level -> size, stride
 
+    def reach(self, level: str) -> tuple[int, int]:
+        """Tokens from an entry's place to its end, by which it is complete, and the stride."""
+        size, stride = self.partitions[level]
+        return size - befores(self.graph).get(level, 0), stride
+
     def entries(self, level: str) -> Cost:
         """Entries of a level, all whole."""
-        size, stride = self.partitions[level]
+        size, stride = self.reach(level)
         if stride == 0:
             return _from(0, Polynomial(t0=self.graph.sizes[f"N_{level}"]))
         return _from(size, Polynomial(t1=1 / stride, t0=1 - size / stride))
 
     def complete(self, level: str) -> Cost:
         """Pairs of a row and an entry that is complete for it."""
-        size, stride = self.partitions[level]
+        size, stride = self.reach(level)
         if stride == 0:
             return _from(0, Polynomial(t1=self.graph.sizes[f"N_{level}"]))
         return _complete_pairs(size, stride, causal=self.graph.meta.causal)
@@ -403,7 +413,7 @@ class _Counts:
         assert isinstance(op, Select)
         if op.size == 0:
             return _complete_pairs(1, 1, causal=self.graph.meta.causal)
-        own = op.size if op.last > 0 or op.tail else 1
+        own = op.size if op.last > 0 else op.size + 2 if op.tail else 1
         return _selected_pairs(op.width * op.size, own=own, causal=self.graph.meta.causal)
 
     def kept(self, level: str, selection: Node) -> Cost:
@@ -414,7 +424,7 @@ class _Counts:
         assert isinstance(op, Select)
         if not self.graph.meta.causal:
             return _at_most_a_row(complete, op.width, full=0)
-        size, stride = self.partitions[level]
+        size, stride = self.reach(level)
         return _at_most_a_row(complete, op.width, full=op.width * stride + size - stride)
 
     def elements(self, type_: TensorType) -> Cost:
@@ -533,17 +543,14 @@ def _flops(counts: _Counts, node: Node) -> Cost:
         case Pool():
             if op.size == 0:  # every token is in one cluster
                 return counts.elements(operands[0])
-            per_number = 2 * op.size * counts.product(node.type.dims[-1:]) + op.size * op.position
-            return counts.elements(node.type) * (per_number if op.how == "linear" else op.size)
+            return _pool_flops(counts, node, op)
         case Score():
             return _score_flops(counts, op, operands)
         case LogSumExp():
             own_pass = isinstance(graph[node.inputs[0]].op, Score)  # else a by-product
             return counts.elements(operands[0]) * (2 if own_pass else 0)
-        case Normalise():
-            return counts.elements(node.type) * 2
-        case Reduce():
-            return counts.elements(operands[0])
+        case Normalise() | Reduce():
+            return counts.elements(operands[0]) * (2 if isinstance(op, Normalise) else 1)
         case Map():
             return counts.elements(node.type) * (2 * len(op.taps))
         case Attend():
@@ -551,8 +558,10 @@ def _flops(counts: _Counts, node: Node) -> Cost:
                 2 * counts.product(("Hq",)) * (counts.product(("Dqk",)) + counts.product(("Dv",)))
             )
             return _attended_pairs(counts, node, op) * per_pair
-        case Gate() | OutputGate() | Round():
+        case Gate():
             return counts.elements(node.type) * (2 * max(1, len(operands) - 1))
+        case OutputGate() | Round() | Norm() | Rotate():
+            return counts.elements(node.type) * _per_number(counts, node, op)
         case _:
             assert_never(op)
 
@@ -571,6 +580,40 @@ def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost
     dots = 2 if op.form == "bound" else 1
     sums = {"relu_weighted": 2, "relu_sum": 1}.get(op.form, 0)
     return pairs * (dots * 2 * counts.product((dim,)) + sums)
+
+
+def _per_number(counts: _Counts, node: Node, op: OutputGate | Round | Norm | Rotate) -> float:
+    """What is done to each number of a vector; only some channels are turned."""
+    match op:
+        case OutputGate() | Round():
+            return 2
+        case Norm():
+            return 4
+        case Rotate():
+            return 3 * op.dims / counts.product(node.type.dims[-1:])
+        case _:
+            assert_never(op)
+
+
+def _pool_flops(counts: _Counts, node: Node, op: Pool) -> Cost:
+    """A gated token costs a weighted sum and the softmax's two sums, of exponents and of weights."""
+    dim = counts.product(node.type.dims[-1:])
+    first = counts.graph[node.inputs[1]].type if len(node.inputs) > 1 else None
+    added = op.size * op.position
+    match op.how:
+        case "linear":
+            a_number = 2 * op.size * dim + added
+        case "mlp":
+            assert first is not None
+            hidden = counts.product(first.dims[-1:])
+            a_number = (2 * op.size * hidden + 2 * hidden) + added
+        case "max_min_mean":
+            a_number = 3 * op.size + 6 * dim
+        case "gated":
+            a_number = 4 * op.size + added
+        case _:
+            a_number = op.size
+    return counts.elements(node.type) * a_number
 
 
 def _order_flops(counts: _Counts, op: Cluster | Permute, operands: list[TensorType]) -> Cost:
@@ -720,10 +763,11 @@ def _costs_text(graph: Graph) -> list[str]:
         for node in graph.nodes()
         if not isinstance(node.op, Input)
     ]
+    early = befores(graph)
     start = max(cost.flops.start for cost in found.values())
     head = f"costs of each operator alone, batch 1, S = T >= {start}, 16-bit inputs"
     entries = [
-        f"N_{level} = {_entries_text(size, stride, causal=graph.meta.causal)}"
+        f"N_{level} = {_entries_text(size - early.get(level, 0), stride, causal=graph.meta.causal)}"
         for level, (size, stride) in sorted(partitions(graph).items())
         if stride
     ]

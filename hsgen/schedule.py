@@ -24,6 +24,7 @@ from hsgen.graph import (
     LogSumExp,
     Map,
     Node,
+    Norm,
     Normalise,
     Op,
     OutputGate,
@@ -31,6 +32,7 @@ from hsgen.graph import (
     Pool,
     Recall,
     Reduce,
+    Rotate,
     Round,
     Route,
     Score,
@@ -104,7 +106,7 @@ class _Scheduler:
                     pass  # fused into the launch that reads them
                 case Route() | Switch() | Union() | OutputGate() | SelectSet():
                     raise AssertionError("refused")
-                case Cluster() | Permute() | Round():
+                case Cluster() | Permute() | Round() | Norm() | Rotate():
                     raise AssertionError("refused")
                 case Recall() | Carry() | Divergence() | Distance():
                     raise AssertionError("refused")
@@ -204,6 +206,7 @@ class _Scheduler:
     # --- pool
 
     def _pool(self, node: Node, op: Pool) -> None:
+        assert op.how not in ("mlp", "gated", "max_min_mean"), "refused"
         source = self.graph[node.inputs[0]]
         dims = [self._size(dim) for dim in source.type.dims[2:]]
         heads, dim = (dims[0], dims[1]) if len(dims) == 2 else (1, dims[0])
@@ -825,6 +828,8 @@ def _lse_strides(x: str) -> tuple[str, ...]:
 def _no_kernel_for(node: Node) -> str | None:
     """What of one operator no kernel does yet; None where some kernel does it."""
     match node.op:
+        case Pool() | Norm() | Rotate():
+            return _no_pool_for(node.op)
         case Attend():
             return _no_attend_for(node, node.op)
         case Union():
@@ -877,4 +882,20 @@ def _no_level_for(op: Cluster | Permute | Score | Select | SelectSet) -> str | N
         case Select(joined=str()):
             return "forces another selection"
         case _:
+            return None
+
+
+def _no_pool_for(op: Pool | Norm | Rotate) -> str | None:
+    match op:
+        case Pool(how="mlp" | "gated" | "max_min_mean" as how, level=level):
+            return f"level {level}: no kernel pools by {how} yet"
+        case Pool(before=int(), level=level):
+            return f"level {level}: no kernel has entries that begin before their place yet"
+        case Pool(series=int(), level=level):
+            return f"level {level}: no kernel pools several series yet"
+        case Norm(level=level):
+            return f"level {level}: no kernel norms pooled keys yet"
+        case Rotate(level=level):
+            return f"level {level}: no kernel rotates pooled keys yet"
+        case Pool():
             return None

@@ -27,12 +27,14 @@ from hsgen.graph import (
     LogSumExp,
     Map,
     Node,
+    Norm,
     Normalise,
     OutputGate,
     Permute,
     Pool,
     Recall,
     Reduce,
+    Rotate,
     Round,
     Route,
     Score,
@@ -41,6 +43,7 @@ from hsgen.graph import (
     Switch,
     Turns,
     Union,
+    befores,
     partitions,
     segments,
     short_last,
@@ -139,7 +142,8 @@ class _Run:
         """First token and end of what entry e may hold, whatever the data."""
         size, stride = self.levels[level]
         if level not in self.segments:
-            return e * stride, e * stride + size
+            start = e * stride - befores(self.graph).get(level, 0)
+            return start, start + size
         segment = self.segments[level]
         if segment is None:
             return 0, self.keys
@@ -175,6 +179,11 @@ def _evaluate(run: _Run, node: Node) -> Value:
         case Pool():
             order = operands.pop() if node.op.cut else None
             return _pool(run, node.op, operands, order)
+        case Norm():
+            x, weight = operands
+            return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) ** 0.5 * weight
+        case Rotate():
+            return _rotate(node.op, *operands)
         case Score():
             return _score(run, node.op, operands)
         case LogSumExp():
@@ -350,6 +359,9 @@ def _tokens_of(run: _Run, level: str, e: int, order: Tensor | None, cut: str | N
 
 
 def _pool(run: _Run, op: Pool, operands: list[Tensor], order: Tensor | None) -> Tensor:
+    if op.how == "gated":
+        assert order is None, "gates in place only"
+        return _gated(run, op, operands)
     if order is None:
         return _pool_in_place(run, op, *operands)
     x, *learned = operands
@@ -370,19 +382,70 @@ def _of_head(op: Pool, tokens: Tensor, learned: list[Tensor], h: int) -> Tensor:
     return made[0, 0]
 
 
-def _pool_in_place(
-    run: _Run, op: Pool, x: Tensor, weight: Tensor | None = None, position: Tensor | None = None
-) -> Tensor:
+def _pool_in_place(run: _Run, op: Pool, x: Tensor, *learned: Tensor) -> Tensor:
     entries = []
     for e in range(run.entries(op.level)):
-        tokens = x[:, e * op.stride : e * op.stride + op.size]  # [B, slots, (H,) D]
-        entries.append(_summed_up(op, tokens, weight, position))
+        start = e * op.stride - (op.before or 0)
+        if op.series is None:
+            tokens = x[:, max(0, start) : start + op.size]  # [B, slots, (H,) D]
+        else:
+            tokens = _in_series(op, x, start)
+        entries.append(_summed_up(op, tokens, *learned))
     return torch.stack(entries, 1)
 
 
-def _summed_up(
-    op: Pool, tokens: Tensor, weight: Tensor | None = None, position: Tensor | None = None
-) -> Tensor:
+def _in_series(op: Pool, x: Tensor, start: int) -> Tensor:
+    """An entry's tokens [B, slots, (H,) D], each in its slot's series.  x: [B, S, (H,) series, D]"""
+    slots = [s for s in range(op.size) if 0 <= start + s < x.shape[1]]
+    return torch.stack([x[:, start + s, ..., s // op.stride, :] for s in slots], 1)
+
+
+def _gated(run: _Run, op: Pool, operands: list[Tensor]) -> Tensor:
+    """Weights that sum to 1 over an entry's tokens, channel by channel or for all.  In place"""
+    x, gates, *position = operands
+    if op.softmax == "token":
+        gates, position = gates[..., None], [p[..., None] for p in position]
+    entries = []
+    for e in range(run.entries(op.level)):
+        start = e * op.stride - (op.before or 0)
+        tops, bottoms = 0.0, 0.0
+        for s in range(op.size):
+            if not 0 <= start + s < x.shape[1]:
+                continue
+            series = s // op.stride
+            token = x[:, start + s] if op.series is None else x[:, start + s, ..., series, :]
+            gate = gates[:, start + s] if op.series is None else gates[:, start + s, ..., series, :]
+            if position:
+                bias = position[0][:, s]  # [H, D]
+                gate = gate + (bias if token.ndim == 3 else bias[0])
+            tops, bottoms = tops + gate.exp() * token, bottoms + gate.exp()
+        entries.append(tops / bottoms)
+    return torch.stack(entries, 1)
+
+
+def _rotate(op: Rotate, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+    """Entry by entry, pair by pair.  x: [B, N, ..., D]"""
+    made, half = x.clone(), op.dims // 2
+    first = 0 if op.channels == "first" else x.shape[-1] - op.dims
+    for e, i in ((e, i) for e in range(x.shape[1]) for i in range(half)):
+        a, b = (i, i + half) if op.pairs == "halves" else (2 * i, 2 * i + 1)
+        a, b = first + a, first + b
+        if cos is not None:
+            at = e if op.at == "token" else e * op.stride
+            turn = (cos[:, at, i], sin[:, at, i])
+            c, s = (y.view(len(y), *(1,) * (x.ndim - 3)) for y in turn)
+        else:
+            place = e if op.at == "token" else e * op.stride
+            if op.at == "centre":
+                place += (op.size - 1) / 2 - (op.before or 0)
+            angle = place / op.base ** (2 * i / op.dims)
+            c, s = math.cos(angle), math.sin(angle)
+        made[:, e, ..., a] = x[:, e, ..., a] * c - x[:, e, ..., b] * s
+        made[:, e, ..., b] = x[:, e, ..., a] * s + x[:, e, ..., b] * c
+    return made
+
+
+def _summed_up(op: Pool, tokens: Tensor, *learned: Tensor) -> Tensor:
     """One entry.  [B, slots, (H,) D] -> [B, (H,) D], of minmax [B, (H,) 2, D]"""
     if op.how == "mean":
         return tokens.mean(1)
@@ -392,16 +455,29 @@ def _summed_up(
         return torch.stack((tokens.amin(1), tokens.amax(1)), -2)
     if op.how == "sum_rsqrt":
         return tokens.sum(1) / tokens.shape[1] ** 0.5
-    return _linear(op, tokens, weight, position)
+    weight = learned[0]
+    if op.how == "max_min_mean":
+        parts = (tokens.amax(1), tokens.amin(1), tokens.mean(1))
+        return _linear(op, torch.stack(parts, 1), weight, None, slots=3)
+    position = learned[-1] if op.position else None
+    made = _linear(op, tokens, weight, position)
+    if op.how == "linear":
+        return made
+    by_head = (made if tokens.ndim == 4 else made.unsqueeze(1)).clamp(min=0)
+    out = torch.stack([by_head[:, h] @ learned[1][h] for h in range(by_head.shape[1])], 1)
+    return out if tokens.ndim == 4 else out.squeeze(1)
 
 
-def _linear(op: Pool, tokens: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
-    """[B, size, (H,) D] -> [B, (H,) D], 0 where the entry lacks tokens."""
-    if tokens.shape[1] < op.size:
-        return torch.zeros_like(tokens[:, 0])
+def _linear(
+    op: Pool, tokens: Tensor, weight: Tensor, position: Tensor | None, *, slots: int | None = None
+) -> Tensor:
+    """[B, size, (H,) D] -> [B, (H,) D'], 0 where the entry lacks tokens."""
+    slots = slots or op.size
+    if tokens.shape[1] < slots:
+        return tokens[:, 0, ..., :1].expand(*tokens[:, 0].shape[:-1], weight.shape[-1]) * 0.0
     by_head = tokens if tokens.ndim == 4 else tokens.unsqueeze(2)
     total = 0.0
-    for slot in range(op.size):
+    for slot in range(slots):
         y = by_head[:, slot] + (0.0 if position is None else position[:, slot])
         total = total + (y.unsqueeze(-2) @ weight[:, slot]).squeeze(-2)
     return total if tokens.ndim == 4 else total.squeeze(1)
@@ -584,8 +660,9 @@ def _tail(op: Select | SelectSet, p: int, there: list[bool]) -> set[int]:
 
 
 def _forced(run: _Run, op: Select, p: int, N: int) -> set[int]:
-    begins = sorted({run.span(op.level, e)[0] for e in range(N)})
-    unit = [begins.index(run.span(op.level, e)[0]) for e in range(N)]
+    places = [run.span(op.level, e)[0] + (op.before or 0) for e in range(N)]
+    begins = sorted(set(places))
+    unit = [begins.index(place) for place in places]
     own = max((u for u, begin in enumerate(begins) if begin <= p), default=-1)
     upper = own if run.graph.meta.causal else N - 1
     return {
@@ -711,8 +788,8 @@ def _seen_tokens(
         return _seen_in_order(op, _spread(chosen.member, heads), order) & visible
     covered = torch.zeros(*chosen.member.shape[:3], keys.shape[1], dtype=torch.bool)
     for e in range(chosen.member.shape[-1]):
-        start = e * op.stride
-        covered[..., start : start + op.size] |= chosen.member[..., e, None]
+        start = e * op.stride - (op.before or 0)
+        covered[..., max(0, start) : start + op.size] |= chosen.member[..., e, None]
     return covered & visible
 
 

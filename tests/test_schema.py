@@ -268,7 +268,7 @@ def test_keys_are_spelt_as_in_yaml():
         "the level whose scores are mapped"
     )
     assert "group_size" in defs["Heads"]["properties"]
-    assert list(defs["Blocks"]["properties"]) == ["blocks", "stride"]
+    assert list(defs["Blocks"]["properties"]) == ["blocks", "stride", "before"]
     tokens, *_ = defs["Level"]["properties"]["partition"]["anyOf"]
     assert tokens == {"const": "tokens", "description": "Every token is an entry of its own."}
     assert "kind" not in keys_and_words(SCHEMA)[0]

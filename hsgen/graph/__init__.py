@@ -10,7 +10,7 @@ candidates of x inside another level's beam; a dimension that is a number is wri
 
 from __future__ import annotations
 
-from hsgen.graph.checks import partitions, segments, short_last, verify
+from hsgen.graph.checks import befores, partitions, segments, short_last, verify
 from hsgen.graph.nodes import FIXED_SIZES, Graph, GraphError, Meta, Node, Outputs, TensorType, dump
 from hsgen.graph.ops import (
     Attend,
@@ -26,6 +26,7 @@ from hsgen.graph.ops import (
     Input,
     LogSumExp,
     Map,
+    Norm,
     Normalise,
     Op,
     OutputGate,
@@ -35,6 +36,7 @@ from hsgen.graph.ops import (
     Recall,
     Reduce,
     Role,
+    Rotate,
     Round,
     Route,
     Score,
@@ -68,6 +70,7 @@ __all__ = [
     "Map",
     "Meta",
     "Node",
+    "Norm",
     "Normalise",
     "Op",
     "OutputGate",
@@ -78,6 +81,7 @@ __all__ = [
     "Recall",
     "Reduce",
     "Role",
+    "Rotate",
     "Round",
     "Route",
     "Score",
@@ -90,6 +94,7 @@ __all__ = [
     "Union",
     "Which",
     "align",
+    "befores",
     "dump",
     "op_fields",
     "op_text",

@@ -29,6 +29,7 @@ def verify(graph: Graph) -> Graph:
         except GraphError as error:
             raise GraphError(f"%{node.name}: {error}") from None
     _verify_partitions(graph)
+    befores(graph)
     _verify_unique(graph)
     _verify_outputs(graph)
     heads, kv_heads = graph.sizes.get("Hq", 0), graph.sizes.get("Hkv", 1)
@@ -87,6 +88,19 @@ def partitions(graph: Graph) -> Mapping[str, tuple[int, int]]:
     return found
 
 
+def befores(graph: Graph) -> Mapping[str, int]:
+    """Of every level: the tokens of an entry that lie before its place."""
+    found: dict[str, int] = {}
+    for node in graph.nodes():
+        if isinstance(node.op, Pool | Map | Select | SelectSet):
+            own = node.op.before or 0
+            need(
+                found.setdefault(node.op.level, own) == own,
+                f"%{node.name}: entries of level {node.op.level} begin {own} before their place",
+            )
+    return found
+
+
 def segments(graph: Graph) -> Mapping[str, int | None]:
     """Of every level whose entries are cut from an order: tokens of a segment, None of no segment.
 
@@ -104,7 +118,7 @@ def short_last(graph: Graph, level: str) -> bool:
     """Whether the level's last entry may be short: pooled over its true length, never if causal."""
     size, stride = partitions(graph)[level]
     linear = any(
-        isinstance(node.op, Pool) and node.op.level == level and node.op.how == "linear"
+        isinstance(node.op, Pool) and node.op.level == level and node.op.how in ("linear", "mlp")
         for node in graph.nodes()
     )
     return not graph.meta.causal and size == stride and not linear

@@ -21,6 +21,8 @@ Role = Literal[
     "gates",
     "output_gate",
     "route",
+    "pool_gates",
+    "angles",
     "parameter",
     "state",
 ]
@@ -68,18 +70,51 @@ Cut = Literal["order", "clusters"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """Summarise each entry by one float32 vector.  x, [weight, [position]], [order] -> [B, N, H, D]
+    """Summarise each entry by one float32 vector.
+
+    x, [gates], [weight, [out]], [position], [order] -> [B, N, H, D]
 
     `minmax` makes two, the least and the greatest of every channel: [B, N, H, 2, D].  `cut`: entries
-    are blocks of an order's slots, or clusters, as the last operand has them.
+    are blocks of an order's slots, or clusters, as the last operand has them.  `before`: entries
+    begin so many tokens before their place, entry * stride.  `gated` weighs tokens by a softmax of
+    gates and position, of each channel or one of all.  `series`: of x and gates slot s takes series
+    s // stride.  See the language's `pool` for the others.
     """
 
     level: str
-    how: Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
+    how: Literal["mean", "max", "minmax", "sum_rsqrt", "linear", "mlp", "gated", "max_min_mean"]
     size: int
     stride: int
     position: bool
     cut: Cut | None = None
+    before: int | None = None
+    softmax: Literal["channel", "token"] | None = None
+    series: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """RMS norm of an entry's key, eps 1e-6.  x, weight -> the same"""
+
+    level: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotate:
+    """RoPE of a level's keys, of entries or, `at` token, of what they are pooled from.
+
+    x, [cos, sin of every position] -> the same.  Entry i lies at i * stride, or at its centre.
+    """
+
+    level: str
+    at: Literal["first", "centre", "token"]
+    dims: int
+    base: float | None
+    channels: Literal["first", "last"]
+    pairs: Literal["halves", "neighbours"]
+    size: int
+    stride: int
+    before: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +205,7 @@ class Map:
     stride: int
     ratio: int
     taps: tuple[tuple[int, int], ...]
+    before: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +230,7 @@ class Select:
     tail: Literal[True] | None = None  # the row's own entry while incomplete, on top
     when: str | None = None
     joined: str | None = None
+    before: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +257,7 @@ class SelectSet:
     tail: Literal[True] | None = None
     when: str | None = None
     of: Literal["all"] | None = None
+    before: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +333,7 @@ class Attend:
     window: int | None
     pattern: Pattern | None = None
     cut: Cut | None = None
+    before: int | None = None
     latent: Literal[True] | None = None
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
     sink: Literal[True] | None = None  # one more logit a head, in the denominator only
@@ -419,6 +458,8 @@ Op = (
     | Cluster
     | Permute
     | Pool
+    | Norm
+    | Rotate
     | Score
     | Round
     | LogSumExp

@@ -16,6 +16,7 @@ from hsgen.graph.ops import (
     Input,
     LogSumExp,
     Map,
+    Norm,
     Normalise,
     Op,
     OutputGate,
@@ -24,6 +25,7 @@ from hsgen.graph.ops import (
     Recall,
     Reduce,
     Role,
+    Rotate,
     Round,
     Route,
     Score,
@@ -56,10 +58,12 @@ def tensor_inputs(graph: Graph) -> tuple[TensorInput, ...]:
     )
 
 
-_INDEX = {
+_PLAIN = {
+    "query": "queries",
     "index_query": "queries of the index",
     "index_keys": "keys of the index, shared by its heads",
     "index_weights": "weight of each head of the index",
+    "output_gate": "gate of the output, before its sigmoid",
 }
 
 
@@ -69,12 +73,10 @@ def _about(graph: Graph, node: Node) -> str:
     whose = sorted({_owner(user.op) for user in users} - {""})
     of = f" of {', '.join(whose)}" if whose else ""
     match node.op.role:
-        case "query":
-            return "queries"
+        case "query" | "index_query" | "index_keys" | "index_weights" | "output_gate" as role:
+            return _PLAIN[role]
         case "keys" | "values" as role:
             return f"{role}{of}"
-        case "index_query" | "index_keys" | "index_weights" as role:
-            return _INDEX[role]
         case "codebook":
             return f"codewords of every run of channels{of}"
         case "order":
@@ -85,10 +87,12 @@ def _about(graph: Graph, node: Node) -> str:
             return f"what earlier calls hand on{of}"
         case "gates":
             return _about_gates(graph, users)
-        case "output_gate":
-            return "gate of the output, before its sigmoid"
         case "route":
             return _about_route(users)
+        case "pool_gates":
+            return f"gates of tokens{of}, before their softmax"
+        case "angles":
+            return f"{node.name[:3]} of every position{of}"
         case "parameter":
             return _about_parameter(users, of)
         case _:
@@ -110,16 +114,18 @@ def _about_route(users: tuple[Node, ...]) -> str:
 
 
 def _about_parameter(users: tuple[Node, ...], of: str) -> str:
-    softmaxes = [user for user in users if isinstance(user.op, Attend | Union)]
-    return f"learned sink{of}" if softmaxes else f"learned pooling{of}"
+    if any(isinstance(user.op, Attend | Union) for user in users):
+        return f"learned sink{of}"
+    norms = any(isinstance(user.op, Norm) for user in users)
+    return f"learned {'norm' if norms else 'pooling'}{of}"
 
 
 def _owner(op: Op) -> str:
     """The level or branch that an operator belongs to, in words."""
     match op:
-        case Pool() | Score() | Normalise() | Map() | Select() | SelectSet():
+        case Cluster() | Permute() | Recall() | Carry() | Pool() | Norm() | Rotate():
             return f"level {op.level}"
-        case Cluster() | Permute() | Recall() | Carry():
+        case Score() | Normalise() | Map() | Select() | SelectSet():
             return f"level {op.level}"
         case Attend():
             return f"branch {op.branch}"

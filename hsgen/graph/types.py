@@ -18,6 +18,7 @@ from hsgen.graph.ops import (
     Input,
     LogSumExp,
     Map,
+    Norm,
     Normalise,
     Op,
     OutputGate,
@@ -25,6 +26,7 @@ from hsgen.graph.ops import (
     Pool,
     Recall,
     Reduce,
+    Rotate,
     Round,
     Route,
     Score,
@@ -59,9 +61,8 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             return _selection_type(op, operands)
         case Attend() | Route() | Gate() | Switch() | Union() | OutputGate():
             return _output_type(op, operands)
-        case Round():
-            _need_count(types, 1)
-            return TensorType(dtype="f32", dims=types[0].dims)
+        case Round() | Norm() | Rotate():
+            return _vector_type(op, types)
         case Recall() | Carry() | Divergence() | Distance():
             return _calls_type(op, types)
         case _:
@@ -217,24 +218,76 @@ def _cut_from(cut: Cut | None, operands: Sequence[Node], level: str | None) -> S
     return others
 
 
+def _vector_type(op: Round | Norm | Rotate, types: Sequence[TensorType]) -> TensorType:
+    """Of what changes vectors one by one."""
+    x, *others = types
+    match op:
+        case Round():
+            _need_count(types, 1)
+        case Norm():
+            _need_count(types, 2)
+            need_dims(others[0], x.dims[-1:])
+            need(x.dims[1] == f"N_{op.level}", f"{x} is not of level {op.level}")
+        case Rotate():
+            _need_count(types, 1 if op.base is not None else 3)
+            for angles in others:
+                need_dims(angles, ("B", "S", str(op.dims // 2)))
+            rows = "S" if op.at == "token" else f"N_{op.level}"
+            need(x.dims[1] == rows, f"{x} are not what lies at {op.at}")
+        case _:
+            assert_never(op)
+    return TensorType(dtype="f32", dims=x.dims)
+
+
 def _pool_type(op: Pool, operands: Sequence[Node]) -> TensorType:
     """x [B, S, H, D], weight [H, size, D, D], position [H, size, D] -> f32[B, N, H, D]
 
-    An index has no head dimension: x [B, S, D] -> f32[B, N, D], H = 1 in its parameters.
+    An index has no head dimension: x [B, S, D] -> f32[B, N, D], H = 1 in its parameters.  Series
+    are a dimension before the last.
     """
     types = [operand.type for operand in _cut_from(op.cut, operands, op.level)]
     need((op.size == 0) == (op.cut == "clusters"), f"entries of {op.size} tokens")
-    _need_count(types, 1 if op.how != "linear" else 3 if op.position else 2)
-    need(op.position is False or op.how == "linear", "only linear pooling has positions")
-    dims = types[0].dims
-    need(dims[:2] == ("B", "S"), f"expected [B, S, ...], got {types[0]}")
-    heads, dim = (dims[2] if len(dims) == 4 else "1"), dims[-1]
-    for learned, expected in zip(
-        types[1:], ((heads, str(op.size), dim, dim), (heads, str(op.size), dim)), strict=False
-    ):
-        need_dims(learned, expected)
+    need(
+        op.position is False or op.how in ("linear", "mlp", "gated"),
+        "only linear, mlp and gated pooling have positions",
+    )
+    counts = {"gated": 2, "linear": 2, "max_min_mean": 2, "mlp": 3}
+    _need_count(types, counts.get(op.how, 1) + op.position)
+    need((op.softmax is not None) == (op.how == "gated"), "a softmax is one of gates")
+    x = types[0]
+    need(x.dims[:2] == ("B", "S"), f"expected [B, S, ...], got {x}")
+    if op.series is not None:
+        need(x.dims[-2] == str(op.series), f"expected {op.series} series, got {x}")
+        need(op.size == op.series * op.stride, f"{op.series} series in entries of {op.size}")
+    heads = x.dims[2 : -1 if op.series is None else -2]
+    _need_learned(op, types, heads)
     rows = ("2",) if op.how == "minmax" else ()
-    return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *dims[2:-1], *rows, dim))
+    return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *heads, *rows, x.dims[-1]))
+
+
+def _need_learned(op: Pool, types: Sequence[TensorType], heads: tuple[str, ...]) -> None:
+    """Gates, weights and positions of a pool fit what is pooled."""
+    dim, size, own = types[0].dims[-1], str(op.size), heads or ("1",)
+    channels = () if op.softmax == "token" else (dim,)
+    match op.how:
+        case "gated":
+            many = () if op.series is None else (str(op.series),)
+            heads_of_gates = ("Hkv",) if heads else ()  # those of keys, also for values
+            need_dims(types[1], ("B", "S", *heads_of_gates, *many, *channels))
+        case "linear":
+            need_dims(types[1], (*own, size, dim, dim))
+        case "max_min_mean":
+            need_dims(types[1], (*own, "3", dim, dim))
+        case "mlp":
+            hidden = types[1].dims[-1]
+            need_dims(types[1], (*own, size, dim, hidden))
+            need_dims(types[2], (*own, hidden, dim))
+        case "mean" | "max" | "minmax" | "sum_rsqrt":
+            return
+        case _:
+            assert_never(op.how)
+    if op.position:
+        need_dims(types[-1], (*own, size, *channels))
 
 
 def _union_type(op: Union, operands: Sequence[Node]) -> TensorType:

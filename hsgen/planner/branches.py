@@ -61,10 +61,10 @@ def _plan_pooled_branch(builder: Builder, branch: language.Attend, level: langua
             span=builder.place(branch, "values"),
             help=f"write 'select' in '{level.name}', or attend a level without 'within'",
         )
-    keys = pooled(builder, level, builder.keys(level.kv), "key")
+    keys = pooled(builder, level, "key")
     values = keys
     if branch.storage is None:
-        values = pooled(builder, level, builder.values(level.kv), "value")
+        values = pooled(builder, level, "value")
     op = _attend(builder, branch, over="pooled", partition=level.partition)
     selection = builder.selections.get(level.name)
     operands = [builder.query(), keys, values, *some(selection)]
@@ -102,6 +102,7 @@ def _attend(
         window=None if branch.window == "all" else branch.window,
         pattern=_pattern(builder.spec, branch.static) if branch.static else None,
         cut=cut,
+        before=partition.before if isinstance(partition, language.Blocks) else None,
         latent=True if branch.storage else None,
         softcap=branch.softcap,
         sink=True if branch.sink else None,

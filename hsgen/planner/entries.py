@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from hsgen import spec as language
-from hsgen.graph import Node, Pool
+from hsgen.graph import Node, Norm, Pool, Rotate
 from hsgen.planner.builder import Builder
 from hsgen.planner.orders import cut_of, order
 
@@ -17,14 +17,8 @@ def score_query(builder: Builder, level: language.Level) -> Node:
 
 
 def score_keys(builder: Builder, level: language.Level) -> Node:
-    if level.score.by_index:
-        raw = builder.input("k_index", "index_keys", "B", "S", "Di")
-    elif level.score.form == "bias":
-        raw = builder.bias()
-    else:
-        raw = builder.keys(level.kv)
     tokens = isinstance(level.partition, language.Tokens)
-    return raw if tokens else pooled(builder, level, raw, "key")
+    return raw_keys(builder, level) if tokens else pooled(builder, level, "key")
 
 
 def score_bias(builder: Builder, level: language.Level) -> Node:
@@ -37,14 +31,32 @@ def score_bias(builder: Builder, level: language.Level) -> Node:
     return builder.add(f"{level.name}.biases", op, raw, at=builder.place(level, "score", "bias"))
 
 
-def pooled(
-    builder: Builder, level: language.Level, raw: Node, which: Literal["key", "value"]
-) -> Node:
+def raw_keys(builder: Builder, level: language.Level) -> Node:
+    """What a level scores, or pools to score."""
+    if level.score.form == "bias":
+        return builder.bias()
+    many = (str(level.pool.series),) if level.pool and level.pool.series else ()
+    if level.score.by_index:
+        return builder.input("k_index", "index_keys", "B", "S", *many, "Di")
+    if many:
+        return builder.input(named("k", level.kv), "keys", "B", "S", "Hkv", *many, "Dqk")
+    return builder.keys(level.kv)
+
+
+def named(kind: str, kv: str | None) -> str:
+    return f"{kind}_{kv}" if kv else kind
+
+
+def pooled(builder: Builder, level: language.Level, which: Literal["key", "value"]) -> Node:
     """One vector an entry: level.keys or level.values, pooled once however often it is used."""
-    assert level.pool is not None
-    how = level.pool.keys if which == "key" else level.pool.values
+    pool = level.pool
+    assert pool is not None
+    how = pool.keys if which == "key" else pool.values
     assert how is not None
-    position = how == "linear" and level.pool.position is not None
+    raw = raw_keys(builder, level) if which == "key" else builder.values(level.kv)
+    if which == "key" and pool.rotate and pool.rotate.at == "token":
+        raw = _rotated(builder, level, pool.rotate, f"{level.name}.tokens", raw)
+    position = pool.position is not None and how in ("linear", "mlp", "gated")
     op = Pool(
         level=level.name,
         how=how,
@@ -52,16 +64,82 @@ def pooled(
         stride=level.partition.stride,
         position=position,
         cut=cut_of(level),
+        before=before_of(level),
+        softmax=pool.softmax if how == "gated" else None,
+        series=pool.series if which == "key" else None,
     )
-    heads, dim = raw.type.dims[2] if len(raw.type.dims) == 4 else "1", raw.type.dims[-1]
-    slots = str(level.partition.size)
-    operands = [raw]
-    if how == "linear":
-        name = f"{level.name}_{which}_weight"
-        operands.append(builder.input(name, "parameter", heads, slots, dim, dim))
-    if position:
-        name = f"{level.name}_{which}_position"
-        operands.append(builder.input(name, "parameter", heads, slots, dim))
-    operands += order(builder, level)
+    operands = [raw, *_learned(builder, level, op, which, raw), *order(builder, level)]
     at = builder.place(level, "pool", "keys" if which == "key" else "values")
-    return builder.add(f"{level.name}.{which}s", op, *operands, at=at)
+    made = builder.add(f"{level.name}.{which}s", op, *operands, at=at)
+    return _finished(builder, level, made) if which == "key" else made
+
+
+def _finished(builder: Builder, level: language.Level, made: Node) -> Node:
+    """Pooled keys, normed and rotated."""
+    pool = level.pool
+    assert pool is not None
+    if pool.then is not None:
+        weight = builder.input(f"{level.name}_key_norm", "parameter", made.type.dims[-1])
+        at = builder.place(level, "pool", "then")
+        made = builder.add(f"{level.name}.normed", Norm(level=level.name), made, weight, at=at)
+    if pool.rotate is not None and pool.rotate.at != "token":
+        made = _rotated(builder, level, pool.rotate, f"{level.name}", made)
+    return made
+
+
+def _rotated(
+    builder: Builder, level: language.Level, rotate: language.Rotate, name: str, raw: Node
+) -> Node:
+    op = Rotate(
+        level=level.name,
+        at=rotate.at,
+        dims=rotate.dims,
+        base=rotate.base,
+        channels=rotate.channels,
+        pairs=rotate.pairs,
+        size=level.partition.size,
+        stride=level.partition.stride,
+        before=before_of(level),
+    )
+    half = str(rotate.dims // 2)
+    tables = ("cos", "sin") if rotate.base is None else ()
+    angles = [builder.input(f"{table}_{level.name}", "angles", "B", "S", half) for table in tables]
+    at = builder.place(level, "pool", "rotate")
+    return builder.add(f"{name}.rotated", op, raw, *angles, at=at)
+
+
+def _learned(
+    builder: Builder, level: language.Level, op: Pool, which: str, raw: Node
+) -> list[Node]:
+    """Gates and parameters of a pool, in the order in which it reads them."""
+    pool = level.pool
+    assert pool is not None
+    many = () if op.series is None else (str(op.series),)
+    dims = raw.type.dims
+    heads, dim = dims[2 : len(dims) - 1 - len(many)], dims[-1]
+    own, slots, name = heads or ("1",), str(op.size), f"{level.name}_{which}"
+    if op.how == "gated":
+        channels = (dim,) if op.softmax == "channel" else ()
+        gates = "z_index" if level.score.by_index else named("z", level.kv)
+        many = () if pool.series is None else (str(pool.series),)
+        found = [builder.input(gates, "pool_gates", "B", "S", *heads, *many, *channels)]
+        if op.position:
+            name = f"{level.name}_key_position"
+            found.append(builder.input(name, "parameter", *own, slots, *channels))
+        return found
+    if op.how not in ("linear", "mlp", "max_min_mean"):
+        return []
+    rows = "3" if op.how == "max_min_mean" else slots
+    hidden = str(pool.hidden or dim)
+    out = hidden if op.how == "mlp" else dim
+    found = [builder.input(f"{name}_weight", "parameter", *own, rows, dim, out)]
+    if op.how == "mlp":
+        found.append(builder.input(f"{name}_out", "parameter", *own, hidden, dim))
+    if op.position:
+        found.append(builder.input(f"{name}_position", "parameter", *own, slots, dim))
+    return found
+
+
+def before_of(level: language.Level) -> int | None:
+    """How many tokens of an entry lie before its place."""
+    return level.partition.before if isinstance(level.partition, language.Blocks) else None

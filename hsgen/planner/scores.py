@@ -7,7 +7,7 @@ from hsgen.errors import PlanError
 from hsgen.graph import Codes, LogSumExp, Map, Node, Normalise, Reduce, Round, Score
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.calls import narrowed
-from hsgen.planner.entries import score_bias, score_keys, score_query
+from hsgen.planner.entries import before_of, score_bias, score_keys, score_query
 
 
 def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> Node:
@@ -103,6 +103,7 @@ def plan_map(builder: Builder, level: language.Level, source: language.Level) ->
         stride=target.stride,
         ratio=target.stride // source.partition.stride,
         taps=_TAPS[how](source.partition, target),
+        before=before_of(level),
     )
     at = builder.place(level, "score", "map")
     return builder.add(f"{level.name}.mapped", op, builder.scores[source.name], at=at)

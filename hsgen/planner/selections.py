@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hsgen import spec as language
 from hsgen.graph import Select, SelectSet
+from hsgen.planner.entries import before_of
 
 
 def select(level: language.Level, select: language.Select) -> Select:
@@ -21,6 +22,7 @@ def select(level: language.Level, select: language.Select) -> Select:
         tail=True if select.force.tail else None,
         when=level.when,
         joined=select.force.level,
+        before=before_of(level),
     )
 
 
@@ -45,4 +47,5 @@ def select_set(level: language.Level, select: language.Select) -> SelectSet:
         tail=True if select.force.tail else None,
         when=level.when,
         of=select.of,
+        before=before_of(level),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hsgen.reference.inputs import linear_sides
+from hsgen.reference.inputs import needs_all_tokens
+from hsgen.reference.layouts import Layout
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.selection import ListSelection, members
 from hsgen.spec import Level
@@ -21,7 +22,7 @@ def complete_entries(rows: Rows, level: Level) -> Tensor:
     whole = layout.ends <= rows.S
     if rows.spec.causal:
         return whole & (layout.ends - 1 <= rows.p[:, None])
-    short_too = layout.entry_of is not None and not linear_sides(level)
+    short_too = layout.entry_of is not None and not needs_all_tokens(level)
     return (whole | short_too).expand(len(rows.p), -1)
 
 
@@ -89,20 +90,17 @@ def token_mask(rows: Rows, level: Level, chosen: Tensor) -> Tensor:
     """Tokens of chosen entries, each once.  bool[T, Hs, N] -> bool[T, H, S]"""
     layout = rows.layouts[level.name]
     if layout.entry_of is None:
-        return _overlapping(level, chosen, rows.S)
+        return _overlapping(layout, chosen, rows.S)
     heads = max(chosen.shape[1], len(layout.entry_of))
     entry = spread(layout.entry_of[None], heads).expand(len(chosen), -1, -1)
     covers = entry >= 0
     return spread(chosen, heads).gather(-1, entry.clamp(min=0)) & covers
 
 
-def _overlapping(level: Level, chosen: Tensor, S: int) -> Tensor:
-    """Tokens of chosen entries in place, as many of which may have a token as overlap."""
-    size, stride = level.partition.size, level.partition.stride
-    token = torch.arange(S, device=chosen.device)
-    mask = torch.zeros(*chosen.shape[:-1], S, dtype=torch.bool, device=chosen.device)
-    for back in range(-(-size // stride)):
-        entry = token // stride - back
-        covers = (entry >= 0) & (token - entry * stride < size)
-        mask = mask | (chosen[..., entry.clamp(min=0)] & covers)
-    return mask
+def _overlapping(layout: Layout, chosen: Tensor, S: int) -> Tensor:
+    """Tokens of chosen entries in place, any number of which may have a token."""
+    mask = torch.zeros(*chosen.shape[:-1], S + 1, dtype=torch.bool, device=chosen.device)
+    for slot in layout.slots[0].T:  # slot by slot, no token is in two entries
+        at = slot.masked_fill(slot < 0, S).expand(chosen.shape)
+        mask = mask.scatter(-1, at, chosen | mask.gather(-1, at))
+    return mask[..., :S]

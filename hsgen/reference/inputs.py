@@ -79,6 +79,60 @@ def _codebook(spec: Spec, level: Level) -> dict[str, _TensorInput]:
     return {f"{level.name}_codebook": ("parameter", (runs, codes.words, codes.dim))}
 
 
+def _series(level: Level) -> tuple[int, ...]:
+    """The dimension of keys that come in series."""
+    return (level.pool.series,) if level.pool and level.pool.series else ()
+
+
+def _of_pool(level: Level) -> dict[str, _TensorInput]:
+    """What a pool reads besides keys and values: gates, and learned parameters."""
+    pool, size = level.pool, level.partition.size
+    if pool is None:
+        return {}
+    by_index = level.score.by_index
+    found: dict[str, _TensorInput] = {}
+    for side, how in (("key", pool.keys), ("value", pool.values)):
+        name = f"{level.name}_{side}"
+        heads, width = ("Hkv", "Dv") if side == "value" else (1, "Di") if by_index else ("Hkv", "D")
+        hidden = pool.hidden or width
+        if how in ("linear", "mlp", "max_min_mean"):
+            rows = 3 if how == "max_min_mean" else size
+            out = hidden if how == "mlp" else width
+            found[f"{name}_weight"] = ("parameter", (heads, rows, width, out))
+        if how == "mlp":
+            found[f"{name}_out"] = ("parameter", (heads, hidden, width))
+        if pool.position and how in ("linear", "mlp"):
+            found[f"{name}_position"] = ("parameter", (heads, size, width))
+    return found | _of_pooled_keys(level)
+
+
+def _of_pooled_keys(level: Level) -> dict[str, _TensorInput]:
+    """Gates, norm and rotation, which keys alone have."""
+    pool = level.pool
+    assert pool is not None
+    by_index = level.score.by_index
+    heads: tuple[str, ...] = () if by_index else ("Hkv",)
+    width = "Di" if by_index else "D"
+    found: dict[str, _TensorInput] = {}
+    if pool.keys == "gated":
+        channels = (width,) if pool.softmax == "channel" else ()
+        found[gates_of(level)] = ("key", (*heads, *_series(level), *channels))
+        if pool.position:
+            shape = (*(heads or (1,)), level.partition.size, *channels)
+            found[f"{level.name}_key_position"] = ("parameter", shape)
+    if pool.then == "norm":
+        found[f"{level.name}_key_norm"] = ("parameter", (width,))
+    if pool.rotate and pool.rotate.base is None:
+        for name in ("cos", "sin"):
+            found[f"{name}_{level.name}"] = ("key", (pool.rotate.dims // 2,))
+    return found
+
+
+def gates_of(level: Level) -> str:
+    """The input that gates a level's pool."""
+    return "z_index" if level.score.by_index else named("z", level.kv)
+
+
 def _of_combine(spec: Spec) -> dict[str, _TensorInput]:
     combine = spec.combine
     found: dict[str, _TensorInput] = {}
@@ -117,26 +171,20 @@ def _level_inputs(level: Level) -> dict[str, _TensorInput]:
     by_index, by_bias = level.score.by_index, level.score.form == "bias"
     if by_index:
         found["q_index"] = ("query", ("Hi", "Di"))
-        found["k_index"] = ("key", ("Di",))
+        found["k_index"] = ("key", (*_series(level), "Di"))
         if level.score.form == "relu_weighted":
             found["w_index"] = ("query", ("Hi",))
     elif level.score.form in ("dot", "code_match") or (
         level.pool and level.pool.keys and not by_bias
     ):
-        found[named("k", level.kv)] = _KEYS
+        found[named("k", level.kv)] = ("key", ("Hkv", *_series(level), "D"))
     if level.permute and isinstance(level.permute.keys, Gather):
         found[f"{level.name}_key_order"] = ("key", ("Hkv",))
     if level.score.by_bias:
         found["bias"] = ("key", ("Hkv",))
     if level.pool and level.pool.values:
         found[named("v", level.kv)] = _VALUES
-    for side in linear_sides(level):
-        heads, width = ("Hkv", "Dv") if side == "value" else (1, "Di") if by_index else ("Hkv", "D")
-        size = level.partition.size
-        found[f"{level.name}_{side}_weight"] = ("parameter", (heads, size, width, width))
-        if level.pool and level.pool.position:
-            found[f"{level.name}_{side}_position"] = ("parameter", (heads, size, width))
-    return found
+    return found | _of_pool(level)
 
 
 def named(kind: str, kv: str | None) -> str:
@@ -149,18 +197,18 @@ def loss_keys(spec: Spec) -> str:
     return named("k", branch and branch.kv)
 
 
-def linear_sides(level: Level) -> list[str]:
-    """Which of key and value are pooled by a learned map."""
-    if level.pool is None:
-        return []
-    sides = {"key": level.pool.keys, "value": level.pool.values}
-    return [side for side, how in sides.items() if how == "linear"]
+def needs_all_tokens(level: Level) -> bool:
+    """Whether keys or values are pooled by a learned map of an entry's slots."""
+    return level.pool is not None and bool({"linear", "mlp"} & {level.pool.keys, level.pool.values})
 
 
 def some_keys(spec: Spec, x: Mapping[str, Tensor]) -> Tensor:
     """Some tensor of keys or values: [S, Hkv, D], or with a batch in front."""
     kinds = tensor_kinds(spec).items()
-    others = ("k_index", "bias")
+    named_so = ("k", "v", "k_", "v_")
     return next(
-        x[name] for name, kind in kinds if kind == "key" and name not in others and name in x
+        x[name]
+        for name, kind in kinds
+        if kind == "key" and name != "k_index" and name in x
+        if name in named_so or name[:2] in named_so
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hsgen.reference.inputs import named
 from hsgen.reference.permutes import cluster_of, order_of
-from hsgen.spec import Clusters, KMeans, Level, SortInSegment
+from hsgen.spec import Blocks, Clusters, KMeans, Level, SortInSegment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,7 +44,8 @@ def layout_of(level: Level, x: Mapping[str, Tensor], S: int, group: int) -> Layo
     """The entries of a level for S keys.  `group`: query heads of a key head."""
     order = level.permute and level.permute.keys
     if order is None:
-        return _in_place(level.partition.size, level.partition.stride, S, x["q"])
+        before = level.partition.before if isinstance(level.partition, Blocks) else None
+        return _in_place(level.partition.size, level.partition.stride, before or 0, S, x["q"])
     keys = x[named("k", level.kv)]
     if isinstance(level.partition, Clusters):
         assert isinstance(order, KMeans), "clusters are those of a k-means order"
@@ -54,14 +55,18 @@ def layout_of(level: Level, x: Mapping[str, Tensor], S: int, group: int) -> Layo
     return _permuted(at, level.partition.size, segment)
 
 
-def _in_place(size: int, stride: int, S: int, like: Tensor) -> Layout:
-    """Entry i covers tokens [i * stride, i * stride + size)."""
+def _in_place(size: int, stride: int, before: int, S: int, like: Tensor) -> Layout:
+    """Entry i covers tokens [i * stride - before, i * stride - before + size) and starts at its place.
+
+    What lies before its place belongs to entries that are forced before it.
+    """
     starts = torch.arange(-(-S // stride), device=like.device) * stride
-    slots = starts[:, None] + torch.arange(size, device=like.device)
-    slots = slots.masked_fill(slots >= S, -1)[None]
+    slots = starts[:, None] - before + torch.arange(size, device=like.device)
+    slots = slots.masked_fill((slots >= S) | (slots < 0), -1)[None]
     entry_of = torch.arange(S, device=like.device)[None] // size if size == stride else None
+    ends = starts - before + size
     return Layout(
-        slots=slots, entry_of=entry_of, starts=starts, ends=starts + size, units=starts, step=stride
+        slots=slots, entry_of=entry_of, starts=starts, ends=ends, units=starts, step=stride
     )
 
 

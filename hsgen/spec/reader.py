@@ -482,6 +482,8 @@ _EXAMPLE = {
     "mass": "mass: 0.9",
     "static": "static: {blocks: 64, window: 16, sink: 1}",
     "per_head": "per_head: [{window: 16}, {window: 64}]",
+    "rotate": "rotate: {at: first, dims: 64, base: 10000.0}",
+    "at": "at: first",
     "axes": "axes: [30, 48, 80]",
     "grid": "grid: {window: [8, 16, 16]}",
 }

@@ -51,7 +51,8 @@ def _partition(partition: Partition) -> str:
     """The word of its kind, or its keys; a stride that is the size goes without saying."""
     if isinstance(partition, Blocks):
         stride = f", stride: {partition.stride}" if partition.stride != partition.size else ""
-        return f"{{blocks: {partition.size}{stride}}}"
+        before = f", before: {partition.before}" if partition.before else ""
+        return f"{{blocks: {partition.size}{stride}{before}}}"
     return _flow(partition) if len(type(partition).model_fields) > 1 else partition.kind
 
 

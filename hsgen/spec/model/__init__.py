@@ -20,7 +20,16 @@ from __future__ import annotations
 from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Static
 from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, TopP
 from hsgen.spec.model.codes import Codes
-from hsgen.spec.model.entries import Blocks, Clusters, KeyPool, Partition, Pool, Tokens, ValuePool
+from hsgen.spec.model.entries import (
+    Blocks,
+    Clusters,
+    KeyPool,
+    Partition,
+    Pool,
+    Rotate,
+    Tokens,
+    ValuePool,
+)
 from hsgen.spec.model.losses import Distill, Kl, Loss
 from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
 from hsgen.spec.model.reuse import Reuse, Turn
@@ -96,6 +105,7 @@ __all__ = [
     "Route",
     "RouteBy",
     "Reuse",
+    "Rotate",
     "SELECT_RULES",
     "Scale",
     "Score",

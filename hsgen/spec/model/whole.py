@@ -281,6 +281,12 @@ _NEWS = {
     "reuse",
     "loss",
     "streams",
+    "before",
+    "pool.softmax",
+    "series",
+    "hidden",
+    "then",
+    "rotate",
 }
 
 

@@ -96,11 +96,11 @@ def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
             also=((*path, "keys"), (*path, "values"), (*path[:2], "partition"), *uses(spec)),
             at_key=True,
         )
-    if pool.position and "linear" not in (pool.keys, pool.values):
+    if pool.position and not {"linear", "mlp", "gated"} & {pool.keys, pool.values}:
         yield Problem(
             code="HS065",
             path=(*path, "position"),
-            message="expected 'position' with linear pooling only, got it without",
+            message="expected 'position' with linear, mlp or gated pooling only, got it without",
             help="remove 'position', or write 'keys: linear'",
             also=((*path, "keys"), (*path, "values")),
             at_key=True,

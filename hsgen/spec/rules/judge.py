@@ -12,6 +12,7 @@ from hsgen.spec.rules.entries import heads, partitions, pools
 from hsgen.spec.rules.grids import axes, grid_windows
 from hsgen.spec.rules.names import references, tensor_names, unique_names
 from hsgen.spec.rules.orders import orders
+from hsgen.spec.rules.pooling import early, pool_keys, rotations, series
 from hsgen.spec.rules.problem import Problem, Rule
 from hsgen.spec.rules.routes import on_ways, routes, ways
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
@@ -72,4 +73,8 @@ _RULES: tuple[Rule, ...] = (
     on_ways,
     reuses,
     losses,
+    pool_keys,
+    series,
+    rotations,
+    early,
 )

@@ -16,6 +16,7 @@ _ARGUMENTS = {
     **dict.fromkeys(("k_pages", "v_pages"), "the pages of a cache"),
     "gates": "the gates",
     "output_gate": "the gate of the output",
+    **dict.fromkeys(("z", "z_index"), "the gates of a pool"),
     "sink": "the sink of the union",
     **dict.fromkeys(("layer", "route"), "the route"),
     "bias": "the bias",
@@ -145,7 +146,7 @@ def _tensors(spec: Spec) -> Iterator[tuple[Path, str, str]]:
     for field, items in (("levels", spec.levels), ("attend", spec.attend)):
         for i, item in enumerate(items):
             if item.kv is not None:
-                for letter, noun in (("k", "keys"), ("v", "values")):
+                for letter, noun in (("k", "keys"), ("v", "values"), ("z", "gates")):
                     yield (field, i, "kv"), f"{letter}_{item.kv}", f"the {noun} of 'kv: {item.kv}'"
     for i, level in enumerate(spec.levels):
         for name in _learned(level):
@@ -160,6 +161,13 @@ def _learned(level: Level) -> Iterator[str]:
         yield f"{level.name}_codebook"
     pool = level.pool
     for which, how in (("key", pool and pool.keys), ("value", pool and pool.values)):
-        if how == "linear":
+        if how in ("linear", "mlp", "max_min_mean"):
             yield f"{level.name}_{which}_weight"
+        if how == "mlp":
+            yield f"{level.name}_{which}_out"
+        if how in ("linear", "mlp", "gated"):
             yield f"{level.name}_{which}_position"
+    if pool and pool.then:
+        yield f"{level.name}_key_norm"
+    if pool and pool.rotate and pool.rotate.base is None:
+        yield from (f"cos_{level.name}", f"sin_{level.name}")

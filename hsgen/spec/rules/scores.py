@@ -225,6 +225,8 @@ def _map_problem(how: str, source: Level, target: Level) -> tuple[str, str] | No
             f"expected scores of every entry, got '{source.name}': {got}",
             "name a level without 'within'",
         )
+    if s == t and how in ("sum", "max"):
+        return None  # the same entries, overlapping or not
     if t.stride != t.size:
         return (
             f"expected blocks without overlap, got stride {t.stride}",
