@@ -429,8 +429,9 @@ class _Counts:
 
     def elements(self, type_: TensorType) -> Cost:
         """Numbers in a value; of scores those that exist: visible, and inside a beam."""
-        if len(type_.dims) < 2:  # a loss, or the number of a call
-            return _from(0, Polynomial(t0=1.0))
+        if len(type_.dims) < 2:  # a loss, the number of a call, a parameter of heads or channels
+            known = tuple(dim for dim in type_.dims if dim not in ("B", "Z"))
+            return _from(0, Polynomial(t0=1.0)) * self.product(known)
         dims, last = type_.dims, type_.dims[-1]
         if last.startswith("C_"):
             return self.children(last.removeprefix("C_")) * self.product(dims[2:-1])
