@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hsgen import captures, metrics, standins
+from hsgen import analysis, captures, metrics, planner, standins
 from hsgen.captures import Group
 from hsgen.errors import HsgenError
 from hsgen.reference import Result, reference
 from hsgen.selection import members
-from hsgen.spec import Attend, Level, Spec, verify
+from hsgen.spec import Attend, Blocks, Level, Spec, Tokens, verify
 
 RUN = 64  # consecutive rows measured together
 ROWS = 1024
@@ -43,19 +43,32 @@ class Subject:
     size: int = 1
     stride: int = 1
     level: str | None = None
-    branch: str | None = None  # that chooses by position alone
+    branch: str | None = None  # whose tokens are measured, where no level's entries are
 
 
 def subjects(spec: Spec) -> tuple[Subject, ...]:
-    """Every level that selects, every window or pattern; and their union where several read tokens."""
-    found = [_level_subject(spec, level) for level in spec.levels if level.select]
-    found += [_branch_subject(branch) for branch in spec.attend if branch.over is None]
+    """Every level that selects, every window or pattern; and their union where several read tokens.
+
+    Where entries are no runs of tokens in place, a choice is of the tokens that a branch reads of it.
+    """
+    placed = {level.name for level in spec.levels if _in_place(level)}
+    found = [_level_subject(spec, x) for x in spec.levels if x.select and x.name in placed]
+    found += [_branch_subject(branch) for branch in raw_branches(spec) if branch.over not in placed]
     if len(raw_branches(spec)) > 1:
         names = " and ".join(branch.name for branch in raw_branches(spec))
         apart = "" if spec.combine and spec.combine.softmax else ", as the spec does not"
         about = f"tokens that {names} read, each once, under one softmax{apart}"
         found.append(Subject(name=TOGETHER, about=about))
     return tuple(found)
+
+
+def _in_place(level: Level) -> bool:
+    """Whether entry i has the tokens from i * stride on."""
+    cut = level.permute is not None and level.permute.keys is not None
+    partition = level.partition
+    return not cut and (
+        isinstance(partition, Tokens) or (isinstance(partition, Blocks) and not partition.before)
+    )
 
 
 def _level_subject(spec: Spec, level: Level) -> Subject:
@@ -79,8 +92,10 @@ def _level_subject(spec: Spec, level: Level) -> Subject:
 
 
 def _branch_subject(branch: Attend) -> Subject:
-    """A branch that chooses by position alone."""
-    if branch.static:
+    """A branch that chooses by position alone, or tokens in no order of blocks."""
+    if branch.over:
+        about = f"the tokens that level {branch.over} selects"
+    elif branch.static:
         about = f"a static pattern of units of {branch.static.blocks} tokens"
     elif branch.window == "all":
         about = "every token"
@@ -139,7 +154,10 @@ def _scaled_level(level: Level, factor: float) -> Level:
 
 
 def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
-    """Choose by the reference in float32, run of rows by run of rows.
+    """Choose by the reference in float32.
+
+    Run of rows by run of rows where a row depends on no later token; else for the whole text, of
+    which a run's rows would see another end.
 
     Args:
         spec: Bound to the group.
@@ -152,8 +170,10 @@ def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
     q, k, v = group.q[None], group.k[None, :, None], group.v[None, :, None]
     made = standins.tensors(spec, q, k, v)
     tokens = len(group.k)
+    alone = analysis.causality(planner.plan(spec)) == "token"
+    runs = position.split(RUN) if alone else (torch.arange(tokens, device=position.device),)
     chosen: dict[str, list[Tensor]] = {each.name: [] for each in subjects(spec)}
-    for run in position.split(RUN):
+    for run in runs:
         a, b = int(run[0]), int(run[-1]) + 1
         result = reference(
             spec,
@@ -164,7 +184,8 @@ def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
             keep_seen=True,
         )
         for each in subjects(spec):
-            chosen[each.name].append(chosen_of(result, each, tokens))
+            mask = chosen_of(result, each, tokens)
+            chosen[each.name].append(mask if alone else mask[:, position])
     return {name: torch.cat(parts, 1) for name, parts in chosen.items()}
 
 

@@ -69,13 +69,15 @@ def _tensor(
 ) -> Tensor | None:
     """One tensor; None where there is no stand-in."""
     q, k, v = qkv
+    if (neutral := _neutral(name)) is not None:
+        return torch.full(shape, neutral, dtype=k.dtype, device=k.device)
     if learned and name not in ("layer", "route"):
         return _compression(name, shape, k)
     match name.partition("_")[0], name:
         case _, "q_index":  # of the group's queries the mean, where one index head serves them all
             return q if shape[2] == q.shape[2] else q.mean(2, keepdim=True)
         case _, "k_index":
-            return _centred(k[:, :, 0])
+            return _in_series(_centred(k[:, :, 0]), shape)
         case _, "w_index":
             return torch.ones_like(q[..., 0])
         case _, "gates":
@@ -88,10 +90,32 @@ def _tensor(
         case "q", _:
             return q
         case "k", _:
-            return k
+            return _in_series(k, shape)
         case "v", _:
             return v
     return None
+
+
+OPEN, CLOSED = 20.0, -1e4  # a gate before its sigmoid; a sink that takes nothing
+
+
+def _neutral(name: str) -> float | None:
+    """The number that makes a tensor change nothing; None of one that has none.
+
+    Equal gates of a pool make it a mean; captured keys are normed and rotated already.
+    """
+    if name == "output_gate":
+        return OPEN
+    if name == "sink" or name.endswith("_sink"):
+        return CLOSED
+    if name.endswith("_key_norm") or name.startswith("cos_"):
+        return 1.0
+    return 0.0 if name.startswith(("z_", "sin_")) else None
+
+
+def _in_series(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same keys in every series, if there are several.  [1, T, ..., D] -> [1, T, ..., n, D]"""
+    return keys if keys.ndim == len(shape) else keys.unsqueeze(-2).expand(shape)
 
 
 def _compression(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
@@ -142,6 +166,14 @@ def stated(spec: Spec, heads: int) -> list[tuple[str, str]]:
         )
     if "route" in names or "layer" in names:
         found.append(("a route", "the first way of its list, or the way of layer 0"))
+    if any(name.startswith("z_") for name in names):
+        found.append(("gates of pools", "all alike: the mean, of the same keys in every series"))
+    if any(name.endswith("_key_norm") or name.startswith("cos_") for name in names):
+        found.append(("norm and rotation of pooled keys", "none: the keys have had both"))
+    if any(name.endswith("sink") for name in names):
+        found.append(("sinks", "logits so low that they take nothing"))
+    if "output_gate" in names:
+        found.append(("output gate", "open"))
     if "gates" in names:
         found.append(("gates", "none: every branch is measured by itself"))
     return found

@@ -85,7 +85,7 @@ def test_shipped_name_works_from_any_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_check_takes_less_than_a_second() -> None:
+def test_check_takes_half_a_second() -> None:
     """By the clock; by processor time where other work keeps the machine busy meanwhile."""
     walls, works = [], []
     for _ in range(6):
@@ -93,10 +93,10 @@ def test_check_takes_less_than_a_second() -> None:
         assert hsgen("check", "nsa").returncode == 0
         walls.append(time.perf_counter() - start)
         works.append(_children_time() - before)
-        if walls[-1] < 1.0:
+        if walls[-1] < 0.5:
             return
     busy = os.getloadavg()[0] > (os.cpu_count() or 1)
-    assert min(works if busy else walls) < 1.0
+    assert min(works if busy else walls) < 0.5
 
 
 def _children_time() -> float:

@@ -12,6 +12,7 @@ from hsgen.cli import main
 from hsgen.errors import HsgenError, SpecError
 from hsgen.reference import reference
 from hsgen.spec import load, parse
+from hsgen.spec.files import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTURE = ROOT / "tests" / "data" / "smollm2_layer05.safetensors"
@@ -277,3 +278,56 @@ def test_wrong_usage(tried, more, status, words, capsys):
     out, err = capsys.readouterr()
     assert not out
     assert words in " ".join(err.replace("│", " ").split())
+
+
+# --- every spec
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(shipped()) if name != "moa"])
+def test_every_shipped_spec_is_measured(name):
+    """Except moa, whose four kinds of heads are no three: shares are shares, the oracle is best."""
+    report = quality.report(load(name), CAPTURE, tokens=256, rows=64)
+    assert report.subjects
+    for each in report.measured:
+        assert 0 <= each.density <= 1
+        for way in quality.WAYS:
+            assert 0 <= each.ways[way]["mass"] <= 1 + 1e-5
+    for subject in report.subjects:
+        own = [each for each in report.measured if each.subject == subject.name]
+        total = {way: sum(each.ways[way]["mass"] for each in own) for way in quality.WAYS}
+        assert all(total["oracle"] >= total[way] - 1e-4 for way in total)
+
+
+SORTED = """
+hsgen: 1
+name: sorted
+levels:
+  - name: block
+    permute: {keys: {sort_in_segment: 64, by: mass, last: 16}}
+    partition: {blocks: 16}
+    pool: {keys: mean}
+    score: {form: dot, share: group, reduce: sum}
+    select: {top_k: 3, force: {last: 1}}
+attend: [{name: selected, over: block}]
+"""
+
+
+def test_a_choice_that_rests_on_the_whole_text_is_that_of_the_whole_text(group):
+    """Rows in the middle too: keys are ordered by what the last rows of all attend to."""
+    spec = quality.bound(parse(SORTED, "sorted.yaml"), group)
+    position = torch.arange(128, 192)
+    found = quality.choices(spec, group, position)["branch selected"]
+    q, k, v = group.q[None], group.k[None, :, None], group.v[None, :, None]
+    whole = reference(spec, standins.tensors(spec, q, k, v), dtype=torch.float32, keep_seen=True)
+    assert torch.equal(found, whole.seen["selected"][0, position].transpose(0, 1))
+    assert found.any(-1).all()
+
+
+def test_entries_that_are_no_runs_in_place_are_measured_by_their_tokens():
+    (subject,) = quality.subjects(parse(SORTED, "sorted.yaml"))
+    assert (subject.name, subject.size) == ("branch selected", 1)
+    assert subject.about == "the tokens that level block selects"
+    names = [each.name for each in quality.subjects(load("deepseek_csa"))]
+    assert names == [
+        "branch window"
+    ]  # its entries begin before their place, and are attended pooled
