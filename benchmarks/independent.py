@@ -29,6 +29,10 @@ from hsgen.reference import Result, reference, tensor_shapes
 from hsgen.spec import Spec, load, parse
 
 PAGE = common.ROOT / "docs" / "independent.md"
+KINDS = (
+    "independent",
+    "transformers",
+)  # of results, this script's and those of independent_production
 TOLERANCE = 1e-5  # the peers compute in float32
 
 FLA_NSA = """
@@ -327,6 +331,14 @@ def same_rows(left: Tensor, right: Tensor) -> Tensor:
     return (padded[0] == padded[1]).all(-1)
 
 
+TRANSFORMERS = """
+## Beside transformers' own modules
+
+Models of random weights and tiny sizes.  Their projections, and norms and rotations of tokens, make both
+sides' inputs; *index* compares choices alone.  Choices are equal, as the scores of what is chosen, in every
+row; the sets differ where scores tie: a sum of relu is exactly 0 for many entries.
+
+"""
 TEXT = """# The reference beside independent implementations
 
 hsgen's float64 reference is what every kernel is tested against, so it is itself held against code that
@@ -338,21 +350,42 @@ value; they compute in float32.  *Same choice* counts rows (query and selecting 
 
 
 def page(results: Sequence[Json]) -> str:
-    """docs/independent.md."""
-    rows, notes = [], []
-    for result in results:
-        for name, figures in result["comparisons"].items():
-            chosen = "not handed out"
-            if "rows" in figures:
-                chosen = f"{figures['same_rows']:,} of {figures['rows']:,}"
-            place = f"[{figures['repository']}](https://github.com/{figures['repository']})"
-            shown = (figures["what"], f"{figures['error']:.1e}", f"{figures['worst']:.1e}", chosen)
-            rows.append((name, *shown))
-            files = ", ".join(f"`{file}`" for file in figures["files"])
-            notes.append(f"- {name}: {place} at {figures['commit'][:10]}, {files}")
-        notes.append(f"\n{result['date']}, torch {result['torch']}, `{result['command']}`")
-    head = ("system", "sizes", "error", "worst", "same choice")
-    return TEXT + common.table(head, rows) + "\n" + "\n".join(notes) + "\n"
+    """docs/independent.md, of checkouts' results and of those beside transformers' modules."""
+    parts = [TEXT]
+    parts += [_of_checkouts(result) for result in results if "transformers" not in result]
+    parts += [_of_transformers(result) for result in results if "transformers" in result]
+    return "".join(parts)
+
+
+def _of_checkouts(result: Json) -> str:
+    notes = []
+    for name, figures in result["comparisons"].items():
+        place = f"[{figures['repository']}](https://github.com/{figures['repository']})"
+        files = ", ".join(f"`{file}`" for file in figures["files"])
+        notes.append(f"- {name}: {place} at {figures['commit'][:10]}, {files}")
+    return f"{_table(result)}\n" + "\n".join([*notes, f"\n{_made(result)}\n"])
+
+
+def _of_transformers(result: Json) -> str:
+    models = {figures["model"]: None for figures in result["comparisons"].values()}
+    shown = ", ".join(f"`{model}`" for model in models)
+    version = f"transformers {result['transformers']}: {shown}"
+    return f"{TRANSFORMERS}{_table(result)}\n{version}\n\n{_made(result)}\n"
+
+
+def _made(result: Json) -> str:
+    return f"{result['date']}, torch {result['torch']}, `{result['command']}`"
+
+
+def _table(result: Json) -> str:
+    rows = []
+    for name, figures in result["comparisons"].items():
+        chosen = "no choice" if "model" in figures else "not handed out"
+        if "rows" in figures:
+            chosen = f"{figures['same_rows']:,} of {figures['rows']:,}"
+        errors = [f"{figures[x]:.1e}" if "error" in figures else "–" for x in ("error", "worst")]
+        rows.append((name, figures["what"], *errors, chosen))
+    return common.table(("system", "sizes", "error", "worst", "same choice"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -363,7 +396,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="write docs/independent.md")
     args = parser.parse_args(argv)
     if args.report:
-        PAGE.write_text(page([common.read_json(p) for p in common.found([], "independent")]))
+        kept = [path for kind in KINDS for path in common.found([], kind)]
+        PAGE.write_text(page([common.read_json(path) for path in kept]))
         return
     result = common.provenance("benchmarks.independent", ["--sources", "DIR"], "cpu")
     result["comparisons"] = {

@@ -10,7 +10,18 @@ from dataclasses import replace
 
 import networkx as nx
 
-from hsgen.graph import Attend, Graph, GraphError, LogSumExp, Node, Normalise, Score, verify
+from hsgen.graph import (
+    Attend,
+    Graph,
+    GraphError,
+    LogSumExp,
+    Node,
+    Normalise,
+    Score,
+    Select,
+    SelectSet,
+    verify,
+)
 
 Pass = Callable[[Graph], Graph]
 
@@ -49,13 +60,20 @@ def _log_sum_exp_of_branch(graph: Graph, score: Node) -> Node | None:
     for attend in graph.users(score.inputs[1]):
         if (
             isinstance(attend.op, Attend)
-            and attend.op.over == "pooled"
+            and _attends_all(graph, attend, attend.op)
             and attend.op.scale == score.op.scale
             and attend.inputs[:2] == score.inputs
         ):
             found = [user for user in graph.users(attend.name) if isinstance(user.op, LogSumExp)]
             return found[0] if found else None
     return None
+
+
+def _attends_all(graph: Graph, attend: Node, op: Attend) -> bool:
+    """Whether a branch attends every pooled entry that is complete, by its logits as they are."""
+    chosen = any(isinstance(x.op, Select | SelectSet) for x in graph.operands(attend))
+    changed = op.softcap is not None or op.biased or op.when is not None
+    return op.over == "pooled" and not (chosen or changed)
 
 
 def drop_dead(graph: Graph) -> Graph:

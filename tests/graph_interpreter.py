@@ -727,7 +727,8 @@ def _reached(op: SelectSet, entries: list[_Entry], all_entries: int) -> list[_En
     if op.rule == "threshold":
         return [x for x in ranked if x.score > op.value]
     one = 1 << 30
-    part = round(op.value * one)
+    up = op.rule == "top_p" and op.boundary == "drop"  # against how the product is rounded
+    part = math.ceil(op.value * one) if up else math.floor(op.value * one)
     if op.rule == "fraction":
         whole = all_entries if op.of == "all" else len(entries)
         keep = -(-part * whole // one)

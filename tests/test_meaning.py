@@ -93,17 +93,7 @@ def test_a_decode_step_is_a_row_of_prefill(name):
         same(step[:, 0], whole[:, t])
 
 
-@pytest.mark.parametrize("name", by_causality("query_block"))
-def test_tokens_after_the_block_of_a_row_never_change_it(name):
-    spec = small(name)
-    size = max(level.query.block or 1 for level in spec.levels if level.query)
-    x = tensors(spec, T, T)
-    before = reference(spec, x).o
-    for t in range(size - 1, T - 1, size):
-        same(reference(spec, changed_after(spec, x, t)).o[:, : t + 1], before[:, : t + 1])
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if promised(n)[0] in ("prompt", "none")])
+@pytest.mark.parametrize("name", by_causality("prompt", "none"))
 def test_later_tokens_do_change_a_row(name):
     """Or the graph promises too little."""
     spec = small(name)

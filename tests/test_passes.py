@@ -7,14 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from graph_interpreter import evaluate
-from plan_cases import CASES, random_tensors
+from plan_cases import CASES, GATES, blocks, random_tensors
+from plan_cases import spec as make
 
 from hsgen import passes
+from hsgen import spec as language
 from hsgen.graph import Graph, GraphError, Select
 from hsgen.planner import plan
-from hsgen.spec import Spec
+from hsgen.spec import Attend, Level, Pool, Score, Spec
 
 SHARING = {"nsa", "nsa_wide", "nsa_not_causal", "nsa_union"}  # nsa_scale scores by another scale
+
+SELECTED_UPPER = Attend(name="selected", over="upper")
 
 each_case = pytest.mark.parametrize("spec", CASES, ids=lambda spec: spec.name)
 each_pass = pytest.mark.parametrize("each", passes.PASSES, ids=lambda each: each.__name__)
@@ -61,6 +65,35 @@ def test_a_branch_with_other_keys_shares_nothing() -> None:
     attend = replace(attend, inputs=("q", "other.keys", *attend.inputs[2:]))
     graph = passes.run(nsa.with_nodes([*nsa.nodes(), other]).replacing(attend))
     assert graph["compressed.mass"].inputs == ("compressed.score", "compressed.score_lse")
+
+
+@pytest.mark.parametrize(
+    ("select", "softcap"), [(language.Select(top_k=3), None), (None, 5.0), (None, None)]
+)
+def test_a_branch_whose_sum_is_another_shares_nothing(
+    select: language.Select | None, softcap: float | None
+) -> None:
+    """One that attends selected entries alone, which scores select; one that caps its logits."""
+    level = Level(
+        name="block",
+        partition=blocks(4),
+        pool=Pool(keys="mean", values="mean"),
+        score=Score(form="dot", normalise="softmax"),
+        select=select,
+    )
+    branch = Attend(name="summary", over="block", values="pooled", softcap=softcap)
+    upper = Level(
+        name="upper",
+        partition=blocks(8),
+        score=Score(source="block", map="sum"),
+        select=language.Select(top_k=2),
+    )
+    spec = make("summaries", [level, upper], [branch, SELECTED_UPPER], combine=GATES)
+    graph = passes.run(plan(spec))
+    shared = graph["block.mass"].inputs[1] == "summary.lse"
+    assert shared == (select is None and softcap is None)
+    tensors = random_tensors(spec, 21, 29)
+    torch.testing.assert_close(evaluate(graph, tensors).o, evaluate(plan(spec), tensors).o)
 
 
 def test_dead_nodes_go() -> None:

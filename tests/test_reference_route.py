@@ -269,3 +269,27 @@ def test_wrong_routes_are_refused(route: torch.Tensor, words: str) -> None:
     x = {n: t.float() for n, t in random_tensors(spec, 5, 5, batch=2).items()} | {"route": route}
     with pytest.raises(ArgumentError, match=words):
         load_kernel(spec)(**x)
+
+
+def test_a_layer_keeps_of_reuse_and_losses_what_it_has() -> None:
+    rest = """levels:
+  - name: block
+    partition: {blocks: 4}
+    pool: {keys: mean}
+    score: {form: dot, normalise: softmax}
+    select: {top_k: 2, force: {last: 1}}
+    when: near
+attend:
+  - {name: full, window: all, when: far}
+  - {name: selected, over: block, when: near}
+reuse: [{level: block, over: layers, as: final, every: 2}]
+loss: {kl: {level: block}}
+"""
+    spec = spec_of("{by: layer, table: [far, near]}", rest)
+    far, near = spec.bind(layer=0), spec.bind(layer=1)
+    assert (far.levels, far.reuse, far.loss) == ((), (), None)
+    assert [each.level for each in near.reuse] == ["block"]
+    assert near.loss == spec.loss
+    for bound in (far, near):
+        assert parse(dump(bound)) == bound
+        assert reference(bound, random_tensors(bound, 9, 9)).o.isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from itertools import permutations
 
 import pytest
@@ -134,10 +135,21 @@ def test_no_mass_keeps_nothing_but_what_is_forced():
 def test_parts_of_large_totals_do_not_overflow():
     for whole in (0, 1, (1 << 30) - 1, 1 << 30, (1 << 56) + 12345):
         for part in (1e-6, 0.3, 0.9, 1.0):
-            exact = round(part * (1 << 30)) * whole
+            least = math.floor(part * (1 << 30)) * whole
+            most = math.ceil(part * (1 << 30)) * whole
             got = share_of(part, torch.tensor(whole)).item()
-            assert got == -(-exact >> 30), (part, whole)
-            assert share_of(part, torch.tensor(whole), up=False).item() == exact >> 30
+            assert got == -(-least >> 30), (part, whole)
+            assert share_of(part, torch.tensor(whole), up=False).item() == most >> 30
+
+
+def test_parts_of_counts_are_those_of_arithmetic():
+    """0.4 of 10 is 4, though 2^-30 divides no tenth: up and down, as with fractions."""
+    for percent in range(1, 101):
+        for whole in (1, 2, 3, 7, 10, 20, 25, 50, 64, 100, 999, 1000, 4096):
+            exact = Fraction(percent, 100) * whole
+            number = torch.tensor(whole)
+            assert share_of(percent / 100, number).item() == math.ceil(exact)
+            assert share_of(percent / 100, number, up=False).item() == math.floor(exact)
 
 
 def test_forced_masses_count_or_do_not():

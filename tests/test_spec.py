@@ -418,3 +418,49 @@ def test_levels_can_be_changed_in_python() -> None:
     level: Level = spec.levels[0].model_copy(update={"select": Select(top_k=8)})
     changed: Spec = spec.model_copy(update={"levels": (level,)})
     assert verify(changed).levels[0].select == Select(top_k=8)
+
+
+CLUSTERS = """
+hsgen: 1
+name: clusters
+causal: false
+levels:
+  - name: {first}
+  - name: {second}
+attend: [{{name: selected, over: b}}]
+"""
+OF_CLUSTERS = """c
+    permute: {keys: {kmeans: 4, iterations: 2}}
+    partition: clusters
+    pool: {keys: mean}
+    score: {form: dot, normalise: softmax}"""
+
+
+BLOCKS = """c
+    partition: {blocks: 8}
+    pool: {keys: mean}
+    score: {form: dot}"""
+MAPPED = """b
+    partition: {blocks: 8}
+    score: {from: c, map: sum}"""
+TOKENS = """b
+    within: c
+    partition: tokens
+    score: {form: dot}"""
+BEAM, KEPT = "\n    select: {beam: 2}", "\n    select: {top_k: 2}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (OF_CLUSTERS, MAPPED + KEPT),
+        (OF_CLUSTERS + BEAM, TOKENS + KEPT),
+        (BLOCKS + BEAM, OF_CLUSTERS.replace("c\n", "b\n    within: c\n", 1) + KEPT),
+    ],
+    ids=["mapped", "narrowed", "within"],
+)
+def test_clusters_have_no_size_that_others_rest_on(first, second):
+    """Neither a map nor a level within is judged by sizes where there is none."""
+    with pytest.raises(SpecError) as caught:
+        parse(CLUSTERS.format(first=first, second=second))
+    assert [each.code for each in caught.value.diagnostics] == ["HS134"]

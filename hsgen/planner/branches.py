@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -112,7 +113,7 @@ def _attend(
 
 
 def _pattern(spec: language.Spec, static: language.Static) -> Pattern:
-    spans = [(span.window, round(span.grow * (1 << 30)), span.sink) for span in static.per_head]
+    spans = [(span.window, math.ceil(span.grow * (1 << 30)), span.sink) for span in static.per_head]
     return Pattern(
         spans=tuple(spans) or ((static.window or 0, 0, static.sink),),
         dilation=static.dilation,

@@ -171,7 +171,7 @@ def _spans_of_heads(static: Static, Hq: int, N: int) -> tuple[list[int], list[in
     if not static.per_head:
         return [static.window or 0] * Hq, [static.sink] * Hq
     spans = [static.per_head[h % len(static.per_head)] for h in range(Hq)]
-    grown = [fixed(span.grow) * max(0, N - span.window) // ONE for span in spans]
+    grown = [fixed(span.grow, up=True) * max(0, N - span.window) // ONE for span in spans]
     windows = [span.window + more for span, more in zip(spans, grown, strict=True)]
     return windows, [span.sink for span in spans]
 

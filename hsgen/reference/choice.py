@@ -71,14 +71,17 @@ def _early(ranking: Tensor, keep: Tensor) -> Tensor:
     return torch.zeros_like(ranking, dtype=torch.bool).scatter_(-1, ranking, early)
 
 
-def fixed(value: float) -> int:
-    """A part of a whole as a number of 2^-30, the nearest."""
-    return round(value * ONE)
+def fixed(value: float, *, up: bool) -> int:
+    """A part of a whole as a number of 2^-30, the next one up or down.
+
+    Against the way in which its product is rounded, or 0.4 of 10 would be 5.
+    """
+    return math.ceil(value * ONE) if up else math.floor(value * ONE)
 
 
 def share_of(part: float, whole: Tensor, *, up: bool = True) -> Tensor:
     """part * whole, rounded up or down, in integers that do not overflow below 2^62 / part."""
-    units = fixed(part)
+    units = fixed(part, up=not up)
     high, low = whole // ONE, whole % ONE
     return units * high + (units * low + (ONE - 1 if up else 0)) // ONE
 

@@ -39,8 +39,8 @@ LAYERS: dict[str, int] = {"small_thinker": 1}
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
-# Specs put together from loops that another has too: a few of the covering cases and, on the CPU, every
-# other probe in one dtype and every third law (on a GPU all).  All others get all of them.
+# Specs put together from loops that another has too: on the CPU a few of the covering cases, every other
+# probe and every third law; on a GPU all of them.  All others get all of them everywhere.
 ALIKE: dict[str, str] = {
     "dsa_gqa": "hisa",
     "infllm_v2": "nsa",

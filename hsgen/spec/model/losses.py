@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Literal
 
 from hsgen.spec.model.scalars import Identifier, Node
@@ -36,3 +37,10 @@ class Loss(Node):
 
     kl: Kl | None = None
     distill: Distill | None = None
+
+    def of(self, levels: Container[str | None], branches: Container[str | None]) -> Loss | None:
+        """What is left where only some levels and branches are."""
+        kl = self.kl if self.kl and self.kl.level in levels else None
+        pair = self.distill
+        kept = pair is not None and pair.student in branches and pair.teacher in branches
+        return Loss(kl=kl, distill=pair if kept else None) if kl or kept else None

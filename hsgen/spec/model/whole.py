@@ -223,6 +223,8 @@ class Spec(Node):
         for level in reversed(self.levels):
             needed |= level.named if level.name in needed else set()
         levels = [j for j, level in enumerate(self.levels) if level.name in needed]
+        loss = self.loss and self.loss.of(needed, {self.attend[i].name for i in branches})
+        reuse = [i for i, each in enumerate(self.reuse) if each.level in needed]
         gone = {"when": None}
         left = self.model_copy(
             update={
@@ -231,9 +233,11 @@ class Spec(Node):
                 "levels": tuple(self.levels[j].model_copy(update=gone) for j in levels),
                 "attend": tuple(self.attend[i].model_copy(update=gone) for i in branches),
                 "combine": self.combine and self.combine.of(len(branches)),
+                "reuse": tuple(self.reuse[i] for i in reuse),
+                "loss": loss,
             }
         )
-        moved = {"levels": levels, "attend": branches}
+        moved = {"levels": levels, "attend": branches, "reuse": reuse}
         places = ((_moved(path, moved), span) for path, span in self._spans.items())
         return left.located({path: span for path, span in places if path is not None})
 

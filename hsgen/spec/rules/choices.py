@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import SELECT_RULES, Level, Path, Select, Spec
+from hsgen.spec.model import SELECT_RULES, Clusters, Level, Path, Select, Spec
 from hsgen.spec.rules.names import uses
 from hsgen.spec.rules.problem import Problem
 
@@ -39,6 +39,8 @@ def _nesting_problem(spec: Spec, parent: Level, child: Level) -> tuple[str, str,
         return "HS066", expected, f"write 'select: {{beam: 64}}' in '{parent.name}'"
     for level in (parent, child):
         blocks = level.partition
+        if isinstance(blocks, Clusters):
+            return None  # of no size; `orders` says so
         if blocks.size != blocks.stride:
             expected = (
                 f"expected levels without overlap, got '{level.name}' with stride {blocks.stride}"

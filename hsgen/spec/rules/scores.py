@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Level, Path, Score, Spec
+from hsgen.spec.model import Clusters, Level, Path, Score, Spec
 from hsgen.spec.rules.problem import Problem, either
 
 
@@ -200,6 +200,8 @@ def maps(spec: Spec) -> Iterator[Problem]:
         if score.map is None or score.source not in levels:
             continue
         j, source = levels[score.source]
+        if isinstance(source.partition, Clusters) or isinstance(level.partition, Clusters):
+            continue  # of no size; `orders` says so
         wrong = _map_problem(score.map, source, level)
         if wrong:
             yield Problem(
