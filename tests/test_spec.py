@@ -443,7 +443,7 @@ BLOCKS = """c
 MAPPED = """b
     partition: {blocks: 8}
     score: {from: c, map: sum}"""
-TOKENS = """b
+NARROWED = """b
     within: c
     partition: tokens
     score: {form: dot}"""
@@ -454,7 +454,7 @@ BEAM, KEPT = "\n    select: {beam: 2}", "\n    select: {top_k: 2}"
     ("first", "second"),
     [
         (OF_CLUSTERS, MAPPED + KEPT),
-        (OF_CLUSTERS + BEAM, TOKENS + KEPT),
+        (OF_CLUSTERS + BEAM, NARROWED + KEPT),
         (BLOCKS + BEAM, OF_CLUSTERS.replace("c\n", "b\n    within: c\n", 1) + KEPT),
     ],
     ids=["mapped", "narrowed", "within"],
