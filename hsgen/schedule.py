@@ -5,11 +5,10 @@ The only stage that decides on launches.  Values that tuning varies are a kernel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-from hsgen import configs, rows
+from hsgen import configs, refusals, rows
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -26,7 +25,6 @@ from hsgen.graph import (
     Node,
     Norm,
     Normalise,
-    Op,
     OutputGate,
     Permute,
     Pool,
@@ -47,17 +45,6 @@ from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, 
 from hsgen.rows import Entries, next_power
 from hsgen.target import Target
 
-# operators that no kernel does yet, whatever their fields
-_NO_KERNEL: Mapping[type[Op], str] = {
-    Cluster: "level {op.level}: no kernel clusters keys yet",
-    Permute: "level {op.level}: no kernel puts keys in another order yet",
-    SelectSet: "level {op.level}: no kernel selects by {op.rule} yet",
-    Recall: "level {op.level}: no kernel takes over a selection yet",
-    Carry: "level {op.level}: no kernel takes over a selection yet",
-    Divergence: "no kernel computes a loss yet",
-    Distance: "no kernel computes a loss yet",
-    Union: "no kernel takes one softmax over several branches yet: `combine: {{softmax: union}}`",
-}
 SCRATCH_BYTES = 64 << 20
 SORT_LIMIT = 4096  # pairs that the index kernel sorts in registers
 
@@ -131,23 +118,9 @@ class _Scheduler:
     def _tiles(self) -> configs.RowTiles:
         return configs.RowTiles(target=self.target, dtype=self.dtype)
 
-    def _no_kernel(self, node: Node) -> str | None:
-        """Why no kernel does an operator, if none does."""
-        op = node.op
-        if isinstance(op, Attend) and op.over == "static":
-            return f"branch {op.branch}: no kernel attends a static pattern yet"
-        if isinstance(op, Attend) and op.over == "pooled" and len(node.inputs) > 3:
-            return f"branch {op.branch}: no kernel attends pooled entries of a selection yet"
-        if node.name in self.graph.outputs.streams.values():
-            return "no kernel puts out branches apart yet: `combine: {streams: branches}`"
-        return _NO_KERNEL[type(op)].format(op=op) if type(op) in _NO_KERNEL else None
-
     def _refuse(self) -> None:
         """Operators that no kernel does yet, and sizes that none holds."""
-        self._refuse_routes()
-        for node in self.graph.nodes():
-            if message := self._no_kernel(node) or _no_kernel_for(node):
-                raise PlanError(message, span=node.span)
+        refusals.refuse(self.graph)
         for name in ("Hq", "Hkv", "Dqk", "Dv"):
             if name not in self.graph.sizes:
                 raise PlanError(
@@ -159,14 +132,6 @@ class _Scheduler:
                 raise PlanError(
                     f"head dim {name}: expected a multiple of 16 from 16 to 256, got {dim}"
                 )
-
-    def _refuse_routes(self) -> None:
-        for node in self.graph.nodes():
-            if isinstance(node.op, Route):
-                by_layer = node.op.by == "layer"
-                help = "give `layer` to load_kernel, or `--layer`" if by_layer else None
-                message = f"no kernel takes a route by {node.op.by} yet: `route`"
-                raise PlanError(message, span=node.span, help=help)
 
     @property
     def shape(self) -> rows.Shape:
@@ -820,82 +785,3 @@ def _strides(x: str) -> tuple[str, ...]:
 
 def _lse_strides(x: str) -> tuple[str, ...]:
     return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
-
-
-# --- what no kernel does yet
-
-
-def _no_kernel_for(node: Node) -> str | None:
-    """What of one operator no kernel does yet; None where some kernel does it."""
-    match node.op:
-        case Pool() | Norm() | Rotate():
-            return _no_pool_for(node.op)
-        case Attend():
-            return _no_attend_for(node, node.op)
-        case Union():
-            message = "no kernel takes one softmax over several branches yet"
-            return f"{message}: `combine: {{softmax: union}}`"
-        case Cluster() | Permute() | Score() | Select() | SelectSet():
-            lacking = _no_level_for(node.op)
-            return lacking and f"level {node.op.level}: no kernel {lacking} yet"
-        case Round(dtype=dtype):
-            return f"%{node.name}: no kernel scores vectors kept in {dtype} yet"
-        case OutputGate(each=each):
-            return f"no kernel gates the output by {each} yet"
-        case _:
-            return None
-
-
-def _no_attend_for(node: Node, op: Attend) -> str | None:
-    """What no kernel does of a branch, and the words for it."""
-    lacks = (
-        (op.over == "static", "attends a static pattern"),
-        (op.latent, "reads values from latent keys"),
-        (op.softcap is not None, "caps logits"),
-        (op.sink, "has a sink logit"),
-        (op.over == "pooled" and len(node.inputs) > 3, "attends pooled entries of a selection"),
-        (op.biased, "adds a learned bias to logits"),
-    )
-    words = next((words for lacking, words in lacks if lacking), None)
-    return words and f"branch {op.branch}: no kernel {words} yet"
-
-
-def _no_level_for(op: Cluster | Permute | Score | Select | SelectSet) -> str | None:
-    """What no kernel does of a level, in words."""
-    match op:
-        case Cluster():
-            return "clusters keys"
-        case Permute():
-            return "puts keys in another order"
-        case SelectSet():
-            return f"selects by {op.rule}"
-        case Score(form="relu_sum"):
-            return "sums an index without weights"
-        case Score(form="code_match"):
-            return "compares codes"
-        case Score(grouped=True):
-            return "sums an index inside each group"
-        case Score(form="bias") | Score(biased=True):
-            return "scores by a learned bias"
-        case Select(tail=True):
-            return "forces a tail"
-        case Select(joined=str()):
-            return "forces another selection"
-        case _:
-            return None
-
-
-def _no_pool_for(op: Pool | Norm | Rotate) -> str | None:
-    match op:
-        case Pool(how="mlp" | "gated" | "max_min_mean" as how, level=level):
-            return f"level {level}: no kernel pools by {how} yet"
-        case Pool(before=int(), level=level):
-            return f"level {level}: no kernel has entries that begin before their place yet"
-        case Pool(series=int(), level=level):
-            return f"level {level}: no kernel pools several series yet"
-        case Norm(level=level):
-            return f"level {level}: no kernel norms pooled keys yet"
-        case Rotate(level=level):
-            return f"level {level}: no kernel rotates pooled keys yet"
-        case Pool():
-            return None

@@ -23,7 +23,7 @@ reference  analysis  planner  passes    the meaning · the costs · Spec -> Grap
 plan
 rows  dryrun                            a kernel's loops · one call on paper
 kernels
-configs                                 the tiles a kernel starts from
+configs  refusals                       the tiles a kernel starts from · what no kernel does yet
 schedule  driver                        Graph, Target -> Plan
 emit                                    Plan -> source text
 allowlist  store
@@ -55,7 +55,7 @@ schema  files
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes plan rows kernels configs schedule driver emit "
+    "errors paths target spec graph analysis planner passes plan rows kernels configs refusals schedule driver emit "
     "allowlist store workers build resources pipeline catalogue verify dryrun report compare progress cli "
     "svg layout drawing"
 ).split()

@@ -1,0 +1,128 @@
+"""What no kernel does yet, of everything that a graph can say: one place, which names operator and line.
+
+A size or a combination that a loop cannot have is refused where that loop is planned, by `schedule`.
+"""
+
+from __future__ import annotations
+
+from hsgen.errors import PlanError
+from hsgen.graph import (
+    Attend,
+    Carry,
+    Cluster,
+    Distance,
+    Divergence,
+    Graph,
+    Node,
+    Norm,
+    OutputGate,
+    Permute,
+    Pool,
+    Recall,
+    Rotate,
+    Round,
+    Route,
+    Score,
+    Select,
+    SelectSet,
+    Union,
+)
+
+
+def refuse(graph: Graph) -> None:
+    """Nothing, where kernels reach all operators.
+
+    Raises:
+        PlanError: one that they do not; routes first, since a bound layer may have none of the rest.
+    """
+    for node in sorted(graph.nodes(), key=lambda node: not isinstance(node.op, Route)):
+        if words := _lacking(graph, node):
+            by_layer = isinstance(node.op, Route) and node.op.by == "layer"
+            help = "give `layer` to load_kernel, or `--layer`" if by_layer else None
+            raise PlanError(words, span=node.span, help=help)
+
+
+def _lacking(graph: Graph, node: Node) -> str | None:
+    """What of one operator no kernel does yet; None where some kernel does it."""
+    if node.name in graph.outputs.streams.values():
+        return "no kernel puts out branches apart yet: `combine: {streams: branches}`"
+    match node.op:
+        case Route(by=by):
+            return f"no kernel takes a route by {by} yet: `route`"
+        case Attend():
+            words = _of_attend(graph, node, node.op)
+            return words and f"branch {node.op.branch}: no kernel {words} yet"
+        case Union():
+            words = "no kernel takes one softmax over several branches yet"
+            return f"{words}: `combine: {{softmax: union}}`"
+        case Round(dtype=dtype):
+            return f"%{node.name}: no kernel scores vectors kept in {dtype} yet"
+        case OutputGate(each=each):
+            return f"no kernel gates the output by {each} yet"
+        case Divergence() | Distance():
+            return "no kernel computes a loss yet"
+        case Pool() | Norm() | Rotate() as op:
+            words = _of_entries(op)
+            return words and f"level {op.level}: no kernel {words} yet"
+        case Cluster() | Permute() | Recall() | Carry() | Score() | Select() | SelectSet() as op:
+            words = _of_choice(op)
+            return words and f"level {op.level}: no kernel {words} yet"
+        case _:
+            return None
+
+
+def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
+    chosen = any(isinstance(x.op, Select | SelectSet) for x in graph.operands(node))
+    lacks = (
+        (op.over == "static", "attends a static pattern"),
+        (op.latent, "reads values from latent keys"),
+        (op.softcap is not None, "caps logits"),
+        (op.sink, "has a sink logit"),
+        (op.over == "pooled" and chosen, "attends pooled entries of a selection"),
+        (op.biased, "adds a learned bias to logits"),
+    )
+    return next((words for lacking, words in lacks if lacking), None)
+
+
+def _of_entries(op: Pool | Norm | Rotate) -> str | None:
+    match op:
+        case Pool(how="mlp" | "gated" | "max_min_mean" as how):
+            return f"pools by {how}"
+        case Pool(before=int()):
+            return "has entries that begin before their place"
+        case Pool(series=int()):
+            return "pools several series"
+        case Pool():
+            return None
+        case Norm():
+            return "norms pooled keys"
+        case Rotate():
+            return "rotates pooled keys"
+
+
+def _of_choice(
+    op: Cluster | Permute | Recall | Carry | Score | Select | SelectSet,
+) -> str | None:
+    match op:
+        case Cluster():
+            return "clusters keys"
+        case Permute():
+            return "puts keys in another order"
+        case Recall() | Carry():
+            return "takes over a selection"
+        case SelectSet():
+            return f"selects by {op.rule}"
+        case Score(form="relu_sum"):
+            return "sums an index without weights"
+        case Score(form="code_match"):
+            return "compares codes"
+        case Score(grouped=True):
+            return "sums an index inside each group"
+        case Score(form="bias") | Score(biased=True):
+            return "scores by a learned bias"
+        case Select(tail=True):
+            return "forces a tail"
+        case Select(joined=str()):
+            return "forces another selection"
+        case _:
+            return None
