@@ -55,9 +55,9 @@ schema  files
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes plan rows kernels configs refusals schedule driver emit "
-    "allowlist store workers build resources pipeline catalogue verify dryrun report compare progress cli "
-    "svg layout drawing"
+    "errors paths target spec graph analysis planner passes plan rows kernels configs refusals "
+    "schedule driver emit allowlist store workers build resources pipeline catalogue verify dryrun "
+    "report compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.
