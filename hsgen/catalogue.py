@@ -34,6 +34,21 @@ OPERATORS = (
 )
 ABOUT = {"hsgen", "name", "source", "heads", "head_dim", "causal", "levels"}  # no operator
 
+# How far hsgen means to go with a system; systems that are no spec yet stand here already.  No part of a
+# spec, since `hsgen new` copies those.  A new spec is one word here, unless it is a preset of a system that
+# is here, as nsa_fla is of nsa: those have its tier.  A shipped spec without a tier fails a test.
+TIERS = {
+    # fast, trained and decoded
+    "A": "dsa hip hirouter hisa infllm_v2 minimax_m3 moba nsa psa quest seer_attention vsa xattention",
+    # right and compiled, fast where its operators are those of an A
+    "B": "biformer deepseek_csa deepseek_hca delta dhsa dma draft_attention flash_moba flex_prefill "
+    "flux_attention fsa glm_kpool gna hylra index_cache kinetics minference moa nosa pbs_attn "
+    "power_attention proxy_attn qwen_qsa routing_transformer s2_attention s2o sale sparge sparse_d sqa "
+    "ssa step_csa superlinear svg2 svg_ear token_sparse",
+    # spec and reference, compiled where the kernels of others reach it
+    "C": "delta_llm hydra sea small_thinker spatten spt",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
@@ -44,6 +59,11 @@ class Entry:
     graph: Graph | None
     plan: Plan | None
     problem: str
+
+    @property
+    def tier(self) -> str | None:
+        """How far hsgen means to go with it."""
+        return tier(self.spec.name)
 
     @property
     def causality(self) -> Causality | None:
@@ -85,6 +105,7 @@ class Entry:
             "name": self.spec.name,
             "essence": self.essence,
             "source": self.spec.source,
+            "tier": self.tier,
             "levels": [level.name for level in self.spec.levels],
             "operators": dict(operators(self.spec)),
             "causality": self.causality,
@@ -113,7 +134,7 @@ class Catalogue:
         }
 
     def __str__(self) -> str:
-        heads = ("spec", "source", "levels", "causality", "phases", "of dense", "kernels")
+        heads = ("spec", "tier", "source", "levels", "causality", "phases", "of dense", "kernels")
         table = align([heads, *map(_cells, self.entries)])
         below = [_below(entry) for entry in self.entries]
         rows = [line for row, lines in zip(table[1:], below, strict=True) for line in (row, *lines)]
@@ -165,6 +186,17 @@ def entry(path: Path, target: Target) -> Entry:
     except PlanError as error:
         problem = _one_line(error)
     return Entry(spec=spec, essence=essence(text.decode()), graph=graph, plan=plan, problem=problem)
+
+
+def tier(name: str) -> str | None:
+    """The tier of a spec: that of the system whose name is its own, or the longest beginning of it."""
+    words = name.split("_")
+    for end in range(len(words), 0, -1):
+        system = "_".join(words[:end])
+        for letter, systems in TIERS.items():
+            if system in systems.split():
+                return letter
+    return None
 
 
 def _one_line(error: HsgenError) -> str:
@@ -249,6 +281,7 @@ def _pair(key: str, node: Tree) -> str:
 def _cells(entry: Entry) -> tuple[str, ...]:
     return (
         entry.spec.name,
+        entry.tier or "-",
         entry.spec.source or "-",
         ", ".join(level.name for level in entry.spec.levels) or "-",
         entry.causality or "-",
@@ -274,15 +307,17 @@ _PAGE = """\
 
 Every spec in `specs/`, with what hsgen derives from it.  This page is what `hsgen specs --page` prints.
 
-**Causality**: what row t depends on; `token` means tokens up to t.  **Phases**: *prefill* is a whole call,
-*select* the choice alone; no spec has kernels of its own for decoding yet.  **FLOPs**: those of the graph's
-operators, as a polynomial in T at batch 1 and S = T; **of dense** compares them at {tokens} tokens with dense
-attention of the same heads, *≤* where a pattern or a rule leaves an unknown part of it.  A spec that leaves
-heads open is counted at {heads}.  **Kernels**: how many the
-plan for {target}, bf16, has; *none* comes with the reason.
+**Tier**: how far hsgen means to go, which is not yet how far it is: *A* fast, trained and decoded; *B* right
+and compiled, fast where its operators are those of an A; *C* spec and reference, compiled where the kernels
+of others reach it.  **Causality**: what row t depends on; `token` means tokens up to t.  **Phases**:
+*prefill* is a whole call, *select* the choice alone; no spec has kernels of its own for decoding yet.
+**FLOPs**: those of the graph's operators, as a polynomial in T at batch 1 and S = T; **of dense** compares
+them at {tokens} tokens with dense attention of the same heads, *≤* where a pattern or a rule leaves an
+unknown part of it.  A spec that leaves heads open is counted at {heads}.
+**Kernels**: how many the plan for {target}, bf16, has; *none* comes with the reason.
 
-| system | essence | source | levels | causality | phases | FLOPs | of dense | kernels |
-| --- | --- | --- | --- | --- | --- | --- | ---: | --- |
+| system | essence | tier | source | levels | causality | phases | FLOPs | of dense | kernels |
+| --- | --- | --- | --- | --- | --- | --- | --- | ---: | --- |
 {table}
 
 {served}
@@ -300,6 +335,7 @@ def _row(entry: Entry) -> str:
     cells = (
         f"[{entry.spec.name}](../specs/{entry.spec.name}.yaml)",
         entry.essence,
+        entry.tier or "–",
         entry.spec.source or "–",
         ", ".join(level.name for level in entry.spec.levels) or "–",
         entry.causality or "–",

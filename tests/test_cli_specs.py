@@ -81,6 +81,25 @@ def test_essence_is_the_first_sentence_of_the_header(text: str, said: str):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_spec_has_a_tier(name: str):
+    """catalogue.TIERS says where to add one."""
+    assert catalogue.tier(name) in catalogue.TIERS
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("nsa", "A"), ("nsa_fla", "A"), ("nsafla", None), ("flash_moba", "B"), ("delta_llm", "C")],
+)
+def test_preset_has_the_tier_of_its_system(name: str, said: str | None):
+    assert catalogue.tier(name) == said
+
+
+def test_no_system_has_two_tiers():
+    systems = [system for listed in catalogue.TIERS.values() for system in listed.split()]
+    assert len(systems) == len(set(systems))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_json_says_what_show_says(name: str, capsys: pytest.CaptureFixture[str]):
     assert main(["specs", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -89,6 +108,7 @@ def test_json_says_what_show_says(name: str, capsys: pytest.CaptureFixture[str])
     main(["show", name, "--json"])
     shown = json.loads(capsys.readouterr().out)
     assert mine["source"] == load(name).source
+    assert mine["tier"] == catalogue.tier(name)
     assert mine["causality"] == shown["graph"]["causality"]
     assert (mine["problem"] is None) == (shown["problem"] is None)
     if shown["plan"]:
@@ -151,7 +171,7 @@ def test_spec_without_a_graph_says_why(entry, monkeypatch: pytest.MonkeyPatch):
     one = entry(TEXT)
     assert (one.graph, one.flops, one.causality, one.of_dense) == (None, None, None, None)
     alone = catalogue.Catalogue(entries=(one,), target=H100)
-    assert str(alone).splitlines()[1].split() == ["small", "-", "chunk", "-", "-", "-", "none"]
+    assert str(alone).splitlines()[1].split() == ["small", "-", "-", "chunk", "-", "-", "-", "none"]
     assert f"\n  {one.problem}\n" in str(alone)
     assert f"| – | – | – | – | none: {one.problem} |" in alone.page()
     assert "make the kernels of 0 of the 1 systems." in alone.page()
@@ -201,7 +221,7 @@ def test_page_has_two_lines_for_every_system(listed: catalogue.Catalogue):
     for one in listed.entries:
         name = one.spec.name
         (row,) = re.findall(rf"^\| \[{name}\]\(\.\./specs/{name}\.yaml\) \|.*$", page, re.MULTILINE)
-        assert len(re.findall(r"(?<!\\)\|", row)) == 10
+        assert len(re.findall(r"(?<!\\)\|", row)) == 11
         assert f"\n- **{name}**: " in page
 
 
