@@ -27,13 +27,15 @@ from hsgen.graph import (
     Node,
     Norm,
     Normalise,
-    Op,
     OutputGate,
     Pattern,
     Permute,
     Pool,
+    PoolHeads,
+    PoolRows,
     Recall,
     Reduce,
+    ReduceRows,
     Rotate,
     Round,
     Route,
@@ -45,6 +47,7 @@ from hsgen.graph import (
     Union,
     align,
     befores,
+    block_of,
     dump,
     partitions,
     tensor_inputs,
@@ -57,14 +60,14 @@ Causality = Literal["token", "query_block", "prompt", "none"]
 
 def causality(graph: Graph) -> Causality:
     """What row t depends on: the loosest of its operators."""
-    found = {_op_causality(node.op, causal=graph.meta.causal) for node in graph.nodes()}
+    found = {_op_causality(node, causal=graph.meta.causal) for node in graph.nodes()}
     loosest_first: tuple[Causality, ...] = ("none", "prompt", "query_block", "token")
     return next(each for each in loosest_first if each in found)
 
 
-def _op_causality(op: Op, *, causal: bool) -> Causality:
+def _op_causality(node: Node, *, causal: bool) -> Causality:
     """`token` where the result of row t needs nothing after t, given operands that do not."""
-    match op:
+    match op := node.op:
         case SelectSet() if causal and op.scope == "head":
             return "prompt"  # rows of a head are ranked together
         case SelectSet() if causal and op.of == "all":
@@ -75,6 +78,8 @@ def _op_causality(op: Op, *, causal: bool) -> Causality:
             return _axes_causality(op.pattern, causal=causal)
         case Permute() if causal and op.by == "mass":
             return "prompt"  # the last rows say which keys come first
+        case PoolRows() | ReduceRows() if causal:
+            return "prompt" if op.last is not None else "query_block"
         case Score() | Map() | Select() | SelectSet() | Attend():
             return "token" if causal else "none"  # entries count once complete, tokens once seen
         case Recall() | Carry() | Divergence() | Distance():
@@ -97,6 +102,8 @@ def _op_causality(op: Op, *, causal: bool) -> Causality:
             | OutputGate()
         ):
             return "token"  # row by row, or entry by entry, of what the operators above have masked
+        case PoolRows() | PoolHeads() | ReduceRows():
+            return "token"
         case _:
             assert_never(op)
 
@@ -111,6 +118,32 @@ def _axes_causality(pattern: Pattern, *, causal: bool) -> Causality:
     if not pattern.without_units or not first.causal:
         return "none"
     return "token" if all(axis.causal for axis in pattern.axes) else "query_block"
+
+
+def query_block(graph: Graph) -> int | None:
+    """Rows of a block that see to the end of it, where causality is `query_block`; None: not bound.
+
+    What a block of rows chooses by is tokens up to the end of the entries that begin in it.  Windows
+    along axes see a whole step of the first one.
+    """
+    known, sizes = partitions(graph), [1]
+    for node in graph.nodes():
+        rows = block_of(node.type.dims[1]) if len(node.type.dims) == 4 else None
+        entries = node.type.dims[-1].partition("_")[2]
+        sizes += [rows or 1, (known[entries][0] or 1) if rows and entries in known else 1]
+        if isinstance(node.op, Attend) and node.op.pattern is not None:
+            steps = [axis.length for axis in node.op.pattern.axes[1:]]
+            if None in steps:
+                return None
+            sizes.append(math.prod(step or 1 for step in steps))
+    return math.lcm(*sizes)
+
+
+def causality_text(graph: Graph) -> str:
+    """Causality as it prints: a block of queries with its size."""
+    found = causality(graph)
+    rows = query_block(graph) if found == "query_block" else None
+    return f"query_block({rows})" if rows else found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +240,8 @@ def _unreachable_because(graph: Graph, attend: Node) -> str | None:
         assert isinstance(select, Select | SelectSet)
         if select.size != select.stride:
             return f"entries of level {select.level} overlap or leave gaps"
-        if graph.meta.causal and select.size > 1 and not (select.last or select.tail):
+        alone = selection.type.dims[1] == "T"  # blocks of rows may choose their own entries
+        if graph.meta.causal and alone and select.size > 1 and not (select.last or select.tail):
             return f"level {select.level} does not force the own block"
         if isinstance(select, SelectSet) or select.within is None:
             return None
@@ -380,12 +414,19 @@ class _Counts:
             return _from(0, Polynomial(t0=self.graph.sizes[f"N_{level}"]))
         return _from(size, Polynomial(t1=1 / stride, t0=1 - size / stride))
 
-    def complete(self, level: str) -> Cost:
-        """Pairs of a row and an entry that is complete for it."""
-        size, stride = self.reach(level)
+    def complete(self, level: str, rows: str = "T") -> Cost:
+        """Pairs of a row, or of rows that choose together, and an entry that counts for it."""
+        causal, (size, stride) = self.graph.meta.causal, self.reach(level)
+        if rows == "1":
+            return self.entries(level)
+        block = block_of(rows)
         if stride == 0:
-            return _from(0, Polynomial(t1=self.graph.sizes[f"N_{level}"]))
-        return _complete_pairs(size, stride, causal=self.graph.meta.causal)
+            return _from(0, Polynomial(t1=self.graph.sizes[f"N_{level}"] / (block or 1)))
+        if block is None:
+            return _complete_pairs(size, stride, causal=causal)
+        part = 0.5 if causal else 1.0
+        own = 0.5 / min(block, stride) if causal else 0.0
+        return _from(0, Polynomial(t2=part / (block * stride), t1=own))
 
     def children(self, level: str) -> Cost:
         """Pairs of a row and a complete entry inside the beam."""
@@ -413,7 +454,8 @@ class _Counts:
         assert isinstance(op, Select)
         if op.size == 0:
             return _complete_pairs(1, 1, causal=self.graph.meta.causal)
-        own = op.size if op.last > 0 else op.size + 2 if op.tail else 1
+        block = block_of(selection.type.dims[1]) or 1
+        own = max(op.size, block) if op.last > 0 else op.size + 2 if op.tail else block
         return _selected_pairs(op.width * op.size, own=own, causal=self.graph.meta.causal)
 
     def kept(self, level: str, selection: Node) -> Cost:
@@ -437,22 +479,28 @@ class _Counts:
             return self.children(last.removeprefix("C_")) * self.product(dims[2:-1])
         if last.startswith("W_"):
             _, stride = self.partitions[last.removeprefix("W_")]
+            block = block_of(dims[1]) or 1
             if stride == 0:
                 words = -(-self.graph.sizes[f"N_{last.removeprefix('W_')}"] // WORD)
-                return _from(0, Polynomial(t1=words)) * self.product(dims[2:-1])
-            return _from(0, Polynomial(t2=1 / (WORD * stride))) * self.product(dims[2:-1])
+                each = Polynomial(t1=words / block)
+            elif dims[1] == "1":
+                each = Polynomial(t1=1 / (WORD * stride))
+            else:
+                each = Polynomial(t2=1 / (WORD * stride * block))
+            return _from(0, each) * self.product(dims[2:-1])
         if last.startswith("N_"):
-            return self.complete(last.removeprefix("N_")) * self.product(dims[2:-1])
+            return self.complete(last.removeprefix("N_"), dims[1]) * self.product(dims[2:-1])
         if len(dims) > 1 and dims[1].startswith("N_"):
             return self.entries(dims[1].removeprefix("N_")) * self.product(dims[2:])
-        per_token = {"T", "S"} & set(dims)
-        unit = Polynomial(t1=1.0) if per_token else Polynomial(t0=1.0)
-        rest = tuple(dim for dim in dims if dim not in ("B", "T", "S", "Z"))
+        rows = [1 / (block_of(dim) or 1) for dim in dims if dim in ("T", "S") or block_of(dim)]
+        unit = Polynomial(t1=rows[0]) if rows else Polynomial(t0=1.0)
+        rest = tuple(dim for dim in dims if dim not in ("B", "T", "S", "Z") and not block_of(dim))
         return _from(0, unit) * self.product(rest)
 
     def product(self, dims: tuple[str, ...]) -> int:
         sizes = self.graph.sizes
-        return math.prod(int(dim) if dim.isdecimal() else sizes[dim] for dim in dims)
+        factors = [factor for dim in dims for factor in dim.split("*")]
+        return math.prod(int(dim) if dim.isdecimal() else sizes[dim] for dim in factors)
 
     def moved(self, type_: TensorType) -> Cost:
         return self.elements(type_) * BYTES[type_.dtype]
@@ -550,7 +598,7 @@ def _flops(counts: _Counts, node: Node) -> Cost:
         case LogSumExp():
             own_pass = isinstance(graph[node.inputs[0]].op, Score)  # else a by-product
             return counts.elements(operands[0]) * (2 if own_pass else 0)
-        case Normalise() | Reduce():
+        case Normalise() | Reduce() | ReduceRows() | PoolRows() | PoolHeads():
             return counts.elements(operands[0]) * (2 if isinstance(op, Normalise) else 1)
         case Map():
             return counts.elements(node.type) * (2 * len(op.taps))
@@ -571,8 +619,8 @@ def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost
     """Dots of pairs.  Of codes a comparison and an addition a run, once both are encoded."""
     if op.form == "bias":
         return _from(0, Polynomial())  # what a key has already
-    heads, dim = operands[0].dims[2:]
-    pairs = counts.complete(op.level) if op.within is None else counts.children(op.level)
+    rows, heads, dim = operands[0].dims[1:]
+    pairs = counts.complete(op.level, rows) if op.within is None else counts.children(op.level)
     pairs = pairs * counts.product((heads,))
     if op.codes is not None:  # encoding is a distance to every codeword
         query, keys, codebook = operands[:3]
@@ -695,15 +743,14 @@ def _header(graph: Graph) -> list[str]:
         "prompt": "row t depends on statistics of the whole prompt",
         "none": "row t depends on every token",
     }
-    depends = causality(graph)
     title = f"{meta.name}, {meta.source}" if meta.source else meta.name
-    return [title, f"causality: {depends} ({means[depends]})"]
+    return [title, f"causality: {causality_text(graph)} ({means[causality(graph)]})"]
 
 
 def _laws_text(graph: Graph) -> list[str]:
     found = laws(graph)
     pooled = _pooled_attends(graph)
-    not_causal = f"causality is {causality(graph)}"
+    not_causal = f"causality is {causality_text(graph)}"
     rows = [
         ("every entry selected gives dense attention", not_dense_because(graph)),
         (

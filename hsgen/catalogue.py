@@ -14,7 +14,6 @@ from itertools import takewhile
 from pathlib import Path
 
 from hsgen import analysis, emit, passes, pipeline, planner, schedule
-from hsgen.analysis import Causality
 from hsgen.errors import HsgenError, PlanError
 from hsgen.graph import Graph, align
 from hsgen.plan import Plan
@@ -66,8 +65,8 @@ class Entry:
         return tier(self.spec.name)
 
     @property
-    def causality(self) -> Causality | None:
-        return analysis.causality(self.graph) if self.graph else None
+    def causality(self) -> str | None:
+        return analysis.causality_text(self.graph) if self.graph else None
 
     @property
     def phases(self) -> tuple[str, ...]:

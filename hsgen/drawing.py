@@ -96,7 +96,7 @@ def _title_words(shown: Shown) -> tuple[str, str]:
         if plan
         else "no plan"
     )
-    about = f"causality: {analysis.causality(shown.graph)}"
+    about = f"causality: {analysis.causality_text(shown.graph)}"
     if unbound := analysis.unbound_sizes(shown.graph):
         return f"{name}: {said}", f"{about}; costs are known once {', '.join(unbound)} are bound"
     start = max(cost.flops.start for cost in analysis.costs(shown.graph).values())

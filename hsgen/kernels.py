@@ -6,12 +6,13 @@ Every field that a template reads is computed here.  Knows no GPU; tile sizes ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from hsgen.plan import ElementType, Param
 from hsgen.rows import SEQ, Chunk, chunks, count, next_power
 
 PoolHow = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
+POOLS: tuple[PoolHow, ...] = get_args(PoolHow)
 
 TUNABLES = {
     "BLOCK_T": "tokens a tile",

@@ -18,7 +18,10 @@ from hsgen.graph import (
     OutputGate,
     Permute,
     Pool,
+    PoolHeads,
+    PoolRows,
     Recall,
+    ReduceRows,
     Rotate,
     Round,
     Route,
@@ -61,9 +64,11 @@ def _lacking(graph: Graph, node: Node) -> str | None:
             return f"no kernel gates the output by {each} yet"
         case Divergence() | Distance():
             return "no kernel computes a loss yet"
-        case Pool() | Norm() | Rotate() as op:
+        case Pool() | PoolRows() | PoolHeads() | Norm() | Rotate() as op:
             words = _of_entries(op)
             return words and f"level {op.level}: no kernel {words} yet"
+        case ReduceRows(level=level):
+            return f"level {level}: no kernel chooses for rows together yet"
         case Cluster() | Permute() | Recall() | Carry() | Score() | Select() | SelectSet() as op:
             words = _of_choice(op)
             return words and f"level {op.level}: no kernel {words} yet"
@@ -84,10 +89,14 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     return next((words for lacking, words in lacks if lacking), None)
 
 
-def _of_entries(op: Pool | Norm | Rotate) -> str | None:
+def _of_entries(op: Pool | PoolRows | PoolHeads | Norm | Rotate) -> str | None:
     match op:
-        case Pool(how="mlp" | "gated" | "max_min_mean" as how):
+        case Pool(how="mlp" | "gated" | "max_min_mean" | "first" | "antidiagonal" as how):
             return f"pools by {how}"
+        case PoolRows():
+            return "pools queries"
+        case PoolHeads():
+            return "pools heads"
         case Pool(before=int()):
             return "has entries that begin before their place"
         case Pool(series=int()):

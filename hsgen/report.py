@@ -87,7 +87,7 @@ def _graph_record(graph: Graph) -> dict[str, object]:
         "name": graph.meta.name,
         "source": graph.meta.source,
         "digest": graph.meta.digest,
-        "causality": analysis.causality(graph),
+        "causality": analysis.causality_text(graph),
         "laws": asdict(analysis.laws(graph)),
         "sizes": dict(graph.sizes),
         "inputs": [

@@ -28,8 +28,11 @@ from hsgen.graph import (
     OutputGate,
     Permute,
     Pool,
+    PoolHeads,
+    PoolRows,
     Recall,
     Reduce,
+    ReduceRows,
     Rotate,
     Round,
     Route,
@@ -40,7 +43,7 @@ from hsgen.graph import (
     Union,
     short_last,
 )
-from hsgen.kernels import IndexContext, MergeContext, RankContext, SegmentsContext
+from hsgen.kernels import POOLS, IndexContext, MergeContext, RankContext, SegmentsContext
 from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, Step
 from hsgen.rows import Entries, next_power
 from hsgen.target import Target
@@ -96,6 +99,8 @@ class _Scheduler:
                 case Cluster() | Permute() | Round() | Norm() | Rotate():
                     raise AssertionError("refused")
                 case Recall() | Carry() | Divergence() | Distance():
+                    raise AssertionError("refused")
+                case PoolRows() | PoolHeads() | ReduceRows():
                     raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
@@ -176,6 +181,7 @@ class _Scheduler:
         dims = [self._size(dim) for dim in source.type.dims[2:]]
         heads, dim = (dims[0], dims[1]) if len(dims) == 2 else (1, dims[0])
         short = self._entries(op, op.level).short
+        assert op.how in POOLS, "refused"
         context = SegmentsContext(
             name=f"pool_{_safe(node.name)}",
             heads=heads,

@@ -32,8 +32,11 @@ from hsgen.graph import (
     OutputGate,
     Permute,
     Pool,
+    PoolHeads,
+    PoolRows,
     Recall,
     Reduce,
+    ReduceRows,
     Rotate,
     Round,
     Route,
@@ -44,6 +47,7 @@ from hsgen.graph import (
     Turns,
     Union,
     befores,
+    block_of,
     partitions,
     segments,
     short_last,
@@ -113,7 +117,10 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor]) -> Evaluation:
             for x, name in graph.outputs.state.items()
         },
         lse={branch: run.values[name] for branch, name in graph.outputs.lse.items()},
-        selection={x: run.values[name].indices for x, name in graph.outputs.selection.items()},
+        selection={
+            x: run.values[name].indices[:, run.row_of(graph[name].type.dims[1])]
+            for x, name in graph.outputs.selection.items()
+        },
         values=run.values,
     )
 
@@ -162,6 +169,53 @@ class _Run:
                 rows.append([end <= self.keys or short for end in ends])
         return torch.tensor(rows).view(1, len(rows), 1, -1)
 
+    def row_of(self, dim: str) -> list[int]:
+        """Which of the rows of a dimension stands for each row."""
+        if dim == "T":
+            return list(range(len(self.positions)))
+        block = block_of(dim)
+        named = [0 if block is None else p // block for p in self.positions]
+        return [sorted(set(named)).index(name) for name in named]
+
+    def spans(self, dim: str) -> list[tuple[int, int]]:
+        """First and last position, by name, of each row of a dimension."""
+        if dim == "T":
+            return [(p, p) for p in self.positions]
+        block = block_of(dim)
+        if block is None:
+            return [(self.positions[-1], self.positions[-1])]
+        names = sorted({p // block for p in self.positions})
+        return [(name * block, name * block + block - 1) for name in names]
+
+    def visible_mask(self, level: str, dim: str) -> Tensor:
+        """Which entries count for the rows of a dimension.  bool[1, R, 1, N]"""
+        if dim == "T":
+            return self.complete_mask(level)
+        whole = whole_only(self.graph, level)
+        sorted_ = level in self.segments and self.graph.meta.causal
+        rows = []
+        for first, last in self.spans(dim):
+            ends = [self.span(level, e) for e in range(self.entries(level))]
+            rows.append(
+                [
+                    end <= min(first + 1, self.keys)
+                    if sorted_
+                    else (start <= last or not self.graph.meta.causal)
+                    and (end <= self.keys or not whole)
+                    for start, end in ends
+                ]
+            )
+        return torch.tensor(rows).view(1, len(rows), 1, -1)
+
+
+def whole_only(graph: Graph, level: str) -> bool:
+    """Whether entries that lack tokens have no meaning."""
+    size, stride = partitions(graph)[level]
+    return size != stride or any(
+        isinstance(node.op, Pool) and node.op.level == level and node.op.how == "linear"
+        for node in graph.nodes()
+    )
+
 
 def _evaluate(run: _Run, node: Node) -> Value:
     operands = [run.values[name] for name in node.inputs]
@@ -184,8 +238,13 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) ** 0.5 * weight
         case Rotate():
             return _rotate(node.op, *operands)
+        case PoolRows():
+            return _pool_rows(run, node.op, *operands)
+        case PoolHeads():
+            heads = run.graph.sizes["Hkv"] if node.op.share == "group" else 1
+            return operands[0].unflatten(2, (heads, -1)).mean(3)
         case Score():
-            return _score(run, node.op, operands)
+            return _score(run, node, operands)
         case LogSumExp():
             x = operands[0]
             return x.lse if isinstance(x, Attended) else _masked(x).logsumexp(-1).transpose(1, 2)
@@ -197,13 +256,15 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return Scores(value=mass.masked_fill(nothing, 0.0), there=score.there)
         case Reduce():
             return _reduce(run, node.op, *operands)
+        case ReduceRows():
+            return _reduce_rows(run, node, *operands)
         case Map():
-            return _map(run, node.op, *operands)
+            return _map(run, node, *operands)
         case Select():
             operands = operands[:-1] if node.op.when else operands
-            return _off_way(_select(run, node.op, *operands), _on_way(run, node))
+            return _off_way(_select(run, node, *operands), _on_way(run, node))
         case SelectSet():
-            chosen = _off_way(_select_set(run, node.op, operands[0]), _on_way(run, node))
+            chosen = _off_way(_select_set(run, node, operands[0]), _on_way(run, node))
             width = int(chosen.member.sum(-1).max()) if chosen.member.numel() else 0
             return Chosen(member=chosen.member, indices=chosen.indices[..., :width])
         case Attend():
@@ -455,6 +516,11 @@ def _summed_up(op: Pool, tokens: Tensor, *learned: Tensor) -> Tensor:
         return torch.stack((tokens.amin(1), tokens.amax(1)), -2)
     if op.how == "sum_rsqrt":
         return tokens.sum(1) / tokens.shape[1] ** 0.5
+    if op.how == "first":
+        return tokens[:, 0]
+    if op.how == "antidiagonal":
+        lacking = tokens.new_zeros(len(tokens), op.size - tokens.shape[1], *tokens.shape[2:])
+        return torch.cat([*torch.cat((tokens, lacking), 1).unbind(1)], -1)
     weight = learned[0]
     if op.how == "max_min_mean":
         parts = (tokens.amax(1), tokens.amin(1), tokens.mean(1))
@@ -466,6 +532,49 @@ def _summed_up(op: Pool, tokens: Tensor, *learned: Tensor) -> Tensor:
     by_head = (made if tokens.ndim == 4 else made.unsqueeze(1)).clamp(min=0)
     out = torch.stack([by_head[:, h] @ learned[1][h] for h in range(by_head.shape[1])], 1)
     return out if tokens.ndim == 4 else out.squeeze(1)
+
+
+def _pool_rows(run: _Run, op: PoolRows, q: Tensor) -> Tensor:
+    made = []
+    for asked in _asked(run, op.block, op.last):
+        rows = [q[:, t] for t in asked if t is not None]
+        if op.how == "antidiagonal":
+            slots = [torch.zeros_like(q[:, 0]) if t is None else q[:, t] for t in asked]
+            made.append(torch.cat(slots[::-1], -1) / len(slots))
+        elif op.how == "first":
+            made.append(rows[0])
+        else:
+            stacked = torch.stack(rows)
+            made.append(stacked.mean(0) if op.how == "mean" else stacked.amax(0))
+    return torch.stack(made, 1)
+
+
+def _asked(run: _Run, block: int | None, last: int | None) -> list[list[int | None]]:
+    """The rows that stand for each group, slot by slot; None where a block lacks one."""
+    rows = range(len(run.positions))
+    if last is not None:
+        return [[*rows][-last:]]
+    assert block is not None
+    names = sorted({p // block for p in run.positions})
+    where = {p: t for t, p in enumerate(run.positions)}
+    return [[where.get(name * block + slot) for slot in range(block)] for name in names]
+
+
+def _reduce_rows(run: _Run, node: Node, score: Scores) -> Scores:
+    op = node.op
+    assert isinstance(op, ReduceRows)
+    fine = run.row_of(run.graph[node.inputs[0]].type.dims[1])
+    none = -math.inf if op.how == "max" else 0.0
+    value = score.value.masked_fill(~score.there, none)
+    made = []
+    for asked in _asked(run, op.block, op.last):
+        rows = sorted({fine[t] for t in asked if t is not None})
+        stacked = torch.stack([value[:, row] for row in rows])
+        made.append({"sum": stacked.sum, "mean": stacked.mean, "max": stacked.amax}[op.how](0))
+    value = torch.stack(made, 1)
+    level = node.type.dims[-1].removeprefix("N_")
+    there = run.visible_mask(level, node.type.dims[1]).expand(value.shape)
+    return Scores(value=value, there=there)
 
 
 def _linear(
@@ -519,12 +628,14 @@ def _dots(q: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("bthd,bnhd->bthn", q, keys)
 
 
-def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
+def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
+    op = node.op
+    assert isinstance(op, Score)
     if op.form == "bias":
         value = operands[0].transpose(1, 2)[:, None].expand(-1, len(run.positions), -1, -1)
         there = run.complete_mask(op.level).expand(value.shape)
         if op.within is not None:
-            there = there & _in_beam(run, op, operands[-1], value.shape[2])
+            there = there & _in_beam(run, node, operands[-1], value.shape[2])
         return Scores(value=value * (1.0 if op.scale is None else op.scale), there=there)
     query, keys = operands[:2]
     if op.form == "dot":
@@ -543,11 +654,12 @@ def _score(run: _Run, op: Score, operands: list[Value]) -> Scores:
             heads = operands[2].unsqueeze(-1) * heads
         groups = run.graph.sizes["Hkv"] if op.grouped else 1
         value = torch.stack([part.sum(2) for part in heads.chunk(groups, 2)], 2)
-    there = run.complete_mask(op.level).expand(value.shape) & _has_tokens(run, op, value.shape)
+    there = run.visible_mask(op.level, node.type.dims[1]).expand(value.shape)
+    there = there & _has_tokens(run, op, value.shape)
     if op.among:
         there = there & _spread(operands[-1].member, value.shape[2])
     if op.within is not None:
-        there = there & _in_beam(run, op, operands[-1], value.shape[2])
+        there = there & _in_beam(run, node, operands[-1], value.shape[2])
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
     added = _spread(operands[2].transpose(1, 2)[:, None], value.shape[2]) if op.biased else 0.0
     return Scores(value=value * scale + added, there=there)
@@ -595,12 +707,17 @@ def _has_tokens(run: _Run, op: Score, shape: torch.Size) -> Tensor:
     return found
 
 
-def _in_beam(run: _Run, op: Score | Select, parent: Chosen, heads: int) -> Tensor:
-    """Children of chosen parents.  bool[B, T, heads, N]"""
+def _in_beam(run: _Run, node: Node, parent: Chosen, heads: int) -> Tensor:
+    """Children of chosen parents.  bool[B, R, heads, N]"""
+    op = node.op
+    assert isinstance(op, Score | Select)
     assert op.within is not None
     size, _ = run.levels[op.within]
     parents = [e * op.stride // size for e in range(run.entries(op.level))]
-    return _spread(parent.member[..., parents], heads)
+    above = run.graph[node.inputs[1 if isinstance(op, Select) else -1]].type.dims[1]
+    row, theirs = run.row_of(node.type.dims[1]), run.row_of(above)
+    mine = [theirs[row.index(r)] for r in range(len(run.spans(node.type.dims[1])))]
+    return _spread(parent.member[:, mine][..., parents], heads)
 
 
 def _reduce(run: _Run, op: Reduce, score: Scores) -> Scores:
@@ -612,7 +729,9 @@ def _reduce(run: _Run, op: Reduce, score: Scores) -> Scores:
     return Scores(value=how(3), there=there.all(3))
 
 
-def _map(run: _Run, op: Map, source: Scores) -> Scores:
+def _map(run: _Run, node: Node, source: Scores) -> Scores:
+    op = node.op
+    assert isinstance(op, Map)
     none = -math.inf if op.how == "max" else 0.0
     gathered = []
     for e in range(run.entries(op.level)):
@@ -625,14 +744,17 @@ def _map(run: _Run, op: Map, source: Scores) -> Scores:
             value = torch.maximum(value, x) if op.how == "max" else value + weight * x
         gathered.append(value)
     value = torch.stack(gathered, -1)
-    return Scores(value=value, there=run.complete_mask(op.level).expand(value.shape))
+    there = run.visible_mask(op.level, node.type.dims[1]).expand(value.shape)
+    return Scores(value=value, there=there)
 
 
-def _select(run: _Run, op: Select, score: Scores, *others: Chosen) -> Chosen:
+def _select(run: _Run, node: Node, score: Scores, *others: Chosen) -> Chosen:
+    op = node.op
+    assert isinstance(op, Select)
     B, T, H, N = score.value.shape
     beam = torch.ones(B, T, H, N, dtype=torch.bool)
     if op.within is not None:
-        beam = _in_beam(run, op, others[0], H)
+        beam = _in_beam(run, node, others[0], H)
     joined = torch.zeros_like(beam) if op.joined is None else _spread(others[-1].member, H)
     member = torch.zeros(B, T, H, N, dtype=torch.bool)
     indices = torch.full((B, T, H, op.width), -1, dtype=torch.int32)
@@ -640,7 +762,7 @@ def _select(run: _Run, op: Select, score: Scores, *others: Chosen) -> Chosen:
         row, inside = score.value[b, t, h].tolist(), beam[b, t, h].tolist()
         there = score.there[b, t, h].tolist()
         tail = {e for e in _tail(op, run.positions[t], there) if inside[e]}
-        forced = {e for e in _forced(run, op, run.positions[t], N) if inside[e]}
+        forced = {e for e in _forced(run, node, t, N) if inside[e]}
         forced |= {e for e in range(N) if joined[b, t, h, e] and inside[e]}
         forced -= tail
         candidates = [e for e in range(N) if e in forced or (there[e] and inside[e])]
@@ -659,25 +781,36 @@ def _tail(op: Select | SelectSet, p: int, there: list[bool]) -> set[int]:
     return set() if there[own] else {own}
 
 
-def _forced(run: _Run, op: Select, p: int, N: int) -> set[int]:
-    places = [run.span(op.level, e)[0] + (op.before or 0) for e in range(N)]
+def _forced(run: _Run, node: Node, row: int, N: int) -> set[int]:
+    """The first entries, and the last ones of every position that the row stands for."""
+    op = node.op
+    assert isinstance(op, Select | SelectSet)
+    first, last = run.spans(node.type.dims[1])[row]
+    before = getattr(op, "before", None) or 0
+    places = [run.span(op.level, e)[0] + before for e in range(N)]
     begins = sorted(set(places))
     unit = [begins.index(place) for place in places]
-    own = max((u for u, begin in enumerate(begins) if begin <= p), default=-1)
-    upper = own if run.graph.meta.causal else N - 1
+    own = [
+        max((u for u, begin in enumerate(begins) if begin <= p), default=-1)
+        for p in range(first, last + 1)
+    ]
+    upper = own[-1] if run.graph.meta.causal else N - 1
     return {
         e
         for e in range(N)
-        if (unit[e] < op.first and unit[e] <= upper) or own - op.last < unit[e] <= own
+        if (unit[e] < op.first and unit[e] <= upper)
+        or any(mine - op.last < unit[e] <= mine for mine in own)
     }
 
 
-def _select_set(run: _Run, op: SelectSet, score: Scores) -> Chosen:
+def _select_set(run: _Run, node: Node, score: Scores) -> Chosen:
     """Python's own integers and sorting; one ranking a row, or one of all rows of a head."""
+    op = node.op
+    assert isinstance(op, SelectSet)
     B, T, H, N = score.value.shape
     member = torch.zeros(B, T, H, N, dtype=torch.bool)
     for b, h in ((b, h) for b in range(B) for h in range(H)):
-        rows = [_row_of(run, op, score, (b, t, h)) for t in range(T)]
+        rows = [_row_of(run, node, score, (b, t, h)) for t in range(T)]
         together = rows if op.scope != "head" else [[entry for row in rows for entry in row]]
         reached = {x.where for group in together for x in _reached(op, group, N)}
         for row in rows:
@@ -687,7 +820,7 @@ def _select_set(run: _Run, op: SelectSet, score: Scores) -> Chosen:
                 kept = [x for x in kept if x in ranked[: op.most]]
             for x in (*kept, *(x for x in row if x.forced)):
                 member[b, x.where[0], h, x.where[1]] = True
-        for t, p in enumerate(run.positions):
+        for t, p in enumerate(run.positions if op.tail else ()):
             member[b, t, h, sorted(_tail(op, p, score.there[b, t, h].tolist()))] = True
     width = int(member.sum(-1).max()) if member.numel() else 0
     entries = torch.arange(N, dtype=torch.int32).expand(member.shape)
@@ -703,11 +836,12 @@ class _Entry:
     there: bool
 
 
-def _row_of(run: _Run, op: SelectSet, score: Scores, at: tuple[int, int, int]) -> list[_Entry]:
+def _row_of(run: _Run, node: Node, score: Scores, at: tuple[int, int, int]) -> list[_Entry]:
     """The candidates of one row."""
+    op = node.op
+    assert isinstance(op, SelectSet)
     values, there = score.value[at].tolist(), score.there[at].tolist()
-    p = run.positions[at[1]]
-    forced = _forced(run, op, p, len(values)) - _tail(op, p, there)
+    forced = _forced(run, node, at[1], len(values)) - _tail(op, run.positions[at[1]], there)
     return [
         _Entry(where=(at[1], e), score=x if there[e] else -math.inf, forced=e in forced, there=seen)
         for e, (x, seen) in enumerate(zip(values, there, strict=True))
@@ -752,6 +886,9 @@ def _attend(
     order = rest.pop() if op.cut else None
     bias = rest.pop() if op.biased else None
     (chosen,) = rest or (None,)
+    if chosen is not None:
+        row = run.row_of(run.graph[node.inputs[3]].type.dims[1])
+        chosen = Chosen(member=chosen.member[:, row], indices=chosen.indices[:, row])
     if op.over == "pooled":
         level = run.graph[node.inputs[1]].type.dims[1].removeprefix("N_")
         seen = run.complete_mask(level)

@@ -27,6 +27,7 @@ from hsgen.spec import (
     Loss,
     Permute,
     Pool,
+    Query,
     Reuse,
     Route,
     Score,
@@ -582,6 +583,120 @@ CALLS = [
         [SELECTED],
         causal=False,
         **delta(role="candidates", dense=1, lead=1, attend="given"),
+    ),
+]
+
+
+def together(query: Query, size: int = 4, *, score: Score = DOT, **more: object) -> list[Level]:
+    """Blocks that rows choose together."""
+    given = {"pool": MEAN, "select": top(3, last=1)} | more
+    return [Level(name="block", partition=blocks(size), query=query, score=score, **given)]
+
+
+def xattention() -> list[Level]:
+    """Masses of antidiagonals, summed over tiles of both."""
+    return [
+        Level(
+            name="strided",
+            partition=blocks(2),
+            pool=Pool(keys="antidiagonal"),
+            query=Query(block=2, pool="antidiagonal"),
+            score=Score(form="dot", normalise="softmax"),
+        ),
+        Level(
+            name="block",
+            partition=blocks(4),
+            query=Query(block=8, reduce="sum"),
+            score=Score(source="strided", map="sum"),
+            select=top_p(0.6, force=Force(first=1, last=1)),
+        ),
+    ]
+
+
+POOLED_ROWS = Query(block=4, pool="mean")
+MASS = Score(form="dot", normalise="softmax")
+AGREEING = Query(block=4, pool="mean", heads="mean")
+# rows that choose together: no kernel has them yet
+TOGETHER = [
+    spec("rows_mean", together(POOLED_ROWS), [SELECTED]),
+    spec("rows_mean_not_causal", together(POOLED_ROWS), [SELECTED], causal=False),
+    spec("rows_finer", together(Query(block=3, pool="max"), 6), [SELECTED]),
+    spec(
+        "rows_coarser", together(Query(block=8, pool="first"), 4, select=top(4, last=2)), [SELECTED]
+    ),
+    spec("rows_odd", together(Query(block=5, pool="mean"), 3, select=top(4, last=1)), [SELECTED]),
+    spec(
+        "rows_added",
+        together(Query(block=8, pool="mean"), 2, select=Select(top_k=1, force=ADDED)),
+        [SELECTED],
+    ),
+    spec("rows_sum", together(Query(block=4, reduce="sum"), score=MASS), [SELECTED]),
+    spec(
+        "rows_max",
+        together(Query(block=8, reduce="max"), select=top(4, last=1)),
+        [SELECTED, WINDOW],
+        combine=UNION,
+    ),
+    spec("rows_average", together(Query(block=4, reduce="mean"), score=MASS), [SELECTED]),
+    spec("rows_last", together(Query(last=3, pool="mean")), [SELECTED]),
+    spec("rows_last_sum", together(Query(last=3, reduce="sum"), score=MASS), [SELECTED]),
+    spec("rows_heads", together(AGREEING, score=Score(form="dot", share="group")), [SELECTED]),
+    spec("rows_all_heads", together(AGREEING, score=Score(form="dot", share="all")), [SELECTED]),
+    spec(
+        "heads_alone",
+        together(Query(heads="mean"), score=Score(form="dot", share="group")),
+        [SELECTED],
+    ),
+    spec(
+        "rows_bound",
+        together(POOLED_ROWS, score=Score(form="bound"), pool=Pool(keys="minmax")),
+        [SELECTED],
+    ),
+    spec("xattention", xattention(), [SELECTED]),
+    spec("xattention_not_causal", xattention(), [SELECTED], causal=False),
+    spec(
+        "rows_of_tokens",
+        [
+            Level(name="token", partition=Tokens(), score=MASS),
+            Level(
+                name="block",
+                partition=blocks(2),
+                query=Query(block=4, reduce="max"),
+                score=Score(source="token", map="max"),
+                select=Select(threshold=0.2, force=Force(last=1)),
+            ),
+        ],
+        [SELECTED],
+    ),
+    spec(
+        "rows_below_rows",
+        [
+            *together(Query(block=8, pool="mean"), 8, select=Select(beam=2, force=Force(last=1))),
+            Level(
+                name="fine",
+                within="block",
+                partition=blocks(2),
+                pool=MEAN,
+                query=Query(block=4, pool="mean"),
+                score=DOT,
+                select=top(4, last=1),
+            ),
+        ],
+        [Attend(name="selected", over="fine")],
+    ),
+    spec(
+        "single_rows_below_rows",
+        [
+            *together(Query(block=8, pool="mean"), 8, select=Select(beam=2, force=Force(last=1))),
+            Level(name="fine", within="block", partition=Tokens(), score=DOT, select=top(6)),
+        ],
+        [Attend(name="selected", over="fine")],
+    ),
+    spec(
+        "rows_by_index",
+        together(Query(block=4, pool="mean"), score=Score(form="index_dot", share="group")),
+        [SELECTED],
+        index=Index(heads=2, dim=4),
     ),
 ]
 

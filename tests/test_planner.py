@@ -16,6 +16,7 @@ from plan_cases import (
     ROUTES,
     SELECTED,
     SETS,
+    TOGETHER,
     TRAINED,
     WINDOW,
     blocks,
@@ -91,7 +92,7 @@ def test_calls_after_calls_mean_what_the_reference_says(spec: Spec, rows: int, k
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
 @pytest.mark.parametrize(
     "spec",
-    [*CASES, *SETS, *ORDERS, *PRODUCTION, *ROUTES, *ODD, *TRAINED],
+    [*CASES, *SETS, *ORDERS, *PRODUCTION, *TOGETHER, *ROUTES, *ODD, *TRAINED],
     ids=lambda spec: spec.name,
 )
 def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:

@@ -2,10 +2,11 @@
 
 Knows what each value's shape is; knows neither schedules nor GPUs nor templates.
 
-Dimensions are names: B batch, Z sequences (B, or those that are packed), T query rows, S key rows,
-Hq and Hkv heads, G = Hq / Hkv, Dqk and Dv head dims, Hi and Di heads and dim of the index, N_x
-entries of level x, K_x slots of its selection, W_x words of it where rows are bitmaps, C_x
-candidates of x inside another level's beam; a dimension that is a number is written as one.
+Dimensions are names: B batch, Z sequences (B, or those that are packed), T query rows, T/b blocks of
+b of them, S key rows, Hq and Hkv heads, G = Hq / Hkv, Dqk and Dv head dims, Hi and Di heads and dim
+of the index, N_x entries of level x, K_x slots of its selection, W_x words of it where rows are
+bitmaps, C_x candidates of x inside another level's beam; a dimension that is a number is written as
+one.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ from hsgen.graph.ops import (
     Pattern,
     Permute,
     Pool,
+    PoolHeads,
+    PoolRows,
     Recall,
     Reduce,
+    ReduceRows,
     Role,
     Rotate,
     Round,
@@ -47,6 +51,7 @@ from hsgen.graph.ops import (
     Union,
     Which,
 )
+from hsgen.graph.rows import block_of, own_entries
 from hsgen.graph.signature import TensorInput, tensor_inputs
 from hsgen.graph.text import align, op_fields, op_text
 from hsgen.graph.types import result_type
@@ -78,8 +83,11 @@ __all__ = [
     "Pattern",
     "Permute",
     "Pool",
+    "PoolHeads",
+    "PoolRows",
     "Recall",
     "Reduce",
+    "ReduceRows",
     "Role",
     "Rotate",
     "Round",
@@ -95,9 +103,11 @@ __all__ = [
     "Which",
     "align",
     "befores",
+    "block_of",
     "dump",
     "op_fields",
     "op_text",
+    "own_entries",
     "partitions",
     "result_type",
     "segments",

@@ -74,7 +74,8 @@ class Pool:
 
     x, [gates], [weight, [out]], [position], [order] -> [B, N, H, D]
 
-    `minmax` makes two, the least and the greatest of every channel: [B, N, H, 2, D].  `cut`: entries
+    `minmax` makes two, the least and the greatest of every channel: [B, N, H, 2, D].  `antidiagonal`
+    puts an entry's tokens side by side, 0 where one is not there: [B, N, H, size*D].  `cut`: entries
     are blocks of an order's slots, or clusters, as the last operand has them.  `before`: entries
     begin so many tokens before their place, entry * stride.  `gated` weighs tokens by a softmax of
     gates and position, of each channel or one of all.  `series`: of x and gates slot s takes series
@@ -82,7 +83,18 @@ class Pool:
     """
 
     level: str
-    how: Literal["mean", "max", "minmax", "sum_rsqrt", "linear", "mlp", "gated", "max_min_mean"]
+    how: Literal[
+        "mean",
+        "max",
+        "minmax",
+        "sum_rsqrt",
+        "linear",
+        "mlp",
+        "gated",
+        "max_min_mean",
+        "first",
+        "antidiagonal",
+    ]
     size: int
     stride: int
     position: bool
@@ -132,11 +144,36 @@ class Codes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRows:
+    """One query for the rows that choose together.  query [B, T, H, D] -> f32[B, R, H, D]
+
+    R is T/block: rows t // block; or 1: the `last` ones, for all.  `antidiagonal` puts them side by
+    side, last first, divided by how many they are: [B, R, H, block*D].
+    """
+
+    level: str
+    how: Literal["mean", "max", "first", "antidiagonal"]
+    block: int | None
+    last: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolHeads:
+    """The mean of the queries, or of the keys, of heads that agree.  [B, R, H, D] -> f32[B, R, H', D]"""
+
+    level: str
+    share: Literal["group", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """Score entries of a level.
 
     query, entry keys, [index weights or codebook], [entry biases], [parent selection]
-        -> f32[B, T, H, N]
+        -> f32[B, R, H, N]
+
+    Of a single row, R = T, the complete entries count; of a query that stands for several, those that
+    begin by the last of its rows.
 
     `relu_weighted` and `relu_sum`, which has no weights, sum index heads themselves, all of them or
     with `grouped` those of each group; those of `index_dot` stand for the key heads.  `bound` reads
@@ -189,6 +226,20 @@ class Reduce:
 
     share: Literal["group", "all"]
     how: Literal["sum", "mean", "max"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReduceRows:
+    """Scores of rows as scores of those that choose together.  f32[B, T, H, N] -> f32[B, R, H, N]
+
+    R is as in PoolRows; rows may be groups of fewer rows already.  An entry counts 0, or for `max`
+    nothing, where a row does not see it.
+    """
+
+    level: str
+    how: Literal["sum", "mean", "max"]
+    block: int | None
+    last: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -458,6 +509,8 @@ Op = (
     | Cluster
     | Permute
     | Pool
+    | PoolRows
+    | PoolHeads
     | Norm
     | Rotate
     | Score
@@ -465,6 +518,7 @@ Op = (
     | LogSumExp
     | Normalise
     | Reduce
+    | ReduceRows
     | Map
     | Select
     | SelectSet

@@ -22,8 +22,11 @@ from hsgen.graph.ops import (
     OutputGate,
     Permute,
     Pool,
+    PoolHeads,
+    PoolRows,
     Recall,
     Reduce,
+    ReduceRows,
     Role,
     Rotate,
     Round,
@@ -124,6 +127,8 @@ def _owner(op: Op) -> str:
     """The level or branch that an operator belongs to, in words."""
     match op:
         case Cluster() | Permute() | Recall() | Carry() | Pool() | Norm() | Rotate():
+            return f"level {op.level}"
+        case PoolRows() | PoolHeads() | ReduceRows():
             return f"level {op.level}"
         case Score() | Normalise() | Map() | Select() | SelectSet():
             return f"level {op.level}"

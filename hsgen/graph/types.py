@@ -24,8 +24,11 @@ from hsgen.graph.ops import (
     OutputGate,
     Permute,
     Pool,
+    PoolHeads,
+    PoolRows,
     Recall,
     Reduce,
+    ReduceRows,
     Rotate,
     Round,
     Route,
@@ -35,6 +38,7 @@ from hsgen.graph.ops import (
     Switch,
     Union,
 )
+from hsgen.graph.rows import block_of, is_rows, own_entries, rows_dim
 
 
 def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
@@ -45,18 +49,12 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             raise GraphError("an input has the type it is given")
         case Cluster() | Permute():
             return _order_type(op, operands)
-        case Pool():
-            return _pool_type(op, operands)
+        case Pool() | PoolRows() | PoolHeads():
+            return _pooled_type(op, operands)
         case Score():
             return _score_type(op, operands)
-        case LogSumExp():
-            return _log_sum_exp_type(operands)
-        case Normalise():
-            return _normalise_type(op, operands)
-        case Reduce():
-            return _reduce_type(op, types)
-        case Map():
-            return _map_type(op, types)
+        case LogSumExp() | Normalise() | Reduce() | ReduceRows() | Map():
+            return _step_type(op, operands)
         case Select() | SelectSet():
             return _selection_type(op, operands)
         case Attend() | Route() | Gate() | Switch() | Union() | OutputGate():
@@ -100,6 +98,35 @@ def _switch_type(operands: Sequence[Node]) -> TensorType:
     need(len(whens) == len(operands) >= 2, "a switch needs at least two attends")
     need(None not in whens and len({*whens}) == len(whens), f"attends on the ways {whens} overlap")
     return _agree([operand.type for operand in operands])
+
+
+def _pooled_type(op: Pool | PoolRows | PoolHeads, operands: Sequence[Node]) -> TensorType:
+    types = [operand.type for operand in operands]
+    match op:
+        case Pool():
+            return _pool_type(op, operands)
+        case PoolRows():
+            return _pool_rows_type(op, types)
+        case PoolHeads():
+            return _pool_heads_type(op, types)
+
+
+def _step_type(
+    op: LogSumExp | Normalise | Reduce | ReduceRows | Map, operands: Sequence[Node]
+) -> TensorType:
+    """What scores go through before a selection."""
+    types = [operand.type for operand in operands]
+    match op:
+        case LogSumExp():
+            return _log_sum_exp_type(operands)
+        case Normalise():
+            return _normalise_type(op, operands)
+        case Reduce():
+            return _reduce_type(op, types)
+        case ReduceRows():
+            return _reduce_rows_type(op, types)
+        case Map():
+            return _map_type(op, types)
 
 
 def _calls_type(
@@ -262,7 +289,8 @@ def _pool_type(op: Pool, operands: Sequence[Node]) -> TensorType:
     heads = x.dims[2 : -1 if op.series is None else -2]
     _need_learned(op, types, heads)
     rows = ("2",) if op.how == "minmax" else ()
-    return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *heads, *rows, x.dims[-1]))
+    wide = f"{op.size}*{x.dims[-1]}" if op.how == "antidiagonal" else x.dims[-1]
+    return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *heads, *rows, wide))
 
 
 def _need_learned(op: Pool, types: Sequence[TensorType], heads: tuple[str, ...]) -> None:
@@ -282,12 +310,39 @@ def _need_learned(op: Pool, types: Sequence[TensorType], heads: tuple[str, ...])
             hidden = types[1].dims[-1]
             need_dims(types[1], (*own, size, dim, hidden))
             need_dims(types[2], (*own, hidden, dim))
-        case "mean" | "max" | "minmax" | "sum_rsqrt":
+        case "mean" | "max" | "minmax" | "sum_rsqrt" | "first" | "antidiagonal":
             return
         case _:
             assert_never(op.how)
     if op.position:
         need_dims(types[-1], (*own, size, *channels))
+
+
+def _pool_rows_type(op: PoolRows, types: Sequence[TensorType]) -> TensorType:
+    _need_count(types, 1)
+    batch, rows, heads, dim = types[0].dims
+    need(rows == "T", f"expected rows of their own, got {types[0]}")
+    need((op.block is None) != (op.last is None), "rows are those of a block, or the last ones")
+    wide = f"{op.block}*{dim}" if op.how == "antidiagonal" else dim
+    return TensorType(dtype="f32", dims=(batch, rows_dim(op.block, op.last), heads, wide))
+
+
+def _pool_heads_type(op: PoolHeads, types: Sequence[TensorType]) -> TensorType:
+    _need_count(types, 1)
+    batch, rows, heads, dim = types[0].dims
+    need(COARSENESS[heads] < COARSENESS[SHARE_HEADS[op.share]], f"{types[0]} already agrees")
+    return TensorType(dtype="f32", dims=(batch, rows, SHARE_HEADS[op.share], dim))
+
+
+def _reduce_rows_type(op: ReduceRows, types: Sequence[TensorType]) -> TensorType:
+    """T to blocks, blocks to coarser ones; T to one."""
+    _need_count(types, 1)
+    batch, rows, heads, entries = _score_dims(types[0])
+    need((op.block is None) != (op.last is None), "rows are those of a block, or the last ones")
+    fine = block_of(rows)
+    fits = rows == "T" or (fine is not None and op.block is not None and op.block % fine == 0)
+    need(fits, f"rows of {types[0]} are not rows of one of {rows_dim(op.block, op.last)}")
+    return TensorType(dtype="f32", dims=(batch, rows_dim(op.block, op.last), heads, entries))
 
 
 def _union_type(op: Union, operands: Sequence[Node]) -> TensorType:
@@ -322,17 +377,20 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     if op.among:
         _need_recalled(op, operands[-1])
     query, keys = operands[0].type, operands[1]
+    need(len(query.dims) == 4 and is_rows(query.dims[1]), f"expected [B, T, Hq, Dqk], got {query}")
+    rows, heads, dim = query.dims[1:]
     if op.biased:
         need(op.form in ("dot", "bound"), "an index has no bias")
         need_dims(operands[2].type, ("B", keys.type.dims[1], "Hkv"))
     if op.form in ("relu_weighted", "relu_sum", "index_dot"):
-        need_dims(query, ("B", "T", "Hi", "Di"))
+        need_dims(query, ("B", rows, "Hi", "Di"))
         need(keys.type.dims[2:] == ("Di",), f"expected [B, N, Di], got {keys.type}")
         if weighted:
-            need_dims(operands[2].type, ("B", "T", "Hi"))
+            need_dims(operands[2].type, ("B", rows, "Hi"))
     else:
-        need_dims(query, ("B", "T", "Hq", "Dqk"))
-        vectors = ("Hkv", "2", "Dqk") if op.form == "bound" else ("Hkv", "Dqk")
+        need(heads in COARSENESS and dim.endswith("Dqk"), f"expected [B, T, Hq, Dqk], got {query}")
+        held = "1" if heads == "1" else "Hkv"
+        vectors = (held, "2", "Dqk") if op.form == "bound" else (held, dim)
         expected = ", ".join(("B", "N", *vectors))
         need(keys.type.dims[2:] == vectors, f"expected [{expected}], got {keys.type}")
     need(coded == (op.form == "code_match"), "codes are what code_match compares")
@@ -341,9 +399,22 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
         need_dims(operands[2].type, (runs, str(op.codes.words), str(op.codes.dim)))
     if op.within is not None:
         _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
+        _need_rows(operands[-1], rows)
     summed = "Hkv" if op.grouped else "1"
-    heads = {"relu_weighted": summed, "relu_sum": summed, "index_dot": "Hkv"}.get(op.form, "Hq")
-    return TensorType(dtype="f32", dims=("B", "T", heads, _entry_dim(op, keys)))
+    heads = {"relu_weighted": summed, "relu_sum": summed, "index_dot": "Hkv"}.get(op.form, heads)
+    return TensorType(dtype="f32", dims=("B", rows, heads, _entry_dim(op, keys)))
+
+
+def _need_rows(parent: Node, rows: str) -> None:
+    """Rows of one choice must be rows of one choice of the parent."""
+    theirs = parent.type.dims[1]
+    fine, coarse = block_of(rows), block_of(theirs)
+    need(
+        rows in ("T", theirs)
+        or theirs == "1"
+        or (fine is not None and coarse is not None and coarse % fine == 0),
+        f"{rows} rows are not in one of the {theirs} rows of %{parent.name}",
+    )
 
 
 def _bias_score_type(op: Score, operands: Sequence[Node]) -> TensorType:
@@ -383,7 +454,8 @@ def _log_sum_exp_type(operands: Sequence[Node]) -> TensorType:
         isinstance(operand.op, Score | Attend | Switch | Union),
         f"%{operand.name} has no log-sum-exp: it is neither a score nor an attend",
     )
-    return TensorType(dtype="f32", dims=("B", operand.type.dims[2], "T"))
+    _, rows, heads, _ = operand.type.dims
+    return TensorType(dtype="f32", dims=("B", heads, rows))
 
 
 def _normalise_type(op: Normalise, operands: Sequence[Node]) -> TensorType:
@@ -394,7 +466,7 @@ def _normalise_type(op: Normalise, operands: Sequence[Node]) -> TensorType:
         f"%{score.name} is not the score of level {op.level}",
     )
     need(isinstance(lse.op, LogSumExp), f"%{lse.name} is not a log-sum-exp")
-    need_dims(lse.type, ("B", score.type.dims[2], "T"))
+    need_dims(lse.type, ("B", score.type.dims[2], score.type.dims[1]))
     return score.type
 
 
@@ -413,7 +485,7 @@ COARSENESS: Mapping[str, int] = MappingProxyType({"Hq": 0, "Hkv": 1, "1": 2})
 
 def _score_dims(score: TensorType) -> tuple[str, str, str, str]:
     need(
-        score.dtype == "f32" and score.dims[:2] == ("B", "T") and len(score.dims) == 4,
+        score.dtype == "f32" and len(score.dims) == 4 and is_rows(score.dims[1]),
         f"expected f32[B, T, H, N], got {score}",
     )
     batch, rows, heads, entries = score.dims
@@ -480,9 +552,10 @@ def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
             COARSENESS[parent.type.dims[2]] >= COARSENESS[heads],
             f"heads that share a selection of {op.level} have different beams of {op.within}",
         )
+        _need_rows(parent, rows)
     if op.joined is not None:
         _need_same_entries(op, operands[-1], heads)
-    forced = op.first + op.last
+    forced = op.first + op.last + (own_entries(rows, op.stride) - 1 if op.last else 0)
     need(op.k >= 1, "a selection of nothing")
     need(not op.counted or op.k >= forced, f"{forced} entries are forced into {op.k}")
     more = (0 if op.counted else forced) + bool(op.tail)

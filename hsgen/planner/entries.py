@@ -5,20 +5,43 @@ from __future__ import annotations
 from typing import Literal
 
 from hsgen import spec as language
-from hsgen.graph import Node, Norm, Pool, Rotate
+from hsgen.graph import Node, Norm, Pool, PoolHeads, PoolRows, Rotate
 from hsgen.planner.builder import Builder
 from hsgen.planner.orders import cut_of, order
 
 
 def score_query(builder: Builder, level: language.Level) -> Node:
-    if level.score.by_index:
-        return builder.input("q_index", "index_query", "B", "T", "Hi", "Di")
-    return builder.query()
+    """What scores: each row, or one query for rows that choose together; heads apart or pooled."""
+    made = (
+        builder.input("q_index", "index_query", "B", "T", "Hi", "Di")
+        if level.score.by_index
+        else builder.query()
+    )
+    query = level.query
+    if query is not None and query.heads is not None:
+        made = _agreeing(builder, level, made, f"{level.name}.query_heads")
+    if query is not None and query.pool is not None:
+        op = PoolRows(level=level.name, how=query.pool, block=query.block, last=query.last)
+        at = builder.place(level, "query", "pool")
+        made = builder.add(f"{level.name}.queries", op, made, at=at)
+    return made
+
+
+def _agreeing(builder: Builder, level: language.Level, made: Node, name: str) -> Node:
+    """Heads that agree as one; key heads of one group are one already."""
+    share = level.score.share
+    if share == "head" or made.type.dims[2] in ("1", "Hkv" if share == "group" else "1"):
+        return made
+    at = builder.place(level, "query", "heads")
+    return builder.add(name, PoolHeads(level=level.name, share=share), made, at=at)
 
 
 def score_keys(builder: Builder, level: language.Level) -> Node:
     tokens = isinstance(level.partition, language.Tokens)
-    return raw_keys(builder, level) if tokens else pooled(builder, level, "key")
+    keys = raw_keys(builder, level) if tokens else pooled(builder, level, "key")
+    if level.query is None or level.query.heads is None:
+        return keys
+    return _agreeing(builder, level, keys, f"{level.name}.key_heads")
 
 
 def score_bias(builder: Builder, level: language.Level) -> Node:

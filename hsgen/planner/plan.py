@@ -58,7 +58,7 @@ def _plan_level(builder: Builder, level: language.Level) -> None:
         op = (
             select_set(level, level.select)
             if level.select.counts_vary
-            else select(level, level.select)
+            else select(builder.spec, level, level.select)
         )
         operands = [score, *some(parent)]
         if level.select.force.level:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from hsgen import spec as language
 from hsgen.errors import PlanError
-from hsgen.graph import Codes, LogSumExp, Map, Node, Normalise, Reduce, Round, Score
+from hsgen.graph import (
+    Codes,
+    LogSumExp,
+    Map,
+    Node,
+    Normalise,
+    Reduce,
+    ReduceRows,
+    Round,
+    Score,
+)
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.calls import narrowed
 from hsgen.planner.entries import before_of, score_bias, score_keys, score_query
@@ -49,11 +59,21 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         summed = builder.nodes[f"{score.lse_from or level.name}.score"]
         lse = builder.add(f"{score.lse_from or level.name}.score_lse", LogSumExp(), summed, at=at)
         made = builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse, at=at)
-    if score.share == "head" or score.reduce is None:
-        return made  # the heads of an index are one score already
-    at = builder.place(level, "score", "share")
-    reduce = Reduce(share=score.share, how=score.reduce)
-    return builder.add(f"{level.name}.reduced", reduce, made, at=at)
+    if score.share != "head" and score.reduce is not None:  # else they are one score already
+        at = builder.place(level, "score", "share")
+        reduce = Reduce(share=score.share, how=score.reduce)
+        made = builder.add(f"{level.name}.reduced", reduce, made, at=at)
+    return _together(builder, level, made)
+
+
+def _together(builder: Builder, level: language.Level, made: Node) -> Node:
+    """Scores of rows that choose together, where each of them scores."""
+    query = level.query
+    if query is None or query.reduce is None:
+        return made
+    op = ReduceRows(level=level.name, how=query.reduce, block=query.block, last=query.last)
+    at = builder.place(level, "query", "reduce")
+    return builder.add(f"{level.name}.together", op, made, at=at)
 
 
 def _rounded(builder: Builder, vectors: Node) -> Node:
@@ -106,7 +126,8 @@ def plan_map(builder: Builder, level: language.Level, source: language.Level) ->
         before=before_of(level),
     )
     at = builder.place(level, "score", "map")
-    return builder.add(f"{level.name}.mapped", op, builder.scores[source.name], at=at)
+    made = builder.add(f"{level.name}.mapped", op, builder.scores[source.name], at=at)
+    return _together(builder, level, made)
 
 
 def _overlap_taps(

@@ -7,13 +7,13 @@ from hsgen.graph import Select, SelectSet
 from hsgen.planner.entries import before_of
 
 
-def select(level: language.Level, select: language.Select) -> Select:
+def select(spec: language.Spec, level: language.Level, select: language.Select) -> Select:
     return Select(
         level=level.name,
         size=level.partition.size,
         stride=level.partition.stride,
         k=select.budget,
-        width=select.width,
+        width=spec.width(level),
         first=select.force.first,
         last=select.force.last,
         counted=select.force.counted,

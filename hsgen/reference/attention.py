@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.choice import ONE, fixed
-from hsgen.reference.entries import kept_entries, token_mask
+from hsgen.reference.entries import complete_entries, kept_entries, token_mask
 from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
 from hsgen.reference.routes import on_way
@@ -103,7 +103,8 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
     """The keys of one branch, and which of them each row sees."""
     if branch.over and branch.values == "pooled":
         level, keys = levels[branch.over], rows.pooled[branch.over]
-        visible = level.complete[:, None] & level.candidates
+        complete = complete_entries(rows, rows.spec.level(branch.over))
+        visible = complete[:, None] & level.candidates
         if level.chosen is not None:
             visible = visible & level.chosen
         v = _latent(rows, keys["key"]) if branch.storage else keys["value"]

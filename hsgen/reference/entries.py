@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hsgen.reference.inputs import needs_all_tokens
 from hsgen.reference.layouts import Layout
+from hsgen.reference.queries import Together, together
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.selection import ListSelection, members
 from hsgen.spec import Level
@@ -18,33 +19,57 @@ def complete_entries(rows: Rows, level: Level) -> Tensor:
     Without causality all that exist: also a short last one, unless entries overlap or a linear map
     needs all of its tokens.
     """
-    layout = rows.layouts[level.name]
-    whole = layout.ends <= rows.S
+    return _complete(rows, level, rows.p)
+
+
+def _complete(rows: Rows, level: Level, p: Tensor) -> Tensor:
     if rows.spec.causal:
-        return whole & (layout.ends - 1 <= rows.p[:, None])
+        ends = rows.layouts[level.name].ends
+        return (ends <= rows.S) & (ends - 1 <= p[:, None])
+    return _existing(rows, level).expand(len(p), -1)
+
+
+def _existing(rows: Rows, level: Level) -> Tensor:
+    """Entries that exist, short ones included where they have a meaning.  -> bool[N]"""
+    layout = rows.layouts[level.name]
     short_too = layout.entry_of is not None and not needs_all_tokens(level)
-    return (whole | short_too).expand(len(rows.p), -1)
+    return (layout.ends <= rows.S) | short_too
 
 
-def begun_entries(rows: Rows, level: Level) -> Tensor:
-    """Entries that may have a token which the row may see.  -> bool[T, N]"""
-    seen = rows.layouts[level.name].starts <= rows.p[:, None]
+def visible_entries(rows: Rows, level: Level, groups: Together) -> Tensor:
+    """Entries that rows which choose together may choose.  -> bool[R, N]
+
+    Of single rows those that are complete.  Of others all that exist and begin by the last of the
+    rows: an entry then counts with all of its tokens, also those that a row must not see.  Of an
+    order of keys, in which a segment's entries begin and end as one, those that are complete for the
+    first of the rows.
+    """
+    if rows.spec.rows_of(level) is None:
+        return complete_entries(rows, level)
+    if level.permute is not None:
+        return _complete(rows, level, groups.first)
+    return begun_entries(rows, level, groups) & _existing(rows, level)
+
+
+def begun_entries(rows: Rows, level: Level, groups: Together) -> Tensor:
+    """Entries that may have a token which the last of the rows may see.  -> bool[R, N]"""
+    seen = rows.layouts[level.name].starts <= groups.last[:, None]
     return seen if rows.spec.causal else torch.ones_like(seen)
 
 
-def forced_entries(rows: Rows, level: Level) -> Tensor:
-    """The first entries, and the last ones up to the row's own.  -> bool[T, N]
+def forced_entries(rows: Rows, level: Level, groups: Together) -> Tensor:
+    """The first entries, and the last ones up to the own, of each of the rows.  -> bool[R, N]
 
     Entries of one unit come together: whole segments, where tokens are sorted inside segments.
     """
-    begun = begun_entries(rows, level)
+    begun = begun_entries(rows, level, groups)
     if not level.select:
         return torch.zeros_like(begun)
     force, layout = level.select.force, rows.layouts[level.name]
     unit = torch.searchsorted(layout.units, layout.starts)
-    own = _own_unit(rows, level)
-    last = (unit > own - force.last) & (unit <= own)
-    forced = ((unit < force.first) & begun) | last
+    first, last = (_own_unit(layout, p) for p in (groups.first, groups.last))
+    near = (unit > first - force.last) & (unit <= last) & (force.last > 0)
+    forced = ((unit < force.first) & begun) | near
     return forced | tail_entries(rows, level) if force.tail else forced
 
 
@@ -52,36 +77,37 @@ def tail_entries(rows: Rows, level: Level) -> Tensor:
     """The entry that each row stands in, as long as it is incomplete.  -> bool[T, N]"""
     layout = rows.layouts[level.name]
     unit = torch.searchsorted(layout.units, layout.starts)
-    return (unit == _own_unit(rows, level)) & ~complete_entries(rows, level)
+    return (unit == _own_unit(layout, rows.p)) & ~complete_entries(rows, level)
 
 
-def _own_unit(rows: Rows, level: Level) -> Tensor:
-    """The last unit that starts at or before each row.  -> i64[T, 1]"""
-    layout = rows.layouts[level.name]
+def _own_unit(layout: Layout, p: Tensor) -> Tensor:
+    """The last unit that starts at or before each position.  -> i64[R, 1]"""
     if layout.step is not None:
-        return (rows.p // layout.step)[:, None]
-    return torch.searchsorted(layout.units, rows.p, right=True)[:, None] - 1
+        return (p // layout.step)[:, None]
+    return torch.searchsorted(layout.units, p, right=True)[:, None] - 1
 
 
 def kept_entries(rows: Rows, level: Level) -> Tensor:
     """Entries that earlier calls have kept, as far as the row sees them.  -> bool[T, Hs, N]"""
-    begun = begun_entries(rows, level)
+    begun = begun_entries(rows, level, together(None, rows.p))
     indices = rows.reused[level.name].indices
     assert indices is not None, f"nothing is kept of {level.name}"
     kept = members(ListSelection(level=level.name, indices=indices), begun.shape[-1])
     return kept & begun[:, None]
 
 
-def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored]) -> Tensor:
-    """Entries that have a token, and whose parent was selected, if any.  -> bool[T, Hp, N]"""
-    there = rows.layouts[level.name].there.expand(len(rows.p), -1, -1)
+def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored], groups: Together) -> Tensor:
+    """Entries that have a token, and whose parent was selected, if any.  -> bool[R, Hp, N]"""
+    there = rows.layouts[level.name].there.expand(len(groups.last), -1, -1)
     if level.within is None:
         return there
-    parent, chosen = rows.spec.level(level.within).partition, levels[level.within].chosen
+    parent, above = rows.spec.level(level.within).partition, levels[level.within]
+    chosen = above.chosen
     assert chosen is not None, f"{level.within} is named by `within` and must select"
     assert parent.size == parent.stride, "parents must not overlap"
     first = torch.arange(there.shape[-1], device=there.device) * level.partition.stride
-    beam = chosen[..., first // parent.stride]
+    asked = groups.members.amax(1)  # rows of a group have one parent's choice: any of them tells it
+    beam = chosen[above.chooser[asked]][..., first // parent.stride]
     heads = max(beam.shape[1], there.shape[1])
     return spread(beam, heads) & spread(there, heads)
 

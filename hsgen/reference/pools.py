@@ -83,7 +83,7 @@ def _pool(
 ) -> Tensor:
     """Summarise every entry.  [S, H, D] -> [N, H, D]; what a linear map lacks tokens for is 0.
 
-    minmax: [N, H, 2, D], the least and the greatest of every channel.
+    minmax: [N, H, 2, D], the least and the greatest of every channel.  antidiagonal: [N, H, size D].
     """
     tokens, there = _tokens(layout, y)
     if level.pool and level.pool.series and side == "key":
@@ -114,6 +114,10 @@ def _plain(how: str, tokens: Tensor, there: Tensor) -> Tensor:
         case "sum_rsqrt":
             count = there.sum(1).clamp(min=1).to(tokens.dtype)
             return tokens.masked_fill(~there, 0.0).sum(1) / count.sqrt()
+        case "first":
+            return tokens[:, 0]
+        case "antidiagonal":
+            return tokens.masked_fill(~there, 0.0).transpose(1, 2).flatten(2)
         case _:
             raise AssertionError(f"unknown pooling {how!r}")
 

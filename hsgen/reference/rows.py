@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from hsgen.reference.inputs import some_keys
 from hsgen.reference.layouts import Layout
+from hsgen.reference.queries import Together, together
 from hsgen.reference.reuse import Taken
 from hsgen.spec import Spec
 
@@ -47,18 +49,38 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scored:
-    """One level for some rows: complete: bool[T, N], the rest [T, Hs, N]; see Result.
+    """One level for R groups of rows that choose together: the fields are [R, Hs, N]; see Result.
 
-    lse: of its scores by head, [T, H], where another level normalises by it.
+    groups: Which rows they are; where nothing is said, every row for itself, and R = T.
+    complete: bool[R, N], the entries that count.
+    lse: of the scores by head, of what scores, where another level normalises by it.
     chosen: bool, None where the level does not select.
+    chooser: i64[T], whose choice a row takes: its group's, or its own where a caller chooses.
     """
 
+    groups: Together
     complete: Tensor
     candidates: Tensor
     forced: Tensor
     scores: Tensor
     lse: Tensor | None
     chosen: Tensor | None
+    chooser: Tensor
+
+
+def row_by_row(scored: Scored) -> Scored:
+    """Every row with what its group scored and chose."""
+    row, each = scored.groups.row, torch.arange(len(scored.groups.row), device=scored.scores.device)
+    return replace(
+        scored,
+        groups=together(None, each),
+        chooser=each,
+        complete=scored.complete[row],
+        candidates=scored.candidates[row],
+        forced=scored.forced[row],
+        scores=scored.scores[row],
+        chosen=None if scored.chosen is None else scored.chosen[scored.chooser],
+    )
 
 
 def spread(y: Tensor, heads: int) -> Tensor:

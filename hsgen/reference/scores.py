@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hsgen.reference.codes import code_matches
+from hsgen.reference.queries import Together, groups_of, pooled_queries, reduced
 from hsgen.reference.rounding import stored
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.spec import Level
 
 
-def raw_scores(level: Level, rows: Rows) -> Tensor:
-    """Score every entry by every head, scaled, and add what asks no query.  -> [T, H, N]"""
-    scores = _of_form(level, rows)
+def raw_scores(level: Level, rows: Rows, groups: Together) -> Tensor:
+    """Score every entry by every head, scaled, and add what asks no query.  -> [T or R, H, N]"""
+    scores = _of_form(level, rows, groups)
     if level.score.bias:
         scores = scores + spread(_by_head(rows.pooled[level.name]["bias"]), scores.shape[1])
     return scores
@@ -28,23 +29,28 @@ def _by_head(bias: Tensor) -> Tensor:
     return bias.permute(2, 1, 0)
 
 
-def _of_form(level: Level, rows: Rows) -> Tensor:
+def _of_form(level: Level, rows: Rows, groups: Together) -> Tensor:
     x, keys = rows.x, rows.pooled[level.name].get("key")
     assert keys is not None, f"level {level.name} has nothing to score"
     match level.score.form:
         case "dot":
-            return dot(x["q"], keys) * _scale(level, x["q"].shape[-1])
+            q = pooled_queries(level, x["q"], groups, rows.Hkv)
+            keys = keys if q.shape[1] >= keys.shape[1] else keys.mean(1, keepdim=True)
+            return dot(q, keys) * _scale(level, x["q"].shape[-1])
         case "bound":
             low, high = keys.unbind(2)
-            q = x["q"]  # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
+            q = pooled_queries(level, x["q"], groups, rows.Hkv)
+            # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
             most = dot(q.clamp(max=0), low) + dot(q.clamp(min=0), high)
             return most * _scale(level, q.shape[-1])
         case "code_match":
             assert level.score.codes is not None, f"level {level.name} has no codes"
             codebook = x[f"{level.name}_codebook"]
-            return code_matches(level.score.codes, x["q"], keys, codebook) * _scale(level, 1)
+            q = pooled_queries(level, x["q"], groups, rows.Hkv)
+            return code_matches(level.score.codes, q, keys, codebook) * _scale(level, 1)
         case "index_dot" | "relu_weighted" | "relu_sum":
-            return _by_index(level, rows, keys[:, 0]) * _scale(level, 1)
+            q = pooled_queries(level, x["q_index"], groups, rows.Hkv)
+            return _by_index(level, rows, q, keys[:, 0]) * _scale(level, 1)
         case "bias":
             return _by_head(keys).expand(len(rows.p), -1, -1) * _scale(level, 1)
         case None:
@@ -53,11 +59,11 @@ def _of_form(level: Level, rows: Rows) -> Tensor:
             assert_never(form)
 
 
-def _by_index(level: Level, rows: Rows, keys: Tensor) -> Tensor:
+def _by_index(level: Level, rows: Rows, q: Tensor, keys: Tensor) -> Tensor:
     """Scores of the index's heads, each or summed for those who share.  keys: [N, Di] -> [T, H, N]"""
     assert rows.spec.index is not None, "a level that scores by the index needs one"
     dtype = rows.spec.index.dtype
-    q, k = stored(rows.x["q_index"], dtype), stored(keys, dtype)
+    q, k = stored(q, dtype), stored(keys, dtype)
     scores = torch.einsum("thd,nd->thn", q, k)
     if not level.score.sums_index:
         return scores
@@ -102,8 +108,8 @@ def over_heads(level: Level, scores: Tensor, Hkv: int) -> Tensor:
             raise AssertionError(f"level {level.name}: heads that share need `reduce`")
 
 
-def mapped(rows: Rows, level: Level, source: Scored, N: int) -> Tensor:
-    """Carry the scores of another level's complete entries over.  -> [T, Hs, N]
+def mapped(rows: Rows, level: Level, source: Scored, groups: Together, N: int) -> Tensor:
+    """Carry the scores of another level's complete entries over, and of its rows.  -> [R, Hs, N]
 
     `overlap_sum` is eq. 9 of NSA (arXiv:2502.11089), counted from 0: entry j gathers the sources
     (l'/d) j + m - n for every m < l'/d, n < l/d; `overlap_max` takes those that share a token with
@@ -124,7 +130,11 @@ def mapped(rows: Rows, level: Level, source: Scored, N: int) -> Tensor:
     else:
         offsets = list(range((target - l) // d + 1))
     gathered = torch.stack([_shifted(scores, ratio, o, N, empty) for o in offsets])
-    return gathered.amax(0) if greatest else gathered.sum(0)
+    carried = gathered.amax(0) if greatest else gathered.sum(0)
+    if level.query is None or level.query.reduce is None:
+        return carried
+    everywhere = torch.ones_like(carried, dtype=torch.bool)
+    return reduced(level.query.reduce, carried, everywhere, groups_of(source.groups, groups))
 
 
 def _shifted(scores: Tensor, ratio: int, offset: int, N: int, empty: float) -> Tensor:

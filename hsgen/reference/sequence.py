@@ -18,14 +18,16 @@ from hsgen.reference.entries import (
     inside_beam,
     kept_entries,
     tail_entries,
+    visible_entries,
 )
 from hsgen.reference.inputs import some_keys, tensor_kinds
 from hsgen.reference.layouts import layout_of
 from hsgen.reference.losses import terms
 from hsgen.reference.pools import pooled_entries
+from hsgen.reference.queries import Together, reduced, together
 from hsgen.reference.reuse import Kept, Taken, kept_scores, reached, rows_of
 from hsgen.reference.routes import on_way, ways_taken
-from hsgen.reference.rows import Rows, Scored, spread
+from hsgen.reference.rows import Rows, Scored, row_by_row, spread
 from hsgen.reference.scores import mapped, masses_by, over_heads, raw_scores, softmax
 from hsgen.selection import (
     BitmapSelection,
@@ -103,20 +105,17 @@ def one_sequence(
     }
     kinds = tensor_kinds(spec)
     taken = ways_taken(spec, x)
-    step = max(1, CHUNK_ELEMENTS // (x["q"].shape[1] * max(len(keys), 1)))
-    if any(_ranks_rows_together(level) for level in spec.levels):
-        step = max(len(p), 1)
     parts = []
-    for t in range(0, max(len(p), 1), step):
+    for a, b in _chunks(spec, x, p):
         rows = Rows(
             spec=spec,
-            x={n: y[t : t + step] if kinds[n] == "query" else y for n, y in x.items()},
+            x={n: y[a:b] if kinds[n] == "query" else y for n, y in x.items()},
             pooled=pooled,
             layouts=layouts,
-            p=p[t : t + step],
+            p=p[a:b],
             taken=taken,
-            given={name: indices[t : t + step] for name, indices in given.items()},
-            reused={name: rows_of(each, t, t + step) for name, each in reused.items()},
+            given={name: indices[a:b] for name, indices in given.items()},
+            reused={name: rows_of(each, a, b) for name, each in reused.items()},
         )
         parts.append(_compute(rows, keep=keep))
     return concatenate(parts)
@@ -128,27 +127,43 @@ def _reads_entries(spec: Spec, level: str, reused: dict[str, Taken]) -> bool:
     return pooled or level not in reused or reused[level].scored
 
 
-def _ranks_rows_together(level: Level) -> bool:
-    top_p = level.select and level.select.top_p
-    return bool(top_p) and top_p.scope == "head"
+def _chunks(spec: Spec, x: dict[str, Tensor], p: Tensor) -> list[tuple[int, int]]:
+    """Rows that are computed at a time; those that choose together are never apart."""
+    T = len(p)
+    if T == 0 or any(_asks_all_rows(spec, level) for level in spec.levels):
+        return [(0, T)]
+    step = CHUNK_ELEMENTS // (x["q"].shape[1] * max(len(some_keys(spec, x)), 1))
+    blocks = [rows.block or 1 for level in spec.levels if (rows := spec.rows_of(level))]
+    unit = math.lcm(*blocks)
+    step = max(step // unit, 1) * unit
+    first = int(p[0]) % unit  # a chunk that starts inside a block ends where the block does
+    starts = [0, *range(step - first, T, step)]
+    return list(zip(starts, [*starts[1:], T], strict=True))
+
+
+def _asks_all_rows(spec: Spec, level: Level) -> bool:
+    top_p, rows = level.select and level.select.top_p, spec.rows_of(level)
+    return bool(top_p and top_p.scope == "head") or bool(rows and rows.last)
 
 
 def _compute(rows: Rows, *, keep: Keep) -> Result:
     """Score and narrow level by level, attend, combine."""
     levels: dict[str, Scored] = {}
+    shown: dict[str, Scored] = {}
     for level in rows.spec.levels:
         if level.name in rows.pooled:
             levels[level.name] = _level(rows, level, levels)
-    branches = what_is_seen(rows, levels)
+            shown[level.name] = row_by_row(levels[level.name])
+    branches = what_is_seen(rows, shown)
     attended = attend_all(rows, branches)
-    kept = {name: x for name, x in levels.items() if keep.scores or name in keep.carried}
+    kept = {name: x for name, x in shown.items() if keep.scores or name in keep.carried}
     streams = rows.spec.combine is not None and rows.spec.combine.streams is not None
     return Result(
         o=attended.o,
         lse=attended.lse,
         selection={
             name: _listed(rows, rows.spec.level(name), scored.chosen)
-            for name, scored in levels.items()
+            for name, scored in shown.items()
             if scored.chosen is not None
         },
         scores={name: level.scores for name, level in kept.items()},
@@ -162,30 +177,23 @@ def _compute(rows: Rows, *, keep: Keep) -> Result:
 
 
 def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
-    """One level: form -> scale -> normalise -> reduce over heads -> map -> force -> select."""
-    complete = complete_entries(rows, level)  # [T, N]
+    """One level: form -> scale -> normalise -> reduce over heads, rows -> map -> force -> select."""
     taken = rows.reused.get(level.name)
     if taken and not taken.scored:
-        return _taken_over(rows, level, taken, complete)
-    allowed = inside_beam(rows, level, levels)  # [T, Hp, N]
+        return _taken_over(rows, level, taken)
+    groups = together(rows.spec.rows_of(level), rows.p)
+    complete = visible_entries(rows, level, groups)  # [R, N]
+    allowed = inside_beam(rows, level, levels, groups)  # [R, Hp, N]
     among = kept_entries(rows, level) if taken and taken.narrowed else allowed
     lse = None
     if level.score.source:
-        scores = mapped(rows, level, levels[level.score.source], complete.shape[-1])
+        scores = mapped(rows, level, levels[level.score.source], groups, complete.shape[-1])
     else:
-        scores = raw_scores(level, rows)
-        seen = complete[:, None] & spread(among, scores.shape[1])
-        if any(other.score.lse_from == level.name for other in rows.spec.levels):
-            lse = softmax(scores, seen)[1]
-        if level.score.lse_from:
-            scores = masses_by(scores, seen, levels[level.score.lse_from].lse)
-        elif level.score.normalise:
-            scores = softmax(scores, seen)[0]
-        scores = over_heads(level, scores, rows.Hkv)
+        scores, lse = _scored(rows, level, levels, groups)
     if taken and taken.narrowed and (earlier := kept_scores(taken, complete.shape[-1])) is not None:
         scores = scores + earlier.masked_fill(earlier == -math.inf, 0.0)
     allowed, among = (spread(x, scores.shape[1]) for x in (allowed, among))
-    forced = forced_entries(rows, level)[:, None] & allowed
+    forced = forced_entries(rows, level, groups)[:, None] & allowed
     if level.select and level.select.force.level:
         joined = levels[level.select.force.level].chosen
         assert joined is not None, f"level {level.name} forces what is not selected"
@@ -193,9 +201,9 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
     scored = complete[:, None] & among
     scores = scores.masked_fill(~scored, -math.inf)
     candidates = scored | forced
-    chosen = None
-    if level.name in rows.given:
-        chosen = _given(rows, level, scores.shape[-1])
+    chosen, chooser = None, groups
+    if level.name in rows.given:  # by a caller, who chooses for every row
+        chosen, chooser = _given(rows, level, scores.shape[-1]), together(None, rows.p)
     elif level.select:
         tail = tail_entries(rows, level)[:, None] if level.select.force.tail else None
         chosen = choose(level.select, scores.detach(), candidates, forced, tail=tail)
@@ -203,17 +211,53 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
     if way is not None and chosen is not None:
         chosen = chosen & (way if chosen.shape[1] == len(way) else way[:1])[:, None]
     return Scored(
+        groups=groups,
         complete=complete,
         candidates=candidates,
         forced=forced,
         scores=scores,
         lse=lse,
         chosen=chosen,
+        chooser=chooser.row,
     )
 
 
-def _taken_over(rows: Rows, level: Level, taken: Taken, complete: Tensor) -> Scored:
+def _scored(
+    rows: Rows, level: Level, levels: dict[str, Scored], groups: Together
+) -> tuple[Tensor, Tensor | None]:
+    """Scores of a level's own form, [R, Hs, N], and their log-sum-exp where another level wants it.
+
+    Pooled queries score for their group; else each row scores, by the entries that it sees itself.
+    """
+    query = level.query
+    alone = together(None, rows.p)
+    if query is not None and query.pool is not None:
+        seen = visible_entries(rows, level, groups)
+    else:
+        groups, seen = alone, complete_entries(rows, level)
+    scores = raw_scores(level, rows, groups)
+    taken = rows.reused.get(level.name)
+    narrowed = taken is not None and taken.narrowed
+    among = kept_entries(rows, level) if narrowed else inside_beam(rows, level, levels, groups)
+    seen = seen[:, None] & spread(among, scores.shape[1])
+    lse = None
+    if any(other.score.lse_from == level.name for other in rows.spec.levels):
+        lse = softmax(scores, seen)[1]
+    if level.score.lse_from:
+        scores = masses_by(scores, seen, levels[level.score.lse_from].lse)
+    elif level.score.normalise:
+        scores = softmax(scores, seen)[0]
+    heads = scores.shape[1]
+    scores = over_heads(level, scores, rows.Hkv)
+    if query is not None and query.reduce is not None:
+        seen = seen[:, :: heads // scores.shape[1]]
+        scores = reduced(query.reduce, scores, seen, together(query, rows.p).members)
+    return scores, lse
+
+
+def _taken_over(rows: Rows, level: Level, taken: Taken) -> Scored:
     """A level that this call does not score: the kept entries are its choice, if it has one."""
+    groups, complete = together(None, rows.p), complete_entries(rows, level)
     if taken.turn == "dense":
         chosen, candidates = None, torch.ones_like(complete[:, None])
     else:
@@ -224,19 +268,21 @@ def _taken_over(rows: Rows, level: Level, taken: Taken, complete: Tensor) -> Sco
     if scores is None:
         scores = torch.full(candidates.shape, -math.inf, dtype=rows.x["q"].dtype).to(rows.p.device)
     return Scored(
+        groups=groups,
         complete=complete,
         candidates=candidates,
         forced=torch.zeros_like(candidates),
         scores=scores,
         lse=None,
         chosen=chosen,
+        chooser=groups.row,
     )
 
 
 def _given(rows: Rows, level: Level, N: int) -> Tensor:
     """The caller's choice, as far as the row sees it.  -> bool[T, Hs, N]"""
     chosen = members(ListSelection(level=level.name, indices=rows.given[level.name]), N)
-    return chosen & begun_entries(rows, level)[:, None]
+    return chosen & begun_entries(rows, level, together(None, rows.p))[:, None]
 
 
 def _listed(rows: Rows, level: Level, chosen: Tensor | None) -> Selection:
@@ -246,7 +292,7 @@ def _listed(rows: Rows, level: Level, chosen: Tensor | None) -> Selection:
     if level.select.counts_vary:
         return bitmap_from_members(level.name, chosen)
     given = rows.given.get(level.name)
-    width = level.select.width if given is None else given.shape[-1]
+    width = rows.spec.width(level) if given is None else given.shape[-1]
     return from_members(level.name, chosen, width=width)
 
 

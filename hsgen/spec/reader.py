@@ -50,7 +50,7 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    antidiagonal avg_pool budget_from by centroid columns cosine diagonals
+    avg_pool budget_from by centroid columns cosine diagonals
     early_stop given halving pages quota ragged sample softmax_mass
     stripes tile tree upsample
 """
@@ -450,6 +450,8 @@ _EXAMPLE = {
     "hsgen": "hsgen: 1",
     "name": "name: my_attention",
     "heads": "heads: {query: 32, kv: 8}",
+    "heads.query": "query: 32",
+    "query.heads": "heads: mean",
     "head_dim": "head_dim: 128",
     "index": "index: {heads: 64, dim: 128}",
     "permute": "permute: {keys: {sort_in_segment: 256, by: mass, last: 128}}",
@@ -460,6 +462,7 @@ _EXAMPLE = {
     "partition": "partition: {blocks: 64}",
     "blocks": "blocks: 64",
     "pool": "pool: {keys: mean}",
+    "query": "query: {block: 128, pool: mean}",
     "score": "score: {form: dot}",
     "select": "select: {top_k: 16}",
     "codes": "codes: {words: 16, dim: 8}",

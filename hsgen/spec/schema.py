@@ -24,6 +24,7 @@ from hsgen.spec.model import (
     entries,
     losses,
     permutes,
+    queries,
     reuse,
     routes,
     scalars,
@@ -138,7 +139,7 @@ def _about_ref(value: Json, found: Mapping[str, Json]) -> object:
 
 def _field_docs() -> dict[str, dict[str, str]]:
     """Class -> field -> the comment beside it in `model`: there a field is explained once, for all."""
-    parts = (scalars, permutes, entries, codes, scores, choices, routes, branches)
+    parts = (scalars, permutes, entries, codes, scores, queries, choices, routes, branches)
     modules = (*parts, reuse, losses, whole)
     sources = [inspect.getsource(module) for module in modules]
     return {name: docs for source in sources for name, docs in _docs_in(source).items()}

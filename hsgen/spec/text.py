@@ -42,6 +42,7 @@ def _level(level: Level) -> list[str]:
     parts.append(f"partition: {_partition(level.partition)}")
     parts += [f"kv: {_word(level.kv)}"] if level.kv else []
     parts += [f"pool: {_flow(level.pool)}"] if level.pool else []
+    parts += [f"query: {_flow(level.query)}"] if level.query else []
     parts.append(f"score: {_flow(level.score)}")
     parts += [f"select: {_flow(level.select)}"] if level.select else []
     return [f"  {'-' if i == 0 else ' '} {part}" for i, part in enumerate(parts)]

@@ -119,13 +119,13 @@ def entries_are_scored_early(old):
 def last_forced_is_forgotten(old):
     """`last: n` forces n - 1."""
 
-    def forced(rows, level):
+    def forced(rows, level, groups):
         if level.select:
             force = level.select.force
             force = force.model_copy(update={"last": max(0, force.last - 1)})
             select = level.select.model_copy(update={"force": force})
             level = level.model_copy(update={"select": select})
-        return old(rows, level)
+        return old(rows, level, groups)
 
     return forced
 
@@ -178,13 +178,13 @@ def _with_budget(select, budget):
 
 def beams_are_ignored(old):
     """Children of every parent are candidates."""
-    return lambda rows, level, levels: torch.ones_like(old(rows, level, levels))
+    return lambda *arguments: torch.ones_like(old(*arguments))
 
 
 def maps_have_no_weights(old):
     """Every source counts once, however much it overlaps."""
 
-    def mapped(rows, level, source, N):
+    def mapped(rows, level, source, _groups, N):
         count = level.partition.stride // rows.spec.level(level.score.source).partition.stride
         empty = torch.zeros_like(source.scores)
         scores = torch.where(source.complete[:, None], source.scores, empty)
@@ -206,16 +206,16 @@ def maps_start_late(old):
 
 def scores_are_rounded_to(dtype):
     """Scores are kept in a short format."""
-    return lambda old: lambda level, rows: old(level, rows).to(dtype).float()
+    return lambda old: lambda *arguments: old(*arguments).to(dtype).float()
 
 
 def masses_are_rounded_to(dtype):
     """Softmax masses are kept in a short format on their way to a map."""
 
     def make(old):
-        def mapped(rows, level, source, N):
+        def mapped(rows, level, source, groups, N):
             short = source.scores.to(dtype).float()
-            return old(rows, level, replace(source, scores=short), N)
+            return old(rows, level, replace(source, scores=short), groups, N)
 
         return mapped
 

@@ -7,6 +7,7 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
     entries   partitions and pools
     codes     vectors as numbers of codewords
     scores    what entries are ordered by
+    queries   which rows score and choose together
     choices   which entries are kept
     routes    which of several ways is taken
     branches  what is attended, and how branches are combined
@@ -32,6 +33,7 @@ from hsgen.spec.model.entries import (
 )
 from hsgen.spec.model.losses import Distill, Kl, Loss
 from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
+from hsgen.spec.model.queries import Query, QueryPool
 from hsgen.spec.model.reuse import Reuse, Turn
 from hsgen.spec.model.routes import Route, RouteBy
 from hsgen.spec.model.scalars import (
@@ -101,6 +103,8 @@ __all__ = [
     "Path",
     "Permute",
     "Pool",
+    "Query",
+    "QueryPool",
     "Reduce",
     "Route",
     "RouteBy",

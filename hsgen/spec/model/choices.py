@@ -74,6 +74,6 @@ class Select(Node):
 
     @property
     def width(self) -> int:
-        """Slots of one row of the selection, where counts do not vary."""
+        """Slots of one row of the selection, where counts do not vary and rows choose alone."""
         extra = 0 if self.force.counted else self.force.first + self.force.last
         return self.budget + extra + bool(self.force.tail)

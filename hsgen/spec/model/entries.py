@@ -7,7 +7,18 @@ from typing import ClassVar, Literal
 
 from hsgen.spec.model.scalars import Count, Node, Scale
 
-KeyPool = Literal["mean", "max", "minmax", "sum_rsqrt", "linear", "mlp", "gated", "max_min_mean"]
+KeyPool = Literal[
+    "mean",
+    "max",
+    "minmax",
+    "sum_rsqrt",
+    "linear",
+    "mlp",
+    "gated",
+    "max_min_mean",
+    "first",
+    "antidiagonal",
+]
 
 
 ValuePool = Literal["mean", "max", "sum_rsqrt", "linear", "mlp", "gated"]
@@ -82,7 +93,9 @@ class Pool(Node):
     leads to `hidden` channels, times another weight.  `sum_rsqrt`: the sum by the root of the number
     of tokens.  `minmax`: two vectors, the least and the greatest of every channel.  `max_min_mean`:
     the greatest, the least and the mean, each times a weight, summed.  `gated`: the mean weighted by
-    a softmax over the entry's tokens of inputs `z_index`, `z` or `z_<kv>`, plus position.
+    a softmax over the entry's tokens of inputs `z_index`, `z` or `z_<kv>`, plus position.  `first`:
+    the first token.  `antidiagonal`: all tokens side by side, 0 where one is not there; a pooled query
+    has them in reverse order, so that their dot is the mean of the logits on the tile's antidiagonal.
     """
 
     keys: KeyPool | None = None  # what stands for an entry where it is scored or attended

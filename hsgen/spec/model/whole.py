@@ -16,6 +16,7 @@ from hsgen.spec.model.choices import Select
 from hsgen.spec.model.entries import Partition, Pool
 from hsgen.spec.model.losses import Loss
 from hsgen.spec.model.permutes import Permute
+from hsgen.spec.model.queries import Query
 from hsgen.spec.model.reuse import Reuse
 from hsgen.spec.model.routes import Route
 from hsgen.spec.model.scalars import (
@@ -76,6 +77,7 @@ class Level(Node):
     partition: Annotated[Partition, Field(discriminator="kind")]  # what an entry is
     kv: Identifier | None = None  # pools `k_<kv>`, `v_<kv>` instead of `k`, `v`
     pool: Pool | None = None
+    query: Query | None = None  # which rows choose together; left out: those of `from`, or none
     score: Score
     select: Select | None = None
 
@@ -116,6 +118,38 @@ class Spec(Node):
 
     def __hash__(self) -> int:
         return hash(tuple(self.__dict__.values()))
+
+    def rows_of(self, level: Level) -> Query | None:
+        """Which rows of a level choose together; without a word of its own, those of `from`."""
+        levels = {other.name: other for other in self.levels}
+        for _ in self.levels:  # a chain of `from` is no longer than that
+            if level.query is not None or level.score.source not in levels:
+                break
+            level = levels[level.score.source]
+        return level.query if level.query and level.query.together else None
+
+    def own_entries(self, level: Level) -> int:
+        """How many entries the own ones of rows that choose together are, at most."""
+        rows, stride = self.rows_of(level), level.partition.stride
+        block = (rows.block if rows else None) or 1
+        if not stride:
+            return 1
+        nested = block % stride == 0 or stride % block == 0
+        return 1 + (block - 1) // stride + (not nested)
+
+    def most_forced(self, level: Level) -> int:
+        """How many entries are forced at most: the last ones of each of the rows."""
+        if level.select is None:
+            return 0
+        force = level.select.force
+        return force.first + (force.last + self.own_entries(level) - 1 if force.last else 0)
+
+    def width(self, level: Level) -> int:
+        """Slots of one row of a level's selection, where counts do not vary."""
+        assert level.select is not None, f"{level.name} does not select"
+        force = level.select.force
+        more = self.most_forced(level) - force.first - force.last
+        return level.select.width + (0 if force.counted else more)
 
     def level(self, name: str) -> Level:
         """The level called `name`; KeyError where there is none."""
@@ -291,6 +325,7 @@ _NEWS = {
     "hidden",
     "then",
     "rotate",
+    "query",
 }
 
 

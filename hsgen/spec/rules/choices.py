@@ -87,7 +87,7 @@ def selects(spec: Spec) -> Iterator[Problem]:
                 also=_select_keys(path),
             )
             continue
-        yield from _forced(spec, select, path)
+        yield from _forced(spec, level, path)
         yield from _joined(spec, i, level, path)
         yield from _of(select, path)
         yield from _top_p(spec, i, level, path)
@@ -149,9 +149,11 @@ def _joined(spec: Spec, i: int, level: Level, path: Path) -> Iterator[Problem]:
         )
 
 
-def _forced(spec: Spec, select: Select, path: Path) -> Iterator[Problem]:
+def _forced(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
     """More forced entries than there is room for."""
-    forced = select.force.first + select.force.last
+    select, forced = level.select, spec.most_forced(level)
+    assert select is not None
+    of_rows = forced - select.force.first - select.force.last
     more = next((x.select for x in spec.levels if x.name == select.force.level and x.select), None)
     joined = more.width if more else 0
     keys: tuple[Path, ...] = ((*path, "top_k"), (*path, "beam"))
@@ -159,7 +161,8 @@ def _forced(spec: Spec, select: Select, path: Path) -> Iterator[Problem]:
     if select.top_p is not None:
         key, most, keys = "max", select.top_p.max or forced, ((*path, "top_p", "max"),)
     if select.force.counted and forced + joined > most > 0:
-        shown = f" + {joined} of '{select.force.level}'" if joined else ""
+        shown = f" + {of_rows} of the other rows of a block" if of_rows else ""
+        shown += f" + {joined} of '{select.force.level}'" if joined else ""
         yield Problem(
             code="HS071",
             path=(*path, "force"),

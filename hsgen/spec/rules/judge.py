@@ -14,6 +14,7 @@ from hsgen.spec.rules.names import references, tensor_names, unique_names
 from hsgen.spec.rules.orders import orders
 from hsgen.spec.rules.pooling import early, pool_keys, rotations, series
 from hsgen.spec.rules.problem import Problem, Rule
+from hsgen.spec.rules.queries import antidiagonal_keys, queries, rows_alone, rows_fit
 from hsgen.spec.rules.routes import on_ways, routes, ways
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
@@ -57,6 +58,10 @@ _RULES: tuple[Rule, ...] = (
     codes,
     borrowed_sums,
     maps,
+    queries,
+    antidiagonal_keys,
+    rows_fit,
+    rows_alone,
     nesting,
     selects,
     branches,

@@ -27,7 +27,7 @@ def scores(spec: Spec) -> Iterator[Problem]:
         elif score.by_index:
             yield from _by_index(spec, score, path)
         elif score.form != "bias" or score.share == "all":
-            yield from _shared(score, path)
+            yield from _shared(level, path)
         elif score.reduce is not None:
             yield Problem(
                 code="HS062",
@@ -69,8 +69,9 @@ def _mapped(score: Score, path: Path) -> Iterator[Problem]:
             )
 
 
-def _shared(score: Score, path: Path) -> Iterator[Problem]:
-    """Heads that score for themselves, and agree or do not."""
+def _shared(level: Level, path: Path) -> Iterator[Problem]:
+    """Heads that score for themselves, and agree or do not; or whose queries are one before."""
+    score, one = level.score, bool(level.query and level.query.heads)
     also = ((*path, "share"), (*path, "reduce"))
     if score.share == "head" and score.reduce is not None:
         yield Problem(
@@ -81,7 +82,7 @@ def _shared(score: Score, path: Path) -> Iterator[Problem]:
             also=also,
             at_key=True,
         )
-    if score.share != "head" and score.reduce is None:
+    if score.share != "head" and score.reduce is None and not one:
         yield Problem(
             code="HS060",
             path=(*path, "share"),

@@ -105,6 +105,8 @@ def _no_tail(spec: Spec, level: Level) -> str | None:
         return "an entry of one token is never incomplete"
     if level.permute is not None:
         return "entries cut from an order are incomplete in numbers"
+    if spec.rows_of(level) is not None:
+        return "rows that choose together stand in several"
     if level.partition.size != level.partition.stride:
         return "overlapping entries are incomplete in numbers"
     return None

@@ -1,0 +1,103 @@
+"""Rows that choose together: who they are, the query that stands for them, and their scores as one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsgen.spec import Level, Query
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Together:
+    """Which rows choose together: R groups of the T rows of a chunk.
+
+    row: i64[T], the group of each row.  first, last: i64[R], nominal positions of a group's rows,
+    whether the chunk has these or not; of the prompt's last rows, the last one's.
+    members: i64[R, M], the rows that are asked, in order, -1 where there is none.
+    """
+
+    row: Tensor
+    first: Tensor
+    last: Tensor
+    members: Tensor
+
+
+def together(query: Query | None, p: Tensor) -> Together:
+    """The groups of rows at positions p: [T]; every row alone where nothing is said."""
+    each = torch.arange(len(p), device=p.device)
+    if query is not None and query.block is not None:
+        blocks, row = torch.unique_consecutive(p // query.block, return_inverse=True)
+        members = torch.full((len(blocks), query.block), -1, device=p.device)
+        members[row, p % query.block] = each
+        first = blocks * query.block
+        return Together(row=row, first=first, last=first + query.block - 1, members=members)
+    if query is not None and query.last is not None:
+        last = p[-1:]
+        asked = each[-query.last :].expand(len(last), -1)
+        return Together(row=torch.zeros_like(each), first=last, last=last, members=asked)
+    return Together(row=each, first=p, last=p, members=each[:, None])
+
+
+def pooled_queries(level: Level, q: Tensor, groups: Together, Hkv: int) -> Tensor:
+    """The queries that score: those of rows, or one a group.  [T, Hq, D] -> [R or T, H, D]"""
+    query = level.query
+    if query is None:
+        return q
+    if query.heads is not None:
+        heads = Hkv if level.score.share == "group" else 1
+        q = q.unflatten(1, (heads, -1)).mean(2)
+    return q if query.pool is None else _one_query(query.pool, q, groups.members)
+
+
+def _one_query(how: str, q: Tensor, members: Tensor) -> Tensor:
+    there = (members >= 0)[..., None, None]
+    rows = q[members.clamp(min=0)]  # [R, M, H, D]
+    zeroed = rows.masked_fill(~there, 0.0)
+    match how:
+        case "mean":
+            return zeroed.sum(1) / there.sum(1)
+        case "max":
+            return rows.masked_fill(~there, -math.inf).amax(1)
+        case "first":
+            first = (members >= 0).int().argmax(1)
+            return rows[torch.arange(len(rows), device=q.device), first]
+        case "antidiagonal":
+            return zeroed.flip(1).transpose(1, 2).flatten(2) / members.shape[1]
+        case _:
+            raise AssertionError(f"unknown pooling of queries {how!r}")
+
+
+def reduced(how: str, scores: Tensor, seen: Tensor, members: Tensor) -> Tensor:
+    """Scores of rows as scores of groups.  [T, H, N], bool[T, 1 or H, N] -> [R, H, N]
+
+    What a row does not see counts 0, or for the maximum -inf.
+    """
+    empty = -math.inf if how == "max" else 0.0
+    there = (members >= 0)[..., None, None]
+    rows = scores.masked_fill(~seen, empty)[members.clamp(min=0)].masked_fill(~there, empty)
+    match how:
+        case "sum":
+            return rows.sum(1)
+        case "mean":
+            return rows.sum(1) / there.sum(1)
+        case "max":
+            return rows.amax(1)
+        case _:
+            raise AssertionError(f"unknown reduction of rows {how!r}")
+
+
+def groups_of(fine: Together, coarse: Together) -> Tensor:
+    """The groups of `fine` that each group of `coarse` asks, once each.  -> i64[R, M], -1 for none"""
+    R, F = len(coarse.first), len(fine.first)
+    asks = torch.zeros(R, F + 1, dtype=torch.bool, device=fine.row.device)
+    rows = torch.where(coarse.members >= 0, fine.row[coarse.members.clamp(min=0)], F)
+    asks.scatter_(1, rows, torch.ones_like(rows, dtype=torch.bool))
+    asked = asks[:, :F]
+    most = int(asked.sum(1).max()) if R and F else 0
+    groups = torch.arange(F, device=fine.row.device).expand(R, F)
+    ordered = groups.masked_fill(~asked, F).sort(1).values[:, :most]
+    return ordered.masked_fill(ordered == F, -1)

@@ -1,0 +1,34 @@
+"""Queries: which rows score and choose together."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hsgen.spec.model.scalars import Count, Node
+from hsgen.spec.model.scores import Reduce
+
+QueryPool = Literal["mean", "max", "first", "antidiagonal"]
+
+
+class Query(Node):
+    """Rows that choose as one; left out, every row chooses for itself.
+
+    Rows of a block may choose every entry whose first token is not after the block's last row, so
+    an entry counts with tokens that some of them must not see.  Attending stays causal token by
+    token.  `last: n` of a `force` is the last n entries of each of the rows.
+
+    The rows are either pooled before they score, or score each for itself and are reduced after
+    their heads are.  Where scores are taken `from` another level, it is that level's rows that are
+    reduced.
+    """
+
+    block: Count | None = None  # row t belongs to block t // block of its document
+    last: Count | None = None  # that many last rows of the prompt choose, for all of its rows
+    pool: QueryPool | None = None  # one query stands for all of them; a row that is not there: 0
+    reduce: Reduce | None = None  # how the scores of the rows become those of all of them
+    heads: Literal["mean"] | None = None  # pools the queries of heads that `share`, before scores
+
+    @property
+    def together(self) -> bool:
+        """Whether rows choose together at all; else only their heads are pooled."""
+        return self.block is not None or self.last is not None

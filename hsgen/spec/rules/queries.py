@@ -1,0 +1,269 @@
+"""Rows that choose together: how they do, and whether they fit the rows of other levels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hsgen.spec.model import Level, Path, Query, Spec
+from hsgen.spec.rules.problem import Problem, either
+
+
+def queries(spec: Spec) -> Iterator[Problem]:
+    for i, level in enumerate(spec.levels):
+        if level.query is None:
+            continue
+        path: Path = ("levels", i, "query")
+        yield from _which_rows(level.query, path)
+        yield from _how(level, level.query, path)
+        yield from _heads(level, level.query, path)
+        blocks = level.partition
+        if level.query.block and blocks.size != blocks.stride:
+            yield Problem(
+                code="HS114",
+                path=(*path, "block"),
+                message="expected entries without overlap for blocks of queries, got stride"
+                f" {blocks.stride} of {blocks.size}",
+                help=f"write '{{blocks: {blocks.size}}}', or leave 'query' out",
+                also=(("levels", i, "partition"),),
+            )
+
+
+def _which_rows(query: Query, path: Path) -> Iterator[Problem]:
+    alone = query.heads is not None and query.pool is None and query.reduce is None
+    if (query.block is None) == (query.last is None) and not (alone and query.block is None):
+        yield Problem(
+            code="HS110",
+            path=path if query.block is None else (*path, "last"),
+            message=f"expected 'block' or 'last' in 'query', got {either(query.block)}",
+            help="write 'block: 128' for blocks of rows, or 'last: 64' for the prompt's last rows",
+            also=((*path, "block"), (*path, "last"), (*path, "heads")),
+            at_key=True,
+        )
+
+
+def _how(level: Level, query: Query, path: Path) -> Iterator[Problem]:
+    """Pooled or reduced, where one has a meaning."""
+    form = level.score.form
+    no_pool = (
+        f"scores of '{level.score.source}' are taken, no queries"
+        if form is None
+        else "the heads of an index are weighted row by row"
+        if form == "relu_weighted"
+        else "a bias asks no query"
+        if form == "bias"
+        else None
+    )
+    if query.together and (query.pool is None) == (query.reduce is None):
+        yield Problem(
+            code="HS111",
+            path=path if query.pool is None else (*path, "reduce"),
+            message=f"expected 'pool' or 'reduce' in 'query', got {either(query.pool)}",
+            help="write 'pool: mean' to score one query for all rows, or 'reduce: sum' to put"
+            " the scores of each together",
+            also=((*path, "pool"), (*path, "reduce")),
+            at_key=True,
+        )
+    elif query.pool is not None and no_pool is not None:
+        yield Problem(
+            code="HS112",
+            path=(*path, "pool"),
+            message=f"'pool' has no meaning in 'query' here: {no_pool}",
+            help="write 'reduce: sum'",
+            also=(*((*path[:2], "score", key) for key in ("form", "source")), (*path, "reduce")),
+            at_key=True,
+        )
+    elif (query.pool == "antidiagonal") != _keys_are_antidiagonal(level):
+        yield _antidiagonal(path)
+    elif query.pool == "antidiagonal" and query.block != level.partition.size:
+        yield Problem(
+            code="HS115",
+            path=(*path, "block"),
+            message="expected as many queries as keys for antidiagonals,"
+            f" {level.partition.size}, got {query.block or 'the last ones'}",
+            help=f"write 'block: {level.partition.size}'",
+            also=((*path, "pool"), (*path, "last"), (*path[:2], "partition")),
+        )
+
+
+def _keys_are_antidiagonal(level: Level) -> bool:
+    return bool(level.score.form and level.pool and level.pool.keys == "antidiagonal")
+
+
+def _antidiagonal(path: Path) -> Problem:
+    return Problem(
+        code="HS115",
+        path=path,
+        message="expected 'antidiagonal' to pool keys and queries, got it for one of them",
+        help="write 'pool: {keys: antidiagonal}' and 'query: {block: 8, pool: antidiagonal}'",
+        also=(
+            (*path, "pool"),
+            (*path[:2], "pool", "keys"),
+            (*path[:2], "score", "form"),
+        ),
+    )
+
+
+def antidiagonal_keys(spec: Spec) -> Iterator[Problem]:
+    """Keys that lie on antidiagonals of no queries."""
+    for i, level in enumerate(spec.levels):
+        if level.query is None and _keys_are_antidiagonal(level):
+            yield _antidiagonal(("levels", i, "query"))
+        elif level.score.form not in (None, "dot") and _keys_are_antidiagonal(level):
+            yield Problem(
+                code="HS115",
+                path=("levels", i, "score", "form"),
+                message=f"expected form 'dot' for antidiagonals, got '{level.score.form}'",
+                help="write 'form: dot'",
+                also=(("levels", i, "pool", "keys"),),
+            )
+
+
+def _heads(level: Level, query: Query, path: Path) -> Iterator[Problem]:
+    if query.heads is None:
+        return
+    score = level.score
+    why = ""
+    if score.form is None:
+        why = f"scores of '{score.source}' are taken, no queries"
+    elif score.form != "dot":
+        why = f"form '{score.form}' scores with heads of its own kind"
+    elif score.share == "head":
+        why = "every head chooses for itself: 'share: head'"
+    elif score.reduce is not None:
+        why = "heads whose queries are one have one score: nothing is left to 'reduce'"
+    if why:
+        yield Problem(
+            code="HS116",
+            path=(*path, "heads"),
+            message=f"'heads' has no meaning in 'query' here: {why}",
+            help="write 'share: group' without 'reduce', or remove 'heads'",
+            also=tuple((*path[:2], "score", key) for key in ("form", "source", "share", "reduce")),
+            at_key=True,
+        )
+
+
+def rows_fit(spec: Spec) -> Iterator[Problem]:
+    """Rows that choose together must agree on what they take over, narrow or divide by."""
+    levels = {level.name: level for level in spec.levels}
+    for i, level in enumerate(spec.levels):
+        for field, key in ((("score", "source"), "from"), (("within",), "within")):
+            source = levels.get((level.score.source if key == "from" else level.within) or "")
+            if source is None:
+                continue
+            mine, theirs = spec.rows_of(level), spec.rows_of(source)
+            finer, coarser = (theirs, mine) if key == "from" else (mine, theirs)
+            if _nests(finer, coarser):
+                continue
+            yield Problem(
+                code="HS113",
+                path=("levels", i, "query") if level.query else ("levels", i, *field),
+                message=f"'{key}: {source.name}' does not fit: expected {_wanted(theirs, key)},"
+                f" got {_rows_text(mine)}",
+                help=_rows_help(theirs),
+                also=_row_fields(i, levels, source),
+            )
+        source = levels.get(level.score.lse_from or "")
+        if source is not None and level.score.form and not _same_rows(level, source):
+            yield Problem(
+                code="HS113",
+                path=("levels", i, "score", "lse_from"),
+                message=f"expected '{source.name}' to score the same rows, got"
+                f" {_scored_text(source.query)} there and {_scored_text(level.query)} here",
+                help="write the same 'query' in both levels, or remove 'lse_from'",
+                also=_row_fields(i, levels, source),
+            )
+
+
+def _row_fields(i: int, levels: dict[str, Level], source: Level) -> tuple[Path, ...]:
+    j = [*levels].index(source.name)
+    return tuple(
+        ("levels", at, *field)
+        for at in (i, j)
+        for field in (("query",), ("score", "source"), ("within",))
+    )
+
+
+def _nests(fine: Query | None, coarse: Query | None) -> bool:
+    """Whether rows that choose together by `fine` are together by `coarse`."""
+    if fine is None or (coarse is not None and coarse.last is not None and fine.last is None):
+        return True
+    if coarse is None or coarse.block is None:
+        return coarse is not None and fine.last == coarse.last and fine.block is None
+    return fine.block is not None and coarse.block % fine.block == 0
+
+
+def _scored(query: Query | None) -> tuple[int | None, int | None]:
+    """The rows that score: those that are pooled, or each row for itself."""
+    return (query.block, query.last) if query and query.pool else (None, None)
+
+
+def _same_rows(level: Level, source: Level) -> bool:
+    heads = [one.query.heads if one.query else None for one in (level, source)]
+    return _scored(level.query) == _scored(source.query) and heads[0] == heads[1]
+
+
+def _rows_text(query: Query | None) -> str:
+    if query is None:
+        return "rows that choose for themselves"
+    return f"blocks of {query.block}" if query.block else f"the last {query.last} rows"
+
+
+def _scored_text(query: Query | None) -> str:
+    pooled = query if query and query.pool else None
+    heads = " of pooled heads" if query and query.heads else ""
+    return ("single rows" if pooled is None else _rows_text(pooled)) + heads
+
+
+def _wanted(theirs: Query | None, key: str) -> str:
+    if theirs is None:
+        return "rows that choose for themselves, as there"
+    if theirs.last is not None:
+        return f"the last {theirs.last} rows, as there"
+    which = "a multiple of" if key == "from" else "a divisor of"
+    return f"blocks of {which} {theirs.block}"
+
+
+def _rows_help(theirs: Query | None) -> str:
+    if theirs is None:
+        return "remove 'query', or write it in the other level too"
+    if theirs.last is not None:
+        return f"write 'query: {{last: {theirs.last}, reduce: sum}}'"
+    return f"write 'query: {{block: {theirs.block}, reduce: sum}}'"
+
+
+def rows_alone(spec: Spec) -> Iterator[Problem]:
+    """What is said of single rows, and has no meaning for those that choose together."""
+    kl = spec.loss and spec.loss.kl
+    for i, level in enumerate(spec.levels):
+        if spec.rows_of(level) is None:
+            continue
+        force = level.select and level.select.force
+        joined = next((x for x in spec.levels if force and x.name == force.level), None)
+        if joined is not None and spec.rows_of(joined) != spec.rows_of(level):
+            yield Problem(
+                code="HS117",
+                path=("levels", i, "select", "force", "level"),
+                message=f"expected '{joined.name}' to choose for the same rows, got"
+                f" {_rows_text(spec.rows_of(joined))} there and {_rows_text(spec.rows_of(level))} here",
+                help="write the same 'query' in both levels",
+                also=_row_fields(i, {x.name: x for x in spec.levels}, joined),
+                at_key=True,
+            )
+        reuse = spec.reuse_of(level.name)
+        if reuse is not None and (reuse.role == "candidates" or reuse.accumulate):
+            yield Problem(
+                code="HS118",
+                path=("reuse", spec.reuse.index(reuse), "role"),
+                message=f"expected 'as: final' for '{level.name}', whose rows choose together, got"
+                f" '{reuse.role}'",
+                help="write 'as: final', or remove 'query'",
+                also=(("levels", i, "query"),),
+            )
+        if kl is not None and kl.level == level.name:
+            yield Problem(
+                code="HS119",
+                path=("loss", "kl", "level"),
+                message=f"expected a level whose rows choose for themselves, got '{level.name}'",
+                help="remove 'query' there, or name another level",
+                also=(("levels", i, "query"),),
+            )
