@@ -94,7 +94,7 @@ def _of_entries(op: Pool | PoolRows | PoolHeads | Norm | Rotate) -> str | None:
         case Pool(how="mlp" | "gated" | "max_min_mean" | "first" | "antidiagonal" as how):
             return f"pools by {how}"
         case PoolRows():
-            return "pools queries"
+            return "chooses for rows together"
         case PoolHeads():
             return "pools heads"
         case Pool(before=int()):
