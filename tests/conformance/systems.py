@@ -14,6 +14,7 @@ NESTED = {"three_levels": SPECS.parent / "examples" / "three_levels.yaml"}
 # Specs that no kernel reaches yet, and what the plan error says of the operator that is in the way.
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
+    "xattention": "level tile: no kernel pools by antidiagonal yet",
     "flux_attention": "no kernel takes a route by sample yet",
     "dma": "level token: no kernel scores by a learned bias yet",
     "nosa": "level importance: no kernel scores by a learned bias yet",
@@ -73,7 +74,7 @@ def shrink(spec, *, block=16):
     factor = max([1, *sizes]) // block or 1
     levels = []
     for level in spec.levels:
-        levels.append(_shrunk_level(level, factor, {one.name: one.select for one in levels}))
+        levels.append(_shrunk_level(spec, level, factor, {one.name: one.select for one in levels}))
     attend = tuple(_shrunk_branch(branch) for branch in spec.attend)
     return language.verify(spec.model_copy(update={"levels": tuple(levels), "attend": attend}))
 
@@ -89,21 +90,33 @@ def _shrunk_branch(branch):
     return branch.model_copy(update=changes)
 
 
-def _shrunk_level(level, factor, above):
-    """A level, given the selections of those before it."""
+def _shrunk_level(spec, level, factor, above):
+    """A level, given the selections of those before it; what had several rows or tokens has two."""
     changes = {}
     if isinstance(level.partition, Blocks):
-        size, stride = (max(1, n // factor) for n in (level.partition.size, level.partition.stride))
+        size, stride = (_part(n, factor) for n in (level.partition.size, level.partition.stride))
         changes["partition"] = Blocks(size=size, stride=stride)
+    if level.query and level.query.block:
+        changes["query"] = level.query.model_copy(
+            update={"block": _part(level.query.block, factor)}
+        )
+    if level.query and level.query.last:
+        changes["query"] = level.query.model_copy(update={"last": min(level.query.last, 8)})
     if level.select and not level.select.counts_vary:
         last = min(level.select.force.last, 2)
         force = level.select.force.model_copy(update={"last": last})
         forced = force.first + force.last + (above[force.level].width if force.level else 0)
+        if force.last:
+            forced += spec.own_entries(level) - 1  # as many as in the full size, or more
         room = max(3, forced + 1) if isinstance(level.partition, Blocks) else 11
         key = "top_k" if level.select.top_k else "beam"
         budget = min(level.select.budget, room)
         changes["select"] = level.select.model_copy(update={key: budget, "force": force})
     return level.model_copy(update=changes)
+
+
+def _part(n, factor):
+    return max(min(n, 2), n // factor)
 
 
 def bind(spec, *, group=2, kv=None, dims=(64, 64)):
