@@ -29,10 +29,8 @@ from hsgen.reference import Result, reference, tensor_shapes
 from hsgen.spec import Spec, load, parse
 
 PAGE = common.ROOT / "docs" / "independent.md"
-KINDS = (
-    "independent",
-    "transformers",
-)  # of results, this script's and those of independent_production
+# of results: this script's, those of independent_blocks and of independent_production
+KINDS = ("independent", "blocks", "transformers")
 TOLERANCE = 1e-5  # the peers compute in float32
 
 FLA_NSA = """
@@ -255,7 +253,9 @@ class OnCPU(TorchFunctionMode):
         wanted = dict(kwargs or {})
         if wanted.get("device") == "cuda":
             wanted["device"] = "cpu"
-        return func(*args, **wanted)
+        return func(
+            *("cpu" if isinstance(arg, str) and arg == "cuda" else arg for arg in args), **wanted
+        )
 
 
 def _stand_ins() -> dict[str, types.ModuleType]:
@@ -272,13 +272,14 @@ def _block_means(x: Tensor, size: int, cu_seqlens: Tensor | None) -> Tensor:
     return torch.stack([part.mean(1) for part in x.split(size, 1)], 1)
 
 
-def read(path: Path) -> types.ModuleType:
-    """A peer's file as a module, without its asserts."""
+def read(path: Path, stand_ins: Mapping[str, types.ModuleType] | None = None) -> types.ModuleType:
+    """A peer's file as a module, without its asserts; it imports `stand_ins` by name."""
+    found = _stand_ins() if stand_ins is None else stand_ins
     made = importlib.util.module_from_spec(
         importlib.util.spec_from_loader(f"peer_{path.stem}", loader=None)
     )
-    replaced = {name: sys.modules.get(name) for name in _stand_ins()}
-    sys.modules.update(_stand_ins())
+    replaced = {name: sys.modules.get(name) for name in found}
+    sys.modules.update(found)
     try:
         exec(compile(path.read_text(), str(path), "exec", optimize=1), made.__dict__)
     finally:
@@ -339,6 +340,13 @@ sides' inputs; *index* compares choices alone.  Choices are equal, as the scores
 row; the sets differ where scores tie: a sum of relu is exactly 0 for many entries.
 
 """
+BLOCKS = """
+## Beside peers that choose
+
+Systems whose attention kernels run on a GPU only, but choose in plain PyTorch.  *Worst* is the largest
+difference of what is chosen by over its largest value; rows are those of a query block and a head.
+
+"""
 TEXT = """# The reference beside independent implementations
 
 hsgen's float64 reference is what every kernel is tested against, so it is itself held against code that
@@ -358,12 +366,14 @@ def page(results: Sequence[Json]) -> str:
 
 
 def _of_checkouts(result: Json) -> str:
+    whole = any("error" in figures for figures in result["comparisons"].values())
     notes = []
     for name, figures in result["comparisons"].items():
         place = f"[{figures['repository']}](https://github.com/{figures['repository']})"
         files = ", ".join(f"`{file}`" for file in figures["files"])
         notes.append(f"- {name}: {place} at {figures['commit'][:10]}, {files}")
-    return f"{_table(result)}\n" + "\n".join([*notes, f"\n{_made(result)}\n"])
+    table = f"{_table(result)}\n" + "\n".join([*notes, f"\n{_made(result)}\n"])
+    return table if whole else f"{BLOCKS}{table}"
 
 
 def _of_transformers(result: Json) -> str:
@@ -384,6 +394,8 @@ def _table(result: Json) -> str:
         if "rows" in figures:
             chosen = f"{figures['same_rows']:,} of {figures['rows']:,}"
         errors = [f"{figures[x]:.1e}" if "error" in figures else "–" for x in ("error", "worst")]
+        if "error" not in figures and "model" not in figures and "scores" in figures:
+            errors[1] = f"{figures['scores']:.1e}"
         rows.append((name, figures["what"], *errors, chosen))
     return common.table(("system", "sizes", "error", "worst", "same choice"), rows)
 

@@ -14,6 +14,7 @@ from benchmarks import (
     beams,
     common,
     independent,
+    independent_blocks,
     inputs,
     quality,
     speed,
@@ -241,7 +242,7 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
         ("beams", beams.page, []),
         ("quality", quality.report, []),
         ("speed", speed_report.page, []),
-        ("independent", independent.page, ["transformers"]),
+        ("independent", independent.page, ["blocks", "transformers"]),
     ],
 )
 def test_page_is_made_of_the_kept_results(kind, page, more):
@@ -279,6 +280,15 @@ def test_every_comparison_is_kept_and_agrees():
     for name, figures in kept.items():
         assert figures["worst"] < independent.TOLERANCE, name
         assert figures.get("same_rows") == figures.get("rows"), name
+
+
+def test_peers_that_choose_blocks_choose_the_same():
+    (path,) = common.found([], "blocks")
+    kept = common.read_json(path)["comparisons"]
+    assert set(kept) == set(independent_blocks.COMPARISONS)
+    for name, figures in kept.items():
+        assert figures.get("scores", 0.0) < independent_blocks.TOLERANCE, name
+        assert figures["same_rows"] == figures["rows"] > 0, name
 
 
 def test_transformers_choose_alike_and_say_the_same():
