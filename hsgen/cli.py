@@ -90,7 +90,14 @@ NewFile = Annotated[
     typer.Option("--output", "-o", metavar="FILE", help="Write FILE; default NAME.yaml."),
 ]
 Preset = Annotated[
-    str, typer.Option("--from", metavar="PRESET", help="Name of a shipped spec, or a file.")
+    str | None, typer.Option("--from", metavar="PRESET", help="Name of a shipped spec, or a file.")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A model's config.json, or its folder: the model's sizes."),
+]
+OfConfig = Annotated[
+    int | None, typer.Option("--layer", min=0, help="Of the config: the attention of this one.")
 ]
 ForEditors = Annotated[
     Path | None,
@@ -382,21 +389,36 @@ def schema(*, output: SchemaFile = None) -> None:
 def new(
     name: NewName,
     *,
-    preset: Preset,
+    preset: Preset = None,
+    from_config: Config = None,
+    layer: OfConfig = None,
     output: NewFile = None,
     schema: ForEditors = None,
     as_json: Json = False,
 ) -> None:
-    """Write a spec that starts from another, comments kept: hsgen new my_attention --from nsa."""
+    """Write a spec that starts from another, comments kept, or from the config.json of a model."""
+    if (preset is None) == (from_config is None):
+        raise typer.BadParameter("expected --from PRESET or --from-config FILE, one of them")
+    if layer is not None and from_config is None:
+        raise typer.BadParameter("expected --layer with --from-config, whose layers it counts")
     file = output or Path(f"{name}.yaml")
     if schema is not None and not schema.is_file():
         raise typer.BadParameter(f"{schema}: no such file; 'hsgen schema -o {schema}' writes it")
     seen = Path(os.path.relpath(schema, file.parent)).as_posix() if schema else None
-    drafts.write(file, drafts.draft(name, preset, schema=seen))
-    if as_json:
-        _print_json({"file": str(file), "name": name, "from": preset})
+    record: dict[str, object] = {"file": str(file), "name": name}
+    if from_config is not None:
+        text, found = drafts.from_config(name, from_config, layer=layer, schema=seen)
+        whose = f"{' and '.join(found.presets)} with the sizes of {from_config}"
+        record |= {"config": str(from_config), "presets": found.presets, "layers": found.layers}
     else:
-        typer.echo(f"{file}: {name}, which is {preset} until you change it")
+        assert preset is not None
+        text, whose = drafts.draft(name, preset, schema=seen), preset
+        record["from"] = preset
+    drafts.write(file, text)
+    if as_json:
+        _print_json(record)
+    else:
+        typer.echo(f"{file}: {name}, which is {whose} until you change it")
 
 
 @app.command(epilog="Example: hsgen specs --json")

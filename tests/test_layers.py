@@ -51,7 +51,8 @@ SPEC_LAYERS = """\
 model  syntax
 rules  text
 reader
-schema  files
+schema  files  fields
+families
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick

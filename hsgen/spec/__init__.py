@@ -9,7 +9,9 @@ Plans nothing and knows nothing of kernels, GPUs or tensors.
     text     Spec -> YAML text
     schema   the classes -> JSON Schema, for editors
     files    paths and shipped names -> Spec
-    drafts   a shipped spec -> the text of a new one
+    fields   a model's config.json, field by field
+    families a config.json -> a shipped spec with the model's sizes
+    drafts   a shipped spec, or such a config -> the text of a new one
 """
 
 from __future__ import annotations

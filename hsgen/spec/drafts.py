@@ -1,14 +1,19 @@
-"""A new spec from one that is there: its text with another name, written whole or not at all."""
+"""A new spec from one that is there, or from a model's config: written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+import textwrap
 from pathlib import Path
 
 from hsgen.errors import ArgumentError, HsgenError, SpecError
-from hsgen.spec import files
+from hsgen.spec import families, fields, files
+from hsgen.spec.families import Found
 from hsgen.spec.reader import parse
+from hsgen.spec.text import dump
+
+COLUMNS = 100  # of the comments that stand above a spec
 
 
 def named(text: str) -> str:
@@ -44,6 +49,38 @@ def draft(name: str, preset: str | Path, *, schema: str | None = None) -> str:
     start, line = where.column - 1, lines[where.line - 1]
     lines[where.line - 1] = f"{line[:start]}{named(name)}{line[start + where.length :]}"
     return "".join([*(_modeline(schema) if schema else ()), *lines])
+
+
+def from_config(
+    name: str, config: Path, *, layer: int | None = None, schema: str | None = None
+) -> tuple[str, Found]:
+    """The text of a spec with the sizes of a model, and what it was made of.
+
+    Args:
+        name: what the spec is called.
+        config: a config.json, or the folder that holds one.
+        layer: the one layer it is to be of; None: all whose attention a spec can say.
+        schema: what editors are to check it by, as seen from where it will lie.
+
+    Raises:
+        ArgumentError: that is no name; that layer has no attention that a spec says.
+        HsgenError: there is no such config, or it says what cannot be, or what no spec can say.
+    """
+    said = fields.read(config)
+    found = families.find(said, layer)
+    spec = found.spec.model_copy(update={"name": named(name)})
+    header = [line for note in found.notes for line in _comment(note)]
+    text = "\n".join([*header, dump(spec)])
+    try:
+        parse(text, name)
+    except SpecError as error:
+        msg = f"{said.where}: no spec can say this: {error.message}"
+        raise HsgenError(msg, help=error.help) from error
+    return "".join([*(_modeline(schema) if schema else ()), text]), found
+
+
+def _comment(note: str) -> list[str]:
+    return textwrap.wrap(note, COLUMNS, initial_indent="# ", subsequent_indent="# ")
 
 
 def _modeline(schema: str) -> tuple[str]:
