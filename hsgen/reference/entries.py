@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.inputs import needs_all_tokens
-from hsgen.reference.layouts import Layout
+from hsgen.reference.layouts import Layout, part_of
 from hsgen.reference.queries import Together, together
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.selection import ListSelection, members
@@ -115,6 +115,9 @@ def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored], groups: Tog
 def token_mask(rows: Rows, level: Level, chosen: Tensor) -> Tensor:
     """Tokens of chosen entries, each once.  bool[T, Hs, N] -> bool[T, H, S]"""
     layout = rows.layouts[level.name]
+    if layout.parts is not None:
+        part = part_of(layout.parts, rows.seen_tokens, rows.S)[:, None]
+        return chosen.gather(-1, part.expand(-1, chosen.shape[1], -1))
     if layout.entry_of is None:
         return _overlapping(layout, chosen, rows.S)
     heads = max(chosen.shape[1], len(layout.entry_of))

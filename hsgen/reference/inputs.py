@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from hsgen.spec import Gather, Level, Spec
+from hsgen.spec import Gather, Level, Parts, Spec
 
 TensorKind = Literal["query", "key", "sequence", "parameter"]
 
@@ -28,10 +28,19 @@ def tensor_shapes(spec: Spec, B: int, T: int, S: int) -> dict[str, tuple[int, ..
     if spec.index:
         sizes |= {"Hi": spec.index.heads, "Di": spec.index.dim}
     lead = {"query": (B, T), "key": (B, S), "sequence": (B,), "parameter": ()}
+    sizes |= {f"N_{level.name}": _entries(level, S) for level in spec.levels}
     return {
         name: (*lead[kind], *(sizes[n] if isinstance(n, str) else n for n in dims))
         for name, (kind, dims) in _inputs(spec).items()
     }
+
+
+def _entries(level: Level, S: int) -> int:
+    """How many entries a level has for S keys."""
+    partition = level.partition
+    if isinstance(partition, Parts):
+        return partition.count
+    return -(-S // partition.stride) if partition.stride else 0
 
 
 def tensor_kinds(spec: Spec) -> dict[str, TensorKind]:
@@ -178,6 +187,9 @@ def _level_inputs(level: Level) -> dict[str, _TensorInput]:
         level.pool and level.pool.keys and not by_bias
     ):
         found[named("k", level.kv)] = ("key", ("Hkv", *_series(level), "D"))
+    if level.score.form == "given":
+        heads = {"head": "Hq", "group": "Hkv", "all": 1}[level.score.share]
+        found[f"{level.name}_score"] = ("query", (heads, f"N_{level.name}"))
     if level.permute and isinstance(level.permute.keys, Gather):
         found[f"{level.name}_key_order"] = ("key", ("Hkv",))
     if level.score.by_bias:

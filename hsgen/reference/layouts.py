@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hsgen.reference.inputs import named
 from hsgen.reference.permutes import cluster_of, order_of
-from hsgen.spec import Blocks, Clusters, KMeans, Level, SortInSegment
+from hsgen.spec import Blocks, Clusters, KMeans, Level, Parts, SortInSegment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,6 +25,8 @@ class Layout:
         is one unit: forced together, and complete together.
     step: Tokens from one unit to the next, where that is one number; rows after the last key then
         stand in units that do not exist.
+    parts: How many equal parts of what a row sees entries are; no row has the others' entries then,
+        and slots say nothing.
     """
 
     slots: Tensor
@@ -33,10 +35,13 @@ class Layout:
     ends: Tensor
     units: Tensor
     step: int | None = None
+    parts: int | None = None
 
     @property
     def there(self) -> Tensor:
-        """Entries that have a token.  bool[H, N]"""
+        """Entries that have a token, or may have one.  bool[H, N]"""
+        if self.parts is not None:
+            return torch.ones_like(self.starts, dtype=torch.bool)[None]
         return (self.slots >= 0).any(-1)
 
 
@@ -44,6 +49,8 @@ def layout_of(level: Level, x: Mapping[str, Tensor], S: int, group: int) -> Layo
     """The entries of a level for S keys.  `group`: query heads of a key head."""
     order = level.permute and level.permute.keys
     if order is None:
+        if isinstance(level.partition, Parts):
+            return _parts(level.partition.count, x["q"])
         before = level.partition.before if isinstance(level.partition, Blocks) else None
         return _in_place(level.partition.size, level.partition.stride, before or 0, S, x["q"])
     keys = x[named("k", level.kv)]
@@ -100,6 +107,26 @@ def _clusters(cluster: Tensor, N: int) -> Layout:
     slots[head, of, slot] = at
     starts = torch.zeros(N, dtype=torch.long, device=at.device)
     return Layout(slots=slots, entry_of=cluster, starts=starts, ends=starts + S, units=starts[:1])
+
+
+def _parts(count: int, like: Tensor) -> Layout:
+    """Parts that every row has of its own, all of them from its first token on."""
+    starts = torch.zeros(count, dtype=torch.long, device=like.device)
+    return Layout(
+        slots=starts.new_full((1, count, 0), -1),
+        entry_of=None,
+        starts=starts,
+        ends=starts,
+        units=starts[:1],
+        parts=count,
+    )
+
+
+def part_of(parts: int, seen: Tensor, S: int) -> Tensor:
+    """The part of every token, of the first `seen` ones of S, for each row.  i64[T] -> i64[T, S]"""
+    n = seen.clamp(min=1)[:, None]
+    token = torch.arange(S, device=seen.device)
+    return (((2 * token + 1) * parts - 1) // (2 * n)).clamp(max=parts - 1)
 
 
 def _entry_of(slots: Tensor, S: int) -> Tensor:

@@ -31,6 +31,9 @@ def _by_head(bias: Tensor) -> Tensor:
 
 def _of_form(level: Level, rows: Rows, groups: Together) -> Tensor:
     x, keys = rows.x, rows.pooled[level.name].get("key")
+    if level.score.form == "given":
+        entries = len(rows.layouts[level.name].starts)
+        return x[f"{level.name}_score"][..., :entries] * _scale(level, 1)
     assert keys is not None, f"level {level.name} has nothing to score"
     match level.score.form:
         case "dot":
@@ -92,7 +95,8 @@ def over_heads(level: Level, scores: Tensor, Hkv: int) -> Tensor:
     """Make heads agree.  [T, H, N] -> [T, Hs, N]; consecutive heads share."""
     H, how = scores.shape[1], level.score.reduce
     heads = {"head": H, "group": min(Hkv, H), "all": 1}[level.score.share]
-    if (level.score.source or level.score.sums_index) and how is None:
+    single = level.score.sums_index or level.score.form == "given"  # as many as choose already
+    if (level.score.source or single) and how is None:
         return scores
     if heads == H:
         return scores

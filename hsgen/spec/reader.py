@@ -29,6 +29,7 @@ from hsgen.spec.model import (
     Heads,
     KMeans,
     Node,
+    Parts,
     Path,
     SortInSegment,
     Spec,
@@ -43,15 +44,20 @@ _SUGAR: Mapping[type[Node], tuple[str, ...]] = {Heads: ("group_size",), Force: (
 _HIDDEN = {"kind"}
 # partitions: those that are a word, and those that are a mapping, by the key that tells them apart
 _WORD_KINDS = {"tokens", "clusters"}
-_KINDS: Mapping[str, type[Node]] = {"blocks": Blocks}
+_KINDS: Mapping[str, type[Node]] = {"blocks": Blocks, "parts": Parts}
 # orders of keys, told apart in the same way
 _WORD_ORDERS = {"gather"}
 _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans": KMeans}
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
+<<<<<<< HEAD
     avg_pool budget_from by centroid columns cosine diagonals
     early_stop given halving pages quota ragged sample softmax_mass
+=======
+    antidiagonal avg_pool budget_from by centroid columns cosine diagonals
+    early_stop halving pages quota ragged sample softmax_mass
+>>>>>>> 3fed37a (wip parts)
     stripes tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
@@ -428,7 +434,7 @@ _PARTITION = _Union(
     words=_WORD_KINDS,
     mappings=_KINDS,
     stand_in="tokens",
-    expected="'tokens', 'clusters', or a mapping {blocks: size, stride: step}",
+    expected="'tokens', 'clusters', or a mapping {blocks: size, stride: step} or {parts: number}",
     advice="write 'partition: tokens' or 'partition: {blocks: 64}'",
 )
 _ORDER = _Union(
@@ -461,6 +467,7 @@ _EXAMPLE = {
     "iterations": "iterations: 50",
     "partition": "partition: {blocks: 64}",
     "blocks": "blocks: 64",
+    "parts": "parts: 128",
     "pool": "pool: {keys: mean}",
     "query": "query: {block: 128, pool: mean}",
     "score": "score: {form: dot}",

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from hsgen.spec.model.scalars import Bound, Count, Forced, Identifier, Node, Part
 
-SelectRule = Literal["top_k", "beam", "fraction", "threshold", "top_p"]
+SelectRule = Literal["top_k", "beam", "fraction", "threshold", "top_p", "tokens"]
 
 
 SELECT_RULES: tuple[SelectRule, ...] = get_args(SelectRule)
@@ -46,7 +46,10 @@ class Select(Node):
     """Keep the best: `beam` entries are expanded by a level below, the others are attended.
 
     `fraction`: of a row's visible entries, or of all that its sequence has, rounded up.
-    `threshold`: every score above it.
+    `threshold`: every score above it.  `tokens`: as many entries as that many tokens fill, to the
+    nearest whole number, halves to the even one, and at least one.
+    `scope: heads`: entries of all heads that choose are ranked together, ties to the lower head, and
+    as many are kept as all of them may keep.
     """
 
     top_k: Count | None = None
@@ -55,6 +58,8 @@ class Select(Node):
     of: Literal["all"] | None = None  # of `fraction`; left out: of what is visible
     threshold: Bound | None = None
     top_p: TopP | None = None
+    tokens: Count | None = None
+    scope: Literal["heads"] | None = None  # left out: each row and head that chooses by itself
     force: Force = Force()
 
     @property
@@ -65,7 +70,7 @@ class Select(Node):
     @property
     def counts_vary(self) -> bool:
         """Whether rows differ in how many entries they keep, so that they are bitmaps, not lists."""
-        return not self.budget
+        return not self.budget or self.scope is not None
 
     @property
     def budget(self) -> int:

@@ -66,7 +66,29 @@ class Clusters(Node):
         return 0
 
 
-Partition = Tokens | Blocks | Clusters
+class Parts(Node):
+    """Entry i is part i of as many equal parts as are said, of the tokens that a row sees.
+
+    Of n of them token j lies in the part i for which i < (j + 1/2) * parts / n <= i + 1, the nearest.
+    Where n is less, some parts are empty, and are chosen all the same.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {"parts": "count"}
+    kind: Literal["parts"] = "parts"
+    count: Count  # parts of one row
+
+    @property
+    def size(self) -> int:
+        """0: parts grow with what a row sees."""
+        return 0
+
+    @property
+    def stride(self) -> int:
+        """0, like the size."""
+        return 0
+
+
+Partition = Tokens | Blocks | Clusters | Parts
 
 
 class Rotate(Node):

@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.scalars import Identifier, Node, Scale
 
-ScoreForm = Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match", "bias"]
+ScoreForm = Literal[
+    "dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match", "bias", "given"
+]
 
 
 Stored = Literal["input", "bf16", "fp8", "fp8_unscaled"]  # how vectors of an index are kept
@@ -33,6 +35,7 @@ class Score(Node):
     `code_match`: in how many runs of channels query and key have the same code.
     `bias`: the input `bias` of a token and key head, whatever the query; of an entry, what its
     `pool` makes of them.
+    `given`: the input `<level>_score` [B, T, heads that choose, entries], whatever made it.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"from": "source"}

@@ -325,7 +325,12 @@ _NEWS = {
     "hidden",
     "then",
     "rotate",
+<<<<<<< HEAD
     "query",
+=======
+    "tokens",
+    "scope",
+>>>>>>> 3fed37a (wip parts)
 }
 
 
