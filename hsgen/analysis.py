@@ -449,6 +449,9 @@ class _Counts:
         if isinstance(op, SelectSet):
             if op.of == "all":
                 return _pairs_of_part(op.value, causal=self.graph.meta.causal)
+            if op.rule in ("top_k", "tokens"):  # of heads together: a head's share
+                slots = int(op.value) * (op.size if op.rule == "top_k" else 1)
+                return _selected_pairs(slots, own=1, causal=self.graph.meta.causal)
             part = op.value if op.rule == "fraction" else 1.0
             return _complete_pairs(1, 1, causal=self.graph.meta.causal) * part
         assert isinstance(op, Select)
@@ -617,7 +620,7 @@ def _flops(counts: _Counts, node: Node) -> Cost:
 
 def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost:
     """Dots of pairs.  Of codes a comparison and an addition a run, once both are encoded."""
-    if op.form == "bias":
+    if op.form in ("bias", "given"):
         return _from(0, Polynomial())  # what a key has already
     rows, heads, dim = operands[0].dims[1:]
     pairs = counts.complete(op.level, rows) if op.within is None else counts.children(op.level)
@@ -857,7 +860,7 @@ def _varies(node: Node) -> bool:
         return node.op.size == 0  # clusters have any number of tokens
     if isinstance(node.op, Recall):
         return "all" in node.op.takes
-    return isinstance(node.op, SelectSet) and node.op.rule != "fraction"
+    return isinstance(node.op, SelectSet) and node.op.rule in ("threshold", "top_p")
 
 
 def _entries_text(size: int, stride: int, *, causal: bool) -> str:

@@ -123,6 +123,8 @@ def _of_choice(
             return f"selects by {op.rule}"
         case Score(form="relu_sum"):
             return "sums an index without weights"
+        case Score(form="given"):
+            return "takes scores as they are given"
         case Score(form="code_match"):
             return "compares codes"
         case Score(grouped=True):

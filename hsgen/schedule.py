@@ -590,7 +590,7 @@ class _Scheduler:
         score = chain.score.op
         assert isinstance(score, Score)
         assert isinstance(node.op, Select)
-        assert score.form not in ("relu_sum", "code_match", "bias"), "refused"
+        assert score.form not in ("relu_sum", "code_match", "bias", "given"), "refused"
         weighted = score.form == "relu_weighted"
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hsgen.errors import HsgenError
 from hsgen.reference import tensor_kinds, tensor_shapes
-from hsgen.spec import HeadDim, Heads, Index, Spec
+from hsgen.reference.layouts import part_of
+from hsgen.spec import HeadDim, Heads, Index, Level, Parts, Spec
 
 
 def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec:
@@ -51,9 +52,13 @@ def tensors(
     """
     shapes = tensor_shapes(spec, 1, q.shape[1], k.shape[1])
     kinds = tensor_kinds(spec)
+    estimates = {f"{x.name}_score": x for x in spec.levels if x.score.form == "given"}
     made: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        x = _tensor(name, kinds[name] == "parameter", shape, (q, k, v), gates)
+        if name in estimates:
+            x = _masses(spec, estimates[name], shape, q, k)
+        else:
+            x = _tensor(name, kinds[name] == "parameter", shape, (q, k, v), gates)
         if x is None or tuple(x.shape) != shape:
             raise HsgenError(f"spec {spec.name}: nothing in a capture can stand in for {name}")
         made[name] = x
@@ -94,6 +99,28 @@ def _tensor(
         case "v", _:
             return v
     return None
+
+
+ROWS = 256  # whose masses are alive at once
+
+
+def _masses(spec: Spec, level: Level, shape: tuple[int, ...], q: Tensor, k: Tensor) -> Tensor:
+    """Of each entry what attention gives its tokens, the mean of the heads that choose as one."""
+    S, (T, heads, entries) = k.shape[1], shape[1:]
+    found = q.new_zeros(shape)
+    token = torch.arange(S, device=q.device)
+    for t in range(0, T, ROWS):
+        p = torch.arange(t, min(t + ROWS, T), device=q.device)
+        logits = torch.einsum("tgd,sd->tgs", q[0, t : t + ROWS], k[0, :, 0]) * k.shape[-1] ** -0.5
+        seen = token <= p[:, None] if spec.causal else torch.ones_like(token <= p[:, None])
+        mass = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+        mass = mass.unflatten(1, (heads, -1)).mean(2)
+        if isinstance(level.partition, Parts):
+            entry = part_of(entries, seen.sum(-1), S)
+        else:
+            entry = (token // level.partition.stride).expand(len(p), -1)
+        found[0, t : t + ROWS].scatter_add_(-1, entry[:, None].expand(mass.shape), mass)
+    return found
 
 
 OPEN, CLOSED = 20.0, -1e4  # a gate before its sigmoid; a sink that takes nothing
@@ -151,6 +178,8 @@ def stated(spec: Spec, heads: int) -> list[tuple[str, str]]:
         found.append(("learned compression", given))
     if any(name.endswith("_codebook") for name in names):
         found.append(("codebooks", "keys of the input, evenly spaced"))
+    if any(level.score.form == "given" for level in spec.levels):
+        found.append(("estimated scores", "what attention gives each entry, exactly"))
     if "bias" in names:
         found.append(("a learned bias", "the norm of each value minus the mean norm"))
     others = ("k_index", "bias")

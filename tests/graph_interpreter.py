@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import assert_never
 
 import torch
@@ -631,6 +632,12 @@ def _dots(q: Tensor, k: Tensor) -> Tensor:
 def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
     op = node.op
     assert isinstance(op, Score)
+    if op.form == "given":
+        value, *more = operands
+        there = run.complete_mask(op.level).expand(value.shape)
+        there = there & _spread(more[-1].member, value.shape[2]) if op.among else there
+        there = there & _in_beam(run, node, more[-1], value.shape[2]) if op.within else there
+        return Scores(value=value * (1.0 if op.scale is None else op.scale), there=there)
     if op.form == "bias":
         value = operands[0].transpose(1, 2)[:, None].expand(-1, len(run.positions), -1, -1)
         there = run.complete_mask(op.level).expand(value.shape)
@@ -809,10 +816,14 @@ def _select_set(run: _Run, node: Node, score: Scores) -> Chosen:
     assert isinstance(op, SelectSet)
     B, T, H, N = score.value.shape
     member = torch.zeros(B, T, H, N, dtype=torch.bool)
-    for b, h in ((b, h) for b in range(B) for h in range(H)):
+    for b, t in ((b, t) for b in range(B) for t in range(T) if op.scope == "heads"):
+        heads = [[(h, x) for x in _row_of(run, node, score, (b, t, h))] for h in range(H)]
+        for h, x in _best_of_heads(run, op, heads, t, N):
+            member[b, t, h, x.where[1]] = True
+    for b, h in ((b, h) for b in range(B) for h in range(H) if op.scope != "heads"):
         rows = [_row_of(run, node, score, (b, t, h)) for t in range(T)]
         together = rows if op.scope != "head" else [[entry for row in rows for entry in row]]
-        reached = {x.where for group in together for x in _reached(op, group, N)}
+        reached = {x.where for group in together for x in _reached(run, op, group, N)}
         for row in rows:
             ranked = _ranked(op, row)
             kept = [x for i, x in enumerate(ranked) if x.where in reached or i < (op.least or 0)]
@@ -820,12 +831,39 @@ def _select_set(run: _Run, node: Node, score: Scores) -> Chosen:
                 kept = [x for x in kept if x in ranked[: op.most]]
             for x in (*kept, *(x for x in row if x.forced)):
                 member[b, x.where[0], h, x.where[1]] = True
+    for b, h in ((b, h) for b in range(B) for h in range(H)):
         for t, p in enumerate(run.positions if op.tail else ()):
             member[b, t, h, sorted(_tail(op, p, score.there[b, t, h].tolist()))] = True
     width = int(member.sum(-1).max()) if member.numel() else 0
     entries = torch.arange(N, dtype=torch.int32).expand(member.shape)
     listed = entries.masked_fill(~member, N).sort(-1).values[..., :width]
     return Chosen(member=member, indices=listed.masked_fill(listed == N, -1))
+
+
+def _best_of_heads(
+    run: _Run, op: SelectSet, heads: list[list[tuple[int, _Entry]]], t: int, N: int
+) -> list[tuple[int, _Entry]]:
+    """Entries of all heads of one row, in one ranking."""
+    found = [x for head in heads for x in head]
+    ranked = sorted(found, key=lambda x: (not x[1].forced, -x[1].score, x[0], x[1].where))
+    forced = [x for x in found if x[1].forced]
+    if op.rule == "fraction":
+        whole = len(heads) * N if op.of == "all" else len(found)
+        keep = math.ceil(Fraction(math.floor(op.value * (1 << 30)), 1 << 30) * whole)
+    else:
+        keep = _whole_budget(run, op, t, len(heads))
+    kept = ranked[: keep + (0 if op.counted else len(forced))]
+    return [*kept, *(forced if op.rule == "fraction" else [])]
+
+
+def _whole_budget(run: _Run, op: SelectSet, t: int, heads: int) -> int:
+    """Entries of some heads together, by their number or by the tokens that they fill."""
+    if op.rule == "top_k":
+        return heads * int(op.value)
+    p = run.positions[t]
+    seen = max(1, min(p + 1, run.keys) if run.graph.meta.causal else run.keys)
+    of_one = Fraction(seen, op.parts) if op.parts else Fraction(op.size)
+    return max(1, round(heads * int(op.value) / of_one))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -856,8 +894,11 @@ def _ranked(op: SelectSet, entries: list[_Entry]) -> list[_Entry]:
     return sorted(entries, key=lambda x: (not x.forced, -x.score, x.where))
 
 
-def _reached(op: SelectSet, entries: list[_Entry], all_entries: int) -> list[_Entry]:
+def _reached(run: _Run, op: SelectSet, entries: list[_Entry], all_entries: int) -> list[_Entry]:
     ranked = _ranked(op, entries)
+    if op.rule == "tokens":
+        keep = _whole_budget(run, op, entries[0].where[0], 1) if entries else 0
+        return ranked[: keep + (0 if op.counted else sum(x.forced for x in entries))]
     if op.rule == "threshold":
         return [x for x in ranked if x.score > op.value]
     one = 1 << 30
@@ -924,11 +965,24 @@ def _seen_tokens(
         return visible
     if op.cut is not None:
         return _seen_in_order(op, _spread(chosen.member, heads), order) & visible
+    if op.parts is not None:
+        return _seen_in_parts(run, op, chosen.member, keys.shape[1]) & visible
     covered = torch.zeros(*chosen.member.shape[:3], keys.shape[1], dtype=torch.bool)
     for e in range(chosen.member.shape[-1]):
         start = e * op.stride - (op.before or 0)
         covered[..., max(0, start) : start + op.size] |= chosen.member[..., e, None]
     return covered & visible
+
+
+def _seen_in_parts(run: _Run, op: Attend, member: Tensor, S: int) -> Tensor:
+    """Tokens whose middle lies in a chosen part of what the row sees; on a border, the lower one."""
+    seen = torch.zeros(*member.shape[:3], S, dtype=torch.bool)
+    for t, p in enumerate(run.positions):
+        n = min(p + 1, S) if run.graph.meta.causal else S
+        for j in range(n):
+            part = math.ceil(Fraction(2 * j + 1, 2 * n) * op.parts) - 1
+            seen[:, t, :, j] = member[:, t, :, part]
+    return seen
 
 
 def _seen_in_order(op: Attend, member: Tensor, order: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from plan_cases import SELECTED, random_tensors
 from plan_cases import spec as make
-from plan_cases_odd import EIGHTH, coded
+from plan_cases_odd import EIGHTH, coded, estimated
 from torch import Tensor
 
 from hsgen.analysis import causality, laws
@@ -122,3 +122,85 @@ def test_a_choice_by_codes_is_a_constant() -> None:
     reference(spec, x).o.sum().backward()
     assert x["block_codebook"].grad is None
     assert all(x[name].grad.isfinite().all() for name in ("q", "k", "v"))
+
+
+# --- estimates: scores that are given, of parts of what a row sees
+
+
+def estimate(select: Select, count: int = 4, *, heads: int = 4, **more: object) -> Spec:
+    share = {4: "head", 1: "all"}[heads]
+    return make("estimate", estimated(count, select, share=share), [SELECTED], kv=4, **more)
+
+
+def rows_of(spec: Spec, T: int, scores: Tensor) -> list[set[int]]:
+    x = random_tensors(spec, T, T)
+    x["block_score"] = scores.expand(1, T, *scores.shape[-2:])
+    return seen(spec, x)
+
+
+BEST_FIRST = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+
+
+def test_parts_are_equal_and_of_what_a_row_sees() -> None:
+    """Two of four parts: of 1 token, whose middle lies on the border of parts 1 and 2, the lower has it;
+    of 5 tokens, with middles at .4, 1.2, 2, 2.8 and 3.6, the parts are 0, 1, 1, 2, 3."""
+    spec = estimate(Select(top_k=2), heads=1)
+    found = rows_of(spec, 8, BEST_FIRST)
+    assert found == [{0}, {0}, {0, 1}, {0, 1}, {0, 1, 2}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 3}]
+    last = rows_of(estimate(Select(top_k=1), heads=1), 8, BEST_FIRST.flip(-1))
+    assert last == [set(), set(), {2}, {3}, {4}, {5}, {5, 6}, {6, 7}]
+
+
+def test_parts_without_causality_are_of_all_tokens() -> None:
+    spec = estimate(Select(top_k=2), heads=1, causal=False)
+    assert rows_of(spec, 8, BEST_FIRST) == [{0, 1, 2, 3}] * 8
+
+
+def test_a_budget_of_tokens_is_so_many_entries_as_they_fill() -> None:
+    """3 tokens of n fill 12 / n of four parts: all up to n = 3; 12/5 and 12/6 are 2; 12/7 is 2; 12/8, a
+    half, goes to the even 2."""
+    found = rows_of(estimate(Select(tokens=3), heads=1), 8, BEST_FIRST)
+    assert [len(row) for row in found] == [1, 2, 3, 3, 3, 3, 4, 4]
+    one = rows_of(estimate(Select(tokens=1), heads=1), 16, BEST_FIRST)
+    assert one[15] == {0, 1, 2, 3}  # 4 / 16 of a part is still one
+
+
+def test_heads_share_a_budget() -> None:
+    """Four heads, one part each on average: two of head 0, two of head 3; ties to the lower head."""
+    spec = estimate(Select(top_k=1, scope="heads"))
+    scores = torch.zeros(4, 4)
+    scores[0, 2], scores[3, 1], scores[3, 3] = 5.0, 6.0, 7.0
+    x = random_tensors(spec, 8, 8)
+    x["block_score"] = scores.expand(1, 8, 4, 4)
+    shown = reference(spec, x, keep_seen=True).seen["selected"][0, 7]
+    assert [set(h.nonzero().flatten().tolist()) for h in shown] == [
+        {0, 1, 4, 5},
+        set(),
+        set(),
+        {2, 3, 6, 7},
+    ]
+    assert (reference(spec, x).o[0, 7, 1] == 0).all()  # a head that keeps nothing
+
+
+def test_no_cell_is_cut_short() -> None:
+    """Peer bug: SEA's CUDA path takes at most k tokens of a cell, its PyTorch path all of them."""
+    found = rows_of(estimate(Select(tokens=1), count=2, heads=1), 32, torch.tensor([[1.0, 0.0]]))
+    assert found[31] == set(range(16))
+
+
+def test_documents_have_parts_of_their_own() -> None:
+    documents_alone(estimate(Select(tokens=3, scope="heads")), (3, 17, 9))
+
+
+def test_given_scores_learn_nothing_from_a_choice() -> None:
+    spec = estimate(Select(tokens=2, scope="heads"))
+    x = {name: y.requires_grad_() for name, y in random_tensors(spec, 9, 9).items()}
+    reference(spec, x).o.sum().backward()
+    assert x["block_score"].grad is None
+    assert x["q"].grad.isfinite().all()
+
+
+def test_parts_keep_the_promises_of_token_causality() -> None:
+    graph = plan(estimate(Select(tokens=2, scope="heads")))
+    assert causality(graph) == "token"
+    assert laws(graph).dense_when_all_selected

@@ -169,6 +169,8 @@ def _known_sizes(order: Sequence[Node], sizes: Mapping[str, int]) -> dict[str, i
     for node in order:
         if isinstance(node.op, Cluster):
             known[f"N_{node.op.level}"] = node.op.clusters
+        if isinstance(node.op, Score) and node.op.parts is not None:
+            known[f"N_{node.op.level}"] = node.op.parts
         if isinstance(node.op, Score) and node.op.within in selects:
             parent = selects[node.op.within]
             known[f"C_{node.op.level}"] = parent.width * (parent.size // node.op.size)

@@ -16,6 +16,7 @@ Role = Literal[
     "index_keys",
     "index_weights",
     "codebook",
+    "scores",
     "order",
     "bias",
     "gates",
@@ -178,13 +179,15 @@ class Score:
     `relu_weighted` and `relu_sum`, which has no weights, sum index heads themselves, all of them or
     with `grouped` those of each group; those of `index_dot` stand for the key heads.  `bound` reads
     minmax keys.  `bias` has no query: its keys are the biases of entries, one a key head; of other
-    forms they are added, where they are `biased`.  With `within`, only children of the parent
-    selection are scored: f32[B, T, H, C].  `among`: only entries of one more operand, a recalled
-    selection.
+    forms they are added, where they are `biased`.  `given` reads scores, and nothing else.  With
+    `within`, only children of the parent selection are scored: f32[B, T, H, C].  `among`: only
+    entries of one more operand, a recalled selection.
     """
 
     level: str
-    form: Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match", "bias"]
+    form: Literal[
+        "dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match", "bias", "given"
+    ]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
@@ -193,6 +196,7 @@ class Score:
     codes: Codes | None = None  # of `code_match`
     biased: Literal[True] | None = None
     among: bool | None = None
+    parts: int | None = None  # entries: so many equal parts of what a row sees
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,26 +293,28 @@ class SelectSet:
     """Keep entries by a rule that lets counts vary.  f32[B, T, H, N] -> i32[B, T, H, W], bitmap rows
 
     `fraction` of the candidates, or `of` all entries, rounded up; scores above a `threshold`; the
-    best until their mass reaches a part of the total, `top_p`, where `boundary`, `least`, `most` and
-    `scope` count.  `when` as in Select.
+    best until their mass reaches a part of the total, `top_p`, where `boundary`, `least` and `most`
+    count; `top_k`, or as many as `tokens` fill, in both of which a head may keep more than another.
+    `scope`: rows of a head, or heads of a row, are ranked together.  `when` as in Select.
     """
 
     level: str
     size: int
     stride: int
-    rule: Literal["fraction", "threshold", "top_p"]
+    rule: Literal["fraction", "threshold", "top_p", "top_k", "tokens"]
     value: float
     first: int
     last: int
     counted: bool
     boundary: Literal["keep", "drop"] | None = None
-    scope: Literal["row", "head"] | None = None
+    scope: Literal["row", "head", "heads"] | None = None
     least: int | None = None
     most: int | None = None
     tail: Literal[True] | None = None
     when: str | None = None
     of: Literal["all"] | None = None
     before: int | None = None
+    parts: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,7 +379,8 @@ class Attend:
     a selection, those of them that are selected, the last `window` tokens, what a static `pattern` of
     units of `size` tokens shows, or all tokens.  `latent`: values are the first Dv channels of keys.
     `cut`: blocks are those of an order's slots, or clusters, as the operand of the order has them.
-    With `when`, heads that the route sends another way see nothing.
+    `parts`: they are as many equal parts of what a row sees.  With `when`, heads that the route sends
+    another way see nothing.
     """
 
     branch: str
@@ -390,6 +397,7 @@ class Attend:
     sink: Literal[True] | None = None  # one more logit a head, in the denominator only
     biased: Literal[True] | None = None  # the bias of each key and key head is added to its logits
     when: str | None = None
+    parts: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

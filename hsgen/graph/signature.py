@@ -80,6 +80,8 @@ def _about(graph: Graph, node: Node) -> str:
             return _PLAIN[role]
         case "keys" | "values" as role:
             return f"{role}{of}"
+        case "scores":
+            return f"score of every entry{of}"
         case "codebook":
             return f"codewords of every run of channels{of}"
         case "order":

@@ -370,6 +370,9 @@ def _entry_dim(op: Score, keys: Node) -> str:
 def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     if op.form == "bias":
         return _bias_score_type(op, operands)
+    if op.form == "given":
+        return _given_score_type(op, operands)
+    need(op.parts is None, "it is given scores that parts of a row have")
     weighted = op.form == "relu_weighted"
     coded = op.codes is not None
     more = weighted + coded + bool(op.biased) + (op.within is not None) + bool(op.among)
@@ -424,6 +427,20 @@ def _bias_score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     if op.within is not None:
         _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
     return TensorType(dtype="f32", dims=("B", "T", "Hkv", _entry_dim(op, keys)))
+
+
+def _given_score_type(op: Score, operands: Sequence[Node]) -> TensorType:
+    _need_count(operands, 1 + (op.within is not None) + bool(op.among))
+    given = operands[0].type
+    need(len(given.dims) == 4, f"expected [B, T, H, N], got {given}")
+    need_dims(given, ("B", "T", given.dims[2], f"N_{op.level}"))
+    need(given.dims[2] in COARSENESS, f"no heads choose by {given}")
+    if op.among:
+        _need_recalled(op, operands[-1])
+    if op.within is not None:
+        _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
+    last = f"N_{op.level}" if op.within is None else f"C_{op.level}"
+    return TensorType(dtype="f32", dims=("B", "T", given.dims[2], last))
 
 
 def _need_recalled(op: Score, among: Node) -> None:
@@ -586,7 +603,8 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
     batch, rows, heads, entries = _score_dims(operands[0].type)
     need(entries == f"N_{op.level}", f"scores {operands[0].type} are not of level {op.level}")
     by_mass = op.rule == "top_p"
-    need((op.scope is not None) == by_mass, "a scope is one of masses")
+    need((op.scope in ("row", "head")) == by_mass, "rows of a head are ranked by masses")
+    need(op.scope != "heads" or op.rule != "threshold", "a threshold ranks nothing")
     need((op.boundary is not None) == by_mass, "a boundary is one of masses")
     need(op.of is None or op.rule == "fraction", "it is a fraction that is of all")
     need(op.most is None or op.most >= (op.least or 0), f"at least {op.least} of {op.most}")
@@ -623,6 +641,7 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
         need(
             isinstance(select, Select | SelectSet | Recall)
             and (select.size, select.stride) == (op.size, op.stride)
+            and (not isinstance(select, SelectSet) or select.parts == op.parts)
             and (op.over != "pooled" or rows == f"N_{select.level}"),
             f"%{selection.name} is not a selection of entries of {op.size}",
         )

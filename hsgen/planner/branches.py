@@ -103,6 +103,7 @@ def _attend(
         window=None if branch.window == "all" else branch.window,
         pattern=_pattern(builder.spec, branch.static) if branch.static else None,
         cut=cut,
+        parts=partition.count if isinstance(partition, language.Parts) else None,
         before=partition.before if isinstance(partition, language.Blocks) else None,
         latent=True if branch.storage else None,
         softcap=branch.softcap,

@@ -44,6 +44,13 @@ def score_keys(builder: Builder, level: language.Level) -> Node:
     return _agreeing(builder, level, keys, f"{level.name}.key_heads")
 
 
+def score_given(builder: Builder, level: language.Level) -> Node:
+    """Scores that the caller has of every entry."""
+    heads = {"head": "Hq", "group": "Hkv", "all": "1"}[level.score.share]
+    dims = ("B", "T", heads, f"N_{level.name}")
+    return builder.input(f"{level.name}_score", "scores", *dims)
+
+
 def score_bias(builder: Builder, level: language.Level) -> Node:
     """The mean bias of every entry."""
     raw = builder.bias()
@@ -166,3 +173,8 @@ def _learned(
 def before_of(level: language.Level) -> int | None:
     """How many tokens of an entry lie before its place."""
     return level.partition.before if isinstance(level.partition, language.Blocks) else None
+
+
+def parts_of(level: language.Level) -> int | None:
+    """How many equal parts of what a row sees the entries are, if that is what they are."""
+    return level.partition.count if isinstance(level.partition, language.Parts) else None

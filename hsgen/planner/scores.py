@@ -17,7 +17,14 @@ from hsgen.graph import (
 )
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.calls import narrowed
-from hsgen.planner.entries import before_of, score_bias, score_keys, score_query
+from hsgen.planner.entries import (
+    before_of,
+    parts_of,
+    score_bias,
+    score_given,
+    score_keys,
+    score_query,
+)
 
 
 def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> Node:
@@ -41,9 +48,14 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         codes=_codes(score.codes) if score.codes else None,
         biased=True if score.bias else None,
         among=True if (among := narrowed(builder, level)) else None,
+        parts=parts_of(level),
     )
     queries = [] if score.form == "bias" else [score_query(builder, level)]
-    operands = [*queries, score_keys(builder, level)]
+    operands = (
+        [score_given(builder, level)]
+        if score.form == "given"
+        else [*queries, score_keys(builder, level)]
+    )
     if score.by_index:
         operands = [_rounded(builder, operand) for operand in operands]
     if score.form == "relu_weighted":
@@ -106,7 +118,7 @@ def _scale(builder: Builder, score: language.Score) -> float | None:
         case "none":
             return 1.0
         case None:
-            plain = score.by_index or score.codes or score.form == "bias"
+            plain = score.by_index or score.codes or score.form in ("bias", "given")
             return 1.0 if plain else builder.attention_scale()
         case _:
             return float(score.scale)

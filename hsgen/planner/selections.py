@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hsgen import spec as language
 from hsgen.graph import Select, SelectSet
-from hsgen.planner.entries import before_of
+from hsgen.planner.entries import before_of, parts_of
 
 
 def select(spec: language.Spec, level: language.Level, select: language.Select) -> Select:
@@ -28,9 +28,9 @@ def select(spec: language.Spec, level: language.Level, select: language.Select) 
 
 def select_set(level: language.Level, select: language.Select) -> SelectSet:
     rule = select.rules[0]
-    assert rule in ("fraction", "threshold", "top_p")
+    assert rule != "beam", "a beam is a list"
     top_p = select.top_p
-    value = select.fraction if rule == "fraction" else select.threshold
+    value = None if rule == "top_p" else getattr(select, rule)
     return SelectSet(
         level=level.name,
         size=level.partition.size,
@@ -41,11 +41,12 @@ def select_set(level: language.Level, select: language.Select) -> SelectSet:
         last=select.force.last,
         counted=select.force.counted,
         boundary=top_p.boundary if top_p else None,
-        scope=top_p.scope if top_p else None,
+        scope=top_p.scope if top_p else select.scope,
         least=top_p.min if top_p else None,
         most=top_p.max if top_p else None,
         tail=True if select.force.tail else None,
         when=level.when,
         of=select.of,
         before=before_of(level),
+        parts=parts_of(level),
     )

@@ -39,14 +39,34 @@ def choose(
     forced: Tensor,
     *,
     tail: Tensor | None = None,
+    fill: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Keep the best candidates.  f[T, Hs, N], bool[T, Hs, N], bool[T, Hs, N] -> bool[T, Hs, N]
 
     tail: bool[T, 1, N], of the forced those that are on top of whatever the rule keeps.
+    fill: i64[T, 1, 1] twice, entries that so many tokens fill, for a budget of tokens.
     """
     if tail is not None:
         tail = tail & candidates
-        return choose(select, scores, candidates & ~tail, forced & ~tail) | tail
+        rest = candidates & ~tail
+        return choose(select, scores, rest, forced & ~tail, fill=fill) | tail
+    if select.scope == "heads":
+        flat = [y.flatten(1).unsqueeze(1) for y in (scores, candidates, forced)]
+        chosen = _choose(select, *flat, fill=fill, heads=scores.shape[1])
+        return chosen.view_as(candidates)
+    return _choose(select, scores, candidates, forced, fill=fill)
+
+
+def _choose(
+    select: Select,
+    scores: Tensor,
+    candidates: Tensor,
+    forced: Tensor,
+    *,
+    fill: tuple[Tensor, Tensor] | None,
+    heads: int = 1,
+) -> Tensor:
+    """The same for what is ranked together.  heads: how many that is, each with a budget"""
     forced = forced & candidates
     if select.threshold is not None:
         return ((scores > select.threshold) & candidates) | forced
@@ -57,8 +77,13 @@ def choose(
         if select.of == "all":
             whole = torch.full_like(whole, candidates.shape[-1])
         keep = share_of(select.fraction, whole)
+    elif select.tokens is not None:
+        assert fill is not None, "a budget of tokens needs to know what they fill"
+        entries, tokens = fill
+        keep = nearest(heads * select.tokens * entries, tokens).clamp(min=1)
+        keep = keep.expand(*forced.shape[:-1], 1)
     else:
-        keep = torch.full_like(forced.sum(-1, keepdim=True), select.budget)
+        keep = torch.full_like(forced.sum(-1, keepdim=True), heads * select.budget)
     if not select.force.counted:
         keep = keep + forced.sum(-1, keepdim=True)
     chosen = _early(order(scores, candidates, forced), keep) & candidates
@@ -84,6 +109,14 @@ def share_of(part: float, whole: Tensor, *, up: bool = True) -> Tensor:
     units = fixed(part, up=not up)
     high, low = whole // ONE, whole % ONE
     return units * high + (units * low + (ONE - 1 if up else 0)) // ONE
+
+
+def nearest(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, to the nearest whole number, halves to the even one."""
+    twice = 2 * part + whole
+    up = twice // (2 * whole)
+    half = twice % (2 * whole) == 0
+    return up - (half & (up % 2 == 1)).long()
 
 
 def masses(scores: Tensor) -> Tensor:

@@ -87,6 +87,15 @@ def _own_unit(layout: Layout, p: Tensor) -> Tensor:
     return torch.searchsorted(layout.units, p, right=True)[:, None] - 1
 
 
+def entries_that_fill(rows: Rows, level: Level, groups: Together) -> tuple[Tensor, Tensor]:
+    """How many entries have how many tokens together, of each of the rows.  -> i64[R, 1, 1] twice"""
+    parts = rows.layouts[level.name].parts
+    one = torch.ones_like(groups.last).view(-1, 1, 1)
+    if parts is None:
+        return one, one * level.partition.size
+    return one * parts, rows.seen_tokens.clamp(min=1).view(-1, 1, 1)
+
+
 def kept_entries(rows: Rows, level: Level) -> Tensor:
     """Entries that earlier calls have kept, as far as the row sees them.  -> bool[T, Hs, N]"""
     begun = begun_entries(rows, level, together(None, rows.p))

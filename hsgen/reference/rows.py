@@ -45,7 +45,9 @@ class Rows:
     @property
     def seen_tokens(self) -> Tensor:
         """How many tokens each row sees, all before them included.  -> i64[T]"""
-        return (self.p + 1).clamp(0, self.S) if self.spec.causal else torch.full_like(self.p, self.S)
+        return (
+            (self.p + 1).clamp(0, self.S) if self.spec.causal else torch.full_like(self.p, self.S)
+        )
 
     @property
     def Hkv(self) -> int:

@@ -14,6 +14,7 @@ from hsgen.reference.choice import choose
 from hsgen.reference.entries import (
     begun_entries,
     complete_entries,
+    entries_that_fill,
     forced_entries,
     inside_beam,
     kept_entries,
@@ -206,7 +207,8 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         chosen, chooser = _given(rows, level, scores.shape[-1]), together(None, rows.p)
     elif level.select:
         tail = tail_entries(rows, level)[:, None] if level.select.force.tail else None
-        chosen = choose(level.select, scores.detach(), candidates, forced, tail=tail)
+        fill = entries_that_fill(rows, level, groups) if level.select.tokens else None
+        chosen = choose(level.select, scores.detach(), candidates, forced, tail=tail, fill=fill)
     way = on_way(rows.spec, rows.taken, level.when)
     if way is not None and chosen is not None:
         chosen = chosen & (way if chosen.shape[1] == len(way) else way[:1])[:, None]

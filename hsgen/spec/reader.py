@@ -51,13 +51,8 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-<<<<<<< HEAD
     avg_pool budget_from by centroid columns cosine diagonals
-    early_stop given halving pages quota ragged sample softmax_mass
-=======
-    antidiagonal avg_pool budget_from by centroid columns cosine diagonals
     early_stop halving pages quota ragged sample softmax_mass
->>>>>>> 3fed37a (wip parts)
     stripes tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())

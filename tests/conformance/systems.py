@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from hsgen import spec as language
-from hsgen.spec import Blocks, HeadDim, Heads, Index
+from hsgen.spec import Blocks, HeadDim, Heads, Index, Parts
 
 SPECS = Path(__file__).parents[2] / "specs"
 FILES = {path.stem: path for path in sorted(SPECS.glob("*.yaml"))}
@@ -29,6 +29,7 @@ REFUSED: dict[str, str] = {
     "moa": "branch elastic: no kernel attends a static pattern yet",
     "power_attention": "no kernel takes a route by layer yet",
     "s2_attention": "no kernel takes a route by layer yet",
+    "sea": "level part: no kernel takes scores as they are given yet",
     "spt": "level token: no kernel compares codes yet",
     "delta": "level page: no kernel takes over a selection yet",
     "hylra": "level token: no kernel takes over a selection yet",
@@ -102,6 +103,10 @@ def _shrunk_level(spec, level, factor, above):
         )
     if level.query and level.query.last:
         changes["query"] = level.query.model_copy(update={"last": min(level.query.last, 8)})
+    if isinstance(level.partition, Parts):
+        changes["partition"] = Parts(count=min(level.partition.count, 6))
+    if level.select and level.select.tokens:
+        changes["select"] = level.select.model_copy(update={"tokens": min(level.select.tokens, 11)})
     if level.select and not level.select.counts_vary:
         last = min(level.select.force.last, 2)
         force = level.select.force.model_copy(update={"last": last})

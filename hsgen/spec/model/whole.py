@@ -325,12 +325,9 @@ _NEWS = {
     "hidden",
     "then",
     "rotate",
-<<<<<<< HEAD
     "query",
-=======
     "tokens",
     "scope",
->>>>>>> 3fed37a (wip parts)
 }
 
 

@@ -24,6 +24,8 @@ def biases(spec: Spec) -> Iterator[Problem]:
             if score.form == "bias"
             else f"the scores are those of '{score.source}'"
             if score.form is None
+            else "scores are given as they are"
+            if score.form == "given"
             else "counts of equal codes have none"
             if score.form == "code_match"
             else "the heads of an index have none"

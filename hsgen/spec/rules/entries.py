@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Level, Path, Spec, Tokens
+from hsgen.spec.model import Level, Parts, Path, Spec, Tokens
 from hsgen.spec.rules.names import uses
 from hsgen.spec.rules.problem import Problem
 
@@ -41,7 +41,9 @@ def pools(spec: Spec) -> Iterator[Problem]:
         here: Path = ("levels", i)
         pool, score = level.pool, level.score
         keys = pool.keys if pool is not None else None
-        if not isinstance(level.partition, Tokens) and score.form and not (keys or score.source):
+        scored = score.form is not None and score.form != "given"  # by keys
+        single = isinstance(level.partition, Tokens | Parts)  # parts are never scored by keys
+        if not single and scored and not (keys or score.source):
             yield Problem(
                 code="HS063",
                 path=(*here, "score", "form"),
@@ -78,6 +80,8 @@ def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
         why = "a token is an entry of its own"
     elif pool.keys is None and pool.values is None:
         why = "it pools neither keys nor values"
+    elif pool.keys is not None and level.score.form == "given" and not pooled:
+        why, where = "this level's scores are given, not computed from keys", (*path, "keys")
     elif pool.values is not None and level.score.by_index:
         why, where = "an index has no values", (*path, "values")
     elif pool.values is not None and not pooled:

@@ -12,6 +12,7 @@ from hsgen.spec.rules.entries import heads, partitions, pools
 from hsgen.spec.rules.grids import axes, grid_windows
 from hsgen.spec.rules.names import references, tensor_names, unique_names
 from hsgen.spec.rules.orders import orders
+from hsgen.spec.rules.parts import budgets, given_scores, parts
 from hsgen.spec.rules.pooling import early, pool_keys, rotations, series
 from hsgen.spec.rules.problem import Problem, Rule
 from hsgen.spec.rules.queries import antidiagonal_keys, queries, rows_alone, rows_fit
@@ -82,4 +83,7 @@ _RULES: tuple[Rule, ...] = (
     series,
     rotations,
     early,
+    given_scores,
+    parts,
+    budgets,
 )

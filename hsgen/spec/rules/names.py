@@ -159,6 +159,8 @@ def _tensors(spec: Spec) -> Iterator[tuple[Path, str, str]]:
 def _learned(level: Level) -> Iterator[str]:
     if level.score.form == "code_match":
         yield f"{level.name}_codebook"
+    if level.score.form == "given":
+        yield f"{level.name}_score"
     pool = level.pool
     for which, how in (("key", pool and pool.keys), ("value", pool and pool.values)):
         if how in ("linear", "mlp", "max_min_mean"):

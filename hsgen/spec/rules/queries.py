@@ -51,6 +51,8 @@ def _how(level: Level, query: Query, path: Path) -> Iterator[Problem]:
         if form == "relu_weighted"
         else "a bias asks no query"
         if form == "bias"
+        else "scores are given, row by row"
+        if form == "given"
         else None
     )
     if query.together and (query.pool is None) == (query.reduce is None):

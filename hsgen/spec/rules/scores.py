@@ -26,6 +26,8 @@ def scores(spec: Spec) -> Iterator[Problem]:
             yield from _mapped(score, path)
         elif score.by_index:
             yield from _by_index(spec, score, path)
+        elif score.form == "given":
+            continue  # `given_scores` says so
         elif score.form != "bias" or score.share == "all":
             yield from _shared(level, path)
         elif score.reduce is not None:
