@@ -9,10 +9,12 @@ is chosen by.  Their code is read from the checkouts and is no part of this one;
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from benchmarks.independent import OnCPU, commit, read, tensors
 from hsgen import standins
 from hsgen.reference import Result, reference
 from hsgen.selection import members
-from hsgen.spec import Blocks, Spec, load
+from hsgen.spec import Blocks, GridWindow, Spec, Static, load
 
 TOLERANCE = 1e-5  # theirs are in float32 here and there
 
@@ -43,7 +45,7 @@ class Comparison:
     Attributes:
         repository: as GitHub names it; its checkout is DIR/<last part>.
         files: the modules that are read, by path in the checkout, in order.
-        stand_ins: what they import and cannot be had here, by module name: names in it, each None.
+        stand_ins: what they import and cannot be had here, by module: names in it, which do nothing.
         what: what is compared, and the sizes.
         run: modules by stem -> theirs, ours.
     """
@@ -97,7 +99,77 @@ def xattention(peer: Mapping[str, ModuleType]) -> tuple[Chosen, Chosen]:
     return Chosen(member=member, scores=scores), ours(reference(spec, x), "block", rows)
 
 
+# --- Generalized neighborhood attention
+
+AXES = (6, 7, 8)
+# window, stride, dilation and causality along each axis
+BOXES = (
+    ((3, 4, 5), (1, 1, 1), (1, 1, 1), (False, False, False)),
+    ((4, 4, 4), (2, 4, 3), (1, 1, 1), (False, False, False)),
+    ((2, 3, 3), (2, 1, 3), (2, 1, 2), (False, False, False)),
+    ((3, 3, 2), (1, 2, 2), (1, 2, 1), (True, False, True)),
+    ((6, 7, 8), (6, 1, 8), (1, 1, 1), (True, True, True)),
+)
+
+
+def gna(peer: Mapping[str, ModuleType]) -> tuple[Chosen, Chosen]:
+    """Tokens that rows see, for one box after another; theirs is what they give FlexAttention."""
+    n = math.prod(AXES)
+    rows, keys = torch.arange(n)[:, None], torch.arange(n)
+
+    def whole(mask: Callable[..., Tensor], **_more: object) -> Tensor:
+        return mask(torch.tensor(0), torch.tensor(0), rows, keys)
+
+    flex = peer["flex"]
+    flex.create_block_mask = whole  # type: ignore[attr-defined]
+    theirs, mine = [], []
+    for window, stride, dilation, causal in BOXES:
+        mask = flex.get_na_flex_mask("cpu", 3, AXES, window, stride, dilation, causal)
+        theirs.append(mask)
+        grid = GridWindow(window=window, stride=stride, dilation=dilation, causal=causal)
+        near = load("gna").attend[0].model_copy(update={"static": Static(grid=grid)})
+        spec = load("gna").model_copy(update={"attend": (near,), "axes": AXES})
+        small = standins.bind(spec, query=1, kv=1, dim=4)
+        seen = reference(small, tensors(small, n, 7), keep_seen=True).seen["near"]
+        mine.append(seen[0, :, 0])
+    return Chosen(member=torch.stack(theirs, 1)), Chosen(member=torch.stack(mine, 1))
+
+
+NATTEN = "src/natten/backends/flex.py"
 COMPARISONS: dict[str, Comparison] = {
+    "gna": Comparison(
+        repository="SHI-Labs/NATTEN",
+        files=(NATTEN,),
+        what="6 x 7 x 8 tokens; five boxes with strides, dilation, causal axes",
+        run=gna,
+        stand_ins={
+            "natten.backends.configs.checks": (
+                "_FLEX_COMPILE_SUPPORTED",
+                "_FLEX_SUPPORTED",
+                "can_run_flex_attention",
+            ),
+            "natten.backends.configs.flex": (
+                "check_flex_fmha_forward_config",
+                "check_flex_fna_forward_config",
+            ),
+            "natten.token_permute": ("token_permute_operation", "token_unpermute_operation"),
+            "natten.types": (
+                *(f"CausalArg{n}DTypeOrDed" for n in (1, 2, 3)),
+                *(f"Dimension{n}DType{end}" for n in (1, 2, 3) for end in ("", "OrDed")),
+                *("CausalArgType", "CausalArgTypeOrDed", "DimensionType", "DimensionTypeOrDed"),
+            ),
+            "natten.utils": ("log",),
+            "natten.utils.checks": (
+                "check_all_args",
+                "check_args_against_input",
+                "check_input_size_arg",
+                "fmha_tensor_checks",
+                "na_tensor_checks",
+                "varlen_tensor_checks",
+            ),
+            "natten.utils.environment": ("is_torch_compiling",),
+        },
+    ),
     "xattention": Comparison(
         repository="mit-han-lab/x-attention",
         files=("xattn/src/utils.py", "xattn/src/Xattention.py"),
@@ -154,7 +226,7 @@ def _packages(names: Sequence[str]) -> dict[str, ModuleType]:
 def _empty(name: str, names: Sequence[str]) -> ModuleType:
     module = ModuleType(name)
     for each in names:
-        setattr(module, each, None)
+        setattr(module, each, MagicMock())
     return module
 
 

@@ -120,10 +120,15 @@ def report(
     return replace(found, more=(perplexity(spec, model, ids, layers=layers, told=told),))
 
 
+def manual() -> str:
+    """Python's language reference, which every Python ships: more than 100,000 tokens of prose."""
+    topics = pydoc_data.topics.topics
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
 def _text(file: Path | None) -> str:
     if file is None:
-        topics = pydoc_data.topics.topics
-        return "\n\n".join(topics[name] for name in sorted(topics))
+        return manual()
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
