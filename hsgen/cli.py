@@ -21,7 +21,7 @@ import typer
 
 from hsgen import paths
 from hsgen.errors import ArgumentError, HsgenError, SpecError
-from hsgen.spec import Spec, drafts, load
+from hsgen.spec import Spec, load
 from hsgen.target import Target
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def _pair(text: str | None) -> tuple[int, int] | None:
 
 def _name(text: str) -> str:
     """What a spec may be called; anything else is wrong usage."""
+    from hsgen.spec import drafts  # noqa: PLC0415  only `new` has names
+
     try:
         return drafts.named(text)
     except ArgumentError as error:
@@ -376,6 +378,7 @@ def diff(
 @app.command(epilog="Example: hsgen schema -o hsgen.schema.json")
 def schema(*, output: SchemaFile = None) -> None:
     """Print the JSON Schema of the language, by which editors complete and explain a spec."""
+    from hsgen.spec import drafts  # noqa: PLC0415
     from hsgen.spec import schema as language  # noqa: PLC0415
 
     text = json.dumps(language.schema(), indent=2) + "\n"
@@ -397,6 +400,8 @@ def new(
     as_json: Json = False,
 ) -> None:
     """Write a spec that starts from another, comments kept, or from the config.json of a model."""
+    from hsgen.spec import drafts  # noqa: PLC0415  reads configs of models
+
     if (preset is None) == (from_config is None):
         raise typer.BadParameter("expected --from PRESET or --from-config FILE, one of them")
     if layer is not None and from_config is None:
