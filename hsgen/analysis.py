@@ -228,6 +228,8 @@ def _unreachable_because(graph: Graph, attend: Node) -> str | None:
             return f"branch {attend.op.branch} attends a window only"
         case "static":
             return f"branch {attend.op.branch} attends a static pattern only"
+        case "tiers":
+            return f"branch {attend.op.branch} attends means of tokens"
         case "blocks" | "tokens" | "pooled":
             pass
     selection = graph[attend.inputs[3]]
@@ -428,6 +430,14 @@ class _Counts:
         own = 0.5 / min(block, stride) if causal else 0.0
         return _from(0, Polynomial(t2=part / (block * stride), t1=own))
 
+    def tokens(self, rows: str) -> Cost:
+        """Pairs of a row, or of rows that choose together, and a token that counts for it."""
+        causal, block = self.graph.meta.causal, block_of(rows) or 1
+        if rows == "1":
+            return _from(0, Polynomial(t1=1.0))
+        pairs = Polynomial(t2=0.5 / block, t1=0.5) if causal else Polynomial(t2=1.0 / block)
+        return _from(0, pairs)
+
     def children(self, level: str) -> Cost:
         """Pairs of a row and a complete entry inside the beam."""
         beam = self.graph[_score_of(self.graph, level).inputs[-1]]
@@ -460,6 +470,17 @@ class _Counts:
         block = block_of(selection.type.dims[1]) or 1
         own = max(op.size, block) if op.last > 0 else op.size + 2 if op.tail else block
         return _selected_pairs(op.width * op.size, own=own, causal=self.graph.meta.causal)
+
+    def merged(self, selection: Node) -> Cost:
+        """Pairs of a row and a mean that it attends, in tiers; at most, where masses decide."""
+        op, pairs = selection.op, _complete_pairs(1, 1, causal=self.graph.meta.causal)
+        assert isinstance(op, SelectSet)
+        assert op.tiers is not None
+        if op.tiers.by == "mass":
+            return pairs
+        parts = [0, *(part for _, part, _ in op.tiers.steps)]
+        means = [(part - parts[i]) / merge for i, (merge, part, _) in enumerate(op.tiers.steps)]
+        return pairs * (sum(means) / (1 << 30))
 
     def kept(self, level: str, selection: Node) -> Cost:
         """Pairs of a row and a complete entry of a level that it selects; at most."""
@@ -585,7 +606,9 @@ def _flops(counts: _Counts, node: Node) -> Cost:
     operands = [operand.type for operand in graph.operands(node)]
     match op:
         case Input() | Select() | SelectSet() | Route() | Switch() | Union() | Recall():
-            return _from(0, Polynomial())
+            walks = isinstance(op, SelectSet) and op.rule == "early_stop"
+            pairs = _complete_pairs(1, 1, causal=graph.meta.causal)  # at most every logit, once
+            return pairs * (2 * counts.product(("Hq", "Dqk"))) if walks else ZERO
         case Cluster() | Permute():
             return _order_flops(counts, op, operands)
         case Carry() | Distance() | Divergence():
@@ -629,6 +652,11 @@ def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost
         query, keys, codebook = operands[:3]
         encoded = (counts.elements(query) + counts.elements(keys)) * (3 * op.codes.words)
         return encoded + pairs * (2 * int(codebook.dims[0]))
+    if op.form == "pooling_error":  # every visible token against its entry, values as well
+        all_pairs = counts.tokens(rows)
+        dims = ("Dqk", "Dv") if any("Dv" in x.dims for x in operands) else ("Dqk",)
+        each = 2 * sum(counts.product((dim,)) for dim in dims)
+        return all_pairs * counts.product((heads,)) * each
     dots = 2 if op.form == "bound" else 1
     sums = {"relu_weighted": 2, "relu_sum": 1}.get(op.form, 0)
     return pairs * (dots * 2 * counts.product((dim,)) + sums)
@@ -682,10 +710,14 @@ def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
     match op.over:
         case "blocks" | "tokens":
             return counts.selected(counts.graph[node.inputs[3]])
+        case "tiers":
+            return counts.merged(counts.graph[node.inputs[3]])
         case "pooled":
             level = counts.graph[node.inputs[1]].type.dims[1].removeprefix("N_")
             chosen = _selection_of(counts.graph, node)
-            return counts.kept(level, chosen) if chosen else counts.complete(level)
+            if chosen is None or op.which is not None:  # at most
+                return counts.complete(level)
+            return counts.kept(level, chosen)
         case "window":
             assert op.window is not None
             return _window_pairs(op.window, causal=counts.graph.meta.causal)
@@ -860,7 +892,10 @@ def _varies(node: Node) -> bool:
         return node.op.size == 0  # clusters have any number of tokens
     if isinstance(node.op, Recall):
         return "all" in node.op.takes
-    return isinstance(node.op, SelectSet) and node.op.rule in ("threshold", "top_p")
+    if isinstance(node.op, SelectSet) and node.op.tiers is not None:
+        return node.op.tiers.by == "mass"
+    varying = ("threshold", "top_p", "early_stop")
+    return isinstance(node.op, SelectSet) and node.op.rule in varying
 
 
 def _entries_text(size: int, stride: int, *, causal: bool) -> str:

@@ -85,6 +85,8 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.sink, "has a sink logit"),
         (op.over == "pooled" and chosen, "attends pooled entries of a selection"),
         (op.biased, "adds a learned bias to logits"),
+        (op.over == "tiers", "attends tiers of a pyramid"),
+        (op.counted, "weighs pooled keys by their tokens"),
     )
     return next((words for lacking, words in lacks if lacking), None)
 
@@ -121,6 +123,20 @@ def _of_choice(
             return "takes over a selection"
         case SelectSet():
             return f"selects by {op.rule}"
+        case Score():
+            return _of_score(op)
+        case Select(sink=int()):
+            return "forces the entries of first tokens"
+        case Select(tail=True):
+            return "forces a tail"
+        case Select(joined=str()):
+            return "forces another selection"
+        case _:
+            return None
+
+
+def _of_score(op: Score) -> str | None:
+    match op:
         case Score(form="relu_sum"):
             return "sums an index without weights"
         case Score(form="given"):
@@ -131,9 +147,9 @@ def _of_choice(
             return "sums an index inside each group"
         case Score(form="bias") | Score(biased=True):
             return "scores by a learned bias"
-        case Select(tail=True):
-            return "forces a tail"
-        case Select(joined=str()):
-            return "forces another selection"
+        case Score(form="pooling_error"):
+            return "scores by what pooling gets wrong"
+        case Score(counted=True):
+            return "adds the logarithm of counts to scores"
         case _:
             return None

@@ -281,7 +281,7 @@ class _Scheduler:
                     share=selection.type.dims[2],
                 )
                 config = self._tiles.attend(context, tokens=1)
-            case "static":
+            case "static" | "tiers":
                 raise AssertionError("refused")
             case "blocks":
                 context, config = self._blocks(node, op, name, launches, buffers, sizes)
@@ -417,7 +417,7 @@ class _Scheduler:
                 return (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
             case "tokens":
                 return (_buffer(node.inputs[3]),)
-            case "pooled" | "window" | "static" | "all":
+            case "pooled" | "tiers" | "window" | "static" | "all":
                 return ()
 
     def _outputs(self, node: Node) -> tuple[str, ...]:
@@ -590,7 +590,8 @@ class _Scheduler:
         score = chain.score.op
         assert isinstance(score, Score)
         assert isinstance(node.op, Select)
-        assert score.form not in ("relu_sum", "code_match", "bias", "given"), "refused"
+        refused = ("relu_sum", "code_match", "pooling_error", "bias", "given")
+        assert score.form not in refused, "refused"
         weighted = score.form == "relu_weighted"
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(

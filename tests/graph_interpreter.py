@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import assert_never
 
@@ -69,15 +69,21 @@ class Chosen:
 
     member: Tensor
     indices: Tensor
+    tier: Tensor | None = None  # i64[B, T, H, N], of a pyramid; -1 of what is left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Attended:
-    """o: [B, T, Hq, Dv], lse: [B, Hq, T]; seen: bool[B, T, Hq, keys], for a union."""
+    """o: [B, T, Hq, Dv], lse: [B, Hq, T]; parts: by where keys come from, for a union."""
 
     o: Tensor
     lse: Tensor
-    seen: Tensor | None = None
+    parts: Mapping[tuple, _Part]
+
+    @property
+    def seen(self) -> Tensor | None:
+        """bool[B, T, Hq, keys], where keys are of one kind."""
+        return next(iter(self.parts.values())).seen if len(self.parts) == 1 else None
 
 
 Value = Tensor | Scores | Chosen | Attended
@@ -265,9 +271,12 @@ def _evaluate(run: _Run, node: Node) -> Value:
             operands = operands[:-1] if node.op.when else operands
             return _off_way(_select(run, node, *operands), _on_way(run, node))
         case SelectSet():
-            chosen = _off_way(_select_set(run, node, operands[0]), _on_way(run, node))
+            operands = operands[:-1] if node.op.when else operands
+            walks = node.op.rule == "early_stop"
+            kept = (_walk if walks else _select_set)(run, node, *operands)
+            chosen = _off_way(kept, _on_way(run, node))
             width = int(chosen.member.sum(-1).max()) if chosen.member.numel() else 0
-            return Chosen(member=chosen.member, indices=chosen.indices[..., :width])
+            return replace(chosen, indices=chosen.indices[..., :width])
         case Attend():
             return _attend(run, node, *(operands[:-1] if node.op.when else operands))
         case Recall():
@@ -322,7 +331,7 @@ def _switch(branches: list[Attended]) -> Attended:
         sees = branch.lse > -math.inf
         o = torch.where(sees.transpose(1, 2)[..., None], branch.o, o)
         lse = torch.where(sees, branch.lse, lse)
-    return Attended(o=o, lse=lse)
+    return Attended(o=o, lse=lse, parts={})
 
 
 def _on_way(run: _Run, node: Node) -> Tensor | None:
@@ -339,7 +348,8 @@ def _off_way(chosen: Chosen, way: Tensor | None) -> Chosen:
         return chosen
     heads = chosen.member.shape[2]
     way = way if heads == way.shape[2] else way[:, :, :1]
-    return Chosen(
+    return replace(
+        chosen,
         member=chosen.member & way,
         indices=torch.where(way, chosen.indices, torch.full_like(chosen.indices, -1)),
     )
@@ -649,6 +659,8 @@ def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
         value = _dots(query, keys)
     elif op.form == "code_match":
         value = _equal_codes(op, query, keys, operands[2])
+    elif op.form == "pooling_error":
+        value = _pooling_error(run, node, operands)
     elif op.form == "index_dot":
         value = torch.einsum("bthd,bnd->bthn", query, keys)
     elif op.form == "bound":
@@ -667,9 +679,59 @@ def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
         there = there & _spread(operands[-1].member, value.shape[2])
     if op.within is not None:
         there = there & _in_beam(run, node, operands[-1], value.shape[2])
+    if op.form == "pooling_error":
+        return Scores(value=value, there=there)
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
-    added = _spread(operands[2].transpose(1, 2)[:, None], value.shape[2]) if op.biased else 0.0
-    return Scores(value=value * scale + added, there=there)
+    value = value * scale
+    if op.biased:
+        value = value + _spread(operands[2].transpose(1, 2)[:, None], value.shape[2])
+    if op.counted:
+        order = operands[2] if op.cut else None
+        value = value + _spread(_log_counts(run, op.level, order, op.cut), value.shape[2])
+    return Scores(value=value, there=there)
+
+
+def _counts(run: _Run, level: str, order: Tensor | None, cut: str | None) -> Tensor:
+    """Tokens of every entry.  [B or 1, 1, H or 1, N]"""
+    found = [_tokens_of(run, level, e, order, cut) for e in range(run.entries(level))]
+    numbers = [[[len(tokens) for tokens in row] for row in entry] for entry in found]
+    return torch.tensor(numbers).permute(1, 2, 0).unsqueeze(1)
+
+
+def _log_counts(run: _Run, level: str, order: Tensor | None, cut: str | None) -> Tensor:
+    return _counts(run, level, order, cut).clamp(min=1).double().log()
+
+
+def _pooling_error(run: _Run, node: Node, operands: list[Value]) -> Tensor:
+    """Token by token: what its entry's mean would have made of it."""
+    op = node.op
+    assert isinstance(op, Score)
+    query, means, keys, *rest = operands
+    order = rest.pop() if op.cut else None
+    group = query.shape[2] // keys.shape[2]
+    scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
+    B, T, H, _ = query.shape
+    N = run.entries(op.level)
+    value = torch.zeros(B, T, H, N, dtype=query.dtype)
+    complete = run.visible_mask(op.level, node.type.dims[1])[0, :, 0]
+    where = [_tokens_of(run, op.level, e, order, op.cut) for e in range(N)]
+    for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
+        kv = h // group
+        tokens = [(w[b] if order is not None else w[0]) for w in where]
+        tokens = [w[kv] if order is not None else w[0] for w in tokens]
+        seen = [e for e in range(N) if complete[t, e] and tokens[e]]
+        exact = {e: keys[b, tokens[e], kv] @ query[b, t, h] * scale for e in seen}
+        whole = {e: means[b, e, kv] @ query[b, t, h] * scale for e in seen}
+        top = max((float(x) for e in seen for x in (*exact[e], whole[e])), default=0.0)
+        for e in seen:
+            one, many = (whole[e] - top).exp(), (exact[e] - top).exp()
+            if rest:
+                mean, values = rest
+                off = one * mean[b, e, kv] - many[:, None] * values[b, tokens[e], kv]
+                value[b, t, h, e] = (off**2).sum(-1).mean()
+            else:
+                value[b, t, h, e] = ((one - many) ** 2).mean()
+    return value
 
 
 def _equal_codes(op: Score, query: Tensor, keys: Tensor, codebook: Tensor) -> Tensor:
@@ -755,9 +817,10 @@ def _map(run: _Run, node: Node, source: Scores) -> Scores:
     return Scores(value=value, there=there)
 
 
-def _select(run: _Run, node: Node, score: Scores, *others: Chosen) -> Chosen:
-    op = node.op
+def _select(run: _Run, node: Node, score: Scores, *others: Value) -> Chosen:
+    op, others = node.op, list(others)
     assert isinstance(op, Select)
+    order = others.pop() if op.cut else None
     B, T, H, N = score.value.shape
     beam = torch.ones(B, T, H, N, dtype=torch.bool)
     if op.within is not None:
@@ -767,9 +830,11 @@ def _select(run: _Run, node: Node, score: Scores, *others: Chosen) -> Chosen:
     indices = torch.full((B, T, H, op.width), -1, dtype=torch.int32)
     for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
         row, inside = score.value[b, t, h].tolist(), beam[b, t, h].tolist()
+        last = run.spans(node.type.dims[1])[t][1]
+        sinks = _sinks(run, node, order, (b, h, H), last)
         there = score.there[b, t, h].tolist()
         tail = {e for e in _tail(op, run.positions[t], there) if inside[e]}
-        forced = {e for e in _forced(run, node, t, N) if inside[e]}
+        forced = {e for e in _forced(run, node, t, N) | sinks if inside[e]}
         forced |= {e for e in range(N) if joined[b, t, h, e] and inside[e]}
         forced -= tail
         candidates = [e for e in range(N) if e in forced or (there[e] and inside[e])]
@@ -810,18 +875,79 @@ def _forced(run: _Run, node: Node, row: int, N: int) -> set[int]:
     }
 
 
-def _select_set(run: _Run, node: Node, score: Scores) -> Chosen:
+def _sinks(
+    run: _Run, node: Node, order: Tensor | None, at: tuple[int, int, int], last: int
+) -> set[int]:
+    """Entries with one of the first tokens.  `at`: sequence, head, and how many heads choose"""
+    op, (b, h, heads) = node.op, at
+    assert isinstance(op, Select | SelectSet)
+    found: set[int] = set()
+    for e in range(run.entries(op.level) if op.sink else 0):
+        where = _tokens_of(run, op.level, e, order, op.cut)
+        row = where[b if order is not None else 0]
+        tokens = row[h * len(row) // heads]
+        if any(s < op.sink for s in tokens):
+            if run.span(op.level, e)[0] <= last or not run.graph.meta.causal:
+                found.add(e)
+    return found
+
+
+def _walk(
+    run: _Run, node: Node, score: Scores, query: Tensor, keys: Tensor, *more: Tensor
+) -> Chosen:
+    """Group by group, step by step."""
+    op, rest = node.op, list(more)
+    assert isinstance(op, SelectSet)
+    order = rest.pop() if op.cut else None
+    B, R, H, N = score.value.shape
+    group = query.shape[2] // H
+    dots = _dots(query, keys) * query.shape[-1] ** -0.5
+    member = torch.zeros(B, R, H, N, dtype=torch.bool)
+    group_of = run.row_of(node.type.dims[1])
+    for b, h, r in ((b, h, r) for b in range(B) for h in range(H) for r in range(R)):
+        asked = [
+            (t, g)
+            for t in range(len(run.positions))
+            for g in range(h * group, (h + 1) * group)
+            if group_of[t] == r
+        ]
+        sums = {(t, g): float(rest[0][b, g, t].exp()) if rest else 0.0 for t, g in asked}
+        ranked = _ranked(op, _row_of(run, node, score, (b, r, h), order))
+        for step in range(-(-N // op.step)):
+            part = [x.where[1] for x in ranked[step * op.step : (step + 1) * op.step]]
+            member[b, r, h, part] = True
+            tokens = [_tokens_of(run, op.level, e, order, op.cut) for e in part]
+            tokens = [row[b if order is not None else 0] for row in tokens]
+            tokens = [s for row in tokens for s in row[h * len(row) // H]]
+            little = True
+            for t, g in asked:
+                seen = [s for s in tokens if s <= run.positions[t] or not run.graph.meta.causal]
+                gain = sum(float(dots[b, t, g, s].exp()) for s in seen)
+                sums[t, g] += gain
+                little = little and (gain == 0 or gain < op.value * sums[t, g])
+            if little:
+                break
+    return _chosen(member)
+
+
+def _select_set(run: _Run, node: Node, score: Scores, order: Tensor | None = None) -> Chosen:
     """Python's own integers and sorting; one ranking a row, or one of all rows of a head."""
     op = node.op
     assert isinstance(op, SelectSet)
     B, T, H, N = score.value.shape
     member = torch.zeros(B, T, H, N, dtype=torch.bool)
+    tiers = torch.full((B, T, H, N), -1)
     for b, t in ((b, t) for b in range(B) for t in range(T) if op.scope == "heads"):
-        heads = [[(h, x) for x in _row_of(run, node, score, (b, t, h))] for h in range(H)]
+        heads = [[(h, x) for x in _row_of(run, node, score, (b, t, h), order)] for h in range(H)]
         for h, x in _best_of_heads(run, op, heads, t, N):
             member[b, t, h, x.where[1]] = True
     for b, h in ((b, h) for b in range(B) for h in range(H) if op.scope != "heads"):
-        rows = [_row_of(run, node, score, (b, t, h)) for t in range(T)]
+        rows = [_row_of(run, node, score, (b, t, h), order) for t in range(T)]
+        if op.tiers is not None:
+            for x, tier in ((x, tier) for row in rows for x, tier in _in_tiers(op, row)):
+                member[b, x.where[0], h, x.where[1]] = True
+                tiers[b, x.where[0], h, x.where[1]] = tier
+            continue
         together = rows if op.scope != "head" else [[entry for row in rows for entry in row]]
         reached = {x.where for group in together for x in _reached(run, op, group, N)}
         for row in rows:
@@ -834,10 +960,35 @@ def _select_set(run: _Run, node: Node, score: Scores) -> Chosen:
     for b, h in ((b, h) for b in range(B) for h in range(H)):
         for t, p in enumerate(run.positions if op.tail else ()):
             member[b, t, h, sorted(_tail(op, p, score.there[b, t, h].tolist()))] = True
+    return _chosen(member, tiers if op.tiers else None)
+
+
+def _chosen(member: Tensor, tier: Tensor | None = None) -> Chosen:
+    N = member.shape[-1]
     width = int(member.sum(-1).max()) if member.numel() else 0
     entries = torch.arange(N, dtype=torch.int32).expand(member.shape)
     listed = entries.masked_fill(~member, N).sort(-1).values[..., :width]
-    return Chosen(member=member, indices=listed.masked_fill(listed == N, -1))
+    return Chosen(member=member, indices=listed.masked_fill(listed == N, -1), tier=tier)
+
+
+def _in_tiers(op: SelectSet, row: list[_Entry]) -> list[tuple[_Entry, int]]:
+    """What a row keeps, and the tier that each entry is in."""
+    free = [x for x in row if op.counted or not x.forced]
+    ranked = sorted(free, key=lambda x: (not x.forced, -x.score, x.where))
+    one, total, before = 1 << 30, 0, 0
+    masses = [round(max(x.score, 0.0) * one) if x.there else 0 for x in ranked]
+    total = sum(masses)
+    found = [(x, 0) for x in row if x.forced]
+    for i, (x, mass) in enumerate(zip(ranked, masses, strict=True)):
+        for tier, (_, part, least) in enumerate(op.tiers.steps):
+            by_count = least if op.tiers.by == "mass" else max(part, least)
+            if i < -(-by_count * len(ranked) // one) or (
+                op.tiers.by == "mass" and before * one < part * total
+            ):
+                found += [] if x.forced else [(x, tier)]
+                break
+        before += mass
+    return found
 
 
 def _best_of_heads(
@@ -874,12 +1025,16 @@ class _Entry:
     there: bool
 
 
-def _row_of(run: _Run, node: Node, score: Scores, at: tuple[int, int, int]) -> list[_Entry]:
+def _row_of(
+    run: _Run, node: Node, score: Scores, at: tuple[int, int, int], order: Tensor | None = None
+) -> list[_Entry]:
     """The candidates of one row."""
     op = node.op
     assert isinstance(op, SelectSet)
     values, there = score.value[at].tolist(), score.there[at].tolist()
     forced = _forced(run, node, at[1], len(values)) - _tail(op, run.positions[at[1]], there)
+    last = run.spans(node.type.dims[1])[at[1]][1]
+    forced |= _sinks(run, node, order, (at[0], at[2], score.value.shape[2]), last)
     return [
         _Entry(where=(at[1], e), score=x if there[e] else -math.inf, forced=e in forced, there=seen)
         for e, (x, seen) in enumerate(zip(values, there, strict=True))
@@ -929,22 +1084,106 @@ def _attend(
     (chosen,) = rest or (None,)
     if chosen is not None:
         row = run.row_of(run.graph[node.inputs[3]].type.dims[1])
-        chosen = Chosen(member=chosen.member[:, row], indices=chosen.indices[:, row])
-    if op.over == "pooled":
-        level = run.graph[node.inputs[1]].type.dims[1].removeprefix("N_")
-        seen = run.complete_mask(level)
-        seen = seen if chosen is None else seen & chosen.member
+        tier = None if chosen.tier is None else chosen.tier[:, row]
+        chosen = Chosen(member=chosen.member[:, row], indices=chosen.indices[:, row], tier=tier)
+    values = _values(run, op, values)
+    if op.over == "tiers":
+        parts = _tier_parts(run, node, keys, values, chosen, order)
+    elif op.over == "pooled":
+        part = _pooled_part(run, node, keys, values, chosen, order)
+        parts = {(*node.inputs[1:3], op.counted): part}
     else:
         seen = _seen_tokens(run, op, keys, chosen, order, query.shape[2])
-    seen = _spread(seen.expand(query.shape[0], -1, -1, -1), query.shape[2])
+        bias = bias.transpose(1, 2)[:, None] if op.biased else None
+        part = _Part(k=keys, v=values, seen=seen, bias=bias)
+        parts = {(*node.inputs[1:3], op.biased): part}
     way = _on_way(run, node)
-    seen = seen if way is None else seen & way
-    values = _values(run, op, values)
-    return _softmax(op, query, [(keys, values, seen, bias)], sink)
+    for source, part in parts.items():
+        seen = _spread(part.seen.expand(query.shape[0], -1, -1, -1), query.shape[2])
+        parts[source] = replace(part, seen=seen if way is None else seen & way)
+    return _softmax(op, query, parts, sink)
 
 
 def _values(run: _Run, op: Attend, values: Tensor) -> Tensor:
     return values[..., : run.graph.sizes["Dv"]] if op.latent else values
+
+
+def _pooled_part(
+    run: _Run,
+    node: Node,
+    keys: Tensor,
+    values: Tensor,
+    chosen: Chosen | None,
+    order: Tensor | None,
+) -> _Part:
+    """All entries that are complete, or those of them that are selected, or that are not."""
+    op, pool = node.op, run.graph[node.inputs[1]]
+    seen = run.complete_mask(pool.op.level)
+    if op.which == "skipped":
+        cut = pool.op.cut
+        counts = _counts(run, pool.op.level, run.values[pool.inputs[-1]] if cut else None, cut)
+        there = _spread(counts > 0, max(counts.shape[2], chosen.member.shape[2]))
+        seen = seen & ~chosen.member & there
+    elif chosen is not None:
+        seen = seen & chosen.member
+    bias = _log_counts(run, pool.op.level, order, op.cut) if op.counted else None
+    return _Part(k=keys, v=values, seen=seen, bias=bias)
+
+
+def _tier_parts(
+    run: _Run,
+    node: Node,
+    keys: Tensor,
+    values: Tensor,
+    chosen: Chosen,
+    order: Tensor | None,
+) -> dict[tuple, _Part]:
+    """Token by token where a tier merges nothing; means of tokens in a row elsewhere."""
+    op = node.op
+    level = next(x.op.level for x in run.graph.operands(node) if isinstance(x.op, SelectSet))
+    B, _, H, _ = keys.shape
+    heads = run.graph.sizes["Hq"]
+    parts = {}
+    for i, merge in enumerate(op.merges):
+        mine = Chosen(member=chosen.tier == i, indices=chosen.indices)
+        if merge == 1:
+            seen = _seen_tokens(run, op, keys, mine, order, heads)
+            parts[*node.inputs[1:3], None] = _Part(k=keys, v=values, seen=seen)
+            continue
+        k, v, sees, counts = [], [], [], []
+        for e in range(run.entries(level)):
+            where = _tokens_of(run, level, e, order, op.cut)
+            for c in range(-(-op.size // merge)):
+                pieces = [[h[c * merge : (c + 1) * merge] for h in row] for row in where]
+                pieces = [[row[min(h, len(row) - 1)] for h in range(H)] for row in pieces]
+                pieces = [pieces[min(b, len(pieces) - 1)] for b in range(B)]
+                k.append(_means(keys, pieces))
+                v.append(_means(values, pieces))
+                counts.append([[len(x) for x in row] for row in pieces])
+                whole = [
+                    [[bool(x) and (max(x) <= p or not run.graph.meta.causal) for x in row] for row in pieces]
+                    for p in run.positions
+                ]  # fmt: skip
+                member = _spread(mine.member, heads)[..., e]  # [B, T, Hq]
+                there = torch.tensor(whole).transpose(0, 1)  # [B, T, H]
+                sees.append(member & there.repeat_interleave(heads // H, 2))
+        bias = torch.tensor(counts).clamp(min=1).double().log().permute(1, 2, 0).unsqueeze(1)
+        parts[level, merge, op.counted] = _Part(
+            k=torch.stack(k, 1),
+            v=torch.stack(v, 1),
+            seen=torch.stack(sees, -1),
+            bias=bias if op.counted else None,
+        )
+    return parts
+
+
+def _means(x: Tensor, where: list[list[list[int]]]) -> Tensor:
+    """[B, S, H, D] -> [B, H, D]"""
+    rows = [
+        torch.stack([x[b, w, h].mean(0) if w else torch.zeros_like(x[b, 0, h]) for h, w in enumerate(row)])
+        for b, row in enumerate(where)
+    ]  # fmt: skip
+    return torch.stack(rows)
 
 
 def _seen_tokens(
@@ -1045,58 +1284,52 @@ def _in_windows(axes: tuple[AxisWindow, ...], p: int, s: int, S: int) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """Keys under one softmax: [B, N, Hkv, D], [B, N, Hkv, Dv], bool[B, T, Hq, N], [B or 1, 1, H, N]."""
+
+    k: Tensor
+    v: Tensor
+    seen: Tensor
+    bias: Tensor | None = None
+
+
 def _softmax(
-    op: Attend,
-    query: Tensor,
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]],
-    sink: Tensor | None,
+    op: Attend, query: Tensor, parts: Mapping[tuple, _Part], sink: Tensor | None
 ) -> Attended:
-    """One softmax over parts of (keys, values, seen, bias); a row that sees nothing: 0 and -inf."""
+    """One softmax over parts; a row that sees nothing: 0 and -inf."""
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
     logits = []
-    for k, _, seen, bias in parts:
-        logit = _dots(query, k) * scale
+    for part in parts.values():
+        logit = _dots(query, part.k) * scale
         if op.softcap is not None:
             logit = op.softcap * torch.tanh(logit / op.softcap)
-        if bias is not None:
-            logit = logit + _spread(bias.transpose(1, 2)[:, None], query.shape[2])
-        logits.append(logit.masked_fill(~seen, -math.inf))
+        if part.bias is not None:
+            logit = logit + _spread(part.bias, logit.shape[2])
+        logits.append(logit.masked_fill(~part.seen, -math.inf))
     lse = torch.cat(logits, -1).logsumexp(-1)  # [B, T, Hq]
     total = lse if sink is None else torch.logaddexp(lse, sink)
     o = 0.0
-    for logit, (_, v, _, _) in zip(logits, parts, strict=True):
+    for logit, part in zip(logits, parts.values(), strict=True):
         weights = (logit - total.unsqueeze(-1)).exp().nan_to_num(0.0)
-        values = v.repeat_interleave(query.shape[2] // v.shape[2], 2)
+        values = part.v.repeat_interleave(query.shape[2] // part.v.shape[2], 2)
         o = o + torch.einsum("bthn,bnhd->bthd", weights, values)
-    seen = parts[0][2] if len(parts) == 1 else None
-    return Attended(o=o, lse=lse.transpose(1, 2), seen=seen)
+    return Attended(o=o, lse=lse.transpose(1, 2), parts=parts)
 
 
 def _union(run: _Run, node: Node) -> Attended:
     """Branches over the same keys see what either sees."""
     assert isinstance(node.op, Union)
-    merged: dict[tuple[str, str, bool], Tensor] = {}
+    merged: dict[tuple, _Part] = {}
     operands = run.graph.operands(node)
     attends = operands[:-1] if node.op.sink else operands
     sink = run.values[operands[-1].name] if node.op.sink else None
     for attend in attends:
-        source = (attend.inputs[1], attend.inputs[2], bool(attend.op.biased))
-        seen = run.values[attend.name].seen
-        merged[source] = merged[source] | seen if source in merged else seen
+        for source, part in run.values[attend.name].parts.items():
+            seen = merged[source].seen | part.seen if source in merged else part.seen
+            merged[source] = replace(part, seen=seen)
     query = run.values[attends[0].inputs[0]]
-    op = attends[0].op
-    parts = [
-        (
-            run.values[k],
-            _values(run, op, run.values[v]),
-            seen,
-            run.values["bias"] if biased else None,
-        )
-        for (k, v, biased), seen in merged.items()
-    ]
-    return _softmax(op, query, parts, sink)
-    parts = [(run.values[k], run.values[v], seen) for (k, v), seen in merged.items()]
-    return _softmax(attends[0].op.scale, query, parts)
+    return _softmax(attends[0].op, query, merged, sink)
 
 
 # --- calls after calls, and losses

@@ -170,8 +170,8 @@ class PoolHeads:
 class Score:
     """Score entries of a level.
 
-    query, entry keys, [index weights or codebook], [entry biases], [parent selection]
-        -> f32[B, R, H, N]
+    query, entry keys, [index weights or codebook], [entry biases], [keys, [entry values, values]],
+        [order], [parent selection], [recalled selection] -> f32[B, R, H, N]
 
     Of a single row, R = T, the complete entries count; of a query that stands for several, those that
     begin by the last of its rows.
@@ -179,14 +179,24 @@ class Score:
     `relu_weighted` and `relu_sum`, which has no weights, sum index heads themselves, all of them or
     with `grouped` those of each group; those of `index_dot` stand for the key heads.  `bound` reads
     minmax keys.  `bias` has no query: its keys are the biases of entries, one a key head; of other
-    forms they are added, where they are `biased`.  `given` reads scores, and nothing else.  With
-    `within`, only children of the parent selection are scored: f32[B, T, H, C].  `among`: only
-    entries of one more operand, a recalled selection.
+    forms they are added, where they are `biased`.  `given` reads scores, and nothing else.
+    `pooling_error` reads what was pooled as well.  `counted`: the logarithm of an entry's tokens is
+    added.  `cut`: the order says which tokens an entry has.  With `within`, only children of the
+    parent selection are scored: f32[B, T, H, C].  `among`: only entries of one more operand, a
+    recalled selection.
     """
 
     level: str
     form: Literal[
-        "dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match", "bias", "given"
+        "dot",
+        "bound",
+        "index_dot",
+        "relu_weighted",
+        "relu_sum",
+        "code_match",
+        "pooling_error",
+        "bias",
+        "given",
     ]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
@@ -197,6 +207,8 @@ class Score:
     biased: Literal[True] | None = None
     among: bool | None = None
     parts: int | None = None  # entries: so many equal parts of what a row sees
+    counted: Literal[True] | None = None
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,8 +280,9 @@ class Select:
     """Keep the best entries of each row, ascending, -1 padded.  f32[B, T, H, N] -> i32[B, T, H, K]
 
     With `within`, only children of the parent selection (second input) are candidates.  The entries
-    that the level `joined` selects (next input) are forced.  With `when`, heads that the route (last
-    input) sends another way keep none.
+    that the level `joined` selects (next input) are forced, and those with one of the first `sink`
+    tokens; `cut`: the order (next input) says which these are.  With `when`, heads that the route
+    (last input) sends another way keep none.
     """
 
     level: str
@@ -286,22 +299,43 @@ class Select:
     when: str | None = None
     joined: str | None = None
     before: int | None = None
+    sink: int | None = None
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiers:
+    """The parts of a pyramid: (merge, part, least) of each tier, parts in units of 2^-30.
+
+    Both parts are of all up to that tier: of the mass or of the candidates, and of the candidates.
+    """
+
+    by: Literal["fraction", "mass"]
+    steps: tuple[tuple[int, int, int], ...]
+
+    def __str__(self) -> str:
+        steps = (f"x{merge}:{part}/{least}" for merge, part, least in self.steps)
+        return f"[{self.by} {' '.join(steps)}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectSet:
-    """Keep entries by a rule that lets counts vary.  f32[B, T, H, N] -> i32[B, T, H, W], bitmap rows
+    """Keep entries by a rule that lets counts vary.  score, ... -> i32[B, T, H, W], bitmap rows
 
     `fraction` of the candidates, or `of` all entries, rounded up; scores above a `threshold`; the
     best until their mass reaches a part of the total, `top_p`, where `boundary`, `least` and `most`
-    count; `top_k`, or as many as `tokens` fill, in both of which a head may keep more than another.
-    `scope`: rows of a head, or heads of a row, are ranked together.  `when` as in Select.
+    count; `top_k`, or as many as `tokens` fill, in both of which a head may keep more than another;
+    by `tiers` of a `quota`, a bitmap each; `step` entries at a time, until a step adds less than
+    `value` to the softmax of all rows and heads that choose together (`early_stop`), where query and
+    keys are inputs, and the log-sum-exp that the walk begins with, if any.
+    `scope`: rows of a head, or heads of a row, are ranked together.  `sink`, `cut` and `when` as in
+    Select.
     """
 
     level: str
     size: int
     stride: int
-    rule: Literal["fraction", "threshold", "top_p", "top_k", "tokens"]
+    rule: Literal["fraction", "threshold", "top_p", "top_k", "tokens", "quota", "early_stop"]
     value: float
     first: int
     last: int
@@ -315,6 +349,10 @@ class SelectSet:
     of: Literal["all"] | None = None
     before: int | None = None
     parts: int | None = None
+    tiers: Tiers | None = None
+    step: int | None = None
+    sink: int | None = None
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,12 +417,14 @@ class Attend:
     a selection, those of them that are selected, the last `window` tokens, what a static `pattern` of
     units of `size` tokens shows, or all tokens.  `latent`: values are the first Dv channels of keys.
     `cut`: blocks are those of an order's slots, or clusters, as the operand of the order has them.
-    `parts`: they are as many equal parts of what a row sees.  With `when`, heads that the route sends
-    another way see nothing.
+    `parts`: they are as many equal parts of what a row sees.  `tiers`: entries as means of `merges`
+    tokens, tier by tier, 1 as they are.  `which`: pooled entries that are not selected.  `counted`:
+    the logarithm of the tokens that a pooled key stands for is added.  With `when`, heads that the
+    route sends another way see nothing.
     """
 
     branch: str
-    over: Literal["blocks", "tokens", "pooled", "window", "static", "all"]
+    over: Literal["blocks", "tokens", "pooled", "tiers", "window", "static", "all"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
@@ -398,6 +438,9 @@ class Attend:
     biased: Literal[True] | None = None  # the bias of each key and key head is added to its logits
     when: str | None = None
     parts: int | None = None
+    merges: tuple[int, ...] | None = None
+    which: Literal["skipped"] | None = None
+    counted: Literal[True] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -373,12 +373,15 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     if op.form == "given":
         return _given_score_type(op, operands)
     need(op.parts is None, "it is given scores that parts of a row have")
-    weighted = op.form == "relu_weighted"
-    coded = op.codes is not None
-    more = weighted + coded + bool(op.biased) + (op.within is not None) + bool(op.among)
-    _need_count(operands, 2 + more)
     if op.among:
         _need_recalled(op, operands[-1])
+    weighted, coded = op.form == "relu_weighted", op.codes is not None
+    last = (op.within is not None) + bool(op.among)
+    split = len(operands) - last
+    operands = [*_cut_from(op.cut, operands[:split], op.level), *operands[split:]]
+    known = 2 + weighted + coded + bool(op.biased) + last
+    _need_count(operands, *((known + 1, known + 3) if op.form == "pooling_error" else (known,)))
+    need(op.counted is None or op.form == "dot", "it is logits that counts are added to")
     query, keys = operands[0].type, operands[1]
     need(len(query.dims) == 4 and is_rows(query.dims[1]), f"expected [B, T, Hq, Dqk], got {query}")
     rows, heads, dim = query.dims[1:]
@@ -558,6 +561,7 @@ def _selection_type(op: Select | SelectSet, operands: Sequence[Node]) -> TensorT
 
 
 def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
+    operands = _cut_from(op.cut, operands, op.level)
     _need_count(operands, 1 + (op.within is not None) + (op.joined is not None))
     batch, rows, heads, entries = _score_dims(operands[0].type)
     of_level = (f"N_{op.level}",) if op.within is None else (f"N_{op.level}", f"C_{op.level}")
@@ -572,12 +576,22 @@ def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
         _need_rows(parent, rows)
     if op.joined is not None:
         _need_same_entries(op, operands[-1], heads)
-    forced = op.first + op.last + (own_entries(rows, op.stride) - 1 if op.last else 0)
+    last = op.last + own_entries(rows, op.stride) - 1 if op.last else 0
+    forced = _first_entries(op) + last
     need(op.k >= 1, "a selection of nothing")
     need(not op.counted or op.k >= forced, f"{forced} entries are forced into {op.k}")
     more = (0 if op.counted else forced) + bool(op.tail)
     need(op.width == op.k + more, f"width {op.width} does not fit")
     return TensorType(dtype="i32", dims=(batch, rows, heads, f"K_{op.level}"))
+
+
+def _first_entries(op: Select) -> int:
+    """How many entries are forced as first ones, or hold one of the first tokens, at most."""
+    if op.sink is None:
+        return op.first
+    if op.cut is not None:  # each in another entry
+        return op.first + op.sink
+    return max(op.first, -(-(op.sink + (op.before or 0)) // op.stride))
 
 
 def _need_same_entries(op: Select, joined: Node, heads: str) -> None:
@@ -598,22 +612,32 @@ def _need_same_entries(op: Select, joined: Node, heads: str) -> None:
     )
 
 
+_OF_HEADS = ("fraction", "top_k", "tokens")
+
+
 def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
-    _need_count(operands, 1)
+    operands = _cut_from(op.cut, operands, op.level)
+    walks = op.rule == "early_stop"
+    _need_count(operands, *((3, 4) if walks else (1,)))
     batch, rows, heads, entries = _score_dims(operands[0].type)
     need(entries == f"N_{op.level}", f"scores {operands[0].type} are not of level {op.level}")
     by_mass = op.rule == "top_p"
-    need((op.scope in ("row", "head")) == by_mass, "rows of a head are ranked by masses")
-    need(op.scope != "heads" or op.rule != "threshold", "a threshold ranks nothing")
+    need(not by_mass or op.scope in ("row", "head"), "masses are of rows or of heads")
+    need(op.scope != "row" or by_mass, "what is of a row is not said")
+    need(op.scope != "head" or by_mass or op.rule == "fraction", "it is parts that rows share")
+    need(op.scope != "heads" or op.rule in _OF_HEADS, "heads share no such rule")
+    need((op.tiers is not None) == (op.rule == "quota"), "tiers are those of quotas")
+    need((op.step is not None) == walks, "steps are those of a walk")
     need((op.boundary is not None) == by_mass, "a boundary is one of masses")
     need(op.of is None or op.rule == "fraction", "it is a fraction that is of all")
     need(op.most is None or op.most >= (op.least or 0), f"at least {op.least} of {op.most}")
-    return TensorType(dtype="i32", dims=(batch, rows, heads, f"W_{op.level}"))
+    tiers = (str(len(op.tiers.steps)),) if op.tiers else ()
+    return TensorType(dtype="i32", dims=(batch, rows, heads, *tiers, f"W_{op.level}"))
 
 
 def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     operands = _without_route(op, operands)
-    selected = op.over in ("blocks", "tokens")
+    selected = op.over in ("blocks", "tokens", "tiers")
     if op.sink:
         *operands, sink = operands
         need_dims(sink.type, ("Hq",))
@@ -634,6 +658,10 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     need((op.window is not None) == (op.over == "window"), "a window is attended with over=window")
     need(
         (op.pattern is not None) == (op.over == "static"), "a pattern is attended with over=static"
+    )
+    need((op.merges is not None) == (op.over == "tiers"), "tiers are attended with over=tiers")
+    need(
+        op.which is None or selection is not None, "what is skipped is what a selection leaves out"
     )
     need(op.over != "tokens" or op.size == 1, f"tokens have size 1, not {op.size}")
     if selection is not None:

@@ -40,12 +40,13 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
         if branch.values == "pooled":
             return _plan_pooled_branch(builder, branch, level)
         over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
+        over = "tiers" if branch.values == "tiers" else over
         op = _attend(builder, branch, over=over, partition=level.partition, cut=cut_of(level))
         selection = builder.attended.get(level.name, builder.selections[level.name])
         cut = order(builder, level)
     keys = builder.keys(branch.kv)
     values = keys if branch.storage else builder.values(branch.kv)
-    bias = builder.bias() if branch.bias else None
+    bias = builder.bias() if branch.bias == "learned" else None
     operands = [builder.query(), keys, values, *some(selection), *some(bias), *cut]
     return _with_log_sum_exp(builder, branch, op, *operands)
 
@@ -66,9 +67,11 @@ def _plan_pooled_branch(builder: Builder, branch: language.Attend, level: langua
     values = keys
     if branch.storage is None:
         values = pooled(builder, level, "value")
-    op = _attend(builder, branch, over="pooled", partition=level.partition)
+    cut = cut_of(level) if branch.bias else None
+    op = _attend(builder, branch, over="pooled", partition=level.partition, cut=cut)
     selection = builder.selections.get(level.name)
-    operands = [builder.query(), keys, values, *some(selection)]
+    ordered = order(builder, level) if cut else ()
+    operands = [builder.query(), keys, values, *some(selection), *ordered]
     return _with_log_sum_exp(builder, branch, op, *operands)
 
 
@@ -90,7 +93,7 @@ def _attend(
     builder: Builder,
     branch: language.Attend,
     *,
-    over: Literal["blocks", "tokens", "pooled", "window", "static", "all"],
+    over: Literal["blocks", "tokens", "pooled", "tiers", "window", "static", "all"],
     partition: language.Partition,
     cut: Cut | None = None,
 ) -> Attend:
@@ -109,8 +112,20 @@ def _attend(
         softcap=branch.softcap,
         sink=True if branch.sink else None,
         when=branch.when,
-        biased=True if branch.bias else None,
+        biased=True if branch.bias == "learned" else None,
+        merges=_merges(builder, branch),
+        which=branch.which,
+        counted=True if branch.bias == "log_count" else None,
     )
+
+
+def _merges(builder: Builder, branch: language.Attend) -> tuple[int, ...] | None:
+    """How many tokens the means of each tier are of."""
+    if branch.values != "tiers" or branch.over is None:
+        return None
+    select = builder.spec.level(branch.over).select
+    assert select is not None
+    return tuple(tier.merge for tier in select.quota or ())
 
 
 def _pattern(spec: language.Spec, static: language.Static) -> Pattern:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from hsgen import spec as language
-from hsgen.graph import Graph, Meta, verify
+from hsgen.graph import Graph, Meta, Node, verify
 from hsgen.planner.branches import plan_branch, plan_combine
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.calls import carried, plan_reuse
 from hsgen.planner.routes import taken
 from hsgen.planner.scores import plan_map, plan_score
-from hsgen.planner.selections import select, select_set
+from hsgen.planner.selections import select, select_operands, select_set
 
 
 def plan(spec: language.Spec) -> Graph:
@@ -22,9 +22,16 @@ def plan(spec: language.Spec) -> Graph:
         PlanError: the graph has no operators for it yet.
     """
     builder = Builder(spec=language.verify(spec))
+    made: dict[str, Node] = {}
+    for branch in spec.attend:
+        if branch.over is None:  # chosen by position alone: levels may ask for its log-sum-exp
+            made[branch.name] = plan_branch(builder, branch)
     for level in spec.levels:
         _plan_level(builder, level)
-    branches = [plan_branch(builder, branch) for branch in spec.attend]
+    for branch in spec.attend:
+        if branch.over is not None:
+            made[branch.name] = plan_branch(builder, branch)
+    branches = [made[branch.name] for branch in spec.attend]
     outputs = plan_combine(builder, branches)
     graph = Graph.build(
         builder.nodes.values(), outputs=outputs, sizes=_sizes(spec), meta=_meta(spec)
@@ -64,6 +71,7 @@ def _plan_level(builder: Builder, level: language.Level) -> None:
         if level.select.force.level:
             operands.append(builder.selections[level.select.force.level])
         at = builder.place(level, "select")
+        operands += select_operands(builder, level)
         operands += taken(builder, level.when)
         operands[0] = carried(builder, level, score)
         selection = builder.add(f"{level.name}.selection", op, *operands, at=at)

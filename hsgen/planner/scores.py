@@ -20,11 +20,13 @@ from hsgen.planner.calls import narrowed
 from hsgen.planner.entries import (
     before_of,
     parts_of,
+    pooled,
     score_bias,
     score_given,
     score_keys,
     score_query,
 )
+from hsgen.planner.orders import cut_of, order
 
 
 def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> Node:
@@ -46,9 +48,11 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         within=level.within,
         grouped=True if score.sums_index and score.share == "group" else None,
         codes=_codes(score.codes) if score.codes else None,
-        biased=True if score.bias else None,
+        biased=True if score.bias == "learned" else None,
         among=True if (among := narrowed(builder, level)) else None,
         parts=parts_of(level),
+        counted=True if score.bias == "log_count" else None,
+        cut=cut_of(level) if score.bias == "log_count" or score.form == "pooling_error" else None,
     )
     queries = [] if score.form == "bias" else [score_query(builder, level)]
     operands = (
@@ -62,8 +66,11 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         operands.append(builder.input("w_index", "index_weights", "B", "T", "Hi"))
     if score.codes is not None:
         operands.append(_codebook(builder, level, score.codes))
-    if score.bias:
+    if score.bias == "learned":
         operands.append(score_bias(builder, level))
+    if score.form == "pooling_error":
+        operands += _pooled_from(builder, level)
+    operands += order(builder, level) if op.cut else ()
     at = builder.place(level, "score", "form")
     made = builder.add(f"{level.name}.score", op, *operands, *some(parent), *some(among), at=at)
     if score.normalise is not None:
@@ -111,6 +118,14 @@ def _codebook(builder: Builder, level: language.Level, codes: language.Codes) ->
         )
     dims = (str(width.qk // codes.dim), str(codes.words), str(codes.dim))
     return builder.input(f"{level.name}_codebook", "codebook", *dims)
+
+
+def _pooled_from(builder: Builder, level: language.Level) -> list[Node]:
+    """The keys that were pooled, and values and what they were pooled into."""
+    found = [builder.keys(level.kv)]
+    if level.pool is not None and level.pool.values is not None:
+        found += [pooled(builder, level, "value"), builder.values(level.kv)]
+    return found
 
 
 def _scale(builder: Builder, score: language.Score) -> float | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from hsgen import spec as language
-from hsgen.graph import Select, SelectSet
+from hsgen.graph import Node, Select, SelectSet, Tiers
+from hsgen.planner.builder import Builder
 from hsgen.planner.entries import before_of, parts_of
+from hsgen.planner.orders import cut_of, order
 
 
 def select(spec: language.Spec, level: language.Level, select: language.Select) -> Select:
@@ -23,20 +27,23 @@ def select(spec: language.Spec, level: language.Level, select: language.Select) 
         when=level.when,
         joined=select.force.level,
         before=before_of(level),
+        sink=select.force.sink,
+        cut=cut_of(level) if select.force.sink else None,
     )
 
 
 def select_set(level: language.Level, select: language.Select) -> SelectSet:
     rule = select.rules[0]
     assert rule != "beam", "a beam is a list"
-    top_p = select.top_p
-    value = None if rule == "top_p" else getattr(select, rule)
+    top_p, stop = select.top_p, select.early_stop
+    said = {"top_p": top_p and top_p.mass, "early_stop": stop and stop.gain, "quota": None}
+    value = said[rule] if rule in said else getattr(select, rule)
     return SelectSet(
         level=level.name,
         size=level.partition.size,
         stride=level.partition.stride,
         rule=rule,
-        value=float((top_p.mass if top_p else value) or 0.0),
+        value=float(value or 0.0),
         first=select.force.first,
         last=select.force.last,
         counted=select.force.counted,
@@ -49,4 +56,31 @@ def select_set(level: language.Level, select: language.Select) -> SelectSet:
         of=select.of,
         before=before_of(level),
         parts=parts_of(level),
+        tiers=_tiers(select.quota) if select.quota else None,
+        step=stop.entries if stop else None,
+        sink=select.force.sink,
+        cut=cut_of(level) if select.force.sink or stop else None,
     )
+
+
+def select_operands(builder: Builder, level: language.Level) -> tuple[Node, ...]:
+    """What a selection reads besides scores and a beam: what it walks, and the order of entries."""
+    assert level.select is not None
+    stop = level.select.early_stop
+    ordered = order(builder, level) if stop or level.select.force.sink else ()
+    if stop is None:
+        return ordered
+    after = (builder.nodes[f"{stop.after}.lse"],) if stop.after else ()
+    return (builder.query(), builder.keys(level.kv), *after, *ordered)
+
+
+def _tiers(quota: tuple[language.Tier, ...]) -> Tiers:
+    """Parts of all tiers up to each, in units of 2^-30."""
+    fraction = mass = least = 0.0
+    steps: list[tuple[int, int, int]] = []
+    for tier in quota:
+        fraction, mass = fraction + (tier.fraction or 0.0), mass + (tier.mass or 0.0)
+        least = max(least, tier.least or 0.0)
+        part = mass if tier.fraction is None else fraction
+        steps.append((tier.merge, math.floor(part * (1 << 30)), math.floor(least * (1 << 30))))
+    return Tiers(by="mass" if quota[0].fraction is None else "fraction", steps=tuple(steps))

@@ -11,6 +11,7 @@ from hsgen.reference.choice import ONE, fixed
 from hsgen.reference.entries import complete_entries, kept_entries, token_mask
 from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
+from hsgen.reference.pyramids import log_counts, log_of, means_of
 from hsgen.reference.routes import on_way
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import dot, softmax
@@ -49,10 +50,11 @@ def _combined(rows: Rows, combine: Combine, branches: dict[str, Keys]) -> Combin
     q = rows.x["q"]
     if combine.softmax:
         sink = rows.x["sink"] if combine.sink else None
-        o, lse = _attention(q, _union(list(branches.values())), rows.spec.attend[0], sink)
+        parts = [part for keys in branches.values() for part in _parts(keys)]
+        o, lse = _attention(q, _union(parts), rows.spec.attend[0], sink)
         return Combined(o=o, lse={"o": lse}, outputs={})
     attended = {
-        branch.name: _attention(q, [branches[branch.name]], branch, _sink_of(rows, branch))
+        branch.name: _attention(q, _parts(branches[branch.name]), branch, _sink_of(rows, branch))
         for branch in rows.spec.attend
     }
     outputs = {name: o for name, (o, _) in attended.items()}
@@ -80,6 +82,7 @@ class Keys:
     """What a branch attends to: `source` names the keys, visible: bool[T, H, S].
 
     raw: Whether keys are the caller's tokens, in the caller's order.
+    more: Other keys under the same softmax.
     """
 
     source: str
@@ -88,6 +91,17 @@ class Keys:
     v: Tensor
     visible: Tensor
     bias: Tensor | None = None  # [S, Hkv], added to logits
+    more: tuple[Keys, ...] = ()
+
+
+def sum_of_branch(rows: Rows, name: str) -> Tensor:
+    """The log-sum-exp of a branch that chooses by position alone.  -> [T, Hq]"""
+    branch = next(branch for branch in rows.spec.attend if branch.name == name)
+    return _attention(rows.x["q"], [_taken(rows, branch, {})], branch, None)[1]
+
+
+def _parts(keys: Keys) -> list[Keys]:
+    return [keys, *keys.more]
 
 
 def _taken(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
@@ -96,7 +110,8 @@ def _taken(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
     way = on_way(rows.spec, rows.taken, branch.when)
     if way is None:
         return keys
-    return replace(keys, visible=spread(keys.visible, len(way)) & way[:, None])
+    more = tuple(replace(x, visible=spread(x.visible, len(way)) & way[:, None]) for x in keys.more)
+    return replace(keys, visible=spread(keys.visible, len(way)) & way[:, None], more=more)
 
 
 def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
@@ -106,9 +121,11 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
         complete = complete_entries(rows, rows.spec.level(branch.over))
         visible = complete[:, None] & level.candidates
         if level.chosen is not None:
-            visible = visible & level.chosen
+            visible = visible & (~level.chosen if branch.which == "skipped" else level.chosen)
         v = _latent(rows, keys["key"]) if branch.storage else keys["value"]
-        return Keys(source=branch.over, raw=False, k=keys["key"], v=v, visible=visible)
+        bias = log_counts(rows.layouts[branch.over], v) if branch.bias else None
+        source = f"{branch.over} {branch.bias or ''}"
+        return Keys(source=source, raw=False, k=keys["key"], v=v, visible=visible, bias=bias)
     k = rows.x[named("k", branch.kv)]
     v = _latent(rows, k) if branch.storage else rows.x[named("v", branch.kv)]
     distance = (rows.p[:, None] - torch.arange(len(k), device=k.device)).unsqueeze(1)  # [T, 1, S]
@@ -122,8 +139,10 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
         visible = visible if branch.window == "all" else visible & (distance.abs() < branch.window)
     else:
         assert branch.over is not None, f"branch {branch.name} attends to nothing"
+        if branch.values == "tiers":
+            return _tiers(rows, branch, levels[branch.over], k, v, visible)
         visible = visible & _tokens_of_level(rows, branch.over, levels, len(k))
-    bias = rows.x["bias"] if branch.bias else None
+    bias = rows.x["bias"] if branch.bias == "learned" else None
     source = f"raw {branch.kv or ''} {branch.storage or ''} {branch.bias or ''}"
     return Keys(source=source, raw=True, k=k, v=v, visible=visible, bias=bias)
 
@@ -144,6 +163,32 @@ def _tokens_of_level(rows: Rows, name: str, levels: dict[str, Scored], S: int) -
         chosen = kept_entries(rows, level)
     assert chosen is not None, f"{name} is attended raw and must select"
     return token_mask(rows, level, chosen)
+
+
+def _tiers(
+    rows: Rows, branch: Attend, scored: Scored, k: Tensor, v: Tensor, visible: Tensor
+) -> Keys:
+    """The entries of each tier, token by token or as means."""
+    level = rows.spec.level(branch.over or "")
+    assert level.select is not None
+    assert level.select.quota is not None
+    assert scored.tiers is not None, f"{branch.over} is attended by tiers and must have quotas"
+    nothing = torch.zeros_like(visible)
+    source = f"raw {branch.kv or ''} {branch.storage or ''} "
+    raw = Keys(source=source, raw=True, k=k, v=v, visible=nothing)
+    more: list[Keys] = []
+    for i, tier in enumerate(level.select.quota):
+        if tier.merge == 1:
+            seen = visible & token_mask(rows, level, scored.tiers == i)
+            raw = replace(raw, visible=seen)
+            continue
+        means = means_of(rows, level, tier.merge, scored.tiers == i, k, v)
+        bias = log_of(means.count, k) if branch.bias else None
+        source = f"{branch.over} by {tier.merge} {branch.bias or ''} {branch.kv or ''}"
+        more.append(
+            Keys(source=source, raw=False, k=means.k, v=means.v, visible=means.visible, bias=bias)
+        )
+    return replace(raw, more=tuple(more))
 
 
 def _static_mask(static: Static, p: Tensor, S: int, Hq: int, causal: bool) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from hsgen.spec import Select, TopP
+from hsgen.spec import Select, Tier, TopP
 
 ONE = 1 << 30  # masses and parts are whole numbers of 2^-30, so that their sums know no order
 
@@ -54,6 +54,10 @@ def choose(
         flat = [y.flatten(1).unsqueeze(1) for y in (scores, candidates, forced)]
         chosen = _choose(select, *flat, fill=fill, heads=scores.shape[1])
         return chosen.view_as(candidates)
+    if select.scope == "head":
+        flat = [y.transpose(0, 1).flatten(1) for y in (scores, candidates, forced)]
+        chosen = _choose(select, *flat, fill=fill)
+        return chosen.unflatten(1, scores.shape[::2]).transpose(0, 1)
     return _choose(select, scores, candidates, forced, fill=fill)
 
 
@@ -72,6 +76,8 @@ def _choose(
         return ((scores > select.threshold) & candidates) | forced
     if select.top_p is not None:
         return _choose_mass(select.top_p, select.force.counted, scores, candidates, forced)
+    if select.quota is not None:
+        return tiers_of(select, scores, candidates, forced) >= 0
     if select.fraction is not None:
         whole = candidates.sum(-1, keepdim=True)
         if select.of == "all":
@@ -165,3 +171,40 @@ def _until_mass(top_p: TopP, scores: Tensor, candidates: Tensor, first: Tensor) 
     else:
         taken = sums <= share_of(top_p.mass, total, up=False)
     return torch.zeros_like(candidates).scatter_(-1, ranking, taken) & candidates
+
+
+def tiers_of(select: Select, scores: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
+    """The tier of every entry, -1 of what is left out.  f[T, Hs, N], bool, bool -> i64[T, Hs, N]
+
+    Forced entries come first, or, not counted, the others are ranked as if nothing were forced.
+    """
+    assert select.quota is not None, "there are tiers only where there are quotas"
+    forced = forced & candidates
+    ranked = candidates if select.force.counted else candidates & ~forced
+    ranking = order(scores, ranked, forced & ranked)
+    place = torch.zeros_like(ranking).scatter_(
+        -1, ranking, torch.arange(ranking.shape[-1], device=ranking.device).expand_as(ranking)
+    )
+    weight = masses(scores).masked_fill(~ranked, 0)
+    before = torch.zeros_like(weight).scatter_(
+        -1, ranking, weight.gather(-1, ranking).cumsum(-1) - weight.gather(-1, ranking)
+    )
+    count, total = ranked.sum(-1, keepdim=True), weight.sum(-1, keepdim=True)
+    tier = torch.full_like(place, -1)
+    for i, (least, part) in reversed([*enumerate(_sums(select.quota))]):
+        inside = place < share_of(least, count)
+        if select.quota[i].fraction is None:
+            inside = inside | (before < share_of(part, total))
+        tier = tier.masked_fill(inside & ranked, i)
+    return tier.masked_fill(forced, 0)
+
+
+def _sums(tiers: tuple[Tier, ...]) -> list[tuple[float, float]]:
+    """Up to each tier: the part of the entries, and of the mass."""
+    found: list[tuple[float, float]] = []
+    fraction = mass = least = 0.0
+    for tier in tiers:
+        fraction, mass = fraction + (tier.fraction or 0.0), mass + (tier.mass or 0.0)
+        least = max(least, tier.least or 0.0)
+        found.append((max(fraction, least), mass))
+    return found

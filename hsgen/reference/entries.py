@@ -96,6 +96,14 @@ def entries_that_fill(rows: Rows, level: Level, groups: Together) -> tuple[Tenso
     return one * parts, rows.seen_tokens.clamp(min=1).view(-1, 1, 1)
 
 
+def sink_entries(rows: Rows, level: Level, groups: Together) -> Tensor:
+    """Entries that hold one of the first tokens, as soon as they begin.  -> bool[R, H, N]"""
+    sink = (level.select and level.select.force.sink) or 0
+    slots = rows.layouts[level.name].slots
+    holds = ((slots >= 0) & (slots < sink)).any(-1)
+    return begun_entries(rows, level, groups)[:, None] & holds
+
+
 def kept_entries(rows: Rows, level: Level) -> Tensor:
     """Entries that earlier calls have kept, as far as the row sees them.  -> bool[T, Hs, N]"""
     begun = begun_entries(rows, level, together(None, rows.p))

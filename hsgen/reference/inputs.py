@@ -65,13 +65,13 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
 def _of_branches(spec: Spec) -> dict[str, _TensorInput]:
     found: dict[str, _TensorInput] = {}
     for branch in spec.attend:
-        if branch.values == "raw":
+        if branch.values != "pooled":
             found[named("k", branch.kv)] = _KEYS
-        if branch.values == "raw" and branch.storage is None:
+        if branch.values != "pooled" and branch.storage is None:
             found[named("v", branch.kv)] = _VALUES
         if branch.sink:
             found[f"{branch.name}_sink"] = ("parameter", ("Hq",))
-        if branch.bias:
+        if branch.bias == "learned":
             found["bias"] = ("key", ("Hkv",))
     if spec.loss and spec.loss.kl:
         found[loss_keys(spec)] = _KEYS
@@ -183,7 +183,7 @@ def _level_inputs(level: Level) -> dict[str, _TensorInput]:
         found["k_index"] = ("key", (*_series(level), "Di"))
         if level.score.form == "relu_weighted":
             found["w_index"] = ("query", ("Hi",))
-    elif level.score.form in ("dot", "code_match") or (
+    elif level.score.form in ("dot", "code_match", "pooling_error") or (
         level.pool and level.pool.keys and not by_bias
     ):
         found[named("k", level.kv)] = ("key", ("Hkv", *_series(level), "D"))

@@ -136,3 +136,15 @@ def _entry_of(slots: Tensor, S: int) -> Tensor:
     flat = slots.flatten(1)
     found = slots.new_full((H, S + 1), -1)  # the last takes what is no token
     return found.scatter_(1, flat.masked_fill(flat < 0, S), entry)[:, :S]
+
+
+def tokens_of(slots: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens in slots, and where there are any.
+
+    i64[H, N, M], [S, H, D] -> [N, M, H, D], bool[N, M, H, 1]
+    """
+    there, slots = slots >= 0, slots.clamp(min=0)
+    if len(slots) == 1:
+        return y[slots[0]], there[0, ..., None, None]
+    head = torch.arange(len(slots), device=y.device)[:, None, None]
+    return y[slots, head].permute(1, 2, 0, 3), there.permute(1, 2, 0).unsqueeze(-1)

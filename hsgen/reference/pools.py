@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.inputs import gates_of, named
-from hsgen.reference.layouts import Layout
+from hsgen.reference.layouts import Layout, tokens_of
 from hsgen.reference.scores import softmax
 from hsgen.spec import Level, Rotate
 
@@ -27,9 +27,9 @@ def pooled_entries(level: Level, layout: Layout, x: dict[str, Tensor]) -> dict[s
         keys = x["bias"].unsqueeze(-1)  # one channel
     if pool is None or keys is None:
         pooled = {} if keys is None else {"key": keys}
-        return pooled | ({"bias": x["bias"].unsqueeze(-1)} if level.score.bias else {})
+        return pooled | ({"bias": x["bias"].unsqueeze(-1)} if level.score.bias == "learned" else {})
     pooled = {}
-    if level.score.bias:
+    if level.score.bias == "learned":
         pooled["bias"] = _pool(level, layout, "mean", x["bias"].unsqueeze(-1), x, "key")
     if pool.keys:
         if pool.rotate and pool.rotate.at == "token":
@@ -85,7 +85,7 @@ def _pool(
 
     minmax: [N, H, 2, D], the least and the greatest of every channel.  antidiagonal: [N, H, size D].
     """
-    tokens, there = _tokens(layout, y)
+    tokens, there = tokens_of(layout.slots, y)
     if level.pool and level.pool.series and side == "key":
         tokens = _own_series(level, tokens)
     match how:
@@ -157,7 +157,7 @@ def _weights(level: Level, layout: Layout, x: dict[str, Tensor]) -> Tensor:
     gates = x[gates_of(level)]
     gates = gates.unsqueeze(1) if level.score.by_index else gates  # [S, H, (series), (D)]
     gates = gates.unsqueeze(-1) if pool.softmax == "token" else gates
-    chosen, there = _tokens(layout, gates)
+    chosen, there = tokens_of(layout.slots, gates)
     if pool.series:
         chosen = _own_series(level, chosen)
     position = x.get(f"{level.name}_key_position")  # [H, size, (D)]
@@ -165,12 +165,3 @@ def _weights(level: Level, layout: Layout, x: dict[str, Tensor]) -> Tensor:
         position = position.unsqueeze(-1) if pool.softmax == "token" else position
         chosen = chosen + position.transpose(0, 1)
     return softmax(chosen.transpose(1, -1), there.transpose(1, -1))[0].transpose(1, -1)
-
-
-def _tokens(layout: Layout, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of entries, and where there are any.  [S, H, D] -> [N, M, H, D], bool[N, M, H, 1]"""
-    there, slots = layout.slots >= 0, layout.slots.clamp(min=0)  # [H, N, M]
-    if len(slots) == 1:
-        return y[slots[0]], there[0, ..., None, None]
-    head = torch.arange(len(slots), device=y.device)[:, None, None]
-    return y[slots, head].permute(1, 2, 0, 3), there.permute(1, 2, 0).unsqueeze(-1)

@@ -63,6 +63,7 @@ class Scored:
     lse: of the scores by head, of what scores, where another level normalises by it.
     chosen: bool, None where the level does not select.
     chooser: i64[T], whose choice a row takes: its group's, or its own where a caller chooses.
+    tiers: i64, of a pyramid: the tier of each entry that is chosen, as `chosen` is by group or row.
     """
 
     groups: Together
@@ -73,6 +74,7 @@ class Scored:
     lse: Tensor | None
     chosen: Tensor | None
     chooser: Tensor
+    tiers: Tensor | None = None
 
 
 def row_by_row(scored: Scored) -> Scored:
@@ -87,6 +89,7 @@ def row_by_row(scored: Scored) -> Scored:
         forced=scored.forced[row],
         scores=scored.scores[row],
         chosen=None if scored.chosen is None else scored.chosen[scored.chooser],
+        tiers=None if scored.tiers is None else scored.tiers[scored.chooser],
     )
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hsgen.reference.codes import code_matches
+from hsgen.reference.entries import complete_entries, visible_entries
+from hsgen.reference.inputs import named
+from hsgen.reference.pyramids import log_counts
 from hsgen.reference.queries import Together, groups_of, pooled_queries, reduced
 from hsgen.reference.rounding import stored
 from hsgen.reference.rows import Rows, Scored, spread
@@ -19,9 +22,14 @@ from hsgen.spec import Level
 def raw_scores(level: Level, rows: Rows, groups: Together) -> Tensor:
     """Score every entry by every head, scaled, and add what asks no query.  -> [T or R, H, N]"""
     scores = _of_form(level, rows, groups)
-    if level.score.bias:
-        scores = scores + spread(_by_head(rows.pooled[level.name]["bias"]), scores.shape[1])
-    return scores
+    match level.score.bias:
+        case "learned":
+            bias = _by_head(rows.pooled[level.name]["bias"])
+        case "log_count":
+            bias = log_counts(rows.layouts[level.name], scores).T[None]
+        case None:
+            return scores
+    return scores + spread(bias, scores.shape[1])
 
 
 def _by_head(bias: Tensor) -> Tensor:
@@ -46,6 +54,8 @@ def _of_form(level: Level, rows: Rows, groups: Together) -> Tensor:
             # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
             most = dot(q.clamp(max=0), low) + dot(q.clamp(min=0), high)
             return most * _scale(level, q.shape[-1])
+        case "pooling_error":
+            return _pooling_error(level, rows, groups)
         case "code_match":
             assert level.score.codes is not None, f"level {level.name} has no codes"
             codebook = x[f"{level.name}_codebook"]
@@ -75,6 +85,37 @@ def _by_index(level: Level, rows: Rows, q: Tensor, keys: Tensor) -> Tensor:
         scores = scores * rows.x["w_index"].unsqueeze(-1)
     heads = rows.Hkv if level.score.share == "group" else 1
     return scores.unflatten(1, (heads, -1)).sum(2)
+
+
+def _pooling_error(level: Level, rows: Rows, groups: Together) -> Tensor:
+    """What pooled entries get wrong, a token on average.  -> [T or R, H, N]"""
+    k, pooled = rows.x[named("k", level.kv)], rows.pooled[level.name]
+    q = pooled_queries(level, rows.x["q"], groups, rows.Hkv)
+    layout, scale = rows.layouts[level.name], _scale(level, q.shape[-1])
+    entry = layout.entry_of
+    assert entry is not None, "entries that are pooled in place of tokens do not overlap"
+    H, N = q.shape[1], layout.slots.shape[1]
+    entry = entry.repeat_interleave(H // len(entry), 0)  # [H, S]
+    of = entry.clamp(min=0).expand(len(q), -1, -1)
+    alone = level.query is None or level.query.pool is None
+    complete = complete_entries(rows, level) if alone else visible_entries(rows, level, groups)
+    seen = complete[:, None] & spread(layout.there[None], H)  # [R, H, N]
+    by_token = seen.gather(-1, of) & (entry >= 0)
+    exact = (dot(q, k) * scale).masked_fill(~by_token, -math.inf)
+    whole = (dot(q, pooled["key"]) * scale).masked_fill(~seen, -math.inf)
+    top = torch.cat((exact, whole), -1).amax(-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    exact, whole = (exact - top).exp(), (whole - top).exp().gather(-1, of)
+    wrong = (whole - exact).square()
+    if "value" in pooled:
+        v, mean = rows.x[named("v", level.kv)], pooled["value"]
+        v, mean = (y.transpose(0, 1).repeat_interleave(H // y.shape[1], 0) for y in (v, mean))
+        mean = mean.gather(1, entry.clamp(min=0)[..., None].expand_as(v))  # [H, S, Dv]
+        wrong = whole**2 * mean.square().sum(-1) - 2 * whole * exact * (v * mean).sum(-1)
+        wrong = (wrong + exact**2 * v.square().sum(-1)).clamp(min=0)
+    total = torch.zeros(len(q), H, N, dtype=q.dtype, device=q.device)
+    total = total.scatter_add(-1, of, wrong.masked_fill(~by_token, 0.0))
+    return total / spread((layout.slots >= 0).sum(-1).clamp(min=1)[None], H)
 
 
 def _scale(level: Level, width: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hsgen.reference.attention import attend_all, what_is_seen
-from hsgen.reference.choice import choose
+from hsgen.reference.choice import choose, tiers_of
 from hsgen.reference.entries import (
     begun_entries,
     complete_entries,
@@ -18,6 +18,7 @@ from hsgen.reference.entries import (
     forced_entries,
     inside_beam,
     kept_entries,
+    sink_entries,
     tail_entries,
     visible_entries,
 )
@@ -30,6 +31,7 @@ from hsgen.reference.reuse import Kept, Taken, kept_scores, reached, rows_of
 from hsgen.reference.routes import on_way, ways_taken
 from hsgen.reference.rows import Rows, Scored, row_by_row, spread
 from hsgen.reference.scores import mapped, masses_by, over_heads, raw_scores, softmax
+from hsgen.reference.stopping import walk
 from hsgen.selection import (
     BitmapSelection,
     ListSelection,
@@ -143,8 +145,9 @@ def _chunks(spec: Spec, x: dict[str, Tensor], p: Tensor) -> list[tuple[int, int]
 
 
 def _asks_all_rows(spec: Spec, level: Level) -> bool:
-    top_p, rows = level.select and level.select.top_p, spec.rows_of(level)
-    return bool(top_p and top_p.scope == "head") or bool(rows and rows.last)
+    select, rows = level.select, spec.rows_of(level)
+    by_head = select is not None and "head" in (select.scope, select.top_p and select.top_p.scope)
+    return by_head or bool(rows and rows.last)
 
 
 def _compute(rows: Rows, *, keep: Keep) -> Result:
@@ -199,12 +202,18 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         joined = levels[level.select.force.level].chosen
         assert joined is not None, f"level {level.name} forces what is not selected"
         forced = forced | (spread(joined, allowed.shape[1]) & allowed)
+    forced = forced | (spread(sink_entries(rows, level, groups), allowed.shape[1]) & allowed)
     scored = complete[:, None] & among
     scores = scores.masked_fill(~scored, -math.inf)
     candidates = scored | forced
-    chosen, chooser = None, groups
+    chosen, chooser, tiers = None, groups, None
+    if level.select and level.select.quota:
+        tiers = tiers_of(level.select, scores.detach(), candidates, forced)
     if level.name in rows.given:  # by a caller, who chooses for every row
         chosen, chooser = _given(rows, level, scores.shape[-1]), together(None, rows.p)
+        tiers = tiers if tiers is None else _tiers_of_given(level, tiers[groups.row], chosen)
+    elif level.select and level.select.early_stop:
+        chosen = walk(rows, level, scores.detach(), candidates, forced, groups)
     elif level.select:
         tail = tail_entries(rows, level)[:, None] if level.select.force.tail else None
         fill = entries_that_fill(rows, level, groups) if level.select.tokens else None
@@ -212,6 +221,7 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
     way = on_way(rows.spec, rows.taken, level.when)
     if way is not None and chosen is not None:
         chosen = chosen & (way if chosen.shape[1] == len(way) else way[:1])[:, None]
+        tiers = tiers if tiers is None else tiers.masked_fill(~chosen, -1)
     return Scored(
         groups=groups,
         complete=complete,
@@ -221,6 +231,7 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         lse=lse,
         chosen=chosen,
         chooser=chooser.row,
+        tiers=tiers,
     )
 
 
@@ -279,6 +290,13 @@ def _taken_over(rows: Rows, level: Level, taken: Taken) -> Scored:
         chosen=chosen,
         chooser=groups.row,
     )
+
+
+def _tiers_of_given(level: Level, tiers: Tensor, chosen: Tensor) -> Tensor:
+    """The tiers of what a caller chose: as the scores say, or the last one where they leave it out."""
+    assert level.select is not None
+    last = len(level.select.quota or ()) - 1
+    return torch.where(tiers < 0, last, tiers).masked_fill(~chosen, -1)
 
 
 def _given(rows: Rows, level: Level, N: int) -> Tensor:

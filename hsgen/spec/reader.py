@@ -52,7 +52,7 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
     avg_pool budget_from by centroid columns cosine diagonals
-    early_stop halving pages quota ragged sample softmax_mass
+    halving pages ragged sample softmax_mass
     stripes tile tree upsample
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
@@ -484,6 +484,11 @@ _EXAMPLE = {
     "kl": "kl: {level: token}",
     "distill": "distill: {student: sparse, teacher: full}",
     "top_p": "top_p: {mass: 0.9}",
+    "quota": "quota: [{merge: 1, fraction: 0.1}, {merge: 8, fraction: 0.2}]",
+    "merge": "merge: 2",
+    "early_stop": "early_stop: {gain: 0.01, entries: 64}",
+    "gain": "gain: 0.01",
+    "entries": "entries: 64",
     "mass": "mass: 0.9",
     "static": "static: {blocks: 64, window: 16, sink: 1}",
     "per_head": "per_head: [{window: 16}, {window: 64}]",

@@ -19,7 +19,7 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
 from __future__ import annotations
 
 from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Static
-from hsgen.spec.model.choices import SELECT_RULES, Force, Select, SelectRule, TopP
+from hsgen.spec.model.choices import SELECT_RULES, EarlyStop, Force, Select, SelectRule, Tier, TopP
 from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.entries import (
     Blocks,
@@ -72,6 +72,7 @@ __all__ = [
     "Combine",
     "Count",
     "Distill",
+    "EarlyStop",
     "Force",
     "Forced",
     "Gather",
@@ -124,6 +125,7 @@ __all__ = [
     "Static",
     "Stored",
     "Text",
+    "Tier",
     "Tokens",
     "TopP",
     "Turn",

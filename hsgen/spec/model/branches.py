@@ -81,7 +81,9 @@ class Attend(Node):
     over: Identifier | None = None
     window: Count | Literal["all"] | None = None
     static: Static | None = None
-    values: Literal["raw", "pooled"] = "raw"
+    values: Literal["raw", "pooled", "tiers"] = "raw"  # tiers: each entry as its tier has it
+    # of pooled entries: those that `over` did not select, so that they stand for what is left out
+    which: Literal["skipped"] | None = None
     kv: Identifier | None = None  # attends `k_<kv>`, `v_<kv>` instead of `k`, `v`
     # latent: there are no values; a key's first v channels are its value, as in absorbed MLA
     storage: Literal["latent"] | None = None
@@ -90,8 +92,9 @@ class Attend(Node):
     # one more logit a head, input `<name>_sink`, in the denominator only: it has no value
     sink: Literal["learned"] | None = None
     when: Identifier | None = None  # the way of the route on which it attends; None: on every one
-    # adds the input `bias` of each key and key head to its logits, after scale and softcap
-    bias: Literal["learned"] | None = None
+    # added to logits, after scale and softcap: the input `bias` of each key and key head, or the
+    # natural logarithm of how many tokens a pooled key stands for
+    bias: Literal["learned", "log_count"] | None = None
 
 
 class Combine(Node):

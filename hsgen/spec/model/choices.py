@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
-from hsgen.spec.model.scalars import Bound, Count, Forced, Identifier, Node, Part
+from pydantic import Field
 
-SelectRule = Literal["top_k", "beam", "fraction", "threshold", "top_p", "tokens"]
+from hsgen.spec.model.scalars import MAX_TIERS, Bound, Count, Forced, Identifier, Node, Part
+
+SelectRule = Literal[
+    "top_k", "beam", "fraction", "threshold", "top_p", "tokens", "quota", "early_stop"
+]
 
 
 SELECT_RULES: tuple[SelectRule, ...] = get_args(SelectRule)
@@ -26,6 +30,8 @@ class Force(Node):
     # on top of what is counted
     tail: bool | None = None
     level: Identifier | None = None  # an earlier level, whose entries are the same; always counted
+    # entries that hold one of the first `sink` tokens, wherever those are
+    sink: Count | None = None
 
 
 class TopP(Node):
@@ -42,14 +48,42 @@ class TopP(Node):
     max: Count | None = None
 
 
+class Tier(Node):
+    """The next best part of the entries, attended as means of `merge` consecutive tokens of theirs."""
+
+    merge: Count  # 1: token by token
+    fraction: Part | None = None  # of a row's visible entries; sums of tiers are rounded up
+    # of the total mass; the entry that crosses the sum of masses up to here is of this tier
+    mass: Part | None = None
+    # of the visible entries, so many in this tier and those before, whatever their masses
+    least: Part | None = None
+
+
+class EarlyStop(Node):
+    """Walk entries best first and stop where they add little: the order and the step are meant.
+
+    The rows and heads that choose together walk the ranking `entries` at a time.  They stop after a
+    step that adds less than the part `gain` of what it leaves each of them with; what is added up are
+    exp(logit) of the tokens that a row sees, beginning with those of the branch `after`.  The step
+    after which they stop is still attended.
+    """
+
+    gain: Part
+    entries: Count
+    after: Identifier | None = None  # a window or a pattern; its tokens should not be among entries
+
+
 class Select(Node):
     """Keep the best: `beam` entries are expanded by a level below, the others are attended.
 
     `fraction`: of a row's visible entries, or of all that its sequence has, rounded up.
     `threshold`: every score above it.  `tokens`: as many entries as that many tokens fill, to the
     nearest whole number, halves to the even one, and at least one.
-    `scope: heads`: entries of all heads that choose are ranked together, ties to the lower head, and
-    as many are kept as all of them may keep.
+    `quota`: the best entries token by token, the next ones as means; forced entries are of the first
+    tier.
+    `scope`: what is ranked together.  `heads`: entries of all heads that choose, ties to the lower
+    head, and as many are kept as all of them may keep.  `head`, of `fraction`: entries of all rows of
+    a head, ties to the earlier row, so that some rows may keep nothing.
     """
 
     top_k: Count | None = None
@@ -59,7 +93,10 @@ class Select(Node):
     threshold: Bound | None = None
     top_p: TopP | None = None
     tokens: Count | None = None
-    scope: Literal["heads"] | None = None  # left out: each row and head that chooses by itself
+    quota: Annotated[tuple[Tier, ...] | None, Field(min_length=1, max_length=MAX_TIERS)] = None
+    early_stop: EarlyStop | None = None
+    # left out: each row and head that chooses by itself
+    scope: Literal["head", "heads"] | None = None
     force: Force = Force()
 
     @property

@@ -29,6 +29,9 @@ MAX_BRANCHES = 16
 MAX_SPANS = 256
 
 
+MAX_TIERS = 8
+
+
 MAX_AXES = 3
 
 

@@ -9,7 +9,15 @@ from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.scalars import Identifier, Node, Scale
 
 ScoreForm = Literal[
-    "dot", "bound", "index_dot", "relu_weighted", "relu_sum", "code_match", "bias", "given"
+    "dot",
+    "bound",
+    "index_dot",
+    "relu_weighted",
+    "relu_sum",
+    "code_match",
+    "pooling_error",
+    "bias",
+    "given",
 ]
 
 
@@ -33,6 +41,10 @@ class Score(Node):
     `relu_weighted`, `relu_sum`: the sum of relu(dot) over index heads, weighted by `w_index` or not;
     with `share: group` over those of a group, the first Hi / Hkv heads for key head 0 and so on.
     `code_match`: in how many runs of channels query and key have the same code.
+    `pooling_error`: how wrong attending an entry as one pooled key and value would be, a token on
+    average: of its tokens k, v the mean of |exp(q key - m) value - exp(q k - m) v|^2, where m is the
+    greatest logit of what the query sees there; without pooled values of
+    (exp(q key - m) - exp(q k - m))^2.
     `bias`: the input `bias` of a token and key head, whatever the query; of an entry, what its
     `pool` makes of them.
     `given`: the input `<level>_score` [B, T, heads that choose, entries], whatever made it.
@@ -44,8 +56,9 @@ class Score(Node):
     source: Identifier | None = None  # the level whose scores are mapped
     map: MapHow | None = None
     scale: Scale | Literal["none"] | None = None  # None: 1, or 1/sqrt(qk dim) for dot and bound
-    # added to the scaled scores of the key head's group: the mean input `bias` of an entry's tokens
-    bias: Literal["learned"] | None = None
+    # learned: the mean input `bias` of an entry's tokens is added to the scaled scores of the key
+    # head's group; log_count: the natural logarithm of how many tokens it has
+    bias: Literal["learned", "log_count"] | None = None
     normalise: Literal["softmax"] | None = None
     lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
     share: Share = "head"
@@ -64,4 +77,4 @@ class Score(Node):
     @property
     def by_bias(self) -> bool:
         """Whether the input `bias` is all that scores, or some of it."""
-        return self.form == "bias" or self.bias is not None
+        return self.form == "bias" or self.bias == "learned"

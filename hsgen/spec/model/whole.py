@@ -12,8 +12,8 @@ from pydantic import Field, PrivateAttr
 
 from hsgen.errors import ArgumentError, Span
 from hsgen.spec.model.branches import Attend, Combine
-from hsgen.spec.model.choices import Select
-from hsgen.spec.model.entries import Partition, Pool
+from hsgen.spec.model.choices import Force, Select
+from hsgen.spec.model.entries import Blocks, Partition, Pool
 from hsgen.spec.model.losses import Loss
 from hsgen.spec.model.permutes import Permute
 from hsgen.spec.model.queries import Query
@@ -142,7 +142,8 @@ class Spec(Node):
         if level.select is None:
             return 0
         force = level.select.force
-        return force.first + (force.last + self.own_entries(level) - 1 if force.last else 0)
+        last = force.last + self.own_entries(level) - 1 if force.last else 0
+        return _first_entries(level, force) + last
 
     def width(self, level: Level) -> int:
         """Slots of one row of a level's selection, where counts do not vary."""
@@ -285,6 +286,16 @@ class Spec(Node):
         return self.model_copy(update={field: value})
 
 
+def _first_entries(level: Level, force: Force) -> int:
+    """How many entries are forced as the first ones, or hold one of the first tokens, at most."""
+    if force.sink is None:
+        return force.first
+    if level.permute is not None:  # each in another entry
+        return force.first + force.sink
+    before = (level.partition.before or 0) if isinstance(level.partition, Blocks) else 0
+    return max(force.first, -(-(force.sink + before) // max(level.partition.stride, 1)))
+
+
 def _moved(path: Path, kept: Mapping[str, list[int]]) -> Path | None:
     """Where a field is once lists have only some of their items; None where it is gone."""
     if len(path) < 2 or path[0] not in kept or path[1] == -1:
@@ -328,6 +339,9 @@ _NEWS = {
     "query",
     "tokens",
     "scope",
+    "quota",
+    "early_stop",
+    "which",
 }
 
 

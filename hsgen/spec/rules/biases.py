@@ -30,12 +30,14 @@ def biases(spec: Spec) -> Iterator[Problem]:
             if score.form == "code_match"
             else "the heads of an index have none"
             if score.by_index
+            else "it is an error that is scored"
+            if score.form == "pooling_error"
             else None
         )
-        if score.bias is not None and why is not None:
+        if score.bias == "learned" and why is not None:
             yield _no_bias(path, why, (*path, "form"), (*path, "source"))
     for i, branch in enumerate(spec.attend):
-        if branch.bias is not None and branch.values == "pooled":
+        if branch.bias == "learned" and branch.values != "raw":
             why = "it is tokens that have one, and pooled entries are attended"
             yield _no_bias(("attend", i), why, ("attend", i, "values"))
     if spec.combine and spec.combine.softmax:
@@ -44,10 +46,10 @@ def biases(spec: Spec) -> Iterator[Problem]:
 
 def _one_logit_a_token(spec: Spec) -> Iterator[Problem]:
     """A token that a union reaches twice counts once, so it has one logit."""
-    raw = [(i, branch) for i, branch in enumerate(spec.attend) if branch.values == "raw"]
+    raw = [(i, branch) for i, branch in enumerate(spec.attend) if branch.values != "pooled"]
     for i, branch in raw:
-        without = [x for _, x in raw if x.kv == branch.kv and x.bias is None]
-        if branch.bias is not None and without:
+        without = [x for _, x in raw if x.kv == branch.kv and x.bias != "learned"]
+        if branch.bias == "learned" and without:
             why = f"in the union, '{without[0].name}' attends the same tokens without it"
             kvs = (("attend", j, "kv") for j, _ in raw)
             yield _no_bias(("attend", i), why, ("combine",), ("attend",), *kvs)

@@ -27,11 +27,11 @@ def branches(spec: Spec) -> Iterator[Problem]:
                 also=also,
                 at_key=bool(said),
             )
-        elif branch.over is None and branch.values == "pooled":
+        elif branch.over is None and branch.values != "raw":
             yield Problem(
                 code="HS082",
                 path=(*path, "values"),
-                message=f"expected 'values: pooled' with 'over' only, got it with '{said[0]}'",
+                message=f"expected 'values: {branch.values}' with 'over' only, got it with '{said[0]}'",
                 help="remove 'values'",
                 also=also,
             )

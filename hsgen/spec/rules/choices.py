@@ -153,7 +153,8 @@ def _forced(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
     """More forced entries than there is room for."""
     select, forced = level.select, spec.most_forced(level)
     assert select is not None
-    of_rows = forced - select.force.first - select.force.last
+    of_rows = spec.own_entries(level) - 1 if select.force.last else 0
+    of_sinks = forced - select.force.first - select.force.last - of_rows
     more = next((x.select for x in spec.levels if x.name == select.force.level and x.select), None)
     joined = more.width if more else 0
     keys: tuple[Path, ...] = ((*path, "top_k"), (*path, "beam"))
@@ -162,6 +163,7 @@ def _forced(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
         key, most, keys = "max", select.top_p.max or forced, ((*path, "top_p", "max"),)
     if select.force.counted and forced + joined > most > 0:
         shown = f" + {of_rows} of the other rows of a block" if of_rows else ""
+        shown += f" + {of_sinks} of first tokens" if of_sinks else ""
         shown += f" + {joined} of '{select.force.level}'" if joined else ""
         yield Problem(
             code="HS071",

@@ -84,7 +84,7 @@ def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
         why, where = "this level's scores are given, not computed from keys", (*path, "keys")
     elif pool.values is not None and level.score.by_index:
         why, where = "an index has no values", (*path, "values")
-    elif pool.values is not None and not pooled:
+    elif pool.values is not None and not pooled and level.score.form != "pooling_error":
         why, where = (
             f"no branch attends 'over: {level.name}' with 'values: pooled'",
             (*path, "values"),

@@ -19,6 +19,7 @@ from hsgen.spec.rules.queries import antidiagonal_keys, queries, rows_alone, row
 from hsgen.spec.rules.routes import on_ways, routes, ways
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
+from hsgen.spec.rules.weights import errors_and_counts, quotas, stands_for, walks
 
 
 def problems(spec: Spec, broken: set[Path] | None = None) -> list[Problem]:
@@ -75,6 +76,10 @@ _RULES: tuple[Rule, ...] = (
     latents,
     one_softmax,
     tails,
+    quotas,
+    walks,
+    stands_for,
+    errors_and_counts,
     ways,
     on_ways,
     reuses,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Clusters, Level, Parts, Path, Spec
+from hsgen.spec.model import Clusters, Level, Parts, Path, Select, Spec
 from hsgen.spec.rules.names import uses
 from hsgen.spec.rules.problem import Problem
 
@@ -63,7 +63,7 @@ def _wrong_with_parts(spec: Spec, level: Level) -> tuple[str, ...] | None:
         return "rows that choose together", "remove 'query'", "query"
     if level.permute is not None:
         return "an order of keys", "remove 'permute'", "permute"
-    if force and (force.first or force.last or force.tail or force.level):
+    if force and (force.first or force.last or force.tail or force.level or force.sink):
         return "forced entries", "remove 'force'", "select"
     if any(branch.over == level.name and branch.values == "pooled" for branch in spec.attend):
         return "a branch that attends them pooled", "remove 'values: pooled'"
@@ -80,7 +80,7 @@ def budgets(spec: Spec) -> Iterator[Problem]:
             continue
         (rule,) = select.rules
         if select.scope is not None:
-            yield from _scope(level, rule, path)
+            yield from _scope(level, select, rule, path)
         if select.tokens is not None and isinstance(level.partition, Clusters):
             yield Problem(
                 code="HS186",
@@ -92,7 +92,7 @@ def budgets(spec: Spec) -> Iterator[Problem]:
             )
 
 
-def _scope(level: Level, rule: str, path: Path) -> Iterator[Problem]:
+def _scope(level: Level, select: Select, rule: str, path: Path) -> Iterator[Problem]:
     why = (
         f"'{rule}' keeps every entry for itself"
         if rule == "threshold"
@@ -100,6 +100,14 @@ def _scope(level: Level, rule: str, path: Path) -> Iterator[Problem]:
         if rule == "top_p"
         else "a beam is as wide for every head"
         if rule == "beam"
+        else "tiers are those of a row"
+        if rule == "quota"
+        else "a walk has a ranking of its own"
+        if rule == "early_stop"
+        else f"rows of a head share a 'fraction', not '{rule}'"
+        if select.scope == "head" and rule != "fraction"
+        else None
+        if select.scope == "head"
         else "all heads choose as one: 'share: all'"
         if level.score.form
         and (level.score.share == "all" or level.score.form == "relu_weighted")

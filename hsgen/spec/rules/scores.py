@@ -59,7 +59,7 @@ def _mapped(score: Score, path: Path) -> Iterator[Problem]:
             help="write 'map: overlap_sum', 'map: overlap_max', 'map: sum' or 'map: max'",
             also=((*path, "map"),),
         )
-    for key in ("scale", "normalise", "lse_from", "share", "reduce"):
+    for key in ("scale", "bias", "normalise", "lse_from", "share", "reduce"):
         if key in score.model_fields_set and getattr(score, key) is not None:
             yield Problem(
                 code="HS059",
