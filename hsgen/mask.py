@@ -6,7 +6,7 @@ is mass that it misses, grey blue is what it takes without need.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,13 +123,14 @@ def _panels(spec: Spec, group: Group) -> Iterator[Panel]:
     subjects = quality.subjects(spec)
     sums = {each.name: torch.zeros(2, heads, side, side) for each in subjects}  # chosen, held
     mass, visible = torch.zeros(heads, side, side), torch.zeros(side, side)
+    choices = _choices(spec, group)
     for a in range(0, tokens, ROWS):
         position = torch.arange(a, min(a + ROWS, tokens))
         full = metrics.dense(group.q[position], group.k, group.v, position, causal=spec.causal)
         sees = full.sees(torch.arange(tokens))
         mass += _binned(full.probs, position, side, tokens)
         visible += _binned(sees[None].float(), position, side, tokens)[0]
-        found = quality.choices(spec, group, position)
+        found = choices(position)
         for each in subjects:
             taken = metrics.tokens_of(found[each.name], each.size, each.stride, tokens) & sees
             taken = taken.repeat_interleave(heads // len(taken), 0).float()
@@ -149,6 +150,14 @@ def _panels(spec: Spec, group: Group) -> Iterator[Panel]:
                 density=float(chosen.sum() / visible.sum()),
                 recalled=float(held.sum()) / tokens,
             )
+
+
+def _choices(spec: Spec, group: Group) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What `quality.choices` says of some rows; for all at once where they need the whole text."""
+    if not quality.looks_ahead(spec):
+        return lambda position: quality.choices(spec, group, position)
+    whole = quality.choices(spec, group, torch.arange(len(group.q)))
+    return lambda position: {name: chosen[:, position] for name, chosen in whole.items()}
 
 
 def _binned(x: Tensor, position: Tensor, side: int, tokens: int) -> Tensor:

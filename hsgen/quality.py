@@ -153,6 +153,11 @@ def _scaled_level(level: Level, factor: float) -> Level:
 # --- choosing
 
 
+def looks_ahead(spec: Spec) -> bool:
+    """Whether rows depend on later tokens, so that all of them are chosen for together."""
+    return analysis.causality(planner.plan(spec)) != "token"
+
+
 def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
     """Choose by the reference in float32.
 
@@ -170,7 +175,7 @@ def choices(spec: Spec, group: Group, position: Tensor) -> dict[str, Tensor]:
     q, k, v = group.q[None], group.k[None, :, None], group.v[None, :, None]
     made = standins.tensors(spec, q, k, v)
     tokens = len(group.k)
-    alone = analysis.causality(planner.plan(spec)) == "token"
+    alone = not looks_ahead(spec)
     runs = position.split(RUN) if alone else (torch.arange(tokens, device=position.device),)
     chosen: dict[str, list[Tensor]] = {each.name: [] for each in subjects(spec)}
     for run in runs:

@@ -7,11 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from test_quality import SELECTED, TEXT, WINDOW, made
+from test_quality import SELECTED, SORTED, TEXT, WINDOW, made
 
-from hsgen import mask, svg
+from hsgen import mask, quality, svg
 from hsgen.cli import main
 from hsgen.errors import HsgenError
+from hsgen.reference import reference
 from hsgen.spec import parse
 
 CAPTURE = Path(__file__).parent / "data" / "smollm2_layer05.safetensors"
@@ -101,6 +102,24 @@ def test_picture_does_not_depend_on_how_rows_are_cut(found, monkeypatch):
     again = mask.mask(made(share="head"), CAPTURE, tokens=200)
     for one, other in zip(found.panels, again.panels, strict=True):
         assert torch.equal(one.chosen, other.chosen)
+
+
+def test_a_text_that_is_chosen_for_as_a_whole_is_computed_once(monkeypatch):
+    """Rows of later blocks need what earlier ones do: the whole text, but not once a run of rows."""
+    spec = parse(SORTED)
+    monkeypatch.setattr(mask, "ROWS", 32)
+    calls = []
+
+    def counted(*given, **named):
+        calls.append(named["q_offset"])
+        return reference(*given, **named)
+
+    monkeypatch.setattr(quality, "reference", counted)
+    cut = mask.mask(spec, CAPTURE, tokens=96).panels
+    assert calls == [0]
+    monkeypatch.setattr(mask, "ROWS", 96)
+    once = mask.mask(spec, CAPTURE, tokens=96).panels
+    assert all(torch.equal(a.chosen, b.chosen) for a, b in zip(cut, once, strict=True))
 
 
 def test_a_spec_without_a_choice_is_refused():

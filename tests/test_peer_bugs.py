@@ -157,7 +157,7 @@ def test_a_chosen_block_is_attended_however_small_its_mass():
 def test_a_budget_that_is_no_power_of_two_is_that_budget(budget: int):
     """fla's NSA: with an int, as many blocks are attended as the next power of two."""
     spec = parse(MASSES.replace("BUDGET", str(budget)))
-    result = reference(spec, of(spec, 16, q=0.0, v=range(16)), keep_seen=True)
+    result = reference(spec, of(spec, 16, q=0.0, v=[*range(16)]), keep_seen=True)
     assert chosen(result, "block")[15] == [*range(budget)]
     assert result.seen["selected"][0, 15].sum(-1).tolist() == [2 * budget]
 
@@ -269,7 +269,7 @@ def test_no_row_leans_on_the_maximum_of_another():
 def test_a_leading_block_that_no_row_sees_makes_no_nan():
     """vLLM (48364): the first chunk of a list is masked as a whole, and exp(-inf + inf) is NaN."""
     spec = chunks("{top_k: 2}")
-    x = of(spec, 2, 8, q=1.0, k=1.0, v=range(8))
+    x = of(spec, 2, 8, q=1.0, k=1.0, v=[*range(8)])
     later_first = torch.tensor([3, 0], dtype=torch.int32).expand(1, 2, 1, 2)
     x |= {name: each.requires_grad_() for name, each in x.items()}
     result = reference(spec, x, q_offset=0, selection={"chunk": later_first})
