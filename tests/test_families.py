@@ -20,6 +20,7 @@ SAME = {
     "minimax_m3_vl": ("minimax_m3", range(3, 60)),
     "qwen4_exp": ("qwen_qsa", range(3, 40, 4)),
     "glm5_next": ("glm_kpool", range(3, 45, 4)),
+    "minicpm": ("infllm_v2", range(32)),
     "nsa": ("nsa_fla", range(24)),
 }
 
@@ -174,6 +175,16 @@ def test_shared_choices_of_the_layers_with_an_index(made, changes: dict[str, Any
     assert reuse.model_dump(include={"every", "lead", "pattern"}, exclude_defaults=True) == said
 
 
+def test_minicpm_of_other_sizes(made):
+    sparse = said("minicpm")["sparse_config"] | {"window_size": 128, "topk": 8, "init_blocks": 2}
+    mixers = ["minicpm4", *["lightning-attn"] * 7] * 4
+    spec, comments = made("minicpm", {"sparse_config": sparse, "mixer_types": mixers})
+    select = spec.levels[2].select
+    assert (select.top_k, select.force.first, select.force.last) == (10, 2, 3)
+    assert "layers 0, 8, ..., 24 of 32" in comments
+    assert "Texts of less than 8192 tokens" in comments
+
+
 def test_nsa_without_a_window_has_two_branches(made):
     spec, _ = made("nsa", {"window_size": 0})
     assert [branch.name for branch in spec.attend] == ["compressed", "selected"]
@@ -197,7 +208,27 @@ def test_what_is_said_of_attention_and_not_read_is_named(made):
     assert "Said of sparse attention there, and not here: sparse_y 2." in comments
 
 
+ALL = [1] * 60
 WRONG = [
+    (
+        "minimax_m3_vl",
+        {
+            "sparse_attention_config": {
+                "sparse_attention_freq": ALL,
+                "sparse_disable_index_value": [0],
+            }
+        },
+        "sparse_disable_index_value: expected 1 in sparse layers",
+    ),
+    (
+        "minimax_m3_vl",
+        {"sparse_attention_config": {"sparse_attention_freq": ALL, "use_sparse_attention": False}},
+        "expected layers of minimax_m3_sparse",
+    ),
+    ("minicpm", {"sparse_config": None}, "expected layers of minicpm4, got none of 32"),
+    ("minicpm", {"sparse_config": {"use_nope": True}}, "use_nope: expected false"),
+    ("minicpm", {"sparse_config": {"window_size": 100}}, "window_size: expected a multiple of"),
+    ("minicpm", {"hidden_size": None}, "head_dim: expected a whole number of at least 1, got 0"),
     (
         "deepseek_v32",
         {"index_topk": "2048"},

@@ -1,7 +1,7 @@
 """What a model's config.json says of its attention: a shipped spec with the model's sizes.
 
-Knows the fields that transformers' configuration classes have, their defaults, which a saved config
-leaves out, and the older names that checkpoints use.  Loads neither transformers nor weights.
+Knows the fields that configuration classes have, transformers' or a model's own, their defaults, which
+a saved config leaves out, and the older names that checkpoints use.  Loads neither transformers nor weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hsgen.errors import nearest
-from hsgen.spec.families.blocks import minimax, nsa, qwen
+from hsgen.spec.families.blocks import minicpm, minimax, nsa, qwen
 from hsgen.spec.families.compressed import deepseek_v4
 from hsgen.spec.families.found import Family, Found, pairs
 from hsgen.spec.families.latent import dsa, glm_kpool
@@ -140,6 +140,7 @@ FAMILIES = {
             "compress_rope_theta": 160000.0,
         },
     ),
+    "minicpm": Family(model="MiniCPM4", find=minicpm, defaults={}),
     "nsa": Family(
         model="NSA of flash-linear-attention",
         find=nsa,

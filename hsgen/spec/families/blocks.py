@@ -1,4 +1,4 @@
-"""MiniMax-M3, Qwen4-Exp and flash-linear-attention's NSA: blocks of tokens that are read raw."""
+"""MiniMax-M3, Qwen4-Exp, MiniCPM4 and fla's NSA: blocks of tokens that are read raw."""
 
 from __future__ import annotations
 
@@ -24,16 +24,22 @@ OLD_MINIMAX = {
     "index_topk_blocks": "sparse_topk_blocks",
     "index_local_blocks": "sparse_local_block",
 }
+_OLD_DEFAULTS = {"use_sparse_attention": True, "sparse_init_block": 0, "sparse_score_type": "max"}
 SPARSE, FULL = "minimax_m3_sparse", "full_attention"
 
 
 def minimax(config: Fields, layer: int | None) -> Found:
     """MiniMax-M3, some of whose layers are sparse."""
-    old = config.table("sparse_attention_config", sparse_init_block=0, sparse_score_type="max")
+    old = config.table("sparse_attention_config", **_OLD_DEFAULTS)
     for key, older in OLD_MINIMAX.items():
         config.known_as(key, old, older)
     types = _types_minimax(config, old)
     layers = layers_of(config, types, SPARSE, layer)
+    silent = old.listed("sparse_disable_index_value", (0, 1)) or [1] * len(types)
+    if len(silent) != len(types) or not all(silent[i] for i in layers):
+        raise old.wrong(
+            "sparse_disable_index_value", "1 in sparse layers: no index has values", silent
+        )
     if (how := old.get("sparse_score_type")) != "max":
         raise old.wrong("sparse_score_type", '"max"', how)
     head, block = config.count("head_dim"), config.count("index_block_size")
@@ -62,7 +68,7 @@ def minimax(config: Fields, layer: int | None) -> Found:
 
 def _types_minimax(config: Fields, old: Fields) -> list[str]:
     """The class has all layers full where nothing is said."""
-    on = old.listed("sparse_attention_freq", (0, 1))
+    on = old.listed("sparse_attention_freq", (0, 1)) if old.flag("use_sparse_attention") else None
     switched = [SPARSE if one else FULL for one in on or ()]
     types = types_of(config, same(SPARSE, FULL), lambda total: switched or [FULL] * total)
     if switched and switched != types:
@@ -115,6 +121,57 @@ def qwen(config: Fields, layer: int | None) -> Found:
             "and cos and sin are inputs."
         )
     return Found(spec=spec, presets=("qwen_qsa",), layers=layers, notes=tuple(notes))
+
+
+def minicpm(config: Fields, layer: int | None) -> Found:
+    """MiniCPM4, whose config has a mapping for InfLLM-V2 where it is to be used."""
+    sparse = config.table("sparse_config", **_INFLLM)
+    kinds = {"minicpm4": "minicpm4", "lightning-attn": LINEAR}
+    types = types_of(config, kinds, lambda total: ["minicpm4"] * total, key="mixer_types")
+    layers = layers_of(config, types if sparse.said else [FULL] * len(types), "minicpm4", layer)
+    heads, block = config.count("num_attention_heads"), sparse.count("block_size")
+    head = config.count(
+        "head_dim", otherwise=config.count("hidden_size", least=0, otherwise=0) // heads
+    )
+    window = sparse.count("window_size", least=0)
+    if window % block:
+        raise sparse.wrong("window_size", f"a multiple of block_size, {block}", window)
+    if sparse.flag("use_nope"):
+        raise sparse.wrong("use_nope", "false: no spec chooses by keys without their RoPE", True)
+    size, stride = sparse.count("kernel_size"), sparse.count("kernel_stride")
+    spec = sized(
+        "infllm_v2",
+        {
+            "heads.query": heads,
+            "heads.kv": config.count("num_key_value_heads", otherwise=heads),
+            "head_dim": HeadDim(qk=head, v=head),
+            "levels.0.partition": Blocks(size=4 * size, stride=4 * stride),
+            "levels.1.partition": Blocks(size=size, stride=stride),
+            "levels.2.partition": Blocks(size=block, stride=block),
+            # the window is so many blocks on top of the budget, and the own one
+            "levels.2.select.top_k": sparse.count("topk") + window // block,
+            "levels.2.select.force.first": sparse.count("init_blocks", least=0),
+            "levels.2.select.force.last": window // block + 1,
+        },
+    )
+    notes = [
+        f"Texts of less than {sparse.count('dense_len', least=-1)} tokens are the model's to attend to "
+        "in full.",
+        *others(types),
+    ]
+    return Found(spec=spec, presets=("infllm_v2",), layers=layers, notes=tuple(notes))
+
+
+_INFLLM = {
+    "kernel_size": 32,
+    "kernel_stride": 16,
+    "init_blocks": 1,
+    "block_size": 64,
+    "window_size": 2048,
+    "topk": 64,
+    "use_nope": False,
+    "dense_len": 8192,
+}
 
 
 def nsa(config: Fields, layer: int | None) -> Found:

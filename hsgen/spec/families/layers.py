@@ -15,11 +15,15 @@ HYBRID = {INDEXED: INDEXED, "full_attention": INDEXED, LINEAR: LINEAR}  # older 
 
 
 def types_of(
-    config: Fields, known: Mapping[str, str], otherwise: Callable[[int], list[str]]
+    config: Fields,
+    known: Mapping[str, str],
+    otherwise: Callable[[int], list[str]],
+    *,
+    key: str = "layer_types",
 ) -> list[str]:
-    """The type of each layer: what `layer_types` says, in the words of `known`, or else."""
+    """The type of each layer: what the config says, in the words of `known`, or else."""
     total = config.count("num_hidden_layers")
-    said = config.listed("layer_types", tuple(known))
+    said = config.listed(key, tuple(known))
     types = otherwise(total) if said is None else [known[cast("str", word)] for word in said]
     if len(types) != total:
         raise config.wrong("num_hidden_layers", f"as many as layers are said, {len(types)}", total)
