@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hsgen import passes, planner, schedule
 from hsgen.reference import Result, reference, tensor_shapes
-from hsgen.spec import Spec, parse
+from hsgen.spec import Spec, load, parse
+from hsgen.target import Target
 
 INF = float("inf")
 TESTS = Path(__file__).parent
@@ -336,6 +338,20 @@ def test_channels_are_turned_in_the_pairs_that_are_said(pairs: str, other: int):
     place = torch.tensor(2.0, dtype=torch.float64)  # block 1 begins at token 2
     expected[0], expected[other] = place.cos(), place.sin()
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected)
+
+
+# Launches -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nsa", "moba", "hisa", "infllm_v2", "quest"])
+def test_only_the_first_axis_of_a_grid_grows_with_the_call(name: str):
+    """flashinfer (3125), fla (172): the others end at 65535, beyond which nothing is launched."""
+    spec = load(name).bind(heads=None if load(name).heads else (32, 8))
+    bound = spec if spec.head_dim else spec.bind(head_dim=128)
+    plan = schedule.schedule(passes.run(planner.plan(bound)), Target.named("h100"))
+    grids = [launch.grid for step in plan.steps for launch in step.launches]
+    assert len(grids) >= len(plan.kernels) > 0
+    assert all(size.isdecimal() for grid in grids for size in grid[1:])
 
 
 # The page -----------------------------------------------------------------------------------------
