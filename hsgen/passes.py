@@ -47,6 +47,7 @@ def share_log_sum_exp(graph: Graph) -> Graph:
         replace(node, inputs=(node.inputs[0], shared.name))
         for node in graph.nodes()
         if isinstance(node.op, Normalise)
+        and node.op.by is None
         and graph[node.inputs[1]].inputs == node.inputs[:1]  # a sum of its own scores
         and (shared := _log_sum_exp_of_branch(graph, graph[node.inputs[0]])) is not None
     ]
@@ -62,6 +63,7 @@ def _log_sum_exp_of_branch(graph: Graph, score: Node) -> Node | None:
             isinstance(attend.op, Attend)
             and _attends_all(graph, attend, attend.op)
             and attend.op.scale == score.op.scale
+            and attend.op.counted == score.op.counted
             and attend.inputs[:2] == score.inputs
         ):
             found = [user for user in graph.users(attend.name) if isinstance(user.op, LogSumExp)]

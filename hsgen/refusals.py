@@ -15,6 +15,7 @@ from hsgen.graph import (
     Graph,
     Node,
     Norm,
+    Normalise,
     OutputGate,
     Permute,
     Pool,
@@ -67,6 +68,8 @@ def _lacking(graph: Graph, node: Node) -> str | None:
         case Pool() | PoolRows() | PoolHeads() | Norm() | Rotate() as op:
             words = _of_entries(op)
             return words and f"level {op.level}: no kernel {words} yet"
+        case Normalise(by="max", level=level):
+            return f"level {level}: no kernel normalises by the greatest score yet"
         case ReduceRows(level=level):
             return f"level {level}: no kernel chooses for rows together yet"
         case Cluster() | Permute() | Recall() | Carry() | Score() | Select() | SelectSet() as op:

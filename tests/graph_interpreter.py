@@ -255,6 +255,11 @@ def _evaluate(run: _Run, node: Node) -> Value:
         case LogSumExp():
             x = operands[0]
             return x.lse if isinstance(x, Attended) else _masked(x).logsumexp(-1).transpose(1, 2)
+        case Normalise(by="max"):
+            (score,) = operands
+            top = _masked(score).amax(-1, keepdim=True)
+            value = (score.value - top).exp().masked_fill(~score.there, 0.0)
+            return Scores(value=value, there=score.there)
         case Normalise():
             score, lse = operands
             total = lse.transpose(1, 2).unsqueeze(-1)
@@ -576,7 +581,9 @@ def _reduce_rows(run: _Run, node: Node, score: Scores) -> Scores:
     assert isinstance(op, ReduceRows)
     fine = run.row_of(run.graph[node.inputs[0]].type.dims[1])
     none = -math.inf if op.how == "max" else 0.0
-    value = score.value.masked_fill(~score.there, none)
+    value = score.value
+    if not isinstance(run.graph[node.inputs[0]].op, Map):  # those are of sources that a row sees
+        value = value.masked_fill(~score.there, none)
     made = []
     for asked in _asked(run, op.block, op.last):
         rows = sorted({fine[t] for t in asked if t is not None})

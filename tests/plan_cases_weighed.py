@@ -201,6 +201,24 @@ WEIGHED: list[Spec] = [
         [SELECTED],
     ),
     spec(
+        "peaks",
+        [
+            Level(
+                name="token",
+                partition=Tokens(),
+                score=Score(form="dot", normalise="max", share="group", reduce="mean"),
+            ),
+            Level(
+                name="block",
+                partition=blocks(4),
+                query=Query(block=4, reduce="max"),
+                score=Score(source="token", map="max"),
+                select=top_p(0.6, force=Force(last=1)),
+            ),
+        ],
+        [SELECTED],
+    ),
+    spec(
         "sinks_by_share",
         kept(Select(fraction=0.2, force=Force(sink=3, counted=False)), share="group"),
         [SELECTED, WINDOW],

@@ -228,12 +228,14 @@ class LogSumExp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normalise:
-    """exp(score - lse): the softmax mass of each entry.  score, lse -> f32[B, T, H, N]
+    """exp(score - lse): the softmax mass of each entry.  score, [lse] -> f32[B, T, H, N]
 
     With the log-sum-exp of another level's scores, masses are 0 where that level has no entry.
+    `by` max: exp(score - the greatest of the row), which reads no log-sum-exp.
     """
 
     level: str
+    by: Literal["max"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

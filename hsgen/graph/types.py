@@ -479,14 +479,15 @@ def _log_sum_exp_type(operands: Sequence[Node]) -> TensorType:
 
 
 def _normalise_type(op: Normalise, operands: Sequence[Node]) -> TensorType:
-    _need_count(operands, 2)
-    score, lse = operands
+    _need_count(operands, 2 if op.by is None else 1)
+    score, *sums = operands
     need(
         isinstance(score.op, Score) and score.op.level == op.level,
         f"%{score.name} is not the score of level {op.level}",
     )
-    need(isinstance(lse.op, LogSumExp), f"%{lse.name} is not a log-sum-exp")
-    need_dims(lse.type, ("B", score.type.dims[2], score.type.dims[1]))
+    for lse in sums:
+        need(isinstance(lse.op, LogSumExp), f"%{lse.name} is not a log-sum-exp")
+        need_dims(lse.type, ("B", score.type.dims[2], score.type.dims[1]))
     return score.type
 
 

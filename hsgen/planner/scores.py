@@ -74,15 +74,22 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
     at = builder.place(level, "score", "form")
     made = builder.add(f"{level.name}.score", op, *operands, *some(parent), *some(among), at=at)
     if score.normalise is not None:
-        at = builder.place(level, "score", "normalise")
-        summed = builder.nodes[f"{score.lse_from or level.name}.score"]
-        lse = builder.add(f"{score.lse_from or level.name}.score_lse", LogSumExp(), summed, at=at)
-        made = builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse, at=at)
+        made = _normalised(builder, level, made)
     if score.share != "head" and score.reduce is not None:  # else they are one score already
         at = builder.place(level, "score", "share")
         reduce = Reduce(share=score.share, how=score.reduce)
         made = builder.add(f"{level.name}.reduced", reduce, made, at=at)
     return _together(builder, level, made)
+
+
+def _normalised(builder: Builder, level: language.Level, made: Node) -> Node:
+    """Scores as masses, by a sum of their own or another level's, or by the greatest of them."""
+    score, at = level.score, builder.place(level, "score", "normalise")
+    if score.normalise == "max":
+        return builder.add(f"{level.name}.peak", Normalise(level=level.name, by="max"), made, at=at)
+    summed = builder.nodes[f"{score.lse_from or level.name}.score"]
+    lse = builder.add(f"{score.lse_from or level.name}.score_lse", LogSumExp(), summed, at=at)
+    return builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse, at=at)
 
 
 def _together(builder: Builder, level: language.Level, made: Node) -> Node:

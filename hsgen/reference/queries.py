@@ -85,7 +85,7 @@ def reduced(how: str, scores: Tensor, seen: Tensor, members: Tensor) -> Tensor:
         case "mean":
             return rows.sum(1) / there.sum(1)
         case "max":
-            return rows.amax(1)
+            return rows.amax(1) if rows.shape[1] else rows.sum(1)
         case _:
             raise AssertionError(f"unknown reduction of rows {how!r}")
 

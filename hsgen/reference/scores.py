@@ -208,6 +208,15 @@ def softmax(logits: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     return weights / total, lse.squeeze(-1)
 
 
+def peaks(scores: Tensor, seen: Tensor) -> Tensor:
+    """exp(score - the greatest of the row) of what is seen, 0 elsewhere.  [T, H, N] -> [T, H, N]"""
+    scores = scores.masked_fill(~seen, -math.inf)
+    if not scores.shape[-1]:
+        return scores
+    top = scores.amax(-1, keepdim=True)
+    return (scores - top.masked_fill(top == -math.inf, 0.0)).exp()
+
+
 def masses_by(scores: Tensor, seen: Tensor, lse: Tensor | None) -> Tensor:
     """exp(score - lse) of what is seen, 0 where the sum is of nothing.  [T, H, N], [T, H] -> [T, H, N]"""
     assert lse is not None, "the level of `lse_from` comes first and keeps its sum"

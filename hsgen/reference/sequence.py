@@ -30,7 +30,7 @@ from hsgen.reference.queries import Together, reduced, together
 from hsgen.reference.reuse import Kept, Taken, kept_scores, reached, rows_of
 from hsgen.reference.routes import on_way, ways_taken
 from hsgen.reference.rows import Rows, Scored, row_by_row, spread
-from hsgen.reference.scores import mapped, masses_by, over_heads, raw_scores, softmax
+from hsgen.reference.scores import mapped, masses_by, over_heads, peaks, raw_scores, softmax
 from hsgen.reference.stopping import walk
 from hsgen.selection import (
     BitmapSelection,
@@ -259,7 +259,9 @@ def _scored(
     if level.score.lse_from:
         scores = masses_by(scores, seen, levels[level.score.lse_from].lse)
     elif level.score.normalise:
-        scores = softmax(scores, seen)[0]
+        scores = (
+            softmax(scores, seen)[0] if level.score.normalise == "softmax" else peaks(scores, seen)
+        )
     heads = scores.shape[1]
     scores = over_heads(level, scores, rows.Hkv)
     if query is not None and query.reduce is not None:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from hsgen import spec as language
-from hsgen.spec import Blocks, HeadDim, Heads, Index, Parts
+from hsgen.spec import Blocks, HeadDim, Heads, Index, KMeans, Parts, SortInSegment
 
 SPECS = Path(__file__).parents[2] / "specs"
 FILES = {path.stem: path for path in sorted(SPECS.glob("*.yaml"))}
@@ -15,6 +15,8 @@ NESTED = {"three_levels": SPECS.parent / "examples" / "three_levels.yaml"}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "xattention": "level tile: no kernel pools by antidiagonal yet",
+    "psa": "level sample: no kernel pools by first yet",
+    "pbs_attn": "level block: no kernel chooses for rows together yet",
     "flux_attention": "no kernel takes a route by sample yet",
     "dma": "level token: no kernel scores by a learned bias yet",
     "nosa": "level importance: no kernel scores by a learned bias yet",
@@ -103,6 +105,12 @@ def _shrunk_level(spec, level, factor, above):
         )
     if level.query and level.query.last:
         changes["query"] = level.query.model_copy(update={"last": min(level.query.last, 8)})
+    if level.select and level.select.top_p:
+        top_p = level.select.top_p
+        less = {"mass": min(top_p.mass, 0.6), "min": min(top_p.min, 2)}  # of few entries
+        changes["select"] = level.select.model_copy(update={"top_p": top_p.model_copy(update=less)})
+    if level.permute:
+        changes["permute"] = _shrunk_orders(level.permute, factor)
     if isinstance(level.partition, Parts):
         changes["partition"] = Parts(count=min(level.partition.count, 6))
     if level.select and level.select.tokens:
@@ -118,6 +126,24 @@ def _shrunk_level(spec, level, factor, above):
         budget = min(level.select.budget, room)
         changes["select"] = level.select.model_copy(update={key: budget, "force": force})
     return level.model_copy(update=changes)
+
+
+def _shrunk_orders(permute, factor):
+    """Segments as many blocks long as before, and a few clusters."""
+    made = {}
+    for side, order in permute:
+        if isinstance(order, SortInSegment):
+            made[side] = order.model_copy(
+                update={
+                    "segment": order.segment // factor,
+                    "last": order.last and min(order.last, 8),
+                }
+            )
+        if isinstance(order, KMeans):
+            made[side] = order.model_copy(
+                update={"clusters": min(order.clusters, 7), "iterations": 2}
+            )
+    return permute.model_copy(update=made)
 
 
 def _part(n, factor):

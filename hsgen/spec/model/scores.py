@@ -59,7 +59,8 @@ class Score(Node):
     # learned: the mean input `bias` of an entry's tokens is added to the scaled scores of the key
     # head's group; log_count: the natural logarithm of how many tokens it has
     bias: Literal["learned", "log_count"] | None = None
-    normalise: Literal["softmax"] | None = None
+    # softmax: each entry's part of the row's mass; max: exp(score - the greatest of the row)
+    normalise: Literal["softmax", "max"] | None = None
     lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
     share: Share = "head"
     reduce: Reduce | None = None

@@ -159,11 +159,12 @@ def borrowed_sums(spec: Spec) -> Iterator[Problem]:
         score, path = level.score, ("levels", i, "score", "lse_from")
         if score.lse_from is None or score.source is not None:
             continue
-        if score.normalise is None:
+        if score.normalise != "softmax":
+            got = f"with 'normalise: {score.normalise}'" if score.normalise else "without"
             yield Problem(
                 code="HS091",
                 path=path,
-                message="expected 'lse_from' with 'normalise' only, got it without",
+                message=f"expected 'lse_from' with 'normalise: softmax' only, got it {got}",
                 help="write 'normalise: softmax', or remove 'lse_from'",
                 also=(("levels", i, "score", "normalise"),),
                 at_key=True,
