@@ -1,0 +1,147 @@
+"""Sparse attentions of video and of long prompts, as their shipped specs have them, beside naive loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conformance import systems
+from plan_cases import random_tensors
+from torch import Tensor
+
+from hsgen.reference import reference
+from hsgen.reference.permutes import order_of
+from hsgen.selection import members
+from hsgen.spec import Spec
+
+Tensors = dict[str, Tensor]
+
+
+def small(name: str, *, group: int = 1, dim: int = 6) -> Spec:
+    """Blocks of 8 keys and 16 rows, or as the spec has them; every head chooses."""
+    return systems.small(name, group=group, kv=2, dims=(dim, 5))
+
+
+def softmax_over(logits: list[Tensor], values: list[Tensor]) -> Tensor:
+    return torch.stack(logits).softmax(0) @ torch.stack(values)
+
+
+# --- PSA
+
+
+def psa_levels(q: Tensor, k: Tensor, budgets: dict[int, int]) -> list[list[int]]:
+    """How many tokens of each block of 8 keys become one, by block of 16 rows; 0: none is read."""
+    found = []
+    for start in range(0, len(q), 16):
+        rows = q[start : start + 16 : 2]
+        peaks = []
+        for row in rows:
+            logits = k[::2] @ row * len(row) ** -0.5
+            parts = (logits - logits.max()).exp().split(4)
+            peaks.append(torch.stack([part.max() for part in parts]))
+        ranked = torch.stack(peaks).amax(0).argsort(descending=True, stable=True).tolist()
+        merge = [0] * len(ranked)
+        for width, number in budgets.items():
+            for block in [ranked.pop(0) for _ in range(number)]:
+                merge[block] = width
+        found.append(merge)
+    return found
+
+
+def test_psa_is_its_card() -> None:
+    """Of 20 blocks 0.1 whole, up to 0.15 by 2, up to 0.35 by 8: 2, 1 and 4; the rest is not read."""
+    spec = small("psa")
+    x = random_tensors(spec, 32, 160)
+    o = reference(spec, x).o
+    for h in range(2):
+        q, k, v = (x[name][0, :, h] for name in "qkv")
+        levels = psa_levels(q, k, {1: 2, 2: 1, 8: 4})
+        for t in range(32):
+            logits, values = [], []
+            for block, merge in enumerate(levels[t // 16]):
+                for s in range(block * 8, block * 8 + 8, merge) if merge else ():
+                    logits.append(k[s : s + merge].mean(0) @ q[t] * 6**-0.5 + math.log(merge))
+                    values.append(v[s : s + merge].mean(0))
+            torch.testing.assert_close(o[0, t, h], softmax_over(logits, values))
+
+
+def test_a_row_of_psa_counts_as_much_as_another() -> None:
+    """A row's greatest logit is 1 whatever its softmax: masses would let peaked rows choose alone."""
+    spec = small("psa")
+    x = random_tensors(spec, 16, 64)
+    before = reference(spec, x).scores["block"]
+    x["q"][:, :16:2] *= 1e-6  # flat rows: every block holds a key that is nearly their greatest
+    flat = reference(spec, x).scores["block"]
+    assert (flat > 0.999).all()
+    assert not (before > 0.999).all()
+
+
+# --- PBS-Attn
+
+
+def pbs_choice(spec: Spec, x: Tensors, mass: float) -> Tensor:
+    """By block of 8 rows: bool[Hq, R, N], from the card, with the keys where the order puts them."""
+    order = spec.levels[0].permute.keys
+    at = order_of(order, x["k"][0], x["q"][0], 2, None)  # [Hkv, S]
+    S, Hq = x["k"].shape[1], x["q"].shape[2]
+    rows, N = -(-S // 8), -(-S // 8)
+    kept = torch.zeros(Hq, rows, N, dtype=torch.bool)
+    for h, r in ((h, r) for h in range(Hq) for r in range(rows)):
+        slots = at[h // 2].split(8)
+        segment = r * 8 // 16
+        query = x["q"][0, r * 8 : r * 8 + 8, h].mean(0)
+        earlier = [n for n in range(N) if n * 8 // 16 < segment]
+        if earlier:
+            keys = torch.stack([x["k"][0, slots[n], h // 2].mean(0) for n in earlier])
+            p = (keys @ query * len(query) ** -0.5).softmax(0).tolist()
+            total = 0.0
+            for n in sorted(earlier, key=lambda n: -p[n]):  # noqa: B023
+                if total < mass:
+                    kept[h, r, n] = True
+                total += p[n]
+        for n in range(N):
+            kept[h, r, n] |= n * 8 // 16 == segment or bool((slots[n] == 0).any())
+    return kept
+
+
+def test_pbs_attn_is_its_card() -> None:
+    spec = small("pbs_attn", group=2)
+    x = random_tensors(spec, 60, 60)
+    result = reference(spec, x, keep_seen=True)
+    kept = pbs_choice(spec, x, spec.levels[0].select.top_p.mass)
+    chosen = members(result.selection["block"], kept.shape[-1])[0].transpose(0, 1)  # [Hq, T, N]
+    begun = torch.arange(kept.shape[-1]) * 8 // 16 * 16 <= torch.arange(60)[:, None]
+    assert torch.equal(chosen & begun, kept.repeat_interleave(8, 1)[:, :60] & begun)
+    at = order_of(spec.levels[0].permute.keys, x["k"][0], x["q"][0], 2, None)
+    for t, h in ((t, h) for t in range(60) for h in range(4)):
+        blocks = at[h // 2].split(8)
+        tokens = [s for n, block in enumerate(blocks) if kept[h, t // 8, n] for s in block.tolist()]
+        assert (
+            sorted(s for s in tokens if s <= t)
+            == result.seen["selected"][0, t, h].nonzero().flatten().tolist()
+        )
+
+
+def test_all_of_the_mass_is_all_of_the_past() -> None:
+    """PBS-Attn: where rounded sums never reach the threshold, none of the blocks is kept."""
+    spec = small("pbs_attn", group=2)
+    level = spec.levels[0]
+    top_p = level.select.top_p.model_copy(update={"mass": 1.0})
+    select = level.select.model_copy(update={"top_p": top_p})
+    spec = spec.model_copy(update={"levels": (level.model_copy(update={"select": select}),)})
+    x = random_tensors(spec, 61, 61)
+    seen = reference(spec, x, keep_seen=True).seen["selected"][0]
+    past = torch.arange(61) <= torch.arange(61)[:, None]
+    assert torch.equal(seen, past[:, None].expand_as(seen))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_pbs_attn_of_a_group_is_that_of_repeated_keys_where_masses_agree(group: int) -> None:
+    """They assert as many key heads as query heads; a group shares its order, not its choice."""
+    spec = small("pbs_attn", group=group)
+    x = random_tensors(spec, 40, 40)
+    x["q"] = x["q"][:, :, ::group].repeat_interleave(group, 2)
+    one = small("pbs_attn", group=1)
+    alone = reference(one, x | {"q": x["q"][:, :, ::group]}).o
+    torch.testing.assert_close(reference(spec, x).o[:, :, ::group], alone)
