@@ -15,6 +15,7 @@ from hsgen.graph import (
     Attend,
     Carry,
     Cluster,
+    Delta,
     Distance,
     Divergence,
     DType,
@@ -92,6 +93,7 @@ def _op_causality(node: Node, *, causal: bool) -> Causality:
             | Norm()
             | Rotate()
             | Round()
+            | Delta()
             | LogSumExp()
             | Normalise()
             | Reduce()
@@ -198,6 +200,8 @@ def not_dense_because(graph: Graph) -> str | None:
     attends = _attends(graph)
     if biased := [x.op.branch for x in attends if isinstance(x.op, Attend) and x.op.biased]:
         return f"branch {biased[0]} adds a learned bias to its logits"
+    if far := [x.op.branch for x in attends if isinstance(x.op, Attend) and x.op.near is not None]:
+        return f"branch {far[0]} reads far keys from their changes"
     if len({node.inputs[:3] for node in attends}) > 1:
         return "branches have keys and values of their own"
     for way in _ways(graph):
@@ -635,7 +639,7 @@ def _flops(counts: _Counts, node: Node) -> Cost:
             return _attended_pairs(counts, node, op) * per_pair
         case Gate():
             return counts.elements(node.type) * (2 * max(1, len(operands) - 1))
-        case OutputGate() | Round() | Norm() | Rotate():
+        case OutputGate() | Round() | Norm() | Rotate() | Delta():
             return counts.elements(node.type) * _per_number(counts, node, op)
         case _:
             assert_never(op)
@@ -662,11 +666,15 @@ def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost
     return pairs * (dots * 2 * counts.product((dim,)) + sums)
 
 
-def _per_number(counts: _Counts, node: Node, op: OutputGate | Round | Norm | Rotate) -> float:
+def _per_number(
+    counts: _Counts, node: Node, op: OutputGate | Round | Norm | Rotate | Delta
+) -> float:
     """What is done to each number of a vector; only some channels are turned."""
     match op:
         case OutputGate() | Round():
             return 2
+        case Delta():
+            return 3  # a difference, a comparison, a sum
         case Norm():
             return 4
         case Rotate():
@@ -894,7 +902,7 @@ def _varies(node: Node) -> bool:
         return "all" in node.op.takes
     if isinstance(node.op, SelectSet) and node.op.tiers is not None:
         return node.op.tiers.by == "mass"
-    varying = ("threshold", "top_p", "early_stop")
+    varying = ("threshold", "top_p", "early_stop", "budget_from")
     return isinstance(node.op, SelectSet) and node.op.rule in varying
 
 

@@ -116,6 +116,8 @@ def bound(spec: Spec, group: Group) -> Spec:
         SpecError: it does not allow them.
     """
     heads, dims = group.q.shape[1], (group.k.shape[-1], group.v.shape[-1])
+    choosing = tuple(each.model_copy(update={"dense": 0}) for each in spec.reuse)
+    spec = spec.model_copy(update={"reuse": choosing})  # of all calls, the first that chooses
     return verify(standins.bind(spec, query=heads, kv=1, dim=dims))
 
 

@@ -10,6 +10,7 @@ from hsgen.graph import (
     Attend,
     Carry,
     Cluster,
+    Delta,
     Distance,
     Divergence,
     Graph,
@@ -61,6 +62,8 @@ def _lacking(graph: Graph, node: Node) -> str | None:
             return f"{words}: `combine: {{softmax: union}}`"
         case Round(dtype=dtype):
             return f"%{node.name}: no kernel scores vectors kept in {dtype} yet"
+        case Delta():
+            return "no kernel reads keys from their changes yet: `delta`"
         case OutputGate(each=each):
             return f"no kernel gates the output by {each} yet"
         case Divergence() | Distance():
@@ -90,6 +93,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.biased, "adds a learned bias to logits"),
         (op.over == "tiers", "attends tiers of a pyramid"),
         (op.counted, "weighs pooled keys by their tokens"),
+        (op.rows is not None, "leaves out rows"),
     )
     return next((words for lacking, words in lacks if lacking), None)
 

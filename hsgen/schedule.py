@@ -15,6 +15,7 @@ from hsgen.graph import (
     Attend,
     Carry,
     Cluster,
+    Delta,
     Distance,
     Divergence,
     Gate,
@@ -96,7 +97,7 @@ class _Scheduler:
                     pass  # fused into the launch that reads them
                 case Route() | Switch() | Union() | OutputGate() | SelectSet():
                     raise AssertionError("refused")
-                case Cluster() | Permute() | Round() | Norm() | Rotate():
+                case Cluster() | Permute() | Round() | Norm() | Rotate() | Delta():
                     raise AssertionError("refused")
                 case Recall() | Carry() | Divergence() | Distance():
                     raise AssertionError("refused")

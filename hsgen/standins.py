@@ -57,6 +57,8 @@ def tensors(
     for name, shape in shapes.items():
         if name in estimates:
             x = _masses(spec, estimates[name], shape, q, k)
+        elif name.endswith("_split"):  # half of the text is the prompt
+            x = torch.full(shape, q.shape[1] // 2, dtype=torch.int32, device=q.device)
         else:
             x = _tensor(name, kinds[name] == "parameter", shape, (q, k, v), gates)
         if x is None or tuple(x.shape) != shape:
@@ -167,6 +169,14 @@ def _centred(k: Tensor) -> Tensor:
     return (wide - wide.mean(1, keepdim=True)).to(k.dtype)
 
 
+# what a level reads besides, by how its tensor is called
+_BY_LEVEL = (
+    ("_codebook", ("codebooks", "keys of the input, evenly spaced")),
+    ("_score", ("estimated scores", "what attention gives each entry, exactly")),
+    ("_split", ("where a part that is chosen apart begins", "the middle")),
+)
+
+
 def stated(spec: Spec, heads: int) -> list[tuple[str, str]]:
     """What the spec wants that a capture lacks, and what it was given.  heads: of the group"""
     found = [
@@ -176,10 +186,7 @@ def stated(spec: Spec, heads: int) -> list[tuple[str, str]]:
     if any(name.endswith("_weight") for name in names):
         given = "identity / size for every slot and position 0: the mean"
         found.append(("learned compression", given))
-    if any(name.endswith("_codebook") for name in names):
-        found.append(("codebooks", "keys of the input, evenly spaced"))
-    if any(level.score.form == "given" for level in spec.levels):
-        found.append(("estimated scores", "what attention gives each entry, exactly"))
+    found += [words for ending, words in _BY_LEVEL if any(x.endswith(ending) for x in names)]
     if "bias" in names:
         found.append(("a learned bias", "the norm of each value minus the mean norm"))
     others = ("k_index", "bias")

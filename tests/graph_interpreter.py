@@ -6,6 +6,7 @@ that changes no result here has kept the meaning.  Dense batches, aligned at the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from hsgen.graph import (
     AxisWindow,
     Carry,
     Cluster,
+    Delta,
     Distance,
     Divergence,
     Gate,
@@ -240,6 +242,8 @@ def _evaluate(run: _Run, node: Node) -> Value:
         case Pool():
             order = operands.pop() if node.op.cut else None
             return _pool(run, node.op, operands, order)
+        case Delta():
+            return _from_changes(node.op, *operands)
         case Norm():
             x, weight = operands
             return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) ** 0.5 * weight
@@ -277,15 +281,22 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return _off_way(_select(run, node, *operands), _on_way(run, node))
         case SelectSet():
             operands = operands[:-1] if node.op.when else operands
-            walks = node.op.rule == "early_stop"
-            kept = (_walk if walks else _select_set)(run, node, *operands)
+            score, *more = operands
+            if node.op.rule == "early_stop":
+                kept = _walk(run, node, *operands)
+            else:
+                order = more.pop() if node.op.cut else None
+                split = more.pop() if node.op.apart else None
+                kept = _select_set(run, node, score, order, *more)
+                if split is not None:
+                    kept = _select_apart(run, node, score, order, more, split)
             chosen = _off_way(kept, _on_way(run, node))
             width = int(chosen.member.sum(-1).max()) if chosen.member.numel() else 0
             return replace(chosen, indices=chosen.indices[..., :width])
         case Attend():
             return _attend(run, node, *(operands[:-1] if node.op.when else operands))
         case Recall():
-            return _recall(run, node.op, operands)
+            return _recall(run, node, operands)
         case Carry():
             return _carry(node.op, *operands)
         case Divergence():
@@ -937,7 +948,14 @@ def _walk(
     return _chosen(member)
 
 
-def _select_set(run: _Run, node: Node, score: Scores, order: Tensor | None = None) -> Chosen:
+def _select_set(
+    run: _Run,
+    node: Node,
+    score: Scores,
+    order: Tensor | None = None,
+    other: Chosen | None = None,
+    inside: list[bool] | None = None,
+) -> Chosen:
     """Python's own integers and sorting; one ranking a row, or one of all rows of a head."""
     op = node.op
     assert isinstance(op, SelectSet)
@@ -945,11 +963,20 @@ def _select_set(run: _Run, node: Node, score: Scores, order: Tensor | None = Non
     member = torch.zeros(B, T, H, N, dtype=torch.bool)
     tiers = torch.full((B, T, H, N), -1)
     for b, t in ((b, t) for b in range(B) for t in range(T) if op.scope == "heads"):
-        heads = [[(h, x) for x in _row_of(run, node, score, (b, t, h), order)] for h in range(H)]
+        heads = [
+            [(h, x) for x in _row_of(run, node, score, (b, t, h), order, inside)] for h in range(H)
+        ]
         for h, x in _best_of_heads(run, op, heads, t, N):
             member[b, t, h, x.where[1]] = True
-    for b, h in ((b, h) for b in range(B) for h in range(H) if op.scope != "heads"):
-        rows = [_row_of(run, node, score, (b, t, h), order) for t in range(T)]
+    for b, t, h in itertools.product(range(B), range(T), range(H) if other else ()):
+        ranked = _ranked(op, _row_of(run, node, score, (b, t, h), order, inside))
+        keep = int(other.member[b, t, h * other.member.shape[2] // H].sum())
+        keep += 0 if op.counted else sum(x.forced for x in ranked)
+        for x in ranked[:keep]:
+            member[b, t, h, x.where[1]] = True
+    apart = op.scope != "heads" and other is None
+    for b, h in ((b, h) for b in range(B) for h in range(H) if apart):
+        rows = [_row_of(run, node, score, (b, t, h), order, inside) for t in range(T)]
         if op.tiers is not None:
             for x, tier in ((x, tier) for row in rows for x, tier in _in_tiers(op, row)):
                 member[b, x.where[0], h, x.where[1]] = True
@@ -966,7 +993,8 @@ def _select_set(run: _Run, node: Node, score: Scores, order: Tensor | None = Non
                 member[b, x.where[0], h, x.where[1]] = True
     for b, h in ((b, h) for b in range(B) for h in range(H)):
         for t, p in enumerate(run.positions if op.tail else ()):
-            member[b, t, h, sorted(_tail(op, p, score.there[b, t, h].tolist()))] = True
+            own = _tail(op, p, score.there[b, t, h].tolist())
+            member[b, t, h, sorted(e for e in own if inside is None or inside[e])] = True
     return _chosen(member, tiers if op.tiers else None)
 
 
@@ -996,6 +1024,28 @@ def _in_tiers(op: SelectSet, row: list[_Entry]) -> list[tuple[_Entry, int]]:
                 break
         before += mass
     return found
+
+
+def _select_apart(
+    run: _Run,
+    node: Node,
+    score: Scores,
+    order: Tensor | None,
+    others: list[Chosen],
+    split: Tensor,
+) -> Chosen:
+    """Twice, each time with the entries of one side only: what is forced is kept where it lies."""
+    N = score.value.shape[-1]
+    member = torch.zeros_like(score.there)
+    for b, late in itertools.product(range(len(split)), (False, True)):
+        side = [(run.span(node.op.level, e)[0] >= int(split[b])) == late for e in range(N)]
+        inside = torch.tensor(side)
+        batch = slice(b, b + 1)
+        one = Scores(value=score.value[batch], there=score.there[batch] & inside)
+        cut = [Chosen(member=x.member[batch], indices=x.indices[batch]) for x in others]
+        part = None if order is None else order[batch]
+        member[b] |= _select_set(run, node, one, part, *cut, inside=side).member[0]
+    return Chosen(member=member, indices=_indices(member))
 
 
 def _best_of_heads(
@@ -1033,7 +1083,12 @@ class _Entry:
 
 
 def _row_of(
-    run: _Run, node: Node, score: Scores, at: tuple[int, int, int], order: Tensor | None = None
+    run: _Run,
+    node: Node,
+    score: Scores,
+    at: tuple[int, int, int],
+    order: Tensor | None = None,
+    inside: list[bool] | None = None,
 ) -> list[_Entry]:
     """The candidates of one row."""
     op = node.op
@@ -1045,11 +1100,13 @@ def _row_of(
     return [
         _Entry(where=(at[1], e), score=x if there[e] else -math.inf, forced=e in forced, there=seen)
         for e, (x, seen) in enumerate(zip(values, there, strict=True))
-        if seen or e in forced
+        if (seen or e in forced) and (inside is None or inside[e])
     ]
 
 
 def _ranked(op: SelectSet, entries: list[_Entry]) -> list[_Entry]:
+    if op.of == "rest":
+        return sorted((x for x in entries if not x.forced), key=lambda x: (-x.score, x.where))
     if op.rule == "top_p" and not op.counted:
         entries = [x for x in entries if x.there]
         return sorted(entries, key=lambda x: (-x.score, x.where))
@@ -1058,7 +1115,7 @@ def _ranked(op: SelectSet, entries: list[_Entry]) -> list[_Entry]:
 
 def _reached(run: _Run, op: SelectSet, entries: list[_Entry], all_entries: int) -> list[_Entry]:
     ranked = _ranked(op, entries)
-    if op.rule == "tokens":
+    if op.rule in ("tokens", "top_k"):
         keep = _whole_budget(run, op, entries[0].where[0], 1) if entries else 0
         return ranked[: keep + (0 if op.counted else sum(x.forced for x in entries))]
     if op.rule == "threshold":
@@ -1087,6 +1144,7 @@ def _attend(
     *more, sink = more if op.sink else (*more, None)
     rest = list(more)
     order = rest.pop() if op.cut else None
+    far = rest.pop() if op.near is not None else None
     bias = rest.pop() if op.biased else None
     (chosen,) = rest or (None,)
     if chosen is not None:
@@ -1104,11 +1162,32 @@ def _attend(
         bias = bias.transpose(1, 2)[:, None] if op.biased else None
         part = _Part(k=keys, v=values, seen=seen, bias=bias)
         parts = {(*node.inputs[1:3], op.biased): part}
+        if far is not None:
+            token, row = torch.arange(keys.shape[1]), torch.tensor(run.positions)[:, None]
+            near = ((row - token).abs() < op.near)[None, :, None]
+            away = replace(part, k=far, seen=seen & ~near)
+            parts = {"near": replace(part, seen=seen & near), "far": away}
     way = _on_way(run, node)
+    whole = [_spread(part.seen, query.shape[2]) for part in parts.values()]
     for source, part in parts.items():
-        seen = _spread(part.seen.expand(query.shape[0], -1, -1, -1), query.shape[2])
+        seen = _spread(part.seen.expand(query.shape[0], -1, -1, -1), query.shape[2]).clone()
+        for t, p in enumerate(run.positions if op.rows else ()):
+            own = [y[:, t, :, p] for y in whole] if p >= 0 else [torch.tensor(False)]
+            seen[:, t] &= torch.stack(own).any(0)[..., None]
         parts[source] = replace(part, seen=seen if way is None else seen & way)
     return _softmax(op, query, parts, sink)
+
+
+def _from_changes(op: Delta, keys: Tensor) -> Tensor:
+    """Token after token, channel by channel."""
+    found = keys.clone()
+    for b, s, h, d in itertools.product(*map(range, keys.shape)):
+        if s == 0:
+            continue
+        before = (found if op.against == "kept" else keys)[b, s - 1, h, d]
+        change = keys[b, s, h, d] - before
+        found[b, s, h, d] = found[b, s - 1, h, d] + (change if abs(change) > op.threshold else 0.0)
+    return found
 
 
 def _values(run: _Run, op: Attend, values: Tensor) -> Tensor:
@@ -1355,8 +1434,9 @@ def _turn(turns: Turns, calls: int) -> int:
     return "DFS".index(letters[calls])
 
 
-def _recall(run: _Run, op: Recall, operands: list[Value]) -> Chosen:
+def _recall(run: _Run, node: Node, operands: list[Value]) -> Chosen:
     """The set of the turn; kept entries that a row cannot have seen are dropped."""
+    op = node.op
     *sets, calls = operands
     which = op.takes[_turn(op.turns, int(calls))]
     begun = [
@@ -1365,7 +1445,8 @@ def _recall(run: _Run, op: Recall, operands: list[Value]) -> Chosen:
     ]
     seen = torch.tensor(begun)[None, :, None]
     if which == "own":
-        return sets[0]
+        row = run.row_of(run.graph[node.inputs[0]].type.dims[1])
+        return Chosen(member=sets[0].member[:, row], indices=sets[0].indices[:, row])
     if which == "all":
         first = sets[0]
         heads = first.member.shape[2] if isinstance(first, Chosen) else first.shape[2]

@@ -25,7 +25,7 @@ from plan_cases import (
     top,
 )
 from plan_cases import spec as make
-from plan_cases_odd import ODD
+from plan_cases_odd import ODD, ODD_CALLS
 from plan_cases_production import PRODUCTION
 from plan_cases_weighed import WEIGHED
 
@@ -68,7 +68,7 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(13, 13), (5, 22)])
-@pytest.mark.parametrize("spec", CALLS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*CALLS, *ODD_CALLS], ids=lambda spec: spec.name)
 def test_calls_after_calls_mean_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:
     """Six calls, each with tensors of its own and the state of the one before."""
     language.verify(spec)

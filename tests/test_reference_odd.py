@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from plan_cases import SELECTED, random_tensors
+from plan_cases import SELECTED, blocks, random_tensors
 from plan_cases import spec as make
-from plan_cases_odd import EIGHTH, coded, estimated
+from plan_cases_odd import CHOSEN_ROWS, EIGHTH, apart, coded, compressed_tokens, estimated
 from torch import Tensor
 
 from hsgen.analysis import causality, laws
 from hsgen.planner import plan
-from hsgen.reference import reference
-from hsgen.spec import Codes, Select, Spec
+from hsgen.reference import Kept, reference
+from hsgen.spec import Attend, Codes, Delta, Force, Level, Reuse, Score, Select, Spec, Tokens, TopP
 
 
 def column(*numbers: float) -> Tensor:
@@ -204,3 +205,241 @@ def test_parts_keep_the_promises_of_token_causality() -> None:
     graph = plan(estimate(Select(tokens=2, scope="heads")))
     assert causality(graph) == "token"
     assert laws(graph).dense_when_all_selected
+
+
+# --- keys from their changes
+
+KEYS = [0.0, 0.4, 0.8, 1.9, 1.6, 2.3]
+
+
+def logits_of(delta: Delta, keys: list[float], **more: object) -> list[float]:
+    """What the last row reads of each key: its logits, the query being 1."""
+    spec = make("s", [], [Attend(name="s", window="all", delta=delta, scale=1.0)], kv=4, **more)
+    x = {name: torch.zeros_like(y) for name, y in random_tensors(spec, 6, 6).items()}
+    x["q"][..., 0] = 1.0
+    x["k"][0, :, :, 0] = torch.tensor(keys, dtype=torch.float64)[:, None]
+    found = []
+    for s in range(6):
+        only = x | {"v": torch.zeros_like(x["v"])}
+        only["v"][:, s] = 1.0
+        result = reference(spec, only)
+        found.append((result.o[0, 5, 0, 0].log() + result.lse["s"][0, 0, 5]).item())
+    return found
+
+
+def test_small_changes_are_lost_for_good() -> None:
+    """Of the changes .4, .4, 1.1, -.3, .7 those above a half are kept: 0 0 0 1.1 1.1, and the own key."""
+    found = logits_of(Delta(threshold=0.5, window=1), KEYS)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor([0.0, 0.0, 0.0, 1.1, 1.1, 2.3]))
+
+
+def test_changes_from_what_was_kept_never_stray() -> None:
+    """.4 stays 0, .8 is a half away and is kept, 1.9 as well; 1.6 stays 1.9."""
+    found = logits_of(Delta(threshold=0.5, window=1, against="kept"), KEYS)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor([0.0, 0.0, 0.8, 1.9, 1.9, 2.3]))
+
+
+def test_near_keys_are_read_as_they_are() -> None:
+    found = logits_of(Delta(threshold=0.5, window=3), KEYS)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor([0.0, 0.0, 0.0, 1.9, 1.6, 2.3]))
+
+
+def test_a_change_of_the_threshold_itself_is_not_kept() -> None:
+    """Also: without a threshold's worth of change a channel keeps its first value for ever."""
+    found = logits_of(Delta(threshold=0.5, window=1), [0.0, 0.5, 1.0, 1.5, 2.0, 2.5])
+    torch.testing.assert_close(torch.tensor(found), torch.tensor([0.0] * 5 + [2.5]))
+
+
+@pytest.mark.parametrize("against", ["previous", "kept"])
+def test_changes_restart_with_each_document(against: str) -> None:
+    delta = Delta(threshold=0.8, window=2, against=against)
+    documents_alone(make("s", [], [Attend(name="s", window="all", delta=delta)]), (3, 17, 9))
+
+
+@pytest.mark.parametrize("against", ["previous", "kept"])
+def test_a_threshold_below_every_change_is_dense(against: str) -> None:
+    """And gradients reach keys by what is kept of them."""
+    branch = Attend(name="s", window="all")
+    delta = Delta(threshold=1e-9, window=2, against=against)
+    far = make("s", [], [branch.model_copy(update={"delta": delta})])
+    x = random_tensors(far, 12, 12)
+    torch.testing.assert_close(reference(far, x).o, reference(make("s", [], [branch]), x).o)
+    y = {name: z.clone().requires_grad_() for name, z in x.items()}
+    some = Delta(threshold=0.8, window=2, against=against)
+    reference(make("s", [], [branch.model_copy(update={"delta": some})]), y).o.sum().backward()
+    assert y["k"].grad.isfinite().all() and (y["k"].grad != 0).any()
+
+
+# --- fewer rows and keys
+
+
+def of_given(select: Select, **more: object) -> Spec:
+    """Tokens by scores that are given, one for all heads."""
+    score = Score(form="given", share="all", **more)
+    level = Level(name="block", partition=Tokens(), score=score, select=select)
+    return make("given", [level], [CHOSEN_ROWS], kv=4)
+
+
+def test_a_row_that_is_not_chosen_puts_out_nothing() -> None:
+    """Of six tokens 0, 2 and 5 are chosen by every row: the others are no keys, and no rows."""
+    spec = of_given(Select(threshold=0.5))
+    x = random_tensors(spec, 6, 6)
+    x["block_score"] = torch.tensor([1.0, 0, 1, 0, 0, 1]).expand(1, 6, 1, 6)
+    assert seen(spec, x) == [{0}, set(), {0, 2}, set(), set(), {0, 2, 5}]
+    result = reference(spec, x)
+    assert (result.o[0, [1, 3, 4]] == 0).all()
+    assert (result.lse["selected"][0, :, [1, 3, 4]] == -torch.inf).all()
+    kept = [0, 2, 5]
+    few = {name: y[:, kept] for name, y in x.items() if name != "block_score"}
+    dense = make("dense", [], [Attend(name="selected", window="all")], kv=4)
+    torch.testing.assert_close(result.o[:, kept], reference(dense, few).o)
+
+
+def chosen_by(top_p: TopP, masses: list[float], **force: int) -> set[int]:
+    """What the last of some rows keeps of tokens that have these masses."""
+    n = len(masses)
+    spec = of_given(Select(top_p=top_p, force=Force(**force)), normalise="softmax")
+    spec = spec.model_copy(update={"attend": (SELECTED,)})
+    x = random_tensors(spec, 1, n)
+    x["block_score"] = torch.tensor(masses, dtype=torch.float64).log().view(1, 1, 1, n)
+    return seen(spec, x)[0]
+
+
+def test_masses_of_the_rest_leave_forced_entries_out() -> None:
+    """The last of five tokens has half of the mass.  Of the rest .4 .3 .2 .1: .9 is reached by three; the
+    forced one is on top, and no part of a least number."""
+    masses = [0.05, 0.2, 0.1, 0.15, 0.5]
+    rest = {"boundary": "drop", "of": "rest"}
+    assert chosen_by(TopP(mass=0.91, **rest), masses, last=1) == {1, 2, 3, 4}
+    assert chosen_by(TopP(mass=0.91, boundary="drop"), masses, last=1) == {1, 3, 4}
+    assert chosen_by(TopP(mass=0.1, **rest), masses, last=1) == {4}
+    assert chosen_by(TopP(mass=0.1, min=2, **rest), masses, last=1) == {1, 3, 4}
+
+
+def test_scores_around_are_summed() -> None:
+    """1 2 4 8 over three at a time, what lies outside being 0: 3 7 14 12."""
+    given = Level(name="one", partition=Tokens(), score=Score(form="given", share="all"))
+    score = Score(source="one", map="around", width=3)
+    level = Level(name="block", partition=Tokens(), score=score, select=Select(top_k=2))
+    spec = make("around", [given, level], [SELECTED], kv=4)
+    x = random_tensors(spec, 1, 4)
+    x["one_score"] = torch.tensor([1.0, 2, 4, 8]).view(1, 1, 1, 4)
+    result = reference(spec, x)
+    assert result.scores["block"][0, 0, 0].tolist() == [3, 7, 14, 12]
+    assert result.selection["block"].indices[0, 0, 0].tolist() == [2, 3]
+
+
+def test_heads_keep_as_many_tokens_and_not_the_same_ones() -> None:
+    spec = make("compressed", compressed_tokens(), [CHOSEN_ROWS])
+    x = random_tensors(spec, 21, 21)
+    result = reference(spec, x)
+    kept = [len([i for i in row if i >= 0]) for row in result.selection["block"].indices[0, 20]]
+    shared = [i for i in result.selection["all"].indices[0, 20, 0] if i >= 0]
+    assert kept == [len(shared)] * 4
+    assert 2 < len(shared) < 21
+    assert not torch.equal(*result.selection["block"].indices[0, 20, :2])
+    last = result.selection["block"].indices[0, 20]
+    assert all({19, 20} <= set(row.tolist()) for row in last)  # of the prompt, always
+
+
+def test_tokens_that_go_are_those_of_theirs() -> None:
+    """The rule of theirs, written out: from the least on, until the part that may go is reached; one more."""
+    spec = make("compressed", compressed_tokens(), [CHOSEN_ROWS])
+    x = random_tensors(spec, 40, 40)
+    scores = reference(spec, x).scores["all"][0, -1, 0, :38]
+    rising = (scores / scores.sum()).sort().values.cumsum(0)
+    gone = int((rising < 0.2).sum()) + 1
+    kept = reference(spec, x).selection["all"].indices[0, -1, 0]
+    assert len([i for i in kept if i >= 0]) == 40 - gone
+
+
+def test_documents_are_compressed_one_by_one() -> None:
+    documents_alone(make("compressed", compressed_tokens(), [CHOSEN_ROWS]), (3, 17, 9))
+
+
+def test_compression_asks_the_whole_prompt() -> None:
+    assert causality(plan(make("compressed", compressed_tokens(), [CHOSEN_ROWS]))) == "prompt"
+
+
+def test_rows_that_are_left_out_have_no_gradients() -> None:
+    spec = make("compressed", compressed_tokens(), [CHOSEN_ROWS])
+    x = {name: y.requires_grad_() for name, y in random_tensors(spec, 21, 21).items()}
+    result = reference(spec, x)
+    result.o.sum().backward()
+    empty = (result.lse["selected"] == -torch.inf).transpose(1, 2)
+    assert empty.any()
+    assert (x["q"].grad[empty] == 0).all() and x["k"].grad.isfinite().all()
+
+
+# --- entries that are chosen apart
+
+
+def sides(select: Select, split: int, scores: list[float]) -> set[int]:
+    """What the last row keeps of blocks of two that have these scores."""
+    n = len(scores)
+    level = Level(
+        name="block",
+        partition=blocks(2),
+        score=Score(form="given", share="all"),
+        select=select,
+    )
+    spec = make("apart", [level], [SELECTED], kv=4)
+    x = random_tensors(spec, 1, 2 * n)
+    x["block_score"] = torch.tensor(scores, dtype=torch.float64).view(1, 1, 1, n)
+    x["block_split"] = torch.tensor([split])
+    return {i for i in reference(spec, x).selection["block"].indices[0, 0, 0].tolist() if i >= 0}
+
+
+def test_each_side_keeps_what_the_rule_says() -> None:
+    """Blocks 0 to 3 lie before token 7, block 3 with one token after it; 4 and 5 behind."""
+    scores = [9.0, 8, 7, 6, 2, 1]
+    assert sides(Select(top_k=1, apart="input"), 7, scores) == {0, 4}
+    assert sides(Select(fraction=0.5, apart="input"), 7, scores) == {0, 1, 4}
+    assert sides(Select(tokens=4, apart="input"), 7, scores) == {0, 1, 4, 5}
+    assert sides(Select(top_k=2, apart="input"), 0, scores) == {0, 1}
+    assert sides(Select(top_k=2, apart="input"), 99, scores) == {0, 1}
+
+
+def test_what_is_forced_counts_on_its_side() -> None:
+    select = Select(top_k=2, apart="input", force=Force(first=1, last=1))
+    assert sides(select, 6, [0.0, 8, 7, 6, 2, 1]) == {0, 1, 3, 5}
+
+
+def diffusion(**reuse: object) -> Spec:
+    kept = Reuse(level="block", over="steps", role="final", attend="given", **reuse)
+    levels = apart(Select(fraction=0.4, apart="input"))
+    return make("steps", levels, [SELECTED], causal=False, reuse=(kept,))
+
+
+def test_early_steps_are_dense_and_later_ones_reuse_one_choice() -> None:
+    """Two dense steps; the third is dense as well and chooses; from the fourth on the choice stays."""
+    spec = diffusion(dense=2)
+    dense = make("dense", [], [Attend(name="selected", window="all")], causal=False)
+    state: dict[str, Kept] = {}
+    chosen = []
+    for step in range(5):
+        x = random_tensors(spec, 16, 16, seed=step)
+        result = reference(spec, x, state=state)
+        state = result.state
+        full = reference(dense, x).o
+        assert torch.allclose(result.o, full) == (step < 3)
+        chosen.append(result.selection.get("block"))
+    assert torch.equal(chosen[2].indices, chosen[3].indices)
+    assert torch.equal(chosen[2].indices, chosen[4].indices)
+
+
+def test_a_block_of_rows_has_one_choice_of_two_parts() -> None:
+    """The rule of theirs, written out: mean |P| of tiles, the best 0.4 of those before and behind."""
+    spec = diffusion()
+    x = random_tensors(spec, 16, 16)
+    x["block_split"] = torch.tensor([8])
+    p = (
+        torch.einsum("thd,shd->hts", x["q"][0], x["k"][0].repeat_interleave(2, 1)) * 6**-0.5
+    ).softmax(-1)
+    tiles = p.unflatten(1, (4, 4)).unflatten(-1, (4, 4)).mean((2, 4))  # [H, 4, 4]
+    found = reference(spec, x).selection["block"].indices[0]
+    for t in (0, 5, 15):
+        for h in range(4):
+            row = tiles[h, t // 4]
+            kept = {int(row[:2].argmax()), 2 + int(row[2:].argmax())}
+            assert {i for i in found[t, h].tolist() if i >= 0} == kept

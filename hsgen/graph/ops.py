@@ -17,6 +17,7 @@ Role = Literal[
     "index_weights",
     "codebook",
     "scores",
+    "split",
     "order",
     "bias",
     "gates",
@@ -330,14 +331,25 @@ class SelectSet:
     by `tiers` of a `quota`, a bitmap each; `step` entries at a time, until a step adds less than
     `value` to the softmax of all rows and heads that choose together (`early_stop`), where query and
     keys are inputs, and the log-sum-exp that the walk begins with, if any.
-    `scope`: rows of a head, or heads of a row, are ranked together.  `sink`, `cut` and `when` as in
-    Select.
+    `scope`: rows of a head, or heads of a row, are ranked together.  `rest`: forced entries are neither
+    ranked nor part of a total.  `budget_from`: as many as another level keeps, whose selection is the
+    next operand.  `apart`: what begins before the token of the next operand and what does not are
+    chosen apart.  `sink`, `cut` and `when` as in Select.
     """
 
     level: str
     size: int
     stride: int
-    rule: Literal["fraction", "threshold", "top_p", "top_k", "tokens", "quota", "early_stop"]
+    rule: Literal[
+        "fraction",
+        "threshold",
+        "top_p",
+        "top_k",
+        "tokens",
+        "quota",
+        "early_stop",
+        "budget_from",
+    ]
     value: float
     first: int
     last: int
@@ -348,13 +360,26 @@ class SelectSet:
     most: int | None = None
     tail: Literal[True] | None = None
     when: str | None = None
-    of: Literal["all"] | None = None
+    of: Literal["all", "rest"] | None = None
     before: int | None = None
     parts: int | None = None
     tiers: Tiers | None = None
     step: int | None = None
     sink: int | None = None
     cut: Cut | None = None
+    budget_from: str | None = None
+    apart: Literal["input"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """Keys that come back from thresholded changes, from token to token.  keys -> f32, the same
+
+    See the language's `delta`.
+    """
+
+    threshold: float
+    against: Literal["previous", "kept"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -413,7 +438,7 @@ class Pattern:
 class Attend:
     """One softmax over one branch's keys.
 
-    query, keys, values, [selection], [bias], [order], [sink], [route] -> [B, T, Hq, Dv]
+    query, keys, values, [selection], [bias], [far keys], [order], [sink], [route] -> [B, T, Hq, Dv]
 
     `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete or, with
     a selection, those of them that are selected, the last `window` tokens, what a static `pattern` of
@@ -421,8 +446,9 @@ class Attend:
     `cut`: blocks are those of an order's slots, or clusters, as the operand of the order has them.
     `parts`: they are as many equal parts of what a row sees.  `tiers`: entries as means of `merges`
     tokens, tier by tier, 1 as they are.  `which`: pooled entries that are not selected.  `counted`:
-    the logarithm of the tokens that a pooled key stands for is added.  With `when`, heads that the
-    route sends another way see nothing.
+    the logarithm of the tokens that a pooled key stands for is added.  `near`: of the last so many
+    tokens a row reads the keys, of others the far keys.  `rows`: one that does not see its own token
+    sees none.  With `when`, heads that the route sends another way see nothing.
     """
 
     branch: str
@@ -443,6 +469,8 @@ class Attend:
     merges: tuple[int, ...] | None = None
     which: Literal["skipped"] | None = None
     counted: Literal[True] | None = None
+    near: int | None = None
+    rows: Literal["chosen"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -511,6 +539,7 @@ class Turns:
 class Recall:
     """The set that a call takes, by its turn.  [own], [kept], calls -> i32[B, T, H, K], or bitmap rows
 
+    The own choice may be one of rows together, and is then that of each of them.
     `takes` tells it of a dense, a fresh and a shared call: its `own` choice, the `kept` one, or `all`
     visible entries; an operand that it does not name is not there.  calls: how many there were.
     """
@@ -575,6 +604,7 @@ Op = (
     | Map
     | Select
     | SelectSet
+    | Delta
     | Attend
     | Route
     | Switch

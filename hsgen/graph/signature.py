@@ -10,6 +10,7 @@ from hsgen.graph.ops import (
     Attend,
     Carry,
     Cluster,
+    Delta,
     Distance,
     Divergence,
     Gate,
@@ -70,6 +71,16 @@ _PLAIN = {
 }
 
 
+_OF = {
+    "codebook": "codewords of every run of channels",
+    "scores": "score of every entry",
+    "split": "the token from which on entries are chosen apart",
+    "order": "which token each slot has",
+    "bias": "what is added to the logits of each key, or scores it",
+    "state": "what earlier calls hand on",
+}
+
+
 def _about(graph: Graph, node: Node) -> str:
     assert isinstance(node.op, Input)
     users = graph.users(node.name)
@@ -80,16 +91,8 @@ def _about(graph: Graph, node: Node) -> str:
             return _PLAIN[role]
         case "keys" | "values" as role:
             return f"{role}{of}"
-        case "scores":
-            return f"score of every entry{of}"
-        case "codebook":
-            return f"codewords of every run of channels{of}"
-        case "order":
-            return f"which token each slot has{of}"
-        case "bias":
-            return f"what is added to the logits of each key, or scores it{of}"
-        case "state":
-            return f"what earlier calls hand on{of}"
+        case "codebook" | "scores" | "split" | "order" | "bias" | "state" as role:
+            return f"{_OF[role]}{of}"
         case "gates":
             return _about_gates(graph, users)
         case "route":
@@ -136,7 +139,7 @@ def _owner(op: Op) -> str:
             return f"level {op.level}"
         case Attend():
             return f"branch {op.branch}"
-        case Input() | Round() | LogSumExp() | Reduce() | Route() | Switch():
+        case Input() | Round() | Delta() | LogSumExp() | Reduce() | Route() | Switch():
             return ""
         case Gate() | Union() | OutputGate() | Divergence() | Distance():
             return ""

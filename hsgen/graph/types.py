@@ -12,6 +12,7 @@ from hsgen.graph.ops import (
     Carry,
     Cluster,
     Cut,
+    Delta,
     Distance,
     Divergence,
     Gate,
@@ -59,7 +60,7 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             return _selection_type(op, operands)
         case Attend() | Route() | Gate() | Switch() | Union() | OutputGate():
             return _output_type(op, operands)
-        case Round() | Norm() | Rotate():
+        case Round() | Norm() | Rotate() | Delta():
             return _vector_type(op, types)
         case Recall() | Carry() | Divergence() | Distance():
             return _calls_type(op, types)
@@ -153,16 +154,13 @@ def _gate_type(op: Gate, types: Sequence[TensorType]) -> TensorType:
 
 
 def _recall_type(op: Recall, types: Sequence[TensorType]) -> TensorType:
-    """A list where every set that may be taken is one, else bitmap rows."""
+    """A list where every set that may be taken is one, else bitmap rows; of every row, what it takes."""
     sets, rows, lists = types[:-1], f"W_{op.level}", f"K_{op.level}"
     _need_count(types, 1 + ("own" in op.takes) + ("kept" in op.takes))
     need(bool(sets), "a recall takes something")
     need_dims(types[-1], ("1",))
-    first = _agree(sets)
-    need(
-        first.dims[:2] == ("B", "T") and first.dims[-1] in (rows, lists),
-        f"{first} is not a selection of level {op.level}",
-    )
+    first = _agree([TensorType(dtype=x.dtype, dims=("B", "T", *x.dims[2:])) for x in sets])
+    need(first.dims[-1] in (rows, lists), f"{first} is not a selection of level {op.level}")
     last = rows if "all" in op.takes else first.dims[-1]
     return TensorType(dtype="i32", dims=(*first.dims[:-1], last))
 
@@ -245,12 +243,15 @@ def _cut_from(cut: Cut | None, operands: Sequence[Node], level: str | None) -> S
     return others
 
 
-def _vector_type(op: Round | Norm | Rotate, types: Sequence[TensorType]) -> TensorType:
+def _vector_type(op: Round | Norm | Rotate | Delta, types: Sequence[TensorType]) -> TensorType:
     """Of what changes vectors one by one."""
     x, *others = types
     match op:
         case Round():
             _need_count(types, 1)
+        case Delta():
+            _need_count(types, 1)
+            need_dims(x, ("B", "S", "Hkv", "Dqk"))
         case Norm():
             _need_count(types, 2)
             need_dims(others[0], x.dims[-1:])
@@ -618,6 +619,19 @@ _OF_HEADS = ("fraction", "top_k", "tokens")
 
 def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
     operands = _cut_from(op.cut, operands, op.level)
+    if op.apart is not None:
+        *operands, split = operands
+        need_dims(split.type, ("Z",))
+    need((op.budget_from is not None) == (op.rule == "budget_from"), "a budget of no level")
+    if op.budget_from is not None:
+        *operands, other = operands
+        need(
+            isinstance(other.op, Select | SelectSet | Recall) and other.op.level == op.budget_from,
+            f"%{other.name} is not the selection of level {op.budget_from}",
+        )
+        heads = operands[0].type.dims[2]
+        coarser = COARSENESS[other.type.dims[2]] >= COARSENESS[heads]
+        need(coarser and other.type.dims[1] == operands[0].type.dims[1], "others choose for others")
     walks = op.rule == "early_stop"
     _need_count(operands, *((3, 4) if walks else (1,)))
     batch, rows, heads, entries = _score_dims(operands[0].type)
@@ -630,7 +644,8 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
     need((op.tiers is not None) == (op.rule == "quota"), "tiers are those of quotas")
     need((op.step is not None) == walks, "steps are those of a walk")
     need((op.boundary is not None) == by_mass, "a boundary is one of masses")
-    need(op.of is None or op.rule == "fraction", "it is a fraction that is of all")
+    need(op.of != "all" or op.rule == "fraction", "it is a fraction that is of all")
+    need(op.of != "rest" or by_mass, "it is masses that are of the rest")
     need(op.most is None or op.most >= (op.least or 0), f"at least {op.least} of {op.most}")
     tiers = (str(len(op.tiers.steps)),) if op.tiers else ()
     return TensorType(dtype="i32", dims=(batch, rows, heads, *tiers, f"W_{op.level}"))
@@ -643,6 +658,11 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
         *operands, sink = operands
         need_dims(sink.type, ("Hq",))
     operands = _cut_from(op.cut, operands, None)
+    if op.near is not None:
+        *operands, far = operands
+        need(isinstance(far.op, Delta), f"%{far.name} are no far keys")
+        need(op.over != "pooled", "it is tokens that are far")
+        need_dims(far.type, operands[1].type.dims)
     if op.biased:
         need(op.over != "pooled", "it is tokens that have a bias")
         need_dims(operands[-1].type, ("B", "S", "Hkv"))

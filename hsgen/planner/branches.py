@@ -12,6 +12,7 @@ from hsgen.graph import (
     Attend,
     AxisWindow,
     Cut,
+    Delta,
     Gate,
     LogSumExp,
     Node,
@@ -47,7 +48,8 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
     keys = builder.keys(branch.kv)
     values = keys if branch.storage else builder.values(branch.kv)
     bias = builder.bias() if branch.bias == "learned" else None
-    operands = [builder.query(), keys, values, *some(selection), *some(bias), *cut]
+    far = _far_keys(builder, branch, keys) if branch.delta else None
+    operands = [builder.query(), keys, values, *some(selection), *some(bias), *some(far), *cut]
     return _with_log_sum_exp(builder, branch, op, *operands)
 
 
@@ -73,6 +75,12 @@ def _plan_pooled_branch(builder: Builder, branch: language.Attend, level: langua
     ordered = order(builder, level) if cut else ()
     operands = [builder.query(), keys, values, *some(selection), *ordered]
     return _with_log_sum_exp(builder, branch, op, *operands)
+
+
+def _far_keys(builder: Builder, branch: language.Attend, keys: Node) -> Node:
+    assert branch.delta is not None
+    op = Delta(threshold=branch.delta.threshold, against=branch.delta.against)
+    return builder.add(f"{branch.name}.far", op, keys, at=builder.place(branch, "delta"))
 
 
 def _with_log_sum_exp(
@@ -116,6 +124,8 @@ def _attend(
         merges=_merges(builder, branch),
         which=branch.which,
         counted=True if branch.bias == "log_count" else None,
+        near=branch.delta.window if branch.delta else None,
+        rows=branch.rows,
     )
 
 

@@ -70,6 +70,10 @@ def _plan_level(builder: Builder, level: language.Level) -> None:
         operands = [score, *some(parent)]
         if level.select.force.level:
             operands.append(builder.selections[level.select.force.level])
+        if level.select.budget_from:
+            operands.append(builder.selections[level.select.budget_from])
+        if level.select.apart:
+            operands.append(builder.input(f"{level.name}_split", "split", "Z", dtype="i32"))
         at = builder.place(level, "select")
         operands += select_operands(builder, level)
         operands += taken(builder, level.when)

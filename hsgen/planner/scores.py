@@ -152,11 +152,11 @@ def plan_map(builder: Builder, level: language.Level, source: language.Level) ->
     assert how is not None
     op = Map(
         level=level.name,
-        how="max" if how == "overlap_max" else how,
+        how="max" if how == "overlap_max" else "sum" if how == "around" else how,
         size=target.size,
         stride=target.stride,
         ratio=target.stride // source.partition.stride,
-        taps=_TAPS[how](source.partition, target),
+        taps=_around_taps(level.score) if how == "around" else _TAPS[how](source.partition, target),
         before=before_of(level),
     )
     at = builder.place(level, "score", "map")
@@ -193,6 +193,13 @@ def _touching_taps(
     """Source entries that share a token with the target entry, once each."""
     before = -(-source.size // source.stride) - 1
     return tuple((o, 1) for o in range(-before, target.size // source.stride))
+
+
+def _around_taps(score: language.Score) -> tuple[tuple[int, int], ...]:
+    """As many entries, the same one in their middle."""
+    assert score.width is not None
+    side = score.width // 2
+    return tuple((o, 1) for o in range(-side, side + 1))
 
 
 _TAPS = {

@@ -36,7 +36,8 @@ def select_set(level: language.Level, select: language.Select) -> SelectSet:
     rule = select.rules[0]
     assert rule != "beam", "a beam is a list"
     top_p, stop = select.top_p, select.early_stop
-    said = {"top_p": top_p and top_p.mass, "early_stop": stop and stop.gain, "quota": None}
+    said = {"top_p": top_p and top_p.mass, "early_stop": stop and stop.gain}
+    said |= {"quota": None, "budget_from": None}
     value = said[rule] if rule in said else getattr(select, rule)
     return SelectSet(
         level=level.name,
@@ -53,7 +54,9 @@ def select_set(level: language.Level, select: language.Select) -> SelectSet:
         most=top_p.max if top_p else None,
         tail=True if select.force.tail else None,
         when=level.when,
-        of=select.of,
+        of=top_p.of if top_p else select.of,
+        budget_from=select.budget_from,
+        apart=select.apart,
         before=before_of(level),
         parts=parts_of(level),
         tiers=_tiers(select.quota) if select.quota else None,

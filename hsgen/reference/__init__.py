@@ -16,6 +16,7 @@ G = Hq / Hkv, Hs heads that select (Hq, Hkv or 1), D and Dv head sizes.
     pools      one vector an entry
     codes      product quantisation
     scores     what entries are ordered by
+    deltas     keys as thresholded changes
     attention  softmax over branches, and their combination
     routes     which way each head takes
     reuse      what calls hand on

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.choice import ONE, fixed
+from hsgen.reference.deltas import from_changes
 from hsgen.reference.entries import complete_entries, kept_entries, token_mask
 from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
@@ -92,6 +93,7 @@ class Keys:
     visible: Tensor
     bias: Tensor | None = None  # [S, Hkv], added to logits
     more: tuple[Keys, ...] = ()
+    far: tuple[Tensor, Tensor] | None = None  # other keys, and where they are read: bool[T, 1, S]
 
 
 def sum_of_branch(rows: Rows, name: str) -> Tensor:
@@ -142,9 +144,24 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
         if branch.values == "tiers":
             return _tiers(rows, branch, levels[branch.over], k, v, visible)
         visible = visible & _tokens_of_level(rows, branch.over, levels, len(k))
+    if branch.rows:
+        visible = visible & _own_seen(visible, rows.p)
     bias = rows.x["bias"] if branch.bias == "learned" else None
     source = f"raw {branch.kv or ''} {branch.storage or ''} {branch.bias or ''}"
-    return Keys(source=source, raw=True, k=k, v=v, visible=visible, bias=bias)
+    far = None
+    if branch.delta:
+        far = from_changes(branch.delta, k), distance.abs() >= branch.delta.window
+    return Keys(source=source, raw=True, k=k, v=v, visible=visible, bias=bias, far=far)
+
+
+def _own_seen(visible: Tensor, p: Tensor) -> Tensor:
+    """Whether each row sees its own token.  bool[T, H, S] -> bool[T, H, 1]"""
+    S = visible.shape[-1]
+    there = ((p >= 0) & (p < S)).view(-1, 1, 1)
+    if not S:
+        return there.expand(-1, visible.shape[1], -1)
+    at = p.clamp(0, S - 1).view(-1, 1, 1).expand(-1, visible.shape[1], 1)
+    return visible.gather(-1, at) & there
 
 
 def _latent(rows: Rows, k: Tensor) -> Tensor:
@@ -239,6 +256,9 @@ def _logits(q: Tensor, part: Keys, how: Attend) -> Tensor:
     """Scaled dot products, then the cap, then what is added to those of a key.  -> [T, Hq, S]"""
     scale = q.shape[-1] ** -0.5 if how.scale is None else how.scale
     logits = dot(q, part.k) * scale
+    if part.far is not None:
+        keys, where_far = part.far
+        logits = torch.where(where_far, dot(q, keys) * scale, logits)
     if how.softcap is not None:
         logits = how.softcap * (logits / how.softcap).tanh()
     return logits if part.bias is None else logits + spread(part.bias.T[None], q.shape[1])

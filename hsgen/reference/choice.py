@@ -40,16 +40,27 @@ def choose(
     *,
     tail: Tensor | None = None,
     fill: tuple[Tensor, Tensor] | None = None,
+    budget: Tensor | None = None,
+    late: Tensor | None = None,
 ) -> Tensor:
     """Keep the best candidates.  f[T, Hs, N], bool[T, Hs, N], bool[T, Hs, N] -> bool[T, Hs, N]
 
     tail: bool[T, 1, N], of the forced those that are on top of whatever the rule keeps.
     fill: i64[T, 1, 1] twice, entries that so many tokens fill, for a budget of tokens.
+    budget: i64[T, Hs, 1], how many entries, where another level says it.
+    late: bool[N], the entries that are chosen apart from the others.
     """
+    if late is not None:
+        sides = (late, ~late)
+        ways = {"tail": tail, "fill": fill, "budget": budget}
+        one, other = (
+            choose(select, scores, candidates & side, forced & side, **ways) for side in sides
+        )
+        return one | other
     if tail is not None:
         tail = tail & candidates
         rest = candidates & ~tail
-        return choose(select, scores, rest, forced & ~tail, fill=fill) | tail
+        return choose(select, scores, rest, forced & ~tail, fill=fill, budget=budget) | tail
     if select.scope == "heads":
         flat = [y.flatten(1).unsqueeze(1) for y in (scores, candidates, forced)]
         chosen = _choose(select, *flat, fill=fill, heads=scores.shape[1])
@@ -58,7 +69,7 @@ def choose(
         flat = [y.transpose(0, 1).flatten(1) for y in (scores, candidates, forced)]
         chosen = _choose(select, *flat, fill=fill)
         return chosen.unflatten(1, scores.shape[::2]).transpose(0, 1)
-    return _choose(select, scores, candidates, forced, fill=fill)
+    return _choose(select, scores, candidates, forced, fill=fill, budget=budget)
 
 
 def _choose(
@@ -68,6 +79,7 @@ def _choose(
     forced: Tensor,
     *,
     fill: tuple[Tensor, Tensor] | None,
+    budget: Tensor | None = None,
     heads: int = 1,
 ) -> Tensor:
     """The same for what is ranked together.  heads: how many that is, each with a budget"""
@@ -83,6 +95,9 @@ def _choose(
         if select.of == "all":
             whole = torch.full_like(whole, candidates.shape[-1])
         keep = share_of(select.fraction, whole)
+    elif select.budget_from is not None:
+        assert budget is not None, "another level says how many"
+        keep = budget
     elif select.tokens is not None:
         assert fill is not None, "a budget of tokens needs to know what they fill"
         entries, tokens = fill
@@ -140,7 +155,9 @@ def _choose_mass(
     nothing were forced.  Complete entries alone have masses: an entry that is forced before it is
     complete weighs nothing.
     """
-    if counted:
+    if top_p.of == "rest":
+        candidates, first = candidates & ~forced, torch.zeros_like(forced)
+    elif counted:
         first = forced
     else:
         candidates, first = candidates & (scores > -math.inf), torch.zeros_like(forced)

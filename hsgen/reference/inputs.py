@@ -190,6 +190,8 @@ def _level_inputs(level: Level) -> dict[str, _TensorInput]:
     if level.score.form == "given":
         heads = {"head": "Hq", "group": "Hkv", "all": 1}[level.score.share]
         found[f"{level.name}_score"] = ("query", (heads, f"N_{level.name}"))
+    if level.select and level.select.apart:
+        found[f"{level.name}_split"] = ("sequence", ())
     if level.permute and isinstance(level.permute.keys, Gather):
         found[f"{level.name}_key_order"] = ("key", ("Hkv",))
     if level.score.by_bias:

@@ -158,7 +158,7 @@ def mapped(rows: Rows, level: Level, source: Scored, groups: Together, N: int) -
 
     `overlap_sum` is eq. 9 of NSA (arXiv:2502.11089), counted from 0: entry j gathers the sources
     (l'/d) j + m - n for every m < l'/d, n < l/d; `overlap_max` takes those that share a token with
-    j.  `sum` and `max` take those that lie inside j.
+    j.  `sum` and `max` take those that lie inside j; `around` those on both sides of it as well.
     """
     assert level.score.source is not None
     partition = rows.spec.level(level.score.source).partition
@@ -170,6 +170,10 @@ def mapped(rows: Rows, level: Level, source: Scored, groups: Together, N: int) -
     scores = scores.masked_fill(~source.complete[:, None], empty)
     if level.score.map == "overlap_sum":
         offsets = [m - n for m in range(target // d) for n in range(l // d)]
+    elif level.score.map == "around":
+        assert level.score.width is not None, f"{level.name} maps what is around"
+        side = level.score.width // 2
+        offsets = list(range(-side, side + 1))
     elif level.score.map == "overlap_max":
         offsets = list(range(1 - -(-l // d), target // d))
     else:

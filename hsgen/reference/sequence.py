@@ -40,7 +40,7 @@ from hsgen.selection import (
     from_members,
     members,
 )
-from hsgen.spec import Level, Spec
+from hsgen.spec import Level, Select, Spec
 
 CHUNK_ELEMENTS = 1 << 23  # float64 logits that are alive at once, about
 
@@ -216,8 +216,16 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         chosen = walk(rows, level, scores.detach(), candidates, forced, groups)
     elif level.select:
         tail = tail_entries(rows, level)[:, None] if level.select.force.tail else None
-        fill = entries_that_fill(rows, level, groups) if level.select.tokens else None
-        chosen = choose(level.select, scores.detach(), candidates, forced, tail=tail, fill=fill)
+        chosen = choose(
+            level.select,
+            scores.detach(),
+            candidates,
+            forced,
+            tail=tail,
+            fill=entries_that_fill(rows, level, groups) if level.select.tokens else None,
+            budget=_budget(level.select, levels, groups, scores.shape[1]),
+            late=_late(rows, level),
+        )
     way = on_way(rows.spec, rows.taken, level.when)
     if way is not None and chosen is not None:
         chosen = chosen & (way if chosen.shape[1] == len(way) else way[:1])[:, None]
@@ -233,6 +241,28 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         chooser=chooser.row,
         tiers=tiers,
     )
+
+
+def _late(rows: Rows, level: Level) -> Tensor | None:
+    """Entries that are chosen apart from those before them.  -> bool[N]"""
+    if level.select is None or level.select.apart is None:
+        return None
+    split = rows.x[f"{level.name}_split"].round().long()
+    return rows.layouts[level.name].starts >= split
+
+
+def _budget(
+    select: Select, levels: dict[str, Scored], groups: Together, heads: int
+) -> Tensor | None:
+    """How many entries another level keeps in the same rows.  -> i64[R, Hs, 1]"""
+    if select.budget_from is None:
+        return None
+    other = levels[select.budget_from]
+    assert other.chosen is not None, f"{select.budget_from} says how many and must select"
+    if not len(groups.last):
+        return other.chosen.new_zeros(0, heads, 1, dtype=torch.long)
+    asked = groups.members.amax(1)  # rows of a group have one choice: any of them tells it
+    return spread(other.chosen.sum(-1, keepdim=True)[other.chooser[asked]], heads)
 
 
 def _scored(

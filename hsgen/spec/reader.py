@@ -51,7 +51,7 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    avg_pool budget_from by centroid columns cosine diagonals
+    avg_pool by centroid columns cosine diagonals
     halving pages ragged sample softmax_mass
     stripes tile tree upsample
 """
@@ -494,6 +494,8 @@ _EXAMPLE = {
     "per_head": "per_head: [{window: 16}, {window: 64}]",
     "rotate": "rotate: {at: first, dims: 64, base: 10000.0}",
     "at": "at: first",
+    "delta": "delta: {threshold: 0.1, window: 128}",
+    "threshold": "threshold: 0.1",
     "axes": "axes: [30, 48, 80]",
     "grid": "grid: {window: [8, 16, 16]}",
 }

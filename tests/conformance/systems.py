@@ -32,6 +32,9 @@ REFUSED: dict[str, str] = {
     "power_attention": "no kernel takes a route by layer yet",
     "s2_attention": "no kernel takes a route by layer yet",
     "sea": "level part: no kernel takes scores as they are given yet",
+    "delta_llm": "no kernel reads keys from their changes yet",
+    "token_sparse": "level all_mass: no kernel chooses for rows together yet",
+    "sparse_d": "level mass: no kernel chooses for rows together yet",
     "spt": "level token: no kernel compares codes yet",
     "delta": "level page: no kernel takes over a selection yet",
     "hylra": "level token: no kernel takes over a selection yet",
@@ -39,7 +42,7 @@ REFUSED: dict[str, str] = {
     "ssa": "no kernel puts out branches apart yet",
 }
 # Specs whose layers differ, and the layer whose kernels are tested.
-LAYERS: dict[str, int] = {"small_thinker": 1}
+LAYERS: dict[str, int] = {"small_thinker": 1, "token_sparse": 15}
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
@@ -87,6 +90,9 @@ def _shrunk_branch(branch):
     changes = {}
     if isinstance(branch.window, int):
         changes["window"] = min(branch.window, 21)
+    if branch.delta:
+        near = min(branch.delta.window, 9)
+        changes["delta"] = branch.delta.model_copy(update={"window": near, "threshold": 0.5})
     if branch.static:
         units = min(branch.static.blocks, 2)
         changes["static"] = branch.static.model_copy(update={"blocks": units})
@@ -105,16 +111,12 @@ def _shrunk_level(spec, level, factor, above):
         )
     if level.query and level.query.last:
         changes["query"] = level.query.model_copy(update={"last": min(level.query.last, 8)})
-    if level.select and level.select.top_p:
-        top_p = level.select.top_p
-        less = {"mass": min(top_p.mass, 0.6), "min": min(top_p.min, 2)}  # of few entries
-        changes["select"] = level.select.model_copy(update={"top_p": top_p.model_copy(update=less)})
     if level.permute:
         changes["permute"] = _shrunk_orders(level.permute, factor)
     if isinstance(level.partition, Parts):
         changes["partition"] = Parts(count=min(level.partition.count, 6))
-    if level.select and level.select.tokens:
-        changes["select"] = level.select.model_copy(update={"tokens": min(level.select.tokens, 11)})
+    if level.select and level.select.counts_vary:
+        changes["select"] = _shrunk_set(level.select)
     if level.select and not level.select.counts_vary:
         last = min(level.select.force.last, 2)
         force = level.select.force.model_copy(update={"last": last})
@@ -144,6 +146,18 @@ def _shrunk_orders(permute, factor):
                 update={"clusters": min(order.clusters, 7), "iterations": 2}
             )
     return permute.model_copy(update=made)
+
+
+def _shrunk_set(select):
+    """A rule that lets counts vary, with few entries whatever the data."""
+    changes = {"force": select.force.model_copy(update={"last": min(select.force.last, 2)})}
+    if select.tokens:
+        changes["tokens"] = min(select.tokens, 11)
+    if select.top_p:
+        top_p = select.top_p
+        less = {"mass": min(top_p.mass, 0.6), "min": min(top_p.min, 2)}  # of few entries
+        changes["top_p"] = top_p.model_copy(update=less)
+    return select.model_copy(update=changes)
 
 
 def _part(n, factor):

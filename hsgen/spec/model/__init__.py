@@ -18,7 +18,7 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
 
 from __future__ import annotations
 
-from hsgen.spec.model.branches import Attend, Combine, GridWindow, HeadSpan, Static
+from hsgen.spec.model.branches import Attend, Combine, Delta, GridWindow, HeadSpan, Static
 from hsgen.spec.model.choices import SELECT_RULES, EarlyStop, Force, Select, SelectRule, Tier, TopP
 from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.entries import (
@@ -71,6 +71,7 @@ __all__ = [
     "Codes",
     "Combine",
     "Count",
+    "Delta",
     "Distill",
     "EarlyStop",
     "Force",

@@ -72,6 +72,21 @@ class Static(Node):
     grid: GridWindow | None = None  # tokens near each other along the spec's `axes`
 
 
+class Delta(Node):
+    """Keys as they come back from the changes that are worth keeping, from token to token.
+
+    The first key of a sequence stays as it is, and so does each channel of a later one that differs
+    by no more than `threshold`, from the key before or from what was kept of it.  Where it does not
+    stay, the whole difference is added.  A row reads the last `window` keys as they are.
+    """
+
+    threshold: Scale
+    window: Count
+    # previous: from the key before, so that small changes are lost for good; kept: from what was
+    # kept, so that no channel is ever further off than the threshold
+    against: Literal["previous", "kept"] = "previous"
+
+
 class Attend(Node):
     """One branch: raw tokens of selected entries, pooled entries, the last `window` tokens or all of
     them, or what a `static` rule says.
@@ -92,6 +107,9 @@ class Attend(Node):
     # one more logit a head, input `<name>_sink`, in the denominator only: it has no value
     sink: Literal["learned"] | None = None
     when: Identifier | None = None  # the way of the route on which it attends; None: on every one
+    # chosen: a row sees nothing unless its own token is one of those that the branch shows it
+    rows: Literal["chosen"] | None = None
+    delta: Delta | None = None  # far keys come back from thresholded changes
     # added to logits, after scale and softcap: the input `bias` of each key and key head, or the
     # natural logarithm of how many tokens a pooled key stands for
     bias: Literal["learned", "log_count"] | None = None

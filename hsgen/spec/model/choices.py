@@ -10,7 +10,15 @@ from pydantic import Field
 from hsgen.spec.model.scalars import MAX_TIERS, Bound, Count, Forced, Identifier, Node, Part
 
 SelectRule = Literal[
-    "top_k", "beam", "fraction", "threshold", "top_p", "tokens", "quota", "early_stop"
+    "top_k",
+    "beam",
+    "fraction",
+    "threshold",
+    "top_p",
+    "tokens",
+    "quota",
+    "early_stop",
+    "budget_from",
 ]
 
 
@@ -39,6 +47,7 @@ class TopP(Node):
 
     `boundary`: whether the entry that crosses is kept.  `scope`: the total of a row, or of all rows
     of a head, which are then ranked together.  `min` and `max` entries a row, whatever the masses.
+    `of: rest`: forced entries are on top, and neither ranked nor part of any total or number.
     """
 
     mass: Part
@@ -46,6 +55,9 @@ class TopP(Node):
     scope: Literal["row", "head"] = "row"
     min: Forced = 0
     max: Count | None = None
+    of: Literal["rest"] | None = (
+        None  # left out: of what forced entries are a part, as `counted` says
+    )
 
 
 class Tier(Node):
@@ -81,6 +93,9 @@ class Select(Node):
     nearest whole number, halves to the even one, and at least one.
     `quota`: the best entries token by token, the next ones as means; forced entries are of the first
     tier.
+    `budget_from`: as many as another level keeps in the same row, forced entries among them.
+    `apart: input`: entries before and from the token on that the input `<level>_split` [B] says are
+    chosen apart, each of the two by the rule; an entry lies where its first token is.
     `scope`: what is ranked together.  `heads`: entries of all heads that choose, ties to the lower
     head, and as many are kept as all of them may keep.  `head`, of `fraction`: entries of all rows of
     a head, ties to the earlier row, so that some rows may keep nothing.
@@ -95,8 +110,10 @@ class Select(Node):
     tokens: Count | None = None
     quota: Annotated[tuple[Tier, ...] | None, Field(min_length=1, max_length=MAX_TIERS)] = None
     early_stop: EarlyStop | None = None
+    budget_from: Identifier | None = None  # an earlier level
     # left out: each row and head that chooses by itself
     scope: Literal["head", "heads"] | None = None
+    apart: Literal["input"] | None = None
     force: Force = Force()
 
     @property
@@ -107,7 +124,7 @@ class Select(Node):
     @property
     def counts_vary(self) -> bool:
         """Whether rows differ in how many entries they keep, so that they are bitmaps, not lists."""
-        return not self.budget or self.scope is not None
+        return not self.budget or self.scope is not None or self.apart is not None
 
     @property
     def budget(self) -> int:

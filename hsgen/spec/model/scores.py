@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from hsgen.spec.model.codes import Codes
-from hsgen.spec.model.scalars import Identifier, Node, Scale
+from hsgen.spec.model.scalars import Count, Identifier, Node, Scale
 
 ScoreForm = Literal[
     "dot",
@@ -24,7 +24,7 @@ ScoreForm = Literal[
 Stored = Literal["input", "bf16", "fp8", "fp8_unscaled"]  # how vectors of an index are kept
 
 
-MapHow = Literal["overlap_sum", "overlap_max", "sum", "max"]
+MapHow = Literal["overlap_sum", "overlap_max", "sum", "max", "around"]
 
 
 Share = Literal["head", "group", "all"]
@@ -55,6 +55,7 @@ class Score(Node):
     codes: Codes | None = None  # what `code_match` compares
     source: Identifier | None = None  # the level whose scores are mapped
     map: MapHow | None = None
+    width: Count | None = None  # of `around`: as many entries, the same one in their middle, summed
     scale: Scale | Literal["none"] | None = None  # None: 1, or 1/sqrt(qk dim) for dot and bound
     # learned: the mean input `bias` of an entry's tokens is added to the scaled scores of the key
     # head's group; log_count: the natural logarithm of how many tokens it has

@@ -85,7 +85,8 @@ class Level(Node):
     def named(self) -> frozenset[str]:
         """The levels that this one names."""
         forced = self.select.force.level if self.select else None
-        names = (self.within, self.score.source, self.score.lse_from, forced)
+        budget = self.select.budget_from if self.select else None
+        names = (self.within, self.score.source, self.score.lse_from, forced, budget)
         return frozenset(name for name in names if name is not None)
 
 
@@ -342,6 +343,11 @@ _NEWS = {
     "quota",
     "early_stop",
     "which",
+    "delta",
+    "width",
+    "budget_from",
+    "rows",
+    "apart",
 }
 
 

@@ -8,7 +8,7 @@ from hsgen.spec.model import SELECT_RULES, Clusters, Level, Path, Select, Spec
 from hsgen.spec.rules.names import uses
 from hsgen.spec.rules.problem import Problem
 
-_COARSENESS = {"all": 0, "group": 1, "head": 2}
+COARSENESS = {"all": 0, "group": 1, "head": 2}
 
 
 def nesting(spec: Spec) -> Iterator[Problem]:
@@ -53,15 +53,15 @@ def _nesting_problem(spec: Spec, parent: Level, child: Level) -> tuple[str, str,
             key=lambda n: abs(n - c.size),
         )
         return "HS067", expected, f"write '{{blocks: {nearer}}}'"
-    shares = [_share(spec, level) for level in (parent, child)]
-    if _COARSENESS[shares[0]] > _COARSENESS[shares[1]]:
+    shares = [share_of(spec, level) for level in (parent, child)]
+    if COARSENESS[shares[0]] > COARSENESS[shares[1]]:
         expected = f"expected '{parent.name}' to be shared by all heads that share '{child.name}'"
         got = f"got 'share: {shares[0]}' there and 'share: {shares[1]}' here"
         return "HS083", f"{expected}, {got}", f"write 'share: {shares[1]}' in '{parent.name}'"
     return None
 
 
-def _share(spec: Spec, level: Level) -> str:
+def share_of(spec: Spec, level: Level) -> str:
     """Who agrees on a level's scores, its own or those that it takes over."""
     levels = {other.name: other for other in spec.levels}
     for _ in spec.levels:  # a chain of `from` is no longer than that
@@ -108,13 +108,18 @@ def _forces(level: Level) -> str | None:
     return level.select and level.select.force.level
 
 
+def _counts_by(level: Level) -> str | None:
+    """The level that says how many are kept here."""
+    return level.select and level.select.budget_from
+
+
 def _joined(spec: Spec, i: int, level: Level, path: Path) -> Iterator[Problem]:
     """A selection forced into another one, where that has no meaning."""
     levels = {other.name: (j, other) for j, other in enumerate(spec.levels)}
     if _forces(level) not in levels or level.select is None:
         return
     j, source = levels[_forces(level) or ""]
-    shares = [_share(spec, each) for each in (source, level)]
+    shares = [share_of(spec, each) for each in (source, level)]
     wrong = (
         (f"'{source.name}' selects nothing", f"write 'select: {{top_k: 16}}' in '{source.name}'")
         if source.select is None
@@ -129,7 +134,7 @@ def _joined(spec: Spec, i: int, level: Level, path: Path) -> Iterator[Problem]:
             f"'{source.name}' is selected by heads that share '{level.name}' one by one",
             f"write 'share: {shares[1]}' in '{source.name}'",
         )
-        if _COARSENESS[shares[0]] > _COARSENESS[shares[1]]
+        if COARSENESS[shares[0]] > COARSENESS[shares[1]]
         else ("it is always counted", "remove 'counted: false'")
         if not level.select.force.counted
         else None
@@ -231,7 +236,7 @@ def _select_use(spec: Spec, level: Level, path: Path) -> Iterator[Problem]:
     """A selection that nothing attends or expands."""
     assert level.select is not None
     expanded = any(
-        other.within == level.name or _forces(other) == level.name for other in spec.levels
+        level.name in (other.within, _forces(other), _counts_by(other)) for other in spec.levels
     )
     attended = any(b.over == level.name for b in spec.attend)
     raw = any(b.over == level.name and b.values == "raw" for b in spec.attend)

@@ -8,6 +8,8 @@ from hsgen.spec.rules.branches import branches, combines, kvs, unused
 from hsgen.spec.rules.calls import losses, reuses
 from hsgen.spec.rules.choices import nesting, selects
 from hsgen.spec.rules.codes import codes
+from hsgen.spec.rules.compress import around, borrowed_budgets, rows_chosen
+from hsgen.spec.rules.deltas import deltas
 from hsgen.spec.rules.entries import heads, partitions, pools
 from hsgen.spec.rules.grids import axes, grid_windows
 from hsgen.spec.rules.names import references, tensor_names, unique_names
@@ -91,4 +93,8 @@ _RULES: tuple[Rule, ...] = (
     given_scores,
     parts,
     budgets,
+    deltas,
+    around,
+    borrowed_budgets,
+    rows_chosen,
 )

@@ -50,6 +50,7 @@ def references(spec: Spec) -> Iterator[Problem]:
             ("within", ("levels", i, "within"), level.within),
             ("lse_from", ("levels", i, "score", "lse_from"), level.score.lse_from),
             ("from", ("levels", i, "select", "force", "level"), _forced_by(level)),
+            ("budget_from", ("levels", i, "select", "budget_from"), _counted_by(level)),
         ):
             if target is None:
                 continue
@@ -85,6 +86,10 @@ def _forced_by(level: Level) -> str | None:
     return level.select and level.select.force.level
 
 
+def _counted_by(level: Level) -> str | None:
+    return level.select and level.select.budget_from
+
+
 def _unknown_level(target: str, names: list[str], path: Path, spec: Spec) -> Problem:
     close = nearest(target, names)
     levels = f"levels: {', '.join(names)}" if names else "this spec has no levels"
@@ -107,6 +112,7 @@ _NAMING: tuple[Path, ...] = (
     ("score", "source"),
     ("score", "lse_from"),
     ("select", "force", "level"),
+    ("select", "budget_from"),
 )
 
 
@@ -161,6 +167,8 @@ def _learned(level: Level) -> Iterator[str]:
         yield f"{level.name}_codebook"
     if level.score.form == "given":
         yield f"{level.name}_score"
+    if level.select and level.select.apart:
+        yield f"{level.name}_split"
     pool = level.pool
     for which, how in (("key", pool and pool.keys), ("value", pool and pool.values)):
         if how in ("linear", "mlp", "max_min_mean"):

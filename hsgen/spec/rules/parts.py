@@ -81,6 +81,8 @@ def budgets(spec: Spec) -> Iterator[Problem]:
         (rule,) = select.rules
         if select.scope is not None:
             yield from _scope(level, select, rule, path)
+        if select.apart is not None:
+            yield from _apart(level, rule, path)
         if select.tokens is not None and isinstance(level.partition, Clusters):
             yield Problem(
                 code="HS186",
@@ -98,6 +100,8 @@ def _scope(level: Level, select: Select, rule: str, path: Path) -> Iterator[Prob
         if rule == "threshold"
         else "'top_p' has a scope of its own"
         if rule == "top_p"
+        else "another level says how many each head keeps"
+        if rule == "budget_from"
         else "a beam is as wide for every head"
         if rule == "beam"
         else "tiers are those of a row"
@@ -121,5 +125,38 @@ def _scope(level: Level, select: Select, rule: str, path: Path) -> Iterator[Prob
             message=f"'scope' has no meaning here: {why}",
             help="remove 'scope'",
             also=((*path, rule), (*path[:2], "score")),
+            at_key=True,
+        )
+
+
+def _apart(level: Level, rule: str, path: Path) -> Iterator[Problem]:
+    """Two choices of one row, where the rule is said of a choice."""
+    select = level.select
+    why = (
+        f"'{rule}' keeps every entry for itself"
+        if rule == "threshold"
+        else "a beam is expanded as a whole"
+        if rule == "beam"
+        else "another level says how many are kept together"
+        if rule == "budget_from"
+        else "tiers are those of a row as a whole"
+        if rule == "quota"
+        else "a walk goes over all entries"
+        if rule == "early_stop"
+        else "it is of all entries, on whichever side, that a fraction is taken"
+        if select and select.of
+        else "rows of a head are ranked together"
+        if select and select.top_p and select.top_p.scope == "head"
+        else "parts of a row begin where the row does"
+        if isinstance(level.partition, Parts)
+        else None
+    )
+    if why:
+        yield Problem(
+            code="HS149",
+            path=(*path, "apart"),
+            message=f"'apart' has no meaning here: {why}",
+            help="remove 'apart'",
+            also=((*path, rule), (*path, "of"), (*path[:2], "partition")),
             at_key=True,
         )

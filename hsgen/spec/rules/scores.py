@@ -56,7 +56,8 @@ def _mapped(score: Score, path: Path) -> Iterator[Problem]:
             code="HS057",
             path=(*path, "source"),
             message="expected 'map' with 'from', got none",
-            help="write 'map: overlap_sum', 'map: overlap_max', 'map: sum' or 'map: max'",
+            help="write 'map: overlap_sum', 'map: overlap_max', 'map: sum', 'map: max' or"
+            " 'map: around'",
             also=((*path, "map"),),
         )
     for key in ("scale", "bias", "normalise", "lse_from", "share", "reduce"):
@@ -231,8 +232,10 @@ def _map_problem(how: str, source: Level, target: Level) -> tuple[str, str] | No
             f"expected scores of every entry, got '{source.name}': {got}",
             "name a level without 'within'",
         )
-    if s == t and how in ("sum", "max"):
+    if s == t and how in ("sum", "max", "around"):
         return None  # the same entries, overlapping or not
+    if how == "around":
+        return f"expected the entries of '{source.name}', got others", "write its partition here"
     if t.stride != t.size:
         return (
             f"expected blocks without overlap, got stride {t.stride}",
