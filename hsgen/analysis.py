@@ -12,6 +12,7 @@ from typing import Literal, assert_never
 
 from hsgen.graph import (
     FIXED_SIZES,
+    Assign,
     Attend,
     Carry,
     Cluster,
@@ -19,6 +20,7 @@ from hsgen.graph import (
     Distance,
     Divergence,
     DType,
+    Entropies,
     Gate,
     Graph,
     GraphError,
@@ -40,6 +42,7 @@ from hsgen.graph import (
     Rotate,
     Round,
     Route,
+    Runs,
     Score,
     Select,
     SelectSet,
@@ -47,6 +50,8 @@ from hsgen.graph import (
     TensorType,
     Union,
     align,
+    anchors,
+    assigned,
     befores,
     block_of,
     dump,
@@ -81,14 +86,20 @@ def _op_causality(node: Node, *, causal: bool) -> Causality:
             return "prompt"  # the last rows say which keys come first
         case PoolRows() | ReduceRows() if causal:
             return "prompt" if op.last is not None else "query_block"
+        case Assign() if causal and op.capacity is not None:
+            return "prompt"  # later tokens may be nearer, and take what room a node has
+        case Runs() if causal and op.span is not None:
+            return "prompt"  # keys after a token say whether a run begins there
         case Score() | Map() | Select() | SelectSet() | Attend():
             return "token" if causal else "none"  # entries count once complete, tokens once seen
-        case Recall() | Carry() | Divergence() | Distance():
+        case Recall() | Carry() | Divergence() | Distance() | Entropies():
             return "token"  # what earlier calls say of a row is of that row; losses are no rows
         case (
             Input()
             | Cluster()
             | Permute()
+            | Assign()
+            | Runs()
             | Pool()
             | Norm()
             | Rotate()
@@ -202,6 +213,8 @@ def not_dense_because(graph: Graph) -> str | None:
         return f"branch {biased[0]} adds a learned bias to its logits"
     if far := [x.op.branch for x in attends if isinstance(x.op, Attend) and x.op.near is not None]:
         return f"branch {far[0]} reads far keys from their changes"
+    if spans := [x.op.branch for x in attends if isinstance(x.op, Attend) and x.op.spans]:
+        return f"branch {spans[0]} has a softmax of its own for every span"
     if len({node.inputs[:3] for node in attends}) > 1:
         return "branches have keys and values of their own"
     for way in _ways(graph):
@@ -234,9 +247,10 @@ def _unreachable_because(graph: Graph, attend: Node) -> str | None:
             return f"branch {attend.op.branch} attends a static pattern only"
         case "tiers":
             return f"branch {attend.op.branch} attends means of tokens"
-        case "blocks" | "tokens" | "pooled":
+        case "blocks" | "tokens" | "spans" | "pooled":
             pass
     selection = graph[attend.inputs[3]]
+    owners = assigned(graph)
     if any(isinstance(x.op, Permute) and x.op.by == "given" for x in graph.operands(attend)):
         return f"the order that branch {attend.op.branch} is given may leave tokens out"
     while True:
@@ -246,9 +260,13 @@ def _unreachable_because(graph: Graph, attend: Node) -> str | None:
         assert isinstance(select, Select | SelectSet)
         if select.size != select.stride:
             return f"entries of level {select.level} overlap or leave gaps"
+        owner = owners[select.level].op if select.level in owners else None
+        if isinstance(owner, Assign) and owner.capacity is not None:
+            return f"nodes of level {select.level} leave out what they have no room for"
         alone = selection.type.dims[1] == "T"  # blocks of rows may choose their own entries
-        if graph.meta.causal and alone and select.size > 1 and not (select.last or select.tail):
-            return f"level {select.level} does not force the own block"
+        long = alone and (select.size > 1 or isinstance(owner, Runs))
+        if graph.meta.causal and long and not (select.last or select.tail):
+            return f"level {select.level} does not force the own {'run' if owner else 'block'}"
         if isinstance(select, SelectSet) or select.within is None:
             return None
         selection = graph[selection.inputs[1]]
@@ -259,23 +277,45 @@ def _unreachable_because(graph: Graph, attend: Node) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Polynomial:
-    """t2 * T^2 + t1 * T + t0."""
+    """t2 * T^2 + t1 * T + t0, and terms of other powers: (power, factor)."""
 
     t2: float = 0.0
     t1: float = 0.0
     t0: float = 0.0
+    others: tuple[tuple[float, float], ...] = ()
 
     def __add__(self, other: Polynomial) -> Polynomial:
-        return Polynomial(t2=self.t2 + other.t2, t1=self.t1 + other.t1, t0=self.t0 + other.t0)
+        powers = sorted({power for power, _ in (*self.others, *other.others)})
+        sums = [
+            sum(factor for at, factor in (*self.others, *other.others) if at == power)
+            for power in powers
+        ]
+        return Polynomial(
+            t2=self.t2 + other.t2,
+            t1=self.t1 + other.t1,
+            t0=self.t0 + other.t0,
+            others=tuple(zip(powers, sums, strict=True)),
+        )
 
     def __mul__(self, factor: float) -> Polynomial:
-        return Polynomial(t2=self.t2 * factor, t1=self.t1 * factor, t0=self.t0 * factor)
+        return Polynomial(
+            t2=self.t2 * factor,
+            t1=self.t1 * factor,
+            t0=self.t0 * factor,
+            others=tuple((power, one * factor) for power, one in self.others),
+        )
 
     def evaluate(self, tokens: int) -> float:
-        return (self.t2 * tokens + self.t1) * tokens + self.t0
+        whole = (self.t2 * tokens + self.t1) * tokens + self.t0
+        return whole + sum(factor * tokens**power for power, factor in self.others)
 
     def __str__(self) -> str:
-        terms = [(self.t2, " T^2"), (self.t1, " T"), (self.t0, "")]
+        powers = {2.0: self.t2, 1.0: self.t1, 0.0: self.t0} | dict(self.others)
+        names = {2.0: " T^2", 1.0: " T", 0.0: ""}
+        terms = [
+            (factor, names.get(power, f" T^{power:.4g}"))
+            for power, factor in sorted(powers.items(), reverse=True)
+        ]
         shown = [
             f"{value:+}"[0] + f" {quantity(abs(value))}{power}" for value, power in terms if value
         ]
@@ -409,20 +449,35 @@ class _Counts:
     partitions: Mapping[str, tuple[int, int]]  # level -> size, stride
 
     def reach(self, level: str) -> tuple[int, int]:
-        """Tokens from an entry's place to its end, by which it is complete, and the stride."""
+        """Tokens from an entry's place to its end, by which it is complete, and the stride.
+
+        Runs may be as short as one token, those that are found as the span that they are found by.
+        """
         size, stride = self.partitions[level]
+        owner = assigned(self.graph).get(level)
+        if owner is not None and isinstance(owner.op, Runs):
+            return owner.op.span or 1, owner.op.span or 1
         return size - befores(self.graph).get(level, 0), stride
 
     def entries(self, level: str) -> Cost:
         """Entries of a level, all whole."""
         size, stride = self.reach(level)
+        if level in anchors(self.graph):
+            return self.complete(level)  # every row has its own
         if stride == 0:
             return _from(0, Polynomial(t0=self.graph.sizes[f"N_{level}"]))
         return _from(size, Polynomial(t1=1 / stride, t0=1 - size / stride))
 
     def complete(self, level: str, rows: str = "T") -> Cost:
-        """Pairs of a row, or of rows that choose together, and an entry that counts for it."""
+        """Pairs of a row, or of rows that choose together, and an entry that counts for it.
+
+        About, where entries lie behind each row.
+        """
         causal, (size, stride) = self.graph.meta.causal, self.reach(level)
+        if behind := anchors(self.graph).get(level):
+            power = 1 / behind.power  # sum over rows of the root, less a half, less those left out
+            some = Polynomial(t1=0.5 - behind.first, others=((1 + power, 1 / (1 + power)),))
+            return _from(behind.first**behind.power, some)
         if rows == "1":
             return self.entries(level)
         block = block_of(rows)
@@ -442,13 +497,19 @@ class _Counts:
         pairs = Polynomial(t2=0.5 / block, t1=0.5) if causal else Polynomial(t2=1.0 / block)
         return _from(0, pairs)
 
-    def children(self, level: str) -> Cost:
-        """Pairs of a row and a complete entry inside the beam."""
+    def children(self, level: str, rows: str = "T") -> Cost:
+        """Pairs of a row, or of rows that choose together, and a complete entry inside the beam."""
         beam = self.graph[_score_of(self.graph, level).inputs[-1]]
         assert isinstance(beam.op, Select)
+        owner = assigned(self.graph).get(level)
+        each = 1 / (block_of(rows) or 1)
+        if owner is not None and isinstance(owner.op, Assign):
+            return _from(0, Polynomial(t1=beam.op.width * owner.op.branching)) * each
+        if beam.op.size == 0:
+            return self.selected(beam) * each
         whole = 1 / self.partitions[level][0]
         begun = (1 - whole) / 2 if beam.op.last > 0 else 0.0  # the own entry's, on average
-        return self.selected(beam) * whole + _from(0, Polynomial(t1=-begun))
+        return (self.selected(beam) * whole + _from(0, Polynomial(t1=-begun))) * each
 
     def selected(self, selection: Node) -> Cost:
         """Pairs of a row and a raw token of the entries it selects; at most, where they overlap.
@@ -470,7 +531,7 @@ class _Counts:
             return _complete_pairs(1, 1, causal=self.graph.meta.causal) * part
         assert isinstance(op, Select)
         if op.size == 0:
-            return _complete_pairs(1, 1, causal=self.graph.meta.causal)
+            return self._assigned(op)
         block = block_of(selection.type.dims[1]) or 1
         own = max(op.size, block) if op.last > 0 else op.size + 2 if op.tail else block
         return _selected_pairs(op.width * op.size, own=own, causal=self.graph.meta.causal)
@@ -485,6 +546,14 @@ class _Counts:
         parts = [0, *(part for _, part, _ in op.tiers.steps)]
         means = [(part - parts[i]) / merge for i, (merge, part, _) in enumerate(op.tiers.steps)]
         return pairs * (sum(means) / (1 << 30))
+
+    def _assigned(self, op: Select) -> Cost:
+        """Tokens of selected nodes with room for so many; of others all that is visible."""
+        owner, causal = assigned(self.graph).get(op.level), self.graph.meta.causal
+        if owner is None or not isinstance(owner.op, Assign) or owner.op.capacity is None:
+            return _complete_pairs(1, 1, causal=causal)
+        part = min(1.0, op.width * owner.op.capacity / owner.op.nodes)
+        return _pairs_of_part(part, causal=causal)
 
     def kept(self, level: str, selection: Node) -> Cost:
         """Pairs of a row and a complete entry of a level that it selects; at most."""
@@ -504,9 +573,9 @@ class _Counts:
             return _from(0, Polynomial(t0=1.0)) * self.product(known)
         dims, last = type_.dims, type_.dims[-1]
         if last.startswith("C_"):
-            return self.children(last.removeprefix("C_")) * self.product(dims[2:-1])
+            return self.children(last.removeprefix("C_"), dims[1]) * self.product(dims[2:-1])
         if last.startswith("W_"):
-            _, stride = self.partitions[last.removeprefix("W_")]
+            _, stride = self.reach(last.removeprefix("W_"))
             block = block_of(dims[1]) or 1
             if stride == 0:
                 words = -(-self.graph.sizes[f"N_{last.removeprefix('W_')}"] // WORD)
@@ -613,15 +682,13 @@ def _flops(counts: _Counts, node: Node) -> Cost:
             walks = isinstance(op, SelectSet) and op.rule == "early_stop"
             pairs = _complete_pairs(1, 1, causal=graph.meta.causal)  # at most every logit, once
             return pairs * (2 * counts.product(("Hq", "Dqk"))) if walks else ZERO
-        case Cluster() | Permute():
+        case Cluster() | Permute() | Assign() | Runs():
             return _order_flops(counts, op, operands)
-        case Carry() | Distance() | Divergence():
-            dense = 2 * counts.product(("Hq", "Dqk")) if isinstance(op, Divergence) else 0
-            pairs = _complete_pairs(1, 1, causal=graph.meta.causal)  # what is learned from
-            return pairs * dense + counts.elements(operands[0])
+        case Carry() | Distance() | Divergence() | Entropies():
+            return _calls_flops(counts, op, operands)
         case Pool():
-            if op.size == 0:  # every token is in one cluster
-                return counts.elements(operands[0])
+            if op.size == 0:  # every token is in one cluster or run, and centroids have a length
+                return counts.elements(operands[0]) * (3 if op.how == "centroid" else 1)
             return _pool_flops(counts, node, op)
         case Score():
             return _score_flops(counts, op, operands)
@@ -631,7 +698,7 @@ def _flops(counts: _Counts, node: Node) -> Cost:
         case Normalise() | Reduce() | ReduceRows() | PoolRows() | PoolHeads():
             return counts.elements(operands[0]) * (2 if isinstance(op, Normalise) else 1)
         case Map():
-            return counts.elements(node.type) * (2 * len(op.taps))
+            return counts.elements(node.type) * (0 if op.how == "upsample" else 2 * len(op.taps))
         case Attend():
             per_pair = (
                 2 * counts.product(("Hq",)) * (counts.product(("Dqk",)) + counts.product(("Dv",)))
@@ -645,12 +712,27 @@ def _flops(counts: _Counts, node: Node) -> Cost:
             assert_never(op)
 
 
+def _calls_flops(
+    counts: _Counts, op: Carry | Distance | Divergence | Entropies, operands: list[TensorType]
+) -> Cost:
+    """Sums over numbers; of attention that is learned from, its logits; of a tree, its cosines."""
+    if isinstance(op, Entropies):
+        sides = [*operands[0::3], *operands[1::3]]
+        each = zip(sides, (*op.branching, *op.branching), strict=True)
+        return sum((counts.elements(x) * (2 * n + 3) for x, n in each), ZERO)
+    dense = 2 * counts.product(("Hq", "Dqk")) if isinstance(op, Divergence) else 0
+    pairs = _complete_pairs(1, 1, causal=counts.graph.meta.causal)  # what is learned from
+    return pairs * dense + counts.elements(operands[0])
+
+
 def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost:
     """Dots of pairs.  Of codes a comparison and an addition a run, once both are encoded."""
     if op.form in ("bias", "given"):
         return _from(0, Polynomial())  # what a key has already
     rows, heads, dim = operands[0].dims[1:]
-    pairs = counts.complete(op.level, rows) if op.within is None else counts.children(op.level)
+    pairs = (
+        counts.complete(op.level, rows) if op.within is None else counts.children(op.level, rows)
+    )
     pairs = pairs * counts.product((heads,))
     if op.codes is not None:  # encoding is a distance to every codeword
         query, keys, codebook = operands[:3]
@@ -661,7 +743,8 @@ def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost
         dims = ("Dqk", "Dv") if any("Dv" in x.dims for x in operands) else ("Dqk",)
         each = 2 * sum(counts.product((dim,)) for dim in dims)
         return all_pairs * counts.product((heads,)) * each
-    dots = 2 if op.form == "bound" else 1
+    halved = 2 * (op.size // op.until).bit_length() - 2 if op.until else 1  # two keys a time
+    dots = 2 if op.form == "bound" else halved
     sums = {"relu_weighted": 2, "relu_sum": 1}.get(op.form, 0)
     return pairs * (dots * 2 * counts.product((dim,)) + sums)
 
@@ -699,13 +782,25 @@ def _pool_flops(counts: _Counts, node: Node, op: Pool) -> Cost:
             a_number = 3 * op.size + 6 * dim
         case "gated":
             a_number = 4 * op.size + added
+        case "sample":
+            a_number = 0  # a choice by position
         case _:
             a_number = op.size
     return counts.elements(node.type) * a_number
 
 
-def _order_flops(counts: _Counts, op: Cluster | Permute, operands: list[TensorType]) -> Cost:
-    """Distances and means, over and over; masses of the last rows, or products with means."""
+def _order_flops(
+    counts: _Counts, op: Cluster | Permute | Assign | Runs, operands: list[TensorType]
+) -> Cost:
+    """Distances and means, over and over; masses of the last rows, or products with means.
+
+    Of a node its length and the cosines with those among which it goes; of runs two running means a
+    token and their cosine.
+    """
+    if isinstance(op, Assign):
+        return counts.elements(operands[0]) * (2 * op.branching + 3)
+    if isinstance(op, Runs):
+        return counts.elements(operands[0]) * (10 if op.span else 0)
     if isinstance(op, Cluster):
         return counts.elements(operands[0]) * ((3 * op.clusters + 1) * op.iterations)
     if op.by == "mass":
@@ -720,6 +815,8 @@ def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
             return counts.selected(counts.graph[node.inputs[3]])
         case "tiers":
             return counts.merged(counts.graph[node.inputs[3]])
+        case "spans":
+            return _span_pairs(counts, node, op)
         case "pooled":
             level = counts.graph[node.inputs[1]].type.dims[1].removeprefix("N_")
             chosen = _selection_of(counts.graph, node)
@@ -736,6 +833,16 @@ def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
             return _complete_pairs(1, 1, causal=counts.graph.meta.causal)
         case _:
             assert_never(op.over)
+
+
+def _span_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
+    """Spans as long as they may be, of as many anchors as there is room for, and its window in each."""
+    spans, select = op.spans, counts.graph[node.inputs[3]].op
+    assert spans is not None
+    if not isinstance(select, Select):
+        return _complete_pairs(1, 1, causal=True)
+    long = (1 + spans.power, select.width * spans.factor / (1 + spans.power))
+    return _from(0, Polynomial(t1=select.width * (1 + spans.window), others=(long,)))
 
 
 def _bytes(counts: _Counts, node: Node) -> Cost:
@@ -860,7 +967,11 @@ def _costs_text(graph: Graph) -> list[str]:
     entries = [
         f"N_{level} = {_entries_text(size - early.get(level, 0), stride, causal=graph.meta.causal)}"
         for level, (size, stride) in sorted(partitions(graph).items())
-        if stride
+        if stride and level not in anchors(graph)
+    ]
+    entries += [
+        f"N_{level} = floor(S^(1/{behind.power})) - {behind.first - 1}"
+        for level, behind in sorted(anchors(graph).items())
     ]
     where = [f"  where {', '.join(entries)}"] if entries else []
     loose = ", ".join(f"%{name}" for name in at_most(graph))
@@ -873,18 +984,27 @@ def _costs_text(graph: Graph) -> list[str]:
 
 
 def at_most(graph: Graph) -> tuple[str, ...]:
-    """The attends whose costs are only bounded: what a rule, pattern or route leaves is not known."""
-    return tuple(
-        node.name
-        for node in graph.nodes()
-        if isinstance(node.op, Attend)
-        and (
-            _pattern_varies(node.op)
-            or (node.op.over == "pooled" and len(node.inputs) > 3)
-            or _shares_of_ways(graph).get(node.op.when or "", 1.0) is None
-            or any(_varies(x) for x in graph.operands(node))
-        )
-    )
+    """The operators whose costs are only bounded: what a rule, pattern or route leaves is not known.
+
+    So are scores of runs, as short as they can be, and of tokens in nodes of any number of them.
+    """
+    return tuple(node.name for node in graph.nodes() if _only_bounded(graph, node))
+
+
+def _only_bounded(graph: Graph, node: Node) -> bool:
+    match node.op:
+        case Score(cut=cut, size=size):
+            return cut == "runs" or (cut is not None and size > 0)
+        case Attend() as op:
+            return (
+                _pattern_varies(op)
+                or (op.over == "pooled" and len(node.inputs) > 3)
+                or _shares_of_ways(graph).get(op.when or "", 1.0) is None
+                or op.spans is not None
+                or any(_varies(x) for x in graph.operands(node))
+            )
+        case _:
+            return False
 
 
 def _pattern_varies(op: Attend) -> bool:

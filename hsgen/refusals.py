@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from hsgen.errors import PlanError
 from hsgen.graph import (
+    Assign,
     Attend,
     Carry,
     Cluster,
     Delta,
     Distance,
     Divergence,
+    Entropies,
     Graph,
+    Input,
+    Map,
     Node,
     Norm,
     Normalise,
@@ -27,6 +31,7 @@ from hsgen.graph import (
     Rotate,
     Round,
     Route,
+    Runs,
     Score,
     Select,
     SelectSet,
@@ -66,17 +71,18 @@ def _lacking(graph: Graph, node: Node) -> str | None:
             return "no kernel reads keys from their changes yet: `delta`"
         case OutputGate(each=each):
             return f"no kernel gates the output by {each} yet"
-        case Divergence() | Distance():
+        case Divergence() | Distance() | Entropies():
             return "no kernel computes a loss yet"
         case Pool() | PoolRows() | PoolHeads() | Norm() | Rotate() as op:
             words = _of_entries(op)
             return words and f"level {op.level}: no kernel {words} yet"
-        case Normalise(by="max", level=level):
-            return f"level {level}: no kernel normalises by the greatest score yet"
-        case ReduceRows(level=level):
-            return f"level {level}: no kernel chooses for rows together yet"
-        case Cluster() | Permute() | Recall() | Carry() | Score() | Select() | SelectSet() as op:
-            words = _of_choice(op)
+        case Normalise() | ReduceRows() as op:
+            words = _of_scores(op)
+            return words and f"level {op.level}: no kernel {words} yet"
+        case Cluster() | Permute() | Assign() | Runs() | Recall() | Carry() as op:
+            return f"level {op.level}: no kernel {_of_keys(op)} yet"
+        case Score() | Map() | Select() | SelectSet() as op:
+            words = _of_queries(graph, node) or _of_choice(op)
             return words and f"level {op.level}: no kernel {words} yet"
         case _:
             return None
@@ -94,13 +100,16 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.over == "tiers", "attends tiers of a pyramid"),
         (op.counted, "weighs pooled keys by their tokens"),
         (op.rows is not None, "leaves out rows"),
+        (op.spans is not None, "attends spans before anchors"),
     )
     return next((words for lacking, words in lacks if lacking), None)
 
 
 def _of_entries(op: Pool | PoolRows | PoolHeads | Norm | Rotate) -> str | None:
     match op:
-        case Pool(how="mlp" | "gated" | "max_min_mean" | "first" | "antidiagonal" as how):
+        case Pool(
+            how="mlp" | "gated" | "max_min_mean" | "first" | "antidiagonal" | "sample" as how
+        ):
             return f"pools by {how}"
         case PoolRows():
             return "chooses for rows together"
@@ -118,16 +127,41 @@ def _of_entries(op: Pool | PoolRows | PoolHeads | Norm | Rotate) -> str | None:
             return "rotates pooled keys"
 
 
-def _of_choice(
-    op: Cluster | Permute | Recall | Carry | Score | Select | SelectSet,
-) -> str | None:
+def _of_scores(op: Normalise | ReduceRows) -> str | None:
+    if isinstance(op, ReduceRows):
+        return "chooses for rows together"
+    return "normalises by the greatest score" if op.by == "max" else None
+
+
+def _of_queries(graph: Graph, node: Node) -> str | None:
+    """Of a level that scores by other queries of attention than those that attend."""
+    first = graph.operands(node)[0]
+    own = isinstance(first.op, Input) and first.op.role == "query" and first.name != "q"
+    return "scores by queries of its own" if own else None
+
+
+def _of_keys(op: Cluster | Permute | Assign | Runs | Recall | Carry) -> str:
     match op:
         case Cluster():
             return "clusters keys"
         case Permute():
             return "puts keys in another order"
+        case Assign():
+            return "assigns keys to nodes of a tree"
+        case Runs():
+            return "cuts keys into runs"
         case Recall() | Carry():
             return "takes over a selection"
+
+
+def _of_choice(op: Score | Map | Select | SelectSet) -> str | None:
+    match op:
+        case Map(how="mean" | "upsample" as how):
+            return f"maps scores by {'avg_pool' if how == 'mean' else how}"
+        case Score(anchors=found) if found:
+            return "scores anchors behind each row"
+        case Score(until=int()):
+            return "searches halved intervals"
         case SelectSet():
             return f"selects by {op.rule}"
         case Score():

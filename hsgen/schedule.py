@@ -12,12 +12,14 @@ from hsgen import configs, refusals, rows
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
+    Assign,
     Attend,
     Carry,
     Cluster,
     Delta,
     Distance,
     Divergence,
+    Entropies,
     Gate,
     Graph,
     Input,
@@ -37,6 +39,7 @@ from hsgen.graph import (
     Rotate,
     Round,
     Route,
+    Runs,
     Score,
     Select,
     SelectSet,
@@ -97,9 +100,11 @@ class _Scheduler:
                     pass  # fused into the launch that reads them
                 case Route() | Switch() | Union() | OutputGate() | SelectSet():
                     raise AssertionError("refused")
-                case Cluster() | Permute() | Round() | Norm() | Rotate() | Delta():
+                case Cluster() | Permute() | Assign() | Runs() | Round() | Norm() | Rotate():
                     raise AssertionError("refused")
-                case Recall() | Carry() | Divergence() | Distance():
+                case Delta():
+                    raise AssertionError("refused")
+                case Recall() | Carry() | Divergence() | Distance() | Entropies():
                     raise AssertionError("refused")
                 case PoolRows() | PoolHeads() | ReduceRows():
                     raise AssertionError("refused")
@@ -282,7 +287,7 @@ class _Scheduler:
                     share=selection.type.dims[2],
                 )
                 config = self._tiles.attend(context, tokens=1)
-            case "static" | "tiers":
+            case "static" | "tiers" | "spans":
                 raise AssertionError("refused")
             case "blocks":
                 context, config = self._blocks(node, op, name, launches, buffers, sizes)
@@ -418,7 +423,7 @@ class _Scheduler:
                 return (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
             case "tokens":
                 return (_buffer(node.inputs[3]),)
-            case "pooled" | "tiers" | "window" | "static" | "all":
+            case "pooled" | "tiers" | "window" | "static" | "spans" | "all":
                 return ()
 
     def _outputs(self, node: Node) -> tuple[str, ...]:
@@ -616,7 +621,7 @@ class _Scheduler:
             borrowed=self._is_borrowed(chain),
             share=share,
             reduce="sum" if weighted else chain.reduce.how if chain.reduce else None,
-            map_how=chain.map.how if chain.map else None,
+            map_how=_fused(chain.map),
             target=self._entries(chain.map, node.op.level)
             if chain.map
             else Entries(size=0, stride=0),
@@ -793,3 +798,10 @@ def _strides(x: str) -> tuple[str, ...]:
 
 def _lse_strides(x: str) -> tuple[str, ...]:
     return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
+
+
+def _fused(op: Map | None) -> Literal["overlap_sum", "sum", "max"] | None:
+    """How scores are carried over where they are made."""
+    how = op.how if op else None
+    assert how not in ("mean", "upsample"), "refused"
+    return how

@@ -92,6 +92,9 @@ def _tensor(
             return opened.expand(*q.shape[:3], -1).contiguous()
         case _, "bias":
             return _centred(v.norm(dim=-1))
+        case _, _ if name.endswith("_starts"):
+            at = torch.arange(k.shape[1], device=k.device)
+            return (at % RUN == 0).to(k.dtype).expand(shape).contiguous()
         case "layer" | "route", _:  # the first layer; the first way
             return torch.zeros(shape, dtype=torch.int32, device=q.device)
         case "q", _:
@@ -125,6 +128,7 @@ def _masses(spec: Spec, level: Level, shape: tuple[int, ...], q: Tensor, k: Tens
     return found
 
 
+RUN = 32  # tokens of a run, where a caller says where runs begin
 OPEN, CLOSED = 20.0, -1e4  # a gate before its sigmoid; a sink that takes nothing
 
 
@@ -150,13 +154,16 @@ def _in_series(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _compression(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
     """Learned pooling that is a mean: every slot's weight is identity / size, every position 0.
 
-    A codebook's words are keys, evenly spaced.
+    A codebook's words, and a tree's centroids, are keys, evenly spaced.
     """
     if name.endswith("_weight"):
         mean = torch.eye(shape[-1], dtype=like.dtype, device=like.device) / shape[1]
         return mean.expand(shape).contiguous()
     if name.endswith("_position"):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    if name.endswith("_centroids"):  # [1, nodes, D]
+        at = torch.arange(shape[1], device=like.device) * like.shape[1] // shape[1]
+        return like[0, at].transpose(0, 1).contiguous()
     if name.endswith("_codebook"):  # [runs, words, dim]
         at = torch.arange(shape[1], device=like.device) * like.shape[1] // shape[1]
         return like[0, at, 0].unflatten(-1, (shape[0], shape[2])).transpose(0, 1).contiguous()
@@ -174,6 +181,8 @@ _BY_LEVEL = (
     ("_codebook", ("codebooks", "keys of the input, evenly spaced")),
     ("_score", ("estimated scores", "what attention gives each entry, exactly")),
     ("_split", ("where a part that is chosen apart begins", "the middle")),
+    ("_centroids", ("centroids of a tree", "keys of the input, evenly spaced")),
+    ("_starts", ("where runs begin", f"every {RUN} tokens")),
 )
 
 

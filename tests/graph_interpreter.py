@@ -14,9 +14,11 @@ from fractions import Fraction
 from typing import assert_never
 
 import torch
+from interpreter_searches import anchors_behind, assign, drawn, entropies, halved, runs
 from torch import Tensor
 
 from hsgen.graph import (
+    Assign,
     Attend,
     AxisWindow,
     Carry,
@@ -24,6 +26,7 @@ from hsgen.graph import (
     Delta,
     Distance,
     Divergence,
+    Entropies,
     Gate,
     Graph,
     Input,
@@ -43,12 +46,15 @@ from hsgen.graph import (
     Rotate,
     Round,
     Route,
+    Runs,
     Score,
     Select,
     SelectSet,
     Switch,
     Turns,
     Union,
+    anchors,
+    assigned,
     befores,
     block_of,
     partitions,
@@ -150,6 +156,10 @@ class _Run:
     values: dict[str, Value]
 
     def entries(self, level: str) -> int:
+        if behind := anchors(self.graph).get(level):
+            return max(len(anchors_behind(behind, p)) for p in self.positions)
+        if (starts := self.starts(level)) is not None:
+            return max(map(len, starts))
         if self.levels[level][1] == 0:
             return self.graph.sizes[f"N_{level}"]
         return math.ceil(self.keys / self.levels[level][1])
@@ -166,8 +176,39 @@ class _Run:
         start = e * size // segment * segment
         return start, start + segment
 
+    def starts(self, level: str) -> list[list[int]] | None:
+        """Where runs start, by sequence; None where entries are no runs."""
+        node = assigned(self.graph).get(level)
+        if node is None or not isinstance(node.op, Runs):
+            return None
+        found = self.values[node.name].tolist()
+        return [[row.index(run) for run in sorted(set(row))] for row in found]
+
+    def _run_mask(self, level: str, spans: list[tuple[int, int]], whole: bool) -> Tensor:
+        """Runs that count for the rows of some positions.  bool[B, R, 1, N]"""
+        found, N = [], self.entries(level)
+        for starts in self.starts(level) or []:
+            known = [*starts, self.keys]  # that a run has ended is known once the next has begun
+            counts = known[1:] if whole else starts
+            rows = [
+                [at <= last and (at < self.keys) for at in counts]
+                if self.graph.meta.causal
+                else [True] * len(starts)
+                for _, last in spans
+            ]
+            found.append([row + [False] * (N - len(starts)) for row in rows])
+        return torch.tensor(found).view(len(found), len(spans), 1, N)
+
     def complete_mask(self, level: str) -> Tensor:
-        """Which entries count for which rows.  bool[1, T, 1, N]"""
+        """Which entries count for which rows.  bool[1 or B, T, 1, N]"""
+        if behind := anchors(self.graph).get(level):
+            many = [len(anchors_behind(behind, p)) for p in self.positions]
+            seen = [[e < own for e in range(max(many))] for own in many]
+            return torch.tensor(seen, dtype=torch.bool).view(1, len(many), 1, max(many))
+        if self.starts(level) is not None:
+            return self._run_mask(level, [(p, p) for p in self.positions], whole=True)
+        if level in assigned(self.graph):  # a node is there once a token is in it
+            return torch.ones(1, 1, 1, self.entries(level), dtype=torch.bool)
         short = short_last(self.graph, level)
         rows = []
         for p in self.positions:
@@ -200,6 +241,10 @@ class _Run:
         """Which entries count for the rows of a dimension.  bool[1, R, 1, N]"""
         if dim == "T":
             return self.complete_mask(level)
+        if self.starts(level) is not None:
+            return self._run_mask(level, self.spans(dim), whole=False)
+        if level in assigned(self.graph):
+            return torch.ones(1, 1, 1, self.entries(level), dtype=torch.bool)
         whole = whole_only(self.graph, level)
         sorted_ = level in self.segments and self.graph.meta.causal
         rows = []
@@ -235,6 +280,10 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return _cluster(node.op, *operands)
         case Permute():
             return _permute(node.op, *operands)
+        case Assign():
+            return assign(node.op, *operands)
+        case Runs():
+            return runs(node.op, *operands)
         case Switch():
             return _switch(operands)
         case Route():
@@ -275,7 +324,7 @@ def _evaluate(run: _Run, node: Node) -> Value:
         case ReduceRows():
             return _reduce_rows(run, node, *operands)
         case Map():
-            return _map(run, node, *operands)
+            return _map(run, node, operands[0])
         case Select():
             operands = operands[:-1] if node.op.when else operands
             return _off_way(_select(run, node, *operands), _on_way(run, node))
@@ -303,6 +352,8 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return _divergence(run, node.op, *operands)
         case Distance():
             return _distance(node.op, *operands)
+        case Entropies():
+            return entropies(node.op, operands)
         case Gate(column=int(column)):
             gates, branch = operands
             return gates[..., column, None] * branch.o
@@ -438,8 +489,9 @@ def _tokens_of(run: _Run, level: str, e: int, order: Tensor | None, cut: str | N
     if order is None:
         return [[list(range(e * stride, min(e * stride + size, run.keys)))]]
     found = []
+    order = order[..., None] if cut == "runs" else order
     for by_head in order.transpose(1, 2).tolist():
-        if cut == "clusters":
+        if cut in ("clusters", "nodes", "runs"):
             found.append([[s for s, i in enumerate(row) if i == e] for row in by_head])
         else:
             found.append([[s for s in row[e * size : (e + 1) * size] if s >= 0] for row in by_head])
@@ -450,16 +502,47 @@ def _pool(run: _Run, op: Pool, operands: list[Tensor], order: Tensor | None) -> 
     if op.how == "gated":
         assert order is None, "gates in place only"
         return _gated(run, op, operands)
+    if op.how == "centroid":
+        lengths = (operands[0] ** 2).sum(-1, keepdim=True).sqrt()
+        return (operands[0] / lengths).transpose(0, 1).expand(len(run.tensors["q"]), -1, -1, -1)
+    if op.how == "sample" and order is None:
+        return _sampled(run, op, operands[0])
     if order is None:
         return _pool_in_place(run, op, *operands)
     x, *learned = operands
     B, _, H, _ = x.shape
     where = [_tokens_of(run, op.level, e, order, op.cut) for e in range(run.entries(op.level))]
     rows = [
-        [[_of_head(op, x[b, tokens[b][h], h], learned, h) for h in range(H)] for tokens in where]
+        [
+            [
+                _of_head(op, x[b, _of(op, tokens[b][h % len(tokens[b])], h, e), h], learned, h)
+                for h in range(H)
+            ]
+            for e, tokens in enumerate(where)
+        ]
         for b in range(B)
     ]
     return torch.stack([torch.stack([torch.stack(heads) for heads in row]) for row in rows])
+
+
+def _of(op: Pool, tokens: list[int], h: int, e: int) -> list[int]:
+    """The tokens that an entry is made of: all of them, or the one that is drawn."""
+    if op.how != "sample" or not tokens:
+        return tokens
+    return [tokens[drawn(op.seed, h, e, len(tokens))]]
+
+
+def _sampled(run: _Run, op: Pool, x: Tensor) -> Tensor:
+    """Of each entry one token, by each head.  [B, S, (H,) D] -> [B, N, (H,) D]"""
+    by_head = x if x.ndim == 4 else x.unsqueeze(2)
+    entries = []
+    for e in range(run.entries(op.level)):
+        there = [s for s in range(e * op.stride, e * op.stride + op.size) if s < x.shape[1]]
+        heads = range(by_head.shape[2])
+        chosen = [by_head[:, _of(op, there, h, e)[0], h] for h in heads]
+        entries.append(torch.stack(chosen, 1))
+    made = torch.stack(entries, 1)
+    return made if x.ndim == 4 else made.squeeze(2)
 
 
 def _of_head(op: Pool, tokens: Tensor, learned: list[Tensor], h: int) -> Tensor:
@@ -535,7 +618,7 @@ def _rotate(op: Rotate, x: Tensor, cos: Tensor | None = None, sin: Tensor | None
 
 def _summed_up(op: Pool, tokens: Tensor, *learned: Tensor) -> Tensor:
     """One entry.  [B, slots, (H,) D] -> [B, (H,) D], of minmax [B, (H,) 2, D]"""
-    if op.how == "mean":
+    if op.how in ("mean", "sample"):  # of one that is drawn
         return tokens.mean(1)
     if op.how == "max":
         return tokens.amax(1)
@@ -601,8 +684,13 @@ def _reduce_rows(run: _Run, node: Node, score: Scores) -> Scores:
         stacked = torch.stack([value[:, row] for row in rows])
         made.append({"sum": stacked.sum, "mean": stacked.mean, "max": stacked.amax}[op.how](0))
     value = torch.stack(made, 1)
-    level = node.type.dims[-1].removeprefix("N_")
+    level = node.type.dims[-1].partition("_")[2]
     there = run.visible_mask(level, node.type.dims[1]).expand(value.shape)
+    scored = [x for x in run.graph.nodes() if isinstance(x.op, Score) and x.op.level == level]
+    for each in scored:
+        if each.op.within is not None:  # rows of a group have one parent's choice
+            parent = run.values[each.inputs[-1]]
+            there = there & _in_beam(run, replace(each, type=node.type), parent, value.shape[2])
     return Scores(value=value, there=there)
 
 
@@ -673,7 +761,9 @@ def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
             there = there & _in_beam(run, node, operands[-1], value.shape[2])
         return Scores(value=value * (1.0 if op.scale is None else op.scale), there=there)
     query, keys = operands[:2]
-    if op.form == "dot":
+    if op.anchors or op.until:
+        value = _searched(run, node, _dots(query, keys))
+    elif op.form == "dot":
         value = _dots(query, keys)
     elif op.form == "code_match":
         value = _equal_codes(op, query, keys, operands[2])
@@ -692,7 +782,7 @@ def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
         groups = run.graph.sizes["Hkv"] if op.grouped else 1
         value = torch.stack([part.sum(2) for part in heads.chunk(groups, 2)], 2)
     there = run.visible_mask(op.level, node.type.dims[1]).expand(value.shape)
-    there = there & _has_tokens(run, op, value.shape)
+    there = there & _has_tokens(run, node, value.shape)
     if op.among:
         there = there & _spread(operands[-1].member, value.shape[2])
     if op.within is not None:
@@ -779,9 +869,33 @@ def _equal_codes(op: Score, query: Tensor, keys: Tensor, codebook: Tensor) -> Te
     return value
 
 
-def _has_tokens(run: _Run, op: Score, shape: torch.Size) -> Tensor:
-    """Entries of an order that hold any token.  bool[B, 1, H, N]"""
+def _searched(run: _Run, node: Node, dots: Tensor) -> Tensor:
+    """What is searched of the logits of tokens: anchors behind each row, or halves of intervals."""
+    op = node.op
+    assert isinstance(op, Score)
+    value = torch.full((*dots.shape[:3], run.entries(op.level)), -math.inf, dtype=dots.dtype)
+    spans = run.spans(node.type.dims[1])
+    B, R, H, N = value.shape
+    for b, r, h in ((b, r, h) for b in range(B) for r in range(R) for h in range(H)):
+        last = spans[r][1]
+        row = dots[b, r, h].tolist()
+        if op.anchors:
+            for e, token in enumerate(anchors_behind(op.anchors, last)):
+                value[b, r, h, e] = row[token]
+            continue
+        seen = row[: max(last + 1, 0)] if run.graph.meta.causal else row
+        for e in range(N):
+            value[b, r, h, e] = halved(seen, e * op.size, op.size, op.until)
+    return value
+
+
+def _has_tokens(run: _Run, node: Node, shape: torch.Size) -> Tensor:
+    """Entries of an order, and nodes, that hold any token.  bool[B, 1 or R, H, N]"""
+    op = node.op
+    assert isinstance(op, Score)
     found = torch.ones(1, 1, 1, run.entries(op.level), dtype=torch.bool)
+    if op.cut == "nodes" and op.size == 0:
+        return _nodes_there(run, node, shape[2])
     for node in run.graph.nodes():
         if not isinstance(node.op, Pool) or node.op.level != op.level or node.op.cut is None:
             continue
@@ -794,17 +908,50 @@ def _has_tokens(run: _Run, op: Score, shape: torch.Size) -> Tensor:
     return found
 
 
+def _nodes_there(run: _Run, node: Node, heads: int) -> Tensor:
+    """Nodes that a token is in which the last of the rows sees.  bool[B, R, heads, N]"""
+    of = run.values[assigned(run.graph)[node.op.level].name]  # [B, S, Hkv]
+    spans = run.spans(node.type.dims[1])
+    found = []
+    for _, last in spans:
+        seen = of[:, : max(last + 1, 0)] if run.graph.meta.causal else of
+        found.append([(seen == e).any(1) for e in range(run.entries(node.op.level))])
+    by_row = [torch.stack(each, -1) for each in found]  # [B, Hkv, N]
+    return _spread(torch.stack(by_row, 1), heads)
+
+
+def _held(of: Tensor, member: Tensor, heads: int) -> Tensor:
+    """Tokens of chosen nodes or runs.  [B, S, Hkv] or [B, S], bool[B, R, H, N] -> bool[B, R, heads, S]"""
+    of = of[..., None] if of.ndim == 2 else of
+    heads = max(heads, of.shape[2])
+    member = _spread(member, heads)
+    found = torch.zeros(*member.shape[:3], of.shape[1], dtype=torch.bool)
+    B, S = of.shape[:2]
+    for b, s, h in ((b, s, h) for b in range(B) for s in range(S) for h in range(heads)):
+        entry = int(of[b, s, h * of.shape[2] // heads])
+        if entry >= 0:
+            found[b, :, h, s] = member[b, :, h, entry]
+    return found
+
+
 def _in_beam(run: _Run, node: Node, parent: Chosen, heads: int) -> Tensor:
     """Children of chosen parents.  bool[B, R, heads, N]"""
     op = node.op
     assert isinstance(op, Score | Select)
     assert op.within is not None
     size, _ = run.levels[op.within]
-    parents = [e * op.stride // size for e in range(run.entries(op.level))]
     above = run.graph[node.inputs[1 if isinstance(op, Select) else -1]].type.dims[1]
     row, theirs = run.row_of(node.type.dims[1]), run.row_of(above)
     mine = [theirs[row.index(r)] for r in range(len(run.spans(node.type.dims[1])))]
-    return _spread(parent.member[:, mine][..., parents], heads)
+    member = parent.member[:, mine]
+    own = assigned(run.graph).get(op.level)
+    if own is not None:
+        parents = [e // own.op.branching for e in range(run.entries(op.level))]
+    elif op.cut is not None:
+        return _held(run.values[assigned(run.graph)[op.within].name], member, heads)
+    else:
+        parents = [e * op.stride // size for e in range(run.entries(op.level))]
+    return _spread(member[..., parents], heads)
 
 
 def _reduce(run: _Run, op: Reduce, score: Scores) -> Scores:
@@ -819,9 +966,12 @@ def _reduce(run: _Run, op: Reduce, score: Scores) -> Scores:
 def _map(run: _Run, node: Node, source: Scores) -> Scores:
     op = node.op
     assert isinstance(op, Map)
+    if op.how == "upsample":
+        return _upsample(run, node, source)
     none = -math.inf if op.how == "max" else 0.0
     gathered = []
     for e in range(run.entries(op.level)):
+        count = torch.zeros_like(source.value[..., 0])
         value = torch.full_like(source.value[..., 0], none)
         for offset, weight in op.taps:
             i = e * op.ratio + offset
@@ -829,10 +979,23 @@ def _map(run: _Run, node: Node, source: Scores) -> Scores:
                 continue
             x = source.value[..., i].masked_fill(~source.there[..., i], none)
             value = torch.maximum(value, x) if op.how == "max" else value + weight * x
-        gathered.append(value)
+            count += source.there[..., i]
+        gathered.append(value / count.clamp(min=1) if op.how == "mean" else value)
     value = torch.stack(gathered, -1)
     there = run.visible_mask(op.level, node.type.dims[1]).expand(value.shape)
     return Scores(value=value, there=there)
+
+
+def _upsample(run: _Run, node: Node, source: Scores) -> Scores:
+    """Every entry with the score of the one that holds it."""
+    op, value = node.op, _masked(source)
+    N = run.entries(op.level)
+    made = torch.full((*value.shape[:3], N), -math.inf, dtype=value.dtype)
+    of = run.values[node.inputs[1]] if op.cut else None
+    for b, e in ((b, e) for b in range(len(value)) for e in range(N)):
+        made[b, ..., e] = value[b, ..., e // op.ratio if of is None else int(of[b, e])]
+    there = run.visible_mask(op.level, node.type.dims[1]).expand(made.shape)
+    return Scores(value=made, there=there)
 
 
 def _select(run: _Run, node: Node, score: Scores, *others: Value) -> Chosen:
@@ -851,8 +1014,8 @@ def _select(run: _Run, node: Node, score: Scores, *others: Value) -> Chosen:
         last = run.spans(node.type.dims[1])[t][1]
         sinks = _sinks(run, node, order, (b, h, H), last)
         there = score.there[b, t, h].tolist()
-        tail = {e for e in _tail(op, run.positions[t], there) if inside[e]}
-        forced = {e for e in _forced(run, node, t, N) | sinks if inside[e]}
+        tail = {e for e in _tail(run, op, b, run.positions[t], there) if inside[e]}
+        forced = {e for e in _forced(run, node, b, t, N) | sinks if inside[e]}
         forced |= {e for e in range(N) if joined[b, t, h, e] and inside[e]}
         forced -= tail
         candidates = [e for e in range(N) if e in forced or (there[e] and inside[e])]
@@ -863,21 +1026,25 @@ def _select(run: _Run, node: Node, score: Scores, *others: Value) -> Chosen:
     return Chosen(member=member, indices=indices)
 
 
-def _tail(op: Select | SelectSet, p: int, there: list[bool]) -> set[int]:
+def _tail(run: _Run, op: Select | SelectSet, b: int, p: int, there: list[bool]) -> set[int]:
     """The entry of position p, if it is not there yet."""
-    if not op.tail:
+    if not op.tail or p < 0:
         return set()  # nor has an entry a place where entries are clusters
-    own = p // op.stride
+    starts = run.starts(op.level)
+    own = sum(at <= p for at in starts[b]) - 1 if starts else p // op.stride
     return set() if there[own] else {own}
 
 
-def _forced(run: _Run, node: Node, row: int, N: int) -> set[int]:
+def _forced(run: _Run, node: Node, b: int, row: int, N: int) -> set[int]:
     """The first entries, and the last ones of every position that the row stands for."""
     op = node.op
     assert isinstance(op, Select | SelectSet)
     first, last = run.spans(node.type.dims[1])[row]
+    if not (op.first or op.last):
+        return set()
     before = getattr(op, "before", None) or 0
-    places = [run.span(op.level, e)[0] + before for e in range(N)]
+    starts = run.starts(op.level)
+    places = starts[b] if starts else [run.span(op.level, e)[0] + before for e in range(N)]
     begins = sorted(set(places))
     unit = [begins.index(place) for place in places]
     own = [
@@ -887,7 +1054,7 @@ def _forced(run: _Run, node: Node, row: int, N: int) -> set[int]:
     upper = own[-1] if run.graph.meta.causal else N - 1
     return {
         e
-        for e in range(N)
+        for e in range(len(places))
         if (unit[e] < op.first and unit[e] <= upper)
         or any(mine - op.last < unit[e] <= mine for mine in own)
     }
@@ -993,7 +1160,7 @@ def _select_set(
                 member[b, x.where[0], h, x.where[1]] = True
     for b, h in ((b, h) for b in range(B) for h in range(H)):
         for t, p in enumerate(run.positions if op.tail else ()):
-            own = _tail(op, p, score.there[b, t, h].tolist())
+            own = _tail(run, op, b, p, score.there[b, t, h].tolist())
             member[b, t, h, sorted(e for e in own if inside is None or inside[e])] = True
     return _chosen(member, tiers if op.tiers else None)
 
@@ -1094,9 +1261,11 @@ def _row_of(
     op = node.op
     assert isinstance(op, SelectSet)
     values, there = score.value[at].tolist(), score.there[at].tolist()
-    forced = _forced(run, node, at[1], len(values)) - _tail(op, run.positions[at[1]], there)
-    last = run.spans(node.type.dims[1])[at[1]][1]
-    forced |= _sinks(run, node, order, (at[0], at[2], score.value.shape[2]), last)
+    b, row, _ = at
+    tail = _tail(run, op, b, run.positions[row], there) if op.tail else set()
+    forced = _forced(run, node, b, row, len(values)) - tail
+    last = run.spans(node.type.dims[1])[row][1]
+    forced |= _sinks(run, node, order, (b, at[2], score.value.shape[2]), last)
     return [
         _Entry(where=(at[1], e), score=x if there[e] else -math.inf, forced=e in forced, there=seen)
         for e, (x, seen) in enumerate(zip(values, there, strict=True))
@@ -1146,6 +1315,7 @@ def _attend(
     order = rest.pop() if op.cut else None
     far = rest.pop() if op.near is not None else None
     bias = rest.pop() if op.biased else None
+    weighed = rest.pop() if op.spans else None
     (chosen,) = rest or (None,)
     if chosen is not None:
         row = run.row_of(run.graph[node.inputs[3]].type.dims[1])
@@ -1175,6 +1345,8 @@ def _attend(
             own = [y[:, t, :, p] for y in whole] if p >= 0 else [torch.tensor(False)]
             seen[:, t] &= torch.stack(own).any(0)[..., None]
         parts[source] = replace(part, seen=seen if way is None else seen & way)
+    if op.spans:
+        return _spans(run, op, query, next(iter(parts.items())), (chosen, weighed, way), sink)
     return _softmax(op, query, parts, sink)
 
 
@@ -1188,6 +1360,42 @@ def _from_changes(op: Delta, keys: Tensor) -> Tensor:
         change = keys[b, s, h, d] - before
         found[b, s, h, d] = found[b, s - 1, h, d] + (change if abs(change) > op.threshold else 0.0)
     return found
+
+
+def _spans(
+    run: _Run,
+    op: Attend,
+    query: Tensor,
+    source: tuple[tuple, _Part],
+    choice: tuple[Chosen, Scores, Tensor | None],
+    sink: Tensor | None,
+) -> Attended:
+    """Anchor by anchor: where some row and head has chosen it, its span, with a softmax of its own."""
+    name, keys = source
+    chosen, scores, way = choice
+    spans, heads = op.spans, query.shape[2]
+    member = _spread(chosen.member, heads)
+    member = member if way is None else member & way
+    logits = _spread(scores.value.masked_fill(~chosen.member, -math.inf), heads)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    alone = ~member.any(-1, keepdim=True) if way is None else ~member.any(-1, keepdim=True) & way
+    on = torch.cat((member, alone), -1)  # rows without an anchor have their window
+    weights = torch.cat((weights, alone.double()), -1)
+    union, o = torch.zeros(*query.shape[:3], keys.k.shape[1], dtype=torch.bool), 0.0
+    for e in range(on.shape[-1]):
+        seen = torch.zeros_like(union)
+        for t, p in enumerate(run.positions):
+            behind = anchors_behind(spans.anchors, p)
+            shown = {s for s in range(keys.k.shape[1]) if p - spans.window < s <= p}
+            if e < len(behind):
+                reach = math.ceil(round(spans.factor * (p + 1) ** spans.power * 2**20) / 2**20)
+                shown |= set(range(max(0, behind[e] - reach), behind[e] + 1))
+            seen[:, t, :, sorted(shown)] = on[:, t, :, e, None]
+        part = _softmax(op, query, {name: replace(keys, seen=seen)}, sink)
+        o = o + weights[..., e, None] * part.o
+        union = union | seen
+    both = _softmax(op, query, {name: replace(keys, seen=union)}, sink)
+    return Attended(o=o, lse=both.lse, parts=both.parts)
 
 
 def _values(run: _Run, op: Attend, values: Tensor) -> Tensor:
@@ -1288,6 +1496,8 @@ def _seen_tokens(
     visible = torch.stack(rows)[None, :, None]
     if chosen is None:
         return visible
+    if op.cut in ("nodes", "runs"):
+        return _held(order, chosen.member, heads) & visible
     if op.cut is not None:
         return _seen_in_order(op, _spread(chosen.member, heads), order) & visible
     if op.parts is not None:

@@ -738,6 +738,8 @@ def random_tensors(
         made[name][:, 2:4] = torch.tensor([-1.0, 0.0])[: made[name][:, 2:4].shape[1], None]
     for name in (name for name in made if name.endswith("_split")):  # also before all, after all
         made[name] = torch.randint(-1, keys + 2, shapes[name], generator=generator)
+    for name in (name for name in made if name.endswith("_starts")):  # every third, about
+        made[name] = (made[name] > 0.4).double()
     for name in {"layer", "route"} & {*made}:
         made[name] = torch.randint(-1, 5, shapes[name], generator=generator, dtype=torch.int32)
     return made

@@ -115,6 +115,7 @@ def test_json_says_what_show_says(name: str, capsys: pytest.CaptureFixture[str])
         assert mine["kernels"] == [kernel["name"] for kernel in shown["plan"]["kernels"]]
     last = [node["flops"][-1] for node in shown["graph"]["nodes"]]
     flops = sum(piece["t2"] * 131072**2 + piece["t1"] * 131072 + piece["t0"] for piece in last)
+    flops += sum(factor * 131072**power for piece in last for power, factor in piece["others"])
     sizes = shown["graph"]["sizes"]
     pairs = 131072 * 131073 / 2 if load(name).causal else 131072**2
     dense = 2 * sizes["Hq"] * (sizes["Dqk"] + sizes["Dv"]) * pairs

@@ -229,6 +229,7 @@ def test_numbers_are_no_names() -> None:
 
 def test_field_names_of_python_are_no_keys() -> None:
     assert "HS012" in {code for *_, code in codes(SMALL.replace("form: dot", "source: chunk"))}
+    # a mapping without a key of any kind is of none
     assert "HS035" in {
         code for *_, code in codes(SMALL.replace("blocks: 64", "kind: blocks, size: 64"))
     }

@@ -11,9 +11,11 @@ one.
 
 from __future__ import annotations
 
-from hsgen.graph.checks import befores, partitions, segments, short_last, verify
+from hsgen.graph.checks import anchors, assigned, befores, partitions, segments, short_last, verify
 from hsgen.graph.nodes import FIXED_SIZES, Graph, GraphError, Meta, Node, Outputs, TensorType, dump
 from hsgen.graph.ops import (
+    Anchors,
+    Assign,
     Attend,
     AxisWindow,
     Carry,
@@ -24,6 +26,7 @@ from hsgen.graph.ops import (
     Distance,
     Divergence,
     DType,
+    Entropies,
     Gate,
     Input,
     LogSumExp,
@@ -44,9 +47,11 @@ from hsgen.graph.ops import (
     Rotate,
     Round,
     Route,
+    Runs,
     Score,
     Select,
     SelectSet,
+    Spans,
     Switch,
     Tiers,
     Turns,
@@ -59,6 +64,8 @@ from hsgen.graph.text import align, op_fields, op_text
 from hsgen.graph.types import result_type
 
 __all__ = [
+    "Anchors",
+    "Assign",
     "Attend",
     "AxisWindow",
     "Cluster",
@@ -69,6 +76,7 @@ __all__ = [
     "DType",
     "Distance",
     "Divergence",
+    "Entropies",
     "FIXED_SIZES",
     "Gate",
     "Graph",
@@ -95,9 +103,11 @@ __all__ = [
     "Rotate",
     "Round",
     "Route",
+    "Runs",
     "Score",
     "Select",
     "SelectSet",
+    "Spans",
     "Switch",
     "TensorInput",
     "TensorType",
@@ -106,6 +116,8 @@ __all__ = [
     "Union",
     "Which",
     "align",
+    "anchors",
+    "assigned",
     "befores",
     "block_of",
     "dump",

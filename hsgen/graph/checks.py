@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from hsgen.graph.nodes import Graph, GraphError, Node
 from hsgen.graph.ops import (
+    Anchors,
+    Assign,
     Attend,
     Cluster,
     Input,
@@ -14,6 +16,7 @@ from hsgen.graph.ops import (
     Permute,
     Pool,
     Recall,
+    Runs,
     Score,
     Select,
     SelectSet,
@@ -55,12 +58,14 @@ def _verify_partitions(graph: Graph) -> None:
     """Operators of one level agree on its entries, and so do maps and pooled branches."""
     known = partitions(graph)
     for node in graph.nodes():
-        if isinstance(node.op, Map):
+        if isinstance(node.op, Map) and node.op.cut is None:
             source = graph[node.inputs[0]].type.dims[-1].removeprefix("N_")
+            strides = known[source][1], node.op.stride
+            fine, coarse = reversed(strides) if node.op.how == "upsample" else strides
             need(
-                node.op.stride == node.op.ratio * known[source][1],
-                f"%{node.name}: ratio {node.op.ratio} does not carry stride {known[source][1]}"
-                f" to {node.op.stride}",
+                coarse == node.op.ratio * fine,
+                f"%{node.name}: ratio {node.op.ratio} does not carry stride {strides[0]}"
+                f" to {strides[1]}",
             )
         if isinstance(node.op, Attend) and node.op.over == "pooled":
             level = graph[node.inputs[1]].type.dims[1].removeprefix("N_")
@@ -112,6 +117,17 @@ def segments(graph: Graph) -> Mapping[str, int | None]:
         for node in graph.nodes()
         if isinstance(node.op, Permute | Cluster)
     }
+
+
+def assigned(graph: Graph) -> Mapping[str, Node]:
+    """Of every level whose entries are nodes or runs: what says in which of them each token is."""
+    return {node.op.level: node for node in graph.nodes() if isinstance(node.op, Assign | Runs)}
+
+
+def anchors(graph: Graph) -> Mapping[str, Anchors]:
+    """Of every level whose entries lie behind each row: where they lie."""
+    ops = (node.op for node in graph.nodes())
+    return {op.level: op.anchors for op in ops if isinstance(op, Score) and op.anchors}
 
 
 def short_last(graph: Graph, level: str) -> bool:

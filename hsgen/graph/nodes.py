@@ -10,7 +10,7 @@ from typing import get_args
 import networkx as nx
 
 from hsgen.errors import HsgenError, Span
-from hsgen.graph.ops import Cluster, DType, Input, Op, Role, Score, Select
+from hsgen.graph.ops import Assign, Cluster, DType, Input, Op, Role, Score, Select
 from hsgen.graph.text import align, op_text
 
 
@@ -164,6 +164,7 @@ def _known_sizes(order: Sequence[Node], sizes: Mapping[str, int]) -> dict[str, i
     if "Hq" in known and "Hkv" in known:
         known["G"] = known["Hq"] // known["Hkv"]
     selects = {node.op.level: node.op for node in order if isinstance(node.op, Select)}
+    branching: dict[str, int] = {}
     for select in selects.values():
         known[f"K_{select.level}"] = select.width
     for node in order:
@@ -171,9 +172,16 @@ def _known_sizes(order: Sequence[Node], sizes: Mapping[str, int]) -> dict[str, i
             known[f"N_{node.op.level}"] = node.op.clusters
         if isinstance(node.op, Score) and node.op.parts is not None:
             known[f"N_{node.op.level}"] = node.op.parts
-        if isinstance(node.op, Score) and node.op.within in selects:
-            parent = selects[node.op.within]
-            known[f"C_{node.op.level}"] = parent.width * (parent.size // node.op.size)
+        if isinstance(node.op, Assign):
+            known[f"N_{node.op.level}"] = node.op.nodes
+            branching[node.op.level] = node.op.branching
+    for score in (node.op for node in order if isinstance(node.op, Score)):
+        parent = selects.get(score.within or "")
+        children = branching.get(score.level) or (
+            parent and score.size and parent.size // score.size
+        )
+        if parent and children:  # nodes and runs have any number of tokens
+            known[f"C_{score.level}"] = parent.width * children
     return known
 
 

@@ -19,6 +19,7 @@ Role = Literal[
     "scores",
     "split",
     "order",
+    "starts",
     "bias",
     "gates",
     "output_gate",
@@ -67,7 +68,58 @@ class Permute:
     last: int | None
 
 
-Cut = Literal["order", "clusters"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assign:
+    """The node of every token at one level of a learned tree, -1 of none; see the language's `tree`.
+
+    keys, centroids, [nodes above] -> i32[B, S, Hkv]
+
+    Node e is a child of node e // branching above; with `capacity` it keeps its nearest tokens.
+    """
+
+    level: str
+    nodes: int
+    branching: int
+    capacity: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """The run of every token, counted from 0; see the language's `ragged`.  operand -> i32[B, S]
+
+    keys, whose means over `span` tokens on either side are compared with `threshold`; or starts.
+    """
+
+    level: str
+    span: int | None
+    threshold: float | None
+
+
+Cut = Literal["order", "clusters", "nodes", "runs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anchors:
+    """Entries that lie behind each row, at p + 1 - i ** power for every i from `first` on."""
+
+    power: int
+    first: int
+
+    def __str__(self) -> str:
+        return f"[i^{self.power} from {self.first}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spans:
+    """What of the tokens before an anchor is attended; see the language's `spans`."""
+
+    anchors: Anchors
+    factor: float
+    power: float
+    window: int
+
+    def __str__(self) -> str:
+        return f"[{self.factor} p^{self.power} before {self.anchors} window={self.window}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +133,8 @@ class Pool:
     are blocks of an order's slots, or clusters, as the last operand has them.  `before`: entries
     begin so many tokens before their place, entry * stride.  `gated` weighs tokens by a softmax of
     gates and position, of each channel or one of all.  `series`: of x and gates slot s takes series
-    s // stride.  See the language's `pool` for the others.
+    s // stride.  `centroid`: x is the centroids of nodes, [H, N, D].  See the language's `pool` for
+    the others.
     """
 
     level: str
@@ -96,6 +149,8 @@ class Pool:
         "max_min_mean",
         "first",
         "antidiagonal",
+        "sample",
+        "centroid",
     ]
     size: int
     stride: int
@@ -104,6 +159,7 @@ class Pool:
     before: int | None = None
     softmax: Literal["channel", "token"] | None = None
     series: int | None = None
+    seed: int | None = None  # of `sample`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +228,7 @@ class Score:
     """Score entries of a level.
 
     query, entry keys, [index weights or codebook], [entry biases], [keys, [entry values, values]],
-        [order], [parent selection], [recalled selection] -> f32[B, R, H, N]
+        [cut], [parent selection], [recalled selection] -> f32[B, R, H, N]
 
     Of a single row, R = T, the complete entries count; of a query that stands for several, those that
     begin by the last of its rows.
@@ -182,9 +238,13 @@ class Score:
     minmax keys.  `bias` has no query: its keys are the biases of entries, one a key head; of other
     forms they are added, where they are `biased`.  `given` reads scores, and nothing else.
     `pooling_error` reads what was pooled as well.  `counted`: the logarithm of an entry's tokens is
-    added.  `cut`: the order says which tokens an entry has.  With `within`, only children of the
-    parent selection are scored: f32[B, T, H, C].  `among`: only entries of one more operand, a
-    recalled selection.
+    added.  With `within`, only children of the parent selection are scored: f32[B, T, H, C].
+    `among`: only entries of one more operand, a recalled selection.  `cut`: the order says which
+    tokens an entry has; or which node or run each token is in, of the level's own, or of the parent's
+    where entries are tokens; a node exists for a row once a token is in it, and a run is complete
+    once the next has begun.  `anchors`: entries are tokens behind each row, and keys those of tokens.
+    `until`: keys are those of tokens, and an entry's score is the best of those that halving it until
+    it is so long comes upon.
     """
 
     level: str
@@ -210,6 +270,8 @@ class Score:
     parts: int | None = None  # entries: so many equal parts of what a row sees
     counted: Literal[True] | None = None
     cut: Cut | None = None
+    anchors: Anchors | None = None
+    until: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,17 +327,20 @@ class ReduceRows:
 class Map:
     """Carry scores to another level: entry j gathers source entries j * ratio + offset.
 
-    `taps` are (offset, weight) pairs; sources that do not exist or are incomplete count nothing.
-    `size` and `stride` are of the entries that are made.
+    score, [runs] -> f32[B, T, H, N].  `taps` are (offset, weight) pairs; sources that do not exist or
+    are incomplete count nothing.  `mean` is over those that do.  `upsample` takes the source entry
+    j // ratio, or the run that token j is in, -inf of an incomplete one.  `size` and `stride` are of
+    the entries that are made.
     """
 
     level: str
-    how: Literal["overlap_sum", "sum", "max"]
+    how: Literal["overlap_sum", "sum", "max", "mean", "upsample"]
     size: int
     stride: int
     ratio: int
     taps: tuple[tuple[int, int], ...]
     before: int | None = None
+    cut: Literal["runs"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,8 +349,8 @@ class Select:
 
     With `within`, only children of the parent selection (second input) are candidates.  The entries
     that the level `joined` selects (next input) are forced, and those with one of the first `sink`
-    tokens; `cut`: the order (next input) says which these are.  With `when`, heads that the route
-    (last input) sends another way keep none.
+    tokens; `cut`: the order (next input) says which these are, or as in Score.  With `when`, heads
+    that the route (last input) sends another way keep none.
     """
 
     level: str
@@ -438,21 +503,24 @@ class Pattern:
 class Attend:
     """One softmax over one branch's keys.
 
-    query, keys, values, [selection], [bias], [far keys], [order], [sink], [route] -> [B, T, Hq, Dv]
+    query, keys, values, [selection, [scores]], [bias], [far keys], [cut], [sink], [route]
+        -> [B, T, Hq, Dv]
 
     `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete or, with
     a selection, those of them that are selected, the last `window` tokens, what a static `pattern` of
     units of `size` tokens shows, or all tokens.  `latent`: values are the first Dv channels of keys.
-    `cut`: blocks are those of an order's slots, or clusters, as the operand of the order has them.
+    `cut`: blocks are those of an order's slots, clusters, nodes or runs, as that operand has them.
     `parts`: they are as many equal parts of what a row sees.  `tiers`: entries as means of `merges`
     tokens, tier by tier, 1 as they are.  `which`: pooled entries that are not selected.  `counted`:
     the logarithm of the tokens that a pooled key stands for is added.  `near`: of the last so many
     tokens a row reads the keys, of others the far keys.  `rows`: one that does not see its own token
-    sees none.  With `when`, heads that the route sends another way see nothing.
+    sees none.  `spans`: of each selected anchor its span, with a softmax of its own; the output is
+    their mean by the softmax of their scores.  With `when`, heads that the route sends another way
+    see nothing.
     """
 
     branch: str
-    over: Literal["blocks", "tokens", "pooled", "tiers", "window", "static", "all"]
+    over: Literal["blocks", "tokens", "spans", "pooled", "tiers", "window", "static", "all"]
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
     size: int
     stride: int
@@ -471,6 +539,7 @@ class Attend:
     counted: Literal[True] | None = None
     near: int | None = None
     rows: Literal["chosen"] | None = None
+    spans: Spans | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -586,10 +655,25 @@ class Distance:
     toward: Literal["teacher", "both"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entropies:
+    """Affinity less balance of a learned tree; see the language's `dual_entropy`.  -> f32[]
+
+    query, keys and centroids of each level, from the root down.
+    """
+
+    levels: tuple[str, ...]
+    branching: tuple[int, ...]
+    temperature: float
+    balance: float
+
+
 Op = (
     Input
     | Cluster
     | Permute
+    | Assign
+    | Runs
     | Pool
     | PoolRows
     | PoolHeads
@@ -615,4 +699,5 @@ Op = (
     | Carry
     | Divergence
     | Distance
+    | Entropies
 )

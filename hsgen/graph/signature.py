@@ -7,12 +7,14 @@ from typing import assert_never
 
 from hsgen.graph.nodes import Graph, Node, TensorType
 from hsgen.graph.ops import (
+    Assign,
     Attend,
     Carry,
     Cluster,
     Delta,
     Distance,
     Divergence,
+    Entropies,
     Gate,
     Input,
     LogSumExp,
@@ -32,6 +34,7 @@ from hsgen.graph.ops import (
     Rotate,
     Round,
     Route,
+    Runs,
     Score,
     Select,
     SelectSet,
@@ -63,7 +66,6 @@ def tensor_inputs(graph: Graph) -> tuple[TensorInput, ...]:
 
 
 _PLAIN = {
-    "query": "queries",
     "index_query": "queries of the index",
     "index_keys": "keys of the index, shared by its heads",
     "index_weights": "weight of each head of the index",
@@ -72,6 +74,7 @@ _PLAIN = {
 
 
 _OF = {
+    "starts": "not 0 where an entry begins",
     "codebook": "codewords of every run of channels",
     "scores": "score of every entry",
     "split": "the token from which on entries are chosen apart",
@@ -87,11 +90,13 @@ def _about(graph: Graph, node: Node) -> str:
     whose = sorted({_owner(user.op) for user in users} - {""})
     of = f" of {', '.join(whose)}" if whose else ""
     match node.op.role:
-        case "query" | "index_query" | "index_keys" | "index_weights" | "output_gate" as role:
+        case "index_query" | "index_keys" | "index_weights" | "output_gate" as role:
             return _PLAIN[role]
+        case "query":
+            return "queries" if node.name == "q" else f"queries{of}"
         case "keys" | "values" as role:
             return f"{role}{of}"
-        case "codebook" | "scores" | "split" | "order" | "bias" | "state" as role:
+        case "codebook" | "scores" | "split" | "order" | "starts" | "bias" | "state" as role:
             return f"{_OF[role]}{of}"
         case "gates":
             return _about_gates(graph, users)
@@ -124,6 +129,8 @@ def _about_route(users: tuple[Node, ...]) -> str:
 def _about_parameter(users: tuple[Node, ...], of: str) -> str:
     if any(isinstance(user.op, Attend | Union) for user in users):
         return f"learned sink{of}"
+    if any(isinstance(user.op, Assign) for user in users):
+        return f"learned centroids{of}"
     norms = any(isinstance(user.op, Norm) for user in users)
     return f"learned {'norm' if norms else 'pooling'}{of}"
 
@@ -133,7 +140,7 @@ def _owner(op: Op) -> str:
     match op:
         case Cluster() | Permute() | Recall() | Carry() | Pool() | Norm() | Rotate():
             return f"level {op.level}"
-        case PoolRows() | PoolHeads() | ReduceRows():
+        case PoolRows() | PoolHeads() | ReduceRows() | Assign() | Runs():
             return f"level {op.level}"
         case Score() | Normalise() | Map() | Select() | SelectSet():
             return f"level {op.level}"
@@ -141,7 +148,7 @@ def _owner(op: Op) -> str:
             return f"branch {op.branch}"
         case Input() | Round() | Delta() | LogSumExp() | Reduce() | Route() | Switch():
             return ""
-        case Gate() | Union() | OutputGate() | Divergence() | Distance():
+        case Gate() | Union() | OutputGate() | Divergence() | Distance() | Entropies():
             return ""
         case _:
             assert_never(op)

@@ -8,6 +8,7 @@ from typing import assert_never
 
 from hsgen.graph.nodes import GraphError, Node, TensorType
 from hsgen.graph.ops import (
+    Assign,
     Attend,
     Carry,
     Cluster,
@@ -15,6 +16,7 @@ from hsgen.graph.ops import (
     Delta,
     Distance,
     Divergence,
+    Entropies,
     Gate,
     Input,
     LogSumExp,
@@ -33,6 +35,7 @@ from hsgen.graph.ops import (
     Rotate,
     Round,
     Route,
+    Runs,
     Score,
     Select,
     SelectSet,
@@ -48,7 +51,7 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
     match op:
         case Input():
             raise GraphError("an input has the type it is given")
-        case Cluster() | Permute():
+        case Cluster() | Permute() | Assign() | Runs():
             return _order_type(op, operands)
         case Pool() | PoolRows() | PoolHeads():
             return _pooled_type(op, operands)
@@ -62,7 +65,7 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             return _output_type(op, operands)
         case Round() | Norm() | Rotate() | Delta():
             return _vector_type(op, types)
-        case Recall() | Carry() | Divergence() | Distance():
+        case Recall() | Carry() | Divergence() | Distance() | Entropies():
             return _calls_type(op, types)
         case _:
             assert_never(op)
@@ -127,11 +130,11 @@ def _step_type(
         case ReduceRows():
             return _reduce_rows_type(op, types)
         case Map():
-            return _map_type(op, types)
+            return _map_type(op, operands)
 
 
 def _calls_type(
-    op: Recall | Carry | Divergence | Distance, types: Sequence[TensorType]
+    op: Recall | Carry | Divergence | Distance | Entropies, types: Sequence[TensorType]
 ) -> TensorType:
     """What calls hand on, and losses."""
     match op:
@@ -141,6 +144,8 @@ def _calls_type(
             return _carry_type(types)
         case Divergence() | Distance():
             return _loss_type(op, types)
+        case Entropies():
+            return _entropies_type(op, types)
 
 
 def _gate_type(op: Gate, types: Sequence[TensorType]) -> TensorType:
@@ -188,6 +193,19 @@ def _loss_type(op: Divergence | Distance, types: Sequence[TensorType]) -> Tensor
     return TensorType(dtype="f32", dims=())
 
 
+def _entropies_type(op: Entropies, types: Sequence[TensorType]) -> TensorType:
+    _need_count(types, 3 * len(op.levels))
+    need(len(op.branching) == len(op.levels) > 0, f"levels {op.levels} of {op.branching} children")
+    nodes = 1
+    for i, branching in enumerate(op.branching):
+        query, keys, centroids = types[3 * i : 3 * i + 3]
+        nodes *= branching
+        need_dims(query, ("B", "T", "Hq", "Dqk"))
+        need_dims(keys, ("B", "S", "Hkv", "Dqk"))
+        need_dims(centroids, ("Hkv", str(nodes), "Dqk"))
+    return TensorType(dtype="f32", dims=())
+
+
 def need(condition: bool, message: str) -> None:
     if not condition:
         raise GraphError(message)
@@ -214,8 +232,10 @@ def _ordered_type(keys: TensorType) -> TensorType:
     return TensorType(dtype="i32", dims=keys.dims[:3])
 
 
-def _order_type(op: Cluster | Permute, operands: Sequence[Node]) -> TensorType:
+def _order_type(op: Cluster | Permute | Assign | Runs, operands: Sequence[Node]) -> TensorType:
     """keys [B, S, H, D] and judges [B, T, Hq, D], clusters or an order [B, S, H] -> i32[B, S, H]"""
+    if isinstance(op, Assign | Runs):
+        return _assigned_type(op, operands)
     if isinstance(op, Cluster):
         _need_count(operands, 1)
         return _ordered_type(operands[0].type)
@@ -231,16 +251,54 @@ def _order_type(op: Cluster | Permute, operands: Sequence[Node]) -> TensorType:
     return TensorType(dtype="i32", dims=operands[0].type.dims)
 
 
+def _assigned_type(op: Assign | Runs, operands: Sequence[Node]) -> TensorType:
+    """keys [B, S, H, D], centroids [H, N, D], [nodes above [B, S, H]] -> i32[B, S, H]; [B, S] of runs"""
+    if isinstance(op, Runs):
+        _need_count(operands, 1)
+        x = operands[0].type
+        given = op.span is None
+        need((op.threshold is None) == given, "a threshold is one of what spans are compared by")
+        need(
+            x.dims == ("B", "S") if given else len(x.dims) == 4, f"{x} do not say where runs begin"
+        )
+        return TensorType(dtype="i32", dims=("B", "S"))
+    _need_count(operands, 2, 3)
+    keys, centroids, *above = operands
+    assigned = _ordered_type(keys.type)
+    need_dims(centroids.type, (keys.type.dims[2], str(op.nodes), keys.type.dims[3]))
+    need(op.nodes % op.branching == 0, f"{op.nodes} nodes in families of {op.branching}")
+    parents = [node.op.nodes for node in above if isinstance(node.op, Assign)]
+    need(len(parents) == len(above), "nodes lie in nodes")
+    need(op.nodes == op.branching * (parents or [1])[0], f"{op.nodes} nodes of {op.branching} each")
+    return assigned
+
+
+_CUTS: Mapping[Cut, type[Permute | Cluster | Assign | Runs]] = MappingProxyType(
+    {"order": Permute, "clusters": Cluster, "nodes": Assign, "runs": Runs}
+)
+
+
 def _cut_from(cut: Cut | None, operands: Sequence[Node], level: str | None) -> Sequence[Node]:
     """The other operands, where the last one says what entries are cut from."""
     if cut is None:
         return operands
     *others, last = operands
-    needed = Permute if cut == "order" else Cluster
-    need(isinstance(last.op, needed), f"%{last.name} is no {cut}")
-    assert isinstance(last.op, Permute | Cluster)
+    need(isinstance(last.op, _CUTS[cut]), f"%{last.name} is no {cut}")
+    assert isinstance(last.op, Permute | Cluster | Assign | Runs)
     need(level in (None, last.op.level), f"%{last.name} orders another level")
     return others
+
+
+def _owned_cut(op: Score | Select | SelectSet, operands: Sequence[Node], at: int) -> Sequence[Node]:
+    """The other operands, where one of them says of every token the slot, node or run that it is in."""
+    if op.cut is None:
+        return operands
+    need(0 < at < len(operands), f"level {op.level} needs what says its {op.cut}")
+    within = op.within if isinstance(op, Score | Select) else None
+    of_parent = op.cut in ("nodes", "runs") and op.size > 0
+    need(not of_parent or op.size == 1, f"entries of {op.size} are in no {op.cut}")
+    _cut_from(op.cut, operands[: at + 1], within if of_parent else op.level)
+    return [*operands[:at], *operands[at + 1 :]]
 
 
 def _vector_type(op: Round | Norm | Rotate | Delta, types: Sequence[TensorType]) -> TensorType:
@@ -273,8 +331,14 @@ def _pool_type(op: Pool, operands: Sequence[Node]) -> TensorType:
     An index has no head dimension: x [B, S, D] -> f32[B, N, D], H = 1 in its parameters.  Series
     are a dimension before the last.
     """
+    if op.how == "centroid":
+        _need_count(operands, 1)
+        heads, nodes, dim = operands[0].type.dims
+        need(op.size == 0 and nodes.isdecimal(), f"{operands[0].type} are no centroids")
+        return TensorType(dtype="f32", dims=("B", f"N_{op.level}", heads, dim))
     types = [operand.type for operand in _cut_from(op.cut, operands, op.level)]
-    need((op.size == 0) == (op.cut == "clusters"), f"entries of {op.size} tokens")
+    need((op.size == 0) == (op.cut in ("clusters", "runs")), f"entries of {op.size} tokens")
+    need(op.seed is None or op.how == "sample", "it is for sampling that there is a seed")
     need(
         op.position is False or op.how in ("linear", "mlp", "gated"),
         "only linear, mlp and gated pooling have positions",
@@ -312,6 +376,8 @@ def _need_learned(op: Pool, types: Sequence[TensorType], heads: tuple[str, ...])
             need_dims(types[1], (*own, size, dim, hidden))
             need_dims(types[2], (*own, hidden, dim))
         case "mean" | "max" | "minmax" | "sum_rsqrt" | "first" | "antidiagonal":
+            return
+        case "sample" | "centroid":
             return
         case _:
             assert_never(op.how)
@@ -355,12 +421,14 @@ def _union_type(op: Union, operands: Sequence[Node]) -> TensorType:
         need(isinstance(branch.op, Attend), f"%{branch.name} is not an attend")
         assert isinstance(branch.op, Attend)
         need(branch.op.sink is None, f"%{branch.name} has a sink of its own inside a union")
+        need(branch.op.spans is None, f"%{branch.name} has softmaxes of its own inside a union")
     return _agree([branch.type for branch in branches])
 
 
 def _entry_dim(op: Score, keys: Node) -> str:
     """N_x or C_x; checked against the keys, which are pooled entries or, for tokens, raw."""
-    tokens = op.size == op.stride == 1 and keys.type.dims[1] == "S"
+    by_token = op.size == op.stride == 1 or op.until is not None
+    tokens = by_token and keys.type.dims[1] == "S"
     need(
         tokens or keys.type.dims[1] == f"N_{op.level}",
         f"keys {keys.type} are not of level {op.level}",
@@ -369,17 +437,21 @@ def _entry_dim(op: Score, keys: Node) -> str:
 
 
 def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
+    operands = _owned_cut(
+        op, operands, len(operands) - 1 - (op.within is not None) - bool(op.among)
+    )
     if op.form == "bias":
         return _bias_score_type(op, operands)
     if op.form == "given":
         return _given_score_type(op, operands)
     need(op.parts is None, "it is given scores that parts of a row have")
+    need(op.form == "dot" or not (op.anchors or op.until), "it is dots that are searched")
+    need(op.anchors is None or op.within is None, "anchors lie in no entries")
+    need(op.until is None or op.size % op.until == 0, f"{op.size} is not halved to {op.until}")
     if op.among:
         _need_recalled(op, operands[-1])
     weighted, coded = op.form == "relu_weighted", op.codes is not None
     last = (op.within is not None) + bool(op.among)
-    split = len(operands) - last
-    operands = [*_cut_from(op.cut, operands[:split], op.level), *operands[split:]]
     known = 2 + weighted + coded + bool(op.biased) + last
     _need_count(operands, *((known + 1, known + 3) if op.form == "pooling_error" else (known,)))
     need(op.counted is None or op.form == "dot", "it is logits that counts are added to")
@@ -405,7 +477,7 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
         runs = operands[2].type.dims[0]
         need_dims(operands[2].type, (runs, str(op.codes.words), str(op.codes.dim)))
     if op.within is not None:
-        _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
+        _need_parent(op, operands[-1])
         _need_rows(operands[-1], rows)
     summed = "Hkv" if op.grouped else "1"
     heads = {"relu_weighted": summed, "relu_sum": summed, "index_dot": "Hkv"}.get(op.form, heads)
@@ -429,7 +501,7 @@ def _bias_score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     keys = operands[0]
     need(keys.type.dims[2:] == ("Hkv",), f"expected [B, N, Hkv], got {keys.type}")
     if op.within is not None:
-        _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
+        _need_parent(op, operands[-1])
     return TensorType(dtype="f32", dims=("B", "T", "Hkv", _entry_dim(op, keys)))
 
 
@@ -442,7 +514,7 @@ def _given_score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     if op.among:
         _need_recalled(op, operands[-1])
     if op.within is not None:
-        _need_parent(op.within, operands[-1], size=op.size, stride=op.stride)
+        _need_parent(op, operands[-1])
     last = f"N_{op.level}" if op.within is None else f"C_{op.level}"
     return TensorType(dtype="f32", dims=("B", "T", given.dims[2], last))
 
@@ -455,16 +527,22 @@ def _need_recalled(op: Score, among: Node) -> None:
     )
 
 
-def _need_parent(within: str, parent: Node, *, size: int, stride: int) -> None:
+def _need_parent(op: Score | Select, parent: Node) -> None:
     select = parent.op
     need(
-        isinstance(select, Select | Recall) and select.level == within,
-        f"%{parent.name} is not the selection of level {within}",
+        isinstance(select, Select | Recall) and select.level == op.within,
+        f"%{parent.name} is not the selection of level {op.within}",
     )
     assert isinstance(select, Select | Recall)
+    if op.cut in ("nodes", "runs"):
+        need(select.size == 0, f"level {op.within} has no {op.cut}")
+        return
     need(
-        select.size == select.stride and size == stride and select.size % size == 0,
-        f"entries of {size} do not nest in entries of {select.size} of level {within}",
+        op.size > 0
+        and select.size == select.stride > 0
+        and op.size == op.stride
+        and select.size % op.size == 0,
+        f"entries of {op.size} do not nest in entries of {select.size} of level {op.within}",
     )
 
 
@@ -514,10 +592,14 @@ def _score_dims(score: TensorType) -> tuple[str, str, str, str]:
     return batch, rows, heads, entries
 
 
-def _map_type(op: Map, types: Sequence[TensorType]) -> TensorType:
+def _map_type(op: Map, operands: Sequence[Node]) -> TensorType:
+    types = [operand.type for operand in _cut_from(op.cut, operands, None)]
     _need_count(types, 1)
+    need(op.cut is None or (op.how == "upsample" and op.size == 1), "it is tokens that runs hold")
     batch, rows, heads, entries = _score_dims(types[0])
     need(entries.startswith("N_"), f"scores of a beam's children cannot be mapped: {types[0]}")
+    runs = operands[1].op.level if op.cut and isinstance(operands[1].op, Runs) else None
+    need(runs in (None, entries.removeprefix("N_")), f"{types[0]} are not the scores of {runs}")
     need(bool(op.taps) and all(weight > 0 for _, weight in op.taps), "a map needs taps")
     return TensorType(dtype="f32", dims=(batch, rows, heads, f"N_{op.level}"))
 
@@ -558,19 +640,19 @@ def _selection_type(op: Select | SelectSet, operands: Sequence[Node]) -> TensorT
     by_head = op.when is not None and "Hq" in operands[-1].type.dims
     need(not by_head or heads == "Hq", f"heads share a selection of {op.level}, and not their way")
     operands = _without_route(op, operands)
+    operands = _owned_cut(op, operands, len(operands) - 1)
     lists = isinstance(op, Select)
     return _select_type(op, operands) if lists else _select_set_type(op, operands)
 
 
 def _select_type(op: Select, operands: Sequence[Node]) -> TensorType:
-    operands = _cut_from(op.cut, operands, op.level)
     _need_count(operands, 1 + (op.within is not None) + (op.joined is not None))
     batch, rows, heads, entries = _score_dims(operands[0].type)
     of_level = (f"N_{op.level}",) if op.within is None else (f"N_{op.level}", f"C_{op.level}")
     need(entries in of_level, f"scores {operands[0].type} are not of level {op.level}")
     if op.within is not None:
         parent = operands[1]
-        _need_parent(op.within, parent, size=op.size, stride=op.stride)
+        _need_parent(op, parent)
         need(
             COARSENESS[parent.type.dims[2]] >= COARSENESS[heads],
             f"heads that share a selection of {op.level} have different beams of {op.within}",
@@ -618,7 +700,6 @@ _OF_HEADS = ("fraction", "top_k", "tokens")
 
 
 def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
-    operands = _cut_from(op.cut, operands, op.level)
     if op.apart is not None:
         *operands, split = operands
         need_dims(split.type, ("Z",))
@@ -653,7 +734,8 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
 
 def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     operands = _without_route(op, operands)
-    selected = op.over in ("blocks", "tokens", "tiers")
+    selected = op.over in ("blocks", "tokens", "spans", "tiers")
+    need((op.spans is not None) == (op.over == "spans"), "spans are attended with over=spans")
     if op.sink:
         *operands, sink = operands
         need_dims(sink.type, ("Hq",))
@@ -667,6 +749,8 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
         need(op.over != "pooled", "it is tokens that have a bias")
         need_dims(operands[-1].type, ("B", "S", "Hkv"))
         operands = operands[:-1]
+    if op.spans:
+        operands = _without_anchors(operands)
     _need_count(operands, *((4,) if selected else (3, 4) if op.over == "pooled" else (3,)))
     selection = operands[3] if len(operands) == 4 else None
     query, keys, values = (operand.type for operand in operands[:3])
@@ -684,7 +768,7 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     need(
         op.which is None or selection is not None, "what is skipped is what a selection leaves out"
     )
-    need(op.over != "tokens" or op.size == 1, f"tokens have size 1, not {op.size}")
+    need(op.over not in ("tokens", "spans") or op.size == 1, f"tokens have size 1, not {op.size}")
     if selection is not None:
         select = selection.op
         need(
@@ -695,3 +779,14 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
             f"%{selection.name} is not a selection of entries of {op.size}",
         )
     return TensorType(dtype="input", dims=("B", "T", "Hq", "Dv"))
+
+
+def _without_anchors(operands: Sequence[Node]) -> Sequence[Node]:
+    """The operands before the scores of a selection's anchors."""
+    *others, scores = operands
+    need(len(others) == 4, "spans are those of a selection, weighed by its scores")
+    need(
+        scores.type.dims[2] == others[3].type.dims[2],
+        f"{scores.type} is not what {others[3].type} chooses",
+    )
+    return others

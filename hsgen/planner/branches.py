@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from hsgen import spec as language
@@ -19,6 +20,7 @@ from hsgen.graph import (
     OutputGate,
     Outputs,
     Pattern,
+    Spans,
     Switch,
     Union,
 )
@@ -27,10 +29,12 @@ from hsgen.planner.calls import plan_losses
 from hsgen.planner.entries import pooled
 from hsgen.planner.orders import cut_of, order
 from hsgen.planner.routes import taken
+from hsgen.planner.scores import anchors_of
 
 
 def plan_branch(builder: Builder, branch: language.Attend) -> Node:
     """One attend and its log-sum-exp."""
+    weighed: tuple[Node, ...] = ()
     if branch.over is None:
         over = "static" if branch.static else "all" if branch.window == "all" else "window"
         size = branch.static.blocks if branch.static else 1
@@ -42,14 +46,19 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
             return _plan_pooled_branch(builder, branch, level)
         over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
         over = "tiers" if branch.values == "tiers" else over
+        over = "spans" if branch.spans else over
         op = _attend(builder, branch, over=over, partition=level.partition, cut=cut_of(level))
+        if branch.spans:
+            op = replace(op, spans=_spans(level, branch.spans))
+            weighed = (builder.scores[level.name],)
         selection = builder.attended.get(level.name, builder.selections[level.name])
         cut = order(builder, level)
     keys = builder.keys(branch.kv)
     values = keys if branch.storage else builder.values(branch.kv)
     bias = builder.bias() if branch.bias == "learned" else None
     far = _far_keys(builder, branch, keys) if branch.delta else None
-    operands = [builder.query(), keys, values, *some(selection), *some(bias), *some(far), *cut]
+    read = [builder.query(), keys, values, *some(selection), *weighed]
+    operands = [*read, *some(bias), *some(far), *cut]
     return _with_log_sum_exp(builder, branch, op, *operands)
 
 
@@ -101,7 +110,7 @@ def _attend(
     builder: Builder,
     branch: language.Attend,
     *,
-    over: Literal["blocks", "tokens", "pooled", "tiers", "window", "static", "all"],
+    over: Literal["blocks", "tokens", "spans", "pooled", "tiers", "window", "static", "all"],
     partition: language.Partition,
     cut: Cut | None = None,
 ) -> Attend:
@@ -136,6 +145,12 @@ def _merges(builder: Builder, branch: language.Attend) -> tuple[int, ...] | None
     select = builder.spec.level(branch.over).select
     assert select is not None
     return tuple(tier.merge for tier in select.quota or ())
+
+
+def _spans(level: language.Level, spans: language.Spans) -> Spans:
+    anchors = anchors_of(level)
+    assert anchors is not None, "spans end at anchors"
+    return Spans(anchors=anchors, factor=spans.factor, power=spans.power, window=spans.window)
 
 
 def _pattern(spec: language.Spec, static: language.Static) -> Pattern:

@@ -17,6 +17,7 @@ class Builder:
     spec: language.Spec
     nodes: dict[str, Node] = field(default_factory=dict[str, Node])
     scores: dict[str, Node] = field(default_factory=dict[str, Node])
+    assigned: dict[str, Node] = field(default_factory=dict[str, Node])  # nodes and runs of tokens
     selections: dict[str, Node] = field(default_factory=dict[str, Node])
     attended: dict[str, Node] = field(default_factory=dict[str, Node])  # where not the selection
     state: dict[str, Node] = field(default_factory=dict[str, Node])  # for the next call
@@ -43,8 +44,8 @@ class Builder:
         node = Node(name=name, op=Input(role=role), inputs=(), type=type_)
         return self.nodes.setdefault(name, node)
 
-    def query(self) -> Node:
-        return self.input("q", "query", "B", "T", "Hq", "Dqk")
+    def query(self, q: str | None = None) -> Node:
+        return self.input(f"q_{q}" if q else "q", "query", "B", "T", "Hq", "Dqk")
 
     def keys(self, kv: str | None) -> Node:
         return self.input(f"k_{kv}" if kv else "k", "keys", "B", "S", "Hkv", "Dqk")

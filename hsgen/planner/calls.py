@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from hsgen import spec as language
-from hsgen.graph import Carry, Distance, Divergence, Node, Recall, Turns, Which
+from hsgen.graph import Carry, Distance, Divergence, Entropies, Node, Recall, Turns, Which
 from hsgen.planner.builder import Builder
+from hsgen.planner.orders import centroids
 
 Takes = tuple[Which, Which, Which]  # of dense, fresh and shared calls
 
@@ -54,7 +55,27 @@ def plan_losses(builder: Builder, outputs: dict[str, Node]) -> dict[str, Node]:
         at = builder.spec.span("loss", "distill")
         operands = outputs[distill.student], outputs[distill.teacher]
         found["distill"] = builder.add("loss.distill", op, *operands, at=at)
+    if loss and loss.dual_entropy:
+        found["dual_entropy"] = _plan_dual_entropy(builder, loss.dual_entropy)
     return found
+
+
+def _plan_dual_entropy(builder: Builder, dual: language.DualEntropy) -> Node:
+    levels = builder.spec.tree(dual.tree)
+    trees = [level.partition for level in levels]
+    op = Entropies(
+        levels=tuple(level.name for level in levels),
+        branching=tuple(x.branching for x in trees if isinstance(x, language.LearnedTree)),
+        temperature=dual.temperature,
+        balance=dual.balance,
+    )
+    operands = [
+        node
+        for level in levels
+        for node in (builder.query(level.q), builder.keys(level.kv), centroids(builder, level))
+    ]
+    at = builder.spec.span("loss", "dual_entropy")
+    return builder.add("loss.dual_entropy", op, *operands, at=at)
 
 
 def _plan_kl(builder: Builder, kl: language.Kl) -> Node:

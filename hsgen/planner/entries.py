@@ -7,7 +7,7 @@ from typing import Literal
 from hsgen import spec as language
 from hsgen.graph import Node, Norm, Pool, PoolHeads, PoolRows, Rotate
 from hsgen.planner.builder import Builder
-from hsgen.planner.orders import cut_of, order
+from hsgen.planner.orders import centroids, cut_of, order
 
 
 def score_query(builder: Builder, level: language.Level) -> Node:
@@ -15,7 +15,7 @@ def score_query(builder: Builder, level: language.Level) -> Node:
     made = (
         builder.input("q_index", "index_query", "B", "T", "Hi", "Di")
         if level.score.by_index
-        else builder.query()
+        else builder.query(level.q)
     )
     query = level.query
     if query is not None and query.heads is not None:
@@ -37,7 +37,8 @@ def _agreeing(builder: Builder, level: language.Level, made: Node, name: str) ->
 
 
 def score_keys(builder: Builder, level: language.Level) -> Node:
-    tokens = isinstance(level.partition, language.Tokens)
+    searched = language.Tokens | language.Halving | language.Stripes
+    tokens = isinstance(level.partition, searched)
     keys = raw_keys(builder, level) if tokens else pooled(builder, level, "key")
     if level.query is None or level.query.heads is None:
         return keys
@@ -83,6 +84,8 @@ def pooled(builder: Builder, level: language.Level, which: Literal["key", "value
     assert pool is not None
     how = pool.keys if which == "key" else pool.values
     assert how is not None
+    if isinstance(level.partition, language.LearnedTree):
+        return _centroids(builder, level)
     raw = raw_keys(builder, level) if which == "key" else builder.values(level.kv)
     if which == "key" and pool.rotate and pool.rotate.at == "token":
         raw = _rotated(builder, level, pool.rotate, f"{level.name}.tokens", raw)
@@ -97,11 +100,19 @@ def pooled(builder: Builder, level: language.Level, which: Literal["key", "value
         before=before_of(level),
         softmax=pool.softmax if how == "gated" else None,
         series=pool.series if which == "key" else None,
+        seed=pool.seed or 0 if how == "sample" else None,
     )
     operands = [raw, *_learned(builder, level, op, which, raw), *order(builder, level)]
     at = builder.place(level, "pool", "keys" if which == "key" else "values")
     made = builder.add(f"{level.name}.{which}s", op, *operands, at=at)
     return _finished(builder, level, made) if which == "key" else made
+
+
+def _centroids(builder: Builder, level: language.Level) -> Node:
+    """Keys of nodes."""
+    op = Pool(level=level.name, how="centroid", size=0, stride=0, position=False)
+    at = builder.place(level, "pool", "keys")
+    return builder.add(f"{level.name}.keys", op, centroids(builder, level), at=at)
 
 
 def _finished(builder: Builder, level: language.Level, made: Node) -> Node:

@@ -1,21 +1,27 @@
-"""Orders that entries are cut from."""
+"""What entries are cut from: orders, and the nodes or runs that tokens are assigned to."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hsgen import spec as language
-from hsgen.graph import Cluster, Cut, Node, Permute
-from hsgen.planner.builder import Builder
+from hsgen.graph import Assign, Cluster, Cut, Node, Permute, Runs
+from hsgen.planner.builder import Builder, some
 
 
 def cut_of(level: language.Level) -> Cut | None:
     """What the entries of a level are cut from, where it is not the sequence as it stands."""
+    if own := _assigned_to(level):
+        return own
     if level.permute is None or level.permute.keys is None:
         return None
     return "clusters" if isinstance(level.partition, language.Clusters) else "order"
 
 
 def order(builder: Builder, level: language.Level) -> tuple[Node, ...]:
-    """The operand that says where entries are: slots or clusters; none where they are in place."""
+    """The operand that says where entries are, slots, clusters, nodes or runs; none where in place."""
+    if level.name in builder.assigned:
+        return (builder.assigned[level.name],)
     said = level.permute and level.permute.keys
     if said is None:
         return ()
@@ -37,3 +43,55 @@ def order(builder: Builder, level: language.Level) -> tuple[Node, ...]:
             given = builder.input(f"{level.name}_key_order", "order", "B", "S", "Hkv")
             op = Permute(level=level.name, by="given", segment=None, last=None)
             return (builder.add(name, op, given, at=at),)
+
+
+Assigned = Literal["nodes", "runs"]
+
+
+def _assigned_to(level: language.Level | None) -> Assigned | None:
+    match level and level.partition:
+        case language.LearnedTree():
+            return "nodes"
+        case language.Ragged():
+            return "runs"
+        case _:
+            return None
+
+
+def lies_in(builder: Builder, level: language.Level) -> tuple[Assigned | None, tuple[Node, ...]]:
+    """The nodes or runs that a level's entries are, or that hold them where they are tokens."""
+    within = builder.spec.level(level.within) if level.within else None
+    held = level if _assigned_to(level) else within
+    cut = _assigned_to(held)
+    return (cut, (builder.assigned[held.name],)) if cut and held else (None, ())
+
+
+def assign(builder: Builder, level: language.Level) -> None:
+    """Which node or run each token is in, where a level's entries are such."""
+    at, name = builder.place(level, "partition"), f"{level.name}.{_assigned_to(level)}"
+    match level.partition:
+        case language.LearnedTree() as tree:
+            op = Assign(
+                level=level.name,
+                nodes=builder.spec.nodes(level.name),
+                branching=tree.branching,
+                capacity=tree.capacity,
+            )
+            operands = [builder.keys(level.kv), centroids(builder, level)]
+            operands += some(builder.assigned.get(level.within or ""))
+        case language.Ragged() as ragged:
+            op = Runs(level=level.name, span=ragged.span, threshold=ragged.threshold)
+            given = ragged.boundaries == "given"
+            operands = [_starts(builder, level) if given else builder.keys(level.kv)]
+        case _:
+            return
+    builder.assigned[level.name] = builder.add(name, op, *operands, at=at)
+
+
+def centroids(builder: Builder, level: language.Level) -> Node:
+    nodes = str(builder.spec.nodes(level.name))
+    return builder.input(f"{level.name}_centroids", "parameter", "Hkv", nodes, "Dqk")
+
+
+def _starts(builder: Builder, level: language.Level) -> Node:
+    return builder.input(f"{level.name}_starts", "starts", "B", "S")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from hsgen import spec as language
+from hsgen.errors import PlanError
 from hsgen.graph import Graph, Meta, Node, verify
 from hsgen.planner.branches import plan_branch, plan_combine
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.calls import carried, plan_reuse
+from hsgen.planner.orders import assign, lies_in
 from hsgen.planner.routes import taken
 from hsgen.planner.scores import plan_map, plan_score
 from hsgen.planner.selections import select, select_operands, select_set
@@ -54,7 +56,35 @@ def _meta(spec: language.Spec) -> Meta:
     return Meta(name=spec.name, source=spec.source, causal=spec.causal, digest=spec.digest)
 
 
+def _refuse(builder: Builder, level: language.Level) -> None:
+    """What the language and the reference know of searched and assigned entries, and the graph does not.
+
+    Raises:
+        PlanError: what calls hand on or learn from, walks and weights are of entries that lie in place.
+    """
+    kinds = language.LearnedTree | language.Ragged | language.Stripes | language.Halving
+    if not isinstance(level.partition, kinds):
+        return
+    kl, select = builder.spec.loss and builder.spec.loss.kl, level.select
+    lacks = (
+        ("reuse", builder.spec.reuse_of(level.name) is not None),
+        ("loss", kl is not None and kl.level == level.name),
+        ("early_stop", select is not None and select.early_stop is not None),
+        ("quota", select is not None and select.quota is not None),
+        ("sink", select is not None and select.force.sink is not None),
+        ("log_count", level.score.bias == "log_count"),
+        ("pooling_error", level.score.form == "pooling_error"),
+    )
+    for what, lacking in lacks:
+        if lacking:
+            message = f"level {level.name}: the graph has no {what} of '{level.partition.kind}' yet"
+            at = builder.spec.span(what) if what in ("reuse", "loss") else None
+            raise PlanError(message, span=at or builder.place(level, "partition"))
+
+
 def _plan_level(builder: Builder, level: language.Level) -> None:
+    _refuse(builder, level)
+    assign(builder, level)
     parent = builder.selections[level.within] if level.within else None
     if level.score.source is None:
         score = plan_score(builder, level, parent)
@@ -62,10 +92,11 @@ def _plan_level(builder: Builder, level: language.Level) -> None:
         score = plan_map(builder, level, builder.spec.level(level.score.source))
     builder.scores[level.name] = score
     if level.select is not None:
+        cut, held = lies_in(builder, level)
         op = (
-            select_set(level, level.select)
+            select_set(level, level.select, cut)
             if level.select.counts_vary
-            else select(builder.spec, level, level.select)
+            else select(builder.spec, level, level.select, cut)
         )
         operands = [score, *some(parent)]
         if level.select.force.level:
@@ -75,7 +106,7 @@ def _plan_level(builder: Builder, level: language.Level) -> None:
         if level.select.apart:
             operands.append(builder.input(f"{level.name}_split", "split", "Z", dtype="i32"))
         at = builder.place(level, "select")
-        operands += select_operands(builder, level)
+        operands += select_operands(builder, level, held)
         operands += taken(builder, level.when)
         operands[0] = carried(builder, level, score)
         selection = builder.add(f"{level.name}.selection", op, *operands, at=at)

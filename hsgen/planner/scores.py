@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hsgen import spec as language
 from hsgen.errors import PlanError
 from hsgen.graph import (
+    Anchors,
     Codes,
     LogSumExp,
     Map,
@@ -26,19 +29,22 @@ from hsgen.planner.entries import (
     score_keys,
     score_query,
 )
-from hsgen.planner.orders import cut_of, order
+from hsgen.planner.orders import cut_of, lies_in, order
 
 
 def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> Node:
     """form, scale -> normalise -> reduce over heads."""
     score = level.score
     assert score.form is not None
-    if score.by_bias and level.permute is not None:
+    moved = "permute" if level.permute is not None else "partition"
+    if score.by_bias and (moved == "permute" or isinstance(level.partition, language.Ragged)):
+        keys = "permuted keys" if moved == "permute" else "runs"
         raise PlanError(
-            f"level '{level.name}' scores a bias of permuted keys: the graph has no operator yet",
-            span=builder.place(level, "permute"),
-            help="remove 'permute'",
+            f"level '{level.name}' scores a bias of {keys}: the graph has no operator yet",
+            span=builder.place(level, moved),
+            help="remove 'permute'" if moved == "permute" else "write 'partition: {blocks: 64}'",
         )
+    cut, held = lies_in(builder, level)
     op = Score(
         level=level.name,
         form=score.form,
@@ -52,7 +58,9 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         among=True if (among := narrowed(builder, level)) else None,
         parts=parts_of(level),
         counted=True if score.bias == "log_count" else None,
-        cut=cut_of(level) if score.bias == "log_count" or score.form == "pooling_error" else None,
+        cut=cut or (cut_of(level) if _asks_tokens(score) else None),
+        anchors=anchors_of(level),
+        until=level.partition.until if isinstance(level.partition, language.Halving) else None,
     )
     queries = [] if score.form == "bias" else [score_query(builder, level)]
     operands = (
@@ -70,9 +78,10 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         operands.append(score_bias(builder, level))
     if score.form == "pooling_error":
         operands += _pooled_from(builder, level)
-    operands += order(builder, level) if op.cut else ()
+    operands += order(builder, level) if op.cut and not held else ()
     at = builder.place(level, "score", "form")
-    made = builder.add(f"{level.name}.score", op, *operands, *some(parent), *some(among), at=at)
+    last = (*held, *some(parent), *some(among))
+    made = builder.add(f"{level.name}.score", op, *operands, *last, at=at)
     if score.normalise is not None:
         made = _normalised(builder, level, made)
     if score.share != "head" and score.reduce is not None:  # else they are one score already
@@ -150,18 +159,48 @@ def plan_map(builder: Builder, level: language.Level, source: language.Level) ->
     """The scores of another level, after its own steps, carried over."""
     how, target = level.score.map, level.partition
     assert how is not None
+    cut = "runs" if isinstance(source.partition, language.Ragged) else None
+    coarse, fine = source.partition.stride, target.stride
     op = Map(
         level=level.name,
-        how="max" if how == "overlap_max" else "sum" if how == "around" else how,
+        how=_how(how),
         size=target.size,
         stride=target.stride,
-        ratio=target.stride // source.partition.stride,
+        ratio=(1 if cut else coarse // fine) if how == "upsample" else fine // coarse,
         taps=_around_taps(level.score) if how == "around" else _TAPS[how](source.partition, target),
         before=before_of(level),
+        cut=cut,
     )
+    operands = [builder.scores[source.name], *((builder.assigned[source.name],) if cut else ())]
     at = builder.place(level, "score", "map")
-    made = builder.add(f"{level.name}.mapped", op, builder.scores[source.name], at=at)
+    made = builder.add(f"{level.name}.mapped", op, *operands, at=at)
     return _together(builder, level, made)
+
+
+def _how(
+    how: language.MapHow,
+) -> Literal["overlap_sum", "sum", "max", "mean", "upsample"]:
+    match how:
+        case "overlap_max":
+            return "max"
+        case "avg_pool":
+            return "mean"
+        case "around":
+            return "sum"
+        case _:
+            return how
+
+
+def _asks_tokens(score: language.Score) -> bool:
+    """Whether a score asks which tokens an entry has."""
+    return score.bias == "log_count" or score.form == "pooling_error"
+
+
+def anchors_of(level: language.Level) -> Anchors | None:
+    stripes = level.partition
+    if not isinstance(stripes, language.Stripes):
+        return None
+    return Anchors(power=stripes.power, first=stripes.first)
 
 
 def _overlap_taps(
@@ -202,9 +241,19 @@ def _around_taps(score: language.Score) -> tuple[tuple[int, int], ...]:
     return tuple((o, 1) for o in range(-side, side + 1))
 
 
+def _the_holder(
+    source: language.Partition, target: language.Partition
+) -> tuple[tuple[int, int], ...]:
+    """The one source entry that the target entry lies in."""
+    del source, target
+    return ((0, 1),)
+
+
 _TAPS = {
     "overlap_sum": _overlap_taps,
     "overlap_max": _touching_taps,
     "sum": _inner_taps,
     "max": _inner_taps,
+    "avg_pool": _inner_taps,
+    "upsample": _the_holder,
 }

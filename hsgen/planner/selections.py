@@ -8,10 +8,12 @@ from hsgen import spec as language
 from hsgen.graph import Node, Select, SelectSet, Tiers
 from hsgen.planner.builder import Builder
 from hsgen.planner.entries import before_of, parts_of
-from hsgen.planner.orders import cut_of, order
+from hsgen.planner.orders import Assigned, cut_of, order
 
 
-def select(spec: language.Spec, level: language.Level, select: language.Select) -> Select:
+def select(
+    spec: language.Spec, level: language.Level, select: language.Select, cut: Assigned | None
+) -> Select:
     return Select(
         level=level.name,
         size=level.partition.size,
@@ -28,11 +30,11 @@ def select(spec: language.Spec, level: language.Level, select: language.Select) 
         joined=select.force.level,
         before=before_of(level),
         sink=select.force.sink,
-        cut=cut_of(level) if select.force.sink else None,
+        cut=cut or (cut_of(level) if select.force.sink else None),
     )
 
 
-def select_set(level: language.Level, select: language.Select) -> SelectSet:
+def select_set(level: language.Level, select: language.Select, cut: Assigned | None) -> SelectSet:
     rule = select.rules[0]
     assert rule != "beam", "a beam is a list"
     top_p, stop = select.top_p, select.early_stop
@@ -62,15 +64,22 @@ def select_set(level: language.Level, select: language.Select) -> SelectSet:
         tiers=_tiers(select.quota) if select.quota else None,
         step=stop.entries if stop else None,
         sink=select.force.sink,
-        cut=cut_of(level) if select.force.sink or stop else None,
+        cut=cut or (cut_of(level) if select.force.sink or stop else None),
     )
 
 
-def select_operands(builder: Builder, level: language.Level) -> tuple[Node, ...]:
-    """What a selection reads besides scores and a beam: what it walks, and the order of entries."""
+def select_operands(
+    builder: Builder, level: language.Level, held: tuple[Node, ...]
+) -> tuple[Node, ...]:
+    """What a selection reads besides scores and a beam: what it walks, and the order of entries.
+
+    held: what says in which node or run a token is.
+    """
     assert level.select is not None
     stop = level.select.early_stop
-    ordered = order(builder, level) if stop or level.select.force.sink else ()
+    ordered = held
+    if not held and (stop or level.select.force.sink):
+        ordered = order(builder, level)
     if stop is None:
         return ordered
     after = (builder.nodes[f"{stop.after}.lse"],) if stop.after else ()

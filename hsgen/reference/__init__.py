@@ -8,6 +8,8 @@ G = Hq / Hkv, Hs heads that select (Hq, Hkv or 1), D and Dv head sizes.
 
     inputs     which tensors there are
     choice     the order of entries, and who is kept
+    partitions entries that tokens are assigned to, and anchors
+    searches   entries that every query searches anew
     rows       what is known while a sequence is computed
     permutes   orders of tokens
     layouts    where entries lie

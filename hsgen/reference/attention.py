@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,11 +13,12 @@ from hsgen.reference.deltas import from_changes
 from hsgen.reference.entries import complete_entries, kept_entries, token_mask
 from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
+from hsgen.reference.partitions import anchors
 from hsgen.reference.pyramids import log_counts, log_of, means_of
 from hsgen.reference.routes import on_way
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import dot, softmax
-from hsgen.spec import Attend, Combine, Static
+from hsgen.spec import Attend, Combine, Spans, Static, Stripes
 
 
 def what_is_seen(rows: Rows, levels: dict[str, Scored]) -> dict[str, Keys]:
@@ -55,7 +57,7 @@ def _combined(rows: Rows, combine: Combine, branches: dict[str, Keys]) -> Combin
         o, lse = _attention(q, _union(parts), rows.spec.attend[0], sink)
         return Combined(o=o, lse={"o": lse}, outputs={})
     attended = {
-        branch.name: _attention(q, _parts(branches[branch.name]), branch, _sink_of(rows, branch))
+        branch.name: (_weighed if branch.spans else _attend_alone)(rows, branches, branch)
         for branch in rows.spec.attend
     }
     outputs = {name: o for name, (o, _) in attended.items()}
@@ -84,6 +86,7 @@ class Keys:
 
     raw: Whether keys are the caller's tokens, in the caller's order.
     more: Other keys under the same softmax.
+    weighed: bool[T, H, S] and [T, H], softmaxes of their own and the weight of each output.
     """
 
     source: str
@@ -94,6 +97,7 @@ class Keys:
     bias: Tensor | None = None  # [S, Hkv], added to logits
     more: tuple[Keys, ...] = ()
     far: tuple[Tensor, Tensor] | None = None  # other keys, and where they are read: bool[T, 1, S]
+    weighed: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def sum_of_branch(rows: Rows, name: str) -> Tensor:
@@ -112,8 +116,13 @@ def _taken(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
     way = on_way(rows.spec, rows.taken, branch.when)
     if way is None:
         return keys
-    more = tuple(replace(x, visible=spread(x.visible, len(way)) & way[:, None]) for x in keys.more)
-    return replace(keys, visible=spread(keys.visible, len(way)) & way[:, None], more=more)
+
+    def on(visible: Tensor) -> Tensor:
+        return spread(visible, len(way)) & way[:, None]
+
+    more = tuple(replace(x, visible=on(x.visible)) for x in keys.more)
+    weighed = tuple((on(visible), weight) for visible, weight in keys.weighed)
+    return replace(keys, visible=on(keys.visible), more=more, weighed=weighed)
 
 
 def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
@@ -143,6 +152,8 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
         assert branch.over is not None, f"branch {branch.name} attends to nothing"
         if branch.values == "tiers":
             return _tiers(rows, branch, levels[branch.over], k, v, visible)
+        if branch.spans is not None:
+            return _spans(rows, branch, levels[branch.over], k, v)
         visible = visible & _tokens_of_level(rows, branch.over, levels, len(k))
     if branch.rows:
         visible = visible & _own_seen(visible, rows.p)
@@ -206,6 +217,57 @@ def _tiers(
             Keys(source=source, raw=False, k=means.k, v=means.v, visible=means.visible, bias=bias)
         )
     return replace(raw, more=tuple(more))
+
+
+def _spans(rows: Rows, branch: Attend, level: Scored, k: Tensor, v: Tensor) -> Keys:
+    """The span before each chosen anchor and the window, each with the weight of its anchor."""
+    spans, stripes = branch.spans, rows.spec.level(branch.over or "").partition
+    assert spans is not None
+    assert isinstance(stripes, Stripes)
+    assert level.chosen is not None
+    token = torch.arange(len(k), device=k.device)
+    p = rows.p[:, None]
+    near = ((token <= p) & (token > p - spans.window))[:, None]  # [T, 1, S]
+    anchor, _ = anchors(stripes, rows.p, rows.S)
+    reach = torch.tensor([_reach(spans, t) for t in rows.p.tolist()], device=k.device)
+    weight, _ = softmax(level.scores, level.chosen)  # [T, Hs, N]
+    lone = ~level.chosen.any(-1)  # a row without an anchor
+    weighed = [(near.expand(-1, level.chosen.shape[1], -1), lone.to(weight.dtype))]
+    union = near
+    for j in range(anchor.shape[1]):
+        at = anchor[:, j, None]
+        span = ((token <= at) & (token >= at - reach[:, None]))[:, None] | near
+        taken = level.chosen[..., j, None]
+        weighed.append((span & taken, weight[..., j]))
+        union = union | (span & taken)
+    return Keys(
+        source=f"spans {branch.name}",
+        raw=True,
+        k=k,
+        v=v,
+        visible=union,
+        bias=rows.x["bias"] if branch.bias else None,
+        weighed=tuple(weighed),
+    )
+
+
+def _reach(spans: Spans, p: int) -> int:
+    """How far a span reaches before its anchor; float64, to the nearest 2^-20, then rounded up."""
+    return math.ceil(round(spans.factor * max(p + 1, 0) ** spans.power * (1 << 20)) / (1 << 20))
+
+
+def _attend_alone(rows: Rows, branches: dict[str, Keys], branch: Attend) -> tuple[Tensor, Tensor]:
+    return _attention(rows.x["q"], _parts(branches[branch.name]), branch, _sink_of(rows, branch))
+
+
+def _weighed(rows: Rows, branches: dict[str, Keys], branch: Attend) -> tuple[Tensor, Tensor]:
+    """The mean of outputs, each of a softmax of its own; the log-sum-exp is of all that is seen."""
+    q, keys, sink = rows.x["q"], branches[branch.name], _sink_of(rows, branch)
+    o = q.new_zeros(*q.shape[:2], keys.v.shape[-1])
+    for visible, weight in keys.weighed:
+        part, _ = _attention(q, [replace(keys, visible=visible)], branch, sink)
+        o = o + spread(weight[..., None], q.shape[1]) * part
+    return o, _attention(q, [keys], branch, sink)[1]
 
 
 def _static_mask(static: Static, p: Tensor, S: int, Hq: int, causal: bool) -> Tensor:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from hsgen.reference.inputs import needs_all_tokens
 from hsgen.reference.layouts import Layout, part_of
+from hsgen.reference.partitions import anchors
 from hsgen.reference.queries import Together, together
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.selection import ListSelection, members
-from hsgen.spec import Level
+from hsgen.spec import LearnedTree, Level, Ragged, Stripes
 
 
 def complete_entries(rows: Rows, level: Level) -> Tensor:
@@ -19,6 +20,8 @@ def complete_entries(rows: Rows, level: Level) -> Tensor:
     Without causality all that exist: also a short last one, unless entries overlap or a linear map
     needs all of its tokens.
     """
+    if isinstance(level.partition, Stripes):
+        return anchors(level.partition, rows.p, rows.S)[1]
     return _complete(rows, level, rows.p)
 
 
@@ -53,6 +56,8 @@ def visible_entries(rows: Rows, level: Level, groups: Together) -> Tensor:
 
 def begun_entries(rows: Rows, level: Level, groups: Together) -> Tensor:
     """Entries that may have a token which the last of the rows may see.  -> bool[R, N]"""
+    if isinstance(level.partition, Stripes):
+        return complete_entries(rows, level)
     seen = rows.layouts[level.name].starts <= groups.last[:, None]
     return seen if rows.spec.causal else torch.ones_like(seen)
 
@@ -63,7 +68,7 @@ def forced_entries(rows: Rows, level: Level, groups: Together) -> Tensor:
     Entries of one unit come together: whole segments, where tokens are sorted inside segments.
     """
     begun = begun_entries(rows, level, groups)
-    if not level.select:
+    if not level.select or isinstance(level.partition, Stripes):
         return torch.zeros_like(begun)
     force, layout = level.select.force, rows.layouts[level.name]
     unit = torch.searchsorted(layout.units, layout.starts)
@@ -98,10 +103,12 @@ def entries_that_fill(rows: Rows, level: Level, groups: Together) -> tuple[Tenso
 
 def sink_entries(rows: Rows, level: Level, groups: Together) -> Tensor:
     """Entries that hold one of the first tokens, as soon as they begin.  -> bool[R, H, N]"""
-    sink = (level.select and level.select.force.sink) or 0
+    sink, begun = level.select and level.select.force.sink, begun_entries(rows, level, groups)
+    if not sink:
+        return torch.zeros_like(begun)[:, None]
     slots = rows.layouts[level.name].slots
     holds = ((slots >= 0) & (slots < sink)).any(-1)
-    return begun_entries(rows, level, groups)[:, None] & holds
+    return begun[:, None] & holds
 
 
 def kept_entries(rows: Rows, level: Level) -> Tensor:
@@ -115,16 +122,27 @@ def kept_entries(rows: Rows, level: Level) -> Tensor:
 
 def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored], groups: Together) -> Tensor:
     """Entries that have a token, and whose parent was selected, if any.  -> bool[R, Hp, N]"""
-    there = rows.layouts[level.name].there.expand(len(groups.last), -1, -1)
+    if isinstance(level.partition, Stripes):
+        return complete_entries(rows, level)[:, None]
+    layout = rows.layouts[level.name]
+    there = layout.there.expand(len(groups.last), -1, -1)
+    if layout.first is not None and rows.spec.causal:
+        there = there & (layout.first <= groups.last[:, None, None])
     if level.within is None:
         return there
-    parent, above = rows.spec.level(level.within).partition, levels[level.within]
+    parent, above = rows.spec.level(level.within), levels[level.within]
     chosen = above.chosen
     assert chosen is not None, f"{level.within} is named by `within` and must select"
-    assert parent.size == parent.stride, "parents must not overlap"
-    first = torch.arange(there.shape[-1], device=there.device) * level.partition.stride
+    assert parent.partition.size == parent.partition.stride, "parents must not overlap"
     asked = groups.members.amax(1)  # rows of a group have one parent's choice: any of them tells it
-    beam = chosen[above.chooser[asked]][..., first // parent.stride]
+    chosen = chosen[above.chooser[asked]]
+    if isinstance(level.partition, LearnedTree):
+        beam = chosen.repeat_interleave(level.partition.branching, -1)
+    elif isinstance(parent.partition, LearnedTree | Ragged):  # what is inside are tokens
+        beam = token_mask(rows, parent, chosen)
+    else:
+        first = torch.arange(there.shape[-1], device=there.device) * level.partition.stride
+        beam = chosen[..., first // parent.partition.stride]
     heads = max(beam.shape[1], there.shape[1])
     return spread(beam, heads) & spread(there, heads)
 

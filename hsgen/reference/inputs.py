@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from hsgen.spec import Gather, Level, Parts, Spec
+from hsgen.spec import Gather, LearnedTree, Level, Parts, Ragged, Spec
 
 TensorKind = Literal["query", "key", "sequence", "parameter"]
 
@@ -58,7 +58,12 @@ def _inputs(spec: Spec) -> dict[str, _TensorInput]:
     """Every tensor by name: its kind, and what follows batch and time."""
     found: dict[str, _TensorInput] = {"q": ("query", ("Hq", "D"))}
     for level in spec.levels:
-        found |= _level_inputs(level) | _codebook(spec, level)
+        found |= (
+            _level_inputs(level)
+            | _own_query(level)
+            | _of_partition(spec, level)
+            | _codebook(spec, level)
+        )
     return found | _of_branches(spec) | _of_combine(spec)
 
 
@@ -199,6 +204,22 @@ def _level_inputs(level: Level) -> dict[str, _TensorInput]:
     if level.pool and level.pool.values:
         found[named("v", level.kv)] = _VALUES
     return found | _of_pool(level)
+
+
+def _own_query(level: Level) -> dict[str, _TensorInput]:
+    return {} if level.q is None else {f"q_{level.q}": ("query", ("Hq", "D"))}
+
+
+def _of_partition(spec: Spec, level: Level) -> dict[str, _TensorInput]:
+    partition = level.partition
+    if isinstance(partition, LearnedTree):
+        N = spec.nodes(level.name)
+        return {f"{level.name}_centroids": ("parameter", ("Hkv", N, "D"))}
+    if isinstance(partition, Ragged) and partition.boundaries == "given":
+        return {f"{level.name}_starts": ("key", ())}
+    if isinstance(partition, Ragged):
+        return {named("k", level.kv): _KEYS}
+    return {}
 
 
 def named(kind: str, kv: str | None) -> str:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hsgen.reference.inputs import named
+from hsgen.reference.partitions import begins, nodes
 from hsgen.reference.permutes import cluster_of, order_of
-from hsgen.spec import Blocks, Clusters, KMeans, Level, Parts, SortInSegment
+from hsgen.spec import (
+    Blocks,
+    Clusters,
+    KMeans,
+    LearnedTree,
+    Level,
+    Parts,
+    Ragged,
+    SortInSegment,
+    Spec,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -27,6 +38,7 @@ class Layout:
         stand in units that do not exist.
     parts: How many equal parts of what a row sees entries are; no row has the others' entries then,
         and slots say nothing.
+    first: i64[H, N], the token from which on an entry exists for a row; None where it always does.
     """
 
     slots: Tensor
@@ -36,6 +48,7 @@ class Layout:
     units: Tensor
     step: int | None = None
     parts: int | None = None
+    first: Tensor | None = None
 
     @property
     def there(self) -> Tensor:
@@ -45,8 +58,26 @@ class Layout:
         return (self.slots >= 0).any(-1)
 
 
-def layout_of(level: Level, x: Mapping[str, Tensor], S: int, group: int) -> Layout:
+def layouts_of(
+    spec: Spec, names: Collection[str], x: Mapping[str, Tensor], S: int, group: int
+) -> dict[str, Layout]:
+    """The entries of the named levels, by name."""
+    found: dict[str, Layout] = {}
+    for level in (level for level in spec.levels if level.name in names):
+        above = found.get(level.within or "")
+        found[level.name] = _layout_of(level, x, S, group, above)
+    return found
+
+
+def _layout_of(
+    level: Level, x: Mapping[str, Tensor], S: int, group: int, above: Layout | None
+) -> Layout:
     """The entries of a level for S keys.  `group`: query heads of a key head."""
+    if isinstance(level.partition, Ragged):
+        return _runs(begins(level, level.partition, x))
+    if isinstance(level.partition, LearnedTree):
+        parents = above.entry_of if above is not None and above.first is not None else None
+        return _nodes(*nodes(level, level.partition, x, parents))
     order = level.permute and level.permute.keys
     if order is None:
         if isinstance(level.partition, Parts):
@@ -77,6 +108,54 @@ def _in_place(size: int, stride: int, before: int, S: int, like: Tensor) -> Layo
     )
 
 
+def _runs(begins: Tensor) -> Layout:
+    """Runs of tokens; that one has ended is known once the next has begun.  begins: bool[S]"""
+    S = len(begins)
+    entry_of = (begins.long().cumsum(0) - 1)[None]
+    starts = begins.nonzero().squeeze(1)
+    following = torch.cat((starts[1:], starts.new_full((min(len(starts), 1),), S)))
+    return Layout(
+        slots=_slots_of(entry_of, len(starts)),
+        entry_of=entry_of,
+        starts=starts,
+        ends=following + 1,
+        units=starts,
+    )
+
+
+def _nodes(node: Tensor, N: int) -> Layout:
+    """Tokens of nodes, which are there once a token is.  node: i64[H, S], -1 of none"""
+    H, S = node.shape
+    token = torch.arange(S, device=node.device).expand(H, S)
+    first = node.new_full((H, N + 1), S)
+    first = first.scatter_reduce(1, node.masked_fill(node < 0, N), token, "amin")[:, :N]
+    starts = torch.zeros(N, dtype=torch.long, device=node.device)
+    return Layout(
+        slots=_slots_of(node, N),
+        entry_of=node,
+        starts=starts,
+        ends=starts,
+        units=starts[:1],
+        first=first,
+    )
+
+
+def _slots_of(entry_of: Tensor, N: int) -> Tensor:
+    """The tokens of every entry, in order.  i64[H, S] -> i64[H, N, M]"""
+    H, S = entry_of.shape
+    of = entry_of.masked_fill(entry_of < 0, N)
+    at = of.argsort(dim=-1, stable=True)
+    sorted_of = of.gather(-1, at)
+    counts = torch.zeros(H, N + 1, dtype=torch.long, device=at.device)
+    counts.scatter_add_(-1, of, torch.ones_like(of))
+    before = counts.cumsum(-1) - counts
+    slot = torch.arange(S, device=at.device) - before.gather(-1, sorted_of)
+    slots = at.new_full((H, N + 1, int(counts.max()) if S else 0), -1)
+    head = torch.arange(H, device=at.device)[:, None].expand(H, S)
+    slots[head, sorted_of, slot] = at
+    return slots[:, :N]
+
+
 def _permuted(at: Tensor, size: int, segment: int) -> Layout:
     """Blocks of `size` slots; a segment's tokens may lie in each of its blocks."""
     H, S = at.shape
@@ -95,17 +174,9 @@ def _permuted(at: Tensor, size: int, segment: int) -> Layout:
 
 def _clusters(cluster: Tensor, N: int) -> Layout:
     """Entry i has the tokens of cluster i, in order.  cluster: [H, S]"""
-    H, S = cluster.shape
-    at = cluster.argsort(dim=-1, stable=True)
-    of = cluster.gather(-1, at)
-    counts = torch.zeros(H, N, dtype=torch.long, device=at.device)
-    counts.scatter_add_(-1, cluster, torch.ones_like(cluster))
-    before = counts.cumsum(-1) - counts
-    slot = torch.arange(S, device=at.device) - before.gather(-1, of)
-    slots = at.new_full((H, N, int(counts.max()) if S else 0), -1)
-    head = torch.arange(H, device=at.device)[:, None].expand(H, S)
-    slots[head, of, slot] = at
-    starts = torch.zeros(N, dtype=torch.long, device=at.device)
+    S = cluster.shape[1]
+    starts = torch.zeros(N, dtype=torch.long, device=cluster.device)
+    slots = _slots_of(cluster, N)
     return Layout(slots=slots, entry_of=cluster, starts=starts, ends=starts + S, units=starts[:1])
 
 

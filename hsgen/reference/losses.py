@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hsgen.reference.entropies import dual_entropy
 from hsgen.reference.inputs import loss_keys
 from hsgen.reference.rows import Rows, Scored
 from hsgen.reference.scores import dot, softmax
@@ -20,6 +21,8 @@ def terms(rows: Rows, levels: dict[str, Scored], outputs: dict[str, Tensor]) -> 
         found["kl"] = _kl(rows, loss.kl, levels[loss.kl.level])
     if loss and loss.distill:
         found["distill"] = _distill(loss.distill, outputs)
+    if loss and loss.dual_entropy:
+        found["dual_entropy"] = _part(dual_entropy(rows, loss.dual_entropy) * rows.S, rows.S)
     return found
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hsgen.reference.inputs import gates_of, named
 from hsgen.reference.layouts import Layout, tokens_of
+from hsgen.reference.partitions import centroids, drawn
 from hsgen.reference.scores import softmax
-from hsgen.spec import Level, Rotate
+from hsgen.spec import LearnedTree, Level, Rotate
 
 NORM_EPS = 1e-6  # what is added to the mean of squares
 
@@ -28,6 +29,8 @@ def pooled_entries(level: Level, layout: Layout, x: dict[str, Tensor]) -> dict[s
     if pool is None or keys is None:
         pooled = {} if keys is None else {"key": keys}
         return pooled | ({"bias": x["bias"].unsqueeze(-1)} if level.score.bias == "learned" else {})
+    if isinstance(level.partition, LearnedTree):
+        return {"key": centroids(level, x).transpose(0, 1)}
     pooled = {}
     if level.score.bias == "learned":
         pooled["bias"] = _pool(level, layout, "mean", x["bias"].unsqueeze(-1), x, "key")
@@ -94,6 +97,8 @@ def _pool(
             return torch.stack((low, _greatest(tokens, there)), 2)
         case "linear" | "mlp":
             return _mapped(level, tokens, there, x, side)
+        case "sample":
+            return _drawn(tokens, there, (level.pool and level.pool.seed) or 0)
         case "gated":
             return (tokens.masked_fill(~there, 0.0) * _weights(level, layout, x)).sum(1)
         case "max_min_mean":
@@ -165,3 +170,13 @@ def _weights(level: Level, layout: Layout, x: dict[str, Tensor]) -> Tensor:
         position = position.unsqueeze(-1) if pool.softmax == "token" else position
         chosen = chosen + position.transpose(0, 1)
     return softmax(chosen.transpose(1, -1), there.transpose(1, -1))[0].transpose(1, -1)
+
+
+def _drawn(tokens: Tensor, there: Tensor, seed: int) -> Tensor:
+    """One token of each entry, head by head; 0 of an entry without any.  -> [N, H, D]"""
+    N, _, H, D = tokens.shape
+    count = there.sum(1).squeeze(-1).expand(N, H)
+    head = torch.arange(H, device=tokens.device)
+    entry = torch.arange(N, device=tokens.device)[:, None]
+    slot = drawn(seed, head, entry, count)[:, None, :, None].expand(-1, -1, -1, D)
+    return tokens.gather(1, slot).squeeze(1) if tokens.shape[1] else tokens.sum(1)

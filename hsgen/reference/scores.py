@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from hsgen.reference.codes import code_matches
 from hsgen.reference.entries import complete_entries, visible_entries
 from hsgen.reference.inputs import named
+from hsgen.reference.partitions import anchors
 from hsgen.reference.pyramids import log_counts
 from hsgen.reference.queries import Together, groups_of, pooled_queries, reduced
 from hsgen.reference.rounding import stored
 from hsgen.reference.rows import Rows, Scored, spread
-from hsgen.spec import Level
+from hsgen.reference.searches import halved
+from hsgen.spec import Halving, Level, Ragged, Stripes
 
 
 def raw_scores(level: Level, rows: Rows, groups: Together) -> Tensor:
@@ -45,12 +47,12 @@ def _of_form(level: Level, rows: Rows, groups: Together) -> Tensor:
     assert keys is not None, f"level {level.name} has nothing to score"
     match level.score.form:
         case "dot":
-            q = pooled_queries(level, x["q"], groups, rows.Hkv)
+            q = pooled_queries(level, x[named("q", level.q)], groups, rows.Hkv)
             keys = keys if q.shape[1] >= keys.shape[1] else keys.mean(1, keepdim=True)
-            return dot(q, keys) * _scale(level, x["q"].shape[-1])
+            return _dots(level, rows, groups, q, keys) * _scale(level, x["q"].shape[-1])
         case "bound":
             low, high = keys.unbind(2)
-            q = pooled_queries(level, x["q"], groups, rows.Hkv)
+            q = pooled_queries(level, x[named("q", level.q)], groups, rows.Hkv)
             # max(q low, q high) of each channel: q < 0 takes low, q > 0 takes high
             most = dot(q.clamp(max=0), low) + dot(q.clamp(min=0), high)
             return most * _scale(level, q.shape[-1])
@@ -59,7 +61,7 @@ def _of_form(level: Level, rows: Rows, groups: Together) -> Tensor:
         case "code_match":
             assert level.score.codes is not None, f"level {level.name} has no codes"
             codebook = x[f"{level.name}_codebook"]
-            q = pooled_queries(level, x["q"], groups, rows.Hkv)
+            q = pooled_queries(level, x[named("q", level.q)], groups, rows.Hkv)
             return code_matches(level.score.codes, q, keys, codebook) * _scale(level, 1)
         case "index_dot" | "relu_weighted" | "relu_sum":
             q = pooled_queries(level, x["q_index"], groups, rows.Hkv)
@@ -118,6 +120,27 @@ def _pooling_error(level: Level, rows: Rows, groups: Together) -> Tensor:
     return total / spread((layout.slots >= 0).sum(-1).clamp(min=1)[None], H)
 
 
+def _dots(level: Level, rows: Rows, groups: Together, q: Tensor, keys: Tensor) -> Tensor:
+    """Dot products with entries: with their keys, or with those of tokens that are searched."""
+    dots = dot(q, keys)
+    match level.partition:
+        case Halving():
+            later = torch.arange(rows.S, device=q.device) > groups.last[:, None]
+            hidden = (later & rows.spec.causal)[:, None]
+            return halved(level.partition, dots.masked_fill(hidden, -math.inf))
+        case Stripes():
+            return _at(dots, anchors(level.partition, rows.p, rows.S)[0])
+        case _:
+            return dots
+
+
+def _at(scores: Tensor, token: Tensor) -> Tensor:
+    """Scores of each row's own tokens.  [T, H, S], i64[T, N] -> [T, H, N]"""
+    if not scores.shape[-1]:
+        return scores.new_zeros(*scores.shape[:-1], token.shape[-1])
+    return scores.gather(-1, token[:, None].expand(-1, scores.shape[1], -1))
+
+
 def _scale(level: Level, width: int) -> float:
     """1/sqrt(width) unless the spec says otherwise."""
     scale = level.score.scale
@@ -160,6 +183,16 @@ def mapped(rows: Rows, level: Level, source: Scored, groups: Together, N: int) -
     (l'/d) j + m - n for every m < l'/d, n < l/d; `overlap_max` takes those that share a token with
     j.  `sum` and `max` take those that lie inside j; `around` those on both sides of it as well.
     """
+    upsampled = level.score.map == "upsample"
+    carried = (_upsampled if upsampled else _gathered)(rows, level, source, N)
+    if level.query is None or level.query.reduce is None:
+        return carried
+    everywhere = torch.ones_like(carried, dtype=torch.bool)
+    return reduced(level.query.reduce, carried, everywhere, groups_of(source.groups, groups))
+
+
+def _gathered(rows: Rows, level: Level, source: Scored, N: int) -> Tensor:
+    """What lies in an entry, or touches it, put together."""
     assert level.score.source is not None
     partition = rows.spec.level(level.score.source).partition
     l, d = partition.size, partition.stride
@@ -180,10 +213,26 @@ def mapped(rows: Rows, level: Level, source: Scored, groups: Together, N: int) -
         offsets = list(range((target - l) // d + 1))
     gathered = torch.stack([_shifted(scores, ratio, o, N, empty) for o in offsets])
     carried = gathered.amax(0) if greatest else gathered.sum(0)
-    if level.query is None or level.query.reduce is None:
-        return carried
-    everywhere = torch.ones_like(carried, dtype=torch.bool)
-    return reduced(level.query.reduce, carried, everywhere, groups_of(source.groups, groups))
+    if level.score.map == "avg_pool":
+        there = source.complete[:, None].expand_as(scores).to(scores.dtype)
+        count = torch.stack([_shifted(there, ratio, o, N, 0.0) for o in offsets]).sum(0)
+        carried = carried / count.clamp(min=1)
+    return carried
+
+
+def _upsampled(rows: Rows, level: Level, source: Scored, N: int) -> Tensor:
+    """The score of the source entry that holds an entry's first token, -inf where it is incomplete."""
+    above = rows.spec.level(level.score.source or "")
+    scores = over_heads(level, source.scores, rows.Hkv)
+    scores = scores.masked_fill(~source.complete[:, None], -math.inf)
+    if isinstance(above.partition, Ragged):
+        entry_of = rows.layouts[above.name].entry_of
+        assert entry_of is not None
+        holder = entry_of[0]
+    else:
+        first = torch.arange(N, device=scores.device) * level.partition.stride
+        holder = first // above.partition.stride
+    return scores[..., holder] if N else scores[..., :0]
 
 
 def _shifted(scores: Tensor, ratio: int, offset: int, N: int, empty: float) -> Tensor:

@@ -23,7 +23,7 @@ from hsgen.reference.entries import (
     visible_entries,
 )
 from hsgen.reference.inputs import some_keys, tensor_kinds
-from hsgen.reference.layouts import layout_of
+from hsgen.reference.layouts import layouts_of
 from hsgen.reference.losses import terms
 from hsgen.reference.pools import pooled_entries
 from hsgen.reference.queries import Together, reduced, together
@@ -101,7 +101,7 @@ def one_sequence(
     keys = some_keys(spec, x)
     group = x["q"].shape[1] // keys.shape[1]
     here = reached(spec, reused)
-    layouts = {n: layout_of(spec.level(n), x, len(keys), group) for n in here}
+    layouts = layouts_of(spec, here, x, len(keys), group)
     pooled = {
         n: pooled_entries(spec.level(n), layouts[n], x) if _reads_entries(spec, n, reused) else {}
         for n in here
@@ -133,7 +133,8 @@ def _reads_entries(spec: Spec, level: str, reused: dict[str, Taken]) -> bool:
 def _chunks(spec: Spec, x: dict[str, Tensor], p: Tensor) -> list[tuple[int, int]]:
     """Rows that are computed at a time; those that choose together are never apart."""
     T = len(p)
-    if T == 0 or any(_asks_all_rows(spec, level) for level in spec.levels):
+    of_all = spec.loss is not None and spec.loss.dual_entropy is not None
+    if T == 0 or of_all or any(_asks_all_rows(spec, level) for level in spec.levels):
         return [(0, T)]
     step = CHUNK_ELEMENTS // (x["q"].shape[1] * max(len(some_keys(spec, x)), 1))
     blocks = [rows.block or 1 for level in spec.levels if (rows := spec.rows_of(level))]

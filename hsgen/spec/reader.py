@@ -26,13 +26,17 @@ from hsgen.spec.model import (
     MAX_COUNT,
     Blocks,
     Force,
+    Halving,
     Heads,
     KMeans,
+    LearnedTree,
     Node,
     Parts,
     Path,
+    Ragged,
     SortInSegment,
     Spec,
+    Stripes,
 )
 from hsgen.spec.syntax import Items, Keys, Tree, Unreadable, Word
 
@@ -44,16 +48,21 @@ _SUGAR: Mapping[type[Node], tuple[str, ...]] = {Heads: ("group_size",), Force: (
 _HIDDEN = {"kind"}
 # partitions: those that are a word, and those that are a mapping, by the key that tells them apart
 _WORD_KINDS = {"tokens", "clusters"}
-_KINDS: Mapping[str, type[Node]] = {"blocks": Blocks, "parts": Parts}
+_KINDS: Mapping[str, type[Node]] = {
+    "blocks": Blocks,
+    "parts": Parts,
+    "halving": Halving,
+    "tree": LearnedTree,
+    "ragged": Ragged,
+    "stripes": Stripes,
+}
 # orders of keys, told apart in the same way
 _WORD_ORDERS = {"gather"}
 _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans": KMeans}
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    avg_pool by centroid columns cosine diagonals
-    halving pages ragged sample softmax_mass
-    stripes tile tree upsample
+    by columns cosine diagonals pages softmax_mass tile
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 
@@ -482,6 +491,7 @@ _EXAMPLE = {
     "pattern": "pattern: FSSS",
     "loss": "loss: {kl: {level: token}}",
     "kl": "kl: {level: token}",
+    "dual_entropy": "dual_entropy: {tree: leaf, temperature: 0.1}",
     "distill": "distill: {student: sparse, teacher: full}",
     "top_p": "top_p: {mass: 0.9}",
     "quota": "quota: [{merge: 1, fraction: 0.1}, {merge: 8, fraction: 0.2}]",
@@ -498,6 +508,8 @@ _EXAMPLE = {
     "threshold": "threshold: 0.1",
     "axes": "axes: [30, 48, 80]",
     "grid": "grid: {window: [8, 16, 16]}",
+    "spans": "spans: {factor: 2.0, power: 0.5}",
+    "ragged": "ragged: given",
 }
 _CODES = {
     "int_type": "HS032",

@@ -41,6 +41,7 @@ def _level(level: Level) -> list[str]:
     parts += [f"permute: {_flow(level.permute)}"] if level.permute else []
     parts.append(f"partition: {_partition(level.partition)}")
     parts += [f"kv: {_word(level.kv)}"] if level.kv else []
+    parts += [f"q: {_word(level.q)}"] if level.q else []
     parts += [f"pool: {_flow(level.pool)}"] if level.pool else []
     parts += [f"query: {_flow(level.query)}"] if level.query else []
     parts.append(f"score: {_flow(level.score)}")

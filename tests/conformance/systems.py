@@ -27,6 +27,8 @@ REFUSED: dict[str, str] = {
     "qwen_qsa": "level block: no kernel norms pooled keys yet",
     "step_csa": "%q_index.rounded: no kernel scores vectors kept in fp8_unscaled yet",
     "dsa": "%k_index.rounded: no kernel scores vectors kept in fp8 yet",
+    "hirouter": "level branch: no kernel assigns keys to nodes of a tree yet",
+    "superlinear": "level anchor: no kernel scores by queries of its own yet",
     "hydra": "one softmax over several branches",
     "moa": "branch elastic: no kernel attends a static pattern yet",
     "power_attention": "no kernel takes a route by layer yet",

@@ -18,21 +18,25 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
 
 from __future__ import annotations
 
-from hsgen.spec.model.branches import Attend, Combine, Delta, GridWindow, HeadSpan, Static
+from hsgen.spec.model.branches import Attend, Combine, Delta, GridWindow, HeadSpan, Spans, Static
 from hsgen.spec.model.choices import SELECT_RULES, EarlyStop, Force, Select, SelectRule, Tier, TopP
 from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.entries import (
     Blocks,
     Clusters,
+    Halving,
     KeyPool,
+    LearnedTree,
     Partition,
     Parts,
     Pool,
+    Ragged,
     Rotate,
+    Stripes,
     Tokens,
     ValuePool,
 )
-from hsgen.spec.model.losses import Distill, Kl, Loss
+from hsgen.spec.model.losses import Distill, DualEntropy, Kl, Loss
 from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
 from hsgen.spec.model.queries import Query, QueryPool
 from hsgen.spec.model.reuse import Reuse, Turn
@@ -73,12 +77,14 @@ __all__ = [
     "Count",
     "Delta",
     "Distill",
+    "DualEntropy",
     "EarlyStop",
     "Force",
     "Forced",
     "Gather",
     "Growth",
     "GridWindow",
+    "Halving",
     "HeadDim",
     "HeadSpan",
     "Heads",
@@ -109,6 +115,7 @@ __all__ = [
     "Pool",
     "Query",
     "QueryPool",
+    "Ragged",
     "Reduce",
     "Route",
     "RouteBy",
@@ -122,13 +129,16 @@ __all__ = [
     "SelectRule",
     "Share",
     "SortInSegment",
+    "Spans",
     "Spec",
     "Static",
     "Stored",
+    "Stripes",
     "Text",
     "Tier",
     "Tokens",
     "TopP",
     "Turn",
+    "LearnedTree",
     "ValuePool",
 ]

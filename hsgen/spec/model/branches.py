@@ -14,6 +14,7 @@ from hsgen.spec.model.scalars import (
     Growth,
     Identifier,
     Node,
+    Part,
     PerAxis,
     Scale,
 )
@@ -87,6 +88,21 @@ class Delta(Node):
     against: Literal["previous", "kept"] = "previous"
 
 
+class Spans(Node):
+    """A span of tokens that ends at each selected anchor, with a softmax of its own.
+
+    Of a row at position p, the span of an anchor at a holds the tokens from a - n to a, where
+    n = ceil(factor * (p + 1) ** power), taken to the nearest 2^-20 before; and the last `window`
+    tokens.  The output is the mean of the spans' outputs by the softmax of their anchors' scores,
+    through which gradients reach what the anchors are scored with.  A row without an anchor attends
+    to its window.
+    """
+
+    factor: Scale
+    power: Part
+    window: Forced = 0
+
+
 class Attend(Node):
     """One branch: raw tokens of selected entries, pooled entries, the last `window` tokens or all of
     them, or what a `static` rule says.
@@ -113,6 +129,7 @@ class Attend(Node):
     # added to logits, after scale and softcap: the input `bias` of each key and key head, or the
     # natural logarithm of how many tokens a pooled key stands for
     bias: Literal["learned", "log_count"] | None = None
+    spans: Spans | None = None  # of tokens before anchors, instead of the anchors alone
 
 
 class Combine(Node):

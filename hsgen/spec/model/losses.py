@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Literal
 
-from hsgen.spec.model.scalars import Identifier, Node
+from hsgen.spec.model.scalars import Identifier, Node, Scale
 
 
 class Kl(Node):
@@ -32,15 +32,33 @@ class Distill(Node):
     toward: Literal["teacher", "both"] = "teacher"
 
 
+class DualEntropy(Node):
+    """Affinity less balance of a learned tree: few doubts of each key and query, and no node idle.
+
+    p of a key or query: softmax(cosine / temperature) over the children of the node that it is in,
+    from the root down, as keys are assigned to nodes of any capacity.  Affinity is the mean entropy
+    of p, balance the entropy of the mean p over all nodes of a level.  Mean over levels, key heads,
+    and keys and queries; of several sequences, the mean by their keys.  Gradients reach centroids,
+    keys and queries; the nodes they are in are constants.
+    """
+
+    tree: Identifier  # the lowest level of the tree
+    temperature: Scale
+    balance: Scale = 1.0  # how many times the balance is taken
+
+
 class Loss(Node):
     """Losses by name; each is a number of its own, for the training to weigh."""
 
     kl: Kl | None = None
     distill: Distill | None = None
+    dual_entropy: DualEntropy | None = None
 
     def of(self, levels: Container[str | None], branches: Container[str | None]) -> Loss | None:
         """What is left where only some levels and branches are."""
         kl = self.kl if self.kl and self.kl.level in levels else None
         pair = self.distill
         kept = pair is not None and pair.student in branches and pair.teacher in branches
-        return Loss(kl=kl, distill=pair if kept else None) if kl or kept else None
+        dual = self.dual_entropy if self.dual_entropy and self.dual_entropy.tree in levels else None
+        left = Loss(kl=kl, distill=pair if kept else None, dual_entropy=dual)
+        return left if left != Loss() else None

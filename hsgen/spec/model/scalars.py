@@ -92,6 +92,13 @@ Bound = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 Part = Annotated[float, Field(ge=1e-6, le=1.0, allow_inf_nan=False)]
 
 
+# times what is needed where all are alike: no less, or there is not room for all
+Slack = Annotated[float, Field(ge=1.0, le=1024.0, allow_inf_nan=False)]
+
+
+Power = Annotated[int, Field(strict=True, ge=2, le=6)]
+
+
 Growth = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 

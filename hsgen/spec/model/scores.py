@@ -24,7 +24,7 @@ ScoreForm = Literal[
 Stored = Literal["input", "bf16", "fp8", "fp8_unscaled"]  # how vectors of an index are kept
 
 
-MapHow = Literal["overlap_sum", "overlap_max", "sum", "max", "around"]
+MapHow = Literal["overlap_sum", "overlap_max", "sum", "max", "around", "upsample", "avg_pool"]
 
 
 Share = Literal["head", "group", "all"]
@@ -48,6 +48,9 @@ class Score(Node):
     `bias`: the input `bias` of a token and key head, whatever the query; of an entry, what its
     `pool` makes of them.
     `given`: the input `<level>_score` [B, T, heads that choose, entries], whatever made it.
+    `map`: what an entry gets of the scores of the level it takes them from; `upsample`: that of the
+    entry that holds it, -inf where that is not complete; `avg_pool`: the mean of the complete ones
+    inside it, 0 of none.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"from": "source"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal, cast
@@ -13,7 +14,7 @@ from pydantic import Field, PrivateAttr
 from hsgen.errors import ArgumentError, Span
 from hsgen.spec.model.branches import Attend, Combine
 from hsgen.spec.model.choices import Force, Select
-from hsgen.spec.model.entries import Blocks, Partition, Pool
+from hsgen.spec.model.entries import Blocks, LearnedTree, Partition, Pool
 from hsgen.spec.model.losses import Loss
 from hsgen.spec.model.permutes import Permute
 from hsgen.spec.model.queries import Query
@@ -76,6 +77,7 @@ class Level(Node):
     permute: Permute | None = None
     partition: Annotated[Partition, Field(discriminator="kind")]  # what an entry is
     kv: Identifier | None = None  # pools `k_<kv>`, `v_<kv>` instead of `k`, `v`
+    q: Identifier | None = None  # scores by `q_<q>` instead of `q`
     pool: Pool | None = None
     query: Query | None = None  # which rows choose together; left out: those of `from`, or none
     score: Score
@@ -165,6 +167,17 @@ class Spec(Node):
     def learned_from(self) -> Attend | None:
         """The branch whose attention a `kl` loss learns from: the first over raw tokens."""
         return next((branch for branch in self.attend if branch.values == "raw"), None)
+
+    def nodes(self, name: str) -> int:
+        """How many nodes a level of a learned tree has."""
+        partitions = [level.partition for level in self.tree(name)]
+        return math.prod(x.branching for x in partitions if isinstance(x, LearnedTree))
+
+    def tree(self, name: str) -> tuple[Level, ...]:
+        """The levels of a learned tree down to the one called `name`."""
+        level = self.level(name)
+        inside = level.within and isinstance(self.level(level.within).partition, LearnedTree)
+        return (*(self.tree(level.within or "") if inside else ()), level)
 
     @property
     def index_per_key_head(self) -> bool:
@@ -348,6 +361,10 @@ _NEWS = {
     "budget_from",
     "rows",
     "apart",
+    "seed",
+    "q",
+    "spans",
+    "dual_entropy",
 }
 
 

@@ -179,6 +179,17 @@ def unused(spec: Spec) -> Iterator[Problem]:
 
 def kvs(spec: Spec) -> Iterator[Problem]:
     for i, level in enumerate(spec.levels):
+        if level.q is not None and (
+            level.score.by_index or level.score.source or level.score.form == "bias"
+        ):
+            yield Problem(
+                code="HS081",
+                path=("levels", i, "q"),
+                message="'q' has no use here: this level scores by no queries of attention",
+                help="remove 'q'",
+                also=(("levels", i, "score"),),
+                at_key=True,
+            )
         if (
             level.kv is not None
             and level.score.form not in ("dot", "code_match")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from hsgen.spec.model import SELECT_RULES, Clusters, Level, Path, Select, Spec
 from hsgen.spec.rules.names import uses
 from hsgen.spec.rules.problem import Problem
+from hsgen.spec.rules.trees import nesting_of_assigned
 
 COARSENESS = {"all": 0, "group": 1, "head": 2}
 
@@ -37,6 +38,8 @@ def _nesting_problem(spec: Spec, parent: Level, child: Level) -> tuple[str, str,
             f"expected '{parent.name}' to have a beam, whose entries are expanded here, got {got}"
         )
         return "HS066", expected, f"write 'select: {{beam: 64}}' in '{parent.name}'"
+    if assigned := nesting_of_assigned(parent, child):
+        return assigned if assigned[0] else _shares_problem(spec, parent, child)
     for level in (parent, child):
         blocks = level.partition
         if isinstance(blocks, Clusters):
@@ -53,6 +56,10 @@ def _nesting_problem(spec: Spec, parent: Level, child: Level) -> tuple[str, str,
             key=lambda n: abs(n - c.size),
         )
         return "HS067", expected, f"write '{{blocks: {nearer}}}'"
+    return _shares_problem(spec, parent, child)
+
+
+def _shares_problem(spec: Spec, parent: Level, child: Level) -> tuple[str, str, str] | None:
     shares = [share_of(spec, level) for level in (parent, child)]
     if COARSENESS[shares[0]] > COARSENESS[shares[1]]:
         expected = f"expected '{parent.name}' to be shared by all heads that share '{child.name}'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Level, Parts, Path, Spec, Tokens
+from hsgen.spec.model import Halving, LearnedTree, Level, Parts, Path, Spec, Stripes, Tokens
 from hsgen.spec.rules.names import uses
 from hsgen.spec.rules.problem import Problem
 
@@ -42,19 +42,24 @@ def pools(spec: Spec) -> Iterator[Problem]:
         pool, score = level.pool, level.score
         keys = pool.keys if pool is not None else None
         scored = score.form is not None and score.form != "given"  # by keys
-        single = isinstance(level.partition, Tokens | Parts)  # parts are never scored by keys
-        if not single and scored and not (keys or score.source):
+        single = Tokens | Halving | Stripes | Parts  # parts are never scored by keys
+        alone = isinstance(level.partition, single)
+        if not alone and scored and not (keys or score.source):
             yield Problem(
                 code="HS063",
                 path=(*here, "score", "form"),
                 message=f"expected pooled keys that form '{score.form}' scores, got none",
-                help="write 'pool: {keys: mean}' in this level",
+                help=f"write 'pool: {{keys: {_pool_of(level)}}}' in this level",
                 also=((*here, "pool", "keys"), (*here, "partition")),
             )
         elif score.form and keys and (score.form == "bound") != (keys == "minmax"):
             yield _bound_without_minmax(i, keys, score.form)
         if pool is not None:
             yield from _pool(spec, i, level)
+
+
+def _pool_of(level: Level) -> str:
+    return "centroid" if isinstance(level.partition, LearnedTree) else "mean"
 
 
 def _bound_without_minmax(i: int, keys: str | None, form: str) -> Problem:
@@ -78,6 +83,10 @@ def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
     where, why = path, ""
     if isinstance(level.partition, Tokens):
         why = "a token is an entry of its own"
+    elif isinstance(level.partition, Stripes):
+        why = "an anchor is a token"
+    elif isinstance(level.partition, Halving):
+        why = "an entry is scored by its own tokens"
     elif pool.keys is None and pool.values is None:
         why = "it pools neither keys nor values"
     elif pool.keys is not None and level.score.form == "given" and not pooled:
@@ -98,6 +107,15 @@ def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
             message=f"'{where[-1]}' has no use here: {why}",
             help=f"remove '{where[-1]}'",
             also=((*path, "keys"), (*path, "values"), (*path[:2], "partition"), *uses(spec)),
+            at_key=True,
+        )
+    if pool.seed is not None and pool.keys != "sample":
+        yield Problem(
+            code="HS065",
+            path=(*path, "seed"),
+            message="expected 'seed' with 'keys: sample' only, got it without",
+            help="remove 'seed', or write 'keys: sample'",
+            also=((*path, "keys"),),
             at_key=True,
         )
     if pool.position and not {"linear", "mlp", "gated"} & {pool.keys, pool.values}:

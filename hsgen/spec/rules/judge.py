@@ -21,6 +21,7 @@ from hsgen.spec.rules.queries import antidiagonal_keys, queries, rows_alone, row
 from hsgen.spec.rules.routes import on_ways, routes, ways
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
+from hsgen.spec.rules.trees import apart, assigned, dual_entropies, spans
 from hsgen.spec.rules.weights import errors_and_counts, quotas, stands_for, walks
 
 
@@ -97,4 +98,8 @@ _RULES: tuple[Rule, ...] = (
     around,
     borrowed_budgets,
     rows_chosen,
+    assigned,
+    spans,
+    apart,
+    dual_entropies,
 )

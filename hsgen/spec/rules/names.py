@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hsgen.errors import nearest
-from hsgen.spec.model import Level, Path, Spec
+from hsgen.spec.model import LearnedTree, Level, Path, Ragged, Spec
 from hsgen.spec.rules.problem import Problem
 
 # arguments of a kernel's call; `kv: new` would make another k_new
@@ -78,6 +78,8 @@ def _named_later(spec: Spec) -> Iterator[tuple[Path, str | None]]:
         yield ("attend", i, "over"), branch.over
     for i, reuse in enumerate(spec.reuse):
         yield ("reuse", i, "level"), reuse.level
+    if spec.loss and spec.loss.dual_entropy:
+        yield ("loss", "dual_entropy", "tree"), spec.loss.dual_entropy.tree
     if spec.loss and spec.loss.kl:
         yield ("loss", "kl", "level"), spec.loss.kl.level
 
@@ -155,6 +157,9 @@ def _tensors(spec: Spec) -> Iterator[tuple[Path, str, str]]:
                 for letter, noun in (("k", "keys"), ("v", "values"), ("z", "gates")):
                     yield (field, i, "kv"), f"{letter}_{item.kv}", f"the {noun} of 'kv: {item.kv}'"
     for i, level in enumerate(spec.levels):
+        if level.q is not None:
+            yield ("levels", i, "q"), f"q_{level.q}", f"the queries of 'q: {level.q}'"
+    for i, level in enumerate(spec.levels):
         for name in _learned(level):
             yield ("levels", i, "name"), name, f"a weight of the level '{level.name}'"
     for i, branch in enumerate(spec.attend):
@@ -181,3 +186,7 @@ def _learned(level: Level) -> Iterator[str]:
         yield f"{level.name}_key_norm"
     if pool and pool.rotate and pool.rotate.base is None:
         yield from (f"cos_{level.name}", f"sin_{level.name}")
+    if isinstance(level.partition, LearnedTree):
+        yield f"{level.name}_centroids"
+    if isinstance(level.partition, Ragged) and level.partition.boundaries == "given":
+        yield f"{level.name}_starts"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Clusters, Level, Parts, Path, Select, Spec
+from hsgen.spec.model import Clusters, LearnedTree, Level, Parts, Path, Ragged, Select, Spec
 from hsgen.spec.rules.names import uses
 from hsgen.spec.rules.problem import Problem
 
@@ -83,11 +83,12 @@ def budgets(spec: Spec) -> Iterator[Problem]:
             yield from _scope(level, select, rule, path)
         if select.apart is not None:
             yield from _apart(level, rule, path)
-        if select.tokens is not None and isinstance(level.partition, Clusters):
+        uneven = isinstance(level.partition, Clusters | LearnedTree | Ragged)
+        if select.tokens is not None and uneven:
             yield Problem(
                 code="HS186",
                 path=(*path, "tokens"),
-                message="expected entries of one size with 'tokens', got clusters",
+                message=f"expected entries of one size with 'tokens', got '{level.partition.kind}'",
                 help="write 'top_k: 16'",
                 also=(("levels", i, "partition"),),
                 at_key=True,

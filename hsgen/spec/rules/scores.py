@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Clusters, Level, Path, Score, Spec
+from hsgen.spec.model import (
+    Clusters,
+    LearnedTree,
+    Level,
+    Path,
+    Ragged,
+    Score,
+    Spec,
+    Stripes,
+    Tokens,
+)
 from hsgen.spec.rules.problem import Problem, either
+from hsgen.spec.rules.trees import named
 
 
 def scores(spec: Spec) -> Iterator[Problem]:
@@ -56,8 +67,8 @@ def _mapped(score: Score, path: Path) -> Iterator[Problem]:
             code="HS057",
             path=(*path, "source"),
             message="expected 'map' with 'from', got none",
-            help="write 'map: overlap_sum', 'map: overlap_max', 'map: sum', 'map: max' or"
-            " 'map: around'",
+            help="write 'map: overlap_sum', 'map: overlap_max', 'map: sum', 'map: max',"
+            " 'map: around' or 'map: upsample'",
             also=((*path, "map"),),
         )
     for key in ("scale", "bias", "normalise", "lse_from", "share", "reduce"):
@@ -226,6 +237,14 @@ def maps(spec: Spec) -> Iterator[Problem]:
 def _map_problem(how: str, source: Level, target: Level) -> tuple[str, str] | None:
     """Expected and got; and what to type."""
     s, t = source.partition, target.partition
+    if how == "upsample":
+        return _upsample_problem(source, target)
+    odd = [level for level in (source, target) if isinstance(level.partition, _ODD)]
+    if odd:
+        return (
+            f"expected levels of blocks or tokens, got '{odd[0].name}', {named(odd[0])}",
+            "write 'map: upsample' for tokens of runs, or score this level with 'form: dot'",
+        )
     if source.within is not None:
         got = f"its scores exist only for children of '{source.within}'"
         return (
@@ -251,7 +270,40 @@ def _map_problem(how: str, source: Level, target: Level) -> tuple[str, str] | No
             f"{expected}, {s.stride}, got {s.size}",
             f"write 'map: max', or another stride in '{source.name}'",
         )
-    if how in ("sum", "max") and s.size > t.size:
+    if how in ("sum", "max", "avg_pool") and s.size > t.size:
         expected = f"expected blocks of at least its size, {s.size}, got {t.size}"
-        return expected, f"write '{{blocks: {s.size}}}', or 'map: overlap_{how}'"
+        other = "upsample" if how == "avg_pool" else f"overlap_{how}"
+        return expected, f"write '{{blocks: {s.size}}}', or 'map: {other}'"
     return None
+
+
+def _upsample_problem(source: Level, target: Level) -> tuple[str, str] | None:
+    """Every entry lies in one of the source."""
+    s, t = source.partition, target.partition
+    if source.within is not None:
+        got = f"its scores exist only for children of '{source.within}'"
+        return (
+            f"expected scores of every entry, got '{source.name}': {got}",
+            "remove 'within' there",
+        )
+    if isinstance(s, Ragged) and not isinstance(t, Tokens):
+        return f"expected tokens of runs, got {named(target)}", "write 'partition: tokens'"
+    odd = [x for x in (source, target) if isinstance(x.partition, LearnedTree | Stripes)]
+    odd += [target] if isinstance(t, Ragged) else []
+    if odd:
+        expected = f"expected blocks, runs or tokens, got '{odd[0].name}', {named(odd[0])}"
+        return expected, "score this level with 'form: dot'"
+    for level in (source, target):
+        if level.partition.size != level.partition.stride:
+            got = f"'{level.name}' with stride {level.partition.stride}"
+            return (
+                f"expected blocks without overlap, got {got}",
+                f"write '{{blocks: {level.partition.size}}}' in '{level.name}'",
+            )
+    if not isinstance(s, Ragged) and s.size % t.size:
+        expected = f"expected blocks that divide those of '{source.name}', {s.size}, got {t.size}"
+        return expected, f"write '{{blocks: {s.size}}}', or 'partition: tokens'"
+    return None
+
+
+_ODD = (Ragged, Stripes, LearnedTree)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Attend, Level, Path, Spec
+from hsgen.spec.model import Attend, LearnedTree, Level, Path, Spec
 from hsgen.spec.rules.problem import Problem
 
 
@@ -101,6 +101,8 @@ def _no_tail(spec: Spec, level: Level) -> str | None:
         return "without causality every entry is complete"
     if level.select.force.last:
         return "'last' takes the query's own entry already, complete or not"
+    if isinstance(level.partition, LearnedTree):
+        return "no node is the query's own"
     if level.partition.size == 1:
         return "an entry of one token is never incomplete"
     if level.permute is not None:
