@@ -145,3 +145,50 @@ def test_pbs_attn_of_a_group_is_that_of_repeated_keys_where_masses_agree(group: 
     one = small("pbs_attn", group=1)
     alone = reference(one, x | {"q": x["q"][:, :, ::group]}).o
     torch.testing.assert_close(reference(spec, x).o[:, :, ::group], alone)
+
+
+# --- S2O
+
+
+def s2o_walk(q: Tensor, k: Tensor, start: int, gain: float, step: int) -> set[int]:
+    """Tokens before a segment that all of its rows walk: q [8, D], k [start + 8, D]."""
+    scale = q.shape[1] ** -0.5
+    logits = q @ k.T * scale
+    own = [logits[i, start : start + i + 1].exp().sum() for i in range(len(q))]
+    ranked = (k[:start] @ q.mean(0)).argsort(descending=True, stable=True).tolist()
+    walked: set[int] = set()
+    for n in range(0, len(ranked), step):
+        part = ranked[n : n + step]
+        walked |= {*part}
+        gains = [logits[i, part].exp().sum() for i in range(len(q))]
+        own = [a + b for a, b in zip(own, gains, strict=True)]
+        if all(b < gain * a for a, b in zip(own, gains, strict=True)):
+            break
+    return walked
+
+
+def test_s2o_is_its_card() -> None:
+    """Segments of 8, 3 keys a step, a gain of 0.2; a segment sees itself and what it walks."""
+    spec = small("s2o", group=2)
+    segment = spec.attend[0]
+    static = segment.static.model_copy(update={"blocks": 8})
+    whole = (segment.model_copy(update={"static": static}), spec.attend[1])
+    spec = spec.model_copy(update={"attend": whole})
+    stop = spec.levels[0].select.early_stop
+    assert (spec.levels[0].query.block, stop.entries, stop.gain) == (8, 3, 0.2)
+    x = random_tensors(spec, 40, 40)
+    x["q"] *= 3  # walks of different lengths
+    result = reference(spec, x, keep_seen=True)
+    lengths = set()
+    for h, start in ((h, start) for h in range(4) for start in range(0, 40, 8)):
+        q, k = x["q"][0, start : start + 8, h], x["k"][0, :, h // 2]
+        walked = s2o_walk(q, k[: start + 8], start, 0.2, 3)
+        lengths.add(len(walked))
+        for t in range(start, start + 8):
+            tokens = result.seen["history"][0, t, h].nonzero().flatten().tolist()
+            assert {*tokens} == walked
+            seen = sorted(walked | {*range(start, t + 1)})
+            logits = [k[s] @ x["q"][0, t, h] * 6**-0.5 for s in seen]
+            expected = softmax_over(logits, [x["v"][0, s, h // 2] for s in seen])
+            torch.testing.assert_close(result.o[0, t, h], expected)
+    assert len(lengths) > 3

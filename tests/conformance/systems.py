@@ -15,8 +15,9 @@ NESTED = {"three_levels": SPECS.parent / "examples" / "three_levels.yaml"}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "xattention": "level tile: no kernel pools by antidiagonal yet",
+    "s2o": "no kernel puts keys in another order yet",
     "psa": "level sample: no kernel pools by first yet",
-    "pbs_attn": "level block: no kernel chooses for rows together yet",
+    "pbs_attn": "level block: no kernel puts keys in another order yet",
     "flux_attention": "no kernel takes a route by sample yet",
     "dma": "level token: no kernel scores by a learned bias yet",
     "nosa": "level importance: no kernel scores by a learned bias yet",
@@ -79,6 +80,8 @@ def shrink(spec, *, block=16):
     Sizes and strides are divided by one number, so that partitions nest and overlap as before.
     """
     sizes = [level.partition.size for level in spec.levels]
+    if max(sizes, default=0) == 1:  # rows then say what is large
+        sizes += [level.query.block or 1 for level in spec.levels if level.query]
     factor = max([1, *sizes]) // block or 1
     levels = []
     for level in spec.levels:
@@ -159,6 +162,9 @@ def _shrunk_set(select):
         top_p = select.top_p
         less = {"mass": min(top_p.mass, 0.6), "min": min(top_p.min, 2)}  # of few entries
         changes["top_p"] = top_p.model_copy(update=less)
+    if select.early_stop:
+        less = {"entries": 3, "gain": 0.2}
+        changes["early_stop"] = select.early_stop.model_copy(update=less)
     return select.model_copy(update=changes)
 
 
