@@ -829,6 +829,9 @@ def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
         case "static" if op.pattern and op.pattern.axes and op.pattern.without_units:
             slots = math.prod(axis.window for axis in op.pattern.axes)
             return _selected_pairs(slots, own=1, causal=counts.graph.meta.causal)
+        case "static" if op.pattern and (units := op.pattern.most_units) is not None:
+            slots = units * op.size
+            return _selected_pairs(slots, own=op.size, causal=counts.graph.meta.causal)
         case "static" | "all":  # of a pattern what it may be at most: all that is visible
             return _complete_pairs(1, 1, causal=counts.graph.meta.causal)
         case _:

@@ -711,6 +711,8 @@ def _linear(
 
 def _round(op: Round, x: Tensor) -> Tensor:
     """One vector after another, a number at a time: the nearest of the 253 numbers of e4m3."""
+    if op.dtype in ("int8", "int4"):
+        return _whole(x, 127 if op.dtype == "int8" else 7)
     bf16 = x.to(torch.bfloat16).double()
     if op.dtype == "bf16":
         return bf16
@@ -722,6 +724,16 @@ def _round(op: Round, x: Tensor) -> Tensor:
             scale = 2.0 ** math.ceil(math.log2(greatest / 448))
         vectors.append([scale * _nearest_e4m3(float(y) / scale) for y in vector])
     return torch.tensor(vectors, dtype=torch.float64).view(x.shape)
+
+
+def _whole(x: Tensor, most: int) -> Tensor:
+    """By fractions, whose rounding is to even."""
+    vectors = []
+    for vector in x.flatten(0, -2).tolist():
+        greatest = max(map(abs, vector))
+        step = Fraction(greatest) / most
+        vectors.append([round(Fraction(y) / step) * step if greatest else 0 for y in vector])
+    return torch.tensor([[float(y) for y in row] for row in vectors]).double().view(x.shape)
 
 
 def _e4m3_numbers() -> list[float]:

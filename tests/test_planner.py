@@ -25,6 +25,7 @@ from plan_cases import (
     top,
 )
 from plan_cases import spec as make
+from plan_cases_estimates import ESTIMATES
 from plan_cases_odd import ODD, ODD_CALLS
 from plan_cases_production import PRODUCTION
 from plan_cases_trees import TREES
@@ -94,7 +95,10 @@ def test_calls_after_calls_mean_what_the_reference_says(spec: Spec, rows: int, k
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
 @pytest.mark.parametrize(
     "spec",
-    [*CASES, *SETS, *ORDERS, *PRODUCTION, *TOGETHER, *ROUTES, *ODD, *TRAINED, *WEIGHED, *TREES],
+    [
+        *(*CASES, *SETS, *ORDERS, *PRODUCTION, *TOGETHER, *ROUTES, *ODD, *TRAINED, *WEIGHED),
+        *(*TREES, *ESTIMATES),
+    ],
     ids=lambda spec: spec.name,
 )
 def test_plan_means_what_the_reference_says(spec: Spec, rows: int, keys: int) -> None:

@@ -278,7 +278,7 @@ class Score:
 class Round:
     """Vectors as they are kept in fewer bits, in float32; see the language's `index: {dtype}`."""
 
-    dtype: Literal["bf16", "fp8", "fp8_unscaled"]
+    dtype: Literal["bf16", "fp8", "fp8_unscaled", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,8 +293,8 @@ class LogSumExp:
 class Normalise:
     """exp(score - lse): the softmax mass of each entry.  score, [lse] -> f32[B, T, H, N]
 
-    With the log-sum-exp of another level's scores, masses are 0 where that level has no entry.
-    `by` max: exp(score - the greatest of the row), which reads no log-sum-exp.
+    With the log-sum-exp of another level's scores or of an attend, masses are 0 where that has no
+    entry.  `by` max: exp(score - the greatest of the row), which reads no log-sum-exp.
     """
 
     level: str
@@ -314,7 +314,7 @@ class ReduceRows:
     """Scores of rows as scores of those that choose together.  f32[B, T, H, N] -> f32[B, R, H, N]
 
     R is as in PoolRows; rows may be groups of fewer rows already.  An entry counts 0, or for `max`
-    nothing, where a row does not see it.
+    nothing, where a row does not see it; of mapped scores, where a row sees none of its sources.
     """
 
     level: str
@@ -492,6 +492,13 @@ class Pattern:
     def without_units(self) -> bool:
         """Whether no rule counts units, so that all that is shown lies in the windows of `axes`."""
         return not (any(map(any, self.spans)) or self.stride or self.power_of_two)
+
+    @property
+    def most_units(self) -> int | None:
+        """Units that a row sees at most, of windows and sinks that do not grow; None of other rules."""
+        if self.axes or self.stride or self.power_of_two or self.grows:
+            return None
+        return max(window + sink for window, _, sink in self.spans)
 
     @property
     def grows(self) -> bool:

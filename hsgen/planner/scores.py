@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from hsgen import spec as language
-from hsgen.errors import PlanError
+from hsgen.errors import PlanError, Span
 from hsgen.graph import (
     Anchors,
     Codes,
@@ -70,6 +70,8 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
     )
     if score.by_index:
         operands = [_rounded(builder, operand) for operand in operands]
+    elif score.dtype is not None:
+        operands = [_rounded_to(builder, level, operand) for operand in operands]
     if score.form == "relu_weighted":
         operands.append(builder.input("w_index", "index_weights", "B", "T", "Hi"))
     if score.codes is not None:
@@ -92,13 +94,21 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
 
 
 def _normalised(builder: Builder, level: language.Level, made: Node) -> Node:
-    """Scores as masses, by a sum of their own or another level's, or by the greatest of them."""
-    score, at = level.score, builder.place(level, "score", "normalise")
-    if score.normalise == "max":
+    """Scores as masses, by a sum of their own or another's, or by the greatest of them."""
+    at = builder.place(level, "score", "normalise")
+    if level.score.normalise == "max":
         return builder.add(f"{level.name}.peak", Normalise(level=level.name, by="max"), made, at=at)
-    summed = builder.nodes[f"{score.lse_from or level.name}.score"]
-    lse = builder.add(f"{score.lse_from or level.name}.score_lse", LogSumExp(), summed, at=at)
+    lse = _log_sum_exp(builder, level, at)
     return builder.add(f"{level.name}.mass", Normalise(level=level.name), made, lse, at=at)
+
+
+def _log_sum_exp(builder: Builder, level: language.Level, at: Span | None) -> Node:
+    """What a level's scores are normalised by: the sum of a level's, its own, or of a branch."""
+    source = builder.spec.summed(level) or level
+    if isinstance(source, language.Attend):
+        return builder.nodes[f"{source.name}.lse"]
+    summed = builder.nodes[f"{source.name}.score"]
+    return builder.add(f"{source.name}.score_lse", LogSumExp(), summed, at=at)
 
 
 def _together(builder: Builder, level: language.Level, made: Node) -> Node:
@@ -118,6 +128,15 @@ def _rounded(builder: Builder, vectors: Node) -> Node:
         return vectors
     at = builder.spec.span("index", "dtype")
     return builder.add(f"{vectors.name}.rounded", Round(dtype=dtype), vectors, at=at)
+
+
+def _rounded_to(builder: Builder, level: language.Level, vectors: Node) -> Node:
+    """Vectors as a level scores them; others may round the same ones otherwise."""
+    dtype = level.score.dtype
+    if dtype is None or dtype == "input":
+        return vectors
+    at = builder.place(level, "score", "dtype")
+    return builder.add(f"{vectors.name}.{dtype}", Round(dtype=dtype), vectors, at=at)
 
 
 def _codes(codes: language.Codes) -> Codes:

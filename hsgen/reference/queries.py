@@ -93,11 +93,13 @@ def reduced(how: str, scores: Tensor, seen: Tensor, members: Tensor) -> Tensor:
 def groups_of(fine: Together, coarse: Together) -> Tensor:
     """The groups of `fine` that each group of `coarse` asks, once each.  -> i64[R, M], -1 for none"""
     R, F = len(coarse.first), len(fine.first)
+    if not R:  # no rows
+        return coarse.members
     asks = torch.zeros(R, F + 1, dtype=torch.bool, device=fine.row.device)
     rows = torch.where(coarse.members >= 0, fine.row[coarse.members.clamp(min=0)], F)
     asks.scatter_(1, rows, torch.ones_like(rows, dtype=torch.bool))
     asked = asks[:, :F]
-    most = int(asked.sum(1).max()) if R and F else 0
+    most = int(asked.sum(1).max())
     groups = torch.arange(F, device=fine.row.device).expand(R, F)
     ordered = groups.masked_fill(~asked, F).sort(1).values[:, :most]
     return ordered.masked_fill(ordered == F, -1)

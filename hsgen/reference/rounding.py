@@ -8,16 +8,20 @@ from torch import Tensor
 from hsgen.spec import Stored
 
 _GREATEST = 448.0  # of float8 e4m3
+_LEVELS = {"int8": 127, "int4": 7}  # the greatest whole number of each
 _LEAST = 1e-4  # no vector's greatest number counts as less: its scale stays a normal number
 
 
 def stored(x: Tensor, dtype: Stored) -> Tensor:
     """The numbers that are kept of vectors [..., D], in the dtype that they came in.
 
-    `fp8`: e4m3 times a power of two for each vector.  Gradients pass as if nothing were rounded.
+    `fp8`: e4m3 times a power of two for each vector.  `int8` and `int4`: whole numbers times a scale
+    for each vector.  Gradients pass as if nothing were rounded.
     """
     if dtype == "input":
         return x
+    if dtype in _LEVELS:
+        return x + (_whole(x.detach(), _LEVELS[dtype]) - x).detach()
     kept = x.detach().to(torch.bfloat16).to(x.dtype)
     if dtype == "fp8":
         scale = _power_of_two(kept.abs().amax(-1, keepdim=True).clamp(min=_LEAST) / _GREATEST)
@@ -25,6 +29,13 @@ def stored(x: Tensor, dtype: Stored) -> Tensor:
     elif dtype == "fp8_unscaled":
         kept = _e4m3(kept)
     return x + (kept - x).detach()
+
+
+def _whole(x: Tensor, most: int) -> Tensor:
+    """To the nearest of 2 * most + 1 multiples that reach as far as a vector does, ties to even."""
+    greatest = x.abs().amax(-1, keepdim=True)
+    steps = (x * most / greatest.masked_fill(greatest == 0, 1.0)).round()
+    return steps * (greatest / most)
 
 
 def _power_of_two(x: Tensor) -> Tensor:

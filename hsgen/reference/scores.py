@@ -49,6 +49,8 @@ def _of_form(level: Level, rows: Rows, groups: Together) -> Tensor:
         case "dot":
             q = pooled_queries(level, x[named("q", level.q)], groups, rows.Hkv)
             keys = keys if q.shape[1] >= keys.shape[1] else keys.mean(1, keepdim=True)
+            if level.score.dtype:
+                q, keys = (stored(y, level.score.dtype) for y in (q, keys))
             return _dots(level, rows, groups, q, keys) * _scale(level, x["q"].shape[-1])
         case "bound":
             low, high = keys.unbind(2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hsgen.reference.attention import attend_all, what_is_seen
+from hsgen.reference.attention import attend_all, sum_of_branch, what_is_seen
 from hsgen.reference.choice import choose, tiers_of
 from hsgen.reference.entries import (
     begun_entries,
@@ -40,7 +40,7 @@ from hsgen.selection import (
     from_members,
     members,
 )
-from hsgen.spec import Level, Select, Spec
+from hsgen.spec import Attend, Level, Select, Spec
 
 CHUNK_ELEMENTS = 1 << 23  # float64 logits that are alive at once, about
 
@@ -288,7 +288,9 @@ def _scored(
     if any(other.score.lse_from == level.name for other in rows.spec.levels):
         lse = softmax(scores, seen)[1]
     if level.score.lse_from:
-        scores = masses_by(scores, seen, levels[level.score.lse_from].lse)
+        name, source = level.score.lse_from, rows.spec.summed(level)
+        total = sum_of_branch(rows, name) if isinstance(source, Attend) else levels[name].lse
+        scores = masses_by(scores, seen, total)
     elif level.score.normalise:
         scores = (
             softmax(scores, seen)[0] if level.score.normalise == "softmax" else peaks(scores, seen)

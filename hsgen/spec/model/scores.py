@@ -21,7 +21,8 @@ ScoreForm = Literal[
 ]
 
 
-Stored = Literal["input", "bf16", "fp8", "fp8_unscaled"]  # how vectors of an index are kept
+# how vectors are kept that are multiplied; see `Index`
+Stored = Literal["input", "bf16", "fp8", "fp8_unscaled", "int8", "int4"]
 
 
 MapHow = Literal["overlap_sum", "overlap_max", "sum", "max", "around", "upsample", "avg_pool"]
@@ -51,11 +52,14 @@ class Score(Node):
     `map`: what an entry gets of the scores of the level it takes them from; `upsample`: that of the
     entry that holds it, -inf where that is not complete; `avg_pool`: the mean of the complete ones
     inside it, 0 of none.
+    `lse_from`: scores are divided by the sum of exp over that level's entries, or over what that
+    branch sees of tokens, so that masses may be above 1 and need not add up to 1.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"from": "source"}
     form: ScoreForm | None = None
     codes: Codes | None = None  # what `code_match` compares
+    dtype: Stored | None = None  # what queries and entry keys are rounded to, as in `index`
     source: Identifier | None = None  # the level whose scores are mapped
     map: MapHow | None = None
     width: Count | None = None  # of `around`: as many entries, the same one in their middle, summed
@@ -65,7 +69,8 @@ class Score(Node):
     bias: Literal["learned", "log_count"] | None = None
     # softmax: each entry's part of the row's mass; max: exp(score - the greatest of the row)
     normalise: Literal["softmax", "max"] | None = None
-    lse_from: Identifier | None = None  # the level whose log-sum-exp normalises; None: its own
+    # the level, or if none is called so the branch, whose log-sum-exp normalises; None: its own
+    lse_from: Identifier | None = None
     share: Share = "head"
     reduce: Reduce | None = None
 

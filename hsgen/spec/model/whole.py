@@ -57,8 +57,9 @@ class HeadDim(Node):
 class Index(Node):
     """A separate low-cost scorer: `q_index [B,T,Hi,Di]`, `k_index [B,S,Di]`, `w_index [B,T,Hi]`.
 
-    dtype: `input` as given.  All others round to bf16 first.  `fp8`: e4m3 by a power-of-two scale a
-    vector, the least that keeps its greatest number at most 448.  `fp8_unscaled`: e4m3 as they are.
+    dtype: `input` as given.  `bf16`, and with that first: `fp8`, e4m3 by a power-of-two scale a vector,
+    the least that keeps its greatest number at most 448; `fp8_unscaled`, e4m3 as they are.  `int8` and
+    `int4`: the nearest multiples, ties to even, of the 127th or 7th part of a vector's greatest number.
     """
 
     heads: Count  # of the index's queries
@@ -130,6 +131,11 @@ class Spec(Node):
                 break
             level = levels[level.score.source]
         return level.query if level.query and level.query.together else None
+
+    def summed(self, level: Level) -> Level | Attend | None:
+        """The level that `lse_from` names, or else the branch."""
+        named = (x for x in (*self.levels, *self.attend) if x.name == level.score.lse_from)
+        return next(named, None)
 
     def own_entries(self, level: Level) -> int:
         """How many entries the own ones of rows that choose together are, at most."""
@@ -340,6 +346,7 @@ _NEWS = {
     "route",
     "when",
     "codes",
+    "score.dtype",
     "of",
     "reuse",
     "loss",

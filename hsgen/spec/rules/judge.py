@@ -11,6 +11,7 @@ from hsgen.spec.rules.codes import codes
 from hsgen.spec.rules.compress import around, borrowed_budgets, rows_chosen
 from hsgen.spec.rules.deltas import deltas
 from hsgen.spec.rules.entries import heads, partitions, pools
+from hsgen.spec.rules.estimates import branch_sums, score_dtypes
 from hsgen.spec.rules.grids import axes, grid_windows
 from hsgen.spec.rules.names import references, tensor_names, unique_names
 from hsgen.spec.rules.orders import orders
@@ -62,6 +63,8 @@ _RULES: tuple[Rule, ...] = (
     scores,
     codes,
     borrowed_sums,
+    branch_sums,
+    score_dtypes,
     maps,
     queries,
     antidiagonal_keys,

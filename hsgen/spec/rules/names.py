@@ -44,6 +44,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 def references(spec: Spec) -> Iterator[Problem]:
     names = [level.name for level in spec.levels]
+    branches = [branch.name for branch in spec.attend]
     for i, level in enumerate(spec.levels):
         for key, path, target in (
             ("from", ("levels", i, "score", "source"), level.score.source),
@@ -54,7 +55,10 @@ def references(spec: Spec) -> Iterator[Problem]:
         ):
             if target is None:
                 continue
-            if target not in names:
+            if key == "lse_from" and target not in names:
+                if target not in branches:
+                    yield _unknown_sum(target, [*names, *branches], path, spec)
+            elif target not in names:
                 yield _unknown_level(target, names, path, spec)
             elif names.index(target) >= i:
                 yield Problem(
@@ -101,6 +105,18 @@ def _unknown_level(target: str, names: list[str], path: Path, spec: Spec) -> Pro
         message=f"unknown level '{target}'",
         help=f"did you mean '{close}'? {levels}" if close else levels,
         also=_names(spec),
+    )
+
+
+def _unknown_sum(target: str, names: list[str], path: Path, spec: Spec) -> Problem:
+    close = nearest(target, names)
+    listed = f"levels and branches: {', '.join(names)}"
+    return Problem(
+        code="HS054",
+        path=path,
+        message=f"unknown level or branch '{target}'",
+        help=f"did you mean '{close}'? {listed}" if close else listed,
+        also=(*_names(spec), *(("attend", i, "name") for i in range(-1, len(spec.attend)))),
     )
 
 
