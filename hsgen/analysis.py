@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 from hsgen.graph import (
@@ -377,7 +377,7 @@ def costs(graph: Graph) -> Mapping[str, NodeCost]:
     """
     if unbound := unbound_sizes(graph):
         raise GraphError(f"costs need {', '.join(unbound)}: the spec leaves heads or head_dim open")
-    counts = _Counts(graph=graph, partitions=partitions(graph))
+    counts = _Counts(graph=graph, partitions=partitions(graph), asked=_asked(graph))
     return {
         node.name: NodeCost(flops=_flops(counts, node), bytes=_bytes(counts, node))
         for node in graph.nodes()
@@ -447,6 +447,14 @@ class _Counts:
 
     graph: Graph
     partitions: Mapping[str, tuple[int, int]]  # level -> size, stride
+    asked: Mapping[str, int]  # node -> of how many rows it is wanted, where it is not all
+
+    def of(self, node: Node) -> Cost:
+        """Numbers in the result of a node, of the rows of which it is wanted; at most."""
+        if node.name not in self.asked:
+            return self.elements(node.type)
+        one = ["1" if dim == "T" else dim for dim in node.type.dims]
+        return self.elements(replace(node.type, dims=tuple(one))) * self.asked[node.name]
 
     def reach(self, level: str) -> tuple[int, int]:
         """Tokens from an entry's place to its end, by which it is complete, and the stride.
@@ -603,6 +611,23 @@ class _Counts:
         return self.elements(type_) * BYTES[type_.dtype]
 
 
+def _asked(graph: Graph) -> Mapping[str, int]:
+    """Of how many rows steps of a score are wanted, where the last rows of a prompt are all of them."""
+    found: dict[str, int] = {}
+    for node in reversed(graph.nodes()):
+        op, wanted = node.op, {_wanted_by(user, found) for user in graph.users(node.name)}
+        of_score = isinstance(op, Score | Normalise | Reduce) or (
+            isinstance(op, LogSumExp) and isinstance(graph[node.inputs[0]].op, Score)
+        )
+        if of_score and len(wanted) == 1 and (rows := wanted.pop()) is not None:
+            found[node.name] = rows
+    return found
+
+
+def _wanted_by(user: Node, found: Mapping[str, int]) -> int | None:
+    return user.op.last if isinstance(user.op, ReduceRows) else found.get(user.name)
+
+
 def _score_of(graph: Graph, level: str) -> Node:
     return next(x for x in graph.nodes() if isinstance(x.op, Score) and x.op.level == level)
 
@@ -691,12 +716,12 @@ def _flops(counts: _Counts, node: Node) -> Cost:
                 return counts.elements(operands[0]) * (3 if op.how == "centroid" else 1)
             return _pool_flops(counts, node, op)
         case Score():
-            return _score_flops(counts, op, operands)
+            return _score_flops(counts, node, op, operands)
         case LogSumExp():
             own_pass = isinstance(graph[node.inputs[0]].op, Score)  # else a by-product
-            return counts.elements(operands[0]) * (2 if own_pass else 0)
+            return counts.of(graph[node.inputs[0]]) * (2 if own_pass else 0)
         case Normalise() | Reduce() | ReduceRows() | PoolRows() | PoolHeads():
-            return counts.elements(operands[0]) * (2 if isinstance(op, Normalise) else 1)
+            return counts.of(graph[node.inputs[0]]) * (2 if isinstance(op, Normalise) else 1)
         case Map():
             return counts.elements(node.type) * (0 if op.how == "upsample" else 2 * len(op.taps))
         case Attend():
@@ -725,13 +750,16 @@ def _calls_flops(
     return pairs * dense + counts.elements(operands[0])
 
 
-def _score_flops(counts: _Counts, op: Score, operands: list[TensorType]) -> Cost:
+def _score_flops(counts: _Counts, node: Node, op: Score, operands: list[TensorType]) -> Cost:
     """Dots of pairs.  Of codes a comparison and an addition a run, once both are encoded."""
     if op.form in ("bias", "given"):
         return _from(0, Polynomial())  # what a key has already
     rows, heads, dim = operands[0].dims[1:]
+    asked = counts.asked.get(node.name)
     pairs = (
-        counts.complete(op.level, rows) if op.within is None else counts.children(op.level, rows)
+        counts.children(op.level, rows)
+        if op.within is not None
+        else counts.complete(op.level, "1" if asked else rows) * (asked or 1)
     )
     pairs = pairs * counts.product((heads,))
     if op.codes is not None:  # encoding is a distance to every codeword
@@ -850,14 +878,14 @@ def _span_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
 
 def _bytes(counts: _Counts, node: Node) -> Cost:
     """Operands read once and the result written once."""
-    operands = [operand.type for operand in counts.graph.operands(node)]
     match node.op:
         case Input():
             return _from(0, Polynomial())
         case LogSumExp() if not isinstance(counts.graph[node.inputs[0]].op, Score):
             return counts.moved(node.type)  # a by-product of what writes its operand
         case _:
-            return sum((counts.moved(operand) for operand in operands), counts.moved(node.type))
+            moved = [*counts.graph.operands(node), node]
+            return sum((counts.of(each) * BYTES[each.type.dtype] for each in moved), ZERO)
 
 
 # --- the text of `show`
@@ -1066,7 +1094,7 @@ def must_move(graph: Graph) -> Cost:
 
 def moved(graph: Graph, names: Iterable[str], *, input_bytes: int = BYTES["input"]) -> Cost:
     """Bytes of some values, each moved once; `input_bytes` of a number in the caller's dtype."""
-    counts = _Counts(graph=graph, partitions=partitions(graph))
+    counts = _Counts(graph=graph, partitions=partitions(graph), asked={})
     types = [graph[name].type for name in names]
     sizes = {**BYTES, "input": input_bytes}
     return sum((counts.elements(type_) * sizes[type_.dtype] for type_ in types), ZERO)

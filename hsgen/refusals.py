@@ -166,6 +166,8 @@ def _of_choice(op: Score | Map | Select | SelectSet) -> str | None:
             return f"selects by {op.rule}"
         case Score():
             return _of_score(op)
+        case Select(diagonal=True):
+            return "chooses diagonals"
         case Select(sink=int()):
             return "forces the entries of first tokens"
         case Select(tail=True):
@@ -178,6 +180,8 @@ def _of_choice(op: Score | Map | Select | SelectSet) -> str | None:
 
 def _of_score(op: Score) -> str | None:
     match op:
+        case Score(diagonal=True):
+            return "scores along diagonals"
         case Score(form="relu_sum"):
             return "sums an index without weights"
         case Score(form="given"):

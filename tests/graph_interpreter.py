@@ -799,6 +799,9 @@ def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
         there = there & _spread(operands[-1].member, value.shape[2])
     if op.within is not None:
         there = there & _in_beam(run, node, operands[-1], value.shape[2])
+    if op.diagonal:  # entry by entry: the key that lies so far before the row
+        keys_of = [[max(p - e, 0) for e in range(run.keys)] for p in run.positions]
+        value = torch.stack([value[:, t, :, s] for t, s in enumerate(keys_of)], 1)
     if op.form == "pooling_error":
         return Scores(value=value, there=there)
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
@@ -1515,6 +1518,11 @@ def _seen_tokens(
     if op.parts is not None:
         return _seen_in_parts(run, op, chosen.member, keys.shape[1]) & visible
     covered = torch.zeros(*chosen.member.shape[:3], keys.shape[1], dtype=torch.bool)
+    if op.diagonal:
+        for t, p in enumerate(run.positions):
+            for s in range(p + 1):
+                covered[:, t, :, s] = chosen.member[:, t, :, p // op.size - s // op.size]
+        return covered & visible
     for e in range(chosen.member.shape[-1]):
         start = e * op.stride - (op.before or 0)
         covered[..., max(0, start) : start + op.size] |= chosen.member[..., e, None]

@@ -244,7 +244,7 @@ class Score:
     where entries are tokens; a node exists for a row once a token is in it, and a run is complete
     once the next has begun.  `anchors`: entries are tokens behind each row, and keys those of tokens.
     `until`: keys are those of tokens, and an entry's score is the best of those that halving it until
-    it is so long comes upon.
+    it is so long comes upon.  `diagonal`: entry i of a row is the token i before it.
     """
 
     level: str
@@ -272,6 +272,7 @@ class Score:
     cut: Cut | None = None
     anchors: Anchors | None = None
     until: int | None = None
+    diagonal: Literal[True] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,7 +351,8 @@ class Select:
     With `within`, only children of the parent selection (second input) are candidates.  The entries
     that the level `joined` selects (next input) are forced, and those with one of the first `sink`
     tokens; `cut`: the order (next input) says which these are, or as in Score.  With `when`, heads
-    that the route (last input) sends another way keep none.
+    that the route (last input) sends another way keep none.  `diagonal`: entries are counted
+    back from the row's own.
     """
 
     level: str
@@ -369,6 +371,7 @@ class Select:
     before: int | None = None
     sink: int | None = None
     cut: Cut | None = None
+    diagonal: Literal[True] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,7 +402,7 @@ class SelectSet:
     `scope`: rows of a head, or heads of a row, are ranked together.  `rest`: forced entries are neither
     ranked nor part of a total.  `budget_from`: as many as another level keeps, whose selection is the
     next operand.  `apart`: what begins before the token of the next operand and what does not are
-    chosen apart.  `sink`, `cut` and `when` as in Select.
+    chosen apart.  `sink`, `cut`, `when` and `diagonal` as in Select.
     """
 
     level: str
@@ -434,6 +437,7 @@ class SelectSet:
     cut: Cut | None = None
     budget_from: str | None = None
     apart: Literal["input"] | None = None
+    diagonal: Literal[True] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -522,8 +526,8 @@ class Attend:
     the logarithm of the tokens that a pooled key stands for is added.  `near`: of the last so many
     tokens a row reads the keys, of others the far keys.  `rows`: one that does not see its own token
     sees none.  `spans`: of each selected anchor its span, with a softmax of its own; the output is
-    their mean by the softmax of their scores.  With `when`, heads that the route sends another way
-    see nothing.
+    their mean by the softmax of their scores.  `diagonal`: entry i of a row is block row // size - i.
+    With `when`, heads that the route sends another way see nothing.
     """
 
     branch: str
@@ -547,6 +551,7 @@ class Attend:
     near: int | None = None
     rows: Literal["chosen"] | None = None
     spans: Spans | None = None
+    diagonal: Literal[True] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -448,6 +448,10 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     need(op.form == "dot" or not (op.anchors or op.until), "it is dots that are searched")
     need(op.anchors is None or op.within is None, "anchors lie in no entries")
     need(op.until is None or op.size % op.until == 0, f"{op.size} is not halved to {op.until}")
+    along = (
+        op.form == "dot" and op.size == 1 and op.within is None and operands[0].type.dims[1] == "T"
+    )
+    need(op.diagonal is None or along, "it is rows and tokens that lie on diagonals")
     if op.among:
         _need_recalled(op, operands[-1])
     weighted, coded = op.form == "relu_weighted", op.codes is not None
@@ -775,6 +779,7 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
             isinstance(select, Select | SelectSet | Recall)
             and (select.size, select.stride) == (op.size, op.stride)
             and (not isinstance(select, SelectSet) or select.parts == op.parts)
+            and (isinstance(select, Recall) or select.diagonal == op.diagonal)
             and (op.over != "pooled" or rows == f"N_{select.level}"),
             f"%{selection.name} is not a selection of entries of {op.size}",
         )

@@ -44,7 +44,9 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
         level = builder.spec.level(branch.over)
         if branch.values == "pooled":
             return _plan_pooled_branch(builder, branch, level)
-        over = "tokens" if isinstance(level.partition, language.Tokens) else "blocks"
+        by_token = language.Tokens | language.Diagonals
+        single = isinstance(level.partition, by_token) and level.partition.size == 1
+        over = "tokens" if single else "blocks"
         over = "tiers" if branch.values == "tiers" else over
         over = "spans" if branch.spans else over
         op = _attend(builder, branch, over=over, partition=level.partition, cut=cut_of(level))
@@ -135,6 +137,7 @@ def _attend(
         counted=True if branch.bias == "log_count" else None,
         near=branch.delta.window if branch.delta else None,
         rows=branch.rows,
+        diagonal=True if isinstance(partition, language.Diagonals) else None,
     )
 
 

@@ -37,7 +37,7 @@ def _agreeing(builder: Builder, level: language.Level, made: Node, name: str) ->
 
 
 def score_keys(builder: Builder, level: language.Level) -> Node:
-    searched = language.Tokens | language.Halving | language.Stripes
+    searched = language.Tokens | language.Halving | language.Stripes | language.Diagonals
     tokens = isinstance(level.partition, searched)
     keys = raw_keys(builder, level) if tokens else pooled(builder, level, "key")
     if level.query is None or level.query.heads is None:
@@ -189,3 +189,8 @@ def before_of(level: language.Level) -> int | None:
 def parts_of(level: language.Level) -> int | None:
     """How many equal parts of what a row sees the entries are, if that is what they are."""
     return level.partition.count if isinstance(level.partition, language.Parts) else None
+
+
+def diagonal(level: language.Level) -> Literal[True] | None:
+    """Whether entries are counted back from a row's own."""
+    return True if isinstance(level.partition, language.Diagonals) else None

@@ -22,6 +22,7 @@ from hsgen.planner.builder import Builder, some
 from hsgen.planner.calls import narrowed
 from hsgen.planner.entries import (
     before_of,
+    diagonal,
     parts_of,
     pooled,
     score_bias,
@@ -61,6 +62,7 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         cut=cut or (cut_of(level) if _asks_tokens(score) else None),
         anchors=anchors_of(level),
         until=level.partition.until if isinstance(level.partition, language.Halving) else None,
+        diagonal=diagonal(level),
     )
     queries = [] if score.form == "bias" else [score_query(builder, level)]
     operands = (

@@ -7,7 +7,7 @@ import math
 from hsgen import spec as language
 from hsgen.graph import Node, Select, SelectSet, Tiers
 from hsgen.planner.builder import Builder
-from hsgen.planner.entries import before_of, parts_of
+from hsgen.planner.entries import before_of, diagonal, parts_of
 from hsgen.planner.orders import Assigned, cut_of, order
 
 
@@ -31,6 +31,7 @@ def select(
         before=before_of(level),
         sink=select.force.sink,
         cut=cut or (cut_of(level) if select.force.sink else None),
+        diagonal=diagonal(level),
     )
 
 
@@ -65,6 +66,7 @@ def select_set(level: language.Level, select: language.Select, cut: Assigned | N
         step=stop.entries if stop else None,
         sink=select.force.sink,
         cut=cut or (cut_of(level) if select.force.sink or stop else None),
+        diagonal=diagonal(level),
     )
 
 

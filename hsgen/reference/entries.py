@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.inputs import needs_all_tokens
-from hsgen.reference.layouts import Layout, part_of
+from hsgen.reference.layouts import Layout, back, part_of
 from hsgen.reference.partitions import anchors
 from hsgen.reference.queries import Together, together
 from hsgen.reference.rows import Rows, Scored, spread
@@ -153,6 +153,10 @@ def token_mask(rows: Rows, level: Level, chosen: Tensor) -> Tensor:
     if layout.parts is not None:
         part = part_of(layout.parts, rows.seen_tokens, rows.S)[:, None]
         return chosen.gather(-1, part.expand(-1, chosen.shape[1], -1))
+    if layout.diagonal is not None:
+        entry = back(layout.diagonal, rows.p, rows.S)[:, None].expand(-1, chosen.shape[1], -1)
+        last = chosen.shape[-1] - 1  # beyond it there is none: rows after the last key
+        return chosen.gather(-1, entry.clamp(0, last)) & (entry >= 0) & (entry <= last)
     if layout.entry_of is None:
         return _overlapping(layout, chosen, rows.S)
     heads = max(chosen.shape[1], len(layout.entry_of))

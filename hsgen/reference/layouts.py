@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from hsgen.reference.permutes import cluster_of, order_of
 from hsgen.spec import (
     Blocks,
     Clusters,
+    Diagonals,
     KMeans,
     LearnedTree,
     Level,
@@ -39,6 +40,8 @@ class Layout:
     parts: How many equal parts of what a row sees entries are; no row has the others' entries then,
         and slots say nothing.
     first: i64[H, N], the token from which on an entry exists for a row; None where it always does.
+    diagonal: Tokens of an entry, where entries are counted back from a row's own; slots are those of
+        no row in particular, and starts and ends say how far back an entry reaches.
     """
 
     slots: Tensor
@@ -49,6 +52,7 @@ class Layout:
     step: int | None = None
     parts: int | None = None
     first: Tensor | None = None
+    diagonal: int | None = None
 
     @property
     def there(self) -> Tensor:
@@ -82,6 +86,9 @@ def _layout_of(
     if order is None:
         if isinstance(level.partition, Parts):
             return _parts(level.partition.count, x["q"])
+        if isinstance(level.partition, Diagonals):
+            size = level.partition.size
+            return replace(_in_place(size, size, 0, S, x["q"]), diagonal=size)
         before = level.partition.before if isinstance(level.partition, Blocks) else None
         return _in_place(level.partition.size, level.partition.stride, before or 0, S, x["q"])
     keys = x[named("k", level.kv)]
@@ -198,6 +205,11 @@ def part_of(parts: int, seen: Tensor, S: int) -> Tensor:
     n = seen.clamp(min=1)[:, None]
     token = torch.arange(S, device=seen.device)
     return (((2 * token + 1) * parts - 1) // (2 * n)).clamp(max=parts - 1)
+
+
+def back(size: int, p: Tensor, S: int) -> Tensor:
+    """The entry that each token is in of a row's diagonals, negative after its own.  -> i64[T, S]"""
+    return (p // size)[:, None] - torch.arange(S, device=p.device) // size
 
 
 def _entry_of(slots: Tensor, S: int) -> Tensor:

@@ -24,6 +24,8 @@ from hsgen.spec import Halving, Level, Ragged, Stripes
 def raw_scores(level: Level, rows: Rows, groups: Together) -> Tensor:
     """Score every entry by every head, scaled, and add what asks no query.  -> [T or R, H, N]"""
     scores = _of_form(level, rows, groups)
+    if rows.layouts[level.name].diagonal is not None:
+        scores = _along_diagonals(scores, rows.p)
     match level.score.bias:
         case "learned":
             bias = _by_head(rows.pooled[level.name]["bias"])
@@ -32,6 +34,13 @@ def raw_scores(level: Level, rows: Rows, groups: Together) -> Tensor:
         case None:
             return scores
     return scores + spread(bias, scores.shape[1])
+
+
+def _along_diagonals(scores: Tensor, p: Tensor) -> Tensor:
+    """Scores of tokens by how far they are before the row.  [T, H, S] -> [T, H, S]"""
+    S = scores.shape[-1]
+    token = p[:, None] - torch.arange(S, device=p.device)
+    return scores.gather(-1, token.clamp(0, max(S - 1, 0))[:, None].expand_as(scores))
 
 
 def _by_head(bias: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from hsgen.spec.model import (
     MAX_CALLS,
     MAX_COUNT,
     Blocks,
+    Diagonals,
     Force,
     Halving,
     Heads,
@@ -55,6 +56,7 @@ _KINDS: Mapping[str, type[Node]] = {
     "tree": LearnedTree,
     "ragged": Ragged,
     "stripes": Stripes,
+    "diagonals": Diagonals,
 }
 # orders of keys, told apart in the same way
 _WORD_ORDERS = {"gather"}
@@ -62,7 +64,7 @@ _ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans":
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    by columns cosine diagonals pages softmax_mass tile
+    by cosine pages softmax_mass tile
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 
@@ -438,7 +440,8 @@ _PARTITION = _Union(
     words=_WORD_KINDS,
     mappings=_KINDS,
     stand_in="tokens",
-    expected="'tokens', 'clusters', or a mapping {blocks: size, stride: step} or {parts: number}",
+    expected="'tokens', 'clusters', or a mapping {blocks: size, stride: step}, {parts: number} or"
+    " {diagonals: size}",
     advice="write 'partition: tokens' or 'partition: {blocks: 64}'",
 )
 _ORDER = _Union(

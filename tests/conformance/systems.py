@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from hsgen import spec as language
-from hsgen.spec import Blocks, HeadDim, Heads, Index, KMeans, Parts, SortInSegment
+from hsgen.spec import Blocks, Diagonals, HeadDim, Heads, Index, KMeans, Parts, SortInSegment
 
 SPECS = Path(__file__).parents[2] / "specs"
 FILES = {path.stem: path for path in sorted(SPECS.glob("*.yaml"))}
@@ -20,6 +20,7 @@ REFUSED: dict[str, str] = {
     "psa": "level sample: no kernel pools by first yet",
     "pbs_attn": "level block: no kernel puts keys in another order yet",
     "flux_attention": "no kernel takes a route by sample yet",
+    "minference": "no kernel takes a route by head yet",
     "dma": "level token: no kernel scores by a learned bias yet",
     "nosa": "level importance: no kernel scores by a learned bias yet",
     "gna": "branch near: no kernel attends a static pattern yet",
@@ -111,6 +112,8 @@ def _shrunk_level(spec, level, factor, above):
     if isinstance(level.partition, Blocks):
         size, stride = (_part(n, factor) for n in (level.partition.size, level.partition.stride))
         changes["partition"] = Blocks(size=size, stride=stride)
+    if isinstance(level.partition, Diagonals):
+        changes["partition"] = Diagonals(size=_part(level.partition.size, factor))
     if level.query and level.query.block:
         changes["query"] = level.query.model_copy(
             update={"block": _part(level.query.block, factor)}
@@ -124,8 +127,8 @@ def _shrunk_level(spec, level, factor, above):
     if level.select and level.select.counts_vary:
         changes["select"] = _shrunk_set(level.select)
     if level.select and not level.select.counts_vary:
-        last = min(level.select.force.last, 2)
-        force = level.select.force.model_copy(update={"last": last})
+        first, last = min(level.select.force.first, 2), min(level.select.force.last, 2)
+        force = level.select.force.model_copy(update={"first": first, "last": last})
         forced = force.first + force.last + (above[force.level].width if force.level else 0)
         if force.last:
             forced += spec.own_entries(level) - 1  # as many as in the full size, or more

@@ -24,6 +24,7 @@ from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.entries import (
     Blocks,
     Clusters,
+    Diagonals,
     Halving,
     KeyPool,
     LearnedTree,
@@ -76,6 +77,7 @@ __all__ = [
     "Combine",
     "Count",
     "Delta",
+    "Diagonals",
     "Distill",
     "DualEntropy",
     "EarlyStop",

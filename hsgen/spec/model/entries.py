@@ -191,7 +191,27 @@ class Stripes(Node):
         return 1
 
 
-Partition = Tokens | Blocks | Clusters | Parts | Halving | LearnedTree | Ragged | Stripes
+class Diagonals(Node):
+    """Entry i of a row is the `size` keys that begin at (row // size - i) * size: counted back from it.
+
+    Of size 1 it is the key i before the row, so that an entry is one diagonal of all rows and keys; of
+    a greater size it is one of blocks of so many rows and keys.  Entry i of size s is complete for a
+    row that has (i + 1) * s keys up to its own.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {"diagonals": "size"}
+    kind: Literal["diagonals"] = "diagonals"
+    size: Count  # rows and keys of one block
+
+    @property
+    def stride(self) -> int:
+        """Blocks do not overlap."""
+        return self.size
+
+
+Partition = (
+    Tokens | Blocks | Clusters | Parts | Halving | LearnedTree | Ragged | Stripes | Diagonals
+)
 
 
 class Rotate(Node):

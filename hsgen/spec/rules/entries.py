@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Halving, LearnedTree, Level, Parts, Path, Spec, Stripes, Tokens
+from hsgen.spec.model import (
+    Diagonals,
+    Halving,
+    LearnedTree,
+    Level,
+    Parts,
+    Path,
+    Spec,
+    Stripes,
+    Tokens,
+)
 from hsgen.spec.rules.names import uses
 from hsgen.spec.rules.problem import Problem
 
@@ -42,7 +52,8 @@ def pools(spec: Spec) -> Iterator[Problem]:
         pool, score = level.pool, level.score
         keys = pool.keys if pool is not None else None
         scored = score.form is not None and score.form != "given"  # by keys
-        single = Tokens | Halving | Stripes | Parts  # parts are never scored by keys
+        # parts are never scored by keys, diagonals by those of tokens
+        single = Tokens | Halving | Stripes | Parts | Diagonals
         alone = isinstance(level.partition, single)
         if not alone and scored and not (keys or score.source):
             yield Problem(
@@ -87,6 +98,8 @@ def _pool(spec: Spec, i: int, level: Level) -> Iterator[Problem]:
         why = "an anchor is a token"
     elif isinstance(level.partition, Halving):
         why = "an entry is scored by its own tokens"
+    elif isinstance(level.partition, Diagonals):
+        why = "diagonals are scored token by token"
     elif pool.keys is None and pool.values is None:
         why = "it pools neither keys nor values"
     elif pool.keys is not None and level.score.form == "given" and not pooled:

@@ -10,6 +10,7 @@ from hsgen.spec.rules.choices import nesting, selects
 from hsgen.spec.rules.codes import codes
 from hsgen.spec.rules.compress import around, borrowed_budgets, rows_chosen
 from hsgen.spec.rules.deltas import deltas
+from hsgen.spec.rules.diagonals import diagonals, maps_of_diagonals
 from hsgen.spec.rules.entries import heads, partitions, pools
 from hsgen.spec.rules.estimates import branch_sums, score_dtypes
 from hsgen.spec.rules.grids import axes, grid_windows
@@ -105,4 +106,6 @@ _RULES: tuple[Rule, ...] = (
     spans,
     apart,
     dual_entropies,
+    diagonals,
+    maps_of_diagonals,
 )
