@@ -1150,6 +1150,8 @@ def _select_set(
         ]
         for h, x in _best_of_heads(run, op, heads, t, N):
             member[b, t, h, x.where[1]] = True
+    if other and run.graph[node.inputs[1]].type.dims[1] == "1" != node.type.dims[1]:
+        return _chosen(_part_of(run, node, score, other, order, inside))
     for b, t, h in itertools.product(range(B), range(T), range(H) if other else ()):
         ranked = _ranked(op, _row_of(run, node, score, (b, t, h), order, inside))
         keep = int(other.member[b, t, h * other.member.shape[2] // H].sum())
@@ -1178,6 +1180,34 @@ def _select_set(
             own = _tail(run, op, b, p, score.there[b, t, h].tolist())
             member[b, t, h, sorted(e for e in own if inside is None or inside[e])] = True
     return _chosen(member, tiers if op.tiers else None)
+
+
+def _part_of(
+    run: _Run,
+    node: Node,
+    score: Scores,
+    other: Chosen,
+    order: Tensor | None,
+    inside: list[bool] | None,
+) -> Tensor:
+    """As large a part of every row's candidates as the last rows keep of theirs, head by head."""
+    op, theirs = node.op, run.graph[node.inputs[1]]
+    B, T, H, N = score.value.shape
+    heads = max(H, other.member.shape[2])
+    member = torch.zeros(B, T, heads, N, dtype=torch.bool)
+    seen = run.visible_mask(theirs.op.level, "1")[0, 0, 0].tolist()
+    M = len(seen)
+    for b, h in itertools.product(range(B), range(heads)):
+        kept = int(other.member[b, 0, h * other.member.shape[2] // heads].sum())
+        forced = _forced(run, theirs, b, 0, M)
+        part = Fraction(kept, max(1, sum(x or e in forced for e, x in enumerate(seen))))
+        for t in range(T):
+            ranked = _ranked(op, _row_of(run, node, score, (b, t, h * H // heads), order, inside))
+            own = sum(x.forced for x in ranked)
+            keep = max(math.ceil(part * len(ranked)), op.least or 0)
+            keep = max(keep, own) if op.counted else keep + own
+            member[b, t, h, [x.where[1] for x in ranked[:keep]]] = True
+    return member
 
 
 def _chosen(member: Tensor, tier: Tensor | None = None) -> Chosen:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from plan_cases import MEAN, SELECTED, UNION, WINDOW, blocks, quest, together, top
+from plan_cases import DOT, MEAN, SELECTED, UNION, WINDOW, blocks, quest, together, top
 from plan_cases import spec as make
 
-from hsgen.spec import Attend, Force, Level, Pool, Query, Rotate, Score, Select, Static, Tokens
+from hsgen.spec import (
+    Attend,
+    Force,
+    Level,
+    Pool,
+    Query,
+    Rotate,
+    Score,
+    Select,
+    Static,
+    Tokens,
+    TopP,
+)
 
 LOCAL = Attend(name="local", static=Static(blocks=2, window=2, sink=1))
 
@@ -21,6 +33,39 @@ def sale(dtype: str | None = "int4", **score: object) -> list[Level]:
             query=Query(block=8, reduce="max"),
             score=Score(source="token", map="max"),
             select=Select(threshold=0.3),
+        ),
+    ]
+
+
+def proxy(size: int = 8, *, heads: str = "head", **select: object) -> list[Level]:
+    """A ranking by strided tokens of pooled heads, as long as each head's masses of the last rows."""
+    shared = {} if heads == "head" else {"share": heads, "reduce": "sum"}
+    return [
+        Level(
+            name="mass",
+            partition=Tokens(),
+            query=Query(last=5, reduce="mean"),
+            score=Score(form="dot", normalise="softmax", **shared),
+        ),
+        Level(
+            name="budget",
+            partition=blocks(4),
+            score=Score(source="mass", map="sum"),
+            select=Select(top_p=TopP(mass=0.6)),
+        ),
+        Level(
+            name="proxy",
+            partition=blocks(2),
+            pool=Pool(keys="first"),
+            query=Query(block=2, pool="first", heads="mean"),
+            score=Score(form="dot", normalise="softmax", share="group"),
+        ),
+        Level(
+            name="block",
+            partition=blocks(4),
+            query=Query(block=size, reduce="max"),
+            score=Score(source="proxy", map="max"),
+            select=Select(budget_from="budget", **select),
         ),
     ]
 
@@ -47,7 +92,16 @@ def bound_by(branch: str) -> list[Level]:
     ]
 
 
+PART_OF_ROWS = [
+    *proxy(heads="group", min=2)[:2],
+    Level(name="block", partition=Tokens(), score=DOT, select=Select(budget_from="budget")),
+]
+OWN = Force(first=1, last=1)
 ESTIMATES = [
+    make("proxy", proxy(min=2, force=OWN), [SELECTED]),
+    make("proxy_added", proxy(4, force=OWN.model_copy(update={"counted": False})), [SELECTED]),
+    make("proxy_all", proxy(heads="all", force=Force(last=2)), [SELECTED], causal=False),
+    make("part_of_rows", PART_OF_ROWS, [SELECTED]),
     make("sale", sale(), [LOCAL, SELECTED], combine=UNION),
     make("sale_not_causal", sale("int8"), [SELECTED, LOCAL], combine=UNION, causal=False),
     make(

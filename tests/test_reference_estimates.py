@@ -8,7 +8,7 @@ import pytest
 import torch
 from plan_cases import MEAN, SELECTED, UNION, blocks, random_tensors
 from plan_cases import spec as make
-from plan_cases_estimates import ESTIMATES, LOCAL, sale
+from plan_cases_estimates import ESTIMATES, LOCAL, proxy, sale
 
 from hsgen.analysis import causality_text, costs, laws
 from hsgen.errors import SpecError
@@ -16,7 +16,20 @@ from hsgen.planner import plan
 from hsgen.reference import reference
 from hsgen.reference.rounding import stored
 from hsgen.selection import members
-from hsgen.spec import Attend, HeadDim, Heads, Level, Score, Select, Spec, Tokens, load, parse
+from hsgen.spec import (
+    Attend,
+    Force,
+    HeadDim,
+    Heads,
+    Level,
+    Score,
+    Select,
+    Spec,
+    Tokens,
+    TopP,
+    load,
+    parse,
+)
 
 
 def test_whole_numbers_of_a_vectors_greatest() -> None:
@@ -188,3 +201,87 @@ combine: {softmax: union}
     (found,) = caught.value.diagnostics
     assert (found.code, found.message) == ("HS054", "unknown level or branch 'lokal'")
     assert found.help is not None and found.help.startswith("did you mean 'local'?")
+
+
+# --- a ranking that heads share, and numbers that they do not
+
+
+def test_a_head_keeps_the_part_that_the_last_rows_need() -> None:
+    """Head 0 looks at one of four blocks, head 1 at all alike: 1/4 and, of 0.9, 4/4 of what a row sees."""
+    levels = proxy(4, force=Force(last=1))
+    levels[1] = levels[1].model_copy(update={"select": Select(top_p=TopP(mass=0.9))})
+    dims = {"heads": Heads(query=2, kv=1), "head_dim": HeadDim(qk=1, v=16)}
+    spec = make("tiny", levels, [SELECTED], **dims)
+    k = torch.zeros(1, 16, 1, 1, dtype=torch.float64)
+    k[:, 4:8] = 1.0
+    q = torch.zeros(1, 16, 2, 1, dtype=torch.float64)
+    q[:, :, 0] = 50.0
+    v = torch.eye(16, dtype=torch.float64)[None, :, None]
+    result = reference(spec, {"q": q, "k": k, "v": v})
+    chosen = members(result.selection["block"], 4)[0]
+    assert members(result.selection["budget"], 4)[0, 15].sum(-1).tolist() == [1, 4]
+    assert chosen[:, 0].sum(-1)[::4].tolist() == [1, 1, 1, 1]
+    assert chosen[:, 1].sum(-1)[::4].tolist() == [1, 2, 3, 4]
+    assert result.scores["block"].shape == (1, 16, 2, 4)
+    assert torch.equal(result.scores["block"][:, :, 0], result.scores["block"][:, :, 1])
+
+
+def test_parts_are_rounded_up_and_no_less_than_the_least() -> None:
+    """As the card has it: max(least, ceil(kept of all * seen))."""
+    spec = make("proxy", proxy(4, min=2, force=Force(last=1)), [SELECTED])
+    x = random_tensors(spec, 40, 40)
+    result = reference(spec, x)
+    kept = members(result.selection["budget"], 10)[0, -1].sum(-1).tolist()
+    chosen = members(result.selection["block"], 10)[0].sum(-1)
+    for h, number in enumerate(kept):
+        for block in range(10):
+            want = max(-(-number * (block + 1) // 10), 2)
+            assert chosen[4 * block, h] == min(want, block + 1)
+    assert len({*kept}) > 1
+
+
+def test_heads_of_a_group_rank_alike() -> None:
+    """What the head with the smaller number keeps, the other one keeps as well."""
+    spec = make("proxy", proxy(4), [SELECTED])
+    chosen = members(reference(spec, random_tensors(spec, 40, 40)).selection["block"], 10)[0]
+    for a, b in ((0, 1), (2, 3)):
+        less, more = chosen[:, a], chosen[:, b]
+        assert (less <= more).all() or (more <= less).all()
+
+
+def test_proxy_attn_ranks_by_strided_means_of_heads() -> None:
+    """Softmax over every second key of every second row's mean query, blocks by their greatest."""
+    spec = make("proxy", proxy(8), [SELECTED])
+    x = random_tensors(spec, 24, 24)
+    q = x["q"][0].unflatten(1, (2, 2)).mean(2)[::2]  # [12, Hkv, D]
+    k = x["k"][0][::2]
+    logits = torch.einsum("thd,shd->ths", q, k) / 6**0.5
+    later = torch.arange(12) > torch.arange(12)[:, None]
+    mass = logits.masked_fill(later[:, None], -math.inf).softmax(-1)
+    worth = mass.unflatten(2, (6, 2)).amax(-1).unflatten(0, (3, 4)).amax(1)  # [3, Hkv, 6]
+    found = reference(spec, x).scores["block"][0]
+    for block in range(3):
+        seen = 2 * block + 2
+        torch.testing.assert_close(found[8 * block, ::2, :seen], worth[block, :, :seen])
+
+
+def test_proxy_attn_is_of_the_prompt() -> None:
+    spec = load("proxy_attn")
+    graph = plan(spec)
+    assert causality_text(graph) == "prompt"
+    assert graph["block.selection"].type.dims == ("B", "T/128", "Hq", "W_block")
+    assert graph["block.together"].type.dims[2] == "Hkv"
+
+
+def test_scores_of_heads_with_numbers_of_their_own_are_no_others() -> None:
+    levels = proxy()
+    more = Level(
+        name="more",
+        partition=blocks(8),
+        score=Score(source="block", map="max"),
+        select=Select(threshold=0.1),
+    )
+    with pytest.raises(
+        SpecError, match="'more' reads scores of heads that keep numbers of their own"
+    ):
+        plan(make("reader", [*levels, more], [Attend(name="selected", over="more")]))

@@ -401,8 +401,10 @@ class SelectSet:
     keys are inputs, and the log-sum-exp that the walk begins with, if any.
     `scope`: rows of a head, or heads of a row, are ranked together.  `rest`: forced entries are neither
     ranked nor part of a total.  `budget_from`: as many as another level keeps, whose selection is the
-    next operand.  `apart`: what begins before the token of the next operand and what does not are
-    chosen apart.  `sink`, `cut`, `when` and `diagonal` as in Select.
+    next operand; where that is of one row for all and this is not, the part of its candidates that it
+    keeps, of those here, rounded up, all forced ones and the `least`, head by head of the finer one.
+    `apart`: what begins before the token of the next operand and what does not are chosen apart.
+    `sink`, `cut`, `when` and `diagonal` as in Select.
     """
 
     level: str

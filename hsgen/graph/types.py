@@ -703,7 +703,13 @@ def _need_same_entries(op: Select, joined: Node, heads: str) -> None:
 _OF_HEADS = ("fraction", "top_k", "tokens")
 
 
+def keeps_part(score: TensorType, other: TensorType) -> bool:
+    """Whether a budget is the part that the prompt's last rows keep, and not their number."""
+    return other.dims[1] == "1" != score.dims[1]
+
+
 def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
+    choosing = operands[0].type.dims[2] if operands else ""
     if op.apart is not None:
         *operands, split = operands
         need_dims(split.type, ("Z",))
@@ -714,9 +720,13 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
             isinstance(other.op, Select | SelectSet | Recall) and other.op.level == op.budget_from,
             f"%{other.name} is not the selection of level {op.budget_from}",
         )
-        heads = operands[0].type.dims[2]
+        heads, part = operands[0].type.dims[2], keeps_part(operands[0].type, other.type)
         coarser = COARSENESS[other.type.dims[2]] >= COARSENESS[heads]
-        need(coarser and other.type.dims[1] == operands[0].type.dims[1], "others choose for others")
+        same = coarser and other.type.dims[1] == operands[0].type.dims[1]
+        need(part or same, "others choose for others")
+        choosing = (
+            min(heads, other.type.dims[2], key=lambda dim: COARSENESS[dim]) if part else heads
+        )
     walks = op.rule == "early_stop"
     _need_count(operands, *((3, 4) if walks else (1,)))
     batch, rows, heads, entries = _score_dims(operands[0].type)
@@ -733,7 +743,7 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
     need(op.of != "rest" or by_mass, "it is masses that are of the rest")
     need(op.most is None or op.most >= (op.least or 0), f"at least {op.least} of {op.most}")
     tiers = (str(len(op.tiers.steps)),) if op.tiers else ()
-    return TensorType(dtype="i32", dims=(batch, rows, heads, *tiers, f"W_{op.level}"))
+    return TensorType(dtype="i32", dims=(batch, rows, choosing, *tiers, f"W_{op.level}"))
 
 
 def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:

@@ -53,7 +53,7 @@ def select_set(level: language.Level, select: language.Select, cut: Assigned | N
         counted=select.force.counted,
         boundary=top_p.boundary if top_p else None,
         scope=top_p.scope if top_p else select.scope,
-        least=top_p.min if top_p else None,
+        least=top_p.min if top_p else select.min,
         most=top_p.max if top_p else None,
         tail=True if select.force.tail else None,
         when=level.when,

@@ -197,6 +197,8 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         scores, lse = _scored(rows, level, levels, groups)
     if taken and taken.narrowed and (earlier := kept_scores(taken, complete.shape[-1])) is not None:
         scores = scores + earlier.masked_fill(earlier == -math.inf, 0.0)
+    if rows.spec.part_of(level) is not None:  # heads of one ranking may have budgets of their own
+        scores = spread(scores, _choosing_heads(rows, level, scores, levels))
     allowed, among = (spread(x, scores.shape[1]) for x in (allowed, among))
     forced = forced_entries(rows, level, groups)[:, None] & allowed
     if level.select and level.select.force.level:
@@ -224,7 +226,9 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
             forced,
             tail=tail,
             fill=entries_that_fill(rows, level, groups) if level.select.tokens else None,
-            budget=_budget(level.select, levels, groups, scores.shape[1]),
+            budget=_part(rows, level, levels, candidates, forced)
+            if rows.spec.part_of(level)
+            else _budget(level.select, levels, groups, scores.shape[1]),
             late=_late(rows, level),
         )
     way = on_way(rows.spec, rows.taken, level.when)
@@ -264,6 +268,36 @@ def _budget(
         return other.chosen.new_zeros(0, heads, 1, dtype=torch.long)
     asked = groups.members.amax(1)  # rows of a group have one choice: any of them tells it
     return spread(other.chosen.sum(-1, keepdim=True)[other.chooser[asked]], heads)
+
+
+def _choosing_heads(rows: Rows, level: Level, scores: Tensor, levels: dict[str, Scored]) -> int:
+    other = rows.spec.part_of(level)
+    chosen = levels[other.name].chosen if other else None
+    return scores.shape[1] if chosen is None else max(scores.shape[1], chosen.shape[1])
+
+
+def _part(
+    rows: Rows, level: Level, levels: dict[str, Scored], candidates: Tensor, forced: Tensor
+) -> Tensor:
+    """Of each row the part of candidates that the prompt's last rows keep there.  -> i64[R, Hs, 1]"""
+    source = rows.spec.part_of(level)
+    assert source is not None, f"{level.name} keeps no part"
+    assert level.select is not None, f"{level.name} keeps a part"
+    other = levels[source.name]
+    assert other.chosen is not None, f"{source.name} says how many and must select"
+    keep = candidates.sum(-1, keepdim=True)
+    if not len(keep):
+        return keep
+    kept, whole = (y.sum(-1, keepdim=True) for y in (other.chosen, other.candidates))
+    part = (spread(y, candidates.shape[1]) for y in (kept, whole.clamp(min=1)))
+    keep = _rounded_up(keep, *part).clamp(min=level.select.min or 0)
+    counted = level.select.force.counted
+    return torch.maximum(keep, (forced & candidates).sum(-1, keepdim=True)) if counted else keep
+
+
+def _rounded_up(number: Tensor, kept: Tensor, whole: Tensor) -> Tensor:
+    """number * kept / whole"""
+    return (number * kept + whole - 1) // whole
 
 
 def _scored(

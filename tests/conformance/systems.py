@@ -14,6 +14,7 @@ NESTED = {"three_levels": SPECS.parent / "examples" / "three_levels.yaml"}
 # Specs that no kernel reaches yet, and what the plan error says of the operator that is in the way.
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
+    "proxy_attn": "level mass: no kernel chooses for rows together yet",
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
     "xattention": "level tile: no kernel pools by antidiagonal yet",
     "s2o": "no kernel puts keys in another order yet",
@@ -126,6 +127,8 @@ def _shrunk_level(spec, level, factor, above):
         changes["partition"] = Parts(count=min(level.partition.count, 6))
     if level.select and level.select.counts_vary:
         changes["select"] = _shrunk_set(level.select)
+    if level.select and level.select.min:
+        changes["select"] = level.select.model_copy(update={"min": min(level.select.min, 2)})
     if level.select and not level.select.counts_vary:
         first, last = min(level.select.force.first, 2), min(level.select.force.last, 2)
         force = level.select.force.model_copy(update={"first": first, "last": last})

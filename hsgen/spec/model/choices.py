@@ -93,7 +93,10 @@ class Select(Node):
     nearest whole number, halves to the even one, and at least one.
     `quota`: the best entries token by token, the next ones as means; forced entries are of the first
     tier.
-    `budget_from`: as many as another level keeps in the same row, forced entries among them.
+    `budget_from`: as many as another level keeps in the same row, forced entries among them.  Where
+    the prompt's last rows choose there, and others here: the part of the entries that those keep, of
+    the entries that a row may keep, rounded up; all that are forced, and at least `min`.  Heads that
+    rank as one keep numbers of their own where they have these there.
     `apart: input`: entries before and from the token on that the input `<level>_split` [B] says are
     chosen apart, each of the two by the rule; an entry lies where its first token is.
     `scope`: what is ranked together.  `heads`: entries of all heads that choose, ties to the lower
@@ -111,6 +114,7 @@ class Select(Node):
     quota: Annotated[tuple[Tier, ...] | None, Field(min_length=1, max_length=MAX_TIERS)] = None
     early_stop: EarlyStop | None = None
     budget_from: Identifier | None = None  # an earlier level
+    min: Count | None = None  # of `budget_from`, a part: at least so many
     # left out: each row and head that chooses by itself
     scope: Literal["head", "heads"] | None = None
     apart: Literal["input"] | None = None

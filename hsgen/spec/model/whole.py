@@ -137,6 +137,13 @@ class Spec(Node):
         named = (x for x in (*self.levels, *self.attend) if x.name == level.score.lse_from)
         return next(named, None)
 
+    def part_of(self, level: Level) -> Level | None:
+        """The level whose part of its entries is the budget here: its rows are the prompt's last."""
+        named = level.select and level.select.budget_from
+        other = next((x for x in self.levels if x.name == named), None)
+        rows = self.rows_of(other) if other else None
+        return other if rows and rows.last and rows != self.rows_of(level) else None
+
     def own_entries(self, level: Level) -> int:
         """How many entries the own ones of rows that choose together are, at most."""
         rows, stride = self.rows_of(level), level.partition.stride
@@ -366,6 +373,7 @@ _NEWS = {
     "delta",
     "width",
     "budget_from",
+    "select.min",
     "rows",
     "apart",
     "seed",

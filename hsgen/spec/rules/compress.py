@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Level, Path, Spec, Tokens
+from hsgen.spec.model import SELECT_RULES, Level, Path, Spec, Tokens
 from hsgen.spec.rules.choices import COARSENESS, share_of
 from hsgen.spec.rules.problem import Problem
 
@@ -54,13 +54,49 @@ def borrowed_budgets(spec: Spec) -> Iterator[Problem]:
             )
 
 
+_SAME_SHARE = "write the same 'share'"
+
+
+def _reader(spec: Spec, level: Level) -> str | None:
+    """What reads a level's scores besides its selection."""
+    kl = spec.loss and spec.loss.kl
+    if kl and kl.level == level.name:
+        return "kl"
+    return next((x.name for x in spec.levels if x.score.source == level.name), None)
+
+
+def least_parts(spec: Spec) -> Iterator[Problem]:
+    """A least number of what is no part of a row's entries."""
+    for i, level in enumerate(spec.levels):
+        select = level.select
+        if select is None or select.min is None or spec.part_of(level):
+            continue
+        rule = select.rules[0] if select.rules else "none"
+        yield Problem(
+            code="HS203",
+            path=("levels", i, "select", "min"),
+            message="expected 'min' with 'budget_from' a level of the prompt's last rows, got"
+            + (" one of these rows" if select.budget_from else f" '{rule}'"),
+            help="remove 'min'" + (", or write it in 'top_p'" if select.top_p else ""),
+            also=(("levels", i, "query"), *(("levels", i, "select", x) for x in SELECT_RULES)),
+            at_key=True,
+        )
+
+
 def _no_budget(spec: Spec, level: Level, other: Level) -> tuple[str, str] | None:
     if other.select is None:
         return f"'{other.name}' selects nothing", f"write 'select: {{top_k: 16}}' in '{other.name}'"
-    if spec.rows_of(level) != spec.rows_of(other):
+    part = spec.part_of(level)
+    if part is None and spec.rows_of(level) != spec.rows_of(other):
         return "other rows choose together there", "write the same 'query' in both levels"
     if COARSENESS[share_of(spec, other)] > COARSENESS[share_of(spec, level)]:
-        return "heads that choose as one here have several numbers there", "write the same 'share'"
+        if part is None:
+            return "heads that choose as one here have several numbers there", _SAME_SHARE
+        if reader := _reader(spec, level):
+            why = f"'{reader}' reads scores of heads that keep numbers of their own"
+            return why, "take them from another level"
+    if part is not None and part.within is not None:
+        return f"'{part.name}' keeps a part of some entries", f"remove 'within' in '{part.name}'"
     if level.within is not None:
         return f"only children of '{level.within}' can be kept", "write 'top_k: 16'"
     return None

@@ -8,7 +8,7 @@ from hsgen.spec.rules.branches import branches, combines, kvs, unused
 from hsgen.spec.rules.calls import losses, reuses
 from hsgen.spec.rules.choices import nesting, selects
 from hsgen.spec.rules.codes import codes
-from hsgen.spec.rules.compress import around, borrowed_budgets, rows_chosen
+from hsgen.spec.rules.compress import around, borrowed_budgets, least_parts, rows_chosen
 from hsgen.spec.rules.deltas import deltas
 from hsgen.spec.rules.diagonals import diagonals, maps_of_diagonals
 from hsgen.spec.rules.entries import heads, partitions, pools
@@ -101,6 +101,7 @@ _RULES: tuple[Rule, ...] = (
     deltas,
     around,
     borrowed_budgets,
+    least_parts,
     rows_chosen,
     assigned,
     spans,
