@@ -830,7 +830,7 @@ def _order_flops(
     if isinstance(op, Runs):
         return counts.elements(operands[0]) * (10 if op.span else 0)
     if isinstance(op, Cluster):
-        return counts.elements(operands[0]) * ((3 * op.clusters + 1) * op.iterations)
+        return counts.elements(operands[0]) * ((3 * op.clusters + 1) * (op.iterations or 0))
     if op.by == "mass":
         return _from(0, Polynomial(t1=2 * counts.product(("Hq", "Dqk")) * (op.last or 0)))
     return counts.elements(operands[0]) * (3 if op.by == "mean" else 0)
@@ -849,7 +849,8 @@ def _attended_pairs(counts: _Counts, node: Node, op: Attend) -> Cost:
             level = counts.graph[node.inputs[1]].type.dims[1].removeprefix("N_")
             chosen = _selection_of(counts.graph, node)
             if chosen is None or op.which is not None:  # at most
-                return counts.complete(level)
+                rows = counts.graph[node.inputs[0]].type.dims[1]  # several may attend as one
+                return counts.complete(level, rows)
             return counts.kept(level, chosen)
         case "window":
             assert op.window is not None

@@ -15,6 +15,7 @@ from hsgen.graph import (
     Distance,
     Divergence,
     Entropies,
+    Gate,
     Graph,
     Input,
     Map,
@@ -67,8 +68,10 @@ def _lacking(graph: Graph, node: Node) -> str | None:
             return f"{words}: `combine: {{softmax: union}}`"
         case Round(dtype=dtype):
             return f"%{node.name}: no kernel scores vectors kept in {dtype} yet"
-        case Delta():
-            return "no kernel reads keys from their changes yet: `delta`"
+        case Delta() | Gate(each="channel") as op:
+            changes = isinstance(op, Delta)
+            words = "reads keys from their changes" if changes else "gates branches by channel"
+            return f"no kernel {words} yet"
         case OutputGate(each=each):
             return f"no kernel gates the output by {each} yet"
         case Divergence() | Distance() | Entropies():
@@ -142,8 +145,8 @@ def _of_queries(graph: Graph, node: Node) -> str | None:
 
 def _of_keys(op: Cluster | Permute | Assign | Runs | Recall | Carry) -> str:
     match op:
-        case Cluster():
-            return "clusters keys"
+        case Cluster(tiles=tiles):
+            return "cuts tiles of axes" if tiles else "clusters keys"
         case Permute():
             return "puts keys in another order"
         case Assign():

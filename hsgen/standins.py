@@ -88,8 +88,9 @@ def _tensor(
         case _, "w_index":
             return torch.ones_like(q[..., 0])
         case _, "gates":
-            opened = torch.tensor(gates or [1.0] * shape[-1], dtype=q.dtype, device=q.device)
-            return opened.expand(*q.shape[:3], -1).contiguous()
+            opened = torch.tensor(gates or [1.0] * shape[3], dtype=q.dtype, device=q.device)
+            opened = opened if len(shape) == 4 else opened[:, None].expand(shape[3:])
+            return opened.expand(shape).contiguous()
         case _, "bias":
             return _centred(v.norm(dim=-1))
         case _, _ if name.endswith("_starts"):

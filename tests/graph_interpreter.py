@@ -20,6 +20,7 @@ from torch import Tensor
 from hsgen.graph import (
     Assign,
     Attend,
+    AxisTile,
     AxisWindow,
     Carry,
     Cluster,
@@ -225,7 +226,14 @@ class _Run:
             return list(range(len(self.positions)))
         block = block_of(dim)
         named = [0 if block is None else p // block for p in self.positions]
+        if axes := self.tiles_of(dim):
+            named = [_tile(axes, p) for p in self.positions]
         return [sorted(set(named)).index(name) for name in named]
+
+    def tiles_of(self, dim: str) -> tuple[AxisTile, ...] | None:
+        """The axes whose tiles the rows of a dimension are."""
+        ops = [x.op for x in self.graph.nodes() if x.type.dims[1:2] == (dim,)]
+        return next((op.tiles for op in ops if isinstance(op, PoolRows | ReduceRows)), None)
 
     def spans(self, dim: str) -> list[tuple[int, int]]:
         """First and last position, by name, of each row of a dimension."""
@@ -234,6 +242,8 @@ class _Run:
         block = block_of(dim)
         if block is None:
             return [(self.positions[-1], self.positions[-1])]
+        if self.tiles_of(dim):  # nobody asks where: there is no causality
+            return [(0, self.keys - 1)] * (max(self.row_of(dim), default=-1) + 1)
         names = sorted({p // block for p in self.positions})
         return [(name * block, name * block + block - 1) for name in names]
 
@@ -354,12 +364,12 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return _distance(node.op, *operands)
         case Entropies():
             return entropies(node.op, operands)
-        case Gate(column=int(column)):
-            gates, branch = operands
-            return gates[..., column, None] * branch.o
-        case Gate():
+        case Gate(column=column, each=each):
             gates, *branches = operands
-            return sum(gates[..., c, None] * branch.o for c, branch in enumerate(branches))
+            gates = gates if each else gates[..., None]
+            if column is not None:
+                return gates[..., column, :] * branches[0].o
+            return sum(gates[..., c, :] * branch.o for c, branch in enumerate(branches))
         case Union():
             return _union(run, node)
         case OutputGate():
@@ -435,6 +445,12 @@ def _cluster(op: Cluster, keys: Tensor) -> Tensor:
     """Sequence by sequence, head by head, token by token."""
     B, S, H, _ = keys.shape
     found = torch.zeros(B, S, H, dtype=torch.int64)
+    if op.tiles is not None:
+        counts = [range(-(-axis.length // axis.tile)) for axis in op.tiles]
+        places = [*itertools.product(*counts)]
+        for s in range(S):
+            found[:, s] = places.index(_tile(op.tiles, s))
+        return found
     for b, h in ((b, h) for b in range(B) for h in range(H)):
         x = keys[b, :, h]
         centroids = [x[i * S // op.clusters] for i in range(op.clusters)]
@@ -644,9 +660,18 @@ def _summed_up(op: Pool, tokens: Tensor, *learned: Tensor) -> Tensor:
     return out if tokens.ndim == 4 else out.squeeze(1)
 
 
+def _tile(axes: tuple[AxisTile, ...], p: int) -> tuple[int, ...]:
+    """Where a token's tile lies along every axis, from the last axis on, then turned round."""
+    found = []
+    for axis in reversed(axes[1:]):
+        found.append(p % axis.length // axis.tile)
+        p //= axis.length
+    return (p // axes[0].tile, *reversed(found))
+
+
 def _pool_rows(run: _Run, op: PoolRows, q: Tensor) -> Tensor:
     made = []
-    for asked in _asked(run, op.block, op.last):
+    for asked in _asked(run, op):
         rows = [q[:, t] for t in asked if t is not None]
         if op.how == "antidiagonal":
             slots = [torch.zeros_like(q[:, 0]) if t is None else q[:, t] for t in asked]
@@ -659,9 +684,12 @@ def _pool_rows(run: _Run, op: PoolRows, q: Tensor) -> Tensor:
     return torch.stack(made, 1)
 
 
-def _asked(run: _Run, block: int | None, last: int | None) -> list[list[int | None]]:
+def _asked(run: _Run, op: PoolRows | ReduceRows) -> list[list[int | None]]:
     """The rows that stand for each group, slot by slot; None where a block lacks one."""
-    rows = range(len(run.positions))
+    rows, block, last = range(len(run.positions)), op.block, op.last
+    if op.tiles is not None:
+        tiles = [_tile(op.tiles, p) for p in run.positions]
+        return [[t for t in rows if tiles[t] == tile] for tile in sorted(set(tiles))]
     if last is not None:
         return [[*rows][-last:]]
     assert block is not None
@@ -679,7 +707,7 @@ def _reduce_rows(run: _Run, node: Node, score: Scores) -> Scores:
     if not isinstance(run.graph[node.inputs[0]].op, Map):  # those are of sources that a row sees
         value = value.masked_fill(~score.there, none)
     made = []
-    for asked in _asked(run, op.block, op.last):
+    for asked in _asked(run, op):
         rows = sorted({fine[t] for t in asked if t is not None})
         stacked = torch.stack([value[:, row] for row in rows])
         made.append({"sum": stacked.sum, "mean": stacked.mean, "max": stacked.amax}[op.how](0))
@@ -1355,6 +1383,7 @@ def _attend(
 ) -> Attended:
     op = node.op
     assert isinstance(op, Attend)
+    query = query[:, run.row_of(run.graph[node.inputs[0]].type.dims[1])]
     *more, sink = more if op.sink else (*more, None)
     rest = list(more)
     order = rest.pop() if op.cut else None
@@ -1458,11 +1487,13 @@ def _pooled_part(
     """All entries that are complete, or those of them that are selected, or that are not."""
     op, pool = node.op, run.graph[node.inputs[1]]
     seen = run.complete_mask(pool.op.level)
+    cut = pool.op.cut
+    counts = _counts(run, pool.op.level, run.values[pool.inputs[-1]] if cut else None, cut)
     if op.which == "skipped":
-        cut = pool.op.cut
-        counts = _counts(run, pool.op.level, run.values[pool.inputs[-1]] if cut else None, cut)
         there = _spread(counts > 0, max(counts.shape[2], chosen.member.shape[2]))
         seen = seen & ~chosen.member & there
+    elif chosen is None and cut is not None:
+        seen = seen & (counts > 0)
     elif chosen is not None:
         seen = seen & chosen.member
     bias = _log_counts(run, pool.op.level, order, op.cut) if op.counted else None

@@ -6,16 +6,21 @@ from plan_cases import DOT, MEAN, SELECTED, UNION, WINDOW, blocks, spec, top
 
 from hsgen.spec import (
     Attend,
+    Clusters,
     Codes,
+    Combine,
     Delta,
     Force,
     Level,
     Parts,
+    Permute,
+    Pool,
     Query,
     Reuse,
     Score,
     Select,
     Spec,
+    Tile,
     Tokens,
     TopP,
 )
@@ -76,6 +81,28 @@ def apart(select: Select, *, alone: bool = False) -> list[Level]:
         Level(name="mass", partition=Tokens(), query=query, score=mass),
         Level(name="block", partition=blocks(4), score=score, select=select),
     ]
+
+
+def tiled(
+    name: str = "block",
+    *,
+    pool: Pool = MEAN,
+    select: Select | None = None,
+    tile: tuple[int, ...] | None = None,
+    **score: object,
+) -> Level:
+    """Tiles of axes, of keys and of rows, two steps along each."""
+    two = select is None or bool(score)
+    tile = tile or ((2, 2) if two else (2, 2, 2))
+    return Level(
+        name=name,
+        permute=Permute(keys=Tile(tile=tile)),
+        partition=Clusters(),
+        query=Query(tile=tile, pool="mean"),
+        pool=pool,
+        score=Score(form="dot", **score),
+        select=select,
+    )
 
 
 CHOSEN_ROWS = SELECTED.model_copy(update={"rows": "chosen"})
@@ -139,6 +166,44 @@ ODD: list[Spec] = [
                 delta=Delta(threshold=0.5, window=2, against="kept"),
             )
         ],
+    ),
+    spec(
+        "tiles",
+        [tiled(select=top(2))],
+        [SELECTED],
+        causal=False,
+        axes=(3, 4, 5),
+    ),
+    spec(
+        "tiles_coarse_and_fine",
+        [
+            tiled("coarse", pool=Pool(keys="mean", values="mean")),
+            tiled(select=Select(fraction=0.3), share="all", reduce="sum"),
+        ],
+        [
+            Attend(name="coarse", over="coarse", values="pooled", query="pooled"),
+            SELECTED,
+        ],
+        causal=False,
+        axes=(8, 5),
+        combine=Combine(gates="channel"),
+    ),
+    spec(
+        "tiles_of_rows_alone",
+        [
+            Level(
+                name="block",
+                partition=blocks(4),
+                pool=MEAN,
+                query=Query(tile=(2, 3), reduce="max"),
+                score=Score(form="dot", normalise="softmax"),
+                select=Select(top_p=TopP(mass=0.6)),
+            )
+        ],
+        [Attend(name="selected", over="block"), WINDOW],
+        causal=False,
+        axes=(8, 5),
+        combine=UNION,
     ),
     spec("apart", apart(Select(fraction=0.4, apart="input")), [SELECTED], causal=False),
     spec(

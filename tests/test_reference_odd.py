@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
-from plan_cases import SELECTED, blocks, random_tensors
+from plan_cases import SELECTED, blocks, random_tensors, top
 from plan_cases import spec as make
-from plan_cases_odd import CHOSEN_ROWS, EIGHTH, apart, coded, compressed_tokens, estimated
+from plan_cases_odd import CHOSEN_ROWS, EIGHTH, apart, coded, compressed_tokens, estimated, tiled
 from torch import Tensor
 
 from hsgen.analysis import causality, laws
+from hsgen.errors import PlanError
 from hsgen.planner import plan
 from hsgen.reference import Kept, reference
-from hsgen.spec import Attend, Codes, Delta, Force, Level, Reuse, Score, Select, Spec, Tokens, TopP
+from hsgen.spec import (
+    Attend,
+    Codes,
+    Combine,
+    Delta,
+    Force,
+    Level,
+    Pool,
+    Reuse,
+    Score,
+    Select,
+    Spec,
+    Tokens,
+    TopP,
+)
 
 
 def column(*numbers: float) -> Tensor:
@@ -443,3 +461,96 @@ def test_a_block_of_rows_has_one_choice_of_two_parts() -> None:
             row = tiles[h, t // 4]
             kept = {int(row[:2].argmax()), 2 + int(row[2:].argmax())}
             assert {i for i in found[t, h].tolist() if i >= 0} == kept
+
+
+# --- tiles of axes
+
+
+def tile_numbers(axes: tuple[int, ...], tile: tuple[int, ...]) -> list[int]:
+    """Which tile each token is in, counted tile after tile along the axes."""
+    counts = [-(-n // size) for n, size in zip(axes, tile, strict=True)]
+    names = list(itertools.product(*map(range, counts)))
+    tokens = itertools.product(*map(range, axes))
+    return [names.index(tuple(i // s for i, s in zip(at, tile, strict=True))) for at in tokens]
+
+
+def video(tile: tuple[int, ...], axes: tuple[int, ...], **select: object) -> Spec:
+    """The two branches of vsa."""
+    coarse = tiled("coarse", pool=Pool(keys="mean", values="mean"), tile=tile)
+    levels = [coarse, tiled(select=Select(**select), tile=tile)]
+    branches = [
+        Attend(name="coarse", over="coarse", values="pooled", query="pooled"),
+        SELECTED,
+    ]
+    combine = Combine(gates="channel")
+    return make("video", levels, branches, kv=4, causal=False, axes=axes, combine=combine)
+
+
+@pytest.mark.parametrize(
+    ("axes", "tile"), [((4, 6), (2, 3)), ((3, 5), (2, 2)), ((3, 2, 5), (2, 2, 2)), ((7,), (3,))]
+)
+def test_coarse_and_fine_tiles_are_those_of_the_card(
+    axes: tuple[int, ...], tile: tuple[int, ...]
+) -> None:
+    """Means of tiles, short ones over what they have; softmax over tiles for a tile; the best two."""
+    spec = video(tile, axes, top_k=2)
+    T = math.prod(axes)
+    x = random_tensors(spec, T, T)
+    of = torch.tensor(tile_numbers(axes, tile))
+    n = int(of.max()) + 1
+    q, k, v = (
+        torch.stack([x[name][0][of == i].mean(0) for i in range(n)]) for name in ("q", "k", "v")
+    )
+    logits = torch.einsum("qhd,khd->hqk", q, k) * 6**-0.5
+    coarse = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v)[of]
+    best = logits.topk(2).indices  # [H, n, 2]
+    fine = torch.zeros_like(coarse)
+    for t, h in itertools.product(range(T), range(4)):
+        seen = torch.isin(of, best[h, of[t]])
+        p = (x["k"][0, seen, h] @ x["q"][0, t, h] * 6**-0.5).softmax(0)
+        fine[t, h] = p @ x["v"][0, seen, h]
+    gates = x["gates"][0]
+    expected = gates[:, :, 0] * coarse + gates[:, :, 1] * fine
+    torch.testing.assert_close(reference(spec, x).o[0], expected)
+
+
+def test_equal_tiles_are_taken_in_order() -> None:
+    """Theirs, too: lower tiles first, exactly k of them."""
+    spec = video((2, 2), (4, 6), top_k=2)
+    x = random_tensors(spec, 24, 24)
+    x["q"] = torch.zeros_like(x["q"])
+    assert reference(spec, x).selection["block"].indices.flatten(0, 2).unique(dim=0).tolist() == [
+        [0, 1]
+    ]
+
+
+def test_gradients_reach_what_is_pooled_and_not_what_is_chosen() -> None:
+    spec = video((2, 2), (4, 5), top_k=1)
+    x = {name: y.requires_grad_() for name, y in random_tensors(spec, 20, 20).items()}
+    reference(spec, x).o.sum().backward()
+    assert all((x[name].grad != 0).all(-1).all() for name in ("q", "v"))
+    closed = {name: y.detach().clone() for name, y in x.items()}
+    closed["gates"][..., 0, :] = 0
+    closed = {name: y.requires_grad_() for name, y in closed.items()}
+    reference(spec, closed).o.sum().backward()
+    assert (closed["v"].grad[0] == 0).all(-1).any()
+
+
+def test_all_heads_choose_regions_together() -> None:
+    """BiFormer: means over a region of all channels of all heads, the best two for every head."""
+    level = tiled(select=top(2), tile=(2, 3), share="all", reduce="sum")
+    spec = make("regions", [level], [SELECTED], kv=4, causal=False, axes=(4, 6))
+    x = random_tensors(spec, 24, 24)
+    of = torch.tensor(tile_numbers((4, 6), (2, 3)))
+    q, k = (torch.stack([x[n][0][of == i].mean(0).flatten() for i in range(4)]) for n in ("q", "k"))
+    best = (q @ k.T).topk(2).indices.sort(-1).values
+    found = reference(spec, x).selection["block"].indices[0, :, 0]
+    assert torch.equal(found.long(), best[of])
+
+
+def test_open_axes_are_bound_before_they_are_planned() -> None:
+    spec = video((2, 2), (4, 5), top_k=1).model_copy(update={"axes": ("any", 5)})
+    with pytest.raises(PlanError, match="axes that are not known"):
+        plan(spec)
+    x = random_tensors(spec, 20, 20)
+    torch.testing.assert_close(reference(spec, x).o, reference(video((2, 2), (4, 5), top_k=1), x).o)

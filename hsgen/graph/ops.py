@@ -42,15 +42,28 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
-    """Lloyd's algorithm from tokens evenly spaced; see the language's `kmeans`.
+class AxisTile:
+    """Tiles along one axis of the tokens: so many steps of its length."""
 
-    keys -> i32[B, S, Hkv], the cluster of every token
+    length: int
+    tile: int
+
+    def __str__(self) -> str:
+        return f"{self.tile} of {self.length}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """The cluster of every token.  keys -> i32[B, S, Hkv]
+
+    Lloyd's algorithm from tokens evenly spaced, see the language's `kmeans`; or the `tiles` of axes,
+    whatever the keys, in which case there are no iterations.
     """
 
     level: str
     clusters: int
-    iterations: int
+    iterations: int | None
+    tiles: tuple[AxisTile, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,14 +218,16 @@ class Codes:
 class PoolRows:
     """One query for the rows that choose together.  query [B, T, H, D] -> f32[B, R, H, D]
 
-    R is T/block: rows t // block; or 1: the `last` ones, for all.  `antidiagonal` puts them side by
-    side, last first, divided by how many they are: [B, R, H, block*D].
+    R is T/block: rows t // block; T/4x4, of tiles along axes; or 1: the `last` ones, for all.
+    `antidiagonal` puts them side by side, last first, divided by how many they are:
+    [B, R, H, block*D].
     """
 
     level: str
     how: Literal["mean", "max", "first", "antidiagonal"]
     block: int | None
     last: int | None
+    tiles: tuple[AxisTile, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,6 +337,7 @@ class ReduceRows:
     how: Literal["sum", "mean", "max"]
     block: int | None
     last: int | None
+    tiles: tuple[AxisTile, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -519,9 +535,12 @@ class Attend:
     query, keys, values, [selection, [scores]], [bias], [far keys], [cut], [sink], [route]
         -> [B, T, Hq, Dv]
 
-    `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete or, with
-    a selection, those of them that are selected, the last `window` tokens, what a static `pattern` of
-    units of `size` tokens shows, or all tokens.  `latent`: values are the first Dv channels of keys.
+    A query may be one of rows together, all of which put out the same.
+
+    `over`: blocks of a selection, tokens of a selection, every pooled entry that is complete and has a
+    token or, with a selection, those of them that are selected, the last `window` tokens, what a
+    static `pattern` of units of `size` tokens shows, or all tokens.  `latent`: values are the first Dv
+    channels of keys.
     `cut`: blocks are those of an order's slots, clusters, nodes or runs, as that operand has them.
     `parts`: they are as many equal parts of what a row sees.  `tiers`: entries as means of `merges`
     tokens, tier by tier, 1 as they are.  `which`: pooled entries that are not selected.  `counted`:
@@ -580,10 +599,12 @@ class Switch:
 class Gate:
     """o = sum over c of gates[..., c] * branch c.  gates, branches... -> [B, T, Hq, Dv]
 
-    With `column`, one branch times that gate, as an output of its own.
+    With `column`, one branch times that gate, as an output of its own.  `each` channel has a gate of
+    its own: gates[..., c, :].
     """
 
     column: int | None = None
+    each: Literal["channel"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

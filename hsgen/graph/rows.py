@@ -1,16 +1,22 @@
-"""The dimension of rows: T, each for itself; T/128, blocks of 128; 1, the last ones for all."""
+"""The dimension of rows: T, each for itself; T/128, blocks of 128; T/4x4, tiles; 1, the last ones for all."""
 
 from __future__ import annotations
 
+import math
 
-def rows_dim(block: int | None, last: int | None) -> str:
-    """Of rows that choose together, by block or by the last ones."""
+
+def rows_dim(block: int | None, last: int | None, tile: tuple[int, ...] | None = None) -> str:
+    """Of rows that choose together, by block, by tile or by the last ones."""
+    if tile is not None:
+        return f"T/{'x'.join(map(str, tile))}"
     return f"T/{block}" if block is not None else "T" if last is None else "1"
 
 
 def block_of(dim: str) -> int | None:
-    """Rows of one block; None where each row is for itself, or one is for all."""
-    return int(dim.removeprefix("T/")) if dim.startswith("T/") else None
+    """Rows of one block or tile; None where each row is for itself, or one is for all."""
+    if not dim.startswith("T/"):
+        return None
+    return math.prod(int(steps) for steps in dim.removeprefix("T/").split("x"))
 
 
 def is_rows(dim: str) -> bool:

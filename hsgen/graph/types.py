@@ -151,10 +151,11 @@ def _calls_type(
 def _gate_type(op: Gate, types: Sequence[TensorType]) -> TensorType:
     need(len(types) >= 2, "gates need a tensor of gates and at least one branch")
     if op.column is None:
-        need_dims(types[0], ("B", "T", "Hq", str(len(types) - 1)))
+        width = ("Dv",) if op.each else ()
+        need_dims(types[0], ("B", "T", "Hq", str(len(types) - 1), *width))
         return _agree(types[1:])
     _need_count(types, 2)
-    need(0 <= op.column < int(types[0].dims[-1]), f"no gate {op.column} in {types[0]}")
+    need(0 <= op.column < int(types[0].dims[3]), f"no gate {op.column} in {types[0]}")
     return types[1]
 
 
@@ -389,9 +390,15 @@ def _pool_rows_type(op: PoolRows, types: Sequence[TensorType]) -> TensorType:
     _need_count(types, 1)
     batch, rows, heads, dim = types[0].dims
     need(rows == "T", f"expected rows of their own, got {types[0]}")
-    need((op.block is None) != (op.last is None), "rows are those of a block, or the last ones")
+    which = (op.block, op.last, op.tiles)
+    need(which.count(None) == 2, "rows are those of a block, of a tile, or the last ones")
     wide = f"{op.block}*{dim}" if op.how == "antidiagonal" else dim
-    return TensorType(dtype="f32", dims=(batch, rows_dim(op.block, op.last), heads, wide))
+    return TensorType(dtype="f32", dims=(batch, _rows_of(op), heads, wide))
+
+
+def _rows_of(op: PoolRows | ReduceRows) -> str:
+    tile = None if op.tiles is None else tuple(axis.tile for axis in op.tiles)
+    return rows_dim(op.block, op.last, tile)
 
 
 def _pool_heads_type(op: PoolHeads, types: Sequence[TensorType]) -> TensorType:
@@ -405,11 +412,13 @@ def _reduce_rows_type(op: ReduceRows, types: Sequence[TensorType]) -> TensorType
     """T to blocks, blocks to coarser ones; T to one."""
     _need_count(types, 1)
     batch, rows, heads, entries = _score_dims(types[0])
-    need((op.block is None) != (op.last is None), "rows are those of a block, or the last ones")
+    which = (op.block, op.last, op.tiles)
+    need(which.count(None) == 2, "rows are those of a block, of a tile, or the last ones")
     fine = block_of(rows)
     fits = rows == "T" or (fine is not None and op.block is not None and op.block % fine == 0)
-    need(fits, f"rows of {types[0]} are not rows of one of {rows_dim(op.block, op.last)}")
-    return TensorType(dtype="f32", dims=(batch, rows_dim(op.block, op.last), heads, entries))
+    fits = fits and (rows == "T" or op.tiles is None)
+    need(fits, f"rows of {types[0]} are not rows of one of {_rows_of(op)}")
+    return TensorType(dtype="f32", dims=(batch, _rows_of(op), heads, entries))
 
 
 def _union_type(op: Union, operands: Sequence[Node]) -> TensorType:
@@ -768,7 +777,8 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     _need_count(operands, *((4,) if selected else (3, 4) if op.over == "pooled" else (3,)))
     selection = operands[3] if len(operands) == 4 else None
     query, keys, values = (operand.type for operand in operands[:3])
-    need_dims(query, ("B", "T", "Hq", "Dqk"))
+    need(is_rows(query.dims[1]), f"expected rows, got {query}")
+    need_dims(query, ("B", query.dims[1], "Hq", "Dqk"))
     need(keys.dims[1] == values.dims[1], f"keys {keys} and values {values} differ in length")
     rows = keys.dims[1]
     need((rows != "S") == (op.over == "pooled"), f"keys {keys} do not fit over={op.over}")

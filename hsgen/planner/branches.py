@@ -26,7 +26,7 @@ from hsgen.graph import (
 )
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.calls import plan_losses
-from hsgen.planner.entries import pooled
+from hsgen.planner.entries import pooled, score_query
 from hsgen.planner.orders import cut_of, order
 from hsgen.planner.routes import taken
 from hsgen.planner.scores import anchors_of
@@ -59,7 +59,7 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
     values = keys if branch.storage else builder.values(branch.kv)
     bias = builder.bias() if branch.bias == "learned" else None
     far = _far_keys(builder, branch, keys) if branch.delta else None
-    read = [builder.query(), keys, values, *some(selection), *weighed]
+    read = [_query(builder, branch), keys, values, *some(selection), *weighed]
     operands = [*read, *some(bias), *some(far), *cut]
     return _with_log_sum_exp(builder, branch, op, *operands)
 
@@ -84,8 +84,15 @@ def _plan_pooled_branch(builder: Builder, branch: language.Attend, level: langua
     op = _attend(builder, branch, over="pooled", partition=level.partition, cut=cut)
     selection = builder.selections.get(level.name)
     ordered = order(builder, level) if cut else ()
-    operands = [builder.query(), keys, values, *some(selection), *ordered]
+    operands = [_query(builder, branch), keys, values, *some(selection), *ordered]
     return _with_log_sum_exp(builder, branch, op, *operands)
+
+
+def _query(builder: Builder, branch: language.Attend) -> Node:
+    """Each row's own query, or the one of rows that choose together."""
+    if branch.query is None:
+        return builder.query()
+    return score_query(builder, builder.spec.level(branch.over or ""))
 
 
 def _far_keys(builder: Builder, branch: language.Attend, keys: Node) -> Node:
@@ -197,16 +204,22 @@ def plan_combine(builder: Builder, branches: list[Node]) -> Outputs:
     lse = {name: f"{name}.lse" for name in names}
     outputs, gates = dict(zip(names, branches, strict=True)), ()
     if combine.gates is not None:
-        gates = (builder.input("gates", "gates", "B", "T", "Hq", str(len(branches))),)
+        each = "channel" if combine.gates == "channel" else None
+        width = ("Dv",) if each else ()
+        gates = (builder.input("gates", "gates", "B", "T", "Hq", str(len(branches)), *width),)
         if combine.streams is not None or (builder.spec.loss and builder.spec.loss.distill):
             outputs = {
-                name: builder.add(f"{name}.gated", Gate(column=c), *gates, branch, at=branch.span)
+                name: builder.add(
+                    f"{name}.gated", Gate(column=c, each=each), *gates, branch, at=branch.span
+                )
                 for c, (name, branch) in enumerate(outputs.items())
             }
     if combine.streams is not None:
         made = next(iter(outputs.values()))
     elif gates:
-        made = builder.add("o", Gate(), *gates, *branches)
+        each = "channel" if combine.gates == "channel" else None
+        at = builder.spec.span("combine", "gates")
+        made = builder.add("o", Gate(each=each), *gates, *branches, at=at)
     elif combine.softmax is not None:
         at = builder.spec.span("combine", "softmax")
         sink = builder.input("sink", "parameter", "Hq") if combine.sink else None

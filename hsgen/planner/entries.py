@@ -7,7 +7,7 @@ from typing import Literal
 from hsgen import spec as language
 from hsgen.graph import Node, Norm, Pool, PoolHeads, PoolRows, Rotate
 from hsgen.planner.builder import Builder
-from hsgen.planner.orders import centroids, cut_of, order
+from hsgen.planner.orders import axis_tiles, centroids, cut_of, order
 
 
 def score_query(builder: Builder, level: language.Level) -> Node:
@@ -21,8 +21,14 @@ def score_query(builder: Builder, level: language.Level) -> Node:
     if query is not None and query.heads is not None:
         made = _agreeing(builder, level, made, f"{level.name}.query_heads")
     if query is not None and query.pool is not None:
-        op = PoolRows(level=level.name, how=query.pool, block=query.block, last=query.last)
         at = builder.place(level, "query", "pool")
+        op = PoolRows(
+            level=level.name,
+            how=query.pool,
+            block=query.block,
+            last=query.last,
+            tiles=axis_tiles(builder, query.tile, at) if query.tile else None,
+        )
         made = builder.add(f"{level.name}.queries", op, made, at=at)
     return made
 

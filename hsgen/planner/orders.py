@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from hsgen import spec as language
-from hsgen.graph import Assign, Cluster, Cut, Node, Permute, Runs
+from hsgen.errors import PlanError, Span
+from hsgen.graph import Assign, AxisTile, Cluster, Cut, Node, Permute, Runs
 from hsgen.planner.builder import Builder, some
 
 
@@ -39,6 +41,15 @@ def order(builder: Builder, level: language.Level) -> tuple[Node, ...]:
                 return (clusters,)
             op = Permute(level=level.name, by="clusters", segment=None, last=None)
             return (builder.add(name, op, clusters, at=at),)
+        case language.Tile():
+            axes = axis_tiles(builder, said.tile, at)
+            number = math.prod(-(-axis.length // axis.tile) for axis in axes)
+            op = Cluster(level=level.name, clusters=number, iterations=None, tiles=axes)
+            tiles = builder.add(f"{level.name}.tiles", op, keys, at=at)
+            if cut_of(level) == "clusters":
+                return (tiles,)
+            op = Permute(level=level.name, by="clusters", segment=None, last=None)
+            return (builder.add(name, op, tiles, at=at),)
         case language.Gather():
             given = builder.input(f"{level.name}_key_order", "order", "B", "S", "Hkv")
             op = Permute(level=level.name, by="given", segment=None, last=None)
@@ -95,3 +106,25 @@ def centroids(builder: Builder, level: language.Level) -> Node:
 
 def _starts(builder: Builder, level: language.Level) -> Node:
     return builder.input(f"{level.name}_starts", "starts", "B", "S")
+
+
+def axis_tiles(builder: Builder, tile: tuple[int, ...], at: Span | None) -> tuple[AxisTile, ...]:
+    """The tiles of every axis.
+
+    Raises:
+        PlanError: an axis is open, and how many tiles there are is not known.
+    """
+    axes = builder.spec.axes
+    assert axes is not None
+    found = [
+        AxisTile(length=length, tile=size)
+        for length, size in zip(axes, tile, strict=True)
+        if length != "any"
+    ]
+    if len(found) < len(axes):
+        raise PlanError(
+            "how many tiles there are depends on axes that are not known",
+            span=at,
+            help="give `axes` in the spec or to Spec.bind",
+        )
+    return tuple(found)

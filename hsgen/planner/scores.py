@@ -30,7 +30,7 @@ from hsgen.planner.entries import (
     score_keys,
     score_query,
 )
-from hsgen.planner.orders import cut_of, lies_in, order
+from hsgen.planner.orders import axis_tiles, cut_of, lies_in, order
 
 
 def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> Node:
@@ -118,8 +118,14 @@ def _together(builder: Builder, level: language.Level, made: Node) -> Node:
     query = level.query
     if query is None or query.reduce is None:
         return made
-    op = ReduceRows(level=level.name, how=query.reduce, block=query.block, last=query.last)
     at = builder.place(level, "query", "reduce")
+    op = ReduceRows(
+        level=level.name,
+        how=query.reduce,
+        block=query.block,
+        last=query.last,
+        tiles=axis_tiles(builder, query.tile, at) if query.tile else None,
+    )
     return builder.add(f"{level.name}.together", op, made, at=at)
 
 

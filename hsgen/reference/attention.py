@@ -15,6 +15,7 @@ from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
 from hsgen.reference.partitions import anchors
 from hsgen.reference.pyramids import log_counts, log_of, means_of
+from hsgen.reference.queries import pooled_queries, together
 from hsgen.reference.routes import on_way
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import dot, softmax
@@ -63,9 +64,9 @@ def _combined(rows: Rows, combine: Combine, branches: dict[str, Keys]) -> Combin
     outputs = {name: o for name, (o, _) in attended.items()}
     lse = {name: lse for name, (_, lse) in attended.items()}
     if combine.gates:
-        gates = rows.x["gates"].unbind(-1)
+        gates = rows.x["gates"].unbind(2 if combine.gates == "channel" else -1)
         outputs = {
-            name: o * gate[..., None]
+            name: o * (gate if combine.gates == "channel" else gate[..., None])
             for (name, o), gate in zip(outputs.items(), gates, strict=True)
         }
     first = next(iter(outputs.values()))
@@ -74,6 +75,16 @@ def _combined(rows: Rows, combine: Combine, branches: dict[str, Keys]) -> Combin
     if not combine.gates:  # a head is on the way of one, and sees nothing on the others
         lse = {"o": torch.stack([*lse.values()], -1).amax(-1)}
     return Combined(o=torch.stack([*outputs.values()], -1).sum(-1), lse=lse, outputs=outputs)
+
+
+def _queries(rows: Rows, branch: Attend) -> Tensor:
+    """What a branch attends by: each row's own query, or the one of its rows together.  [T, Hq, D]"""
+    q = rows.x["q"]
+    if branch.query is None:
+        return q
+    level = rows.spec.level(branch.over or "")
+    groups = together(rows.spec.rows_of(level), rows.p, rows.lengths)
+    return pooled_queries(level, q, groups, rows.Hkv)[groups.row]
 
 
 def _sink_of(rows: Rows, branch: Attend) -> Tensor | None:
@@ -257,7 +268,8 @@ def _reach(spans: Spans, p: int) -> int:
 
 
 def _attend_alone(rows: Rows, branches: dict[str, Keys], branch: Attend) -> tuple[Tensor, Tensor]:
-    return _attention(rows.x["q"], _parts(branches[branch.name]), branch, _sink_of(rows, branch))
+    q, keys = _queries(rows, branch), _parts(branches[branch.name])
+    return _attention(q, keys, branch, _sink_of(rows, branch))
 
 
 def _weighed(rows: Rows, branches: dict[str, Keys], branch: Attend) -> tuple[Tensor, Tensor]:

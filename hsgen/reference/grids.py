@@ -77,3 +77,16 @@ def _window(
         return (leader - window + 1).clamp(min=0), i + 1
     start = torch.minimum((leader - window // 2).clamp(min=0), (n - window).clamp(min=0))
     return start, start + window
+
+
+def tile_of(tokens: Tensor, lengths: tuple[int, ...], tile: tuple[int, ...]) -> Tensor:
+    """The tile that each token is in, the last axis fastest.  [...] -> [...]"""
+    found = torch.zeros_like(tokens)
+    for at, n, size in zip(places(tokens, lengths), lengths, tile, strict=True):
+        found = found * -(-n // size) + at // size
+    return found
+
+
+def tiles(lengths: tuple[int, ...], tile: tuple[int, ...]) -> int:
+    """How many tiles there are, whether they have tokens or not."""
+    return math.prod(-(-n // size) for n, size in zip(lengths, tile, strict=True))

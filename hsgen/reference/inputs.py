@@ -151,7 +151,8 @@ def _of_combine(spec: Spec) -> dict[str, _TensorInput]:
     combine = spec.combine
     found: dict[str, _TensorInput] = {}
     if combine and combine.gates:
-        found["gates"] = ("query", ("Hq", len(spec.attend)))
+        width = ("Dv",) if combine.gates == "channel" else ()
+        found["gates"] = ("query", ("Hq", len(spec.attend), *width))
     if combine and combine.sink:
         found["sink"] = ("parameter", ("Hq",))
     if combine and combine.output_gate:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hsgen.reference.grids import axis_lengths, tile_of, tiles
 from hsgen.reference.inputs import named
 from hsgen.reference.partitions import begins, nodes
 from hsgen.reference.permutes import cluster_of, order_of
@@ -22,6 +23,7 @@ from hsgen.spec import (
     Ragged,
     SortInSegment,
     Spec,
+    Tile,
 )
 
 
@@ -69,8 +71,21 @@ def layouts_of(
     found: dict[str, Layout] = {}
     for level in (level for level in spec.levels if level.name in names):
         above = found.get(level.within or "")
-        found[level.name] = _layout_of(level, x, S, group, above)
+        tiled = level.permute is not None and isinstance(level.permute.keys, Tile)
+        made = _tiled(spec, level, x, S) if tiled else _layout_of(level, x, S, group, above)
+        found[level.name] = made
     return found
+
+
+def _tiled(spec: Spec, level: Level, x: Mapping[str, Tensor], S: int) -> Layout:
+    """Tiles of axes, or blocks of their order; all heads have the same."""
+    order = level.permute and level.permute.keys
+    assert isinstance(order, Tile)
+    lengths = axis_lengths(spec, S)
+    tile = tile_of(torch.arange(S, device=x["q"].device)[None], lengths, order.tile)
+    if isinstance(level.partition, Clusters):
+        return _clusters(tile, tiles(lengths, order.tile))
+    return _permuted(tile.argsort(stable=True), level.partition.size, max(S, 1))
 
 
 def _layout_of(

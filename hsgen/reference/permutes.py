@@ -7,7 +7,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from hsgen.spec import Gather, KMeans, Order, SortInSegment
+from hsgen.spec import Gather, KMeans, Order, SortInSegment, Tile
 
 
 def order_of(order: Order, y: Tensor, judges: Tensor, group: int, given: Tensor | None) -> Tensor:
@@ -29,6 +29,8 @@ def order_of(order: Order, y: Tensor, judges: Tensor, group: int, given: Tensor 
         case Gather():
             assert given is not None, "a gather needs its order"
             return _said(given.detach().T.round().long(), y.shape[1])
+        case Tile():
+            raise AssertionError("tiles are of axes, not of keys: see layouts")
         case _:
             assert_never(order)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hsgen.reference.grids import tile_of
 from hsgen.spec import Level, Query
 
 
@@ -26,8 +27,14 @@ class Together:
     members: Tensor
 
 
-def together(query: Query | None, p: Tensor) -> Together:
-    """The groups of rows at positions p: [T]; every row alone where nothing is said."""
+def together(query: Query | None, p: Tensor, lengths: tuple[int, ...] | None = None) -> Together:
+    """The groups of rows at positions p: [T]; every row alone where nothing is said.
+
+    lengths: Of the axes, for rows of tiles.
+    """
+    if query is not None and query.tile is not None:
+        assert lengths is not None, "tiles are of axes"
+        return _tiles(tile_of(p, lengths, query.tile), p)
     each = torch.arange(len(p), device=p.device)
     if query is not None and query.block is not None:
         blocks, row = torch.unique_consecutive(p // query.block, return_inverse=True)
@@ -40,6 +47,18 @@ def together(query: Query | None, p: Tensor) -> Together:
         asked = each[-query.last :].expand(len(last), -1)
         return Together(row=torch.zeros_like(each), first=last, last=last, members=asked)
     return Together(row=each, first=p, last=p, members=each[:, None])
+
+
+def _tiles(tile: Tensor, p: Tensor) -> Together:
+    """The rows of every tile that has one.  tile: [T]"""
+    found, row, counts = tile.unique(return_inverse=True, return_counts=True)
+    at = row.argsort(stable=True)
+    slot = torch.arange(len(p), device=p.device) - (counts.cumsum(0) - counts)[row[at]]
+    width = int(counts.max()) if len(p) else 0
+    members = torch.full((len(found), width), -1, device=p.device)
+    members[row[at], slot] = at
+    first, last = (p[members[:, :1].flatten()], p[members.amax(1)]) if len(p) else (p, p)
+    return Together(row=row, first=first, last=last, members=members)
 
 
 def pooled_queries(level: Level, q: Tensor, groups: Together, Hkv: int) -> Tensor:

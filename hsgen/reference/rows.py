@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hsgen.reference.grids import axis_lengths
 from hsgen.reference.inputs import some_keys
 from hsgen.reference.layouts import Layout
 from hsgen.reference.queries import Together, together
@@ -41,6 +42,11 @@ class Rows:
     @property
     def S(self) -> int:
         return some_keys(self.spec, self.x).shape[0]
+
+    @property
+    def lengths(self) -> tuple[int, ...] | None:
+        """Steps of every axis, where tokens lie along axes."""
+        return axis_lengths(self.spec, self.S) if self.spec.axes else None
 
     @property
     def seen_tokens(self) -> Tensor:

@@ -148,7 +148,7 @@ def _chunks(spec: Spec, x: dict[str, Tensor], p: Tensor) -> list[tuple[int, int]
 def _asks_all_rows(spec: Spec, level: Level) -> bool:
     select, rows = level.select, spec.rows_of(level)
     by_head = select is not None and "head" in (select.scope, select.top_p and select.top_p.scope)
-    return by_head or bool(rows and rows.last)
+    return by_head or bool(rows and (rows.last or rows.tile))
 
 
 def _compute(rows: Rows, *, keep: Keep) -> Result:
@@ -186,7 +186,7 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
     taken = rows.reused.get(level.name)
     if taken and not taken.scored:
         return _taken_over(rows, level, taken)
-    groups = together(rows.spec.rows_of(level), rows.p)
+    groups = together(rows.spec.rows_of(level), rows.p, rows.lengths)
     complete = visible_entries(rows, level, groups)  # [R, N]
     allowed = inside_beam(rows, level, levels, groups)  # [R, Hp, N]
     among = kept_entries(rows, level) if taken and taken.narrowed else allowed
@@ -333,7 +333,7 @@ def _scored(
     scores = over_heads(level, scores, rows.Hkv)
     if query is not None and query.reduce is not None:
         seen = seen[:, :: heads // scores.shape[1]]
-        scores = reduced(query.reduce, scores, seen, together(query, rows.p).members)
+        scores = reduced(query.reduce, scores, seen, together(query, rows.p, rows.lengths).members)
     return scores, lse
 
 

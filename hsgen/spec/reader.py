@@ -38,6 +38,7 @@ from hsgen.spec.model import (
     SortInSegment,
     Spec,
     Stripes,
+    Tile,
 )
 from hsgen.spec.syntax import Items, Keys, Tree, Unreadable, Word
 
@@ -60,11 +61,15 @@ _KINDS: Mapping[str, type[Node]] = {
 }
 # orders of keys, told apart in the same way
 _WORD_ORDERS = {"gather"}
-_ORDERS: Mapping[str, type[Node]] = {"sort_in_segment": SortInSegment, "kmeans": KMeans}
+_ORDERS: Mapping[str, type[Node]] = {
+    "sort_in_segment": SortInSegment,
+    "kmeans": KMeans,
+    "tile": Tile,
+}
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    by cosine pages softmax_mass tile
+    by cosine pages softmax_mass
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 
@@ -448,7 +453,8 @@ _ORDER = _Union(
     words=_WORD_ORDERS,
     mappings=_ORDERS,
     stand_in="gather",
-    expected="'gather', or a mapping {sort_in_segment: size, ...} or {kmeans: clusters, ...}",
+    expected="'gather', or a mapping {sort_in_segment: size, ...}, {kmeans: clusters, ...} or"
+    " {tile: sizes}",
     advice="write '{sort_in_segment: 256, by: mass, last: 128}' or 'gather'",
 )
 
@@ -471,6 +477,7 @@ _EXAMPLE = {
     "sort_in_segment": "sort_in_segment: 256",
     "by": "by: mass",
     "kmeans": "kmeans: 1000",
+    "tile": "tile: [4, 4, 4]",
     "iterations": "iterations: 50",
     "partition": "partition: {blocks: 64}",
     "blocks": "blocks: 64",

@@ -38,7 +38,7 @@ from hsgen.spec.model.entries import (
     ValuePool,
 )
 from hsgen.spec.model.losses import Distill, DualEntropy, Kl, Loss
-from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment
+from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment, Tile
 from hsgen.spec.model.queries import Query, QueryPool
 from hsgen.spec.model.reuse import Reuse, Turn
 from hsgen.spec.model.routes import Route, RouteBy
@@ -138,6 +138,7 @@ __all__ = [
     "Stripes",
     "Text",
     "Tier",
+    "Tile",
     "Tokens",
     "TopP",
     "Turn",

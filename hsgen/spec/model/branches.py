@@ -123,6 +123,8 @@ class Attend(Node):
     # one more logit a head, input `<name>_sink`, in the denominator only: it has no value
     sink: Literal["learned"] | None = None
     when: Identifier | None = None  # the way of the route on which it attends; None: on every one
+    # pooled: rows that choose together in the level attend by their one query, and all put out the same
+    query: Literal["pooled"] | None = None
     # chosen: a row sees nothing unless its own token is one of those that the branch shows it
     rows: Literal["chosen"] | None = None
     delta: Delta | None = None  # far keys come back from thresholded changes
@@ -133,14 +135,15 @@ class Attend(Node):
 
 
 class Combine(Node):
-    """`gates`: o = sum of gate * branch.  `softmax`: one softmax over the union of all branches.
+    """`gates`: o = sum of gate * branch; the input `gates` has a number for each head and branch, or for
+    each `channel` of them.  `softmax`: one softmax over the union of all branches.
 
     `output_gate` multiplies what comes of that, or of a single branch, by a sigmoid.
     `streams`: every branch is an output of its own, times its gate where there are gates; `o` is the
     first.
     """
 
-    gates: Literal["input"] | None = None
+    gates: Literal["input", "channel"] | None = None
     softmax: Literal["union"] | None = None
     sink: Literal["learned"] | None = None  # one logit a head, input `sink`, for the whole union
     # o * sigmoid(input `output_gate`), which has a number a channel, or a number a head

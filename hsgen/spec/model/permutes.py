@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from hsgen.spec.model.scalars import Count, Node
+from hsgen.spec.model.scalars import Count, Node, PerAxis
 
 
 class SortInSegment(Node):
@@ -48,7 +48,17 @@ class Gather(Node):
     kind: Literal["gather"] = "gather"
 
 
-Order = Annotated[SortInSegment | KMeans | Gather, Field(discriminator="kind")]
+class Tile(Node):
+    """Tiles of the spec's `axes` one after another, the last axis fastest; a tile's tokens keep order.
+
+    A tile has so many steps along every axis, and fewer where the axis ends.
+    """
+
+    kind: Literal["tile"] = "tile"
+    tile: PerAxis
+
+
+Order = Annotated[SortInSegment | KMeans | Gather | Tile, Field(discriminator="kind")]
 
 
 class Permute(Node):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hsgen.spec.model.scalars import Count, Node
+from hsgen.spec.model.scalars import Count, Node, PerAxis
 from hsgen.spec.model.scores import Reduce
 
 QueryPool = Literal["mean", "max", "first", "antidiagonal"]
@@ -23,6 +23,7 @@ class Query(Node):
     """
 
     block: Count | None = None  # row t belongs to block t // block of its document
+    tile: PerAxis | None = None  # rows of a tile of the spec's `axes`, as `permute` has them
     last: Count | None = None  # that many last rows of the prompt choose, for all of its rows
     pool: QueryPool | None = None  # one query stands for all of them; a row that is not there: 0
     reduce: Reduce | None = None  # how the scores of the rows become those of all of them
@@ -31,4 +32,4 @@ class Query(Node):
     @property
     def together(self) -> bool:
         """Whether rows choose together at all; else only their heads are pooled."""
-        return self.block is not None or self.last is not None
+        return not self.block == self.last == self.tile

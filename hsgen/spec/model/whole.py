@@ -380,6 +380,7 @@ _NEWS = {
     "q",
     "spans",
     "dual_entropy",
+    "tile",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import MAX_AXES, GridWindow, Path, Spec
+from hsgen.spec.model import MAX_AXES, GridWindow, Path, Spec, Tile
 from hsgen.spec.rules.problem import Problem
 
 
@@ -57,6 +57,12 @@ def _padded(steps: tuple[int | bool, ...], axes: int) -> list[str]:
 
 def _per_axis(spec: Spec) -> Iterator[tuple[Path, tuple[int | bool, ...]]]:
     """Everything that has one value an axis."""
+    for i, level in enumerate(spec.levels):
+        order = level.permute and level.permute.keys
+        if isinstance(order, Tile):
+            yield ("levels", i, "permute", "keys", "tile"), order.tile
+        if level.query and level.query.tile is not None:
+            yield ("levels", i, "query", "tile"), level.query.tile
     for i, branch in enumerate(spec.attend):
         if branch.static and branch.static.grid:
             grid = branch.static.grid

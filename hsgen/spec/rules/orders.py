@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hsgen.spec.model import Blocks, Clusters, KMeans, Level, Path, SortInSegment, Spec
+from hsgen.spec.model import Blocks, Clusters, KMeans, Level, Path, SortInSegment, Spec, Tile
 from hsgen.spec.rules.problem import Problem
 
 
@@ -48,8 +48,11 @@ def _cut(level: Level, path: Path) -> Iterator[Problem]:
     partition = level.partition
     wrong = help = ""
     if isinstance(partition, Clusters):
-        if not isinstance(order, KMeans):
-            wrong = "expected 'permute: {keys: {kmeans: ...}}' with 'partition: clusters', got none"
+        if not isinstance(order, KMeans | Tile):
+            wrong = (
+                "expected 'kmeans' or 'tile' in 'permute: {keys: ...}' with 'partition: clusters',"
+                " got none"
+            )
             help = "write 'permute: {keys: {kmeans: 1000, iterations: 50}}', or blocks"
         elif level.pool is not None and "linear" in (level.pool.keys, level.pool.values):
             wrong = "expected entries of one size for linear pooling, got clusters"
@@ -112,7 +115,7 @@ def _heads(level: Level, path: Path) -> Iterator[Problem]:
             also=((*path, "score", "form"),),
             at_key=True,
         )
-    elif level.score.share == "all":
+    elif level.score.share == "all" and not isinstance(level.permute and level.permute.keys, Tile):
         yield Problem(
             code="HS133",
             path=(*path, "score", "share"),

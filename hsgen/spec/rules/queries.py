@@ -30,6 +30,8 @@ def queries(spec: Spec) -> Iterator[Problem]:
 
 def _which_rows(query: Query, path: Path) -> Iterator[Problem]:
     alone = query.heads is not None and query.pool is None and query.reduce is None
+    if query.tile is not None:
+        return  # `tiled_rows` says so
     if (query.block is None) == (query.last is None) and not (alone and query.block is None):
         yield Problem(
             code="HS110",
@@ -189,14 +191,16 @@ def _nests(fine: Query | None, coarse: Query | None) -> bool:
     """Whether rows that choose together by `fine` are together by `coarse`."""
     if fine is None or (coarse is not None and coarse.last is not None and fine.last is None):
         return True
+    if fine.tile is not None or (coarse is not None and coarse.tile is not None):
+        return coarse is not None and fine.tile == coarse.tile
     if coarse is None or coarse.block is None:
         return coarse is not None and fine.last == coarse.last and fine.block is None
     return fine.block is not None and coarse.block % fine.block == 0
 
 
-def _scored(query: Query | None) -> tuple[int | None, int | None]:
+def _scored(query: Query | None) -> tuple[object, ...]:
     """The rows that score: those that are pooled, or each row for itself."""
-    return (query.block, query.last) if query and query.pool else (None, None)
+    return (query.block, query.last, query.tile) if query and query.pool else (None, None, None)
 
 
 def _same_rows(level: Level, source: Level) -> bool:
@@ -207,6 +211,8 @@ def _same_rows(level: Level, source: Level) -> bool:
 def _rows_text(query: Query | None) -> str:
     if query is None:
         return "rows that choose for themselves"
+    if query.tile is not None:
+        return f"tiles of {' x '.join(map(str, query.tile))}"
     return f"blocks of {query.block}" if query.block else f"the last {query.last} rows"
 
 
@@ -219,8 +225,8 @@ def _scored_text(query: Query | None) -> str:
 def _wanted(theirs: Query | None, key: str) -> str:
     if theirs is None:
         return "rows that choose for themselves, as there"
-    if theirs.last is not None:
-        return f"the last {theirs.last} rows, as there"
+    if theirs.last is not None or theirs.tile is not None:
+        return f"{_rows_text(theirs)}, as there"
     which = "a multiple of" if key == "from" else "a divisor of"
     return f"blocks of {which} {theirs.block}"
 
@@ -230,6 +236,8 @@ def _rows_help(theirs: Query | None) -> str:
         return "remove 'query', or write it in the other level too"
     if theirs.last is not None:
         return f"write 'query: {{last: {theirs.last}, reduce: sum}}'"
+    if theirs.tile is not None:
+        return "write the same 'query' here"
     return f"write 'query: {{block: {theirs.block}, reduce: sum}}'"
 
 
@@ -269,3 +277,46 @@ def rows_alone(spec: Spec) -> Iterator[Problem]:
                 help="remove 'query' there, or name another level",
                 also=(("levels", i, "query"),),
             )
+
+
+def tiled_rows(spec: Spec) -> Iterator[Problem]:
+    """Rows of a tile, which lie apart; and branches that attend by the query of rows together."""
+    for i, level in enumerate(spec.levels):
+        query, path = level.query, ("levels", i, "query")
+        if query is None or query.tile is None:
+            continue
+        other = "block" if query.block is not None else "last" if query.last is not None else None
+        if other or spec.causal:
+            got = f"'{other}' as well" if other else "'causal: true'"
+            yield Problem(
+                code="HS190",
+                path=(*path, "tile"),
+                message="expected rows of a tile, which lie apart, without causality and without"
+                f" another rule, got {got}",
+                help=f"remove '{other}'" if other else "write 'causal: false'",
+                also=(*((*path, key) for key in ("block", "last")), ("causal",)),
+                at_key=True,
+            )
+    levels = {level.name: level for level in spec.levels}
+    for i, branch in enumerate(spec.attend):
+        if branch.query is not None and (why := _no_query(spec, levels.get(branch.over or ""))):
+            yield Problem(
+                code="HS191",
+                path=("attend", i, "query"),
+                message=f"'query: pooled' has no meaning here: {why}",
+                help="remove 'query'",
+                also=(("levels",), ("combine",), ("attend", i, "over")),
+                at_key=True,
+            )
+
+
+def _no_query(spec: Spec, level: Level | None) -> str | None:
+    """Why rows have no one query to attend by."""
+    pool = level and level.query and level.query.pool
+    if level is None or not pool:
+        return "it is levels whose queries are pooled, and the branch attends none of them"
+    if level.score.form != "dot" or pool == "antidiagonal" or (level.query and level.query.heads):
+        return f"the queries of '{level.name}' are none that attend"
+    if spec.combine and spec.combine.softmax:
+        return "the branches of a union attend by one query"
+    return None

@@ -253,7 +253,11 @@ def spans(spec: Spec) -> Iterator[Problem]:
                 also=((*path, "over"), ("levels", j, "partition")),
                 at_key=not striped,
             )
-        elif level and branch.values == "pooled" and not isinstance(level.partition, Blocks):
+        elif (
+            level
+            and branch.values == "pooled"
+            and not isinstance(level.partition, Blocks | Clusters)
+        ):
             yield Problem(
                 code="HS158",
                 path=(*path, "values"),
