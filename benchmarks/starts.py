@@ -118,18 +118,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--capture", type=Path, default=common.SHIPPED_CAPTURE)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--budget", type=float, default=300, help="seconds, shared by the systems")
+    parser.add_argument("--kernels", nargs="+", metavar="SYSTEM/KERNEL", help="these alone")
     parser.add_argument("-o", "--output", type=Path, default=common.RESULTS)
     args = parser.parse_args(argv)
     words = ["--capture", args.capture.name, "--tokens", str(args.tokens)]
+    words += ["--kernels", *args.kernels] if args.kernels else []
     result = common.provenance("benchmarks.starts", words, "cuda")
     result |= {"tokens": args.tokens, "inputs": "real", "kernels": {}}
     groups, began = captures.load(args.capture), time.monotonic()
-    for number, name in enumerate(SYSTEMS):
+    asked = args.kernels or []
+    systems = [name for name in SYSTEMS if not asked or name in {x.split("/")[0] for x in asked}]
+    for number, name in enumerate(systems):
         tensors = inputs.make(load(name), "real", args.tokens, "cuda", 0, groups)
-        deadline = began + args.budget * (number + 1) / len(SYSTEMS)
+        deadline = began + args.budget * (number + 1) / len(systems)
         search, kernel = Search(name, tensors, deadline), hsgen.load_kernel(name)
         times = timing.kernel_times(lambda _number: kernel(**tensors))  # noqa: B023
-        for each in [n for n in times if n in search.start and n != "index_selected"]:
+        searched = [n for n in times if n in search.start and n != "index_selected"]
+        for each in [n for n in searched if not asked or f"{name}/{n}" in asked]:
             found = search.improve(each)
             result["kernels"][f"{name}/{each}"] = found
             print(f"{name}/{each}: {found['start_ms']} -> {found['best_ms']} {found['best']}")

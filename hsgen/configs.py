@@ -19,6 +19,9 @@ from hsgen.target import Target
 DType = Literal["bf16", "fp16", "fp32"]
 
 
+WIDE_DIMS = 256  # of a key and a value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowTiles:
     """Tiles of the `rows` skeleton on one GPU, for tensors of one dtype."""
@@ -38,14 +41,13 @@ class RowTiles:
         tokens: int | None = None,
         most: int = 128,
         block: int | None = None,
-        key_bytes: int | None = None,
     ) -> Config:
         """Rows to fill a tile of `limit`, keys a step and stages that fit the shared memory.
 
         Three-pass TF32 holds each operand twice, so 32-bit operands get tiles of 32 by 32.
         """
-        wide, key_bytes = 64 if self.target.dots_read_shared else 32, key_bytes or self._bytes
-        if key_bytes == 4:
+        wide = 64 if self.target.dots_read_shared else 32
+        if self._bytes == 4:
             limit = wide = 32
         elif context.heads == 1 and block:
             limit = 128
@@ -53,22 +55,25 @@ class RowTiles:
         if block and block == next_power(block):
             wide = max(16, min(wide, block))
         dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
-        deepest = 2 if key_bytes == 4 or tokens == 1 else 3  # gathered tokens: rows come one by one
-        return self._fit(context, block_t, wide, deepest, dims, key_bytes)
+        if dims > WIDE_DIMS and context.heads > 1:
+            wide = min(wide, 32)  # leaves room for two programs on a processor
+        deepest = (
+            2 if self._bytes == 4 or tokens == 1 else 3
+        )  # gathered tokens: rows come one by one
+        return self._fit(context, block_t, wide, deepest, dims)
 
     def score(self, context: rows.RowsContext) -> Config:
         """As for attending, but with no output to hold there is room for more rows of 32 bits."""
-        key_bytes = 4 if context.promote else self._bytes
         dims = sum(c.width for c in context.qk_chunks)
         limit = wide = 64
-        if key_bytes == 4:
+        if self._bytes == 4:
             # tensor memory would be filled from registers, three times over
             limit = 32 if self.target.tensor_columns else 64
             wide = 32 if self.target.dots_read_shared and not self.target.tensor_columns else 16
         if context.children:
             wide = max(16, min(wide, next_power(context.children)))
-            return replace(self._fit(context, 1, wide, 2, dims, key_bytes), num_warps=2)
-        return self._fit(context, max(1, limit // context.pitch), wide, 3, dims, key_bytes)
+            return replace(self._fit(context, 1, wide, 2, dims), num_warps=2)
+        return self._fit(context, max(1, limit // context.pitch), wide, 3, dims)
 
     def _fit(
         self,
@@ -77,7 +82,6 @@ class RowTiles:
         wide: int,
         deepest: int,
         dims: int,
-        key_bytes: int,
     ) -> Config:
         """The most rows, then the widest step, then the deepest pipeline that shared memory holds.
 
@@ -88,7 +92,7 @@ class RowTiles:
             block_m = max(16, next_power(tokens * context.pitch))
             for width in _halves(wide, 16):
                 for stages in range(deepest, 0, -1):
-                    need = self._shared(context, block_m, width, stages, dims, key_bytes)
+                    need = self._shared(context, block_m, width, stages, dims)
                     if need <= self.target.smem_per_block:
                         warps = 8 if block_m >= 128 else 4
                         values = (("BLOCK_T", tokens), ("BLOCK_M", block_m), ("BLOCK_N", width))
@@ -106,20 +110,19 @@ class RowTiles:
         width: int,
         stages: int,
         dims: int,
-        key_bytes: int,
     ) -> int:
         """A bound on the shared memory of a block: what the compiler was seen to take, or a little more.
 
         Queries, buffers of keys and values, a tile of probabilities.  Three-pass TF32 splits operands in
         two; keys too where tensor cores read them from shared memory, else while they are converted.
         """
-        split = key_bytes == 4 and self.target.dot_precision == "tf32x3"
-        queries = block_m * sum(c.width for c in context.qk_chunks) * key_bytes
+        split = self._bytes == 4 and self.target.dot_precision == "tf32x3"
+        queries = block_m * sum(c.width for c in context.qk_chunks) * self._bytes
         buffers = max(1, stages - 1) + (split and context.acc != "softmax")
         if self.target.dots_read_shared and block_m >= 64:
             buffers = stages + split
         probabilities = block_m * width * 4
-        return (queries + probabilities) * (1 + split) + buffers * width * dims * key_bytes + 1024
+        return (queries + probabilities) * (1 + split) + buffers * width * dims * self._bytes + 1024
 
 
 def _halves(most: int, least: int) -> tuple[int, ...]:

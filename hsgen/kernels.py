@@ -172,8 +172,8 @@ class SegmentsContext:
     @property
     def summary(self) -> str:
         if self.how == "minmax":
-            return "two float32 vectors an entry: the least and the greatest of its tokens."
-        return f"one float32 vector an entry: {self.how} of its tokens."
+            return "two vectors an entry: the least and the greatest of its tokens."
+        return f"one vector an entry: {self.how} of its tokens."
 
     @property
     def divisor(self) -> str:
@@ -202,7 +202,7 @@ class SegmentsContext:
             *_strides("X", "x", "batch", "token", "head"),
             *((weight,) if self.how == "linear" else ()),
             *((position,) if self.position else ()),
-            _pointer("POOLED", "f32", f"f32[Z, N, {made}, packed [1, N, {made}"),
+            _pointer("POOLED", "input", f"[Z, N, {made}, packed [1, N, {made}"),
             count("length", "N; packed: 1 if the last entry of a sequence may be short, else 0"),
             *SEQ,
             *_tunables("BLOCK_E", "BLOCK_D" if self.how == "linear" else "BLOCK_J"),

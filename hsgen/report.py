@@ -423,8 +423,6 @@ def _written(graph: Graph, plan: Plan, kernel: Kernel) -> list[str]:
 def math_type(kernel: Kernel, dtype: str) -> MathType:
     """The units that bound a kernel's arithmetic: those of its dots, else ordinary ones."""
     match kernel.context:
-        case RowsContext(promote=True, precision=precision):
-            return _dot_type("fp32", precision)
         case RowsContext(precision=precision):
             return _dot_type(dtype, precision)
         case SegmentsContext(how="linear", precision=precision):

@@ -92,7 +92,6 @@ class RowsContext:
     v_chunks: tuple[Chunk, ...] = ()
     value_head: str = ""
     scale_log2: str = ""
-    promote: bool = False  # keys are float32: so are the queries
     tile: str = "tl.program_id(0)"
     stride: int = 1
     width: int = 0
@@ -448,13 +447,13 @@ def attend_pooled(
 ) -> RowsContext:
     """One softmax over all complete pooled entries; without `values`, its log-sum-exp alone."""
     output = OUTPUTS if values else tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32")
-    pooled = tensor("V", "v", "f32[B, N, Hkv, Dv]", "bth", "f32") if values else ()
+    pooled = tensor("V", "v", "[B, N, Hkv, Dv]", "bth") if values else ()
     return RowsContext(
         name=name,
         summary="attention over pooled entries." if values else "log-sum-exp over pooled entries.",
         params=(
             *QUERY,
-            *tensor("K", "k", "f32[B, N, Hkv, Dqk]", "bth", "f32"),
+            *tensor("K", "k", "[B, N, Hkv, Dqk]", "bth"),
             *pooled,
             *output,
             *SEQ,
@@ -469,7 +468,6 @@ def attend_pooled(
         key_head=_kv_head("k_h", shape, per_head=False),
         value_head=_kv_head("v_h", shape, per_head=False),
         key_row=f"k_first // {entries.stride}",
-        promote=True,
         setup=(
             *_complete_rows(shape, entries),
             f"full = {complete('first', entries, shape.causal)} // BLOCK_N * BLOCK_N",
@@ -528,7 +526,7 @@ class Scoring:
     form: Literal["dot", "bound", "index_dot", "relu_weighted"]
     scale: float
     entries: Entries  # the entries scored
-    pooled: bool  # keys are float32 pooled entries, else raw tokens
+    pooled: bool  # keys are pooled entries, else raw tokens
     normalise: bool
     share: Literal["head", "group", "all"]
     reduce: Literal["sum", "mean", "max"] | None
@@ -563,7 +561,7 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         summary=_score_summary(scoring),
         params=(
             *tensor("Q", "q", "[B, T, Hi, Di]" if scoring.by_index else "[B, T, Hq, Dqk]", "bth"),
-            *tensor(*key, "f32" if scoring.pooled else "input"),
+            *tensor(*key),
             *(tensor("WEIGHT", "w", "[B, T, Hi]", "bt") if weighted else ()),
             *(tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32") if scoring.normalise else ()),
             *(_parent_params() if scoring.parent_size else ()),
@@ -583,7 +581,6 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         if scoring.by_index
         else _kv_head("k_h", shape, per_head=scoring.share == "head"),
         key_row=f"k_first // {scoring.entries.stride}" if scoring.pooled else "k_first",
-        promote=scoring.pooled,
         setup=(*_row_values(scoring, weighted), *setup, *_score_rows(pitch)),
         phases=(phase,),
         precision=shape.precision,
@@ -601,10 +598,10 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
 
 def _key_comment(scoring: Scoring) -> str:
     if scoring.by_index:
-        return "f32[B, N, Di]" if scoring.pooled else "[B, S, Di]"
+        return "[B, N, Di]" if scoring.pooled else "[B, S, Di]"
     if scoring.form == "bound":
-        return "f32[B, N, Hkv, 2, Dqk]"
-    return "f32[B, N, Hkv, Dqk]" if scoring.pooled else "[B, S, Hkv, Dqk]"
+        return "[B, N, Hkv, 2, Dqk]"
+    return "[B, N, Hkv, Dqk]" if scoring.pooled else "[B, S, Hkv, Dqk]"
 
 
 def _parent_params() -> tuple[Param, ...]:

@@ -225,7 +225,7 @@ class _Scheduler:
                 buffers=(
                     Buffer(
                         name=buffer,
-                        dtype="f32",
+                        dtype="input",
                         dims=(
                             f"{_input(source.name)}.shape[0]",
                             f"length_{_safe(node.name)}",
@@ -276,7 +276,7 @@ class _Scheduler:
                 context = rows.attend_pooled(
                     self.shape, name=name, scale=scale, entries=entries, values=True
                 )
-                config = self._tiles.attend(context, limit=64, key_bytes=4)
+                config = self._tiles.attend(context, limit=64)
             case "tokens":
                 selection = self.graph[node.inputs[3]]
                 context = rows.attend_tokens(
@@ -451,7 +451,7 @@ class _Scheduler:
             entries=self._pooled_entries(score.inputs[1]),
             values=False,
         )
-        config = self._tiles.attend(context, limit=64, key_bytes=4)
+        config = self._tiles.attend(context, limit=64)
         self._kernel("rows", context, config, score.name, node.name)
         self.steps.append(
             Step(

@@ -297,6 +297,7 @@ def test_an_attend_moves_its_tensors_once():
 def test_units_are_those_of_the_dots():
     artifact = pipeline.compile_spec(load("nsa"), H100)
     units = {k.name: report.math_type(k, "bf16") for k in artifact.plan.kernels}
-    assert units["attend_selected"] == units["pool_compressed_keys"] == "bf16"
-    assert units["attend_compressed"] == units["score_block"] == "tf32x3"
+    wide = {k.name: report.math_type(k, "fp32") for k in artifact.plan.kernels}
+    for name in ("attend_selected", "attend_compressed", "pool_compressed_keys", "score_block"):
+        assert (units[name], wide[name]) == ("bf16", "tf32x3"), name
     assert units["merge"] == units["rank_block"] == "fp32"

@@ -17,11 +17,14 @@ class Tolerance:
         output: unit roundoff of the output's dtype, u.
         arithmetic: unit roundoff of dots and sums inside a kernel; scores and log-sum-exps have it.
         bias: how much of u all rows may have in common: rounding cancels, chopped sums do not.
+        stored: how far a pooled entry may be off after it is rounded, beside float64's rounded one: one
+            step of the dtype where their sums lie on two sides of a tie.
         own: factor on the error that the same computation in plain PyTorch of that dtype makes.
     """
 
     output: float
     arithmetic: float
+    stored: float
     bias: float = 0.25
     own: float = 3.0
 
@@ -37,4 +40,7 @@ def tolerance(dtype, device):
     arithmetic = THREE_TF32 if on_gpu else FLOAT32
     output = max(UNITS[dtype], arithmetic)
     chopped = on_gpu and dtype == torch.float32
-    return Tolerance(output=output, arithmetic=arithmetic, bias=1.0 if chopped else 0.25)
+    stored = 0.0 if dtype == torch.float32 else 2 * UNITS[dtype]
+    return Tolerance(
+        output=output, arithmetic=arithmetic, stored=stored, bias=1.0 if chopped else 0.25
+    )

@@ -356,7 +356,7 @@ def _pool_type(op: Pool, operands: Sequence[Node]) -> TensorType:
     _need_learned(op, types, heads)
     rows = ("2",) if op.how == "minmax" else ()
     wide = f"{op.size}*{x.dims[-1]}" if op.how == "antidiagonal" else x.dims[-1]
-    return TensorType(dtype="f32", dims=("B", f"N_{op.level}", *heads, *rows, wide))
+    return TensorType(dtype=types[0].dtype, dims=("B", f"N_{op.level}", *heads, *rows, wide))
 
 
 def _need_learned(op: Pool, types: Sequence[TensorType], heads: tuple[str, ...]) -> None:

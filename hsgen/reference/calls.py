@@ -43,7 +43,7 @@ def reference(
         selection: By level: taken instead of the level's own choice.
         state: Of the call before, its `Result.state`; None is the first call of a pass.  A call that
             takes a level over does without the tensors that only this level reads.
-        dtype: What everything is computed in.
+        dtype: What everything is computed in.  Pooled entries are kept in the dtype of the tensors.
         keep_scores: False leaves `scores`, `candidates` and `forced` empty, and memory in peace.
         keep_seen: True fills `seen`, which is empty otherwise.
     """
@@ -72,7 +72,9 @@ def reference(
         reused = {
             name: _taken(spec, name, each, state.get(name), place) for name, each in turn.items()
         }
-        parts.append(one_sequence(spec, x, p, chosen, reused=reused, keep=keep))
+        parts.append(
+            one_sequence(spec, x, p, chosen, reused=reused, keep=keep, stored=tensors["q"].dtype)
+        )
     result = _join(parts, packed=packed)
     kept = kept_after(spec, state, result.selection, result.scores)
     return replace(result, state=kept, scores=result.scores if keep_scores else {})

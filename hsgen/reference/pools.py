@@ -10,16 +10,20 @@ from torch import Tensor
 from hsgen.reference.inputs import gates_of, named
 from hsgen.reference.layouts import Layout, tokens_of
 from hsgen.reference.partitions import centroids, drawn
+from hsgen.reference.rounding import kept
 from hsgen.reference.scores import softmax
 from hsgen.spec import LearnedTree, Level, Rotate
 
 NORM_EPS = 1e-6  # what is added to the mean of squares
 
 
-def pooled_entries(level: Level, layout: Layout, x: dict[str, Tensor]) -> dict[str, Tensor]:
+def pooled_entries(
+    level: Level, layout: Layout, x: dict[str, Tensor], stored: torch.dtype
+) -> dict[str, Tensor]:
     """One vector an entry of what is scored, and of values: key [N, H, D], value [N, Hkv, Dv].
 
-    Keys are pooled, then normed, then rotated; or rotated token by token, and then pooled.
+    Keys are pooled, then normed, then rotated; or rotated token by token, and then pooled.  What is
+    left is rounded once, to `stored`.
     """
     pool = level.pool
     by_index = level.score.by_index
@@ -42,9 +46,10 @@ def pooled_entries(level: Level, layout: Layout, x: dict[str, Tensor]) -> dict[s
         key = _normed(key, x[f"{level.name}_key_norm"]) if pool.then else key
         if pool.rotate and pool.rotate.at != "token":
             key = rotated(level.name, pool.rotate, key, _place(level, pool.rotate, layout), x)
-        pooled["key"] = key
+        pooled["key"] = key if level.score.form == "bias" else kept(key, stored)
     if pool.values:
-        pooled["value"] = _pool(level, layout, pool.values, x[named("v", level.kv)], x, "value")
+        value = _pool(level, layout, pool.values, x[named("v", level.kv)], x, "value")
+        pooled["value"] = kept(value, stored)
     return pooled
 
 

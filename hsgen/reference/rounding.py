@@ -38,6 +38,18 @@ def _whole(x: Tensor, most: int) -> Tensor:
     return steps * (greatest / most)
 
 
+def kept(entries: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pooled entries in the dtype of what they are pooled from, as far as that has fewer bits.
+
+    What is beyond its range becomes its greatest number.
+    """
+    if torch.finfo(dtype).bits >= torch.finfo(entries.dtype).bits:
+        return entries
+    most = torch.finfo(dtype).max
+    rounded = entries.detach().clamp(-most, most).to(dtype).to(entries.dtype)
+    return entries + (rounded - entries).detach()
+
+
 def _power_of_two(x: Tensor) -> Tensor:
     """The least power of two that is at least x > 0."""
     mantissa, exponent = torch.frexp(x)  # x = mantissa * 2^exponent, 0.5 <= mantissa < 1

@@ -96,14 +96,20 @@ def one_sequence(
     *,
     reused: dict[str, Taken],
     keep: Keep,
+    stored: torch.dtype,
 ) -> Result:
-    """All rows of one sequence, some at a time.  x: [T, H, D] and [S, H, D]; p: positions [T]."""
+    """All rows of one sequence, some at a time.
+
+    x: [T, H, D] and [S, H, D]; p: positions [T]; stored: what pooled entries are kept in.
+    """
     keys = some_keys(spec, x)
     group = x["q"].shape[1] // keys.shape[1]
     here = reached(spec, reused)
     layouts = layouts_of(spec, here, x, len(keys), group)
     pooled = {
-        n: pooled_entries(spec.level(n), layouts[n], x) if _reads_entries(spec, n, reused) else {}
+        n: pooled_entries(spec.level(n), layouts[n], x, stored)
+        if _reads_entries(spec, n, reused)
+        else {}
         for n in here
     }
     kinds = tensor_kinds(spec)

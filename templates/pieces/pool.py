@@ -53,3 +53,15 @@ def max_tokens(acc, x, inside):
     x = tl.where(inside[:, :, None] & (x == x), x, float("-inf"))
     greatest = tl.maximum(acc, tl.max(x, 1))
     return tl.where(strange | (acc != acc), float("nan"), greatest)
+
+
+@triton.jit
+def store_entries(address, entries, live):
+    """Round to the dtype that is kept, once; float16 keeps its greatest number where it has no greater.
+
+    address, entries: [E, WIDTH]; live: [E, 1]
+    """
+    if address.dtype.element_ty == tl.float16:
+        entries = tl.where(entries > 65504.0, 65504.0, entries)
+        entries = tl.where(entries < -65504.0, -65504.0, entries)
+    tl.store(address, entries, mask=live)

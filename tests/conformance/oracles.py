@@ -157,8 +157,10 @@ def logit_bound(call, branch):
         largest, terms = torch.maximum(largest, pooled), terms + more
     largest = largest.repeat_interleave(group, 0)  # [Hq, D]
     logits = (q * largest).sum(-1) * D**-0.5
-    unit = tolerance(call.dtype, q.device).arithmetic
-    return (terms**0.5 + 8) * unit * logits.transpose(-1, -2)
+    limit = tolerance(call.dtype, q.device)
+    pooled = attend is None or attend.values == "pooled"
+    rounded = limit.stored if pooled else 0.0
+    return ((terms**0.5 + 8) * limit.arithmetic + rounded) * logits.transpose(-1, -2)
 
 
 def _branch_keys(spec, attend):
@@ -276,7 +278,8 @@ def score_bounds(call, exact):
     A form's error is a count of operations times the same form of absolute values; a softmax turns
     absolute errors of scores into relative ones of masses; sums over heads and maps add errors up.
     """
-    unit = tolerance(call.dtype, call.tensors["q"].device).arithmetic
+    limit = tolerance(call.dtype, call.tensors["q"].device)
+    unit = limit.arithmetic
     sizes = _form_only(call, absolute=True)
     masses = _form_only(call, absolute=False) if _normalises(call.spec) else {}
     bounds = {}
@@ -284,11 +287,11 @@ def score_bounds(call, exact):
         if level.score.source:
             bounds[level.name] = _map_bound(call, level, exact, bounds[level.score.source], unit)
             continue
-        bound = _terms(call.spec, level) * unit * sizes[level.name]
+        bound = _form_bound(call.spec, level, limit) * sizes[level.name]
         if level.score.normalise:
             mass = masses[level.name].clamp(min=0.0)  # -inf where there is no entry
             summed = call.spec.level(level.score.lse_from or level.name)
-            total = _terms(call.spec, summed) * unit * sizes[summed.name]
+            total = _form_bound(call.spec, summed, limit) * sizes[summed.name]
             worst = bound.amax(-1, keepdim=True) + total.amax(-1, keepdim=True)
             bound = mass * (worst + 32 * unit) + ZERO
             size = mass
@@ -296,6 +299,11 @@ def score_bounds(call, exact):
             size = sizes[level.name]
         bounds[level.name] = _reduce_bound(level, exact.scores[level.name], bound, size, unit)
     return bounds
+
+
+def _form_bound(spec, level, limit):
+    """Of a score's form, as a part of the same form of absolute values."""
+    return _terms(spec, level) * limit.arithmetic + (limit.stored if level.pool else 0.0)
 
 
 def _normalises(spec):

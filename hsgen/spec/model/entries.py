@@ -232,7 +232,7 @@ class Rotate(Node):
 
 
 class Pool(Node):
-    """One vector an entry, in float32: pool, then norm, then rotate.
+    """One vector an entry, kept in the input's dtype: pool, then norm, then rotate.
 
     `linear`: sum over slots of (token + position) @ weight.  `mlp`: relu of that, with a weight that
     leads to `hidden` channels, times another weight.  `sum_rsqrt`: the sum by the root of the number

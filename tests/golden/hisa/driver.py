@@ -29,7 +29,7 @@ CONFIG = {
     "score_block": {
         "BLOCK_T": 1,
         "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
     },
@@ -93,7 +93,7 @@ def forward(tensors, batch, config, selection=None):
                 1,
                 128,
             ),
-            dtype=torch.float32,
+            dtype=in_q.dtype,
             device=in_q.device,
         )
         grid = (
@@ -320,7 +320,7 @@ def select(tensors, batch, config):
             1,
             128,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (

@@ -66,7 +66,7 @@ def score_block(
     q_b,  # Q: batch stride
     q_t,  # Q: token stride
     q_h,  # Q: head stride
-    K,  # f32[B, N, Di]
+    K,  # [B, N, Di]
     k_b,  # K: batch stride
     k_t,  # K: token stride
     WEIGHT,  # [B, T, Hi]
@@ -102,7 +102,6 @@ def score_block(
     q_token = q_first + token
     q_base = Q + z.to(tl.int64) * q_b
     q0 = load_queries(q_base, q_token, q_t, row_head, q_h, alive, 0, 128)
-    q0 = q0.to(tl.float32)
     k_base = K + z.to(tl.int64) * k_b
     k_row = k_first // 128
     w_base = WEIGHT + z.to(tl.int64) * w_b + q_token.to(tl.int64) * w_t

@@ -28,11 +28,11 @@ CONFIG = {
         "num_stages": 1,
     },
     "lse_coarse": {
-        "BLOCK_T": 2,
-        "BLOCK_M": 32,
-        "BLOCK_N": 32,
+        "BLOCK_T": 4,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "pool_compressed_keys": {
         "BLOCK_E": 4,
@@ -43,7 +43,7 @@ CONFIG = {
     "score_block": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
     },
@@ -85,7 +85,7 @@ def forward(tensors, batch, config, selection=None):
                 2,
                 128,
             ),
-            dtype=torch.float32,
+            dtype=in_q.dtype,
             device=in_q.device,
         )
         grid = (
@@ -145,7 +145,7 @@ def forward(tensors, batch, config, selection=None):
                 2,
                 128,
             ),
-            dtype=torch.float32,
+            dtype=in_q.dtype,
             device=in_q.device,
         )
         grid = (
@@ -356,7 +356,7 @@ def select(tensors, batch, config):
             2,
             128,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (
@@ -418,7 +418,7 @@ def select(tensors, batch, config):
             2,
             128,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (

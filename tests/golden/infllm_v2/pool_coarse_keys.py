@@ -2,7 +2,7 @@
 # spec      infllm_v2  sha256 000000000000
 # template  segments.py.jinja
 # target    sm_90
-"""pool_coarse_keys: one float32 vector an entry: mean of its tokens."""
+"""pool_coarse_keys: one vector an entry: mean of its tokens."""
 
 import triton
 import triton.language as tl
@@ -44,13 +44,25 @@ def load_tokens(base, token, inside, stride, OFFSET: tl.constexpr, WIDTH: tl.con
     return tl.load(address, mask=inside[:, :, None], other=0.0).to(tl.float32)
 
 
+@triton.jit
+def store_entries(address, entries, live):
+    """Round to the dtype that is kept, once; float16 keeps its greatest number where it has no greater.
+
+    address, entries: [E, WIDTH]; live: [E, 1]
+    """
+    if address.dtype.element_ty == tl.float16:
+        entries = tl.where(entries > 65504.0, 65504.0, entries)
+        entries = tl.where(entries < -65504.0, -65504.0, entries)
+    tl.store(address, entries, mask=live)
+
+
 @triton.jit(do_not_specialize=["length", "num_sequences"])
 def pool_coarse_keys(
     X,  # [B, S, 2, 128]
     x_b,  # X: batch stride
     x_t,  # X: token stride
     x_h,  # X: head stride
-    POOLED,  # f32[Z, N, 2, 128], packed [1, N, 2, 128]
+    POOLED,  # [Z, N, 2, 128], packed [1, N, 2, 128]
     length,  # N; packed: 1 if the last entry of a sequence may be short, else 0
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
@@ -85,4 +97,4 @@ def pool_coarse_keys(
         acc += tl.sum(x, 1)
     acc = tl.div_rn(acc, tl.maximum(tokens, 1).to(tl.float32)[:, None])
     at = 0 + tl.arange(0, 128)
-    tl.store(pooled[:, None] + at[None, :], acc, mask=live[:, None])
+    store_entries(pooled[:, None] + at[None, :], acc, live[:, None])

@@ -66,7 +66,7 @@ def score_page(
     q_b,  # Q: batch stride
     q_t,  # Q: token stride
     q_h,  # Q: head stride
-    K,  # f32[B, N, Hkv, Dqk]
+    K,  # [B, N, Hkv, Dqk]
     k_b,  # K: batch stride
     k_t,  # K: token stride
     k_h,  # K: head stride
@@ -100,7 +100,6 @@ def score_page(
     q_token = q_first + token
     q_base = Q + z.to(tl.int64) * q_b
     q0 = load_queries(q_base, q_token, q_t, row_head, q_h, alive, 0, 128)
-    q0 = q0.to(tl.float32)
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     k_row = k_first // 16
     stop = complete_limit(last, k_len, 16, 16, True, False)

@@ -28,7 +28,7 @@ CONFIG = {
     "score_chunk": {
         "BLOCK_T": 64,
         "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
     },
@@ -70,7 +70,7 @@ def forward(tensors, batch, config, selection=None):
                 32,
                 128,
             ),
-            dtype=torch.float32,
+            dtype=in_q.dtype,
             device=in_q.device,
         )
         grid = (
@@ -277,7 +277,7 @@ def select(tensors, batch, config):
             32,
             128,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (

@@ -36,16 +36,16 @@ CONFIG = {
         "num_stages": 2,
     },
     "attend_compressed": {
-        "BLOCK_T": 2,
-        "BLOCK_M": 32,
+        "BLOCK_T": 4,
+        "BLOCK_M": 64,
         "BLOCK_N": 32,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "score_block": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
     },
@@ -62,14 +62,14 @@ CONFIG = {
     "attend_selected": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
-        "BLOCK_N": 64,
+        "BLOCK_N": 32,
         "num_warps": 4,
         "num_stages": 3,
     },
     "attend_window": {
         "BLOCK_T": 8,
         "BLOCK_M": 128,
-        "BLOCK_N": 64,
+        "BLOCK_N": 32,
         "num_warps": 8,
         "num_stages": 3,
     },
@@ -107,7 +107,7 @@ def forward(tensors, batch, config, selection=None):
             4,
             192,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (
@@ -138,7 +138,7 @@ def forward(tensors, batch, config, selection=None):
             4,
             128,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (
@@ -487,7 +487,7 @@ def select(tensors, batch, config):
             4,
             192,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (
@@ -519,7 +519,7 @@ def select(tensors, batch, config):
             4,
             128,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (

@@ -107,11 +107,11 @@ def attend_compressed(
     q_b,  # Q: batch stride
     q_t,  # Q: token stride
     q_h,  # Q: head stride
-    K,  # f32[B, N, Hkv, Dqk]
+    K,  # [B, N, Hkv, Dqk]
     k_b,  # K: batch stride
     k_t,  # K: token stride
     k_h,  # K: head stride
-    V,  # f32[B, N, Hkv, Dv]
+    V,  # [B, N, Hkv, Dv]
     v_b,  # V: batch stride
     v_t,  # V: token stride
     v_h,  # V: head stride
@@ -152,7 +152,6 @@ def attend_compressed(
     q_token = q_first + token
     q_base = Q + z.to(tl.int64) * q_b
     q0 = load_queries(q_base, q_token, q_t, row_head, q_h, alive, 0, 32)
-    q0 = q0.to(tl.float32)
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     k_row = k_first // 64

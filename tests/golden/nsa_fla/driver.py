@@ -36,16 +36,16 @@ CONFIG = {
         "num_stages": 1,
     },
     "attend_compressed": {
-        "BLOCK_T": 2,
-        "BLOCK_M": 32,
-        "BLOCK_N": 32,
+        "BLOCK_T": 4,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "score_block": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
     },
@@ -99,7 +99,7 @@ def forward(tensors, batch, config, selection=None):
             4,
             32,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (
@@ -128,7 +128,7 @@ def forward(tensors, batch, config, selection=None):
             4,
             32,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (
@@ -471,7 +471,7 @@ def select(tensors, batch, config):
             4,
             32,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (
@@ -501,7 +501,7 @@ def select(tensors, batch, config):
             4,
             32,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (

@@ -36,16 +36,16 @@ CONFIG = {
         "num_stages": 2,
     },
     "attend_compressed": {
-        "BLOCK_T": 2,
-        "BLOCK_M": 32,
-        "BLOCK_N": 32,
+        "BLOCK_T": 4,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "score_block": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
     },
@@ -103,7 +103,7 @@ def forward(tensors, batch, config, selection=None):
             4,
             128,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (
@@ -134,7 +134,7 @@ def forward(tensors, batch, config, selection=None):
             4,
             128,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (
@@ -483,7 +483,7 @@ def select(tensors, batch, config):
             4,
             128,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (
@@ -515,7 +515,7 @@ def select(tensors, batch, config):
             4,
             128,
         ),
-        dtype=torch.float32,
+        dtype=in_q.dtype,
         device=in_q.device,
     )
     grid = (

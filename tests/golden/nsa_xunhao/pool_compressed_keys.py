@@ -2,7 +2,7 @@
 # spec      nsa_xunhao  sha256 000000000000
 # template  segments.py.jinja
 # target    sm_90
-"""pool_compressed_keys: one float32 vector an entry: linear of its tokens."""
+"""pool_compressed_keys: one vector an entry: linear of its tokens."""
 
 import triton
 import triton.language as tl
@@ -43,6 +43,18 @@ def load_tile(base, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
     return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :])
 
 
+@triton.jit
+def store_entries(address, entries, live):
+    """Round to the dtype that is kept, once; float16 keeps its greatest number where it has no greater.
+
+    address, entries: [E, WIDTH]; live: [E, 1]
+    """
+    if address.dtype.element_ty == tl.float16:
+        entries = tl.where(entries > 65504.0, 65504.0, entries)
+        entries = tl.where(entries < -65504.0, -65504.0, entries)
+    tl.store(address, entries, mask=live)
+
+
 @triton.jit(do_not_specialize=["length", "num_sequences"])
 def pool_compressed_keys(
     X,  # [B, S, 4, 128]
@@ -51,7 +63,7 @@ def pool_compressed_keys(
     x_h,  # X: head stride
     WEIGHT,  # [4, 32, 128, 128]
     POSITION,  # [4, 32, 128]
-    POOLED,  # f32[Z, N, 4, 128], packed [1, N, 4, 128]
+    POOLED,  # [Z, N, 4, 128], packed [1, N, 4, 128]
     length,  # N; packed: 1 if the last entry of a sequence may be short, else 0
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
@@ -93,4 +105,4 @@ def pool_compressed_keys(
     # store
     acc0 += tl.sum(shift0, 0)[None, :]
     at = 0 + tl.arange(0, 128)
-    tl.store(pooled[:, None] + at[None, :], acc0, mask=live[:, None])
+    store_entries(pooled[:, None] + at[None, :], acc0, live[:, None])

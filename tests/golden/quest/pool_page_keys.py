@@ -2,7 +2,7 @@
 # spec      quest  sha256 000000000000
 # template  segments.py.jinja
 # target    sm_90
-"""pool_page_keys: two float32 vectors an entry: the least and the greatest of its tokens."""
+"""pool_page_keys: two vectors an entry: the least and the greatest of its tokens."""
 
 import triton
 import triton.language as tl
@@ -56,13 +56,25 @@ def max_tokens(acc, x, inside):
     return tl.where(strange | (acc != acc), float("nan"), greatest)
 
 
+@triton.jit
+def store_entries(address, entries, live):
+    """Round to the dtype that is kept, once; float16 keeps its greatest number where it has no greater.
+
+    address, entries: [E, WIDTH]; live: [E, 1]
+    """
+    if address.dtype.element_ty == tl.float16:
+        entries = tl.where(entries > 65504.0, 65504.0, entries)
+        entries = tl.where(entries < -65504.0, -65504.0, entries)
+    tl.store(address, entries, mask=live)
+
+
 @triton.jit(do_not_specialize=["length", "num_sequences"])
 def pool_page_keys(
     X,  # [B, S, 32, 128]
     x_b,  # X: batch stride
     x_t,  # X: token stride
     x_h,  # X: head stride
-    POOLED,  # f32[Z, N, 32, 2, 128], packed [1, N, 32, 2, 128]
+    POOLED,  # [Z, N, 32, 2, 128], packed [1, N, 32, 2, 128]
     length,  # N; packed: 1 if the last entry of a sequence may be short, else 0
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
@@ -98,5 +110,5 @@ def pool_page_keys(
         acc = max_tokens(acc, x, inside)
         low = -max_tokens(-low, -x, inside)
     at = 0 + tl.arange(0, 128)
-    tl.store(pooled[:, None] + at[None, :], low, mask=live[:, None])
-    tl.store(pooled[:, None] + 128 + at[None, :], acc, mask=live[:, None])
+    store_entries(pooled[:, None] + at[None, :], low, live[:, None])
+    store_entries(pooled[:, None] + 128 + at[None, :], acc, live[:, None])

@@ -60,7 +60,7 @@ def score_page(
     q_b,  # Q: batch stride
     q_t,  # Q: token stride
     q_h,  # Q: head stride
-    K,  # f32[B, N, Hkv, 2, Dqk]
+    K,  # [B, N, Hkv, 2, Dqk]
     k_b,  # K: batch stride
     k_t,  # K: token stride
     k_h,  # K: head stride
@@ -94,11 +94,9 @@ def score_page(
     q_token = q_first + token
     q_base = Q + z.to(tl.int64) * q_b
     q0 = load_queries(q_base, q_token, q_t, row_head, q_h, alive, 0, 128)
-    q0 = q0.to(tl.float32)
-    q0 = tl.minimum(q0, 0.0)
+    q0 = tl.minimum(q0, 0.0).to(Q.dtype.element_ty)
     q1 = load_queries(q_base, q_token, q_t, row_head, q_h, alive, 0, 128)
-    q1 = q1.to(tl.float32)
-    q1 = tl.maximum(q1, 0.0)
+    q1 = tl.maximum(q1, 0.0).to(Q.dtype.element_ty)
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     k_row = k_first // 16
     stop = complete_limit(last, k_len, 16, 16, True, False)
