@@ -29,8 +29,8 @@ from hsgen.reference import Result, reference, tensor_shapes
 from hsgen.spec import Spec, load, parse
 
 PAGE = common.ROOT / "docs" / "independent.md"
-# of results: this script's, those of independent_blocks and of independent_production
-KINDS = ("independent", "blocks", "transformers")
+# of results: this script's, those of independent_odd, independent_blocks and independent_production
+KINDS = ("independent", "odd", "blocks", "transformers")
 TOLERANCE = 1e-5  # the peers compute in float32
 
 FLA_NSA = """
@@ -87,6 +87,7 @@ class Comparison:
         what: what is compared, and the sizes.
         level: the selecting level.
         run: (spec, modules by stem) -> theirs, ours.
+        stand_ins: what they import and cannot be had here, by module.
     """
 
     repository: str
@@ -95,6 +96,7 @@ class Comparison:
     level: str
     spec: Callable[[], Spec]
     run: Callable[[Spec, Mapping[str, types.ModuleType]], tuple[Answer, Result]]
+    stand_ins: Mapping[str, types.ModuleType] | None = None
 
 
 # --- inputs
@@ -303,7 +305,8 @@ def commit(checkout: Path) -> str:
 def compare(comparison: Comparison, sources: Path) -> Json:
     """Figures of one comparison."""
     checkout = sources / comparison.repository.split("/")[1]
-    modules = {Path(file).stem: read(checkout / file) for file in comparison.files}
+    found = comparison.stand_ins
+    modules = {Path(file).stem: read(checkout / file, found) for file in comparison.files}
     with OnCPU():
         theirs, ours = comparison.run(comparison.spec(), modules)
     error = (theirs.o.double() - ours.o).norm() / ours.o.norm()
@@ -360,7 +363,8 @@ value; they compute in float32.  *Same choice* counts rows (query and selecting 
 def page(results: Sequence[Json]) -> str:
     """docs/independent.md, of checkouts' results and of those beside transformers' modules."""
     parts = [TEXT]
-    parts += [_of_checkouts(result) for result in results if "transformers" not in result]
+    whole = [_of_checkouts(result) for result in results if "transformers" not in result]
+    parts += [f"\n{text}" if i and text[0] == "|" else text for i, text in enumerate(whole)]
     parts += [_of_transformers(result) for result in results if "transformers" in result]
     return "".join(parts)
 

@@ -15,6 +15,7 @@ from benchmarks import (
     common,
     independent,
     independent_blocks,
+    independent_odd,
     inputs,
     quality,
     speed,
@@ -242,7 +243,7 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
         ("beams", beams.page, []),
         ("quality", quality.report, []),
         ("speed", speed_report.page, []),
-        ("independent", independent.page, ["blocks", "transformers"]),
+        ("independent", independent.page, ["odd", "blocks", "transformers"]),
     ],
 )
 def test_page_is_made_of_the_kept_results(kind, page, more):
@@ -273,10 +274,14 @@ def test_beams_of_a_prefix_of_the_capture(group):
 # Independent implementations ------------------------------------------------------------------------
 
 
-def test_every_comparison_is_kept_and_agrees():
-    (path,) = common.found([], "independent")
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [("independent", independent.COMPARISONS), ("odd", independent_odd.COMPARISONS)],
+)
+def test_every_comparison_is_kept_and_agrees(kind, made):
+    (path,) = common.found([], kind)
     kept = common.read_json(path)["comparisons"]
-    assert set(kept) == set(independent.COMPARISONS)
+    assert set(kept) == set(made)
     for name, figures in kept.items():
         assert figures["worst"] < independent.TOLERANCE, name
         assert figures.get("same_rows") == figures.get("rows"), name
