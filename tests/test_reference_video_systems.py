@@ -192,3 +192,65 @@ def test_s2o_is_its_card() -> None:
             expected = softmax_over(logits, [x["v"][0, s, h // 2] for s in seen])
             torch.testing.assert_close(result.o[0, t, h], expected)
     assert len(lengths) > 3
+
+
+# --- DraftAttention
+
+
+def boxes(frames: int) -> list[list[int]]:
+    """Tokens of boxes of 2 x 4 in frames of 4 x 8, in the order of boxes."""
+    return [
+        [f * 32 + y * 8 + x for y in range(i, i + 2) for x in range(j, j + 4)]
+        for f in range(frames)
+        for i in range(0, 4, 2)
+        for j in range(0, 8, 4)
+    ]
+
+
+def drafted(name: str) -> Spec:
+    """Boxes of 2 x 4 in two frames of 4 x 8."""
+    spec = small(name)
+    level, tile = spec.levels[0], (1, 2, 4)
+    order = level.permute.keys.model_copy(update={"tile": tile})
+    changes = {
+        "permute": level.permute.model_copy(update={"keys": order}),
+        "query": level.query.model_copy(update={"tile": tile}),
+    }
+    level = level.model_copy(update=changes)
+    return spec.model_copy(update={"axes": (2, 4, 8), "levels": (level,)})
+
+
+@pytest.mark.parametrize("name", ["draft_attention", "draft_attention_head"])
+def test_draft_attention_is_its_card(name: str) -> None:
+    """Two frames are 8 boxes: a tenth of a row's 8, rounded up, or of a head's 64, which is 7."""
+    spec = drafted(name)
+    x = random_tensors(spec, 64, 64)
+    x["q"] *= 4
+    result = reference(spec, x, keep_seen=True)
+    groups, empty = boxes(2), 0
+    for h in range(2):
+        q, k = x["q"][0, :, h], x["k"][0, :, h]
+        pooled = [torch.stack([y[group].mean(0) for group in groups]) for y in (q, k)]
+        p = (pooled[0] @ pooled[1].T * 6**-0.5).softmax(-1)
+        if name == "draft_attention":
+            kept = p >= p.amax(-1, keepdim=True)
+        else:
+            kept = p >= p.flatten().sort(descending=True).values[6]
+        for r, rows in enumerate(groups):
+            tokens = sorted(s for n, group in enumerate(groups) if kept[r, n] for s in group)
+            empty += not tokens
+            for t in rows:
+                assert result.seen["selected"][0, t, h].nonzero().flatten().tolist() == tokens
+                if not tokens:
+                    assert (result.o[0, t, h] == 0).all()
+    assert bool(empty) == (name == "draft_attention_head")
+    assert not result.o.isnan().any()
+
+
+def test_a_box_of_queries_chooses_as_one_wherever_its_rows_stand() -> None:
+    """Rows of a box are not next to each other: blocks of rows in place would mix boxes."""
+    x = random_tensors(drafted("draft_attention"), 64, 64)
+    chosen = members(reference(drafted("draft_attention"), x).selection["box"], 8)[0]
+    for rows in boxes(2):
+        assert (chosen[rows] == chosen[rows[0]]).all()
+    assert not (chosen[:8] == chosen[0]).all()

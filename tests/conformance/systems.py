@@ -41,6 +41,8 @@ REFUSED: dict[str, str] = {
     "delta_llm": "no kernel reads keys from their changes yet",
     "token_sparse": "level all_mass: no kernel chooses for rows together yet",
     "sparse_d": "level mass: no kernel chooses for rows together yet",
+    "draft_attention": "level box: no kernel chooses for rows together yet",
+    "draft_attention_head": "level box: no kernel chooses for rows together yet",
     "vsa": "level coarse: no kernel chooses for rows together yet",
     "biformer": "level region: no kernel chooses for rows together yet",
     "spt": "level token: no kernel compares codes yet",
