@@ -142,7 +142,7 @@ def query_block(graph: Graph) -> int | None:
     known, sizes = partitions(graph), [1]
     for node in graph.nodes():
         rows = block_of(node.type.dims[1]) if len(node.type.dims) == 4 else None
-        entries = node.type.dims[-1].partition("_")[2]
+        entries = node.type.dims[-1].partition("_")[2] if node.type.dims else ""
         sizes += [rows or 1, (known[entries][0] or 1) if rows and entries in known else 1]
         if isinstance(node.op, Attend) and node.op.pattern is not None:
             steps = [axis.length for axis in node.op.pattern.axes[1:]]

@@ -98,8 +98,8 @@ def _tensor(
             return (at % RUN == 0).to(k.dtype).expand(shape).contiguous()
         case "layer" | "route", _:  # the first layer; the first way
             return torch.zeros(shape, dtype=torch.int32, device=q.device)
-        case "q", _:
-            return q
+        case "q", _:  # of a query for each group the mean of the group's
+            return q if shape[2] == q.shape[2] else q.mean(2, keepdim=True)
         case "k", _:
             return _in_series(k, shape)
         case "v", _:

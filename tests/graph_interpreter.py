@@ -307,7 +307,7 @@ def _evaluate(run: _Run, node: Node) -> Value:
             x, weight = operands
             return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) ** 0.5 * weight
         case Rotate():
-            return _rotate(node.op, *operands)
+            return _rotate(run, node.op, *operands)
         case PoolRows():
             return _pool_rows(run, node.op, *operands)
         case PoolHeads():
@@ -359,7 +359,7 @@ def _evaluate(run: _Run, node: Node) -> Value:
         case Carry():
             return _carry(node.op, *operands)
         case Divergence():
-            return _divergence(run, node.op, *operands)
+            return _divergence(run, node, *operands)
         case Distance():
             return _distance(node.op, *operands)
         case Entropies():
@@ -610,19 +610,25 @@ def _gated(run: _Run, op: Pool, operands: list[Tensor]) -> Tensor:
     return torch.stack(entries, 1)
 
 
-def _rotate(op: Rotate, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+def _rotate(
+    run: _Run, op: Rotate, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
+) -> Tensor:
     """Entry by entry, pair by pair.  x: [B, N, ..., D]"""
     made, half = x.clone(), op.dims // 2
     first = 0 if op.channels == "first" else x.shape[-1] - op.dims
+    places = [n if op.at == "token" else n * op.stride for n in range(x.shape[1])]
+    if op.rows is not None:
+        blocks = sorted({p // op.rows * op.rows for p in run.positions})
+        places = run.positions if op.at == "token" else blocks
     for e, i in ((e, i) for e in range(x.shape[1]) for i in range(half)):
         a, b = (i, i + half) if op.pairs == "halves" else (2 * i, 2 * i + 1)
         a, b = first + a, first + b
         if cos is not None:
-            at = e if op.at == "token" else e * op.stride
+            at = places[e]
             turn = (cos[:, at, i], sin[:, at, i])
             c, s = (y.view(len(y), *(1,) * (x.ndim - 3)) for y in turn)
         else:
-            place = e if op.at == "token" else e * op.stride
+            place = places[e]
             if op.at == "centre":
                 place += (op.size - 1) / 2 - (op.before or 0)
             angle = place / op.base ** (2 * i / op.dims)
@@ -1771,33 +1777,40 @@ def _carry(op: Carry, score: Scores, kept: Tensor, calls: Tensor) -> Scores:
 
 def _divergence(
     run: _Run,
-    op: Divergence,
+    node: Node,
     score: Scores,
     query: Tensor,
     keys: Tensor,
     chosen: Chosen | None = None,
 ) -> Tensor:
-    """Row after row."""
+    """Row after row, or block after block of rows."""
+    op = node.op
+    assert isinstance(op, Divergence)
     scale = query.shape[-1] ** -0.5 if op.scale is None else op.scale
     logits = _dots(query, keys) * scale
     B, T, H, N = score.value.shape
     together = {"sum": torch.sum, "max": torch.amax}
     found = []
+    row_of = run.row_of(run.graph[node.inputs[0]].type.dims[1])
+    asked = [[t for t, row in enumerate(row_of) if row == i] for i in range(T)]
     for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
-        seen = run.positions[t] + 1 if run.graph.meta.causal else run.keys
-        if seen <= 0:
-            continue
         heads = query.shape[2] // H
-        p = logits[b, t, h * heads : (h + 1) * heads, :seen].softmax(-1)
-        p = together[op.heads](p, 0)
+        masses = torch.zeros(len(asked[t]), heads, run.keys, dtype=logits.dtype)
+        for i, row in enumerate(asked[t]):
+            seen = run.positions[row] + 1 if run.graph.meta.causal else run.keys
+            if seen > 0:
+                near = logits[b, row, h * heads : (h + 1) * heads, :seen]
+                masses[i, :, :seen] = near.softmax(-1)
+        p = together[op.heads](masses, 1)  # [rows, S]
         inside = (
             score.there[b, t, h]
             if chosen is None
             else score.there[b, t, h] & chosen.member[b, t, h]
         )
         which = [e for e in range(N) if inside[e]]
-        target = [p[e * op.stride : e * op.stride + op.size] for e in which]
-        target = [together[op.tokens](x, 0) for x in target if len(x)]
+        target = [p[:, e * op.stride : e * op.stride + op.size] for e in which]
+        target = [together[op.tokens](x, 1) for x in target if x.shape[1]]
+        target = [together[op.rows or "sum"](x, 0) for x in target]
         if not target or sum(target) == 0:
             continue
         target = torch.stack(target) / sum(target)

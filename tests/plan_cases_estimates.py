@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from plan_cases import DOT, MEAN, SELECTED, UNION, WINDOW, blocks, quest, together, top
+from plan_cases import DOT, MASS, MEAN, SELECTED, UNION, WINDOW, blocks, quest, together, top
 from plan_cases import spec as make
 
 from hsgen.spec import (
     Attend,
     Force,
+    Kl,
     Level,
+    Loss,
     Pool,
     Query,
     Rotate,
@@ -70,6 +72,30 @@ def proxy(size: int = 8, *, heads: str = "head", **select: object) -> list[Level
     ]
 
 
+def gate(query: Query, *, score: Score = MASS, share: bool = False, **more: object) -> list[Level]:
+    """Blocks by queries and keys of a gate, which are turned once they are pooled."""
+    turn = Rotate(at="first", dims=4, base=more.pop("base", None))
+    how = score.model_copy(update={"share": "group"}) if share else score
+    pool = Pool(keys="max_min_mean", rotate=turn, **more)
+    select = Select(threshold=0.3, force=Force(last=1))
+    return [
+        Level(
+            name="block",
+            partition=blocks(4),
+            kv="gate",
+            q="gate",
+            pool=pool,
+            query=query,
+            score=how,
+            select=select,
+        )
+    ]
+
+
+def learns(**kl: str) -> Loss:
+    return Loss(kl=Kl(level="block", heads="max", tokens="max", **kl))
+
+
 def rounded(dtype: str, **more: object) -> list[Level]:
     return [
         Level(
@@ -101,6 +127,30 @@ ESTIMATES = [
     make("proxy", proxy(min=2, force=OWN), [SELECTED]),
     make("proxy_added", proxy(4, force=OWN.model_copy(update={"counted": False})), [SELECTED]),
     make("proxy_all", proxy(heads="all", force=Force(last=2)), [SELECTED], causal=False),
+    make(
+        "gate_of_blocks",
+        gate(Query(block=4, pool="mean", rotate="first")),
+        [SELECTED],
+        loss=learns(rows="max"),
+    ),
+    make(
+        "gate_of_wide_blocks",
+        gate(Query(block=8, pool="max", rotate="centre"), base=10.0),
+        [SELECTED],
+        loss=learns(rows="sum"),
+        causal=False,
+    ),
+    make(
+        "gate_of_groups",
+        gate(Query(rotate="token"), share=True, then="norm"),
+        [SELECTED],
+        loss=learns(),
+    ),
+    make(
+        "gate_turned_before",
+        gate(Query(block=4, pool="mean", rotate="token"), share=True, base=9.0),
+        [SELECTED],
+    ),
     make("part_of_rows", PART_OF_ROWS, [SELECTED]),
     make("sale", sale(), [LOCAL, SELECTED], combine=UNION),
     make("sale_not_causal", sale("int8"), [SELECTED, LOCAL], combine=UNION, causal=False),

@@ -8,12 +8,12 @@ import pytest
 import torch
 from plan_cases import MEAN, SELECTED, UNION, blocks, random_tensors
 from plan_cases import spec as make
-from plan_cases_estimates import ESTIMATES, LOCAL, proxy, sale
+from plan_cases_estimates import ESTIMATES, LOCAL, gate, learns, proxy, sale
 
 from hsgen.analysis import causality_text, costs, laws
 from hsgen.errors import SpecError
 from hsgen.planner import plan
-from hsgen.reference import reference
+from hsgen.reference import reference, tensor_kinds
 from hsgen.reference.rounding import stored
 from hsgen.selection import members
 from hsgen.spec import (
@@ -22,6 +22,7 @@ from hsgen.spec import (
     HeadDim,
     Heads,
     Level,
+    Query,
     Score,
     Select,
     Spec,
@@ -156,11 +157,11 @@ def test_a_union_counts_a_near_token_of_a_kept_block_once() -> None:
 
 @pytest.mark.parametrize("spec", ESTIMATES, ids=lambda spec: spec.name)
 def test_packed_documents_are_separate_ones(spec: Spec) -> None:
-    parts = [random_tensors(spec, n, n, seed=n) for n in (5, 1, 13)]
-    tokens = {n for n in parts[0] if n[0] in "qkv" or n == "gates"}
-    packed = {
-        n: torch.cat([x[n][0] for x in parts]) if n in tokens else parts[0][n] for n in parts[0]
-    }
+    kinds, parts = tensor_kinds(spec), [random_tensors(spec, n, n, seed=n) for n in (5, 1, 13)]
+    same = {n: y for n, y in parts[0].items() if kinds[n] == "parameter"}
+    parts = [x | same for x in parts]
+    packed = {n: torch.cat([x[n][0] for x in parts]) for n in kinds if n not in same}
+    packed |= same
     cu = torch.tensor([0, 5, 6, 19], dtype=torch.int32)
     alone = torch.cat([reference(spec, x).o[0] for x in parts])
     torch.testing.assert_close(reference(spec, packed, cu_seqlens_q=cu).o, alone)
@@ -285,3 +286,107 @@ def test_scores_of_heads_with_numbers_of_their_own_are_no_others() -> None:
         SpecError, match="'more' reads scores of heads that keep numbers of their own"
     ):
         plan(make("reader", [*levels, more], [Attend(name="selected", over="more")]))
+
+
+# --- gates that learn the map of attention
+
+
+def turned(x: torch.Tensor, place: torch.Tensor, base: float = 10.0) -> torch.Tensor:
+    """RoPE of the first 4 channels, halves.  [N, H, D], [N]"""
+    angle = place[:, None, None] * torch.tensor([1.0, base**-0.5], dtype=x.dtype)
+    a, b = x[..., :2], x[..., 2:4]
+    first = a * angle.cos() - b * angle.sin()
+    return torch.cat((first, a * angle.sin() + b * angle.cos(), x[..., 4:]), -1)
+
+
+def pooled_keys(x: dict, size: int) -> torch.Tensor:
+    """concat(max, min, mean) of a block's keys, mapped head by head.  -> [N, Hkv, D]"""
+    k, weight = x["k_gate"][0].unflatten(0, (-1, size)), x["block_key_weight"]
+    parts = torch.stack((k.amax(1), k.amin(1), k.mean(1)), 2)  # [N, Hkv, 3, D]
+    return torch.einsum("nhsd,hsde->nhe", parts, weight)
+
+
+def true_map(x: dict) -> torch.Tensor:
+    """[T, Hq, S]"""
+    q, k = x["q"][0], x["k"][0].repeat_interleave(2, 1)
+    logits = torch.einsum("thd,shd->ths", q, k) / 6**0.5
+    T = len(q)
+    later = torch.arange(T) > torch.arange(T)[:, None]
+    return logits.masked_fill(later[:, None], -math.inf).softmax(-1)
+
+
+def kl(target: torch.Tensor, share: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Mean over rows that see something of KL(target / its sum || share).  [R, H, N], bool[R, 1, N]"""
+    target = target * inside
+    some = target.sum(-1) > 0
+    target, share = (target / target.sum(-1, keepdim=True))[some], share[some]
+    return torch.xlogy(target, target / share.clamp(min=1e-300)).sum(-1).mean()
+
+
+def test_a_prefill_gate_is_its_authors() -> None:
+    """Queries by their mean and keys by three maps, turned by the block's first token; softmax, 2-D max."""
+    query = Query(block=4, pool="mean", rotate="first")
+    spec = make("gate", gate(query, base=10.0), [SELECTED], loss=learns(rows="max"))
+    x = random_tensors(spec, 24, 24)
+    q = x["q_gate"][0].unflatten(0, (6, 4)).mean(1)
+    place = torch.arange(0, 24, 4, dtype=q.dtype)
+    k = turned(pooled_keys(x, 4), place).repeat_interleave(2, 1)
+    logits = torch.einsum("rhd,nhd->rhn", turned(q, place), k) / 6**0.5
+    inside = torch.ones(6, 6, dtype=torch.bool).tril()[:, None]
+    mass = logits.masked_fill(~inside, -math.inf).softmax(-1)
+    result = reference(spec, x)
+    found = result.scores["block"][0, ::4]
+    torch.testing.assert_close(found.masked_fill(~inside, 0.0), mass)
+    own = torch.eye(6, dtype=torch.bool)[:, None]
+    chosen = members(result.selection["block"], 6)[0, ::4]
+    assert torch.equal(chosen, ((mass > 0.3) & inside) | own)
+    target = true_map(x).unflatten(0, (6, 4)).unflatten(-1, (6, 4)).amax((1, -1))
+    torch.testing.assert_close(result.loss["kl"], kl(target, mass, inside))
+
+
+def test_a_decode_gate_is_its_authors() -> None:
+    """A query for each group; keys normed, then turned; of heads and tokens the maximum, row by row."""
+    spec = make(
+        "gate",
+        gate(Query(rotate="token"), share=True, then="norm", base=10.0),
+        [SELECTED],
+        loss=learns(),
+    )
+    x = random_tensors(spec, 24, 24)
+    assert x["q_gate"].shape == (1, 24, 2, 6)
+    k = pooled_keys(x, 4)
+    k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * x["block_key_norm"]
+    k = turned(k, torch.arange(0, 24, 4, dtype=k.dtype))
+    q = turned(x["q_gate"][0], torch.arange(24, dtype=k.dtype))
+    logits = torch.einsum("thd,nhd->thn", q, k) / 6**0.5
+    inside = (torch.arange(3, 24, 4) <= torch.arange(24)[:, None])[:, None]
+    mass = logits.masked_fill(~inside, -math.inf).softmax(-1).nan_to_num(0.0)
+    result = reference(spec, x)
+    torch.testing.assert_close(result.scores["block"][0].masked_fill(~inside, 0.0), mass)
+    best = true_map(x).unflatten(1, (2, 2)).amax(2).unflatten(-1, (6, 4)).amax(-1)
+    torch.testing.assert_close(result.loss["kl"], kl(best, mass, inside))
+
+
+def test_only_the_gate_learns() -> None:
+    spec = make("gate", gate(Query(block=4, pool="mean", rotate="first")), [SELECTED])
+    spec = spec.model_copy(update={"loss": learns(rows="max")})
+    x = {n: y.requires_grad_() for n, y in random_tensors(spec, 24, 24).items()}
+    reference(spec, x).loss["kl"].backward()
+    learnt = {n for n, y in x.items() if y.grad is not None and y.grad.abs().sum() > 0}
+    assert {"q_gate", "k_gate", "block_key_weight"} <= learnt
+    assert not learnt & {"q", "k", "v"}
+
+
+def test_a_block_is_turned_alike_whether_a_call_ends_with_it_or_not() -> None:
+    """Their cache turns a block that a decoding step completes by its last token, others by their first."""
+    spec = make("gate", gate(Query(rotate="token"), share=True, base=10.0), [SELECTED])
+    x = random_tensors(spec, 24, 24)
+    whole = reference(spec, x).scores["block"][0, 11]
+    cut = {n: y[:, :12] if y.shape[:2] == (1, 24) else y for n, y in x.items()}
+    step = {n: y[:, 11:] if n in ("q", "q_gate") else y for n, y in cut.items()}
+    torch.testing.assert_close(reference(spec, step).scores["block"][0, 0], whole[:, :3])
+
+
+def test_shipped_gates() -> None:
+    assert causality_text(plan(load("seer_attention"))) == "query_block(64)"
+    assert causality_text(plan(load("seer_attention_r"))) == "token"

@@ -187,6 +187,7 @@ class Rotate:
     """RoPE of a level's keys, of entries or, `at` token, of what they are pooled from.
 
     x, [cos, sin of every position] -> the same.  Entry i lies at i * stride, or at its centre.
+    `rows`: x are queries, of blocks of so many rows or, `at` token, of each row.
     """
 
     level: str
@@ -198,6 +199,7 @@ class Rotate:
     size: int
     stride: int
     before: int | None = None
+    rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -669,7 +671,8 @@ class Divergence:
     """KL(attention || scores), mean over rows.  score, query, keys, [selection] -> f32[]
 
     Attention is summed, or its maximum is taken, over `heads` that share a score and `tokens` of an
-    entry.  `masses`: the scores are shares already, not logarithms of them.
+    entry, and over `rows` that choose together.  `masses`: the scores are shares already, not
+    logarithms of them.
     """
 
     level: str
@@ -680,6 +683,7 @@ class Divergence:
     tokens: Literal["sum", "max"]
     masses: bool
     scale: float | None  # None: 1/sqrt(qk dim), not bound yet
+    rows: Literal["sum", "max"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,7 +185,8 @@ def _loss_type(op: Divergence | Distance, types: Sequence[TensorType]) -> Tensor
         return TensorType(dtype="f32", dims=())
     selected = op.over == "selected"
     _need_count(types, 3 + selected)
-    *_, heads, entries = _score_dims(types[0])
+    _, rows, heads, entries = _score_dims(types[0])
+    need((rows == "T") == (op.rows is None), f"{rows} rows choose together")
     need(entries.partition("_")[2] == op.level, f"scores {types[0]} are not of level {op.level}")
     need_dims(types[1], ("B", "T", "Hq", "Dqk"))
     need_dims(types[2], ("B", "S", "Hkv", "Dqk"))
@@ -320,6 +321,8 @@ def _vector_type(op: Round | Norm | Rotate | Delta, types: Sequence[TensorType])
             for angles in others:
                 need_dims(angles, ("B", "S", str(op.dims // 2)))
             rows = "S" if op.at == "token" else f"N_{op.level}"
+            if op.rows is not None:
+                rows = "T" if op.at == "token" else rows_dim(op.rows, None)
             need(x.dims[1] == rows, f"{x} are not what lies at {op.at}")
         case _:
             assert_never(op)

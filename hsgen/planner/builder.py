@@ -44,8 +44,8 @@ class Builder:
         node = Node(name=name, op=Input(role=role), inputs=(), type=type_)
         return self.nodes.setdefault(name, node)
 
-    def query(self, q: str | None = None) -> Node:
-        return self.input(f"q_{q}" if q else "q", "query", "B", "T", "Hq", "Dqk")
+    def query(self, q: str | None = None, heads: str = "Hq") -> Node:
+        return self.input(f"q_{q}" if q else "q", "query", "B", "T", heads, "Dqk")
 
     def keys(self, kv: str | None) -> Node:
         return self.input(f"k_{kv}" if kv else "k", "keys", "B", "S", "Hkv", "Dqk")

@@ -95,6 +95,7 @@ def _plan_kl(builder: Builder, kl: language.Kl) -> Node:
         tokens=kl.tokens,
         masses=source.score.normalise is not None,
         scale=builder.attention_scale() if not branch or branch.scale is None else branch.scale,
+        rows=kl.rows,
     )
     operands = [score, builder.query(), builder.keys(branch and branch.kv)]
     if kl.over == "selected":

@@ -15,9 +15,11 @@ def score_query(builder: Builder, level: language.Level) -> Node:
     made = (
         builder.input("q_index", "index_query", "B", "T", "Hi", "Di")
         if level.score.by_index
-        else builder.query(level.q)
+        else builder.query(level.q, "Hkv" if level.one_query_a_group else "Hq")
     )
     query = level.query
+    if query is not None and query.rotate == "token":
+        made = _turned(builder, level, made)
     if query is not None and query.heads is not None:
         made = _agreeing(builder, level, made, f"{level.name}.query_heads")
     if query is not None and query.pool is not None:
@@ -30,7 +32,19 @@ def score_query(builder: Builder, level: language.Level) -> Node:
             tiles=axis_tiles(builder, query.tile, at) if query.tile else None,
         )
         made = builder.add(f"{level.name}.queries", op, made, at=at)
+    if query is not None and query.rotate in ("first", "centre"):
+        made = _turned(builder, level, made)
     return made
+
+
+def _turned(builder: Builder, level: language.Level, made: Node) -> Node:
+    """Queries turned as keys are."""
+    turn, query = level.pool and level.pool.rotate, level.query
+    assert turn is not None, f"level {level.name} turns no keys"
+    assert query is not None, f"level {level.name} turns no queries"
+    assert query.rotate is not None, f"level {level.name} turns no queries"
+    place, rows = turn.model_copy(update={"at": query.rotate}), query.block or 1
+    return _rotated(builder, level, place, f"{level.name}.queries", made, rows=rows)
 
 
 def _agreeing(builder: Builder, level: language.Level, made: Node, name: str) -> Node:
@@ -135,7 +149,13 @@ def _finished(builder: Builder, level: language.Level, made: Node) -> Node:
 
 
 def _rotated(
-    builder: Builder, level: language.Level, rotate: language.Rotate, name: str, raw: Node
+    builder: Builder,
+    level: language.Level,
+    rotate: language.Rotate,
+    name: str,
+    raw: Node,
+    *,
+    rows: int | None = None,
 ) -> Node:
     op = Rotate(
         level=level.name,
@@ -144,9 +164,10 @@ def _rotated(
         base=rotate.base,
         channels=rotate.channels,
         pairs=rotate.pairs,
-        size=level.partition.size,
-        stride=level.partition.stride,
-        before=before_of(level),
+        size=rows or level.partition.size,
+        stride=rows or level.partition.stride,
+        before=None if rows else before_of(level),
+        rows=rows,
     )
     half = str(rotate.dims // 2)
     tables = ("cos", "sin") if rotate.base is None else ()

@@ -208,7 +208,8 @@ def _level_inputs(level: Level) -> dict[str, _TensorInput]:
 
 
 def _own_query(level: Level) -> dict[str, _TensorInput]:
-    return {} if level.q is None else {f"q_{level.q}": ("query", ("Hq", "D"))}
+    heads = "Hkv" if level.one_query_a_group else "Hq"
+    return {} if level.q is None else {f"q_{level.q}": ("query", (heads, "D"))}
 
 
 def _of_partition(spec: Spec, level: Level) -> dict[str, _TensorInput]:

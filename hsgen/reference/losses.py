@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from hsgen.reference.entropies import dual_entropy
 from hsgen.reference.inputs import loss_keys
+from hsgen.reference.queries import reduced
 from hsgen.reference.rows import Rows, Scored
 from hsgen.reference.scores import dot, softmax
 from hsgen.spec import Distill, Kl, Level
@@ -43,7 +44,11 @@ def _kl(rows: Rows, kl: Kl, scored: Scored) -> Tensor:
     if kl.over == "selected":
         assert scored.chosen is not None, f"{kl.level} selects"
         inside = inside & scored.chosen
-    target = _target(rows, kl, level, scored.scores.shape[1]).masked_fill(~inside, 0.0)
+    target = _target(rows, kl, level, scored.scores.shape[1])
+    if kl.rows is not None:
+        there = torch.ones_like(target, dtype=torch.bool)
+        target = reduced(kl.rows, target, there, scored.groups.members)
+    target = target.masked_fill(~inside, 0.0)
     total = target.sum(-1, keepdim=True)
     there = total.squeeze(-1) > 0
     target = (target / total.masked_fill(total == 0, 1.0))[there]

@@ -10,6 +10,7 @@ from torch import Tensor
 from hsgen.reference.inputs import gates_of, named
 from hsgen.reference.layouts import Layout, tokens_of
 from hsgen.reference.partitions import centroids, drawn
+from hsgen.reference.rotations import rotated
 from hsgen.reference.rounding import kept
 from hsgen.reference.scores import softmax
 from hsgen.spec import LearnedTree, Level, Rotate
@@ -63,27 +64,6 @@ def _place(level: Level, rotate: Rotate, layout: Layout) -> Tensor:
 def _normed(y: Tensor, weight: Tensor) -> Tensor:
     """RMS norm.  [N, H, D], [D] -> [N, H, D]"""
     return y * (y.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt() * weight
-
-
-def rotated(name: str, rotate: Rotate, y: Tensor, at: Tensor, x: dict[str, Tensor]) -> Tensor:
-    """Turn pairs of channels by their positions.  y: [N, ..., D], at: [N]"""
-    n = rotate.dims
-    start = 0 if rotate.channels == "first" else y.shape[-1] - n
-    if rotate.base is None:
-        cos, sin = x[f"cos_{name}"][at], x[f"sin_{name}"][at]
-    else:
-        pair = torch.arange(n // 2, device=y.device, dtype=y.dtype)
-        angle = at.to(y.dtype)[:, None] * rotate.base ** (-2 * pair / n)
-        cos, sin = angle.cos(), angle.sin()
-    cos, sin = (z.view(len(z), *(1,) * (y.ndim - 2), n // 2) for z in (cos, sin))
-    turned = y[..., start : start + n]
-    if rotate.pairs == "halves":
-        a, b = turned[..., : n // 2], turned[..., n // 2 :]
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    else:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-    return torch.cat((y[..., :start], turned, y[..., start + n :]), -1)
 
 
 def _pool(

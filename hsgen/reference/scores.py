@@ -15,6 +15,7 @@ from hsgen.reference.inputs import named
 from hsgen.reference.partitions import anchors
 from hsgen.reference.pyramids import log_counts
 from hsgen.reference.queries import Together, groups_of, pooled_queries, reduced
+from hsgen.reference.rotations import rotated
 from hsgen.reference.rounding import stored
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.searches import halved
@@ -56,7 +57,7 @@ def _of_form(level: Level, rows: Rows, groups: Together) -> Tensor:
     assert keys is not None, f"level {level.name} has nothing to score"
     match level.score.form:
         case "dot":
-            q = pooled_queries(level, x[named("q", level.q)], groups, rows.Hkv)
+            q = _turned(level, rows, groups, x[named("q", level.q)])
             keys = keys if q.shape[1] >= keys.shape[1] else keys.mean(1, keepdim=True)
             if level.score.dtype:
                 q, keys = (stored(y, level.score.dtype) for y in (q, keys))
@@ -129,6 +130,20 @@ def _pooling_error(level: Level, rows: Rows, groups: Together) -> Tensor:
     total = torch.zeros(len(q), H, N, dtype=q.dtype, device=q.device)
     total = total.scatter_add(-1, of, wrong.masked_fill(~by_token, 0.0))
     return total / spread((layout.slots >= 0).sum(-1).clamp(min=1)[None], H)
+
+
+def _turned(level: Level, rows: Rows, groups: Together, q: Tensor) -> Tensor:
+    """Queries that score, each row's turned before or each group's after they are pooled."""
+    at = level.query.rotate if level.query else None
+    turn = level.pool.rotate if level.pool else None
+    if at is None or turn is None:
+        return pooled_queries(level, q, groups, rows.Hkv)
+    if at == "token":
+        q = rotated(level.name, turn, q, rows.p.clamp(min=0), rows.x)
+        return pooled_queries(level, q, groups, rows.Hkv)
+    q = pooled_queries(level, q, groups, rows.Hkv)
+    place = groups.first if at == "first" else (groups.first + groups.last) / 2
+    return rotated(level.name, turn, q, place.clamp(min=0), rows.x)
 
 
 def _dots(level: Level, rows: Rows, groups: Together, q: Tensor, keys: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ NESTED = {"three_levels": SPECS.parent / "examples" / "three_levels.yaml"}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "proxy_attn": "level mass: no kernel chooses for rows together yet",
+    "seer_attention": "level block: no kernel pools by max_min_mean yet",
+    "seer_attention_r": "level block: no kernel pools by max_min_mean yet",
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
     "xattention": "level tile: no kernel pools by antidiagonal yet",
     "s2o": "no kernel puts keys in another order yet",
@@ -131,6 +133,9 @@ def _shrunk_level(spec, level, factor, above):
         changes["partition"] = Parts(count=min(level.partition.count, 6))
     if level.select and level.select.counts_vary:
         changes["select"] = _shrunk_set(level.select)
+    if level.pool and level.pool.rotate:  # heads are small as well
+        turn = level.pool.rotate.model_copy(update={"dims": min(level.pool.rotate.dims, 64)})
+        changes["pool"] = level.pool.model_copy(update={"rotate": turn})
     if level.select and level.select.min:
         changes["select"] = level.select.model_copy(update={"min": min(level.select.min, 2)})
     if level.select and not level.select.counts_vary:

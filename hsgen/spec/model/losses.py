@@ -20,6 +20,7 @@ class Kl(Node):
     over: Literal["all", "selected"] = "all"  # complete entries, or those of them that were chosen
     heads: Literal["sum", "max"] = "sum"  # p over heads that share a score
     tokens: Literal["sum", "max"] = "sum"  # p over the tokens of an entry
+    rows: Literal["sum", "max"] | None = None  # p of entries over rows that choose together
 
 
 class Distill(Node):

@@ -29,6 +29,10 @@ class Query(Node):
     reduce: Reduce | None = None  # how the scores of the rows become those of all of them
     heads: Literal["mean"] | None = None  # pools the queries of heads that `share`, before scores
 
+    # RoPE of the queries that score, as `pool: {rotate}` turns keys: at the first or the middle row of
+    # a block, once pooled; or each row at its own position, before
+    rotate: Literal["first", "centre", "token"] | None = None
+
     @property
     def together(self) -> bool:
         """Whether rows choose together at all; else only their heads are pooled."""

@@ -78,11 +78,18 @@ class Level(Node):
     permute: Permute | None = None
     partition: Annotated[Partition, Field(discriminator="kind")]  # what an entry is
     kv: Identifier | None = None  # pools `k_<kv>`, `v_<kv>` instead of `k`, `v`
-    q: Identifier | None = None  # scores by `q_<q>` instead of `q`
+    # scores by `q_<q>` instead of `q`; where a group shares and nothing reduces, a query for each group
+    q: Identifier | None = None
     pool: Pool | None = None
     query: Query | None = None  # which rows choose together; left out: those of `from`, or none
     score: Score
     select: Select | None = None
+
+    @property
+    def one_query_a_group(self) -> bool:
+        """Whether its own queries are as many as key heads, so that heads share without `reduce`."""
+        pooled = self.query is not None and self.query.heads is not None
+        return bool(self.q) and self.score.share == "group" and not (self.score.reduce or pooled)
 
     @property
     def named(self) -> frozenset[str]:
@@ -374,6 +381,7 @@ _NEWS = {
     "width",
     "budget_from",
     "select.min",
+    "kl.rows",
     "rows",
     "apart",
     "seed",

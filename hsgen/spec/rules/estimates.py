@@ -34,7 +34,8 @@ def branch_sums(spec: Spec) -> Iterator[Problem]:
                 help="remove 'lse_from'",
                 also=(
                     ("levels", i, "score", "form"),
-                    *(("levels", i, "query", key) for key in ("pool", "heads", "of")),
+                    *(("levels", i, "query", key) for key in ("pool", "heads")),
+                    ("levels", i, "q"),
                 ),
             )
 
@@ -48,6 +49,8 @@ def _not_known(branch: Attend) -> str | None:
 def _no_row(level: Level) -> str | None:
     """Whose scores there are instead."""
     query = level.query
+    if level.one_query_a_group:
+        return f"queries 'q_{level.q}' of groups"
     if level.score.form not in ("dot", "bound"):
         return f"form '{level.score.form}'"
     if query is not None and query.pool is not None:

@@ -19,7 +19,15 @@ from hsgen.spec.rules.orders import orders
 from hsgen.spec.rules.parts import budgets, given_scores, parts
 from hsgen.spec.rules.pooling import early, pool_keys, rotations, series
 from hsgen.spec.rules.problem import Problem, Rule
-from hsgen.spec.rules.queries import antidiagonal_keys, queries, rows_alone, rows_fit, tiled_rows
+from hsgen.spec.rules.queries import (
+    antidiagonal_keys,
+    queries,
+    rows_alone,
+    rows_fit,
+    rows_of_losses,
+    tiled_rows,
+    turned_queries,
+)
 from hsgen.spec.rules.routes import on_ways, routes, ways
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
@@ -71,6 +79,8 @@ _RULES: tuple[Rule, ...] = (
     antidiagonal_keys,
     rows_fit,
     rows_alone,
+    rows_of_losses,
+    turned_queries,
     nesting,
     selects,
     branches,

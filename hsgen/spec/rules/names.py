@@ -120,6 +120,11 @@ def _unknown_sum(target: str, names: list[str], path: Path, spec: Spec) -> Probl
     )
 
 
+def _of_q(level: Level) -> str:
+    heads = ", one a group" if level.one_query_a_group else ""
+    return f"the queries of 'q: {level.q}'{heads}"
+
+
 def _names(spec: Spec) -> tuple[Path, ...]:
     """All that a judgement about names rests on; -1: there is a list of levels at all."""
     return tuple(("levels", i, "name") for i in range(-1, len(spec.levels)))
@@ -174,7 +179,7 @@ def _tensors(spec: Spec) -> Iterator[tuple[Path, str, str]]:
                     yield (field, i, "kv"), f"{letter}_{item.kv}", f"the {noun} of 'kv: {item.kv}'"
     for i, level in enumerate(spec.levels):
         if level.q is not None:
-            yield ("levels", i, "q"), f"q_{level.q}", f"the queries of 'q: {level.q}'"
+            yield ("levels", i, "q"), f"q_{level.q}", _of_q(level)
     for i, level in enumerate(spec.levels):
         for name in _learned(level):
             yield ("levels", i, "name"), name, f"a weight of the level '{level.name}'"

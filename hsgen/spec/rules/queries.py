@@ -29,7 +29,8 @@ def queries(spec: Spec) -> Iterator[Problem]:
 
 
 def _which_rows(query: Query, path: Path) -> Iterator[Problem]:
-    alone = query.heads is not None and query.pool is None and query.reduce is None
+    said = query.heads is not None or query.rotate is not None
+    alone = said and query.pool is None and query.reduce is None
     if query.tile is not None:
         return  # `tiled_rows` says so
     if (query.block is None) == (query.last is None) and not (alone and query.block is None):
@@ -269,13 +270,59 @@ def rows_alone(spec: Spec) -> Iterator[Problem]:
                 help="write 'as: final', or remove 'query'",
                 also=(("levels", i, "query"),),
             )
-        if kl is not None and kl.level == level.name:
+        block = (spec.rows_of(level) or Query()).block
+        if kl is not None and kl.level == level.name and not (kl.rows and block):
             yield Problem(
                 code="HS119",
                 path=("loss", "kl", "level"),
-                message=f"expected a level whose rows choose for themselves, got '{level.name}'",
-                help="remove 'query' there, or name another level",
-                also=(("levels", i, "query"),),
+                message=f"expected 'rows' in 'kl' with '{level.name}', whose rows choose together,"
+                " got none"
+                if block
+                else f"expected rows for themselves or in blocks, got '{level.name}'",
+                help="write 'rows: max', or name another level" if block else "name another level",
+                also=(("levels", i, "query"), ("loss", "kl", "rows")),
+            )
+
+
+def rows_of_losses(spec: Spec) -> Iterator[Problem]:
+    """Rows that are one in a loss, and choose apart."""
+    kl = spec.loss and spec.loss.kl
+    level = next((x for x in spec.levels if kl and x.name == kl.level), None)
+    if kl and kl.rows and level and spec.rows_of(level) is None:
+        yield Problem(
+            code="HS205",
+            path=("loss", "kl", "rows"),
+            message=f"'rows' has no meaning here: rows of '{level.name}' choose for themselves",
+            help="remove 'rows'",
+            also=(("loss", "kl", "level"), ("levels",)),
+            at_key=True,
+        )
+
+
+def turned_queries(spec: Spec) -> Iterator[Problem]:
+    """Queries that are turned as keys are, at a place that there is."""
+    for i, level in enumerate(spec.levels):
+        query, turn = level.query, level.pool and level.pool.rotate
+        if query is None or query.rotate is None:
+            continue
+        wrong = None
+        if turn is None or level.score.form != "dot":
+            wrong = "keys are not turned", "write 'rotate: {at: first, dims: 64}' in 'pool'"
+        elif query.rotate != "token" and not (query.block and query.pool):
+            wrong = "no block of rows is pooled", "write 'rotate: token'"
+        elif query.rotate == "centre" and turn.base is None:
+            wrong = "a table has no place between two rows", "write 'rotate: first'"
+        if wrong:
+            yield Problem(
+                code="HS204",
+                path=("levels", i, "query", "rotate"),
+                message=f"'rotate: {query.rotate}' has no meaning here: {wrong[0]}",
+                help=wrong[1],
+                also=(
+                    *(("levels", i, "query", key) for key in ("block", "pool")),
+                    *(("levels", i, *keys) for keys in (("pool",), ("score", "form"))),
+                ),
+                at_key=True,
             )
 
 

@@ -85,7 +85,8 @@ def _mapped(score: Score, path: Path) -> Iterator[Problem]:
 
 def _shared(level: Level, path: Path) -> Iterator[Problem]:
     """Heads that score for themselves, and agree or do not; or whose queries are one before."""
-    score, one = level.score, bool(level.query and level.query.heads)
+    score = level.score
+    one = bool(level.query and level.query.heads) or level.one_query_a_group
     also = ((*path, "share"), (*path, "reduce"))
     if score.share == "head" and score.reduce is not None:
         yield Problem(
@@ -203,6 +204,8 @@ def _no_sum(level: Level, source: Level) -> str | None:
         return f"its scores exist only for children of '{source.within}'"
     if source.score.by_index or level.score.by_index:
         return "the heads of an index are others"
+    if source.one_query_a_group != level.one_query_a_group:
+        return "one of the two has a query for each group"
     if "bias" in (source.score.form, level.score.form):
         return "it is key heads that have a bias"
     return None
