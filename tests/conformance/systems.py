@@ -42,7 +42,7 @@ REFUSED: dict[str, str] = {
     "sea": "level part: no kernel takes scores as they are given yet",
     "delta_llm": "no kernel reads keys from their changes yet",
     "token_sparse": "level all_mass: no kernel chooses for rows together yet",
-    "sparse_d": "level mass: no kernel chooses for rows together yet",
+    "sparse_d": "level block: no kernel takes over a selection yet",
     "draft_attention": "level box: no kernel chooses for rows together yet",
     "draft_attention_head": "level box: no kernel chooses for rows together yet",
     "vsa": "level coarse: no kernel chooses for rows together yet",
