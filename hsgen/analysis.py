@@ -84,8 +84,8 @@ def _op_causality(node: Node, *, causal: bool) -> Causality:
             return _axes_causality(op.pattern, causal=causal)
         case Permute() if causal and op.by == "mass":
             return "prompt"  # the last rows say which keys come first
-        case PoolRows() | ReduceRows() if causal:
-            return "prompt" if op.last is not None else "query_block"
+        case (PoolRows() | ReduceRows() | Score()) as op if causal and (found := _of_rows(op)):
+            return found
         case Assign() if causal and op.capacity is not None:
             return "prompt"  # later tokens may be nearer, and take what room a node has
         case Runs() if causal and op.span is not None:
@@ -119,6 +119,14 @@ def _op_causality(node: Node, *, causal: bool) -> Causality:
             return "token"
         case _:
             assert_never(op)
+
+
+def _of_rows(op: PoolRows | ReduceRows | Score) -> Causality | None:
+    """What rows that ask together make of causality; None of rows that ask alone."""
+    asks = (op.halves and op.halves.rows) if isinstance(op, Score) else op
+    if asks is None:
+        return None
+    return "prompt" if asks.last is not None else "query_block"
 
 
 def _axes_causality(pattern: Pattern, *, causal: bool) -> Causality:
@@ -771,7 +779,7 @@ def _score_flops(counts: _Counts, node: Node, op: Score, operands: list[TensorTy
         dims = ("Dqk", "Dv") if any("Dv" in x.dims for x in operands) else ("Dqk",)
         each = 2 * sum(counts.product((dim,)) for dim in dims)
         return all_pairs * counts.product((heads,)) * each
-    halved = 2 * (op.size // op.until).bit_length() - 2 if op.until else 1  # two keys a time
+    halved = 2 * (op.size // op.halves.until).bit_length() - 2 if op.halves else 1  # two a time
     dots = 2 if op.form == "bound" else halved
     sums = {"relu_weighted": 2, "relu_sum": 1}.get(op.form, 0)
     return pairs * (dots * 2 * counts.product((dim,)) + sums)

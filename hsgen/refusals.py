@@ -163,7 +163,7 @@ def _of_choice(op: Score | Map | Select | SelectSet) -> str | None:
             return f"maps scores by {'avg_pool' if how == 'mean' else how}"
         case Score(anchors=found) if found:
             return "scores anchors behind each row"
-        case Score(until=int()):
+        case Score(halves=found) if found:
             return "searches halved intervals"
         case SelectSet():
             return f"selects by {op.rule}"

@@ -807,7 +807,7 @@ def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
             there = there & _in_beam(run, node, operands[-1], value.shape[2])
         return Scores(value=value * (1.0 if op.scale is None else op.scale), there=there)
     query, keys = operands[:2]
-    if op.anchors or op.until:
+    if op.anchors or op.halves:
         value = _searched(run, node, _dots(query, keys))
     elif op.form == "dot":
         value = _dots(query, keys)
@@ -922,9 +922,11 @@ def _searched(run: _Run, node: Node, dots: Tensor) -> Tensor:
     """What is searched of the logits of tokens: anchors behind each row, or halves of intervals."""
     op = node.op
     assert isinstance(op, Score)
-    value = torch.full((*dots.shape[:3], run.entries(op.level)), -math.inf, dtype=dots.dtype)
     spans = run.spans(node.type.dims[1])
-    B, R, H, N = value.shape
+    if op.halves and op.halves.rows:
+        dots = _asked_logits(run, op.halves.rows, dots)
+    B, R, H = dots.shape[:3]
+    value = torch.full((B, R, H, run.entries(op.level)), -math.inf, dtype=dots.dtype)
     for b, r, h in ((b, r, h) for b in range(B) for r in range(R) for h in range(H)):
         last = spans[r][1]
         row = dots[b, r, h].tolist()
@@ -933,9 +935,24 @@ def _searched(run: _Run, node: Node, dots: Tensor) -> Tensor:
                 value[b, r, h, e] = row[token]
             continue
         seen = row[: max(last + 1, 0)] if run.graph.meta.causal else row
-        for e in range(N):
-            value[b, r, h, e] = halved(seen, e * op.size, op.size, op.until)
+        for e in range(value.shape[-1]):
+            value[b, r, h, e] = halved(seen, e * op.size, op.size, op.halves.until)
     return value
+
+
+def _asked_logits(run: _Run, rows_of: ReduceRows, dots: Tensor) -> Tensor:
+    """Logits of rows that search as one, token by token; what a row does not see is 0, or nothing."""
+    none = -math.inf if rows_of.how == "max" else 0.0
+    made = []
+    for asked in _asked(run, rows_of):
+        rows = []
+        for t in (t for t in asked if t is not None):
+            hidden = torch.arange(dots.shape[-1]) > run.positions[t]
+            rows.append(dots[:, t].masked_fill(hidden & run.graph.meta.causal, none))
+        stacked = torch.stack(rows)
+        how = {"sum": stacked.sum, "mean": stacked.mean, "max": stacked.amax}[rows_of.how]
+        made.append(how(0))
+    return torch.stack(made, 1)
 
 
 def _has_tokens(run: _Run, node: Node, shape: torch.Size) -> Tensor:

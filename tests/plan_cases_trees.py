@@ -160,6 +160,8 @@ TREES = [
     spec("halved_not_causal", halved(), [SELECTED], causal=False),
     spec("halved_together", halved(query=HALVES, force=Force(first=1, last=1)), [SELECTED]),
     spec("halved_rows", halved(query=Query(block=4, reduce="max")), [SELECTED]),
+    spec("halved_means", halved(query=Query(block=3, reduce="mean")), [SELECTED]),
+    spec("halved_last", halved(query=Query(last=3, reduce="sum")), [SELECTED]),
     spec(
         "drawn",
         [

@@ -30,8 +30,9 @@ from hsgen.spec import Kl, Loss, Reuse, Spec
 from hsgen.target import H100
 
 each_case = pytest.mark.parametrize("spec", TREES, ids=lambda spec: spec.name)
-PROMPT = {"tree_capacity", "runs_found", "upsampled_together"}  # later keys say what tokens are in
-TOGETHER = {"tree_together", "runs_together", "halved_together", "halved_rows"}
+# later keys say what tokens are in, later rows which are chosen
+PROMPT = {"tree_capacity", "runs_found", "upsampled_together", "halved_last"}
+TOGETHER = {"tree_together", "runs_together", "halved_together", "halved_rows", "halved_means"}
 
 
 @each_case
@@ -105,7 +106,9 @@ def test_costs_are_at_least_what_the_interpreter_sees(spec: Spec) -> None:
         value, flops = values[node.name], costs(graph)[node.name].flops.evaluate(tokens)
         assert flops >= 0, node.name
         if isinstance(node.op, Score) and node.op.form == "dot" and isinstance(value, Scores):
-            probes = 2 * (node.op.size // node.op.until).bit_length() - 2 if node.op.until else 1
+            probes = (
+                2 * (node.op.size // node.op.halves.until).bit_length() - 2 if node.op.halves else 1
+            )
             assert flops * 1.3 >= 2 * 6 * probes * value.there[0].sum().item(), node.name
         if isinstance(node.op, Attend) and isinstance(value, Attended):
             assert value.seen is not None

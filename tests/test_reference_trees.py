@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+from conformance.systems import small
 from plan_cases import MEAN, blocks, random_tensors, top
 from plan_cases import spec as make
 
 from hsgen import spec as language
 from hsgen.reference import reference
 from hsgen.reference.partitions import drawn
+from hsgen.selection import members
 from hsgen.spec import (
     Attend,
     DualEntropy,
@@ -21,6 +23,7 @@ from hsgen.spec import (
     Level,
     Loss,
     Pool,
+    Query,
     Ragged,
     Score,
     Select,
@@ -642,3 +645,130 @@ def test_force_of_two_kinds_is_a_union() -> None:
     x = with_starts(line([1, 2, 3, 4], spec), 2)
     assert picked(spec, x, "token", 1) == [0]
     assert picked(spec, x, "token", 3) == [0, 1]
+
+
+# --- rows that search as one, and the systems
+
+
+def together(how: str) -> Spec:
+    level = Level(
+        name="token",
+        query=Query(block=2, reduce=how),
+        partition=Halving(interval=4),
+        score=RAW,
+        select=top(1),
+    )
+    return language.verify(make("together", [level], [SELECTED]))
+
+
+def two_queries(spec: Spec, first: list[float], second: list[float]) -> dict[str, torch.Tensor]:
+    """Rows 6 and 7 of one block have the logits `first` and `second`; other rows see nothing worth it."""
+    x = random_tensors(spec, 8, 8)
+    x["q"], x["k"] = torch.zeros_like(x["q"]), torch.zeros_like(x["k"])
+    x["q"][:, 6, :, 0] = x["q"][:, 7, :, 1] = 1.0
+    x["k"][..., 0] = torch.tensor(first, dtype=torch.float64)[:, None]
+    x["k"][..., 1] = torch.tensor(second, dtype=torch.float64)[:, None]
+    return x
+
+
+def test_rows_search_by_the_greatest_of_their_logits() -> None:
+    """Row 6 alone would go left to token 0, 9; by 1 against 5 of the other both go right, to 3 and 6."""
+    spec = together("max")
+    x = two_queries(spec, [0, 2, 0, 1, 0, 0, 0, 0], [0, 0, 6, 5, 0, 0, 0, 0])
+    found = reference(spec, x).scores["token"][0, 6:, 0, 0].tolist()
+    assert found == [6.0, 6.0]  # of halves tokens 1 and 3, then 2 and 3
+
+
+def test_rows_search_by_the_mean_of_their_logits() -> None:
+    """Tokens 1 and 3: 4 against 3; then 0 and 1: 4 and 4."""
+    spec = together("mean")
+    x = two_queries(spec, [8, 8, 0, 1, 0, 0, 0, 0], [0, 0, 6, 5, 0, 0, 0, 0])
+    assert reference(spec, x).scores["token"][0, 6:, 0, 0].tolist() == [4.0, 4.0]
+
+
+def test_a_token_that_no_row_of_a_block_sees_is_not_searched() -> None:
+    spec = together("mean")
+    x = two_queries(spec, [1.0] * 8, [1.0] * 8)
+    x["k"][:, 6:] = 100.0
+    assert reference(spec, x).scores["token"][0, 5, 0, 1] <= 0.0
+
+
+def unbounded(spec: Spec) -> Spec:
+    """The same levels with room for every entry in each beam, but for the last."""
+    wide = [
+        level.model_copy(update={"select": level.select.model_copy(update={"beam": 4096})})
+        if level.select and level.select.beam
+        else level
+        for level in spec.levels
+    ]
+    return language.verify(spec.model_copy(update={"levels": tuple(wide)}))
+
+
+@pytest.mark.parametrize("name", ["hip", "hirouter"])
+def test_an_unbounded_beam_is_exhaustive(name: str) -> None:
+    """Halved intervals and a learned tree alike: what the last level keeps of all is what it keeps."""
+    spec = unbounded(small(name))
+    last = spec.levels[-1].model_copy(update={"within": None})
+    flat = language.verify(spec.model_copy(update={"levels": (last,), "loss": None}))
+    x = random_tensors(spec, 61, 61, seed=3)
+    expected = reference(flat, {n: y for n, y in x.items() if "centroids" not in n})
+    found = reference(spec, x)
+    chosen = (result.selection[last.name].indices for result in (found, expected))
+    assert torch.equal(*chosen)
+    torch.testing.assert_close(found.o, expected.o)
+
+
+@pytest.mark.parametrize("name", ["hip", "hirouter"])
+def test_wider_beams_find_no_less(name: str) -> None:
+    """Of what an unbounded beam keeps, on average over rows."""
+    spec, x = small(name), random_tensors(small(name), 61, 61, seed=4)
+    goal = chosen_tokens(unbounded(spec), x)
+    shares = []
+    for beam in (1, 3, 64):
+        narrow = [
+            level.model_copy(
+                update={"select": level.select.model_copy(update={"beam": beam, "force": Force()})}
+            )
+            if level.select and level.select.beam
+            else level
+            for level in spec.levels
+        ]
+        found = chosen_tokens(spec.model_copy(update={"levels": tuple(narrow)}), x)
+        shares.append(float((found & goal).sum() / goal.sum()))
+    assert shares == sorted(shares) and shares[0] < shares[-1]
+
+
+def chosen_tokens(spec: Spec, x: dict[str, torch.Tensor]) -> torch.Tensor:
+    return reference(spec, x, keep_seen=True).seen["selected"]
+
+
+def test_dhsa_keeps_whole_runs_before_it_cuts_one() -> None:
+    """Of every block of rows one run at most is cut, and that from its start on; own tokens aside."""
+    spec = small("dhsa")
+    block = spec.levels[0].query.block if spec.levels[0].query else None
+    assert block
+    x = random_tensors(spec, 61, 61, seed=5)
+    result = reference(spec, x, keep_seen=True)
+    of_run = result.scores["token"][0]  # the score of the run that each token is in
+    picked = result.selection["token"].indices[0]
+    for t, h in ((t, h) for t in (20, 40, 60) for h in range(picked.shape[1])):
+        own = t // block * block
+        kept = {int(s) for s in picked[t, h] if 0 <= s < own}
+        by_run: dict[float, list[int]] = {}
+        for s in range(own):
+            by_run.setdefault(float(of_run[t, h, s]), []).append(s)
+        cut = [run for run in by_run.values() if 0 < len(kept & set(run)) < len(run)]
+        assert len(cut) <= 1
+        assert all(kept & set(run) == set(run[: len(kept & set(run))]) for run in cut)
+
+
+def test_dhsa_released_keeps_a_part_of_all_blocks_in_every_row() -> None:
+    """A half of 8 blocks: also where half of them is more than a row sees."""
+    spec = small("dhsa_released")
+    level = spec.levels[0]
+    half = level.select.model_copy(update={"fraction": 0.5}) if level.select else None
+    spec = spec.model_copy(update={"levels": (level.model_copy(update={"select": half}),)})
+    result = reference(spec, random_tensors(spec, 61, 61, seed=6))
+    kept = members(result.selection["block"], 8)[0].sum(-1)
+    assert level.partition.size == 8
+    assert (kept[-1] == 4).all() and (kept[16:].float().mean() >= 3).all()

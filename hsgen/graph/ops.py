@@ -260,8 +260,8 @@ class Score:
     tokens an entry has; or which node or run each token is in, of the level's own, or of the parent's
     where entries are tokens; a node exists for a row once a token is in it, and a run is complete
     once the next has begun.  `anchors`: entries are tokens behind each row, and keys those of tokens.
-    `until`: keys are those of tokens, and an entry's score is the best of those that halving it until
-    it is so long comes upon.  `diagonal`: entry i of a row is the token i before it.
+    `halves`: keys are those of tokens, and an entry's score is the best of those that halving it comes
+    upon.  `diagonal`: entry i of a row is the token i before it.
     """
 
     level: str
@@ -288,7 +288,7 @@ class Score:
     counted: Literal[True] | None = None
     cut: Cut | None = None
     anchors: Anchors | None = None
-    until: int | None = None
+    halves: Halves | None = None
     diagonal: Literal[True] | None = None
 
 
@@ -340,6 +340,23 @@ class ReduceRows:
     block: int | None
     last: int | None
     tiles: tuple[AxisTile, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halves:
+    """Intervals that are halved until they are so long; see the language's `halving`.
+
+    With `rows`, those that it puts together search as one, by their logits so reduced.
+    """
+
+    until: int
+    rows: ReduceRows | None
+
+    def __str__(self) -> str:
+        if self.rows is None:
+            return f"[until {self.until}]"
+        which = self.rows.block or self.rows.last or "tiles of"
+        return f"[until {self.until} by the {self.rows.how} of {which} rows]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

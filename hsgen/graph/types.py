@@ -439,7 +439,7 @@ def _union_type(op: Union, operands: Sequence[Node]) -> TensorType:
 
 def _entry_dim(op: Score, keys: Node) -> str:
     """N_x or C_x; checked against the keys, which are pooled entries or, for tokens, raw."""
-    by_token = op.size == op.stride == 1 or op.until is not None
+    by_token = op.size == op.stride == 1 or op.halves is not None
     tokens = by_token and keys.type.dims[1] == "S"
     need(
         tokens or keys.type.dims[1] == f"N_{op.level}",
@@ -457,9 +457,10 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     if op.form == "given":
         return _given_score_type(op, operands)
     need(op.parts is None, "it is given scores that parts of a row have")
-    need(op.form == "dot" or not (op.anchors or op.until), "it is dots that are searched")
+    need(op.form == "dot" or not (op.anchors or op.halves), "it is dots that are searched")
     need(op.anchors is None or op.within is None, "anchors lie in no entries")
-    need(op.until is None or op.size % op.until == 0, f"{op.size} is not halved to {op.until}")
+    halves = op.halves
+    need(halves is None or op.size % halves.until == 0, f"{op.size} is not halved {halves}")
     along = (
         op.form == "dot" and op.size == 1 and op.within is None and operands[0].type.dims[1] == "T"
     )
@@ -474,6 +475,9 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     query, keys = operands[0].type, operands[1]
     need(len(query.dims) == 4 and is_rows(query.dims[1]), f"expected [B, T, Hq, Dqk], got {query}")
     rows, heads, dim = query.dims[1:]
+    if halves is not None and halves.rows is not None:
+        need(rows == "T", f"rows of {query} are one already")
+        rows = _rows_of(halves.rows)
     if op.biased:
         need(op.form in ("dot", "bound"), "an index has no bias")
         need_dims(operands[2].type, ("B", keys.type.dims[1], "Hkv"))

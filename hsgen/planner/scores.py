@@ -9,6 +9,7 @@ from hsgen.errors import PlanError, Span
 from hsgen.graph import (
     Anchors,
     Codes,
+    Halves,
     LogSumExp,
     Map,
     Node,
@@ -61,7 +62,7 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         counted=True if score.bias == "log_count" else None,
         cut=cut or (cut_of(level) if _asks_tokens(score) else None),
         anchors=anchors_of(level),
-        until=level.partition.until if isinstance(level.partition, language.Halving) else None,
+        halves=_halves(builder, level),
         diagonal=diagonal(level),
     )
     queries = [] if score.form == "bias" else [score_query(builder, level)]
@@ -114,19 +115,26 @@ def _log_sum_exp(builder: Builder, level: language.Level, at: Span | None) -> No
 
 
 def _together(builder: Builder, level: language.Level, made: Node) -> Node:
-    """Scores of rows that choose together, where each of them scores."""
-    query = level.query
-    if query is None or query.reduce is None:
+    """Scores of rows that choose together, where each of them scores; halves they search as one."""
+    op = _reduced_rows(builder, level)
+    if op is None or isinstance(level.partition, language.Halving):
         return made
     at = builder.place(level, "query", "reduce")
-    op = ReduceRows(
+    return builder.add(f"{level.name}.together", op, made, at=at)
+
+
+def _reduced_rows(builder: Builder, level: language.Level) -> ReduceRows | None:
+    query = level.query
+    if query is None or query.reduce is None:
+        return None
+    at = builder.place(level, "query", "reduce")
+    return ReduceRows(
         level=level.name,
         how=query.reduce,
         block=query.block,
         last=query.last,
         tiles=axis_tiles(builder, query.tile, at) if query.tile else None,
     )
-    return builder.add(f"{level.name}.together", op, made, at=at)
 
 
 def _rounded(builder: Builder, vectors: Node) -> Node:
@@ -221,6 +229,12 @@ def _how(
 def _asks_tokens(score: language.Score) -> bool:
     """Whether a score asks which tokens an entry has."""
     return score.bias == "log_count" or score.form == "pooling_error"
+
+
+def _halves(builder: Builder, level: language.Level) -> Halves | None:
+    if not isinstance(level.partition, language.Halving):
+        return None
+    return Halves(until=level.partition.until, rows=_reduced_rows(builder, level))
 
 
 def anchors_of(level: language.Level) -> Anchors | None:

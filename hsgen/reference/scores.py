@@ -151,13 +151,21 @@ def _dots(level: Level, rows: Rows, groups: Together, q: Tensor, keys: Tensor) -
     dots = dot(q, keys)
     match level.partition:
         case Halving():
-            later = torch.arange(rows.S, device=q.device) > groups.last[:, None]
-            hidden = (later & rows.spec.causal)[:, None]
-            return halved(level.partition, dots.masked_fill(hidden, -math.inf))
+            return halved(level.partition, _asked(level, rows, groups, dots))
         case Stripes():
             return _at(dots, anchors(level.partition, rows.p, rows.S)[0])
         case _:
             return dots
+
+
+def _asked(level: Level, rows: Rows, groups: Together, dots: Tensor) -> Tensor:
+    """Logits of tokens as they are searched by, -inf of what nobody sees.  [T or R, H, S] -> [R, H, S]"""
+    token = torch.arange(rows.S, device=dots.device)
+    if level.query is not None and level.query.reduce is not None:
+        seen = (token <= rows.p[:, None]) | (not rows.spec.causal)
+        dots = reduced(level.query.reduce, dots, seen[:, None], groups.members)
+    hidden = (token > groups.last[:, None]) & rows.spec.causal
+    return dots.masked_fill(hidden[:, None], -math.inf)
 
 
 def _at(scores: Tensor, token: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from hsgen.selection import (
     from_members,
     members,
 )
-from hsgen.spec import Attend, Level, Select, Spec
+from hsgen.spec import Attend, Halving, Level, Select, Spec
 
 CHUNK_ELEMENTS = 1 << 23  # float64 logits that are alive at once, about
 
@@ -311,11 +311,13 @@ def _scored(
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of a level's own form, [R, Hs, N], and their log-sum-exp where another level wants it.
 
-    Pooled queries score for their group; else each row scores, by the entries that it sees itself.
+    Pooled queries score for their group, and so do rows that search together; else each row scores,
+    by the entries that it sees itself.
     """
     query = level.query
     alone = together(None, rows.p)
-    if query is not None and query.pool is not None:
+    one = query is not None and (query.pool is not None or isinstance(level.partition, Halving))
+    if one:  # pooled, or searching together
         seen = visible_entries(rows, level, groups)
     else:
         groups, seen = alone, complete_entries(rows, level)
@@ -337,7 +339,7 @@ def _scored(
         )
     heads = scores.shape[1]
     scores = over_heads(level, scores, rows.Hkv)
-    if query is not None and query.reduce is not None:
+    if query is not None and query.reduce is not None and not one:
         seen = seen[:, :: heads // scores.shape[1]]
         scores = reduced(query.reduce, scores, seen, together(query, rows.p, rows.lengths).members)
     return scores, lse

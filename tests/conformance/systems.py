@@ -5,7 +5,17 @@ import math
 from pathlib import Path
 
 from hsgen import spec as language
-from hsgen.spec import Blocks, Diagonals, HeadDim, Heads, Index, KMeans, Parts, SortInSegment
+from hsgen.spec import (
+    Blocks,
+    Diagonals,
+    Halving,
+    HeadDim,
+    Heads,
+    Index,
+    KMeans,
+    Parts,
+    SortInSegment,
+)
 
 SPECS = Path(__file__).parents[2] / "specs"
 FILES = {path.stem: path for path in sorted(SPECS.glob("*.yaml"))}
@@ -33,6 +43,9 @@ REFUSED: dict[str, str] = {
     "qwen_qsa": "level block: no kernel norms pooled keys yet",
     "step_csa": "%q_index.rounded: no kernel scores vectors kept in fp8_unscaled yet",
     "dsa": "%k_index.rounded: no kernel scores vectors kept in fp8 yet",
+    "dhsa": "level chunk: no kernel chooses for rows together yet",
+    "dhsa_released": "level block: no kernel chooses for rows together yet",
+    "hip": "level chunk: no kernel searches halved intervals yet",
     "hirouter": "level branch: no kernel assigns keys to nodes of a tree yet",
     "superlinear": "level anchor: no kernel scores by queries of its own yet",
     "hydra": "one softmax over several branches",
@@ -121,6 +134,9 @@ def _shrunk_level(spec, level, factor, above):
         changes["partition"] = Blocks(size=size, stride=stride)
     if isinstance(level.partition, Diagonals):
         changes["partition"] = Diagonals(size=_part(level.partition.size, factor))
+    if isinstance(level.partition, Halving):
+        interval = _part(level.partition.interval, factor)
+        changes["partition"] = level.partition.model_copy(update={"interval": interval})
     if level.query and level.query.block:
         changes["query"] = level.query.model_copy(
             update={"block": _part(level.query.block, factor)}
@@ -144,7 +160,8 @@ def _shrunk_level(spec, level, factor, above):
         forced = force.first + force.last + (above[force.level].width if force.level else 0)
         if force.last:
             forced += spec.own_entries(level) - 1  # as many as in the full size, or more
-        room = max(3, forced + 1) if isinstance(level.partition, Blocks) else 11
+        few = isinstance(level.partition, Blocks | Halving)
+        room = max(3, forced + 1) if few else 11
         key = "top_k" if level.select.top_k else "beam"
         budget = min(level.select.budget, room)
         changes["select"] = level.select.model_copy(update={key: budget, "force": force})
@@ -172,6 +189,8 @@ def _shrunk_orders(permute, factor):
 def _shrunk_set(select):
     """A rule that lets counts vary, with few entries whatever the data."""
     changes = {"force": select.force.model_copy(update={"last": min(select.force.last, 2)})}
+    if select.fraction and (select.force.first or select.force.last):
+        changes["fraction"] = max(select.fraction, 0.4)  # more than is forced
     if select.tokens:
         changes["tokens"] = min(select.tokens, 11)
     if select.top_p:

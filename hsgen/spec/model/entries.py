@@ -95,8 +95,9 @@ class Halving(Node):
 
     As long as the search's interval is longer than `until`, the key in the middle of each half is
     scored, token (l + r) // 2 of a half [l, r), and the half that scores more is searched next; of
-    equals the later one.  The entry's score is the best of all that were scored.  Every row and head
-    searches for itself; one pooled query searches for all of its rows.
+    equals the later one.  The entry's score is the best of all that were scored.  Every head
+    searches for itself, and so does a row; rows that choose together search as one, by a pooled query
+    or by their logits reduced.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"halving": "interval"}

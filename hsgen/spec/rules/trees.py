@@ -21,6 +21,7 @@ from hsgen.spec.rules.problem import Problem
 
 NAMES: Mapping[type[Node], str] = {
     Blocks: "blocks",
+    Clusters: "clusters",
     Halving: "halved intervals",
     Ragged: "runs",
     Stripes: "stripes",
@@ -132,19 +133,20 @@ def _halving(halving: Halving, path: Path) -> Iterator[Problem]:
     interval = halving.interval
     while interval > halving.until and interval % 2 == 0:
         interval //= 2
-    if interval != halving.until:
-        power = halving.until
-        while power * 2 <= halving.interval:
-            power *= 2
-        many = f"{halving.until} times " if halving.until > 1 else ""
-        yield Problem(
-            code="HS155",
-            path=(*path, "interval"),
-            message=f"expected {many}a power of two, got {halving.interval}:"
-            " an interval is halved until it is that long",
-            help=f"write 'halving: {power}'",
-            also=((*path, "until"),),
-        )
+    if interval == halving.until < halving.interval:
+        return
+    power = halving.until * 2
+    while power * 2 <= halving.interval:
+        power *= 2
+    many = f"{halving.until} times " if halving.until > 1 else ""
+    yield Problem(
+        code="HS155",
+        path=(*path, "interval"),
+        message=f"expected {many}a power of two from 2 on, got {halving.interval}: an interval is"
+        f" halved until it is {halving.until} long",
+        help=f"write 'halving: {power}'",
+        also=((*path, "until"),),
+    )
 
 
 def _scored_by_keys(level: Level, path: Path) -> Iterator[Problem]:
