@@ -1510,6 +1510,8 @@ def _pooled_part(
     """All entries that are complete, or those of them that are selected, or that are not."""
     op, pool = node.op, run.graph[node.inputs[1]]
     seen = run.complete_mask(pool.op.level)
+    while not isinstance(pool.op, Pool):  # normed or turned
+        pool = run.graph[pool.inputs[0]]
     cut = pool.op.cut
     counts = _counts(run, pool.op.level, run.values[pool.inputs[-1]] if cut else None, cut)
     if op.which == "skipped":

@@ -7,11 +7,11 @@ from hsgen.spec.families.layers import (
     HYBRID,
     INDEXED,
     LINEAR,
+    SPARSE,
     calls,
     layers_of,
     others,
     reuse_of,
-    same,
     types_of,
 )
 from hsgen.spec.families.positions import mscale_of
@@ -21,7 +21,7 @@ from hsgen.spec.model import Blocks, HeadDim
 
 def dsa(config: Fields, layer: int | None) -> Found:
     """DeepSeek-V3.2 and GLM-5, where tokens are chosen."""
-    types = types_of(config, same(INDEXED), lambda total: [INDEXED] * total)
+    types = types_of(config, SPARSE, lambda total: [INDEXED] * total)
     layers = layers_of(config, types, INDEXED, layer)
     reuse = reuse_of(config, "token", types)
     turned, plain = config.count("qk_rope_head_dim", least=0), config.count("qk_nope_head_dim")

@@ -11,7 +11,11 @@ from hsgen.spec.fields import Fields
 from hsgen.spec.model import Reuse
 
 INDEXED, LINEAR = "indexed_attention", "linear_attention"
-HYBRID = {INDEXED: INDEXED, "full_attention": INDEXED, LINEAR: LINEAR}  # older configs say full
+# versions of transformers name the same layers in several ways; older configs say full
+SPARSE: Mapping[str, str] = dict.fromkeys(
+    (INDEXED, "deepseek_sparse_attention", "qwen_sparse_attention"), INDEXED
+)
+HYBRID = {**SPARSE, "full_attention": INDEXED, LINEAR: LINEAR}
 
 
 def types_of(

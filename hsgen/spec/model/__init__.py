@@ -1,6 +1,7 @@
 """The spec as frozen values: what a sparse attention means, and the range of each single value.
 
-Reads no text and judges no two values against each other: `reader` and `rules` do.
+Reads no text and judges no two values against each other: `reader` and `rules` do.  Annotations are no
+strings here: pydantic would compile each of them again, a third of what `hsgen check` takes.
 
     scalars   single values, and the range of each
     permutes  orders that entries are cut from
@@ -15,8 +16,6 @@ Reads no text and judges no two values against each other: `reader` and `rules` 
     losses    what a call tells a training besides
     whole     a level, and the spec
 """
-
-from __future__ import annotations
 
 from hsgen.spec.model.branches import Attend, Combine, Delta, GridWindow, HeadSpan, Spans, Static
 from hsgen.spec.model.choices import SELECT_RULES, EarlyStop, Force, Select, SelectRule, Tier, TopP

@@ -1,7 +1,5 @@
 """Branches: what is attended, and how branches are combined."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -149,7 +147,7 @@ class Combine(Node):
     # o * sigmoid(input `output_gate`), which has a number a channel, or a number a head
     output_gate: Literal["channel", "head"] | None = None
 
-    def of(self, branches: int) -> Combine | None:
+    def of(self, branches: int) -> "Combine | None":
         """What is left of it where only so many branches are: one needs no union, but for its sink."""
         left = self if branches > 1 or self.sink else self.model_copy(update={"softmax": None})
         return left if left != Combine() else None

@@ -1,7 +1,5 @@
 """Selections: which entries are kept."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, get_args
 

@@ -1,7 +1,5 @@
 """Codes: vectors as the numbers of the codewords that are nearest to them."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from hsgen.spec.model.scalars import Count, Node

@@ -1,7 +1,5 @@
 """Partitions and pools: what an entry is, and what stands for it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Losses: what a call tells a training besides its output."""
 
-from __future__ import annotations
-
 from collections.abc import Container
 from typing import Literal
 
@@ -55,7 +53,7 @@ class Loss(Node):
     distill: Distill | None = None
     dual_entropy: DualEntropy | None = None
 
-    def of(self, levels: Container[str | None], branches: Container[str | None]) -> Loss | None:
+    def of(self, levels: Container[str | None], branches: Container[str | None]) -> "Loss | None":
         """What is left where only some levels and branches are."""
         kl = self.kl if self.kl and self.kl.level in levels else None
         pair = self.distill

@@ -1,7 +1,5 @@
 """Orders: how tokens are put before entries, or query blocks, are cut from them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 

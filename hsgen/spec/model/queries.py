@@ -1,7 +1,5 @@
 """Queries: which rows score and choose together."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from hsgen.spec.model.scalars import Count, Node, PerAxis

@@ -1,7 +1,5 @@
 """What a call takes over from earlier calls of the same attention."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Routes: which of several ways a layer, a head or a sequence takes."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Single values of a spec, the range of each, and the mapping that all others are."""
 
-from __future__ import annotations
-
 import keyword
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal

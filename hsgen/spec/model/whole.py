@@ -1,7 +1,5 @@
 """A level, and the whole spec."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -223,7 +221,7 @@ class Spec(Node):
                 return found
         return None
 
-    def located(self, spans: Mapping[Path, Span]) -> Spec:
+    def located(self, spans: Mapping[Path, Span]) -> "Spec":
         """The same Spec that knows where its fields stood."""
         located = self.model_copy()
         located._spans = dict(spans)
@@ -236,7 +234,7 @@ class Spec(Node):
         head_dim: HeadDim | tuple[int, int] | int | None = None,
         axes: tuple[int, ...] | None = None,
         layer: int | None = None,
-    ) -> Spec:
+    ) -> "Spec":
         """Fill in what the text left open.
 
         Args:
@@ -262,7 +260,7 @@ class Spec(Node):
         bound = self._bound("heads", heads)._bound("head_dim", head_dim)
         return bound._laid(axes).located(self._spans)._on_layer(layer)
 
-    def _laid(self, axes: tuple[int, ...] | None) -> Spec:
+    def _laid(self, axes: tuple[int, ...] | None) -> "Spec":
         """With every axis that is open bound; the others as the text says."""
         if axes is None:
             return self
@@ -275,7 +273,7 @@ class Spec(Node):
             raise ArgumentError(msg, span=self.span("axes"))
         return self.model_copy(update={"axes": lengths})
 
-    def _on_layer(self, layer: int | None) -> Spec:
+    def _on_layer(self, layer: int | None) -> "Spec":
         """What is left of the spec for one layer."""
         if layer is not None and (isinstance(layer, bool) or layer < 0):
             msg = f"layer: expected a whole number of at least 0, got {layer!r}"
@@ -285,7 +283,7 @@ class Spec(Node):
             return self
         return self._on_way(route.table[layer % len(route.table)])
 
-    def _on_way(self, way: str) -> Spec:
+    def _on_way(self, way: str) -> "Spec":
         """What is left of the spec where one way is taken: a spec without a route."""
         branches = [i for i, branch in enumerate(self.attend) if branch.when in (None, way)]
         needed = {self.attend[i].over for i in branches}
@@ -310,7 +308,7 @@ class Spec(Node):
         places = ((_moved(path, moved), span) for path, span in self._spans.items())
         return left.located({path: span for path, span in places if path is not None})
 
-    def _bound(self, field: str, value: Heads | HeadDim | None) -> Spec:
+    def _bound(self, field: str, value: Heads | HeadDim | None) -> "Spec":
         said: Heads | HeadDim | None = getattr(self, field)
         if value is None or value == said:
             return self
