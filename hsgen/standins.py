@@ -30,9 +30,19 @@ def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec
     changed = {
         "heads": Heads(query=query, kv=kv),
         "head_dim": HeadDim(qk=qk, v=v),
+        "levels": tuple(_narrower(level, qk) for level in spec.levels),
         "index": spec.index and Index(heads=kv if spec.index_per_key_head else query, dim=qk),
     }
     return spec.model_copy(update=changed)
+
+
+def _narrower(level: Level, qk: int) -> Level:
+    """The same level, whose keys are turned in no more channels than they have."""
+    turn = level.pool and level.pool.rotate
+    if level.pool is None or turn is None or turn.dims <= qk:
+        return level
+    pool = level.pool.model_copy(update={"rotate": turn.model_copy(update={"dims": qk // 2 * 2})})
+    return level.model_copy(update={"pool": pool})
 
 
 def tensors(
