@@ -547,6 +547,13 @@ def test_spans_are_softmaxes_of_their_own_weighed_by_their_anchors() -> None:
     assert reference(spec, x).lse["spans"][0, 0, 9] == pytest.approx(math.log(8))
 
 
+def test_the_window_of_spans_is_what_it_says_whatever_the_power() -> None:
+    """Cubes from 2 on leave 2 ** 3 - 1 tokens to the window; a mask of theirs squares, and has 3."""
+    spec = striped(k=1, first=2, power=3, window=7)
+    seen = reference(spec, line([0.0] * 6, spec), keep_seen=True).seen["spans"][0, 5, 0]
+    assert seen.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_row_without_anchors_attends_to_its_window() -> None:
     spec = striped(k=2, first=3, window=2)
     x = line([0.0] * 9, spec)
