@@ -494,8 +494,8 @@ class _Counts:
             power = 1 / behind.power  # sum over rows of the root, less a half, less those left out
             some = Polynomial(t1=0.5 - behind.first, others=((1 + power, 1 / (1 + power)),))
             return _from(behind.first**behind.power, some)
-        if rows == "1":
-            return self.entries(level)
+        if rows.isdecimal():
+            return self.entries(level) * int(rows)
         block = block_of(rows)
         if stride == 0:
             return _from(0, Polynomial(t1=self.graph.sizes[f"N_{level}"] / (block or 1)))
@@ -508,8 +508,8 @@ class _Counts:
     def tokens(self, rows: str) -> Cost:
         """Pairs of a row, or of rows that choose together, and a token that counts for it."""
         causal, block = self.graph.meta.causal, block_of(rows) or 1
-        if rows == "1":
-            return _from(0, Polynomial(t1=1.0))
+        if rows.isdecimal():
+            return _from(0, Polynomial(t1=float(rows)))
         pairs = Polynomial(t2=0.5 / block, t1=0.5) if causal else Polynomial(t2=1.0 / block)
         return _from(0, pairs)
 
@@ -595,9 +595,12 @@ class _Counts:
             block = block_of(dims[1]) or 1
             if stride == 0:
                 words = -(-self.graph.sizes[f"N_{last.removeprefix('W_')}"] // WORD)
-                each = Polynomial(t1=words / block)
-            elif dims[1] == "1":
-                each = Polynomial(t1=1 / (WORD * stride))
+                fixed = dims[1].isdecimal()
+                each = (
+                    Polynomial(t0=words * int(dims[1])) if fixed else Polynomial(t1=words / block)
+                )
+            elif dims[1].isdecimal():
+                each = Polynomial(t1=int(dims[1]) / (WORD * stride))
             else:
                 each = Polynomial(t2=1 / (WORD * stride * block))
             return _from(0, each) * self.product(dims[2:-1])

@@ -145,6 +145,8 @@ def _of_queries(graph: Graph, node: Node) -> str | None:
 
 def _of_keys(op: Cluster | Permute | Assign | Runs | Recall | Carry) -> str:
     match op:
+        case Cluster(of="queries"):
+            return "clusters queries"
         case Cluster(tiles=tiles):
             return "cuts tiles of axes" if tiles else "clusters keys"
         case Permute():

@@ -134,7 +134,7 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor]) -> Evaluation:
         },
         lse={branch: run.values[name] for branch, name in graph.outputs.lse.items()},
         selection={
-            x: run.values[name].indices[:, run.row_of(graph[name].type.dims[1])]
+            x: _by_rows(run, name, run.values[name]).indices
             for x, name in graph.outputs.selection.items()
         },
         values=run.values,
@@ -247,6 +247,11 @@ class _Run:
         names = sorted({p // block for p in self.positions})
         return [(name * block, name * block + block - 1) for name in names]
 
+    def span_of(self, dim: str, row: int) -> tuple[int, int]:
+        """The same of one of them; of clusters and slots of an order, which are nowhere, all."""
+        spans = self.spans(dim)
+        return spans[row] if row < len(spans) else (self.positions[0], self.positions[-1])
+
     def visible_mask(self, level: str, dim: str) -> Tensor:
         """Which entries count for the rows of a dimension.  bool[1, R, 1, N]"""
         if dim == "T":
@@ -258,7 +263,7 @@ class _Run:
         whole = whole_only(self.graph, level)
         sorted_ = level in self.segments and self.graph.meta.causal
         rows = []
-        for first, last in self.spans(dim):
+        for first, last in self.spans(dim) if self.graph.meta.causal else [(0, self.keys)]:
             ends = [self.span(level, e) for e in range(self.entries(level))]
             rows.append(
                 [
@@ -308,6 +313,8 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) ** 0.5 * weight
         case Rotate():
             return _rotate(run, node.op, *operands)
+        case PoolRows() if node.op.cut:
+            return _pool_clusters(node.op, *operands)
         case PoolRows():
             return _pool_rows(run, node.op, *operands)
         case PoolHeads():
@@ -461,6 +468,16 @@ def _cluster(op: Cluster, keys: Tensor) -> Tensor:
             for i in nearest.unique().tolist():
                 centroids[i] = x[nearest == i].mean(0)
     return found
+
+
+def _of_rows(y: Tensor, groups: Tensor) -> Tensor:
+    """Row by row and head by head what the group has.  [B, R, Hs, ...], [B, T, H] -> [B, T, H, ...]"""
+    B, T, H = groups.shape
+    each = [
+        [[y[b, groups[b, t, h], h * y.shape[2] // H] for h in range(H)] for t in range(T)]
+        for b in range(B)
+    ]
+    return torch.stack([torch.stack([torch.stack(heads) for heads in rows]) for rows in each])
 
 
 def _permute(op: Permute, x: Tensor, judges: Tensor | None = None) -> Tensor:
@@ -673,6 +690,18 @@ def _tile(axes: tuple[AxisTile, ...], p: int) -> tuple[int, ...]:
         found.append(p % axis.length // axis.tile)
         p //= axis.length
     return (p // axes[0].tile, *reversed(found))
+
+
+def _pool_clusters(op: PoolRows, q: Tensor, cluster: Tensor) -> Tensor:
+    """One query a cluster, head by head; 0 where no row is in it."""
+    B, T, H = q.shape[:3]
+    made = torch.zeros(B, op.clusters, H, q.shape[3], dtype=q.dtype)
+    for b, r, h in ((b, r, h) for b in range(B) for r in range(op.clusters) for h in range(H)):
+        asked = [t for t in range(T) if cluster[b, t, h] == r]
+        if asked:
+            rows = q[b, asked, h]
+            made[b, r, h] = {"mean": rows.mean(0), "max": rows.amax(0), "first": rows[0]}[op.how]
+    return made
 
 
 def _pool_rows(run: _Run, op: PoolRows, q: Tensor) -> Tensor:
@@ -1077,10 +1106,11 @@ def _select(run: _Run, node: Node, score: Scores, *others: Value) -> Chosen:
     indices = torch.full((B, T, H, op.width), -1, dtype=torch.int32)
     for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
         row, inside = score.value[b, t, h].tolist(), beam[b, t, h].tolist()
-        last = run.spans(node.type.dims[1])[t][1]
+        last = run.span_of(node.type.dims[1], t)[1]
         sinks = _sinks(run, node, order, (b, h, H), last)
         there = score.there[b, t, h].tolist()
-        tail = {e for e in _tail(run, op, b, run.positions[t], there) if inside[e]}
+        at = run.positions[t] if op.tail else -1
+        tail = {e for e in _tail(run, op, b, at, there) if inside[e]}
         forced = {e for e in _forced(run, node, b, t, N) | sinks if inside[e]}
         forced |= {e for e in range(N) if joined[b, t, h, e] and inside[e]}
         forced -= tail
@@ -1105,7 +1135,7 @@ def _forced(run: _Run, node: Node, b: int, row: int, N: int) -> set[int]:
     """The first entries, and the last ones of every position that the row stands for."""
     op = node.op
     assert isinstance(op, Select | SelectSet)
-    first, last = run.spans(node.type.dims[1])[row]
+    first, last = run.span_of(node.type.dims[1], row)
     if not (op.first or op.last):
         return set()
     before = getattr(op, "before", None) or 0
@@ -1360,7 +1390,7 @@ def _row_of(
     b, row, _ = at
     tail = _tail(run, op, b, run.positions[row], there) if op.tail else set()
     forced = _forced(run, node, b, row, len(values)) - tail
-    last = run.spans(node.type.dims[1])[row][1]
+    last = run.span_of(node.type.dims[1], row)[1]
     forced |= _sinks(run, node, order, (b, at[2], score.value.shape[2]), last)
     return [
         _Entry(where=(at[1], e), score=x if there[e] else -math.inf, forced=e in forced, there=seen)
@@ -1409,15 +1439,15 @@ def _attend(
     query = query[:, run.row_of(run.graph[node.inputs[0]].type.dims[1])]
     *more, sink = more if op.sink else (*more, None)
     rest = list(more)
+    if op.row_cut:  # as `_by_rows` finds it
+        rest.pop()
     order = rest.pop() if op.cut else None
     far = rest.pop() if op.near is not None else None
     bias = rest.pop() if op.biased else None
     weighed = rest.pop() if op.spans else None
     (chosen,) = rest or (None,)
     if chosen is not None:
-        row = run.row_of(run.graph[node.inputs[3]].type.dims[1])
-        tier = None if chosen.tier is None else chosen.tier[:, row]
-        chosen = Chosen(member=chosen.member[:, row], indices=chosen.indices[:, row], tier=tier)
+        chosen = _by_rows(run, node.inputs[3], chosen)
     values = _values(run, op, values)
     if op.over == "tiers":
         parts = _tier_parts(run, node, keys, values, chosen, order)
@@ -1493,6 +1523,22 @@ def _spans(
         union = union | seen
     both = _softmax(op, query, {name: replace(keys, seen=union)}, sink)
     return Attended(o=o, lse=both.lse, parts=both.parts)
+
+
+def _by_rows(run: _Run, name: str, chosen: Chosen) -> Chosen:
+    """A selection row by row, whichever rows choose together."""
+    node = run.graph[name]
+    pools = [x for x in run.graph.nodes() if isinstance(x.op, PoolRows) and x.op.cut]
+    pools = [x for x in pools if x.op.level == getattr(node.op, "level", None)]
+    if not pools:
+        row = run.row_of(node.type.dims[1])
+        tier = None if chosen.tier is None else chosen.tier[:, row]
+        return Chosen(member=chosen.member[:, row], indices=chosen.indices[:, row], tier=tier)
+    groups = run.values[pools[0].inputs[1]]
+    tier = None if chosen.tier is None else _of_rows(chosen.tier, groups)
+    return Chosen(
+        member=_of_rows(chosen.member, groups), indices=_of_rows(chosen.indices, groups), tier=tier
+    )
 
 
 def _values(run: _Run, op: Attend, values: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from hsgen.spec import (
     Spec,
     Tier,
     Tokens,
+    TopP,
 )
 
 
@@ -223,5 +224,37 @@ WEIGHED: list[Spec] = [
         kept(Select(fraction=0.2, force=Force(sink=3, counted=False)), share="group"),
         [SELECTED, WINDOW],
         combine=UNION,
+    ),
+]
+
+
+def clustered(keys: object, select: Select, how: str = "mean") -> list[Level]:
+    """Blocks of 4 keys, or clusters, for clusters of rows."""
+    return [
+        Level(
+            name="block",
+            permute=Permute(keys=keys, queries=KMeans(clusters=4, iterations=2)),
+            partition=Clusters() if keys else blocks(4),
+            pool=MEAN,
+            query=Query(by="cluster", pool=how),
+            score=Score(form="dot", normalise="softmax"),
+            select=select,
+        )
+    ]
+
+
+HALF = Select(top_p=TopP(mass=0.5))
+MORE = KMeans(clusters=6, iterations=2)
+
+# clusters of rows that choose together
+GATHERED: list[Spec] = [
+    spec("rows_clustered", clustered(None, HALF), [SELECTED], causal=False),
+    spec("clusters_of_both", clustered(MORE, top(2)), [SELECTED], causal=False, kv=4),
+    spec(
+        "first_of_clusters",
+        clustered(None, HALF, "first"),
+        [SELECTED, WINDOW],
+        combine=UNION,
+        causal=False,
     ),
 ]

@@ -30,7 +30,7 @@ from plan_cases_odd import ODD, ODD_CALLS
 from plan_cases_production import PRODUCTION
 from plan_cases_slash import SLASH
 from plan_cases_trees import TREES
-from plan_cases_weighed import WEIGHED
+from plan_cases_weighed import GATHERED, WEIGHED
 
 from hsgen import passes
 from hsgen import spec as language
@@ -98,7 +98,7 @@ def test_calls_after_calls_mean_what_the_reference_says(spec: Spec, rows: int, k
     "spec",
     [
         *(*CASES, *SETS, *ORDERS, *PRODUCTION, *TOGETHER, *ROUTES, *ODD, *TRAINED, *WEIGHED),
-        *(*TREES, *ESTIMATES, *SLASH),
+        *(*GATHERED, *TREES, *ESTIMATES, *SLASH),
     ],
     ids=lambda spec: spec.name,
 )

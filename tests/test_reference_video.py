@@ -18,7 +18,7 @@ from plan_cases import (
     top,
 )
 from plan_cases import spec as make
-from plan_cases_weighed import WEIGHED
+from plan_cases_weighed import GATHERED, WEIGHED
 from torch import Tensor
 
 from hsgen import spec as language
@@ -100,7 +100,7 @@ def test_gathering_ignores_what_is_no_token_and_what_comes_twice() -> None:
 # --- entries cut from an order
 
 
-@pytest.mark.parametrize("spec", [*ORDERS, *WEIGHED], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*ORDERS, *WEIGHED, *GATHERED], ids=lambda spec: spec.name)
 def test_packed_documents_equal_separate_ones(spec: Spec) -> None:
     lengths = [1, 7, 24, 13]
     parts = [random_tensors(spec, n, n) for n in lengths]
@@ -190,7 +190,7 @@ def test_a_gathered_order_may_leave_tokens_out() -> None:
     assert int(seen[0, 0, 0].sum()) in (left_out, left_out + 1)
 
 
-@pytest.mark.parametrize("spec", [*ORDERS, *WEIGHED], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*ORDERS, *WEIGHED, *GATHERED], ids=lambda spec: spec.name)
 def test_gradients_are_finite_and_reach_keys_and_values(spec: Spec) -> None:
     tensors = {
         name: x.clone().requires_grad_(not name.endswith("_order"))

@@ -11,9 +11,9 @@ from plan_cases import random_tensors
 from torch import Tensor
 
 from hsgen.reference import reference
-from hsgen.reference.permutes import order_of
+from hsgen.reference.permutes import cluster_of, order_of
 from hsgen.selection import members
-from hsgen.spec import Spec
+from hsgen.spec import KMeans, Spec
 
 Tensors = dict[str, Tensor]
 
@@ -192,6 +192,105 @@ def test_s2o_is_its_card() -> None:
             expected = softmax_over(logits, [x["v"][0, s, h // 2] for s in seen])
             torch.testing.assert_close(result.o[0, t, h], expected)
     assert len(lengths) > 3
+
+
+# --- SVG2 and SVG-EAR
+
+
+def clusters(order: KMeans, x: Tensor) -> list[list[int]]:
+    """Tokens of each cluster, of x [S, D]."""
+    of = cluster_of(order, x[:, None])[0].tolist()
+    return [[s for s, c in enumerate(of) if c == i] for i in range(order.clusters)]
+
+
+def masses(q: Tensor, k: Tensor, groups: list[list[int]]) -> dict[int, float]:
+    """By key cluster that has keys: how much its mean weighs for the mean of some queries."""
+    logit = {
+        i: float(k[group].mean(0) @ q.mean(0)) * q.shape[1] ** -0.5
+        for i, group in enumerate(groups)
+        if group
+    }
+    weight = {i: len(groups[i]) * math.exp(x) for i, x in logit.items()}
+    total = sum(weight.values())
+    return {i: x / total for i, x in weight.items()}
+
+
+def best_until(mass: dict[int, float], part: float, least: int) -> list[int]:
+    """The greatest until the part is reached, the one that crosses too, and so many at least."""
+    ranked, total, kept = sorted(mass, key=lambda i: (-mass[i], i)), 0.0, []
+    for i in ranked:
+        if total < part or len(kept) < least:
+            kept.append(i)
+        total += mass[i]
+    return kept
+
+
+@pytest.mark.parametrize("repeats", [1, 7])
+def test_svg2_is_its_card(repeats: int) -> None:
+    """Equal keys leave clusters without keys, whose means are of nothing: they are not there."""
+    spec = small("svg2")
+    level = spec.levels[0]
+    x = random_tensors(spec, 30, 50)
+    x["k"] = x["k"][:, ::repeats].repeat_interleave(repeats, 1)[:, :50]
+    result = reference(spec, x, keep_seen=True)
+    for h in range(2):
+        q, k, v = (x[name][0, :, h] for name in "qkv")
+        keys = clusters(level.permute.keys, k)
+        for rows in clusters(level.permute.queries, q):
+            if not rows:
+                continue
+            top_p = level.select.top_p
+            kept = best_until(masses(q[rows], k, keys), top_p.mass, top_p.min)
+            tokens = sorted(s for i in kept for s in keys[i])
+            for t in rows:
+                assert result.seen["selected"][0, t, h].nonzero().flatten().tolist() == tokens
+                logits = [k[s] @ q[t] * 6**-0.5 for s in tokens]
+                expected = softmax_over(logits, [v[s] for s in tokens])
+                torch.testing.assert_close(result.o[0, t, h], expected)
+
+
+def errors(q: Tensor, k: Tensor, v: Tensor, groups: list[list[int]]) -> dict[int, float]:
+    """By key cluster: how wrong its mean key and value are, a token on average."""
+    query, scale = q.mean(0), q.shape[1] ** -0.5
+    there = [i for i, group in enumerate(groups) if group]
+    means = {i: float(k[groups[i]].mean(0) @ query) * scale for i in there}
+    exact = {i: (k[groups[i]] @ query * scale).tolist() for i in there}
+    top = max(x for i in there for x in (means[i], *exact[i]))
+    found = {}
+    for i in there:
+        mean = v[groups[i]].mean(0)
+        parts = [
+            float(((math.exp(means[i] - top) * mean - math.exp(x - top) * v[s]) ** 2).sum())
+            for x, s in zip(exact[i], groups[i], strict=True)
+        ]
+        found[i] = sum(parts) / len(parts)
+    return found
+
+
+def test_svg_ear_is_its_card() -> None:
+    spec = small("svg_ear")
+    mass, error = spec.levels
+    x = random_tensors(spec, 25, 40)
+    result = reference(spec, x)
+    for h in range(2):
+        q, k, v = (x[name][0, :, h] for name in "qkv")
+        keys = clusters(error.permute.keys, k)
+        for rows in clusters(error.permute.queries, q):
+            if not rows:
+                continue
+            budget = len(best_until(masses(q[rows], k, keys), mass.select.top_p.mass, 0))
+            wrong = errors(q[rows], k, v, keys)
+            exact = sorted(wrong, key=lambda i: (-wrong[i], i))[:budget]  # noqa: B023
+            for t in rows:
+                logits, values = [], []
+                for i in wrong:
+                    if i in exact:
+                        logits += [k[s] @ q[t] * 6**-0.5 for s in keys[i]]
+                        values += [v[s] for s in keys[i]]
+                    else:
+                        logits.append(k[keys[i]].mean(0) @ q[t] * 6**-0.5 + math.log(len(keys[i])))
+                        values.append(v[keys[i]].mean(0))
+                torch.testing.assert_close(result.o[0, t, h], softmax_over(logits, values))
 
 
 # --- DraftAttention

@@ -20,7 +20,17 @@ from plan_cases import (
     top_p,
 )
 from plan_cases import spec as make
-from plan_cases_weighed import BOTH, BY_TIER, REST, TIERS, WEIGHED, compensated, pyramid, stopping
+from plan_cases_weighed import (
+    BOTH,
+    BY_TIER,
+    GATHERED,
+    REST,
+    TIERS,
+    WEIGHED,
+    compensated,
+    pyramid,
+    stopping,
+)
 from torch import Tensor
 
 from hsgen import spec as language
@@ -40,7 +50,7 @@ def run(spec: Spec, tensors: dict[str, Tensor], **more: object) -> Result:
 
 
 def test_specs_are_written_and_read_again() -> None:
-    for spec in WEIGHED:
+    for spec in (*WEIGHED, *GATHERED):
         assert language.parse(language.dump(spec)) == spec
 
 

@@ -106,6 +106,10 @@ def befores(graph: Graph) -> Mapping[str, int]:
     return found
 
 
+def _of_queries(node: Node) -> bool:
+    return isinstance(node.op, Cluster) and node.op.of is not None
+
+
 def segments(graph: Graph) -> Mapping[str, int | None]:
     """Of every level whose entries are cut from an order: tokens of a segment, None of no segment.
 
@@ -115,7 +119,7 @@ def segments(graph: Graph) -> Mapping[str, int | None]:
     return {
         node.op.level: node.op.segment if isinstance(node.op, Permute) else None
         for node in graph.nodes()
-        if isinstance(node.op, Permute | Cluster)
+        if isinstance(node.op, Permute | Cluster) and not _of_queries(node)
     }
 
 

@@ -168,7 +168,7 @@ def _known_sizes(order: Sequence[Node], sizes: Mapping[str, int]) -> dict[str, i
     for select in selects.values():
         known[f"K_{select.level}"] = select.width
     for node in order:
-        if isinstance(node.op, Cluster):
+        if isinstance(node.op, Cluster) and node.op.of is None:
             known[f"N_{node.op.level}"] = node.op.clusters
         if isinstance(node.op, Score) and node.op.parts is not None:
             known[f"N_{node.op.level}"] = node.op.parts

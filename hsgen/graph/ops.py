@@ -54,7 +54,7 @@ class AxisTile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """The cluster of every token.  keys -> i32[B, S, Hkv]
+    """The cluster of every token.  keys -> i32[B, S, Hkv]; of queries, of every row: i32[B, T, Hq]
 
     Lloyd's algorithm from tokens evenly spaced, see the language's `kmeans`; or the `tiles` of axes,
     whatever the keys, in which case there are no iterations.
@@ -64,6 +64,7 @@ class Cluster:
     clusters: int
     iterations: int | None
     tiles: tuple[AxisTile, ...] | None = None
+    of: Literal["queries"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,9 +219,10 @@ class Codes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolRows:
-    """One query for the rows that choose together.  query [B, T, H, D] -> f32[B, R, H, D]
+    """One query for the rows that choose together.  query [B, T, H, D], [order] -> f32[B, R, H, D]
 
-    R is T/block: rows t // block; T/4x4, of tiles along axes; or 1: the `last` ones, for all.
+    R is T/block: rows t // block; T/4x4, of tiles along axes; or 1: the `last` ones, for all.  With
+    `cut`, rows are those of clusters, head by head, of which R is the number.
     `antidiagonal` puts them side by side, last first, divided by how many they are:
     [B, R, H, block*D].
     """
@@ -230,6 +232,8 @@ class PoolRows:
     block: int | None
     last: int | None
     tiles: tuple[AxisTile, ...] | None = None
+    clusters: int | None = None
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -551,7 +555,7 @@ class Pattern:
 class Attend:
     """One softmax over one branch's keys.
 
-    query, keys, values, [selection, [scores]], [bias], [far keys], [cut], [sink], [route]
+    query, keys, values, [selection, [scores]], [bias], [far keys], [cut], [row cut], [sink], [route]
         -> [B, T, Hq, Dv]
 
     A query may be one of rows together, all of which put out the same.
@@ -567,7 +571,8 @@ class Attend:
     tokens a row reads the keys, of others the far keys.  `rows`: one that does not see its own token
     sees none.  `spans`: of each selected anchor its span, with a softmax of its own; the output is
     their mean by the softmax of their scores.  `diagonal`: entry i of a row is block row // size - i.
-    With `when`, heads that the route sends another way see nothing.
+    `row_cut`: rows of the selection are clusters, as that operand has the rows.  With `when`, heads
+    that the route sends another way see nothing.
     """
 
     branch: str
@@ -592,6 +597,7 @@ class Attend:
     rows: Literal["chosen"] | None = None
     spans: Spans | None = None
     diagonal: Literal[True] | None = None
+    row_cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,22 @@
-"""The dimension of rows: T, each for itself; T/128, blocks of 128; T/4x4, tiles; 1, the last ones for all."""
+"""The dimension of rows: T, each for itself; T/128, blocks of 128; T/4x4, tiles; 1, the last ones for all.
+
+Any other number: clusters of rows.
+"""
 
 from __future__ import annotations
 
 import math
 
 
-def rows_dim(block: int | None, last: int | None, tile: tuple[int, ...] | None = None) -> str:
-    """Of rows that choose together, by block, by tile or by the last ones."""
+def rows_dim(
+    block: int | None,
+    last: int | None,
+    tile: tuple[int, ...] | None = None,
+    clusters: int | None = None,
+) -> str:
+    """Of rows that choose together, by block, by tile, by cluster or by the last ones."""
+    if clusters is not None:
+        return str(clusters)
     if tile is not None:
         return f"T/{'x'.join(map(str, tile))}"
     return f"T/{block}" if block is not None else "T" if last is None else "1"
@@ -20,7 +30,7 @@ def block_of(dim: str) -> int | None:
 
 
 def is_rows(dim: str) -> bool:
-    return dim in ("T", "1") or block_of(dim) is not None
+    return dim == "T" or dim.isdecimal() or block_of(dim) is not None
 
 
 def own_entries(dim: str, stride: int) -> int:

@@ -110,7 +110,8 @@ def _pooled_type(op: Pool | PoolRows | PoolHeads, operands: Sequence[Node]) -> T
         case Pool():
             return _pool_type(op, operands)
         case PoolRows():
-            return _pool_rows_type(op, types)
+            rest = _cut_from(op.cut, operands, op.level)
+            return _pool_rows_type(op, [operand.type for operand in rest])
         case PoolHeads():
             return _pool_heads_type(op, types)
 
@@ -229,8 +230,8 @@ def _agree(types: Sequence[TensorType]) -> TensorType:
 
 
 def _ordered_type(keys: TensorType) -> TensorType:
-    """One number a token and head."""
-    need(keys.dims[:2] == ("B", "S") and len(keys.dims) == 4, f"expected [B, S, H, D], got {keys}")
+    """One number a token or row, and head."""
+    need(keys.dims[:1] == ("B",) and len(keys.dims) == 4, f"expected [B, S, H, D], got {keys}")
     return TensorType(dtype="i32", dims=keys.dims[:3])
 
 
@@ -240,14 +241,16 @@ def _order_type(op: Cluster | Permute | Assign | Runs, operands: Sequence[Node])
         return _assigned_type(op, operands)
     if isinstance(op, Cluster):
         _need_count(operands, 1)
+        _need_side(op, operands[0].type)
         return _ordered_type(operands[0].type)
     _need_count(operands, 2 if op.by == "mass" else 1)
+    need(operands[0].type.dims[1] == "S", f"expected [B, S, ...], got {operands[0].type}")
     sorts = op.by in ("mass", "mean")
     need((op.segment is not None) == sorts, "segments are what sorting stays inside")
     need((op.last is not None) == (op.by == "mass"), "it is masses that the last rows give")
     if sorts:
         return _ordered_type(operands[0].type)
-    need_dims(operands[0].type, ("B", "S", operands[0].type.dims[-1]))
+    need(len(operands[0].type.dims) == 3, f"expected [B, S, H], got {operands[0].type}")
     clusters = isinstance(operands[0].op, Cluster)
     need(clusters == (op.by == "clusters"), f"%{operands[0].name} does not say clusters")
     return TensorType(dtype="i32", dims=operands[0].type.dims)
@@ -273,6 +276,11 @@ def _assigned_type(op: Assign | Runs, operands: Sequence[Node]) -> TensorType:
     need(len(parents) == len(above), "nodes lie in nodes")
     need(op.nodes == op.branching * (parents or [1])[0], f"{op.nodes} nodes of {op.branching} each")
     return assigned
+
+
+def _need_side(op: Cluster, x: TensorType) -> None:
+    rows = "S" if op.of is None else "T"
+    need(x.dims[1] == rows, f"expected [B, {rows}, ...], got {x}")
 
 
 _CUTS: Mapping[Cut, type[Permute | Cluster | Assign | Runs]] = MappingProxyType(
@@ -393,15 +401,16 @@ def _pool_rows_type(op: PoolRows, types: Sequence[TensorType]) -> TensorType:
     _need_count(types, 1)
     batch, rows, heads, dim = types[0].dims
     need(rows == "T", f"expected rows of their own, got {types[0]}")
-    which = (op.block, op.last, op.tiles)
-    need(which.count(None) == 2, "rows are those of a block, of a tile, or the last ones")
+    which = (op.block, op.last, op.tiles, op.clusters)
+    need(which.count(None) == 3, "rows are those of a block, tile or cluster, or the last ones")
+    need((op.clusters is not None) == (op.cut == "clusters"), "clusters are those of an order")
     wide = f"{op.block}*{dim}" if op.how == "antidiagonal" else dim
     return TensorType(dtype="f32", dims=(batch, _rows_of(op), heads, wide))
 
 
 def _rows_of(op: PoolRows | ReduceRows) -> str:
     tile = None if op.tiles is None else tuple(axis.tile for axis in op.tiles)
-    return rows_dim(op.block, op.last, tile)
+    return rows_dim(op.block, op.last, tile, op.clusters if isinstance(op, PoolRows) else None)
 
 
 def _pool_heads_type(op: PoolHeads, types: Sequence[TensorType]) -> TensorType:
@@ -769,6 +778,7 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     if op.sink:
         *operands, sink = operands
         need_dims(sink.type, ("Hq",))
+    operands = _cut_from(op.row_cut, operands, None)
     operands = _cut_from(op.cut, operands, None)
     if op.near is not None:
         *operands, far = operands

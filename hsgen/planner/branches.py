@@ -27,7 +27,7 @@ from hsgen.graph import (
 from hsgen.planner.builder import Builder, some
 from hsgen.planner.calls import plan_losses
 from hsgen.planner.entries import pooled, score_query
-from hsgen.planner.orders import cut_of, order
+from hsgen.planner.orders import cut_of, order, row_cut_of, row_order
 from hsgen.planner.routes import taken
 from hsgen.planner.scores import anchors_of
 
@@ -61,6 +61,9 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
     far = _far_keys(builder, branch, keys) if branch.delta else None
     read = [_query(builder, branch), keys, values, *some(selection), *weighed]
     operands = [*read, *some(bias), *some(far), *cut]
+    if branch.over is not None:
+        op, rows = _of_rows(builder, op, builder.spec.level(branch.over))
+        operands += rows
     return _with_log_sum_exp(builder, branch, op, *operands)
 
 
@@ -85,6 +88,9 @@ def _plan_pooled_branch(builder: Builder, branch: language.Attend, level: langua
     selection = builder.selections.get(level.name)
     ordered = order(builder, level) if cut else ()
     operands = [_query(builder, branch), keys, values, *some(selection), *ordered]
+    if selection is not None:
+        op, rows = _of_rows(builder, op, level)
+        operands += rows
     return _with_log_sum_exp(builder, branch, op, *operands)
 
 
@@ -93,6 +99,13 @@ def _query(builder: Builder, branch: language.Attend) -> Node:
     if branch.query is None:
         return builder.query()
     return score_query(builder, builder.spec.level(branch.over or ""))
+
+
+def _of_rows(
+    builder: Builder, op: Attend, level: language.Level
+) -> tuple[Attend, tuple[Node, ...]]:
+    """The same where clusters of queries say which rows a selection is of."""
+    return replace(op, row_cut=row_cut_of(level)), row_order(builder, level)
 
 
 def _far_keys(builder: Builder, branch: language.Attend, keys: Node) -> Node:

@@ -7,7 +7,7 @@ from typing import Literal
 from hsgen import spec as language
 from hsgen.graph import Node, Norm, Pool, PoolHeads, PoolRows, Rotate
 from hsgen.planner.builder import Builder
-from hsgen.planner.orders import axis_tiles, centroids, cut_of, order
+from hsgen.planner.orders import axis_tiles, centroids, cut_of, order, row_cut_of, row_order
 
 
 def score_query(builder: Builder, level: language.Level) -> Node:
@@ -24,14 +24,17 @@ def score_query(builder: Builder, level: language.Level) -> Node:
         made = _agreeing(builder, level, made, f"{level.name}.query_heads")
     if query is not None and query.pool is not None:
         at = builder.place(level, "query", "pool")
+        clusters = level.permute and level.permute.queries
         op = PoolRows(
             level=level.name,
             how=query.pool,
             block=query.block,
             last=query.last,
             tiles=axis_tiles(builder, query.tile, at) if query.tile else None,
+            clusters=clusters.clusters if clusters else None,
+            cut=row_cut_of(level),
         )
-        made = builder.add(f"{level.name}.queries", op, made, at=at)
+        made = builder.add(f"{level.name}.queries", op, made, *row_order(builder, level), at=at)
     if query is not None and query.rotate in ("first", "centre"):
         made = _turned(builder, level, made)
     return made

@@ -56,6 +56,21 @@ def order(builder: Builder, level: language.Level) -> tuple[Node, ...]:
             return (builder.add(name, op, given, at=at),)
 
 
+def row_cut_of(level: language.Level) -> Cut | None:
+    """What the rows that choose together are cut from, where it is not the sequence as it stands."""
+    return "clusters" if level.permute and level.permute.queries else None
+
+
+def row_order(builder: Builder, level: language.Level) -> tuple[Node, ...]:
+    """The operand that says which cluster every row is in; none where rows are in place."""
+    said = level.permute and level.permute.queries
+    if said is None:
+        return ()
+    at, queries = builder.place(level, "permute", "queries"), builder.query(level.q)
+    op = Cluster(level=level.name, clusters=said.clusters, iterations=said.iterations, of="queries")
+    return (builder.add(f"{level.name}.row_clusters", op, queries, at=at),)
+
+
 Assigned = Literal["nodes", "runs"]
 
 

@@ -15,7 +15,7 @@ from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
 from hsgen.reference.partitions import anchors
 from hsgen.reference.pyramids import log_counts, log_of, means_of
-from hsgen.reference.queries import pooled_queries, together
+from hsgen.reference.queries import of_rows, pooled_queries, together
 from hsgen.reference.routes import on_way
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.scores import dot, softmax
@@ -83,8 +83,9 @@ def _queries(rows: Rows, branch: Attend) -> Tensor:
     if branch.query is None:
         return q
     level = rows.spec.level(branch.over or "")
-    groups = together(rows.spec.rows_of(level), rows.p, rows.lengths)
-    return pooled_queries(level, q, groups, rows.Hkv)[groups.row]
+    clusters = rows.clusters.get(level.name)
+    groups = together(rows.spec.rows_of(level), rows.p, rows.lengths, clusters)
+    return of_rows(pooled_queries(level, q, groups, rows.Hkv), groups)
 
 
 def _sink_of(rows: Rows, branch: Attend) -> Tensor | None:

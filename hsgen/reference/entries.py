@@ -8,7 +8,7 @@ from torch import Tensor
 from hsgen.reference.inputs import needs_all_tokens
 from hsgen.reference.layouts import Layout, back, part_of
 from hsgen.reference.partitions import anchors
-from hsgen.reference.queries import Together, together
+from hsgen.reference.queries import Together, asked_of, together
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.selection import ListSelection, members
 from hsgen.spec import LearnedTree, Level, Ragged, Stripes
@@ -134,8 +134,7 @@ def inside_beam(rows: Rows, level: Level, levels: dict[str, Scored], groups: Tog
     chosen = above.chosen
     assert chosen is not None, f"{level.within} is named by `within` and must select"
     assert parent.partition.size == parent.partition.stride, "parents must not overlap"
-    asked = groups.members.amax(1)  # rows of a group have one parent's choice: any of them tells it
-    chosen = chosen[above.chooser[asked]]
+    chosen = asked_of(chosen, above.chooser, groups)
     if isinstance(level.partition, LearnedTree):
         beam = chosen.repeat_interleave(level.partition.branching, -1)
     elif isinstance(parent.partition, LearnedTree | Ragged):  # what is inside are tokens

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from hsgen.spec import Gather, KMeans, Order, SortInSegment, Tile
+from hsgen.spec import Gather, KMeans, Order, SortInSegment, Spec, Tile
 
 
 def order_of(order: Order, y: Tensor, judges: Tensor, group: int, given: Tensor | None) -> Tensor:
@@ -53,6 +54,16 @@ def _sorted(order: SortInSegment, y: Tensor, judges: Tensor, group: int) -> Tens
     best = weights.argsort(dim=-1, descending=True, stable=True)
     starts = torch.arange(best.shape[1], device=y.device)[:, None] * order.segment
     return torch.cat(((best + starts).flatten(1), place[:, whole:]), 1)
+
+
+def clusters_of_rows(spec: Spec, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By level whose queries are clustered: the cluster of every row.  i64[Hq, T]"""
+    said = ((level, level.permute.queries) for level in spec.levels if level.permute)
+    return {
+        level.name: cluster_of(order, x[f"q_{level.q}" if level.q else "q"])
+        for level, order in said
+        if order is not None
+    }
 
 
 def cluster_of(order: KMeans, y: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from hsgen.reference.grids import axis_lengths
 from hsgen.reference.inputs import some_keys
 from hsgen.reference.layouts import Layout
-from hsgen.reference.queries import Together, together
+from hsgen.reference.queries import Together, of_rows, together
 from hsgen.reference.reuse import Taken
 from hsgen.spec import Spec
 
@@ -24,6 +24,7 @@ class Rows:
         pooled: By level: "key" [N, H, D] and "value" [N, Hkv, Dv], where it has them; minmax keys
             are [N, H, 2, D].
         layouts: By level: where its entries lie.
+        clusters: By level whose queries are clustered: that of each row and head, [Hq, T].
         p: Position of every row, [T].
         taken: Place of each query head's way in `route.ways`, [Hq]; None without a route.
         given: By level: the selection to take instead of the level's own, [T, Hs, K].
@@ -34,6 +35,7 @@ class Rows:
     x: dict[str, Tensor]
     pooled: dict[str, dict[str, Tensor]]
     layouts: dict[str, Layout]
+    clusters: dict[str, Tensor]
     p: Tensor
     taken: Tensor | None
     given: dict[str, Tensor]
@@ -68,7 +70,7 @@ class Scored:
     complete: bool[R, N], the entries that count.
     lse: of the scores by head, of what scores, where another level normalises by it.
     chosen: bool, None where the level does not select.
-    chooser: i64[T], whose choice a row takes: its group's, or its own where a caller chooses.
+    chooser: Whose choice a row takes: its group's, or its own where a caller chooses.
     tiers: i64, of a pyramid: the tier of each entry that is chosen, as `chosen` is by group or row.
     """
 
@@ -79,23 +81,27 @@ class Scored:
     scores: Tensor
     lse: Tensor | None
     chosen: Tensor | None
-    chooser: Tensor
+    chooser: Together
     tiers: Tensor | None = None
 
 
 def row_by_row(scored: Scored) -> Scored:
     """Every row with what its group scored and chose."""
-    row, each = scored.groups.row, torch.arange(len(scored.groups.row), device=scored.scores.device)
+    row = scored.groups.row
+    each = together(None, torch.arange(len(row), device=row.device))
+    chosen, tiers = (
+        None if y is None else of_rows(y, scored.chooser) for y in (scored.chosen, scored.tiers)
+    )
     return replace(
         scored,
-        groups=together(None, each),
+        groups=each,
         chooser=each,
         complete=scored.complete[row],
-        candidates=scored.candidates[row],
-        forced=scored.forced[row],
-        scores=scored.scores[row],
-        chosen=None if scored.chosen is None else scored.chosen[scored.chooser],
-        tiers=None if scored.tiers is None else scored.tiers[scored.chooser],
+        candidates=of_rows(scored.candidates, scored.groups),
+        forced=of_rows(scored.forced, scored.groups),
+        scores=of_rows(scored.scores, scored.groups),
+        chosen=chosen,
+        tiers=tiers,
     )
 
 

@@ -25,8 +25,9 @@ from hsgen.reference.entries import (
 from hsgen.reference.inputs import some_keys, tensor_kinds
 from hsgen.reference.layouts import layouts_of
 from hsgen.reference.losses import terms
+from hsgen.reference.permutes import clusters_of_rows
 from hsgen.reference.pools import pooled_entries
-from hsgen.reference.queries import Together, reduced, together
+from hsgen.reference.queries import Together, asked_of, of_rows, reduced, together
 from hsgen.reference.reuse import Kept, Taken, kept_scores, reached, rows_of
 from hsgen.reference.routes import on_way, ways_taken
 from hsgen.reference.rows import Rows, Scored, row_by_row, spread
@@ -121,6 +122,7 @@ def one_sequence(
             x={n: y[a:b] if kinds[n] == "query" else y for n, y in x.items()},
             pooled=pooled,
             layouts=layouts,
+            clusters=clusters_of_rows(spec, x),
             p=p[a:b],
             taken=taken,
             given={name: indices[a:b] for name, indices in given.items()},
@@ -154,7 +156,7 @@ def _chunks(spec: Spec, x: dict[str, Tensor], p: Tensor) -> list[tuple[int, int]
 def _asks_all_rows(spec: Spec, level: Level) -> bool:
     select, rows = level.select, spec.rows_of(level)
     by_head = select is not None and "head" in (select.scope, select.top_p and select.top_p.scope)
-    return by_head or bool(rows and (rows.last or rows.tile))
+    return by_head or bool(rows and (rows.last or rows.tile or rows.by))
 
 
 def _compute(rows: Rows, *, keep: Keep) -> Result:
@@ -192,7 +194,8 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
     taken = rows.reused.get(level.name)
     if taken and not taken.scored:
         return _taken_over(rows, level, taken)
-    groups = together(rows.spec.rows_of(level), rows.p, rows.lengths)
+    clusters = rows.clusters.get(level.name)
+    groups = together(rows.spec.rows_of(level), rows.p, rows.lengths, clusters)
     complete = visible_entries(rows, level, groups)  # [R, N]
     allowed = inside_beam(rows, level, levels, groups)  # [R, Hp, N]
     among = kept_entries(rows, level) if taken and taken.narrowed else allowed
@@ -220,7 +223,7 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         tiers = tiers_of(level.select, scores.detach(), candidates, forced)
     if level.name in rows.given:  # by a caller, who chooses for every row
         chosen, chooser = _given(rows, level, scores.shape[-1]), together(None, rows.p)
-        tiers = tiers if tiers is None else _tiers_of_given(level, tiers[groups.row], chosen)
+        tiers = tiers if tiers is None else _tiers_of_given(level, of_rows(tiers, groups), chosen)
     elif level.select and level.select.early_stop:
         chosen = walk(rows, level, scores.detach(), candidates, forced, groups)
     elif level.select:
@@ -249,7 +252,7 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         scores=scores,
         lse=lse,
         chosen=chosen,
-        chooser=chooser.row,
+        chooser=chooser,
         tiers=tiers,
     )
 
@@ -272,8 +275,7 @@ def _budget(
     assert other.chosen is not None, f"{select.budget_from} says how many and must select"
     if not len(groups.last):
         return other.chosen.new_zeros(0, heads, 1, dtype=torch.long)
-    asked = groups.members.amax(1)  # rows of a group have one choice: any of them tells it
-    return spread(other.chosen.sum(-1, keepdim=True)[other.chooser[asked]], heads)
+    return spread(asked_of(other.chosen.sum(-1, keepdim=True), other.chooser, groups), heads)
 
 
 def _choosing_heads(rows: Rows, level: Level, scores: Tensor, levels: dict[str, Scored]) -> int:
@@ -365,7 +367,7 @@ def _taken_over(rows: Rows, level: Level, taken: Taken) -> Scored:
         scores=scores,
         lse=None,
         chosen=chosen,
-        chooser=groups.row,
+        chooser=groups,
     )
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from hsgen.reference.attention import sum_of_branch
 from hsgen.reference.choice import order
 from hsgen.reference.inputs import named
-from hsgen.reference.queries import Together
+from hsgen.reference.queries import Together, of_rows
 from hsgen.reference.rows import Rows
 from hsgen.reference.scores import dot
 from hsgen.spec import EarlyStop, Level
@@ -47,8 +47,8 @@ def walk(
     adds.scatter_add_(-1, of.expand(len(q), -1, -1), weight)
     heads = q.shape[1] // scores.shape[1]
     ranking = order(scores, candidates, forced & candidates)
-    adds = adds.masked_fill(~candidates[groups.row].repeat_interleave(heads, 1), 0.0)
-    gains = adds.gather(-1, ranking[groups.row].repeat_interleave(heads, 1))
+    adds = adds.masked_fill(~of_rows(candidates, groups).repeat_interleave(heads, 1), 0.0)
+    gains = adds.gather(-1, of_rows(ranking, groups).repeat_interleave(heads, 1))
     taken = _walked(stop, gains, (start - top).exp(), heads, groups.row, len(scores))
     return torch.zeros_like(candidates).scatter_(-1, ranking, taken) & candidates
 

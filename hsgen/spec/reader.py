@@ -69,7 +69,7 @@ _ORDERS: Mapping[str, type[Node]] = {
 
 # words of the language that this version does not know yet; everything else is a slip of the pen
 _PLANNED_WORDS = """
-    by cosine pages softmax_mass
+    cosine pages softmax_mass
 """
 _PLANNED = frozenset(_PLANNED_WORDS.split())
 

@@ -28,6 +28,8 @@ REFUSED: dict[str, str] = {
     "seer_attention": "level block: no kernel pools by max_min_mean yet",
     "seer_attention_r": "level block: no kernel pools by max_min_mean yet",
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
+    "svg2": "level cluster: no kernel clusters keys yet",
+    "svg_ear": "level error: no kernel clusters keys yet",
     "xattention": "level tile: no kernel pools by antidiagonal yet",
     "s2o": "no kernel puts keys in another order yet",
     "psa": "level sample: no kernel pools by first yet",

@@ -60,9 +60,10 @@ Order = Annotated[SortInSegment | KMeans | Gather | Tile, Field(discriminator="k
 
 
 class Permute(Node):
-    """The order that a level's entries are cut from, head by head; tokens and outputs stay in place.
+    """The orders that a level's entries, and rows together, are cut from, head by head.
 
-    A token is seen by its own position, wherever it is put.
+    Tokens and outputs stay in place: a token is seen by its own position, wherever it is put.
     """
 
     keys: Order | None = None  # of keys, and of their values
+    queries: KMeans | None = None  # rows of a cluster choose together: `query: {by: cluster}`

@@ -22,6 +22,7 @@ class Query(Node):
 
     block: Count | None = None  # row t belongs to block t // block of its document
     tile: PerAxis | None = None  # rows of a tile of the spec's `axes`, as `permute` has them
+    by: Literal["cluster"] | None = None  # rows of a cluster, which `permute: {queries}` makes
     last: Count | None = None  # that many last rows of the prompt choose, for all of its rows
     pool: QueryPool | None = None  # one query stands for all of them; a row that is not there: 0
     reduce: Reduce | None = None  # how the scores of the rows become those of all of them
@@ -34,4 +35,4 @@ class Query(Node):
     @property
     def together(self) -> bool:
         """Whether rows choose together at all; else only their heads are pooled."""
-        return not self.block == self.last == self.tile
+        return not self.block == self.last == self.tile == self.by

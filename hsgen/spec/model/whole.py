@@ -370,6 +370,8 @@ _NEWS = {
     "then",
     "rotate",
     "query",
+    "query.by",
+    "queries",
     "tokens",
     "scope",
     "quota",

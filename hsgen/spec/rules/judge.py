@@ -29,6 +29,7 @@ from hsgen.spec.rules.queries import (
     turned_queries,
 )
 from hsgen.spec.rules.routes import on_ways, routes, ways
+from hsgen.spec.rules.row_orders import row_orders
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
 from hsgen.spec.rules.trees import apart, assigned, dual_entropies, spans
@@ -93,6 +94,7 @@ _RULES: tuple[Rule, ...] = (
     latents,
     one_softmax,
     tails,
+    row_orders,
     quotas,
     walks,
     stands_for,

@@ -22,11 +22,11 @@ def orders(spec: Spec) -> Iterator[Problem]:
 def _complete(level: Level, path: Path) -> Iterator[Problem]:
     """An order of nothing, and one whose masses nobody gives."""
     order = level.permute and level.permute.keys
-    if order is None:
+    if level.permute and order is None and level.permute.queries is None:
         yield Problem(
             code="HS130",
             path=path,
-            message="expected 'keys' in 'permute', got none",
+            message="expected 'keys' or 'queries' in 'permute', got none",
             help="write 'permute: {keys: {sort_in_segment: 256, by: mass, last: 128}}'",
             also=((*path, "keys"),),
         )

@@ -33,11 +33,12 @@ def _which_rows(query: Query, path: Path) -> Iterator[Problem]:
     alone = said and query.pool is None and query.reduce is None
     if query.tile is not None:
         return  # `tiled_rows` says so
-    if (query.block is None) == (query.last is None) and not (alone and query.block is None):
+    said = [key for key in ("block", "last", "by") if getattr(query, key) is not None]
+    if len(said) != 1 and not (alone and not said):
         yield Problem(
             code="HS110",
             path=path if query.block is None else (*path, "last"),
-            message=f"expected 'block' or 'last' in 'query', got {either(query.block)}",
+            message=f"expected 'block' or 'last' in 'query', got {' and '.join(said) or 'neither'}",
             help="write 'block: 128' for blocks of rows, or 'last: 64' for the prompt's last rows",
             also=((*path, "block"), (*path, "last"), (*path, "heads")),
             at_key=True,

@@ -263,7 +263,7 @@ def spans(spec: Spec) -> Iterator[Problem]:
             yield Problem(
                 code="HS158",
                 path=(*path, "values"),
-                message=f"expected pooled values of blocks, got '{level.name}', {named(level)}",
+                message=f"expected pooled values of blocks or clusters, got '{level.name}', {named(level)}",
                 help="remove 'values'",
                 also=((*path, "over"), ("levels", j, "partition")),
             )
