@@ -30,6 +30,7 @@ from hsgen.graph import (
     Node,
     Norm,
     Normalise,
+    Op,
     OutputGate,
     Pattern,
     Permute,
@@ -49,6 +50,7 @@ from hsgen.graph import (
     Switch,
     TensorType,
     Union,
+    Unlike,
     align,
     anchors,
     assigned,
@@ -84,7 +86,7 @@ def _op_causality(node: Node, *, causal: bool) -> Causality:
             return _axes_causality(op.pattern, causal=causal)
         case Permute() if causal and op.by == "mass":
             return "prompt"  # the last rows say which keys come first
-        case (PoolRows() | ReduceRows() | Score()) as op if causal and (found := _of_rows(op)):
+        case PoolRows() | ReduceRows() | Score() | Unlike() if causal and (found := _of_rows(op)):
             return found
         case Assign() if causal and op.capacity is not None:
             return "prompt"  # later tokens may be nearer, and take what room a node has
@@ -115,14 +117,16 @@ def _op_causality(node: Node, *, causal: bool) -> Causality:
             | OutputGate()
         ):
             return "token"  # row by row, or entry by entry, of what the operators above have masked
-        case PoolRows() | PoolHeads() | ReduceRows():
+        case PoolRows() | PoolHeads() | ReduceRows() | Unlike():
             return "token"
         case _:
             assert_never(op)
 
 
-def _of_rows(op: PoolRows | ReduceRows | Score) -> Causality | None:
+def _of_rows(op: PoolRows | ReduceRows | Score | Unlike) -> Causality | None:
     """What rows that ask together make of causality; None of rows that ask alone."""
+    if isinstance(op, Unlike):
+        return "prompt" if op.centred else "query_block"
     asks = (op.halves and op.halves.rows) if isinstance(op, Score) else op
     if asks is None:
         return None
@@ -714,10 +718,8 @@ def _flops(counts: _Counts, node: Node) -> Cost:
     graph, op = counts.graph, node.op
     operands = [operand.type for operand in graph.operands(node)]
     match op:
-        case Input() | Select() | SelectSet() | Route() | Switch() | Union() | Recall():
-            walks = isinstance(op, SelectSet) and op.rule == "early_stop"
-            pairs = _complete_pairs(1, 1, causal=graph.meta.causal)  # at most every logit, once
-            return pairs * (2 * counts.product(("Hq", "Dqk"))) if walks else ZERO
+        case Input() | Select() | SelectSet() | Unlike() | Route() | Switch() | Union() | Recall():
+            return _choice_flops(counts, op, operands)
         case Cluster() | Permute() | Assign() | Runs():
             return _order_flops(counts, op, operands)
         case Carry() | Distance() | Divergence() | Entropies():
@@ -746,6 +748,20 @@ def _flops(counts: _Counts, node: Node) -> Cost:
             return counts.elements(node.type) * _per_number(counts, node, op)
         case _:
             assert_never(op)
+
+
+def _choice_flops(counts: _Counts, op: Op, operands: list[TensorType]) -> Cost:
+    """Comparisons count nothing; a walk has logits, a divergence quotients, logarithms and products."""
+    match op:
+        case SelectSet(rule="early_stop"):
+            pairs = _complete_pairs(1, 1, causal=counts.graph.meta.causal)  # at most all, once
+            return pairs * (2 * counts.product(("Hq", "Dqk")))
+        case Unlike():  # lengths, unit vectors and their sums
+            return sum((counts.elements(each) * 4 for each in operands), ZERO)
+        case Route(divergence=float()):
+            return sum((counts.elements(each) * 4 for each in operands), ZERO)
+        case _:
+            return ZERO
 
 
 def _calls_flops(

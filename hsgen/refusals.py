@@ -37,6 +37,7 @@ from hsgen.graph import (
     Select,
     SelectSet,
     Union,
+    Unlike,
 )
 
 
@@ -82,7 +83,7 @@ def _lacking(graph: Graph, node: Node) -> str | None:
         case Normalise() | ReduceRows() as op:
             words = _of_scores(op)
             return words and f"level {op.level}: no kernel {words} yet"
-        case Cluster() | Permute() | Assign() | Runs() | Recall() | Carry() as op:
+        case Cluster() | Permute() | Assign() | Runs() | Unlike() | Recall() | Carry() as op:
             return f"level {op.level}: no kernel {_of_keys(op)} yet"
         case Score() | Map() | Select() | SelectSet() as op:
             words = _of_queries(graph, node) or _of_choice(op)
@@ -143,7 +144,7 @@ def _of_queries(graph: Graph, node: Node) -> str | None:
     return "scores by queries of its own" if own else None
 
 
-def _of_keys(op: Cluster | Permute | Assign | Runs | Recall | Carry) -> str:
+def _of_keys(op: Cluster | Permute | Assign | Runs | Unlike | Recall | Carry) -> str:
     match op:
         case Cluster(of="queries"):
             return "clusters queries"
@@ -155,6 +156,8 @@ def _of_keys(op: Cluster | Permute | Assign | Runs | Recall | Carry) -> str:
             return "assigns keys to nodes of a tree"
         case Runs():
             return "cuts keys into runs"
+        case Unlike():
+            return "compares the tokens of an entry"
         case Recall() | Carry():
             return "takes over a selection"
 

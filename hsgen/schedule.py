@@ -45,6 +45,7 @@ from hsgen.graph import (
     SelectSet,
     Switch,
     Union,
+    Unlike,
     short_last,
 )
 from hsgen.kernels import POOLS, IndexContext, MergeContext, RankContext, SegmentsContext
@@ -98,7 +99,7 @@ class _Scheduler:
                     self._gate(node)
                 case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
                     pass  # fused into the launch that reads them
-                case Route() | Switch() | Union() | OutputGate() | SelectSet():
+                case Route() | Switch() | Union() | OutputGate() | SelectSet() | Unlike():
                     raise AssertionError("refused")
                 case Cluster() | Permute() | Assign() | Runs() | Round() | Norm() | Rotate():
                     raise AssertionError("refused")

@@ -54,6 +54,7 @@ from hsgen.graph import (
     Switch,
     Turns,
     Union,
+    Unlike,
     anchors,
     assigned,
     befores,
@@ -340,6 +341,8 @@ def _evaluate(run: _Run, node: Node) -> Value:
             return _reduce(run, node.op, *operands)
         case ReduceRows():
             return _reduce_rows(run, node, *operands)
+        case Unlike():
+            return _unlike(run, node.op, *operands)
         case Map():
             return _map(run, node, operands[0])
         case Select():
@@ -352,6 +355,7 @@ def _evaluate(run: _Run, node: Node) -> Value:
                 kept = _walk(run, node, *operands)
             else:
                 order = more.pop() if node.op.cut else None
+                more = more[:-1] if node.op.where else more  # read where rows are made
                 split = more.pop() if node.op.apart else None
                 kept = _select_set(run, node, score, order, *more)
                 if split is not None:
@@ -390,9 +394,12 @@ def _evaluate(run: _Run, node: Node) -> Value:
             assert_never(node.op)
 
 
-def _route(run: _Run, op: Route, number: Tensor | None = None) -> Tensor:
+def _route(run: _Run, op: Route, number: Tensor | None = None, *more: Scores) -> Tensor:
     """The number of each head's way, or one that no way has.  -> int64[B, Hq]"""
     batch, heads = run.tensors["q"].shape[0], run.graph.sizes["Hq"]
+    if op.divergence is not None:
+        far = [[_apart(b, h, number, *more) for h in range(heads)] for b in range(batch)]
+        return torch.tensor([[int(x >= op.divergence) for x in row] for row in far])
     taken = torch.full((batch, heads), -7)
     for b, h in ((b, h) for b in range(batch) for h in range(heads)):
         if number is None:
@@ -405,6 +412,17 @@ def _route(run: _Run, op: Route, number: Tensor | None = None) -> Tensor:
         if 0 <= at < len(op.places):
             taken[b, h] = op.places[at]
     return taken
+
+
+def _apart(b: int, h: int, *scores: Scores) -> float:
+    """The root of the mean of both relative entropies to the middle, in nats."""
+    rows = [_masked(x)[b, 0, h].tolist() for x in scores]
+    rows = [[0.0 if mass == -math.inf else mass for mass in row] for row in rows]
+    p, q = ([mass / (sum(row) or 1.0) for mass in row] for row in rows)
+    found = 0.0
+    for x, y in zip(p, q, strict=True):
+        found += sum(z * math.log(2 * z / (x + y)) / 2 for z in (x, y) if z > 0)
+    return max(found, 0.0) ** 0.5
 
 
 def _switch(branches: list[Attended]) -> Attended:
@@ -1236,6 +1254,11 @@ def _select_set(
     for b, t, h in itertools.product(range(B), range(T), range(H) if other else ()):
         ranked = _ranked(op, _row_of(run, node, score, (b, t, h), order, inside))
         keep = int(other.member[b, t, h * other.member.shape[2] // H].sum())
+        if op.budget_in is not None:  # one entry more than so many tokens fill
+            borrowed = next(
+                x.op for x in run.graph.operands(node)[1:] if x.op.level == op.budget_from
+            )
+            keep = math.floor(Fraction(keep * borrowed.size, op.size)) + 1
         keep += 0 if op.counted else sum(x.forced for x in ranked)
         for x in ranked[:keep]:
             member[b, t, h, x.where[1]] = True
@@ -1375,6 +1398,30 @@ class _Entry:
     there: bool
 
 
+def _unlike(run: _Run, op: Unlike, query: Tensor, keys: Tensor) -> Tensor:
+    """Pair after pair of tokens of each entry, and of the rows that choose together."""
+    keys = keys - keys.mean(1, keepdim=True) if op.centred else keys
+    B, S, G = keys.shape[0], keys.shape[1], query.shape[2] // keys.shape[2]
+
+    def apart(x: Tensor) -> bool:
+        pairs = [
+            torch.nn.functional.cosine_similarity(y, z, dim=0, eps=1e-300).item()
+            for y in x
+            for z in x
+        ]
+        return sum(pairs) / len(pairs) <= op.similarity
+
+    entries = [range(e * op.size, min(e * op.size + op.size, S)) for e in range(-(-S // op.size))]
+    rows = [[t for t in asked if t is not None] for asked in _asked(run, op.block, None)]
+    found = torch.zeros(B, len(rows), query.shape[2], len(entries), dtype=torch.bool)
+    for b, h in itertools.product(range(B), range(query.shape[2])):
+        of_keys = [apart(keys[b, list(tokens), h // G]) for tokens in entries]
+        for r, asked in enumerate(rows):
+            of_rows = apart(query[b, asked, h])
+            found[b, r, h] = torch.tensor([of_rows or of_key for of_key in of_keys])
+    return found
+
+
 def _row_of(
     run: _Run,
     node: Node,
@@ -1392,6 +1439,9 @@ def _row_of(
     forced = _forced(run, node, b, row, len(values)) - tail
     last = run.span_of(node.type.dims[1], row)[1]
     forced |= _sinks(run, node, order, (b, at[2], score.value.shape[2]), last)
+    if op.where:
+        (unlike,) = (x.name for x in run.graph.operands(node) if isinstance(x.op, Unlike))
+        forced |= {e for e, seen in enumerate(there) if seen and run.values[unlike][at][e]}
     return [
         _Entry(where=(at[1], e), score=x if there[e] else -math.inf, forced=e in forced, there=seen)
         for e, (x, seen) in enumerate(zip(values, there, strict=True))

@@ -14,8 +14,10 @@ from hsgen.spec import (
     Score,
     Select,
     Spec,
+    Statistic,
     Tokens,
     TopP,
+    Where,
 )
 
 MASS = Score(form="dot", normalise="softmax")
@@ -51,6 +53,88 @@ def wide(size: int, select: Select, **more: object) -> list[Level]:
             select=select,
         ),
     ]
+
+
+def flex(threshold: float, **more: object) -> Spec:
+    """By a statistic, blocks that are pooled or columns and diagonals."""
+    share = Select(top_p=TopP(mass=0.6))
+    fewest = Select(budget_from="column", budget_in="tokens", force=Force(first=1))
+    part = Statistic(
+        divergence="estimate",
+        source="column_block",
+        threshold=threshold,
+        below="pooled",
+        above="vertical_slash",
+    )
+    taken = Score(source="column", map="sum")
+    levels = [
+        Level(
+            name="estimate",
+            partition=blocks(4),
+            pool=MEAN,
+            query=Query(last=4, pool="mean"),
+            score=MASS,
+        ),
+        columns(share).model_copy(update={"name": "column"}),
+        slash(share),
+        Level(name="column_block", partition=blocks(4), score=taken),
+        Level(name="block", when="vertical_slash", partition=blocks(4), score=taken, select=fewest),
+        Level(
+            name="slash_block",
+            when="vertical_slash",
+            partition=Diagonals(size=4),
+            score=Score(source="slash", map="sum"),
+            select=fewest.model_copy(update={"budget_from": "slash"}),
+        ),
+        Level(
+            name="pooled",
+            when="pooled",
+            partition=blocks(4),
+            pool=MEAN,
+            query=Query(block=4, pool="mean"),
+            score=MASS,
+            select=Select(
+                top_p=TopP(mass=0.6, boundary="drop", scope="head"),
+                force=Force(first=1, last=1, counted=False),
+            ),
+        ),
+    ]
+    branches = [
+        SELECTED.model_copy(update={"when": "vertical_slash"}),
+        Attend(name="slashes", over="slash_block", when="vertical_slash"),
+        Attend(name="blocks", over="pooled", when="pooled"),
+    ]
+    route = Route(by="sample_head", statistic=part)
+    return spec("flex", levels, branches, route=route, combine=UNION, **more)
+
+
+def unlike(
+    similarity: float,
+    select: Select | None = None,
+    *,
+    size: int = 4,
+    rows: int = 4,
+    centred: bool = True,
+    top_p: TopP | None = None,
+) -> list[Level]:
+    """Means of blocks, where tokens are alike."""
+    top_p = top_p or TopP(mass=0.7, boundary="drop", min=1, of="rest")
+    where = Where(similarity=similarity, centred=centred)
+    return [
+        Level(
+            name="block",
+            partition=blocks(size),
+            pool=MEAN,
+            query=Query(block=rows, pool="mean"),
+            score=MASS,
+            select=select or Select(top_p=top_p, force=Force(where=where)),
+        )
+    ]
+
+
+def sparge(similarity: float, *, kv: int = 2, causal: bool = True, **more: object) -> Spec:
+    name = "sparge" if not more else "sparge_of_" + "_".join(more)
+    return spec(name, unlike(similarity, **more), [SELECTED], kv=kv, causal=causal)
 
 
 SLASH: list[Spec] = [
@@ -93,5 +177,44 @@ SLASH: list[Spec] = [
         ],
         route=Route(by="head", input=("vertical_slash", "block_sparse", "a_shape")),
         combine=UNION,
+    ),
+    flex(0.1),
+    flex(0.3).model_copy(update={"name": "flex_between"}),
+    flex(0.9, kv=4).model_copy(update={"name": "flex_pooled"}),
+    spec(
+        "computed_window",
+        [
+            Level(name="token", partition=Tokens(), query=LAST, score=MASS),
+            Level(
+                name="other",
+                partition=Tokens(),
+                query=Query(last=4, pool="mean"),
+                score=MASS,
+            ),
+        ],
+        [
+            WINDOW.model_copy(update={"when": "near"}),
+            Attend(name="all", window="all", when="far"),
+        ],
+        route=Route(
+            by="sample_head",
+            statistic=Statistic(
+                divergence="token", source="other", threshold=0.2, below="near", above="far"
+            ),
+        ),
+    ),
+    sparge(0.3),
+    sparge(0.5, size=3, rows=6, centred=False, top_p=TopP(mass=0.5, of="rest")),
+    sparge(0.4, size=6, rows=3, kv=4).model_copy(update={"name": "sparge_wide_keys"}),
+    sparge(0.4, causal=False).model_copy(update={"name": "sparge_not_causal"}),
+    spec(
+        "unlike_by_share",
+        unlike(0.3, Select(fraction=0.4, force=Force(counted=False, where=Where(similarity=0.3)))),
+        [SELECTED],
+    ),
+    spec(
+        "unlike_above",
+        unlike(0.3, Select(threshold=0.2, force=Force(last=1, where=Where(similarity=0.3)))),
+        [SELECTED],
     ),
 ]

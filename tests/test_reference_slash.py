@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from plan_cases import UNION, random_tensors, top
 from plan_cases import spec as make
-from plan_cases_slash import MASS, SLASH, SLASHES, columns, near, slash, wide
+from plan_cases_slash import MASS, SLASH, SLASHES, columns, flex, near, slash, sparge, wide
 
 from hsgen.analysis import causality, costs, laws
 from hsgen.errors import PlanError, SpecError
 from hsgen.planner import plan
 from hsgen.reference import reference
+from hsgen.reference.likeness import alike
+from hsgen.reference.routes import computed_ways
 from hsgen.schedule import schedule
 from hsgen.selection import members
-from hsgen.spec import Attend, HeadDim, Heads, Query, Select, Spec, verify
+from hsgen.spec import Attend, Blocks, HeadDim, Heads, Query, Score, Select, Spec, verify
 from hsgen.target import H100
 
 NAMES = [case.name for case in SLASH]
@@ -134,6 +137,213 @@ def test_each_head_takes_its_way() -> None:
     found = seen(spec, x)
     for h, way in enumerate(x["route"].tolist()):
         assert torch.equal(found[:, h], masks[way][:, h])
+
+
+# --- FlexPrefill
+
+
+def distance(p: list[float], q: list[float]) -> float:
+    """The root of the Jensen-Shannon divergence, number by number."""
+    found = 0.0
+    for x, y in zip(p, q, strict=True):
+        middle = (x + y) / 2
+        found += sum(z * math.log(z / middle) for z in (x, y) if z > 0) / 2
+    return math.sqrt(max(found, 0.0))
+
+
+def flex_prefill(q, k, B, gamma, tau):
+    """Of one head: its mask and its distance, as the card says.  [T, D], [T, D]"""
+    T, D = q.shape
+    N = -(-T // B)
+    last = range(max(0, T - B), T)
+    true = torch.zeros(len(last), T, dtype=torch.float64)
+    for i, t in enumerate(last):
+        true[i, : t + 1] = (k[: t + 1] @ q[t] / D**0.5).softmax(0)
+    column, diagonal = true.mean(0).tolist(), [0.0] * T
+    for i, t in enumerate(last):
+        for s in range(t + 1):
+            diagonal[t - s] += true[i, s].item() / len(last)
+    by_block = [[sum(x[n * B : n * B + B]) for n in range(N)] for x in (column, diagonal)]
+    means = torch.stack([k[n * B : n * B + B].mean(0) for n in range(N)])
+    estimate = (means @ q[last.start :].mean(0) / D**0.5).softmax(0).tolist()
+    far = distance(estimate, by_block[0])
+    kept = {(n, 0) for n in range(N)} | {(n, n) for n in range(N)}
+    if far < tau:
+        masses = []
+        for m in range(N):
+            row = (means[: m + 1] @ q[m * B : m * B + B].mean(0) / D**0.5).softmax(0).tolist()
+            masses += [(-mass, m, n) for n, mass in enumerate(row)]
+        total = 0.0
+        for mass, m, n in sorted(masses):
+            total -= mass
+            kept |= {(m, n)} if total <= gamma * N else set()
+    else:
+        for which, (tokens, sums) in enumerate(zip((column, diagonal), by_block, strict=True)):
+            running = itertools.accumulate(sorted(tokens, reverse=True))
+            fewest = 1 + sum(x < gamma * sum(tokens) for x in running)
+            best = sorted(range(1, N), key=lambda n: (-sums[n], n))[: fewest // B]
+            for m, n in itertools.product(range(N), (0, *best)):
+                kept |= {(m, n) if which == 0 else (m, m - n)}
+    mask = [[s <= t and (t // B, s // B) in kept for s in range(T)] for t in range(T)]
+    return mask, far
+
+
+@pytest.mark.parametrize("T", [4, 20, 36])
+@pytest.mark.parametrize("tau", [1e-6, 0.15, 1.0])
+def test_flex_prefill_is_its_card(T: int, tau: float) -> None:
+    """Heads of one prompt go both ways where the threshold lies between their distances."""
+    spec = flex(tau)
+    x = random_tensors(spec, T, T, batch=1)
+    found, group = seen(spec, x), spec.heads.group
+    for h in range(spec.heads.query):
+        mask, _ = flex_prefill(x["q"][0, :, h], x["k"][0, :, h // group], 4, 0.6, tau)
+        assert found[:, h].tolist() == mask, h
+
+
+def test_distances_are_of_prompts_and_heads() -> None:
+    """A head of one sequence takes a way that the same head of another does not take."""
+    x = random_tensors(flex(1.0), 24, 24, batch=6)
+    far = [
+        flex_prefill(x["q"][b, :, h], x["k"][b, :, h // 2], 4, 0.6, 1.0)[1]
+        for b, h in itertools.product(range(6), range(4))
+    ]
+    spec = flex(sorted(far)[12])
+    below = torch.tensor(far).view(6, 4) < sorted(far)[12]
+    found = reference(spec, x).selection["pooled"].words.ne(0).any(-1)  # [B, T, Hq]
+    assert torch.equal(found.any(1), below) and below.any(0).ne(below.all(0)).any()
+    ways = [reference(spec, {n: y[b : b + 1] for n, y in x.items()}) for b in range(6)]
+    whole = reference(spec, x)
+    torch.testing.assert_close(whole.o, torch.cat([way.o for way in ways]))
+
+
+def test_equal_estimates_have_no_distance() -> None:
+    """0, and not NaN: a mass that both say is 0 takes no part, where theirs is NaN and another way."""
+    p = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]], dtype=torch.float64)
+    q = torch.tensor([[[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]], dtype=torch.float64)
+    spec = flex(0.8)
+    scores = {"estimate": p, "column_block": q}
+    assert computed_ways(spec, scores).tolist() == [0, 1]  # the root of log 2 is 0.83
+    assert computed_ways(flex(0.84), scores).tolist() == [0, 0]
+    assert computed_ways(spec, {"estimate": p}) is None
+
+
+def test_budgets_in_tokens_hold_more_than_is_kept() -> None:
+    """Of 4 tokens an entry: 3 tokens are in one, 4 and 5 take two, as n // 128 + 1 of theirs."""
+    for kept, blocks_kept in ((3, 1), (4, 2), (5, 2), (8, 3)):
+        spec = one_head(
+            columns(Select(top_k=kept), query=None).model_copy(update={"name": "token"}),
+            columns(
+                Select(budget_from="token", budget_in="tokens"),
+                query=None,
+                score=Score(source="token", map="sum"),
+            ).model_copy(update={"partition": Blocks(size=4, stride=4)}),
+            branches=[Attend(name="selected", over="block")],
+        )
+        x = random_tensors(spec, 16, 16, batch=1)
+        assert chosen(spec, x, "block")[-1].sum() == blocks_kept
+
+
+# --- SpargeAttn
+
+
+def cosine(x, y) -> float:
+    return (x @ y / (x.norm() * y.norm())).item()
+
+
+def likeness(x) -> float:
+    """Of a block, pair by pair."""
+    return sum(cosine(y, z) for y in x for z in x) / len(x) ** 2
+
+
+def sparge_blocks(q, k, rows, size, similarity, mass):
+    """Of one head: key blocks by block of queries, as the card says.  [T, D], [T, D] -> rows of sets"""
+    T, D = q.shape
+    keys = [k[s : s + size] - k.mean(0) for s in range(0, T, size)]
+    queries = [q[t : t + rows] for t in range(0, T, rows)]
+    alike = [likeness(x) > similarity for x in keys]
+    found = []
+    for m, x in enumerate(queries):
+        visible = [n for n in range(len(keys)) if n * size < (m + 1) * rows]
+        unlike = likeness(x) <= similarity
+        kept = {n for n in visible if unlike or not alike[n]}
+        scored = [n for n in visible if alike[n]]
+        logits = [(x.mean(0) @ keys[n].mean(0)).item() / D**0.5 for n in scored]
+        masses = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
+        total = 0.0
+        for i, (share, n) in enumerate(sorted(zip(masses, scored, strict=True), reverse=True)):
+            total += share
+            kept |= {n} if total <= mass or i == 0 else set()
+        found.append(kept)
+    return found
+
+
+@pytest.mark.parametrize(("rows", "size"), [(8, 4), (4, 8), (4, 4)])
+@pytest.mark.parametrize("T", [3, 32, 41])
+@pytest.mark.parametrize("similarity", [-1.0, 0.3, 1.0])
+def test_sparge_is_its_card(rows: int, size: int, T: int, similarity: float) -> None:
+    """Also blocks of 64 by 128, as on sm90, of a length that neither divides: theirs wants a mask of
+    another shape there than their page says, and reads beside the one that it is given.
+    """
+    spec = sparge(similarity, rows=rows, size=size)
+    x = alike_in_part(spec, T)
+    found, group = chosen(spec, x, "block"), spec.heads.group
+    for h in range(spec.heads.query):
+        kept = sparge_blocks(x["q"][0, :, h], x["k"][0, :, h // group], rows, size, similarity, 0.7)
+        for t in range(T):
+            if len(kept[t // rows]) == 0:
+                continue
+            assert {*found[t, h].nonzero().flatten().tolist()} == kept[t // rows], (h, t)
+
+
+def alike_in_part(spec: Spec, T: int) -> dict:
+    """Tokens of every other run of 8 have much in common."""
+    x = random_tensors(spec, T, T, batch=1)
+    common = random_tensors(spec, 1, 1, batch=1, seed=5)
+    often = (torch.arange(T) // 8 % 2 == 0)[None, :, None, None]
+    return {n: y + 3 * common[n] * often if n in ("q", "k") else y for n, y in x.items()}
+
+
+def test_sparge_sees_no_later_token_of_its_own_block() -> None:
+    """Their CUDA calls pass False for causal, so that a row sees to the end of its key block."""
+    spec = sparge(1.0)
+    x = random_tensors(spec, 9, 9, batch=1)
+    t, s = torch.arange(9)[:, None], torch.arange(9)
+    assert torch.equal(seen(spec, x), (s <= t)[:, None].expand(-1, spec.heads.query, -1))
+
+
+def test_keys_need_not_be_centred() -> None:
+    """Theirs has no mean to read where keys are not smoothed.  One mean in all keys: all alike."""
+    x = random_tensors(sparge(0.5), 16, 16, batch=1)
+    x["k"] = x["k"] + 100 * torch.ones_like(x["k"])
+    x["q"] = x["q"] + 100 * torch.ones_like(x["q"])
+    plain = reference(sparge(0.9, centred=False), x)
+    assert not plain.forced["block"].any()
+    centred = reference(sparge(0.9), x)
+    torch.testing.assert_close(plain.scores["block"], centred.scores["block"])
+    assert centred.forced["block"].any()
+
+
+def test_vectors_of_zeros_are_like_none() -> None:
+    x = torch.zeros(3, 1, 2, dtype=torch.float64)
+    there = torch.ones(3, 1, 1, dtype=torch.bool)
+    assert alike(x, there).tolist() == [0.0]
+    x[0] = torch.tensor([[3.0, 4.0]])
+    assert alike(x, there).tolist() == pytest.approx([1 / 9])
+    there[1:] = False
+    assert alike(x, there).tolist() == pytest.approx([1.0])
+
+
+def test_smoothing_changes_no_mass() -> None:
+    """A mean that is taken off all keys is one number less in all logits of a row."""
+    x = random_tensors(sparge(-1.0), 16, 16, batch=1)
+    moved = x | {"k": x["k"] - x["k"].mean(1, keepdim=True)}
+    one, other = (reference(sparge(-1.0), y).selection["block"].words for y in (x, moved))
+    assert torch.equal(one, other)
+
+
+def test_likeness_is_of_the_prompt_where_keys_are_centred() -> None:
+    assert causality(plan(sparge(0.5))) == "prompt"
+    assert causality(plan(sparge(0.5, centred=False))) == "query_block"
 
 
 # --- edges and laws

@@ -58,6 +58,7 @@ from hsgen.graph.ops import (
     Tiers,
     Turns,
     Union,
+    Unlike,
     Which,
 )
 from hsgen.graph.rows import block_of, own_entries
@@ -118,6 +119,7 @@ __all__ = [
     "Tiers",
     "Turns",
     "Union",
+    "Unlike",
     "Which",
     "align",
     "anchors",

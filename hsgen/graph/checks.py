@@ -20,6 +20,7 @@ from hsgen.graph.ops import (
     Score,
     Select,
     SelectSet,
+    Unlike,
 )
 from hsgen.graph.types import need, need_dims, result_type
 
@@ -83,7 +84,7 @@ def partitions(graph: Graph) -> Mapping[str, tuple[int, int]]:
     """Size and stride of every level's entries; GraphError where operators disagree."""
     found: dict[str, tuple[int, int]] = {}
     for node in graph.nodes():
-        if isinstance(node.op, Pool | Score | Map | Select | SelectSet | Recall):
+        if isinstance(node.op, Pool | Score | Map | Select | SelectSet | Unlike | Recall):
             own = (node.op.size, node.op.stride)
             need(
                 found.setdefault(node.op.level, own) == own,

@@ -414,6 +414,22 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unlike:
+    """Where the keys of an entry, or the queries of rows that choose together, are not alike.
+
+    query, keys -> i32[B, R, Hq, N], 1 where one of the two has a mean cosine of all its pairs of at
+    most `similarity`.  R is T/block.  `centred`: keys less their mean.
+    """
+
+    level: str
+    similarity: float
+    centred: bool
+    block: int
+    size: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tiers:
     """The parts of a pyramid: (merge, part, least) of each tier, parts in units of 2^-30.
 
@@ -442,6 +458,8 @@ class SelectSet:
     ranked nor part of a total.  `budget_from`: as many as another level keeps, whose selection is the
     next operand; where that is of one row for all and this is not, the part of its candidates that it
     keeps, of those here, rounded up, all forced ones and the `least`, head by head of the finer one.
+    `budget_in` tokens: as many as hold more of them than it keeps.  `where`: entries of the next operand
+    are forced.
     `apart`: what begins before the token of the next operand and what does not are chosen apart.
     `sink`, `cut`, `when` and `diagonal` as in Select.
     """
@@ -477,6 +495,8 @@ class SelectSet:
     sink: int | None = None
     cut: Cut | None = None
     budget_from: str | None = None
+    budget_in: Literal["tokens"] | None = None
+    where: Literal[True] | None = None
     apart: Literal["input"] | None = None
     diagonal: Literal[True] | None = None
 
@@ -604,6 +624,9 @@ class Attend:
 class Route:
     """Which way each takes, a number into `ways`.  [number of the layer, or of the way] -> i32
 
+    `divergence` reads two scores of the last rows instead, f32[B, 1, Hq, N]: where the root of the
+    Jensen-Shannon divergence of their parts of their sums is less than that, the first of `ways`.
+
     One number for a layer, i32[1]; for each head, i32[Hq]; for each sequence, i32[Z], or both.
     `places` are places in `ways`: where they repeat, layer or head i is at place i, over and over,
     and else the operand is a number into them, any other number no way at all.
@@ -613,6 +636,7 @@ class Route:
     ways: tuple[str, ...]
     places: tuple[int, ...]
     repeats: bool
+    divergence: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -750,6 +774,7 @@ Op = (
     | Map
     | Select
     | SelectSet
+    | Unlike
     | Delta
     | Attend
     | Route

@@ -40,6 +40,7 @@ from hsgen.graph.ops import (
     SelectSet,
     Switch,
     Union,
+    Unlike,
 )
 
 
@@ -142,7 +143,7 @@ def _owner(op: Op) -> str:
             return f"level {op.level}"
         case PoolRows() | PoolHeads() | ReduceRows() | Assign() | Runs():
             return f"level {op.level}"
-        case Score() | Normalise() | Map() | Select() | SelectSet():
+        case Score() | Normalise() | Map() | Select() | SelectSet() | Unlike():
             return f"level {op.level}"
         case Attend():
             return f"branch {op.branch}"

@@ -41,6 +41,7 @@ from hsgen.graph.ops import (
     SelectSet,
     Switch,
     Union,
+    Unlike,
 )
 from hsgen.graph.rows import block_of, is_rows, own_entries, rows_dim
 
@@ -59,7 +60,7 @@ def result_type(op: Op, operands: Sequence[Node]) -> TensorType:
             return _score_type(op, operands)
         case LogSumExp() | Normalise() | Reduce() | ReduceRows() | Map():
             return _step_type(op, operands)
-        case Select() | SelectSet():
+        case Select() | SelectSet() | Unlike():
             return _selection_type(op, operands)
         case Attend() | Route() | Gate() | Switch() | Union() | OutputGate():
             return _output_type(op, operands)
@@ -647,6 +648,12 @@ def _without_route(op: Select | SelectSet | Attend, operands: Sequence[Node]) ->
 
 def _route_type(op: Route, types: Sequence[TensorType]) -> TensorType:
     dims = ROUTE_DIMS[op.by]
+    if op.divergence is not None:
+        _need_count(types, 2)
+        need(op.by == "sample_head" and op.places == (0, 1), "it is a head that two ways are of")
+        for each in types:
+            need(each.dims[:3] == ("B", "1", "Hq"), f"expected f32[B, 1, Hq, N], got {each}")
+        return TensorType(dtype="i32", dims=dims)
     _need_count(types, 0 if op.repeats and op.by == "head" else 1)
     need(not op.repeats or not op.by.startswith("sample"), "sequences have no numbers")
     need(bool(op.places) and len(set(op.ways)) == len(op.ways), "a route of nothing")
@@ -664,7 +671,16 @@ ROUTE_DIMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-def _selection_type(op: Select | SelectSet, operands: Sequence[Node]) -> TensorType:
+def _unlike_type(op: Unlike, types: Sequence[TensorType]) -> TensorType:
+    _need_count(types, 2)
+    need_dims(types[0], ("B", "T", "Hq", "Dqk"))
+    need_dims(types[1], ("B", "S", "Hkv", "Dqk"))
+    return TensorType(dtype="i32", dims=("B", rows_dim(op.block, None), "Hq", f"N_{op.level}"))
+
+
+def _selection_type(op: Select | SelectSet | Unlike, operands: Sequence[Node]) -> TensorType:
+    if isinstance(op, Unlike):
+        return _unlike_type(op, [operand.type for operand in operands])
     heads = operands[0].type.dims[2] if operands and len(operands[0].type.dims) == 4 else ""
     by_head = op.when is not None and "Hq" in operands[-1].type.dims
     need(not by_head or heads == "Hq", f"heads share a selection of {op.level}, and not their way")
@@ -734,6 +750,10 @@ def keeps_part(score: TensorType, other: TensorType) -> bool:
 
 
 def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
+    if op.where is not None:
+        *operands, unlike = operands
+        need(isinstance(unlike.op, Unlike), f"%{unlike.name} says of no entry how alike it is")
+        need_dims(unlike.type, operands[0].type.dims)
     choosing = operands[0].type.dims[2] if operands else ""
     if op.apart is not None:
         *operands, split = operands
@@ -745,7 +765,10 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
             isinstance(other.op, Select | SelectSet | Recall) and other.op.level == op.budget_from,
             f"%{other.name} is not the selection of level {op.budget_from}",
         )
+        assert isinstance(other.op, Select | SelectSet | Recall)
         heads, part = operands[0].type.dims[2], keeps_part(operands[0].type, other.type)
+        sized = op.size > 0 and other.op.size > 0 and not part
+        need(op.budget_in is None or sized, "entries of any size hold no number of tokens")
         coarser = COARSENESS[other.type.dims[2]] >= COARSENESS[heads]
         same = coarser and other.type.dims[1] == operands[0].type.dims[1]
         need(part or same, "others choose for others")

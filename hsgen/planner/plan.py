@@ -11,7 +11,7 @@ from hsgen.planner.calls import carried, plan_reuse
 from hsgen.planner.orders import assign, lies_in
 from hsgen.planner.routes import taken
 from hsgen.planner.scores import plan_map, plan_score
-from hsgen.planner.selections import select, select_operands, select_set
+from hsgen.planner.selections import select, select_operands, select_set, unlike
 
 
 def plan(spec: language.Spec) -> Graph:
@@ -25,13 +25,15 @@ def plan(spec: language.Spec) -> Graph:
     """
     builder = Builder(spec=language.verify(spec))
     made: dict[str, Node] = {}
+    computed = spec.route is not None and spec.route.statistic is not None
     for branch in spec.attend:
-        if branch.over is None:  # chosen by position alone: levels may ask for its log-sum-exp
+        # chosen by position alone: levels may ask for its log-sum-exp
+        if branch.over is None and not (computed and branch.when):
             made[branch.name] = plan_branch(builder, branch)
     for level in spec.levels:
         _plan_level(builder, level)
     for branch in spec.attend:
-        if branch.over is not None:
+        if branch.name not in made:
             made[branch.name] = plan_branch(builder, branch)
     branches = [made[branch.name] for branch in spec.attend]
     outputs = plan_combine(builder, branches)
@@ -106,6 +108,7 @@ def _plan_level(builder: Builder, level: language.Level) -> None:
         if level.select.apart:
             operands.append(builder.input(f"{level.name}_split", "split", "Z", dtype="i32"))
         at = builder.place(level, "select")
+        operands += unlike(builder, level)
         operands += select_operands(builder, level, held)
         operands += taken(builder, level.when)
         operands[0] = carried(builder, level, score)

@@ -17,14 +17,18 @@ def _route(builder: Builder) -> Node:
     route = builder.spec.route
     assert route is not None
     dims = ROUTE_DIMS[route.by]
+    statistic = route.statistic
     op = Route(
         by=route.by,
         ways=route.ways,
-        places=tuple(route.ways.index(way) for way in route.table or route.input),
-        repeats=not route.input,
+        places=tuple(route.ways.index(way) for way in route.table or route.input or route.ways),
+        repeats=bool(route.table),
+        divergence=statistic.threshold if statistic else None,
     )
     operands: list[Node] = []
-    if route.input:
+    if statistic:
+        operands += [builder.scores[name] for name in statistic.levels]
+    elif route.input:
         operands.append(builder.input("route", "route", *dims, dtype="i32"))
     elif route.by == "layer":
         operands.append(builder.input("layer", "route", *dims, dtype="i32"))

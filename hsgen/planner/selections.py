@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from hsgen import spec as language
-from hsgen.graph import Node, Select, SelectSet, Tiers
+from hsgen.graph import Node, Select, SelectSet, Tiers, Unlike
 from hsgen.planner.builder import Builder
 from hsgen.planner.entries import before_of, diagonal, parts_of
 from hsgen.planner.orders import Assigned, cut_of, order
@@ -59,6 +59,8 @@ def select_set(level: language.Level, select: language.Select, cut: Assigned | N
         when=level.when,
         of=top_p.of if top_p else select.of,
         budget_from=select.budget_from,
+        budget_in=select.budget_in,
+        where=True if select.force.where else None,
         apart=select.apart,
         before=before_of(level),
         parts=parts_of(level),
@@ -86,6 +88,26 @@ def select_operands(
         return ordered
     after = (builder.nodes[f"{stop.after}.lse"],) if stop.after else ()
     return (builder.query(), builder.keys(level.kv), *after, *ordered)
+
+
+def unlike(builder: Builder, level: language.Level) -> tuple[Node, ...]:
+    """Which entries are forced by what their tokens are; none where that is not asked."""
+    where = level.select and level.select.force.where
+    if not where:
+        return ()
+    assert level.query is not None, "it is blocks of queries that are compared"
+    assert level.query.block is not None
+    op = Unlike(
+        level=level.name,
+        similarity=where.similarity,
+        centred=where.centred,
+        block=level.query.block,
+        size=level.partition.size,
+        stride=level.partition.stride,
+    )
+    at = builder.place(level, "select", "force", "where")
+    operands = (builder.query(level.q), builder.keys(level.kv))
+    return (builder.add(f"{level.name}.unlike", op, *operands, at=at),)
 
 
 def _tiers(quota: tuple[language.Tier, ...]) -> Tiers:

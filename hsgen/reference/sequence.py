@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ from hsgen.reference.entries import (
 )
 from hsgen.reference.inputs import some_keys, tensor_kinds
 from hsgen.reference.layouts import layouts_of
+from hsgen.reference.likeness import unlike_entries
 from hsgen.reference.losses import terms
 from hsgen.reference.permutes import clusters_of_rows
 from hsgen.reference.pools import pooled_entries
 from hsgen.reference.queries import Together, asked_of, of_rows, reduced, together
 from hsgen.reference.reuse import Kept, Taken, kept_scores, reached, rows_of
-from hsgen.reference.routes import on_way, ways_taken
+from hsgen.reference.routes import computed_ways, on_way, ways_taken
 from hsgen.reference.rows import Rows, Scored, row_by_row, spread
 from hsgen.reference.scores import mapped, masses_by, over_heads, peaks, raw_scores, softmax
 from hsgen.reference.stopping import walk
@@ -41,7 +42,7 @@ from hsgen.selection import (
     from_members,
     members,
 )
-from hsgen.spec import Attend, Halving, Level, Select, Spec
+from hsgen.spec import Attend, Halving, Level, Spec
 
 CHUNK_ELEMENTS = 1 << 23  # float64 logits that are alive at once, about
 
@@ -166,6 +167,9 @@ def _compute(rows: Rows, *, keep: Keep) -> Result:
     for level in rows.spec.levels:
         if level.name in rows.pooled:
             levels[level.name] = _level(rows, level, levels)
+            if rows.taken is None:
+                scores = {name: scored.scores for name, scored in levels.items()}
+                rows = replace(rows, taken=computed_ways(rows.spec, scores))
             shown[level.name] = row_by_row(levels[level.name])
     branches = what_is_seen(rows, shown)
     attended = attend_all(rows, branches)
@@ -215,6 +219,8 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
         assert joined is not None, f"level {level.name} forces what is not selected"
         forced = forced | (spread(joined, allowed.shape[1]) & allowed)
     forced = forced | (spread(sink_entries(rows, level, groups), allowed.shape[1]) & allowed)
+    if level.select and level.select.force.where:
+        forced = forced | (unlike_entries(rows, level, groups) & allowed & complete[:, None])
     scored = complete[:, None] & among
     scores = scores.masked_fill(~scored, -math.inf)
     candidates = scored | forced
@@ -237,7 +243,7 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
             fill=entries_that_fill(rows, level, groups) if level.select.tokens else None,
             budget=_part(rows, level, levels, candidates, forced)
             if rows.spec.part_of(level)
-            else _budget(level.select, levels, groups, scores.shape[1]),
+            else _budget(rows.spec, level, levels, groups, scores.shape[1]),
             late=_late(rows, level),
         )
     way = on_way(rows.spec, rows.taken, level.when)
@@ -266,16 +272,21 @@ def _late(rows: Rows, level: Level) -> Tensor | None:
 
 
 def _budget(
-    select: Select, levels: dict[str, Scored], groups: Together, heads: int
+    spec: Spec, level: Level, levels: dict[str, Scored], groups: Together, heads: int
 ) -> Tensor | None:
-    """How many entries another level keeps in the same rows.  -> i64[R, Hs, 1]"""
-    if select.budget_from is None:
+    """How many entries another level keeps in the same rows, or hold more tokens.  -> i64[R, Hs, 1]"""
+    select = level.select
+    if select is None or select.budget_from is None:
         return None
     other = levels[select.budget_from]
     assert other.chosen is not None, f"{select.budget_from} says how many and must select"
     if not len(groups.last):
         return other.chosen.new_zeros(0, heads, 1, dtype=torch.long)
-    return spread(asked_of(other.chosen.sum(-1, keepdim=True), other.chooser, groups), heads)
+    kept = asked_of(other.chosen.sum(-1, keepdim=True), other.chooser, groups)
+    kept = spread(kept, heads)
+    if select.budget_in is None:
+        return kept
+    return kept * spec.level(select.budget_from).partition.size // level.partition.size + 1
 
 
 def _choosing_heads(rows: Rows, level: Level, scores: Tensor, levels: dict[str, Scored]) -> int:

@@ -66,6 +66,7 @@ from hsgen.spec.model import (
     Spans,
     Spec,
     Static,
+    Statistic,
     Stored,
     Stripes,
     Tier,
@@ -74,6 +75,7 @@ from hsgen.spec.model import (
     TopP,
     Turn,
     ValuePool,
+    Where,
 )
 from hsgen.spec.reader import parse
 from hsgen.spec.text import dump
@@ -126,6 +128,7 @@ __all__ = [
     "Spans",
     "Spec",
     "Static",
+    "Statistic",
     "Stored",
     "Stripes",
     "Tier",
@@ -135,6 +138,7 @@ __all__ = [
     "Turn",
     "LearnedTree",
     "ValuePool",
+    "Where",
     "dump",
     "load",
     "parse",

@@ -36,6 +36,8 @@ REFUSED: dict[str, str] = {
     "pbs_attn": "level block: no kernel puts keys in another order yet",
     "flux_attention": "no kernel takes a route by sample yet",
     "minference": "no kernel takes a route by head yet",
+    "flex_prefill": "no kernel takes a route by sample_head yet",
+    "sparge": "level block: no kernel chooses for rows together yet",
     "dma": "level token: no kernel scores by a learned bias yet",
     "nosa": "level importance: no kernel scores by a learned bias yet",
     "gna": "branch near: no kernel attends a static pattern yet",

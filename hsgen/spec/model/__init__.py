@@ -18,7 +18,16 @@ strings here: pydantic would compile each of them again, a third of what `hsgen 
 """
 
 from hsgen.spec.model.branches import Attend, Combine, Delta, GridWindow, HeadSpan, Spans, Static
-from hsgen.spec.model.choices import SELECT_RULES, EarlyStop, Force, Select, SelectRule, Tier, TopP
+from hsgen.spec.model.choices import (
+    SELECT_RULES,
+    EarlyStop,
+    Force,
+    Select,
+    SelectRule,
+    Tier,
+    TopP,
+    Where,
+)
 from hsgen.spec.model.codes import Codes
 from hsgen.spec.model.entries import (
     Blocks,
@@ -40,7 +49,7 @@ from hsgen.spec.model.losses import Distill, DualEntropy, Kl, Loss
 from hsgen.spec.model.permutes import Gather, KMeans, Order, Permute, SortInSegment, Tile
 from hsgen.spec.model.queries import Query, QueryPool
 from hsgen.spec.model.reuse import Reuse, Turn
-from hsgen.spec.model.routes import Route, RouteBy
+from hsgen.spec.model.routes import Route, RouteBy, Statistic
 from hsgen.spec.model.scalars import (
     LANGUAGE,
     MAX_AXES,
@@ -133,6 +142,7 @@ __all__ = [
     "Spans",
     "Spec",
     "Static",
+    "Statistic",
     "Stored",
     "Stripes",
     "Text",
@@ -143,4 +153,5 @@ __all__ = [
     "Turn",
     "LearnedTree",
     "ValuePool",
+    "Where",
 ]

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from hsgen.spec.model.scalars import MAX_TIERS, Bound, Count, Forced, Identifier, Node, Part
+from hsgen.spec.model.scalars import MAX_TIERS, Bound, Cosine, Count, Forced, Identifier, Node, Part
 
 SelectRule = Literal[
     "top_k",
@@ -23,6 +23,18 @@ SelectRule = Literal[
 SELECT_RULES: tuple[SelectRule, ...] = get_args(SelectRule)
 
 
+class Where(Node):
+    """Entries that no one vector stands for: tokens that are at most `similarity` alike.
+
+    How alike some vectors are is the mean cosine of all pairs of them, each with itself among them; a
+    vector of zeros is like none.  An entry whose keys are not alike is taken by every row; rows that
+    choose together and whose queries are not alike take every entry that they see.
+    """
+
+    similarity: Cosine
+    centred: bool = False  # keys less the mean key of the whole sequence, as they are compared
+
+
 class Force(Node):
     """Entries taken whatever their score: the first ones, the last ones, own included, and those
     that another level selects.
@@ -38,6 +50,7 @@ class Force(Node):
     level: Identifier | None = None  # an earlier level, whose entries are the same; always counted
     # entries that hold one of the first `sink` tokens, wherever those are
     sink: Count | None = None
+    where: Where | None = None  # entries by what their tokens are
 
 
 class TopP(Node):
@@ -95,6 +108,7 @@ class Select(Node):
     the prompt's last rows choose there, and others here: the part of the entries that those keep, of
     the entries that a row may keep, rounded up; all that are forced, and at least `min`.  Heads that
     rank as one keep numbers of their own where they have these there.
+    `budget_in: tokens`: as many as hold more tokens than that level keeps, one more than they fill.
     `apart: input`: entries before and from the token on that the input `<level>_split` [B] says are
     chosen apart, each of the two by the rule; an entry lies where its first token is.
     `scope`: what is ranked together.  `heads`: entries of all heads that choose, ties to the lower
@@ -113,6 +127,7 @@ class Select(Node):
     early_stop: EarlyStop | None = None
     budget_from: Identifier | None = None  # an earlier level
     min: Count | None = None  # of `budget_from`, a part: at least so many
+    budget_in: Literal["tokens"] | None = None  # of `budget_from`; left out: in entries
     # left out: each row and head that chooses by itself
     scope: Literal["head", "heads"] | None = None
     apart: Literal["input"] | None = None

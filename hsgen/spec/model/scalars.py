@@ -86,6 +86,9 @@ Scale = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 Bound = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 
 
+Cosine = Annotated[float, Field(ge=-1.0, le=1.0, allow_inf_nan=False)]
+
+
 # parts of a whole are counted in units of 2^-30; the smallest part is far above one unit
 Part = Annotated[float, Field(ge=1e-6, le=1.0, allow_inf_nan=False)]
 

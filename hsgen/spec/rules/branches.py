@@ -166,6 +166,7 @@ def unused(spec: Spec) -> Iterator[Problem]:
         )
     used = {branch.over for branch in spec.attend}
     used |= {name for level in spec.levels for name in level.named}
+    used |= {*spec.route.statistic.levels} if spec.route and spec.route.statistic else set()
     for i, level in enumerate(spec.levels):
         if level.name not in used and level.select is None:
             yield Problem(
@@ -173,7 +174,7 @@ def unused(spec: Spec) -> Iterator[Problem]:
                 path=("levels", i, "name"),
                 message=f"expected a branch or a level that uses '{level.name}', got none",
                 help=f"write 'over: {level.name}' in 'attend', or remove the level",
-                also=(*uses(spec), ("levels", i, "select")),
+                also=(*uses(spec), ("levels", i, "select"), ("route", "statistic")),
             )
 
 

@@ -213,7 +213,7 @@ def _top_p(spec: Spec, i: int, level: Level, path: Path) -> Iterator[Problem]:
             help=f"write 'max: {top_p.min}', or leave one of the two out",
             also=((*path, "top_p", "max"),),
         )
-    j = _scored_by(spec, i)
+    j = scored_by(spec, i)
     if spec.levels[j].score.normalise is None:
         name = spec.levels[j].name
         yield Problem(
@@ -228,7 +228,7 @@ def _top_p(spec: Spec, i: int, level: Level, path: Path) -> Iterator[Problem]:
         )
 
 
-def _scored_by(spec: Spec, i: int) -> int:
+def scored_by(spec: Spec, i: int) -> int:
     """The level whose scores a level selects by: itself, or the one that it takes them from."""
     names = [level.name for level in spec.levels]
     for _ in names:  # a chain of `from` is no longer than that

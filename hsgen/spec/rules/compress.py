@@ -37,6 +37,21 @@ def borrowed_budgets(spec: Spec) -> Iterator[Problem]:
     levels = {level.name: level for level in spec.levels}
     for i, level in enumerate(spec.levels):
         other = levels.get((level.select and level.select.budget_from) or "")
+        in_tokens = _in_tokens(level, other) and not spec.part_of(level)
+        if level.select and level.select.budget_in and not in_tokens:
+            yield Problem(
+                code="HS225",
+                path=("levels", i, "select", "budget_in"),
+                message="expected 'budget_in' with 'budget_from' a level, both of entries of one size,"
+                " got it without",
+                help="remove 'budget_in', or write 'budget_from' and blocks",
+                also=(
+                    ("levels", i, "partition"),
+                    *(("levels", i, "select", rule) for rule in SELECT_RULES),
+                    *(("levels", j, "name") for j in range(-1, len(spec.levels))),
+                ),
+                at_key=True,
+            )
         if other is None:
             continue
         wrong = _no_budget(spec, level, other)
@@ -81,6 +96,10 @@ def least_parts(spec: Spec) -> Iterator[Problem]:
             also=(("levels", i, "query"), *(("levels", i, "select", x) for x in SELECT_RULES)),
             at_key=True,
         )
+
+
+def _in_tokens(level: Level, other: Level | None) -> bool:
+    return other is not None and level.partition.size > 0 and other.partition.size > 0
 
 
 def _no_budget(spec: Spec, level: Level, other: Level) -> tuple[str, str] | None:

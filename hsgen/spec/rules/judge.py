@@ -14,6 +14,7 @@ from hsgen.spec.rules.diagonals import diagonals, maps_of_diagonals
 from hsgen.spec.rules.entries import heads, partitions, pools
 from hsgen.spec.rules.estimates import branch_sums, score_dtypes
 from hsgen.spec.rules.grids import axes, grid_windows
+from hsgen.spec.rules.likeness import likeness
 from hsgen.spec.rules.names import references, tensor_names, unique_names
 from hsgen.spec.rules.orders import orders
 from hsgen.spec.rules.parts import budgets, given_scores, parts
@@ -32,6 +33,7 @@ from hsgen.spec.rules.routes import on_ways, routes, ways
 from hsgen.spec.rules.row_orders import row_orders
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
+from hsgen.spec.rules.statistics import statistics
 from hsgen.spec.rules.trees import apart, assigned, dual_entropies, spans
 from hsgen.spec.rules.weights import errors_and_counts, quotas, stands_for, walks
 
@@ -122,4 +124,6 @@ _RULES: tuple[Rule, ...] = (
     diagonals,
     maps_of_diagonals,
     tiled_rows,
+    statistics,
+    likeness,
 )

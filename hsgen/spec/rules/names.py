@@ -59,7 +59,7 @@ def references(spec: Spec) -> Iterator[Problem]:
                 if target not in branches:
                     yield _unknown_sum(target, [*names, *branches], path, spec)
             elif target not in names:
-                yield _unknown_level(target, names, path, spec)
+                yield unknown_level(target, names, path, spec)
             elif names.index(target) >= i:
                 yield Problem(
                     code="HS055",
@@ -73,7 +73,7 @@ def references(spec: Spec) -> Iterator[Problem]:
                 )
     for path, target in _named_later(spec):
         if target is not None and target not in names:
-            yield _unknown_level(target, names, path, spec)
+            yield unknown_level(target, names, path, spec)
 
 
 def _named_later(spec: Spec) -> Iterator[tuple[Path, str | None]]:
@@ -96,7 +96,7 @@ def _counted_by(level: Level) -> str | None:
     return level.select and level.select.budget_from
 
 
-def _unknown_level(target: str, names: list[str], path: Path, spec: Spec) -> Problem:
+def unknown_level(target: str, names: list[str], path: Path, spec: Spec) -> Problem:
     close = nearest(target, names)
     levels = f"levels: {', '.join(names)}" if names else "this spec has no levels"
     return Problem(

@@ -8,7 +8,7 @@ from hsgen.errors import nearest
 from hsgen.spec.model import Path, Route, Spec
 from hsgen.spec.rules.problem import Problem
 
-_SOURCES = ("table", "input")
+_SOURCES = ("table", "input", "statistic")
 _EXAMPLE = "route: {by: layer, table: [full, near]}"
 
 
