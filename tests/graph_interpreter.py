@@ -1412,7 +1412,8 @@ def _unlike(run: _Run, op: Unlike, query: Tensor, keys: Tensor) -> Tensor:
         return sum(pairs) / len(pairs) <= op.similarity
 
     entries = [range(e * op.size, min(e * op.size + op.size, S)) for e in range(-(-S // op.size))]
-    rows = [[t for t in asked if t is not None] for asked in _asked(run, op.block, None)]
+    named = [p // op.block for p in run.positions]
+    rows = [[t for t, own in enumerate(named) if own == name] for name in sorted(set(named))]
     found = torch.zeros(B, len(rows), query.shape[2], len(entries), dtype=torch.bool)
     for b, h in itertools.product(range(B), range(query.shape[2])):
         of_keys = [apart(keys[b, list(tokens), h // G]) for tokens in entries]

@@ -195,6 +195,9 @@ def _shrunk_set(select):
     changes = {"force": select.force.model_copy(update={"last": min(select.force.last, 2)})}
     if select.fraction and (select.force.first or select.force.last):
         changes["fraction"] = max(select.fraction, 0.4)  # more than is forced
+    if select.force.where:  # so that of random tokens some blocks are alike, and others are not
+        where = select.force.where.model_copy(update={"similarity": 0.06})
+        changes["force"] = select.force.model_copy(update={"where": where})
     if select.tokens:
         changes["tokens"] = min(select.tokens, 11)
     if select.top_p:
