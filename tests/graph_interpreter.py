@@ -917,7 +917,7 @@ def _pooling_error(run: _Run, node: Node, operands: list[Value]) -> Tensor:
     B, T, H, _ = query.shape
     N = run.entries(op.level)
     value = torch.zeros(B, T, H, N, dtype=query.dtype)
-    complete = run.visible_mask(op.level, node.type.dims[1])[0, :, 0]
+    complete = run.visible_mask(op.level, node.type.dims[1]).expand(-1, T, -1, -1)[0, :, 0]
     where = [_tokens_of(run, op.level, e, order, op.cut) for e in range(N)]
     for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
         kv = h // group
