@@ -280,6 +280,7 @@ def read(path: Path, stand_ins: Mapping[str, types.ModuleType] | None = None) ->
     made = importlib.util.module_from_spec(
         importlib.util.spec_from_loader(f"peer_{path.stem}", loader=None)
     )
+    made.__package__ = path.parent.name  # for what they import from beside it
     replaced = {name: sys.modules.get(name) for name in found}
     sys.modules.update(found)
     try:
@@ -347,7 +348,8 @@ BLOCKS = """
 ## Beside peers that choose
 
 Systems whose attention kernels run on a GPU only, but choose in plain PyTorch.  *Worst* is the largest
-difference of what is chosen by over its largest value; rows are those of a query block and a head.
+difference of what is chosen by, of svg2's outputs, over its largest value; rows are those of a query
+block and a head, of minference what a head chooses of columns and of diagonals.
 
 """
 TEXT = """# The reference beside independent implementations

@@ -24,8 +24,9 @@ from benchmarks.common import Json
 from benchmarks.independent import OnCPU, commit, read, tensors
 from hsgen import standins
 from hsgen.reference import Result, reference
+from hsgen.reference.permutes import cluster_of
 from hsgen.selection import members
-from hsgen.spec import Blocks, GridWindow, Spec, Static, load
+from hsgen.spec import Blocks, GridWindow, KMeans, Spec, Static, load
 
 TOLERANCE = 1e-5  # theirs are in float32 here and there
 
@@ -45,7 +46,8 @@ class Comparison:
     Attributes:
         repository: as GitHub names it; its checkout is DIR/<last part>.
         files: the modules that are read, by path in the checkout, in order.
-        stand_ins: what they import and cannot be had here, by module: names in it, which do nothing.
+        stand_ins: what they import and cannot be had here, by module: names in it, which do
+            nothing, or a module.
         what: what is compared, and the sizes.
         run: modules by stem -> theirs, ours.
     """
@@ -54,7 +56,7 @@ class Comparison:
     files: tuple[str, ...]
     what: str
     run: Callable[[Mapping[str, ModuleType]], tuple[Chosen, Chosen]]
-    stand_ins: Mapping[str, tuple[str, ...]]
+    stand_ins: Mapping[str, tuple[str, ...] | ModuleType]
 
 
 def ours(result: Result, level: str, rows: Tensor) -> Chosen:
@@ -135,6 +137,99 @@ def gna(peer: Mapping[str, ModuleType]) -> tuple[Chosen, Chosen]:
     return Chosen(member=torch.stack(theirs, 1)), Chosen(member=torch.stack(mine, 1))
 
 
+# --- MInference
+
+
+def minference(peer: Mapping[str, ModuleType]) -> tuple[Chosen, Chosen]:
+    """Columns and diagonals of every head, of 500 tokens; theirs are caught on the way to their kernel."""
+    T, columns, slashes = 500, 60, 150
+    caught: list[tuple[Tensor, Tensor]] = []
+
+    def kernel(q: Tensor, _k: Tensor, _v: Tensor, column: Tensor, slash: Tensor) -> Tensor:
+        caught.append((column.flatten(), slash.flatten()))
+        return q
+
+    module = peer["Minference"]
+    module.vertical_slash_sparse_attention = kernel  # type: ignore[attr-defined]
+    shipped = load("minference")
+    levels = []
+    for level in shipped.levels:
+        budget = {"column": columns, "slash": slashes}.get(level.name)
+        assert level.select is not None
+        select = level.select.model_copy(update={"top_k": budget or level.select.top_k})
+        levels.append(level.model_copy(update={"select": select}))
+    spec = shipped.model_copy(update={"levels": tuple(levels)})
+    spec = standins.bind(spec, query=4, kv=4, dim=128)  # their scale is that of 128
+    x = tensors(spec, T, 8)
+    x["route"] = torch.zeros_like(x["route"]).long()  # vertical and slash, all heads
+    q, k, v = (x[name].transpose(1, 2) for name in ("q", "k", "v"))
+    module.Minference_prefill(q, k, v, columns, slashes)
+    theirs = torch.zeros(2, 4, T, dtype=torch.bool)
+    for h, (column, slash) in enumerate(caught):
+        theirs[0, h, column] = theirs[1, h, slash] = True
+    result = reference(spec, x)
+    mine = [members(result.selection[name], T)[0, -1] for name in ("column", "slash")]
+    return Chosen(member=theirs), Chosen(member=torch.stack(mine))
+
+
+# --- SVG2
+
+
+def svg2(peer: Mapping[str, ModuleType]) -> tuple[Chosen, Chosen]:
+    """Their map and their oracle of attention by clusters; clusters are ours, on both sides."""
+    T, theirs, d = 200, peer["kmeans_utils"], 16
+    shipped = load("svg2")
+    level = shipped.levels[0]
+    assert level.permute is not None
+    assert level.select is not None
+    assert level.select.top_p is not None
+    few = {"queries": KMeans(clusters=6, iterations=5), "keys": KMeans(clusters=20, iterations=5)}
+    top_p = level.select.top_p.model_copy(update={"min": 2})
+    changes = {
+        "permute": level.permute.model_copy(update=few),
+        "select": level.select.model_copy(update={"top_p": top_p}),
+    }
+    spec = shipped.model_copy(update={"levels": (level.model_copy(update=changes),)})
+    spec = standins.bind(spec, query=4, kv=4, dim=d)
+    x = tensors(spec, T, 9)
+    sides = [("q", few["queries"]), ("k", few["keys"])]
+    clusters = [cluster_of(each, x[name][0]) for name, each in sides]
+    orders = [cluster.sort(dim=-1, stable=True).indices for cluster in clusters]
+    sizes = [
+        torch.nn.functional.one_hot(cluster, each.clusters).sum(1)
+        for cluster, (_, each) in zip(clusters, sides, strict=True)
+    ]
+    q, k, v = (x[name][0].transpose(0, 1) for name in ("q", "k", "v"))
+    means = [
+        torch.zeros(4, each.clusters, d, dtype=y.dtype)
+        .scatter_add_(1, cluster[..., None].expand(-1, -1, d), y)
+        .div(size.clamp(min=1)[..., None])
+        for (_, each), y, cluster, size in zip(sides, (q, k), clusters, sizes, strict=True)
+    ]
+    chosen = theirs.identify_dynamic_map(
+        *(y[None] for y in means), *(y[None] for y in sizes), 0.9, 0.1
+    )
+    at = [order[..., None].expand(-1, -1, d) for order in orders]
+    sorted_ = (q.gather(1, at[0]), k.gather(1, at[1]), v.gather(1, at[1]))
+    o = theirs.dynamic_block_sparse_fwd_torch(
+        *(y[None] for y in sorted_), chosen, *(y[None] for y in sizes)
+    )[0]
+    o = torch.zeros_like(o).scatter_(1, at[0], o).transpose(0, 1)
+    rows = clusters[0][..., None].expand(-1, -1, chosen.shape[-1])
+    result = reference(spec, x)
+    mine = members(result.selection["cluster"], chosen.shape[-1])[0]
+    there = (sizes[1] > 0)[None]  # an empty cluster is nobody's
+    member = chosen[0].gather(1, rows).transpose(0, 1) & there
+    return Chosen(member=member, scores=o), Chosen(member=mine & there, scores=result.o[0])
+
+
+def _timer() -> ModuleType:
+    """Their decorator that times, without the clock."""
+    module = ModuleType("svg.timer")
+    module.time_logging_decorator = lambda _words: lambda function: function  # type: ignore[attr-defined]
+    return module
+
+
 NATTEN = "src/natten/backends/flex.py"
 COMPARISONS: dict[str, Comparison] = {
     "gna": Comparison(
@@ -170,6 +265,26 @@ COMPARISONS: dict[str, Comparison] = {
             "natten.utils.environment": ("is_torch_compiling",),
         },
     ),
+    "minference": Comparison(
+        repository="mit-han-lab/x-attention",
+        files=("xattn/src/Minference.py",),
+        what="a copy of it; 4 heads, D 128, 60 columns, 150 diagonals; 500 tokens",
+        run=minference,
+        stand_ins={
+            "minference.ops.pit_sparse_flash_attention_v2": ("vertical_slash_sparse_attention",)
+        },
+    ),
+    "svg2": Comparison(
+        repository="svg-project/Sparse-VideoGen",
+        files=("svg/kmeans_utils.py",),
+        what="4 heads, D 16, 6 and 20 clusters, 0.9 of the mass, 2 at least; 200 tokens",
+        run=svg2,
+        stand_ins={
+            "flashinfer": (),
+            "cuvs.cluster.kmeans": ("KMeansParams", "fit"),
+            "svg.timer": _timer(),
+        },
+    ),
     "xattention": Comparison(
         repository="mit-han-lab/x-attention",
         files=("xattn/src/utils.py", "xattn/src/Xattention.py"),
@@ -194,8 +309,11 @@ def compare(comparison: Comparison, sources: Path) -> Json:
     for file in comparison.files:
         name = file.removesuffix(".py").replace("/", ".")
         found = {name: module for name, module in modules.items() if "." in name}
-        found |= {name: _empty(name, names) for name, names in comparison.stand_ins.items()}
-        module = read(checkout / file, _packages([*found]) | found)
+        for missing, instead in comparison.stand_ins.items():
+            plain = isinstance(instead, ModuleType)
+            found[missing] = instead if plain else _empty(missing, instead)
+        with OnCPU():
+            module = read(checkout / file, _packages([*found]) | found)
         modules |= {name: module, Path(file).stem: module}
     with OnCPU():
         theirs, mine = comparison.run(modules)

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import Json
-from hsgen import models, perplexity, standins
+from hsgen import standins
 from hsgen import spec as language
 from hsgen.quality import WAYS_TEXT
 from hsgen.spec import Spec
@@ -55,6 +55,8 @@ def _bound(name: str) -> Spec:
 
 def run(model: Path, tokens: int, kept: Callable[[Json], None]) -> None:
     """Perplexity of every case, all layers exchanged; `kept` is given all of it after each."""
+    from hsgen import models, perplexity  # noqa: PLC0415 - the page needs no transformers
+
     loaded = models.load(model, "cuda" if torch.cuda.is_available() else "cpu")
     ids = loaded.tokens(perplexity.manual(), tokens)
     device = loaded.network.device.type
@@ -77,11 +79,12 @@ def run(model: Path, tokens: int, kept: Callable[[Json], None]) -> None:
 
 TEXT = """# Perplexity with sparse attention
 
-{model} reads the first {tokens:,} tokens of Python's language reference; attention is exchanged in all
-{layers} layers and trained for none of them.  Perplexity is that of the second half's tokens, beside
-{dense:.3f} with dense attention.  A budget is the share of the whole text that a row may attend to, forced
-entries counted.  *Oracle*, *random*, *recent + sink* have as many entries in every row as the system chose:
-those of largest true mass, any, the latest ones with the first.  XAttention's own share is what it takes.
+{model} reads the first {tokens:,} tokens of Python's language reference;
+attention is exchanged in all {layers} layers and trained for none of them.  Perplexity is that of the second
+half's tokens, beside {dense:.3f} with dense attention.  A budget is the share of the whole text that a row
+may attend to, forced entries counted.  *Oracle*, *random*, *recent + sink* have as many entries in every
+row as the system chose: those of largest true mass, any, the latest ones with the first.  XAttention's own
+share is what it takes.
 
 """
 

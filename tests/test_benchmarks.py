@@ -17,6 +17,7 @@ from benchmarks import (
     independent_blocks,
     independent_odd,
     inputs,
+    perplexity,
     quality,
     speed,
     speed_report,
@@ -241,6 +242,7 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
     ("kind", "page", "more"),
     [
         ("beams", beams.page, []),
+        ("perplexity", perplexity.page, []),
         ("quality", quality.report, []),
         ("speed", speed_report.page, []),
         ("independent", independent.page, ["odd", "blocks", "transformers"]),

@@ -1,7 +1,5 @@
 """Routes: which of several ways a layer, a head or a sequence takes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
