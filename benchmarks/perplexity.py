@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import Json
-from hsgen import standins
 from hsgen import spec as language
+from hsgen import standins
 from hsgen.quality import WAYS_TEXT
 from hsgen.spec import Spec
 
@@ -55,7 +55,7 @@ def _bound(name: str) -> Spec:
 
 def run(model: Path, tokens: int, kept: Callable[[Json], None]) -> None:
     """Perplexity of every case, all layers exchanged; `kept` is given all of it after each."""
-    from hsgen import models, perplexity  # noqa: PLC0415 - the page needs no transformers
+    from hsgen import models, perplexity
 
     loaded = models.load(model, "cuda" if torch.cuda.is_available() else "cpu")
     ids = loaded.tokens(perplexity.manual(), tokens)
