@@ -772,6 +772,9 @@ def _reduce_rows(run: _Run, node: Node, score: Scores) -> Scores:
         if each.op.within is not None:  # rows of a group have one parent's choice
             parent = run.values[each.inputs[-1]]
             there = there & _in_beam(run, replace(each, type=node.type), parent, value.shape[2])
+        if each.op.among:
+            recalled = run.values[each.inputs[-1]].member[:, _one_of_each(run, node)]
+            there = there & _spread(recalled, value.shape[2])
     return Scores(value=value, there=there)
 
 
@@ -844,7 +847,7 @@ def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
     if op.form == "given":
         value, *more = operands
         there = run.complete_mask(op.level).expand(value.shape)
-        there = there & _spread(more[-1].member, value.shape[2]) if op.among else there
+        there = there & _among(run, node, more[-1], value.shape[2]) if op.among else there
         there = there & _in_beam(run, node, more[-1], value.shape[2]) if op.within else there
         return Scores(value=value * (1.0 if op.scale is None else op.scale), there=there)
     if op.form == "bias":
@@ -877,7 +880,7 @@ def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
     there = run.visible_mask(op.level, node.type.dims[1]).expand(value.shape)
     there = there & _has_tokens(run, node, value.shape)
     if op.among:
-        there = there & _spread(operands[-1].member, value.shape[2])
+        there = there & _among(run, node, operands[-1], value.shape[2])
     if op.within is not None:
         there = there & _in_beam(run, node, operands[-1], value.shape[2])
     if op.diagonal:  # entry by entry: the key that lies so far before the row
@@ -1045,6 +1048,25 @@ def _held(of: Tensor, member: Tensor, heads: int) -> Tensor:
         if entry >= 0:
             found[b, :, h, s] = member[b, :, h, entry]
     return found
+
+
+def _one_of_each(run: _Run, node: Node) -> list[int]:
+    """The last row of each group that a node has."""
+    row = run.row_of(node.type.dims[1])
+    return [max(t for t, r in enumerate(row) if r == group) for group in sorted(set(row))]
+
+
+def _among(run: _Run, node: Node, recalled: Chosen, heads: int) -> Tensor:
+    """Recalled entries; of a row that has a say by its own token, none where that is dropped."""
+    op = node.op
+    assert isinstance(op, Score)
+    member = recalled.member[:, _one_of_each(run, node)].clone()
+    if op.rows:
+        for t, p in enumerate(run.positions):
+            held = range(member.shape[-1])
+            own = [e for e in held if e * op.stride <= p < e * op.stride + op.size]
+            member[:, t] &= member[:, t, :, own].any(-1, keepdim=True)
+    return _spread(member, heads)
 
 
 def _in_beam(run: _Run, node: Node, parent: Chosen, heads: int) -> Tensor:

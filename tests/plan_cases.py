@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from hsgen.graph import Graph, partitions, tensor_inputs
+from hsgen.graph.rows import block_of
 from hsgen.reference import Kept, tensor_shapes
 from hsgen.spec import (
     Attend,
@@ -508,9 +509,9 @@ def pages() -> list[Level]:
     ]
 
 
-def cascade(select: Select) -> list[Level]:
-    how = Score(form="dot", normalise="softmax", share="group", reduce="sum")
-    return [Level(name="block", partition=Tokens(), score=how, select=select)]
+def cascade(select: Select, query: Query | None = None, *, share: str = "group") -> list[Level]:
+    how = Score(form="dot", normalise="softmax", share=share, reduce="sum")
+    return [Level(name="block", partition=Tokens(), query=query, score=how, select=select)]
 
 
 APART = Combine(streams="branches")
@@ -583,6 +584,32 @@ CALLS = [
         [SELECTED],
         causal=False,
         **delta(role="candidates", dense=1, lead=1, attend="given"),
+    ),
+    spec(
+        "cascade_of_all_rows",
+        cascade(Select(fraction=0.7), Query(last=99, reduce="sum", rows="chosen"), share="all"),
+        [Attend(name="selected", over="block", rows="chosen")],
+        **delta(role="candidates", accumulate=True, attend="given"),
+    ),
+    spec(
+        "cascade_of_last_rows",
+        cascade(top(6, last=1), Query(last=3, reduce="max", rows="chosen")),
+        [SELECTED, WINDOW],
+        combine=UNION,
+        **delta(role="candidates", every=3),
+    ),
+    spec(
+        "cascade_of_blocks",
+        cascade(Select(fraction=0.5), Query(block=4, reduce="mean")),
+        [SELECTED],
+        **delta(role="candidates", accumulate=True, dense=1),
+    ),
+    spec(
+        "cascade_of_pooled_rows",
+        cascade(Select(fraction=0.6, force=Force(last=1)), Query(block=4, pool="mean")),
+        [SELECTED],
+        causal=False,
+        **delta(role="candidates", accumulate=True, attend="given"),
     ),
 ]
 
@@ -719,8 +746,17 @@ def state_tensors(
         elif what == "kept_scores":
             _, stride = partitions(graph)[level]
             none = torch.full((*size, -(-keys // stride)), -torch.inf, dtype=torch.float64)
-            made[x.name] = none if old.scores is None else old.scores
+            found = none if old.scores is None else old.scores
+            made[x.name] = found[:, one_of_each(x.type.dims[1], rows, keys)]
     return made
+
+
+def one_of_each(dim: str, rows: int, keys: int) -> list[int]:
+    """The last row of each group of a dimension of rows, aligned at the bottom right."""
+    if dim == "1":
+        return [rows - 1]
+    block = block_of(dim) or 1
+    return [t for t in range(rows) if t == rows - 1 or (keys - rows + t + 1) % block == 0]
 
 
 def random_tensors(

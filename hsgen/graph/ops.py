@@ -260,7 +260,8 @@ class Score:
     forms they are added, where they are `biased`.  `given` reads scores, and nothing else.
     `pooling_error` reads what was pooled as well.  `counted`: the logarithm of an entry's tokens is
     added.  With `within`, only children of the parent selection are scored: f32[B, T, H, C].
-    `among`: only entries of one more operand, a recalled selection.  `cut`: the order says which
+    `among`: only entries of one more operand, a recalled selection; with `rows` chosen, none of a
+    row whose own token is in no entry of it.  `cut`: the order says which
     tokens an entry has; or which node or run each token is in, of the level's own, or of the parent's
     where entries are tokens; a node exists for a row once a token is in it, and a run is complete
     once the next has begun.  `anchors`: entries are tokens behind each row, and keys those of tokens.
@@ -288,6 +289,7 @@ class Score:
     codes: Codes | None = None  # of `code_match`
     biased: Literal[True] | None = None
     among: bool | None = None
+    rows: Literal["chosen"] | None = None
     parts: int | None = None  # entries: so many equal parts of what a row sees
     counted: Literal[True] | None = None
     cut: Cut | None = None
@@ -706,7 +708,10 @@ class Recall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Carry:
-    """Scores over calls: of a shared one the kept ones, or with those added.  score, kept, calls -> same"""
+    """Scores over calls: of a shared one the kept ones, or with those added.  score, kept, calls -> same
+
+    Of rows that choose together, one of each.
+    """
 
     level: str
     turns: Turns

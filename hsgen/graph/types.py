@@ -477,6 +477,8 @@ def _score_type(op: Score, operands: Sequence[Node]) -> TensorType:
     need(op.diagonal is None or along, "it is rows and tokens that lie on diagonals")
     if op.among:
         _need_recalled(op, operands[-1])
+    alone = bool(op.among) and operands[0].type.dims[1] == "T"
+    need(op.rows is None or alone, "it is single rows that recall their own tokens")
     weighted, coded = op.form == "relu_weighted", op.codes is not None
     last = (op.within is not None) + bool(op.among)
     known = 2 + weighted + coded + bool(op.biased) + last
@@ -550,6 +552,7 @@ def _given_score_type(op: Score, operands: Sequence[Node]) -> TensorType:
 
 
 def _need_recalled(op: Score, among: Node) -> None:
+    """Kept entries, of every row: rows that choose together have kept the same."""
     need(op.within is None, "kept entries are not children of others")
     need(
         isinstance(among.op, Recall) and among.op.level == op.level,

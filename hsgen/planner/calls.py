@@ -106,12 +106,12 @@ def _plan_kl(builder: Builder, kl: language.Kl) -> Node:
 def _recall(
     builder: Builder, level: language.Level, own: Node | None, name: str, takes: Takes
 ) -> Node:
-    """The set that a call takes, by its turn; no node where that is always its own choice."""
+    """The set that a call takes, by its turn; no node where that is always each row's own choice."""
     reuse = builder.spec.reuse_of(level.name)
     assert reuse is not None
     if reuse.dense == 0:  # there is no such call: say nothing of it
         takes = (takes[1], *takes[1:])
-    if own is not None and set(takes) == {"own"}:
+    if own is not None and set(takes) == {"own"} and own.type.dims[1] == "T":
         return own
     known = builder.recalled.get((level.name, takes))
     if known is not None:

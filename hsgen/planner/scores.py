@@ -58,6 +58,7 @@ def plan_score(builder: Builder, level: language.Level, parent: Node | None) -> 
         codes=_codes(score.codes) if score.codes else None,
         biased=True if score.bias == "learned" else None,
         among=True if (among := narrowed(builder, level)) else None,
+        rows=level.query.rows if level.query else None,
         parts=parts_of(level),
         counted=True if score.bias == "log_count" else None,
         cut=cut or (cut_of(level) if _asks_tokens(score) else None),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hsgen.reference.choice import ONE, fixed
 from hsgen.reference.deltas import from_changes
-from hsgen.reference.entries import complete_entries, kept_entries, token_mask
+from hsgen.reference.entries import complete_entries, kept_entries, own_seen, token_mask
 from hsgen.reference.grids import grid_mask
 from hsgen.reference.inputs import named
 from hsgen.reference.partitions import anchors
@@ -168,23 +168,13 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
             return _spans(rows, branch, levels[branch.over], k, v)
         visible = visible & _tokens_of_level(rows, branch.over, levels, len(k))
     if branch.rows:
-        visible = visible & _own_seen(visible, rows.p)
+        visible = visible & own_seen(visible, rows.p)
     bias = rows.x["bias"] if branch.bias == "learned" else None
     source = f"raw {branch.kv or ''} {branch.storage or ''} {branch.bias or ''}"
     far = None
     if branch.delta:
         far = from_changes(branch.delta, k), distance.abs() >= branch.delta.window
     return Keys(source=source, raw=True, k=k, v=v, visible=visible, bias=bias, far=far)
-
-
-def _own_seen(visible: Tensor, p: Tensor) -> Tensor:
-    """Whether each row sees its own token.  bool[T, H, S] -> bool[T, H, 1]"""
-    S = visible.shape[-1]
-    there = ((p >= 0) & (p < S)).view(-1, 1, 1)
-    if not S:
-        return there.expand(-1, visible.shape[1], -1)
-    at = p.clamp(0, S - 1).view(-1, 1, 1).expand(-1, visible.shape[1], 1)
-    return visible.gather(-1, at) & there
 
 
 def _latent(rows: Rows, k: Tensor) -> Tensor:

@@ -111,12 +111,18 @@ def sink_entries(rows: Rows, level: Level, groups: Together) -> Tensor:
     return begun[:, None] & holds
 
 
-def kept_entries(rows: Rows, level: Level) -> Tensor:
-    """Entries that earlier calls have kept, as far as the row sees them.  -> bool[T, Hs, N]"""
-    begun = begun_entries(rows, level, together(None, rows.p))
+def kept_entries(rows: Rows, level: Level, groups: Together | None = None) -> Tensor:
+    """Entries that earlier calls have kept, as far as rows see them.  -> bool[R, Hs, N]
+
+    groups: Rows that choose together; left out, every row for itself, and R = T.
+    """
+    alone = together(None, rows.p)
+    groups = groups or alone
+    begun = begun_entries(rows, level, groups)
     indices = rows.reused[level.name].indices
     assert indices is not None, f"nothing is kept of {level.name}"
-    kept = members(ListSelection(level=level.name, indices=indices), begun.shape[-1])
+    asked = ListSelection(level=level.name, indices=asked_of(indices, alone, groups))
+    kept = members(asked, begun.shape[-1])
     return kept & begun[:, None]
 
 
@@ -162,6 +168,16 @@ def token_mask(rows: Rows, level: Level, chosen: Tensor) -> Tensor:
     entry = spread(layout.entry_of[None], heads).expand(len(chosen), -1, -1)
     covers = entry >= 0
     return spread(chosen, heads).gather(-1, entry.clamp(min=0)) & covers
+
+
+def own_seen(visible: Tensor, p: Tensor) -> Tensor:
+    """Whether each row sees its own token.  bool[T, H, S] -> bool[T, H, 1]"""
+    S = visible.shape[-1]
+    there = ((p >= 0) & (p < S)).view(-1, 1, 1)
+    if not S:
+        return there.expand(-1, visible.shape[1], -1)
+    at = p.clamp(0, S - 1).view(-1, 1, 1).expand(-1, visible.shape[1], 1)
+    return visible.gather(-1, at) & there
 
 
 def _overlapping(layout: Layout, chosen: Tensor, S: int) -> Tensor:

@@ -99,7 +99,8 @@ def of_rows(y: Tensor, groups: Together) -> Tensor:
 def asked_of(y: Tensor, chooser: Together, groups: Together) -> Tensor:
     """What groups have of rows that agree: any of theirs tells it.  [R', H, ...] -> [R, H, ...]"""
     if groups.by_head is None:
-        return y[chooser.row[groups.members.amax(1)]]
+        asked = groups.members.amax(1) if len(groups.last) else groups.last
+        return y[chooser.row[asked]]
     each = of_rows(y, chooser)  # [T, H, ...]
     _, members = groups.by_head
     each = each.repeat_interleave(len(members) // each.shape[1], 1)

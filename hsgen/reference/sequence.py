@@ -18,8 +18,10 @@ from hsgen.reference.entries import (
     forced_entries,
     inside_beam,
     kept_entries,
+    own_seen,
     sink_entries,
     tail_entries,
+    token_mask,
     visible_entries,
 )
 from hsgen.reference.inputs import some_keys, tensor_kinds
@@ -202,13 +204,14 @@ def _level(rows: Rows, level: Level, levels: dict[str, Scored]) -> Scored:
     groups = together(rows.spec.rows_of(level), rows.p, rows.lengths, clusters)
     complete = visible_entries(rows, level, groups)  # [R, N]
     allowed = inside_beam(rows, level, levels, groups)  # [R, Hp, N]
-    among = kept_entries(rows, level) if taken and taken.narrowed else allowed
+    among = kept_entries(rows, level, groups) if taken and taken.narrowed else allowed
     lse = None
     if level.score.source:
         scores = mapped(rows, level, levels[level.score.source], groups, complete.shape[-1])
     else:
         scores, lse = _scored(rows, level, levels, groups)
     if taken and taken.narrowed and (earlier := kept_scores(taken, complete.shape[-1])) is not None:
+        earlier = asked_of(earlier, together(None, rows.p), groups)
         scores = scores + earlier.masked_fill(earlier == -math.inf, 0.0)
     if rows.spec.part_of(level) is not None:  # heads of one ranking may have budgets of their own
         scores = spread(scores, _choosing_heads(rows, level, scores, levels))
@@ -337,7 +340,11 @@ def _scored(
     scores = raw_scores(level, rows, groups)
     taken = rows.reused.get(level.name)
     narrowed = taken is not None and taken.narrowed
-    among = kept_entries(rows, level) if narrowed else inside_beam(rows, level, levels, groups)
+    among = (
+        kept_entries(rows, level, groups) if narrowed else inside_beam(rows, level, levels, groups)
+    )
+    if narrowed and query is not None and query.rows:
+        among = among & own_seen(token_mask(rows, level, among), rows.p)
     seen = seen[:, None] & spread(among, scores.shape[1])
     lse = None
     if any(other.score.lse_from == level.name for other in rows.spec.levels):

@@ -64,6 +64,7 @@ REFUSED: dict[str, str] = {
     "draft_attention_head": "level box: no kernel chooses for rows together yet",
     "vsa": "level coarse: no kernel chooses for rows together yet",
     "biformer": "level region: no kernel chooses for rows together yet",
+    "spatten": "level token: no kernel takes over a selection yet",
     "spt": "level token: no kernel compares codes yet",
     "delta": "level page: no kernel takes over a selection yet",
     "hylra": "level token: no kernel takes over a selection yet",

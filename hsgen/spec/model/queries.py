@@ -26,6 +26,9 @@ class Query(Node):
     last: Count | None = None  # that many last rows of the prompt choose, for all of its rows
     pool: QueryPool | None = None  # one query stands for all of them; a row that is not there: 0
     reduce: Reduce | None = None  # how the scores of the rows become those of all of them
+    # chosen: of a call that chooses among kept entries, rows whose own token none of them holds see
+    # no entry, so that they have no say
+    rows: Literal["chosen"] | None = None
     heads: Literal["mean"] | None = None  # pools the queries of heads that `share`, before scores
 
     # RoPE of the queries that score, as `pool: {rotate}` turns keys: at the first or the middle row of

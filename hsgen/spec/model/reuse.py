@@ -23,7 +23,8 @@ class Reuse(Node):
     level: Identifier  # whose selection is kept
     over: Literal["layers", "steps"]  # calls are layers of one pass, or steps of one layer
     # final: a shared call's set is the kept one, and nothing is scored.  candidates: it chooses among
-    # the kept entries (forced ones are candidates besides), and keeps what it chose: a cascade
+    # the kept entries (forced ones are candidates besides), and keeps what it chose: a cascade.
+    # Rows that choose together are the same ones in every call, and have one kept set
     role: Literal["final", "candidates"]
     every: Count | None = None
     pattern: Annotated[str, Field(pattern=r"^F[FS]*$", max_length=MAX_CALLS)] | None = (

@@ -26,6 +26,7 @@ from hsgen.spec.rules.queries import (
     rows_alone,
     rows_fit,
     rows_of_losses,
+    rows_with_a_say,
     tiled_rows,
     turned_queries,
 )
@@ -84,6 +85,7 @@ _RULES: tuple[Rule, ...] = (
     rows_alone,
     rows_of_losses,
     turned_queries,
+    rows_with_a_say,
     nesting,
     selects,
     branches,

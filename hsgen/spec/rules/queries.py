@@ -262,13 +262,13 @@ def rows_alone(spec: Spec) -> Iterator[Problem]:
                 at_key=True,
             )
         reuse = spec.reuse_of(level.name)
-        if reuse is not None and (reuse.role == "candidates" or reuse.accumulate):
+        if reuse is not None and reuse.role == "candidates" and (level.query or Query()).by:
             yield Problem(
                 code="HS118",
                 path=("reuse", spec.reuse.index(reuse), "role"),
-                message=f"expected 'as: final' for '{level.name}', whose rows choose together, got"
-                f" '{reuse.role}'",
-                help="write 'as: final', or remove 'query'",
+                message=f"expected 'as: final' for '{level.name}', of whose rows others are together"
+                " in every call, got candidates",
+                help="write 'as: final', or another 'query'",
                 also=(("levels", i, "query"),),
             )
         block = (spec.rows_of(level) or Query()).block
@@ -368,3 +368,26 @@ def _no_query(spec: Spec, level: Level | None) -> str | None:
     if spec.combine and spec.combine.softmax:
         return "the branches of a union attend by one query"
     return None
+
+
+def rows_with_a_say(spec: Spec) -> Iterator[Problem]:
+    """Rows that have a say as long as their own tokens are kept, where something is kept."""
+    for i, level in enumerate(spec.levels):
+        query, path = level.query, ("levels", i, "query")
+        if query is None or query.rows is None:
+            continue
+        reuse = spec.reuse_of(level.name)
+        why = None
+        if query.reduce is None or level.score.form is None:
+            why = "no rows score each for itself"
+        elif reuse is None or reuse.role != "candidates":
+            why = "no call chooses among kept entries"
+        if why:
+            yield Problem(
+                code="HS196",
+                path=(*path, "rows"),
+                message=f"'rows' has no meaning in 'query' here: {why}",
+                help="write 'reduce: sum' here and 'as: candidates' in 'reuse', or remove 'rows'",
+                also=((*path, "reduce"), (*path[:2], "score"), ("reuse",)),
+                at_key=True,
+            )
