@@ -76,8 +76,8 @@ def causality(graph: Graph) -> Causality:
 def _op_causality(node: Node, *, causal: bool) -> Causality:
     """`token` where the result of row t needs nothing after t, given operands that do not."""
     match op := node.op:
-        case SelectSet() if causal and op.scope == "head":
-            return "prompt"  # rows of a head are ranked together
+        case SelectSet() if causal and op.scope in ("head", "entry"):
+            return "prompt"  # rows of a head, or of an entry, are ranked together
         case SelectSet() if causal and op.of == "all":
             return "prompt"  # budgets grow with the length of the whole sequence
         case Attend() if causal and op.pattern is not None and op.pattern.grows:
@@ -88,7 +88,7 @@ def _op_causality(node: Node, *, causal: bool) -> Causality:
             return "prompt"  # the last rows say which keys come first
         case PoolRows() | ReduceRows() | Score() | Unlike() if causal and (found := _of_rows(op)):
             return found
-        case Assign() if causal and op.capacity is not None:
+        case Assign() if causal and (op.capacity is not None or op.takes is not None):
             return "prompt"  # later tokens may be nearer, and take what room a node has
         case Runs() if causal and op.span is not None:
             return "prompt"  # keys after a token say whether a run begins there
@@ -227,6 +227,8 @@ def not_dense_because(graph: Graph) -> str | None:
         return f"branch {far[0]} reads far keys from their changes"
     if spans := [x.op.branch for x in attends if isinstance(x.op, Attend) and x.op.spans]:
         return f"branch {spans[0]} has a softmax of its own for every span"
+    if each := [x.op.branch for x in attends if isinstance(x.op, Attend) and x.op.softmax]:
+        return f"branch {each[0]} has a softmax of its own for every entry"
     if len({node.inputs[:3] for node in attends}) > 1:
         return "branches have keys and values of their own"
     for way in _ways(graph):
@@ -245,6 +247,13 @@ def _ways(graph: Graph) -> tuple[str | None, ...]:
 def _attends_on(attends: list[Node], way: str | None) -> list[Node]:
     """The attends that are there on a way."""
     return [node for node in attends if isinstance(node.op, Attend) and node.op.when in (None, way)]
+
+
+def _left_out(op: Assign) -> str | None:
+    """The tokens that may be in no node."""
+    if op.takes is not None:
+        return "none of them takes"
+    return "they have no room for" if op.capacity is not None else None
 
 
 def _unreachable_because(graph: Graph, attend: Node) -> str | None:
@@ -273,8 +282,8 @@ def _unreachable_because(graph: Graph, attend: Node) -> str | None:
         if select.size != select.stride:
             return f"entries of level {select.level} overlap or leave gaps"
         owner = owners[select.level].op if select.level in owners else None
-        if isinstance(owner, Assign) and owner.capacity is not None:
-            return f"nodes of level {select.level} leave out what they have no room for"
+        if isinstance(owner, Assign) and (left := _left_out(owner)):
+            return f"nodes of level {select.level} leave out what {left}"
         alone = selection.type.dims[1] == "T"  # blocks of rows may choose their own entries
         long = alone and (select.size > 1 or isinstance(owner, Runs))
         if graph.meta.causal and long and not (select.last or select.tail):
@@ -544,6 +553,8 @@ class _Counts:
         if isinstance(op, SelectSet):
             if op.of == "all":
                 return _pairs_of_part(op.value, causal=self.graph.meta.causal)
+            if op.scope == "entry":
+                return self._taken(op)
             if op.rule in ("top_k", "tokens"):  # of heads together: a head's share
                 slots = int(op.value) * (op.size if op.rule == "top_k" else 1)
                 return _selected_pairs(slots, own=1, causal=self.graph.meta.causal)
@@ -574,6 +585,14 @@ class _Counts:
             return _complete_pairs(1, 1, causal=causal)
         part = min(1.0, op.width * owner.op.capacity / owner.op.nodes)
         return _pairs_of_part(part, causal=causal)
+
+    def _taken(self, op: SelectSet) -> Cost:
+        """Each entry takes so many rows; a node that takes its tokens has no more of those."""
+        owner, rows = assigned(self.graph).get(op.level), int(op.value)
+        if owner is None or not isinstance(owner.op, Assign) or owner.op.takes is None:
+            return _complete_pairs(1, 1, causal=self.graph.meta.causal)
+        pairs = owner.op.nodes * rows * owner.op.takes
+        return _from(max(rows, owner.op.takes), Polynomial(t0=pairs))
 
     def kept(self, level: str, selection: Node) -> Cost:
         """Pairs of a row and a complete entry of a level that it selects; at most."""
@@ -1081,6 +1100,8 @@ def _varies(node: Node) -> bool:
         return "all" in node.op.takes
     if isinstance(node.op, SelectSet) and node.op.tiers is not None:
         return node.op.tiers.by == "mass"
+    if isinstance(node.op, SelectSet) and node.op.scope == "entry":
+        return True
     varying = ("threshold", "top_p", "early_stop", "budget_from")
     return isinstance(node.op, SelectSet) and node.op.rule in varying
 

@@ -105,6 +105,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.counted, "weighs pooled keys by their tokens"),
         (op.rows is not None, "leaves out rows"),
         (op.spans is not None, "attends spans before anchors"),
+        (op.softmax is not None, "has a softmax for every entry"),
     )
     return next((words for lacking, words in lacks if lacking), None)
 
@@ -190,6 +191,8 @@ def _of_score(op: Score) -> str | None:
     match op:
         case Score(diagonal=True):
             return "scores along diagonals"
+        case Score(form="cosine"):
+            return "scores by cosines"
         case Score(form="relu_sum"):
             return "sums an index without weights"
         case Score(form="given"):

@@ -861,6 +861,11 @@ def _score(run: _Run, node: Node, operands: list[Value]) -> Scores:
         value = _searched(run, node, _dots(query, keys))
     elif op.form == "dot":
         value = _dots(query, keys)
+    elif op.form == "cosine":
+        query, keys = (
+            x / (x**2).sum(-1, keepdim=True).sqrt().clamp(min=1e-12) for x in operands[:2]
+        )
+        value = _dots(query, keys)
     elif op.form == "code_match":
         value = _equal_codes(op, query, keys, operands[2])
     elif op.form == "pooling_error":
@@ -1031,7 +1036,11 @@ def _nodes_there(run: _Run, node: Node, heads: int) -> Tensor:
     found = []
     for _, last in spans:
         seen = of[:, : max(last + 1, 0)] if run.graph.meta.causal else of
-        found.append([(seen == e).any(1) for e in range(run.entries(node.op.level))])
+        entries = range(run.entries(node.op.level))
+        if of.ndim == 4:  # whether a node has each token
+            found.append([seen[..., e].bool().any(1) for e in entries])
+            continue
+        found.append([(seen == e).any(1) for e in entries])
     by_row = [torch.stack(each, -1) for each in found]  # [B, Hkv, N]
     return _spread(torch.stack(by_row, 1), heads)
 
@@ -1044,6 +1053,10 @@ def _held(of: Tensor, member: Tensor, heads: int) -> Tensor:
     found = torch.zeros(*member.shape[:3], of.shape[1], dtype=torch.bool)
     B, S = of.shape[:2]
     for b, s, h in ((b, s, h) for b in range(B) for s in range(S) for h in range(heads)):
+        if of.ndim == 4:
+            has = of[b, s, h * of.shape[2] // heads].bool()
+            found[b, :, h, s] = (member[b, :, h] & has).any(-1)
+            continue
         entry = int(of[b, s, h * of.shape[2] // heads])
         if entry >= 0:
             found[b, :, h, s] = member[b, :, h, entry]
@@ -1293,6 +1306,8 @@ def _select_set(
                 tiers[b, x.where[0], h, x.where[1]] = tier
             continue
         together = rows if op.scope != "head" else [[entry for row in rows for entry in row]]
+        if op.scope == "entry":
+            together = [[x for row in rows for x in row if x.where[1] == e] for e in range(N)]
         reached = {x.where for group in together for x in _reached(run, op, group, N)}
         for row in rows:
             ranked = _ranked(op, row)
@@ -1547,7 +1562,35 @@ def _attend(
         parts[source] = replace(part, seen=seen if way is None else seen & way)
     if op.spans:
         return _spans(run, op, query, next(iter(parts.items())), (chosen, weighed, way), sink)
+    if op.softmax:
+        return _entry_by_entry(run, op, query, parts, (chosen, order), sink)
     return _softmax(op, query, parts, sink)
+
+
+def _entry_by_entry(
+    run: _Run,
+    op: Attend,
+    query: Tensor,
+    parts: dict,
+    choice: tuple[Chosen, Tensor | None],
+    sink: Tensor | None,
+) -> Attended:
+    """A softmax for each chosen entry, and the mean of those that are not empty."""
+    chosen, order = choice
+    heads, o, many = query.shape[2], 0.0, 0.0
+    keys = next(iter(parts.values())).k
+    for e in range(chosen.member.shape[-1]):
+        alone = torch.zeros_like(chosen.member)
+        alone[..., e] = chosen.member[..., e]
+        mine = _seen_tokens(run, op, keys, replace(chosen, member=alone), order, heads)
+        mine = _spread(mine, heads)
+        each = {name: replace(part, seen=part.seen & mine) for name, part in parts.items()}
+        some = torch.stack([part.seen.any(-1) for part in each.values()]).any(0).double()
+        part = _softmax(op, query, each, sink)
+        o = o + part.o * some[..., None]
+        many = many + some
+    both = _softmax(op, query, parts, sink)
+    return Attended(o=o / many.clamp(min=1)[..., None], lse=both.lse, parts=both.parts)
 
 
 def _from_changes(op: Delta, keys: Tensor) -> Tensor:

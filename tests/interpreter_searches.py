@@ -13,6 +13,8 @@ from hsgen.graph import Anchors, Assign, Entropies, Runs
 def assign(op: Assign, keys: Tensor, centroids: Tensor, above: Tensor | None = None) -> Tensor:
     """[B, S, H, D], [H, N, D], [B, S, H] -> [B, S, H], token by token."""
     B, S, H, _ = keys.shape
+    if op.takes is not None:
+        return _taken(op, keys, centroids)
     found = torch.full((B, S, H), -1)
     for b, h in ((b, h) for b in range(B) for h in range(H)):
         cosines = []
@@ -29,6 +31,17 @@ def assign(op: Assign, keys: Tensor, centroids: Tensor, above: Tensor | None = N
                 members = [s for s in range(S) if found[b, s, h] == e]
                 nearest = sorted(members, key=lambda s: (-cosines[s], s))  # noqa: B023
                 found[b, nearest[room:], h] = -1
+    return found
+
+
+def _taken(op: Assign, keys: Tensor, centroids: Tensor) -> Tensor:
+    """Node by node the tokens that it takes.  -> [B, S, H, N]"""
+    B, S, H, _ = keys.shape
+    found = torch.zeros(B, S, H, op.nodes, dtype=torch.int64)
+    for b, h, e in ((b, h, e) for b in range(B) for h in range(H) for e in range(op.nodes)):
+        near = {s: _cosine(keys[b, s, h], centroids[h, e]) for s in range(S)}
+        for s in sorted(near, key=lambda s: (-near[s], s))[: op.takes]:  # noqa: B023
+            found[b, s, h, e] = 1
     return found
 
 

@@ -26,6 +26,7 @@ from plan_cases import (
     top,
 )
 from plan_cases import spec as make
+from plan_cases_buckets import BUCKETS
 from plan_cases_estimates import ESTIMATES
 from plan_cases_odd import ODD, ODD_CALLS
 from plan_cases_production import PRODUCTION
@@ -102,7 +103,7 @@ def test_calls_after_calls_mean_what_the_reference_says(spec: Spec, rows: int, k
     "spec",
     [
         *(*CASES, *SETS, *ORDERS, *PRODUCTION, *TOGETHER, *ROUTES, *ODD, *TRAINED, *WEIGHED),
-        *(*GATHERED, *TREES, *ESTIMATES, *SLASH),
+        *(*GATHERED, *TREES, *ESTIMATES, *SLASH, *BUCKETS),
     ],
     ids=lambda spec: spec.name,
 )

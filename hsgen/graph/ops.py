@@ -89,12 +89,14 @@ class Assign:
     keys, centroids, [nodes above] -> i32[B, S, Hkv]
 
     Node e is a child of node e // branching above; with `capacity` it keeps its nearest tokens.
+    `takes`: whether a node has each token, i32[B, S, Hkv, nodes], 1 of so many nearest ones.
     """
 
     level: str
     nodes: int
     branching: int
     capacity: float | None
+    takes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,12 +256,12 @@ class Score:
     Of a single row, R = T, the complete entries count; of a query that stands for several, those that
     begin by the last of its rows.
 
-    `relu_weighted` and `relu_sum`, which has no weights, sum index heads themselves, all of them or
-    with `grouped` those of each group; those of `index_dot` stand for the key heads.  `bound` reads
-    minmax keys.  `bias` has no query: its keys are the biases of entries, one a key head; of other
-    forms they are added, where they are `biased`.  `given` reads scores, and nothing else.
-    `pooling_error` reads what was pooled as well.  `counted`: the logarithm of an entry's tokens is
-    added.  With `within`, only children of the parent selection are scored: f32[B, T, H, C].
+    `cosine` is a dot of unit vectors.  `relu_weighted` and `relu_sum`, which has no weights, sum index
+    heads themselves, all of them or with `grouped` those of each group; those of `index_dot` stand for
+    the key heads.  `bound` reads minmax keys.  `bias` has no query: its keys are the biases of entries,
+    one a key head; of other forms they are added, where they are `biased`.  `given` reads scores, and
+    nothing else.  `pooling_error` reads what was pooled as well.  `counted`: the logarithm of an entry's
+    tokens is added.  With `within`, only children of the parent selection are scored: f32[B, T, H, C].
     `among`: only entries of one more operand, a recalled selection; with `rows` chosen, none of a
     row whose own token is in no entry of it.  `cut`: the order says which
     tokens an entry has; or which node or run each token is in, of the level's own, or of the parent's
@@ -272,6 +274,7 @@ class Score:
     level: str
     form: Literal[
         "dot",
+        "cosine",
         "bound",
         "index_dot",
         "relu_weighted",
@@ -456,12 +459,12 @@ class SelectSet:
     by `tiers` of a `quota`, a bitmap each; `step` entries at a time, until a step adds less than
     `value` to the softmax of all rows and heads that choose together (`early_stop`), where query and
     keys are inputs, and the log-sum-exp that the walk begins with, if any.
-    `scope`: rows of a head, or heads of a row, are ranked together.  `rest`: forced entries are neither
-    ranked nor part of a total.  `budget_from`: as many as another level keeps, whose selection is the
-    next operand; where that is of one row for all and this is not, the part of its candidates that it
-    keeps, of those here, rounded up, all forced ones and the `least`, head by head of the finer one.
-    `budget_in` tokens: as many as hold more of them than it keeps.  `where`: entries of the next operand
-    are forced.
+    `scope`: rows of a head, heads of a row, or rows of an entry are ranked together.  `rest`: forced
+    entries are neither ranked nor part of a total.  `budget_from`: as many as another level keeps,
+    whose selection is the next operand; where that is of one row for all and this is not, the part of
+    its candidates that it keeps, of those here, rounded up, all forced ones and the `least`, head by
+    head of the finer one.  `budget_in` tokens: as many as hold more of them than it keeps.  `where`:
+    entries of the next operand are forced.
     `apart`: what begins before the token of the next operand and what does not are chosen apart.
     `sink`, `cut`, `when` and `diagonal` as in Select.
     """
@@ -484,7 +487,7 @@ class SelectSet:
     last: int
     counted: bool
     boundary: Literal["keep", "drop"] | None = None
-    scope: Literal["row", "head", "heads"] | None = None
+    scope: Literal["row", "head", "heads", "entry"] | None = None
     least: int | None = None
     most: int | None = None
     tail: Literal[True] | None = None
@@ -592,9 +595,10 @@ class Attend:
     the logarithm of the tokens that a pooled key stands for is added.  `near`: of the last so many
     tokens a row reads the keys, of others the far keys.  `rows`: one that does not see its own token
     sees none.  `spans`: of each selected anchor its span, with a softmax of its own; the output is
-    their mean by the softmax of their scores.  `diagonal`: entry i of a row is block row // size - i.
-    `row_cut`: rows of the selection are clusters, as that operand has the rows.  With `when`, heads
-    that the route sends another way see nothing.
+    their mean by the softmax of their scores.  `softmax`: so has each selected entry, and the output
+    is the mean of those of which the row sees a token.  `diagonal`: entry i of a row is block
+    row // size - i.  `row_cut`: rows of the selection are clusters, as that operand has the rows.  With
+    `when`, heads that the route sends another way see nothing.
     """
 
     branch: str
@@ -620,6 +624,7 @@ class Attend:
     spans: Spans | None = None
     diagonal: Literal[True] | None = None
     row_cut: Cut | None = None
+    softmax: Literal["entry"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

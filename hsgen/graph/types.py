@@ -276,7 +276,10 @@ def _assigned_type(op: Assign | Runs, operands: Sequence[Node]) -> TensorType:
     parents = [node.op.nodes for node in above if isinstance(node.op, Assign)]
     need(len(parents) == len(above), "nodes lie in nodes")
     need(op.nodes == op.branching * (parents or [1])[0], f"{op.nodes} nodes of {op.branching} each")
-    return assigned
+    if op.takes is None:
+        return assigned
+    need(not above and op.capacity is None, "nodes that take their tokens are those of one level")
+    return TensorType(dtype="i32", dims=(*assigned.dims, str(op.nodes)))
 
 
 def _need_side(op: Cluster, x: TensorType) -> None:
@@ -443,7 +446,8 @@ def _union_type(op: Union, operands: Sequence[Node]) -> TensorType:
         need(isinstance(branch.op, Attend), f"%{branch.name} is not an attend")
         assert isinstance(branch.op, Attend)
         need(branch.op.sink is None, f"%{branch.name} has a sink of its own inside a union")
-        need(branch.op.spans is None, f"%{branch.name} has softmaxes of its own inside a union")
+        apart = branch.op.spans or branch.op.softmax
+        need(not apart, f"%{branch.name} has softmaxes of its own inside a union")
     return _agree([branch.type for branch in branches])
 
 
@@ -786,6 +790,7 @@ def _select_set_type(op: SelectSet, operands: Sequence[Node]) -> TensorType:
     need(not by_mass or op.scope in ("row", "head"), "masses are of rows or of heads")
     need(op.scope != "row" or by_mass, "what is of a row is not said")
     need(op.scope != "head" or by_mass or op.rule == "fraction", "it is parts that rows share")
+    need(op.scope != "entry" or op.rule == "top_k", "entries take a number of rows")
     need(op.scope != "heads" or op.rule in _OF_HEADS, "heads share no such rule")
     need((op.tiers is not None) == (op.rule == "quota"), "tiers are those of quotas")
     need((op.step is not None) == walks, "steps are those of a walk")
@@ -831,6 +836,8 @@ def _attend_type(op: Attend, operands: Sequence[Node]) -> TensorType:
     need(
         (op.pattern is not None) == (op.over == "static"), "a pattern is attended with over=static"
     )
+    entries = op.over in ("blocks", "tokens")
+    need(op.softmax is None or entries, "it is selected entries that have a softmax each")
     need((op.merges is not None) == (op.over == "tiers"), "tiers are attended with over=tiers")
     need(
         op.which is None or selection is not None, "what is skipped is what a selection leaves out"

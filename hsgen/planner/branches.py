@@ -157,6 +157,7 @@ def _attend(
         counted=True if branch.bias == "log_count" else None,
         near=branch.delta.window if branch.delta else None,
         rows=branch.rows,
+        softmax=branch.softmax,
         diagonal=True if isinstance(partition, language.Diagonals) else None,
     )
 

@@ -102,6 +102,7 @@ def assign(builder: Builder, level: language.Level) -> None:
                 nodes=builder.spec.nodes(level.name),
                 branching=tree.branching,
                 capacity=tree.capacity,
+                takes=tree.takes,
             )
             operands = [builder.keys(level.kv), centroids(builder, level)]
             operands += some(builder.assigned.get(level.within or ""))

@@ -185,7 +185,7 @@ def _scale(builder: Builder, score: language.Score) -> float | None:
         case "none":
             return 1.0
         case None:
-            plain = score.by_index or score.codes or score.form in ("bias", "given")
+            plain = score.by_index or score.codes or score.form in ("bias", "given", "cosine")
             return 1.0 if plain else builder.attention_scale()
         case _:
             return float(score.scale)

@@ -58,7 +58,9 @@ def _combined(rows: Rows, combine: Combine, branches: dict[str, Keys]) -> Combin
         o, lse = _attention(q, _union(parts), rows.spec.attend[0], sink)
         return Combined(o=o, lse={"o": lse}, outputs={})
     attended = {
-        branch.name: (_weighed if branch.spans else _attend_alone)(rows, branches, branch)
+        branch.name: (_weighed if branch.spans or branch.softmax else _attend_alone)(
+            rows, branches, branch
+        )
         for branch in rows.spec.attend
     }
     outputs = {name: o for name, (o, _) in attended.items()}
@@ -174,7 +176,24 @@ def _branch(rows: Rows, branch: Attend, levels: dict[str, Scored]) -> Keys:
     far = None
     if branch.delta:
         far = from_changes(branch.delta, k), distance.abs() >= branch.delta.window
-    return Keys(source=source, raw=True, k=k, v=v, visible=visible, bias=bias, far=far)
+    keys = Keys(source=source, raw=True, k=k, v=v, visible=visible, bias=bias, far=far)
+    if branch.softmax is None:
+        return keys
+    assert branch.over is not None, f"branch {branch.name} attends no entries"
+    return replace(keys, weighed=_by_entry(rows, branch.over, levels, visible))
+
+
+def _by_entry(
+    rows: Rows, name: str, levels: dict[str, Scored], visible: Tensor
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """What each row sees of every entry that it chose, those that it sees something of alike."""
+    level, chosen = rows.spec.level(name), levels[name].chosen
+    assert chosen is not None, f"{name} is attended raw and must select"
+    entry = torch.arange(chosen.shape[-1], device=chosen.device)
+    seen = [visible & token_mask(rows, level, chosen & (entry == e)) for e in entry]
+    some = [each.any(-1).double() for each in seen]
+    many = sum(some, torch.zeros_like(visible[..., 0], dtype=torch.double)).clamp(min=1)
+    return tuple((each, one / many) for each, one in zip(seen, some, strict=True))
 
 
 def _latent(rows: Rows, k: Tensor) -> Tensor:

@@ -69,6 +69,9 @@ def choose(
         flat = [y.transpose(0, 1).flatten(1) for y in (scores, candidates, forced)]
         chosen = _choose(select, *flat, fill=fill)
         return chosen.unflatten(1, scores.shape[::2]).transpose(0, 1)
+    if select.scope == "entry":
+        flat = [y.transpose(0, 2) for y in (scores, candidates, forced)]
+        return _choose(select, *flat, fill=fill).transpose(0, 2)
     return _choose(select, scores, candidates, forced, fill=fill, budget=budget)
 
 

@@ -162,6 +162,8 @@ def token_mask(rows: Rows, level: Level, chosen: Tensor) -> Tensor:
         entry = back(layout.diagonal, rows.p, rows.S)[:, None].expand(-1, chosen.shape[1], -1)
         last = chosen.shape[-1] - 1  # beyond it there is none: rows after the last key
         return chosen.gather(-1, entry.clamp(0, last)) & (entry >= 0) & (entry <= last)
+    if layout.entry_of is None and layout.first is not None:
+        return _of_members(layout, chosen, rows.S)
     if layout.entry_of is None:
         return _overlapping(layout, chosen, rows.S)
     heads = max(chosen.shape[1], len(layout.entry_of))
@@ -178,6 +180,15 @@ def own_seen(visible: Tensor, p: Tensor) -> Tensor:
         return there.expand(-1, visible.shape[1], -1)
     at = p.clamp(0, S - 1).view(-1, 1, 1).expand(-1, visible.shape[1], 1)
     return visible.gather(-1, at) & there
+
+
+def _of_members(layout: Layout, chosen: Tensor, S: int) -> Tensor:
+    """Tokens of chosen nodes that have taken them, head by head, each once."""
+    token = torch.arange(S, device=chosen.device)
+    member = (layout.slots[..., None] == token).any(-2)  # [H, N, S]
+    heads = max(chosen.shape[1], len(member))
+    chosen, member = spread(chosen, heads), spread(member[None], heads)[0]
+    return torch.einsum("thn,hns->ths", chosen.double(), member.double()) > 0
 
 
 def _overlapping(layout: Layout, chosen: Tensor, S: int) -> Tensor:

@@ -189,7 +189,7 @@ def _level_inputs(level: Level) -> dict[str, _TensorInput]:
         found["k_index"] = ("key", (*_series(level), "Di"))
         if level.score.form == "relu_weighted":
             found["w_index"] = ("query", ("Hi",))
-    elif level.score.form in ("dot", "code_match", "pooling_error") or (
+    elif level.score.form in ("dot", "cosine", "code_match", "pooling_error") or (
         level.pool and level.pool.keys and not by_bias
     ):
         found[named("k", level.kv)] = ("key", ("Hkv", *_series(level), "D"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hsgen.reference.grids import axis_lengths, tile_of, tiles
 from hsgen.reference.inputs import named
-from hsgen.reference.partitions import begins, nodes
+from hsgen.reference.partitions import begins, nodes, taken_by_nodes
 from hsgen.reference.permutes import cluster_of, order_of
 from hsgen.spec import (
     Blocks,
@@ -96,6 +96,8 @@ def _layout_of(
         return _runs(begins(level, level.partition, x))
     if isinstance(level.partition, LearnedTree):
         parents = above.entry_of if above is not None and above.first is not None else None
+        if level.partition.takes is not None:
+            return _taken(taken_by_nodes(level, level.partition.takes, x), S)
         return _nodes(*nodes(level, level.partition, x, parents))
     order = level.permute and level.permute.keys
     if order is None:
@@ -159,6 +161,20 @@ def _nodes(node: Tensor, N: int) -> Layout:
         ends=starts,
         units=starts[:1],
         first=first,
+    )
+
+
+def _taken(slots: Tensor, S: int) -> Layout:
+    """Tokens that nodes have taken, whichever others have them.  slots: i64[H, N, M], ascending"""
+    H, N, M = slots.shape
+    starts = torch.zeros(N, dtype=torch.long, device=slots.device)
+    return Layout(
+        slots=slots,
+        entry_of=None,
+        starts=starts,
+        ends=starts,
+        units=starts[:1],
+        first=slots[..., 0] if M else slots.new_full((H, N), S),
     )
 
 

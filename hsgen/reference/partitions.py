@@ -78,6 +78,14 @@ def nodes(
     return node, N
 
 
+def taken_by_nodes(level: Level, most: int, x: Mapping[str, Tensor]) -> Tensor:
+    """The tokens that every node takes, ascending.  -> i64[Hkv, N, min(most, S)]"""
+    keys = F.normalize(x[named("k", level.kv)].detach(), dim=-1)
+    alike = torch.einsum("shd,hnd->hns", keys, centroids(level, x).detach())
+    there = torch.ones_like(alike, dtype=torch.bool)
+    return order(alike, there, ~there)[..., :most].sort(-1).values
+
+
 def _within_capacity(owner: Tensor, alike: Tensor, capacity: float) -> Tensor:
     """The members of largest cosine, of equals the earlier; the others lose their node."""
     S, N = alike.shape[1:]

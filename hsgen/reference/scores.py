@@ -56,11 +56,14 @@ def _of_form(level: Level, rows: Rows, groups: Together) -> Tensor:
         return x[f"{level.name}_score"][..., :entries] * _scale(level, 1)
     assert keys is not None, f"level {level.name} has nothing to score"
     match level.score.form:
-        case "dot":
+        case "dot" | "cosine" as form:
             q = _turned(level, rows, groups, x[named("q", level.q)])
             keys = keys if q.shape[1] >= keys.shape[1] else keys.mean(1, keepdim=True)
             if level.score.dtype:
                 q, keys = (stored(y, level.score.dtype) for y in (q, keys))
+            if form == "cosine":
+                q, keys = (F.normalize(y, dim=-1) for y in (q, keys))
+                return _dots(level, rows, groups, q, keys) * _scale(level, 1)
             return _dots(level, rows, groups, q, keys) * _scale(level, x["q"].shape[-1])
         case "bound":
             low, high = keys.unbind(2)

@@ -158,8 +158,10 @@ def _chunks(spec: Spec, x: dict[str, Tensor], p: Tensor) -> list[tuple[int, int]
 
 def _asks_all_rows(spec: Spec, level: Level) -> bool:
     select, rows = level.select, spec.rows_of(level)
-    by_head = select is not None and "head" in (select.scope, select.top_p and select.top_p.scope)
-    return by_head or bool(rows and (rows.last or rows.tile or rows.by))
+    of_rows = select is not None and (
+        select.scope in ("head", "entry") or bool(select.top_p and select.top_p.scope == "head")
+    )
+    return of_rows or bool(rows and (rows.last or rows.tile or rows.by))
 
 
 def _compute(rows: Rows, *, keep: Keep) -> Result:

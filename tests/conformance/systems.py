@@ -13,6 +13,7 @@ from hsgen.spec import (
     Heads,
     Index,
     KMeans,
+    LearnedTree,
     Parts,
     SortInSegment,
 )
@@ -51,6 +52,7 @@ REFUSED: dict[str, str] = {
     "dhsa_released": "level block: no kernel chooses for rows together yet",
     "hip": "level chunk: no kernel searches halved intervals yet",
     "hirouter": "level branch: no kernel assigns keys to nodes of a tree yet",
+    "routing_transformer": "no kernel takes a route by head yet",
     "superlinear": "level anchor: no kernel scores by queries of its own yet",
     "hydra": "one softmax over several branches",
     "moa": "branch elastic: no kernel attends a static pattern yet",
@@ -137,6 +139,9 @@ def _shrunk_level(spec, level, factor, above):
     if isinstance(level.partition, Blocks):
         size, stride = (_part(n, factor) for n in (level.partition.size, level.partition.stride))
         changes["partition"] = Blocks(size=size, stride=stride)
+    if isinstance(level.partition, LearnedTree) and level.partition.takes:
+        few = {"branching": min(level.partition.branching, 5), "takes": 17}
+        changes["partition"] = level.partition.model_copy(update=few)
     if isinstance(level.partition, Diagonals):
         changes["partition"] = Diagonals(size=_part(level.partition.size, factor))
     if isinstance(level.partition, Halving):
@@ -199,6 +204,8 @@ def _shrunk_set(select):
     if select.force.where:  # so that of random tokens some blocks are alike, and others are not
         where = select.force.where.model_copy(update={"similarity": 0.06})
         changes["force"] = select.force.model_copy(update={"where": where})
+    if select.scope == "entry":
+        changes["top_k"] = min(select.budget, 13)
     if select.tokens:
         changes["tokens"] = min(select.tokens, 11)
     if select.top_p:

@@ -130,6 +130,9 @@ class Attend(Node):
     # natural logarithm of how many tokens a pooled key stands for
     bias: Literal["learned", "log_count"] | None = None
     spans: Spans | None = None  # of tokens before anchors, instead of the anchors alone
+    # entry: each selected entry has a softmax of its own, and the output is the mean of the outputs of
+    # those in which the row sees a token; the log-sum-exp is of all tokens that it sees, each once
+    softmax: Literal["entry"] | None = None
 
 
 class Combine(Node):

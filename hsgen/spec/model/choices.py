@@ -113,7 +113,9 @@ class Select(Node):
     chosen apart, each of the two by the rule; an entry lies where its first token is.
     `scope`: what is ranked together.  `heads`: entries of all heads that choose, ties to the lower
     head, and as many are kept as all of them may keep.  `head`, of `fraction`: entries of all rows of
-    a head, ties to the earlier row, so that some rows may keep nothing.
+    a head, ties to the earlier row, so that some rows may keep nothing.  `entry`, of `top_k`: each
+    entry takes so many of the rows that may keep it, by their scores of it, ties to the earlier row,
+    so that a row may keep any number of entries.
     """
 
     top_k: Count | None = None
@@ -129,7 +131,7 @@ class Select(Node):
     min: Count | None = None  # of `budget_from`, a part: at least so many
     budget_in: Literal["tokens"] | None = None  # of `budget_from`; left out: in entries
     # left out: each row and head that chooses by itself
-    scope: Literal["head", "heads"] | None = None
+    scope: Literal["head", "heads", "entry"] | None = None
     apart: Literal["input"] | None = None
     force: Force = Force()
 

@@ -129,6 +129,9 @@ class LearnedTree(Node):
     # a node keeps the ceil(capacity * tokens / nodes) tokens of largest cosine, of equals the
     # earlier; the others are in no node.  Left out: it keeps all
     capacity: Slack | None = None
+    # instead, a node takes so many tokens of largest cosine, of equals the earlier, whatever the
+    # others take: a token may be in several nodes, or in none.  Of a tree of one level
+    takes: Count | None = None
 
     @property
     def size(self) -> int:

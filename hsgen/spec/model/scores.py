@@ -8,6 +8,7 @@ from hsgen.spec.model.scalars import Count, Identifier, Node, Scale
 
 ScoreForm = Literal[
     "dot",
+    "cosine",
     "bound",
     "index_dot",
     "relu_weighted",
@@ -35,6 +36,7 @@ Reduce = Literal["sum", "mean", "max"]
 class Score(Node):
     """form -> scale -> normalise -> reduce over heads -> map; the order of steps is fixed.
 
+    `cosine`: the dot of query and entry key, both at unit length.
     `bound`: the most that a key between an entry's minmax keys can score, channel by channel.
     `index_dot`: index head h scores for the group of key head h.
     `relu_weighted`, `relu_sum`: the sum of relu(dot) over index heads, weighted by `w_index` or not;

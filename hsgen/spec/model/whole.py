@@ -391,6 +391,8 @@ _NEWS = {
     "q",
     "spans",
     "dual_entropy",
+    "takes",
+    "attend.softmax",
     "tile",
 }
 

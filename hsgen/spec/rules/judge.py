@@ -35,6 +35,7 @@ from hsgen.spec.rules.row_orders import row_orders
 from hsgen.spec.rules.scores import borrowed_sums, maps, scores
 from hsgen.spec.rules.softmaxes import latents, one_softmax, tails
 from hsgen.spec.rules.statistics import statistics
+from hsgen.spec.rules.takes import nodes_take, rows_taken, softmaxes_of_entries
 from hsgen.spec.rules.trees import apart, assigned, dual_entropies, spans
 from hsgen.spec.rules.weights import errors_and_counts, quotas, stands_for, walks
 
@@ -128,4 +129,7 @@ _RULES: tuple[Rule, ...] = (
     tiled_rows,
     statistics,
     likeness,
+    nodes_take,
+    rows_taken,
+    softmaxes_of_entries,
 )

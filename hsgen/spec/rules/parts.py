@@ -111,8 +111,10 @@ def _scope(level: Level, select: Select, rule: str, path: Path) -> Iterator[Prob
         if rule == "early_stop"
         else f"rows of a head share a 'fraction', not '{rule}'"
         if select.scope == "head" and rule != "fraction"
+        else f"an entry takes a number of rows, 'top_k', not '{rule}'"
+        if select.scope == "entry" and rule != "top_k"
         else None
-        if select.scope == "head"
+        if select.scope in ("head", "entry")
         else "all heads choose as one: 'share: all'"
         if level.score.form
         and (level.score.share == "all" or level.score.form == "relu_weighted")

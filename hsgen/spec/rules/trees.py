@@ -152,7 +152,8 @@ def _halving(halving: Halving, path: Path) -> Iterator[Problem]:
 def _scored_by_keys(level: Level, path: Path) -> Iterator[Problem]:
     """Nodes, anchors and halves have keys of attention alone, and no caller knows how many runs there are."""
     score, form = level.score, level.score.form
-    if form not in ("dot", None) or score.source is not None:
+    allowed = ("dot", "cosine", None) if isinstance(level.partition, LearnedTree) else ("dot", None)
+    if form not in allowed or score.source is not None:
         got = f"form '{form}'" if form else f"'from: {score.source}'"
         yield Problem(
             code="HS152",
