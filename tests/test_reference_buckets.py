@@ -20,10 +20,10 @@ from hsgen.selection import members
 from hsgen.spec import HeadDim, Heads, LearnedTree, Select, Spec
 
 
-def tiny(*, takes: int, rows: int, **more: object) -> Spec:
+def tiny(*, takes: int, rows: int) -> Spec:
     """One head of two channels, two buckets, and one channel of values."""
     select = Select(top_k=rows, scope="entry")
-    spec = make("tiny", buckets(takes=takes, select=select), [APART], **more)
+    spec = make("tiny", buckets(takes=takes, select=select), [APART])
     level = spec.levels[0].model_copy(update={"partition": LearnedTree(branching=2, takes=takes)})
     sizes = {"heads": Heads(query=1, kv=1), "head_dim": HeadDim(qk=2, v=1)}
     return spec.model_copy(update={"levels": (level,)} | sizes)
@@ -181,9 +181,8 @@ def test_values_and_attention_learn_and_the_choice_does_not() -> None:
     spec = BUCKETS[0]
     x = {n: y.requires_grad_() for n, y in random_tensors(spec, 17, 17).items()}
     reference(spec, x).o.square().sum().backward()
-    assert x["v"].grad.abs().sum() > 0
-    assert x["q"].grad.abs().sum() > 0
-    assert x["block_centroids"].grad is None or x["block_centroids"].grad.abs().max() == 0
+    found = {n: y.grad is not None and bool(y.grad.any()) for n, y in x.items()}
+    assert found == {"q": True, "k": True, "v": True, "block_centroids": False}
 
 
 def test_buckets_look_ahead_and_cost_as_much_as_they_hold() -> None:

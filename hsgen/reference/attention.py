@@ -192,7 +192,7 @@ def _by_entry(
     entry = torch.arange(chosen.shape[-1], device=chosen.device)
     seen = [visible & token_mask(rows, level, chosen & (entry == e)) for e in entry]
     some = [each.any(-1).double() for each in seen]
-    many = sum(some, torch.zeros_like(visible[..., 0], dtype=torch.double)).clamp(min=1)
+    many = sum(some, torch.zeros_like(visible.any(-1), dtype=torch.double)).clamp(min=1)
     return tuple((each, one / many) for each, one in zip(seen, some, strict=True))
 
 
