@@ -610,12 +610,14 @@ def test_documents_are_separate(name: str) -> None:
         torch.testing.assert_close(together.o[a:b], reference(spec, part).o[0])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# what tokens are in depends on later ones
+PROMPT = {"found", "capacity"}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in PROMPT])
 def test_decode_rows_are_rows_of_prefill(name: str) -> None:
     """Where no row depends on the whole prompt."""
     spec = FAMILIES[name]
-    if name in ("found", "capacity"):
-        pytest.skip("what tokens are in depends on later ones")
     x = random_tensors(spec, 19, 19)
     x |= {key: (y > 0.5).double() for key, y in x.items() if key.endswith("_starts")}
     whole = reference(spec, x)
