@@ -597,7 +597,7 @@ class _Scheduler:
         score = chain.score.op
         assert isinstance(score, Score)
         assert isinstance(node.op, Select)
-        refused = ("relu_sum", "code_match", "pooling_error", "bias", "given")
+        refused = ("relu_sum", "code_match", "pooling_error", "bias", "given", "cosine")
         assert score.form not in refused, "refused"
         weighted = score.form == "relu_weighted"
         if chain.reduce is not None and chain.reduce.share == "all":
