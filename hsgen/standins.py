@@ -12,13 +12,14 @@ from torch import Tensor
 from hsgen.errors import HsgenError
 from hsgen.reference import tensor_kinds, tensor_shapes
 from hsgen.reference.layouts import part_of
-from hsgen.spec import HeadDim, Heads, Index, Level, Parts, Spec
+from hsgen.spec import HeadDim, Heads, Index, Level, Parts, Route, Spec
 
 
 def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec:
     """The same attention for other heads; an index gets one index head a query head.
 
-    Where index heads stand for key heads, it gets one a key head.
+    Where index heads stand for key heads, it gets one a key head.  A table of ways by head goes on over
+    and over, however many heads there are.
 
     Args:
         spec: The attention, bound or not.
@@ -32,8 +33,16 @@ def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec
         "head_dim": HeadDim(qk=qk, v=v),
         "levels": tuple(_narrower(level, qk) for level in spec.levels),
         "index": spec.index and Index(heads=kv if spec.index_per_key_head else query, dim=qk),
+        "route": spec.route and _ways_of(spec.route, query),
     }
     return spec.model_copy(update=changed)
+
+
+def _ways_of(route: Route, heads: int) -> Route:
+    if route.by != "head" or not route.table or heads % len(route.table) == 0:
+        return route
+    ways = (route.table[i % len(route.table)] for i in range(heads))
+    return route.model_copy(update={"table": tuple(ways)})
 
 
 def _narrower(level: Level, qk: int) -> Level:

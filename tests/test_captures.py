@@ -77,6 +77,13 @@ def test_every_shipped_spec_has_stand_ins(name):
     assert standins.stated(spec, 3)[0][1] == "the captured group: 3 query heads, 1 kv head"
 
 
+def test_ways_by_head_go_on_over_as_many_heads_as_there_are():
+    """Two ways in turn are no table of three heads, but say which way each of three takes."""
+    spec = verify(standins.bind(load("routing_transformer"), query=3, kv=1, dim=16))
+    assert spec.route is not None
+    assert spec.route.table == ("near", "routed", "near")
+
+
 def test_learned_compression_becomes_the_mean():
     spec = standins.bind(load("nsa"), query=2, kv=1, dim=16)
     q, k, v = torch.randn(1, 64, 2, 16), torch.randn(1, 64, 1, 16), torch.randn(1, 64, 1, 16)
