@@ -151,7 +151,8 @@ def _chunks(spec: Spec, x: dict[str, Tensor], p: Tensor) -> list[tuple[int, int]
     blocks = [rows.block or 1 for level in spec.levels if (rows := spec.rows_of(level))]
     unit = math.lcm(*blocks)
     step = max(step // unit, 1) * unit
-    first = int(p[0]) % unit  # a chunk that starts inside a block ends where the block does
+    # a chunk that starts inside a block ends where the block does; positions alone need no values
+    first = int(p[0]) % unit if unit > 1 else 0
     starts = [0, *range(step - first, T, step)]
     return list(zip(starts, [*starts[1:], T], strict=True))
 
