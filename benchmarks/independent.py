@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -406,26 +407,37 @@ def _table(result: Json) -> str:
     return common.table(("system", "sizes", "error", "worst", "same choice"), rows)
 
 
+def kept(
+    module: str,
+    kind: str,
+    comparisons: Mapping[str, Any],
+    measure: Callable[[Any, Path], Json],
+    argv: Sequence[str] | None,
+) -> None:
+    """The command of a module that compares with checkouts: measure, print, hold to TOLERANCE, keep."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("--sources", type=Path, required=True, help="folder of the checkouts")
+    parser.add_argument("-o", "--output", type=Path, default=common.RESULTS)
+    args = parser.parse_args(argv)
+    result = common.provenance(module, ["--sources", "DIR"], "cpu")
+    found: Json = {}
+    for name, each in comparisons.items():
+        figures = found[name] = measure(each, args.sources)
+        print(f"{name:18} {figures}")
+        worst = max(figures.get(figure, 0.0) for figure in ("worst", "scores"))
+        assert worst < TOLERANCE, f"{name} differs"
+    result["comparisons"] = found
+    common.write_json(args.output / f"{kind}_cpu_{result['date']}.json", result)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare, or write the page."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.independent")
-    parser.add_argument("--sources", type=Path, help="folder of the peers' checkouts")
-    parser.add_argument("-o", "--output", type=Path, default=common.RESULTS)
-    parser.add_argument("--report", action="store_true", help="write docs/independent.md")
-    args = parser.parse_args(argv)
-    if args.report:
-        kept = [path for kind in KINDS for path in common.found([], kind)]
-        PAGE.write_text(page([common.read_json(path) for path in kept]))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words == ["--report"]:
+        paths = [path for kind in KINDS for path in common.found([], kind)]
+        PAGE.write_text(page([common.read_json(path) for path in paths]))
         return
-    result = common.provenance("benchmarks.independent", ["--sources", "DIR"], "cpu")
-    result["comparisons"] = {
-        name: compare(each, args.sources) for name, each in COMPARISONS.items()
-    }
-    for name, figures in result["comparisons"].items():
-        print(f"{name:18} error {figures['error']:.2e}  worst {figures['worst']:.2e}", end="  ")
-        print(f"same rows {figures.get('same_rows', '-')} of {figures.get('rows', '-')}")
-        assert figures["worst"] < TOLERANCE, f"{name} differs"
-    common.write_json(args.output / f"independent_cpu_{result['date']}.json", result)
+    kept("benchmarks.independent", "independent", COMPARISONS, compare, words)
 
 
 if __name__ == "__main__":

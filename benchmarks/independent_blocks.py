@@ -8,7 +8,6 @@ is chosen by.  Their code is read from the checkouts and is no part of this one;
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +18,13 @@ from unittest.mock import MagicMock
 import torch
 from torch import Tensor
 
-from benchmarks import common
 from benchmarks.common import Json
-from benchmarks.independent import OnCPU, commit, read, tensors
+from benchmarks.independent import OnCPU, commit, kept, read, tensors
 from hsgen import standins
 from hsgen.reference import Result, reference
 from hsgen.reference.permutes import cluster_of
 from hsgen.selection import members
 from hsgen.spec import Blocks, GridWindow, KMeans, Spec, Static, load
-
-TOLERANCE = 1e-5  # theirs are in float32 here and there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -350,19 +346,7 @@ def _empty(name: str, names: Sequence[str]) -> ModuleType:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare, print, and keep the figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.independent_blocks")
-    parser.add_argument(
-        "--sources", type=Path, required=True, help="folder of the peers' checkouts"
-    )
-    args = parser.parse_args(argv)
-    result = common.provenance("benchmarks.independent_blocks", ["--sources", "DIR"], "cpu")
-    found: Json = {}
-    for name, each in COMPARISONS.items():
-        found[name] = compare(each, args.sources)
-        print(f"{name:20} {found[name]}")
-        assert found[name].get("scores", 0.0) < TOLERANCE, f"{name} differs"
-    result["comparisons"] = found
-    common.write_json(common.RESULTS / f"blocks_cpu_{result['date']}.json", result)
+    kept("benchmarks.independent_blocks", "blocks", COMPARISONS, compare, argv)
 
 
 if __name__ == "__main__":

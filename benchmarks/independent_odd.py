@@ -8,18 +8,14 @@ is dense attention under that mask.  Only figures are kept.
 
 from __future__ import annotations
 
-import argparse
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import common
-from benchmarks.common import Json
-from benchmarks.independent import TOLERANCE, Answer, Comparison, compare, tensors
+from benchmarks.independent import Answer, Comparison, compare, kept, tensors
 from hsgen.reference import Result, reference
 from hsgen.selection import members
 from hsgen.spec import Spec, parse
@@ -203,19 +199,7 @@ COMPARISONS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare, print, and keep the figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.independent_odd")
-    parser.add_argument(
-        "--sources", type=Path, required=True, help="folder of the peers' checkouts"
-    )
-    args = parser.parse_args(argv)
-    result = common.provenance("benchmarks.independent_odd", ["--sources", "DIR"], "cpu")
-    found: Json = {}
-    for name, each in COMPARISONS.items():
-        found[name] = compare(each, args.sources)
-        print(f"{name:14} {found[name]}")
-        assert found[name]["worst"] < TOLERANCE, f"{name} differs"
-    result["comparisons"] = found
-    common.write_json(common.RESULTS / f"odd_cpu_{result['date']}.json", result)
+    kept("benchmarks.independent_odd", "odd", COMPARISONS, compare, argv)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def test_peers_that_choose_blocks_choose_the_same():
     kept = common.read_json(path)["comparisons"]
     assert set(kept) == set(independent_blocks.COMPARISONS)
     for name, figures in kept.items():
-        assert figures.get("scores", 0.0) < independent_blocks.TOLERANCE, name
+        assert figures.get("scores", 0.0) < independent.TOLERANCE, name
         assert figures["same_rows"] == figures["rows"] > 0, name
 
 

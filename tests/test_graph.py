@@ -379,3 +379,9 @@ def test_a_graph_by_hand() -> None:
 def test_every_operator_is_in_the_union() -> None:
     names = {op.__name__ for op in (Pool, Score, Normalise, Reduce, Map, Select, Attend)}
     assert names <= {op.__name__ for op in Op.__args__}  # type: ignore[attr-defined]
+
+
+def test_long_runs_of_taps_are_short_to_read() -> None:
+    taps = tuple((i, 1) for i in range(-1, 15)) + ((20, 1), (21, 2))
+    op = Map(level="x", how="sum", size=64, stride=64, ratio=16, taps=taps)
+    assert op_text(op).endswith("taps=[-1..+14:1 +20:1 +21:2])")

@@ -9,6 +9,9 @@ from typing import cast
 
 from hsgen.graph.ops import Op
 
+Taps = tuple[tuple[int, int], ...]  # offset and weight
+MANY = 8
+
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines, each column as wide as its widest cell."""
@@ -32,13 +35,29 @@ def op_fields(op: Op) -> dict[str, str]:
 
 
 def _value_text(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"[{' '.join(map(_item_text, cast('tuple[object, ...]', value)))}]"
-    return str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    items = cast("tuple[object, ...]", value)
+    pairs = items and all(isinstance(item, tuple) for item in items)
+    shown = _taps_text(cast("Taps", items)) if pairs else map(str, items)
+    return f"[{' '.join(shown)}]"
 
 
-def _item_text(item: object) -> str:
-    if isinstance(item, tuple):  # taps
-        offset, weight = cast("tuple[int, int]", item)
-        return f"{offset:+d}:{weight}"
-    return str(item)
+def _taps_text(taps: Taps) -> list[str]:
+    """`+0:1 +1:2`; more than MANY offsets in a row that weigh the same are `+0..+15:1`."""
+    found: list[tuple[int, int, int]] = []
+    for offset, weight in taps:
+        first, last, same = found[-1] if found else (0, 0, 0)
+        if found and offset == last + 1 and weight == same:
+            found[-1] = (first, offset, weight)
+        else:
+            found.append((offset, offset, weight))
+    shown: list[str] = []
+    for first, last, weight in found:
+        run = range(first, last + 1)
+        shown += (
+            [f"{first:+d}..{last:+d}:{weight}"]
+            if len(run) > MANY
+            else [f"{offset:+d}:{weight}" for offset in run]
+        )
+    return shown

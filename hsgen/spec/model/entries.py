@@ -24,10 +24,8 @@ KeyPool = Literal[
 ValuePool = Literal["mean", "max", "sum_rsqrt", "linear", "mlp", "gated"]
 
 
-class Tokens(Node):
-    """Every token is an entry of its own."""
-
-    kind: Literal["tokens"] = "tokens"
+class OneToken(Node):
+    """A partition whose entries are single tokens."""
 
     @property
     def size(self) -> int:
@@ -40,20 +38,8 @@ class Tokens(Node):
         return 1
 
 
-class Blocks(Node):
-    """Entry i covers tokens [i * stride - before, i * stride - before + size); none lie before 0."""
-
-    renamed: ClassVar[Mapping[str, str]] = {"blocks": "size"}
-    kind: Literal["blocks"] = "blocks"
-    size: Count  # tokens of one block
-    stride: Count  # from one block's start to the next; in YAML by default the block's size
-    before: Count | None = None  # of a block's tokens, those that lie before its place, i * stride
-
-
-class Clusters(Node):
-    """Entry i is cluster i of the order that `permute` puts keys in: of any size, also of none."""
-
-    kind: Literal["clusters"] = "clusters"
+class AnyLength(Node):
+    """A partition whose entries have as many tokens as the data gives them."""
 
     @property
     def size(self) -> int:
@@ -64,6 +50,28 @@ class Clusters(Node):
     def stride(self) -> int:
         """0, like the size."""
         return 0
+
+
+class Tokens(OneToken):
+    """Every token is an entry of its own."""
+
+    kind: Literal["tokens"] = "tokens"
+
+
+class Blocks(Node):
+    """Entry i covers tokens [i * stride - before, i * stride - before + size); none lie before 0."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"blocks": "size"}
+    kind: Literal["blocks"] = "blocks"
+    size: Count  # tokens of one block
+    stride: Count  # from one block's start to the next; in YAML by default the block's size
+    before: Count | None = None  # of a block's tokens, those that lie before its place, i * stride
+
+
+class Clusters(AnyLength):
+    """Entry i is cluster i of the order that `permute` puts keys in: of any size, also of none."""
+
+    kind: Literal["clusters"] = "clusters"
 
 
 class Parts(Node):
@@ -114,7 +122,7 @@ class Halving(Node):
         return self.interval
 
 
-class LearnedTree(Node):
+class LearnedTree(AnyLength):
     """Entries are the nodes of one level of a learned tree, for each key head; tokens are assigned.
 
     Node e of a level inside another tree level is a child of e // tree.  Its centroid is that of
@@ -133,18 +141,8 @@ class LearnedTree(Node):
     # others take: a token may be in several nodes, or in none.  Of a tree of one level
     takes: Count | None = None
 
-    @property
-    def size(self) -> int:
-        """0: no number of tokens is that of every entry."""
-        return 0
 
-    @property
-    def stride(self) -> int:
-        """0, like the size."""
-        return 0
-
-
-class Ragged(Node):
+class Ragged(AnyLength):
     """Entries are runs of tokens of any length, one after another; the first begins at token 0.
 
     `given`: an entry begins where the input `<level>_starts [B, S]` is not 0.  `similarity`: an entry
@@ -159,18 +157,8 @@ class Ragged(Node):
     span: Count | None = None  # tokens compared on either side
     threshold: Bound | None = None  # of the cosine
 
-    @property
-    def size(self) -> int:
-        """0: no number of tokens is that of every entry."""
-        return 0
 
-    @property
-    def stride(self) -> int:
-        """0, like the size."""
-        return 0
-
-
-class Stripes(Node):
+class Stripes(OneToken):
     """Entries are single tokens at distances from the query that grow by a power.
 
     A row at position p has the anchors p + 1 - i ** stripes, for every i from `first` on that leaves
@@ -181,16 +169,6 @@ class Stripes(Node):
     kind: Literal["stripes"] = "stripes"
     power: Power  # of the distances
     first: Count = 1  # the least i: nearer tokens are for a window
-
-    @property
-    def size(self) -> int:
-        """An anchor is one token."""
-        return 1
-
-    @property
-    def stride(self) -> int:
-        """As `size`."""
-        return 1
 
 
 class Diagonals(Node):
