@@ -158,8 +158,8 @@ def logit_bound(call, branch):
     largest = largest.repeat_interleave(group, 0)  # [Hq, D]
     logits = (q * largest).sum(-1) * D**-0.5
     limit = tolerance(call.dtype, q.device)
-    pooled = attend is None or attend.values == "pooled"
-    rounded = limit.stored if pooled else 0.0
+    level = spec.level(attend.over) if attend and attend.values == "pooled" else None
+    rounded = limit.stored if level and _rounds(level) else 0.0
     return ((terms**0.5 + 8) * limit.arithmetic + rounded) * logits.transpose(-1, -2)
 
 
@@ -303,7 +303,13 @@ def score_bounds(call, exact):
 
 def _form_bound(spec, level, limit):
     """Of a score's form, as a part of the same form of absolute values."""
-    return _terms(spec, level) * limit.arithmetic + (limit.stored if level.pool else 0.0)
+    return _terms(spec, level) * limit.arithmetic + (limit.stored if _rounds(level) else 0.0)
+
+
+def _rounds(level):
+    """Whether what is pooled is a sum, which is rounded where it is kept, and no token's own number."""
+    how = level.pool.keys if level.pool else None
+    return how not in (None, "max", "minmax", "first", "antidiagonal")
 
 
 def _normalises(spec):
