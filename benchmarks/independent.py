@@ -3,35 +3,32 @@
     python -m benchmarks.independent --sources DIR     DIR/<repository> are checkouts of the peers
     python -m benchmarks.independent --report          docs/independent.md from the results
 
-Their code is read from the checkouts and no part of this one; only figures are kept.  Asserts of theirs,
-which admit 16-bit tensors only, are compiled away, so that both sides may be exact.
+Their code is read from the checkouts and no part of this one; only figures are kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from benchmarks import common
 from benchmarks.common import Json
+from benchmarks.peers import Missing, OnCPU, modules, origin
 from hsgen import standins
 from hsgen.reference import Result, reference, tensor_shapes
 from hsgen.spec import Spec, load, parse
 
 PAGE = common.ROOT / "docs" / "independent.md"
-# of results: this script's, those of independent_odd, independent_blocks and independent_production
-KINDS = ("independent", "odd", "blocks", "transformers")
+# of results: this script's, those of independent_odd, _trained, _blocks and _production
+KINDS = ("independent", "odd", "trained", "blocks", "transformers")
 TOLERANCE = 1e-5  # the peers compute in float32
 
 FLA_NSA = """
@@ -72,10 +69,17 @@ attend:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer:
-    """What one side says.  o: [1, T, Hq, Dv] or packed; selection: [..., T, Hs, K], order free."""
+    """What a peer says.
+
+    Attributes:
+        o: [1, T, Hq, Dv] or packed.
+        selection: [..., T, Hs, K], order free.
+        scores: [..., T, Hs, N], what its level orders entries by; None: not handed out.
+    """
 
     o: Tensor
     selection: Tensor
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,20 +88,24 @@ class Comparison:
 
     Attributes:
         repository: as GitHub names it; its checkout is DIR/<last part>.
-        files: the modules that are read, by path in the checkout.
+        package: instead, as PyPI names it; it is installed into DIR.
+        files: the modules that are read, by path in the checkout, in order.
         what: what is compared, and the sizes.
+        adapted: what of theirs does not run as it is written.
         level: the selecting level.
         run: (spec, modules by stem) -> theirs, ours.
         stand_ins: what they import and cannot be had here, by module.
     """
 
-    repository: str
+    repository: str = ""
+    package: str = ""
     files: tuple[str, ...]
     what: str
+    adapted: str = ""
     level: str
     spec: Callable[[], Spec]
     run: Callable[[Spec, Mapping[str, types.ModuleType]], tuple[Answer, Result]]
-    stand_ins: Mapping[str, types.ModuleType] | None = None
+    stand_ins: Mapping[str, Missing] = field(default_factory=dict)
 
 
 # --- inputs
@@ -196,6 +204,12 @@ def xunhao_nsa(spec: Spec, peer: Mapping[str, types.ModuleType]) -> tuple[Answer
     return Answer(o=o, selection=chosen.transpose(0, 1)), reference(spec, x, cu_seqlens_q=cu)
 
 
+def _block_means(x: Tensor, size: int, cu_seqlens: Tensor | None) -> Tensor:
+    """What fla's file imports from its own package, where that is Triton."""
+    assert cu_seqlens is None, "one sequence at a time"
+    return torch.stack([part.mean(1) for part in x.split(size, 1)], 1)
+
+
 def _moba_spec() -> Spec:
     return common.with_blocks(standins.bind(load("moba"), query=4, kv=4, dim=32), "chunk", 16)
 
@@ -205,6 +219,12 @@ def _nsa_spec() -> Spec:
     return common.with_budget(small, "block", 5)
 
 
+POOLING = types.ModuleType("fla.ops.utils.pooling")
+POOLING.mean_pooling = _block_means  # type: ignore[attr-defined]
+FLA: dict[str, Missing] = {
+    "fla.ops.utils": ("prepare_chunk_offsets",),
+    POOLING.__name__: POOLING,
+}
 XUNHAO = "native_sparse_attention/ops/torch"
 COMPARISONS = {
     "moba": Comparison(
@@ -222,6 +242,7 @@ COMPARISONS = {
         level="block",
         spec=lambda: parse(FLA_NSA),
         run=fla_nsa,
+        stand_ins=FLA,
     ),
     "nsa (XunhaoLai)": Comparison(
         repository="XunhaoLai/native-sparse-attention-triton",
@@ -242,63 +263,9 @@ COMPARISONS = {
         level="token",
         spec=lambda: parse(FLA_DSA),
         run=fla_dsa,
+        stand_ins=FLA,
     ),
 }
-
-
-# --- reading peers
-
-
-class OnCPU(TorchFunctionMode):
-    """`device="cuda"` is written into some of them."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        wanted = dict(kwargs or {})
-        if wanted.get("device") == "cuda":
-            wanted["device"] = "cpu"
-        return func(
-            *("cpu" if isinstance(arg, str) and arg == "cuda" else arg for arg in args), **wanted
-        )
-
-
-def _stand_ins() -> dict[str, types.ModuleType]:
-    """What fla's file imports from its own package, where that is Triton: a mean over blocks."""
-    package = {name: types.ModuleType(name) for name in ("fla", "fla.ops", "fla.ops.utils")}
-    pooling = types.ModuleType("fla.ops.utils.pooling")
-    pooling.mean_pooling = _block_means  # type: ignore[attr-defined]
-    package["fla.ops.utils"].prepare_chunk_offsets = None  # type: ignore[attr-defined]
-    return package | {"fla.ops.utils.pooling": pooling}
-
-
-def _block_means(x: Tensor, size: int, cu_seqlens: Tensor | None) -> Tensor:
-    assert cu_seqlens is None, "one sequence at a time"
-    return torch.stack([part.mean(1) for part in x.split(size, 1)], 1)
-
-
-def read(path: Path, stand_ins: Mapping[str, types.ModuleType] | None = None) -> types.ModuleType:
-    """A peer's file as a module, without its asserts; it imports `stand_ins` by name."""
-    found = _stand_ins() if stand_ins is None else stand_ins
-    made = importlib.util.module_from_spec(
-        importlib.util.spec_from_loader(f"peer_{path.stem}", loader=None)
-    )
-    made.__package__ = path.parent.name  # for what they import from beside it
-    replaced = {name: sys.modules.get(name) for name in found}
-    sys.modules.update(found)
-    try:
-        exec(compile(path.read_text(), str(path), "exec", optimize=1), made.__dict__)
-    finally:
-        for name, old in replaced.items():
-            if old is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = old
-    return made
-
-
-def commit(checkout: Path) -> str:
-    """Which version of a peer was read."""
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 # --- comparing
@@ -306,24 +273,29 @@ def commit(checkout: Path) -> str:
 
 def compare(comparison: Comparison, sources: Path) -> Json:
     """Figures of one comparison."""
-    checkout = sources / comparison.repository.split("/")[1]
-    found = comparison.stand_ins
-    modules = {Path(file).stem: read(checkout / file, found) for file in comparison.files}
+    checkout, where = origin(comparison.repository, comparison.package, sources)
+    read = modules(checkout, comparison.files, comparison.stand_ins)
     with OnCPU():
-        theirs, ours = comparison.run(comparison.spec(), modules)
+        theirs, ours = comparison.run(comparison.spec(), read)
     error = (theirs.o.double() - ours.o).norm() / ours.o.norm()
     worst = (theirs.o.double() - ours.o).abs().amax() / ours.o.abs().amax()
     figures: Json = {
-        "repository": comparison.repository,
-        "commit": commit(checkout),
+        **where,
         "files": list(comparison.files),
         "what": comparison.what,
         "error": float(error),
         "worst": float(worst),
     }
+    if comparison.adapted:
+        figures["adapted"] = comparison.adapted
     if theirs.selection.numel():
         same = same_rows(theirs.selection, ours.selection[comparison.level].indices)
         figures |= {"rows": same.numel(), "same_rows": int(same.sum())}
+    if theirs.scores is not None:
+        mine = ours.scores[comparison.level]
+        ranked = mine > -torch.inf
+        off = (theirs.scores - mine)[ranked].abs().amax()
+        figures["scores"] = float(off / mine[ranked].abs().amax())
     return figures
 
 
@@ -358,7 +330,8 @@ TEXT = """# The reference beside independent implementations
 hsgen's float64 reference is what every kernel is tested against, so it is itself held against code that
 others wrote from the same papers, in plain PyTorch, on CPU.  Their code is no part of this repository.
 *Error* is |theirs − ours| / |ours| over the whole output, *worst* the largest difference over the largest
-value; they compute in float32.  *Same choice* counts rows (query and selecting head) whose sets are equal.
+value; some compute in float32.  *Same choice* counts rows (query and selecting head) whose sets are equal.
+Notes say what is *adapted*: what of theirs does not run as it is written.
 
 """
 
@@ -376,11 +349,24 @@ def _of_checkouts(result: Json) -> str:
     whole = any("error" in figures for figures in result["comparisons"].values())
     notes = []
     for name, figures in result["comparisons"].items():
-        place = f"[{figures['repository']}](https://github.com/{figures['repository']})"
-        files = ", ".join(f"`{file}`" for file in figures["files"])
-        notes.append(f"- {name}: {place} at {figures['commit'][:10]}, {files}")
+        notes.append(f"- {name}: {_noted(figures)}")
     table = f"{_table(result)}\n" + "\n".join([*notes, f"\n{_made(result)}\n"])
     return table if whole else f"{BLOCKS}{table}"
+
+
+def _noted(figures: Json) -> str:
+    """Where theirs is from, and how it was run where that is not as written."""
+    if "package" in figures:
+        place = f"PyPI's {figures['package']} {figures['version']}"
+    else:
+        repository = figures["repository"]
+        place = f"[{repository}](https://github.com/{repository}) at {figures['commit'][:10]}"
+    noted = [f"{place}, {', '.join(f'`{file}`' for file in figures['files'])}"]
+    if "scores" in figures and "error" in figures:
+        noted.append(f"what is chosen by differs by {figures['scores']:.1e} at most")
+    if "adapted" in figures:
+        noted.append(f"adapted: {figures['adapted']}")
+    return "; ".join(noted)
 
 
 def _of_transformers(result: Json) -> str:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import Json
-from benchmarks.independent import OnCPU, commit, kept, read, tensors
+from benchmarks.independent import kept, tensors
+from benchmarks.peers import Missing, OnCPU, modules, origin
 from hsgen import standins
 from hsgen.reference import Result, reference
 from hsgen.reference.permutes import cluster_of
@@ -42,8 +42,7 @@ class Comparison:
     Attributes:
         repository: as GitHub names it; its checkout is DIR/<last part>.
         files: the modules that are read, by path in the checkout, in order.
-        stand_ins: what they import and cannot be had here, by module: names in it, which do
-            nothing, or a module.
+        stand_ins: what they import and cannot be had here, by module.
         what: what is compared, and the sizes.
         run: modules by stem -> theirs, ours.
     """
@@ -52,7 +51,7 @@ class Comparison:
     files: tuple[str, ...]
     what: str
     run: Callable[[Mapping[str, ModuleType]], tuple[Chosen, Chosen]]
-    stand_ins: Mapping[str, tuple[str, ...] | ModuleType]
+    stand_ins: Mapping[str, Missing]
 
 
 def ours(result: Result, level: str, rows: Tensor) -> Chosen:
@@ -300,23 +299,13 @@ COMPARISONS: dict[str, Comparison] = {
 
 def compare(comparison: Comparison, sources: Path) -> Json:
     """Figures of one comparison."""
-    checkout = sources / comparison.repository.split("/")[1]
-    modules: dict[str, ModuleType] = {}
-    for file in comparison.files:
-        name = file.removesuffix(".py").replace("/", ".")
-        found = {name: module for name, module in modules.items() if "." in name}
-        for missing, instead in comparison.stand_ins.items():
-            plain = isinstance(instead, ModuleType)
-            found[missing] = instead if plain else _empty(missing, instead)
-        with OnCPU():
-            module = read(checkout / file, _packages([*found]) | found)
-        modules |= {name: module, Path(file).stem: module}
+    checkout, where = origin(comparison.repository, "", sources)
+    read = modules(checkout, comparison.files, comparison.stand_ins)
     with OnCPU():
-        theirs, mine = comparison.run(modules)
+        theirs, mine = comparison.run(read)
     same = (theirs.member == mine.member).all(-1)
     figures: Json = {
-        "repository": comparison.repository,
-        "commit": commit(checkout),
+        **where,
         "files": list(comparison.files),
         "what": comparison.what,
         "rows": same.numel(),
@@ -328,20 +317,6 @@ def compare(comparison: Comparison, sources: Path) -> Json:
             (theirs.scores - mine.scores).abs().amax() / mine.scores.abs().amax()
         )
     return figures
-
-
-def _packages(names: Sequence[str]) -> dict[str, ModuleType]:
-    """The packages that modules are in, of which nothing else is had."""
-    parts = [name.split(".") for name in names]
-    above = {".".join(part[:n]) for part in parts for n in range(1, len(part))}
-    return {name: ModuleType(name) for name in above}
-
-
-def _empty(name: str, names: Sequence[str]) -> ModuleType:
-    module = ModuleType(name)
-    for each in names:
-        setattr(module, each, MagicMock())
-    return module
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,7 +16,9 @@ from benchmarks import (
     independent,
     independent_blocks,
     independent_odd,
+    independent_trained,
     inputs,
+    peers,
     perplexity,
     quality,
     speed,
@@ -245,7 +247,7 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
         ("perplexity", perplexity.page, []),
         ("quality", quality.report, []),
         ("speed", speed_report.page, []),
-        ("independent", independent.page, ["odd", "blocks", "transformers"]),
+        ("independent", independent.page, ["odd", "trained", "blocks", "transformers"]),
     ],
 )
 def test_page_is_made_of_the_kept_results(kind, page, more):
@@ -278,7 +280,11 @@ def test_beams_of_a_prefix_of_the_capture(group):
 
 @pytest.mark.parametrize(
     ("kind", "made"),
-    [("independent", independent.COMPARISONS), ("odd", independent_odd.COMPARISONS)],
+    [
+        ("independent", independent.COMPARISONS),
+        ("odd", independent_odd.COMPARISONS),
+        ("trained", independent_trained.COMPARISONS),
+    ],
 )
 def test_every_comparison_is_kept_and_agrees(kind, made):
     (path,) = common.found([], kind)
@@ -286,6 +292,7 @@ def test_every_comparison_is_kept_and_agrees(kind, made):
     assert set(kept) == set(made)
     for name, figures in kept.items():
         assert figures["worst"] < independent.TOLERANCE, name
+        assert figures.get("scores", 0.0) < independent.TOLERANCE, name
         assert figures.get("same_rows") == figures.get("rows"), name
 
 
@@ -318,10 +325,33 @@ def test_a_peer_is_read_without_its_asserts(tmp_path):
     path.write_text(
         "from fla.ops.utils.pooling import mean_pooling\nassert False\nx = mean_pooling\n"
     )
-    made = independent.read(path)
+    made = peers.modules(tmp_path, [path.name], independent.FLA)["theirs"]
     x = torch.arange(5.0).reshape(1, 5, 1, 1)
     assert made.x(x, 2, None).flatten().tolist() == [0.5, 2.5, 4.0]
     assert "fla" not in sys.modules
+
+
+def test_files_of_a_peer_import_those_before_them(tmp_path):
+    (tmp_path / "src" / "theirs").mkdir(parents=True)
+    files = {
+        "src/theirs/first.py": "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Size:\n    n: int\n",
+        "src/theirs/second.py": "import torch\nfrom theirs.first import Size\n"
+        "from absent import kernel\nsize = Size(3)\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    made = peers.modules(tmp_path, list(files), {"absent": ("kernel",)})
+    assert made["second"].size == made["theirs.first"].Size(3)
+    assert not {"theirs", "theirs.first", "absent"} & set(sys.modules)
+
+
+def test_a_package_is_known_by_its_version(tmp_path):
+    folder = tmp_path / "theirs-1.2.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.2\n")
+    known = {"package": "theirs", "version": "1.2"}
+    assert peers.origin("", "theirs", tmp_path) == (tmp_path, known)
 
 
 # Starting tiles -------------------------------------------------------------------------------------
