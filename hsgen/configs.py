@@ -55,24 +55,34 @@ class RowTiles:
         if block and block == next_power(block):
             wide = max(16, min(wide, block))
         dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
-        if dims > WIDE_DIMS and context.heads > 1:
-            wide = min(wide, 32)  # leaves room for two programs on a processor
-        deepest = (
-            2 if self._bytes == 4 or tokens == 1 else 3
-        )  # gathered tokens: rows come one by one
+        deepest = 3
+        if self._bytes == 4:
+            deepest = 2
+        elif tokens == 1:
+            # gathered rows come one by one: what counts is how many programs wait for some
+            config = self._fit(context, 1, min(wide, 32), deepest, dims)
+            return replace(config, num_warps=1) if config["BLOCK_M"] <= 16 else config
+        elif dims > WIDE_DIMS and limit <= 64:
+            deepest = 2  # leaves room for two programs on a processor
         return self._fit(context, block_t, wide, deepest, dims)
 
     def score(self, context: rows.RowsContext) -> Config:
-        """As for attending, but with no output to hold there is room for more rows of 32 bits."""
+        """As for attending, but with no output to hold there is room for more rows.
+
+        With the keys first, a warpgroup's 64 keys meet all rows of the tile: four warps do.
+        """
         dims = sum(c.width for c in context.qk_chunks)
         limit = wide = 64
+        if context.keys_first and self._bytes == 2 and not context.children:
+            config = self._fit(context, max(1, 128 // context.pitch), wide, 2, dims)
+            return replace(config, num_warps=4)
         if self._bytes == 4:
             # tensor memory would be filled from registers, three times over
             limit = 32 if self.target.tensor_columns else 64
             wide = 32 if self.target.dots_read_shared and not self.target.tensor_columns else 16
         if context.children:
             wide = max(16, min(wide, next_power(context.children)))
-            return replace(self._fit(context, 1, wide, 2, dims), num_warps=2)
+            return replace(self._fit(context, 1, wide, 2, dims), num_warps=4 if wide >= 64 else 2)
         return self._fit(context, max(1, limit // context.pitch), wide, 3, dims)
 
     def _fit(

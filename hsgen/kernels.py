@@ -70,6 +70,7 @@ class RankContext:
     parent_width: int = 0
     parent_heads: int = 1
     parent_group: int = 1
+    carried: Literal["", "sum", "max"] = ""  # how a slot takes in what the slot before hands on
 
     @property
     def summary(self) -> str:
@@ -93,13 +94,19 @@ class RankContext:
     @property
     def row(self) -> str:
         """The leading arguments of `row_keys`."""
-        return "scores, parents, live" if self.children else "scores"
+        if self.children:
+            return "scores, parents, live"
+        return "scores, capacity" if self.carried else "scores"
 
     @property
     def params(self) -> tuple[Param, ...]:
         parent = _pointer("PARENT", "i32", f"[rows, {self.parent_heads}, {self.parent_width}]")
         return (
-            _pointer("SCORES", "f32", f"f32[chunk rows, {self.heads}, capacity]"),
+            _pointer(
+                "SCORES",
+                "f32",
+                f"f32[chunk rows, {self.heads}, {'2, ' if self.carried else ''}capacity]",
+            ),
             _pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}]"),
             *((parent,) if self.children else ()),
             *SEQ,

@@ -96,6 +96,7 @@ class RowsContext:
     stride: int = 1
     width: int = 0
     children: int = 0
+    keys_first: bool = False  # scores are [keys, rows]: heads that are reduced lie in one thread
     ratio: int = 1
     first_tap: int = 0
     end_tap: int = 1
@@ -104,6 +105,23 @@ class RowsContext:
     mute_padding: bool = False  # heads that only pad the tile must not win a maximum
     reduced: str = ""
     fold: str = ""
+    folded: Literal["", "sum", "max"] = ""  # how neighbouring entries become one of a coarser level
+    planes: int = 1  # of the scratch: 2 where an entry also counts in the slot after its own
+
+    @property
+    def of_rows(self) -> str:
+        """The index that spreads a vector of rows over a tile of scores."""
+        return "[None, :]" if self.keys_first else "[:, None]"
+
+    @property
+    def of_keys(self) -> str:
+        """The index that spreads a vector of keys over a tile of scores."""
+        return "[:, None]" if self.keys_first else "[None, :]"
+
+    @property
+    def row_length(self) -> str:
+        """From one row of the scratch to the next."""
+        return "capacity" if self.planes == 1 else f"{self.planes} * capacity"
 
     @property
     def alive(self) -> str:
@@ -213,10 +231,14 @@ class Shape:
         return self.query_heads // self.kv_heads
 
 
+def _seen_rows(shape: Shape) -> tuple[str, ...]:
+    """Where what each row sees ends: one comparison for the sequence's end and the row's position."""
+    return ("seen = tl.minimum(position + 1, k_len)",) if shape.causal else ()
+
+
 def _seen(shape: Shape, *more: str) -> tuple[str, ...]:
     """Which raw tokens n each row sees."""
-    causal = ("n[None, :] <= position[:, None]",) if shape.causal else ()
-    return ("(n < k_len)[None, :]", *causal, *more)
+    return ("n[None, :] < seen[:, None]" if shape.causal else "(n < k_len)[None, :]", *more)
 
 
 def attend_blocks(
@@ -231,6 +253,7 @@ def attend_blocks(
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
     list_row = f"tile.to(tl.int64) * {list_heads}" + (" + head" if list_heads > 1 else "")
     member = "member = tl.load(WORDS + (list_base + i // TILES) * num_words + word) >> bit & 1"
+    seen = "seen" if shape.causal else "k_len"
     tail = f"({within}) & (n < k_len)" if ragged else "n < k_len"
     own = (f"({within})[None, :]",) if ragged else ()
     return RowsContext(
@@ -277,6 +300,7 @@ def attend_blocks(
             "partial = tl.load(COUNTS + list_row * 2 + 1)",
             f"word = tl.minimum(rows // {heads}, BLOCK_T - 1) // 32",
             f"bit = rows // {heads} % 32",
+            *_seen_rows(shape),
         ),
         phases=(
             Phase(
@@ -292,9 +316,9 @@ def attend_blocks(
                 comment="partial blocks: members only, and what each row may see",
                 start="full * TILES",
                 stop="(full + partial) * TILES",
-                body=(member,),
+                body=(member, f"limit = tl.where(member > 0, {seen}, 0)"),
                 inside=tail,
-                visible=_seen(shape, *own, "(member > 0)[:, None]"),
+                visible=("n[None, :] < limit[:, None]", *own),
             ),
         ),
         stride=stride,
@@ -385,7 +409,11 @@ def attend_window(shape: Shape, *, name: str, scale: float, window: int) -> Rows
         key_head=_kv_head("k_h", shape, per_head=False),
         value_head=_kv_head("v_h", shape, per_head=False),
         key_row="k_first",
-        setup=(f"start = tl.maximum(first - {window - 1}, 0)", f"stop = {stop}"),
+        setup=(
+            *_seen_rows(shape),
+            f"start = tl.maximum(first - {window - 1}, 0)",
+            f"stop = {stop}",
+        ),
         phases=(
             Phase(
                 kind="range",
@@ -425,7 +453,11 @@ def attend_all(shape: Shape, *, name: str, scale: float) -> RowsContext:
         key_head=_kv_head("k_h", shape, per_head=False),
         value_head=_kv_head("v_h", shape, per_head=False),
         key_row="k_first",
-        setup=(f"full = {everyone} // BLOCK_N * BLOCK_N", f"stop = {stop}"),
+        setup=(
+            *_seen_rows(shape),
+            f"full = {everyone} // BLOCK_N * BLOCK_N",
+            f"stop = {stop}",
+        ),
         phases=(
             Phase(kind="range", comment="tokens that every row sees", start="0", stop="full"),
             Phase(
@@ -494,7 +526,9 @@ def _complete_rows(shape: Shape, entries: Entries) -> tuple[str, ...]:
     return (f"complete = {complete('position', entries, shape.causal)}",) if shape.causal else ()
 
 
-def _complete_keys(shape: Shape) -> tuple[str, ...]:
+def _complete_keys(shape: Shape, *, keys_first: bool = False) -> tuple[str, ...]:
+    if keys_first:
+        return ("n[:, None] < complete[None, :]",) if shape.causal else ("inside[:, None]",)
     return ("n[None, :] < complete[:, None]",) if shape.causal else ("inside[None, :]",)
 
 
@@ -544,6 +578,33 @@ class Scoring:
         """Whether queries and keys are those of the index: its keys have no heads."""
         return self.form in ("index_dot", "relu_weighted")
 
+    @property
+    def ratio(self) -> int:
+        """Source entries from one target entry to the next."""
+        return self.target.stride // self.entries.stride if self.map_how else 1
+
+    @property
+    def folded(self) -> Literal["", "sum", "max"]:
+        """How a tile of source entries is mapped at once: where each counts in its own slot or the next.
+
+        Otherwise tap by tap: a score is computed as often as it counts.
+        """
+        near = all(-self.ratio <= offset < self.ratio for offset, _ in self.taps)
+        if not near or self.ratio not in (2, 4, 8, 16):
+            return ""
+        return "max" if self.map_how == "max" else "sum"
+
+    @property
+    def planes(self) -> int:
+        """2 where an entry counts in the slot after its own: `rank` adds what slots hand on."""
+        return 2 if self.folded and self.taps[0][0] < 0 else 1
+
+    @property
+    def keys_first(self) -> bool:
+        """Whether neighbouring rows or keys are combined: then rows lie along a thread's registers."""
+        reduces = self.reduce is not None or self.form == "relu_weighted"
+        return reduces or self.map_how is not None
+
 
 def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) -> RowsContext:
     """Scores of a level's entries into a scratch [rows of the chunk, heads, capacity].
@@ -552,7 +613,7 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
     """
     weighted = scoring.form == "relu_weighted"
     pitch = next_power(heads) if scoring.reduce or weighted else heads
-    phase, setup = _score_phase(shape, scoring)
+    phases, setup = _score_phases(shape, scoring)
     value = _value(scoring)
     identity = _identity(scoring)
     key = "K", "k", _key_comment(scoring), "bt" if scoring.by_index else "bth"
@@ -565,7 +626,12 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
             *(tensor("WEIGHT", "w", "[B, T, Hi]", "bt") if weighted else ()),
             *(tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32") if scoring.normalise else ()),
             *(_parent_params() if scoring.parent_size else ()),
-            Param(name="SCORES", kind="pointer", comment="f32[rows, H, capacity]", dtype="f32"),
+            Param(
+                name="SCORES",
+                kind="pointer",
+                comment=f"f32[rows, H, {'2, ' if scoring.planes > 1 else ''}capacity]",
+                dtype="f32",
+            ),
             count("capacity", "row length of the scratch"),
             *SEQ,
             count("tile_first", "the chunk's first tile"),
@@ -582,10 +648,12 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         else _kv_head("k_h", shape, per_head=scoring.share == "head"),
         key_row=f"k_first // {scoring.entries.stride}" if scoring.pooled else "k_first",
         setup=(*_row_values(scoring, weighted), *setup, *_score_rows(pitch)),
-        phases=(phase,),
+        phases=phases,
         precision=shape.precision,
+        width=scoring.parent_width,
         children=scoring.parent_size // scoring.entries.size if scoring.parent_size else 0,
-        ratio=scoring.target.stride // scoring.entries.stride if scoring.map_how else 1,
+        keys_first=scoring.keys_first,
+        ratio=scoring.ratio,
         first_tap=scoring.taps[0][0] if scoring.taps else 0,
         end_tap=scoring.taps[-1][0] + 1 if scoring.taps else 1,
         identity=identity,
@@ -593,6 +661,8 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         mute_padding=scoring.reduce == "max" and pitch != heads,
         reduced=_reduced(scoring, heads, pitch),
         fold=_fold(scoring, _reduced(scoring, heads, pitch)),
+        folded=scoring.folded,
+        planes=scoring.planes,
     )
 
 
@@ -638,9 +708,11 @@ def _score_rows(pitch: int) -> tuple[str, ...]:
     )
 
 
-def _score_phase(shape: Shape, scoring: Scoring) -> tuple[Phase, tuple[str, ...]]:
-    """Which entries are scored, and the statements before the loop."""
+def _score_phases(shape: Shape, scoring: Scoring) -> tuple[tuple[Phase, ...], tuple[str, ...]]:
+    """Which entries are scored, and the statements before the loops."""
     stop = f"stop = {complete('last', scoring.entries, shape.causal)}"
+    if scoring.folded:
+        return _folded_phases(shape, scoring, stop)
     if scoring.map_how:
         return _mapped_phase(shape, scoring, stop)
     if not scoring.parent_size:
@@ -652,7 +724,7 @@ def _score_phase(shape: Shape, scoring: Scoring) -> tuple[Phase, tuple[str, ...]
             inside="n < stop",
             written="inside",
         )
-        return phase, (stop,)
+        return (phase,), (stop,)
     children = scoring.parent_size // scoring.entries.size
     ragged = children < 16 or children != next_power(children)
     phase = Phase(
@@ -668,7 +740,7 @@ def _score_phase(shape: Shape, scoring: Scoring) -> tuple[Phase, tuple[str, ...]
     row = (
         f"(tl.load(SEQ + z * 6) + t0).to(tl.int64) * {scoring.parent_heads} + {scoring.parent_head}"
     )
-    return phase, (
+    return (phase,), (
         stop,
         f"parents = {parents}",
         f"list_base = ({row}) * {scoring.parent_width}",
@@ -676,7 +748,48 @@ def _score_phase(shape: Shape, scoring: Scoring) -> tuple[Phase, tuple[str, ...]
     )
 
 
-def _mapped_phase(shape: Shape, scoring: Scoring, stop: str) -> tuple[Phase, tuple[str, ...]]:
+def _folded_phases(
+    shape: Shape, scoring: Scoring, stop: str
+) -> tuple[tuple[Phase, ...], tuple[str, ...]]:
+    """All sources of the target entries that are complete for the tile's last row, in their order."""
+    ratio, first = scoring.ratio, scoring.taps[0][0]
+    weight = _tap_weight(scoring)
+    phases = (
+        Phase(
+            kind="range",
+            comment="sources that are complete for every row",
+            start="0",
+            stop="full",
+            written="slot < target_stop",
+            slot="slot",
+        ),
+        Phase(
+            kind="range",
+            comment="sources that become complete within the tile, or are none",
+            start="full",
+            stop=f"target_stop * {ratio}",
+            inside="n < stop",
+            visible=_complete_keys(shape, keys_first=True),
+            written="slot < target_stop",
+            slot="slot",
+        ),
+    )
+    everyone = complete("first", scoring.entries, shape.causal)
+    return phases, (
+        stop,
+        f"target_stop = {complete('last', scoring.target, shape.causal)}",
+        f"everyone = {everyone}",
+        f"full = tl.minimum(everyone, target_stop * {ratio}) // BLOCK_N * BLOCK_N",
+        *_complete_rows(shape, scoring.entries),
+        f"tap = tl.arange(0, {ratio})",
+        f"own_weight = {weight.format(offset='tap')}",
+        *((f"next_weight = {weight.format(offset=f'tap - {ratio}')}",) if first < 0 else ()),
+    )
+
+
+def _mapped_phase(
+    shape: Shape, scoring: Scoring, stop: str
+) -> tuple[tuple[Phase, ...], tuple[str, ...]]:
     target = complete("last", scoring.target, shape.causal)
     phase = Phase(
         kind="mapped",
@@ -684,20 +797,24 @@ def _mapped_phase(shape: Shape, scoring: Scoring, stop: str) -> tuple[Phase, tup
         start="0",
         stop="target_stop",
         inside="(n >= 0) & (n < stop)",
-        visible=("inside[None, :]", *(_complete_keys(shape) if shape.causal else ())),
+        visible=(
+            "inside[:, None]",
+            *(_complete_keys(shape, keys_first=True) if shape.causal else ()),
+        ),
         slot="slot",
         written="slot < target_stop",
     )
-    return phase, (stop, f"target_stop = {target}", *_complete_rows(shape, scoring.entries))
+    return (phase,), (stop, f"target_stop = {target}", *_complete_rows(shape, scoring.entries))
 
 
 def _value(scoring: Scoring) -> str:
     """The score of one head before heads are reduced."""
+    row = "[None, :]" if scoring.keys_first else "[:, None]"
     if scoring.form == "relu_weighted":
         scaled = "" if scoring.scale == 1.0 else f" * {number(scoring.scale)}"
-        return f"tl.maximum(s, 0.0) * weight[:, None]{scaled}"
+        return f"tl.maximum(s, 0.0) * weight{row}{scaled}"
     if scoring.normalise:
-        return f"tl.exp2(s * {number(scoring.scale * LOG2_E)} - lse[:, None])"
+        return f"tl.exp2(s * {number(scoring.scale * LOG2_E)} - lse{row})"
     return "s" if scoring.scale == 1.0 else f"s * {number(scoring.scale)}"
 
 
@@ -719,11 +836,18 @@ def _fold(scoring: Scoring, reduced: str) -> str:
         return f"tl.maximum(total, {reduced})"
     if all(weight == 1 for _, weight in scoring.taps):
         return f"total + {reduced}"
+    return f"total + {reduced} * {_tap_weight(scoring).format(offset='offset')}"
+
+
+def _tap_weight(scoring: Scoring) -> str:
+    """How often the source entry at {offset} counts."""
+    if all(weight == 1 for _, weight in scoring.taps):
+        return f"tap_weight({{offset}}, {scoring.taps[0][0]}, {scoring.taps[-1][0] + 1})"
     pieces = (
         scoring.entries.size // scoring.entries.stride,
         scoring.target.size // scoring.entries.stride,
     )
-    return f"total + {reduced} * overlap_weight(offset, {pieces[0]}, {pieces[1]})"
+    return f"overlap_weight({{offset}}, {pieces[0]}, {pieces[1]})"
 
 
 def _score_summary(scoring: Scoring) -> str:

@@ -53,7 +53,7 @@ from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, 
 from hsgen.rows import Entries, next_power
 from hsgen.target import Target
 
-SCRATCH_BYTES = 64 << 20
+SCRATCH_BYTES = 128 << 20
 SORT_LIMIT = 4096  # pairs that the index kernel sorts in registers
 
 
@@ -277,7 +277,7 @@ class _Scheduler:
                 context = rows.attend_pooled(
                     self.shape, name=name, scale=scale, entries=entries, values=True
                 )
-                config = self._tiles.attend(context, limit=64)
+                config = self._tiles.attend(context, limit=128)
             case "tokens":
                 selection = self.graph[node.inputs[3]]
                 context = rows.attend_tokens(
@@ -515,6 +515,7 @@ class _Scheduler:
             parent_width=self._width(parent) if parent else 0,
             parent_heads=parent_heads,
             parent_group=parent_group,
+            carried=context.folded if context.planes > 1 else "",
         )
         ranker = self._kernel(
             "rank",
@@ -535,14 +536,19 @@ class _Scheduler:
                 sizes=(
                     (capacity, str(slots) if slots else f"max(1, batch.keys // {op.stride} + 1)"),
                     (tiles, f"batch.rows // {block_t} + batch.sequences"),
-                    (f"bytes_{op.level}", f"{4 * heads} * {capacity} * {block_t}"),
+                    (f"bytes_{op.level}", f"{4 * heads * context.planes} * {capacity} * {block_t}"),
                     (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.level}))"),
                 ),
                 buffers=(
                     Buffer(
                         name=scratch,
                         dtype="f32",
-                        dims=(f"{chunk} * {block_t}", str(heads), capacity),
+                        dims=(
+                            f"{chunk} * {block_t}",
+                            str(heads),
+                            *(("2",) if context.planes > 1 else ()),
+                            capacity,
+                        ),
                         role="scratch",
                     ),
                     Buffer(

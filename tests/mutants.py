@@ -33,7 +33,7 @@ def _choose(name: str, spec: str, module: str, old: str, new: str, case: str = "
     return Mutant(name=name, spec=spec, module=module, old=old, new=new, case=case)
 
 
-CAUSAL = "visible &= n[None, :] <= position[:, None]"
+SEEN = "seen = tl.minimum(position + 1, k_len)"
 TIES = """\
     slot = above_through + tl.minimum(ties_through, ties[:, None]) - 1
     taken = (above + tie * (ties_through <= ties[:, None]).to(tl.int32)) > 0
@@ -46,8 +46,8 @@ LATER_TIES = """\
 
 MUTANTS = (
     # what is visible
-    _attend("causal off by one", "nsa", "attend_selected", CAUSAL, CAUSAL.replace("<=", "<")),
-    _attend("one key leaks", "moba", "attend_selected", CAUSAL, CAUSAL + " + 1"),
+    _attend("causal off by one", "nsa", "attend_selected", SEEN, SEEN.replace("+ 1", "+ 0")),
+    _attend("one key leaks", "moba", "attend_selected", SEEN, SEEN.replace("+ 1", "+ 2")),
     _attend(
         "incomplete entry attended",
         "nsa",
@@ -175,8 +175,8 @@ MUTANTS = (
         "scale applied twice",
         "nsa",
         "attend_window",
-        "        s = s * ",
-        "        s = 0.144 * s * ",
+        "= softmax_step(s, m, l, ",
+        "= softmax_step(s, m, l, 0.144 * ",
     ),
     _attend(
         "silent TF32",

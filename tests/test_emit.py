@@ -201,7 +201,7 @@ EDITS = {
 CHANGED = {
     "select": {"rank_block.py", "index_selected.py", "attend_selected.py", "driver.py"},
     "force": {"rank_block.py"},
-    "map": {"score_block.py"},
+    "map": {"score_block.py", "rank_block.py", "driver.py"},
     "window": {"attend_window.py"},
 }
 

@@ -128,14 +128,14 @@ def test_buffers_on_paper_are_those_that_the_driver_allocates(name, monkeypatch)
 
 
 def test_scratch_is_bounded_whatever_the_length():
-    """By 64 MiB, or by what one tile of rows needs."""
+    """Or by what one tile of rows needs."""
     for name, tokens in itertools.product(emitted.SHIPPED, (1 << 13, 1 << 17, 1 << 20)):
         plan = emitted.shipped_plan(name)
         for buffer, array in dryrun.run(plan, tokens=tokens).buffers:
             if buffer.role == "scratch":
                 scorer = plan.kernel(buffer.name.replace("scores_", "score_"))
                 one = scorer.config["BLOCK_T"]
-                assert array.bytes <= 64 << 20 or array.shape[0] == one
+                assert array.bytes <= schedule.SCRATCH_BYTES or array.shape[0] == one
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,7 @@ COVERING = (
 )
 NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 SPILLS = 64 if NEW else 512  # bytes of stack a thread; the ptxas of older Triton spills more
-# With steps half as wide it does not spill, and is 43 % slower on the H100 (benchmarks/starts.py).
-MORE_SPILLS = {("bf16", H100, "nsa", "score_block"): 192}
+MORE_SPILLS = {("fp32", RTX4090, "moba", "attend_selected"): 96}
 
 
 @pytest.mark.slow

@@ -1,18 +1,20 @@
-"""The online softmax, in base 2: scores come multiplied by log2(e)."""
+"""The online softmax, in base 2: scores are multiplied by log2(e)."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def softmax_step(s, m, l):
+def softmax_step(s, m, l, SCALE: tl.constexpr):
     """One tile of scores.  s: [M, N], m, l: [M] -> p: [M, N], new m, new l, rescale of old sums.
+
+    SCALE > 0 is log2(e) times that of the logits: s is as the dot left it, m in base 2.
 
     A row whose keys are all masked so far keeps m = -inf; its rescale and weights are 0, not NaN.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - m_safe[:, None])
+    p = tl.exp2(s * SCALE - m_safe[:, None])
     rescale = tl.exp2(m - m_safe)
     return p, m_new, l * rescale + tl.sum(p, 1), rescale
 

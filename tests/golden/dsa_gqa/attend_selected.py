@@ -41,14 +41,16 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def softmax_step(s, m, l):
+def softmax_step(s, m, l, SCALE: tl.constexpr):
     """One tile of scores.  s: [M, N], m, l: [M] -> p: [M, N], new m, new l, rescale of old sums.
+
+    SCALE > 0 is log2(e) times that of the logits: s is as the dot left it, m in base 2.
 
     A row whose keys are all masked so far keeps m = -inf; its rescale and weights are 0, not NaN.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - m_safe[:, None])
+    p = tl.exp2(s * SCALE - m_safe[:, None])
     rescale = tl.exp2(m - m_safe)
     return p, m_new, l * rescale + tl.sum(p, 1), rescale
 
@@ -142,16 +144,18 @@ def attend_selected(
     acc0 = tl.zeros([BLOCK_M, 128], tl.float32)
 
     # the list is ascending, so no more slots are in use than tokens are seen
+    slot = tl.arange(0, BLOCK_N)
+    ahead = tl.load(SELECTION + list_base + slot, mask=slot < 2048, other=-1)
     for i in range(0, tl.minimum(2048, last + 1), BLOCK_N):
-        slot = i + tl.arange(0, BLOCK_N)
-        n = tl.load(SELECTION + list_base + slot, mask=slot < 2048, other=-1)
+        n = ahead
+        slot = i + BLOCK_N + tl.arange(0, BLOCK_N)
+        ahead = tl.load(SELECTION + list_base + slot, mask=slot < 2048, other=-1)
         inside = (n >= 0) & (n < k_len) & (n <= last)
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        s = s * 0.12751743082459868
         visible = inside[None, :]
         s = tl.where(visible, s, float("-inf"))
-        p, m, l, rescale = softmax_step(s, m, l)
+        p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
         v0 = load_tile_masked(v_base, k_row + n, inside, v_t, 0, 128)
         acc0 = acc0 * rescale[:, None]
         p0 = p.to(v0.dtype)

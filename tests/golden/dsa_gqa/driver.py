@@ -15,14 +15,14 @@ from .attend_selected import attend_selected
 from .rank_token import rank_token
 from .score_token import score_token
 
-SCRATCH_BYTES = 67108864  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, whatever the length
 CONFIG = {
     "score_token": {
-        "BLOCK_T": 1,
-        "BLOCK_M": 64,
+        "BLOCK_T": 2,
+        "BLOCK_M": 128,
         "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2,
     },
     "rank_token": {
         "BLOCK_R": 1,
@@ -33,9 +33,9 @@ CONFIG = {
     "attend_selected": {
         "BLOCK_T": 1,
         "BLOCK_M": 16,
-        "BLOCK_N": 64,
-        "num_warps": 4,
-        "num_stages": 2,
+        "BLOCK_N": 32,
+        "num_warps": 1,
+        "num_stages": 3,
     },
 }
 

@@ -56,8 +56,8 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[TOKENS * HEADS, N] -> [TOKENS, N]"""
-    return tl.sum(tl.reshape(x, [TOKENS, HEADS, x.shape[1]]), 1)
+    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
+    return tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
 
 
 @triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
@@ -116,8 +116,8 @@ def score_token(
         n = n0 + tl.arange(0, BLOCK_N)
         inside = n < stop
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-        s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        value = tl.maximum(s, 0.0) * weight[:, None]
-        address = SCORES + score_row[:, None] * capacity + n[None, :]
-        written = score_alive[:, None] & (inside)[None, :]
+        s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
+        value = tl.maximum(s, 0.0) * weight[None, :]
+        address = SCORES + score_row[None, :] * capacity + n[:, None]
+        written = score_alive[None, :] & (inside)[:, None]
         tl.store(address, sum_heads(value, BLOCK_M // 64, 64), mask=written)

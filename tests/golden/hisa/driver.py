@@ -18,7 +18,7 @@ from .rank_token import rank_token
 from .score_block import score_block
 from .score_token import score_token
 
-SCRATCH_BYTES = 67108864  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, whatever the length
 CONFIG = {
     "pool_block_keys": {
         "BLOCK_E": 4,
@@ -27,11 +27,11 @@ CONFIG = {
         "num_stages": 1,
     },
     "score_block": {
-        "BLOCK_T": 1,
-        "BLOCK_M": 64,
+        "BLOCK_T": 2,
+        "BLOCK_M": 128,
         "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2,
     },
     "rank_block": {
         "BLOCK_R": 1,
@@ -43,7 +43,7 @@ CONFIG = {
         "BLOCK_T": 1,
         "BLOCK_M": 64,
         "BLOCK_N": 64,
-        "num_warps": 2,
+        "num_warps": 4,
         "num_stages": 2,
     },
     "rank_token": {
@@ -55,9 +55,9 @@ CONFIG = {
     "attend_selected": {
         "BLOCK_T": 1,
         "BLOCK_M": 16,
-        "BLOCK_N": 64,
-        "num_warps": 4,
-        "num_stages": 2,
+        "BLOCK_N": 32,
+        "num_warps": 1,
+        "num_stages": 3,
     },
 }
 

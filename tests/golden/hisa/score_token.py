@@ -65,8 +65,8 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[TOKENS * HEADS, N] -> [TOKENS, N]"""
-    return tl.sum(tl.reshape(x, [TOKENS, HEADS, x.shape[1]]), 1)
+    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
+    return tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
 
 
 @triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
@@ -125,15 +125,18 @@ def score_token(
     score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head
 
     # the children of each surviving parent, slot by slot
+    ahead = tl.load(PARENT + list_base)
     for i in range(0, tl.minimum(64, parents) * TILES):
-        parent = tl.load(PARENT + list_base + i // TILES)
+        parent = ahead
+        place = (i + 1) // TILES
+        ahead = tl.load(PARENT + list_base + place, mask=place < 64, other=-1)
         child = i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         n = parent * 128 + child
         slot = i // TILES * 128 + child
         inside = (n >= 0) & (n < stop)
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-        s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        value = tl.maximum(s, 0.0) * weight[:, None]
-        address = SCORES + score_row[:, None] * capacity + slot[None, :]
-        written = score_alive[:, None] & (inside)[None, :]
+        s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
+        value = tl.maximum(s, 0.0) * weight[None, :]
+        address = SCORES + score_row[None, :] * capacity + slot[:, None]
+        written = score_alive[None, :] & (inside)[:, None]
         tl.store(address, sum_heads(value, BLOCK_M // 64, 64), mask=written)

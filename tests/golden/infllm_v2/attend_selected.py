@@ -40,14 +40,16 @@ def load_tile(base, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(s, m, l):
+def softmax_step(s, m, l, SCALE: tl.constexpr):
     """One tile of scores.  s: [M, N], m, l: [M] -> p: [M, N], new m, new l, rescale of old sums.
+
+    SCALE > 0 is log2(e) times that of the logits: s is as the dot left it, m in base 2.
 
     A row whose keys are all masked so far keeps m = -inf; its rescale and weights are 0, not NaN.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - m_safe[:, None])
+    p = tl.exp2(s * SCALE - m_safe[:, None])
     rescale = tl.exp2(m - m_safe)
     return p, m_new, l * rescale + tl.sum(p, 1), rescale
 
@@ -150,6 +152,7 @@ def attend_selected(
     partial = tl.load(COUNTS + list_row * 2 + 1)
     word = tl.minimum(rows // 16, BLOCK_T - 1) // 32
     bit = rows // 16 % 32
+    seen = tl.minimum(position + 1, k_len)
 
     # accumulate: the running maximum, sum and output of the softmax
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -157,32 +160,37 @@ def attend_selected(
     acc0 = tl.zeros([BLOCK_M, 128], tl.float32)
 
     # full blocks: every row sees every token
-    for i in range(0, full * TILES):
-        entry = tl.load(ENTRIES + list_base + i // TILES)
+    begin = 0
+    end = full * TILES
+    ahead = tl.load(ENTRIES + list_base + begin // TILES, mask=begin < end, other=0)
+    for i in range(begin, end):
+        entry = ahead
+        ahead = tl.load(ENTRIES + list_base + (i + 1) // TILES, mask=i + 1 < end, other=0)
         n = entry * 64 + i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         k0 = load_tile(k_base, k_row + n, k_t, 0, 128)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        s = s * 0.12751743082459868
-        p, m, l, rescale = softmax_step(s, m, l)
+        p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
         v0 = load_tile(v_base, k_row + n, v_t, 0, 128)
         acc0 = acc0 * rescale[:, None]
         p0 = p.to(v0.dtype)
         acc0 = tl.dot(p0, v0, acc0, input_precision="tf32x3")
 
     # partial blocks: members only, and what each row may see
-    for i in range(full * TILES, (full + partial) * TILES):
-        entry = tl.load(ENTRIES + list_base + i // TILES)
+    begin = full * TILES
+    end = (full + partial) * TILES
+    ahead = tl.load(ENTRIES + list_base + begin // TILES, mask=begin < end, other=0)
+    for i in range(begin, end):
+        entry = ahead
+        ahead = tl.load(ENTRIES + list_base + (i + 1) // TILES, mask=i + 1 < end, other=0)
         n = entry * 64 + i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         member = tl.load(WORDS + (list_base + i // TILES) * num_words + word) >> bit & 1
+        limit = tl.where(member > 0, seen, 0)
         inside = n < k_len
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        s = s * 0.12751743082459868
-        visible = (n < k_len)[None, :]
-        visible &= n[None, :] <= position[:, None]
-        visible &= (member > 0)[:, None]
+        visible = n[None, :] < limit[:, None]
         s = tl.where(visible, s, float("-inf"))
-        p, m, l, rescale = softmax_step(s, m, l)
+        p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
         v0 = load_tile_masked(v_base, k_row + n, inside, v_t, 0, 128)
         acc0 = acc0 * rescale[:, None]
         p0 = p.to(v0.dtype)

@@ -19,7 +19,7 @@ from .pool_compressed_keys import pool_compressed_keys
 from .rank_block import rank_block
 from .score_block import score_block
 
-SCRATCH_BYTES = 67108864  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, whatever the length
 CONFIG = {
     "pool_coarse_keys": {
         "BLOCK_E": 4,
@@ -41,11 +41,11 @@ CONFIG = {
         "num_stages": 1,
     },
     "score_block": {
-        "BLOCK_T": 4,
-        "BLOCK_M": 64,
+        "BLOCK_T": 8,
+        "BLOCK_M": 128,
         "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2,
     },
     "rank_block": {
         "BLOCK_R": 1,
@@ -166,11 +166,12 @@ def forward(tensors, batch, config, selection=None):
         # choose: block
         capacity_block = max(1, batch.keys // 64 + 1)
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
-        bytes_block = 8 * capacity_block * config["score_block"]["BLOCK_T"]
+        bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
         chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
         scores_block = torch.empty(
             (
                 chunk_block * config["score_block"]["BLOCK_T"],
+                2,
                 2,
                 capacity_block,
             ),
@@ -440,11 +441,12 @@ def select(tensors, batch, config):
     # choose: block
     capacity_block = max(1, batch.keys // 64 + 1)
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
-    bytes_block = 8 * capacity_block * config["score_block"]["BLOCK_T"]
+    bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
     chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
     scores_block = torch.empty(
         (
             chunk_block * config["score_block"]["BLOCK_T"],
+            2,
             2,
             capacity_block,
         ),

@@ -54,14 +54,16 @@ def load_tile(base, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(s, m, l):
+def softmax_step(s, m, l, SCALE: tl.constexpr):
     """One tile of scores.  s: [M, N], m, l: [M] -> p: [M, N], new m, new l, rescale of old sums.
+
+    SCALE > 0 is log2(e) times that of the logits: s is as the dot left it, m in base 2.
 
     A row whose keys are all masked so far keeps m = -inf; its rescale and weights are 0, not NaN.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - m_safe[:, None])
+    p = tl.exp2(s * SCALE - m_safe[:, None])
     rescale = tl.exp2(m - m_safe)
     return p, m_new, l * rescale + tl.sum(p, 1), rescale
 
@@ -141,8 +143,7 @@ def lse_coarse(
         n = n0 + tl.arange(0, BLOCK_N)
         k0 = load_tile(k_base, k_row + n, k_t, 0, 128)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        s = s * 0.12751743082459868
-        p, m, l, rescale = softmax_step(s, m, l)
+        p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
 
     # entries that become complete within the tile, or end the sequence
     for n0 in range(full, stop, BLOCK_N):
@@ -150,10 +151,9 @@ def lse_coarse(
         inside = n < stop
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        s = s * 0.12751743082459868
         visible = n[None, :] < complete[:, None]
         s = tl.where(visible, s, float("-inf"))
-        p, m, l, rescale = softmax_step(s, m, l)
+        p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
 
     # store: the log-sum-exp
     lse_base = LSE + z.to(tl.int64) * lse_b + row_head.to(tl.int64) * lse_h

@@ -47,17 +47,38 @@ def complete_limit(
 
 
 @triton.jit
+def tap_weight(offset, FIRST: tl.constexpr, END: tl.constexpr):
+    """1 for the source entries FIRST to END - 1 after j * ratio, which count in target entry j."""
+    return tl.where((offset >= FIRST) & (offset < END), 1.0, 0.0)
+
+
+@triton.jit
+def load_tile(base, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows [N] of one head, columns [OFFSET, OFFSET + WIDTH).  -> [N, WIDTH]"""
+    columns = OFFSET + tl.arange(0, WIDTH)
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :])
+
+
+@triton.jit
+def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
+    return tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+
+
+@triton.jit
+def fold_max(x, weight):
+    """The greatest of the neighbours whose weight is not 0, -inf if none.  As fold_sum"""
+    ratio: tl.constexpr = weight.shape[0]
+    parts = tl.reshape(x, [x.shape[0] // ratio, ratio, x.shape[1]])
+    return tl.max(tl.where(weight[None, :, None] > 0.0, parts, float("-inf")), 1)
+
+
+@triton.jit
 def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
     """As load_tile; 0 where `mask: [N]` is false, and nothing is read there."""
     columns = OFFSET + tl.arange(0, WIDTH)
     address = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(address, mask=mask[:, None], other=0.0)
-
-
-@triton.jit
-def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[TOKENS * HEADS, N] -> [TOKENS, N]"""
-    return tl.sum(tl.reshape(x, [TOKENS, HEADS, x.shape[1]]), 1)
 
 
 @triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
@@ -74,7 +95,7 @@ def score_block(
     lse_b,  # LSE: batch stride
     lse_h,  # LSE: head stride
     lse_t,  # LSE: token stride
-    SCORES,  # f32[rows, H, capacity]
+    SCORES,  # f32[rows, H, 2, capacity]
     capacity,  # row length of the scratch
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
@@ -99,6 +120,7 @@ def score_block(
     row_head = head * 16 + rows % 16
     alive = (token < q_len) & (rows < BLOCK_T * 16)
     position = q_offset + token
+    first = q_offset + t0
     last = q_offset + tl.minimum(t0 + BLOCK_T, q_len) - 1
 
     # load: the queries in [BLOCK_M, width] columns, and where the keys begin
@@ -113,25 +135,45 @@ def score_block(
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     stop = complete_limit(last, k_len, 32, 16, True, False)
     target_stop = complete_limit(last, k_len, 64, 64, True, False)
+    everyone = complete_limit(first, k_len, 32, 16, True, False)
+    full = tl.minimum(everyone, target_stop * 4) // BLOCK_N * BLOCK_N
     complete = complete_limit(position, k_len, 32, 16, True, False)
+    tap = tl.arange(0, 4)
+    own_weight = tap_weight(tap, -1, 4)
+    next_weight = tap_weight(tap - 4, -1, 4)
     tokens = tl.arange(0, BLOCK_M // 16)
     score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)
     score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head
 
-    # every target entry that is complete for the tile's last row, from its sources
-    for j0 in range(0, target_stop, BLOCK_N):
-        slot = j0 + tl.arange(0, BLOCK_N)
-        total = tl.full([BLOCK_M // 16, BLOCK_N], float("-inf"), tl.float32)
-        for offset in range(-1, 4):
-            n = slot * 4 + offset
-            inside = (n >= 0) & (n < stop)
-            k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-            s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-            value = tl.exp2(s * 0.12751743082459868 - lse[:, None])
-            visible = inside[None, :]
-            visible &= n[None, :] < complete[:, None]
-            value = tl.where(visible, value, float("-inf"))
-            total = tl.maximum(total, sum_heads(value, BLOCK_M // 16, 16))
-        address = SCORES + score_row[:, None] * capacity + slot[None, :]
-        written = score_alive[:, None] & (slot < target_stop)[None, :]
-        tl.store(address, total, mask=written)
+    # sources that are complete for every row
+    for n0 in range(0, full, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        k0 = load_tile(k_base, k_row + n, k_t, 0, 128)
+        s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
+        value = tl.exp2(s * 0.12751743082459868 - lse[None, :])
+        each = sum_heads(value, BLOCK_M // 16, 16)
+        slot = n0 // 4 + tl.arange(0, BLOCK_N // 4)
+        own = fold_max(each, own_weight)
+        address = SCORES + score_row[None, :] * 2 * capacity + slot[:, None]
+        written = score_alive[None, :] & (slot < target_stop)[:, None]
+        tl.store(address, own, mask=written)
+        handed = fold_max(each, next_weight)
+        tl.store(address + capacity, handed, mask=written)
+
+    # sources that become complete within the tile, or are none
+    for n0 in range(full, target_stop * 4, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = n < stop
+        k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
+        s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
+        value = tl.exp2(s * 0.12751743082459868 - lse[None, :])
+        visible = n[:, None] < complete[None, :]
+        value = tl.where(visible, value, float("-inf"))
+        each = sum_heads(value, BLOCK_M // 16, 16)
+        slot = n0 // 4 + tl.arange(0, BLOCK_N // 4)
+        own = fold_max(each, own_weight)
+        address = SCORES + score_row[None, :] * 2 * capacity + slot[:, None]
+        written = score_alive[None, :] & (slot < target_stop)[:, None]
+        tl.store(address, own, mask=written)
+        handed = fold_max(each, next_weight)
+        tl.store(address + capacity, handed, mask=written)

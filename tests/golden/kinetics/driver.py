@@ -17,7 +17,7 @@ from .pool_page_keys import pool_page_keys
 from .rank_page import rank_page
 from .score_page import score_page
 
-SCRATCH_BYTES = 67108864  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, whatever the length
 CONFIG = {
     "pool_page_keys": {
         "BLOCK_E": 4,
@@ -26,11 +26,11 @@ CONFIG = {
         "num_stages": 1,
     },
     "score_page": {
-        "BLOCK_T": 16,
-        "BLOCK_M": 64,
+        "BLOCK_T": 32,
+        "BLOCK_M": 128,
         "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2,
     },
     "rank_page": {
         "BLOCK_R": 1,

@@ -56,8 +56,8 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[TOKENS * HEADS, N] -> [TOKENS, N]"""
-    return tl.sum(tl.reshape(x, [TOKENS, HEADS, x.shape[1]]), 1)
+    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
+    return tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
 
 
 @triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
@@ -112,8 +112,8 @@ def score_page(
         n = n0 + tl.arange(0, BLOCK_N)
         inside = n < stop
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-        s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
+        s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
         value = s * 0.08838834764831843
-        address = SCORES + score_row[:, None] * capacity + n[None, :]
-        written = score_alive[:, None] & (inside)[None, :]
+        address = SCORES + score_row[None, :] * capacity + n[:, None]
+        written = score_alive[None, :] & (inside)[:, None]
         tl.store(address, sum_heads(value, BLOCK_M // 4, 4) * 0.25, mask=written)

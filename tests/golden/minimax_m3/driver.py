@@ -16,14 +16,14 @@ from .index_selected import index_selected
 from .rank_block import rank_block
 from .score_block import score_block
 
-SCRATCH_BYTES = 67108864  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, whatever the length
 CONFIG = {
     "score_block": {
-        "BLOCK_T": 64,
-        "BLOCK_M": 64,
+        "BLOCK_T": 128,
+        "BLOCK_M": 128,
         "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2,
     },
     "rank_block": {
         "BLOCK_R": 1,

@@ -106,17 +106,17 @@ def score_block(
     # every target entry that is complete for the tile's last row, from its sources
     for j0 in range(0, target_stop, BLOCK_N):
         slot = j0 + tl.arange(0, BLOCK_N)
-        total = tl.full([BLOCK_M // 1, BLOCK_N], float("-inf"), tl.float32)
+        total = tl.full([BLOCK_N, BLOCK_M // 1], float("-inf"), tl.float32)
         for offset in range(0, 128):
             n = slot * 128 + offset
             inside = (n >= 0) & (n < stop)
             k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-            s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
+            s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
             value = s
-            visible = inside[None, :]
-            visible &= n[None, :] < complete[:, None]
+            visible = inside[:, None]
+            visible &= n[:, None] < complete[None, :]
             value = tl.where(visible, value, float("-inf"))
             total = tl.maximum(total, value)
-        address = SCORES + score_row[:, None] * capacity + slot[None, :]
-        written = score_alive[:, None] & (slot < target_stop)[None, :]
+        address = SCORES + score_row[None, :] * capacity + slot[:, None]
+        written = score_alive[None, :] & (slot < target_stop)[:, None]
         tl.store(address, total, mask=written)

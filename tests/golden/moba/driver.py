@@ -17,7 +17,7 @@ from .pool_chunk_keys import pool_chunk_keys
 from .rank_chunk import rank_chunk
 from .score_chunk import score_chunk
 
-SCRATCH_BYTES = 67108864  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, whatever the length
 CONFIG = {
     "pool_chunk_keys": {
         "BLOCK_E": 4,

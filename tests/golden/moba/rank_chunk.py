@@ -65,20 +65,6 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
-def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
-    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
-    low = 0
-    high = num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
-        low = tl.where(start <= tile, middle, low)
-        high = tl.where(start <= tile, high, middle)
-    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
-    return low, (tile - start) * BLOCK
-
-
-@triton.jit
 def count_keys(key):
     """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
     candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
@@ -134,6 +120,20 @@ def place_keys(key, low, high, ties, above_before, ties_before):
 
 
 @triton.jit
+def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
+    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
+        low = tl.where(start <= tile, middle, low)
+        high = tl.where(start <= tile, high, middle)
+    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
+    return low, (tile - start) * BLOCK
+
+
+@triton.jit
 def row_keys(scores, e, p, k_len):
     """Keys of the entries.  Only complete ones have a score in scratch, so only those are read."""
     forced = is_forced(e, p, k_len, 512, 0, 1, True)
@@ -141,6 +141,27 @@ def row_keys(scores, e, p, k_len):
     complete = e < limit
     score = tl.load(scores + e, mask=complete & (forced == 0), other=0.0)
     return rank_key(score, complete, forced)
+
+
+@triton.jit
+def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
+    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
+    columns = tl.arange(0, WIDTH)[None, :]
+    key = row_keys(scores, columns, p, k_len)
+    candidates, forced = count_keys(key)
+    wanted = 3
+    low, high, above = bisect_start(candidates, forced, wanted)
+    middle = bisect_middle(low, high)
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        low, high, above = bisect_step(low, high, above, middle, count, wanted)
+        middle = bisect_middle(low, high)
+    ties = missing_ties(low, high, above, wanted)
+    none = tl.zeros_like(above)
+    taken, slot, _, _ = place_keys(key, low, high, ties, none, none)
+    entry = columns
+    tl.store(chosen + slot, entry, mask=taken & (slot < 3))
+    return above + ties
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity"])
@@ -174,28 +195,20 @@ def rank_chunk(
     row = (q_start + t0 + rows).to(tl.int64)
     chosen = SELECTION + (row * 32 + head) * 3
     n = tl.max(entry_limit(p, k_len, 512, True))
-    columns = tl.arange(0, BLOCK_N)[None, :]
-    above_before = tl.zeros([BLOCK_R], tl.int32)
-    ties_before = tl.zeros([BLOCK_R], tl.int32)
-
-    if n <= BLOCK_N:
-        # select: the keys stay in registers
-        key = row_keys(scores, columns, p, k_len)
-        candidates, forced = count_keys(key)
-        wanted = 3
-        low, high, above = bisect_start(candidates, forced, wanted)
-        middle = bisect_middle(low, high)
-        while tl.max((middle != low).to(tl.int32), 0) > 0:
-            count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-            low, high, above = bisect_step(low, high, above, middle, count, wanted)
-            middle = bisect_middle(low, high)
-        ties = missing_ties(low, high, above, wanted)
-        taken, slot, _, _ = place_keys(key, low, high, ties, above_before, ties_before)
-        entry = columns
-        tl.store(chosen + slot, entry, mask=taken & (slot < 3))
-        total = above + ties
+    # select: the keys stay in registers, the fewest that hold all of a row
+    if n <= BLOCK_N // 8:
+        total = keep_best(scores, chosen, p, k_len, BLOCK_N // 8)
+    elif n <= BLOCK_N // 4:
+        total = keep_best(scores, chosen, p, k_len, BLOCK_N // 4)
+    elif n <= BLOCK_N // 2:
+        total = keep_best(scores, chosen, p, k_len, BLOCK_N // 2)
+    elif n <= BLOCK_N:
+        total = keep_best(scores, chosen, p, k_len, BLOCK_N)
     else:
-        # select: every pass reads the scores again, chunk by chunk
+        # every pass reads the scores again, chunk by chunk
+        columns = tl.arange(0, BLOCK_N)[None, :]
+        above_before = tl.zeros([BLOCK_R], tl.int32)
+        ties_before = tl.zeros([BLOCK_R], tl.int32)
         candidates = tl.zeros([BLOCK_R], tl.int32)
         forced = tl.zeros([BLOCK_R], tl.int32)
         for start in range(0, n, BLOCK_N):

@@ -21,7 +21,7 @@ from .pool_compressed_values import pool_compressed_values
 from .rank_block import rank_block
 from .score_block import score_block
 
-SCRATCH_BYTES = 67108864  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, whatever the length
 CONFIG = {
     "pool_compressed_keys": {
         "BLOCK_E": 64,
@@ -36,18 +36,18 @@ CONFIG = {
         "num_stages": 2,
     },
     "attend_compressed": {
-        "BLOCK_T": 4,
-        "BLOCK_M": 64,
-        "BLOCK_N": 32,
-        "num_warps": 4,
+        "BLOCK_T": 8,
+        "BLOCK_M": 128,
+        "BLOCK_N": 64,
+        "num_warps": 8,
         "num_stages": 3,
     },
     "score_block": {
-        "BLOCK_T": 4,
-        "BLOCK_M": 64,
+        "BLOCK_T": 8,
+        "BLOCK_M": 128,
         "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2,
     },
     "rank_block": {
         "BLOCK_R": 1,
@@ -62,14 +62,14 @@ CONFIG = {
     "attend_selected": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2,
     },
     "attend_window": {
         "BLOCK_T": 8,
         "BLOCK_M": 128,
-        "BLOCK_N": 32,
+        "BLOCK_N": 64,
         "num_warps": 8,
         "num_stages": 3,
     },
@@ -261,12 +261,13 @@ def forward(tensors, batch, config, selection=None):
         # choose: block
         capacity_block = max(1, batch.keys // 64 + 1)
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
-        bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
+        bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
         chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
         scores_block = torch.empty(
             (
                 chunk_block * config["score_block"]["BLOCK_T"],
                 4,
+                2,
                 capacity_block,
             ),
             dtype=torch.float32,
@@ -593,12 +594,13 @@ def select(tensors, batch, config):
     # choose: block
     capacity_block = max(1, batch.keys // 64 + 1)
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
-    bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
+    bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
     chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
     scores_block = torch.empty(
         (
             chunk_block * config["score_block"]["BLOCK_T"],
             4,
+            2,
             capacity_block,
         ),
         dtype=torch.float32,

@@ -47,29 +47,44 @@ def complete_limit(
 
 
 @triton.jit
+def overlap_weight(offset, SOURCE: tl.constexpr, TARGET: tl.constexpr):
+    """How often source entry j * TARGET + offset counts in target entry j (NSA, eq. 9).
+
+    The convolution of SOURCE ones (source size / stride) with TARGET ones (target size / stride),
+    starting at offset 1 - SOURCE: a trapezoid, 0 beside it.
+    """
+    rise = offset + SOURCE
+    fall = TARGET - offset
+    return tl.maximum(tl.minimum(tl.minimum(rise, fall), min(SOURCE, TARGET)), 0).to(tl.float32)
+
+
+@triton.jit
+def load_tile(base, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows [N] of one head, columns [OFFSET, OFFSET + WIDTH).  -> [N, WIDTH]"""
+    columns = OFFSET + tl.arange(0, WIDTH)
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :])
+
+
+@triton.jit
+def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
+    return tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+
+
+@triton.jit
+def fold_sum(x, weight):
+    """Weighted sums of neighbours.  x: [N * R, TOKENS], weight: [R] -> [N, TOKENS]"""
+    ratio: tl.constexpr = weight.shape[0]
+    parts = tl.reshape(x, [x.shape[0] // ratio, ratio, x.shape[1]])
+    return tl.sum(parts * weight[None, :, None], 1)
+
+
+@triton.jit
 def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
     """As load_tile; 0 where `mask: [N]` is false, and nothing is read there."""
     columns = OFFSET + tl.arange(0, WIDTH)
     address = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(address, mask=mask[:, None], other=0.0)
-
-
-@triton.jit
-def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[TOKENS * HEADS, N] -> [TOKENS, N]"""
-    return tl.sum(tl.reshape(x, [TOKENS, HEADS, x.shape[1]]), 1)
-
-
-@triton.jit
-def overlap_weight(offset, SOURCE: tl.constexpr, TARGET: tl.constexpr):
-    """How often source entry j * TARGET + offset counts in target entry j (NSA, eq. 9).
-
-    The convolution of SOURCE ones (source size / stride) with TARGET ones (target size / stride),
-    starting at offset 1 - SOURCE: a trapezoid.
-    """
-    rise = offset + SOURCE
-    fall = TARGET - offset
-    return tl.minimum(tl.minimum(rise, fall), min(SOURCE, TARGET)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
@@ -86,7 +101,7 @@ def score_block(
     lse_b,  # LSE: batch stride
     lse_h,  # LSE: head stride
     lse_t,  # LSE: token stride
-    SCORES,  # f32[rows, H, capacity]
+    SCORES,  # f32[rows, H, 2, capacity]
     capacity,  # row length of the scratch
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
@@ -111,6 +126,7 @@ def score_block(
     row_head = head * 16 + rows % 16
     alive = (token < q_len) & (rows < BLOCK_T * 16)
     position = q_offset + token
+    first = q_offset + t0
     last = q_offset + tl.minimum(t0 + BLOCK_T, q_len) - 1
 
     # load: the queries in [BLOCK_M, width] columns, and where the keys begin
@@ -125,27 +141,49 @@ def score_block(
     lse = lse * 1.4426950408889634
     stop = complete_limit(last, k_len, 32, 16, True, False)
     target_stop = complete_limit(last, k_len, 64, 64, True, False)
+    everyone = complete_limit(first, k_len, 32, 16, True, False)
+    full = tl.minimum(everyone, target_stop * 4) // BLOCK_N * BLOCK_N
     complete = complete_limit(position, k_len, 32, 16, True, False)
+    tap = tl.arange(0, 4)
+    own_weight = overlap_weight(tap, 2, 4)
+    next_weight = overlap_weight(tap - 4, 2, 4)
     tokens = tl.arange(0, BLOCK_M // 16)
     score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)
     score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head
 
-    # every target entry that is complete for the tile's last row, from its sources
-    for j0 in range(0, target_stop, BLOCK_N):
-        slot = j0 + tl.arange(0, BLOCK_N)
-        total = tl.full([BLOCK_M // 16, BLOCK_N], 0.0, tl.float32)
-        for offset in range(-1, 4):
-            n = slot * 4 + offset
-            inside = (n >= 0) & (n < stop)
-            k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-            k1 = load_tile_masked(k_base, k_row + n, inside, k_t, 128, 64)
-            s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-            s = tl.dot(q1, tl.trans(k1), s, input_precision="tf32x3")
-            value = tl.exp2(s * 0.10411754627697266 - lse[:, None])
-            visible = inside[None, :]
-            visible &= n[None, :] < complete[:, None]
-            value = tl.where(visible, value, 0.0)
-            total = total + sum_heads(value, BLOCK_M // 16, 16) * overlap_weight(offset, 2, 4)
-        address = SCORES + score_row[:, None] * capacity + slot[None, :]
-        written = score_alive[:, None] & (slot < target_stop)[None, :]
-        tl.store(address, total, mask=written)
+    # sources that are complete for every row
+    for n0 in range(0, full, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        k0 = load_tile(k_base, k_row + n, k_t, 0, 128)
+        k1 = load_tile(k_base, k_row + n, k_t, 128, 64)
+        s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
+        s = tl.dot(k1, tl.trans(q1), s, input_precision="tf32x3")
+        value = tl.exp2(s * 0.10411754627697266 - lse[None, :])
+        each = sum_heads(value, BLOCK_M // 16, 16)
+        slot = n0 // 4 + tl.arange(0, BLOCK_N // 4)
+        own = fold_sum(each, own_weight)
+        address = SCORES + score_row[None, :] * 2 * capacity + slot[:, None]
+        written = score_alive[None, :] & (slot < target_stop)[:, None]
+        tl.store(address, own, mask=written)
+        handed = fold_sum(each, next_weight)
+        tl.store(address + capacity, handed, mask=written)
+
+    # sources that become complete within the tile, or are none
+    for n0 in range(full, target_stop * 4, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = n < stop
+        k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
+        k1 = load_tile_masked(k_base, k_row + n, inside, k_t, 128, 64)
+        s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
+        s = tl.dot(k1, tl.trans(q1), s, input_precision="tf32x3")
+        value = tl.exp2(s * 0.10411754627697266 - lse[None, :])
+        visible = n[:, None] < complete[None, :]
+        value = tl.where(visible, value, 0.0)
+        each = sum_heads(value, BLOCK_M // 16, 16)
+        slot = n0 // 4 + tl.arange(0, BLOCK_N // 4)
+        own = fold_sum(each, own_weight)
+        address = SCORES + score_row[None, :] * 2 * capacity + slot[:, None]
+        written = score_alive[None, :] & (slot < target_stop)[:, None]
+        tl.store(address, own, mask=written)
+        handed = fold_sum(each, next_weight)
+        tl.store(address + capacity, handed, mask=written)

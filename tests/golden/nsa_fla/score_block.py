@@ -56,8 +56,8 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[TOKENS * HEADS, N] -> [TOKENS, N]"""
-    return tl.sum(tl.reshape(x, [TOKENS, HEADS, x.shape[1]]), 1)
+    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
+    return tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
 
 
 @triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
@@ -120,17 +120,17 @@ def score_block(
     # every target entry that is complete for the tile's last row, from its sources
     for j0 in range(0, target_stop, BLOCK_N):
         slot = j0 + tl.arange(0, BLOCK_N)
-        total = tl.full([BLOCK_M // 16, BLOCK_N], 0.0, tl.float32)
+        total = tl.full([BLOCK_N, BLOCK_M // 16], 0.0, tl.float32)
         for offset in range(0, 1):
             n = slot * 1 + offset
             inside = (n >= 0) & (n < stop)
             k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 32)
-            s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-            value = tl.exp2(s * 0.25503486164919736 - lse[:, None])
-            visible = inside[None, :]
-            visible &= n[None, :] < complete[:, None]
+            s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
+            value = tl.exp2(s * 0.25503486164919736 - lse[None, :])
+            visible = inside[:, None]
+            visible &= n[:, None] < complete[None, :]
             value = tl.where(visible, value, 0.0)
             total = total + sum_heads(value, BLOCK_M // 16, 16)
-        address = SCORES + score_row[:, None] * capacity + slot[None, :]
-        written = score_alive[:, None] & (slot < target_stop)[None, :]
+        address = SCORES + score_row[None, :] * capacity + slot[:, None]
+        written = score_alive[None, :] & (slot < target_stop)[:, None]
         tl.store(address, total, mask=written)

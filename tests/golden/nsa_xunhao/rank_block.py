@@ -65,20 +65,6 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
-def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
-    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
-    low = 0
-    high = num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
-        low = tl.where(start <= tile, middle, low)
-        high = tl.where(start <= tile, high, middle)
-    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
-    return low, (tile - start) * BLOCK
-
-
-@triton.jit
 def count_keys(key):
     """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
     candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
@@ -134,18 +120,57 @@ def place_keys(key, low, high, ties, above_before, ties_before):
 
 
 @triton.jit
-def row_keys(scores, e, p, k_len):
+def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
+    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
+        low = tl.where(start <= tile, middle, low)
+        high = tl.where(start <= tile, high, middle)
+    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
+    return low, (tile - start) * BLOCK
+
+
+@triton.jit
+def row_keys(scores, capacity, e, p, k_len):
     """Keys of the entries.  Only complete ones have a score in scratch, so only those are read."""
     forced = is_forced(e, p, k_len, 64, 1, 2, True)
     limit = complete_limit(p, k_len, 64, 64, True, False)
     complete = e < limit
     score = tl.load(scores + e, mask=complete & (forced == 0), other=0.0)
+    handed = complete & (forced == 0) & (e > 0)
+    before = scores + capacity + e - 1
+    before = tl.load(before, mask=handed, other=0.0)
+    score = score + before
     return rank_key(score, complete, forced)
+
+
+@triton.jit
+def keep_best(scores, capacity, chosen, p, k_len, WIDTH: tl.constexpr):
+    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
+    columns = tl.arange(0, WIDTH)[None, :]
+    key = row_keys(scores, capacity, columns, p, k_len)
+    candidates, forced = count_keys(key)
+    wanted = 16
+    low, high, above = bisect_start(candidates, forced, wanted)
+    middle = bisect_middle(low, high)
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        low, high, above = bisect_step(low, high, above, middle, count, wanted)
+        middle = bisect_middle(low, high)
+    ties = missing_ties(low, high, above, wanted)
+    none = tl.zeros_like(above)
+    taken, slot, _, _ = place_keys(key, low, high, ties, none, none)
+    entry = columns
+    tl.store(chosen + slot, entry, mask=taken & (slot < 16))
+    return above + ties
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity"])
 def rank_block(
-    SCORES,  # f32[chunk rows, 4, capacity]
+    SCORES,  # f32[chunk rows, 4, 2, capacity]
     SELECTION,  # [rows, 4, 16]
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
@@ -170,36 +195,28 @@ def rank_block(
     live = t0 + rows < q_len
     k_len = tl.where(live, tl.load(SEQ + z * 6 + 5), 0)
     p = q_offset + t0 + rows
-    scores = SCORES + ((first + rows).to(tl.int64) * 4 + head) * capacity
+    scores = SCORES + ((first + rows).to(tl.int64) * 4 + head) * (2 * capacity)
     row = (q_start + t0 + rows).to(tl.int64)
     chosen = SELECTION + (row * 4 + head) * 16
     n = tl.max(entry_limit(p, k_len, 64, True))
-    columns = tl.arange(0, BLOCK_N)[None, :]
-    above_before = tl.zeros([BLOCK_R], tl.int32)
-    ties_before = tl.zeros([BLOCK_R], tl.int32)
-
-    if n <= BLOCK_N:
-        # select: the keys stay in registers
-        key = row_keys(scores, columns, p, k_len)
-        candidates, forced = count_keys(key)
-        wanted = 16
-        low, high, above = bisect_start(candidates, forced, wanted)
-        middle = bisect_middle(low, high)
-        while tl.max((middle != low).to(tl.int32), 0) > 0:
-            count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-            low, high, above = bisect_step(low, high, above, middle, count, wanted)
-            middle = bisect_middle(low, high)
-        ties = missing_ties(low, high, above, wanted)
-        taken, slot, _, _ = place_keys(key, low, high, ties, above_before, ties_before)
-        entry = columns
-        tl.store(chosen + slot, entry, mask=taken & (slot < 16))
-        total = above + ties
+    # select: the keys stay in registers, the fewest that hold all of a row
+    if n <= BLOCK_N // 8:
+        total = keep_best(scores, capacity, chosen, p, k_len, BLOCK_N // 8)
+    elif n <= BLOCK_N // 4:
+        total = keep_best(scores, capacity, chosen, p, k_len, BLOCK_N // 4)
+    elif n <= BLOCK_N // 2:
+        total = keep_best(scores, capacity, chosen, p, k_len, BLOCK_N // 2)
+    elif n <= BLOCK_N:
+        total = keep_best(scores, capacity, chosen, p, k_len, BLOCK_N)
     else:
-        # select: every pass reads the scores again, chunk by chunk
+        # every pass reads the scores again, chunk by chunk
+        columns = tl.arange(0, BLOCK_N)[None, :]
+        above_before = tl.zeros([BLOCK_R], tl.int32)
+        ties_before = tl.zeros([BLOCK_R], tl.int32)
         candidates = tl.zeros([BLOCK_R], tl.int32)
         forced = tl.zeros([BLOCK_R], tl.int32)
         for start in range(0, n, BLOCK_N):
-            key = row_keys(scores, start + columns, p, k_len)
+            key = row_keys(scores, capacity, start + columns, p, k_len)
             more_candidates, more_forced = count_keys(key)
             candidates += more_candidates
             forced += more_forced
@@ -209,13 +226,13 @@ def rank_block(
         while tl.max((middle != low).to(tl.int32), 0) > 0:
             count = tl.zeros([BLOCK_R], tl.int32)
             for start in range(0, n, BLOCK_N):
-                key = row_keys(scores, start + columns, p, k_len)
+                key = row_keys(scores, capacity, start + columns, p, k_len)
                 count += tl.sum((key >= middle[:, None]).to(tl.int32), 1)
             low, high, above = bisect_step(low, high, above, middle, count, wanted)
             middle = bisect_middle(low, high)
         ties = missing_ties(low, high, above, wanted)
         for start in range(0, n, BLOCK_N):
-            key = row_keys(scores, start + columns, p, k_len)
+            key = row_keys(scores, capacity, start + columns, p, k_len)
             taken, slot, above_before, ties_before = place_keys(
                 key, low, high, ties, above_before, ties_before
             )

@@ -41,14 +41,16 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def softmax_step(s, m, l):
+def softmax_step(s, m, l, SCALE: tl.constexpr):
     """One tile of scores.  s: [M, N], m, l: [M] -> p: [M, N], new m, new l, rescale of old sums.
+
+    SCALE > 0 is log2(e) times that of the logits: s is as the dot left it, m in base 2.
 
     A row whose keys are all masked so far keeps m = -inf; its rescale and weights are 0, not NaN.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - m_safe[:, None])
+    p = tl.exp2(s * SCALE - m_safe[:, None])
     rescale = tl.exp2(m - m_safe)
     return p, m_new, l * rescale + tl.sum(p, 1), rescale
 
@@ -134,6 +136,7 @@ def attend_sliding(
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     k_row = k_first
+    seen = tl.minimum(position + 1, k_len)
     start = tl.maximum(first - 4095, 0)
     stop = tl.minimum(last + 1, k_len)
 
@@ -148,12 +151,10 @@ def attend_sliding(
         inside = n < stop
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        s = s * 0.12751743082459868
-        visible = (n < k_len)[None, :]
-        visible &= n[None, :] <= position[:, None]
+        visible = n[None, :] < seen[:, None]
         visible &= n[None, :] > position[:, None] - 4096
         s = tl.where(visible, s, float("-inf"))
-        p, m, l, rescale = softmax_step(s, m, l)
+        p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
         v0 = load_tile_masked(v_base, k_row + n, inside, v_t, 0, 128)
         acc0 = acc0 * rescale[:, None]
         p0 = p.to(v0.dtype)
