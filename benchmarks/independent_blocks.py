@@ -29,10 +29,14 @@ from hsgen.spec import Blocks, GridWindow, KMeans, Spec, Static, load
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Chosen:
-    """What one side says, row by row.  member: bool[R, H, N]; scores: f[R, H, N], None: not handed out."""
+    """What one side says, row by row.
+
+    member: bool[R, H, N].  scores: f[R, H, N], None: not handed out.  o: [T, H, D], None: not computed.
+    """
 
     member: Tensor
     scores: Tensor | None = None
+    o: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,6 +320,9 @@ def compare(comparison: Comparison, sources: Path) -> Json:
         figures["scores"] = float(
             (theirs.scores - mine.scores).abs().amax() / mine.scores.abs().amax()
         )
+    if theirs.o is not None:
+        assert mine.o is not None
+        figures["outputs"] = float((theirs.o - mine.o).norm() / mine.o.norm())
     return figures
 
 

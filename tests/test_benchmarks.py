@@ -16,6 +16,7 @@ from benchmarks import (
     independent,
     independent_blocks,
     independent_odd,
+    independent_pooled,
     independent_trained,
     inputs,
     peers,
@@ -247,7 +248,7 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
         ("perplexity", perplexity.page, []),
         ("quality", quality.report, []),
         ("speed", speed_report.page, []),
-        ("independent", independent.page, ["odd", "trained", "blocks", "transformers"]),
+        ("independent", independent.page, ["odd", "trained", "blocks", "pooled", "transformers"]),
     ],
 )
 def test_page_is_made_of_the_kept_results(kind, page, more):
@@ -296,12 +297,17 @@ def test_every_comparison_is_kept_and_agrees(kind, made):
         assert figures.get("same_rows") == figures.get("rows"), name
 
 
-def test_peers_that_choose_blocks_choose_the_same():
-    (path,) = common.found([], "blocks")
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [("blocks", independent_blocks.COMPARISONS), ("pooled", independent_pooled.COMPARISONS)],
+)
+def test_peers_that_choose_blocks_choose_the_same(kind, made):
+    (path,) = common.found([], kind)
     kept = common.read_json(path)["comparisons"]
-    assert set(kept) == set(independent_blocks.COMPARISONS)
+    assert set(kept) == set(made)
     for name, figures in kept.items():
-        assert figures.get("scores", 0.0) < independent.TOLERANCE, name
+        for figure in ("scores", "outputs"):
+            assert figures.get(figure, 0.0) < independent.TOLERANCE, name
         assert figures["same_rows"] == figures["rows"] > 0, name
 
 
@@ -352,6 +358,22 @@ def test_a_package_is_known_by_its_version(tmp_path):
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.2\n")
     known = {"package": "theirs", "version": "1.2"}
     assert peers.origin("", "theirs", tmp_path) == (tmp_path, known)
+
+
+def test_runs_have_means_that_differ():
+    x = {name: torch.randn(1, 256, 2, 16) for name in "qkv"}
+    made = independent_pooled.in_runs(x, q=64, k=32)
+    for name, size in (("q", 64), ("k", 32)):
+        lengths = [y[name].unflatten(1, (-1, size)).mean(2).norm(dim=-1).mean() for y in (x, made)]
+        assert lengths[1] > 2 * lengths[0]
+        torch.testing.assert_close(made[name].std(), x[name].std(), rtol=0.2, atol=0)
+    assert made["v"] is x["v"]
+
+
+def test_tiers_of_lists_are_read_up_to_what_is_skipped():
+    """Block 3 as it is, 0 and 2 by 2, none by 4, 1 by 8; block 4 is not read."""
+    lists = torch.tensor([[[3, -1, 0, 2, -1, -1, 1, -1, 4, -1]]])
+    assert independent_pooled.tiers(lists, 5).tolist() == [[[True, True, True, True, False]]]
 
 
 # Starting tiles -------------------------------------------------------------------------------------
