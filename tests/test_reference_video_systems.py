@@ -30,40 +30,68 @@ def softmax_over(logits: list[Tensor], values: list[Tensor]) -> Tensor:
 # --- PSA
 
 
-def psa_levels(q: Tensor, k: Tensor, budgets: dict[int, int]) -> list[list[int]]:
-    """How many tokens of each block of 8 keys become one, by block of 16 rows; 0: none is read."""
+def psa_masses(q: Tensor, k: Tensor, block: int) -> list[Tensor]:
+    """What each block of 8 keys is worth, by block of rows: of every other row and key."""
     found = []
-    for start in range(0, len(q), 16):
-        rows = q[start : start + 16 : 2]
+    for rows in q.split(block):
         peaks = []
-        for row in rows:
+        for row in rows[::2]:
             logits = k[::2] @ row * len(row) ** -0.5
             parts = (logits - logits.max()).exp().split(4)
             peaks.append(torch.stack([part.max() for part in parts]))
-        ranked = torch.stack(peaks).amax(0).argsort(descending=True, stable=True).tolist()
-        merge = [0] * len(ranked)
-        for width, number in budgets.items():
-            for block in [ranked.pop(0) for _ in range(number)]:
-                merge[block] = width
-        found.append(merge)
+        found.append(torch.stack(peaks).amax(0))
     return found
 
 
-def test_psa_is_its_card() -> None:
-    """Of 20 blocks 0.1 whole, up to 0.15 by 2, up to 0.35 by 8: 2, 1 and 4; the rest is not read."""
-    spec = small("psa")
+def tiers_by_number(masses: Tensor, budgets: dict[int, int]) -> list[int]:
+    """How many tokens of each block become one; 0: none is read."""
+    ranked = masses.argsort(descending=True, stable=True).tolist()
+    merge = [0] * len(ranked)
+    for width, number in budgets.items():
+        for block in [ranked.pop(0) for _ in range(number)]:
+            merge[block] = width
+    return merge
+
+
+def tiers_by_mass(masses: Tensor, shares: dict[int, float], least: float) -> list[int]:
+    """The same by the part of the mass up to each tier's end; whole blocks are a part of all at least."""
+    merge, before, total = [0] * len(masses), 0.0, float(masses.sum())
+    for place, block in enumerate(masses.argsort(descending=True, stable=True).tolist()):
+        whole = place < math.ceil(least * len(masses))
+        left = [width for width, share in shares.items() if before < share * total]
+        merge[block] = 1 if whole else left[0] if left else 0
+        before += float(masses[block])
+    return merge
+
+
+@pytest.mark.parametrize("name", ["psa", "psa_mass"])
+def test_psa_is_its_card(name: str) -> None:
+    """Of 20 blocks 0.1 whole, up to 0.15 by 2, up to 0.35 by 8: 2, 1 and 4; the rest is not read.
+
+    By mass 0.4 whole, up to 0.5 by 2, up to 0.6 by 4, up to 0.8 by 8; 2 blocks whole at least.
+    """
+    spec = small(name)
+    block = spec.levels[1].query.block
     x = random_tensors(spec, 32, 160)
+    x["q"] *= 4
     o = reference(spec, x).o
+    used = set()
     for h in range(2):
         q, k, v = (x[name][0, :, h] for name in "qkv")
-        levels = psa_levels(q, k, {1: 2, 2: 1, 8: 4})
-        for t in range(32):
-            logits, values = [], []
-            for block, merge in enumerate(levels[t // 16]):
-                for s in range(block * 8, block * 8 + 8, merge) if merge else ():
-                    logits.append(k[s : s + merge].mean(0) @ q[t] * 6**-0.5 + math.log(merge))
-                    values.append(v[s : s + merge].mean(0))
-            torch.testing.assert_close(o[0, t, h], softmax_over(logits, values))
+        for r, masses in enumerate(psa_masses(q, k, block)):
+            if name == "psa":
+                merge = tiers_by_number(masses, {1: 2, 2: 1, 8: 4})
+            else:
+                merge = tiers_by_mass(masses, {1: 0.4, 2: 0.5, 4: 0.6, 8: 0.8}, 0.06)
+            used |= set(merge)
+            for t in range(r * block, (r + 1) * block):
+                logits, values = [], []
+                for n, width in enumerate(merge):
+                    for s in range(n * 8, n * 8 + 8, width) if width else ():
+                        logits.append(k[s : s + width].mean(0) @ q[t] * 6**-0.5 + math.log(width))
+                        values.append(v[s : s + width].mean(0))
+                torch.testing.assert_close(o[0, t, h], softmax_over(logits, values))
+    assert used == ({0, 1, 2, 8} if name == "psa" else {0, 1, 2, 4, 8})
 
 
 def test_a_row_of_psa_counts_as_much_as_another() -> None:
@@ -353,3 +381,19 @@ def test_a_box_of_queries_chooses_as_one_wherever_its_rows_stand() -> None:
     for rows in boxes(2):
         assert (chosen[rows] == chosen[rows[0]]).all()
     assert not (chosen[:8] == chosen[0]).all()
+
+
+# --- BiFormer
+
+
+def test_biformer_released_is_flatter_and_chooses_the_same() -> None:
+    """Logits over the root of 2 x 32 channels, not of 32: as queries that are so much shorter."""
+    as_paper, released = (
+        systems.load(name).model_copy(update={"axes": (16, 24)})
+        for name in ("biformer", "biformer_released")
+    )
+    x = random_tensors(released, 384, 384)
+    found = reference(released, x)
+    short = reference(as_paper, x | {"q": x["q"] * 0.5**0.5})
+    torch.testing.assert_close(found.o, short.o)
+    assert torch.equal(found.selection["region"].indices, short.selection["region"].indices)
