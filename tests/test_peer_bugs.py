@@ -134,6 +134,36 @@ def slope(x: Tensor) -> Tensor:
     return x.grad
 
 
+TIERS = """
+hsgen: 1
+name: tiers
+heads: {query: 1, kv: 1}
+head_dim: 1
+causal: false
+levels:
+  - name: block
+    partition: {blocks: 8}
+    pool: {keys: mean}
+    score: {form: dot}
+    select: {quota: [{merge: MERGE, fraction: 1.0}]}
+attend: [{name: pyramid, over: block, values: tiers, bias: log_count}]
+"""
+
+SHARES = """
+hsgen: 1
+name: shares
+heads: {query: 1, kv: 1}
+head_dim: DIM
+causal: false
+levels:
+  - name: block
+    partition: {blocks: 2}
+    pool: {keys: mean}
+    score: {form: dot, scale: 0.5, normalise: softmax}
+    select: SELECT
+attend: [{name: selected, over: block, scale: 0.5}]
+"""
+
 # What is chosen -----------------------------------------------------------------------------------
 
 
@@ -255,6 +285,28 @@ def test_a_row_without_keys_has_a_sum_of_nothing():
     assert result.o.flatten().tolist() == [0.0] * 4
 
 
+def test_a_part_of_a_heads_pairs_keeps_no_pair_more():
+    """DraftAttention: the pair at the percentile is kept as well, so that a tenth of 100 is 11."""
+    spec = parse(SHARES.replace("DIM", "1").replace("SELECT", "{fraction: 0.1, scope: head}"))
+    x = of(spec, 20, q=[1.0] * 20, k=[*range(20)])
+    x["q"] = x["q"][:, :10] * torch.linspace(0.1, 1.0, 10).view(1, 10, 1, 1).double()
+    kept = reference(spec, x).selection["block"].indices
+    assert (kept >= 0).sum() == 10
+
+
+def test_channels_of_zeros_change_no_choice():
+    """SpargeAttn, FlexPrefill: heads padded to their sizes, and a `scale` that only attention hears of."""
+    select = "{top_p: {mass: 0.7}}"
+    narrow, wide = (parse(SHARES.replace("DIM", d).replace("SELECT", select)) for d in ("4", "16"))
+    generator = torch.Generator().manual_seed(3)
+    shapes = tensor_shapes(narrow, 1, 12, 12)
+    x = {n: 3 * torch.randn(s, generator=generator).double() for n, s in shapes.items()}
+    padded = {n: torch.nn.functional.pad(y, (0, 12)) for n, y in x.items()}
+    one, other = reference(narrow, x), reference(wide, padded)
+    assert chosen(one, "block") == chosen(other, "block")
+    torch.testing.assert_close(one.o, other.o[..., :4])
+
+
 # Softmax ------------------------------------------------------------------------------------------
 
 
@@ -285,6 +337,14 @@ def test_without_a_mask_only_what_is_chosen_is_attended():
     spec = chunks("{top_k: 1}", causal=False)
     x = of(spec, 6, q=1.0, k=[0, 0, 1, 1, 0, 0], v=[9, 9, 2, 4, 9, 9])
     assert reference(spec, x).o.flatten().tolist() == [3.0] * 6
+
+
+@pytest.mark.parametrize("merge", [1, 2, 4, 8])
+def test_the_last_token_of_a_short_block_counts_once(merge: int):
+    """PSA: it fills up its block, and in means it counts once more for each place that it fills."""
+    spec = parse(TIERS.replace("MERGE", str(merge)))
+    x = of(spec, 1, 11, k=0.0, v=[*range(10), 1000])
+    assert reference(spec, x).o.item() == pytest.approx(1045 / 11)
 
 
 # Gradients ----------------------------------------------------------------------------------------
