@@ -85,8 +85,9 @@ class Driver:
         )
 
     def _parents(self, step: Step) -> tuple[str, ...]:
-        """Selections that a step expands: they are never a caller's."""
-        return _made(step.needs) if step.chunk else ()
+        """Selections that a choosing step expands: they are never a caller's."""
+        chooses = any(name in self.plan.selection.values() for name in _made(step.makes))
+        return _made(step.needs) if chooses else ()
 
     @property
     def absent(self) -> tuple[tuple[str, str], ...]:
@@ -165,7 +166,8 @@ class Driver:
         )
 
     def dtype(self, buffer: Buffer) -> str:
-        return {"input": "in_q.dtype", "f32": "torch.float32", "i32": "torch.int32"}[buffer.dtype]
+        names = {"f32": "torch.float32", "i32": "torch.int32", "i64": "torch.int64"}
+        return names.get(buffer.dtype, "in_q.dtype")
 
 
 def _made(nodes: Iterable[str]) -> tuple[str, ...]:

@@ -91,6 +91,8 @@ def _dim(dim: str, known: Mapping[str, int]) -> int:
 
 
 def _itemsize(plan: Plan, dtype: ElementType) -> int:
+    if dtype == "i64":
+        return 8
     return 2 if dtype == "input" and plan.dtype != "fp32" else 4
 
 

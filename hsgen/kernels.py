@@ -18,6 +18,8 @@ TUNABLES = {
     "BLOCK_T": "tokens a tile",
     "BLOCK_R": "rows a program",
     "BLOCK_N": "entries a step",
+    "BLOCK_K": "slots a step",
+    "DEAR": "times a key of the union costs one of a row's list",
     "BLOCK_E": "entries a tile",
     "BLOCK_J": "tokens of an entry a step",
     "BLOCK_D": "channels a step, a divisor of the head dim",
@@ -133,6 +135,8 @@ class IndexContext:
     stride: int
     causal: bool
 
+    how: Literal["union"] = "union"
+
     @property
     def summary(self) -> str:
         return "the union of the entries that a tile's rows chose, and which rows chose each."
@@ -153,6 +157,42 @@ class IndexContext:
             _pointer("WORDS", "i32", f"{lists}, ceil(BLOCK_T / 32)] member rows as bits"),
             *SEQ,
             *_tunables("BLOCK_T"),
+        )
+
+    @property
+    def counts(self) -> str:
+        return _counts(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarksContext:
+    """Everything `index.py.jinja` reads where rows chose tokens: as many of 64 as a word has bits."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    width: int  # slots of a row of the selection
+    causal: bool
+    how: Literal["marks"] = "marks"
+
+    @property
+    def summary(self) -> str:
+        return (
+            "the blocks of 64 tokens that a tile's rows chose any of, and which rows chose which."
+        )
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return (
+            _pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}] tokens, ascending"),
+            _pointer("COUNTS", "i32", f"[tiles, {self.heads}] blocks; -1: gather instead"),
+            _pointer("ENTRIES", "i32", f"[tiles, {self.heads}, capacity] blocks, ascending"),
+            _pointer("MARKS", "i64", f"[tiles * BLOCK_T, {self.heads}, capacity] tokens as bits"),
+            count("capacity", "blocks of the longest sequence"),
+            *SEQ,
+            count("tile_first", "the turn's first tile"),
+            *_tunables("BLOCK_T", "BLOCK_K", "BLOCK_N", "DEAR"),
         )
 
     @property

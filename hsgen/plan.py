@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 ParamKind = Literal["pointer", "stride", "count", "constexpr"]
 Skeleton = Literal["rows", "rank", "segments", "index", "merge"]
-ElementType = Literal["input", "f32", "i32"]
+ElementType = Literal["input", "f32", "i32", "i64"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,10 @@ class Config:
 
     def __getitem__(self, name: str) -> int:
         return dict(self.constexprs)[name]
+
+    def without(self, name: str) -> Config:
+        """The same values but one, which the kernel takes from another."""
+        return replace(self, constexprs=tuple(pair for pair in self.constexprs if pair[0] != name))
 
     def keywords(self) -> dict[str, int]:
         """As keyword arguments of a launch."""

@@ -393,8 +393,11 @@ def _kernel_report(
 
 def work(graph: Graph, plan: Plan, kernel: Kernel) -> tuple[float, float]:
     """FLOPs and bytes of one call: arithmetic of all its operators, values from outside read once,
-    values that others read written once.  Scores count where they are visible.
+    values that others read written once.  Scores count where they are visible.  A kernel that another
+    stands in for in some tiles is counted as if it did all of them.
     """
+    if kernel.follows and plan.kernel(kernel.follows).operators == kernel.operators:
+        return 0.0, 0.0
     input_bytes = 4 if plan.dtype == "fp32" else 2
     if kernel.skeleton == "index":  # sorts what the operator after it attends to
         operands = graph.operands(graph[kernel.operators[0]])

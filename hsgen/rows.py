@@ -14,6 +14,7 @@ from hsgen.plan import ElementType, Param
 Accumulator = Literal["softmax", "lse", "score"]
 PhaseKind = Literal["range", "list", "gather", "children", "mapped"]
 LOG2_E = 1.4426950408889634
+MARKED = 64  # tokens of a block whose choice is one word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +94,7 @@ class RowsContext:
     value_head: str = ""
     scale_log2: str = ""
     tile: str = "tl.program_id(0)"
+    one_token: bool = False  # a program takes one of a tile's tokens
     stride: int = 1
     width: int = 0
     children: int = 0
@@ -107,6 +109,11 @@ class RowsContext:
     fold: str = ""
     folded: Literal["", "sum", "max"] = ""  # how neighbouring entries become one of a coarser level
     planes: int = 1  # of the scratch: 2 where an entry also counts in the slot after its own
+
+    @property
+    def tokens(self) -> str:
+        """How many tokens a program takes."""
+        return "1" if self.one_token else "BLOCK_T"
 
     @property
     def of_rows(self) -> str:
@@ -126,7 +133,9 @@ class RowsContext:
     @property
     def alive(self) -> str:
         """Rows that stand for a (token, head) pair of the tile."""
-        packed = f"rows < BLOCK_T * {self.pitch}"
+        packed = (
+            f"rows < {self.tokens} * {self.pitch}" if not self.one_token else f"rows < {self.pitch}"
+        )
         return (
             packed
             if self.pitch == self.heads
@@ -327,11 +336,91 @@ def attend_blocks(
     )
 
 
-def attend_tokens(shape: Shape, *, name: str, scale: float, width: int, share: str) -> RowsContext:
-    """One softmax over a query's own list of tokens, gathered."""
+def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsContext:
+    """One softmax over the tokens that rows marked in the blocks of 64 that a tile's rows touch."""
     per_head = share == "Hq"
     heads = 1 if per_head else shape.group
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
+    own = " + head" if list_heads > 1 else ""
+    return RowsContext(
+        name=name,
+        summary="attention over the tokens each query selected, a tile's blocks of 64 walked once.",
+        params=(
+            *QUERY,
+            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
+            *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            Param(
+                name="COUNTS", kind="pointer", comment="[tiles, H] blocks; -1: none", dtype="i32"
+            ),
+            Param(
+                name="ENTRIES", kind="pointer", comment="[tiles, H, capacity] blocks", dtype="i32"
+            ),
+            Param(
+                name="MARKS",
+                kind="pointer",
+                comment="[tiles * BLOCK_T, H, capacity] tokens as bits",
+                dtype="i64",
+            ),
+            count("capacity", "blocks of the longest sequence"),
+            *OUTPUTS,
+            *SEQ,
+            count("tile_first", "the turn's first tile"),
+            *BLOCKS,
+        ),
+        acc="softmax",
+        rows_comment=_packing(heads, "one query head" if per_head else "the group's heads"),
+        tile="tl.program_id(0) + tile_first",
+        heads=heads,
+        pitch=heads,
+        qk_chunks=chunks(shape.qk),
+        v_chunks=chunks(shape.v),
+        key_head=_kv_head("k_h", shape, per_head=per_head),
+        value_head=_kv_head("v_h", shape, per_head=per_head),
+        key_row="k_first",
+        setup=(
+            f"list_row = tl.program_id(0).to(tl.int64) * {list_heads}{own}",
+            "blocks = tl.load(COUNTS + list_row)",
+            "if blocks < 0:",
+            "    return",
+            "list_base = list_row * capacity",
+            f"mark_row = tl.program_id(0) * BLOCK_T + tl.minimum(rows // {heads}, BLOCK_T - 1)",
+            f"marks = MARKS + (mark_row.to(tl.int64) * {list_heads}{own}) * capacity",
+            f"TILES: tl.constexpr = ({MARKED} + BLOCK_N - 1) // BLOCK_N",
+        ),
+        phases=(
+            Phase(
+                kind="list",
+                comment="blocks of which any row chose a token",
+                start="0",
+                stop="blocks * TILES",
+                body=(
+                    "word = tl.load(marks + entry)",
+                    "column = i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)",
+                ),
+                inside="n < k_len",
+                visible=("marked(word, column)",),
+            ),
+        ),
+        stride=MARKED,
+        scale_log2=number(scale * LOG2_E),
+        precision=shape.precision,
+    )
+
+
+def attend_tokens(
+    shape: Shape, *, name: str, scale: float, width: int, share: str, where_dear: bool
+) -> RowsContext:
+    """One softmax over a query's own list of tokens, gathered.
+
+    `where_dear`: only in tiles whose union costs more, which have no count.
+    """
+    per_head = share == "Hq"
+    heads = 1 if per_head else shape.group
+    list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
+    own = " + head" if list_heads > 1 else ""
+    counts = Param(
+        name="COUNTS", kind="pointer", comment="[tiles, H] blocks; -1: gather", dtype="i32"
+    )
     seen = "last + 1" if shape.causal else "k_len"
     causal = " & (n <= last)" if shape.causal else ""
     return RowsContext(
@@ -342,8 +431,10 @@ def attend_tokens(shape: Shape, *, name: str, scale: float, width: int, share: s
             *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
             *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
             Param(name="SELECTION", kind="pointer", comment="[rows, H, K] tokens", dtype="i32"),
+            *((counts,) if where_dear else ()),
             *OUTPUTS,
             *SEQ,
+            *((count("tile_first", "the turn's first tile"),) if where_dear else ()),
             *BLOCKS,
         ),
         acc="softmax",
@@ -355,9 +446,20 @@ def attend_tokens(shape: Shape, *, name: str, scale: float, width: int, share: s
         key_head=_kv_head("k_h", shape, per_head=per_head),
         value_head=_kv_head("v_h", shape, per_head=per_head),
         key_row="k_first",
+        tile="tl.program_id(0) // BLOCK_T + tile_first" if where_dear else "tl.program_id(0)",
+        one_token=where_dear,
         setup=(
+            *(
+                (
+                    f"region = (tl.program_id(0) // BLOCK_T).to(tl.int64) * {list_heads}{own}",
+                    "if tl.load(COUNTS + region) >= 0:",
+                    "    return",
+                )
+                if where_dear
+                else ()
+            ),
             "list_row = (tl.load(SEQ + z * 6) + t0).to(tl.int64)"
-            + (f" * {list_heads} + head" if list_heads > 1 else ""),
+            + (f" * {list_heads}{own}" if list_heads > 1 else ""),
             f"list_base = list_row * {width}",
         ),
         phases=(

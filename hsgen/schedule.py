@@ -48,7 +48,14 @@ from hsgen.graph import (
     Unlike,
     short_last,
 )
-from hsgen.kernels import POOLS, IndexContext, MergeContext, RankContext, SegmentsContext
+from hsgen.kernels import (
+    POOLS,
+    IndexContext,
+    MarksContext,
+    MergeContext,
+    RankContext,
+    SegmentsContext,
+)
 from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, Step
 from hsgen.rows import Entries, next_power
 from hsgen.target import Target
@@ -279,15 +286,8 @@ class _Scheduler:
                 )
                 config = self._tiles.attend(context, limit=128)
             case "tokens":
-                selection = self.graph[node.inputs[3]]
-                context = rows.attend_tokens(
-                    self.shape,
-                    name=name,
-                    scale=scale,
-                    width=self._width(selection),
-                    share=selection.type.dims[2],
-                )
-                config = self._tiles.attend(context, tokens=1)
+                self._tokens(node, op, scale)
+                return
             case "static" | "tiers" | "spans":
                 raise AssertionError("refused")
             case "blocks":
@@ -302,32 +302,14 @@ class _Scheduler:
                     *self._tensor("q"),
                     *self._tensor(node.inputs[1]),
                     *self._tensor(node.inputs[2]),
-                    *self._list_arguments(node, op),
+                    *self._list_arguments(op),
                     *self._outputs(node),
                     *SEQ,
                 ),
             )
         )
         lse = self._lse_of(node)[0]
-        buffers += [
-            Buffer(
-                name=_buffer(node.name),
-                dtype="input",
-                dims=(
-                    "in_q.shape[0]",
-                    "in_q.shape[1]",
-                    str(self.shape.query_heads),
-                    str(self.shape.v),
-                ),
-                role="branch",
-            ),
-            Buffer(
-                name=_buffer(lse),
-                dtype="f32",
-                dims=("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]"),
-                role="output",
-            ),
-        ]
+        buffers += self._output_buffers(node)
         self.steps.append(
             Step(
                 title=f"attend: {op.branch}",
@@ -418,14 +400,119 @@ class _Scheduler:
         )
         return context, config
 
-    def _list_arguments(self, node: Node, op: Attend) -> tuple[str, ...]:
-        match op.over:
-            case "blocks":
-                return (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
-            case "tokens":
-                return (_buffer(node.inputs[3]),)
-            case "pooled" | "tiers" | "window" | "static" | "spans" | "all":
-                return ()
+    def _tokens(self, node: Node, op: Attend, scale: float) -> None:
+        """Tokens of a selection: by tile over the union of blocks, or by row where that is dear."""
+        name, gather = f"attend_{op.branch}", f"gather_{op.branch}"
+        selection = self.graph[node.inputs[3]]
+        width, heads = self._width(selection), self._size(selection.type.dims[2])
+        share = selection.type.dims[2]
+        chosen = _buffer(selection.name)
+        union = rows.attend_marked(self.shape, name=name, scale=scale, share=share)
+        by_row = rows.attend_tokens(
+            self.shape, name=gather, scale=scale, width=width, share=share, where_dear=True
+        )
+        config = self._tiles.attend(union, limit=64, block=rows.MARKED)
+        gathering = self._tiles.attend(by_row, tokens=1).without("BLOCK_T")
+        marks = MarksContext(
+            name=f"index_{op.branch}", heads=heads, width=width, causal=self.shape.causal
+        )
+        step = max(16, 4096 // config["BLOCK_T"])
+        marking = Config(
+            constexprs=(("BLOCK_K", min(step, next_power(width))), ("BLOCK_N", step), ("DEAR", 2)),
+            num_warps=8,
+            num_stages=1,
+        )
+        self._kernel("index", marks, marking, node.name, follows=name)
+        self._kernel("rows", union, config, node.name, *self._lse_of(node))
+        self._kernel("rows", by_row, gathering, node.name, *self._lse_of(node), follows=name)
+        block_t = f'config["{name}"]["BLOCK_T"]'
+        programs = str(self.shape.query_heads // union.heads)
+        tiles, chunk = f"tiles_{op.branch}", f"chunk_{op.branch}"
+        capacity = f"capacity_{op.branch}"
+        lists = (f"counts_{op.branch}", f"entries_{op.branch}", f"marks_{op.branch}")
+        tensors = (
+            *self._tensor("q"),
+            *self._tensor(node.inputs[1]),
+            *self._tensor(node.inputs[2]),
+        )
+        self.steps.append(
+            Step(
+                title=f"attend: {op.branch}",
+                needs=node.inputs,
+                makes=(node.name, self._lse_of(node)[0]),
+                sizes=(
+                    (capacity, f"max(1, (batch.keys + {rows.MARKED} - 1) // {rows.MARKED})"),
+                    (tiles, f"batch.rows // {block_t} + batch.sequences"),
+                    (f"bytes_{op.branch}", f"{8 * heads} * {capacity} * {block_t}"),
+                    (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.branch}))"),
+                ),
+                buffers=(
+                    Buffer(name=lists[0], dtype="i32", dims=(chunk, str(heads)), role="list"),
+                    Buffer(
+                        name=lists[1], dtype="i32", dims=(chunk, str(heads), capacity), role="list"
+                    ),
+                    Buffer(
+                        name=lists[2],
+                        dtype="i64",
+                        dims=(f"{chunk} * {block_t}", str(heads), capacity),
+                        role="list",
+                    ),
+                    *self._output_buffers(node),
+                ),
+                launches=(
+                    Launch(
+                        kernel=marks.name,
+                        grid=("count", str(heads)),
+                        arguments=(chosen, *lists, capacity, *SEQ, "tile_first"),
+                    ),
+                    Launch(
+                        kernel=name,
+                        grid=("count", programs),
+                        arguments=(
+                            *tensors,
+                            *lists,
+                            capacity,
+                            *self._outputs(node),
+                            *SEQ,
+                            "tile_first",
+                        ),
+                    ),
+                    Launch(
+                        kernel=gather,
+                        grid=(f"count * {block_t}", programs),
+                        arguments=(
+                            *tensors,
+                            chosen,
+                            lists[0],
+                            *self._outputs(node),
+                            *SEQ,
+                            "tile_first",
+                        ),
+                    ),
+                ),
+                tiles=tiles,
+                chunk=chunk,
+            )
+        )
+
+    def _list_arguments(self, op: Attend) -> tuple[str, ...]:
+        if op.over == "blocks":
+            return (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
+        return ()
+
+    def _output_buffers(self, node: Node) -> tuple[Buffer, ...]:
+        """A branch's output and its log-sum-exp."""
+        rows_of = ("in_q.shape[0]", "in_q.shape[1]", str(self.shape.query_heads))
+        lse = ("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]")
+        return (
+            Buffer(
+                name=_buffer(node.name),
+                dtype="input",
+                dims=(*rows_of, str(self.shape.v)),
+                role="branch",
+            ),
+            Buffer(name=_buffer(self._lse_of(node)[0]), dtype="f32", dims=lse, role="output"),
+        )
 
     def _outputs(self, node: Node) -> tuple[str, ...]:
         return (*_strides(_buffer(node.name)), *_lse_strides(_buffer(self._lse_of(node)[0])))

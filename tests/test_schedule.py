@@ -179,7 +179,7 @@ def check_tile(kernel):
     config = dict(kernel.config.constexprs)
     assert all(value == next_power(value) for value in config.values()), kernel.name
     if kernel.skeleton == "rows":
-        assert config["BLOCK_M"] >= max(16, config["BLOCK_T"] * kernel.context.pitch)
+        assert config["BLOCK_M"] >= max(16, config.get("BLOCK_T", 1) * kernel.context.pitch)
         assert config["BLOCK_N"] >= 16
 
 

@@ -22,3 +22,9 @@ def row_bits(row, counts, WORD: tl.constexpr):
     """
     one = tl.where(counts & (row // 32 == WORD), 1, 0).to(tl.uint32)
     return one << (row % 32).to(tl.uint32)
+
+
+@triton.jit
+def marked(word, column):
+    """Which of a block's 64 tokens each row chose.  word: i64[M], column: [N] -> bool[M, N]"""
+    return ((word[:, None] >> column.to(tl.int64)[None, :]) & 1) != 0

@@ -29,20 +29,24 @@ def stand_in(call):
     )
 
 
-def interpreter(call, *, seed=0):
+def interpreter(call, *, seed=0, forced=None):
     """The emitted kernels through Triton's interpreter, under the sanitizer.
 
-    `seed` draws the order in which programs run.
+    `seed` draws the order in which programs run; `forced`: other values of some kernels' tunables.
     """
     emitted = compiled(call.spec, call.dtype)
     with sanitizer.enabled(seed=seed):
-        return run(call, emitted.driver, emitted.quick)
+        return run(call, emitted.driver, _forced(emitted.quick, forced))
 
 
-def cuda(call):
+def cuda(call, *, forced=None):
     """The emitted kernels on the GPU, as they are configured without tuning."""
     emitted = compiled(call.spec, call.dtype)
-    return run(call, emitted.driver, emitted.driver.CONFIG)
+    return run(call, emitted.driver, _forced(emitted.driver.CONFIG, forced))
+
+
+def _forced(config, values):
+    return {name: each | (values or {}).get(name, {}) for name, each in config.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -82,6 +82,19 @@ def test_outputs_and_selections_are_right(name, case, lane, seed):
     check(call, RUN[lane](call))
 
 
+SCHEDULES = {"union": {"DEAR": 0}, "rows": {"DEAR": 1 << 20}}
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["hisa", "dsa_gqa"])
+def test_each_schedule_of_chosen_tokens_is_right(name, schedule, lane, seed):
+    """Over the union of a tile's blocks, and row by row: each forced on every tile."""
+    for case in cases.FEW if lane == "cpu" else cases.CASES:
+        call = cases.build(name, case, device=lane, seed=seed)
+        check(call, RUN[lane](call, forced={"index_selected": SCHEDULES[schedule]}))
+
+
 @pytest.mark.parametrize(("name", "probe", "dtype", "lane"), list(probes_of_each()))
 def test_probe(name, probe, dtype, lane):
     probe(_lab(name, dtype, lane))

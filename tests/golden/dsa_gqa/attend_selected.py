@@ -2,7 +2,7 @@
 # spec      dsa_gqa  sha256 000000000000
 # template  rows.py.jinja
 # target    sm_90
-"""attend_selected: attention over the tokens each query selected, gathered."""
+"""attend_selected: attention over the tokens each query selected, a tile's blocks of 64 walked once."""
 
 import triton
 import triton.language as tl
@@ -38,6 +38,12 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
     columns = OFFSET + tl.arange(0, WIDTH)
     address = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(address, mask=mask[:, None], other=0.0)
+
+
+@triton.jit
+def marked(word, column):
+    """Which of a block's 64 tokens each row chose.  word: i64[M], column: [N] -> bool[M, N]"""
+    return ((word[:, None] >> column.to(tl.int64)[None, :]) & 1) != 0
 
 
 @triton.jit
@@ -82,7 +88,7 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
 def attend_selected(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -96,7 +102,10 @@ def attend_selected(
     v_b,  # V: batch stride
     v_t,  # V: token stride
     v_h,  # V: head stride
-    SELECTION,  # [rows, H, K] tokens
+    COUNTS,  # [tiles, H] blocks; -1: none
+    ENTRIES,  # [tiles, H, capacity] blocks
+    MARKS,  # [tiles * BLOCK_T, H, capacity] tokens as bits
+    capacity,  # blocks of the longest sequence
     O,  # [B, T, Hq, Dv]
     o_b,  # O: batch stride
     o_t,  # O: token stride
@@ -107,17 +116,17 @@ def attend_selected(
     lse_t,  # LSE: token stride
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    tile_first,  # the turn's first tile
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_M: tl.constexpr,  # rows a tile
     BLOCK_N: tl.constexpr,  # keys a step
 ):
     # rows: BLOCK_T tokens x 4 heads (the group's heads), padded to BLOCK_M
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) + tile_first
     head = tl.program_id(1)
     z, t0 = find_sequence(SEQ, num_sequences, tile, BLOCK_T, 0, 1)
     q_first = tl.load(SEQ + z * 6 + 1)
     q_len = tl.load(SEQ + z * 6 + 2)
-    q_offset = tl.load(SEQ + z * 6 + 3)
     k_first = tl.load(SEQ + z * 6 + 4)
     k_len = tl.load(SEQ + z * 6 + 5)
     if t0 >= q_len:
@@ -126,7 +135,6 @@ def attend_selected(
     token = t0 + rows // 4
     row_head = head * 4 + rows % 4
     alive = (token < q_len) & (rows < BLOCK_T * 4)
-    last = q_offset + tl.minimum(t0 + BLOCK_T, q_len) - 1
 
     # load: the queries in [BLOCK_M, width] columns, and where the keys begin
     q_token = q_first + token
@@ -135,25 +143,34 @@ def attend_selected(
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     k_row = k_first
-    list_row = (tl.load(SEQ + z * 6) + t0).to(tl.int64)
-    list_base = list_row * 2048
+    list_row = tl.program_id(0).to(tl.int64) * 1
+    blocks = tl.load(COUNTS + list_row)
+    if blocks < 0:
+        return
+    list_base = list_row * capacity
+    mark_row = tl.program_id(0) * BLOCK_T + tl.minimum(rows // 4, BLOCK_T - 1)
+    marks = MARKS + (mark_row.to(tl.int64) * 1) * capacity
+    TILES: tl.constexpr = (64 + BLOCK_N - 1) // BLOCK_N
 
     # accumulate: the running maximum, sum and output of the softmax
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, 128], tl.float32)
 
-    # the list is ascending, so no more slots are in use than tokens are seen
-    slot = tl.arange(0, BLOCK_N)
-    ahead = tl.load(SELECTION + list_base + slot, mask=slot < 2048, other=-1)
-    for i in range(0, tl.minimum(2048, last + 1), BLOCK_N):
-        n = ahead
-        slot = i + BLOCK_N + tl.arange(0, BLOCK_N)
-        ahead = tl.load(SELECTION + list_base + slot, mask=slot < 2048, other=-1)
-        inside = (n >= 0) & (n < k_len) & (n <= last)
+    # blocks of which any row chose a token
+    begin = 0
+    end = blocks * TILES
+    ahead = tl.load(ENTRIES + list_base + begin // TILES, mask=begin < end, other=0)
+    for i in range(begin, end):
+        entry = ahead
+        ahead = tl.load(ENTRIES + list_base + (i + 1) // TILES, mask=i + 1 < end, other=0)
+        n = entry * 64 + i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+        word = tl.load(marks + entry)
+        column = i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = n < k_len
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        visible = inside[None, :]
+        visible = marked(word, column)
         s = tl.where(visible, s, float("-inf"))
         p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
         v0 = load_tile_masked(v_base, k_row + n, inside, v_t, 0, 128)

@@ -12,6 +12,8 @@ q_offset, k_first, k_len), `sequences` Z, `rows` of all queries, `keys` of the l
 import torch
 
 from .attend_selected import attend_selected
+from .gather_selected import gather_selected
+from .index_selected import index_selected
 from .pool_block_keys import pool_block_keys
 from .rank_block import rank_block
 from .rank_token import rank_token
@@ -52,8 +54,21 @@ CONFIG = {
         "num_warps": 4,
         "num_stages": 1,
     },
+    "index_selected": {
+        "BLOCK_K": 256,
+        "BLOCK_N": 256,
+        "DEAR": 2,
+        "num_warps": 8,
+        "num_stages": 1,
+    },
     "attend_selected": {
-        "BLOCK_T": 1,
+        "BLOCK_T": 16,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
+        "num_warps": 4,
+        "num_stages": 3,
+    },
+    "gather_selected": {
         "BLOCK_M": 16,
         "BLOCK_N": 32,
         "num_warps": 1,
@@ -242,6 +257,36 @@ def forward(tensors, batch, config, selection=None):
         made_block_selection = selection.get("block")
 
     # attend: selected
+    capacity_selected = max(1, (batch.keys + 64 - 1) // 64)
+    tiles_selected = batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences
+    bytes_selected = 8 * capacity_selected * config["attend_selected"]["BLOCK_T"]
+    chunk_selected = min(tiles_selected, max(1, SCRATCH_BYTES // bytes_selected))
+    counts_selected = torch.empty(
+        (
+            chunk_selected,
+            1,
+        ),
+        dtype=torch.int32,
+        device=in_q.device,
+    )
+    entries_selected = torch.empty(
+        (
+            chunk_selected,
+            1,
+            capacity_selected,
+        ),
+        dtype=torch.int32,
+        device=in_q.device,
+    )
+    marks_selected = torch.empty(
+        (
+            chunk_selected * config["attend_selected"]["BLOCK_T"],
+            1,
+            capacity_selected,
+        ),
+        dtype=torch.int64,
+        device=in_q.device,
+    )
     made_selected_o = torch.empty(
         (
             in_q.shape[0],
@@ -261,36 +306,91 @@ def forward(tensors, batch, config, selection=None):
         dtype=torch.float32,
         device=in_q.device,
     )
-    grid = (
-        batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences,
-        8,
-    )
-    attend_selected[grid](
-        in_q,
-        0 if batch.packed else in_q.stride(0),
-        in_q.stride(1),
-        in_q.stride(2),
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        made_token_selection,
-        made_selected_o,
-        0 if batch.packed else made_selected_o.stride(0),
-        made_selected_o.stride(1),
-        made_selected_o.stride(2),
-        made_selected_lse,
-        0 if batch.packed else made_selected_lse.stride(0),
-        made_selected_lse.stride(1),
-        made_selected_lse.stride(2),
-        batch.table,
-        batch.sequences,
-        **config["attend_selected"],
-    )
+    for tile_first in range(0, tiles_selected, chunk_selected):
+        count = min(chunk_selected, tiles_selected - tile_first)
+        grid = (
+            count,
+            1,
+        )
+        index_selected[grid](
+            made_token_selection,
+            counts_selected,
+            entries_selected,
+            marks_selected,
+            capacity_selected,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["index_selected"],
+            BLOCK_T=config["attend_selected"]["BLOCK_T"],
+        )
+        grid = (
+            count,
+            8,
+        )
+        attend_selected[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            counts_selected,
+            entries_selected,
+            marks_selected,
+            capacity_selected,
+            made_selected_o,
+            0 if batch.packed else made_selected_o.stride(0),
+            made_selected_o.stride(1),
+            made_selected_o.stride(2),
+            made_selected_lse,
+            0 if batch.packed else made_selected_lse.stride(0),
+            made_selected_lse.stride(1),
+            made_selected_lse.stride(2),
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["attend_selected"],
+        )
+        grid = (
+            count * config["attend_selected"]["BLOCK_T"],
+            8,
+        )
+        gather_selected[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            made_token_selection,
+            counts_selected,
+            made_selected_o,
+            0 if batch.packed else made_selected_o.stride(0),
+            made_selected_o.stride(1),
+            made_selected_o.stride(2),
+            made_selected_lse,
+            0 if batch.packed else made_selected_lse.stride(0),
+            made_selected_lse.stride(1),
+            made_selected_lse.stride(2),
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["gather_selected"],
+            BLOCK_T=config["attend_selected"]["BLOCK_T"],
+        )
 
     lse = {
         "selected": made_selected_lse,

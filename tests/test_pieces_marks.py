@@ -1,0 +1,110 @@
+"""index, where rows chose tokens: blocks of 64, a bit a token, and where the union is too dear."""
+
+import pytest
+import torch
+from skeletons import Sequences, kernel
+
+from hsgen.kernels import MarksContext
+
+DENSE = Sequences(q_lens=(7, 7), k_lens=(300, 250))
+PACKED = Sequences(q_lens=(5, 1, 0, 6), k_lens=(133, 120, 3, 70), packed=True)
+AHEAD = Sequences(q_lens=(8,), k_lens=(5,))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where kernels run; on the CPU under the sanitizer."""
+    if request.param == "cpu":
+        request.getfixturevalue("sanitized")
+    return request.param
+
+
+def context(**changes):
+    fields = dict(name="index_test", heads=2, width=24, causal=True)
+    return MarksContext(**(fields | changes))
+
+
+def lists(c, sequences, *, most=None, seed=0):
+    """int32[B, T, H, K], ascending, each token once, then -1; some beyond what the row sees."""
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.full((sequences.batch, sequences.tokens, c.heads, c.width), -1, dtype=torch.int32)
+    for row in made.flatten(0, 2):
+        tokens = torch.randperm(most or max(sequences.k_lens) + 9, generator=generator)
+        tokens = tokens[: int(torch.randint(0, c.width + 1, (), generator=generator))]
+        row[: len(tokens)] = tokens.sort().values.int()
+    return made
+
+
+def expected(c, sequences, chosen, tile, head, block_t):
+    """Tokens that each row of a tile sees and chose, and how many slots the rows may use."""
+    z, t0 = sequences.tile(tile, block_t)
+    _, q_first, q_len, q_offset, _, k_len = sequences.table[z].tolist()
+    batch = 0 if sequences.packed else z
+    rows = range(min(block_t, q_len - t0))
+    seen = [max(0, min(q_offset + t0 + row + 1, k_len) if c.causal else k_len) for row in rows]
+    tokens = [
+        {n for n in chosen[batch, q_first + t0 + row, head].tolist() if 0 <= n < seen[row]}
+        for row in rows
+    ]
+    return tokens, min(max(seen), c.width) * len(rows)
+
+
+def check(tmp_path, device, c, sequences, chosen, *, dear, block_t=4, turn=None):
+    """Every tile's blocks, count and bits, in turns of some tiles.  -> tiles whose union was dear"""
+    index = kernel("index", c, tmp_path)
+    tiles, capacity, cheap = sequences.tiles(block_t), -(-max(sequences.k_lens) // 64), []
+    turn = turn or tiles
+    for first in range(0, tiles, turn):
+        count = min(turn, tiles - first)
+        shape = (count, c.heads)
+        counts = torch.full(shape, -5, dtype=torch.int32, device=device)
+        entries = torch.full((*shape, capacity), -5, dtype=torch.int32, device=device)
+        marks = torch.full((count * block_t, c.heads, capacity), -5, device=device)
+        index[shape](
+            chosen.to(device), counts, entries, marks, capacity,
+            sequences.table.to(device), len(sequences), first,
+            BLOCK_T=block_t, BLOCK_K=16, BLOCK_N=2, DEAR=dear,
+        )  # fmt: skip
+        for tile in range(count):
+            if sequences.tile(first + tile, block_t) is None:
+                continue
+            for head in range(c.heads):
+                tokens, used = expected(c, sequences, chosen, first + tile, head, block_t)
+                blocks = sorted({n // 64 for each in tokens for n in each})
+                cheap.append(len(blocks) * 64 * dear <= used)
+                assert counts[tile, head] == (len(blocks) if cheap[-1] else -1)
+                assert entries[tile, head, : len(blocks)].tolist() == blocks
+                for row, own in enumerate(tokens):
+                    words = marks[tile * block_t + row, head].tolist()
+                    got = {b * 64 + n for b in blocks for n in range(64) if words[b] >> n & 1}
+                    assert got == own, (tile, head, row)
+    return cheap
+
+
+@pytest.mark.parametrize("sequences", [DENSE, PACKED, AHEAD])
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_and_bits(tmp_path, device, sequences, causal):
+    c = context(causal=causal)
+    assert all(check(tmp_path, device, c, sequences, lists(c, sequences), dear=0, turn=2))
+
+
+def test_a_union_is_dear_where_rows_share_little(tmp_path, device):
+    """Tiles of both kinds in one call."""
+    c = context(heads=1, width=128)
+    sequences = Sequences(q_lens=(16,), k_lens=(500,))
+    chosen = lists(c, sequences)
+    chosen[:, :8] = lists(c, sequences, most=128)[:, :8]
+    cheap = check(tmp_path, device, c, sequences, chosen, dear=2, block_t=4)
+    assert cheap[:4] == [True, True, False, False]
+
+
+def test_the_highest_bit_is_a_sign(tmp_path, device):
+    c = context(heads=1, width=2, causal=False)
+    chosen = torch.tensor([63, 191], dtype=torch.int32).expand(1, 3, 1, 2).contiguous()
+    assert check(tmp_path, device, c, Sequences(q_lens=(3,), k_lens=(200,)), chosen, dear=0)
+
+
+def test_nothing_chosen(tmp_path, device):
+    c = context()
+    chosen = torch.full((2, 7, 2, 24), -1, dtype=torch.int32)
+    assert all(check(tmp_path, device, c, DENSE, chosen, dear=2))
