@@ -1,4 +1,4 @@
-"""What narrow beams cost: how much of an exhaustive choice survives levels of blocks on real attention.
+"""What narrow beams cost: how much of an exhaustive choice survives levels above it on real attention.
 
     python -m benchmarks.beams .captures/smollm2_8k.safetensors
     python -m benchmarks.beams --report                     # writes docs/beams.md and docs/beams.svg
@@ -12,112 +12,79 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks import common
+from benchmarks.beam_structures import PANELS, STEPS, Problem, Structure
 from hsgen import captures, charts, metrics
-from hsgen import spec as language
 from hsgen.captures import Group
 from hsgen.quality import RUN, Json, measured_rows, noise
 from hsgen.reference import reference
-from hsgen.spec import (
-    Attend,
-    Blocks,
-    Force,
-    HeadDim,
-    Heads,
-    Level,
-    Pool,
-    Score,
-    Select,
-    Spec,
-    Tokens,
-)
+from hsgen.spec import Spec
 
-# Sizes of the levels from the top down; 1 is tokens.  Those of one panel choose the same entries.
-PANELS = {
-    "blocks of 16": ((64, 16), (256, 64, 16), (256, 128, 64, 32, 16)),
-    "tokens": ((64, 1), (256, 64, 1), (256, 64, 16, 1)),
-}
-FORCED = 2  # entries of every level: the sink, and what is not complete yet
-WIDTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-
-
-# Specs ----------------------------------------------------------------------------------------------
-
-
-def nested(sizes: Sequence[int], kept: int, width: float, *, heads: int, dim: int) -> Spec:
-    """Levels of mean-pooled blocks, the last of which keeps `kept` tokens, those above `width` times that."""
-    levels = []
-    for i, size in enumerate(sizes):
-        last = i == len(sizes) - 1
-        count = max(math.ceil(kept * (1 if last else width) / size), FORCED)
-        force = Force(first=1, last=1)
-        select = Select(top_k=count, force=force) if last else Select(beam=count, force=force)
-        levels.append(
-            Level(
-                name=f"level{i}",
-                within=f"level{i - 1}" if i else None,
-                partition=Tokens() if size == 1 else Blocks(size=size, stride=size),
-                pool=None if size == 1 else Pool(keys="mean"),
-                score=Score(form="dot"),
-                select=select,
-            )
-        )
-    spec = Spec(
-        name="beams",
-        heads=Heads(query=heads, kv=1),
-        head_dim=HeadDim(qk=dim, v=dim),
-        levels=tuple(levels),
-        attend=(Attend(name="selected", over=levels[-1].name),),
-    )
-    return language.verify(spec)
-
-
-def chosen(spec: Spec, group: Group, position: Tensor, size: int) -> Tensor:
-    """What the last level keeps, run of rows by run of rows.  -> bool[Hs, R, N]"""
-    name, found = spec.levels[-1].name, []
-    k, v = group.k[None, :, None], group.v[None, :, None]
-    for run in position.split(RUN):
-        a, b = int(run[0]), int(run[-1]) + 1
-        rows = {"q": group.q[None, a:b], "k": k[:, :b], "v": v[:, :b]}
-        result = reference(spec, rows, dtype=torch.float32, keep_scores=False)
-        found.append(result.selection[name].indices[0])
-    return metrics.members(torch.cat(found), -(-len(group.k) // size))
+STRUCTURES = [structure for panel in PANELS.values() for structure in panel]
+WIDTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 
 
 # Measuring ------------------------------------------------------------------------------------------
 
 
+def chosen(
+    spec: Spec, group: Group, position: Tensor, size: int, inputs: Mapping[str, Tensor]
+) -> Tensor:
+    """What the last level keeps, run of rows by run of rows.  -> bool[Hs, R, N]"""
+    name, found = spec.levels[-1].name, []
+    k, v = group.k[None, :, None], group.v[None, :, None]
+    for run in position.split(RUN):
+        a, b = int(run[0]), int(run[-1]) + 1
+        rows = {"q": group.q[None, a:b], "k": k[:, :b], "v": v[:, :b], **inputs}
+        result = reference(spec, rows, dtype=torch.float32, keep_scores=False)
+        found.append(result.selection[name].indices[0])
+    return metrics.members(torch.cat(found), -(-len(group.k) // size))
+
+
 def measure(
-    group: Group, position: Tensor, sizes: Sequence[int], kept: int, widths: Sequence[float]
+    group: Group, position: Tensor, structure: Structure, kept: int, widths: Sequence[float]
 ) -> list[Json]:
-    """One record a width and head: the share of the exhaustive choice that survives, and its mass."""
-    q, size = group.q, sizes[-1]
+    """One record a width and head: the share of the exhaustive choice that survives, and its mass.
+
+    `first`: the share of rows that keep the first entry, and the mass that it holds.
+    """
+    q, size = group.q, structure.size
     heads, dim = q.shape[1:]
+    problem = Problem(heads=heads, dim=dim, tokens=len(q), kept=kept)
+    inputs = structure.inputs(group)
     dense = metrics.dense(q[position], group.k, group.v, position)
-    everything = nested(sizes[-1:], kept, 1.0, heads=heads, dim=dim)
-    whole = chosen(everything, group, position, size)
-    entries = whole.shape[-1]
-    drawn = noise(len(position), entries)
+    whole = chosen(structure.spec(problem, None), group, position, size, inputs)
+    drawn = noise(len(position), whole.shape[-1])
     best = metrics.judge(dense, metrics.choices(dense, whole, size, drawn)["oracle"], size)
     exhaustive = metrics.judge(dense, whole, size)
+    first = metrics.entry_mass(dense.probs, size)[..., 0].mean(-1)
+    exact = None
+    if structure.exact:
+        exact = chosen(structure.exact(problem), group, position, size, inputs)
     records: list[Json] = []
     for width in widths:
-        found = chosen(nested(sizes, kept, width, heads=heads, dim=dim), group, position, size)
+        found = chosen(structure.spec(problem, width), group, position, size, inputs)
         quality = metrics.judge(dense, found, size)
-        recall = (found & whole).sum(-1) / whole.sum(-1)
+        recall = _recall(found, whole, heads)
+        sink = found[..., 0].float().mean(-1).repeat_interleave(heads // len(found))
+        recall_exact = None if exact is None else _recall(found, exact, heads)
         records += [
             {
-                "sizes": list(sizes),
+                "levels": structure.name,
                 "width": width,
                 "layer": group.layer,
                 "head": group.query_head(h),
-                "recall": float(recall[h].mean()),
+                "recall": recall[h],
+                "recall_exact": recall_exact and recall_exact[h],
+                "first": float(sink[h]),
+                "mass_first": float(first[h]),
                 "mass": float(quality.mass[h].mean()),
                 "mass_exhaustive": float(exhaustive.mass[h].mean()),
                 "mass_oracle": float(best.mass[h].mean()),
@@ -129,36 +96,36 @@ def measure(
     return records
 
 
+def _recall(found: Tensor, goal: Tensor, heads: int) -> list[float]:
+    """The share of a choice that is found, by query head.  bool[Hs, R, N], twice"""
+    shares = ((found & goal).sum(-1) / goal.sum(-1)).mean(-1)
+    return shares.repeat_interleave(heads // len(shares)).tolist()
+
+
 def run(args: argparse.Namespace, argv: Sequence[str]) -> Json:
     """Measure every structure on every group of the capture."""
     started = time.monotonic()
     records: list[Json] = []
     for group in captures.load(args.capture):
         group = group.prefix(args.tokens)
-        position = measured_rows(len(group.q), args.rows)
         kept = round(args.budget * len(group.q))
-        for sizes in (sizes for panel in PANELS.values() for sizes in panel):
-            found = measure(group, position, sizes, kept, args.widths)
+        widths = [*args.widths, math.ceil(len(group.q) / kept)]  # the last one covers the text
+        for structure in STRUCTURES:
+            position = measured_rows(len(group.q), args.rows * structure.rows)
+            found = measure(group, position, structure, kept, widths)
             records += found
             seconds = time.monotonic() - started
-            recalls = "  ".join(
-                f"{w:g}: {_mean([r for r in found if r['width'] == w], 'recall'):.3f}"
-                for w in args.widths
-            )
-            print(f"[{seconds:6.1f} s] layer {group.layer:2d}  {_name(sizes):24s} {recalls}")
+            recalls = "  ".join(f"{w:g}: {_mean(_at(found, w), 'recall'):.3f}" for w in widths)
+            print(f"[{seconds:6.1f} s] layer {group.layer:2d}  {structure.name:24s} {recalls}")
     return {
         "made": common.provenance("benchmarks.beams", argv, "cpu"),
         "capture": {"file": args.capture.name, **captures.metadata(args.capture)},
         "tokens": len(group.q),
-        "rows": len(position),
+        "rows": len(measured_rows(len(group.q), args.rows)),
         "budget": args.budget,
         "seconds": round(time.monotonic() - started, 1),
         "records": records,
     }
-
-
-def _name(sizes: Sequence[int]) -> str:
-    return " > ".join("tokens" if size == 1 else str(size) for size in sizes)
 
 
 def _mean(records: Sequence[Json], field: str) -> float:
@@ -169,42 +136,35 @@ def _mean(records: Sequence[Json], field: str) -> float:
 
 
 def drawing(result: Json) -> str:
-    """The picture: recall of the exhaustive choice, and mass, against beam width."""
-    panels = []
-    for field, limit, least, title in (
-        ("recall", None, 0.0, "recall"),
-        ("mass", "mass_exhaustive", 0.4, "mass"),
-    ):
-        for last, structures in PANELS.items():
-            lines, limits = {}, {}
-            for rank, sizes in enumerate(structures):
-                own = _of(result, sizes)
-                lines[_look(rank)] = [_mean(_at(own, w), field) for w in _widths(result)]
-                if limit:
-                    limits[_look(rank)] = _mean(own, limit)
-            panels.append(
+    """The picture: above recall of the exhaustive choice, below mass, against beam width."""
+    columns = []
+    for last, structures in PANELS.items():
+        of = {x.look: _of(result, x) for x in structures}
+        column = []
+        for field, limit, least in (("recall", None, 0.0), ("mass", "mass_exhaustive", 0.2)):
+            column.append(
                 charts.Panel(
-                    title=f"{title}, {last}",
+                    title=f"{field}, {last}",
                     widths=_widths(result),
-                    lines=lines,
-                    limits=limits,
+                    lines={
+                        look: [_mean(_at(own, w), field) for w in _widths(result)]
+                        for look, own in of.items()
+                    },
+                    limits={look: _mean(own, limit) for look, own in of.items()} if limit else {},
                     least=least,
                 )
             )
+        columns.append(column)
     about = (
         f"{result['capture']['file']}, {result['tokens']} tokens, {result['budget']:.0%} of them kept;"
         " means over layers and heads",
         "grey: every entry scored",
     )
-    return charts.plot("what survives a beam", about, "beam width", panels)
+    return charts.plot("what survives a beam", about, "beam width", columns)
 
 
-def _look(rank: int) -> str:
-    return ("below 64", "below 256 > 64", "with more levels between")[rank]
-
-
-def _of(result: Json, sizes: Sequence[int]) -> list[Json]:
-    return [r for r in result["records"] if r["sizes"] == list(sizes)]
+def _of(result: Json, structure: Structure) -> list[Json]:
+    return [r for r in result["records"] if r["levels"] == structure.name]
 
 
 def _at(records: Sequence[Json], width: float) -> list[Json]:
@@ -225,28 +185,24 @@ def page(results: Sequence[Json]) -> str:
             tokens=f"{result['tokens']:,}",
             rows=f"{result['rows']:,}",
             budget=f"{result['budget']:.0%}",
+            widest=f"{widths[-1]:g}",
+            steps=STEPS,
             layers=", ".join(map(str, sorted({r["layer"] for r in result["records"]}))),
         )
     ]
     for field, title in (("recall", "Recall"), ("mass", "Mass"), ("error", "Output error")):
-        parts.append(f"## {title}\n")
-        names = ["levels", *(f"{w:g}" for w in widths)]
-        names += [] if field == "recall" else ["every entry"]
-        rows = []
-        for sizes in (sizes for panel in PANELS.values() for sizes in panel):
-            own = _of(result, sizes)
-            row = [_name(sizes), *(f"{_mean(_at(own, w), field):.3f}" for w in widths)]
-            if field != "recall":
-                row.append(f"{_mean(own, f'{field}_exhaustive'):.3f}")
-            rows.append(row)
-        parts.append(common.table(names, rows))
-    parts.append("## By layer: recall, 256 > 64 > 16\n")
-    own = _of(result, (256, 64, 16))
-    rows = []
-    for layer in sorted({r["layer"] for r in own}):
-        of_layer = [r for r in own if r["layer"] == layer]
-        rows.append([str(layer), *(f"{_mean(_at(of_layer, w), 'recall'):.3f}" for w in widths)])
-    parts.append(common.table(["layer", *(f"{w:g}" for w in widths)], rows))
+        limit = None if field == "recall" else f"{field}_exhaustive"
+        rows = [(x.name, _of(result, x)) for x in STRUCTURES]
+        parts += [f"## {title}\n", _by_width(rows, widths, field, limit)]
+    parts.append("## By layer: recall\n")
+    by_layer = [
+        (f"{key[0]}; {key[1]}", [r for r in result["records"] if (r["levels"], r["layer"]) == key])
+        for key in product(BY_LAYER, sorted({r["layer"] for r in result["records"]}))
+    ]
+    parts.append(_by_width(by_layer, widths, "recall", head="levels; layer"))
+    parts.append(EXACT_TEXT)
+    rows = [(x.name, _of(result, x)) for x in STRUCTURES if x.exact]
+    parts.append(_by_width(rows, widths, "recall_exact"))
     parts.append(FINDINGS_TEXT)
     parts.append("## Where the figures come from\n")
     versions = f"torch {made['torch']}, triton {made['triton']}"
@@ -257,22 +213,54 @@ def page(results: Sequence[Json]) -> str:
     return "\n".join(parts)
 
 
+def _by_width(
+    rows: Sequence[tuple[str, list[Json]]],
+    widths: Sequence[float],
+    field: str,
+    limit: str | None = None,
+    head: str = "levels",
+) -> str:
+    """A row for each of some records, and what its figures tend to."""
+    names = [head, *(f"{w:g}" for w in widths), *(["every entry"] if limit else [])]
+    table = []
+    for name, own in rows:
+        figures = [_mean(_at(own, w), field) for w in widths]
+        figures += [_mean(own, limit)] if limit else []
+        table.append([name, *(f"{x:.3f}" for x in figures)])
+    return common.table(names, table)
+
+
+BY_LAYER = ("256 > 64 > 16", "HiP, 256 > 32 > 8", "HiRouter, trained")
 METHOD_TEXT = """# What a beam loses
 
 Queries, keys and values of SmolLM2-135M on {tokens} tokens of prose (layers {layers}; one group of three
-query heads each).  Levels of mean-pooled blocks, each inside what the level above kept; at every level the
-first and the last entry are forced.  The last level keeps {budget} of the tokens.  This page is generated by
-`benchmarks/beams.py`, and `examples/three_levels.yaml` is such a spec.
+query heads each).  Every level lies inside what the level above kept, and the last one keeps {budget} of the
+tokens.  This page is generated by `benchmarks/beams.py`, and `examples/three_levels.yaml` is such a spec.
 
 ![recall and mass against beam width](beams.svg)
 
 **Beam width** is what a level above expands over what is kept in the end, in tokens: with 2, every level
-above holds twice as many tokens as the last one keeps.  With a width that covers the whole input nothing is
-lost: that the choice is then that of the last level alone is a law, and tested.
+above holds twice as many tokens as the last one keeps.  With one that covers the whole text, {widest} here,
+nothing is lost: that the choice is then that of the last level alone is a law, and tested.
 
 **Recall** is the share of the exhaustive choice (the last level with every entry scored) that is chosen too.
 **Mass** and **output error** are as in [quality.md](quality.md); *every entry* is the exhaustive choice.
-Means over {rows} rows, layers and heads.
+Means over {rows} rows, layers and heads; of HiP, where 64 rows choose as one, over four times as many.
+
+- **64 > 16** and the like: mean-pooled blocks; at every level the first and the last entry are forced.
+- **HiP**: `specs/hip.yaml` with the budgets and forced entries of these blocks, and without its window.  A
+  block of 64 rows keeps blocks of 8 for all heads, by the best logit that halving a block comes upon.
+- **HiRouter**: `specs/hirouter.yaml` with other budgets; a group keeps tokens by its summed logits, nothing
+  is forced, and a node counts as its share of the text.  There are no published weights.  *k-means*: 16
+  centroids of the keys of this very text, and 16 in each of those, by k-means of their directions.
+  *Trained*: these after {steps} steps on the spec's own loss, dual entropy, of the same keys and queries.
+  *Random*: directions that know nothing of the keys.
+"""
+
+EXACT_TEXT = """## HiP beside the blocks whose best key is best
+
+Halving finds the best key of a block of 8 only where it is on the way: even with every block scored, some of
+the blocks whose best key scores most are missed.  Recall of those:
 """
 
 FINDINGS_TEXT = """
@@ -281,6 +269,17 @@ width, and save most of the scores.  Blocks of 16 below blocks of 64 need a widt
 that the exhaustive choice holds, below blocks of 256 one of 4.  Single tokens are lost more easily, as the
 mean of a block hides them: at a width of 4 a tenth of the mass.  Recall falls faster than mass, since what
 a beam loses are the weaker ones of the choice.
+
+HiP needs a width of 6 to 8 for the mass, of its own limit, that chains of 256 have of theirs at 3 to 4: a
+chunk of 256 is judged by the 16 keys that halving it reads.  It ships with widths of 16 and 4.  Its error
+does not fall beyond a width of 6: the best logit of any of 64 rows and three heads is not where most of the
+mass of all of them is.
+
+A tree that knows the keys is worth much: at a width of 4 a random one recalls a third as many tokens.  Yet
+HiRouter loses more mass than blocks in place do, since nothing forces the first token: layers 14 and 20
+give it half of their mass, and at a width of 4 half of their rows miss it in the k-means tree.  The loss, as
+we read it, does not improve on k-means.  It asks for sharp and even shares, of keys and of queries alike, and
+never whether both go the same way.
 """
 
 

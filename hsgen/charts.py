@@ -58,33 +58,34 @@ class Panel:
     least: float = 0.0
 
 
-def plot(title: str, about: Sequence[str], axis: str, panels: Sequence[Panel]) -> str:
-    """Panels side by side over one legend; a dashed line is what its curve tends to."""
+def plot(title: str, about: Sequence[str], axis: str, columns: Sequence[Sequence[Panel]]) -> str:
+    """Panels in columns, each over a legend of its own; a grey line is what a curve tends to."""
     elements = [
         svg.text(MARGIN, MARGIN + svg.SIZE + i * svg.LINE, line, "dim" if i else "bold")
         for i, line in enumerate((title, *about))
     ]
     top = MARGIN + (len(about) + 3) * svg.LINE
-    for i, panel in enumerate(panels):
+    below = HIGH + 5 * svg.LINE  # of a panel, its axis and the next one's title
+    deep = max(map(len, columns))
+    for i, column in enumerate(columns):
         x = MARGIN + LEFT + i * (WIDE + BETWEEN)
-        elements.append(f'<g transform="translate({svg.number(x)} {svg.number(top)})">')
-        elements += [*_shares(panel, axis), "</g>"]
-    y = top + HIGH + 3.5 * svg.LINE
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    looks = dict(zip(names, WAYS, strict=False))
-    x = MARGIN
-    for name in names:
-        elements.append(
-            svg.path(f"M{svg.number(x)} {svg.number(y - 4)}h28", f"curve {looks[name]}")
-        )
-        elements.append(svg.text(x + 34, y, name))
-        x += 34 + svg.width(name) + 20
-    wide = MARGIN + max(LEFT + len(panels) * (WIDE + BETWEEN), x, *map(svg.width, about))
-    return svg.document(wide, y + svg.LINE + MARGIN, title, elements, *_style())
+        for j, panel in enumerate(column):
+            y = svg.number(top + j * below)
+            elements += [f'<g transform="translate({svg.number(x)} {y})">', *_shares(panel, axis)]
+            elements.append("</g>")
+        names = dict.fromkeys(name for panel in column for name in panel.lines)
+        for j, (way, name) in enumerate(zip(WAYS, names, strict=False)):
+            y = top + deep * below - svg.LINE + j * svg.LINE
+            elements.append(svg.path(f"M{svg.number(x)} {svg.number(y - 4)}h28", f"curve {way}"))
+            elements.append(svg.text(x + 34, y, name))
+    lines = max(len(panel.lines) for column in columns for panel in column)
+    high = top + deep * below + (lines - 1) * svg.LINE
+    wide = MARGIN + max(LEFT + len(columns) * (WIDE + BETWEEN), *map(svg.width, about))
+    return svg.document(wide, high + MARGIN, title, elements, *_style())
 
 
 def _shares(panel: Panel, axis: str) -> list[str]:
-    """One panel: widths on a logarithmic axis, and a dotted line for each limit."""
+    """One panel: widths on a logarithmic axis, and a grey line for each limit."""
     first, last = math.log2(panel.widths[0]), math.log2(panel.widths[-1])
 
     def high(share: float) -> float:

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks import (
     baselines,
+    beam_structures,
     beams,
     common,
     independent,
@@ -266,14 +267,35 @@ def test_picture_of_beams_is_made_of_the_kept_results():
     assert written == beams.drawing(common.read_json(path))
 
 
-def test_beams_of_a_prefix_of_the_capture(group):
+BEAMS = {
+    "blocks": beam_structures.chain(64, 16, 1, look="below 64 > 16"),
+    "hip": beam_structures.hip(),
+    "hirouter": beam_structures.hirouter("k-means", "k-means", beam_structures.means_tree),
+}
+
+
+@pytest.mark.parametrize("name", BEAMS)
+def test_beams_of_the_shipped_capture(group, name):
     """A beam as wide as the input loses nothing, a narrow one something."""
-    prefix = group.prefix(512)
-    position = quality.measured_rows(512, 64)
-    records = beams.measure(prefix, position, (64, 16, 1), 26, [2.0, 32.0])
+    position = quality.measured_rows(2048, 64)
+    records = beams.measure(group, position, BEAMS[name], 102, [2.0, 32.0])
     assert len(records) == 2 * 3
     assert all(r["recall"] == 1.0 and r["mass"] == r["mass_exhaustive"] for r in records[3:])
     assert all(0 < r["recall"] < 1 for r in records[:3])
+    assert all((r["recall_exact"] is None) == (name != "hip") for r in records)
+
+
+def test_steps_on_the_loss_lower_it(group, monkeypatch):
+    monkeypatch.setattr(beam_structures, "BATCH", 128)
+    monkeypatch.setattr(beam_structures, "STEPS", 10)
+    x = {name: y[None, :256, None] for name, y in (("k", group.k), ("v", group.v))}
+    x["q"] = group.q[None, :256]
+    spec = standins.bind(load("hirouter"), query=3, kv=1, dim=(64, 64))
+    before, after = (
+        reference(spec, {**x, **tree(group.prefix(256))}, dtype=torch.float32).loss["dual_entropy"]
+        for tree in (beam_structures.means_tree, beam_structures.trained_tree)
+    )
+    assert after < before
 
 
 # Independent implementations ------------------------------------------------------------------------
