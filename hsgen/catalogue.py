@@ -81,6 +81,11 @@ class Entry:
         return f"{analysis.total(self.graph).flops}" if self.graph else None
 
     @property
+    def calls(self) -> str:
+        """Of which calls that is, where they differ: some take over what others chose."""
+        return analysis.calls_text(self.graph) if self.graph else ""
+
+    @property
     def of_dense(self) -> float | None:
         """Its arithmetic at TOKENS tokens, dense attention's being 1."""
         if self.graph is None:
@@ -110,6 +115,7 @@ class Entry:
             "causality": self.causality,
             "phases": list(self.phases),
             "flops": self.flops,
+            "calls": self.calls or None,
             "of_dense": self.of_dense,
             "at_most": self.at_most,
             "kernels": [kernel.name for kernel in self.plan.kernels] if self.plan else None,
@@ -291,8 +297,12 @@ def _cells(entry: Entry) -> tuple[str, ...]:
 
 
 def _below(entry: Entry) -> list[str]:
-    lines = [entry.essence, f"FLOPs {entry.flops}" if entry.flops else ""]
+    lines = [entry.essence, f"FLOPs {_flops(entry)}" if entry.flops else ""]
     return [f"  {line}" for line in (*lines, entry.problem) if line]
+
+
+def _flops(entry: Entry) -> str:
+    return f"{entry.flops}{f' ({entry.calls})' if entry.calls else ''}"
 
 
 def _of_dense(entry: Entry) -> str:
@@ -312,7 +322,8 @@ of others reach it.  **Causality**: what row t depends on; `token` means tokens 
 *prefill* is a whole call, *select* the choice alone; no spec has kernels of its own for decoding yet.
 **FLOPs**: those of the graph's operators, as a polynomial in T at batch 1 and S = T; **of dense** compares
 them at {tokens} tokens with dense attention of the same heads, *≤* where a pattern or a rule leaves an
-unknown part of it.  A spec that leaves heads open is counted at {heads}.
+unknown part of it.  Where calls take over what others chose, both are the mean over the spec's pattern of
+calls, or of a call that chooses where it has none.  A spec that leaves heads open is counted at {heads}.
 **Kernels**: how many the plan for {target}, bf16, has; *none* comes with the reason.
 
 | system | essence | tier | source | levels | causality | phases | FLOPs | of dense | kernels |
@@ -339,7 +350,7 @@ def _row(entry: Entry) -> str:
         ", ".join(level.name for level in entry.spec.levels) or "–",
         entry.causality or "–",
         ", ".join(entry.phases) or "–",
-        (entry.flops or "–").replace("^2", "²"),
+        _flops(entry).replace("^2", "²") if entry.flops else "–",
         _of_dense(entry) or "–",
         str(len(entry.plan.kernels)) if entry.plan else entry.status,
     )

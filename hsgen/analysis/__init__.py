@@ -4,6 +4,7 @@ Knows nothing of kernels: costs are of operators, one by one, before any share a
 
     causality    what row t depends on
     laws         which laws hold, and why one does not
+    calls        calls that choose, and calls that take over
     polynomials  costs as functions of the number of tokens
     counts       rows, entries and pairs of them
     work         arithmetic and bytes of each operator
@@ -13,6 +14,7 @@ Knows nothing of kernels: costs are of operators, one by one, before any share a
 
 from __future__ import annotations
 
+from hsgen.analysis.calls import calls_text
 from hsgen.analysis.causality import causality, causality_text, query_block
 from hsgen.analysis.costs import (
     LENGTHS,
@@ -33,6 +35,7 @@ __all__ = [
     "LENGTHS",
     "Polynomial",
     "at_most",
+    "calls_text",
     "causality",
     "causality_text",
     "costs",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from hsgen.analysis.counts import BYTES, Counts, asked, complete_pairs
+from hsgen.analysis.calls import FRESH, computed, shares
+from hsgen.analysis.counts import BYTES, Counts, asked, chosen_of, complete_pairs
 from hsgen.analysis.polynomials import ZERO, Cost, Polynomial, piece_from
 from hsgen.analysis.work import bytes_of, flops_of
 from hsgen.graph import (
@@ -41,14 +42,18 @@ class NodeCost:
 
 
 def costs(graph: Graph) -> Mapping[str, NodeCost]:
-    """What each node costs at batch 1 and S = T, were it alone.
+    """What each node costs at batch 1 and S = T, were it alone; where calls differ, of one that chooses.
 
     A multiplication and an addition count one each; softmax inside an attend, comparisons and
     scaling count nothing.  Inputs are taken as 16 bits wide.  Causal specs count visible pairs.
     """
+    return _costs(graph, FRESH)
+
+
+def _costs(graph: Graph, turn: int) -> Mapping[str, NodeCost]:
     if unbound := unbound_sizes(graph):
         raise GraphError(f"costs need {', '.join(unbound)}: the spec leaves heads or head_dim open")
-    counts = Counts(graph=graph, partitions=partitions(graph), asked=asked(graph))
+    counts = Counts(graph=graph, partitions=partitions(graph), asked=asked(graph), turn=turn)
     return {
         node.name: NodeCost(flops=flops_of(counts, node), bytes=bytes_of(counts, node))
         for node in graph.nodes()
@@ -58,18 +63,25 @@ def costs(graph: Graph) -> Mapping[str, NodeCost]:
 def total(graph: Graph) -> NodeCost:
     """What all nodes cost together, each alone: bytes of what passes between two count twice.
 
+    Of calls that choose or take over by a pattern, the mean; without a pattern, of one that chooses.
     Of ways that a table gives to layers or heads, the mean; of others, the one that costs most.
     """
-    found = costs(graph)
-    shares = _shares_of_ways(graph)
+    return _sum(_total_of(graph, turn) * share for turn, share in shares(graph).items())
+
+
+def _total_of(graph: Graph, turn: int) -> NodeCost:
+    """Of a call of one kind."""
+    found, names = _costs(graph, turn), computed(graph, turn)
+    nodes = [node for node in graph.nodes() if node.name in names]
+    parts = _shares_of_ways(graph)
     sums = {
-        way: _sum(found[node.name] for node in graph.nodes() if _way_of(node) == way)
-        for way in (None, *shares)
+        way: _sum(found[node.name] for node in nodes if _way_of(node) == way)
+        for way in (None, *parts)
     }
-    if all(share is None for share in shares.values()):
-        most = max(shares, key=lambda way: sums[way].flops.evaluate(LENGTHS[-1]), default=None)
-        shares = {way: float(way == most) for way in shares}
-    return sums[None] + _sum(sums[way] * (share or 0.0) for way, share in shares.items())
+    if all(part is None for part in parts.values()):
+        most = max(parts, key=lambda way: sums[way].flops.evaluate(LENGTHS[-1]), default=None)
+        parts = {way: float(way == most) for way in parts}
+    return sums[None] + _sum(sums[way] * (part or 0.0) for way, part in parts.items())
 
 
 def _sum(found: Iterable[NodeCost]) -> NodeCost:
@@ -126,7 +138,7 @@ def _only_bounded(graph: Graph, node: Node) -> bool:
                 or (op.over == "pooled" and len(node.inputs) > 3)
                 or _shares_of_ways(graph).get(op.when or "", 1.0) is None
                 or op.spans is not None
-                or any(_varies(x) for x in graph.operands(node))
+                or any(_varies(graph, x) for x in graph.operands(node))
             )
         case _:
             return False
@@ -140,11 +152,12 @@ def _pattern_varies(op: Attend) -> bool:
     return any(axis.causal for axis in pattern.axes)
 
 
-def _varies(node: Node) -> bool:
+def _varies(graph: Graph, node: Node) -> bool:
     if isinstance(node.op, Select):
         return node.op.size == 0  # clusters have any number of tokens
-    if isinstance(node.op, Recall):
-        return "all" in node.op.takes
+    if isinstance(node.op, Recall):  # all that is visible is no bound
+        takes = {node.op.takes[turn] for turn in shares(graph)}
+        return takes != {"all"} and _varies(graph, chosen_of(graph, node.op))
     if isinstance(node.op, SelectSet) and node.op.tiers is not None:
         return node.op.tiers.by == "mass"
     if isinstance(node.op, SelectSet) and node.op.scope == "entry":
@@ -154,9 +167,17 @@ def _varies(node: Node) -> bool:
 
 
 def must_move(graph: Graph) -> Cost:
-    """Bytes that no fusion avoids: the caller's tensors read once, the outputs written once."""
+    """Bytes that no fusion avoids: the caller's tensors read once, the outputs written once.
+
+    Of calls as in `total`.
+    """
     inputs = [node.name for node in graph.nodes() if isinstance(node.op, Input)]
-    return moved(graph, dict.fromkeys((*inputs, *graph.outputs.names())))
+    found = ZERO
+    for turn, share in shares(graph).items():
+        names = computed(graph, turn)
+        read = [name for name in inputs if name in names]
+        found += moved(graph, dict.fromkeys((*read, *graph.outputs.names()))) * share
+    return found
 
 
 def moved(graph: Graph, names: Iterable[str], *, input_bytes: int = BYTES["input"]) -> Cost:

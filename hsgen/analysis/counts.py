@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from hsgen.analysis.calls import FRESH
 from hsgen.analysis.polynomials import Cost, Polynomial, piece_from
 from hsgen.graph import (
     Assign,
@@ -41,6 +42,7 @@ class Counts:
     graph: Graph
     partitions: Mapping[str, tuple[int, int]]  # level -> size, stride
     asked: Mapping[str, int]  # node -> of how many rows it is wanted, where it is not all
+    turn: int = FRESH  # of the call, where calls differ
 
     def of(self, node: Node) -> Cost:
         """Numbers in the result of a node, of the rows of which it is wanted; at most."""
@@ -118,10 +120,10 @@ class Counts:
         Of a selection whose counts the data decide, what it may be at most: all that is visible.
         """
         op = selection.op
-        if isinstance(op, Recall) and "all" not in op.takes and "own" in op.takes:
-            return self.selected(self.graph[selection.inputs[0]])
-        if isinstance(op, Recall):
+        if isinstance(op, Recall) and op.takes[self.turn] == "all":
             return complete_pairs(1, 1, causal=self.graph.meta.causal)
+        if isinstance(op, Recall):
+            return self.selected(chosen_of(self.graph, op))
         if isinstance(op, SelectSet):
             if op.of == "all":
                 return _pairs_of_part(op.value, causal=self.graph.meta.causal)
@@ -232,6 +234,15 @@ def asked(graph: Graph) -> Mapping[str, int]:
 
 def _wanted_by(user: Node, found: Mapping[str, int]) -> int | None:
     return user.op.last if isinstance(user.op, ReduceRows) else found.get(user.name)
+
+
+def chosen_of(graph: Graph, recall: Recall) -> Node:
+    """The choice that a recall takes, its own or another call's: kept ones are like it."""
+    return next(
+        node
+        for node in graph.nodes()
+        if isinstance(node.op, Select | SelectSet) and node.op.level == recall.level
+    )
 
 
 def _score_of(graph: Graph, level: str) -> Node:

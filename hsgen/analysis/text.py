@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hsgen.analysis.calls import calls_text
 from hsgen.analysis.causality import causality, causality_text
 from hsgen.analysis.costs import LENGTHS, at_most, costs, dense, must_move, total, unbound_sizes
 from hsgen.analysis.laws import laws, not_dense_because, pooled_attends, recalls
@@ -115,6 +116,7 @@ def _costs_text(graph: Graph) -> list[str]:
     early = befores(graph)
     start = max(cost.flops.start for cost in found.values())
     head = f"costs of each operator alone, batch 1, S = T >= {start}, 16-bit inputs"
+    head += ", a call that chooses" if calls_text(graph) else ""
     entries = [
         f"N_{level} = {_entries_text(size - early.get(level, 0), stride, causal=graph.meta.causal)}"
         for level, (size, stride) in sorted(partitions(graph).items())
@@ -160,4 +162,5 @@ def _totals_text(graph: Graph) -> list[str]:
                 quantity(whole.bytes.evaluate(tokens)),
             )
         )
-    return ["totals against dense attention", *align(cells)]
+    calls = calls_text(graph)
+    return [f"totals against dense attention{', ' if calls else ''}{calls}", *align(cells)]
