@@ -104,9 +104,26 @@ MUTANTS = (
     _attend(
         "index of -1 used as address",
         "hisa",
-        "attend_selected",
+        "gather_selected",
         "inside = (n >= 0) & ",
         "inside = ",
+    ),
+    _attend(
+        "marks of the token before",
+        "hisa",
+        "attend_selected",
+        "word[:, None] >> column",
+        "word[:, None] >> (column + 1)",
+        "union",
+    ),
+    _attend("marks of half a word", "hisa", "index_selected", "<< (n % 64)", "<< (n % 32)", "union"),
+    _attend(
+        "a block of the union lost",
+        "hisa",
+        "index_selected",
+        "tl.cumsum(some, 0) - 1",
+        "tl.maximum(tl.cumsum(some, 0) - 2, 0)",
+        "union",
     ),
     _choose("tie rule reversed", "moba", "rank_chunk", TIES, LATER_TIES, "plateau"),
     _choose(
@@ -192,7 +209,7 @@ MUTANTS = (
         'tl.where(m_new == float("-inf"), 0.0, m_new)',
         "m_new",
     ),
-    _attend("log-sum-exp in base 2", "hisa", "attend_selected", " * 0.6931471805599453", ""),
+    _attend("log-sum-exp in base 2", "hisa", "gather_selected", " * 0.6931471805599453", ""),
     _attend("gate of another branch", "nsa", "merge", "gates + 1 * g_c", "gates + 2 * g_c"),
     # addresses
     _attend(

@@ -106,6 +106,13 @@ def given(spec, driver):
     return _judge_output(call, _forward(driver, call, _untidy(spec, call)))
 
 
+def union(spec, driver):
+    """As `given`, where every tile walks the union of its rows' blocks."""
+    call = calls.make(spec, T=24, S=_keys(spec), seed=5)
+    forced = {"index_selected": {"DEAR": 0}}
+    return _judge_output(call, _forward(driver, call, _untidy(spec, call), forced))
+
+
 def own_block(spec, driver):
     """All rows choose the block that they lie in themselves, of which each sees another part."""
     call = calls.make(spec, T=8, S=_keys(spec), seed=8)
@@ -130,7 +137,7 @@ def far(spec, driver):
 
 CASES = {
     f.__name__: f
-    for f in (choose, early, plateau, nan, subnormal, given, own_block, documents, far)
+    for f in (choose, early, plateau, nan, subnormal, given, union, own_block, documents, far)
 }
 
 
@@ -148,13 +155,13 @@ def _select(driver, call):
     return driver.select(call.tensors, _batch(call), _config(driver))
 
 
-def _forward(driver, call, selection):
+def _forward(driver, call, selection, forced=None):
     tensors = call.tensors
     if call.packed:
         kinds = tensor_kinds(call.spec)
         tensors = {n: t if kinds[n] == "parameter" else t[None] for n, t in tensors.items()}
     handed = {name: s[None] if call.packed else s for name, s in selection.items()}
-    o, lse, _ = driver.forward(tensors, _batch(call), _config(driver), handed)
+    o, lse, _ = driver.forward(tensors, _batch(call), _config(driver, forced), handed)
     if call.packed:
         o, lse = o[0], {name: t[0] for name, t in lse.items()}
     return calls.Outcome(o=o, lse=lse, selection=selection)
@@ -169,7 +176,7 @@ def _batch(call):
     return batch.dense(q.shape[0], q.shape[1], k.shape[1], q.device)
 
 
-def _config(driver):
+def _config(driver, forced=None):
     """The default configuration with tiles and steps so short that there are several of each."""
     config = {name: dict(values) for name, values in driver.CONFIG.items()}
     for values in config.values():
@@ -181,7 +188,7 @@ def _config(driver):
     for name, values in config.items():
         if "BLOCK_R" in values and name.startswith("rank"):
             values["BLOCK_R"] = config[name.replace("rank", "score")]["BLOCK_T"]
-    return config
+    return {name: values | (forced or {}).get(name, {}) for name, values in config.items()}
 
 
 def _untidy(spec, call, *, holes=True):

@@ -196,12 +196,12 @@ def rank_token(
     chosen = SELECTION + (row * 1 + head) * 2048
     n = tl.max(entry_limit(p, k_len, 1, True))
     # select: the keys stay in registers, the fewest that hold all of a row
-    if n <= BLOCK_N // 8:
-        total = keep_best(scores, chosen, p, k_len, BLOCK_N // 8)
-    elif n <= BLOCK_N // 4:
-        total = keep_best(scores, chosen, p, k_len, BLOCK_N // 4)
-    elif n <= BLOCK_N // 2:
-        total = keep_best(scores, chosen, p, k_len, BLOCK_N // 2)
+    if n <= max(BLOCK_N // 8, 2):
+        total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 8, 2))
+    elif n <= max(BLOCK_N // 4, 2):
+        total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 4, 2))
+    elif n <= max(BLOCK_N // 2, 2):
+        total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 2, 2))
     elif n <= BLOCK_N:
         total = keep_best(scores, chosen, p, k_len, BLOCK_N)
     else:

@@ -200,12 +200,12 @@ def rank_block(
     chosen = SELECTION + (row * 2 + head) * 96
     n = tl.max(entry_limit(p, k_len, 64, True))
     # select: the keys stay in registers, the fewest that hold all of a row
-    if n <= BLOCK_N // 8:
-        total = keep_best(scores, capacity, chosen, p, k_len, BLOCK_N // 8)
-    elif n <= BLOCK_N // 4:
-        total = keep_best(scores, capacity, chosen, p, k_len, BLOCK_N // 4)
-    elif n <= BLOCK_N // 2:
-        total = keep_best(scores, capacity, chosen, p, k_len, BLOCK_N // 2)
+    if n <= max(BLOCK_N // 8, 2):
+        total = keep_best(scores, capacity, chosen, p, k_len, max(BLOCK_N // 8, 2))
+    elif n <= max(BLOCK_N // 4, 2):
+        total = keep_best(scores, capacity, chosen, p, k_len, max(BLOCK_N // 4, 2))
+    elif n <= max(BLOCK_N // 2, 2):
+        total = keep_best(scores, capacity, chosen, p, k_len, max(BLOCK_N // 2, 2))
     elif n <= BLOCK_N:
         total = keep_best(scores, capacity, chosen, p, k_len, BLOCK_N)
     else:
