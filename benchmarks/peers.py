@@ -6,6 +6,7 @@ here is stood in for.  Compares nothing.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import subprocess
@@ -48,7 +49,9 @@ def origin(repository: str, package: str, sources: Path) -> tuple[Path, Json]:
 
 
 def commit(checkout: Path) -> str:
-    """Which version of a peer was read."""
+    """Which version of a peer was read: a file COMMIT says so where a checkout came without its history."""
+    if (written := checkout / "COMMIT").exists():
+        return written.read_text().strip()
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -73,6 +76,26 @@ def modules(
         parts = file.removesuffix(".py").split("/")
         made |= {".".join(parts[i:]): module for i in range(len(parts))}
     return made
+
+
+def imported(checkout: Path, name: str, bare: Sequence[str] = ()) -> ModuleType:
+    """A module of a peer by Python's own import, asserts and all: for kernels that are timed.
+
+    Args:
+        checkout: the folder that its packages are in.
+        name: of the module.
+        bare: packages above it that are entered without their `__init__`, which would import everything.
+    """
+    for package in bare:
+        module = ModuleType(package)
+        module.__path__ = [str(checkout / package.replace(".", "/"))]
+        module.__version__ = "0"  # type: ignore[attr-defined]  # some ask for it
+        sys.modules.setdefault(package, module)
+    sys.path.insert(0, str(checkout))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(checkout))
 
 
 def read(path: Path, found: Mapping[str, ModuleType]) -> ModuleType:

@@ -20,7 +20,10 @@ from benchmarks import (
     independent_pooled,
     independent_trained,
     inputs,
+    peer_kernels,
     peers,
+    peers_report,
+    peers_speed,
     perplexity,
     quality,
     speed,
@@ -419,3 +422,108 @@ def test_the_best_of_the_kept_starts_was_tried_and_right():
             times = [(t["ms"], t["status"]) for t in kernel["tried"] if t["ms"] is not None]
             assert {status for _, status in times} == {"ok"}, name
             assert kernel["best_ms"] in [kernel["start_ms"], *(ms for ms, _ in times)], name
+
+
+# Kernels of peers -----------------------------------------------------------------------------------
+
+THEIRS = """
+import torch
+
+def topk_sparse_attention(q, k, v, chosen, size, cu, scale):
+    T, group = len(q), q.shape[1] // k.shape[1]
+    assert (chosen.diff(dim=-1)[chosen[..., 1:] >= 0] > 0).all() and cu.tolist() == [0, T]
+    seen = torch.zeros(*chosen.shape[:2], -(-T // size) + 1, dtype=torch.bool)
+    seen = seen.scatter(-1, chosen.long() + 1, True)[..., 1:].repeat_interleave(size, -1)[..., :T]
+    seen = (seen & torch.ones(T, T, dtype=torch.bool).tril()).repeat_interleave(group, 0)
+    k, v = (x.repeat_interleave(group, 1).transpose(0, 1).float() for x in (k, v))
+    logits = q.transpose(0, 1).float() @ k.mT * q.shape[-1] ** -0.5
+    p = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return (p @ v).transpose(0, 1).to(q.dtype)
+
+def linear_compress(*_):
+    raise RuntimeError("it has none")
+
+def FSA_topk_sparse_attention(q, k, v, chosen, size, cu):
+    return 1.1 * topk_sparse_attention(q, k, v, chosen, size, cu, None)
+"""
+PEERS_TINY = ["--device", "cpu", "--tokens", "200", "--heads", "4", "2", "--dim", "16"]
+PEERS_TINY += ["--seconds", "0.001", "--inputs", "real", "--systems", "nsa_xunhao"]
+
+
+@pytest.fixture
+def their_checkouts(tmp_path, monkeypatch):
+    """Two peers that run on a CPU, of which one is wrong, and one that is not there."""
+    for name in ("xunhao", "fsa"):
+        peer = peer_kernels.PEERS[name]
+        checkout = tmp_path / peer.repository.split("/")[1]
+        package = checkout / peer.module.replace(".", "/")
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(THEIRS)
+        (checkout / "COMMIT").write_text(f"{name}0123456789\n")
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("native_sparse_attention", "fla", "fsa"):
+            del sys.modules[name]
+
+
+def test_peers_are_timed_once_they_agree(their_checkouts, tmp_path):
+    out = tmp_path / "out"
+    argv = ["--sources", str(their_checkouts), *PEERS_TINY, "-o", str(out)]
+    assert peers_speed.main(argv) == 0
+    (path,) = out.glob("peers_cpu_*.json")
+    result = common.read_json(path)
+    (case,) = result["cases"].values()
+    steps = case["steps"]
+    done = {step for step, entry in steps.items() if entry["status"] == "ok"}
+    assert done >= {"hsgen whole", "hsgen choose", "hsgen attend", "xunhao attend", "dense torch"}
+    assert steps["xunhao attend"]["error"] < peers_speed.TOLERANCE
+    assert "RuntimeError: it has none" in steps["xunhao whole"]["reason"]
+    assert "off by 0.1" in steps["fsa attend"]["reason"]
+    assert "ms" not in steps["fsa attend"]
+    assert steps["fla attend"]["status"] == "failed"
+    assert str(tmp_path) not in path.read_text()
+    page = peers_report.page([result])
+    assert "at xunhao0123" in page
+    assert "off by 0.1" in page
+    argv += ["--resume", str(path), "--budget", "0"]
+    assert peers_speed.main(argv) == 0
+    assert common.read_json(path)["cases"]["nsa_xunhao/200/real"]["steps"].keys() == steps.keys()
+
+
+def test_a_selection_survives_the_forms_of_peers():
+    indices = torch.tensor(
+        [[[[3, -1, 0], [1, 2, -1]], [[-1, -1, 4], [0, 1, 2]]]], dtype=torch.int32
+    )
+    theirs = peer_kernels.by_head(indices)
+    assert theirs.shape == (2, 2, 3)
+    assert theirs.tolist() == [[[0, 3, -1], [4, -1, -1]], [[1, 2, -1], [0, 1, 2]]]
+    again = peer_kernels.by_token(theirs)
+    assert independent.same_rows(again, indices).all()
+    assert peers_speed.overlap(again[0], indices[0]) == 1.0
+
+
+def test_page_of_peers_divides_by_ours():
+    case = {"system": "nsa_fla", "tokens": 8192, "inputs": "real"}
+    steps = {"hsgen whole": 2.0, "fla whole": 5.0, "dense cuDNN": 4.0, "dense flash": 8.0}
+    steps |= {"hsgen choose": 1.0, "fla choose": 3.0, "fla compress and choose": 2.0}
+    steps |= {"hsgen attend": 1.0, "xunhao attend": 4.0, "fla attend": 3.0}
+    case["steps"] = {
+        step: {"status": "ok", "ms": {"median": ms}, "tflops": 1.0} for step, ms in steps.items()
+    }
+    case["steps"]["fsa attend"] = {"status": "failed", "reason": "no"}
+    made = dict.fromkeys(("torch", "triton", "cuda", "cudnn", "driver", "date", "command"), "1")
+    made |= {"card": "NVIDIA X", "peers": {"fla": {"repository": "a/b", "commit": "c" * 40}}}
+    page = peers_report.page([{"runs": [made], "cases": {"a": case}}])
+    assert "| X, 8,192, nsa_fla, real | 2 | fla | 5 | 2.50× | 4 | cuDNN | 2.00× |" in page
+    assert "| X, 8,192, nsa_fla, real | 1 | fla | 3 | 2 | 2.00× |" in page
+    assert "| X, 8,192, nsa_fla, real | 1 | 4 | 3 | – | 3.00× |" in page
+    assert "- fsa attend: failed: no" in page
+
+
+def test_page_of_peers_is_made_of_the_kept_results():
+    paths = common.found([], "peers")
+    if paths:
+        written = (common.ROOT / "docs" / "peers.md").read_text()
+        page = peers_report.page([common.read_json(path) for path in paths])
+        assert written == page, "run python -m benchmarks.peers_speed --report"
