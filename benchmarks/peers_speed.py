@@ -12,9 +12,12 @@ error, and nothing of theirs is timed before its outputs agree with hsgen's on t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +49,7 @@ SAMPLED = 8  # consecutive rows, in the middle and at the end, that hsgen is che
 TOLERANCE = 1e-2  # |theirs - ours| / |ours|, and |ours - reference| / |reference|; bf16 outputs
 SAME = 0.9  # of hsgen's choice that a peer has to make too; the share is written down
 SECONDS = 0.2  # of timing, a measurement
+AHEAD = 8192  # tokens that everything is compiled on, ahead of the run
 
 Tensors = dict[str, Tensor]
 Selected = dict[str, ListSelection]
@@ -374,6 +378,69 @@ def _dense(setting: Setting, variant: baselines.Variant, x: Tensors) -> Json:
     return timed | {"error": error, "tflops": flops / timed["ms"]["median"] / 1e9}
 
 
+# --- compiling ahead
+
+
+def compile_ahead(args: argparse.Namespace) -> None:
+    """Call everything once on the shortest input, each in a process: the run finds it compiled on disk.
+
+    What fails here, or takes longer than --ahead, is left to the run.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    jobs = [spawn.Process(target=_ahead, args=(args, *job), daemon=True) for job in _jobs(args)]
+    with _environment("FLA_CACHE_RESULTS", "0"):  # what is tuned in company is no choice to keep
+        for job in jobs:
+            job.start()
+    deadline = time.monotonic() + args.ahead
+    for job in jobs:
+        job.join(max(0.0, deadline - time.monotonic()))
+        job.kill()
+        job.join()
+
+
+def _jobs(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """System, whose kernels, and which call."""
+    jobs = [(system, "hsgen", "") for system in args.systems]
+    for name in args.peers:
+        systems = peer_kernels.PEERS[name].systems
+        ways = ("attend", "choose", "compress") if systems else ("attend",)
+        jobs += [((*systems, SYSTEMS[0])[0], name, way) for way in ways]
+    return jobs
+
+
+def _ahead(args: argparse.Namespace, system: str, name: str, way: str) -> None:
+    journal = speed.Journal(path=Path(), deadline=0.0)
+    setting = _setting(args, journal)
+    case = Case(system=system, tokens=AHEAD, kind="random", heads=tuple(args.heads), dim=args.dim)
+    x = setting.sets(case)[0]
+    kernel, alone = hsgen.load_kernel(case.spec), hsgen.load_kernel(case.selected)
+    if name == "hsgen":
+        alone(**parts_of(case.selected, x), selection=kernel.select(**x))
+        kernel(**x)
+        return
+    calls = setting.calls(name, case.spec, x)
+    if way == "attend":
+        blocks = torch.arange(16, dtype=torch.int32, device=args.device)
+        calls.attend(calls.given(blocks.expand(1, AHEAD, args.heads[1], -1).contiguous()))
+    elif getattr(calls, way):
+        _chosen(calls, way)
+    torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """A variable for processes that are started within."""
+    old = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if old is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = old
+
+
 # --- all of it
 
 
@@ -386,14 +453,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
         journal.data = common.read_json(args.resume)
     versions = {name: _version(name, args.sources) for name in args.peers}
     journal.data["runs"].append(made | {"capture": args.capture.name, "peers": versions})
-    setting = Setting(
-        device=args.device,
-        seconds=args.seconds,
-        groups=captures.load(args.capture),
-        journal=journal,
-        sources=args.sources,
-        peers=args.peers,
-    )
+    setting = _setting(args, journal)
+    if args.device == "cuda" and args.ahead:
+        compile_ahead(args)
     for case in _cases(args):
         journal.case(case.name, case.facts())
         try:
@@ -408,6 +470,17 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
             del error
     common.write_json(path, journal.data)
     return path
+
+
+def _setting(args: argparse.Namespace, journal: speed.Journal) -> Setting:
+    return Setting(
+        device=args.device,
+        seconds=args.seconds,
+        groups=captures.load(args.capture),
+        journal=journal,
+        sources=args.sources,
+        peers=args.peers,
+    )
 
 
 def _run(setting: Setting, case: Case, *, dense: bool) -> None:
@@ -473,6 +546,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing, a measurement")
     parser.add_argument(
         "--budget", type=float, default=3600.0, help="seconds, no step begins later"
+    )
+    parser.add_argument(
+        "--ahead", type=float, default=60.0, help="seconds for compiling in processes at the start"
     )
     parser.add_argument("--resume", type=Path, help="results whose finished steps are kept")
     parser.add_argument("-o", "--output", type=Path, default=common.RESULTS, help="a folder")

@@ -491,6 +491,16 @@ def test_peers_are_timed_once_they_agree(their_checkouts, tmp_path):
     assert common.read_json(path)["cases"]["nsa_xunhao/200/real"]["steps"].keys() == steps.keys()
 
 
+def test_everything_of_peers_is_compiled_ahead():
+    args = peers_speed.arguments(["--sources", "DIR"])
+    jobs = peers_speed._jobs(args)
+    assert {(name, way) for _, name, way in jobs if name != "hsgen"} >= {
+        (name, "attend") for name in peer_kernels.PEERS
+    }
+    assert ("nsa_fla", "fla", "choose") in jobs
+    assert ("nsa", "hsgen", "") in jobs
+
+
 def test_a_selection_survives_the_forms_of_peers():
     indices = torch.tensor(
         [[[[3, -1, 0], [1, 2, -1]], [[-1, -1, 4], [0, 1, 2]]]], dtype=torch.int32
