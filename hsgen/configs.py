@@ -147,7 +147,7 @@ def pool(op: Pool, dim: int, dtype: DType) -> Config:
         tile = 32 if dtype == "fp32" else 64  # three-pass TF32 holds operands twice
         values = (("BLOCK_E", tile), ("BLOCK_D", min(tile, lowest)))
         return Config(constexprs=values, num_warps=4, num_stages=2)
-    tokens = min(16, next_power(op.size))
+    tokens = min(64 if op.size >= 128 else 16, next_power(op.size))  # long entries: few of them
     values = (("BLOCK_E", max(1, 8192 // (tokens * 128))), ("BLOCK_J", tokens))
     return Config(constexprs=values, num_warps=4, num_stages=1)
 

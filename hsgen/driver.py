@@ -79,7 +79,7 @@ class Driver:
             name
             for step in self.plan.steps
             for launch in step.launches
-            if self.plan.kernel(launch.kernel).skeleton == "rows"
+            if self.plan.kernel(launch.kernel).by_slot
             for name in launch.arguments
             if name in self.plan.selection.values() and name not in self._parents(step)
         )

@@ -105,9 +105,14 @@ def pieces(text: str) -> str:
 
 
 def _called(text: str) -> list[str]:
-    """Names that are called, in the order they appear."""
+    """Names that are called, or handed to a scan to be called, in the order they appear."""
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-    names = {
-        c.func.id: (c.lineno, c.col_offset) for c in reversed(calls) if isinstance(c.func, ast.Name)
-    }
+    scans = [
+        argument
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "associative_scan"
+        for argument in call.args
+    ]
+    found = [name for name in (*(c.func for c in calls), *scans) if isinstance(name, ast.Name)]
+    names = {name.id: (name.lineno, name.col_offset) for name in reversed(found)}
     return sorted(names, key=names.__getitem__)

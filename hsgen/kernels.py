@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hsgen.plan import ElementType, Param
-from hsgen.rows import SEQ, Chunk, chunks, count, next_power
+from hsgen.rows import SEQ, Chunk, chunks, count, jit, next_power
 
 PoolHow = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
 POOLS: tuple[PoolHow, ...] = get_args(PoolHow)
@@ -39,11 +39,6 @@ def _strides(of: str, prefix: str, *dims: str) -> tuple[Param, ...]:
 
 def _tunables(*names: str) -> tuple[Param, ...]:
     return tuple(Param(name=n, kind="constexpr", comment=TUNABLES[n]) for n in names)
-
-
-def _counts(params: tuple[Param, ...]) -> str:
-    """Arguments that vary freely: specialising on them would only recompile."""
-    return ", ".join(f'"{p.name}"' for p in params if p.kind == "count")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +113,8 @@ class RankContext:
         )
 
     @property
-    def counts(self) -> str:
-        return _counts(self.params)
+    def jit(self) -> str:
+        return jit(self.params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,8 +155,8 @@ class IndexContext:
         )
 
     @property
-    def counts(self) -> str:
-        return _counts(self.params)
+    def jit(self) -> str:
+        return jit(self.params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,8 +191,8 @@ class MarksContext:
         )
 
     @property
-    def counts(self) -> str:
-        return _counts(self.params)
+    def jit(self) -> str:
+        return jit(self.params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,8 +251,8 @@ class SegmentsContext:
         )
 
     @property
-    def counts(self) -> str:
-        return _counts(self.params)
+    def jit(self) -> str:
+        return jit(self.params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +265,7 @@ class MergeContext:
     heads: int
     head_dim: int  # of a value
     branches: tuple[str, ...]  # in the order of the gates
+    how: Literal["gates"] = "gates"
 
     @property
     def summary(self) -> str:
@@ -293,5 +289,5 @@ class MergeContext:
         )
 
     @property
-    def counts(self) -> str:
-        return _counts(self.params)
+    def jit(self) -> str:
+        return jit(self.params)

@@ -77,6 +77,7 @@ class Kernel:
     config: Config
     operators: tuple[str, ...]  # graph nodes that this kernel computes
     follows: str | None = None  # the kernel whose BLOCK_T this one must share
+    by_slot: bool = False  # it walks a selection slot by slot, so order and repeats matter
 
     @property
     def params(self) -> tuple[Param, ...]:
@@ -91,6 +92,7 @@ class Buffer:
     dtype: ElementType
     dims: tuple[str, ...]
     role: Literal["output", "level", "selection", "branch", "list", "scratch"]
+    zeros: bool = False  # of what is added to
 
     def __str__(self) -> str:
         return f"{self.name} = {self.dtype}[{', '.join(self.dims)}] ({self.role})"
@@ -183,7 +185,7 @@ def _launch_lines(plan: Plan, launch: Launch) -> list[str]:
     kernel = plan.kernel(launch.kernel)
     tuned = [name for name, _ in kernel.config.constexprs]
     shared = [p.name for p in kernel.params if p.kind == "constexpr" and p.name not in tuned]
-    borrowed = f"{' '.join(shared)} of {kernel.follows}, " if kernel.follows else ""
+    borrowed = f"{' '.join(shared)} of {kernel.follows}, " if shared else ""
     grid = ", ".join(readable(plan, text) for text in launch.grid)
     computed = ", ".join(f"%{name}" for name in kernel.operators)
     return [

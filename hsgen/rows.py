@@ -95,6 +95,7 @@ class RowsContext:
     scale_log2: str = ""
     tile: str = "tl.program_id(0)"
     one_token: bool = False  # a program takes one of a tile's tokens
+    width_of_list: int = 0  # > 0: rows are items of a block's list, `width_of_list` slots a row
     stride: int = 1
     width: int = 0
     children: int = 0
@@ -114,6 +115,20 @@ class RowsContext:
     def tokens(self) -> str:
         """How many tokens a program takes."""
         return "1" if self.one_token else "BLOCK_T"
+
+    @property
+    def out_token(self) -> str:
+        """Where a row's output goes: its token, or the slot that is a part of it."""
+        return "item" if self.width_of_list else "q_token"
+
+    @property
+    def out_head(self) -> str:
+        return "turn" if self.width_of_list else "row_head"
+
+    @property
+    def out(self) -> str:
+        """The address of an output row, as `store_outputs` takes it."""
+        return f"{self.out_token}, o_t, {self.out_head}, o_h"
 
     @property
     def of_rows(self) -> str:
@@ -150,12 +165,18 @@ class RowsContext:
         return re.search(rf"\b{name}\b", text) is not None
 
     @property
-    def counts(self) -> str:
-        """Arguments that vary freely: specialising on them would only recompile."""
-        return ", ".join(f'"{p.name}"' for p in self.params if p.kind == "count")
+    def jit(self) -> str:
+        return jit(self.params)
 
 
 # --- parameters
+
+
+def jit(params: tuple[Param, ...]) -> str:
+    """The decorator: counts vary freely, and specialising on them would only recompile."""
+    counts = ", ".join(f'"{p.name}"' for p in params if p.kind == "count")
+    line = f"@triton.jit(do_not_specialize=[{counts}])"
+    return line if len(line) <= 100 else f"@triton.jit(\n    do_not_specialize=[{counts}]\n)"
 
 
 def tensor(
@@ -297,8 +318,8 @@ def attend_blocks(
         pitch=heads,
         qk_chunks=chunks(shape.qk),
         v_chunks=chunks(shape.v),
-        key_head=_kv_head("k_h", shape, per_head=per_head),
-        value_head=_kv_head("v_h", shape, per_head=per_head),
+        key_head=kv_head("k_h", shape, per_head=per_head),
+        value_head=kv_head("v_h", shape, per_head=per_head),
         key_row="k_first",
         setup=(
             f"list_row = {list_row}",
@@ -374,8 +395,8 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
         pitch=heads,
         qk_chunks=chunks(shape.qk),
         v_chunks=chunks(shape.v),
-        key_head=_kv_head("k_h", shape, per_head=per_head),
-        value_head=_kv_head("v_h", shape, per_head=per_head),
+        key_head=kv_head("k_h", shape, per_head=per_head),
+        value_head=kv_head("v_h", shape, per_head=per_head),
         key_row="k_first",
         setup=(
             f"list_row = tl.program_id(0).to(tl.int64) * {list_heads}{own}",
@@ -443,8 +464,8 @@ def attend_tokens(
         pitch=heads,
         qk_chunks=chunks(shape.qk),
         v_chunks=chunks(shape.v),
-        key_head=_kv_head("k_h", shape, per_head=per_head),
-        value_head=_kv_head("v_h", shape, per_head=per_head),
+        key_head=kv_head("k_h", shape, per_head=per_head),
+        value_head=kv_head("v_h", shape, per_head=per_head),
         key_row="k_first",
         tile="tl.program_id(0) // BLOCK_T + tile_first" if where_dear else "tl.program_id(0)",
         one_token=where_dear,
@@ -508,8 +529,8 @@ def attend_window(shape: Shape, *, name: str, scale: float, window: int) -> Rows
         pitch=shape.group,
         qk_chunks=chunks(shape.qk),
         v_chunks=chunks(shape.v),
-        key_head=_kv_head("k_h", shape, per_head=False),
-        value_head=_kv_head("v_h", shape, per_head=False),
+        key_head=kv_head("k_h", shape, per_head=False),
+        value_head=kv_head("v_h", shape, per_head=False),
         key_row="k_first",
         setup=(
             *_seen_rows(shape),
@@ -552,8 +573,8 @@ def attend_all(shape: Shape, *, name: str, scale: float) -> RowsContext:
         pitch=shape.group,
         qk_chunks=chunks(shape.qk),
         v_chunks=chunks(shape.v),
-        key_head=_kv_head("k_h", shape, per_head=False),
-        value_head=_kv_head("v_h", shape, per_head=False),
+        key_head=kv_head("k_h", shape, per_head=False),
+        value_head=kv_head("v_h", shape, per_head=False),
         key_row="k_first",
         setup=(
             *_seen_rows(shape),
@@ -599,8 +620,8 @@ def attend_pooled(
         pitch=shape.group,
         qk_chunks=chunks(shape.qk),
         v_chunks=chunks(shape.v) if values else (),
-        key_head=_kv_head("k_h", shape, per_head=False),
-        value_head=_kv_head("v_h", shape, per_head=False),
+        key_head=kv_head("k_h", shape, per_head=False),
+        value_head=kv_head("v_h", shape, per_head=False),
         key_row=f"k_first // {entries.stride}",
         setup=(
             *_complete_rows(shape, entries),
@@ -642,7 +663,7 @@ def _packing(heads: int, what: str) -> str:
     )
 
 
-def _kv_head(stride: str, shape: Shape, *, per_head: bool) -> str:
+def kv_head(stride: str, shape: Shape, *, per_head: bool) -> str:
     """The address term of the key/value head of a program."""
     own = per_head and shape.group > 1
     return (
@@ -747,7 +768,7 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         qk_chunks=bound_chunks(dim) if scoring.form == "bound" else chunks(dim),
         key_head=""
         if scoring.by_index
-        else _kv_head("k_h", shape, per_head=scoring.share == "head"),
+        else kv_head("k_h", shape, per_head=scoring.share == "head"),
         key_row=f"k_first // {scoring.entries.stride}" if scoring.pooled else "k_first",
         setup=(*_row_values(scoring, weighted), *setup, *_score_rows(pitch)),
         phases=phases,

@@ -5,10 +5,11 @@ The only stage that decides on launches.  Values that tuning varies are a kernel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-from hsgen import configs, refusals, rows
+from hsgen import buckets, configs, refusals, rows
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -64,18 +65,28 @@ SCRATCH_BYTES = 128 << 20
 SORT_LIMIT = 4096  # pairs that the index kernel sorts in registers
 
 
-def schedule(graph: Graph, target: Target, dtype: DType = "bf16") -> Plan:
+Order = Literal["rows", "keys"]
+
+
+def schedule(
+    graph: Graph,
+    target: Target,
+    dtype: DType = "bf16",
+    orders: Mapping[str, Order] | None = None,
+) -> Plan:
     """Plan every launch of a spec for one GPU.
 
     Args:
         graph: verified and passed; heads and head dims bound.
         target: the GPU.
         dtype: of the caller's tensors; it decides tile sizes, not the kernels' text.
+        orders: by branch, whether rows stay and blocks come to them, or blocks stay and rows come; of
+            branches over blocks that each query head chose for itself.
 
     Raises:
         PlanError: an operator that no kernel does yet, or a size that none can hold.
     """
-    return _Scheduler(graph, target, dtype).plan()
+    return _Scheduler(graph, target, dtype, orders or {}).plan()
 
 
 @dataclass(slots=True)
@@ -85,6 +96,7 @@ class _Scheduler:
     graph: Graph
     target: Target
     dtype: DType
+    orders: Mapping[str, Order] = field(default_factory=dict[str, Order])
     kernels: list[Kernel] = field(default_factory=list[Kernel])
     steps: list[Step] = field(default_factory=list[Step])
 
@@ -171,6 +183,7 @@ class _Scheduler:
         config: Config,
         *nodes: str,
         follows: str | None = None,
+        by_slot: bool = False,
     ) -> str:
         self.kernels.append(
             Kernel(
@@ -180,6 +193,7 @@ class _Scheduler:
                 config=config,
                 operators=nodes,
                 follows=follows,
+                by_slot=by_slot,
             )
         )
         return context.name
@@ -290,6 +304,9 @@ class _Scheduler:
                 return
             case "static" | "tiers" | "spans":
                 raise AssertionError("refused")
+            case "blocks" if self._order(node, op) == "keys":
+                self._by_blocks(node, op)
+                return
             case "blocks":
                 context, config = self._blocks(node, op, name, launches, buffers, sizes)
         programs = self.shape.query_heads // context.heads
@@ -320,6 +337,42 @@ class _Scheduler:
                 sizes=tuple(sizes),
             )
         )
+
+    def _order(self, node: Node, op: Attend) -> Order:
+        """Rows come to long blocks that few of them share; short blocks come to tiles of rows."""
+        selection = self.graph[node.inputs[3]]
+        alone = selection.type.dims[2] == "Hq"
+        alike = alone and op.size == op.stride and self._width(selection) <= buckets.MOST_SLOTS
+        if not alike:
+            return "rows"
+        return self.orders.get(op.branch, "keys" if op.size >= buckets.LEAST_BLOCK else "rows")
+
+    def _by_blocks(self, node: Node, op: Attend) -> None:
+        """Blocks of a selection, each with the rows that chose it."""
+        selection = self.graph[node.inputs[3]]
+        branch = buckets.Branch(
+            name=op.branch,
+            needs=node.inputs,
+            makes=(node.name, self._lse_of(node)[0]),
+            operators=(node.name, *self._lse_of(node)),
+            selection=_buffer(selection.name),
+            keys=_input(node.inputs[1]),
+            tensors=(
+                *self._tensor("q"),
+                *self._tensor(node.inputs[1]),
+                *self._tensor(node.inputs[2]),
+            ),
+            outputs=self._outputs(node),
+            buffers=self._output_buffers(node),
+            width=self._width(selection),
+            entries=Entries(size=op.size, stride=op.stride),
+            scale=op.scale or 1.0,
+        )
+        kernels, step = buckets.plan(
+            self.shape, branch, lambda context: self._tiles.attend(context, limit=64)
+        )
+        self.kernels += kernels
+        self.steps.append(step)
 
     def _blocks(
         self,
@@ -424,7 +477,9 @@ class _Scheduler:
         )
         self._kernel("index", marks, marking, node.name, follows=name)
         self._kernel("rows", union, config, node.name, *self._lse_of(node))
-        self._kernel("rows", by_row, gathering, node.name, *self._lse_of(node), follows=name)
+        self._kernel(
+            "rows", by_row, gathering, node.name, *self._lse_of(node), follows=name, by_slot=True
+        )
         block_t = f'config["{name}"]["BLOCK_T"]'
         programs = str(self.shape.query_heads // union.heads)
         tiles, chunk = f"tiles_{op.branch}", f"chunk_{op.branch}"

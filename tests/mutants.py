@@ -116,7 +116,9 @@ MUTANTS = (
         "word[:, None] >> (column + 1)",
         "union",
     ),
-    _attend("marks of half a word", "hisa", "index_selected", "<< (n % 64)", "<< (n % 32)", "union"),
+    _attend(
+        "marks of half a word", "hisa", "index_selected", "<< (n % 64)", "<< (n % 32)", "union"
+    ),
     _attend(
         "a block of the union lost",
         "hisa",
@@ -124,6 +126,53 @@ MUTANTS = (
         "tl.cumsum(some, 0) - 1",
         "tl.maximum(tl.cumsum(some, 0) - 2, 0)",
         "union",
+    ),
+    _attend(
+        "a row of the next block's list",
+        "moba_keys",
+        "attend_selected",
+        "(place < tl.load(ENDS",
+        "(place <= tl.load(ENDS",
+    ),
+    _attend(
+        "one key leaks to a list", "moba_keys", "attend_selected", "position + 1", "position + 2"
+    ),
+    _attend(
+        "rows of a block placed on each other",
+        "moba_keys",
+        "place_selected",
+        "run_end(ends), 0) + place - start",
+        "run_end(ends), 0)",
+    ),
+    _attend(
+        "a part that is none counts",
+        "moba_keys",
+        "place_selected",
+        "inside & (valid == 0)",
+        "inside & (valid == 2)",
+    ),
+    _attend(
+        "parts not weighed",
+        "moba_keys",
+        "merge_selected",
+        "(tl.exp(lse - m_safe) * total)[:, None]",
+        "total[:, None]",
+    ),
+    _attend(
+        "block of another document",
+        "moba_keys",
+        "attend_selected",
+        "length, STRIDE) <= bucket",
+        "length, STRIDE) < bucket",
+        "documents",
+    ),
+    _attend(
+        "tiles of a block overlap",
+        "moba_keys",
+        "offsets_selected",
+        "end - rows + part * BLOCK_T",
+        "end - rows",
+        "documents",
     ),
     _choose("tie rule reversed", "moba", "rank_chunk", TIES, LATER_TIES, "plateau"),
     _choose(

@@ -58,8 +58,8 @@ def test_text_is_graph_then_plan_then_memory(path, capsys):
 def test_target_and_dtype_change_the_plan_only(capsys):
     ours = shown(capsys, "moba")
     theirs = shown(capsys, "moba", "--target", "4090", "--dtype", "fp32")
-    graph, _, plan = theirs.partition("\nplan moba for sm_89, fp32: 5 launches\n")
-    assert ours.startswith(f"{graph}\nplan moba for sm_90, bf16: 5 launches\n")
+    graph, _, plan = theirs.partition("\nplan moba for sm_89, fp32: 8 launches\n")
+    assert ours.startswith(f"{graph}\nplan moba for sm_90, bf16: 8 launches\n")
     assert "BLOCK_N=32" in plan
 
 

@@ -144,9 +144,9 @@ def test_every_operator_and_launch_is_there():
 
 
 def test_an_operator_of_two_launches_has_both_numbers():
-    shown = report.show(load("moba"), H100)
+    shown = report.show(load("quest"), H100)
     by_number = {x.number: x.kernel for x in drawing._launches(shown.plan)}
-    group = graph_group(drawn(load("moba")))
+    group = graph_group(drawn(load("quest")))
     words = [x.text for x in shapes(group, "text")]
     numbers = words[words.index("%selected.o") :]
     numbers = [by_number[int(word)] for word in numbers if word.isdecimal()]

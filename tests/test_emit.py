@@ -175,7 +175,7 @@ def test_pieces_are_those_that_are_called(name):
         defined = re.findall(r"^def (\w+)\(", text, re.M)
         assert len(defined) == len(set(defined)), file
         for piece in set(defined) & set(emit.library()):
-            assert len(re.findall(rf"\b{piece}\(", text)) > 1, f"{file}: {piece} is not called"
+            assert len(re.findall(rf"\b{piece}\b", text)) > 1, f"{file}: {piece} is not called"
 
 
 # --- the graph is what is compiled

@@ -23,6 +23,7 @@ reference  analysis  planner  passes    the meaning · the costs · Spec -> Grap
 plan
 rows  dryrun                            a kernel's loops · one call on paper
 kernels
+buckets                                 rows that come to the blocks they chose
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
 schedule  driver                        Graph, Target -> Plan
 emit                                    Plan -> source text
@@ -56,7 +57,7 @@ families
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes plan rows kernels configs refusals "
+    "errors paths target spec graph analysis planner passes plan rows kernels buckets configs refusals "
     "schedule driver emit allowlist store workers build resources pipeline catalogue verify dryrun "
     "report compare progress cli svg layout drawing"
 ).split()

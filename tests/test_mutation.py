@@ -17,10 +17,12 @@ from hsgen.reference import tensor_kinds
 
 SPECS = {
     "moba": lambda: systems.small("moba", group=3, dims=(32, 32)),
+    "moba_keys": lambda: systems.small("moba", group=3, dims=(32, 32)),
     "moba_full": lambda: systems.small("moba", group=1, dims=(32, 32), causal=False),
     "nsa": lambda: systems.small("nsa", group=2, dims=(48, 32)),
     "hisa": lambda: systems.small("hisa", group=2, dims=(32, 32)),
 }
+ORDERS = {"moba_keys": {"selected": "keys"}}
 TILE = 16
 FAR = 1 << 30  # elements between batches: the third one lies beyond int32
 
@@ -28,11 +30,12 @@ FAR = 1 << 30  # elements between batches: the third one lies beyond int32
 @pytest.fixture(scope="module")
 def sources():
     """The emitted modules of every small spec, as text."""
-    return {name: _emit(make()) for name, make in SPECS.items()}
+    return {name: _emit(make(), ORDERS.get(name)) for name, make in SPECS.items()}
 
 
-def _emit(spec):
-    plan = schedule.schedule(passes.run(planner.plan(spec)), target.H100, NAMES[torch.float32])
+def _emit(spec, orders):
+    graph = passes.run(planner.plan(spec))
+    plan = schedule.schedule(graph, target.H100, NAMES[torch.float32], orders)
     provenance = emit.Provenance(version="0", spec=spec.name, digest=spec.digest, target="sm_90")
     return emit.render(plan, provenance)
 
@@ -183,7 +186,8 @@ def _config(driver, forced=None):
         if "BLOCK_N" in values:
             values["BLOCK_N"] = 16
         if values.get("BLOCK_T", 0) > TILE:
-            values["BLOCK_M"] = values["BLOCK_M"] * TILE // values["BLOCK_T"]
+            if "BLOCK_M" in values:
+                values["BLOCK_M"] = values["BLOCK_M"] * TILE // values["BLOCK_T"]
             values["BLOCK_T"] = TILE
     for name, values in config.items():
         if "BLOCK_R" in values and name.startswith("rank"):

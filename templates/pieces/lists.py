@@ -8,6 +8,33 @@ import triton.language as tl
 
 
 @triton.jit
+def later(a, b):
+    """The later of two places."""
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def earlier(a, b):
+    """The earlier of two places."""
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def run_start(begins):
+    """Of each place, where its run begins.  begins: [N] -> [N]"""
+    place = tl.arange(0, begins.shape[0])
+    return tl.associative_scan(tl.where(begins, place, 0), 0, later)
+
+
+@triton.jit
+def run_end(ends):
+    """Of each place, where its run ends.  ends: [N] -> [N]"""
+    last = ends.shape[0] - 1
+    place = tl.arange(0, ends.shape[0])
+    return tl.associative_scan(tl.where(ends, place, last), 0, earlier, reverse=True)
+
+
+@triton.jit
 def run_sum(x, start):
     """The sum of each run, right at its last place.  x, start: [N] -> [N]"""
     through = tl.cumsum(x, 0)
@@ -22,6 +49,28 @@ def row_bits(row, counts, WORD: tl.constexpr):
     """
     one = tl.where(counts & (row // 32 == WORD), 1, 0).to(tl.uint32)
     return one << (row % 32).to(tl.uint32)
+
+
+@triton.jit
+def first_bucket(z, k_first, length, STRIDE: tl.constexpr):
+    """The first block of sequence z among those of all: `length` blocks a sequence and one more.
+
+    Packed sequences lie one after the other, and `length` is 0.
+    """
+    return z * length + k_first // STRIDE + z
+
+
+@triton.jit
+def find_bucket(SEQ, num_sequences, bucket, length, STRIDE: tl.constexpr):
+    """The sequence of a block among those of all, and its number in the sequence."""
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = first_bucket(middle, tl.load(SEQ + middle * 6 + 4), length, STRIDE) <= bucket
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, bucket - first_bucket(low, tl.load(SEQ + low * 6 + 4), length, STRIDE)
 
 
 @triton.jit

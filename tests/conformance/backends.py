@@ -29,19 +29,20 @@ def stand_in(call):
     )
 
 
-def interpreter(call, *, seed=0, forced=None):
+def interpreter(call, *, seed=0, forced=None, orders=()):
     """The emitted kernels through Triton's interpreter, under the sanitizer.
 
-    `seed` draws the order in which programs run; `forced`: other values of some kernels' tunables.
+    `seed` draws the order in which programs run; `forced`: other values of some kernels' tunables;
+    `orders`: pairs of branch and loop order.
     """
-    emitted = compiled(call.spec, call.dtype)
+    emitted = compiled(call.spec, call.dtype, orders)
     with sanitizer.enabled(seed=seed):
         return run(call, emitted.driver, _forced(emitted.quick, forced))
 
 
-def cuda(call, *, forced=None):
+def cuda(call, *, forced=None, orders=()):
     """The emitted kernels on the GPU, as they are configured without tuning."""
-    emitted = compiled(call.spec, call.dtype)
+    emitted = compiled(call.spec, call.dtype, orders)
     return run(call, emitted.driver, _forced(emitted.driver.CONFIG, forced))
 
 
@@ -62,18 +63,18 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @functools.cache
-def compiled(spec, dtype):
+def compiled(spec, dtype, orders=()):
     """A spec emitted and imported, once a session."""
-    plan = _plan(spec, dtype)
+    plan = _plan(spec, dtype, orders)
     quick = configs.for_interpreter(plan)
     return Emitted(
         driver=_import(plan, spec), quick={k.name: k.config.keywords() for k in quick.kernels}
     )
 
 
-def _plan(spec, dtype):
+def _plan(spec, dtype, orders):
     goal = Target.current() if torch.cuda.is_available() else Target.named("h100")
-    return schedule.schedule(passes.run(planner.plan(spec)), goal, NAMES[dtype])
+    return schedule.schedule(passes.run(planner.plan(spec)), goal, NAMES[dtype], dict(orders))
 
 
 def _import(plan, spec):

@@ -95,6 +95,15 @@ def test_each_schedule_of_chosen_tokens_is_right(name, schedule, lane, seed):
         check(call, RUN[lane](call, forced={"index_selected": SCHEDULES[schedule]}))
 
 
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("name", ["moba", "quest"])
+def test_blocks_that_rows_come_to_are_right(name, lane, seed):
+    """The order that long blocks get, here of short ones."""
+    for case in cases.FEW if lane == "cpu" else cases.CASES:
+        call = cases.build(name, case, device=lane, seed=seed)
+        check(call, RUN[lane](call, orders=(("selected", "keys"),)))
+
+
 @pytest.mark.parametrize(("name", "probe", "dtype", "lane"), list(probes_of_each()))
 def test_probe(name, probe, dtype, lane):
     probe(_lab(name, dtype, lane))

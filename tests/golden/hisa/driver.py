@@ -23,8 +23,8 @@ from .score_token import score_token
 SCRATCH_BYTES = 134217728  # of scores, whatever the length
 CONFIG = {
     "pool_block_keys": {
-        "BLOCK_E": 4,
-        "BLOCK_J": 16,
+        "BLOCK_E": 1,
+        "BLOCK_J": 64,
         "num_warps": 4,
         "num_stages": 1,
     },

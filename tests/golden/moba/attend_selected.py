@@ -2,24 +2,32 @@
 # spec      moba  sha256 000000000000
 # template  rows.py.jinja
 # target    sm_90
-"""attend_selected: attention over the blocks each query selected, a tile's blocks walked once."""
+"""attend_selected: attention of rows to one block that they chose, a part of each row's softmax."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
-    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
+def first_bucket(z, k_first, length, STRIDE: tl.constexpr):
+    """The first block of sequence z among those of all: `length` blocks a sequence and one more.
+
+    Packed sequences lie one after the other, and `length` is 0.
+    """
+    return z * length + k_first // STRIDE + z
+
+
+@triton.jit
+def find_bucket(SEQ, num_sequences, bucket, length, STRIDE: tl.constexpr):
+    """The sequence of a block among those of all, and its number in the sequence."""
     low = 0
     high = num_sequences
     while high - low > 1:
         middle = (low + high) // 2
-        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
-        low = tl.where(start <= tile, middle, low)
-        high = tl.where(start <= tile, high, middle)
-    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
-    return low, (tile - start) * BLOCK
+        before = first_bucket(middle, tl.load(SEQ + middle * 6 + 4), length, STRIDE) <= bucket
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, bucket - first_bucket(low, tl.load(SEQ + low * 6 + 4), length, STRIDE)
 
 
 @triton.jit
@@ -89,7 +97,9 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(
+    do_not_specialize=["length", "buckets", "items", "capacity", "num_sequences", "head_first"]
+)
 def attend_selected(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -103,38 +113,48 @@ def attend_selected(
     v_b,  # V: batch stride
     v_t,  # V: token stride
     v_h,  # V: head stride
-    COUNTS,  # [tiles, H, 2] full, partial
-    ENTRIES,  # [tiles, H, BLOCK_T * K] blocks
-    WORDS,  # [tiles, H, BLOCK_T * K, words] members
-    O,  # [B, T, Hq, Dv]
+    TILES,  # [turn heads, capacity, 2] block and first place of a tile
+    TILE_COUNTS,  # [turn heads] tiles
+    ENDS,  # [turn heads, buckets] where it ends
+    LIST,  # [turn heads, items] row * slots + slot, block by block
+    O,  # [turn heads, items, Dv]
     o_b,  # O: batch stride
     o_t,  # O: token stride
     o_h,  # O: head stride
-    LSE,  # f32[B, Hq, T]
+    LSE,  # f32[turn heads, items]
     lse_b,  # LSE: batch stride
     lse_h,  # LSE: head stride
     lse_t,  # LSE: token stride
+    length,  # blocks of one sequence; packed: 0
+    buckets,  # blocks of all sequences
+    items,  # rows * slots
+    capacity,  # most tiles of a head
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    head_first,  # the turn's first head
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_M: tl.constexpr,  # rows a tile
     BLOCK_N: tl.constexpr,  # keys a step
 ):
-    # rows: BLOCK_T tokens
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    z, t0 = find_sequence(SEQ, num_sequences, tile, BLOCK_T, 0, 1)
+    # rows: rows that chose one block, of one query head
+    turn = tl.program_id(1)
+    head = turn + head_first
+    if tl.program_id(0) >= tl.load(TILE_COUNTS + turn):
+        return
+    tile = TILES + (turn.to(tl.int64) * capacity + tl.program_id(0)) * 2
+    bucket = tl.load(tile)
+    z, entry = find_bucket(SEQ, num_sequences, bucket, length, 512)
+    q_start = tl.load(SEQ + z * 6)
     q_first = tl.load(SEQ + z * 6 + 1)
-    q_len = tl.load(SEQ + z * 6 + 2)
     q_offset = tl.load(SEQ + z * 6 + 3)
     k_first = tl.load(SEQ + z * 6 + 4)
     k_len = tl.load(SEQ + z * 6 + 5)
-    if t0 >= q_len:
-        return
     rows = tl.arange(0, BLOCK_M)
-    token = t0 + rows // 1
-    row_head = head * 1 + rows % 1
-    alive = (token < q_len) & (rows < BLOCK_T * 1)
+    place = tl.load(tile + 1) + rows
+    alive = (place < tl.load(ENDS + turn * buckets + bucket)) & (rows < BLOCK_T)
+    item = tl.load(LIST + turn.to(tl.int64) * items + place, mask=alive, other=0)
+    token = item // 3 - q_start
+    row_head = head
     position = q_offset + token
 
     # load: the queries in [BLOCK_M, width] columns, and where the keys begin
@@ -144,29 +164,20 @@ def attend_selected(
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     k_row = k_first
-    list_row = tile.to(tl.int64) * 32 + head
-    list_base = list_row * (BLOCK_T * 3)
-    num_words: tl.constexpr = (BLOCK_T + 31) // 32
-    TILES: tl.constexpr = (512 + BLOCK_N - 1) // BLOCK_N
-    full = tl.load(COUNTS + list_row * 2)
-    partial = tl.load(COUNTS + list_row * 2 + 1)
-    word = tl.minimum(rows // 1, BLOCK_T - 1) // 32
-    bit = rows // 1 % 32
-    seen = tl.minimum(position + 1, k_len)
+    first_key = entry * 512
+    seen = tl.minimum(tl.minimum(position + 1, k_len), first_key + 512)
+    everyone = tl.min(tl.where(alive, seen, first_key + 512), 0)
+    stop = tl.max(tl.where(alive, seen, first_key), 0)
+    full = first_key + tl.maximum(everyone - first_key, 0) // BLOCK_N * BLOCK_N
 
     # accumulate: the running maximum, sum and output of the softmax
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, 128], tl.float32)
 
-    # full blocks: every row sees every token
-    begin = 0
-    end = full * TILES
-    ahead = tl.load(ENTRIES + list_base + begin // TILES, mask=begin < end, other=0)
-    for i in range(begin, end):
-        entry = ahead
-        ahead = tl.load(ENTRIES + list_base + (i + 1) // TILES, mask=i + 1 < end, other=0)
-        n = entry * 512 + i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    # keys that every row sees
+    for n0 in range(first_key, full, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
         k0 = load_tile(k_base, k_row + n, k_t, 0, 128)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
         p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
@@ -175,20 +186,13 @@ def attend_selected(
         p0 = p.to(v0.dtype)
         acc0 = tl.dot(p0, v0, acc0, input_precision="tf32x3")
 
-    # partial blocks: members only, and what each row may see
-    begin = full * TILES
-    end = (full + partial) * TILES
-    ahead = tl.load(ENTRIES + list_base + begin // TILES, mask=begin < end, other=0)
-    for i in range(begin, end):
-        entry = ahead
-        ahead = tl.load(ENTRIES + list_base + (i + 1) // TILES, mask=i + 1 < end, other=0)
-        n = entry * 512 + i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-        member = tl.load(WORDS + (list_base + i // TILES) * num_words + word) >> bit & 1
-        limit = tl.where(member > 0, seen, 0)
-        inside = n < k_len
+    # keys up to a row's own, or to the end of the block
+    for n0 in range(full, stop, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = n < stop
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        visible = n[None, :] < limit[:, None]
+        visible = n[None, :] < seen[:, None]
         s = tl.where(visible, s, float("-inf"))
         p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
         v0 = load_tile_masked(v_base, k_row + n, inside, v_t, 0, 128)
@@ -200,8 +204,8 @@ def attend_selected(
     total = reciprocal_or_zero(l)
     o_base = O + z.to(tl.int64) * o_b
     o0 = acc0 * total[:, None]
-    store_outputs(o_base, q_token, o_t, row_head, o_h, alive, o0, 0, 128)
+    store_outputs(o_base, item, o_t, turn, o_h, alive, o0, 0, 128)
 
     # store: the log-sum-exp
-    lse_base = LSE + z.to(tl.int64) * lse_b + row_head.to(tl.int64) * lse_h
-    tl.store(lse_base + q_token * lse_t, natural_lse(m, l), mask=alive)
+    lse_base = LSE + z.to(tl.int64) * lse_b + turn.to(tl.int64) * lse_h
+    tl.store(lse_base + item * lse_t, natural_lse(m, l), mask=alive)

@@ -12,7 +12,10 @@ q_offset, k_first, k_len), `sequences` Z, `rows` of all queries, `keys` of the l
 import torch
 
 from .attend_selected import attend_selected
-from .index_selected import index_selected
+from .count_selected import count_selected
+from .merge_selected import merge_selected
+from .offsets_selected import offsets_selected
+from .place_selected import place_selected
 from .pool_chunk_keys import pool_chunk_keys
 from .rank_chunk import rank_chunk
 from .score_chunk import score_chunk
@@ -20,8 +23,8 @@ from .score_chunk import score_chunk
 SCRATCH_BYTES = 134217728  # of scores, whatever the length
 CONFIG = {
     "pool_chunk_keys": {
-        "BLOCK_E": 4,
-        "BLOCK_J": 16,
+        "BLOCK_E": 1,
+        "BLOCK_J": 64,
         "num_warps": 4,
         "num_stages": 1,
     },
@@ -38,18 +41,44 @@ CONFIG = {
         "num_warps": 1,
         "num_stages": 1,
     },
-    "index_selected": {
+    "count_selected": {
+        "BLOCK_T": 64,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
+    "offsets_selected": {
+        "BLOCK_N": 256,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
+    "place_selected": {
+        "BLOCK_T": 64,
         "num_warps": 4,
         "num_stages": 1,
     },
     "attend_selected": {
-        "BLOCK_T": 128,
-        "BLOCK_M": 128,
+        "BLOCK_T": 64,
+        "BLOCK_M": 64,
         "BLOCK_N": 64,
-        "num_warps": 8,
+        "num_warps": 4,
         "num_stages": 3,
     },
+    "merge_selected": {
+        "BLOCK_R": 32,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
 }
+
+
+def in_order(indices):
+    """A caller's lists as kernels walk them: ascending, each index once, -1 at the end.  [..., K]"""
+    last = torch.iinfo(torch.int32).max
+    ordered = torch.where(indices < 0, last, indices).sort(-1).values
+    repeated = torch.zeros_like(ordered, dtype=torch.bool)
+    repeated[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    ordered = torch.where(repeated, last, ordered).sort(-1).values
+    return torch.where(ordered == last, -1, ordered)
 
 
 def forward(tensors, batch, config, selection=None):
@@ -149,37 +178,81 @@ def forward(tensors, batch, config, selection=None):
                 BLOCK_T=config["score_chunk"]["BLOCK_T"],
             )
     else:
-        made_chunk_selection = selection["chunk"]
+        made_chunk_selection = in_order(selection["chunk"])
 
-    # attend: selected
-    tiles_selected = batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences
-    slots_selected = config["attend_selected"]["BLOCK_T"] * 3
-    counts_selected = torch.empty(
+    # attend: selected, block by block
+    packed_selected = in_k.shape[1] // 512 if batch.packed else 0
+    length_selected = 0 if batch.packed else in_k.shape[1] // 512
+    buckets_selected = batch.sequences * (length_selected + 1) + packed_selected
+    items_selected = batch.rows * 3
+    capacity_selected = items_selected // config["attend_selected"]["BLOCK_T"] + buckets_selected
+    heads_selected = 32
+    bytes_selected = items_selected * 524
+    turn_selected = min(32, max(1, SCRATCH_BYTES // bytes_selected))
+    counts_selected = torch.zeros(
         (
-            tiles_selected,
             32,
+            buckets_selected,
+        ),
+        dtype=torch.int32,
+        device=in_q.device,
+    )
+    starts_selected = torch.empty(
+        (
+            turn_selected,
+            buckets_selected,
+        ),
+        dtype=torch.int32,
+        device=in_q.device,
+    )
+    ends_selected = torch.empty(
+        (
+            turn_selected,
+            buckets_selected,
+        ),
+        dtype=torch.int32,
+        device=in_q.device,
+    )
+    tiles_selected = torch.empty(
+        (
+            turn_selected,
+            capacity_selected,
             2,
         ),
         dtype=torch.int32,
         device=in_q.device,
     )
-    entries_selected = torch.empty(
+    tile_counts_selected = torch.empty(
         (
-            tiles_selected,
-            32,
-            slots_selected,
+            turn_selected,
+            1,
         ),
         dtype=torch.int32,
         device=in_q.device,
     )
-    words_selected = torch.empty(
+    list_selected = torch.empty(
         (
-            tiles_selected,
-            32,
-            slots_selected,
-            (config["attend_selected"]["BLOCK_T"] + 31) // 32,
+            turn_selected,
+            items_selected,
         ),
         dtype=torch.int32,
+        device=in_q.device,
+    )
+    part_o_selected = torch.empty(
+        (
+            turn_selected,
+            items_selected,
+            128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
+    part_lse_selected = torch.empty(
+        (
+            turn_selected,
+            items_selected,
+        ),
+        dtype=torch.float32,
         device=in_q.device,
     )
     made_selected_o = torch.empty(
@@ -201,56 +274,115 @@ def forward(tensors, batch, config, selection=None):
         dtype=torch.float32,
         device=in_q.device,
     )
-    grid = (
-        tiles_selected,
-        32,
-    )
-    index_selected[grid](
-        made_chunk_selection,
-        0 if batch.packed else made_chunk_selection.stride(0),
-        made_chunk_selection.stride(1),
-        made_chunk_selection.stride(2),
-        made_chunk_selection.stride(3),
-        counts_selected,
-        entries_selected,
-        words_selected,
-        batch.table,
-        batch.sequences,
-        **config["index_selected"],
-        BLOCK_T=config["attend_selected"]["BLOCK_T"],
-    )
-    grid = (
-        batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences,
-        32,
-    )
-    attend_selected[grid](
-        in_q,
-        0 if batch.packed else in_q.stride(0),
-        in_q.stride(1),
-        in_q.stride(2),
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        counts_selected,
-        entries_selected,
-        words_selected,
-        made_selected_o,
-        0 if batch.packed else made_selected_o.stride(0),
-        made_selected_o.stride(1),
-        made_selected_o.stride(2),
-        made_selected_lse,
-        0 if batch.packed else made_selected_lse.stride(0),
-        made_selected_lse.stride(1),
-        made_selected_lse.stride(2),
-        batch.table,
-        batch.sequences,
-        **config["attend_selected"],
-    )
+    for tile_first in range(0, heads_selected, turn_selected):
+        count = min(turn_selected, heads_selected - tile_first)
+        grid = (
+            batch.rows // config["count_selected"]["BLOCK_T"] + batch.sequences,
+            count,
+        )
+        count_selected[grid](
+            made_chunk_selection,
+            counts_selected,
+            length_selected,
+            buckets_selected,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["count_selected"],
+        )
+        grid = (
+            count,
+            1,
+        )
+        offsets_selected[grid](
+            counts_selected,
+            starts_selected,
+            ends_selected,
+            tiles_selected,
+            tile_counts_selected,
+            buckets_selected,
+            capacity_selected,
+            tile_first,
+            **config["offsets_selected"],
+            BLOCK_T=config["attend_selected"]["BLOCK_T"],
+        )
+        grid = (
+            batch.rows // config["place_selected"]["BLOCK_T"] + batch.sequences,
+            count,
+        )
+        place_selected[grid](
+            made_chunk_selection,
+            counts_selected,
+            starts_selected,
+            list_selected,
+            part_lse_selected,
+            length_selected,
+            buckets_selected,
+            items_selected,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["place_selected"],
+        )
+        grid = (
+            capacity_selected,
+            count,
+        )
+        attend_selected[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            tiles_selected,
+            tile_counts_selected,
+            ends_selected,
+            list_selected,
+            part_o_selected,
+            0,
+            128,
+            items_selected * 128,
+            part_lse_selected,
+            0,
+            items_selected,
+            1,
+            length_selected,
+            buckets_selected,
+            items_selected,
+            capacity_selected,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["attend_selected"],
+        )
+        grid = (
+            batch.rows // config["merge_selected"]["BLOCK_R"] + batch.sequences,
+            count,
+        )
+        merge_selected[grid](
+            part_o_selected,
+            part_lse_selected,
+            made_selected_o,
+            0 if batch.packed else made_selected_o.stride(0),
+            made_selected_o.stride(1),
+            made_selected_o.stride(2),
+            made_selected_lse,
+            0 if batch.packed else made_selected_lse.stride(0),
+            made_selected_lse.stride(1),
+            made_selected_lse.stride(2),
+            items_selected,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["merge_selected"],
+        )
 
     lse = {
         "selected": made_selected_lse,

@@ -32,6 +32,19 @@ def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def later(a, b):
+    """The later of two places."""
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def run_start(begins):
+    """Of each place, where its run begins.  begins: [N] -> [N]"""
+    place = tl.arange(0, begins.shape[0])
+    return tl.associative_scan(tl.where(begins, place, 0), 0, later)
+
+
+@triton.jit
 def run_sum(x, start):
     """The sum of each run, right at its last place.  x, start: [N] -> [N]"""
     through = tl.cumsum(x, 0)
@@ -60,19 +73,6 @@ def row_bits(row, counts, WORD: tl.constexpr):
     """
     one = tl.where(counts & (row // 32 == WORD), 1, 0).to(tl.uint32)
     return one << (row % 32).to(tl.uint32)
-
-
-@triton.jit
-def later(a, b):
-    """The later of two places."""
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def run_start(begins):
-    """Of each place, where its run begins.  begins: [N] -> [N]"""
-    place = tl.arange(0, begins.shape[0])
-    return tl.associative_scan(tl.where(begins, place, 0), 0, later)
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
