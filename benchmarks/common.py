@@ -5,18 +5,12 @@ Measures nothing.
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import re
-import shlex
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-import triton
-
+from hsgen import machine
 from hsgen.quality import Json
 from hsgen.spec import Blocks, Level, Select, Spec
 
@@ -30,24 +24,9 @@ LINE = 160  # characters of a line of a results file
 # Where and when -------------------------------------------------------------------------------------
 
 
-def card(device: str) -> str:
-    """The name of what is measured: a GPU as its driver calls it, or "cpu"."""
-    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
-
-
 def provenance(module: str, argv: Sequence[str], device: str) -> Json:
     """Everything that a figure needs beside it: card, versions, date and command."""
-    return {
-        "card": card(device),
-        "driver": _driver() if device == "cuda" else None,
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", "-m", module, *_without_output(argv)]),
-    }
+    return machine.provenance(["python", "-m", module, *_without_output(argv)], device)
 
 
 def _without_output(argv: Sequence[str]) -> list[str]:
@@ -63,15 +42,6 @@ def _without_output(argv: Sequence[str]) -> list[str]:
 def slug(name: str) -> str:
     """A card's name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown ({type(error).__name__})"
-    return done.stdout.split("\n")[0].strip()
 
 
 # Specs ----------------------------------------------------------------------------------------------

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 import hsgen
-from benchmarks import baselines, common, inputs, peer_kernels, peers, peers_report, speed, timing
+from benchmarks import common, peer_kernels, peers, peers_report, speed
 from benchmarks.common import Json
-from hsgen import captures, metrics, standins
+from hsgen import baselines, captures, measure, metrics, samples, standins, timing
 from hsgen.captures import Group
+from hsgen.checking import CheckError
 from hsgen.reference import reference, tensor_shapes
 from hsgen.selection import ListSelection
 from hsgen.spec import Spec, load, verify
@@ -69,7 +70,7 @@ class Case:
 
     system: str
     tokens: int
-    kind: inputs.Kind
+    kind: samples.Kind
     heads: tuple[int, int]
     dim: int
 
@@ -95,7 +96,7 @@ class Case:
     @property
     def selected(self) -> Spec:
         """The selected branch alone, for a selection that is given."""
-        return speed.selected_only(self)  # type: ignore[arg-type]  # it reads `spec` and `level`
+        return baselines.selected_only(self.spec, self.level)
 
     def facts(self) -> Json:
         """What the record of the case says beside its steps."""
@@ -129,12 +130,12 @@ class Setting:
     def sets(self, case: Case) -> list[Tensors]:
         """Enough sets that no call finds its inputs in the cache."""
         first = self._make(case, 0)
-        few = inputs.size_in_bytes(first) >= speed.ROTATED or self.device == "cpu"
-        return [first, *(self._make(case, n) for n in range(1, 1 if few else speed.SETS))]
+        few = samples.size_in_bytes(first) >= measure.ROTATED or self.device == "cpu"
+        return [first, *(self._make(case, n) for n in range(1, 1 if few else measure.SETS))]
 
     def _make(self, case: Case, seed: int) -> Tensors:
         """One set of inputs; the position of values, which no peer has, is 0."""
-        x = inputs.make(case.spec, case.kind, case.tokens, self.device, seed, self.groups)
+        x = samples.make(case.spec, case.kind, case.tokens, self.device, seed, self.groups)
         if "compressed_value_position" in x:
             x["compressed_value_position"].zero_()
         return x
@@ -256,7 +257,7 @@ def near(o: Tensor, expected: Tensor, whence: str) -> float:
     """
     error = float((o.double() - expected.double()).norm() / expected.double().norm())
     if not error < TOLERANCE:
-        raise speed.CheckError(f"off by {error:.3g} {whence}, expected below {TOLERANCE}")
+        raise CheckError(f"off by {error:.3g} {whence}, expected below {TOLERANCE}")
     return error
 
 
@@ -316,7 +317,7 @@ def choose(
     own = chosen[0][LEVEL].indices
     share = overlap(calls[0].listed(made)[0], own[0])
     if not share >= SAME:
-        raise speed.CheckError(f"{share:.1%} of hsgen's choice is theirs too, expected {SAME:.0%}")
+        raise CheckError(f"{share:.1%} of hsgen's choice is theirs too, expected {SAME:.0%}")
     return setting.time(lambda n: _chosen(_pick(calls, n), way)) | {"same_choice": share}
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from torch import Tensor
 
 import hsgen
-from benchmarks import common, inputs, timing
+from benchmarks import common
 from benchmarks.common import Json
-from hsgen import captures
+from hsgen import captures, samples, timing
 from hsgen.passes import run
 from hsgen.planner import plan as graph
 from hsgen.schedule import schedule
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = args.kernels or []
     systems = [name for name in SYSTEMS if not asked or name in {x.split("/")[0] for x in asked}]
     for number, name in enumerate(systems):
-        tensors = inputs.make(load(name), "real", args.tokens, "cuda", 0, groups)
+        tensors = samples.make(load(name), "real", args.tokens, "cuda", 0, groups)
         deadline = began + args.budget * (number + 1) / len(systems)
         search, kernel = Search(name, tensors, deadline), hsgen.load_kernel(name)
         times = timing.kernel_times(lambda _number: kernel(**tensors))  # noqa: B023

@@ -1,4 +1,4 @@
-"""Where hsgen's data and its cache are; the only reader of the environment.
+"""Where hsgen's data and its cache are; the only reader and writer of the environment.
 
 Creates nothing and reads no file: callers get paths.
 """
@@ -49,6 +49,11 @@ def wants_checks() -> bool:
 def wants_color() -> bool:
     """Whether the user allows colour on a terminal (https://no-color.org)."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def ask_for_interpreter() -> None:
+    """$TRITON_INTERPRET for the rest of this process: heard only before triton is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def child_environment(*, remove: Iterable[str], add: Mapping[str, str]) -> dict[str, str]:

@@ -391,7 +391,7 @@ def _kernel_report(
     )
 
 
-def work(graph: Graph, plan: Plan, kernel: Kernel) -> tuple[float, float]:
+def work(graph: Graph, plan: Plan, kernel: Kernel, tokens: int = TOKENS) -> tuple[float, float]:
     """FLOPs and bytes of one call: arithmetic of all its operators, values from outside read once,
     values that others read written once.  Scores count where they are visible.  A kernel that another
     stands in for in some tiles is counted as if it did all of them.
@@ -402,12 +402,12 @@ def work(graph: Graph, plan: Plan, kernel: Kernel) -> tuple[float, float]:
     if kernel.skeleton == "index":  # sorts what the operator after it attends to
         operands = graph.operands(graph[kernel.operators[0]])
         read = [node.name for node in operands if isinstance(node.op, Select)]
-        return 0.0, analysis.moved(graph, read).evaluate(TOKENS)
+        return 0.0, analysis.moved(graph, read).evaluate(tokens)
     costs = analysis.costs(graph)
-    flops = sum(costs[name].flops.evaluate(TOKENS) for name in kernel.operators)
+    flops = sum(costs[name].flops.evaluate(tokens) for name in kernel.operators)
     operands = {name for node in kernel.operators for name in graph[node].inputs}
     values = sorted(operands - set(kernel.operators)) + _written(graph, plan, kernel)
-    return flops, analysis.moved(graph, values, input_bytes=input_bytes).evaluate(TOKENS)
+    return flops, analysis.moved(graph, values, input_bytes=input_bytes).evaluate(tokens)
 
 
 def _written(graph: Graph, plan: Plan, kernel: Kernel) -> list[str]:

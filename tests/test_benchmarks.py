@@ -10,7 +10,6 @@ from safetensors import safe_open
 from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks import (
-    baselines,
     beam_structures,
     beams,
     common,
@@ -19,7 +18,6 @@ from benchmarks import (
     independent_odd,
     independent_pooled,
     independent_trained,
-    inputs,
     peer_kernels,
     peers,
     peers_report,
@@ -30,7 +28,7 @@ from benchmarks import (
     speed_report,
     starts,
 )
-from hsgen import captures, metrics, standins
+from hsgen import baselines, captures, metrics, samples, standins
 from hsgen.reference import reference, tensor_shapes
 from hsgen.spec import load
 
@@ -110,7 +108,7 @@ def test_both_backends_choose_alike_on_cpu(group):
 @pytest.mark.parametrize("system", speed.SYSTEMS)
 def test_inputs_are_what_the_spec_reads(group, system, kind):
     spec = standins.bind(load(system), query=6, kv=2, dim=96)
-    tensors = inputs.make(spec, kind, 40, "cpu", 0, [group])
+    tensors = samples.make(spec, kind, 40, "cpu", 0, [group])
     assert {name: tuple(t.shape) for name, t in tensors.items()} == tensor_shapes(spec, 1, 40, 40)
     for t in tensors.values():
         assert t.dtype == torch.bfloat16
@@ -119,7 +117,7 @@ def test_inputs_are_what_the_spec_reads(group, system, kind):
 
 def test_real_inputs_repeat_with_other_noise(group):
     spec = standins.bind(load("moba"), query=2, kv=2, dim=64)
-    q = inputs.make(spec, "real", 2048 + 8, "cpu", 0, [group])["q"].float()
+    q = samples.make(spec, "real", 2048 + 8, "cpu", 0, [group])["q"].float()
     first, again = q[0, :8], q[0, 2048:]
     assert not torch.equal(first, again)
     assert (first - again).std() < 0.2 * first.std()
@@ -173,8 +171,8 @@ def _check_blocks(mask, heads):
 
 def test_selected_branch_alone_is_the_branch():
     case = speed.Case(system="nsa", tokens=200, kind="random", heads=(4, 2), dim=16)
-    whole, alone = case.spec, speed.selected_only(case)
-    x = inputs.make(whole, "random", 200, "cpu", 0, [])
+    whole, alone = case.spec, baselines.selected_only(case.spec, case.level)
+    x = samples.make(whole, "random", 200, "cpu", 0, [])
     x["gates"] = torch.tensor([0.0, 1.0, 0.0]).expand_as(x["gates"])
     result = reference(whole, x)
     again = reference(alone, x, selection=result.selection)

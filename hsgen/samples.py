@@ -1,6 +1,6 @@
 """Tensors to time a spec on: random ones, and ones that look like a model's.
 
-Real-like tensors are captured heads of SmolLM2, put together and repeated until they are large enough.
+Real-like tensors are captured heads, put together and repeated until they are large enough.
 """
 
 from __future__ import annotations
@@ -21,16 +21,24 @@ NOISE = 0.05  # of the standard deviation, so that repeated text is not the same
 
 
 def make(
-    spec: Spec, kind: Kind, tokens: int, device: str, seed: int, groups: Sequence[Group]
+    spec: Spec,
+    kind: Kind,
+    tokens: int,
+    device: str,
+    seed: int,
+    groups: Sequence[Group],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Tensor]:
-    """Every tensor that the spec reads, for one sequence, bf16."""
+    """Every tensor that the spec reads, for one sequence; of a kind that is "real" made of groups."""
     generator = torch.Generator(device).manual_seed(seed)
     shapes = tensor_shapes(spec, 1, tokens, tokens)
-    tensors = {name: _random(name, shape, generator) for name, shape in shapes.items()}
+    tensors = {name: _random(name, shape, generator, dtype) for name, shape in shapes.items()}
     if kind == "real":
         for name, shape in shapes.items():
             if (heads := _real(name, shape, spec, groups)) is not None:
-                tensors[name] = _extend(heads.to(device), tokens, generator)[None].reshape(shape)
+                heads = heads.to(device, dtype)
+                tensors[name] = _extend(heads, tokens, generator)[None].reshape(shape)
         tensors |= {name: _mean(tensors[name]) for name in shapes if name.endswith("_weight")}
     return tensors
 
@@ -40,9 +48,11 @@ def size_in_bytes(tensors: dict[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _random(
+    name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
     """Normal numbers; gates between 0 and 1; learned maps that keep the size of what they map."""
-    x = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.bfloat16)
+    x = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
     if name == "gates":
         return x.sigmoid_()
     if name == "w_index":
@@ -60,8 +70,8 @@ def _mean(weight: Tensor) -> Tensor:
 
 def _real(name: str, shape: tuple[int, ...], spec: Spec, groups: Sequence[Group]) -> Tensor | None:
     """Captured heads in the place of a tensor, [T', H, D], or None where nothing was captured."""
-    assert spec.heads is not None
-    base, index = name.split("_")[0], name.endswith("_index")
+    assert spec.heads is not None, "heads must be bound"
+    base, index = name.partition("_")[0], name.endswith("_index")
     heads = shape[2] if len(shape) == 4 else 1
     match base:
         case "q":

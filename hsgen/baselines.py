@@ -5,7 +5,8 @@ Prepares everything that may be prepared outside the timed call, to the baseline
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from hsgen.spec import Spec
+from hsgen.checking import NotExpressibleError
+from hsgen.spec import Blocks, Level, Pool, Score, Spec, verify
 
 QUERY_BLOCK = 128  # FlexAttention's own default
 KEY_BLOCK = 128
@@ -40,14 +42,18 @@ class Variant:
     pad: bool
 
 
-def variants(spec: Spec, device: str) -> list[Variant]:
-    """The ways worth trying for a spec's heads."""
+def variants(spec: Spec, device: str, dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
+    """The ways worth trying for a spec's heads: of float32 the only one with a kernel."""
     heads, dim = spec.heads, spec.head_dim
-    assert heads is not None
-    assert dim is not None
-    backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    assert heads is not None, "heads must be bound"
+    assert dim is not None, "head_dim must be bound"
+    backends: dict[str, SDPBackend | None]
     if device != "cuda":
         backends = {"torch": None}
+    elif dtype == torch.float32:
+        backends = {"efficient": SDPBackend.EFFICIENT_ATTENTION}
+    else:
+        backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     grouped, uneven = heads.group > 1, dim.qk != dim.v
     found = []
     for name, backend in backends.items():
@@ -58,8 +64,29 @@ def variants(spec: Spec, device: str) -> list[Variant]:
     return found
 
 
-def dense(variant: Variant, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], Tensor]:
-    """Causal attention by one variant.  [B, T, H, D] -> a call that returns [B, T, Hq, Dv]"""
+def contenders(variants: Sequence[Variant], shorter: Mapping[str, float]) -> list[Variant]:
+    """The fastest way of each backend where a shorter input was timed, else all of them.
+
+    Args:
+        variants: All ways.
+        shorter: Milliseconds by name of a variant, of those that ran.
+    """
+
+    def time(variant: Variant) -> float:
+        return shorter.get(variant.name, math.inf)
+
+    best = {
+        backend: min((v for v in variants if v.backend == backend), key=time)
+        for backend in dict.fromkeys(v.backend for v in variants)
+    }
+    timed = {backend for backend, variant in best.items() if time(variant) < math.inf}
+    return [v for v in variants if v.backend not in timed or v is best[v.backend]]
+
+
+def dense(
+    variant: Variant, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True
+) -> Callable[[int], Tensor]:
+    """Attention to everything, by one variant.  [B, T, H, D] -> a call that returns [B, T, Hq, Dv]"""
     width = v.shape[-1]
     if variant.pad:
         v = pad(v, (0, q.shape[-1] - width))
@@ -69,7 +96,7 @@ def dense(variant: Variant, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], 
     gqa = q.shape[1] != k.shape[1]
 
     def attend() -> Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
 
     def call(_number: int) -> Tensor:
         if variant.backend is None:
@@ -80,9 +107,9 @@ def dense(variant: Variant, q: Tensor, k: Tensor, v: Tensor) -> Callable[[int], 
     return call
 
 
-def dense_flops(tokens: int, heads: int, qk: int, v: int) -> float:
-    """Multiplications and additions of causal attention, the diagonal's half tile not counted."""
-    return float(tokens) ** 2 * heads * (qk + v)
+def dense_flops(tokens: int, heads: int, qk: int, v: int, *, causal: bool = True) -> float:
+    """Multiplications and additions of dense attention, the diagonal's half tile not counted."""
+    return float(tokens) ** 2 * heads * (qk + v) * (1 if causal else 2)
 
 
 def last_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,9 +123,50 @@ def last_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # FlexAttention --------------------------------------------------------------------------------------
 
 
-def table_elements(tokens: int, heads: int, size: int) -> int:
-    """Booleans that say who selected what: tokens × heads × entries."""
-    return tokens * heads * -(-tokens // size)
+def selected_level(spec: Spec) -> Level:
+    """The level whose selection is attended raw, in blocks that a mask can say.
+
+    Raises:
+        NotExpressibleError: there is none.
+    """
+    for branch in spec.attend:
+        level = spec.level(branch.over) if branch.over and branch.values == "raw" else None
+        partition = level.partition if level and level.select else None
+        one = partition is not None and partition.size == 1
+        if level and (
+            one or (isinstance(partition, Blocks) and partition.size == partition.stride)
+        ):
+            if not spec.causal:
+                raise NotExpressibleError("the mask is made for causal attention")
+            return level
+    raise NotExpressibleError("no branch attends chosen blocks of tokens, which a mask could say")
+
+
+def selected_only(spec: Spec, name: str) -> Spec:
+    """The branch over a level alone, for a selection that is given: what FlexAttention can do."""
+    level = spec.level(name)
+    if len(spec.attend) == 1:
+        return spec
+    shared = spec.level(level.score.source).score if level.score.source else level.score
+    score = Score(form="dot", share=shared.share, reduce=shared.reduce)
+    alone = level.model_copy(update={"score": score, "pool": Pool(keys="mean")})
+    branch = next(b for b in spec.attend if b.over == level.name)
+    update = {"levels": (alone,), "attend": (branch,), "combine": None}
+    return verify(spec.model_copy(update={"name": f"{spec.name}_selected", **update}))
+
+
+def require_table(tokens: int, heads: int, size: int) -> None:
+    """Nothing, where FlexAttention can index a table of tokens × heads × entries: who selected what.
+
+    Raises:
+        NotExpressibleError: it cannot.
+    """
+    elements = tokens * heads * -(-tokens // size)
+    if elements >= LARGEST_TABLE:
+        raise NotExpressibleError(
+            f"the mask would read a table of {elements:.2g} elements (who selected what, token by "
+            "token), beyond what FlexAttention indexes"
+        )
 
 
 def flex_mask(indices: Tensor, size: int, heads: int) -> BlockMask:

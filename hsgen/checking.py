@@ -1,0 +1,122 @@
+"""Steps of a measurement, whose failures are results too, and what an output must be to be timed."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hsgen import machine, metrics, standins
+from hsgen.reference import reference
+from hsgen.selection import ListSelection
+from hsgen.spec import Spec
+
+SAMPLED = 8  # consecutive rows of each of the two runs that are checked at full length
+TOLERANCE = 1e-2  # |o - reference| / |reference|: above bf16's rounding, far below a wrong result
+SAME = 0.95  # of the reference's entries; rounding tells near scores apart otherwise
+
+Figures = dict[str, Any]  # plain data for JSON
+Tensors = Mapping[str, Tensor]
+Selected = Mapping[str, ListSelection]
+
+
+class NotExpressibleError(Exception):
+    """Something that cannot do this case, with the reason."""
+
+
+class CheckError(Exception):
+    """Figures that are not what the reference says."""
+
+
+def attempt(action: Callable[[], Figures]) -> Figures:
+    """Run an action; a failure is a result too, with what was warned of on the way to it."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            return {"status": "ok", **action()}
+        except NotExpressibleError as reason:
+            return {"status": "skipped", "reason": str(reason)}
+        except Exception as error:  # noqa: BLE001 - every failure of a backend belongs into the table
+            said = [f"{type(error).__name__}: {error}", *(str(each.message) for each in warned)]
+            reason, trace = " / ".join(dict.fromkeys(said)), traceback.format_exc(limit=-3)
+    return {
+        "status": "failed",
+        "reason": machine.without_paths(reason),
+        "trace": machine.without_paths(trace),
+    }
+
+
+def sampled(tokens: int) -> list[tuple[int, int]]:
+    """Two runs of rows, in the middle and at the end."""
+    middle = max(0, tokens // 2 - SAMPLED // 2)
+    return [(a, min(a + SAMPLED, tokens)) for a in (middle, max(0, tokens - SAMPLED))]
+
+
+def compare(
+    spec: Spec,
+    tensors: Tensors,
+    o: Tensor,
+    selection: Selected,
+    runs: Sequence[tuple[int, int]],
+) -> Figures:
+    """Hold outputs and choices of some rows against the reference in float64.
+
+    Args:
+        spec: Bound.
+        tensors: Of one sequence.
+        o: What the kernels put out, on their own choice.
+        selection: That choice, by level.
+        runs: Of rows, from and to.
+
+    Raises:
+        CheckError: the output is further off than TOLERANCE, or not finite; or fewer entries than SAME
+            of a level are those that the reference chooses.
+    """
+    error, same = 0.0, dict.fromkeys(selection, 1.0)
+    for a, b in runs:
+        part = standins.rows_of(spec, tensors, a, b)
+        given = {
+            name: ListSelection(level=name, indices=s.indices[:, a:b])
+            for name, s in selection.items()
+        }
+        forced = reference(spec, part, selection=given, q_offset=a, keep_scores=False)
+        free = reference(spec, part, q_offset=a, keep_scores=False)
+        error = max(error, relative(o[:, a:b], forced.o))
+        for name, chosen in given.items():
+            own = free.selection[name]
+            assert isinstance(own, ListSelection), "kernels choose by lists"
+            entries = -(-part["k"].shape[1] // spec.level(name).partition.stride)
+            same[name] = min(same[name], _overlap(chosen.indices[0], own.indices[0], entries))
+    if not error < TOLERANCE:
+        raise CheckError(f"relative error {error:.3g} of the output, expected below {TOLERANCE}")
+    for name, share in same.items():
+        if share < SAME:
+            raise CheckError(f"{name}: {share:.1%} of the reference's choice, expected {SAME:.0%}")
+    rows = sum(b - a for a, b in runs)
+    return {"error": error, "same_choice": min(same.values(), default=1.0), "rows": rows}
+
+
+def relative(o: Tensor, expected: Tensor) -> float:
+    """|o - expected| / |expected|."""
+    return float((o.double() - expected).norm() / expected.norm())
+
+
+def require_close(o: Tensor, expected: Tensor, where: str) -> float:
+    """How far off an output is.
+
+    Raises:
+        CheckError: further than TOLERANCE, or not finite.
+    """
+    error = relative(o, expected.double())
+    if not error < TOLERANCE:
+        raise CheckError(f"relative error {error:.3g} {where}, expected below {TOLERANCE}")
+    return error
+
+
+def _overlap(chosen: Tensor, own: Tensor, entries: int) -> float:
+    """Share of the reference's own choices that the kernel made too.  i32[R, Hs, K], twice"""
+    both = metrics.members(chosen, entries) & metrics.members(own, entries)
+    return float(both.sum() / (own >= 0).sum().clamp(min=1))
