@@ -54,7 +54,7 @@ def variants(spec: Spec, device: str, dtype: torch.dtype = torch.bfloat16) -> li
         backends = {"efficient": SDPBackend.EFFICIENT_ATTENTION}
     else:
         backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-    grouped, uneven = heads.group > 1, dim.qk != dim.v
+    grouped, uneven = heads.group > 1, dim.qk > dim.v
     found = []
     for name, backend in backends.items():
         for padded in (False, True) if uneven else (False,):

@@ -3,7 +3,7 @@
 stdout is the result, stderr is everything else.  Exit status: 0 fine, 1 failure, 2 a wrong spec or
 wrong usage; of `diff` as of any diff: 0 the same, 1 different, 2 an error.  What loads networkx or
 jinja2 is imported by the command that uses it, so that `hsgen check` stays quick; only what looks at
-a capture loads torch.
+a capture, or times, loads torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -56,6 +56,20 @@ class DType(StrEnum):
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
+
+
+class Device(StrEnum):
+    """Where a spec is timed."""
+
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+class Peer(StrEnum):
+    """What a spec is timed beside."""
+
+    dense = "dense"
+    flex = "flex"
 
 
 def _target(text: str) -> Target:
@@ -135,6 +149,14 @@ def _numbers(text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _lengths(text: str | None) -> tuple[int, ...]:
+    """8K,32768; none at all where nothing is said."""
+    parts = [part.strip().upper() for part in text.split(",")] if text is not None else []
+    if not all(part.removesuffix("K").isdecimal() and part.strip("0K") for part in parts):
+        raise typer.BadParameter(f"expected numbers of tokens, as in 8K,32K, got {text!r}")
+    return tuple(int(part.removesuffix("K")) * (1024 if "K" in part else 1) for part in parts)
+
+
 Capture = Annotated[
     Path | None, typer.Option("--qkv", metavar="FILE", help="Captured q, k, v, a safetensors file.")
 ]
@@ -153,6 +175,17 @@ Layer = Annotated[
     int | None, typer.Option(min=0, help="Of a route by layer, and of the capture: its first.")
 ]
 OfRoute = Annotated[int | None, typer.Option("--layer", min=0, help="Where a route goes by layer.")]
+Lengths = Annotated[
+    str | None, typer.Option("--tokens", metavar="8K,32K", help="T and S; default 8K,32K.")
+]
+Against = Annotated[list[Peer] | None, typer.Option(help="Timed too, repeatable; default dense.")]
+Inputs = Annotated[
+    Path | None,
+    typer.Option("--qkv", metavar="FILE", help="A capture that inputs are made of; else random."),
+]
+Figures = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all figures as JSON.")
+]
 Layers = Annotated[str | None, typer.Option(metavar="0,5,...", help="Of the capture; default all.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="A prefix of the capture.")]
 GraphFile = Annotated[
@@ -344,6 +377,77 @@ def compile_(
     raise typer.Exit(0 if done.passed else 1)
 
 
+@app.command(epilog="Example: hsgen bench nsa --tokens 8K,32K --against dense --against flex")
+def bench(
+    spec: SpecFile,
+    *,
+    against: Against = None,
+    tokens: Lengths = None,
+    qkv: Inputs = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Of the tensors; default bf16, interpreted fp32.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="cpu: a small copy, interpreted.")] = Device.cuda,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of timing, a measurement.")] = 1.0,
+    heads: HeadCounts = None,
+    head_dim: HeadDims = None,
+    layer: OfRoute = None,
+    output: Figures = None,
+    as_json: Json = False,
+) -> None:
+    """Time a spec on the GPU that is here, beside dense attention: hsgen bench nsa."""
+    if output:
+        _check_suffix(output, ".json")
+    lengths, peers = _lengths(tokens), against or [Peer.dense]
+    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim), layer=layer)
+    words = _words(
+        {
+            "against": peers,
+            "tokens": [tokens] if tokens else [],
+            "qkv": [_place(qkv)] if qkv else [],
+            "dtype": [dtype] if dtype else [],
+            "device": [device],
+            "heads": [heads] if heads else [],
+            "head-dim": [head_dim] if head_dim else [],
+            "layer": [layer] if layer is not None else [],
+        }
+    )
+    if device == Device.cpu:
+        paths.ask_for_interpreter()  # before anything imports triton
+    from hsgen import bench, progress  # noqa: PLC0415  load torch
+    from hsgen.spec import drafts  # noqa: PLC0415
+
+    with progress.bar() as told:
+        found = bench.bench(
+            bound,
+            tokens=lengths,
+            against=[peer.value for peer in peers],
+            dtype=dtype.value if dtype else None,
+            device=device.value,
+            capture=qkv,
+            seconds=seconds,
+            command=["hsgen", "bench", _place(Path(spec)), *words],
+            progress=told,
+        )
+    text = _json_text(found.record())
+    if output:
+        drafts.write(output, text, over=True)
+    typer.echo(text if as_json else str(found), nl=False)
+    raise typer.Exit(0 if found.passed else 1)
+
+
+def _place(file: Path) -> str:
+    """A file without folders that only this machine has."""
+    return file.name if file.is_absolute() else str(file)
+
+
+def _words(options: Mapping[str, Sequence[object]]) -> list[str]:
+    """Options as they are typed."""
+    return [
+        word for name, values in options.items() for x in values for word in (f"--{name}", str(x))
+    ]
+
+
 @app.command(epilog="Example: hsgen diff nsa my_nsa.yaml")
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A file, or the name of a shipped spec.")],
@@ -504,7 +608,11 @@ def _status(error: HsgenError) -> int:
 
 
 def _print_json(result: dict[str, object]) -> None:
-    typer.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}, indent=2))
+    typer.echo(_json_text(result), nl=False)
+
+
+def _json_text(result: dict[str, object]) -> str:
+    return json.dumps({"schema_version": SCHEMA_VERSION, **result}, indent=2) + "\n"
 
 
 def _check_suffix(file: Path, *suffixes: str) -> None:

@@ -45,6 +45,12 @@ def time_calls(call: Call, device: str, seconds: float) -> Timing:
     return Timing(median=median, least=min(times), most=max(times), calls=count, first=first)
 
 
+def time_once(call: Call, device: str) -> Timing:
+    """Time one call, the first: where a second says no more."""
+    once = _clock(call, device, range(1))
+    return Timing(median=once, least=once, most=once, calls=1, first=once)
+
+
 def kernel_times(call: Call) -> dict[str, float]:
     """Milliseconds a call by kernel name, longest first; a kernel launched twice counts twice."""
     call(0)

@@ -45,6 +45,11 @@ captures  metrics  standins             a model's q, k, v · a choice against de
 models                                  a model whose attention can be exchanged
 quality                                 what a spec recalls of a capture
 charts  mask  perplexity                that as curves · what each row takes · what a model then says
+machine  samples  timing                a card and its versions · tensors to time on · clocks
+checking                                what an output must be to be timed
+baselines                               dense attention, and FlexAttention
+measure                                 the steps of a measurement
+bench                                   what a spec costs on the card that is here
 progress
 cli
 """
