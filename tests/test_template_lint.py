@@ -61,6 +61,7 @@ CLEAN = (
     "z = tl.program_id(0)\nn = tl.arange(0, 4)\nm = (n + z < 3) & (n < 2)",
     "n = tl.arange(0, 4)\nm = (tl.max(n, 0) < 3) & (n < 2)",
     "tl.atomic_or(X, 1)",
+    "tl.atomic_add(counts, 1)",
 )
 
 
