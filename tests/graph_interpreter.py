@@ -120,6 +120,7 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor]) -> Evaluation:
         keys=keys,
         positions=[keys - rows + t for t in range(rows)],
         levels=partitions(graph),
+        befores=befores(graph),
         segments=segments(graph),
         values={},
     )
@@ -154,6 +155,7 @@ class _Run:
     keys: int  # S
     positions: list[int]  # of the rows
     levels: Mapping[str, tuple[int, int]]  # size, stride
+    befores: Mapping[str, int]  # tokens of an entry before its place
     segments: Mapping[str, int | None]  # of levels that are cut from an order
     values: dict[str, Value]
 
@@ -170,7 +172,7 @@ class _Run:
         """First token and end of what entry e may hold, whatever the data."""
         size, stride = self.levels[level]
         if level not in self.segments:
-            start = e * stride - befores(self.graph).get(level, 0)
+            start = e * stride - self.befores.get(level, 0)
             return start, start + size
         segment = self.segments[level]
         if segment is None:
@@ -962,10 +964,11 @@ def _equal_codes(op: Score, query: Tensor, keys: Tensor, codebook: Tensor) -> Te
     group = query.shape[2] // keys.shape[2]
     value = query.new_zeros(*query.shape[:3], keys.shape[1])
     B, N, H = keys.shape[:3]
+    asked = {at: nearest(query[at]) for at in itertools.product(*map(range, query.shape[:3]))}
     for b, n, h in ((b, n, h) for b in range(B) for n in range(N) for h in range(H)):
         code = nearest(keys[b, n, h])
         for t, g in ((t, g) for t in range(query.shape[1]) for g in range(group)):
-            other = nearest(query[b, t, h * group + g])
+            other = asked[b, t, h * group + g]
             equal = sum(x == y for x, y in zip(code, other, strict=True))
             if codes.buckets:
                 equal = min(equal // (runs // codes.buckets), codes.buckets - 1)
@@ -1155,24 +1158,28 @@ def _select(run: _Run, node: Node, score: Scores, *others: Value) -> Chosen:
     if op.within is not None:
         beam = _in_beam(run, node, others[0], H)
     joined = torch.zeros_like(beam) if op.joined is None else _spread(others[-1].member, H)
-    member = torch.zeros(B, T, H, N, dtype=torch.bool)
-    indices = torch.full((B, T, H, op.width), -1, dtype=torch.int32)
-    for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
-        row, inside = score.value[b, t, h].tolist(), beam[b, t, h].tolist()
+    values, there_of, beam_of, joined_of = (
+        x.tolist() for x in (score.value, score.there, beam, joined)
+    )
+    members, lists = [], []
+    for b, t, h in itertools.product(range(B), range(T), range(H)):
+        row, inside, there = values[b][t][h], beam_of[b][t][h], there_of[b][t][h]
         last = run.span_of(node.type.dims[1], t)[1]
         sinks = _sinks(run, node, order, (b, h, H), last)
-        there = score.there[b, t, h].tolist()
         at = run.positions[t] if op.tail else -1
         tail = {e for e in _tail(run, op, b, at, there) if inside[e]}
         forced = {e for e in _forced(run, node, b, t, N) | sinks if inside[e]}
-        forced |= {e for e in range(N) if joined[b, t, h, e] and inside[e]}
+        forced |= {e for e, taken in enumerate(joined_of[b][t][h]) if taken and inside[e]}
         forced -= tail
         candidates = [e for e in range(N) if e in forced or (there[e] and inside[e])]
         best = sorted(candidates, key=lambda e: (e not in forced, -row[e], e))  # noqa: B023
         kept = sorted({*best[: op.k + (0 if op.counted else len(forced))], *tail})
-        member[b, t, h, kept] = True
-        indices[b, t, h, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
-    return Chosen(member=member, indices=indices)
+        members.append([e in kept for e in range(N)])
+        lists.append(kept + [-1] * (op.width - len(kept)))
+    return Chosen(
+        member=torch.tensor(members, dtype=torch.bool).view(B, T, H, N),
+        indices=torch.tensor(lists, dtype=torch.int32).view(B, T, H, op.width),
+    )
 
 
 def _tail(run: _Run, op: Select | SelectSet, b: int, p: int, there: list[bool]) -> set[int]:

@@ -1,11 +1,15 @@
 """Each fault that the sanitizer knows is planted in a toy kernel; clean kernels raise no alarm."""
 
+import contextlib
+import itertools
+
 import numpy as np
 import pytest
 import sanitizer
 import torch
 import triton
 import triton.language as tl
+import triton.runtime.interpreter as interpreter
 from sanitizer import numerics
 
 pytestmark = pytest.mark.skipif(
@@ -502,3 +506,76 @@ def test_scans_and_reductions_equal_the_stock_interpreter():
     scan_and_reduce[(1,)](value, tag, stock, ROWS=4, BLOCK=16)
     run_clean(scan_and_reduce, (1,), value, tag, ours, ROWS=4, BLOCK=16)
     assert torch.equal(ours, stock) and ours.unique().numel() > 8
+
+
+SEMANTIC = interpreter.interpreter_semantic
+OPERATIONS = {
+    "add": lambda a, b: SEMANTIC.add(a, b, False),
+    "sub": lambda a, b: SEMANTIC.sub(a, b, False),
+    "mul": lambda a, b: SEMANTIC.mul(a, b, False),
+    "truediv": SEMANTIC.truediv,
+    "floordiv": SEMANTIC.floordiv,
+    "mod": SEMANTIC.mod,
+    "minimum": lambda a, b: SEMANTIC.minimum(a, b, tl.PropagateNan.NONE),
+    "and": SEMANTIC.and_,
+    "shl": SEMANTIC.shl,
+    "less": SEMANTIC.less_than,
+    "equal": SEMANTIC.equal,
+    "where": lambda a, b: SEMANTIC.where(SEMANTIC.to_tensor(True), a, b),
+    "where of a row": lambda a, b: SEMANTIC.where(
+        SEMANTIC.equal(SEMANTIC.arange(0, 4), 1), *map(SEMANTIC.to_tensor, (a, b))
+    ),
+    "broadcast": lambda a, b: SEMANTIC.broadcast_impl_value(*map(SEMANTIC.to_tensor, (a, b)))[1],
+}
+
+
+def operands():
+    """Numbers of every kind, and tensors of every dtype and shape; also pointers."""
+    yield from (0, 3, -2, 300, 1 << 31, 1 << 40, True, -0.0, 2.5, 1e300, tl.constexpr(3))
+    for dtype in (tl.int1, tl.uint8, tl.int32, tl.uint32, tl.int64, tl.float16, tl.float32):
+        for shape in ((), (4,), (2, 4, 1), (8,)):
+            data = (np.arange(max(1, np.prod(shape, dtype=int))) % 3 + 1).reshape(shape or (1,))
+            yield tensor(data.astype(interpreter._get_np_dtype(dtype)), dtype, shape)
+    for element in (tl.float32, tl.int8):
+        for shape in ((), (4,)):
+            data = np.full(shape or (1,), 64, np.uint64)
+            yield tensor(data, tl.pointer_type(element), shape)
+
+
+def tensor(data, dtype, shape):
+    kind = tl.block_type(dtype, list(shape)) if shape else dtype
+    return tl.core.tensor(interpreter.TensorHandle(data, dtype), kind)
+
+
+@contextlib.contextmanager
+def as_in_a_kernel():
+    """triton.language as a launch has it."""
+    scope = interpreter._patch_lang(copy_rows.fn)
+    try:
+        yield
+    finally:
+        scope.restore()
+
+
+def outcome(operation, *pair):
+    """What an operation gives: type, shape and bits, or its error."""
+    try:
+        result = operation(*pair)
+    except Exception as error:  # noqa: BLE001  whatever it is, it must be the same
+        return type(error), str(error)
+    data = np.ascontiguousarray(result.handle.data)
+    sizes = [size.value for size in result.shape]
+    return str(result.type), sizes, data.dtype, data.shape, data.tobytes()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_equal_the_stock_interpreter_whatever_was_asked_before(name):
+    """Every pair of operands, asked for the first time and remembered."""
+    pairs = list(itertools.product(operands(), repeat=2))
+    with np.errstate(all="ignore"), as_in_a_kernel():
+        stock = [outcome(OPERATIONS[name], *pair) for pair in pairs]
+    with sanitizer.enabled(), as_in_a_kernel():
+        for _ in range(2):
+            for pair, expected in zip(pairs, stock, strict=True):
+                assert outcome(OPERATIONS[name], *pair) == expected, pair
+    assert len({str(x) for x in stock}) > 40

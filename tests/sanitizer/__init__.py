@@ -394,10 +394,11 @@ def _binary(self, lhs, rhs, op):
         if out.dtype == np.bool_:
             return Handle(out, tl.int1)
         return Handle(numerics.encode(out, dtype), dtype)
-    out = _original_binary(self, lhs, rhs, op)
-    if out.data.dtype == np.int32 and op in OVERFLOWING:
-        _check_int32(op.__name__, op(lhs.data, rhs.data, dtype=np.int64))
-    return out
+    if op in OVERFLOWING and lhs.data.dtype == rhs.data.dtype == np.int32:
+        exact = op(lhs.data, rhs.data, dtype=np.int64)
+        _check_int32(op.__name__, exact)
+        return Handle(exact.astype(np.int32), dtype)
+    return _original_binary(self, lhs, rhs, op)
 
 
 def _unary(self, arg, op):
@@ -563,11 +564,25 @@ PATCHES = (
         {
             "_implicit_cvt": _convert_argument,
             "_get_np_dtype": fast.numpy_type,
+            "_patch_attr": fast.patch_attribute,
             "_patch_lang_tensor": _patch_tensor,
+            "_validate_np_data_size": fast.fits,
+        },
+    ),
+    (interpreter.FunctionRewriter, {"rewrite_ast": fast.rewrite}),
+    (
+        fast.TritonSemantic,
+        {
+            "binary_op_type_checking_impl": fast.operands,
+            "broadcast_impl_value": fast.broadcast,
+            "cast": fast.cast,
+            "to_tensor": fast.to_tensor,
         },
     ),
     (interpreter.InterpretedFunction, {"__call__": _call_helper}),
-    (tl.core.block_type, {"__init__": fast.block_type}),
+    (tl.core, {"_unwrap_if_constexpr": fast.unwrap}),
+    (tl.core.block_type, {"__init__": fast.block_type, "with_element_ty": fast.with_element}),
+    (tl.core.dtype, {"__eq__": fast.same_type}),
     (tl.core.tensor, {"__init__": fast.tensor}),
     (interpreter.ReduceScanOpInterface, {"apply": _reduce}),
     (interpreter.ReduceOps, {"generic_reduce": fast.tree_reduce, "sum": _sum}),

@@ -1,42 +1,84 @@
 """Shortcuts that leave every result as it is: the interpreter spends its time on types, not on numbers.
 
-Descriptions of equal tensors are made once; integers are sorted by numpy; combine functions of
-reductions and scans see whole arrays, in a tree in the order of the elements.
+Descriptions of equal tensors are made once; what two types of operands become is asked once, and numpy
+broadcasts them; functions of one text are rewritten once; integers are sorted by numpy; combine
+functions of reductions and scans see whole arrays, in a tree in the order of the elements.
 """
+
+import ast
+import functools
+import linecache
+import numbers
+import textwrap
+from types import CodeType
 
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+from triton.language.semantic import TritonSemantic
 
+# names tell types apart: the interpreter has one address space
 _types: dict[tuple, dict] = {}
-_tensors: dict[tuple, dict] = {}
+_tensors: dict[str, dict] = {}
 _numpy: dict[str, np.dtype] = {}
+_elements: dict[tuple, tl.block_type] = {}
+_shapes: dict[tuple, tl.core.tuple] = {}
+_operands: dict[tuple, tuple] = {}
+_widths: dict[str, int] = {}
+MANY = 1 << 16  # pairs of operands that are remembered; constants are among them
+
+Handle = interpreter.TensorHandle
+Rewriter = interpreter.FunctionRewriter
 
 original_block_type = tl.core.block_type.__init__
+original_with_element = tl.core.block_type.with_element_ty
 original_tensor = tl.core.tensor.__init__
 original_numpy_type = interpreter._get_np_dtype
+original_unwrap = tl.core._unwrap_if_constexpr
+original_equal = tl.core.dtype.__eq__
+original_to_tensor = TritonSemantic.to_tensor
+original_cast = TritonSemantic.cast
+original_operands = TritonSemantic.binary_op_type_checking_impl
+original_broadcast = TritonSemantic.broadcast_impl_value
+original_rewrite = Rewriter.rewrite_ast
 
 
 def block_type(self, element_ty, shape):
     """As block_type.__init__; equal types share their fields."""
-    key = (_name(element_ty), *(getattr(n, "value", n) for n in shape))
+    sizes = tuple([getattr(n, "value", n) for n in shape])
+    key = (element_ty.name, sizes)
     if key not in _types:
         original_block_type(self, element_ty, shape)
+        self.shape = _shapes.setdefault(sizes, self.shape)
         _types[key] = dict(vars(self))
     vars(self).update(_types[key], element_ty=element_ty)
 
 
+def with_element(self, scalar_ty):
+    """As block_type.with_element_ty; equal types are one object."""
+    key = (self.name, scalar_ty.name)
+    if key not in _elements:
+        _elements[key] = original_with_element(self, scalar_ty)
+    return _elements[key]
+
+
 def tensor(self, handle, type):  # noqa: A002  the interpreter passes it by this name
-    """As tensor.__init__; tensors of equal type share shape and dtype."""
-    if not isinstance(type, tl.dtype):
+    """As tensor.__init__; tensors of equal type share their shape."""
+    fields = _tensors.get(type.name)
+    if fields is None:
         original_tensor(self, handle, type)
+        _tensors[type.name] = {"shape": self.shape, "numel": self.numel}
         return
-    shape = type.shape.values if type.is_block() else ()
-    key = (_name(type.scalar), *shape)
-    if key not in _tensors:
-        original_tensor(self, handle, type)
-        _tensors[key] = dict(vars(self), handle=None)
-    vars(self).update(_tensors[key], handle=handle, type=type, dtype=type.scalar)
+    own = vars(self)
+    own.update(fields)
+    own["handle"], own["type"], own["dtype"] = handle, type, type.scalar
+
+
+def same_type(self, other):
+    """As dtype.__eq__."""
+    if type(self) is type(other) is tl.dtype:
+        return self.name == other.name
+    return original_equal(self, other)
 
 
 def numpy_type(dtype):
@@ -47,8 +89,152 @@ def numpy_type(dtype):
     return _numpy[scalar.name]
 
 
-def _name(dtype):
-    return dtype.name, getattr(dtype, "address_space", 0)
+def fits(array, dtype):
+    """As _validate_np_data_size."""
+    width = _widths.get(dtype.name)
+    if width is None:
+        width = 64 if isinstance(dtype, tl.pointer_type) else max(8, dtype.primitive_bitwidth)
+        _widths[dtype.name] = width
+    return array.itemsize * 8 <= width
+
+
+PLAIN = frozenset(
+    (tl.core.tensor, tl.dtype, tl.pointer_type, tl.block_type, int, float, bool, str, type(None))
+)
+
+
+def unwrap(value):
+    """As _unwrap_if_constexpr."""
+    return value if type(value) in PLAIN else original_unwrap(value)
+
+
+def to_tensor(self, x, check_type=True):
+    """As TritonSemantic.to_tensor."""
+    return x if type(x) is tl.core.tensor else original_to_tensor(self, x, check_type)
+
+
+def cast(self, value, dtype, fp_downcast_rounding=None):
+    """As TritonSemantic.cast."""
+    if value.type.scalar is dtype.scalar:
+        return value
+    return original_cast(self, value, dtype, fp_downcast_rounding)
+
+
+# operands
+
+
+def operands(self, lhs, rhs, *rules, **named):
+    """As binary_op_type_checking_impl, but arrays keep their shapes, which numpy broadcasts.
+
+    What two types become is remembered, and the array of a constant.
+    """
+    if named:
+        return original_operands(self, lhs, rhs, *rules, **named)
+    key = (_kind(lhs), _kind(rhs), *rules)
+    known = _operands.get(key)
+    if known is not None:
+        return _as_known(self, lhs, *known[0]), _as_known(self, rhs, *known[1])
+    found = original_operands(self, lhs, rhs, *rules)
+    if len(_operands) < MANY:
+        pairs = zip((lhs, rhs), found, strict=True)
+        _operands[key] = tuple((x.type, _constant(given, x)) for given, x in pairs)
+    return found
+
+
+def _kind(operand):
+    kind = type(operand)
+    return operand.type.name if kind is tl.core.tensor else (kind, operand)
+
+
+def _constant(given, x):
+    return x.handle.data if isinstance(given, numbers.Number) else None
+
+
+def _as_known(semantic, operand, wanted, constant):
+    if constant is not None:
+        return tl.core.tensor(Handle(constant, wanted.scalar), wanted)
+    if operand.type.name == wanted.name:
+        return operand
+    if operand.type.scalar.name != wanted.scalar.name:
+        operand = semantic.cast(operand, wanted.scalar)
+    return tl.core.tensor(operand.handle, wanted)
+
+
+def broadcast(self, lhs, rhs):
+    """As broadcast_impl_value."""
+    left, right = lhs.type, rhs.type
+    if left.is_block() and right.is_block() and left.shape is right.shape:
+        return lhs, rhs
+    return original_broadcast(self, lhs, rhs)
+
+
+# functions
+
+
+_wrapper = tl.core.builtin(lambda: None).__code__
+
+
+def patch_attribute(owner, name, member, builder, *scope):
+    """As _patch_attr, without the wrapper that only asks for `_semantic`."""
+    function = member.__wrapped__ if getattr(member, "__code__", None) is _wrapper else member
+    semantic = TritonSemantic(builder)
+
+    def call(*args, **kwargs):
+        kwargs["_semantic"] = semantic
+        return function(*args, **kwargs)
+
+    put = scope[0].set_attr if scope else setattr  # older versions restore nothing
+    put(owner, name, call)
+
+
+def rewrite(self):
+    """As FunctionRewriter.rewrite_ast, which reads and compiles the text of each function by itself."""
+    code = self.fn.__code__
+    self.filename = code.co_filename
+    linecache.checkcache(self.filename)
+    text = "".join(linecache.getlines(self.filename))
+    place = _functions(text).get(code.co_firstlineno)
+    if place is None:
+        return original_rewrite(self)
+    self.def_file_lineno, body = place
+    namespace, known = dict(self.kwargs), self.fn.__globals__
+    for key, value in vars(interpreter).items():
+        known.setdefault(key, value)
+    exec(_moved(_rewritten(body), self.filename, self.def_file_lineno - 1), known, namespace)
+    return namespace[self.fn.__name__]
+
+
+@functools.cache
+def _functions(text):
+    """{first line, decorators and all: line of the `def`, text from there}."""
+    lines = text.splitlines(keepends=True)
+    found = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+            body = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
+            found[first] = (node.lineno, body)
+    return found
+
+
+@functools.cache
+def _rewritten(text):
+    tree = ast.fix_missing_locations(Rewriter.ast_transformer.visit(ast.parse(text)))
+    return compile(tree, "", "exec")
+
+
+def _moved(code, filename, lines):
+    """The same code in another file, so many lines further down."""
+    inner = tuple(
+        _moved(each, filename, lines) if isinstance(each, CodeType) else each
+        for each in code.co_consts
+    )
+    return code.replace(
+        co_consts=inner, co_filename=filename, co_firstlineno=code.co_firstlineno + lines
+    )
+
+
+# reductions
 
 
 def sorted_integers(call, args, kwargs):

@@ -15,22 +15,23 @@ FLOAT8 = {
     tl.float8e4b8: torch.float8_e4m3fnuz,
     tl.float8e5b16: torch.float8_e5m2fnuz,
 }
+EMULATED = frozenset(dtype.name for dtype in (tl.bfloat16, *FLOAT8))
 BF16_NAN = np.uint16(0x7FC0)
 
 
 def is_emulated(dtype):
     """Whether `dtype` is a format whose numpy data are bit patterns rather than values."""
-    return dtype == tl.bfloat16 or dtype in FLOAT8
+    return dtype.name in EMULATED
 
 
 def decode(data, dtype):
     """Bit patterns of `dtype` -> the values as fp32; other formats pass through."""
+    if dtype.name not in EMULATED:
+        return data
     if dtype == tl.bfloat16:
         return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype in FLOAT8:
-        bits = torch.from_numpy(np.array(data, dtype=np.uint8, order="C"))
-        return bits.view(FLOAT8[dtype]).float().numpy()
-    return data
+    bits = torch.from_numpy(np.array(data, dtype=np.uint8, order="C"))
+    return bits.view(FLOAT8[dtype]).float().numpy()
 
 
 def encode(values, dtype):
