@@ -21,6 +21,9 @@ LANE = os.environ.setdefault(
     else "cpu",
 )
 GPU_LANE = LANE == "gpu"
+# Many small calls, and pytest-xdist has a process a core: threads would only wait for one another.
+# Read where torch and numpy are imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton reads it where a kernel is decorated, so it must be set before any module with kernels.
 if not GPU_LANE:
     os.environ["TRITON_INTERPRET"] = "1"

@@ -74,9 +74,11 @@ def cluster_of(order: KMeans, y: Tensor) -> Tensor:
         return torch.zeros(H, 0, dtype=torch.long, device=y.device)
     first = torch.arange(order.clusters, device=y.device) * S // order.clusters
     centroids = y[:, first]
-    cluster = torch.zeros(H, S, dtype=torch.long, device=y.device)
+    cluster = torch.full((H, S), -1, dtype=torch.long, device=y.device)
     for _ in range(order.iterations):
-        cluster = _nearest(y, centroids)
+        before, cluster = cluster, _nearest(y, centroids)
+        if not y.is_meta and torch.equal(before, cluster):
+            break  # nor would anything change later
         sums = torch.zeros_like(centroids).scatter_add_(1, cluster[..., None].expand(H, S, D), y)
         counts = torch.zeros_like(centroids[..., :1])
         counts.scatter_add_(1, cluster[..., None], torch.ones_like(y[..., :1]))
