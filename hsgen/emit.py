@@ -94,17 +94,22 @@ def pieces(text: str) -> str:
     """The pieces that a module calls, and those they call, each before its callers."""
     ordered: list[str] = []
 
-    def visit(source: str) -> None:
-        for name in _called(source):
+    def visit(called: tuple[str, ...]) -> None:
+        for name in called:
             if name in library() and name not in ordered:
-                visit(library()[name])
+                visit(_called_by(name))
                 ordered.append(name)
 
-    visit(text)
+    visit(_called(text))
     return "\n\n\n".join(library()[name] for name in ordered)
 
 
-def _called(text: str) -> list[str]:
+@functools.cache
+def _called_by(piece: str) -> tuple[str, ...]:
+    return _called(library()[piece])
+
+
+def _called(text: str) -> tuple[str, ...]:
     """Names that are called, or handed to a scan to be called, in the order they appear."""
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     scans = [
@@ -115,4 +120,4 @@ def _called(text: str) -> list[str]:
     ]
     found = [name for name in (*(c.func for c in calls), *scans) if isinstance(name, ast.Name)]
     names = {name.id: (name.lineno, name.col_offset) for name in reversed(found)}
-    return sorted(names, key=names.__getitem__)
+    return tuple(sorted(names, key=names.__getitem__))

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import sanitizer
 import torch
 from conformance import systems
 
@@ -45,12 +46,14 @@ def tensors(spec, tokens, dtype=torch.float32):
 
 
 def run(artifact, given):
-    """One dense call of an artifact's kernels in the interpreter.  -> o, lse, selection"""
+    """One dense call of an artifact's kernels in the interpreter, sanitized.  -> o, lse, selection"""
     plan = configs.for_interpreter(artifact.plan)
     config = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
     sequences, tokens = given["q"].shape[:2]
     where = batch.dense(sequences, tokens, given["k"].shape[1], given["q"].device)
-    return build.load(artifact.module).driver.forward(given, where, config, None)
+    driver = build.load(artifact.module).driver
+    with sanitizer.enabled():
+        return driver.forward(given, where, config, None)
 
 
 def compiled(edited, spec):

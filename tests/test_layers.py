@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,6 +104,7 @@ def inner_module(path: Path) -> str:
     return path.relative_to(PACKAGE / "spec").parts[0].removesuffix(".py")
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -120,6 +122,7 @@ def imported(node: ast.AST) -> Iterator[str]:
             return
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     return {name for node in ast.walk(tree(path)) for name in imported(node)}
 
