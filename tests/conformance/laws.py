@@ -15,7 +15,7 @@ def everything_selected_is_dense_attention(lab):
     outcome = lab.run(call)
     plain = _dense(call, torch.float32).to(call.dtype)
     exact, lse = _dense(call, torch.float64), outcome.lse
-    oracles.raise_if(oracles.error_findings(call, outcome.o, exact, plain, lse=lse))
+    oracles.raise_if(oracles.error_findings(call, outcome.o, exact, plain, lse=lse, given={}))
 
 
 @check(applies=lambda spec: any(level.within for level in spec.levels))

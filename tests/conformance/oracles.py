@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from tolerances import tolerance
+from tolerances import UNITS, tolerance
 
 from conformance.systems import selecting
 from hsgen.reference import reference, tensor_kinds
@@ -46,7 +46,7 @@ def findings(call, outcome):
     if "selection" not in call.options:
         found += selection_findings(call, outcome, exact)
     plain = call.reference(dtype=call.dtype, **given)
-    found += error_findings(call, outcome.o, exact.o, plain.o, lse=exact.lse)
+    found += error_findings(call, outcome.o, exact.o, plain.o, lse=exact.lse, given=given)
     for branch, lse in outcome.lse.items():
         found += lse_findings(call, branch, lse, exact.lse[branch])
     return found
@@ -72,8 +72,11 @@ def _shape(t):
 # --- o and lse
 
 
-def error_findings(call, o, exact, plain, *, lse):
-    """R-nan, R-max, R-row, R-bias.  o, exact, plain: [..., Hq, Dv]; lse as a Result has it."""
+def error_findings(call, o, exact, plain, *, lse, given):
+    """R-nan, R-max, R-row, R-bias.  o, exact, plain: [..., Hq, Dv]; lse as a Result has it.
+
+    `given`: the selection that `exact` was computed with, where it is not the call's.
+    """
     limit = tolerance(call.dtype, o.device)
     # a plain computation can overflow where a kernel must not
     plain = torch.where(plain.isfinite(), plain, exact.to(plain.dtype)).double()
@@ -85,8 +88,11 @@ def error_findings(call, o, exact, plain, *, lse):
     logits = logit_error(call, lse, limit.arithmetic)
     bound = 2 * own.abs().max() + u * exact.abs().max() + logits.max() + ZERO
     found += _over("R-max", error.abs().max() / bound, "o")
-    row_bound = limit.own * _rms(own) + 2 * u * _rms(exact) + logits + ZERO
-    used = _rms(error) / row_bound
+    others = 2 * u * _rms(exact) + logits + ZERO
+    used = _rms(error) / (limit.own * _rms(own) + others)
+    if used.max() > 1 and call.dtype == torch.float32:
+        usual = torch.maximum(_rms(own), sum_error(call, exact, limit.arithmetic, given))
+        used = _rms(error) / (limit.own * usual + others)
     found += _over("R-row", used.max(), f"o at {_where(used)}")
     # errors of single rows cancel, those of a wrong scale do not; what rounding has in common, the
     # plain computation has too
@@ -107,6 +113,25 @@ def logit_error(call, lse, unit):
     values = [t.double() for name, t in call.tensors.items() if name == "v" or name[:2] == "v_"]
     spread = max(float(v.square().mean().sqrt()) if v.numel() else 0.0 for v in values)
     return (2 * unit * spread * (1 + sizes.amax(0))).transpose(-1, -2)
+
+
+def sum_error(call, exact, unit, given):
+    """How far a row of float64 moves where the terms of its dots are off as much as sums are.
+
+    -> [..., T, Hq].  Where two keys have nearly all the weight between them, a plain computation whose
+    two dots are off by the same is right by luck; and where a large query meets them nearly at right
+    angles, their logits are small and the terms of their sums are not.  In a sum of D terms each is
+    rounded up to D times, in either direction: off by sqrt(D) / 2 units.  Every number of q moves by its
+    last place, up or down; root mean square of a few draws.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, moved = call.tensors["q"], []
+    for _ in range(4):
+        up = torch.randint(0, 2, q.shape, generator=generator).to(q.device) == 1
+        other = torch.nextafter(q, torch.where(up, torch.inf, -torch.inf).to(q.dtype))
+        moved.append(_rms(call.with_tensors(q=other).reference(**given).o - exact))
+    units = q.shape[-1] ** 0.5 / 2 * unit / UNITS[torch.float32]
+    return torch.stack(moved).square().mean(0).sqrt() * units
 
 
 def nan_findings(name, got, exact):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from conformance import backends, cases, laws, probes, systems
+from conformance import backends, calls, cases, laws, probes, systems
 from conformance.covering import pairwise
 from conformance.lab import Lab
 from conformance.mutants import ERRORS, MUTANTS
-from conformance.oracles import check, gathered
+from conformance.oracles import check, error_findings, gathered
 from hsgen import passes, planner, schedule
 from hsgen.errors import PlanError
 from hsgen.target import H100
@@ -60,6 +60,38 @@ def test_what_no_kernel_does_is_refused_where_the_text_says_it(name):
     with pytest.raises(PlanError, match=systems.REFUSED[name]) as caught:
         schedule.schedule(graph, H100)
     assert caught.value.span.file == str(systems.FILES[name])
+
+
+def large_queries(seed):
+    """Large queries, some at right angles to the keys that have the weight: their sums round most."""
+    call = calls.make(systems.small("minimax_m3"), seed=seed)
+    call = call.with_tensors(q=call.tensors["q"] * 100)
+    exact = call.reference()
+    return call, exact, {"selection": {name: s.indices for name, s in exact.selection.items()}}
+
+
+def found_in(call, exact, given, other):
+    """What is found in the outputs of another call, computed in float32."""
+    o, plain = (x.reference(dtype=torch.float32, **given).o for x in (other, call))
+    return error_findings(call, o, exact.o, plain, lse=exact.lse, given=given)
+
+
+def test_sums_may_be_taken_in_another_order():
+    """Rows between two keys are then off by many times what the first order makes of them."""
+    for seed in range(60):
+        call, exact, given = large_queries(seed)
+        turned = {name: call.tensors[name].flip(-1) for name in ("q", "k")}
+        assert not found_in(call, exact, given, call.with_tensors(**turned))
+
+
+def test_large_queries_with_fewer_bits_are_noticed():
+    """18 bits of each number, where float32 has 24."""
+    for seed in range(10):
+        call, exact, given = large_queries(seed)
+        q = call.tensors["q"]
+        step = torch.exp2(q.abs().log2().floor() - 17)
+        rounded = call.with_tensors(q=(q / step).round() * step)
+        assert any(x.rule == "R-row" for x in found_in(call, exact, given, rounded)), seed
 
 
 def test_names_of_exceptions_are_those_of_specs():

@@ -63,15 +63,15 @@ def with_element(self, scalar_ty):
 
 
 def tensor(self, handle, type):  # noqa: A002  the interpreter passes it by this name
-    """As tensor.__init__; tensors of equal type share their shape."""
+    """As tensor.__init__; tensors of equal type share it, and their shape."""
     fields = _tensors.get(type.name)
     if fields is None:
         original_tensor(self, handle, type)
-        _tensors[type.name] = {"shape": self.shape, "numel": self.numel}
+        _tensors[type.name] = dict(vars(self), handle=None)
         return
     own = vars(self)
     own.update(fields)
-    own["handle"], own["type"], own["dtype"] = handle, type, type.scalar
+    own["handle"] = handle
 
 
 def same_type(self, other):
@@ -130,20 +130,22 @@ def operands(self, lhs, rhs, *rules, **named):
     """
     if named:
         return original_operands(self, lhs, rhs, *rules, **named)
-    key = (_kind(lhs), _kind(rhs), *rules)
+    left = lhs.type.name if type(lhs) is tl.core.tensor else (type(lhs), lhs)
+    right = rhs.type.name if type(rhs) is tl.core.tensor else (type(rhs), rhs)
+    key = (left, right, rules)
     known = _operands.get(key)
     if known is not None:
-        return _as_known(self, lhs, *known[0]), _as_known(self, rhs, *known[1])
+        (left_type, left_array), (right_type, right_array) = known
+        if left != left_type.name:
+            lhs = _as_known(self, lhs, left_type, left_array)
+        if right != right_type.name:
+            rhs = _as_known(self, rhs, right_type, right_array)
+        return lhs, rhs
     found = original_operands(self, lhs, rhs, *rules)
     if len(_operands) < MANY:
         pairs = zip((lhs, rhs), found, strict=True)
         _operands[key] = tuple((x.type, _constant(given, x)) for given, x in pairs)
     return found
-
-
-def _kind(operand):
-    kind = type(operand)
-    return operand.type.name if kind is tl.core.tensor else (kind, operand)
 
 
 def _constant(given, x):
@@ -153,8 +155,6 @@ def _constant(given, x):
 def _as_known(semantic, operand, wanted, constant):
     if constant is not None:
         return tl.core.tensor(Handle(constant, wanted.scalar), wanted)
-    if operand.type.name == wanted.name:
-        return operand
     if operand.type.scalar.name != wanted.scalar.name:
         operand = semantic.cast(operand, wanted.scalar)
     return tl.core.tensor(operand.handle, wanted)
