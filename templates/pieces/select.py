@@ -41,6 +41,22 @@ def bisect_step(low, high, above, middle, count, k):
 
 
 @triton.jit
+def quarters(low, high):
+    """The middle of an interval and those of its halves: what two steps can ask for.  -> three [R]"""
+    middle = bisect_middle(low, high)
+    return bisect_middle(low, middle), middle, bisect_middle(middle, high)
+
+
+@triton.jit
+def quarter_step(low, high, above, first, middle, counts_first, counts_middle, counts_last, k):
+    """Two steps of the bisection, from the counts of keys >= each of `quarters`.  All [R]"""
+    low, high, above = bisect_step(low, high, above, middle, counts_middle, k)
+    half = bisect_middle(low, high)
+    count = tl.where(half == first, counts_first, counts_last)
+    return bisect_step(low, high, above, half, count, k)
+
+
+@triton.jit
 def missing_ties(low, high, above, k):
     """How many keys equal to low are taken.  -> [R]"""
     return tl.where(low < high, tl.maximum(k - above, 0), 0)

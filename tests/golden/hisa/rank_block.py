@@ -134,6 +134,22 @@ def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR
 
 
 @triton.jit
+def quarters(low, high):
+    """The middle of an interval and those of its halves: what two steps can ask for.  -> three [R]"""
+    middle = bisect_middle(low, high)
+    return bisect_middle(low, middle), middle, bisect_middle(middle, high)
+
+
+@triton.jit
+def quarter_step(low, high, above, first, middle, counts_first, counts_middle, counts_last, k):
+    """Two steps of the bisection, from the counts of keys >= each of `quarters`.  All [R]"""
+    low, high, above = bisect_step(low, high, above, middle, counts_middle, k)
+    half = bisect_middle(low, high)
+    count = tl.where(half == first, counts_first, counts_last)
+    return bisect_step(low, high, above, half, count, k)
+
+
+@triton.jit
 def row_keys(scores, e, p, k_len):
     """Keys of the entries.  Only complete ones have a score in scratch, so only those are read."""
     forced = is_forced(e, p, k_len, 128, 1, 1, True)
@@ -205,7 +221,7 @@ def rank_block(
     elif n <= BLOCK_N:
         total = keep_best(scores, chosen, p, k_len, BLOCK_N)
     else:
-        # every pass reads the scores again, chunk by chunk
+        # every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection
         columns = tl.arange(0, BLOCK_N)[None, :]
         above_before = tl.zeros([BLOCK_R], tl.int32)
         ties_before = tl.zeros([BLOCK_R], tl.int32)
@@ -218,14 +234,21 @@ def rank_block(
             forced += more_forced
         wanted = 64
         low, high, above = bisect_start(candidates, forced, wanted)
-        middle = bisect_middle(low, high)
+        first_quarter, middle, last_quarter = quarters(low, high)
         while tl.max((middle != low).to(tl.int32), 0) > 0:
-            count = tl.zeros([BLOCK_R], tl.int32)
+            a = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
+            b = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
+            c = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
             for start in range(0, n, BLOCK_N):
                 key = row_keys(scores, start + columns, p, k_len)
-                count += tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-            low, high, above = bisect_step(low, high, above, middle, count, wanted)
-            middle = bisect_middle(low, high)
+                a += (key >= first_quarter[:, None]).to(tl.int32)
+                b += (key >= middle[:, None]).to(tl.int32)
+                c += (key >= last_quarter[:, None]).to(tl.int32)
+            a, b, c = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
+            low, high, above = quarter_step(
+                low, high, above, first_quarter, middle, a, b, c, wanted
+            )
+            first_quarter, middle, last_quarter = quarters(low, high)
         ties = missing_ties(low, high, above, wanted)
         for start in range(0, n, BLOCK_N):
             key = row_keys(scores, start + columns, p, k_len)
