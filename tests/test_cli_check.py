@@ -88,14 +88,14 @@ def test_shipped_name_works_from_any_folder(tmp_path: Path) -> None:
 def test_check_takes_half_a_second() -> None:
     """By the clock; by processor time where other work keeps the machine busy meanwhile."""
     walls, works = [], []
-    for _ in range(6):
+    for _ in range(20):  # a moment in which the other processors are idle may take a while to come
         start, before = time.perf_counter(), _children_time()
         assert hsgen("check", "nsa").returncode == 0
         walls.append(time.perf_counter() - start)
         works.append(_children_time() - before)
-        if walls[-1] < 0.5:
+        busy = os.getloadavg()[0] > (os.cpu_count() or 1)
+        if (works if busy else walls)[-1] < 0.5:
             return
-    busy = os.getloadavg()[0] > (os.cpu_count() or 1)
     assert min(works if busy else walls) < 0.5
 
 
