@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Lock, RLock
-from typing import Protocol
+from typing import Any, Protocol
 
 import networkx as nx
 import torch
@@ -29,9 +29,9 @@ from hsgen.target import Target
 
 try:
     from triton.language import cdiv
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 except ImportError:  # where Triton does not exist, the reference still runs
-    cdiv = InterpretedFunction = None
+    cdiv = InterpretedFunction = interpreter_builder = None
 
 Configs = Mapping[str, Mapping[str, int]]  # by kernel: constexprs, num_warps, num_stages
 
@@ -457,6 +457,13 @@ class Execution:
 def interpreting() -> bool:
     """Whether triton was imported with its interpreter switched on."""
     return InterpretedFunction is not None and isinstance(cdiv, InterpretedFunction)
+
+
+def compute_integers_once() -> None:
+    """For this process: the interpreter computes them twice, for an assertion that it never raises."""
+    builder: Any = interpreter_builder
+    if hasattr(builder.options, "sanitize_overflow"):  # not in every version
+        builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

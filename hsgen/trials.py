@@ -23,7 +23,7 @@ from hsgen import batch
 from hsgen.arguments import SHORT_NAMES
 from hsgen.batch import Batch
 from hsgen.errors import HsgenError
-from hsgen.execution import Program, interpreting
+from hsgen.execution import Program, compute_integers_once, interpreting
 from hsgen.reference import Result, reference, tensor_kinds, tensor_shapes
 from hsgen.runtime import compile_program
 from hsgen.selection import ListSelection, members
@@ -485,6 +485,7 @@ def main() -> None:
     assert interpreting(), "the parent sets TRITON_INTERPRET"
     torch.set_num_threads(1)
     torch.empty = _poisoned_empty
+    compute_integers_once()
     for line in sys.stdin:
         sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
         sys.stdout.flush()
