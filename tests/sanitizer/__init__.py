@@ -283,7 +283,7 @@ def _barrier(self):
 def _load(self, ptrs, mask, other, *rest, **named):
     session = _active
     dtype = ptrs.get_element_ty()
-    active = np.broadcast_to(np.asarray(mask.data), ptrs.data.shape)
+    active = _spread(mask.data, ptrs.data)
     tracked = _access(ptrs, active, _itemsize(dtype), "load")
     loaded = _original_load(self, _untagged(ptrs), mask, other, *rest, **named)
     if tracked:
@@ -296,12 +296,12 @@ def _load(self, ptrs, mask, other, *rest, **named):
 
 
 def _store(self, ptrs, value, mask, *rest, **named):
-    active = np.broadcast_to(np.asarray(mask.data), ptrs.data.shape)
+    active = _spread(mask.data, ptrs.data)
     if not _access(ptrs, active, _itemsize(ptrs.get_element_ty()), "store"):
         return None
     raw = _untagged(ptrs)
     result = _original_store(self, raw, value, mask, *rest, **named)
-    data = np.broadcast_to(value.data, raw.data.shape)
+    data = _spread(value.data, raw.data)
     if data.size > 1:
         flags = np.ascontiguousarray(active)
         back = interpreter._interpreter.load(raw.data, flags, np.zeros_like(data), data.dtype)
@@ -327,6 +327,12 @@ def _atomic_cas(self, ptr, *rest, **named):
     return _original_cas(self, _untagged(ptr), *rest, **named)
 
 
+def _spread(data, other):
+    """Broadcast to the shape of another array."""
+    data = np.asarray(data)
+    return data if data.shape == other.shape else np.broadcast_to(data, other.shape)
+
+
 def _itemsize(dtype):
     return interpreter._get_np_dtype(dtype).itemsize
 
@@ -337,7 +343,7 @@ def _untagged(ptrs):
 
 def _access(ptrs, active, size, what):
     """Check and note one operation; the number of lanes that took part."""
-    pointers = ptrs.data[active]
+    pointers = ptrs.data.reshape(-1) if active.all() else ptrs.data[active]
     if pointers.size == 0:
         return 0
     tags = pointers >> np.uint64(memory.TAG_SHIFT)
@@ -396,8 +402,10 @@ def _binary(self, lhs, rhs, op):
         return Handle(numerics.encode(out, dtype), dtype)
     if op in OVERFLOWING and lhs.data.dtype == rhs.data.dtype == np.int32:
         exact = op(lhs.data, rhs.data, dtype=np.int64)
-        _check_int32(op.__name__, exact)
-        return Handle(exact.astype(np.int32), dtype)
+        kept = exact.astype(np.int32)
+        if (exact != kept).any():
+            _check_int32(op.__name__, exact)
+        return Handle(kept, dtype)
     return _original_binary(self, lhs, rhs, op)
 
 
@@ -569,6 +577,7 @@ PATCHES = (
             "_validate_np_data_size": fast.fits,
         },
     ),
+    (interpreter.TensorHandle, {"__init__": fast.handle}),
     (interpreter.FunctionRewriter, {"rewrite_ast": fast.rewrite}),
     (
         fast.TritonSemantic,

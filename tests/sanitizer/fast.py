@@ -98,6 +98,13 @@ def fits(array, dtype):
     return array.itemsize * 8 <= width
 
 
+def handle(self, data, dtype, attr=None):
+    """As TensorHandle.__init__."""
+    self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+    if not fits(data, dtype):
+        self.__post_init__()  # which raises
+
+
 PLAIN = frozenset(
     (tl.core.tensor, tl.dtype, tl.pointer_type, tl.block_type, int, float, bool, str, type(None))
 )
