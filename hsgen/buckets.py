@@ -13,29 +13,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hsgen import rows
-from hsgen.kernels import TUNABLES
+from hsgen.kernels import tunables
 from hsgen.plan import Buffer, Config, Kernel, Launch, Param, Step
-from hsgen.rows import SEQ, Chunk, RowsContext, Shape, chunks, count, next_power
+from hsgen.rows import SEQ, Chunk, RowsContext, Shape, chunks, count, next_power, pointer
 
 MOST_SLOTS = 16  # of a row: each is a part, written and read again
 LEAST_BLOCK = 128  # tokens: a part of fewer keys costs more to merge than to compute
 
 
-def _pointer(name: str, comment: str, dtype: Literal["input", "f32", "i32"] = "i32") -> Param:
-    return Param(name=name, kind="pointer", comment=comment, dtype=dtype)
-
-
-def _tunables(*names: str) -> tuple[Param, ...]:
-    return tuple(Param(name=n, kind="constexpr", comment=TUNABLES[n]) for n in names)
-
-
-COUNTS = _pointer("COUNTS", "[heads, buckets] rows of each block")
-STARTS = _pointer("STARTS", "[turn heads, buckets] where a block's list begins")
-ENDS = _pointer("ENDS", "[turn heads, buckets] where it ends")
-TILES = _pointer("TILES", "[turn heads, capacity, 2] block and first place of a tile")
-TILE_COUNTS = _pointer("TILE_COUNTS", "[turn heads] tiles")
-LIST = _pointer("LIST", "[turn heads, items] row * slots + slot, block by block")
-PART_LSE = _pointer("PART_LSE", "f32[turn heads, items]", "f32")
+COUNTS = pointer("COUNTS", "i32", "[heads, buckets] rows of each block")
+STARTS = pointer("STARTS", "i32", "[turn heads, buckets] where a block's list begins")
+ENDS = pointer("ENDS", "i32", "[turn heads, buckets] where it ends")
+TILES = pointer("TILES", "i32", "[turn heads, capacity, 2] block and first place of a tile")
+TILE_COUNTS = pointer("TILE_COUNTS", "i32", "[turn heads] tiles")
+LIST = pointer("LIST", "i32", "[turn heads, items] row * slots + slot, block by block")
+PART_LSE = pointer("PART_LSE", "f32", "f32[turn heads, items]")
 LENGTH = count("length", "blocks of one sequence; packed: 0")
 BUCKETS = count("buckets", "blocks of all sequences")
 ITEMS = count("items", "rows * slots")
@@ -73,17 +65,19 @@ class BucketsContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        selection = _pointer("SELECTION", f"[rows, {self.heads}, {self.width}], each once, then -1")
+        selection = pointer(
+            "SELECTION", "i32", f"[rows, {self.heads}, {self.width}], each once, then -1"
+        )
         match self.how:
             case "count":
                 pointers, counts = (selection, COUNTS), (LENGTH, BUCKETS)
             case "offsets":
                 pointers, counts = (COUNTS, STARTS, ENDS, TILES, TILE_COUNTS), (BUCKETS, CAPACITY)
-                return (*pointers, *counts, HEAD_FIRST, *_tunables("BLOCK_T", "BLOCK_N"))
+                return (*pointers, *counts, HEAD_FIRST, *tunables("BLOCK_T", "BLOCK_N"))
             case "place":
                 pointers = (selection, COUNTS, STARTS, LIST, PART_LSE)
                 counts = (LENGTH, BUCKETS, ITEMS)
-        return (*pointers, *counts, *SEQ, HEAD_FIRST, *_tunables("BLOCK_T"))
+        return (*pointers, *counts, *SEQ, HEAD_FIRST, *tunables("BLOCK_T"))
 
     @property
     def jit(self) -> str:
@@ -112,13 +106,13 @@ class PartsContext:
     @property
     def params(self) -> tuple[Param, ...]:
         return (
-            _pointer("PART_O", f"[turn heads, items, {self.head_dim}]", "input"),
+            pointer("PART_O", "input", f"[turn heads, items, {self.head_dim}]"),
             PART_LSE,
             *rows.OUTPUTS,
             ITEMS,
             *SEQ,
             HEAD_FIRST,
-            *_tunables("BLOCK_R"),
+            *tunables("BLOCK_R"),
         )
 
     @property
@@ -291,6 +285,7 @@ def _step(shape: Shape, branch: Branch, attending: str) -> Step:
     packed = f"packed_{name}"
     row_tiles = "batch.rows // {BLOCK_T} + batch.sequences"
     block_t = f'config["{attending}"]["BLOCK_T"]'
+    part_bytes = 4 * shape.v + 12  # of a slot: an output, as if of float32, its sum and its place
     sizes = (
         (packed, f"{branch.keys}.shape[1] // {stride} if batch.packed else 0"),
         (length, f"0 if batch.packed else {branch.keys}.shape[1] // {stride}"),
@@ -298,7 +293,7 @@ def _step(shape: Shape, branch: Branch, attending: str) -> Step:
         (items, f"batch.rows * {branch.width}"),
         (capacity, f"{items} // {block_t} + {buckets}"),
         (f"heads_{name}", heads),
-        (f"bytes_{name}", f"{items} * {4 * shape.v + 12}"),
+        (f"bytes_{name}", f"{items} * {part_bytes}"),
         (turn, f"min({heads}, max(1, SCRATCH_BYTES // bytes_{name}))"),
     )
     buffers = (

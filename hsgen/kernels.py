@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from hsgen.plan import ElementType, Param
-from hsgen.rows import SEQ, Chunk, chunks, count, jit, next_power
+from hsgen.plan import Param
+from hsgen.rows import SEQ, Chunk, chunks, count, jit, next_power, pointer
 
 PoolHow = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
 POOLS: tuple[PoolHow, ...] = get_args(PoolHow)
@@ -26,10 +26,6 @@ TUNABLES = {
 }
 
 
-def _pointer(name: str, dtype: ElementType, comment: str) -> Param:
-    return Param(name=name, kind="pointer", dtype=dtype, comment=comment)
-
-
 def _strides(of: str, prefix: str, *dims: str) -> tuple[Param, ...]:
     return tuple(
         Param(name=f"{prefix}_{dim[0]}", kind="stride", comment=f"{of}: {dim} stride")
@@ -37,7 +33,7 @@ def _strides(of: str, prefix: str, *dims: str) -> tuple[Param, ...]:
     )
 
 
-def _tunables(*names: str) -> tuple[Param, ...]:
+def tunables(*names: str) -> tuple[Param, ...]:
     return tuple(Param(name=n, kind="constexpr", comment=TUNABLES[n]) for n in names)
 
 
@@ -97,19 +93,19 @@ class RankContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        parent = _pointer("PARENT", "i32", f"[rows, {self.parent_heads}, {self.parent_width}]")
+        parent = pointer("PARENT", "i32", f"[rows, {self.parent_heads}, {self.parent_width}]")
         return (
-            _pointer(
+            pointer(
                 "SCORES",
                 "f32",
                 f"f32[chunk rows, {self.heads}, {'2, ' if self.carried else ''}capacity]",
             ),
-            _pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}]"),
+            pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}]"),
             *((parent,) if self.children else ()),
             *SEQ,
             count("tile_first", "the tile of rows at which the scratch begins"),
             count("capacity", "row length of the scratch"),
-            *_tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
+            *tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
         )
 
     @property
@@ -129,7 +125,6 @@ class IndexContext:
     size: int
     stride: int
     causal: bool
-
     how: Literal["union"] = "union"
 
     @property
@@ -145,13 +140,13 @@ class IndexContext:
     def params(self) -> tuple[Param, ...]:
         lists = f"[tiles, {self.heads}, BLOCK_T * {self.width}"
         return (
-            _pointer("SELECTION", "i32", f"[B, T, {self.heads}, {self.width}], -1 anywhere"),
+            pointer("SELECTION", "i32", f"[B, T, {self.heads}, {self.width}], -1 anywhere"),
             *_strides("SELECTION", "s", "batch", "token", "head", "slot"),
-            _pointer("COUNTS", "i32", f"[tiles, {self.heads}, 2] of full entries, of partial ones"),
-            _pointer("ENTRIES", "i32", f"{lists}] full ones ascending, then partial ones"),
-            _pointer("WORDS", "i32", f"{lists}, ceil(BLOCK_T / 32)] member rows as bits"),
+            pointer("COUNTS", "i32", f"[tiles, {self.heads}, 2] of full entries, of partial ones"),
+            pointer("ENTRIES", "i32", f"{lists}] full ones ascending, then partial ones"),
+            pointer("WORDS", "i32", f"{lists}, ceil(BLOCK_T / 32)] member rows as bits"),
             *SEQ,
-            *_tunables("BLOCK_T"),
+            *tunables("BLOCK_T"),
         )
 
     @property
@@ -180,14 +175,14 @@ class MarksContext:
     @property
     def params(self) -> tuple[Param, ...]:
         return (
-            _pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}] tokens, ascending"),
-            _pointer("COUNTS", "i32", f"[tiles, {self.heads}] blocks; -1: gather instead"),
-            _pointer("ENTRIES", "i32", f"[tiles, {self.heads}, capacity] blocks, ascending"),
-            _pointer("MARKS", "i64", f"[tiles * BLOCK_T, {self.heads}, capacity] tokens as bits"),
+            pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}] tokens, ascending"),
+            pointer("COUNTS", "i32", f"[tiles, {self.heads}] blocks; -1: gather instead"),
+            pointer("ENTRIES", "i32", f"[tiles, {self.heads}, capacity] blocks, ascending"),
+            pointer("MARKS", "i64", f"[tiles * BLOCK_T, {self.heads}, capacity] tokens as bits"),
             count("capacity", "blocks of the longest sequence"),
             *SEQ,
             count("tile_first", "the turn's first tile"),
-            *_tunables("BLOCK_T", "BLOCK_K", "BLOCK_N", "DEAR"),
+            *tunables("BLOCK_T", "BLOCK_K", "BLOCK_N", "DEAR"),
         )
 
     @property
@@ -237,17 +232,17 @@ class SegmentsContext:
         shape = f"{self.heads}, {self.head_dim}]"
         made = f"{self.heads}, 2, {self.head_dim}]" if self.how == "minmax" else shape
         learned = f"[{self.heads}, {self.size}, {self.head_dim}"
-        weight = _pointer("WEIGHT", "input", f"{learned}, {self.head_dim}]")
-        position = _pointer("POSITION", "input", f"{learned}]")
+        weight = pointer("WEIGHT", "input", f"{learned}, {self.head_dim}]")
+        position = pointer("POSITION", "input", f"{learned}]")
         return (
-            _pointer("X", "input", f"[B, S, {shape}"),
+            pointer("X", "input", f"[B, S, {shape}"),
             *_strides("X", "x", "batch", "token", "head"),
             *((weight,) if self.how == "linear" else ()),
             *((position,) if self.position else ()),
-            _pointer("POOLED", "input", f"[Z, N, {made}, packed [1, N, {made}"),
+            pointer("POOLED", "input", f"[Z, N, {made}, packed [1, N, {made}"),
             count("length", "N; packed: 1 if the last entry of a sequence may be short, else 0"),
             *SEQ,
-            *_tunables("BLOCK_E", "BLOCK_D" if self.how == "linear" else "BLOCK_J"),
+            *tunables("BLOCK_E", "BLOCK_D" if self.how == "linear" else "BLOCK_J"),
         )
 
     @property
@@ -279,13 +274,13 @@ class MergeContext:
     def params(self) -> tuple[Param, ...]:
         shape = f"[rows, {self.heads}, {self.head_dim}]"
         return (
-            _pointer("GATES", "input", f"[B, T, {self.heads}, {len(self.branches)}]"),
+            pointer("GATES", "input", f"[B, T, {self.heads}, {len(self.branches)}]"),
             *_strides("GATES", "g", "batch", "token", "head", "channel"),
-            *(_pointer(f"O_{branch}", "input", shape) for branch in self.branches),
-            _pointer("O", "input", shape),
+            *(pointer(f"O_{branch}", "input", shape) for branch in self.branches),
+            pointer("O", "input", shape),
             count("tokens", "T: row b * T + t is token t of batch b"),
             count("rows", "B * T"),
-            *_tunables("BLOCK_R"),
+            *tunables("BLOCK_R"),
         )
 
     @property

@@ -94,7 +94,6 @@ class RowsContext:
     value_head: str = ""
     scale_log2: str = ""
     tile: str = "tl.program_id(0)"
-    one_token: bool = False  # a program takes one of a tile's tokens
     width_of_list: int = 0  # > 0: rows are items of a block's list, `width_of_list` slots a row
     stride: int = 1
     width: int = 0
@@ -110,6 +109,11 @@ class RowsContext:
     fold: str = ""
     folded: Literal["", "sum", "max"] = ""  # how neighbouring entries become one of a coarser level
     planes: int = 1  # of the scratch: 2 where an entry also counts in the slot after its own
+
+    @property
+    def one_token(self) -> bool:
+        """Whether a program takes one of a tile's tokens: a list that is gathered is one row's."""
+        return any(phase.kind == "gather" for phase in self.phases)
 
     @property
     def tokens(self) -> str:
@@ -148,9 +152,7 @@ class RowsContext:
     @property
     def alive(self) -> str:
         """Rows that stand for a (token, head) pair of the tile."""
-        packed = (
-            f"rows < {self.tokens} * {self.pitch}" if not self.one_token else f"rows < {self.pitch}"
-        )
+        packed = "rows < " + ("" if self.one_token else "BLOCK_T * ") + str(self.pitch)
         return (
             packed
             if self.pitch == self.heads
@@ -177,6 +179,10 @@ def jit(params: tuple[Param, ...]) -> str:
     counts = ", ".join(f'"{p.name}"' for p in params if p.kind == "count")
     line = f"@triton.jit(do_not_specialize=[{counts}])"
     return line if len(line) <= 100 else f"@triton.jit(\n    do_not_specialize=[{counts}]\n)"
+
+
+def pointer(name: str, dtype: ElementType, comment: str) -> Param:
+    return Param(name=name, kind="pointer", dtype=dtype, comment=comment)
 
 
 def tensor(
@@ -208,7 +214,7 @@ def count(name: str, comment: str) -> Param:
 
 
 SEQ = (
-    Param(name="SEQ", kind="pointer", comment="[Z, 6] sequences", dtype="i32"),
+    pointer("SEQ", "i32", "[Z, 6] sequences"),
     count("num_sequences", "Z"),
 )
 BLOCKS = constexprs("BLOCK_T", "BLOCK_M", "BLOCK_N")
@@ -293,21 +299,9 @@ def attend_blocks(
             *QUERY,
             *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
             *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
-            Param(
-                name="COUNTS", kind="pointer", comment="[tiles, H, 2] full, partial", dtype="i32"
-            ),
-            Param(
-                name="ENTRIES",
-                kind="pointer",
-                comment="[tiles, H, BLOCK_T * K] blocks",
-                dtype="i32",
-            ),
-            Param(
-                name="WORDS",
-                kind="pointer",
-                comment="[tiles, H, BLOCK_T * K, words] members",
-                dtype="i32",
-            ),
+            pointer("COUNTS", "i32", "[tiles, H, 2] full, partial"),
+            pointer("ENTRIES", "i32", "[tiles, H, BLOCK_T * K] blocks"),
+            pointer("WORDS", "i32", "[tiles, H, BLOCK_T * K, words] members"),
             *OUTPUTS,
             *SEQ,
             *BLOCKS,
@@ -370,18 +364,9 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
             *QUERY,
             *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
             *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
-            Param(
-                name="COUNTS", kind="pointer", comment="[tiles, H] blocks; -1: none", dtype="i32"
-            ),
-            Param(
-                name="ENTRIES", kind="pointer", comment="[tiles, H, capacity] blocks", dtype="i32"
-            ),
-            Param(
-                name="MARKS",
-                kind="pointer",
-                comment="[tiles * BLOCK_T, H, capacity] tokens as bits",
-                dtype="i64",
-            ),
+            pointer("COUNTS", "i32", "[tiles, H] blocks; -1: none"),
+            pointer("ENTRIES", "i32", "[tiles, H, capacity] blocks"),
+            pointer("MARKS", "i64", "[tiles * BLOCK_T, H, capacity] tokens as bits"),
             count("capacity", "blocks of the longest sequence"),
             *OUTPUTS,
             *SEQ,
@@ -428,20 +413,13 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
     )
 
 
-def attend_tokens(
-    shape: Shape, *, name: str, scale: float, width: int, share: str, where_dear: bool
-) -> RowsContext:
-    """One softmax over a query's own list of tokens, gathered.
-
-    `where_dear`: only in tiles whose union costs more, which have no count.
-    """
+def attend_tokens(shape: Shape, *, name: str, scale: float, width: int, share: str) -> RowsContext:
+    """One softmax over a query's own list of tokens, gathered, in tiles whose union costs more."""
     per_head = share == "Hq"
     heads = 1 if per_head else shape.group
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
     own = " + head" if list_heads > 1 else ""
-    counts = Param(
-        name="COUNTS", kind="pointer", comment="[tiles, H] blocks; -1: gather", dtype="i32"
-    )
+    counts = pointer("COUNTS", "i32", "[tiles, H] blocks; -1: gather")
     seen = "last + 1" if shape.causal else "k_len"
     causal = " & (n <= last)" if shape.causal else ""
     return RowsContext(
@@ -451,11 +429,11 @@ def attend_tokens(
             *QUERY,
             *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
             *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
-            Param(name="SELECTION", kind="pointer", comment="[rows, H, K] tokens", dtype="i32"),
-            *((counts,) if where_dear else ()),
+            pointer("SELECTION", "i32", "[rows, H, K] tokens"),
+            counts,
             *OUTPUTS,
             *SEQ,
-            *((count("tile_first", "the turn's first tile"),) if where_dear else ()),
+            count("tile_first", "the turn's first tile"),
             *BLOCKS,
         ),
         acc="softmax",
@@ -467,18 +445,11 @@ def attend_tokens(
         key_head=kv_head("k_h", shape, per_head=per_head),
         value_head=kv_head("v_h", shape, per_head=per_head),
         key_row="k_first",
-        tile="tl.program_id(0) // BLOCK_T + tile_first" if where_dear else "tl.program_id(0)",
-        one_token=where_dear,
+        tile="tl.program_id(0) // BLOCK_T + tile_first",
         setup=(
-            *(
-                (
-                    f"region = (tl.program_id(0) // BLOCK_T).to(tl.int64) * {list_heads}{own}",
-                    "if tl.load(COUNTS + region) >= 0:",
-                    "    return",
-                )
-                if where_dear
-                else ()
-            ),
+            f"region = (tl.program_id(0) // BLOCK_T).to(tl.int64) * {list_heads}{own}",
+            "if tl.load(COUNTS + region) >= 0:",
+            "    return",
             "list_row = (tl.load(SEQ + z * 6) + t0).to(tl.int64)"
             + (f" * {list_heads}{own}" if list_heads > 1 else ""),
             f"list_base = list_row * {width}",
@@ -798,9 +769,7 @@ def _key_comment(scoring: Scoring) -> str:
 
 
 def _parent_params() -> tuple[Param, ...]:
-    return (
-        Param(name="PARENT", kind="pointer", comment="[rows, H, K] surviving parents", dtype="i32"),
-    )
+    return (pointer("PARENT", "i32", "[rows, H, K] surviving parents"),)
 
 
 def _row_values(scoring: Scoring, weighted: bool) -> tuple[str, ...]:

@@ -84,7 +84,8 @@ def schedule(
             branches over blocks that each query head chose for itself.
 
     Raises:
-        PlanError: an operator that no kernel does yet, or a size that none can hold.
+        PlanError: an operator that no kernel does yet, a size that none can hold, or an order of a branch
+            that has but one.
     """
     return _Scheduler(graph, target, dtype, orders or {}).plan()
 
@@ -104,6 +105,7 @@ class _Scheduler:
 
     def plan(self) -> Plan:
         self._refuse()
+        self._require_branches()
         for node in self.graph.nodes():
             match node.op:
                 case Pool():
@@ -338,14 +340,30 @@ class _Scheduler:
             )
         )
 
+    def _require_branches(self) -> None:
+        """Orders are of branches that attend to blocks."""
+        attends = [n.op for n in self.graph.nodes() if isinstance(n.op, Attend)]
+        blocks = [op.branch for op in attends if op.over == "blocks"]
+        if wrong := sorted(self.orders.keys() - set(blocks)):
+            raise PlanError(
+                f"orders: no branch over blocks is called {', '.join(wrong)}",
+                help=f"branches over blocks: {', '.join(blocks) or 'none'}",
+            )
+
     def _order(self, node: Node, op: Attend) -> Order:
         """Rows come to long blocks that few of them share; short blocks come to tiles of rows."""
         selection = self.graph[node.inputs[3]]
         alone = selection.type.dims[2] == "Hq"
-        alike = alone and op.size == op.stride and self._width(selection) <= buckets.MOST_SLOTS
-        if not alike:
-            return "rows"
-        return self.orders.get(op.branch, "keys" if op.size >= buckets.LEAST_BLOCK else "rows")
+        if alone and op.size == op.stride and self._width(selection) <= buckets.MOST_SLOTS:
+            usual = "keys" if op.size >= buckets.LEAST_BLOCK else "rows"
+            return self.orders.get(op.branch, usual)
+        if self.orders.get(op.branch) == "keys":
+            raise PlanError(
+                f"branch {op.branch}: rows come to blocks only where every query head chooses at most "
+                f"{buckets.MOST_SLOTS} blocks for itself",
+                span=node.span,
+            )
+        return "rows"
 
     def _by_blocks(self, node: Node, op: Attend) -> None:
         """Blocks of a selection, each with the rows that chose it."""
@@ -461,9 +479,7 @@ class _Scheduler:
         share = selection.type.dims[2]
         chosen = _buffer(selection.name)
         union = rows.attend_marked(self.shape, name=name, scale=scale, share=share)
-        by_row = rows.attend_tokens(
-            self.shape, name=gather, scale=scale, width=width, share=share, where_dear=True
-        )
+        by_row = rows.attend_tokens(self.shape, name=gather, scale=scale, width=width, share=share)
         config = self._tiles.attend(union, limit=64, block=rows.MARKED)
         gathering = self._tiles.attend(by_row, tokens=1).without("BLOCK_T")
         marks = MarksContext(

@@ -127,6 +127,42 @@ def test_buffers_on_paper_are_those_that_the_driver_allocates(name, monkeypatch)
     assert sorted(found) == sorted(array.shape for _, array in on_paper.buffers)
 
 
+@pytest.mark.parametrize(
+    ("name", "branch", "part"),
+    [
+        ("moba", "selected", "part_o_selected"),
+        ("hisa", "selected", "marks_selected"),
+    ],
+)
+def test_lists_of_a_turn_are_bounded_whatever_the_length(name, branch, part):
+    """Or by what one head's rows, or one tile's, need."""
+    plan = emitted.shipped_plan(name)
+    one = {"moba": 1, "hisa": plan.kernel(f"attend_{branch}").config["BLOCK_T"]}[name]
+    most = set()
+    for tokens in (1 << 10, 1 << 13, 1 << 17, 1 << 20):
+        arrays = {buffer.name: array for buffer, array in dryrun.run(plan, tokens=tokens).buffers}
+        most.add(arrays[part].shape[0])
+        assert arrays[part].bytes <= schedule.SCRATCH_BYTES or arrays[part].shape[0] == one
+    assert len(most) > 1
+
+
+def test_an_order_that_a_branch_does_not_have_is_refused():
+    graph = emitted.graph(systems.load("nsa"))
+    with pytest.raises(PlanError, match="branch selected: rows come to blocks only where"):
+        schedule.schedule(graph, H100, orders={"selected": "keys"})
+    with pytest.raises(PlanError, match="no branch over blocks is called window") as caught:
+        schedule.schedule(graph, H100, orders={"window": "keys"})
+    assert "branches over blocks: selected" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("order", "kernel"), [("rows", "index_selected"), ("keys", "merge_selected")]
+)
+def test_long_blocks_have_two_orders(order, kernel):
+    plan = schedule.schedule(emitted.graph(systems.load("moba")), H100, orders={"selected": order})
+    assert kernel in {each.name for each in plan.kernels}
+
+
 def test_scratch_is_bounded_whatever_the_length():
     """Or by what one tile of rows needs."""
     for name, tokens in itertools.product(emitted.SHIPPED, (1 << 13, 1 << 17, 1 << 20)):
