@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hsgen.errors import ArgumentError, HsgenError, SpecError
 from hsgen.spec import HeadDim, Heads, Level, Select, Spec, dump, load, parse, verify
-from hsgen.spec.syntax import MAX_BYTES
+from hsgen.spec.syntax import MAX_BYTES, read
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "specs").glob("*.yaml"))
@@ -465,3 +465,29 @@ def test_clusters_have_no_size_that_others_rest_on(first, second):
     with pytest.raises(SpecError) as caught:
         parse(CLUSTERS.format(first=first, second=second))
     assert [each.code for each in caught.value.diagnostics] == ["HS134"]
+
+
+@pytest.mark.parametrize(
+    ("header", "lines"),
+    [
+        ("", 0),
+        ("# a\n# b: [\n", 2),
+        ("# a\r\n", 1),
+        ("# a\x85# b\n", 2),
+        ("#\n\n#\n", 3),
+        ("\ufeff# a\n", 1),
+    ],
+)
+def test_a_first_comment_moves_lines_and_nothing_else(header, lines):
+    plain, found = read("hsgen: 1\nname: a]: b\n", "f")
+    moved, moved_found = read(header + "hsgen: 1\nname: a]: b\n", "f")
+    assert plain is moved is None
+    at = [(d.code, d.message, d.span.line - lines, d.span.column, d.span.text) for d in moved_found]
+    assert at == [(d.code, d.message, d.span.line, d.span.column, d.span.text) for d in found]
+
+
+@pytest.mark.parametrize("text", ["# a", "# a\n", "# a\n# b"])
+def test_comments_alone_are_an_empty_file(text):
+    tree, found = read(text, "f")
+    assert tree is None
+    assert [each.code for each in found] == ["HS007"]

@@ -590,6 +590,12 @@ def _is_needed(cls: type[Node], field: str) -> bool:
 
 def _part(path: Path) -> tuple[object, tuple[object, ...]]:
     """The type of a field, without `None`, and the limits on it."""
+    return _part_at(tuple(0 if isinstance(step, int) else step for step in path))
+
+
+@cache
+def _part_at(path: Path) -> tuple[object, tuple[object, ...]]:
+    """As `_part`, which is the same for all items of a list."""
     here: object = Spec
     limits: tuple[object, ...] = ()
     for step in path:

@@ -25,6 +25,7 @@ _parse = cast("_Parse", yaml.parse)  # pyright: ignore[reportUnknownMemberType] 
 
 # YAML's line breaks, which are what PyYAML counts lines by
 _BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+_HEADER = re.compile("(?:#[^\n\r\x85\u2028\u2029]*\n)+")
 _FORBIDDEN = yaml.reader.Reader.NON_PRINTABLE
 
 
@@ -151,7 +152,7 @@ class _Source:
         at = Span(file=self.filename, line=1, column=1, text=self.lines[0])
         try:
             # the pure Python loader: same messages and columns wherever it runs
-            for event in _parse(self.text, yaml.SafeLoader):
+            for event in _parse(self._without_header(), yaml.SafeLoader):
                 at = self.of(event)
                 yield event
         except yaml.MarkedYAMLError as error:
@@ -159,6 +160,13 @@ class _Source:
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             # PyYAML lets ValueError through: "\UFFFFFFFF", %YAML 9999...
             self.stop("HS004", f"not YAML: {_sentence(str(error))}", span=at)
+
+    def _without_header(self) -> str:
+        """The text with its first comment as empty lines: PyYAML reads comments sign by sign."""
+        header = _HEADER.match(self.text)
+        if header is None:
+            return self.text
+        return "\n" * header[0].count("\n") + self.text[header.end() :]
 
     def _bad_syntax(self, error: yaml.MarkedYAMLError) -> NoReturn:
         mark = error.problem_mark or error.context_mark
