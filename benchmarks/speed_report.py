@@ -64,11 +64,14 @@ def whole(results: Sequence[Json]) -> str:
     head = ["card, tokens, system, inputs", "whole", "choosing", "attending"]
     head += ["peak MiB", "dense", "TFLOP/s", "by", "dense / whole"]
     rows = []
-    for result, case in _cases(results):
-        best = _best_dense(result, case)
-        total = _ms(case, "total")
+    for result, case in cases(results):
+        best = best_dense(result, case)
+        total = milliseconds(case, "total")
         ratio = best["ms"]["median"] / total if best and total else None
-        row = [_name(result, case), *(_number(_ms(case, s)) for s in ("total", "select", "attend"))]
+        row = [
+            case_name(result, case),
+            *(_number(milliseconds(case, s)) for s in ("total", "select", "attend")),
+        ]
         row += [_number(_memory(case)), _number(best and best["ms"]["median"])]
         row += [_number(best and best["tflops"]), best["by"] if best else MISSING]
         rows.append([*row, f"{ratio:.2f}×" if ratio else MISSING])
@@ -80,10 +83,15 @@ def flex(results: Sequence[Json]) -> str:
     head = ["card, tokens, system, inputs", "hsgen", "FlexAttention", "its mask"]
     head += ["blocks skipped", "FlexAttention / hsgen"]
     rows = []
-    for result, case in _cases(results):
-        own, other = _ms(case, "attend selected"), _ms(case, "flex")
+    for result, case in cases(results):
+        own, other = milliseconds(case, "attend selected"), milliseconds(case, "flex")
         skipped = case["steps"].get("flex", {}).get("sparsity")
-        row = [_name(result, case), _number(own), _number(other), _number(_ms(case, "flex mask"))]
+        row = [
+            case_name(result, case),
+            _number(own),
+            _number(other),
+            _number(milliseconds(case, "flex mask")),
+        ]
         row += [f"{skipped:.0f} %" if skipped is not None else MISSING]
         rows.append([*row, f"{other / own:.2f}×" if own and other else MISSING])
     return common.table(head, rows)
@@ -92,10 +100,10 @@ def flex(results: Sequence[Json]) -> str:
 def dense(results: Sequence[Json]) -> str:
     """Every dense variant that ran."""
     rows = []
-    for result, case in _cases(results):
+    for result, case in cases(results):
         for step, entry in case["steps"].items():
             if step.startswith("dense ") and entry["status"] == "ok":
-                name = f"{_name(result, case)}, {step.removeprefix('dense ')}"
+                name = f"{case_name(result, case)}, {step.removeprefix('dense ')}"
                 rows.append([name, _number(entry["ms"]["median"]), _number(entry["tflops"])])
     return common.table(["card, tokens, system, inputs, way", "ms", "TFLOP/s"], rows)
 
@@ -103,12 +111,12 @@ def dense(results: Sequence[Json]) -> str:
 def kernels(results: Sequence[Json]) -> str:
     """The longest kernels of each case."""
     rows = []
-    for result, case in _cases(results):
+    for result, case in cases(results):
         entry = case["steps"].get("kernels", {})
         if entry.get("status") == "ok":
             longest = list(entry["ms"].items())[:SHOWN_KERNELS]
             text = "; ".join(f"`{_plain(name)[:60]}` {ms:.3g}" for name, ms in longest)
-            rows.append([_name(result, case), _number(sum(entry["ms"].values())), text])
+            rows.append([case_name(result, case), _number(sum(entry["ms"].values())), text])
     return common.table(["card, tokens, system, inputs", "sum", "kernels"], rows)
 
 
@@ -117,23 +125,23 @@ def checks(results: Sequence[Json]) -> str:
     head = ["card, tokens, system, inputs", "error, short", "same choice, short"]
     head += ["error, sampled", "same choice, sampled", "density"]
     rows = []
-    for result, case in _cases(results):
+    for result, case in cases(results):
         small, full = (case["steps"].get(step, {}) for step in ("check small", "check"))
         numbers = [small.get("error"), small.get("same_choice"), full.get("error")]
         numbers += [full.get("same_choice"), full.get("density")]
-        rows.append([_name(result, case), *map(_number, numbers)])
+        rows.append([case_name(result, case), *map(_number, numbers)])
     return common.table(head, rows)
 
 
 def failures(results: Sequence[Json]) -> str:
     """Every step that has no figures, with the reason, word for word."""
     lines: dict[str, list[str]] = {}
-    for result, case in _cases(results):
+    for result, case in cases(results):
         for step, entry in case["steps"].items():
             if entry["status"] != "ok":
                 reason = _plain(entry["reason"])[:LONGEST_REASON]
                 text = f"{step}: {entry['status']}: {reason}"
-                lines.setdefault(text, []).append(_name(result, case))
+                lines.setdefault(text, []).append(case_name(result, case))
     items = [f"- {text} ({'; '.join(names)})" for text, names in lines.items()]
     return "\n".join(items or ["Nothing."]) + "\n"
 
@@ -149,7 +157,7 @@ def sources(results: Sequence[Json]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cases(results: Sequence[Json]) -> Iterator[tuple[Json, Json]]:
+def cases(results: Sequence[Json]) -> Iterator[tuple[Json, Json]]:
     """Every case with the result that it is from, by length, system and input."""
     for result in results:
         order = sorted(
@@ -159,12 +167,12 @@ def _cases(results: Sequence[Json]) -> Iterator[tuple[Json, Json]]:
             yield result, case
 
 
-def _name(result: Json, case: Json) -> str:
+def case_name(result: Json, case: Json) -> str:
     card = result["runs"][0]["card"].removeprefix("NVIDIA ")
     return f"{card}, {case['tokens']:,}, {case['system']}, {case['inputs']}"
 
 
-def _ms(case: Json, step: str) -> float | None:
+def milliseconds(case: Json, step: str) -> float | None:
     entry = case["steps"].get(step, {})
     return entry["ms"]["median"] if entry.get("status") == "ok" else None
 
@@ -174,7 +182,7 @@ def _memory(case: Json) -> float | None:
     return entry["bytes"] / 2**20 if entry.get("status") == "ok" else None
 
 
-def _best_dense(result: Json, case: Json) -> Json | None:
+def best_dense(result: Json, case: Json) -> Json | None:
     """The fastest dense variant for this system and length, whatever the input it was timed on."""
     found = [
         entry | {"by": step.removeprefix("dense ")}

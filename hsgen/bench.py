@@ -439,17 +439,17 @@ def _growth(found: Report) -> Iterator[str]:
     if len(ran) < 2 or found.shrunk:
         return
     lengths = [case.tokens for case in ran]
-    time = _exponent(lengths, [case.figure("total") or 0.0 for case in ran])
+    time = exponent(lengths, [case.figure("total") or 0.0 for case in ran])
     text = f"from {lengths[0]} to {lengths[-1]} tokens time grows as T^{time:.2f}, its arithmetic "
-    text += f"as T^{_exponent(lengths, [case.flops for case in ran]):.2f}"
+    text += f"as T^{exponent(lengths, [case.flops for case in ran]):.2f}"
     dense = [case.figure(case.dense) if case.dense else None for case in ran]
     known = [ms for ms in dense if ms]
     if len(known) == len(ran):
-        text += f"; dense attention as T^{_exponent(lengths, known):.2f}"
+        text += f"; dense attention as T^{exponent(lengths, known):.2f}"
     yield text
 
 
-def _exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
+def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
     """The slope of the line nearest to the logarithms."""
     x, y = [math.log(n) for n in lengths], [math.log(value) for value in values]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)

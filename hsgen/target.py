@@ -115,6 +115,20 @@ class Target:
         raise ArgumentError(f"unknown target {text!r}", help=f"{hint}targets: {', '.join(known)}")
 
     @classmethod
+    def of_card(cls, name: str) -> Target:
+        """The known kind of a card that a driver names: "NVIDIA H100 80GB HBM3" is an h100.
+
+        Raises:
+            ArgumentError: of none.
+        """
+        found = [target for target in TARGETS if _normal(target.name) in _normal(name)]
+        if not found:
+            raise ArgumentError(
+                f"unknown card {name!r}", help=f"known: {', '.join(target_names())}"
+            )
+        return max(found, key=lambda target: len(target.name))
+
+    @classmethod
     def current(cls, device: int | None = None) -> Target:
         """Describe the GPU that is present: its own limits, the rates of its kind.
 

@@ -13,11 +13,13 @@ from benchmarks import (
     beam_structures,
     beams,
     common,
+    curves,
     independent,
     independent_blocks,
     independent_odd,
     independent_pooled,
     independent_trained,
+    limits,
     peer_kernels,
     peers,
     peers_report,
@@ -29,8 +31,10 @@ from benchmarks import (
     starts,
 )
 from hsgen import baselines, captures, metrics, samples, standins
+from hsgen.errors import HsgenError
 from hsgen.reference import reference, tensor_shapes
 from hsgen.spec import load
+from hsgen.target import H100
 
 TINY = ["--device", "cpu", "--heads", "4", "2", "--dim", "16", "--seconds", "0.001"]
 
@@ -266,6 +270,47 @@ def test_picture_of_beams_is_made_of_the_kept_results():
     (path,) = common.found([], "beams")
     written = (common.ROOT / "docs" / "beams.svg").read_text()
     assert written == beams.drawing(common.read_json(path))
+
+
+def test_limits_are_made_of_the_kept_results(tmp_path):
+    assert limits.main(["-o", str(tmp_path)]) == 0
+    for made in tmp_path.iterdir():
+        written = (common.ROOT / "docs" / made.name).read_text()
+        assert made.read_text() == written, "run python -m benchmarks.limits"
+
+
+def test_limits_want_the_times_of_the_kernels_that_there_are(tmp_path):
+    (path,) = common.found([], "speed")
+    result = common.read_json(path)
+    for case in result["cases"].values():
+        case["steps"]["kernels"]["ms"].pop("attend_selected")
+    common.write_json(tmp_path / "old.json", result)
+    with pytest.raises(HsgenError, match="no time of `attend_selected`"):
+        limits.main([str(tmp_path / "old.json"), "-o", str(tmp_path)])
+
+
+def test_kernels_of_one_operator_are_one_line():
+    (path,) = common.found([], "speed")
+    case = common.read_json(path)["cases"]["hisa/32768/real"]
+    found = {each.title: each for each in limits.operators(case, H100)}
+    attend, times = found["attend_selected"], case["steps"]["kernels"]["ms"]
+    assert attend.kernels == ("index_selected", "attend_selected", "gather_selected")
+    assert attend.ms == sum(times[name] for name in attend.kernels)
+    pairs = 2048 * 2049 // 2 + (32768 - 2048) * 2048  # causal, until 2,048 tokens are kept
+    assert attend.flops == pairs * 2 * 32 * (128 + 128)
+    assert attend.bound == "compute"
+    assert attend.least == attend.flops / H100.peak_bf16
+
+
+def test_curves_lie_where_the_numbers_say():
+    line = curves.Line(name="a", points=((1024.0, 1.0), (4096.0, 100.0)))
+    marks = {"b": [curves.Mark(x=2048.0, y=10.0, size=1.0)]}
+    panel = curves.Panel(title="t", lines=(line,), marks=marks)
+    drawn = curves.draw("title", ("about",), ("across", "up"), [panel])
+    assert f"M0 {curves.HIGH:g}L{curves.WIDE:g} 0" in drawn
+    assert f'cx="{curves.WIDE / 2:g}" cy="{curves.HIGH / 2:g}" r="3.5"' in drawn
+    for word in ("1K", "4K", "title", "about", "across", "up", ">a<", ">b<"):
+        assert word in drawn
 
 
 BEAMS = {

@@ -35,6 +35,25 @@ def test_names_that_people_type(text, name):
     assert Target.named(text).name == name
 
 
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx 4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ],
+)
+def test_names_that_drivers_say(card, name):
+    assert Target.of_card(card).name == name
+
+
+def test_card_of_no_known_kind():
+    with pytest.raises(ArgumentError, match="unknown card 'Tesla T4'"):
+        Target.of_card("Tesla T4")
+
+
 def test_every_suggested_name_is_found():
     assert all(Target.named(name) in TARGETS for name in target_names())
 
