@@ -32,6 +32,7 @@ allowlist  store
 workers  build                          source text -> modules on disk
 crosscompile  resources                 registers, occupancy and limits of modules
 pipeline                                the stages in order
+tuned                                   configurations that were measured, and which one a call gets
 catalogue                               what `specs` says
 batch  operators
 arguments
@@ -64,7 +65,7 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes plan rows kernels buckets configs refusals "
-    "schedule driver emit allowlist store workers build resources pipeline catalogue verify dryrun "
+    "schedule driver emit allowlist store workers build resources pipeline tuned catalogue verify dryrun "
     "report compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
