@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from benchmarks import (
     beams,
     common,
     curves,
+    groups,
     independent,
     independent_blocks,
     independent_odd,
@@ -311,6 +313,39 @@ def test_curves_lie_where_the_numbers_say():
     assert f'cx="{curves.WIDE / 2:g}" cy="{curves.HIGH / 2:g}" r="3.5"' in drawn
     for word in ("1K", "4K", "title", "about", "across", "up", ">a<", ">b<"):
         assert word in drawn
+
+
+# From group to group --------------------------------------------------------------------------------
+
+
+def test_groups_are_timed_one_by_one_and_written_up(tmp_path, monkeypatch):
+    asked = []
+
+    def timed(spec, **options):
+        asked.append((spec.name, spec.heads.query, spec.heads.kv, spec.head_dim.qk))
+        if spec.heads.query == 14:
+            raise HsgenError("no such tile")
+        ok = {"status": "ok", "ms": {"median": 2.0 * spec.heads.query}}
+        off = {"status": "failed", "reason": "not near"}
+        dense = {"status": "ok", "ms": {"median": 84.0}}
+        steps = {"total": ok, "select": ok, "attend": off, "dense a": dense}
+        cases = [{"tokens": options["tokens"][0], "steps": steps}]
+        heads = [spec.heads.query, spec.heads.kv]
+        return SimpleNamespace(record=lambda: {"heads": heads, "cases": cases})
+
+    monkeypatch.setattr(groups.bench, "bench", timed)
+    argv = ["--device", "cpu", "--kv-heads", "2", "--dim", "64", "--systems", "moba"]
+    assert groups.main([*argv, "--groups", "3", "7", "-o", str(tmp_path)]) == 0
+    assert asked == [("moba", 6, 2, 64), ("moba", 14, 2, 64)]
+    (path,) = tmp_path.glob("groups_*.json")
+    assert groups.main(["--report", str(path), "--docs", str(tmp_path)]) == 0
+    text = (tmp_path / "groups.md").read_text()
+    assert "| cpu, moba, 3 | 12 | 12 | – | 2 | 84 | 7.00× |" in text
+    assert "| cpu, moba, 7 | – | – | – | – | – | – |" in text
+    assert "- moba, group 3, attend: not near" in text
+    assert "- moba, group 7, failed: " in text
+    assert "no such tile" in text
+    assert "the best dense" in (tmp_path / "groups.svg").read_text()
 
 
 BEAMS = {
