@@ -152,6 +152,12 @@ def pool(op: Pool, dim: int, dtype: DType) -> Config:
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
+def rounding(dim: int) -> Config:
+    """Vectors a program: as many as fill its registers."""
+    values = (("BLOCK_V", max(1, 4096 // next_power(dim))),)
+    return Config(constexprs=values, num_warps=4, num_stages=1)
+
+
 def rank(slots: int, stride: int, tokens: int) -> Config:
     """Scores of a row in registers, for up to 128K tokens; longer rows are read in each pass.
 

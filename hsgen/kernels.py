@@ -14,6 +14,9 @@ from hsgen.rows import SEQ, Chunk, chunks, count, jit, next_power, pointer
 PoolHow = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
 POOLS: tuple[PoolHow, ...] = get_args(PoolHow)
 
+RoundTo = Literal["bf16", "fp8", "fp8_unscaled"]
+ROUNDED: tuple[RoundTo, ...] = get_args(RoundTo)
+
 TUNABLES = {
     "BLOCK_T": "tokens a tile",
     "BLOCK_R": "rows a program",
@@ -22,6 +25,7 @@ TUNABLES = {
     "DEAR": "times a key of the union costs one of a row's list",
     "BLOCK_E": "entries a tile",
     "BLOCK_J": "tokens of an entry a step",
+    "BLOCK_V": "vectors a program",
     "BLOCK_D": "channels a step, a divisor of the head dim",
 }
 
@@ -243,6 +247,46 @@ class SegmentsContext:
             count("length", "N; packed: 1 if the last entry of a sequence may be short, else 0"),
             *SEQ,
             *tunables("BLOCK_E", "BLOCK_D" if self.how == "linear" else "BLOCK_J"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundContext:
+    """Everything `segments.py.jinja` reads where vectors are kept in fewer bits, each by itself."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    dtype: RoundTo
+    heads: int
+    head_dim: int
+    how: Literal["round"] = "round"
+
+    @property
+    def summary(self) -> str:
+        scaled = " times a power of two a vector" if self.dtype == "fp8" else ""
+        kept = "bf16" if self.dtype == "bf16" else f"e4m3{scaled}"
+        return f"vectors rounded to {kept}, kept in the dtype that they came in."
+
+    @property
+    def padded_dim(self) -> int:
+        """`head_dim` as a tile."""
+        return next_power(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        shape = f"[B, rows, {self.heads}, {self.head_dim}]"
+        return (
+            pointer("X", "input", shape),
+            *_strides("X", "x", "batch", "token", "head"),
+            pointer("ROUNDED", "input", shape),
+            count("rows", "of one sequence, or all that are packed"),
+            count("vectors", f"B * rows * {self.heads}"),
+            *tunables("BLOCK_V"),
         )
 
     @property

@@ -39,6 +39,7 @@ from hsgen.graph import (
     Union,
     Unlike,
 )
+from hsgen.kernels import ROUNDED
 
 
 def refuse(graph: Graph) -> None:
@@ -67,8 +68,9 @@ def _lacking(graph: Graph, node: Node) -> str | None:
         case Union():
             words = "no kernel takes one softmax over several branches yet"
             return f"{words}: `combine: {{softmax: union}}`"
-        case Round(dtype=dtype):
-            return f"%{node.name}: no kernel scores vectors kept in {dtype} yet"
+        case Round():
+            words = _of_stored(graph, node, node.op)
+            return words and f"%{node.name}: no kernel {words} yet"
         case Delta() | Gate(each="channel") as op:
             changes = isinstance(op, Delta)
             words = "reads keys from their changes" if changes else "gates branches by channel"
@@ -90,6 +92,12 @@ def _lacking(graph: Graph, node: Node) -> str | None:
             return words and f"level {op.level}: no kernel {words} yet"
         case _:
             return None
+
+
+def _of_stored(graph: Graph, node: Node, op: Round) -> str | None:
+    if op.dtype not in ROUNDED:
+        return f"scores vectors kept in {op.dtype}"
+    return None if isinstance(graph[node.inputs[0]].op, Input) else "rounds pooled keys"
 
 
 def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:

@@ -51,10 +51,12 @@ from hsgen.graph import (
 )
 from hsgen.kernels import (
     POOLS,
+    ROUNDED,
     IndexContext,
     MarksContext,
     MergeContext,
     RankContext,
+    RoundContext,
     SegmentsContext,
 )
 from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, Step
@@ -110,6 +112,8 @@ class _Scheduler:
             match node.op:
                 case Pool():
                     self._pool(node, node.op)
+                case Round():
+                    self._round(node, node.op)
                 case Attend():
                     self._attend(node, node.op)
                 case Select():
@@ -122,9 +126,7 @@ class _Scheduler:
                     pass  # fused into the launch that reads them
                 case Route() | Switch() | Union() | OutputGate() | SelectSet() | Unlike():
                     raise AssertionError("refused")
-                case Cluster() | Permute() | Assign() | Runs() | Round() | Norm() | Rotate():
-                    raise AssertionError("refused")
-                case Delta():
+                case Cluster() | Permute() | Assign() | Runs() | Norm() | Rotate() | Delta():
                     raise AssertionError("refused")
                 case Recall() | Carry() | Divergence() | Distance() | Entropies():
                     raise AssertionError("refused")
@@ -272,6 +274,49 @@ class _Scheduler:
                             buffer,
                             count,
                             *SEQ,
+                        ),
+                    ),
+                ),
+            )
+        )
+
+    # --- round
+
+    def _round(self, node: Node, op: Round) -> None:
+        """Vectors of the caller, each kept in fewer bits; by rows, whatever sequences they are of."""
+        assert op.dtype in ROUNDED, "refused"
+        source, buffer = node.inputs[0], _buffer(node.name)
+        x, name = _input(source), _safe(node.name)
+        dims = [self._size(dim) for dim in node.type.dims[2:]]
+        heads = dims[0] if len(dims) == 2 else 1
+        context = RoundContext(
+            name=f"round_{_safe(source)}", dtype=op.dtype, heads=heads, head_dim=dims[-1]
+        )
+        kernel = self._kernel("segments", context, configs.rounding(dims[-1]), node.name)
+        rows_of = f"{x}.shape[0] * {x}.shape[1]"
+        self.steps.append(
+            Step(
+                title=f"round: {source}",
+                needs=node.inputs,
+                makes=(node.name,),
+                sizes=((f"vectors_{name}", f"{rows_of} * {heads}"),),
+                buffers=(
+                    Buffer(
+                        name=buffer,
+                        dtype="input",
+                        dims=(f"{x}.shape[0]", f"{x}.shape[1]", *map(str, dims)),
+                        role="level",
+                    ),
+                ),
+                launches=(
+                    Launch(
+                        kernel=kernel,
+                        grid=(f"(vectors_{name} + {{BLOCK_V}} - 1) // {{BLOCK_V}}", "1"),
+                        arguments=(
+                            *self._tensor(source),
+                            buffer,
+                            f"{x}.shape[1]",
+                            f"vectors_{name}",
                         ),
                     ),
                 ),
@@ -907,10 +952,10 @@ class _Scheduler:
             dim = self._size(source.type.dims[-1]) * (2 if node.op.how == "minmax" else 1)
             row = heads * dim
             return buffer, f"count_{_safe(name)} * {row}", str(row), str(dim)
+        x = _input(name) if isinstance(node.op, Input) else _buffer(name)
         if len(node.type.dims) == 3:
-            x = _input(name)
             return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", "0"
-        return _strides(_input(name))
+        return _strides(x)
 
 
 class _Parent(TypedDict, total=False):

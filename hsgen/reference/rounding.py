@@ -21,14 +21,14 @@ def stored(x: Tensor, dtype: Stored) -> Tensor:
     if dtype == "input":
         return x
     if dtype in _LEVELS:
-        return x + (_whole(x.detach(), _LEVELS[dtype]) - x).detach()
+        return _passing(_whole(x.detach(), _LEVELS[dtype]), x)
     kept = x.detach().to(torch.bfloat16).to(x.dtype)
     if dtype == "fp8":
         scale = _power_of_two(kept.abs().amax(-1, keepdim=True).clamp(min=_LEAST) / _GREATEST)
         kept = _e4m3(kept / scale) * scale
     elif dtype == "fp8_unscaled":
         kept = _e4m3(kept)
-    return x + (kept - x).detach()
+    return _passing(kept, x)
 
 
 def _whole(x: Tensor, most: int) -> Tensor:
@@ -46,8 +46,12 @@ def kept(entries: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.finfo(dtype).bits >= torch.finfo(entries.dtype).bits:
         return entries
     most = torch.finfo(dtype).max
-    rounded = entries.detach().clamp(-most, most).to(dtype).to(entries.dtype)
-    return entries + (rounded - entries).detach()
+    return _passing(entries.detach().clamp(-most, most).to(dtype).to(entries.dtype), entries)
+
+
+def _passing(rounded: Tensor, x: Tensor) -> Tensor:
+    """The rounded numbers themselves; gradients are those of x."""
+    return rounded + (x - x.detach())
 
 
 def _power_of_two(x: Tensor) -> Tensor:
