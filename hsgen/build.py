@@ -7,9 +7,12 @@ asks of the source later is answered from memory.
 
 from __future__ import annotations
 
+import ast
 import graphlib
+import hashlib
 import importlib.machinery
 import importlib.util
+import json
 import linecache
 import re
 import sys
@@ -21,6 +24,7 @@ from importlib.abc import InspectLoader
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import cast
 
 from hsgen import allowlist, store
 from hsgen.errors import BuildError
@@ -28,6 +32,7 @@ from hsgen.target import Backend
 
 KIND = "modules"
 INIT = "__init__.py"
+TEXTS = "texts.json"  # beside the sources: what `Module.texts` says
 PACKAGE = "_hsgen_"
 TRITON_NAMES = ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm")
 # by backend: the release, and how an error says what for.  Before 3.5.1 linking an AMD binary
@@ -43,12 +48,16 @@ _loaded: dict[str, ModuleType] = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Module:
-    """A compiled spec's files.  `directory` is None when no disk would take them."""
+    """A compiled spec's files.  `directory` is None when no disk would take them.
+
+    `texts` digests every Python file by its stem, see `text_digest`.
+    """
 
     name: str
     digest: str
     sources: Mapping[str, str] = field(repr=False)
     directory: Path | None
+    texts: Mapping[str, str] = field(repr=False, default_factory=dict[str, str])
 
     @property
     def package(self) -> str:
@@ -73,10 +82,14 @@ def build(name: str, sources: Mapping[str, str], key: store.Key) -> Module:
     Raises:
         BuildError: a name that is no identifier, or text that does more than kernels do.
     """
-    allowlist.check(sources)
+    trees = allowlist.check(sources)
+    known = find(key)
+    if known is not None and known.texts and (known.name, known.sources) == (name, sources):
+        return known
+    texts = {Path(file).stem: text_digest(tree) for file, tree in trees.items()}
     files = {file: text.encode() for file, text in sources.items()}
-    entry = store.publish(KIND, name, files, key)
-    return Module(name=name, digest=entry.digest, sources=dict(sources), directory=entry.directory)
+    files[TEXTS] = json.dumps(texts, sort_keys=True).encode()
+    return _module(store.publish(KIND, name, files, key))
 
 
 def find(key: store.Key) -> Module | None:
@@ -110,7 +123,46 @@ def _open(directory: Path) -> Module:
 
 def _module(entry: store.Entry) -> Module:
     sources = {file: data.decode() for file, data in entry.files.items()}
-    return Module(name=entry.name, digest=entry.digest, sources=sources, directory=entry.directory)
+    texts = json.loads(sources.pop(TEXTS, "{}"))
+    return Module(
+        name=entry.name,
+        digest=entry.digest,
+        sources=sources,
+        directory=entry.directory,
+        texts=texts,
+    )
+
+
+def text_digest(tree: ast.AST) -> str:
+    """24 hex digits of what a file does: comments, docstrings and line numbers are not in it.
+
+    The same from every version of Python, whose `ast.dump` is not.
+    """
+    return hashlib.sha256(_shape(tree).encode()).hexdigest()[:24]
+
+
+def _shape(value: object) -> str:
+    """A tree as text: nodes with the fields that say something."""
+    match value:
+        case ast.AST():
+            parts = (f"{name}={_shape(each)}" for name, each in ast.iter_fields(value) if each)
+            if isinstance(value, ast.Constant):
+                return f"{value.value!r}"
+            return f"{type(value).__name__}({' '.join(parts)})"
+        case list():
+            items = cast("list[object]", value)
+            return f"[{' '.join(_shape(each) for each in items if not _is_docstring(each))}]"
+        case _:
+            return f"{value!r}"
+
+
+def _is_docstring(value: object) -> bool:
+    """A string that is a statement: nothing reads it but people."""
+    return (
+        isinstance(value, ast.Expr)
+        and isinstance(value.value, ast.Constant)
+        and isinstance(value.value.value, str)
+    )
 
 
 def _import(module: Module) -> ModuleType:

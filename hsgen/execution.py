@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hsgen import arguments, batch
+from hsgen import arguments, batch, paths, tuned
 from hsgen.arguments import Expected, Lengths, Problem
 from hsgen.batch import Batch
+from hsgen.configs import DType
 from hsgen.errors import ArgumentError, HsgenError, PlanError
 from hsgen.graph import Graph, tensor_inputs
 from hsgen.operators import Call
+from hsgen.plan import Plan
 from hsgen.reference import Result, reference
+from hsgen.schedule import Order
 from hsgen.spec import Spec
 from hsgen.target import Target
 
@@ -43,6 +46,11 @@ FIELDS = {
     "Hi": ("index", "heads"),
     "Di": ("index", "dim"),
 }  # where a spec states a dimension
+PLANNED: Mapping[torch.dtype, DType] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
 KNOWN_CALLS = 4096  # signatures of calls that one Execution remembers
 INTERPRETED_TARGET = "h100"  # whose plan the interpreter runs, unless one is named
 
@@ -77,23 +85,40 @@ class Program:
     Attributes:
         driver: launches the kernels.
         plan: prints as launches and buffers.
-        config: by kernel.
-        origin: by kernel, where its config came from.
+        config: by kernel, what it starts from.
+        origin: by kernel, where that came from.
         launches: of kernels, a call; a launch that is repeated over chunks of rows counts once.
+        texts: by kernel, the digest of its text.
     """
 
     driver: Driver
-    plan: object
+    plan: Plan
     config: Configs
     origin: Mapping[str, str]
     launches: int
+    texts: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Choice:
+    """What calls of one bucket run: a program, and by kernel its config and where that came from."""
+
+    program: Program
+    config: Configs
+    origin: Mapping[str, str]
 
 
 class Compiler(Protocol):
     """Makes the program of a spec whose heads and head dims are bound."""
 
     def __call__(
-        self, spec: Spec, target: Target, dtype: torch.dtype, *, interpret: bool
+        self,
+        spec: Spec,
+        target: Target,
+        dtype: torch.dtype,
+        *,
+        interpret: bool,
+        orders: Mapping[str, Order],
     ) -> Program: ...
 
 
@@ -135,11 +160,13 @@ class Binding:
     v: int
     dtype: torch.dtype
     device: torch.device
+    orders: tuple[tuple[str, Order], ...] = ()  # by branch, where they are not the plan's own
 
     def __str__(self) -> str:
         dtype = arguments.SHORT_NAMES[self.dtype]
         heads = f"heads {self.query_heads}/{self.kv_heads}"
-        return f"{heads}, head dim {self.qk}/{self.v}, {dtype}, {self.device}"
+        orders = "".join(f", {branch}: {order} stay" for branch, order in self.orders)
+        return f"{heads}, head dim {self.qk}/{self.v}, {dtype}, {self.device}{orders}"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -148,7 +175,7 @@ class _Known:
 
     problem: Problem
     expected: Expected
-    program: Program | None
+    choice: Choice | None
     bytes: int = 0  # of its outputs
     ran: bool = False  # so nothing is left to compile
 
@@ -167,6 +194,7 @@ class Execution:
         self._compiler = compiler
         self._lock = RLock()
         self._programs: dict[Binding, Program] = {}
+        self._choices: dict[tuple[Binding, tuned.Bucket], Choice] = {}
         self._known: dict[tuple[object, ...], _Known] = {}
         self._calls = self._launches = self._bytes = 0
 
@@ -175,6 +203,12 @@ class Execution:
         """What was compiled so far, oldest first."""
         with self._lock:
             return dict(self._programs)
+
+    @property
+    def choices(self) -> Mapping[tuple[Binding, tuned.Bucket], Choice]:
+        """What calls got so far, oldest first; their bindings say nothing of orders."""
+        with self._lock:
+            return dict(self._choices)
 
     @property
     def stats(self) -> Stats:
@@ -191,22 +225,22 @@ class Execution:
     def forward(self, call: Call) -> list[Tensor]:
         """o, log-sum-exp by branch, selection by level where the caller brings none."""
         known = self._look_up("forward", self.attending, call)
-        problem, program = known.problem, known.program
+        problem, choice = known.problem, known.choice
         if problem.empty:
             return _filled(self.forward_fake(call))
         where = _batch(call, problem)
         if self.options.check:
             self._check_values(call, problem, where)
-        if program is None:
+        if choice is None:
             result = self.result(call, problem, exact_dtype(problem.dtype), self.attending)
             return self._from_result(call, problem, result)
         brought = self._padded_selection(call, problem) if call.selection else None
         tensors = _uniform(known, call)
         with _running(problem.device):
-            o, lse, chosen = program.driver.forward(tensors, where, program.config, brought)
+            o, lse, chosen = choice.program.driver.forward(tensors, where, choice.config, brought)
         outputs = [o, *[lse[branch] for branch in self.branches]]
         outputs += [chosen[level] for level in self.chosen(call)]
-        return self._done(known, program, outputs)
+        return self._done(known, choice.program, outputs)
 
     def forward_fake(self, call: Call) -> list[Tensor]:
         """Outputs of `forward`, nothing in them; shapes and strides are exact."""
@@ -223,19 +257,19 @@ class Execution:
     def select(self, call: Call) -> list[Tensor]:
         """Selection by level."""
         known = self._look_up("select", self.choosing, call)
-        problem, program = known.problem, known.program
+        problem, choice = known.problem, known.choice
         if problem.empty:
             return _filled(self.select_fake(call))
         where = _batch(call, problem)
         if self.options.check:
             self._check_values(call, problem, where)
-        if program is None:
+        if choice is None:
             result = self.result(call, problem, exact_dtype(problem.dtype), self.choosing)
             return [result.selection[name].indices for name in self.levels]
         tensors = _uniform(known, call)
         with _running(problem.device):
-            chosen = program.driver.select(tensors, where, program.config)
-        return self._done(known, program, [chosen[level] for level in self.levels])
+            chosen = choice.program.driver.select(tensors, where, choice.config)
+        return self._done(known, choice.program, [chosen[level] for level in self.levels])
 
     def select_fake(self, call: Call) -> list[Tensor]:
         """Outputs of `select`, nothing in them."""
@@ -296,8 +330,9 @@ class Execution:
         known = self._known.get(signature)
         if known is None:
             problem = self.check(call, expected)
-            program = self._program(problem) if self._on_kernels(problem.device) else None
-            known = _Known(problem=problem, expected=expected, program=program)
+            on_kernels = self._on_kernels(problem.device)
+            choice = self._choice(problem, call) if on_kernels else None
+            known = _Known(problem=problem, expected=expected, choice=choice)
             with self._lock:
                 if len(self._known) >= KNOWN_CALLS:
                     self._known.clear()
@@ -335,8 +370,11 @@ class Execution:
             case kind:
                 raise ArgumentError(f"q: expected a cuda or cpu tensor, got one on {kind}")
 
-    def _program(self, problem: Problem) -> Program:
-        """The program for these tensors: compiled once, whoever asks first; the others wait."""
+    def _choice(self, problem: Problem, call: Call) -> Choice:
+        """The program for these tensors, and the configuration of calls as large as this one.
+
+        Chosen and compiled once, by whoever asks first; the others wait.
+        """
         sizes = problem.sizes
         binding = Binding(
             query_heads=sizes["Hq"],
@@ -346,26 +384,53 @@ class Execution:
             dtype=problem.dtype,
             device=problem.device,
         )
+        cu = call.cu_seqlens_q
+        bucket = tuned.Bucket.of(
+            problem.batch * problem.tokens,
+            problem.keys,
+            problem.batch if cu is None else len(cu) - 1,
+            problem.packed,
+        )
         with self._lock:
-            if binding not in self._programs:
+            if (binding, bucket) not in self._choices:
                 self._refuse_capture(problem.device)
-                self._programs[binding] = self._compile(binding)
-            return self._programs[binding]
+                self._choices[binding, bucket] = self._choose(binding, bucket)
+            return self._choices[binding, bucket]
 
-    def _compile(self, binding: Binding) -> Program:
+    def _choose(self, binding: Binding, bucket: tuned.Bucket) -> Choice:
+        """Look up what is tuned; the orders of a record decide the program."""
         spec = self.spec.bind(
             heads=(binding.query_heads, binding.kv_heads), head_dim=(binding.qk, binding.v)
         )
+        interpret = binding.device.type != "cuda"
         target = self.options.target
-        if target is None and binding.device.type == "cuda":
+        if target is None and not interpret:
             target = Target.current(binding.device.index)
-        program = self._compiler(
-            spec,
-            target or Target.named(INTERPRETED_TARGET),
-            binding.dtype,
-            interpret=binding.device.type != "cuda",
+        target = target or Target.named(INTERPRETED_TARGET)
+
+        def program(orders: Mapping[str, Order]) -> Program:
+            ordered = replace(binding, orders=tuple(sorted(orders.items())))
+            if ordered not in self._programs:
+                self._programs[ordered] = self._compiler(
+                    spec, target, binding.dtype, interpret=interpret, orders=orders
+                )
+            return self._programs[ordered]
+
+        def compiled(orders: Mapping[str, Order]) -> tuned.Compiled:
+            made = program(orders)
+            return tuned.Compiled(plan=made.plan, texts=made.texts)
+
+        found = tuned.look_up(
+            tuned.Problem.of(spec, PLANNED[binding.dtype]),
+            bucket,
+            tuned.environment(target, interpreted=interpret),
+            compiled,
         )
-        return _reconfigured(program, self.options.config)
+        if paths.requires_tuned():
+            found.require()
+        if not interpret:
+            found.tell()
+        return _chosen(program(found.orders), found, self.options.config)
 
     def _done(self, known: _Known, program: Program, outputs: list[Tensor]) -> list[Tensor]:
         """Remember that kernels ran; outputs in the caller's layout."""
@@ -612,13 +677,18 @@ def _running(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def _reconfigured(program: Program, config: Configs) -> Program:
-    """The program with the caller's configuration where it says something."""
-    for kernel in config:
+def _chosen(program: Program, found: tuned.Found, given: Configs) -> Choice:
+    """What was found, with the caller's configuration where it says something."""
+    for kernel in given:
         if kernel not in program.config:
             raise ArgumentError(
                 f"config: expected one of {', '.join(program.config)}, got {kernel!r}"
             )
-    merged = {name: {**values, **config.get(name, {})} for name, values in program.config.items()}
-    origin = {name: "caller" if name in config else program.origin[name] for name in merged}
-    return replace(program, config=merged, origin=origin)
+    config, origin = dict[str, Mapping[str, int]](), dict[str, str]()
+    for name, start in program.config.items():
+        config[name] = {**start, **found.configs.get(name, {}), **given.get(name, {})}
+        said = found.origins.get(name, tuned.START)
+        start_too = said.startswith(tuned.START)
+        said = said.replace(tuned.START, program.origin[name], 1) if start_too else said
+        origin[name] = "caller" if name in given else said
+    return Choice(program=program, config=config, origin=origin)

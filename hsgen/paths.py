@@ -46,6 +46,11 @@ def wants_checks() -> bool:
     return os.environ.get("HSGEN_CHECK", "0") not in ("", "0")
 
 
+def requires_tuned() -> bool:
+    """$HSGEN_REQUIRE_TUNED: whether a call on kernels that are not tuned is an error."""
+    return os.environ.get("HSGEN_REQUIRE_TUNED", "0") not in ("", "0")
+
+
 def wants_color() -> bool:
     """Whether the user allows colour on a terminal (https://no-color.org)."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -12,6 +12,7 @@ from hsgen import build, emit, passes, planner, schedule
 from hsgen.configs import DType
 from hsgen.graph import Graph
 from hsgen.plan import Plan
+from hsgen.schedule import Order
 from hsgen.spec import Spec
 from hsgen.target import Target
 
@@ -32,20 +33,33 @@ class Artifact:
         return self.module.sources
 
 
-def compile_spec(spec: Spec, target: Target, dtype: DType = "bf16") -> Artifact:
+def compile_spec(
+    spec: Spec,
+    target: Target,
+    dtype: DType = "bf16",
+    orders: Mapping[str, Order] | None = None,
+) -> Artifact:
     """Compile one spec for one GPU, which need not be there.  The whole of hsgen, in order.
+
+    `orders` is what `schedule` takes.
 
     Raises:
         PlanError: no kernel can do it.
         BuildError: the emitted files cannot be kept.
     """
     graph = passes.run(planner.plan(spec))
-    return compile_graph(graph, spec, target, dtype)
+    return compile_graph(graph, spec, target, dtype, orders)
 
 
-def compile_graph(graph: Graph, spec: Spec, target: Target, dtype: DType = "bf16") -> Artifact:
+def compile_graph(
+    graph: Graph,
+    spec: Spec,
+    target: Target,
+    dtype: DType = "bf16",
+    orders: Mapping[str, Order] | None = None,
+) -> Artifact:
     """As compile_spec, from a graph: the one a spec gives, or one edited by hand."""
-    plan = schedule.schedule(graph, target, dtype)
+    plan = schedule.schedule(graph, target, dtype, orders)
     sources = emit.render(plan, provenance(spec, target))
     key = {
         "hsgen": hsgen_version(),
@@ -53,6 +67,7 @@ def compile_graph(graph: Graph, spec: Spec, target: Target, dtype: DType = "bf16
         "graph": hashlib.sha256(str(graph).encode()).hexdigest(),  # one edited by hand is another
         "target": target.name,
         "dtype": dtype,
+        **({"orders": dict(orders)} if orders else {}),
     }
     module = build.build(spec.name, sources, key)
     return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)

@@ -27,9 +27,9 @@ from hsgen import (
     planner,
 )
 from hsgen.arguments import Expected
-from hsgen.configs import DType
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
+    PLANNED,
     Compiler,
     Configs,
     Execution,
@@ -39,15 +39,11 @@ from hsgen.execution import (
     interpreting,
 )
 from hsgen.operators import Call
+from hsgen.schedule import Order
 from hsgen.selection import ListSelection, Selection
 from hsgen.spec import HeadDim, Heads, Spec, load
 from hsgen.target import Target
 
-PLANNED: Mapping[torch.dtype, DType] = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-}
 LengthArguments = tuple[
     Tensor | None, Tensor | None, int | None, int | Tensor | None, int | Tensor | None
 ]
@@ -78,7 +74,7 @@ def load_kernel(
         dtype: what tensors must have; None takes what comes.
         target: the GPU to compile for; None is the one that the tensors are on.
         interpret: run CPU tensors through the emitted kernels, in Triton's interpreter.
-        config: by kernel, what replaces values of the default configuration.
+        config: by kernel, what replaces values of the tuned or starting configuration.
         check: look at the values of lengths and selections too, which waits for the device; None
             asks HSGEN_CHECK.
 
@@ -103,10 +99,17 @@ def load_kernel(
     return _shared(loaded.bind(heads=heads, head_dim=head_dim, layer=layer), options)
 
 
-def compile_program(spec: Spec, target: Target, dtype: torch.dtype, *, interpret: bool) -> Program:
+def compile_program(
+    spec: Spec,
+    target: Target,
+    dtype: torch.dtype,
+    *,
+    interpret: bool,
+    orders: Mapping[str, Order] | None = None,
+) -> Program:
     """Compile a bound spec for a GPU, and import what was emitted."""
     build.triton_version()  # refuses one that is too old, before its own errors
-    artifact = pipeline.compile_spec(spec, target, PLANNED[dtype])
+    artifact = pipeline.compile_spec(spec, target, PLANNED[dtype], orders)
     plan = configs.for_interpreter(artifact.plan) if interpret else artifact.plan
     config = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
     return Program(
@@ -115,6 +118,7 @@ def compile_program(spec: Spec, target: Target, dtype: torch.dtype, *, interpret
         config=config,
         origin=dict.fromkeys(config, "for the interpreter" if interpret else "default"),
         launches=sum(len(step.launches) for step in plan.steps),
+        texts=artifact.module.texts,
     )
 
 
@@ -304,15 +308,21 @@ class Kernel:
         return programs[-1].plan
 
     def explain(self) -> str:
-        """The graph, then every compiled program: its plan, and where each config came from."""
+        """The graph, then every compiled program: its plan, and by size of the call each kernel's
+        config, and where that came from.
+        """
         parts = [analysis.describe(self.graph)]
         programs = self._execution.programs
+        choices = self._execution.choices
         for binding, program in programs.items():
             parts += [f"compiled for {binding}", str(program.plan)]
-            parts += [
-                f"  {name}: {_config_text(values)}  ({program.origin[name]})"
-                for name, values in program.config.items()
-            ]
+            for (_, bucket), choice in choices.items():
+                if choice.program is program:
+                    parts.append(f"calls of {bucket}")
+                    parts += [
+                        f"  {name}: {_config_text(values)}  ({choice.origin[name]})"
+                        for name, values in choice.config.items()
+                    ]
         if not programs:
             parts.append("nothing is compiled yet: CPU tensors run the reference")
         return "\n".join(part.rstrip("\n") for part in parts) + "\n"

@@ -3,6 +3,7 @@
     <root>/<kind>/<name>-<digest12>/{manifest.json, files}     an entry; never changed once there
     <root>/<kind>/by-key/<sha256 of the key>.json              the entry that a key last led to
     <root>/quarantine/                                         damaged entries, a few, for study
+    <root>/<kind>/.../<name>.json                              a value; replaced whole, the last wins
 
 No lock guards correctness: every writer makes its own whole folder and renames it; the first rename
 wins and the rest adopt it.  What cannot be written is warned about once and kept elsewhere: in a
@@ -40,6 +41,7 @@ Key = Mapping[str, "Scalar | list[Scalar] | Key"]
 MANIFEST = "manifest.json"
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 FILE = re.compile(r"_{0,2}[a-z][a-z0-9_]{0,63}\.(py|json|txt|yaml|bin)")
+VALUE = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_FILE = 16 * 1024**2
 MAX_QUARANTINE = 16
@@ -113,6 +115,79 @@ def find(kind: str, key: Key) -> Entry | None:
             if entry is not None and entry.digest == pointer["digest"]:
                 return entry if _canonical(entry.key) == _canonical(key) else None
     return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A value that was kept, or why its file cannot be read."""
+
+    path: Path
+    value: object = field(repr=False)
+    problem: str = ""
+
+
+def keep(kind: str, name: str, value: Mapping[str, object]) -> Path | None:
+    """Write a value as one file of the folders `kind`, a/b/c; what was there before is gone.
+
+    Returns:
+        The file; None if no disk would take it.
+
+    Raises:
+        BuildError: an unsafe name.
+    """
+    if not all(VALUE.fullmatch(part) for part in (name, *kind.split("/"))):
+        raise BuildError(f"expected names of letters, digits, - and _, got {kind}/{name}")
+    hashed = {"sha256": hashlib.sha256(_canonical(value)).hexdigest(), "value": value}
+    data = json.dumps(hashed, allow_nan=False).encode() + b"\n"
+    for root in _roots(make=True):
+        try:
+            folder = root
+            for part in ("", *kind.split("/")):
+                folder = folder / part
+                _ensure_directory(folder)
+            _sweep(folder)
+            _replace(folder, f"{name}.json", data)
+        except OSError as error:
+            _warn(f"cannot use the cache {root}: {error}; continuing without it")
+            continue
+        return folder / f"{name}.json"
+    return None
+
+
+def kept(kind: str, prefix: str = "") -> Iterator[Kept]:
+    """The values under `kind` whose names start so, by name; each hash checked.  Never fails."""
+    for root in _roots(make=False):
+        with contextlib.suppress(OSError), _trusted(root.joinpath(*kind.split("/"))) as folder:
+            for name in sorted(_names(folder)):
+                if not (name.startswith(prefix) and name.endswith(".json")):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # removed since
+                    yield _kept(root.joinpath(*kind.split("/"), name), folder)
+
+
+def kinds(kind: str) -> list[str]:
+    """The folders below `kind`."""
+    found = set[str]()
+    for root in _roots(make=False):
+        with contextlib.suppress(OSError), _trusted(root.joinpath(*kind.split("/"))) as folder:
+            found |= {name for name in _names(folder) if VALUE.fullmatch(name)}
+    return sorted(found)
+
+
+def _names(folder: int) -> list[str]:
+    return os.listdir(folder)
+
+
+def _kept(path: Path, folder: int) -> Kept:
+    try:
+        hashed = json.loads(_read(folder, path.name))
+        value = hashed["value"]
+        whole = hashlib.sha256(_canonical(value)).hexdigest() == hashed["sha256"]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        return Kept(path=path, value=None, problem=f"unreadable: {type(error).__name__}: {error}")
+    return Kept(path=path, value=value, problem="" if whole else "sha256: the value was edited")
 
 
 def read(directory: Path) -> Entry:
@@ -287,10 +362,15 @@ def _remember(folder: Path, entry: Entry) -> None:
     with contextlib.suppress(OSError), _trusted(index) as opened:
         if _read(opened, pointer.name) == text:
             return
-    draft = index / _temporary_name()
+    _replace(index, pointer.name, text)
+
+
+def _replace(folder: Path, file: str, data: bytes) -> None:
+    """Put a whole file into its place, atomically."""
+    draft = folder / _temporary_name()
     try:
-        _write(draft, text)
-        draft.replace(pointer)
+        _write(draft, data)
+        draft.replace(folder / file)
     finally:
         _remove(draft)
 

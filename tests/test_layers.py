@@ -76,7 +76,7 @@ LAZY = {
 }
 SOLE_IMPORTERS = {
     "jinja2": {"emit"},
-    "yaml": {"spec"},
+    "yaml": {"spec", "tuned"},
     "typer": {"cli"},
     "optuna": {"tune"},
     "rich": {"progress"},

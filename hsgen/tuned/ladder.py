@@ -1,0 +1,355 @@
+"""Which configuration a call gets: the first rung of a ladder that has one, or the starting one.
+
+    exact             this problem, bucket, GPU and Triton
+    nearest bucket    of this GPU and Triton, by steps of two
+    other Triton      of this GPU, newest first
+    other GPU         of this architecture, the most similar first
+    start             what the plan starts from
+
+On a rung the cache comes before the committed folder if its record is newer.  A record is used as far
+as it still holds: kernels whose text has changed, and those that share tiles with them, start as if it
+were not there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal, cast
+
+from hsgen.errors import HsgenError
+from hsgen.plan import Kernel, Plan
+from hsgen.tuned import files
+from hsgen.tuned.files import Kept
+from hsgen.tuned.records import Bucket, Environment, KernelChoice, Order, Problem, Tuned
+
+Rung = Literal["exact", "nearest bucket", "other Triton", "other GPU", "start"]
+RUNGS: tuple[Rung, ...] = ("exact", "nearest bucket", "other Triton", "other GPU", "start")
+START = "default"  # the origin of a kernel that no record speaks for
+MOST_RANKED = 64  # candidates that are looked at, nearest first
+
+
+class UntunedError(HsgenError):
+    """HSGEN_REQUIRE_TUNED is set, and a kernel would start untuned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A plan, with its starting configurations, and the digests of its kernels' texts."""
+
+    plan: Plan
+    texts: Mapping[str, str]
+
+
+Compile = Callable[[Mapping[str, Order]], Compiled]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A record that may serve a call, and how far it is from it."""
+
+    rung: Rung
+    kept: Kept
+    steps: int
+
+    @property
+    def origin(self) -> str:
+        """In words, for `explain`."""
+        record = self.kept.record
+        match self.rung:
+            case "nearest bucket":
+                rung = f"tuned, nearest bucket: {record.bucket}"
+            case "other Triton":
+                rung = f"tuned with Triton {record.environment.triton}"
+            case "other GPU":
+                rung = f"tuned on {record.environment.gpu}"
+            case _:
+                rung = "tuned"
+        return f"{rung}; {self.kept.where}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a call gets.
+
+    Attributes:
+        configs: by kernel of the plan, keyword arguments of a launch.
+        origins: by kernel, where its config came from.
+        orders: that the plan was made with.
+        rung: of the record.
+        record: None on the last rung.
+        refused: of candidates that were nearer, and kernels of the record, why they do not serve.
+    """
+
+    configs: Mapping[str, Mapping[str, int]]
+    origins: Mapping[str, str]
+    orders: Mapping[str, Order]
+    rung: Rung
+    record: Tuned | None
+    refused: tuple[str, ...] = ()
+    problem: Problem = field(repr=False)
+    bucket: Bucket = field(repr=False)
+    environment: Environment = field(repr=False)
+
+    @property
+    def tuned(self) -> bool:
+        """Every kernel has what was measured on this GPU with this Triton."""
+        own = self.rung in ("exact", "nearest bucket")
+        return own and not any(origin.startswith(START) for origin in self.origins.values())
+
+    @property
+    def note(self) -> str:
+        """One line about a call that gets less than could be measured; empty if it does not."""
+        if self.tuned:
+            return ""
+        name, record = self.problem.spec, self.record
+        command = f"hsgen tune {name} --shapes {_tokens(self.bucket.keys)}"
+        if record is None:
+            used = "no tuned configuration, so kernels start with tiles that are known to fit"
+        elif self.rung in ("other Triton", "other GPU"):
+            whose = record.environment
+            used = f"tuned on {whose.gpu} with Triton {whose.triton} only"
+        else:
+            started = [n for n, origin in self.origins.items() if origin.startswith(START)]
+            used = f"changed since it was tuned: {', '.join(started)}"
+        gain = f" (what it was tuned with was {record.speedup:.2f} times as fast)" if record else ""
+        where = f"{self.environment.gpu}, Triton {self.environment.triton}"
+        return f"{name} on {where}, {self.bucket}: {used}{gain}; {command}"
+
+    def tell(self) -> None:
+        """Log the note, once for a problem and an environment."""
+        key = (self.problem, self.environment)
+        if self.note and key not in _told:
+            _told.add(key)
+            level = logging.INFO if self.rung.startswith("other") else logging.WARNING
+            logging.getLogger("hsgen").log(level, "%s", self.note)
+
+    def require(self) -> None:
+        """Nothing, if the call is tuned.
+
+        Raises:
+            UntunedError: it is not; says what the nearest record has otherwise.
+        """
+        if not self.tuned:
+            raise UntunedError(
+                f"{self.problem.spec}: HSGEN_REQUIRE_TUNED is set, and this call is not tuned\n"
+                + "\n".join(f"  {line}" for line in self._lacking()),
+                help=self.note.rpartition("; ")[2],
+            )
+
+    def _lacking(self) -> list[str]:
+        if self.record is not None and self.rung in ("exact", "nearest bucket"):
+            return list(self.refused)
+        closest = self.record or nearest(self.problem, self.bucket, self.environment)
+        if closest is None:
+            return [f"no record of {self.problem.spec} anywhere", *self.refused]
+        asked = (self.problem, self.environment, self.bucket)
+        had = (closest.problem, closest.environment, closest.bucket)
+        lines = [
+            f"{field}: expected {a!r}, nearest record has {b!r}"
+            for field, a, b in _differences(asked, had)
+        ]
+        return lines + list(self.refused)
+
+
+_told = set[tuple[Problem, Environment]]()
+
+
+def look_up(problem: Problem, bucket: Bucket, environment: Environment, compiled: Compile) -> Found:
+    """The configurations of a call.
+
+    Args:
+        problem: what it computes.
+        bucket: how large it is.
+        environment: where it runs, see `environment`.
+        compiled: plans and builds with these orders; asked once for each that a candidate has.
+
+    Raises:
+        HsgenError: of `compiled`, without orders.
+    """
+    key = ("found", problem, bucket, environment)
+    known = files.recall(key)
+    if isinstance(known, tuple):
+        found, made = cast("tuple[Found, Compiled]", known)
+        again = compiled(found.orders)
+        if again.plan is made.plan and again.texts is made.texts:
+            return found
+    found, made = _look_up(problem, bucket, environment, compiled)
+    files.remember(key, (found, made))
+    return found
+
+
+def _look_up(
+    problem: Problem, bucket: Bucket, environment: Environment, compiled: Compile
+) -> tuple[Found, Compiled]:
+    refused = list[str]()
+    for candidate in ranked(problem, bucket, environment):
+        record = candidate.kept.record
+        try:
+            made = compiled(record.orders)
+        except HsgenError as error:
+            refused.append(f"{candidate.kept.where}: orders: {error.message}")
+            continue
+        why = unusable(record, made, environment)
+        if len(why) == len(made.plan.kernels):
+            refused += [f"{candidate.kept.where}: {what}" for what in sorted(set(why.values()))]
+            continue
+        origin = candidate.origin
+        found = Found(
+            configs={
+                k.name: k.config.keywords() if k.name in why else record.kernels[k.name].config
+                for k in made.plan.kernels
+            },
+            origins={
+                k.name: f"{START}: {why[k.name]}" if k.name in why else origin
+                for k in made.plan.kernels
+            },
+            orders=record.orders,
+            rung=candidate.rung,
+            record=record,
+            refused=(*refused, *why.values()),
+            problem=problem,
+            bucket=bucket,
+            environment=environment,
+        )
+        return found, made
+    made = compiled({})
+    configs = {kernel.name: kernel.config.keywords() for kernel in made.plan.kernels}
+    found = Found(
+        configs=configs,
+        origins=dict.fromkeys(configs, START),
+        orders={},
+        rung="start",
+        record=None,
+        refused=tuple(refused),
+        problem=problem,
+        bucket=bucket,
+        environment=environment,
+    )
+    return found, made
+
+
+def ranked(problem: Problem, bucket: Bucket, environment: Environment) -> tuple[Candidate, ...]:
+    """Candidates for a call, best first, from memory after the first time."""
+    key = ("ranked", problem, bucket, environment)
+    return files.remembered(key, lambda: tuple(_ranking(problem, bucket, environment)))
+
+
+def nearest(problem: Problem, bucket: Bucket, environment: Environment) -> Tuned | None:
+    """The record of the spec that differs least, on whatever GPU."""
+    asked = (problem, environment, bucket)
+    records = [each.record for gpu in files.gpus() for each in files.entries(gpu, problem.spec)]
+    return min(
+        records,
+        key=lambda r: (len(_differences(asked, (r.problem, r.environment, r.bucket))), r.key),
+        default=None,
+    )
+
+
+def unusable(record: Tuned, made: Compiled, environment: Environment) -> dict[str, str]:
+    """By kernel of the plan that a record says nothing good of: why."""
+    why = {
+        kernel.name: reason
+        for kernel in made.plan.kernels
+        if (reason := _unusable(kernel, record.kernels.get(kernel.name), made, environment))
+    }
+    # kernels that share tiles start together
+    spread = True
+    while spread:
+        spread = False
+        for kernel in made.plan.kernels:
+            pair = (kernel.name, kernel.follows)
+            bad = next((name for name in pair if name in why), None)
+            if kernel.follows and bad and not all(name in why for name in pair):
+                why |= {
+                    name: f"{name} shares tiles with {bad}"
+                    for name in pair
+                    if name and name not in why
+                }
+                spread = True
+    return why
+
+
+def _unusable(
+    kernel: Kernel, choice: KernelChoice | None, made: Compiled, environment: Environment
+) -> str:
+    """Why a kernel cannot have what a record says; empty if it can."""
+    name = kernel.name
+    if choice is None:
+        return f"{name} is not in the record"
+    if choice.text != made.texts.get(name):
+        return f"{name} has another text since it was tuned"
+    if choice.shared > environment.shared_memory:
+        limit = f"the limit is {environment.shared_memory:,}"
+        return f"{name} needs {choice.shared:,} bytes of shared memory, {limit}"
+    known = kernel.config.keywords()
+    if choice.config.keys() != known.keys():
+        other = ", ".join(sorted(choice.config.keys() ^ known.keys()))
+        return f"{name} has other parameters: {other}"
+    for parameter, value in choice.config.items():
+        if parameter.startswith("BLOCK_") and (value < 1 or value & (value - 1)):
+            return f"{name} has {parameter}={value}, which is no power of two"
+    return ""
+
+
+# --- order
+
+
+def _ranking(problem: Problem, bucket: Bucket, environment: Environment) -> Iterator[Candidate]:
+    found = [
+        candidate
+        for gpu in files.gpus()
+        for kept in files.entries(gpu, problem.spec)
+        if (candidate := _candidate(kept, problem, bucket, environment))
+    ]
+    found.sort(key=lambda c: (c.kept.record.provenance.date, not c.kept.committed), reverse=True)
+    found.sort(key=lambda candidate: _closeness(candidate, environment))
+    yield from found[:MOST_RANKED]
+
+
+def _candidate(
+    kept: Kept, problem: Problem, bucket: Bucket, environment: Environment
+) -> Candidate | None:
+    """A record of the same problem, on its rung."""
+    record, own = kept.record, kept.record.environment
+    if record.problem != problem or own.sm != environment.sm:
+        return None
+    steps = bucket.distance(record.bucket)
+    if own.card != environment.card:
+        rung: Rung = "other GPU"
+    elif own.triton != environment.triton:
+        rung = "other Triton"
+    else:
+        rung = "nearest bucket" if steps else "exact"
+    return Candidate(rung=rung, kept=kept, steps=steps)
+
+
+def _closeness(candidate: Candidate, environment: Environment) -> tuple[object, ...]:
+    """Sorts candidates; of how calls were timed only the last word."""
+    own = candidate.kept.record.environment
+    newest = tuple(-number for number in own.triton_numbers)
+    same = own.triton == environment.triton
+    processors = abs(own.processors - environment.processors)
+    timed = (own.policy != environment.policy) + (own.l2 != environment.l2)
+    rung = RUNGS.index(candidate.rung)
+    if candidate.rung == "other GPU":
+        return rung, processors, own.gpu, not same, newest, candidate.steps, timed
+    return rung, *(newest if candidate.rung == "other Triton" else ()), candidate.steps, timed
+
+
+Asked = tuple[Problem, Environment, Bucket]
+
+
+def _differences(asked: Asked, had: Asked) -> list[tuple[str, object, object]]:
+    """Fields that differ, and both values."""
+    return [
+        (f"{type(a).__name__.lower()}.{each.name}", getattr(a, each.name), getattr(b, each.name))
+        for a, b in zip(asked, had, strict=True)
+        for each in fields(a)
+        if getattr(a, each.name) != getattr(b, each.name)
+    ]
+
+
+def _tokens(number: int) -> str:
+    return f"{number >> 10}K" if number >= 1 << 10 else str(number)
