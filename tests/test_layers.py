@@ -27,6 +27,8 @@ kernels
 buckets                                 rows that come to the blocks they chose
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
 schedule  driver                        Graph, Target -> Plan
+knobs                                   what tuning may vary of a kernel, and rules
+space                                   the same of a whole spec
 emit                                    Plan -> source text
 allowlist  store
 workers  build                          source text -> modules on disk
@@ -65,8 +67,8 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes plan rows kernels buckets configs refusals "
-    "schedule driver emit allowlist store workers build resources pipeline tuned catalogue verify dryrun "
-    "report compare progress cli svg layout drawing"
+    "schedule driver knobs space emit allowlist store workers build resources pipeline tuned catalogue "
+    "verify dryrun report compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.

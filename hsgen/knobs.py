@@ -1,0 +1,210 @@
+"""Knobs of one kernel, and the rules that say which of their values go together.
+
+Every value is a power of two, or a number of stages.  Knows skeletons; no search and no compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from hsgen.buckets import BucketsContext, PartsContext
+from hsgen.kernels import IndexContext, MarksContext, MergeContext, RankContext, SegmentsContext
+from hsgen.plan import Kernel, Plan
+from hsgen.rows import MARKED, RowsContext, next_power
+from hsgen.schedule import SORT_LIMIT
+from hsgen.target import Target
+
+VERSION = 1  # of ranges and rules: a change makes other studies
+MOST_ELEMENTS = 1 << 20  # of a tile, Triton's own limit
+MOST_ROWS = 256  # of a tile that dots read
+ACCUMULATORS = 192  # of 32 bits a thread: more leave no registers for the operands
+LEAST_DOT = 16
+
+Values = dict[str, int]  # of one kernel: constexprs, num_warps, num_stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knob:
+    """One value of one kernel: powers of two from 2^least to 2^most, or least to most themselves.
+
+    A search moves codes, in which a step is a doubling.
+    """
+
+    kernel: str
+    name: str
+    least: int
+    most: int
+    doubling: bool = True
+
+    @property
+    def codes(self) -> range:
+        return range(self.least, self.most + 1)
+
+    @property
+    def label(self) -> str:
+        """Names it in studies and on the command line."""
+        return f"{self.kernel}.{self.name}"
+
+    def value(self, code: int) -> int:
+        return 1 << code if self.doubling else code
+
+    def code(self, value: int) -> int | None:
+        """None for a value that is none of the knob's."""
+        code = value.bit_length() - 1 if self.doubling else value
+        return code if code in self.codes and self.value(code) == value else None
+
+    def __str__(self) -> str:
+        values = [str(self.value(code)) for code in self.codes]
+        return f"{self.name} {' '.join(values)}"
+
+
+def knobs_of(kernel: Kernel, plan: Plan) -> Iterator[Knob]:
+    """A kernel's own knobs; what it starts with is always among the values."""
+    start = kernel.config.keywords()
+    for name, (least, most) in _ranges(kernel, plan).items():
+        low, high = min(least, start[name]), max(most, start[name])
+        doubling = name != "num_stages"
+        if doubling:
+            low, high = low.bit_length() - 1, high.bit_length() - 1
+        if low < high:
+            yield Knob(kernel=kernel.name, name=name, least=low, most=high, doubling=doubling)
+
+
+def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
+    """By knob, the least and the most."""
+    context = kernel.context
+    match context:
+        case RowsContext():
+            return _row_ranges(context, kernel, plan)
+        case RankContext():
+            most = next_power(context.slots) if context.children else 8192
+            return {"BLOCK_R": (1, 32), "BLOCK_N": (64, max(64, most)), "num_warps": (1, 16)}
+        case IndexContext():
+            return {"num_warps": (1, 16)}
+        case MarksContext():
+            blocks = {"BLOCK_K": (16, next_power(context.width)), "BLOCK_N": (16, 1024)}
+            return {**blocks, "DEAR": (1, 8), "num_warps": (1, 16)}
+        case BucketsContext(how="offsets"):
+            return {"BLOCK_N": (64, 1024), "num_warps": (1, 8)}
+        case BucketsContext():
+            most = max(1, SORT_LIMIT // next_power(context.width))
+            return {"BLOCK_T": (1, most), "num_warps": (1, 8)}
+        case SegmentsContext(how="linear"):
+            lowest = context.head_dim & -context.head_dim
+            blocks = {"BLOCK_E": (LEAST_DOT, 128), "BLOCK_D": (LEAST_DOT, min(128, lowest))}
+            return {**blocks, "num_warps": (1, 8), "num_stages": (1, 4)}
+        case SegmentsContext():
+            most = next_power(context.size)
+            return {"BLOCK_E": (1, 64), "BLOCK_J": (1, most), "num_warps": (1, 8)}
+        case MergeContext() | PartsContext():
+            return {"BLOCK_R": (1, 128), "num_warps": (1, 8)}
+        case _:  # a skeleton that nothing is known of keeps its start
+            return {}
+
+
+def _row_ranges(context: RowsContext, kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
+    tokens = max(1, MOST_ROWS // context.pitch)
+    tokens = 1 << tokens.bit_length() - 1
+    wide = 128
+    if (block := _block(kernel, plan)) is not None:
+        wide = max(LEAST_DOT, min(wide, block))
+    ranges = {
+        "BLOCK_N": (max(LEAST_DOT, context.ratio), wide),
+        "num_warps": (1, 8),
+        "num_stages": (1, 5),
+    }
+    if "BLOCK_T" in dict(kernel.config.constexprs):
+        ranges = {"BLOCK_T": (1, tokens)} | ranges
+    return ranges
+
+
+def _block(kernel: Kernel, plan: Plan) -> int | None:
+    """Keys of a block that a step must not leave; None where steps may be of any length."""
+    context = kernel.context
+    assert isinstance(context, RowsContext), "of the rows skeleton"
+    if context.children:
+        return next_power(context.children)
+    for other in plan.kernels:
+        if other.follows == kernel.name:
+            match other.context:
+                case MarksContext():
+                    return MARKED
+                case IndexContext(size=size) if size == next_power(size) and size >= LEAST_DOT:
+                    return size
+                case _:
+                    pass
+    return None
+
+
+# --- what follows, and rules
+
+
+def derive(kernel: Kernel, values: Values) -> None:
+    """BLOCK_M is the rows of BLOCK_T tokens, where the kernel sets both."""
+    if isinstance(kernel.context, RowsContext) and {"BLOCK_T", "BLOCK_M"} <= values.keys():
+        values["BLOCK_M"] = max(LEAST_DOT, next_power(values["BLOCK_T"] * kernel.context.pitch))
+
+
+def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan) -> Iterator[str]:
+    """The rules that a kernel's values break, those of the tile that it shares included."""
+    if values["num_warps"] > target.max_warps_per_block:
+        yield f"{values['num_warps']} warps, {target.name} has {target.max_warps_per_block} a block"
+    largest = _elements(kernel, values)
+    if largest > MOST_ELEMENTS:
+        yield f"a tile of {largest:,} elements, Triton takes {MOST_ELEMENTS:,}"
+    match kernel.context:
+        case RowsContext() as context:
+            yield from _broken_rows(context, kernel, values, target, plan)
+        case RankContext():
+            if values["BLOCK_R"] > values["BLOCK_T"]:
+                yield f"BLOCK_R {values['BLOCK_R']} must divide BLOCK_T {values['BLOCK_T']}"
+        case IndexContext(width=width):
+            pairs = values["BLOCK_T"] * next_power(width)
+            if pairs > SORT_LIMIT and pairs > next_power(width):
+                yield f"BLOCK_T {values['BLOCK_T']}: {pairs:,} pairs to sort, at most {SORT_LIMIT:,}"
+        case _:
+            return
+
+
+def _broken_rows(
+    context: RowsContext, kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
+) -> Iterator[str]:
+    width, rows = values["BLOCK_N"], values["BLOCK_M"]
+    if width % context.ratio:
+        yield f"BLOCK_N {width} must be a multiple of the {context.ratio} entries that become one"
+    block = _block(kernel, plan)
+    if block is not None and width > max(LEAST_DOT, block):
+        yield f"BLOCK_N {width} is more than a block of {block} keys"
+    if target.tensor_columns:
+        return  # accumulators have a memory of their own
+    held = rows * (width + sum(chunk.width for chunk in context.v_chunks))
+    each = held // (values["num_warps"] * target.warp_size)
+    if each > ACCUMULATORS:
+        yield f"{each} accumulators a thread, at most {ACCUMULATORS}"
+
+
+def _elements(kernel: Kernel, values: Mapping[str, int]) -> int:
+    """Elements of the largest tile."""
+    match kernel.context:
+        case RowsContext() as context:
+            widths = [c.width for c in (*context.qk_chunks, *context.v_chunks)]
+            widest = max(widths, default=1)
+            rows, width = values["BLOCK_M"], values["BLOCK_N"]
+            return max(rows * width, rows * widest, width * widest)
+        case RankContext():
+            return values["BLOCK_R"] * values["BLOCK_N"]
+        case MarksContext():
+            return values["BLOCK_T"] * max(values["BLOCK_K"], values["BLOCK_N"])
+        case SegmentsContext() as context:
+            widest = max((c.width for c in context.chunks), default=1)
+            inner = values.get("BLOCK_J", 1) * widest
+            return values["BLOCK_E"] * max(inner, values.get("BLOCK_D", 1))
+        case _:
+            return 1
+
+
+def shares(kernel: Kernel) -> bool:
+    """Whether it reads a tile that it does not set."""
+    own = dict(kernel.config.constexprs)
+    return any(p.kind == "constexpr" and p.name not in own for p in kernel.params)
