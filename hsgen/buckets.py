@@ -125,14 +125,15 @@ def attend(
 ) -> RowsContext:
     """One block's keys for a tile of the rows that chose it."""
     size, stride = entries.size, entries.stride
+    heads = rows.heads_of(shape, per_head=True)
+    heads["rows_comment"] = "rows that chose one block, of one query head"
     own = "tl.minimum(position + 1, k_len)" if shape.causal else "k_len + rows * 0"
     return RowsContext(
         name=name,
         summary="attention of rows to one block that they chose, a part of each row's softmax.",
         params=(
             *rows.QUERY,
-            *rows.tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
-            *rows.tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            *rows.keys_and_values(shape),
             TILES,
             TILE_COUNTS,
             ENDS,
@@ -148,14 +149,8 @@ def attend(
             *rows.BLOCKS,
         ),
         acc="softmax",
-        rows_comment="rows that chose one block, of one query head",
-        heads=1,
-        pitch=1,
         width_of_list=width,
-        qk_chunks=chunks(shape.qk),
-        v_chunks=chunks(shape.v),
-        key_head=rows.kv_head("k_h", shape, per_head=True),
-        value_head=rows.kv_head("v_h", shape, per_head=True),
+        **heads,
         key_row="k_first",
         setup=(
             f"first_key = entry * {stride}",

@@ -20,6 +20,7 @@ DType = Literal["bf16", "fp16", "fp32"]
 
 
 WIDE_DIMS = 256  # of a key and a value
+SUMS = 1 << 15  # numbers that a tile of outputs may have: half of a processor's registers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,20 +52,25 @@ class RowTiles:
             limit = wide = 32
         elif context.heads == 1 and block:
             limit = 128
+        limit = min(limit, SUMS // max(1, sum(c.width for c in context.v_chunks)))
         block_t = tokens or 1 << max(1, min(most, limit // context.heads)).bit_length() - 1
         if block and block == next_power(block):
             wide = max(16, min(wide, block))
         dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
+        if context.latent and not self.target.tensor_columns:
+            dims = sum(c.width for c in context.qk_chunks)  # a tile of keys is one of values
         deepest = 3
         if self._bytes == 4:
             deepest = 2
+            if dims > 2 * WIDE_DIMS:  # queries alone fill the registers
+                limit = wide = 16
         elif tokens == 1:
             # gathered rows come one by one: what counts is how many programs wait for some
-            config = self._fit(context, 1, min(wide, 32), deepest, dims)
+            config = self._fit(context, 1, min(wide, 32), deepest, dims, limit)
             return replace(config, num_warps=1) if config["BLOCK_M"] <= 16 else config
         elif dims > WIDE_DIMS and limit <= 64:
             deepest = 2  # leaves room for two programs on a processor
-        return self._fit(context, block_t, wide, deepest, dims)
+        return self._fit(context, block_t, wide, deepest, dims, limit)
 
     def score(self, context: rows.RowsContext) -> Config:
         """As for attending, but with no output to hold there is room for more rows.
@@ -92,20 +98,24 @@ class RowTiles:
         wide: int,
         deepest: int,
         dims: int,
+        limit: int = 0,
     ) -> Config:
         """The most rows, then the widest step, then the deepest pipeline that shared memory holds.
 
         Fewer stages cost least, then narrower steps; fewer rows mean that all keys are read more often.
+        `limit`: rows that a tile may have, of a token whose heads are those of several programs.
         """
         need = 0
-        for tokens in _halves(block_t, 1):
-            block_m = max(16, next_power(tokens * context.pitch))
+        for tokens, heads in _packings(context, block_t, limit):
+            block_m = max(16, next_power(tokens * heads))
             for width in _halves(wide, 16):
                 for stages in range(deepest, 0, -1):
                     need = self._shared(context, block_m, width, stages, dims)
                     if need <= self.target.smem_per_block:
-                        warps = 8 if block_m >= 128 else 4
+                        wide_rows = block_m * sum(c.width for c in context.v_chunks) > SUMS // 2
+                        warps = 8 if block_m >= 128 or wide_rows else 4
                         values = (("BLOCK_T", tokens), ("BLOCK_M", block_m), ("BLOCK_N", width))
+                        values += (("BLOCK_H", heads),) if context.parts else ()
                         return Config(constexprs=values, num_warps=warps, num_stages=stages)
         raise PlanError(
             f"kernel {context.name} cannot run on {self.target.name} ({self.target.label}): needs at "
@@ -133,6 +143,15 @@ class RowTiles:
             buffers = stages + split
         probabilities = block_m * width * 4
         return (queries + probabilities) * (1 + split) + buffers * width * dims * self._bytes + 1024
+
+
+def _packings(context: rows.RowsContext, block_t: int, limit: int) -> tuple[tuple[int, int], ...]:
+    """Tokens a tile and heads a token: fewer tokens first, then of one token fewer heads."""
+    if not context.parts:
+        return tuple((tokens, context.pitch) for tokens in _halves(block_t, 1))
+    heads = min(context.pitch, limit)
+    fewer = tuple((1, n) for n in _halves(heads // 2, 16))
+    return (*((tokens, heads) for tokens in _halves(block_t, 1)), *fewer)
 
 
 def _halves(most: int, least: int) -> tuple[int, ...]:

@@ -176,6 +176,6 @@ def _made(nodes: Iterable[str]) -> tuple[str, ...]:
 
 def _tuned(text: str, kernel: str) -> str:
     """{BLOCK_T} in a grid is the kernel's own tuned value."""
-    for name in ("BLOCK_T", "BLOCK_R", "BLOCK_E", "BLOCK_V"):
+    for name in ("BLOCK_T", "BLOCK_R", "BLOCK_E", "BLOCK_V", "BLOCK_H"):
         text = text.replace(f"{{{name}}}", f'config["{kernel}"]["{name}"]')
     return text

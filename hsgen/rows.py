@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypedDict
 
 from hsgen.plan import ElementType, Param
 
@@ -47,6 +47,16 @@ def chunks(dim: int) -> tuple[Chunk, ...]:
     )
 
 
+def latent_chunks(dim: int, values: int) -> tuple[Chunk, ...]:
+    """Keys that begin with their values: 576 of which 512 are a value = 512 + 64."""
+    first = chunks(values)
+    rest = (
+        replace(c, index=len(first) + c.index, offset=values + c.offset, source=values + c.source)
+        for c in chunks(dim - values)
+    )
+    return (*first, *rest)
+
+
 def bound_chunks(dim: int) -> tuple[Chunk, ...]:
     """The least keys of an entry, then the greatest: one row of twice the columns."""
     low = tuple(replace(c, clip="minimum") for c in chunks(dim))
@@ -82,7 +92,7 @@ class RowsContext:
     pieces: str = ""
     acc: Accumulator
     rows_comment: str
-    heads: int  # query heads packed in a tile
+    heads: int  # query heads of a token, packed in a tile
     pitch: int  # rows between tokens: heads, or the next power of two where heads are reduced
     qk_chunks: tuple[Chunk, ...]
     phases: tuple[Phase, ...]
@@ -90,10 +100,12 @@ class RowsContext:
     key_row: str
     setup: tuple[str, ...]
     precision: str
+    parts: bool = False  # a token's heads are those of several programs, BLOCK_H of each
+    latent: bool = False  # values are the first channels of keys: a tile of keys is loaded once
     v_chunks: tuple[Chunk, ...] = ()
     value_head: str = ""
     scale_log2: str = ""
-    tile: str = "tl.program_id(0)"
+    tile: str = ""  # empty: `program`
     width_of_list: int = 0  # > 0: rows are items of a block's list, `width_of_list` slots a row
     stride: int = 1
     width: int = 0
@@ -109,6 +121,11 @@ class RowsContext:
     fold: str = ""
     folded: Literal["", "sum", "max"] = ""  # how neighbouring entries become one of a coarser level
     planes: int = 1  # of the scratch: 2 where an entry also counts in the slot after its own
+
+    @property
+    def values(self) -> str:
+        """Tiles of values: of a latent the first tiles of keys, which have the same chunks."""
+        return "k" if self.latent else "v"
 
     @property
     def one_token(self) -> bool:
@@ -150,9 +167,21 @@ class RowsContext:
         return "capacity" if self.planes == 1 else f"{self.planes} * capacity"
 
     @property
+    def program(self) -> str:
+        """The number of a program among those of its heads: the parts of one token lie side by side."""
+        return "program" if self.parts else "tl.program_id(0)"
+
+    @property
+    def rows_a_token(self) -> str:
+        """From one token's rows in the tile to the next one's."""
+        return "BLOCK_H" if self.parts else str(self.pitch)
+
+    @property
     def alive(self) -> str:
         """Rows that stand for a (token, head) pair of the tile."""
-        packed = "rows < " + ("" if self.one_token else "BLOCK_T * ") + str(self.pitch)
+        packed = "rows < " + ("" if self.one_token else "BLOCK_T * ") + self.rows_a_token
+        if self.parts:
+            return f"{packed}) & (place < {self.heads}"
         return (
             packed
             if self.pitch == self.heads
@@ -205,6 +234,7 @@ def constexprs(*names: str) -> tuple[Param, ...]:
         "BLOCK_T": "tokens a tile",
         "BLOCK_M": "rows a tile",
         "BLOCK_N": "keys a step",
+        "BLOCK_H": "heads of a token a tile",
     }
     return tuple(Param(name=n, kind="constexpr", comment=comments[n]) for n in names)
 
@@ -261,10 +291,66 @@ class Shape:
     v: int
     causal: bool
     precision: str
+    latent: bool = False  # of the branch: values are the first channels of keys
 
     @property
     def group(self) -> int:
         return self.query_heads // self.kv_heads
+
+
+class Heads(TypedDict):
+    """The fields of `RowsContext` that say which heads a program has, and of what its keys are."""
+
+    rows_comment: str
+    heads: int
+    pitch: int
+    parts: bool
+    latent: bool
+    qk_chunks: tuple[Chunk, ...]
+    v_chunks: tuple[Chunk, ...]
+    key_head: str
+    value_head: str
+
+
+def heads_of(shape: Shape, *, per_head: bool, values: bool = True) -> Heads:
+    """One query head, or all that share a key head; of a wide latent as many as a tile holds."""
+    heads = 1 if per_head else shape.group
+    parts = shape.latent and heads > 1
+    what = "one query head" if per_head else "the group's heads"
+    return {
+        "rows_comment": _packing(heads, what)
+        if not parts
+        else f"BLOCK_T tokens x BLOCK_H of {heads} heads that share a key, padded to BLOCK_M",
+        "heads": heads,
+        "pitch": next_power(heads) if parts else heads,
+        "parts": parts,
+        "latent": shape.latent,
+        "qk_chunks": latent_chunks(shape.qk, shape.v) if shape.latent else chunks(shape.qk),
+        "v_chunks": chunks(shape.v) if values else (),
+        "key_head": kv_head("k_h", shape, per_head=per_head),
+        "value_head": kv_head("v_h", shape, per_head=per_head),
+    }
+
+
+def keys_and_values(shape: Shape, entries: str = "S") -> tuple[Param, ...]:
+    """The tensors of keys and of values; of a latent one."""
+    keys = tensor("K", "k", f"[B, {entries}, Hkv, Dqk]", "bth")
+    return keys if shape.latent else (*keys, *tensor("V", "v", f"[B, {entries}, Hkv, Dv]", "bth"))
+
+
+def blocks(heads: Heads) -> tuple[Param, ...]:
+    """The tile sizes of an attend."""
+    return (*BLOCKS, *constexprs(*(("BLOCK_H",) if heads["parts"] else ())))
+
+
+def program_of(heads: Heads) -> str:
+    """As `RowsContext.program`."""
+    return "program" if heads["parts"] else "tl.program_id(0)"
+
+
+def rows_a_token(heads: Heads) -> str:
+    """As `RowsContext.rows_a_token`."""
+    return "BLOCK_H" if heads["parts"] else str(heads["pitch"])
 
 
 def _seen_rows(shape: Shape) -> tuple[str, ...]:
@@ -282,8 +368,7 @@ def attend_blocks(
 ) -> RowsContext:
     """One softmax over the tokens of selected blocks: the union lists of a tile, full ones first."""
     size, stride = entries.size, entries.stride
-    per_head = share == "Hq"
-    heads = 1 if per_head else shape.group
+    heads = heads_of(shape, per_head=share == "Hq")
     ragged = size < 16 or size != next_power(size)
     within = f"n < entry * {stride} + {size}"
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
@@ -297,23 +382,16 @@ def attend_blocks(
         summary="attention over the blocks each query selected, a tile's blocks walked once.",
         params=(
             *QUERY,
-            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
-            *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            *keys_and_values(shape),
             pointer("COUNTS", "i32", "[tiles, H, 2] full, partial"),
             pointer("ENTRIES", "i32", "[tiles, H, BLOCK_T * K] blocks"),
             pointer("WORDS", "i32", "[tiles, H, BLOCK_T * K, words] members"),
             *OUTPUTS,
             *SEQ,
-            *BLOCKS,
+            *blocks(heads),
         ),
         acc="softmax",
-        rows_comment=_packing(heads, "one query head" if per_head else "the group's heads"),
-        heads=heads,
-        pitch=heads,
-        qk_chunks=chunks(shape.qk),
-        v_chunks=chunks(shape.v),
-        key_head=kv_head("k_h", shape, per_head=per_head),
-        value_head=kv_head("v_h", shape, per_head=per_head),
+        **heads,
         key_row="k_first",
         setup=(
             f"list_row = {list_row}",
@@ -322,8 +400,8 @@ def attend_blocks(
             f"TILES: tl.constexpr = ({size} + BLOCK_N - 1) // BLOCK_N",
             "full = tl.load(COUNTS + list_row * 2)",
             "partial = tl.load(COUNTS + list_row * 2 + 1)",
-            f"word = tl.minimum(rows // {heads}, BLOCK_T - 1) // 32",
-            f"bit = rows // {heads} % 32",
+            f"word = tl.minimum(rows // {rows_a_token(heads)}, BLOCK_T - 1) // 32",
+            f"bit = rows // {rows_a_token(heads)} % 32",
             *_seen_rows(shape),
         ),
         phases=(
@@ -353,8 +431,8 @@ def attend_blocks(
 
 def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsContext:
     """One softmax over the tokens that rows marked in the blocks of 64 that a tile's rows touch."""
-    per_head = share == "Hq"
-    heads = 1 if per_head else shape.group
+    heads = heads_of(shape, per_head=share == "Hq")
+    of_token, program = rows_a_token(heads), program_of(heads)
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
     own = " + head" if list_heads > 1 else ""
     return RowsContext(
@@ -362,8 +440,7 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
         summary="attention over the tokens each query selected, a tile's blocks of 64 walked once.",
         params=(
             *QUERY,
-            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
-            *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            *keys_and_values(shape),
             pointer("COUNTS", "i32", "[tiles, H] blocks; -1: none"),
             pointer("ENTRIES", "i32", "[tiles, H, capacity] blocks"),
             pointer("MARKS", "i64", "[tiles * BLOCK_T, H, capacity] tokens as bits"),
@@ -371,25 +448,19 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
             *OUTPUTS,
             *SEQ,
             count("tile_first", "the turn's first tile"),
-            *BLOCKS,
+            *blocks(heads),
         ),
         acc="softmax",
-        rows_comment=_packing(heads, "one query head" if per_head else "the group's heads"),
-        tile="tl.program_id(0) + tile_first",
-        heads=heads,
-        pitch=heads,
-        qk_chunks=chunks(shape.qk),
-        v_chunks=chunks(shape.v),
-        key_head=kv_head("k_h", shape, per_head=per_head),
-        value_head=kv_head("v_h", shape, per_head=per_head),
+        tile=f"{program} + tile_first",
+        **heads,
         key_row="k_first",
         setup=(
-            f"list_row = tl.program_id(0).to(tl.int64) * {list_heads}{own}",
+            f"list_row = {program}.to(tl.int64) * {list_heads}{own}",
             "blocks = tl.load(COUNTS + list_row)",
             "if blocks < 0:",
             "    return",
             "list_base = list_row * capacity",
-            f"mark_row = tl.program_id(0) * BLOCK_T + tl.minimum(rows // {heads}, BLOCK_T - 1)",
+            f"mark_row = {program} * BLOCK_T + tl.minimum(rows // {of_token}, BLOCK_T - 1)",
             f"marks = MARKS + (mark_row.to(tl.int64) * {list_heads}{own}) * capacity",
             f"TILES: tl.constexpr = ({MARKED} + BLOCK_N - 1) // BLOCK_N",
         ),
@@ -413,13 +484,24 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
     )
 
 
-def attend_tokens(shape: Shape, *, name: str, scale: float, width: int, share: str) -> RowsContext:
-    """One softmax over a query's own list of tokens, gathered, in tiles whose union costs more."""
-    per_head = share == "Hq"
-    heads = 1 if per_head else shape.group
+def attend_tokens(
+    shape: Shape, *, name: str, scale: float, width: int, share: str, alone: bool = False
+) -> RowsContext:
+    """One softmax over a query's own list of tokens, gathered, in tiles whose union costs more.
+
+    `alone`: in all tiles, without counts.
+    """
+    heads = heads_of(shape, per_head=share == "Hq")
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
     own = " + head" if list_heads > 1 else ""
-    counts = pointer("COUNTS", "i32", "[tiles, H] blocks; -1: gather")
+    program = program_of(heads)
+    counts = () if alone else (pointer("COUNTS", "i32", "[tiles, H] blocks; -1: gather"),)
+    turns = () if alone else (count("tile_first", "the turn's first tile"),)
+    left = (
+        f"region = ({program} // BLOCK_T).to(tl.int64) * {list_heads}{own}",
+        "if tl.load(COUNTS + region) >= 0:",
+        "    return",
+    )
     seen = "last + 1" if shape.causal else "k_len"
     causal = " & (n <= last)" if shape.causal else ""
     return RowsContext(
@@ -427,29 +509,20 @@ def attend_tokens(shape: Shape, *, name: str, scale: float, width: int, share: s
         summary="attention over the tokens each query selected, gathered.",
         params=(
             *QUERY,
-            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
-            *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            *keys_and_values(shape),
             pointer("SELECTION", "i32", "[rows, H, K] tokens"),
-            counts,
+            *counts,
             *OUTPUTS,
             *SEQ,
-            count("tile_first", "the turn's first tile"),
-            *BLOCKS,
+            *turns,
+            *blocks(heads),
         ),
         acc="softmax",
-        rows_comment=_packing(heads, "one query head" if per_head else "the group's heads"),
-        heads=heads,
-        pitch=heads,
-        qk_chunks=chunks(shape.qk),
-        v_chunks=chunks(shape.v),
-        key_head=kv_head("k_h", shape, per_head=per_head),
-        value_head=kv_head("v_h", shape, per_head=per_head),
+        **heads,
         key_row="k_first",
-        tile="tl.program_id(0) // BLOCK_T + tile_first",
+        tile=f"{program} // BLOCK_T" + ("" if alone else " + tile_first"),
         setup=(
-            f"region = (tl.program_id(0) // BLOCK_T).to(tl.int64) * {list_heads}{own}",
-            "if tl.load(COUNTS + region) >= 0:",
-            "    return",
+            *(() if alone else left),
             "list_row = (tl.load(SEQ + z * 6) + t0).to(tl.int64)"
             + (f" * {list_heads}{own}" if list_heads > 1 else ""),
             f"list_base = list_row * {width}",
@@ -472,6 +545,7 @@ def attend_tokens(shape: Shape, *, name: str, scale: float, width: int, share: s
 
 def attend_window(shape: Shape, *, name: str, scale: float, window: int) -> RowsContext:
     """One softmax over the last `window` tokens, the query's own among them."""
+    heads = heads_of(shape, per_head=False)
     if shape.causal:
         stop, near = (
             "tl.minimum(last + 1, k_len)",
@@ -488,20 +562,13 @@ def attend_window(shape: Shape, *, name: str, scale: float, window: int) -> Rows
         summary=f"attention over a window of {window} tokens.",
         params=(
             *QUERY,
-            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
-            *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            *keys_and_values(shape),
             *OUTPUTS,
             *SEQ,
-            *BLOCKS,
+            *blocks(heads),
         ),
         acc="softmax",
-        rows_comment=_packing(shape.group, "the group's heads"),
-        heads=shape.group,
-        pitch=shape.group,
-        qk_chunks=chunks(shape.qk),
-        v_chunks=chunks(shape.v),
-        key_head=kv_head("k_h", shape, per_head=False),
-        value_head=kv_head("v_h", shape, per_head=False),
+        **heads,
         key_row="k_first",
         setup=(
             *_seen_rows(shape),
@@ -525,6 +592,7 @@ def attend_window(shape: Shape, *, name: str, scale: float, window: int) -> Rows
 
 def attend_all(shape: Shape, *, name: str, scale: float) -> RowsContext:
     """One softmax over every token that is seen: dense attention."""
+    heads = heads_of(shape, per_head=False)
     everyone = "tl.minimum(tl.maximum(first + 1, 0), k_len)" if shape.causal else "k_len"
     stop = "tl.minimum(last + 1, k_len)" if shape.causal else "k_len"
     return RowsContext(
@@ -532,20 +600,13 @@ def attend_all(shape: Shape, *, name: str, scale: float) -> RowsContext:
         summary="attention over all tokens.",
         params=(
             *QUERY,
-            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
-            *tensor("V", "v", "[B, S, Hkv, Dv]", "bth"),
+            *keys_and_values(shape),
             *OUTPUTS,
             *SEQ,
-            *BLOCKS,
+            *blocks(heads),
         ),
         acc="softmax",
-        rows_comment=_packing(shape.group, "the group's heads"),
-        heads=shape.group,
-        pitch=shape.group,
-        qk_chunks=chunks(shape.qk),
-        v_chunks=chunks(shape.v),
-        key_head=kv_head("k_h", shape, per_head=False),
-        value_head=kv_head("v_h", shape, per_head=False),
+        **heads,
         key_row="k_first",
         setup=(
             *_seen_rows(shape),
@@ -572,27 +633,21 @@ def attend_pooled(
     shape: Shape, *, name: str, scale: float, entries: Entries, values: bool
 ) -> RowsContext:
     """One softmax over all complete pooled entries; without `values`, its log-sum-exp alone."""
+    heads = heads_of(shape, per_head=False, values=values)
     output = OUTPUTS if values else tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32")
-    pooled = tensor("V", "v", "[B, N, Hkv, Dv]", "bth") if values else ()
+    keys = keys_and_values(shape, "N") if values else tensor("K", "k", "[B, N, Hkv, Dqk]", "bth")
     return RowsContext(
         name=name,
         summary="attention over pooled entries." if values else "log-sum-exp over pooled entries.",
         params=(
             *QUERY,
-            *tensor("K", "k", "[B, N, Hkv, Dqk]", "bth"),
-            *pooled,
+            *keys,
             *output,
             *SEQ,
-            *BLOCKS,
+            *blocks(heads),
         ),
         acc="softmax" if values else "lse",
-        rows_comment=_packing(shape.group, "the group's heads"),
-        heads=shape.group,
-        pitch=shape.group,
-        qk_chunks=chunks(shape.qk),
-        v_chunks=chunks(shape.v) if values else (),
-        key_head=kv_head("k_h", shape, per_head=False),
-        value_head=kv_head("v_h", shape, per_head=False),
+        **heads,
         key_row=f"k_first // {entries.stride}",
         setup=(
             *_complete_rows(shape, entries),

@@ -6,7 +6,7 @@ The only stage that decides on launches.  Values that tuning varies are a kernel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
 from hsgen import buckets, configs, refusals, rows
@@ -65,6 +65,8 @@ from hsgen.target import Target
 
 SCRATCH_BYTES = 128 << 20
 SORT_LIMIT = 4096  # pairs that the index kernel sorts in registers
+LATENT_DIMS = 1024  # of a key that holds its value
+TILE_OF_HEADS = 64  # heads of a token that fill a tile: no other row is there to share a list with
 
 
 Order = Literal["rows", "keys"]
@@ -161,11 +163,13 @@ class _Scheduler:
                 raise PlanError(
                     f"{name} is not known: give `heads` and `head_dim` in the spec or to load_kernel"
                 )
-        for name in ("Dqk", "Dv", "Di"):
+        attends = [node.op for node in self.graph.nodes() if isinstance(node.op, Attend)]
+        wide = LATENT_DIMS if all(op.latent for op in attends) else 256
+        for name, most in (("Dqk", wide), ("Dv", wide), ("Di", 256)):
             dim = self.graph.sizes.get(name, 16)
-            if dim % 16 or not 16 <= dim <= 256:
+            if dim % 16 or not 16 <= dim <= most:
                 raise PlanError(
-                    f"head dim {name}: expected a multiple of 16 from 16 to 256, got {dim}"
+                    f"head dim {name}: expected a multiple of 16 from 16 to {most}, got {dim}"
                 )
 
     @property
@@ -179,6 +183,9 @@ class _Scheduler:
             causal=self.graph.meta.causal,
             precision=self.target.dot_precision,
         )
+
+    def _shape_of(self, op: Attend) -> rows.Shape:
+        return replace(self.shape, latent=bool(op.latent))
 
     def _kernel(
         self,
@@ -327,23 +334,22 @@ class _Scheduler:
 
     def _attend(self, node: Node, op: Attend) -> None:
         name = f"attend_{op.branch}"
+        shape = self._shape_of(op)
         scale = op.scale if op.scale is not None else 1.0
         launches: list[Launch] = []
         buffers: list[Buffer] = []
         sizes: list[tuple[str, str]] = []
         match op.over:
             case "window":
-                context = rows.attend_window(
-                    self.shape, name=name, scale=scale, window=op.window or 1
-                )
+                context = rows.attend_window(shape, name=name, scale=scale, window=op.window or 1)
                 config = self._tiles.attend(context, limit=128)
             case "all":
-                context = rows.attend_all(self.shape, name=name, scale=scale)
+                context = rows.attend_all(shape, name=name, scale=scale)
                 config = self._tiles.attend(context, limit=128)
             case "pooled":
                 entries = self._pooled_entries(node.inputs[1])
                 context = rows.attend_pooled(
-                    self.shape, name=name, scale=scale, entries=entries, values=True
+                    shape, name=name, scale=scale, entries=entries, values=True
                 )
                 config = self._tiles.attend(context, limit=128)
             case "tokens":
@@ -356,16 +362,17 @@ class _Scheduler:
                 return
             case "blocks":
                 context, config = self._blocks(node, op, name, launches, buffers, sizes)
-        programs = self.shape.query_heads // context.heads
         self._kernel("rows", context, config, node.name, *self._lse_of(node))
+        tiles = _tiles()
+        if context.parts:
+            tiles = f"row_tiles_{op.branch}"
+            sizes += [(tiles, _tiles_of(name)), *_parts(context)]
         launches.append(
             Launch(
                 kernel=name,
-                grid=(_tiles(), str(programs)),
+                grid=_grid(shape, context, tiles),
                 arguments=(
-                    *self._tensor("q"),
-                    *self._tensor(node.inputs[1]),
-                    *self._tensor(node.inputs[2]),
+                    *self._tensors(node, op),
                     *self._list_arguments(op),
                     *self._outputs(node),
                     *SEQ,
@@ -420,11 +427,7 @@ class _Scheduler:
             operators=(node.name, *self._lse_of(node)),
             selection=_buffer(selection.name),
             keys=_input(node.inputs[1]),
-            tensors=(
-                *self._tensor("q"),
-                *self._tensor(node.inputs[1]),
-                *self._tensor(node.inputs[2]),
-            ),
+            tensors=self._tensors(node, op),
             outputs=self._outputs(node),
             buffers=self._output_buffers(node),
             width=self._width(selection),
@@ -432,7 +435,7 @@ class _Scheduler:
             scale=op.scale or 1.0,
         )
         kernels, step = buckets.plan(
-            self.shape, branch, lambda context: self._tiles.attend(context, limit=64)
+            self._shape_of(op), branch, lambda context: self._tiles.attend(context, limit=64)
         )
         self.kernels += kernels
         self.steps.append(step)
@@ -456,7 +459,7 @@ class _Scheduler:
         selection = self.graph[node.inputs[3]]
         width, heads = self._width(selection), self._size(selection.type.dims[2])
         context = rows.attend_blocks(
-            self.shape,
+            self._shape_of(op),
             name=name,
             scale=op.scale or 1.0,
             entries=Entries(size=op.size, stride=op.stride),
@@ -519,12 +522,15 @@ class _Scheduler:
     def _tokens(self, node: Node, op: Attend, scale: float) -> None:
         """Tokens of a selection: by tile over the union of blocks, or by row where that is dear."""
         name, gather = f"attend_{op.branch}", f"gather_{op.branch}"
-        selection = self.graph[node.inputs[3]]
+        shape, selection = self._shape_of(op), self.graph[node.inputs[3]]
         width, heads = self._width(selection), self._size(selection.type.dims[2])
         share = selection.type.dims[2]
+        if op.latent and share != "Hq" and shape.group >= TILE_OF_HEADS:
+            self._gathered(node, op, scale)
+            return
         chosen = _buffer(selection.name)
-        union = rows.attend_marked(self.shape, name=name, scale=scale, share=share)
-        by_row = rows.attend_tokens(self.shape, name=gather, scale=scale, width=width, share=share)
+        union = rows.attend_marked(shape, name=name, scale=scale, share=share)
+        by_row = rows.attend_tokens(shape, name=gather, scale=scale, width=width, share=share)
         config = self._tiles.attend(union, limit=64, block=rows.MARKED)
         gathering = self._tiles.attend(by_row, tokens=1).without("BLOCK_T")
         marks = MarksContext(
@@ -542,15 +548,10 @@ class _Scheduler:
             "rows", by_row, gathering, node.name, *self._lse_of(node), follows=name, by_slot=True
         )
         block_t = f'config["{name}"]["BLOCK_T"]'
-        programs = str(self.shape.query_heads // union.heads)
         tiles, chunk = f"tiles_{op.branch}", f"chunk_{op.branch}"
         capacity = f"capacity_{op.branch}"
         lists = (f"counts_{op.branch}", f"entries_{op.branch}", f"marks_{op.branch}")
-        tensors = (
-            *self._tensor("q"),
-            *self._tensor(node.inputs[1]),
-            *self._tensor(node.inputs[2]),
-        )
+        tensors = self._tensors(node, op)
         self.steps.append(
             Step(
                 title=f"attend: {op.branch}",
@@ -561,6 +562,7 @@ class _Scheduler:
                     (tiles, f"batch.rows // {block_t} + batch.sequences"),
                     (f"bytes_{op.branch}", f"{8 * heads} * {capacity} * {block_t}"),
                     (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.branch}))"),
+                    *_parts(union, by_row),
                 ),
                 buffers=(
                     Buffer(name=lists[0], dtype="i32", dims=(chunk, str(heads)), role="list"),
@@ -583,7 +585,7 @@ class _Scheduler:
                     ),
                     Launch(
                         kernel=name,
-                        grid=("count", programs),
+                        grid=_grid(shape, union, "count"),
                         arguments=(
                             *tensors,
                             *lists,
@@ -595,7 +597,7 @@ class _Scheduler:
                     ),
                     Launch(
                         kernel=gather,
-                        grid=(f"count * {block_t}", programs),
+                        grid=_grid(shape, by_row, f"count * {block_t}"),
                         arguments=(
                             *tensors,
                             chosen,
@@ -610,6 +612,47 @@ class _Scheduler:
                 chunk=chunk,
             )
         )
+
+    def _gathered(self, node: Node, op: Attend, scale: float) -> None:
+        """Tokens of a selection, where one token's heads fill a tile: each row by its own list."""
+        name, tiles = f"attend_{op.branch}", f"tiles_{op.branch}"
+        shape, selection = self._shape_of(op), self.graph[node.inputs[3]]
+        context = rows.attend_tokens(
+            shape,
+            name=name,
+            scale=scale,
+            width=self._width(selection),
+            share=selection.type.dims[2],
+            alone=True,
+        )
+        config = self._tiles.attend(context, tokens=1)
+        self._kernel("rows", context, config, node.name, *self._lse_of(node), by_slot=True)
+        self.steps.append(
+            Step(
+                title=f"attend: {op.branch}",
+                needs=node.inputs,
+                makes=(node.name, self._lse_of(node)[0]),
+                sizes=((tiles, _tiles_of(name)), *_parts(context)),
+                buffers=self._output_buffers(node),
+                launches=(
+                    Launch(
+                        kernel=name,
+                        grid=_grid(shape, context, f"{tiles} * {{BLOCK_T}}"),
+                        arguments=(
+                            *self._tensors(node, op),
+                            _buffer(selection.name),
+                            *self._outputs(node),
+                            *SEQ,
+                        ),
+                    ),
+                ),
+            )
+        )
+
+    def _tensors(self, node: Node, op: Attend) -> tuple[str, ...]:
+        """Queries, keys and values; of a latent the keys are all."""
+        read = ("q", *node.inputs[1 : 2 if op.latent else 3])
+        return tuple(argument for name in read for argument in self._tensor(name))
 
     def _list_arguments(self, op: Attend) -> tuple[str, ...]:
         if op.over == "blocks":
@@ -987,6 +1030,29 @@ SEQ = ("batch.table", "batch.sequences")
 
 def _tiles() -> str:
     return "batch.rows // {BLOCK_T} + batch.sequences"
+
+
+def _tiles_of(kernel: str) -> str:
+    """The same, outside of the kernel's own grid."""
+    return f'batch.rows // config["{kernel}"]["BLOCK_T"] + batch.sequences'
+
+
+def _grid(shape: rows.Shape, context: rows.RowsContext, tiles: str) -> tuple[str, str]:
+    """Programs of an attend: tiles by heads, where the parts of a token's heads are next to each other."""
+    if context.parts:
+        return f"{tiles} * parts_{context.name}", str(shape.kv_heads)
+    return tiles, str(shape.query_heads // context.heads)
+
+
+def _parts(*contexts: rows.RowsContext) -> tuple[tuple[str, str], ...]:
+    """The sizes that `_grid` needs: how many programs share the heads of one token."""
+    sizes: list[tuple[str, str]] = []
+    for context in contexts:
+        if context.parts:
+            heads = f"heads_{context.name}"
+            sizes.append((heads, f'config["{context.name}"]["BLOCK_H"]'))
+            sizes.append((f"parts_{context.name}", f"({context.heads} + {heads} - 1) // {heads}"))
+    return tuple(sizes)
 
 
 def _safe(name: str) -> str:

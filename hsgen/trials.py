@@ -26,6 +26,7 @@ from hsgen.errors import HsgenError
 from hsgen.execution import Program, compute_integers_once, interpreting
 from hsgen.reference import Result, reference, tensor_kinds, tensor_shapes
 from hsgen.runtime import compile_program
+from hsgen.schedule import TILE_OF_HEADS
 from hsgen.selection import ListSelection, members
 from hsgen.spec import Attend, Blocks, HeadDim, Heads, Level, Spec, parse
 from hsgen.spec import verify as verify_spec
@@ -138,7 +139,7 @@ def shrink(spec: Spec) -> Spec:
         "levels": tuple(_shrunk_level(level, divisor) for level in spec.levels),
         "attend": tuple(_shrunk_branch(branch) for branch in spec.attend),
         "heads": _few_heads(spec, kv=2),
-        "head_dim": HeadDim(qk=16, v=16 if _same_dims(spec) else 32),
+        "head_dim": _few_dims(spec),
     }
     if spec.index:
         heads = 2 if spec.index_per_key_head else min(spec.index.heads, 4)
@@ -185,8 +186,18 @@ def _shrunk_branch(branch: Attend) -> Attend:
 def _few_heads(spec: Spec, *, kv: int) -> Heads:
     """A group that is 1, a power of two or neither, as the spec's is."""
     group = spec.heads.group if spec.heads else 2
+    if group >= TILE_OF_HEADS and any(branch.storage for branch in spec.attend):
+        return Heads(query=TILE_OF_HEADS + 1, kv=1)  # two programs a token, as with 128
     small = group if group <= 4 else 4 if group & (group - 1) == 0 else 3
     return Heads(query=kv * small, kv=kv)
+
+
+def _few_dims(spec: Spec) -> HeadDim:
+    """Of latents a value is a part of a key."""
+    if _same_dims(spec):
+        return HeadDim(qk=16, v=16)
+    latent = any(branch.storage for branch in spec.attend)
+    return HeadDim(qk=48, v=32) if latent else HeadDim(qk=16, v=32)
 
 
 def _same_dims(spec: Spec) -> bool:

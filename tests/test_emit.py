@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 # --- text
 
 
-@pytest.mark.parametrize("name", systems.STRUCTURES)
+@pytest.mark.parametrize("name", [*systems.STRUCTURES, "sparse_mla"])
 def test_sources_are_golden(name, golden):
     for file, text in emitted.sources(emitted.shipped_plan(name)).items():
         golden(f"{name}/{file}", text)

@@ -210,12 +210,36 @@ def test_there_is_a_configuration_for_every_size_and_target(name):
                 check_tile(kernel)
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("dims", [(576, 512), (512, 512)])
+def test_a_latent_is_loaded_once_and_its_heads_are_shared_out(dims, target):
+    """64 rows of 512 sums are half of a processor's registers; the second half of 128 heads is another's."""
+    spec = systems.load("sparse_mla").model_copy(
+        update={"head_dim": HeadDim(qk=dims[0], v=dims[1])}
+    )
+    for heads in (64, 128):
+        plan = schedule.schedule(emitted.graph(resized(spec, (heads, 1), dims)), target, "bf16")
+        kernel = plan.kernel("attend_selected")
+        check_tile(kernel)
+        assert "V" not in [p.name for p in kernel.params]
+        config, least = kernel.config, 16 if target is MI300X else 64
+        assert least <= config["BLOCK_H"] <= config["BLOCK_M"] <= 64
+        grid = dryrun.run(plan, tokens=100).launch("attend_selected").grid
+        assert grid == (101 * heads // config["BLOCK_H"], 1)
+        two = (
+            2 if target.tensor_columns else 1
+        )  # tensor memory takes values in a layout of their own
+        buffers = config["BLOCK_N"] * (dims[0] + (two - 1) * dims[1]) * 2 * config.num_stages
+        assert dims[0] * config["BLOCK_M"] * 2 + buffers <= target.smem_per_block
+
+
 def check_tile(kernel):
     """Tiles are powers of two, and hold what they must."""
     config = dict(kernel.config.constexprs)
     assert all(value == next_power(value) for value in config.values()), kernel.name
     if kernel.skeleton == "rows":
-        assert config["BLOCK_M"] >= max(16, config.get("BLOCK_T", 1) * kernel.context.pitch)
+        heads = config.get("BLOCK_H", kernel.context.pitch)
+        assert config["BLOCK_M"] >= max(16, config.get("BLOCK_T", 1) * heads)
         assert config["BLOCK_N"] >= 16
 
 
@@ -240,6 +264,8 @@ COVERING = (
     ("fp16", B200, "moba", "score_chunk"),
     ("fp32", RTX4090, "hisa", "score_token"),
     ("bf16", A100, "hisa", "score_block"),
+    ("bf16", H100, "sparse_mla", "attend_selected"),
+    ("bf16", B200, "sparse_mla", "attend_selected"),
 )
 NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 SPILLS = 64 if NEW else 512  # bytes of stack a thread; the ptxas of older Triton spills more

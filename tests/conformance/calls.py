@@ -209,6 +209,17 @@ def key_side(call):
     return {name: t for name, t in call.tensors.items() if kinds[name] == "key"}
 
 
+def value_side(call):
+    """Every tensor of values: [B, S, Hkv, Dv]; of a latent branch its keys, which hold them."""
+    kinds = tensor_kinds(call.spec)
+    latent = {f"k_{b.kv}" if b.kv else "k" for b in call.spec.attend if b.storage}
+    return {
+        name: t
+        for name, t in call.tensors.items()
+        if kinds[name] == "key" and (name == "v" or name.startswith("v_") or name in latent)
+    }
+
+
 def batched(call):
     """Names of the tensors that have a batch."""
     return {name for name, kind in tensor_kinds(call.spec).items() if kind != "parameter"}

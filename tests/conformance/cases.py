@@ -31,6 +31,11 @@ def build(name, case, *, device="cpu", seed=0):
     spec = systems.small(
         name, block=case["block"], group=case["group"], dims=case["dims"], causal=True
     )
+    return build_of(spec, case, device=device, seed=seed)
+
+
+def build_of(spec, case, *, device="cpu", seed=0):
+    """The call of a case on a spec that has its heads, dims and blocks."""
     T, skipped = _tokens(spec, case), 0
     dtype = DTYPES[case["dtype"]]
     longer = {"aligned": 0, "longer": 37, "offset": 20, "padded": 9}[case["position"]]

@@ -235,11 +235,15 @@ def uncounted_entries_come_on_top(lab):
 
 def _dense(call, dtype):
     """Ordinary causal attention.  -> [B, T, Hq, Dv]"""
-    q, k, v = (call.tensors[name].to(dtype).transpose(1, 2) for name in "qkv")
-    group = call.spec.heads.group
+    (branch, *_), group = call.spec.attend, call.spec.heads.group
+    q, k = (call.tensors[name].to(dtype).transpose(1, 2) for name in "qk")
+    if branch.storage:
+        v = k[..., : call.spec.head_dim.v]
+    else:
+        v = call.tensors["v"].to(dtype).transpose(1, 2)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     attend = torch.nn.functional.scaled_dot_product_attention
-    return attend(q, k, v, is_causal=call.spec.causal).transpose(1, 2)
+    return attend(q, k, v, is_causal=call.spec.causal, scale=branch.scale).transpose(1, 2)
 
 
 def _head_by_head(spec, level):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from tolerances import UNITS, tolerance
 
+from conformance.calls import value_side
 from conformance.systems import selecting
 from hsgen.reference import reference, tensor_kinds
 from hsgen.spec import Attend
@@ -110,7 +111,7 @@ def logit_error(call, lse, unit):
     Where a few keys have all the weight, the plain computation may be right by luck.  -> [..., T, Hq]
     """
     sizes = torch.stack([torch.where(t.isfinite(), t, 0.0).abs() for t in lse.values()])
-    values = [t.double() for name, t in call.tensors.items() if name == "v" or name[:2] == "v_"]
+    values = [t.double() for t in value_side(call).values()]
     spread = max(float(v.square().mean().sqrt()) if v.numel() else 0.0 for v in values)
     return (2 * unit * spread * (1 + sizes.amax(0))).transpose(-1, -2)
 
@@ -181,7 +182,8 @@ def logit_bound(call, branch):
         pooled, more = _largest_pooled(call, spec.level(attend.over), largest)
         largest, terms = torch.maximum(largest, pooled), terms + more
     largest = largest.repeat_interleave(group, 0)  # [Hq, D]
-    logits = (q * largest).sum(-1) * D**-0.5
+    scale = attend.scale if attend and attend.scale else D**-0.5
+    logits = (q * largest).sum(-1) * scale
     limit = tolerance(call.dtype, q.device)
     level = spec.level(attend.over) if attend and attend.values == "pooled" else None
     rounded = limit.stored if level and _rounds(level) else 0.0
@@ -351,7 +353,7 @@ def _form_only(call, *, absolute):
             score = level.score.model_copy(update=changes)
             levels.append(level.model_copy(update={"score": score, "within": None, "select": None}))
     kv = next((b.kv for b in spec.attend if b.values == "raw"), None)
-    window = Attend(name="none", window=1, kv=kv)
+    window = Attend(name="none", window=1, kv=kv, storage=spec.attend[0].storage)
     plain = spec.model_copy(update={"levels": tuple(levels), "attend": (window,), "combine": None})
     tensors = {n: t.double() for n, t in call.tensors.items() if n in tensor_kinds(plain)}
     if absolute:

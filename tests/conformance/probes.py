@@ -9,7 +9,6 @@ from tolerances import tolerance
 
 from conformance import calls, lab, oracles, systems
 from conformance.lab import assert_same_bits, check, same
-from hsgen.reference import tensor_kinds
 
 
 @check()
@@ -21,7 +20,7 @@ def uniform_probe_reads_the_mask(lab):
     spec = lab.spec(dims=(64, 64))
     call = lab.make(spec)
     tensors = {"q": torch.zeros_like(call.tensors["q"]), **_first_tokens(call)}
-    for name, t in _values(call).items():
+    for name, t in calls.value_side(call).items():
         S, H, D = t.shape[-3:]
         token, head = torch.arange(S)[:, None], torch.arange(H)
         channel = (5 * token + 7 * head) % D  # 5 and 64 have no divisor in common
@@ -87,7 +86,7 @@ def padding_is_never_read(lab):
 def ones_stay_ones(lab):
     """V = 1 gives 1: the normaliser counts what the values count."""
     call = lab.make()
-    ones = {name: torch.ones_like(t) for name, t in _values(call).items()}
+    ones = {name: torch.ones_like(t) for name, t in calls.value_side(call).items()}
     call = call.with_tensors(**ones, **_first_tokens(call, sides=("value",)))
     if "gates" in call.tensors:
         call = call.with_tensors(gates=_one_branch_a_row(call.tensors["gates"]))
@@ -152,16 +151,6 @@ def neighbours_in_memory_have_no_influence(lab):
 
 
 # --- the inputs
-
-
-def _values(call):
-    """Every tensor of values: [B, S, Hkv, Dv]."""
-    kinds = tensor_kinds(call.spec)
-    return {
-        name: t
-        for name, t in call.tensors.items()
-        if kinds[name] == "key" and (name == "v" or name.startswith("v_"))
-    }
 
 
 def _first_tokens(call, sides=("key", "value")):

@@ -1,0 +1,1 @@
+"""Kernels of sparse_mla, emitted by hsgen."""
