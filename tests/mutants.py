@@ -262,6 +262,30 @@ MUTANTS = (
     _attend("gate of another branch", "nsa", "merge", "gates + 1 * g_c", "gates + 2 * g_c"),
     # addresses
     _attend(
+        "latent read from its second half", "sparse_mla", "attend_selected", "(p0, k0,", "(p0, k1,"
+    ),
+    _attend(
+        "every program has the first heads",
+        "sparse_mla",
+        "attend_selected",
+        "tl.program_id(0) % parts * BLOCK_H",
+        "tl.program_id(0) % 1 * BLOCK_H",
+    ),
+    _attend(
+        "heads stored that are none",
+        "sparse_mla",
+        "attend_selected",
+        "(place < 65)",
+        "(place < 70)",
+    ),
+    _attend(
+        "list of another token",
+        "sparse_mla",
+        "attend_selected",
+        "program = tl.program_id(0) // parts",
+        "program = tl.program_id(0) // parts // 2 * 2",
+    ),
+    _attend(
         "wrong head of the group",
         "nsa",
         "attend_window",

@@ -21,6 +21,7 @@ SPECS = {
     "moba_full": lambda: systems.small("moba", group=1, dims=(32, 32), causal=False),
     "nsa": lambda: systems.small("nsa", group=2, dims=(48, 32)),
     "hisa": lambda: systems.small("hisa", group=2, dims=(32, 32)),
+    "sparse_mla": lambda: systems.small("sparse_mla", group=65, dims=(64, 32)),
 }
 ORDERS = {"moba_keys": {"selected": "keys"}}
 TILE = 16
