@@ -11,7 +11,6 @@ from hsgen.spec import (
     Halving,
     HeadDim,
     Heads,
-    Index,
     KMeans,
     LearnedTree,
     Parts,
@@ -49,7 +48,6 @@ REFUSED: dict[str, str] = {
     "glm_kpool": "level pool: no kernel pools by gated yet",
     "qwen_qsa": "level block: no kernel norms pooled keys yet",
     "step_csa": "level region: no kernel pools by gated yet",
-    "dsa": "branch selected: no kernel reads values from latent keys yet",
     "dhsa": "level chunk: no kernel chooses for rows together yet",
     "dhsa_released": "level block: no kernel chooses for rows together yet",
     "hip": "level chunk: no kernel searches halved intervals yet",
@@ -80,7 +78,8 @@ REFUSED: dict[str, str] = {
 LAYERS: dict[str, int] = {"small_thinker": 1, "token_sparse": 15}
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
-PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
+# `dsa` is an example that has tests of its own, and rounds the index as test_stored has it.
+PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao", "dsa": "sparse_mla"}
 # Specs put together from loops that another has too: on the CPU a few of the covering cases, every other
 # probe and every third law; on a GPU all of them.  All others get all of them everywhere.
 ALIKE: dict[str, str] = {
@@ -236,9 +235,9 @@ def bind(spec, *, group=2, kv=None, dims=(64, 64)):
         "head_dim": HeadDim(qk=dims[0], v=dims[1]),
     }
     if spec.index:
-        changes["index"] = Index(
-            heads=kv if spec.index_per_key_head else group, dim=min(dims[0], 256)
-        )
+        heads = kv if spec.index_per_key_head else group
+        few = {"heads": heads, "dim": min(dims[0], 256)}
+        changes["index"] = spec.index.model_copy(update=few)
     return language.verify(spec.model_copy(update=changes))
 
 
