@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common, curves
-from benchmarks.curves import Line, Panel
+from benchmarks import common
 from hsgen import bench, checking, standins
+from hsgen.plots import Line, Panel, draw
 from hsgen.quality import Json
 from hsgen.spec import load
 
@@ -134,7 +134,7 @@ def plot(results: Sequence[Json]) -> str:
     ]
     made = results[0]["runs"][0]
     about = f"milliseconds a query head against the group, {made['card']}, {made['date']}"
-    return curves.draw("From group to group", (about,), ("group", "ms a head"), panels)
+    return draw("From group to group", (about,), ("group", "ms a head"), panels)
 
 
 def _cases(results: Sequence[Json]) -> Iterator[tuple[Json, Json]]:

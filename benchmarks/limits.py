@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks import common, curves, speed_report
-from benchmarks.curves import Line, Mark, Panel
+from benchmarks import common, speed_report
 from hsgen import analysis, bench, passes, planner, report, resources, schedule
 from hsgen.errors import HsgenError
 from hsgen.graph import Graph
 from hsgen.plan import Plan
+from hsgen.plots import Line, Mark, Panel, draw
 from hsgen.quality import Json
 from hsgen.spec import Heads, load
 from hsgen.target import Target
@@ -178,7 +178,7 @@ def roofline(results: Sequence[Json]) -> str:
             roofs = _roofs(target, _dense_rate(result, case))
         panels.append(Panel(title=system, lines=tuple(roofs), marks=marks))
     about = "TFLOP/s against FLOPs a byte that must move; real input, " + _where(results)
-    return curves.draw("Operators under the roof", (about,), ("FLOP / byte", "TFLOP/s"), panels)
+    return draw("Operators under the roof", (about,), ("FLOP / byte", "TFLOP/s"), panels)
 
 
 def growth_plot(results: Sequence[Json]) -> str:
@@ -197,7 +197,7 @@ def growth_plot(results: Sequence[Json]) -> str:
                 lines.append(Line(name="the best dense", points=known, dashed=True))
         panels.append(Panel(title=system, lines=tuple(lines), marks={}))
     about = "milliseconds against tokens, forward, batch 1, " + _where(results)
-    return curves.draw("Time against length", (about,), ("tokens", "ms"), panels)
+    return draw("Time against length", (about,), ("tokens", "ms"), panels)
 
 
 def _roofs(target: Target, rate: float | None) -> list[Line]:

@@ -9,6 +9,7 @@ a capture, or times, loads torch.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -446,6 +447,71 @@ def _words(options: Mapping[str, Sequence[object]]) -> list[str]:
     return [
         word for name, values in options.items() for x in values for word in (f"--{name}", str(x))
     ]
+
+
+@app.command(epilog="Example: hsgen search moba --qkv FILE --least --target h100 -o found")
+def search(
+    spec: SpecFile,
+    *,
+    qkv: Annotated[
+        Path, typer.Option("--qkv", metavar="FILE", help="What errors are measured on.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Write the front into this folder."),
+    ],
+    least: Annotated[
+        bool, typer.Option("--least", help="Time is the least by the roofline; needs no GPU.")
+    ] = False,
+    target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
+    tokens: Annotated[
+        str | None,
+        typer.Option("--tokens", metavar="32K", help="Of a timed call; default as captured."),
+    ] = None,
+    layers: Layers = None,
+    rows: Annotated[int, typer.Option(min=1, help="Measured, of the second half.")] = 256,
+    trials: Annotated[int, typer.Option(min=1, help="Variants that are tried.")] = 60,
+    budget: Annotated[
+        float | None, typer.Option(min=0.0, metavar="SECONDS", help="None is begun after that.")
+    ] = None,
+    heads: HeadCounts = None,
+    head_dim: HeadDims = None,
+    as_json: Json = False,
+) -> None:
+    """Look for better sizes and budgets of a spec: hsgen search moba --qkv FILE -o DIR.
+
+    What was tried is kept in DIR: the same command goes on where it was stopped.
+    """
+    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim))
+    lengths = _lengths(tokens)
+    if len(lengths) > 1:
+        raise typer.BadParameter(f"expected one number of tokens, got {tokens!r}")
+    from hsgen import progress, search, variants  # noqa: PLC0415  load torch and optuna
+    from hsgen.spec import drafts  # noqa: PLC0415
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HsgenError(f"{output}: cannot write: {error.strerror}") from error
+    with progress.bar() as told:
+        found = search.search(
+            variants.variants(bound),
+            qkv,
+            search.clock(qkv, target if least else None, tokens=lengths[0] if lengths else None),
+            layers=_numbers(layers),
+            rows=rows,
+            trials=trials,
+            budget=math.inf if budget is None else budget,
+            journal=output / "search.journal",
+            progress=told,
+        )
+    made = {**search.texts(found), "front.svg": search.draw(found)}
+    made["front.json"] = _json_text(found.record())
+    for name, text in made.items():
+        drafts.write(output / name, text, over=True)
+    for path in search.outdated(found, output):
+        path.unlink()
+    typer.echo(made["front.json"] if as_json else str(found), nl=False)
 
 
 @app.command(epilog="Example: hsgen diff nsa my_nsa.yaml")

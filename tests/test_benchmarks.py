@@ -14,7 +14,6 @@ from benchmarks import (
     beam_structures,
     beams,
     common,
-    curves,
     groups,
     independent,
     independent_blocks,
@@ -32,7 +31,7 @@ from benchmarks import (
     speed_report,
     starts,
 )
-from hsgen import baselines, captures, metrics, samples, standins
+from hsgen import baselines, captures, metrics, plots, samples, standins
 from hsgen.errors import HsgenError
 from hsgen.reference import reference, tensor_shapes
 from hsgen.spec import load
@@ -305,12 +304,12 @@ def test_kernels_of_one_operator_are_one_line():
 
 
 def test_curves_lie_where_the_numbers_say():
-    line = curves.Line(name="a", points=((1024.0, 1.0), (4096.0, 100.0)))
-    marks = {"b": [curves.Mark(x=2048.0, y=10.0, size=1.0)]}
-    panel = curves.Panel(title="t", lines=(line,), marks=marks)
-    drawn = curves.draw("title", ("about",), ("across", "up"), [panel])
-    assert f"M0 {curves.HIGH:g}L{curves.WIDE:g} 0" in drawn
-    assert f'cx="{curves.WIDE / 2:g}" cy="{curves.HIGH / 2:g}" r="3.5"' in drawn
+    line = plots.Line(name="a", points=((1024.0, 1.0), (4096.0, 100.0)))
+    marks = {"b": [plots.Mark(x=2048.0, y=10.0, size=1.0)]}
+    panel = plots.Panel(title="t", lines=(line,), marks=marks)
+    drawn = plots.draw("title", ("about",), ("across", "up"), [panel])
+    assert f"M0 {plots.HIGH:g}L{plots.WIDE:g} 0" in drawn
+    assert f'cx="{plots.WIDE / 2:g}" cy="{plots.HIGH / 2:g}" r="3.5"' in drawn
     for word in ("1K", "4K", "title", "about", "across", "up", ">a<", ">b<"):
         assert word in drawn
 

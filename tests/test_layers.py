@@ -48,12 +48,14 @@ drawing                                 graph and plan as a picture
 captures  metrics  standins             a model's q, k, v · a choice against dense · what it lacks
 models                                  a model whose attention can be exchanged
 quality                                 what a spec recalls of a capture
-charts  mask  perplexity                that as curves · what each row takes · what a model then says
+charts  plots  mask  perplexity         that as curves · what each row takes · what a model then says
 machine  samples  timing                a card and its versions · tensors to time on · clocks
 checking                                what an output must be to be timed
 baselines                               dense attention, and FlexAttention
 measure                                 the steps of a measurement
 bench                                   what a spec costs on the card that is here
+variants                                what may be turned at a spec
+search                                  variants on the front of time against error
 progress
 cli
 """
@@ -80,7 +82,7 @@ SOLE_IMPORTERS = {
     "jinja2": {"emit"},
     "yaml": {"spec", "tuned"},
     "typer": {"cli"},
-    "optuna": {"tune"},
+    "optuna": {"search", "tune"},
     "rich": {"progress"},
     "safetensors": {"captures"},
     "transformers": {"models"},

@@ -1,0 +1,259 @@
+"""Variants of a spec, and those on the front of time against error."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from benchmarks import common
+from hsgen import search, variants
+from hsgen.cli import main
+from hsgen.errors import HsgenError, PlanError, SpecError
+from hsgen.search import Least, Point
+from hsgen.spec import load, parse
+from hsgen.target import H100
+
+CAPTURE = common.SHIPPED_CAPTURE
+TINY = """\
+hsgen: 1
+name: tiny
+heads: {query: 4, kv: 2}
+head_dim: 64
+causal: true
+levels:
+  - name: block
+    partition: {blocks: 512}
+    pool: {keys: mean}
+    score: {form: dot}
+    select: {top_k: 2, force: {last: 1}}
+attend:
+  - {name: selected, over: block}
+"""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """As many milliseconds as a spec keeps thousands of tokens, and a note of who asked."""
+
+    asked: list = field(default_factory=list)
+    source: str = "measured"
+    about: str = "time of a fixed clock"
+
+    def milliseconds(self, spec):
+        self.asked.append(spec.digest)
+        level = spec.levels[-1]
+        if level.pool.keys == "sum_rsqrt":
+            raise PlanError("no kernel likes that pool")
+        return level.select.budget * level.partition.size / 1000
+
+
+class Never(Fixed):
+    """Of a card that none of the kernels runs on."""
+
+    def milliseconds(self, spec):
+        raise PlanError("no kernel does it")
+
+
+def knobs(name):
+    return {knob.name: knob for knob in variants.variants(load(name)).knobs}
+
+
+def run(spec, clock, **options):
+    return search.search(variants.variants(spec), CAPTURE, clock, tokens=1024, rows=64, **options)
+
+
+# --- variants
+
+
+def test_sizes_and_budgets_are_in_tokens():
+    found = variants.variants(load("moba"))
+    assert found.own == {
+        "chunk.size": 512,
+        "chunk.pool": "mean",
+        "chunk.tokens": 1536,
+        "chunk.first": 0,
+        "chunk.last": 1,
+    }
+    made = found.make(found.own | {"chunk.size": 128}).levels[0]
+    assert (made.partition.size, made.partition.stride, made.select.top_k) == (128, 128, 12)
+    made = found.make(found.own | {"chunk.tokens": 3072, "chunk.first": 2}).levels[0]
+    assert (made.select.top_k, made.select.force.first, made.select.force.last) == (6, 2, 1)
+
+
+def test_spec_itself_is_the_first_choice():
+    found = variants.variants(parse(TINY))
+    choices = list(found.choices())
+    assert choices[0] == found.own
+    assert len(choices) == len(found) == len({str(choice) for choice in choices})
+    assert found.make(found.own) is found.spec
+    assert found.changed(found.own) == "as it is"
+
+
+@pytest.mark.parametrize(
+    ("name", "turned", "kept"),
+    [
+        ("nsa", {"block.size", "block.tokens", "window.window"}, {"compressed.size"}),
+        ("seer_attention", {"block.tokens"}, {"block.size", "block.pool"}),
+        ("quest", {"page.size", "page.tokens"}, {"page.pool"}),
+        ("xattention", {"block.mass"}, set()),
+        ("infllm_v2", {"coarse.size", "compressed.size", "block.tokens"}, set()),
+    ],
+)
+def test_nothing_learned_changes_its_shape(name, turned, kept):
+    assert turned <= knobs(name).keys() or name == "seer_attention"
+    assert not kept & knobs(name).keys()
+
+
+def test_strides_follow_sizes():
+    found = variants.variants(load("infllm_v2"))
+    before = load("infllm_v2").level("compressed").partition
+    size = {"compressed.size": before.size // 2, "coarse.size": 64}
+    after = variants._level(load("infllm_v2").level("compressed"), found.own | size).partition
+    assert (after.size, after.stride) == (before.size // 2, before.stride // 2)
+
+
+def test_what_does_not_fit_is_refused_by_the_rules():
+    found = variants.variants(load("moba"))
+    with pytest.raises(SpecError, match="at most top_k = 3 forced entries"):
+        found.make(found.own | {"chunk.last": 4})
+
+
+def test_variants_print():
+    text = str(variants.variants(parse(TINY)))
+    assert "tiny: " in text
+    assert "  block.size: 128 256 [512] 1024\n" in text
+    assert "  block.pool: [mean] max sum_rsqrt\n" in text
+
+
+# --- the search
+
+
+def test_few_variants_are_all_tried(monkeypatch):
+    monkeypatch.setattr(variants, "FACTORS", (0.5, 1.0))
+    monkeypatch.setattr(variants, "FORCED", (0, 1))
+    clock = Fixed()
+    spec = parse(TINY)
+    found = run(spec, clock, trials=10_000)
+    made = {}
+    for choice in found.variants.choices():
+        try:
+            made.setdefault(found.variants.make(choice).digest, choice)
+        except SpecError:
+            continue
+    assert set(clock.asked) == set(made)
+    assert len(clock.asked) == len(made), "none twice"
+    assert {p.spec.digest for p in found.points} < set(made)
+    assert sum(found.refused.values()) == len(found.variants) - len(found.points) - _twice(found)
+    assert "no kernel likes that pool" in found.refused
+    assert found.own
+    assert found.own.spec == spec
+    for point in found.points:
+        better = [p for p in found.points if p.ms < point.ms and p.error <= point.error]
+        better += [p for p in found.points if p.ms <= point.ms and p.error < point.error]
+        same = [p for p in found.front if (p.ms, p.error) == (point.ms, point.error)]
+        assert bool(better) != bool(same)
+
+
+def _twice(found):
+    """Choices that make a spec which another choice makes too."""
+    made = []
+    for choice in found.variants.choices():
+        try:
+            made.append(found.variants.make(choice).digest)
+        except SpecError:
+            continue
+    return len(made) - len(set(made))
+
+
+def test_errors_are_those_of_quality():
+    found = run(parse(TINY), Fixed(), trials=1)
+    (point,) = found.points
+    quality_of = search.quality.measure(
+        parse(TINY), search.captures.load(CAPTURE)[0].prefix(1024), 64
+    )
+    own = [each for each in quality_of if each.subject == "level block"]
+    errors = [each.ways["selected"]["error"] for each in own]
+    assert point.error == pytest.approx(sum(errors) / len(errors))
+    assert point.density == pytest.approx(own[0].density)
+    assert point.changed == "as it is"
+
+
+def test_many_variants_are_searched_and_the_search_goes_on(tmp_path):
+    journal, first = tmp_path / "journal", Fixed()
+    before = run(parse(TINY), first, trials=5, journal=journal)
+    assert before.points[0].spec == parse(TINY), "the spec itself is tried first"
+    assert len(before.points) == 5
+    again = Fixed()
+    after = run(parse(TINY), again, trials=8, journal=journal)
+    assert {p.spec.digest for p in before.points} <= {p.spec.digest for p in after.points}
+    assert not {p.spec.digest for p in before.points} & set(again.asked), "none is tried again"
+    assert [p.error for p in after.points[:5]] == [p.error for p in before.points]
+    other = Fixed(about="time of another card")
+    run(parse(TINY), other, trials=1, journal=journal)
+    assert other.asked, "times of another clock are not taken over"
+
+
+def test_nothing_to_turn_and_nothing_that_runs():
+    plain = "hsgen: 1\nname: w\nattend: [{name: near, window: all}]\n"
+    with pytest.raises(HsgenError, match="nothing in it can be turned"):
+        run(parse(plain), Fixed())
+    with pytest.raises(HsgenError, match="no variant could be tried: .*no kernel does it"):
+        run(parse(TINY), Never())
+    with pytest.raises(HsgenError, match="no time left"):
+        run(parse(TINY), Fixed(), budget=-1.0)
+
+
+def test_least_time_is_that_of_all_kernels():
+    spec = parse(TINY)
+    short, long = (Least(target=H100, tokens=T).milliseconds(spec) for T in (4096, 65536))
+    assert 0 < 10 * short < long
+    with pytest.raises(PlanError):
+        Least(target=H100, tokens=64).milliseconds(load("xattention"))
+
+
+def _point(ms, error):
+    spec = parse(TINY)
+    return Point(choice={}, spec=spec, changed="", ms=ms, error=error, mass=1.0, density=1.0)
+
+
+def test_a_point_beats_what_is_worse_in_one_thing():
+    assert _point(1.0, 0.1).beats(_point(1.0, 0.2))
+    assert _point(1.0, 0.1).beats(_point(2.0, 0.1))
+    assert not _point(1.0, 0.1).beats(_point(1.0, 0.1))
+    assert not _point(1.0, 0.3).beats(_point(2.0, 0.1))
+
+
+# --- the command
+
+
+def test_command_writes_the_front(tmp_path, capsys):
+    spec, folder = tmp_path / "tiny.yaml", tmp_path / "found"
+    spec.write_text(TINY)
+    folder.mkdir()
+    (folder / "tiny_9.yaml").write_text("# tiny with something: an earlier front")
+    (folder / "tiny_mine.yaml").write_text("# mine")
+    argv = ["search", str(spec), "--qkv", str(CAPTURE), "--least", "--rows", "64", "--trials", "4"]
+    assert main([*argv, "-o", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "least time on h100 by its roofline, 2,048 tokens" in out
+    kept = json.loads((folder / "front.json").read_text())
+    assert len(kept["points"]) == 4
+    assert kept["source"] == "least"
+    for i, point in enumerate(kept["front"], 1):
+        made = load(folder / f"tiny_{i}.yaml")
+        assert made.model_copy(update={"name": "tiny"}).digest == point["digest"]
+    assert not (folder / "tiny_9.yaml").exists()
+    assert (folder / "tiny_mine.yaml").exists()
+    svg = (folder / "front.svg").read_text()
+    assert "the spec as it is" in svg
+    assert "the front" in svg
+
+
+def test_command_wants_a_gpu_or_says_what_else(tmp_path, capsys):
+    argv = ["search", "moba", "--qkv", str(CAPTURE), "-o", str(tmp_path)]
+    assert main(argv) == 1
+    assert "--least takes the least time" in capsys.readouterr().err
+    assert main([*argv, "--tokens", "8K,16K"]) == 2
+    assert main([*argv, "--least", "-o", str(Path(__file__) / "x")]) == 1
+    assert "cannot write" in capsys.readouterr().err
