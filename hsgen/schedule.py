@@ -318,7 +318,7 @@ class _Scheduler:
                 launches=(
                     Launch(
                         kernel=kernel,
-                        grid=(f"(vectors_{name} + {{BLOCK_V}} - 1) // {{BLOCK_V}}", "1"),
+                        grid=(f"vectors_{name} // {{BLOCK_V}} + 1", "1"),
                         arguments=(
                             *self._tensor(source),
                             buffer,
