@@ -140,6 +140,8 @@ def test_commands_and_options_exist():
     known = {name: command.params for name, command in group.commands.items()}
     shown = words(r"`hsgen (\w+)") | {parts[-1].split()[1] for parts in commands()[:1]}
     assert shown == set(known)
+    inner = [c for g in group.commands.values() for c in getattr(g, "commands", {}).values()]
+    known |= {command.name: command.params for command in inner}
     options = {option for params in known.values() for one in params for option in one.opts}
     assert words(r"(?<=[`\[ ])--\w[\w-]*") <= options
 

@@ -5,7 +5,9 @@ The only reader and writer of `tuned/` and of the cache's folder of the same nam
 
 from __future__ import annotations
 
+from hsgen.tuned.audit import Audit, check
 from hsgen.tuned.files import (
+    INTERPRETER,
     Content,
     Flaw,
     Kept,
@@ -20,6 +22,7 @@ from hsgen.tuned.files import (
     publish,
     read_file,
     read_folder,
+    target_of,
     write,
 )
 from hsgen.tuned.ladder import (
@@ -28,6 +31,7 @@ from hsgen.tuned.ladder import (
     Candidate,
     Compiled,
     Found,
+    Refusal,
     Rung,
     UntunedError,
     look_up,
@@ -53,9 +57,12 @@ from hsgen.tuned.records import (
     dump,
     read,
 )
+from hsgen.tuned.telling import Ladder, Listing, explain, listing
 
 __all__ = [
+    "INTERPRETER",
     "Alternate",
+    "Audit",
     "Bucket",
     "Candidate",
     "Compiled",
@@ -66,12 +73,15 @@ __all__ = [
     "Kept",
     "KernelChoice",
     "LAUNCH",
+    "Ladder",
+    "Listing",
     "MAX_ALTERNATES",
     "Order",
     "Problem",
     "Provenance",
     "RUNGS",
     "RecordError",
+    "Refusal",
     "Rung",
     "SCHEMA",
     "START",
@@ -79,14 +89,17 @@ __all__ = [
     "Tuned",
     "UntunedError",
     "cached",
+    "check",
     "committed",
     "dump",
     "entries",
     "environment",
+    "explain",
     "forget",
     "gpu_id",
     "gpus",
     "known_gpus",
+    "listing",
     "look_up",
     "merge",
     "merged_pair",
@@ -96,6 +109,7 @@ __all__ = [
     "read",
     "read_file",
     "read_folder",
+    "target_of",
     "unusable",
     "write",
 ]

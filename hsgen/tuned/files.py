@@ -16,8 +16,8 @@ import re
 import threading
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -25,7 +25,7 @@ import yaml
 
 from hsgen import build, paths, store
 from hsgen.errors import HsgenError
-from hsgen.target import Target
+from hsgen.target import TARGETS, Target
 from hsgen.tuned.records import Environment, RecordError, Tuned, dump, read
 
 KIND = "tuned/v1"
@@ -139,6 +139,22 @@ def environment(target: Target, *, interpreted: bool = False) -> Environment:
         shared_memory=target.smem_per_block,
         triton=f"{found[0]}.{found[1]}",
     )
+
+
+def target_of(card: Environment | Gpu) -> Target:
+    """The GPU of a record, as far as kernels' texts and limits depend on it.
+
+    Raises:
+        HsgenError: an architecture that hsgen knows nothing of.
+    """
+    name = card.gpu if isinstance(card, Environment) else card.id
+    bases = [target for target in TARGETS if target.label == card.sm]
+    if not bases:
+        known = ", ".join(sorted({target.label for target in TARGETS}))
+        raise HsgenError(f"environment.sm: expected one of {known}, got {card.sm}")
+    same = [target for target in bases if gpu_id(target.name) == name]
+    base = (same or bases)[0]
+    return replace(base, sms=card.processors, smem_per_block=card.shared_memory)
 
 
 def _normal(text: str) -> str:
@@ -356,11 +372,3 @@ def _written(path: Path, records: Iterable[Tuned]) -> bool:
         draft.unlink(missing_ok=True)
     forget()
     return True
-
-
-def by_key(kept: Iterable[Kept]) -> Iterator[tuple[str, list[Kept]]]:
-    """Records that say something of the same problem, bucket and environment."""
-    found = dict[str, list[Kept]]()
-    for each in kept:
-        found.setdefault(each.record.key, []).append(each)
-    yield from found.items()

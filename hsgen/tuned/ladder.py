@@ -42,6 +42,20 @@ class Compiled:
     texts: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a kernel cannot have what a record says.
+
+    `changed`: the record is of another text; else it never held.
+    """
+
+    text: str
+    changed: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
 Compile = Callable[[Mapping[str, Order]], Compiled]
 
 
@@ -193,7 +207,7 @@ def _look_up(
             continue
         why = unusable(record, made, environment)
         if len(why) == len(made.plan.kernels):
-            refused += [f"{candidate.kept.where}: {what}" for what in sorted(set(why.values()))]
+            refused += [f"{candidate.kept.where}: {reason}" for reason in why.values()]
             continue
         origin = candidate.origin
         found = Found(
@@ -208,7 +222,7 @@ def _look_up(
             orders=record.orders,
             rung=candidate.rung,
             record=record,
-            refused=(*refused, *why.values()),
+            refused=(*refused, *map(str, why.values())),
             problem=problem,
             bucket=bucket,
             environment=environment,
@@ -247,7 +261,7 @@ def nearest(problem: Problem, bucket: Bucket, environment: Environment) -> Tuned
     )
 
 
-def unusable(record: Tuned, made: Compiled, environment: Environment) -> dict[str, str]:
+def unusable(record: Tuned, made: Compiled, environment: Environment) -> dict[str, Refusal]:
     """By kernel of the plan that a record says nothing good of: why."""
     why = {
         kernel.name: reason
@@ -255,42 +269,38 @@ def unusable(record: Tuned, made: Compiled, environment: Environment) -> dict[st
         if (reason := _unusable(kernel, record.kernels.get(kernel.name), made, environment))
     }
     # kernels that share tiles start together
+    followers = [(k.name, k.follows) for k in made.plan.kernels if k.follows]
     spread = True
     while spread:
         spread = False
-        for kernel in made.plan.kernels:
-            pair = (kernel.name, kernel.follows)
-            bad = next((name for name in pair if name in why), None)
-            if kernel.follows and bad and not all(name in why for name in pair):
-                why |= {
-                    name: f"{name} shares tiles with {bad}"
-                    for name in pair
-                    if name and name not in why
-                }
+        for pair in (*followers, *((leader, name) for name, leader in followers)):
+            name, other = pair
+            if name not in why and other in why:
+                text = f"{name} shares tiles with {other}"
+                why[name] = Refusal(text=text, changed=why[other].changed)
                 spread = True
     return why
 
 
 def _unusable(
     kernel: Kernel, choice: KernelChoice | None, made: Compiled, environment: Environment
-) -> str:
-    """Why a kernel cannot have what a record says; empty if it can."""
+) -> Refusal | None:
     name = kernel.name
     if choice is None:
-        return f"{name} is not in the record"
+        return Refusal(text=f"{name} is not in the record", changed=True)
     if choice.text != made.texts.get(name):
-        return f"{name} has another text since it was tuned"
+        return Refusal(text=f"{name} has another text since it was tuned", changed=True)
     if choice.shared > environment.shared_memory:
         limit = f"the limit is {environment.shared_memory:,}"
-        return f"{name} needs {choice.shared:,} bytes of shared memory, {limit}"
+        return Refusal(text=f"{name} needs {choice.shared:,} bytes of shared memory, {limit}")
     known = kernel.config.keywords()
     if choice.config.keys() != known.keys():
         other = ", ".join(sorted(choice.config.keys() ^ known.keys()))
-        return f"{name} has other parameters: {other}"
+        return Refusal(text=f"{name} has other parameters: {other}")
     for parameter, value in choice.config.items():
         if parameter.startswith("BLOCK_") and (value < 1 or value & (value - 1)):
-            return f"{name} has {parameter}={value}, which is no power of two"
-    return ""
+            return Refusal(text=f"{name} has {parameter}={value}, which is no power of two")
+    return None
 
 
 # --- order
