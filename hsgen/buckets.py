@@ -94,6 +94,7 @@ class PartsContext:
     pieces: str = ""
     width: int
     head_dim: int  # of a value
+    sink: bool = False
 
     @property
     def summary(self) -> str:
@@ -108,6 +109,7 @@ class PartsContext:
         return (
             pointer("PART_O", "input", f"[turn heads, items, {self.head_dim}]"),
             PART_LSE,
+            *((rows.SINK,) if self.sink else ()),
             *rows.OUTPUTS,
             ITEMS,
             *SEQ,
@@ -189,11 +191,13 @@ class Branch:
     selection: str
     keys: str  # a tensor whose second dimension is the keys'
     tensors: tuple[str, ...]  # q, k, v and their strides
-    outputs: tuple[str, ...]  # o and lse and their strides
+    outputs: tuple[str, ...]  # the sink if there is one, o and lse and their strides
     buffers: tuple[Buffer, ...]
     width: int
     entries: rows.Entries
     scale: float
+    softcap: float | None
+    sink: bool
 
 
 def plan(
@@ -207,6 +211,7 @@ def plan(
         entries=branch.entries,
         width=branch.width,
     )
+    context = rows.with_logits(context, scale=branch.scale, softcap=branch.softcap, sink=False)
     config = tiles(context)
 
     def index(how: Literal["count", "offsets", "place"]) -> BucketsContext:
@@ -219,7 +224,9 @@ def plan(
             causal=shape.causal,
         )
 
-    merge = PartsContext(name=f"merge_{branch.name}", width=branch.width, head_dim=shape.v)
+    merge = PartsContext(
+        name=f"merge_{branch.name}", width=branch.width, head_dim=shape.v, sink=branch.sink
+    )
     listing = Config(
         constexprs=(("BLOCK_T", 256 // next_power(branch.width)),), num_warps=4, num_stages=1
     )

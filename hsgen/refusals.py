@@ -104,8 +104,6 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     chosen = any(isinstance(x.op, Select | SelectSet) for x in graph.operands(node))
     lacks = (
         (op.over == "static", "attends a static pattern"),
-        (op.softcap is not None, "caps logits"),
-        (op.sink, "has a sink logit"),
         (op.over == "pooled" and chosen, "attends pooled entries of a selection"),
         (op.biased, "adds a learned bias to logits"),
         (op.over == "tiers", "attends tiers of a pyramid"),

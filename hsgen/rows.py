@@ -105,6 +105,8 @@ class RowsContext:
     v_chunks: tuple[Chunk, ...] = ()
     value_head: str = ""
     scale_log2: str = ""
+    cap: str = ""  # scale and bound of logits, where they are capped before the softmax
+    sink: bool = False
     tile: str = ""  # empty: `program`
     width_of_list: int = 0  # > 0: rows are items of a block's list, `width_of_list` slots a row
     stride: int = 1
@@ -249,6 +251,7 @@ SEQ = (
 )
 BLOCKS = constexprs("BLOCK_T", "BLOCK_M", "BLOCK_N")
 QUERY = tensor("Q", "q", "[B, T, Hq, Dqk]", "bth")
+SINK = pointer("SINK", "input", "[Hq]")
 OUTPUTS = (
     *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
     *tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32"),
@@ -336,6 +339,20 @@ def keys_and_values(shape: Shape, entries: str = "S") -> tuple[Param, ...]:
     """The tensors of keys and of values; of a latent one."""
     keys = tensor("K", "k", f"[B, {entries}, Hkv, Dqk]", "bth")
     return keys if shape.latent else (*keys, *tensor("V", "v", f"[B, {entries}, Hkv, Dv]", "bth"))
+
+
+def with_logits(
+    context: RowsContext, *, scale: float, softcap: float | None, sink: bool
+) -> RowsContext:
+    """The same attend with capped logits, or with one more logit a head in the denominator."""
+    if softcap is not None:
+        cap = f"{number(scale)}, {number(softcap)}"
+        context = replace(context, cap=cap, scale_log2=number(LOG2_E))
+    if not sink:
+        return context
+    at = [p.name for p in context.params].index("O")
+    params = (*context.params[:at], SINK, *context.params[at:])
+    return replace(context, sink=True, params=params)
 
 
 def blocks(heads: Heads) -> tuple[Param, ...]:

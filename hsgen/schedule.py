@@ -362,6 +362,7 @@ class _Scheduler:
                 return
             case "blocks":
                 context, config = self._blocks(node, op, name, launches, buffers, sizes)
+        context = _with_logits(context, op)
         self._kernel("rows", context, config, node.name, *self._lse_of(node))
         tiles = _tiles()
         if context.parts:
@@ -433,6 +434,8 @@ class _Scheduler:
             width=self._width(selection),
             entries=Entries(size=op.size, stride=op.stride),
             scale=op.scale or 1.0,
+            softcap=op.softcap,
+            sink=bool(op.sink),
         )
         kernels, step = buckets.plan(
             self._shape_of(op), branch, lambda context: self._tiles.attend(context, limit=64)
@@ -531,6 +534,7 @@ class _Scheduler:
         chosen = _buffer(selection.name)
         union = rows.attend_marked(shape, name=name, scale=scale, share=share)
         by_row = rows.attend_tokens(shape, name=gather, scale=scale, width=width, share=share)
+        union, by_row = _with_logits(union, op), _with_logits(by_row, op)
         config = self._tiles.attend(union, limit=64, block=rows.MARKED)
         gathering = self._tiles.attend(by_row, tokens=1).without("BLOCK_T")
         marks = MarksContext(
@@ -625,6 +629,7 @@ class _Scheduler:
             share=selection.type.dims[2],
             alone=True,
         )
+        context = _with_logits(context, op)
         config = self._tiles.attend(context, tokens=1)
         self._kernel("rows", context, config, node.name, *self._lse_of(node), by_slot=True)
         self.steps.append(
@@ -674,7 +679,10 @@ class _Scheduler:
         )
 
     def _outputs(self, node: Node) -> tuple[str, ...]:
-        return (*_strides(_buffer(node.name)), *_lse_strides(_buffer(self._lse_of(node)[0])))
+        """What an attend writes, behind the sink that it may read."""
+        assert isinstance(node.op, Attend)
+        sink = (_input(f"{node.op.branch}_sink"),) if node.op.sink else ()
+        return (*sink, *_strides(_buffer(node.name)), *_lse_strides(_buffer(self._lse_of(node)[0])))
 
     def _lse_of(self, node: Node) -> tuple[str, ...]:
         return tuple(u.name for u in self.graph.users(node.name) if isinstance(u.op, LogSumExp))
@@ -1035,6 +1043,11 @@ def _tiles() -> str:
 def _tiles_of(kernel: str) -> str:
     """The same, outside of the kernel's own grid."""
     return f'batch.rows // config["{kernel}"]["BLOCK_T"] + batch.sequences'
+
+
+def _with_logits(context: rows.RowsContext, op: Attend) -> rows.RowsContext:
+    scale = op.scale if op.scale is not None else 1.0
+    return rows.with_logits(context, scale=scale, softcap=op.softcap, sink=bool(op.sink))
 
 
 def _grid(shape: rows.Shape, context: rows.RowsContext, tiles: str) -> tuple[str, str]:

@@ -260,6 +260,24 @@ MUTANTS = (
     ),
     _attend("log-sum-exp in base 2", "hisa", "gather_selected", " * 0.6931471805599453", ""),
     _attend("gate of another branch", "nsa", "merge", "gates + 1 * g_c", "gates + 2 * g_c"),
+    _attend(
+        "sink counted in another base",
+        "logits",
+        "attend_window",
+        "sink * 1.4426950408889634",
+        "sink",
+    ),
+    _attend(
+        "sink of the group's first head",
+        "logits",
+        "attend_window",
+        "tl.load(SINK + row_head, ",
+        "tl.load(SINK + head * 2 + 0 * rows, ",
+    ),
+    _attend(
+        "cap before the scale", "logits", "attend_window", "x = s * (SCALE / CAP)", "x = s / CAP"
+    ),
+    _attend("sink counted twice", "logits_keys", "merge_selected", "l + part", "l + part * 2.0"),
     # addresses
     _attend(
         "latent read from its second half", "sparse_mla", "attend_selected", "(p0, k0,", "(p0, k1,"

@@ -10,6 +10,7 @@ import sanitizer
 import torch
 from conformance import calls, oracles, systems
 from conformance.backends import NAMES
+from conformance.test_logits import with_logits
 from mutants import MUTANTS
 
 from hsgen import batch, emit, passes, planner, schedule, target
@@ -21,9 +22,11 @@ SPECS = {
     "moba_full": lambda: systems.small("moba", group=1, dims=(32, 32), causal=False),
     "nsa": lambda: systems.small("nsa", group=2, dims=(48, 32)),
     "hisa": lambda: systems.small("hisa", group=2, dims=(32, 32)),
+    "logits": lambda: with_logits(systems.small("nsa", group=2, dims=(48, 32))),
+    "logits_keys": lambda: with_logits(systems.small("moba", group=3, dims=(32, 32))),
     "sparse_mla": lambda: systems.small("sparse_mla", group=65, dims=(64, 32)),
 }
-ORDERS = {"moba_keys": {"selected": "keys"}}
+ORDERS = {name: {"selected": "keys"} for name in ("moba_keys", "logits_keys")}
 TILE = 16
 FAR = 1 << 30  # elements between batches: the third one lies beyond int32
 

@@ -32,3 +32,27 @@ def natural_lse(m, l):
 def reciprocal_or_zero(l):
     """1 / l, and 0 for an empty row: its output is 0."""
     return tl.where(l == 0.0, 0.0, 1.0 / tl.where(l == 0.0, 1.0, l))
+
+
+@triton.jit
+def reciprocal_beside(m, l, sink):
+    """1 / (l + the sink's own part), and 0 for an empty row.  m and sink in base 2"""
+    empty = l == 0.0
+    part = tl.exp2(sink - tl.where(empty, 0.0, m))
+    return tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, l + part))
+
+
+@triton.jit
+def capped(s, SCALE: tl.constexpr, CAP: tl.constexpr):
+    """Logits bounded by CAP: CAP * tanh(s * SCALE / CAP), by its series where 1 - e would cancel."""
+    x = s * (SCALE / CAP)
+    size = tl.abs(x)
+    e = tl.exp2(size * -2.8853900817779268)
+    far = tl.where(x < 0.0, e - 1.0, 1.0 - e) / (1.0 + e)
+    square = x * x
+    near = x * (
+        1.0
+        - square
+        * (0.3333333333333333 - square * (0.13333333333333333 - square * 0.05396825396825397))
+    )
+    return CAP * tl.where(size < 0.125, near, far)
