@@ -418,7 +418,7 @@ class Execution:
 
         def compiled(orders: Mapping[str, Order]) -> tuned.Compiled:
             made = program(orders)
-            return tuned.Compiled(plan=made.plan, texts=made.texts)
+            return tuned.Compiled(plan=made.plan, target=target, texts=made.texts)
 
         found = tuned.look_up(
             tuned.Problem.of(spec, PLANNED[binding.dtype]),

@@ -327,7 +327,7 @@ def test_merging_is_of_sets():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuned.Compiled:
     artifact = pipeline.compile_spec(SMALL, H100)
-    return tuned.Compiled(plan=artifact.plan, texts=artifact.module.texts)
+    return tuned.Compiled(plan=artifact.plan, target=H100, texts=artifact.module.texts)
 
 
 def of(made: tuned.Compiled, **changes) -> tuned.Tuned:
@@ -490,18 +490,24 @@ def test_a_record_that_holds_nowhere_is_passed_by(small: tuned.Compiled, changes
     assert any(why in reason for reason in found.refused)
 
 
-def test_tiles_that_no_kernel_can_have_are_refused(small: tuned.Compiled):
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"BLOCK_N": 48}, "expected one of BLOCK_N 16"),
+        ({"BLOCK_N": 512}, "expected one of BLOCK_N 16"),
+        ({"BLOCK_T": 32}, "expected BLOCK_M=32, as other values say, got 64"),
+        ({"num_stages": 9}, "expected one of num_stages 1 2 3 4 5, got 9"),
+        ({"BLOCK_T": 128, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 1}, "accumulators a thread"),
+    ],
+)
+def test_values_that_a_kernel_cannot_have_are_refused(small: tuned.Compiled, values, why: str):
     good = of(small)
-    kernels = {
-        name: replace(
-            choice,
-            config={k: v + 1 if k.startswith("BLOCK") else v for k, v in choice.config.items()},
-        )
-        for name, choice in good.kernels.items()
-    }
-    tuned.publish(replace(good, kernels=kernels))
-    found = look_up(small)
-    assert any("which is no power of two" in reason for reason in found.refused)
+    name = next(k.name for k in small.plan.kernels if k.name == "score_block")
+    choice = replace(good.kernels[name], config={**good.kernels[name].config, **values})
+    made = replace(good, kernels={**good.kernels, name: choice})
+    refused = tuned.unusable(made, small, ENVIRONMENT)
+    assert why in str(refused[name])
+    assert not refused[name].changed
 
 
 def test_orders_decide_the_plan(small: tuned.Compiled):
@@ -604,27 +610,27 @@ def test_a_record_changes_what_a_call_runs():
     o = before(**x)
     assert "(for the interpreter)" in before.explain()
     start = next(iter(before._execution.choices.values())).config["attend_selected"]
-    half = {"BLOCK_N": start["BLOCK_N"] // 2}
-    tuned.publish(interpreted(spec, attend_selected=half))
+    tile = {"BLOCK_T": start["BLOCK_T"] // 2, "BLOCK_M": start["BLOCK_M"] // 2}
+    tuned.publish(interpreted(spec, attend_selected=tile))
 
     kernel = runtime.load_kernel(spec, interpret=True)
     assert kernel is not before
     torch.testing.assert_close(kernel(**x), kernel.reference(**x).float())
     torch.testing.assert_close(kernel(**x), o)
     (choice,) = kernel._execution.choices.values()
-    assert choice.config["attend_selected"] == dict(start) | half
+    assert choice.config["attend_selected"] == dict(start) | tile
     assert re.search(r"attend_selected: .*\(tuned; cache small_tuned-\w+\.json\)", kernel.explain())
     assert kernel.stats().compiles == 1
 
 
 def test_a_caller_s_configuration_comes_before_a_record():
     spec = named("small_given")
-    tuned.publish(interpreted(spec, attend_selected={"num_warps": 8, "num_stages": 1}))
+    tuned.publish(interpreted(spec, attend_selected={"num_warps": 8, "num_stages": 4}))
     kernel = runtime.load_kernel(spec, interpret=True, config={"attend_selected": {"num_warps": 2}})
     kernel(**inputs(spec, 5))
     (choice,) = kernel._execution.choices.values()
     assert choice.config["attend_selected"]["num_warps"] == 2
-    assert choice.config["attend_selected"]["num_stages"] == 1
+    assert choice.config["attend_selected"]["num_stages"] == 4
     assert choice.origin["attend_selected"] == "caller"
 
 

@@ -89,13 +89,60 @@ def test_a_record_that_compiles_as_it_says_is_stale_in_other_kernels_only(folder
     assert "3 records: 0 ok, 2 stale, 1 broken; 2 kernels compiled" in str(found)
 
 
-def test_a_configuration_that_does_not_compile_is_broken(folders: Path):
-    good = moba()
-    config = dict(good.kernels[POOL].config)
-    tile = next(name for name in config if name.startswith("BLOCK"))
-    tuned.write(folders, [changed(good, config=config | {tile: 1 << 20})])
+COST = resources.Cost(
+    registers=64,
+    spill_bytes=0,
+    shared_bytes=300_000,
+    tensor_columns=0,
+    warps=4,
+    seconds=0,
+    binary=b"",
+)
+OUTCOMES = {
+    "does not compile: crash: it died": resources.CompileFailure(kind="crash", message="it died\n"),
+    "cannot run: shared memory, 300,000 bytes shared": resources.Resources(
+        cost=COST, blocks_per_sm=0, occupancy=0.0, limited_by="shared memory", cached=False
+    ),
+}
+
+
+@pytest.mark.parametrize("words", OUTCOMES)
+def test_what_the_compiler_refuses_is_broken(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, words: str
+):
+    artifact = pipeline.compile_spec(MOBA, H100)
+    choice = tuned.KernelChoice(
+        text=artifact.module.texts[POOL],
+        config=artifact.plan.kernel(POOL).config.keywords(),
+        shared=0,
+        registers=64,
+    )
+    kept = record(
+        problem=tuned.Problem.of(MOBA, "bf16"),
+        environment=tuned.environment(H100),
+        kernels={POOL: choice},
+    )
+    tuned.write(folders, [kept])
+    monkeypatch.setattr(
+        resources, "measure", lambda jobs, progress: [OUTCOMES[words] for _ in jobs]
+    )
     (entry,) = tuned.check(tuned.read_folder(folders)).entries
-    assert entry.broken[0].startswith(f"{POOL} does not compile: error")
+    assert entry.broken == (f"{POOL} {words}",)
+
+
+def test_values_that_a_kernel_cannot_have_are_broken(folders: Path):
+    artifact = pipeline.compile_spec(MOBA, H100)
+    choice = tuned.KernelChoice(
+        text=artifact.module.texts[POOL],
+        config={**artifact.plan.kernel(POOL).config.keywords(), "BLOCK_E": 1 << 20},
+        shared=0,
+        registers=64,
+    )
+    problem = tuned.Problem.of(MOBA, "bf16")
+    tuned.write(folders, [record(problem=problem, kernels={POOL: choice})])
+    found = tuned.check(tuned.read_folder(folders))
+    assert found.kernels == 0
+    assert found.entries[0].broken[0].startswith(f"{POOL}: expected one of BLOCK_E")
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def _judge(kept: Kept) -> _Judged:
     except HsgenError as error:
         one.broken.append(error.message)
         return one
-    made = Compiled(plan=artifact.plan, texts=artifact.module.texts)
+    made = Compiled(plan=artifact.plan, target=target, texts=artifact.module.texts)
     why = unusable(record, made, record.environment)
     for reason in why.values():
         (one.stale if reason.changed else one.broken).append(str(reason))

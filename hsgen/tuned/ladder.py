@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal, cast
 
+from hsgen import knobs
 from hsgen.errors import HsgenError
 from hsgen.plan import Kernel, Plan
+from hsgen.target import Target
 from hsgen.tuned import files
 from hsgen.tuned.files import Kept
 from hsgen.tuned.records import Bucket, Environment, KernelChoice, Order, Problem, Tuned
@@ -36,9 +38,10 @@ class UntunedError(HsgenError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """A plan, with its starting configurations, and the digests of its kernels' texts."""
+    """A plan, with its starting configurations, whose GPU, and the digests of its kernels' texts."""
 
     plan: Plan
+    target: Target
     texts: Mapping[str, str]
 
 
@@ -266,7 +269,7 @@ def unusable(record: Tuned, made: Compiled, environment: Environment) -> dict[st
     why = {
         kernel.name: reason
         for kernel in made.plan.kernels
-        if (reason := _unusable(kernel, record.kernels.get(kernel.name), made, environment))
+        if (reason := _unusable(kernel, record, made, environment))
     }
     # kernels that share tiles start together
     followers = [(k.name, k.follows) for k in made.plan.kernels if k.follows]
@@ -283,9 +286,10 @@ def unusable(record: Tuned, made: Compiled, environment: Environment) -> dict[st
 
 
 def _unusable(
-    kernel: Kernel, choice: KernelChoice | None, made: Compiled, environment: Environment
+    kernel: Kernel, record: Tuned, made: Compiled, environment: Environment
 ) -> Refusal | None:
     name = kernel.name
+    choice = record.kernels.get(name)
     if choice is None:
         return Refusal(text=f"{name} is not in the record", changed=True)
     if choice.text != made.texts.get(name):
@@ -297,10 +301,27 @@ def _unusable(
     if choice.config.keys() != known.keys():
         other = ", ".join(sorted(choice.config.keys() ^ known.keys()))
         return Refusal(text=f"{name} has other parameters: {other}")
-    for parameter, value in choice.config.items():
-        if parameter.startswith("BLOCK_") and (value < 1 or value & (value - 1)):
-            return Refusal(text=f"{name} has {parameter}={value}, which is no power of two")
+    if wrong := _broken(kernel, choice, record, made):
+        return Refusal(text=f"{name}: {wrong}")
     return None
+
+
+def _broken(kernel: Kernel, choice: KernelChoice, record: Tuned, made: Compiled) -> str:
+    """The rule of `knobs` that a configuration breaks: such kernels would compute something else."""
+    values = dict(choice.config)
+    for knob in knobs.knobs_of(kernel, made.plan):
+        if knob.code(values[knob.name]) is None:
+            return f"expected one of {knob}, got {values[knob.name]}"
+    derived = dict(values)
+    knobs.derive(kernel, derived)
+    for parameter, value in derived.items():
+        if values[parameter] != value:
+            return f"expected {parameter}={value}, as other values say, got {values[parameter]}"
+    leader = record.kernels.get(kernel.follows or "")
+    shared = dict(leader.config) if leader else {}
+    if kernel.follows and leader is None:
+        return ""  # it starts, whatever its values
+    return next(knobs.broken(kernel, shared | values, made.target, made.plan), "")
 
 
 # --- order

@@ -126,7 +126,7 @@ def explain(spec: Spec, target: Target, dtype: DType, bucket: Bucket) -> Ladder:
         key = str(sorted(orders.items()))
         if key not in compiled:
             artifact = pipeline.compile_spec(spec, target, dtype, orders)
-            compiled[key] = Compiled(plan=artifact.plan, texts=artifact.module.texts)
+            compiled[key] = Compiled(plan=artifact.plan, target=target, texts=artifact.module.texts)
         return compiled[key]
 
     problem, environment = Problem.of(spec, dtype), files.environment(target)
