@@ -40,6 +40,14 @@ levels:
 attend:
   - {name: selected, over: block}
 """)
+ONE_KERNEL = parse("""
+hsgen: 1
+name: one_kernel
+heads: {query: 1, kv: 1}
+head_dim: 16
+attend:
+  - {name: near, window: 4}
+""")
 ENVIRONMENT = tuned.Environment(
     gpu="h100", sm="sm_90", processors=132, shared_memory=232448, triton="3.6"
 )
@@ -598,9 +606,9 @@ def interpreted(spec: Spec, orders: Mapping[str, str] | None = None, **changes) 
     )
 
 
-def named(name: str) -> Spec:
-    """SMALL under another name, since equal requests share a kernel."""
-    return SMALL.model_copy(update={"name": name})
+def named(name: str, spec: Spec = ONE_KERNEL) -> Spec:
+    """A spec under another name, since equal requests share a kernel."""
+    return spec.model_copy(update={"name": name})
 
 
 def test_a_record_changes_what_a_call_runs():
@@ -609,36 +617,36 @@ def test_a_record_changes_what_a_call_runs():
     x = inputs(spec, 7)
     o = before(**x)
     assert "(for the interpreter)" in before.explain()
-    start = next(iter(before._execution.choices.values())).config["attend_selected"]
+    start = next(iter(before._execution.choices.values())).config["attend_near"]
     tile = {"BLOCK_T": start["BLOCK_T"] // 2, "BLOCK_M": start["BLOCK_M"] // 2}
-    tuned.publish(interpreted(spec, attend_selected=tile))
+    tuned.publish(interpreted(spec, attend_near=tile))
 
     kernel = runtime.load_kernel(spec, interpret=True)
     assert kernel is not before
     torch.testing.assert_close(kernel(**x), kernel.reference(**x).float())
     torch.testing.assert_close(kernel(**x), o)
     (choice,) = kernel._execution.choices.values()
-    assert choice.config["attend_selected"] == dict(start) | tile
-    assert re.search(r"attend_selected: .*\(tuned; cache small_tuned-\w+\.json\)", kernel.explain())
+    assert choice.config["attend_near"] == dict(start) | tile
+    assert re.search(r"attend_near: .*\(tuned; cache small_tuned-\w+\.json\)", kernel.explain())
     assert kernel.stats().compiles == 1
 
 
 def test_a_caller_s_configuration_comes_before_a_record():
     spec = named("small_given")
-    tuned.publish(interpreted(spec, attend_selected={"num_warps": 8, "num_stages": 4}))
-    kernel = runtime.load_kernel(spec, interpret=True, config={"attend_selected": {"num_warps": 2}})
+    tuned.publish(interpreted(spec, attend_near={"num_warps": 8, "num_stages": 4}))
+    kernel = runtime.load_kernel(spec, interpret=True, config={"attend_near": {"num_warps": 2}})
     kernel(**inputs(spec, 5))
     (choice,) = kernel._execution.choices.values()
-    assert choice.config["attend_selected"]["num_warps"] == 2
-    assert choice.config["attend_selected"]["num_stages"] == 4
-    assert choice.origin["attend_selected"] == "caller"
+    assert choice.config["attend_near"]["num_warps"] == 2
+    assert choice.config["attend_near"]["num_stages"] == 4
+    assert choice.origin["attend_near"] == "caller"
 
 
 def test_a_record_s_orders_decide_the_program():
-    spec = named("small_ordered")
+    spec = named("small_ordered", SMALL)
     tuned.publish(interpreted(spec, {"selected": "keys"}))
     kernel = runtime.load_kernel(spec, interpret=True)
-    x = inputs(spec, 8)
+    x = inputs(spec, 5)
     torch.testing.assert_close(kernel(**x), kernel.reference(**x).float())
     (binding,) = kernel._execution.programs
     assert binding.orders == (("selected", "keys"),)
