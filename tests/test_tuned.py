@@ -132,6 +132,10 @@ BAD_LINES = {
         line(lambda d: d["environment"].update(gpu="a100")),
         "environment.gpu: expected 'h100'",
     ),
+    "a name that moves the cursor": (
+        line(lambda d: d.update({"\x1b[2J": 1})),
+        "\N{REPLACEMENT CHARACTER}[2J: unexpected keyword",
+    ),
     "another spec": (line(lambda d: d["problem"].update(spec="moba")), "problem.spec: expected"),
     "edited": (
         line(lambda d: d["kernels"]["attend"]["config"].update(num_warps=5)),

@@ -86,6 +86,25 @@ def test_what_could_not_be_read_is_not_written():
         tuned.dump(record(bucket__keys=3000))
 
 
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_no_damage_gives_anything_but_a_record_or_its_error(data: st.DataObject):
+    line = bytearray(tuned.dump(RECORD).encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(line) - 1))
+        line[place : place + data.draw(st.integers(0, 3))] = data.draw(
+            st.sampled_from(
+                [b"", b"1", b"-", b"e9", b'"', b"{", b"null,", b"\\ud800", b"\xff", b"9" * 5000]
+            )
+        )
+    try:
+        found = tuned.read(bytes(line))
+    except tuned.RecordError as error:
+        assert error.message
+    else:
+        assert tuned.read(tuned.dump(found)) == found
+
+
 def test_key_is_of_problem_bucket_and_environment():
     assert record(time__median_us=1.0, orders={"selected": "keys"}).key == RECORD.key
     others = [

@@ -24,7 +24,7 @@ from typing import TypeVar, cast
 import yaml
 
 from hsgen import build, paths, store
-from hsgen.errors import HsgenError
+from hsgen.errors import HsgenError, printable
 from hsgen.target import TARGETS, Target
 from hsgen.tuned.records import Environment, RecordError, Tuned, dump, read
 
@@ -62,7 +62,7 @@ class Flaw:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.message}"
+        return f"{self.file}:{self.line}: {printable(self.message)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
