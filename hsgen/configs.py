@@ -64,6 +64,8 @@ class RowTiles:
             deepest = 2
             if dims > 2 * WIDE_DIMS:  # queries alone fill the registers
                 limit = wide = 16
+        elif context.latent and dims > 2 * WIDE_DIMS:
+            wide = min(wide, 32)  # two buffers rather than one that is twice as wide
         elif tokens == 1:
             # gathered rows come one by one: what counts is how many programs wait for some
             config = self._fit(context, 1, min(wide, 32), deepest, dims, limit)
@@ -159,13 +161,23 @@ def _halves(most: int, least: int) -> tuple[int, ...]:
     return tuple(most >> i for i in range((most // least).bit_length()))
 
 
-def pool(op: Pool, dim: int, dtype: DType) -> Config:
-    """Entries a program, and slots or channels a step."""
+def pool(op: Pool, dim: int, dtype: DType, *, finishes: bool = False) -> Config:
+    """Entries a program, and slots or channels a step; `finishes`: they are normed or rotated too."""
     if op.how == "linear":
         lowest = dim & -dim
         tile = 32 if dtype == "fp32" else 64  # three-pass TF32 holds operands twice
         values = (("BLOCK_E", tile), ("BLOCK_D", min(tile, lowest)))
         return Config(constexprs=values, num_warps=4, num_stages=2)
+    if op.how == "max_min_mean":
+        step = (("BLOCK_D", min(32, dim & -dim)), ("BLOCK_J", min(16, next_power(op.size))))
+        return Config(constexprs=(("BLOCK_E", 16), *step), num_warps=4, num_stages=1)
+    if op.how == "first":  # one load an entry
+        return Config(constexprs=(("BLOCK_E", 32),), num_warps=4, num_stages=1)
+    if op.how == "gated" or finishes:  # a gate beside each number, sums beside those of mates
+        widest = 1 << dim.bit_length() - 1
+        tokens = min(16, next_power(op.size), max(1, 2048 // widest))
+        values = (("BLOCK_E", max(1, 2048 // (tokens * widest))), ("BLOCK_J", tokens))
+        return Config(constexprs=values, num_warps=4, num_stages=1)
     tokens = min(64 if op.size >= 128 else 16, next_power(op.size))  # long entries: few of them
     values = (("BLOCK_E", max(1, 8192 // (tokens * 128))), ("BLOCK_J", tokens))
     return Config(constexprs=values, num_warps=4, num_stages=1)

@@ -11,8 +11,9 @@ from typing import Literal, get_args
 from hsgen.plan import Param
 from hsgen.rows import SEQ, Chunk, chunks, count, jit, next_power, pointer
 
-PoolHow = Literal["mean", "max", "minmax", "sum_rsqrt", "linear"]
+PoolHow = Literal["mean", "max", "minmax", "sum_rsqrt", "linear", "gated", "max_min_mean", "first"]
 POOLS: tuple[PoolHow, ...] = get_args(PoolHow)
+UNFINISHED = ("minmax", "linear")  # of these no kernel norms or rotates what is pooled
 
 RoundTo = Literal["bf16", "fp8", "fp8_unscaled"]
 ROUNDED: tuple[RoundTo, ...] = get_args(RoundTo)
@@ -195,6 +196,21 @@ class MarksContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """RoPE of what is pooled: of so many channels, by the entry's position or by tables of the caller."""
+
+    start: int
+    dims: int
+    halves: bool
+    position: str  # of entries `e`
+    frequency: str  # binary logarithm of what a pair's angle is multiplied by; empty: tables
+
+    def reaches(self, chunk: Chunk) -> bool:
+        end = chunk.offset + chunk.width
+        return chunk.offset < self.start + self.dims and self.start < end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentsContext:
     """Everything `segments.py.jinja` reads."""
 
@@ -209,12 +225,26 @@ class SegmentsContext:
     short: bool = False
     position: bool = False
     precision: str = "tf32x3"  # of dots of float32
+    softmax: Literal["channel", "token"] | None = None  # of gates
+    normed: bool = False
+    turn: Turn | None = None
+
+    @property
+    def finishes(self) -> bool:
+        """Whether a channel of an entry needs more than its own tokens."""
+        return self.how in ("gated", "max_min_mean", "first") or self.normed or bool(self.turn)
+
+    @property
+    def gate_width(self) -> int:
+        """Gates of a token and head."""
+        return 1 if self.softmax == "token" else self.head_dim
 
     @property
     def summary(self) -> str:
         if self.how == "minmax":
             return "two vectors an entry: the least and the greatest of its tokens."
-        return f"one vector an entry: {self.how} of its tokens."
+        steps = ["normed"] * self.normed + ["rotated"] * bool(self.turn)
+        return f"one vector an entry: {' and '.join([f'{self.how} of its tokens', *steps])}."
 
     @property
     def divisor(self) -> str:
@@ -238,16 +268,49 @@ class SegmentsContext:
         learned = f"[{self.heads}, {self.size}, {self.head_dim}"
         weight = pointer("WEIGHT", "input", f"{learned}, {self.head_dim}]")
         position = pointer("POSITION", "input", f"{learned}]")
+        if self.how == "gated":
+            position = pointer(
+                "POSITION", "input", f"[{self.heads}, {self.size}, {self.gate_width}]"
+            )
+        if self.how == "max_min_mean":
+            weight = pointer(
+                "WEIGHT", "input", f"[{self.heads}, 3, {self.head_dim}, {self.head_dim}]"
+            )
         return (
             pointer("X", "input", f"[B, S, {shape}"),
             *_strides("X", "x", "batch", "token", "head"),
-            *((weight,) if self.how == "linear" else ()),
+            *(self._gates if self.how == "gated" else ()),
+            *((weight,) if self.how in ("linear", "max_min_mean") else ()),
             *((position,) if self.position else ()),
+            *self._finishing,
             pointer("POOLED", "input", f"[Z, N, {made}, packed [1, N, {made}"),
             count("length", "N; packed: 1 if the last entry of a sequence may be short, else 0"),
             *SEQ,
-            *tunables("BLOCK_E", "BLOCK_D" if self.how == "linear" else "BLOCK_J"),
+            *tunables("BLOCK_E", *self._tunables),
         )
+
+    @property
+    def _tunables(self) -> tuple[str, ...]:
+        steps = {"linear": ("BLOCK_D",), "max_min_mean": ("BLOCK_D", "BLOCK_J"), "first": ()}
+        return steps.get(self.how, ("BLOCK_J",))
+
+    @property
+    def _gates(self) -> tuple[Param, ...]:
+        shape = f"[B, S, {self.heads}, {self.gate_width}]"
+        return (pointer("GATES", "input", shape), *_strides("GATES", "g", "batch", "token", "head"))
+
+    @property
+    def _finishing(self) -> tuple[Param, ...]:
+        """What a norm and a rotation read."""
+        norm = (pointer("NORM", "input", f"[{self.head_dim}]"),) if self.normed else ()
+        if self.turn is None or self.turn.frequency:
+            return norm
+        shape = f"[B, S, {self.turn.dims // 2}]"
+        tables = (
+            (pointer(name, "input", shape), *_strides(name, name[0].lower(), "batch", "token"))
+            for name in ("COS", "SIN")
+        )
+        return (*norm, *(param for table in tables for param in table))
 
     @property
     def jit(self) -> str:

@@ -39,7 +39,7 @@ from hsgen.graph import (
     Union,
     Unlike,
 )
-from hsgen.kernels import ROUNDED
+from hsgen.kernels import POOLS, ROUNDED, UNFINISHED
 
 
 def refuse(graph: Graph) -> None:
@@ -80,7 +80,7 @@ def _lacking(graph: Graph, node: Node) -> str | None:
         case Divergence() | Distance() | Entropies():
             return "no kernel computes a loss yet"
         case Pool() | PoolRows() | PoolHeads() | Norm() | Rotate() as op:
-            words = _of_entries(op)
+            words = _of_entries(graph, node, op)
             return words and f"level {op.level}: no kernel {words} yet"
         case Normalise() | ReduceRows() as op:
             words = _of_scores(op)
@@ -115,11 +115,11 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     return next((words for lacking, words in lacks if lacking), None)
 
 
-def _of_entries(op: Pool | PoolRows | PoolHeads | Norm | Rotate) -> str | None:
+def _of_entries(
+    graph: Graph, node: Node, op: Pool | PoolRows | PoolHeads | Norm | Rotate
+) -> str | None:
     match op:
-        case Pool(
-            how="mlp" | "gated" | "max_min_mean" | "first" | "antidiagonal" | "sample" as how
-        ):
+        case Pool(how=how) if how not in POOLS:
             return f"pools by {how}"
         case PoolRows():
             return "chooses for rows together"
@@ -131,10 +131,17 @@ def _of_entries(op: Pool | PoolRows | PoolHeads | Norm | Rotate) -> str | None:
             return "pools several series"
         case Pool():
             return None
-        case Norm():
-            return "norms pooled keys"
-        case Rotate():
-            return "rotates pooled keys"
+        case Rotate(rows=int()):
+            return "rotates queries"
+        case Rotate(at="token"):
+            return "rotates keys before it pools them"
+        case Norm() | Rotate():
+            words = "norms" if isinstance(op, Norm) else "rotates"
+            match graph.operands(node)[0].op:
+                case Pool(how=how) if how in UNFINISHED:
+                    return f"{words} keys pooled by {how}"
+                case _:
+                    return None
 
 
 def _of_scores(op: Normalise | ReduceRows) -> str | None:

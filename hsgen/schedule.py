@@ -5,6 +5,7 @@ The only stage that decides on launches.  Values that tuning varies are a kernel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
@@ -58,6 +59,7 @@ from hsgen.kernels import (
     RankContext,
     RoundContext,
     SegmentsContext,
+    Turn,
 )
 from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Plan, Skeleton, Step
 from hsgen.rows import Entries, next_power
@@ -126,13 +128,13 @@ class _Scheduler:
                     self._gate(node)
                 case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
                     pass  # fused into the launch that reads them
+                case Norm() | Rotate():
+                    pass  # fused into the launch that makes what they read
                 case Route() | Switch() | Union() | OutputGate() | SelectSet() | Unlike():
                     raise AssertionError("refused")
-                case Cluster() | Permute() | Assign() | Runs() | Norm() | Rotate() | Delta():
+                case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolRows() | PoolHeads():
                     raise AssertionError("refused")
-                case Recall() | Carry() | Divergence() | Distance() | Entropies():
-                    raise AssertionError("refused")
-                case PoolRows() | PoolHeads() | ReduceRows():
+                case Recall() | Carry() | Divergence() | Distance() | Entropies() | ReduceRows():
                     raise AssertionError("refused")
         outputs = self.graph.outputs
         return Plan(
@@ -215,10 +217,13 @@ class _Scheduler:
     # --- pool
 
     def _pool(self, node: Node, op: Pool) -> None:
-        assert op.how not in ("mlp", "gated", "max_min_mean"), "refused"
-        source = self.graph[node.inputs[0]]
+        source, chain = self.graph[node.inputs[0]], self._finished(node)
+        made = chain[-1].name
+        norms = tuple(x.inputs[1] for x in chain if isinstance(x.op, Norm))
+        turns = tuple(x for x in chain if isinstance(x.op, Rotate))
         dims = [self._size(dim) for dim in source.type.dims[2:]]
         heads, dim = (dims[0], dims[1]) if len(dims) == 2 else (1, dims[0])
+        turn = next((_turn(x.op, dim) for x in chain if isinstance(x.op, Rotate)), None)
         short = self._entries(op, op.level).short
         assert op.how in POOLS, "refused"
         context = SegmentsContext(
@@ -231,28 +236,34 @@ class _Scheduler:
             how=op.how,
             position=op.position,
             precision=self.target.dot_precision,
+            softmax=op.softmax,
+            normed=bool(norms),
+            turn=turn,
         )
-        count = f"count_{_safe(node.name)}"
-        buffer = _buffer(node.name)
+        count = f"count_{_safe(made)}"
+        buffer = _buffer(made)
         rows_of = f"{_input(source.name)}.shape[1]"
         length = (
             f"({rows_of} + {op.stride - 1}) // {op.stride} + batch.packed * batch.sequences"
             if short
             else f"{rows_of} // {op.stride}"
         )
-        config = configs.pool(op, dim, self.dtype)
-        kernel = self._kernel("segments", context, config, node.name)
+        config = configs.pool(op, dim, self.dtype, finishes=len(chain) > 1)
+        names = tuple(x.name for x in chain)
+        kernel = self._kernel("segments", context, config, *names)
+        tables = tuple(name for x in turns for name in x.inputs[1:])
+        gates = node.inputs[1:2] if op.how == "gated" else ()
         self.steps.append(
             Step(
                 title=f"pool: {node.name}",
-                needs=node.inputs,
-                makes=(node.name,),
+                needs=(*node.inputs, *norms, *tables),
+                makes=names,
                 sizes=(
-                    (f"length_{_safe(node.name)}", length),
-                    (count, f"{int(short)} if batch.packed else length_{_safe(node.name)}"),
+                    (f"length_{_safe(made)}", length),
+                    (count, f"{int(short)} if batch.packed else length_{_safe(made)}"),
                     (
-                        f"rows_{_safe(node.name)}",
-                        f"{_input(source.name)}.shape[0] * length_{_safe(node.name)}",
+                        f"rows_{_safe(made)}",
+                        f"{_input(source.name)}.shape[0] * length_{_safe(made)}",
                     ),
                 ),
                 buffers=(
@@ -261,7 +272,7 @@ class _Scheduler:
                         dtype="input",
                         dims=(
                             f"{_input(source.name)}.shape[0]",
-                            f"length_{_safe(node.name)}",
+                            f"length_{_safe(made)}",
                             str(heads),
                             str(context.width),
                         ),
@@ -272,12 +283,15 @@ class _Scheduler:
                     Launch(
                         kernel=kernel,
                         grid=(
-                            f"rows_{_safe(node.name)} // {{BLOCK_E}} + batch.sequences",
+                            f"rows_{_safe(made)} // {{BLOCK_E}} + batch.sequences",
                             str(heads),
                         ),
                         arguments=(
                             *self._tensor(source.name),
-                            *(_input(name) for name in node.inputs[1:]),
+                            *(x for name in gates for x in self._gates(name, op)),
+                            *(_input(name) for name in node.inputs[1 + len(gates) :]),
+                            *map(_input, norms),
+                            *(x for name in tables for x in self._tensor(name)[:3]),
                             buffer,
                             count,
                             *SEQ,
@@ -286,6 +300,29 @@ class _Scheduler:
                 ),
             )
         )
+
+    def _finished(self, node: Node) -> tuple[Node, ...]:
+        """A pool, and what norms and rotates its entries in turn."""
+        chain = [node]
+        while nexts := [
+            x for x in self.graph.users(chain[-1].name) if isinstance(x.op, Norm | Rotate)
+        ]:
+            assert len(nexts) == len(self.graph.users(chain[-1].name)) == 1, "keys end in one way"
+            chain.append(nexts[0])
+        return tuple(chain)
+
+    def _pool_of(self, name: str) -> Node | None:
+        """The pool behind a level's keys, if they are pooled."""
+        node = self.graph[name]
+        while isinstance(node.op, Norm | Rotate):
+            node = self.graph[node.inputs[0]]
+        return node if isinstance(node.op, Pool) else None
+
+    def _gates(self, name: str, op: Pool) -> tuple[str, ...]:
+        """Gates and their batch, token and head strides; an index has no heads."""
+        dims, x = len(self.graph[name].type.dims), _input(name)
+        by_head = dims == (4 if op.softmax == "channel" else 3)
+        return (*_strides(x)[:3], f"{x}.stride(2)" if by_head else "0")
 
     # --- round
 
@@ -688,9 +725,10 @@ class _Scheduler:
         return tuple(u.name for u in self.graph.users(node.name) if isinstance(u.op, LogSumExp))
 
     def _pooled_entries(self, keys: str) -> Entries:
-        pool = self.graph[keys].op
-        assert isinstance(pool, Pool), "a pooled branch reads pooled keys"
-        return self._entries(pool, pool.level)
+        pool = self._pool_of(keys)
+        assert pool is not None, "a pooled branch reads pooled keys"
+        assert isinstance(pool.op, Pool)
+        return self._entries(pool.op, pool.op.level)
 
     def _log_sum_exp(self, node: Node) -> None:
         """The softmax sum of a level's scores, where no branch computes it anyway."""
@@ -872,7 +910,7 @@ class _Scheduler:
         share: Literal["head", "group", "all"] = (
             "all" if weighted else chain.reduce.share if chain.reduce else "head"
         )
-        pooled = isinstance(self.graph[chain.score.inputs[1]].op, Pool)
+        pooled = self._pool_of(chain.score.inputs[1]) is not None
         scoring = rows.Scoring(
             form=score.form,
             scale=score.scale if score.scale is not None else 1.0,
@@ -997,10 +1035,11 @@ class _Scheduler:
     def _tensor(self, name: str) -> tuple[str, ...]:
         """A tensor and its batch, token and head strides."""
         node = self.graph[name]
-        if isinstance(node.op, Pool):
-            buffer, source = _buffer(name), self.graph[node.inputs[0]]
+        if pool := self._pool_of(name):
+            assert isinstance(pool.op, Pool)
+            buffer, source = _buffer(name), self.graph[pool.inputs[0]]
             heads = self._size(source.type.dims[2]) if len(source.type.dims) == 4 else 1
-            dim = self._size(source.type.dims[-1]) * (2 if node.op.how == "minmax" else 1)
+            dim = self._size(source.type.dims[-1]) * (2 if pool.op.how == "minmax" else 1)
             row = heads * dim
             return buffer, f"count_{_safe(name)} * {row}", str(row), str(dim)
         x = _input(name) if isinstance(node.op, Input) else _buffer(name)
@@ -1043,6 +1082,18 @@ def _tiles() -> str:
 def _tiles_of(kernel: str) -> str:
     """The same, outside of the kernel's own grid."""
     return f'batch.rows // config["{kernel}"]["BLOCK_T"] + batch.sequences'
+
+
+def _turn(op: Rotate, dim: int) -> Turn:
+    """Where RoPE turns which channels of pooled keys."""
+    first = f"e * {op.stride}"
+    return Turn(
+        start=0 if op.channels == "first" else dim - op.dims,
+        dims=op.dims,
+        halves=op.pairs == "halves",
+        position=first if op.at == "first" else f"({first} + {(op.size - 1) / 2})",
+        frequency="" if op.base is None else rows.number(-2 / op.dims * math.log2(op.base)),
+    )
 
 
 def _with_logits(context: rows.RowsContext, op: Attend) -> rows.RowsContext:

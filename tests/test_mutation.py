@@ -11,6 +11,7 @@ import torch
 from conformance import calls, oracles, systems
 from conformance.backends import NAMES
 from conformance.test_logits import with_logits
+from conformance.test_pools import spec_of
 from mutants import MUTANTS
 
 from hsgen import batch, emit, passes, planner, schedule, target
@@ -24,6 +25,7 @@ SPECS = {
     "hisa": lambda: systems.small("hisa", group=2, dims=(32, 32)),
     "logits": lambda: with_logits(systems.small("nsa", group=2, dims=(48, 32))),
     "logits_keys": lambda: with_logits(systems.small("moba", group=3, dims=(32, 32))),
+    "pools": lambda: spec_of("gates_finished"),
     "sparse_mla": lambda: systems.small("sparse_mla", group=65, dims=(64, 32)),
 }
 ORDERS = {name: {"selected": "keys"} for name in ("moba_keys", "logits_keys")}
@@ -189,6 +191,8 @@ def _config(driver, forced=None):
     for values in config.values():
         if "BLOCK_N" in values:
             values["BLOCK_N"] = 16
+        if "BLOCK_J" in values:
+            values["BLOCK_J"] = min(values["BLOCK_J"], 4)
         if values.get("BLOCK_T", 0) > TILE:
             if "BLOCK_M" in values:
                 values["BLOCK_M"] = values["BLOCK_M"] * TILE // values["BLOCK_T"]

@@ -44,6 +44,65 @@ def load_tokens(base, token, inside, stride, OFFSET: tl.constexpr, WIDTH: tl.con
 
 
 @triton.jit
+def load_columns(base, token, inside, stride, columns):
+    """As load_tokens, of any columns.  columns: [W] -> [E, J, W]"""
+    address = base + token.to(tl.int64)[:, :, None] * stride + columns[None, None, :]
+    return tl.load(address, mask=inside[:, :, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def weigh_step(gate, inside, top, total):
+    """A tile of the softmax over an entry's tokens.  gate: [E, J, W], top, total: [E, W]
+
+    -> weights [E, J, W], new top, new total, rescale of old sums
+    """
+    gate = tl.where(inside[:, :, None], gate, float("-inf"))
+    new = tl.maximum(top, tl.max(gate, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    weight = tl.exp2((gate - safe[:, None, :]) * 1.4426950408889634)
+    rescale = tl.exp2((top - safe) * 1.4426950408889634)
+    return weight, new, total * rescale + tl.sum(weight, 1), rescale
+
+
+@triton.jit
+def normed(x, size, NORM, columns):
+    """Vectors over their root mean square, times a learned weight.  x: [E, W], size: [E]"""
+    return tl.div_rn(x, size[:, None]) * tl.load(NORM + columns).to(tl.float32)[None, :]
+
+
+@triton.jit
+def mates(at, START: tl.constexpr, DIMS: tl.constexpr, HALVES: tl.constexpr):
+    """Of a channel its mate, their pair, whether it is the first of the two, and whether it turns.
+
+    Pairs are of the DIMS channels from START on: neighbours, or one of either half.
+    """
+    c = at - START
+    turned = (c >= 0) & (c < DIMS)
+    inner = tl.where(turned, c, 0)
+    if HALVES:
+        early = inner < DIMS // 2
+        pair = inner % (DIMS // 2)
+        mate = tl.where(early, at + DIMS // 2, at - DIMS // 2)
+    else:
+        early = inner % 2 == 0
+        pair = inner // 2
+        mate = tl.where(early, at + 1, at - 1)
+    return tl.where(turned, mate, at), pair, early, turned
+
+
+@triton.jit
+def angles(position, pair, FREQUENCY: tl.constexpr):
+    """cos and sin of position * base ** (pair * ...), FREQUENCY its binary logarithm a pair.  -> [E, W]
+
+    Whole turns are taken off in float64: positions have many.
+    """
+    step = tl.exp2(pair.to(tl.float64) * FREQUENCY) * 0.15915494309189535
+    turns = position.to(tl.float64)[:, None] * step[None, :]
+    angle = (turns - tl.floor(turns)).to(tl.float32) * 6.283185307179586
+    return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
 def max_tokens(acc, x, inside):
     """The greatest of what was and the tokens that are inside; NaN if any is.  -> [E, WIDTH]
 

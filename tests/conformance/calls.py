@@ -113,6 +113,8 @@ def _integers(spec, name, shape, generator):
         return slot_zero(name, shape)
     if name == "gates":
         return torch.randint(0, 2, shape, generator=generator).float()
+    if name in ("z", "z_index") or name.startswith("z_"):  # all tokens weigh the same
+        return torch.zeros(shape)
     return torch.randint(-2, 3, shape, generator=generator).float()
 
 

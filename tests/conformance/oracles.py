@@ -199,8 +199,21 @@ def _branch_keys(spec, attend):
 
 def _largest_pooled(call, level, largest):
     """The largest pooled key of every channel, at most, and how many terms one sums.  -> [Hkv, D]"""
+    terms = level.partition.size
+    if level.pool.keys == "max_min_mean":
+        weight = call.tensors[f"{level.name}_key_weight"].double().abs()
+        largest, terms = torch.einsum("hd,hsde->he", largest, weight), terms + weight.shape[-1]
+    if level.pool.then:
+        weight = call.tensors[f"{level.name}_key_norm"].double().abs()
+        largest, terms = len(weight) ** 0.5 * weight.expand_as(largest), terms + len(weight)
+    if level.pool.rotate:
+        largest = 2 * largest.amax(-1, keepdim=True).expand_as(largest)
+        if not level.pool.rotate.base:  # tables are any numbers
+            largest = largest * max(
+                float(call.tensors[f"{x}_{level.name}"].abs().max()) for x in ("cos", "sin")
+            )
     if level.pool.keys != "linear":
-        return largest, level.partition.size
+        return largest, terms
     weight = call.tensors[f"{level.name}_key_weight"].double().abs()
     position = call.tensors.get(f"{level.name}_key_position")
     slots = largest.unsqueeze(1) + (0 if position is None else position.double().abs())
@@ -336,6 +349,8 @@ def _form_bound(spec, level, limit):
 def _rounds(level):
     """Whether what is pooled is a sum, which is rounded where it is kept, and no token's own number."""
     how = level.pool.keys if level.pool else None
+    if level.pool and (level.pool.then or level.pool.rotate):
+        return True
     return how not in (None, "max", "minmax", "first", "antidiagonal")
 
 
@@ -357,10 +372,16 @@ def _form_only(call, *, absolute):
     plain = spec.model_copy(update={"levels": tuple(levels), "attend": (window,), "combine": None})
     tensors = {n: t.double() for n, t in call.tensors.items() if n in tensor_kinds(plain)}
     if absolute:
-        tensors = {n: t.abs() for n, t in tensors.items()}
+        tensors = {n: t if _weighs(spec, n) else t.abs() for n, t in tensors.items()}
     options = {n: v for n, v in call.options.items() if n != "selection"}
     scores = reference(plain, tensors, **options).scores
     return {name: torch.where(s.isfinite(), s, 0.0) for name, s in scores.items()}
+
+
+def _weighs(spec, name):
+    """Whether a tensor is one of gates, or added to them: weights stay what they are."""
+    gated = [f"{x.name}_key_position" for x in spec.levels if x.pool and x.pool.keys == "gated"]
+    return name == "z" or name.startswith("z_") or name in gated
 
 
 def _terms(spec, level):
