@@ -31,7 +31,7 @@ from torch import Tensor
 import hsgen
 from benchmarks import common, peer_kernels, peers, peers_report, speed
 from benchmarks.common import Json
-from hsgen import baselines, captures, measure, metrics, samples, standins, timing
+from hsgen import baselines, captures, metrics, samples, standins, timing
 from hsgen.captures import Group
 from hsgen.checking import CheckError
 from hsgen.reference import reference, tensor_shapes
@@ -130,8 +130,8 @@ class Setting:
     def sets(self, case: Case) -> list[Tensors]:
         """Enough sets that no call finds its inputs in the cache."""
         first = self._make(case, 0)
-        few = samples.size_in_bytes(first) >= measure.ROTATED or self.device == "cpu"
-        return [first, *(self._make(case, n) for n in range(1, 1 if few else measure.SETS))]
+        few = samples.size_in_bytes(first) >= samples.ROTATED or self.device == "cpu"
+        return [first, *(self._make(case, n) for n in range(1, 1 if few else samples.SETS))]
 
     def _make(self, case: Case, seed: int) -> Tensors:
         """One set of inputs; the position of values, which no peer has, is 0."""

@@ -151,6 +151,17 @@ def _numbers(text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _seconds(text: str) -> float:
+    """300s, 5m, or seconds as a number."""
+    number, factor = text.removesuffix("s"), 1.0
+    if text.endswith("m"):
+        number, factor = text.removesuffix("m"), 60.0
+    try:
+        return float(number) * factor
+    except ValueError:
+        raise typer.BadParameter(f"expected seconds, as in 300s or 5m, got {text!r}") from None
+
+
 def _lengths(text: str | None) -> tuple[int, ...]:
     """8K,32768; none at all where nothing is said."""
     parts = [part.strip().upper() for part in text.split(",")] if text is not None else []
@@ -448,6 +459,90 @@ def _words(options: Mapping[str, Sequence[object]]) -> list[str]:
     return [
         word for name, values in options.items() for x in values for word in (f"--{name}", str(x))
     ]
+
+
+@app.command(epilog="Example: hsgen tune nsa --shapes 8K,32K --budget 300s")
+def tune(
+    spec: SpecFile,
+    *,
+    shapes: Annotated[
+        str, typer.Option(metavar="8K,1/32K", help="Calls to time: tokens, or queries/keys.")
+    ] = "8K,32K",
+    budget: Annotated[
+        float, typer.Option(parser=_seconds, metavar="300s", help="Of the search; or 5m.")
+    ] = "300s",  # type: ignore[assignment]  # typer parses defaults too
+    trials: Annotated[int | None, typer.Option(min=1, help="Points that are measured.")] = None,
+    gpus: Annotated[str, typer.Option(metavar="0,1", help="Numbers, or all.")] = "0",
+    only: Annotated[
+        str | None, typer.Option(metavar="KERNEL,...", help="Just these kernels, as planned.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of Optuna; default a journal in the cache.")
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write records there too, as tuned/ has them."),
+    ] = None,
+    point: Annotated[
+        str | None, typer.Option("--try", metavar="POINT", help="Measure one point alone.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the space and prune it; needs no GPU.")
+    ] = False,
+    target: TargetName = "h100",  # type: ignore[assignment]  # of --dry-run
+    dtype: TensorType = DType.bf16,
+    heads: HeadCounts = None,
+    head_dim: HeadDims = None,
+    layer: OfRoute = None,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest configuration of a spec on the GPU that is here: hsgen tune nsa.
+
+    What is measured is kept at once: the same command goes on where it was stopped.
+    """
+    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim), layer=layer)
+    kernels = tuple(filter(None, (only or "").split(",")))
+    from hsgen import measurer, progress, pruning  # noqa: PLC0415  load networkx
+
+    calls = tuple(measurer.shape_of(text) for text in shapes.split(","))
+    if dry_run:
+        with progress.bar() as told:
+            found = pruning.dry_run(
+                bound, target, dtype.value, only=kernels, budget=budget, progress=told
+            )
+        typer.echo(_json_text(found.record()) if as_json else str(found), nl=False)
+        return
+    words = {
+        "shapes": [shapes],
+        "dtype": [dtype] if dtype != DType.bf16 else [],
+        "heads": [heads] if heads else [],
+        "head-dim": [head_dim] if head_dim else [],
+        "layer": [layer] if layer is not None else [],
+        "only": [only] if only else [],
+    }
+    from hsgen import tune, tuned  # noqa: PLC0415  loads optuna
+
+    options = tune.Options(
+        dtype=dtype.value,
+        shapes=calls,
+        limits=tune.Limits(trials=math.inf if trials is None else trials, seconds=budget),
+        gpus=tune.present_gpus() if gpus == "all" else tuple(map(str, _numbers(gpus))),
+        seed=seed,
+        storage=storage,
+        only=kernels,
+        command=("hsgen", "tune", _place(Path(spec)), *_words(words)),
+    )
+    if point is not None:
+        result = tune.attempt(bound, options, point)
+        typer.echo(_json_text(result.record()) if as_json else f"{result}\n", nl=False)
+        raise typer.Exit(0 if result.failure is None else 1)
+    with progress.line() as line:
+        report = tune.tune(bound, options, tell=lambda status: line(str(status)))
+    if export:
+        before = [each.record for each in tuned.read_folder(export).kept]
+        tuned.write(export, tuned.merge([*before, *report.records]))
+    typer.echo(_json_text(report.record()) if as_json else str(report), nl=False)
 
 
 @app.command(epilog="Example: hsgen search moba --qkv FILE --least --target h100 -o found")

@@ -99,8 +99,9 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return {"BLOCK_E": (1, 64), "BLOCK_J": (1, most), "num_warps": (1, 8)}
         case MergeContext() | PartsContext():
             return {"BLOCK_R": (1, 128), "num_warps": (1, 8)}
-        case _:  # a skeleton that nothing is known of keeps its start
-            return {}
+        case _:  # of a skeleton that nothing is known of, what is near its start
+            near = {n: (max(1, v // 8), v * 8) for n, v in kernel.config.constexprs}
+            return {**near, "num_warps": (1, 8)}
 
 
 def _row_ranges(context: RowsContext, kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
@@ -110,12 +111,15 @@ def _row_ranges(context: RowsContext, kernel: Kernel, plan: Plan) -> dict[str, t
     if (block := _block(kernel, plan)) is not None:
         wide = max(LEAST_DOT, min(wide, block))
     ranges = {
-        "BLOCK_N": (max(LEAST_DOT, context.ratio), wide),
+        "BLOCK_N": (max(LEAST_DOT, context.ratio if context.folded else 1), wide),
         "num_warps": (1, 8),
         "num_stages": (1, 5),
     }
-    if "BLOCK_T" in dict(kernel.config.constexprs):
+    own = dict(kernel.config.constexprs)
+    if "BLOCK_T" in own:
         ranges = {"BLOCK_T": (1, tokens)} | ranges
+    if "BLOCK_H" in own:
+        ranges["BLOCK_H"] = (LEAST_DOT, context.pitch)
     return ranges
 
 
@@ -141,9 +145,10 @@ def _block(kernel: Kernel, plan: Plan) -> int | None:
 
 
 def derive(kernel: Kernel, values: Values) -> None:
-    """BLOCK_M is the rows of BLOCK_T tokens, where the kernel sets both."""
-    if isinstance(kernel.context, RowsContext) and {"BLOCK_T", "BLOCK_M"} <= values.keys():
-        values["BLOCK_M"] = max(LEAST_DOT, next_power(values["BLOCK_T"] * kernel.context.pitch))
+    """BLOCK_M is the rows of BLOCK_T tokens with BLOCK_H heads each, where the kernel sets these."""
+    if isinstance(kernel.context, RowsContext) and {"BLOCK_T", "BLOCK_H"} & values.keys():
+        heads = values.get("BLOCK_H", kernel.context.pitch)
+        values["BLOCK_M"] = max(LEAST_DOT, next_power(values.get("BLOCK_T", 1) * heads))
 
 
 def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan) -> Iterator[str]:
@@ -171,11 +176,13 @@ def _broken_rows(
     context: RowsContext, kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
 ) -> Iterator[str]:
     width, rows = values["BLOCK_N"], values["BLOCK_M"]
-    if width % context.ratio:
+    if context.folded and width % context.ratio:
         yield f"BLOCK_N {width} must be a multiple of the {context.ratio} entries that become one"
     block = _block(kernel, plan)
     if block is not None and width > max(LEAST_DOT, block):
         yield f"BLOCK_N {width} is more than a block of {block} keys"
+    if values.get("BLOCK_H", context.pitch) < context.pitch and values.get("BLOCK_T", 1) > 1:
+        yield f"BLOCK_T {values['BLOCK_T']}: some of the heads come with one token"
     if target.tensor_columns:
         return  # accumulators have a memory of their own
     held = rows * (width + sum(chunk.width for chunk in context.v_chunks))

@@ -22,8 +22,6 @@ from hsgen.runtime import Kernel, load_kernel
 from hsgen.spec import Spec
 
 SMALL = 3000  # tokens of the first check, no multiple of anything
-ROTATED = 256 << 20  # inputs below this many bytes are rotated, so that no cache keeps them
-SETS = 3
 
 Tensors = dict[str, Any]  # Tensor by name; a type would be held against all keywords of a kernel
 Step = tuple[str, Callable[[], Figures]]
@@ -58,8 +56,11 @@ class Setting:
     def sets(self, spec: Spec, tokens: int) -> list[Tensors]:
         """Enough sets that no call finds its inputs in the cache."""
         first = self.make(spec, tokens, 0)
-        few = samples.size_in_bytes(first) >= ROTATED or self.device == "cpu"
-        return [first, *(self.make(spec, tokens, seed) for seed in range(1, 1 if few else SETS))]
+        few = samples.size_in_bytes(first) >= samples.ROTATED or self.device == "cpu"
+        return [
+            first,
+            *(self.make(spec, tokens, seed) for seed in range(1, 1 if few else samples.SETS)),
+        ]
 
     def load(self, spec: Spec) -> Kernel:
         """The spec's kernels."""

@@ -56,6 +56,11 @@ def wants_color() -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def visible_gpus() -> tuple[str, ...]:
+    """$CUDA_VISIBLE_DEVICES, as names for a child's; empty where it is not set."""
+    return tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+
+
 def ask_for_interpreter() -> None:
     """$TRITON_INTERPRET for the rest of this process: heard only before triton is imported."""
     os.environ["TRITON_INTERPRET"] = "1"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -10,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from hsgen.report import Progress as Told
+
+EVERY = 10.0  # seconds between lines, where nothing can be overwritten
 
 
 @contextmanager
@@ -34,6 +37,25 @@ def bar() -> Iterator[Told]:
             shown.update(tasks[what], completed=done, total=total or None)
 
         yield tell
+
+
+@contextmanager
+def line() -> Iterator[Callable[[str], None]]:
+    """Something to tell where things stand; on a terminal one line that changes, else one a while."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = 0.0
+
+        def say(text: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= EVERY:
+                last = time.monotonic()
+                console.print(Text(text), soft_wrap=True)
+
+        yield say
+        return
+    with console.status("") as shown:
+        yield lambda text: shown.update(Text(text))
 
 
 STYLES = (  # by how a line starts; the first that fits

@@ -13,8 +13,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
 from typing import Literal
 
 from hsgen import allowlist, paths, store
@@ -22,7 +25,7 @@ from hsgen.build import Module, triton_version
 from hsgen.errors import BuildError, PlanError
 from hsgen.plan import Kernel, Param, Plan
 from hsgen.target import MathType, Target
-from hsgen.workers import Failed, JsonObject, Pool, WorkerError
+from hsgen.workers import Failed, JsonObject, Pool, Worker, WorkerError
 
 KIND = "resources"
 FORMAT = 2
@@ -263,10 +266,10 @@ def require_fit(kernel: str, outcomes: Sequence[Outcome], target: Target) -> tup
         reasons = "; ".join(f"{failure.kind}: {failure.message}" for failure in failures)
         raise BuildError(f"kernel {kernel} does not compile for {target.label}: {reasons}")
     place = f"{target.name} ({target.label})"
-    raise PlanError(f"kernel {kernel} cannot run on {place}: {_excess(compiled, target)}")
+    raise PlanError(f"kernel {kernel} cannot run on {place}: {excess(compiled, target)}")
 
 
-def _excess(compiled: Sequence[Resources], target: Target) -> str:
+def excess(compiled: Sequence[Resources], target: Target) -> str:
     """The smallest requirement beside the limit that it breaks."""
     least = min(compiled, key=lambda result: result.cost.shared_bytes)
     cost = least.cost
@@ -325,6 +328,86 @@ def measure(
         _outcome(job, (costs | fresh)[key], cached=key in costs)
         for key, job in zip(keys, jobs, strict=True)
     )
+
+
+class Compilers:
+    """Processes that stay, for jobs that come a few at a time; leaving the block kills them.
+
+    What a compiler refused, or could not do in time, is remembered too.
+    """
+
+    def __init__(self, workers: int = 2, timeout: float = 120.0) -> None:
+        self._timeout = timeout
+        self._workers = [Worker(WORKER, _environment) for _ in range(workers)]
+        self._idle = SimpleQueue[Worker]()
+        for worker in self._workers:
+            self._idle.put(worker)
+        # a worker dies with the thread that started it, so threads stay as long as they do
+        self._threads = ThreadPoolExecutor(workers, "hsgen-compiler")
+
+    def __enter__(self) -> Compilers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill them; what they were at is lost."""
+        for worker in self._workers:
+            worker.stop()
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+
+    def submit(self, job: Job) -> Future[Outcome]:
+        """The outcome of a job, once it is known.
+
+        Raises:
+            BuildError: Triton is not installed, or too old for the target.
+        """
+        key = _key(job, triton_version(job.target.backend))
+        known = _recall(key) or _recall_failure(key, self._timeout)
+        if known is not None:
+            done = Future[Outcome]()
+            done.set_result(_outcome(job, known, cached=True))
+            return done
+        return self._threads.submit(self._compile, job, key)
+
+    def _compile(self, job: Job, key: str) -> Outcome:
+        worker = self._idle.get()
+        try:
+            reply = _reply(worker.ask(_request(job), self._timeout))
+        except WorkerError as error:
+            reply = _reply(error)
+        finally:
+            self._idle.put(worker)
+        if isinstance(reply, Cost):
+            _keep(job, key, reply)
+        elif reply.kind != "crash":  # which may be the machine's fault
+            _keep_failure(job, key, reply, self._timeout)
+        return _outcome(job, reply, cached=False)
+
+
+def _keep_failure(job: Job, key: str, failure: CompileFailure, timeout: float) -> None:
+    record = {"kind": failure.kind, "message": failure.message, "timeout": timeout}
+    files = {"failure.json": json.dumps(record).encode()}
+    store.publish(KIND, _stem(job.signature.file), files, {"failed": key})
+
+
+def _recall_failure(key: str, timeout: float) -> CompileFailure | None:
+    """A failure that another try would meet again; with more time, a late compiler may be done."""
+    entry = store.find(KIND, {"failed": key})
+    if entry is None:
+        return None
+    record = json.loads(entry.files["failure.json"])
+    if record["kind"] == "timeout" and record["timeout"] < timeout:
+        return None
+    return CompileFailure(kind=record["kind"], message=record["message"])
 
 
 def _outcome(job: Job, cost: Cost | CompileFailure, *, cached: bool) -> Outcome:

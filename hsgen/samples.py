@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from hsgen.captures import Group
+from hsgen.measurer import Shape
 from hsgen.reference import tensor_shapes
 from hsgen.spec import Spec
 
 Kind = Literal["random", "real"]
 
+ROTATED = 256 << 20  # inputs below this many bytes are rotated, so that no cache keeps them
+SETS = 3
 NOISE = 0.05  # of the standard deviation, so that repeated text is not the same text
 
 
@@ -41,6 +44,15 @@ def make(
                 tensors[name] = _extend(heads, tokens, generator)[None].reshape(shape)
         tensors |= {name: _mean(tensors[name]) for name in shapes if name.endswith("_weight")}
     return tensors
+
+
+def random_tensors(
+    spec: Spec, *, shape: Shape, device: str, seed: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Every tensor that the spec reads, normal numbers, for a call of a shape."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = tensor_shapes(spec, shape.sequences, shape.queries, shape.keys)
+    return {name: _random(name, each, generator, dtype) for name, each in shapes.items()}
 
 
 def size_in_bytes(tensors: dict[str, Tensor]) -> int:

@@ -185,7 +185,7 @@ class Variant:
                 )
                 return f"{bad.label}: expected one of {bad}, got {given[bad.kernel][bad.name]}"
             if part.moved(point, codes) != point:
-                return f"{part.name}: BLOCK_M is not the rows of BLOCK_T tokens"
+                return f"{part.name}: BLOCK_M is not what the other values make it"
             if wrong := part.problem(point):
                 return wrong
         return ""

@@ -45,6 +45,13 @@ def time_calls(call: Call, device: str, seconds: float) -> Timing:
     return Timing(median=median, least=min(times), most=max(times), calls=count, first=first)
 
 
+def samples(call: Call, device: str, count: int) -> list[float]:
+    """Milliseconds of each of `count` calls."""
+    if device == "cuda":
+        return _by_events(call, range(count))
+    return [_clock(call, device, [number]) for number in range(count)]
+
+
 def time_once(call: Call, device: str) -> Timing:
     """Time one call, the first: where a second says no more."""
     once = _clock(call, device, range(1))

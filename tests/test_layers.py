@@ -43,6 +43,8 @@ runtime                                 load_kernel
 trials                                  emitted kernels against the reference
 verify                                  trials in a process of their own
 report                                  what `show` and `compile` say
+measurer                                what measuring says, and a table that says it again
+pruning  lanes                          what cannot run · points in processes that may die
 compare                                 what `diff` says
 drawing                                 graph and plan as a picture
 captures  metrics  standins             a model's q, k, v · a choice against dense · what it lacks
@@ -51,11 +53,12 @@ quality                                 what a spec recalls of a capture
 charts  plots  mask  perplexity         that as curves · what each row takes · what a model then says
 machine  samples  timing                a card and its versions · tensors to time on · clocks
 checking                                what an output must be to be timed
-baselines                               dense attention, and FlexAttention
+baselines  tuning                       dense attention, and FlexAttention · such a process
 measure                                 the steps of a measurement
 bench                                   what a spec costs on the card that is here
 variants                                what may be turned at a spec
 search                                  variants on the front of time against error
+tune                                    the fastest configuration of a spec
 progress
 cli
 """
@@ -70,7 +73,7 @@ drafts
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes plan rows kernels buckets configs refusals "
     "schedule driver knobs space emit allowlist store workers build resources pipeline tuned catalogue "
-    "verify dryrun report compare progress cli svg layout drawing"
+    "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.

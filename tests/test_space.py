@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hsgen import passes, planner
+from hsgen import passes, paths, planner
 from hsgen.errors import ArgumentError, PlanError
 from hsgen.kernels import IndexContext
 from hsgen.rows import RowsContext, next_power
@@ -15,7 +15,7 @@ from hsgen.space import Point, Space, space
 from hsgen.spec import load
 from hsgen.target import A100, B200, H100, RTX4090
 
-SPECS = ("nsa", "moba", "hisa", "dsa_gqa", "kinetics")
+SPECS = ("nsa", "moba", "hisa", "dsa", "dsa_gqa", "kinetics", "minimax_m3")
 
 
 def space_of(name, target=H100, dtype="bf16") -> Space:
@@ -42,6 +42,22 @@ def test_start_is_in_the_space(name, target, dtype):
     found = space_of(name, target, dtype)
     for variant in found.variants:
         assert not variant.problem(variant.start)
+
+
+def test_every_shipped_spec_starts_in_its_space():
+    """Ranges and rules know every kernel that there is."""
+    planned = 0
+    for path in sorted(paths.data_dir("specs").glob("*.yaml")):
+        try:
+            found = space_of(path.stem)
+        except PlanError:
+            continue
+        planned += 1
+        for variant in found.variants:
+            assert not variant.problem(variant.start), path.stem
+            moved = {name for part in variant.parts for name in part.kernels}
+            assert moved == {kernel.name for kernel in variant.plan.kernels}, path.stem
+    assert planned > 10
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -108,7 +124,7 @@ def changed(point: Point, kernel: str, **values: int) -> Point:
 @pytest.mark.parametrize(
     ("kernel", "values", "said"),
     [
-        ("score_block", {"BLOCK_T": 4}, "BLOCK_M is not the rows"),
+        ("score_block", {"BLOCK_T": 4}, "BLOCK_M is not what the other values make it"),
         ("score_block", {"BLOCK_N": 48}, "expected one of BLOCK_N 16 32 64 128, got 48"),
         ("rank_block", {"BLOCK_R": 16}, "BLOCK_R 16 must divide BLOCK_T 8"),
         ("attend_selected", {"BLOCK_N": 128}, "expected one of BLOCK_N 16 32 64, got 128"),

@@ -1,0 +1,223 @@
+"""Points measured in processes that may die, one a GPU: `tuning` is what runs in them.
+
+A process that is late, dies, or lost its GPU is replaced; the point is to blame, and says so.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from queue import LifoQueue
+from threading import Lock
+
+from hsgen import paths
+from hsgen.errors import HsgenError
+from hsgen.measurer import Failure, Result, result_of
+from hsgen.space import Point
+from hsgen.workers import JsonObject, Worker, WorkerError
+
+COMMAND = ("-m", "hsgen.tuning")
+INTERPRETED = "interpreter"  # as a GPU
+ANY = "any"  # as a GPU: all that are visible, and nothing is measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """Seconds for the first answer of a process, which loads libraries, and for any other."""
+
+    first: float = 300.0
+    later: float = 120.0
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """One process and its GPU."""
+
+    gpu: str
+    worker: Worker
+    fresh: bool = True
+
+
+class Lanes:
+    """A measurer of as many points at once as there are GPUs; leaving the block kills its processes.
+
+    Args:
+        problem: bound spec as text, dtype, target as JSON or empty, names of shapes.
+        gpus: numbers as CUDA counts them, or `interpreter`.
+        command: what a process runs; tests have their own.
+        patience: before a process is said to hang.
+    """
+
+    def __init__(
+        self,
+        problem: JsonObject,
+        gpus: Sequence[str],
+        *,
+        command: Sequence[str] = COMMAND,
+        patience: Patience | None = None,
+    ) -> None:
+        self.problem = problem
+        self.shapes: tuple[str, ...] = tuple(problem["shapes"])
+        self.lanes = len(gpus)
+        self.deaths = 0
+        self._patience = patience or Patience()
+        self._locks = [_claim(gpu) for gpu in gpus if gpu not in (INTERPRETED, ANY)]
+        self._all = [
+            _Lane(gpu=gpu, worker=Worker(command, lambda _, gpu=gpu: _environment(gpu)))
+            for gpu in gpus
+        ]
+        self._idle = LifoQueue[_Lane]()
+        for lane in reversed(self._all):
+            self._idle.put(lane)
+        self._counting = Lock()
+
+    def __enter__(self) -> Lanes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill every process and give the GPUs back."""
+        for lane in self._all:
+            lane.worker.stop()
+            lane.worker.close()
+        for lock in self._locks:
+            os.close(lock)
+
+    def interrupt(self) -> None:
+        """Kill what runs; threads that wait for it learn that at once."""
+        for lane in self._all:
+            lane.worker.stop()
+
+    def describe(self) -> JsonObject:
+        """The first GPU, and the versions of everything.
+
+        Raises:
+            HsgenError: there is none, or nothing starts.
+        """
+        answer = self._ask({"do": "describe"})
+        if isinstance(answer, Failure) or "error" in answer:
+            said = answer.message if isinstance(answer, Failure) else answer["error"]
+            raise HsgenError(
+                f"cannot measure: {said}",
+                help="tune where torch sees a GPU; --dry-run needs none",
+            )
+        return answer
+
+    def measure(self, point: Point, limit: Mapping[str, float] | None = None) -> Result:
+        """Verify a point, then time every shape."""
+        return self._result({"do": "measure", "limit": dict(limit or {}), **point.record()})
+
+    def prove(self, point: Point) -> Result:
+        """Hold rows of every shape, at its full length, against the reference."""
+        return self._result({"do": "prove", **point.record()})
+
+    def shares(self, point: Point) -> dict[str, float]:
+        """By kernel, its share of a call's time; nothing where that cannot be said."""
+        answer = self._ask({"do": "shares", **point.record()})
+        if isinstance(answer, Failure):
+            return {}
+        times: dict[str, float] = answer.get("ms", {})
+        total = sum(times.values())
+        return {name: ms / total for name, ms in times.items()} if total else {}
+
+    def compare(
+        self, points: Sequence[Point], shape: str, rounds: int
+    ) -> list[list[float] | Failure]:
+        """Microseconds by point and round; where the whole fails, the points that do it are found."""
+        answer = self._compare(points, shape, rounds)
+        if not isinstance(answer, Failure):
+            return list(answer)
+        if len(points) == 1:
+            return [answer]
+        found: list[list[float] | Failure] = [answer] * len(points)
+        alone = [self._compare([point], shape, 1) for point in points]
+        good = [n for n, each in enumerate(alone) if not isinstance(each, Failure)]
+        for n, each in enumerate(alone):
+            if isinstance(each, Failure):
+                found[n] = each
+        again = self._compare([points[n] for n in good], shape, rounds) if good else []
+        for n, samples in zip(good, [] if isinstance(again, Failure) else again, strict=False):
+            found[n] = samples
+        return found
+
+    def _compare(
+        self, points: Sequence[Point], shape: str, rounds: int
+    ) -> list[list[float]] | Failure:
+        records = [point.record() for point in points]
+        request = {"do": "compare", "points": records, "shape": shape, "rounds": rounds, "seed": 0}
+        answer = self._ask(request)
+        if isinstance(answer, Failure):
+            return answer
+        if "samples" in answer:
+            return answer["samples"]
+        failure = result_of(answer).failure
+        assert failure is not None, "an answer without samples is a failure"
+        return failure
+
+    def _result(self, request: JsonObject) -> Result:
+        answer = self._ask(request)
+        return Result(failure=answer) if isinstance(answer, Failure) else result_of(answer)
+
+    def _ask(self, request: JsonObject) -> JsonObject | Failure:
+        """The answer of a process, or how it ended; a dead one is replaced when next asked."""
+        lane = self._idle.get()
+        patience = self._patience.first if lane.fresh else self._patience.later
+        try:
+            answer = lane.worker.ask({**request, "problem": self.problem}, patience)
+            lane.fresh = False
+            failure = answer.get("failure")
+            deadly = failure is not None and Failure(**failure).deadly
+            if deadly:  # the GPU's context is lost
+                lane.worker.close()
+                lane.fresh = True
+            self._count(died=deadly)
+        except WorkerError as error:
+            lane.fresh = True
+            self._count(died=True)
+            kind = "HANG" if error.kind == "timeout" else "WORKER_DIED"
+            return Failure(kind=kind, message=str(error))
+        else:
+            return answer
+        finally:
+            self._idle.put(lane)
+
+    def _count(self, *, died: bool) -> None:
+        """Deaths one after the other, of all lanes."""
+        with self._counting:
+            self.deaths = self.deaths + 1 if died else 0
+
+
+def _environment(gpu: str) -> dict[str, str]:
+    """One GPU, and this process's modules."""
+    add = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    if gpu == INTERPRETED:
+        return paths.child_environment(remove=(), add=add | {"TRITON_INTERPRET": "1"})
+    if gpu == ANY:
+        return paths.child_environment(remove=("TRITON_INTERPRET",), add=add)
+    visible = paths.visible_gpus()
+    chosen = visible[int(gpu)] if visible and gpu.isdecimal() else gpu
+    add["CUDA_VISIBLE_DEVICES"] = chosen
+    return paths.child_environment(remove=("TRITON_INTERPRET",), add=add)
+
+
+def _claim(gpu: str) -> int:
+    """A lock of this host's GPU, which ends with this process however that ends.
+
+    Raises:
+        HsgenError: another process tunes on it, and times of both would mean nothing.
+    """
+    folder = paths.cache_dir() / "studies"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder / f"{socket.gethostname()}-gpu{gpu}.lock", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise HsgenError(f"GPU {gpu}: another hsgen tunes on it") from error
+    return descriptor

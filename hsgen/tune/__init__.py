@@ -1,0 +1,467 @@
+"""Find the fastest configuration of a spec on the GPUs that are here; the only user of Optuna.
+
+Verified before it is timed, timed in turn with what is used now, and adopted only where noise cannot
+be the reason.  What was measured is kept at once: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import signal
+import threading
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+
+from hsgen import passes, paths, planner, report, resources, tuned
+from hsgen.configs import DType
+from hsgen.errors import HsgenError
+from hsgen.graph import Graph
+from hsgen.lanes import ANY, INTERPRETED, Lanes, Patience
+from hsgen.measurer import Failure, Result, Shape
+from hsgen.pipeline import Artifact, compile_spec, hsgen_version
+from hsgen.pruning import Compiler, least_registers
+from hsgen.resources import Compilers, Outcome, Resources
+from hsgen.space import Orders, Point, Space, space
+from hsgen.spec import Spec, dump
+from hsgen.target import Target
+from hsgen.tune.finals import Entrant, Verdict, confirmed, decide
+from hsgen.tune.journal import Journal, storage_at
+from hsgen.tune.search import Judge, Lenient, Limits, Search, Status, Tell, static
+from hsgen.workers import JsonObject
+
+__all__ = ["Limits", "Options", "Patience", "Report", "Status", "attempt", "present_gpus", "tune"]
+
+FINALISTS = 8
+ROUNDS = 15
+NEIGHBOURS = 3  # records of other sizes and GPUs that are looked at, and
+WARM = 3  # points of each
+PEAK = 0.9  # of the card's arithmetic: no kernel is faster
+MOST_COMPILERS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a spec is tuned.
+
+    Attributes:
+        dtype: of the tensors.
+        shapes: one search for all, a winner for each.
+        limits: of trials and seconds.
+        gpus: as CUDA numbers them; `interpreter` for tests.
+        seed: of the search.
+        storage: a URL of Optuna's; None is a journal in the cache.
+        only: kernels whose parts move.
+        command: the words that do it again.
+        child: what a measuring process runs.
+        patience: before it is said to hang.
+        rounds: of the finals.
+    """
+
+    dtype: DType = "bf16"
+    shapes: tuple[Shape, ...] = (Shape(queries=8192, keys=8192), Shape(queries=32768, keys=32768))
+    limits: Limits = field(default_factory=lambda: Limits(seconds=300.0))
+    gpus: tuple[str, ...] = ("0",)
+    seed: int = 0
+    storage: str | None = None
+    only: tuple[str, ...] = ()
+    command: tuple[str, ...] = ("hsgen", "tune")
+    child: tuple[str, ...] = ("-m", "hsgen.tuning")
+    patience: Patience = field(default_factory=Patience)
+    rounds: int = ROUNDS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Final:
+    """What one shape got; without a verdict, why."""
+
+    shape: str
+    verdict: Verdict | None
+    record: tuned.Tuned | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a search found.
+
+    Attributes:
+        results: of all points that were looked at, those of earlier runs included.
+        failed: commands that try a failed point again, one a class.
+        stopped: by the user, before the finals.
+    """
+
+    spec: Spec
+    target: Target
+    dtype: DType
+    start: Point
+    results: Mapping[str, Result]
+    finals: tuple[Final, ...]
+    failed: tuple[str, ...]
+    journal: str
+    stopped: bool
+
+    @property
+    def records(self) -> tuple[tuned.Tuned, ...]:
+        return tuple(final.record for final in self.finals if final.record)
+
+    @property
+    def measured(self) -> int:
+        return sum(not static(result) for result in self.results.values())
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """By class."""
+        found = (r.failure.kind for r in self.results.values() if r.failure)
+        return dict(Counter(found).most_common())
+
+    def record(self) -> dict[str, object]:
+        """The same for machines."""
+        return {
+            "spec": self.spec.name,
+            "target": self.target.name,
+            "dtype": self.dtype,
+            "measured": self.measured,
+            "failures": self.failures,
+            "stopped": self.stopped,
+            "journal": self.journal,
+            "records": [json.loads(tuned.dump(record)) for record in self.records],
+            "finals": [
+                {"shape": each.shape, "said": str(each.verdict or each.reason)}
+                for each in self.finals
+            ],
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.spec.name} on {self.target.name} ({self.target.label}), {self.dtype}: "
+            f"{self.measured} points measured, {len(self.results)} looked at"
+        ]
+        for final in self.finals:
+            lines.append(f"  {final.shape}: {final.verdict or final.reason}")
+            if final.verdict:
+                changed = final.verdict.winner.point.changes(self.start)
+                lines += [f"    {word}" for word in filter(None, changed.split(","))]
+        if self.failures:
+            counts = ", ".join(f"{kind} {count}" for kind, count in self.failures.items())
+            lines += [f"  failed: {counts}", *(f"    {line}" for line in self.failed)]
+        lines.append(f"  studies: {self.journal}")
+        if self.stopped:
+            lines.append("  stopped: results are kept, and the same command goes on")
+        return "\n".join(lines) + "\n"
+
+
+def _quietly(status: Status) -> None:
+    """Tell nobody."""
+
+
+def tune(spec: Spec, options: Options, *, tell: Tell = _quietly) -> Report:
+    """Search, decide, and keep what won in the cache.
+
+    Args:
+        spec: heads and head dims bound.
+        options: how.
+        tell: told after each result.
+
+    Raises:
+        HsgenError: no GPU, or no storage.
+        PlanError: no kernel can do it.
+        TuneError: nothing can run, or processes die one after the other.
+    """
+    with _Tuning(spec, options) as work:
+        return work.run(tell)
+
+
+def present_gpus() -> tuple[str, ...]:
+    """Every GPU that a process may use, as CUDA numbers them.
+
+    Raises:
+        HsgenError: there is none.
+    """
+    with Lanes({"shapes": []}, (ANY,)) as lanes:
+        return tuple(map(str, range(int(lanes.describe()["gpus"]))))
+
+
+def attempt(spec: Spec, options: Options, text: str) -> Result:
+    """One point alone, as `--try` names it: how a failure is looked at again."""
+    with _Tuning(spec, options) as work:
+        point = work.space.parse(text)
+        failure = work.judge.failure(point)
+        return Result(failure=failure) if failure else work.lanes.measure(point)
+
+
+class _Tuning:
+    """Everything that one run needs; leaving the block ends its processes."""
+
+    def __init__(self, spec: Spec, options: Options) -> None:
+        self.spec, self.options = spec, options
+        self.interpreted = options.gpus == (INTERPRETED,)
+        self.lanes = Lanes(
+            self._problem(Target.named("h100") if self.interpreted else None),
+            options.gpus,
+            command=options.child,
+            patience=options.patience,
+        )
+        self._compilers = Compilers(min(MOST_COMPILERS, os.cpu_count() or 2))
+        try:
+            told = self.lanes.describe()
+            self.made: JsonObject = told["made"]
+            self.target = Target.named("h100") if self.interpreted else Target(**told["target"])
+            self.graph: Graph = passes.run(planner.plan(spec))
+            whole = space(self.graph, self.target, options.dtype)
+            self.space: Space = whole.only(options.only) if options.only else whole
+        except BaseException:
+            self.close()
+            raise
+        self.compiler = Compiler(spec, self.space, self._compilers)
+        self.judge: Judge = Lenient() if self.interpreted else self.compiler
+        self.problem = tuned.Problem.of(spec, options.dtype)
+        self.environment = tuned.environment(self.target, interpreted=self.interpreted)
+        self._artifacts: dict[Orders, Artifact] = {}
+
+    def __enter__(self) -> _Tuning:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.lanes.close()
+        self._compilers.close()
+
+    def _problem(self, target: Target | None) -> JsonObject:
+        return {
+            "spec": dump(self.spec),
+            "dtype": self.options.dtype,
+            "target": json.dumps(asdict(target)) if target else "",
+            "shapes": [shape.name for shape in self.options.shapes],
+        }
+
+    # --- the run
+
+    def run(self, tell: Tell) -> Report:
+        place = self.options.storage or paths.cache_dir() / "studies" / f"{self.name}.journal"
+        journal = Journal(storage_at(place), self.name, self.space)
+        search = Search(
+            space=self.space,
+            measurer=self.lanes,
+            journal=journal,
+            judge=self.judge,
+            limits=self.options.limits,
+            seed=self.options.seed,
+            floor_us=self._floors(),
+            weights=self.lanes.shares(self.space.start),
+            tell=tell,
+        )
+        with _interruptible(search):
+            search.run([point for shape in self.options.shapes for point in self._warm(shape)])
+        finals = () if search.stopped else tuple(self._finals(search))
+        for final in finals:
+            if final.record is not None:
+                tuned.publish(final.record)
+        return Report(
+            spec=self.spec,
+            target=self.target,
+            dtype=self.options.dtype,
+            start=self.space.start,
+            results=dict(journal.results),
+            finals=finals,
+            failed=tuple(self._repros(journal)),
+            journal=str(place),
+            stopped=search.stopped,
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the studies: another space, text, GPU or shape makes others."""
+        texts = [sorted(self._artifact(v.orders).module.texts.items()) for v in self.space.variants]
+        shapes = [shape.name for shape in self.options.shapes]
+        parts = [asdict(self.problem), asdict(self.environment), shapes, self.space.digest, texts]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{self.spec.name}-{digest}"
+
+    def _artifact(self, orders: Orders) -> Artifact:
+        if orders not in self._artifacts:
+            self._artifacts[orders] = compile_spec(
+                self.spec, self.target, self.options.dtype, dict(orders)
+            )
+        return self._artifacts[orders]
+
+    def _floors(self) -> dict[str, float]:
+        """By shape, microseconds that the arithmetic takes at the card's peak."""
+        plan, found = self.space.variants[0].plan, dict[str, float]()
+        for shape in self.options.shapes:
+            if self.interpreted or shape.queries != shape.keys:
+                continue
+            seconds = 0.0
+            for kernel in plan.kernels:
+                flops, _ = report.work(self.graph, plan, kernel, shape.keys)
+                units = report.math_type(kernel, plan.dtype)
+                seconds += resources.roofline(flops, 0.0, self.target, units).compute_seconds
+            found[shape.name] = seconds * shape.sequences * 1e6 * PEAK
+        return found
+
+    # --- what is known already
+
+    def _warm(self, shape: Shape) -> list[Point]:
+        """Points of records, nearest first: a few of a few."""
+        found = []
+        for candidate in tuned.ranked(self.problem, shape.bucket, self.environment)[:NEIGHBOURS]:
+            found += self._points_of(candidate.kept.record)[:WARM]
+        return found
+
+    def _points_of(self, record: tuned.Tuned) -> list[Point]:
+        """The choices of a record that this space has: what it says was best, then near-ties."""
+        choices = [(record.orders, record.configs)]
+        choices += [(each.orders, each.kernels) for each in record.alternates]
+        found = []
+        for orders, configs in choices:
+            try:
+                found.append(self.space.point(orders, configs))
+            except HsgenError:
+                continue
+        return found
+
+    def _incumbent(self, shape: Shape) -> Point:
+        """What a call of this shape gets now."""
+        for candidate in tuned.ranked(self.problem, shape.bucket, self.environment):
+            if candidate.rung == "exact" and (points := self._points_of(candidate.kept.record)):
+                return points[0]
+        return self.space.start
+
+    # --- finals
+
+    def _finals(self, search: Search) -> Generator[Final, None, None]:
+        finalists = search.finalists(FINALISTS)
+        for shape in self.options.shapes:
+            incumbent = self._incumbent(shape)
+            points = list(dict.fromkeys([*finalists, incumbent]))
+            entrants = self._entrants(points, shape)
+            verdict = decide(entrants, incumbent)
+            if verdict is None:
+                reason = "; ".join(str(e.failure) for e in entrants if e.failure)
+                yield Final(shape=shape.name, verdict=None, record=None, reason=reason)
+                continue
+            if verdict.adopted:
+                pair = [verdict.winner.point, verdict.incumbent.point]
+                verdict = confirmed(verdict, self._timed(pair, shape))
+            record = self._record(search, shape, entrants, verdict)
+            yield Final(shape=shape.name, verdict=verdict, record=record)
+
+    def _entrants(self, points: Sequence[Point], shape: Shape) -> list[Entrant]:
+        """Right at full length, then timed in turn."""
+        proven = {point: self.lanes.prove(point).failure for point in points}
+        right = [point for point in points if proven[point] is None]
+        wrong = [
+            Entrant(point=point, samples=(), failure=failure)
+            for point, failure in proven.items()
+            if failure is not None
+        ]
+        return wrong + self._timed(right, shape)
+
+    def _timed(self, points: Sequence[Point], shape: Shape) -> list[Entrant]:
+        """All of them in turn, round by round."""
+        timed = self.lanes.compare(points, shape.name, self.options.rounds) if points else []
+        found: list[Entrant] = []
+        for point, samples in zip(points, timed, strict=True):
+            if isinstance(samples, Failure):
+                found.append(Entrant(point=point, samples=(), failure=samples))
+            else:
+                registers = least_registers(self._outcomes(point))
+                found.append(Entrant(point=point, samples=tuple(samples), registers=registers))
+        return found
+
+    def _outcomes(self, point: Point) -> dict[str, Outcome]:
+        return {} if self.interpreted else self.compiler.outcomes(point)
+
+    def _record(
+        self, search: Search, shape: Shape, entrants: Sequence[Entrant], verdict: Verdict
+    ) -> tuned.Tuned | None:
+        """The record of a winner; what a record says already needs none."""
+        winner = verdict.winner
+        kept = self._incumbent(shape)
+        if not verdict.adopted and kept != self.space.start:
+            return None
+        start = next((e for e in entrants if e.point == self.space.start and e.runs), winner)
+        result = search.journal.results.get(winner.point.key, Result())
+        texts, outcomes = (
+            self._artifact(winner.point.orders).module.texts,
+            self._outcomes(winner.point),
+        )
+        return tuned.Tuned(
+            problem=self.problem,
+            bucket=shape.bucket,
+            environment=self.environment,
+            orders=dict(winner.point.orders),
+            kernels={
+                name: _choice(texts[name], config, outcomes.get(name))
+                for name, config in winner.point.keywords().items()
+            },
+            time=winner.time,
+            default=start.time,
+            check={**result.check, "ratio": verdict.ratio, "noise": verdict.noise},
+            alternates=tuple(
+                tuned.Alternate(
+                    kernels=each.point.keywords(), ratio=ratio, orders=dict(each.point.orders)
+                )
+                for each, ratio in verdict.ties[: tuned.MAX_ALTERNATES]
+            ),
+            provenance=tuned.Provenance(
+                hsgen=hsgen_version(),
+                torch=str(self.made["torch"]),
+                driver=self.made["driver"],
+                cuda=self.made["cuda"],
+                date=str(self.made["date"]),
+                trials=search.measured,
+                command=shlex.join(self.options.command),
+            ),
+        )
+
+    def _repros(self, journal: Journal) -> Generator[str, None, None]:
+        """Of each class, how to see one again."""
+        seen = set[str]()
+        for key, result in journal.results.items():
+            failure = result.failure
+            if failure is None or failure.kind in seen:
+                continue
+            seen.add(failure.kind)
+            point = journal.points[key]
+            variant = self.space.variant(point)
+            start = variant.start if variant else self.space.start
+            words = shlex.join([*self.options.command, "--try", point.changes(start)])
+            yield f"{str(failure)[:160]}\n      {words}"
+
+
+def _choice(text: str, config: Mapping[str, int], outcome: Outcome | None) -> tuned.KernelChoice:
+    cost = outcome.cost if isinstance(outcome, Resources) else None
+    return tuned.KernelChoice(
+        text=text,
+        config=dict(config),
+        shared=cost.shared_bytes if cost else 0,
+        registers=cost.registers if cost else 0,
+        spills=cost.spill_bytes if cost else 0,
+    )
+
+
+@contextmanager
+def _interruptible(search: Search) -> Generator[None, None, None]:
+    """The first Ctrl-C ends the search after what is running, the second at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if search.stopped:
+            raise KeyboardInterrupt
+        search.stopped = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

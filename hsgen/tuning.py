@@ -1,0 +1,340 @@
+"""The process that verifies and times points of a space on one GPU; it may be killed at any time.
+
+Reads one JSON object a line from stdin, writes one a line to stdout, see `lanes`.  Nothing is timed
+before it is right.  Without a GPU it runs in Triton's interpreter, for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from hsgen import batch, checking, machine, measurer, samples, timing, trials
+from hsgen.batch import Batch
+from hsgen.errors import HsgenError
+from hsgen.execution import PLANNED, Program, compute_integers_once, interpreting
+from hsgen.measurer import Failure, Kind, Result, Shape
+from hsgen.runtime import compile_program
+from hsgen.selection import ListSelection
+from hsgen.spec import Spec, parse
+from hsgen.target import Target
+from hsgen.trials import Examination, Trial
+from hsgen.tuned import Time
+from hsgen.workers import JsonObject
+
+FEW = 3  # samples after which a slow point is given up
+SLOW = 3.0  # times the limit
+FEWEST, MOST = 20, 100
+SECONDS = 0.25  # of timing, a shape
+CALLS = 3  # a sample of a comparison
+LENGTHS = {"cuda": (1537, 301), "cpu": (37, 9)}  # of checks: no multiple of anything
+MESSAGE = 1500
+PR_SET_PDEATHSIG = 1
+
+Take = Callable[[timing.Call, str, int], list[float]]  # a call, a device, how often -> microseconds
+
+
+def take(call: timing.Call, device: str, count: int) -> list[float]:
+    """Microseconds of each of some calls."""
+    return [ms * 1e3 for ms in timing.samples(call, device, count)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What is tuned: a bound spec, tensors, shapes."""
+
+    spec: str
+    dtype: str
+    target: str  # as JSON; empty: that of the GPU that is here
+    shapes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, request: JsonObject) -> Problem:
+        return cls(**{**request["problem"], "shapes": tuple(request["problem"]["shapes"])})
+
+
+@dataclass(slots=True, eq=False)
+class Bench:
+    """A problem on a device: tensors, checks and programs, each made when first needed."""
+
+    problem: Problem
+    take: Take
+    device: str = field(init=False)
+    spec: Spec = field(init=False)
+    target: Target = field(init=False)
+    dtype: torch.dtype = field(init=False)
+    _programs: dict[str, Program] = field(default_factory=dict[str, Program])
+    _checks: list[Examination] = field(default_factory=list[Examination])
+    _inputs: dict[str, list[dict[str, Tensor]]] = field(
+        default_factory=dict[str, "list[dict[str, Tensor]]"]
+    )
+
+    def __post_init__(self) -> None:
+        self.device = "cpu" if interpreting() else "cuda"
+        self.spec = parse(self.problem.spec)
+        told = self.problem.target
+        self.target = Target(**json.loads(told)) if told else Target.current()
+        self.dtype = next(x for x, name in PLANNED.items() if name == self.problem.dtype)
+
+    def measure(self, request: JsonObject) -> Result:
+        """Verify a point, then time every shape."""
+        began = time.monotonic()
+        program = self._program(request["orders"])
+        checked = self._verify(program, request["configs"])
+        times = {
+            shape: self._time(program, request["configs"], shape, request["limit"].get(shape))
+            for shape in self.problem.shapes
+        }
+        return Result(times=times, check=checked, seconds=time.monotonic() - began)
+
+    def prove(self, request: JsonObject) -> Result:
+        """Hold rows of every shape, at its full length, against the reference."""
+        program, found = self._program(request["orders"]), 0.0
+        for name in self.problem.shapes:
+            shape = measurer.shape_of(name)
+            if shape.sequences > 1 or shape.queries != shape.keys:
+                continue  # the rows of one whole sequence are what the reference is asked about
+            tensors = self._sets(name)[0]
+            o, _, chosen = program.driver.forward(
+                tensors, self._batch(shape), request["configs"], None
+            )
+            selection = {
+                level: ListSelection(level=level, indices=indices)
+                for level, indices in chosen.items()
+            }
+            runs = checking.sampled(shape.queries)
+            error = checking.compare(self.spec, tensors, o, selection, runs)["error"]
+            found = max(found, error)
+        return Result(check={"error_at_length": found})
+
+    def shares(self, request: JsonObject) -> JsonObject:
+        """Milliseconds by kernel, of the longest shape."""
+        if self.device == "cpu":
+            return {"ms": {}}
+        longest = max(self.problem.shapes, key=lambda name: measurer.shape_of(name).keys)
+        program = self._program(request["orders"])
+        return {"ms": timing.kernel_times(self._call(program, request["configs"], longest))}
+
+    def compare(self, request: JsonObject) -> JsonObject:
+        """Points in turn, each round in another order.  -> microseconds by point and round"""
+        points, shape = request["points"], request["shape"]
+        calls = [
+            self._call(self._program(point["orders"]), point["configs"], shape) for point in points
+        ]
+        for call in calls:  # compiles
+            self.take(call, self.device, 1)
+        order, generator = list(range(len(calls))), random.Random(request["seed"])
+        found: list[list[float]] = [[] for _ in calls]
+        for _ in range(request["rounds"]):
+            generator.shuffle(order)
+            for which in order:
+                sampled = self.take(calls[which], self.device, CALLS)
+                found[which].append(statistics.median(sampled))
+        return {"samples": found}
+
+    # --- steps
+
+    def _program(self, orders: Mapping[str, Any]) -> Program:
+        key = json.dumps(orders, sort_keys=True)
+        if key not in self._programs:
+            self._programs[key] = compile_program(
+                self.spec, self.target, self.dtype, interpret=self.device == "cpu", orders=orders
+            )
+        return self._programs[key]
+
+    def _verify(self, program: Program, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """Poisoned outputs, exact scores, odd and empty sequences.
+
+        Raises:
+            _WrongError: what the reference says otherwise.
+        """
+        self._checks = self._checks or [Examination(t, self.device) for t in self._trials()]
+        with trials.poisoned():
+            for check in self._checks:
+                if problems := check.problems(program.driver, configs):
+                    raise _WrongError(f"{check.trial.name}: {'; '.join(problems)}")
+        return {"trials": len(self._checks), "exact": any(c.trial.exact for c in self._checks)}
+
+    def _trials(self) -> tuple[Trial, ...]:
+        long, short = LENGTHS[self.device]
+        whole = Trial(
+            name="one sequence",
+            spec=self.spec,
+            dtype=self.dtype,
+            queries=(long,),
+            keys=(long,),
+            numbers="integers",
+        )
+        documents = Trial(
+            name="documents, one empty",
+            spec=self.spec,
+            dtype=self.dtype,
+            queries=(1, 0, short),
+            keys=(1, 0, short + 4),
+            packed=True,
+        )
+        return whole, documents
+
+    def _time(
+        self, program: Program, configs: Mapping[str, Any], shape: str, limit: float | None
+    ) -> Time:
+        """The median of many calls; of few, where the first are far above the limit."""
+        call = self._call(program, configs, shape)
+        self.take(call, self.device, 1)  # compiles
+        first = self.take(call, self.device, FEW)
+        if limit is not None and min(first) > SLOW * limit:
+            return _summary(first)
+        count = round(SECONDS * 1e6 / max(statistics.median(first), 1.0))
+        return _summary(self.take(call, self.device, max(FEWEST, min(MOST, count))))
+
+    def _call(self, program: Program, configs: Mapping[str, Any], name: str) -> timing.Call:
+        sets, where = self._sets(name), self._batch(measurer.shape_of(name))
+
+        def call(number: int) -> object:
+            return program.driver.forward(sets[number % len(sets)], where, configs, None)
+
+        return call
+
+    def _batch(self, shape: Shape) -> Batch:
+        device = torch.device(self.device)
+        return batch.dense(shape.sequences, shape.queries, shape.keys, device)
+
+    def _sets(self, name: str) -> list[dict[str, Tensor]]:
+        """Inputs enough that no call finds its own in the cache."""
+        if name not in self._inputs:
+            shape = measurer.shape_of(name)
+            make = functools.partial(
+                samples.random_tensors, self.spec, shape=shape, dtype=self.dtype
+            )
+            first = make(device=self.device, seed=0)
+            few = samples.size_in_bytes(first) >= samples.ROTATED or self.device == "cpu"
+            others = range(1, 1 if few else samples.SETS)
+            self._inputs[name] = [first, *(make(device=self.device, seed=n) for n in others)]
+        return self._inputs[name]
+
+
+class _WrongError(Exception):
+    """Kernels that do not say what the reference says."""
+
+
+def _summary(times: list[float]) -> Time:
+    quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    return Time(
+        median_us=statistics.median(times), iqr_us=quarters[2] - quarters[0], runs=len(times)
+    )
+
+
+# --- failures
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The class of what a kernel did."""
+    text = machine.without_paths(f"{type(error).__name__}: {error}")[:MESSAGE]
+    kind: Kind = "LAUNCH_ERROR"
+    match error:
+        case _WrongError() | checking.CheckError():
+            kind = "NAN" if "not finite" in text else "WRONG_NUMERIC"
+        case OutOfResources():
+            kind = "OVER_SMEM" if "shared memory" in text else "OVER_LIMIT"
+        case CompilationError():
+            kind = "COMPILE_ERROR"
+        case torch.OutOfMemoryError() | MemoryError():
+            kind = "OUT_OF_MEMORY"
+        case _ if re.search(r"illegal|misaligned|unspecified launch failure|device-side", text):
+            kind = "ILLEGAL_ACCESS"
+        case HsgenError():
+            kind = "STATIC_INVALID"
+        case _:
+            pass
+    if kind in ("LAUNCH_ERROR", "COMPILE_ERROR"):
+        text += "\n" + machine.without_paths("".join(traceback.format_exception(error, limit=-3)))
+    return Failure(kind=kind, message=text[:MESSAGE])
+
+
+# --- the child
+
+
+class Child:
+    """Answers requests, one after the other; keeps the bench of the last problem."""
+
+    def __init__(self, clock: Take = take) -> None:
+        self._clock = clock
+        self._bench: Bench | None = None
+
+    def answer(self, request: JsonObject) -> JsonObject:
+        """What came of a request; a failure of a point is an answer too."""
+        if request["do"] == "describe":
+            return describe()
+        try:
+            bench = self._of(request)
+            match request["do"]:
+                case "measure":
+                    return bench.measure(request).record()
+                case "prove":
+                    return bench.prove(request).record()
+                case "shares":
+                    return bench.shares(request)
+                case "compare":
+                    return bench.compare(request)
+                case other:
+                    return {"error": f"unknown request {other!r}"}
+        except Exception as error:  # noqa: BLE001 - whatever a point does is its result
+            return Result(failure=failure_of(error)).record()
+
+    def _of(self, request: JsonObject) -> Bench:
+        problem = Problem.of(request)
+        if self._bench is None or self._bench.problem != problem:
+            self._bench = Bench(problem, self._clock)
+        return self._bench
+
+
+def describe() -> JsonObject:
+    """The GPU that is here, and the versions of everything."""
+    if interpreting():
+        return {"target": None, "gpus": 1, "made": machine.provenance([], "cpu")}
+    if not torch.cuda.is_available():
+        return {"error": "no GPU is present"}
+    made, count = machine.provenance([], "cuda"), torch.cuda.device_count()
+    return {"target": asdict(Target.current()), "gpus": count, "made": made}
+
+
+def main(clock: Take = take) -> None:
+    """Answer until stdin ends; what a kernel prints goes to stderr."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if interpreting():
+        torch.set_num_threads(1)
+        compute_integers_once()
+    child = Child(clock)
+    with _own_stdout() as answers:
+        for line in sys.stdin:
+            answers.write(json.dumps(child.answer(json.loads(line))) + "\n")
+            answers.flush()
+
+
+def _own_stdout() -> IO[str]:
+    """Keep stdout for answers."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+if __name__ == "__main__":
+    main()

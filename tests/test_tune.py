@@ -1,0 +1,356 @@
+"""The search: regret on tables, journals that survive, processes that misbehave, the whole of `tune`."""
+
+import functools
+import json
+import math
+import os
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import tuning_kills
+import tuning_runs
+from synthetic_tables import table
+from test_space import space_of
+
+from hsgen.cli import main
+from hsgen.errors import HsgenError, TuneError
+from hsgen.lanes import Lanes, Patience
+from hsgen.measurer import Failure, Replay, Result
+from hsgen.tune.journal import WORKER, Journal, codes_of, distributions, mend, storage_at, whoami
+from hsgen.tune.search import Limits, Search
+from hsgen.tuned import Time
+
+CHILD = str(Path(tuning_runs.__file__).with_name("tuning_child.py"))
+
+
+@functools.cache
+def tabled(name, part, variant):
+    """A space of one part, and a synthetic table of it."""
+    found = space_of(name)
+    found = replace(found, variants=(found.variants[variant],)).only([part])
+    return found, table(found.variants[0], found.variants[0].parts[0])
+
+
+def searched(found, measurer, *, place=None, seed=0, warm=(), **limits):
+    journal = Journal(storage_at(place), "test", found)
+    search = Search(
+        space=found, measurer=measurer, journal=journal, seed=seed, limits=Limits(**limits)
+    )
+    search.run(warm)
+    return search
+
+
+# --- quality, on tables that a formula made
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "variant"), [("nsa", "attend_selected", 0), ("moba", "attend_selected", 1)]
+)
+def test_sixty_trials_come_within_three_percent(name, part, variant):
+    found, made = tabled(name, part, variant)
+    assert len(made.entries) > 500
+    regrets = []
+    for seed in range(3):
+        replay = Replay(made, noise=0.02, quiet=0.002, seed=seed)
+        search = searched(found, replay, seed=seed, trials=60)
+        assert search.measured <= 60 + len(found.variants[0].parts)
+        finals = search.finalists(8)
+        samples = replay.compare(finals, "32K", 9)
+        best = min(zip(finals, samples, strict=True), key=lambda pair: statistics.median(pair[1]))
+        regrets.append(made.entries[made.values(best[0])] / made.best)
+    assert statistics.fmean(regrets) < 1.03
+    start = made.entries[made.values(found.start)]
+    assert statistics.fmean(regrets) * made.best < start
+
+
+def test_small_parts_are_measured_whole():
+    found, made = tabled("nsa", "merge", 0)
+    replay = Replay(made)
+    search = searched(found, replay, trials=100)
+    assert replay.asked == len(made.entries) == search.measured
+    assert search.best is not None
+    assert made.entries[made.values(search.best)] == made.best
+
+
+def test_nothing_is_measured_twice():
+    found, made = tabled("nsa", "attend_selected", 0)
+    seen = []
+
+    class Counting(Replay):
+        def measure(self, point, limit=None):
+            seen.append(point.key)
+            return super().measure(point, limit)
+
+    searched(found, Counting(made), trials=60)
+    assert len(seen) == len(set(seen))
+
+
+def test_the_same_seed_finds_the_same():
+    found, made = tabled("nsa", "attend_selected", 0)
+    runs = [searched(found, Replay(made, seed=3), seed=3, trials=30) for _ in range(2)]
+    assert list(runs[0].journal.results) == list(runs[1].journal.results)
+
+
+def test_warm_points_come_first_if_they_are_in_the_space():
+    found, made = tabled("nsa", "attend_selected", 0)
+    part = found.variants[0].parts[0]
+    best = next(p for p in part.points(found.start) if made.entries[made.values(p)] == made.best)
+    other = space_of("nsa").only(["merge"]).variants[0].parts[0]
+    outside = part.moved(found.start, [99] * len(part.knobs))
+    search = searched(found, Replay(made), warm=[outside, best], trials=2)
+    assert search.best == best
+    assert len(search.journal.results) == 2
+    assert other.name == "merge"
+
+
+def test_orders_are_searched_where_they_may_win():
+    found = space_of("moba")
+    slow = {"own": 300.0, "selected_rows": 100.0}
+    asked = {name: 0 for name in slow}
+
+    class Flat:
+        lanes, shapes = 1, ("8K",)
+
+        def measure(self, point, limit=None):
+            name = found.variant(point).name
+            asked[name] += 1
+            return Result(
+                times={"8K": Time(median_us=slow[name] + asked[name], iqr_us=0.1, runs=9)}
+            )
+
+        def compare(self, points, shape, rounds):
+            return []
+
+    search = searched(found, Flat(), trials=30)
+    assert search.best.orders == (("selected", "rows"),)
+    assert asked["own"] == 1 < asked["selected_rows"]
+
+
+def test_time_ends_a_search():
+    found, made = tabled("nsa", "attend_selected", 0)
+    now = [0.0]
+
+    class Slow(Replay):
+        def measure(self, point, limit=None):
+            now[0] += 10.0
+            return super().measure(point, limit)
+
+    search = Search(
+        space=found,
+        measurer=Slow(made),
+        journal=Journal(storage_at(None), "test", found),
+        limits=Limits(seconds=200.0),
+        clock=lambda: now[0],
+    )
+    told = []
+    search.tell = told.append
+    search.run()
+    assert 200.0 <= now[0] <= 220.0
+    assert "s left" in str(told[-1]) and "x the start" in str(told[-1])
+
+
+def test_nothing_that_can_run_is_an_error_with_the_limit():
+    found, made = tabled("nsa", "merge", 0)
+    bare = replace(made, entries=dict.fromkeys(made.entries, "LAUNCH_ERROR"))
+
+    class Judge:
+        def ahead(self, point):
+            pass
+
+        def failure(self, point):
+            return Failure(kind="OVER_SMEM", message="too large", limit="merge needs 300,000 bytes")
+
+    search = Search(
+        space=found,
+        measurer=Replay(bare),
+        journal=Journal(storage_at(None), "t", found),
+        judge=Judge(),
+    )
+    with pytest.raises(TuneError, match="nothing can run") as error:
+        search.run()
+    assert "OVER_SMEM 1: merge needs 300,000 bytes" in str(error.value)
+
+
+# --- journals
+
+
+def test_a_search_goes_on_where_it_was(tmp_path):
+    found, made = tabled("nsa", "attend_selected", 0)
+    first = searched(found, Replay(made), place=tmp_path / "a.journal", trials=25)
+    replay = Replay(made)
+    second = searched(found, replay, place=tmp_path / "a.journal", trials=40)
+    assert replay.asked == second.measured - first.measured == 15
+    assert first.journal.results.items() <= second.journal.results.items()
+
+
+def test_a_torn_line_is_cut_off(tmp_path):
+    file = tmp_path / "a.journal"
+    found, made = tabled("nsa", "merge", 0)
+    before = searched(found, Replay(made), place=file, trials=12).journal.results
+    whole = file.read_bytes()
+    for cut in (1, 7, 40):
+        file.write_bytes(whole + whole[-90:-cut])
+        mend(file)
+        assert file.read_bytes() == whole
+    file.write_bytes(whole + b'{"op_code": 5, "wor')
+    assert Journal(storage_at(file), "test", found).results == before
+    assert (
+        searched(found, Replay(made), place=file, trials=14).journal.results.items()
+        >= before.items()
+    )
+    file.write_bytes(b'{"op')
+    mend(file)
+    assert file.read_bytes() == b""
+
+
+def test_trials_of_dead_processes_are_finished(tmp_path):
+    found, made = tabled("nsa", "attend_selected", 0)
+    journal = Journal(storage_at(tmp_path / "a.journal"), "test", found)
+    part = found.variants[0].parts[0]
+    study = journal.study("own.attend_selected", optuna.samplers.RandomSampler(seed=1))
+    result = Replay(made).measure(found.start)
+    dead = whoami() | {"pid": os.getpid(), "started": 1}
+    for worker, known in ((dead, True), (dead, False), (whoami(), False)):
+        trial = study.ask(distributions(part))
+        trial.set_user_attr(WORKER, worker)
+        if known:
+            point = part.moved(found.start, codes_of(trial, part.knobs))
+            trial.set_user_attr(
+                "outcome", json.dumps({"point": found.start.record(), "result": result.record()})
+            )
+    again = Journal(storage_at(tmp_path / "a.journal"), "test", found)
+    states = [
+        t.state.name for t in again._studies["own.attend_selected"].get_trials(deepcopy=False)
+    ]
+    assert states == ["COMPLETE", "FAIL", "RUNNING"]
+    assert again.results == {found.start.key: result}
+    assert point.orders == ()
+
+
+def test_an_unusable_storage_is_said(tmp_path):
+    (tmp_path / "a.journal").mkdir()
+    with pytest.raises(HsgenError, match="cannot open the studies"):
+        storage_at(tmp_path / "a.journal")
+
+
+# --- processes that misbehave
+
+BAD = {
+    "merge.BLOCK_R=64": "illegal",
+    "merge.BLOCK_R=8": "abort",
+    "merge.BLOCK_R=4": "segfault",
+    "merge.BLOCK_R=16": "hang",
+    "merge.BLOCK_R=128": "timer",
+    "attend_compressed.num_stages=5": "resources",
+    "attend_compressed.BLOCK_N=16": "wrong",
+}
+
+
+def test_planted_failures_are_survived(tmp_path):
+    """An illegal access, a hang, aborts, no resources, wrong results, a timer that says -1."""
+    plan = {
+        "journal": str(tmp_path / "a.journal"),
+        "log": str(tmp_path / "log"),
+        "child": {"bad": BAD},
+        "trials": 36,
+        "patience": 0.4,
+    }
+    search = tuning_runs.run(plan)
+    for key, result in search.journal.results.items():
+        point = search.journal.points[key]
+        how = {
+            how
+            for value, how in BAD.items()
+            if value
+            in [f"{k}.{n}={v}" for k, values in point.keywords().items() for n, v in values.items()]
+        }
+        kind = result.failure.kind if result.failure else None
+        allowed = {
+            "illegal": "ILLEGAL_ACCESS",
+            "abort": "WORKER_DIED",
+            "segfault": "WORKER_DIED",
+            "hang": "HANG",
+            "timer": "TIMING_UNTRUSTED",
+            "resources": "OVER_SMEM",
+            "wrong": "WRONG_NUMERIC",
+        }
+        assert kind in {allowed[each] for each in how} | ({None} if not how else set())
+    kinds = {r.failure.kind: r.failure for r in search.journal.results.values() if r.failure}
+    assert len(kinds) >= 5
+    assert (
+        "assertion failed in the compiler" in kinds["WORKER_DIED"].message
+        or "SIGSEGV" in kinds["WORKER_DIED"].message
+    )
+    assert not search.journal.results[search.best.key].failure
+
+
+def test_a_machine_that_kills_everything_is_said(tmp_path):
+    found = tuning_runs.small_space()
+    plan = {"bad": {f"merge.num_warps={n}": "abort" for n in (1, 2, 4, 8)}}
+    with Lanes(
+        problem(), ["interpreter"], command=(CHILD, json.dumps(plan)), patience=Patience()
+    ) as lanes:
+        search = Search(space=found, measurer=lanes, journal=Journal(storage_at(None), "t", found))
+        with pytest.raises(TuneError):
+            search.run()
+        good = {"bad": {}}
+        lanes._all[0].worker._command = (
+            *lanes._all[0].worker._command[:1],
+            CHILD,
+            json.dumps(good),
+        )
+        assert lanes.measure(found.start).failure is None
+
+
+def problem():
+    return {"spec": "", "dtype": "bf16", "target": "", "shapes": ["8K"]}
+
+
+def test_the_point_that_spoils_the_finals_is_found():
+    found = tuning_runs.small_space()
+    points = list(found.variants[0].parts[-1].points(found.start))[:3]
+
+    class Picky(Lanes):
+        """One point cannot be compared."""
+
+        def _ask(self, request):
+            if request["do"] == "compare" and points[1].record() in request["points"]:
+                return Failure(kind="HANG", message="late")
+            return super()._ask(request)
+
+    with Picky(problem(), ["interpreter"], command=(CHILD, json.dumps({"bad": {}}))) as lanes:
+        samples = lanes.compare(points, "8K", 4)
+    assert isinstance(samples[1], Failure)
+    assert [len(samples[n]) for n in (0, 2)] == [4, 4]
+
+
+def test_kills_of_parent_and_child_lose_nothing(tmp_path):
+    said = []
+    assert tuning_kills.run(tmp_path, 3, seed=1, trials=60, tell=said.append) >= 60
+    assert "none lost" in said[0]
+
+
+def test_a_lane_of_a_gpu_is_one_tuners(tmp_path, monkeypatch):
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
+    command = (CHILD, json.dumps({"bad": {}}))
+    with Lanes(problem(), ["7"], command=command):
+        with pytest.raises(HsgenError, match="GPU 7: another hsgen tunes on it"):
+            Lanes(problem(), ["7"], command=command)
+    Lanes(problem(), ["7"], command=command).close()
+
+
+# --- the command
+
+
+def test_tune_without_a_gpu_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["tune", "nsa", "--shapes", "8M"]) == 1
+    assert "expected a shape" in capsys.readouterr().err
+
+
+def test_infinite_limits_are_no_limits():
+    assert Limits().trials == math.inf
