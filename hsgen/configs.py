@@ -178,7 +178,12 @@ def pool(op: Pool, dim: int, dtype: DType, *, finishes: bool = False) -> Config:
         tokens = min(16, next_power(op.size), max(1, 2048 // widest))
         values = (("BLOCK_E", max(1, 2048 // (tokens * widest))), ("BLOCK_J", tokens))
         return Config(constexprs=values, num_warps=4, num_stages=1)
-    tokens = min(64 if op.size >= 128 else 16, next_power(op.size))  # long entries: few of them
+    return pool_tokens(op.size)
+
+
+def pool_tokens(size: int) -> Config:
+    """The same, of entries that are pooled channel by channel."""
+    tokens = min(64 if size >= 128 else 16, next_power(size))  # long entries: few of them
     values = (("BLOCK_E", max(1, 8192 // (tokens * 128))), ("BLOCK_J", tokens))
     return Config(constexprs=values, num_warps=4, num_stages=1)
 

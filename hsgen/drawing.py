@@ -92,7 +92,7 @@ def _title_words(shown: Shown) -> tuple[str, str]:
     name = f"{meta.name}, {meta.source}" if meta.source else meta.name
     plan = shown.plan
     said = (
-        f"{plan.target}, {plan.dtype}: {sum(len(step.launches) for step in plan.steps)} launches"
+        f"{plan.target}, {plan.dtype}: {sum(len(step.launches) for step in plan.usual)} launches"
         if plan
         else "no plan"
     )
@@ -116,7 +116,7 @@ def _title(shown: Shown) -> list[str]:
 def _launches(plan: Plan) -> tuple[Launched, ...]:
     """Every launch of the plan, in order."""
     found: list[Launched] = []
-    for step in plan.steps:
+    for step in plan.usual:
         for launch in step.launches:
             kernel = plan.kernel(launch.kernel)
             lines = [f"{kernel.skeleton}, {step.title}", str(kernel.config)]

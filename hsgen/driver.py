@@ -23,10 +23,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Steps that follow each other; choosing ones are skipped where the caller brings a selection."""
+    """Steps that follow each other; choosing ones are skipped where the caller brings a selection.
+
+    `given`: what is done in their place.
+    """
 
     choosing: bool
     steps: tuple[Step, ...]
+    given: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +73,7 @@ class Driver:
     @property
     def given(self) -> tuple[tuple[str, str], ...]:
         """The attended levels, which a caller's selection must have."""
-        read = {name for step in self._always() for name in step.needs}
+        read = {name for step in (*self._always(), *self._given_steps) for name in step.needs}
         return tuple((level, name) for level, name in self.selection if name in _made(read))
 
     @property
@@ -99,15 +103,29 @@ class Driver:
     def _ancestors(self, wanted: Iterable[str], cut: frozenset[str]) -> list[Step]:
         """The steps that make `wanted` (names in the driver), not looking behind `cut`, in order."""
         need, found = set(wanted), []
-        for step in reversed(self.plan.steps):
+        for step in reversed(self.plan.usual):
             if any(name in need for name in _made(step.makes) if name not in cut):
                 found.append(step)
                 need |= set(_made(step.needs))
         return found[::-1]
 
+    @property
+    def _chosen(self) -> frozenset[str]:
+        """What is chosen: by row, and by block of rows."""
+        names = [name for _, name in self.selection]
+        return frozenset((*names, *(f"{name}_blocks" for name in names)))
+
+    @property
+    def _given_steps(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.plan.steps if step.of == "given")
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether lists of rows are made apart from what is attended."""
+        return any(step.of == "rows" for step in self.plan.steps)
+
     def _always(self) -> list[Step]:
-        chosen = frozenset(name for _, name in self.selection)
-        return self._ancestors((self.output, *self.plan.lse.values()), chosen)
+        return self._ancestors((self.output, *self.plan.lse.values()), self._chosen)
 
     @property
     def select(self) -> tuple[Step, ...]:
@@ -120,16 +138,18 @@ class Driver:
         choosing = tuple(step for step in self.select if step not in always)
         before = tuple(step for step in always if step in self.select or not self._late(step))
         after = tuple(step for step in always if step not in before)
+        own = tuple(step for step in after if step.of == "own")
+        rest = tuple(step for step in after if step.of != "own")
         groups = (
             Group(choosing=False, steps=before),
-            Group(choosing=True, steps=choosing),
-            Group(choosing=False, steps=after),
+            Group(choosing=True, steps=(*choosing, *own), given=self._given_steps),
+            Group(choosing=False, steps=rest),
         )
         return tuple(group for group in groups if group.steps)
 
     def _late(self, step: Step) -> bool:
         """Whether a step reads a selection, directly or not."""
-        chosen = {name for _, name in self.selection}
+        chosen = self._chosen
         behind = self._ancestors(_made(step.needs), frozenset())
         return any(name in chosen for s in (*behind, step) for name in _made(s.needs))
 
@@ -145,7 +165,8 @@ class Driver:
 
     @property
     def unpack_forward(self) -> tuple[str, ...]:
-        return self.unpack(step for group in self.forward for step in group.steps)
+        groups = self.forward
+        return self.unpack(step for group in groups for step in (*group.steps, *group.given))
 
     @property
     def unpack_select(self) -> tuple[str, ...]:

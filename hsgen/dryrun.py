@@ -9,7 +9,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hsgen.plan import Buffer, ElementType, Launch, Plan, Step
 
@@ -43,13 +43,14 @@ class Launched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
-    """What one call allocates and launches."""
+    """What one call allocates and launches; `others`: what one with a selection launches instead."""
 
     buffers: tuple[tuple[Buffer, Array], ...]
     launches: tuple[Launched, ...]
+    others: tuple[Launched, ...] = ()
 
     def launch(self, kernel: str) -> Launched:
-        return next(each for each in self.launches if each.kernel == kernel)
+        return next(x for x in (*self.launches, *self.others) if x.kernel == kernel)
 
 
 def run(plan: Plan, *, tokens: int, batch: int = 1) -> DryRun:
@@ -106,9 +107,14 @@ class _Run:
     launches: list[Launched] = field(default_factory=list[Launched])
 
     def run(self) -> DryRun:
-        for step in self.plan.steps:
+        for step in self.plan.usual:
             self._step(step)
-        return DryRun(buffers=tuple(self.buffers), launches=tuple(self.launches))
+        found = DryRun(buffers=tuple(self.buffers), launches=tuple(self.launches))
+        self.launches.clear()
+        for step in self.plan.steps:
+            if step.of == "given":
+                self._step(step)
+        return replace(found, others=tuple(self.launches))
 
     def _step(self, step: Step) -> None:
         for name, text in step.sizes:

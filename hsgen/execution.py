@@ -67,8 +67,12 @@ class Driver(Protocol):
         batch: Batch,
         config: Configs,
         selection: Mapping[str, Tensor] | None,
+        **options: bool,
     ) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """o [B, T, Hq, Dv], log-sum-exp f32[B, Hq, T] by branch, i32[B, T, Hs, K] by level."""
+        """o [B, T, Hq, Dv], log-sum-exp f32[B, Hq, T] by branch, i32[B, T, Hs, K] by level.
+
+        options: `rows=False`, of a driver that can, leaves the selections out.
+        """
         ...
 
     def select(
@@ -89,6 +93,7 @@ class Program:
         origin: by kernel, where that came from.
         launches: of kernels, a call; a launch that is repeated over chunks of rows counts once.
         texts: by kernel, the digest of its text.
+        rows_apart: the driver can leave out the lists of rows, which nothing that attends reads.
     """
 
     driver: Driver
@@ -97,6 +102,7 @@ class Program:
     origin: Mapping[str, str]
     launches: int
     texts: Mapping[str, str] = field(default_factory=dict[str, str])
+    rows_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -222,8 +228,11 @@ class Execution:
 
     # --- the operators
 
-    def forward(self, call: Call) -> list[Tensor]:
-        """o, log-sum-exp by branch, selection by level where the caller brings none."""
+    def forward(self, call: Call, *, selections: bool = True) -> list[Tensor]:
+        """o, log-sum-exp by branch, selection by level where the caller brings none.
+
+        selections: Without them, those that cost more than what they are made of are left out.
+        """
         known = self._look_up("forward", self.attending, call)
         problem, choice = known.problem, known.choice
         if problem.empty:
@@ -236,10 +245,14 @@ class Execution:
             return self._from_result(call, problem, result)
         brought = self._padded_selection(call, problem) if call.selection else None
         tensors = _uniform(known, call)
+        without = choice.program.rows_apart and not selections
+        options = {"rows": False} if without else {}
         with _running(problem.device):
-            o, lse, chosen = choice.program.driver.forward(tensors, where, choice.config, brought)
+            o, lse, chosen = choice.program.driver.forward(
+                tensors, where, choice.config, brought, **options
+            )
         outputs = [o, *[lse[branch] for branch in self.branches]]
-        outputs += [chosen[level] for level in self.chosen(call)]
+        outputs += [] if without else [chosen[level] for level in self.chosen(call)]
         return self._done(known, choice.program, outputs)
 
     def forward_fake(self, call: Call) -> list[Tensor]:
@@ -551,7 +564,7 @@ def expected_tensors(spec: Spec, graph: Graph) -> Expected:
                 span=graph[name].span,
                 help="hsgen.reference.reference runs it on tensors of any device",
             )
-        selections[level] = (graph[name].type.dims[2], select.width)
+        selections[level] = (graph[name].type.dims[2], spec.width(spec.level(level)))
     over = {branch.over for branch in spec.attend}
     inputs = tensor_inputs(graph)
     return Expected(

@@ -69,6 +69,7 @@ class RankContext:
     parent_heads: int = 1
     parent_group: int = 1
     carried: Literal["", "sum", "max"] = ""  # how a slot takes in what the slot before hands on
+    rows: int = 0  # > 0: what ranks are blocks of so many rows
 
     @property
     def summary(self) -> str:
@@ -88,6 +89,30 @@ class RankContext:
     def wanted(self) -> str:
         """How many candidates a row keeps."""
         return str(self.k) if self.counted else f"{self.k} + forced"
+
+    @property
+    def forced(self) -> str:
+        """Which entries a row is forced to take."""
+        rest = f"{self.stride}, {self.first}, {self.last}, {self.causal}"
+        if self.rows:
+            return f"is_forced_of_block(e, p, k_len, {self.rows}, {rest})"
+        return f"is_forced(e, p, k_len, {rest})"
+
+    @property
+    def limit(self) -> str:
+        """Where the entries end that have a score."""
+        rest = f"{self.size}, {self.stride}, {self.causal}, {self.short}"
+        if self.rows:
+            return f"begun_limit(p, k_len, {self.rows}, {rest})"
+        return f"complete_limit(p, k_len, {rest})"
+
+    @property
+    def candidates(self) -> str:
+        """Where the entries end that a row may take, forced ones too."""
+        if self.rows:
+            own = f"{self.rows}, {self.stride}, {self.stride}, {self.causal}, True"
+            return f"begun_limit(p, k_len, {own})"
+        return f"entry_limit(p, k_len, {self.stride}, {self.causal})"
 
     @property
     def row(self) -> str:
@@ -228,6 +253,7 @@ class SegmentsContext:
     softmax: Literal["channel", "token"] | None = None  # of gates
     normed: bool = False
     turn: Turn | None = None
+    rows: int = 0  # > 0: queries of blocks of so many rows
 
     @property
     def finishes(self) -> bool:
@@ -241,6 +267,8 @@ class SegmentsContext:
 
     @property
     def summary(self) -> str:
+        if self.rows:
+            return f"one query a block of rows: {self.how} of its rows' queries."
         if self.how == "minmax":
             return "two vectors an entry: the least and the greatest of its tokens."
         steps = ["normed"] * self.normed + ["rotated"] * bool(self.turn)
@@ -275,6 +303,14 @@ class SegmentsContext:
         if self.how == "max_min_mean":
             weight = pointer(
                 "WEIGHT", "input", f"[{self.heads}, 3, {self.head_dim}, {self.head_dim}]"
+            )
+        if self.rows:
+            return (
+                pointer("X", "input", f"[B, T, {shape}"),
+                *_strides("X", "x", "batch", "token", "head"),
+                pointer("POOLED", "f32", f"f32[blocks, {shape}"),
+                *SEQ,
+                *tunables("BLOCK_E", "BLOCK_J"),
             )
         return (
             pointer("X", "input", f"[B, S, {shape}"),

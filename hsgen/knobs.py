@@ -14,6 +14,7 @@ from hsgen.plan import Kernel, Plan
 from hsgen.rows import MARKED, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
 from hsgen.target import Target
+from hsgen.together import ListsContext
 
 VERSION = 1  # of ranges and rules: a change makes other studies
 MOST_ELEMENTS = 1 << 20  # of a tile, Triton's own limit
@@ -90,6 +91,8 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
         case BucketsContext():
             most = max(1, SORT_LIMIT // next_power(context.width))
             return {"BLOCK_T": (1, most), "num_warps": (1, 8)}
+        case ListsContext():
+            return _list_ranges(context)
         case SegmentsContext(how="linear"):
             lowest = context.head_dim & -context.head_dim
             blocks = {"BLOCK_E": (LEAST_DOT, 128), "BLOCK_D": (LEAST_DOT, min(128, lowest))}
@@ -104,9 +107,21 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return {**near, "num_warps": (1, 8)}
 
 
+def _list_ranges(context: ListsContext) -> dict[str, tuple[int, int]]:
+    match context.how:
+        case "lists":
+            return {"BLOCK_N": (32, 512), "num_warps": (1, 4)}
+        case "members":
+            return {"BLOCK_K": (16, 512), "BLOCK_N": (32, 1024), "num_warps": (1, 8)}
+        case "spread":
+            return {"BLOCK_T": (1, 64), "BLOCK_N": (16, 256), "num_warps": (1, 8)}
+
+
 def _row_ranges(context: RowsContext, kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
     tokens = max(1, MOST_ROWS // context.pitch)
     tokens = 1 << tokens.bit_length() - 1
+    if context.together == "part":
+        tokens = min(tokens, next_power(context.rows_together))
     wide = 128
     if (block := _block(kernel, plan)) is not None:
         wide = max(LEAST_DOT, min(wide, block))
@@ -134,8 +149,9 @@ def _block(kernel: Kernel, plan: Plan) -> int | None:
             match other.context:
                 case MarksContext():
                     return MARKED
-                case IndexContext(size=size) if size == next_power(size) and size >= LEAST_DOT:
-                    return size
+                case IndexContext(size=size) | ListsContext(size=size):
+                    if size == next_power(size) and size >= LEAST_DOT:
+                        return size
                 case _:
                     pass
     return None

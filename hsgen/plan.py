@@ -114,6 +114,8 @@ class Step:
     With `chunk`, the launches are repeated over chunks of the row tiles, so that a scratch stays
     small: `tiles` and `chunk` name the sizes that count them.
     `needs` and `makes` are names of buffers and of the caller's tensors.
+    `of`: where a call makes the same in two ways, the one over its own choice or over a caller's; `rows`
+    gives each row what was chosen together, where anybody asks for it.
     """
 
     title: str
@@ -124,6 +126,7 @@ class Step:
     sizes: tuple[tuple[str, str], ...] = ()  # local names the expressions use, with their values
     tiles: str | None = None
     chunk: str | None = None
+    of: Literal["own", "given", "rows"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +145,11 @@ class Plan:
     selection: Mapping[str, str]
     sizes: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def usual(self) -> tuple[Step, ...]:
+        """The steps of a call that chooses for itself."""
+        return tuple(step for step in self.steps if step.of != "given")
+
     def kernel(self, name: str) -> Kernel:
         return {kernel.name: kernel for kernel in self.kernels}[name]
 
@@ -158,7 +166,7 @@ class Plan:
 
 def dump(plan: Plan) -> str:
     """The plan as text: which operators share a launch, in which skeleton, with which buffers."""
-    launches = sum(len(step.launches) for step in plan.steps)
+    launches = sum(len(step.launches) for step in plan.usual)
     lines = [
         f"plan {plan.name} for {plan.target}, {plan.dtype}: {launches} launches",
         "  Z sequences, rows = all their queries: Z = B, rows = B * T, or packed documents (B = 1)",

@@ -38,6 +38,7 @@ from hsgen.graph import (
     SelectSet,
     Union,
     Unlike,
+    block_of,
 )
 from hsgen.kernels import POOLS, ROUNDED, UNFINISHED
 
@@ -63,7 +64,7 @@ def _lacking(graph: Graph, node: Node) -> str | None:
         case Route(by=by):
             return f"no kernel takes a route by {by} yet: `route`"
         case Attend():
-            words = _of_attend(graph, node, node.op)
+            words = _of_pooled_query(graph, node) or _of_attend(graph, node, node.op)
             return words and f"branch {node.op.branch}: no kernel {words} yet"
         case Union():
             words = "no kernel takes one softmax over several branches yet"
@@ -83,12 +84,12 @@ def _lacking(graph: Graph, node: Node) -> str | None:
             words = _of_entries(graph, node, op)
             return words and f"level {op.level}: no kernel {words} yet"
         case Normalise() | ReduceRows() as op:
-            words = _of_scores(op)
+            words = _of_scores(graph, node, op)
             return words and f"level {op.level}: no kernel {words} yet"
         case Cluster() | Permute() | Assign() | Runs() | Unlike() | Recall() | Carry() as op:
             return f"level {op.level}: no kernel {_of_keys(op)} yet"
         case Score() | Map() | Select() | SelectSet() as op:
-            words = _of_queries(graph, node) or _of_choice(op)
+            words = _of_queries(graph, node) or _of_blocks(graph, node) or _of_choice(op)
             return words and f"level {op.level}: no kernel {words} yet"
         case _:
             return None
@@ -122,7 +123,7 @@ def _of_entries(
         case Pool(how=how) if how not in POOLS:
             return f"pools by {how}"
         case PoolRows():
-            return "chooses for rows together"
+            return _of_rows(op)
         case PoolHeads():
             return "pools heads"
         case Pool(before=int()):
@@ -144,9 +145,19 @@ def _of_entries(
                     return None
 
 
-def _of_scores(op: Normalise | ReduceRows) -> str | None:
+def _of_rows(op: PoolRows) -> str | None:
+    if op.tiles or op.clusters is not None:
+        return f"chooses for {'tiles of axes' if op.tiles else 'clusters of rows'}"
+    if op.last is not None:
+        return "chooses by the last rows for all"
+    return None if op.how in ("mean", "max") else f"pools rows by {op.how}"
+
+
+def _of_scores(graph: Graph, node: Node, op: Normalise | ReduceRows) -> str | None:
     if isinstance(op, ReduceRows):
-        return "chooses for rows together"
+        return "reduces the scores of rows together"
+    if _in_blocks(graph, node):
+        return "normalises scores of blocks of rows"
     return "normalises by the greatest score" if op.by == "max" else None
 
 
@@ -155,6 +166,32 @@ def _of_queries(graph: Graph, node: Node) -> str | None:
     first = graph.operands(node)[0]
     own = isinstance(first.op, Input) and first.op.role == "query" and first.name != "q"
     return "scores by queries of its own" if own else None
+
+
+def _in_blocks(graph: Graph, node: Node) -> bool:
+    """Whether rows of scores, or of a choice, are those of blocks."""
+    first = graph.operands(node)[0]
+    return isinstance(first.op, PoolRows) or block_of(first.type.dims[1]) is not None
+
+
+def _of_blocks(graph: Graph, node: Node) -> str | None:
+    """Of a level whose rows choose together."""
+    if not _in_blocks(graph, node):
+        return None
+    match node.op:
+        case Score(form=form) if form not in ("dot", "bound"):
+            return f"scores blocks of rows by {form}"
+        case Score(within=str()) | Select(within=str()):
+            return "chooses for blocks of rows inside a beam"
+        case Map():
+            return "maps scores of blocks of rows"
+        case _:
+            return None
+
+
+def _of_pooled_query(graph: Graph, node: Node) -> str | None:
+    pooled = isinstance(graph.operands(node)[0].op, PoolRows)
+    return "attends by the query of rows together" if pooled else None
 
 
 def _of_keys(op: Cluster | Permute | Assign | Runs | Unlike | Recall | Carry) -> str:

@@ -123,6 +123,25 @@ class RowsContext:
     fold: str = ""
     folded: Literal["", "sum", "max"] = ""  # how neighbouring entries become one of a coarser level
     planes: int = 1  # of the scratch: 2 where an entry also counts in the slot after its own
+    together: Literal["", "blocks", "part"] = ""  # rows are blocks of rows, or some of one block
+    rows_together: int = 0  # of a block
+
+    @property
+    def widened(self) -> str:
+        """Keys beside the queries of blocks, which are kept in float32."""
+        return ".to(tl.float32)" if self.together == "blocks" else ""
+
+    @property
+    def absent(self) -> str:
+        """Whether the tile has no row."""
+        if self.together == "part":
+            return "(tl.maximum(t0, 0) >= q_len) | (t0 + BLOCK_T <= 0)"
+        return "t0 >= q_len"
+
+    @property
+    def first_token(self) -> str:
+        """The tile's first row."""
+        return "tl.maximum(t0, 0)" if self.together == "part" else "t0"
 
     @property
     def values(self) -> str:
@@ -182,6 +201,8 @@ class RowsContext:
     def alive(self) -> str:
         """Rows that stand for a (token, head) pair of the tile."""
         packed = "rows < " + ("" if self.one_token else "BLOCK_T * ") + self.rows_a_token
+        if self.together == "part":
+            packed = f"token >= 0) & ({packed}"
         if self.parts:
             return f"{packed}) & (place < {self.heads}"
         return (
@@ -738,6 +759,7 @@ class Scoring:
     parent_width: int = 0
     parent_head: str = ""  # the parent's selection head, of this program's `head`
     parent_heads: int = 1
+    rows: int = 0  # > 0: queries are those of blocks of so many rows
 
     @property
     def by_index(self) -> bool:
@@ -783,11 +805,14 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
     value = _value(scoring)
     identity = _identity(scoring)
     key = "K", "k", _key_comment(scoring), "bt" if scoring.by_index else "bth"
+    asked = "[B, T, Hi, Di]" if scoring.by_index else "[B, T, Hq, Dqk]"
+    if scoring.rows:
+        asked = "f32[1, blocks, Hq, Dqk]"
     return RowsContext(
         name=name,
         summary=_score_summary(scoring),
         params=(
-            *tensor("Q", "q", "[B, T, Hi, Di]" if scoring.by_index else "[B, T, Hq, Dqk]", "bth"),
+            *tensor("Q", "q", asked, "bth", "f32" if scoring.rows else "input"),
             *tensor(*key),
             *(tensor("WEIGHT", "w", "[B, T, Hi]", "bt") if weighted else ()),
             *(tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32") if scoring.normalise else ()),
@@ -829,6 +854,16 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         fold=_fold(scoring, _reduced(scoring, heads, pitch)),
         folded=scoring.folded,
         planes=scoring.planes,
+        together="blocks" if scoring.rows else "",
+        rows_together=scoring.rows,
+    )
+
+
+def begun(block: str, scoring: Scoring, causal: bool) -> str:
+    """How many entries a block of rows may choose, as an expression."""
+    of = scoring.entries
+    return (
+        f"begun_limit({block}, k_len, {scoring.rows}, {of.size}, {of.stride}, {causal}, {of.short})"
     )
 
 
@@ -875,6 +910,8 @@ def _score_rows(pitch: int) -> tuple[str, ...]:
 def _score_phases(shape: Shape, scoring: Scoring) -> tuple[tuple[Phase, ...], tuple[str, ...]]:
     """Which entries are scored, and the statements before the loops."""
     stop = f"stop = {complete('last', scoring.entries, shape.causal)}"
+    if scoring.rows:
+        stop = f"stop = {begun('last', scoring, shape.causal)}"
     if scoring.folded:
         return _folded_phases(shape, scoring, stop)
     if scoring.map_how:
@@ -882,7 +919,9 @@ def _score_phases(shape: Shape, scoring: Scoring) -> tuple[tuple[Phase, ...], tu
     if not scoring.parent_size:
         phase = Phase(
             kind="range",
-            comment="every entry that is complete for the tile's last row",
+            comment="every entry that has begun by the tile's last row"
+            if scoring.rows
+            else "every entry that is complete for the tile's last row",
             start="0",
             stop="stop",
             inside="n < stop",

@@ -117,7 +117,8 @@ def compile_program(
         plan=plan,
         config=config,
         origin=dict.fromkeys(config, "for the interpreter" if interpret else "default"),
-        launches=sum(len(step.launches) for step in plan.steps),
+        launches=sum(len(step.launches) for step in plan.usual),
+        rows_apart=any(step.of == "rows" for step in plan.steps),
         texts=artifact.module.texts,
     )
 
@@ -215,7 +216,7 @@ class Kernel:
             selection,
         )
         if operators.is_plain(call):
-            outputs = self._execution.forward(call)
+            outputs = self._execution.forward(call, selections=False)
         else:
             outputs = operators.forward(self._key, *call)
         return self._returned(outputs, return_lse=return_lse)

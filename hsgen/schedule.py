@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
-from hsgen import buckets, configs, refusals, rows
+from hsgen import buckets, configs, refusals, rows, together
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -48,6 +48,7 @@ from hsgen.graph import (
     Switch,
     Union,
     Unlike,
+    block_of,
     short_last,
 )
 from hsgen.kernels import (
@@ -114,7 +115,7 @@ class _Scheduler:
         self._require_branches()
         for node in self.graph.nodes():
             match node.op:
-                case Pool():
+                case Pool() | PoolRows():
                     self._pool(node, node.op)
                 case Round():
                     self._round(node, node.op)
@@ -132,7 +133,7 @@ class _Scheduler:
                     pass  # fused into the launch that makes what they read
                 case Route() | Switch() | Union() | OutputGate() | SelectSet() | Unlike():
                     raise AssertionError("refused")
-                case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolRows() | PoolHeads():
+                case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolHeads():
                     raise AssertionError("refused")
                 case Recall() | Carry() | Divergence() | Distance() | Entropies() | ReduceRows():
                     raise AssertionError("refused")
@@ -156,6 +157,11 @@ class _Scheduler:
     @property
     def _tiles(self) -> configs.RowTiles:
         return configs.RowTiles(target=self.target, dtype=self.dtype)
+
+    @property
+    def _tiles_of_blocks(self) -> configs.RowTiles:
+        """Of blocks of rows, whose queries are kept in float32."""
+        return configs.RowTiles(target=self.target, dtype="fp32")
 
     def _refuse(self) -> None:
         """Operators that no kernel does yet, and sizes that none holds."""
@@ -212,11 +218,22 @@ class _Scheduler:
         return context.name
 
     def _entries(self, op: Score | Select | Attend | Pool | Map, level: str) -> Entries:
-        return Entries(size=op.size, stride=op.stride, short=short_last(self.graph, level))
+        return Entries(size=op.size, stride=op.stride, short=self._short(level))
+
+    def _short(self, level: str) -> bool:
+        """Whether the level's last entry may be short: also if causal, where rows choose together."""
+        asks = any(isinstance(n.op, PoolRows) and n.op.level == level for n in self.graph.nodes())
+        return short_last(self.graph, level, causal=asks is False and self.shape.causal)
 
     # --- pool
 
-    def _pool(self, node: Node, op: Pool) -> None:
+    def _pool(self, node: Node, op: Pool | PoolRows) -> None:
+        if isinstance(op, PoolRows):
+            self._pool_rows(node, op)
+        else:
+            self._pool_keys(node, op)
+
+    def _pool_keys(self, node: Node, op: Pool) -> None:
         source, chain = self.graph[node.inputs[0]], self._finished(node)
         made = chain[-1].name
         norms = tuple(x.inputs[1] for x in chain if isinstance(x.op, Norm))
@@ -324,6 +341,45 @@ class _Scheduler:
         by_head = dims == (4 if op.softmax == "channel" else 3)
         return (*_strides(x)[:3], f"{x}.stride(2)" if by_head else "0")
 
+    def _pool_rows(self, node: Node, op: PoolRows) -> None:
+        """One query for the rows of a block, kept in float32."""
+        assert op.block is not None, "refused"
+        assert op.how in ("mean", "max"), "refused"
+        source = self.graph[node.inputs[0]]
+        heads, dim = (self._size(name) for name in source.type.dims[2:])
+        context = SegmentsContext(
+            name=f"pool_{_safe(node.name)}",
+            heads=heads,
+            head_dim=dim,
+            size=op.block,
+            stride=op.block,
+            how=op.how,
+            rows=op.block,
+            precision=self.target.dot_precision,
+        )
+        kernel = self._kernel("segments", context, configs.pool_tokens(op.block), node.name)
+        count, buffer = f"blocks_{_safe(node.name)}", _buffer(node.name)
+        self.steps.append(
+            Step(
+                title=f"pool: {node.name}",
+                needs=node.inputs,
+                makes=(node.name,),
+                sizes=((count, together.blocks_of(op.block)),),
+                buffers=(
+                    Buffer(
+                        name=buffer, dtype="f32", dims=(count, str(heads), str(dim)), role="level"
+                    ),
+                ),
+                launches=(
+                    Launch(
+                        kernel=kernel,
+                        grid=(f"{count} // {{BLOCK_E}} + batch.sequences", str(heads)),
+                        arguments=(*self._tensor(source.name), buffer, *SEQ),
+                    ),
+                ),
+            )
+        )
+
     # --- round
 
     def _round(self, node: Node, op: Round) -> None:
@@ -394,6 +450,9 @@ class _Scheduler:
                 return
             case "static" | "tiers" | "spans":
                 raise AssertionError("refused")
+            case "blocks" if self._block(self.graph[node.inputs[3]]):
+                self._together(node, op)
+                return
             case "blocks" if self._order(node, op) == "keys":
                 self._by_blocks(node, op)
                 return
@@ -443,7 +502,7 @@ class _Scheduler:
     def _order(self, node: Node, op: Attend) -> Order:
         """Rows come to long blocks that few of them share; short blocks come to tiles of rows."""
         selection = self.graph[node.inputs[3]]
-        alone = selection.type.dims[2] == "Hq"
+        alone = selection.type.dims[1:3] == ("T", "Hq")
         if alone and op.size == op.stride and self._width(selection) <= buckets.MOST_SLOTS:
             usual = "keys" if op.size >= buckets.LEAST_BLOCK else "rows"
             return self.orders.get(op.branch, usual)
@@ -454,6 +513,54 @@ class _Scheduler:
                 span=node.span,
             )
         return "rows"
+
+    def _together(self, node: Node, op: Attend) -> None:
+        """Blocks that rows chose together: a tile's rows share a list."""
+        self._order(node, op)
+        self._require_disjoint(node, op)
+        if op.latent:
+            message = f"branch {op.branch}: no kernel attends latents by blocks of rows yet"
+            raise PlanError(message, span=node.span)
+        selection = self.graph[node.inputs[3]]
+        block = self._block(selection)
+        branch = together.Branch(
+            name=op.branch,
+            needs=node.inputs[:3],
+            makes=(node.name, self._lse_of(node)[0]),
+            operators=(node.name, *self._lse_of(node)),
+            selection=selection.name,
+            lists=_buffer(f"{selection.name}.blocks"),
+            buffers=self._output_buffers(node),
+            tensors=self._tensors(node, op),
+            outputs=self._outputs(node),
+            block=block,
+            width=str(self._width(selection)),
+            heads=self._size(selection.type.dims[2]),
+            share=selection.type.dims[2],
+            entries=Entries(size=op.size, stride=op.stride),
+            scale=op.scale or 1.0,
+            softcap=op.softcap,
+            sink=bool(op.sink),
+        )
+        kernels, steps = together.plan(
+            self.shape,
+            branch,
+            lambda context: self._tiles.attend(context, limit=128, most=block, block=op.size),
+        )
+        self.kernels += kernels
+        self.steps += steps
+
+    def _block(self, selection: Node) -> int:
+        """Rows of a block that choose together; 0 where each chooses for itself."""
+        return block_of(selection.type.dims[1]) or 0
+
+    def _require_disjoint(self, node: Node, op: Attend) -> None:
+        if op.size != op.stride:
+            raise PlanError(
+                f"branch {op.branch}: no kernel attends raw tokens of overlapping blocks "
+                f"(size {op.size}, stride {op.stride})",
+                span=node.span,
+            )
 
     def _by_blocks(self, node: Node, op: Attend) -> None:
         """Blocks of a selection, each with the rows that chose it."""
@@ -490,12 +597,7 @@ class _Scheduler:
         sizes: list[tuple[str, str]],
     ) -> tuple[rows.RowsContext, Config]:
         """Blocks of a selection: first the union lists of each tile, then the attend over them."""
-        if op.size != op.stride:
-            raise PlanError(
-                f"branch {op.branch}: no kernel attends raw tokens of overlapping blocks "
-                f"(size {op.size}, stride {op.stride})",
-                span=node.span,
-            )
+        self._require_disjoint(node, op)
         selection = self.graph[node.inputs[3]]
         width, heads = self._width(selection), self._size(selection.type.dims[2])
         context = rows.attend_blocks(
@@ -781,8 +883,10 @@ class _Scheduler:
         chain = self._chain(node)
         heads = self._size(node.type.dims[2])
         parent = self.graph[node.inputs[1]] if op.within else None
+        block = self._block(node)
         context = self._score_context(node, chain, parent)
-        config = self._tiles.score(context)
+        tiling = self._tiles_of_blocks if block else self._tiles
+        config = tiling.score(context)
         scorer = self._kernel("rows", context, config, *chain.names)
         children, slots, parent_heads, parent_group = 0, 0, 1, 1
         if parent is not None:
@@ -798,7 +902,7 @@ class _Scheduler:
             width=op.width,
             size=op.size,
             stride=op.stride,
-            short=short_last(self.graph, op.level),
+            short=self._short(op.level),
             causal=self.shape.causal,
             first=op.first,
             last=op.last,
@@ -808,6 +912,7 @@ class _Scheduler:
             parent_heads=parent_heads,
             parent_group=parent_group,
             carried=context.folded if context.planes > 1 else "",
+            rows=block,
         )
         ranker = self._kernel(
             "rank",
@@ -820,14 +925,20 @@ class _Scheduler:
         scratch = f"scores_{op.level}"
         block_t = f'config["{scorer}"]["BLOCK_T"]'
         tiles, chunk = f"tiles_{op.level}", f"chunk_{op.level}"
+        choosing, listed = "batch.rows", ("in_q.shape[0]", "in_q.shape[1]")
+        made = node.name
+        if block:
+            choosing, made = f"blocks_{op.level}", f"{node.name}.blocks"
+            listed = (choosing,)
         self.steps.append(
             Step(
                 title=f"choose: {op.level}",
                 needs=(*chain.needs, *((parent.name,) if parent else ())),
-                makes=(node.name,),
+                makes=(made,),
                 sizes=(
+                    *(((choosing, together.blocks_of(block)),) if block else ()),
                     (capacity, str(slots) if slots else f"max(1, batch.keys // {op.stride} + 1)"),
-                    (tiles, f"batch.rows // {block_t} + batch.sequences"),
+                    (tiles, f"{choosing} // {block_t} + batch.sequences"),
                     (f"bytes_{op.level}", f"{4 * heads * context.planes} * {capacity} * {block_t}"),
                     (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.level}))"),
                 ),
@@ -844,10 +955,10 @@ class _Scheduler:
                         role="scratch",
                     ),
                     Buffer(
-                        name=_buffer(node.name),
+                        name=_buffer(made),
                         dtype="i32",
-                        dims=("in_q.shape[0]", "in_q.shape[1]", str(heads), str(op.width)),
-                        role="selection",
+                        dims=(*listed, str(heads), str(op.width)),
+                        role="list" if block else "selection",
                     ),
                 ),
                 launches=(
@@ -861,7 +972,7 @@ class _Scheduler:
                         grid=(f"count * ({block_t} // {{BLOCK_R}})", str(heads)),
                         arguments=(
                             scratch,
-                            _buffer(node.name),
+                            _buffer(made),
                             *((_buffer(parent.name),) if parent else ()),
                             *SEQ,
                             "tile_first",
@@ -873,6 +984,21 @@ class _Scheduler:
                 chunk=chunk,
             )
         )
+        if block:
+            self._spread(node, op, heads, block)
+
+    def _spread(self, node: Node, op: Select, heads: int, block: int) -> None:
+        """Every row's copy of the list of its block."""
+        kernel, step = together.spread(
+            op.level,
+            node.name,
+            lists=_buffer(f"{node.name}.blocks"),
+            width=str(op.width),
+            heads=heads,
+            block=block,
+        )
+        self.kernels.append(kernel)
+        self.steps.append(step)
 
     def _chain(self, node: Node) -> _Chain:
         """Back from a selection to its score: map, reduce, normalise in the fixed order of steps."""
@@ -921,6 +1047,7 @@ class _Scheduler:
             share=share,
             reduce="sum" if weighted else chain.reduce.how if chain.reduce else None,
             map_how=_fused(chain.map),
+            rows=self._block(node),
             target=self._entries(chain.map, node.op.level)
             if chain.map
             else Entries(size=0, stride=0),
@@ -1035,6 +1162,9 @@ class _Scheduler:
     def _tensor(self, name: str) -> tuple[str, ...]:
         """A tensor and its batch, token and head strides."""
         node = self.graph[name]
+        if isinstance(node.op, PoolRows):
+            heads, dim = (self._size(of) for of in node.type.dims[2:])
+            return _buffer(name), "0", str(heads * dim), str(dim)
         if pool := self._pool_of(name):
             assert isinstance(pool.op, Pool)
             buffer, source = _buffer(name), self.graph[pool.inputs[0]]

@@ -139,7 +139,7 @@ def shrink(spec: Spec) -> Spec:
     """
     divisor = _divisor(spec)
     changes: dict[str, object] = {
-        "levels": tuple(_shrunk_level(level, divisor) for level in spec.levels),
+        "levels": tuple(_shrunk_level(spec, level, divisor) for level in spec.levels),
         "attend": tuple(_shrunk_branch(branch) for branch in spec.attend),
         "heads": _few_heads(spec, kv=2),
         "head_dim": _few_dims(spec),
@@ -154,6 +154,7 @@ def _divisor(spec: Spec) -> int:
     """The largest power of two that makes no block smaller than needed, and divides all."""
     blocks = [x.partition for x in spec.levels if isinstance(x.partition, Blocks)]
     numbers = [n for x in blocks for n in (x.size, x.stride)]
+    numbers += [x.query.block for x in spec.levels if x.query and x.query.block]
     divisor = 1
     while max(numbers, default=1) // (divisor * 2) >= BLOCK and all(
         n % (divisor * 2) == 0 for n in numbers
@@ -162,20 +163,24 @@ def _divisor(spec: Spec) -> int:
     return divisor
 
 
-def _shrunk_level(level: Level, divisor: int) -> Level:
+def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
     changes: dict[str, object] = {}
     blocks = isinstance(level.partition, Blocks)
     if blocks:
         changes["partition"] = Blocks(
             size=level.partition.size // divisor, stride=level.partition.stride // divisor
         )
+    if level.query and level.query.block:
+        rows = level.query.block // divisor
+        changes["query"] = level.query.model_copy(update={"block": rows})
     if level.select:
         few = {
             "last": min(level.select.force.last, 2)
         }  # a long window would leave nothing to choose
         force = level.select.force.model_copy(update=few)
         kept = "top_k" if level.select.top_k else "beam"
-        budget = min(level.select.budget, max(force.first + force.last + 1, 3 if blocks else 6))
+        forced = force.first + force.last + (spec.own_entries(level) - 1 if force.last else 0)
+        budget = min(level.select.budget, max(forced + 1, 3 if blocks else 6))
         changes["select"] = level.select.model_copy(update={kept: budget, "force": force})
     return level.model_copy(update=changes)
 
@@ -257,6 +262,10 @@ def _exact_on_integers(spec: Spec) -> bool:
         if scaled and not _is_power(root, spec.head_dim.qk):
             return False
         if level.pool and level.pool.keys == "sum_rsqrt":
+            return False
+        if (
+            level.query and level.query.pool == "mean"
+        ):  # of a last block, whose rows may be any number
             return False
         if level.pool and level.pool.keys == "mean" and not _power_of_two(level.partition.size):
             return False

@@ -24,7 +24,7 @@ reference  analysis  planner  passes    the meaning · the costs · Spec -> Grap
 plan
 rows  dryrun                            a kernel's loops · one call on paper
 kernels
-buckets                                 rows that come to the blocks they chose
+buckets  together                       rows that come to the blocks they chose · rows that share a list
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
 schedule  driver                        Graph, Target -> Plan
 knobs                                   what tuning may vary of a kernel, and rules
@@ -71,9 +71,9 @@ families
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes plan rows kernels buckets configs refusals "
-    "schedule driver knobs space emit allowlist store workers build resources pipeline tuned catalogue "
-    "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
+    "errors paths target spec graph analysis planner passes plan rows kernels buckets together configs "
+    "refusals schedule driver knobs space emit allowlist store workers build resources pipeline tuned "
+    "catalogue verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.

@@ -135,14 +135,18 @@ def anchors(graph: Graph) -> Mapping[str, Anchors]:
     return {op.level: op.anchors for op in ops if isinstance(op, Score) and op.anchors}
 
 
-def short_last(graph: Graph, level: str) -> bool:
-    """Whether the level's last entry may be short: pooled over its true length, never if causal."""
+def short_last(graph: Graph, level: str, *, causal: bool | None = None) -> bool:
+    """Whether the level's last entry may be short: pooled over its true length, never if causal.
+
+    causal: As the graph is, where it is left out; rows that choose together have a short one all the same.
+    """
     size, stride = partitions(graph)[level]
     linear = any(
         isinstance(node.op, Pool) and node.op.level == level and node.op.how in ("linear", "mlp")
         for node in graph.nodes()
     )
-    return not graph.meta.causal and size == stride and not linear
+    whole = graph.meta.causal if causal is None else causal
+    return not whole and size == stride and not linear
 
 
 def _verify_unique(graph: Graph) -> None:

@@ -7,6 +7,7 @@ import torch
 from hsgen.reference import reference, tensor_kinds, tensor_shapes
 
 HUGE = {torch.float16: 3e4, torch.bfloat16: 1e30, torch.float32: 1e30}
+WHOLE = 840  # divided by each number of rows up to 8, so that their mean is whole
 SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -115,7 +116,9 @@ def _integers(spec, name, shape, generator):
         return torch.randint(0, 2, shape, generator=generator).float()
     if name in ("z", "z_index") or name.startswith("z_"):  # all tokens weigh the same
         return torch.zeros(shape)
-    return torch.randint(-2, 3, shape, generator=generator).float()
+    x = torch.randint(-2, 3, shape, generator=generator).float()
+    pooled = any(level.query and level.query.pool == "mean" for level in spec.levels)
+    return x * WHOLE if pooled and name == "q" else x
 
 
 def slot_zero(name, shape):

@@ -254,16 +254,16 @@ def selection_findings(call, outcome, exact):
         indices = outcome.selection[level.name]
         name = level.name
         state = (exact.scores[name], exact.candidates[name], exact.forced[name])
-        found += structure_findings(level, indices, *state[1:])
+        width = call.spec.width(level)
+        found += structure_findings(level, indices, *state[1:], width=width)
         if not found:
             found += gap_findings(level, indices, *state, bounds[name])
     return found
 
 
-def structure_findings(level, indices, candidates, forced):
+def structure_findings(level, indices, candidates, forced, *, width):
     """Ascending, padded at the end, candidates only, forced ones all, as many as there must be."""
     N = candidates.shape[-1]
-    width = level.select.width
     if indices.shape != (*candidates.shape[:-1], width) or indices.dtype != torch.int32:
         detail = f"{level.name}: expected i32{[*candidates.shape[:-1], width]}, got "
         return [Finding(rule="structure", detail=f"{detail}{indices.dtype}{list(indices.shape)}")]

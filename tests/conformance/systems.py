@@ -19,27 +19,28 @@ from hsgen.spec import (
 
 SPECS = Path(__file__).parents[2] / "specs"
 FILES = {path.stem: path for path in sorted(SPECS.glob("*.yaml"))}
-# Of no published system: three levels of blocks, each in the one above, see test_nesting; and `dsa` with
-# the index as it comes, see test_latent.
-EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in ("three_levels", "sparse_mla")}
+# Of no published system: three levels of blocks, each in the one above, see test_nesting; `dsa` with the
+# index as it comes, see test_latent; and blocks of rows that choose together, see test_together.
+NAMES = ("three_levels", "sparse_mla", "block_lists")
+EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 # Specs that no kernel reaches yet, and what the plan error says of the operator that is in the way.
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
-    "proxy_attn": "level mass: no kernel chooses for rows together yet",
-    "seer_attention": "level block: no kernel chooses for rows together yet",
+    "proxy_attn": "level mass: no kernel reduces the scores of rows together yet",
+    "seer_attention": "level block: no kernel rotates queries yet",
     "seer_attention_r": "level block: no kernel rotates queries yet",
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
     "svg2": "level cluster: no kernel clusters keys yet",
     "svg_ear": "level error: no kernel clusters keys yet",
     "xattention": "level tile: no kernel pools by antidiagonal yet",
     "s2o": "no kernel puts keys in another order yet",
-    "psa": "level sample: no kernel chooses for rows together yet",
-    "psa_mass": "level sample: no kernel chooses for rows together yet",
+    "psa": "level sample: no kernel pools rows by first yet",
+    "psa_mass": "level sample: no kernel pools rows by first yet",
     "pbs_attn": "level block: no kernel puts keys in another order yet",
     "flux_attention": "no kernel takes a route by sample yet",
     "minference": "no kernel takes a route by head yet",
     "flex_prefill": "no kernel takes a route by sample_head yet",
-    "sparge": "level block: no kernel chooses for rows together yet",
+    "sparge": "level block: no kernel normalises scores of blocks of rows yet",
     "dma": "level token: no kernel scores by a learned bias yet",
     "nosa": "level importance: no kernel scores by a learned bias yet",
     "gna": "branch near: no kernel attends a static pattern yet",
@@ -48,8 +49,8 @@ REFUSED: dict[str, str] = {
     "glm_kpool": "level pool: no kernel forces a tail yet",
     "qwen_qsa": "level block: no kernel sums an index without weights yet",
     "step_csa": "%region.keys.rounded: no kernel rounds pooled keys yet",
-    "dhsa": "level chunk: no kernel chooses for rows together yet",
-    "dhsa_released": "level block: no kernel chooses for rows together yet",
+    "dhsa": "level chunk: no kernel cuts keys into runs yet",
+    "dhsa_released": "level block: no kernel selects by fraction yet",
     "hip": "level chunk: no kernel searches halved intervals yet",
     "hirouter": "level branch: no kernel assigns keys to nodes of a tree yet",
     "routing_transformer": "no kernel takes a route by head yet",
@@ -60,13 +61,13 @@ REFUSED: dict[str, str] = {
     "s2_attention": "no kernel takes a route by layer yet",
     "sea": "level part: no kernel takes scores as they are given yet",
     "delta_llm": "no kernel reads keys from their changes yet",
-    "token_sparse": "level all_mass: no kernel chooses for rows together yet",
+    "token_sparse": "level all_mass: no kernel reduces the scores of rows together yet",
     "sparse_d": "level block: no kernel takes over a selection yet",
-    "draft_attention": "level box: no kernel chooses for rows together yet",
-    "draft_attention_head": "level box: no kernel chooses for rows together yet",
-    "vsa": "level coarse: no kernel chooses for rows together yet",
-    "biformer": "level region: no kernel chooses for rows together yet",
-    "biformer_released": "level region: no kernel chooses for rows together yet",
+    "draft_attention": "level box: no kernel chooses for tiles of axes yet",
+    "draft_attention_head": "level box: no kernel chooses for tiles of axes yet",
+    "vsa": "level coarse: no kernel chooses for tiles of axes yet",
+    "biformer": "level region: no kernel chooses for tiles of axes yet",
+    "biformer_released": "level region: no kernel chooses for tiles of axes yet",
     "spatten": "level token: no kernel takes over a selection yet",
     "spt": "level token: no kernel compares codes yet",
     "delta": "level page: no kernel takes over a selection yet",

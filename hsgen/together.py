@@ -1,0 +1,377 @@
+"""Rows that choose together: one query a block of rows, one list a block, and no union in a tile.
+
+A block's list is what its rows attend: a tile takes rows of one block, so all of them share it, as in
+block-sparse attention (Sparse VideoGen, SpargeAttn, cuDNN).  Only what lies near the rows has a mask.  Lists
+are kept block by block, and spread over rows where a caller asks for them; lists that a caller brings are of
+single rows, and the same kernel walks what a tile's rows chose between them, with their member bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hsgen import rows
+from hsgen.kernels import tunables
+from hsgen.plan import Buffer, Config, Kernel, Launch, Param, Step
+from hsgen.rows import SEQ, Entries, RowsContext, Shape, count, pointer
+
+TILE_FIRST = count("tile_first", "the turn's first tile")
+WIDTH = count("width", "slots of a list")
+CAPACITY = count("capacity", "slots of a tile's list")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListsContext:
+    """Everything `index.py.jinja` reads: a tile's part of its block's list, the union of lists of rows that a
+    caller brings, or every row's copy of its block's list.
+    """
+
+    name: str
+    how: Literal["lists", "members", "spread"]
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    rows: int  # of a block
+    size: int
+    stride: int
+    causal: bool
+
+    @property
+    def summary(self) -> str:
+        match self.how:
+            case "lists":
+                return "of a block's list, what all rows of a tile see whole, and what some see."
+            case "members":
+                return (
+                    "the union of the entries that a tile's rows chose, and which rows chose each."
+                )
+            case "spread":
+                return "every row's copy of the list of its block."
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        lists = pointer("LISTS", "i32", f"[blocks, {self.heads}, width] ascending, then -1")
+        counts = pointer(
+            "COUNTS", "i32", f"[tiles, {self.heads}, 2] of full entries, of partial ones"
+        )
+        match self.how:
+            case "lists":
+                entries = pointer("ENTRIES", "i32", f"[tiles, {self.heads}, width] full ones first")
+                return (lists, counts, entries, WIDTH, *SEQ, *tunables("BLOCK_T", "BLOCK_N"))
+            case "members":
+                listed = f"[tiles, {self.heads}, capacity"
+                return (
+                    pointer("SELECTION", "i32", f"[B, T, {self.heads}, width], -1 anywhere"),
+                    *(
+                        Param(name=f"s_{dim[0]}", kind="stride", comment=f"SELECTION: {dim} stride")
+                        for dim in ("batch", "token", "head", "slot")
+                    ),
+                    counts,
+                    pointer("ENTRIES", "i32", f"{listed}] full ones, then partial ones"),
+                    pointer(
+                        "WORDS", "i32", f"{listed}, ceil(BLOCK_T / 32)] rows as bits, by entry"
+                    ),
+                    WIDTH,
+                    CAPACITY,
+                    *SEQ,
+                    TILE_FIRST,
+                    *tunables("BLOCK_T", "BLOCK_K", "BLOCK_N"),
+                )
+            case "spread":
+                made = pointer("SELECTION", "i32", f"[rows, {self.heads}, width]")
+                return (lists, made, WIDTH, *SEQ, *tunables("BLOCK_T", "BLOCK_N"))
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+def attend(
+    shape: Shape, *, name: str, scale: float, entries: Entries, share: str, block: int
+) -> RowsContext:
+    """One softmax over the blocks that the rows of a tile chose together, full ones first."""
+    usual = rows.attend_blocks(shape, name=name, scale=scale, entries=entries, width=1, share=share)
+    list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
+    list_row = f"tl.program_id(0).to(tl.int64) * {list_heads}" + (
+        " + head" if list_heads > 1 else ""
+    )
+    seen = "seen" if shape.causal else "k_len"
+    member = "member = tl.load(WORDS + (list_base + entry) * num_words + word, mask=word < members"
+    full, partial = usual.phases
+    return replace(
+        usual,
+        summary="attention over the blocks that rows chose together: a tile's rows share a list.",
+        params=(
+            *rows.QUERY,
+            *rows.keys_and_values(shape),
+            pointer("COUNTS", "i32", "[tiles, H, 2] full, partial"),
+            pointer("ENTRIES", "i32", "[tiles, H, capacity] blocks"),
+            pointer("WORDS", "i32", "[tiles, H, capacity, words] members, by block"),
+            CAPACITY,
+            count("members", "words of a block; 0: every row is a member"),
+            *rows.OUTPUTS,
+            *SEQ,
+            TILE_FIRST,
+            *rows.BLOCKS,
+        ),
+        tile="tl.program_id(0) + tile_first",
+        together="part",
+        rows_together=block,
+        setup=(
+            f"list_row = {list_row}",
+            "list_base = list_row * capacity",
+            *usual.setup[2:],
+        ),
+        phases=(
+            full,
+            replace(
+                partial,
+                comment="partial blocks: what each row may see, of members where rows differ",
+                body=(
+                    f"{member}, other=-1) >> bit & 1",
+                    f"limit = tl.where(member != 0, {seen}, 0)",
+                ),
+            ),
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch:
+    """What the steps need to know of a branch: names in the driver, arguments, numbers of the spec."""
+
+    name: str
+    needs: tuple[str, ...]  # but the selection
+    makes: tuple[str, ...]
+    operators: tuple[str, ...]
+    selection: str  # the node
+    lists: str  # what stands for it, block by block
+    buffers: tuple[Buffer, ...]
+    tensors: tuple[str, ...]  # q, k, v and their strides
+    outputs: tuple[str, ...]  # the sink if there is one, o and lse and their strides
+    block: int  # rows of one
+    width: str  # slots of a list
+    heads: int  # selection heads
+    share: str
+    entries: Entries
+    scale: float
+    softcap: float | None
+    sink: bool
+
+
+def plan(
+    shape: Shape, branch: Branch, tiles: Callable[[RowsContext], Config]
+) -> tuple[tuple[Kernel, ...], tuple[Step, ...]]:
+    """The kernels of one branch, the step over its own lists, and the one over a caller's."""
+    context = attend(
+        shape,
+        name=f"attend_{branch.name}",
+        scale=branch.scale,
+        entries=branch.entries,
+        share=branch.share,
+        block=branch.block,
+    )
+    context = rows.with_logits(
+        context, scale=branch.scale, softcap=branch.softcap, sink=branch.sink
+    )
+    config = tiles(context)
+
+    def index(how: Literal["lists", "members"], name: str, **tuned: int) -> Kernel:
+        found = ListsContext(
+            name=f"{name}_{branch.name}",
+            how=how,
+            heads=branch.heads,
+            rows=branch.block,
+            size=branch.entries.size,
+            stride=branch.entries.stride,
+            causal=shape.causal,
+        )
+        values = Config(constexprs=tuple(tuned.items()), num_warps=4, num_stages=1)
+        return Kernel(
+            name=found.name,
+            skeleton="index",
+            context=found,
+            config=values,
+            operators=branch.operators[:1],
+            follows=context.name,
+        )
+
+    step = max(16, 4096 // config["BLOCK_T"])
+    kernels = (
+        index("lists", "index", BLOCK_N=128),
+        index("members", "members", BLOCK_K=step, BLOCK_N=512),
+        Kernel(
+            name=context.name,
+            skeleton="rows",
+            context=context,
+            config=config,
+            operators=branch.operators,
+        ),
+    )
+    programs = str(shape.query_heads // context.heads)
+    return kernels, (_own(branch, programs), _given(branch, programs))
+
+
+def blocks_of(rows_of_block: int) -> str:
+    """How many blocks a call has at most, as an expression."""
+    return f"batch.rows // {rows_of_block} + 2 * batch.sequences"
+
+
+def _parts(branch: Branch) -> str:
+    """How many tiles a call has at most."""
+    block_t = f'config["attend_{branch.name}"]["BLOCK_T"]'
+    parts = f"(({branch.block} + {block_t} - 1) // {block_t})"
+    return f"(batch.rows // {branch.block} + 3 * batch.sequences) * {parts}"
+
+
+def _own(branch: Branch, programs: str) -> Step:
+    """Every tile walks the list of its block."""
+    name, heads = branch.name, str(branch.heads)
+    tiles, counts, entries = f"tiles_{name}", f"counts_{name}", f"entries_{name}"
+    return Step(
+        title=f"attend: {name}",
+        needs=(*branch.needs, f"{branch.selection}.blocks"),
+        makes=branch.makes,
+        of="own",
+        sizes=((tiles, _parts(branch)),),
+        buffers=(
+            Buffer(name=counts, dtype="i32", dims=(tiles, heads, "2"), role="list"),
+            Buffer(name=entries, dtype="i32", dims=(tiles, heads, branch.width), role="list"),
+            *branch.buffers,
+        ),
+        launches=(
+            Launch(
+                kernel=f"index_{name}",
+                grid=(tiles, heads),
+                arguments=(branch.lists, counts, entries, branch.width, *_SEQ),
+            ),
+            Launch(
+                kernel=f"attend_{name}",
+                grid=(tiles, programs),
+                arguments=(
+                    *branch.tensors,
+                    counts,
+                    entries,
+                    entries,
+                    branch.width,
+                    "0",
+                    *branch.outputs,
+                    *_SEQ,
+                    "0",
+                ),
+            ),
+        ),
+    )
+
+
+def _given(branch: Branch, programs: str) -> Step:
+    """Every tile walks what its rows chose between them."""
+    name, heads, stride = branch.name, str(branch.heads), branch.entries.stride
+    chosen = f"made_{branch.selection.replace('.', '_')}"
+    tiles, counts, entries = f"tiles_of_{name}", f"given_counts_{name}", f"given_entries_{name}"
+    words, capacity, chunk = f"given_words_{name}", f"capacity_{name}", f"chunk_{name}"
+    num_words = f'((config["attend_{name}"]["BLOCK_T"] + 31) // 32)'
+    return Step(
+        title=f"attend: {name}, over a selection of the caller's",
+        needs=(*branch.needs, branch.selection),
+        makes=branch.makes,
+        of="given",
+        sizes=(
+            (tiles, _parts(branch)),
+            (capacity, f"max(1, (batch.keys + {stride} - 1) // {stride})"),
+            (f"bytes_{name}", f"{4 * branch.heads} * {capacity} * ({num_words} + 1)"),
+            (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{name}))"),
+        ),
+        buffers=(
+            Buffer(name=counts, dtype="i32", dims=(chunk, heads, "2"), role="list"),
+            Buffer(name=entries, dtype="i32", dims=(chunk, heads, capacity), role="list"),
+            Buffer(name=words, dtype="i32", dims=(chunk, heads, capacity, num_words), role="list"),
+            *branch.buffers,
+        ),
+        launches=(
+            Launch(
+                kernel=f"members_{name}",
+                grid=("count", heads),
+                arguments=(
+                    chosen,
+                    f"0 if batch.packed else {chosen}.stride(0)",
+                    *(f"{chosen}.stride({i})" for i in (1, 2, 3)),
+                    counts,
+                    entries,
+                    words,
+                    f"{chosen}.shape[3]",
+                    capacity,
+                    *_SEQ,
+                    "tile_first",
+                ),
+            ),
+            Launch(
+                kernel=f"attend_{name}",
+                grid=("count", programs),
+                arguments=(
+                    *branch.tensors,
+                    counts,
+                    entries,
+                    words,
+                    capacity,
+                    num_words,
+                    *branch.outputs,
+                    *_SEQ,
+                    "tile_first",
+                ),
+            ),
+        ),
+        tiles=tiles,
+        chunk=chunk,
+    )
+
+
+def spread(
+    level: str, selection: str, *, lists: str, width: str, heads: int, block: int
+) -> tuple[Kernel, Step]:
+    """The kernel and the step that give each row the list of its block."""
+    context = ListsContext(
+        name=f"spread_{level}",
+        how="spread",
+        heads=heads,
+        rows=block,
+        size=1,
+        stride=1,
+        causal=True,
+    )
+    values = (("BLOCK_T", 16), ("BLOCK_N", 64))
+    kernel = Kernel(
+        name=context.name,
+        skeleton="index",
+        context=context,
+        config=Config(constexprs=values, num_warps=4, num_stages=1),
+        operators=(selection,),
+    )
+    made = f"made_{selection.replace('.', '_')}"
+    step = Step(
+        title=f"lists of rows: {level}",
+        needs=(f"{selection}.blocks",),
+        makes=(selection,),
+        of="rows",
+        buffers=(
+            Buffer(
+                name=made,
+                dtype="i32",
+                dims=("in_q.shape[0]", "in_q.shape[1]", str(heads), width),
+                role="selection",
+            ),
+        ),
+        launches=(
+            Launch(
+                kernel=context.name,
+                grid=("batch.rows // {BLOCK_T} + batch.sequences", str(heads)),
+                arguments=(lists, made, width, *_SEQ),
+            ),
+        ),
+    )
+    return kernel, step
+
+
+_SEQ = ("batch.table", "batch.sequences")

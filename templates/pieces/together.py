@@ -1,0 +1,87 @@
+"""Rows that choose together: blocks of ROWS rows at multiples of ROWS of their sequence's positions.
+
+A sequence has the blocks of which it has a row, be it one.  All blocks are numbered one sequence after the
+other, with gaps: n rows meet at most n // ROWS + 2 blocks.
+SEQ is int32[Z, 6], a row a sequence: q_start, q_first, q_len, q_offset, k_first, k_len.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_at(p, ROWS: tl.constexpr):
+    """The block of position p, which may be negative."""
+    return (p - tl.where(p < 0, ROWS - 1, 0)) // ROWS
+
+
+@triton.jit
+def count_blocks(q_offset, q_len, ROWS: tl.constexpr):
+    """How many blocks have one of a sequence's rows."""
+    last = block_at(q_offset + q_len - 1, ROWS)
+    return tl.where(q_len > 0, last - block_at(q_offset, ROWS) + 1, 0)
+
+
+@triton.jit
+def first_block(SEQ, z, ROWS: tl.constexpr):
+    """The number of a sequence's first block among those of all."""
+    return tl.load(SEQ + z * 6) // ROWS + 2 * z
+
+
+@triton.jit
+def find_blocks(SEQ, num_sequences, tile, BLOCK, ROWS: tl.constexpr):
+    """The sequence of a tile of BLOCK blocks, and the tile's first block within it."""
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = first_block(SEQ, middle, ROWS) // BLOCK + middle <= tile
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    start = first_block(SEQ, low, ROWS) // BLOCK + low
+    return low, (tile - start) * BLOCK
+
+
+@triton.jit
+def begun_limit(
+    block,
+    k_len,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SHORT: tl.constexpr,
+):
+    """Entries that a block of rows may choose: all, or when causal those that begin by its last row.
+
+    SHORT: the last one of the keys may be short.
+    """
+    if SHORT:
+        limit = (k_len + STRIDE - 1) // STRIDE
+    else:
+        limit = tl.maximum(k_len + STRIDE - SIZE, 0) // STRIDE
+    if CAUSAL:
+        last = block * ROWS + ROWS - 1
+        limit = tl.minimum(limit, tl.maximum(last + STRIDE, 0) // STRIDE)
+    return limit
+
+
+@triton.jit
+def is_forced_of_block(
+    e,
+    block,
+    k_len,
+    ROWS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """The FIRST entries, and of each of the rows the LAST ones that end with its own."""
+    forced = e < FIRST
+    if LAST > 0:
+        first_own = block_at(block * ROWS, STRIDE)
+        last_own = block_at(block * ROWS + ROWS - 1, STRIDE)
+        forced = forced | ((e > first_own - LAST) & (e <= last_own))
+    limit = begun_limit(block, k_len, ROWS, STRIDE, STRIDE, CAUSAL, True)
+    return forced & (e >= 0) & (e < limit)
