@@ -52,7 +52,7 @@ REFUSED: dict[str, str] = {
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
     "dhsa_released": "level block: no kernel selects by fraction yet",
     "hip": "level chunk: no kernel searches halved intervals yet",
-    "hirouter": "level branch: no kernel assigns keys to nodes of a tree yet",
+    "hirouter": "level branch: no kernel pools by centroid yet",
     "routing_transformer": "no kernel takes a route by head yet",
     "superlinear": "level anchor: no kernel scores by queries of its own yet",
     "hydra": "one softmax over several branches",
