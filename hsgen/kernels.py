@@ -64,6 +64,7 @@ class RankContext:
     first: int
     last: int
     counted: bool
+    tail: bool = False  # the row's own entry while it is incomplete, on top
     children: int = 0
     parent_width: int = 0
     parent_heads: int = 1
@@ -88,7 +89,10 @@ class RankContext:
     @property
     def wanted(self) -> str:
         """How many candidates a row keeps."""
-        return str(self.k) if self.counted else f"{self.k} + forced"
+        if not self.counted:
+            return f"{self.k} + forced"
+        tails = f" + count_tails(p, k_len, {self.size}, {self.stride})" if self.tail else ""
+        return f"{self.k}{tails}"
 
     @property
     def forced(self) -> str:

@@ -228,8 +228,6 @@ def _of_choice(op: Score | Map | Select | SelectSet) -> str | None:
             return "chooses diagonals"
         case Select(sink=int()):
             return "forces the entries of first tokens"
-        case Select(tail=True):
-            return "forces a tail"
         case Select(joined=str()):
             return "forces another selection"
         case _:
@@ -242,8 +240,6 @@ def _of_score(op: Score) -> str | None:
             return "scores along diagonals"
         case Score(form="cosine"):
             return "scores by cosines"
-        case Score(form="relu_sum"):
-            return "sums an index without weights"
         case Score(form="given"):
             return "takes scores as they are given"
         case Score(form="code_match"):

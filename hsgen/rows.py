@@ -744,7 +744,7 @@ def kv_head(stride: str, shape: Shape, *, per_head: bool) -> str:
 class Scoring:
     """One level's score as a chain of steps: form, normalise, reduce over heads, map."""
 
-    form: Literal["dot", "bound", "index_dot", "relu_weighted"]
+    form: Literal["dot", "bound", "index_dot", "relu_weighted", "relu_sum"]
     scale: float
     entries: Entries  # the entries scored
     pooled: bool  # keys are pooled entries, else raw tokens
@@ -764,7 +764,12 @@ class Scoring:
     @property
     def by_index(self) -> bool:
         """Whether queries and keys are those of the index: its keys have no heads."""
-        return self.form in ("index_dot", "relu_weighted")
+        return self.form == "index_dot" or self.sums
+
+    @property
+    def sums(self) -> bool:
+        """Whether heads of the index are summed, with weights or without."""
+        return self.form in ("relu_weighted", "relu_sum")
 
     @property
     def ratio(self) -> int:
@@ -790,8 +795,7 @@ class Scoring:
     @property
     def keys_first(self) -> bool:
         """Whether neighbouring rows or keys are combined: then rows lie along a thread's registers."""
-        reduces = self.reduce is not None or self.form == "relu_weighted"
-        return reduces or self.map_how is not None
+        return self.reduce is not None or self.sums or self.map_how is not None
 
 
 def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) -> RowsContext:
@@ -800,7 +804,7 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
     `heads`: rows that one token brings to a tile; `dim`: length of the scored vectors.
     """
     weighted = scoring.form == "relu_weighted"
-    pitch = next_power(heads) if scoring.reduce or weighted else heads
+    pitch = next_power(heads) if scoring.reduce or scoring.sums else heads
     phases, setup = _score_phases(shape, scoring)
     value = _value(scoring)
     identity = _identity(scoring)
@@ -1013,9 +1017,10 @@ def _mapped_phase(
 def _value(scoring: Scoring) -> str:
     """The score of one head before heads are reduced."""
     row = "[None, :]" if scoring.keys_first else "[:, None]"
-    if scoring.form == "relu_weighted":
+    if scoring.sums:
+        weight = f" * weight{row}" if scoring.form == "relu_weighted" else ""
         scaled = "" if scoring.scale == 1.0 else f" * {number(scoring.scale)}"
-        return f"tl.maximum(s, 0.0) * weight{row}{scaled}"
+        return f"tl.maximum(s, 0.0){weight}{scaled}"
     if scoring.normalise:
         return f"tl.exp2(s * {number(scoring.scale * LOG2_E)} - lse{row})"
     return "s" if scoring.scale == 1.0 else f"s * {number(scoring.scale)}"

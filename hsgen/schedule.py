@@ -907,6 +907,7 @@ class _Scheduler:
             first=op.first,
             last=op.last,
             counted=op.counted,
+            tail=bool(op.tail),
             children=children,
             parent_width=self._width(parent) if parent else 0,
             parent_heads=parent_heads,
@@ -1021,9 +1022,9 @@ class _Scheduler:
         score = chain.score.op
         assert isinstance(score, Score)
         assert isinstance(node.op, Select)
-        refused = ("relu_sum", "code_match", "pooling_error", "bias", "given", "cosine")
+        refused = ("code_match", "pooling_error", "bias", "given", "cosine")
         assert score.form not in refused, "refused"
-        weighted = score.form == "relu_weighted"
+        weighted = score.form in ("relu_weighted", "relu_sum")
         if chain.reduce is not None and chain.reduce.share == "all":
             raise PlanError(
                 f"level {node.op.level}: no kernel reduces a dot score over all heads yet; "

@@ -432,7 +432,7 @@ def _wrong_selection(level: Level, chosen: ListSelection, given: Result) -> Iter
         yield f"{level.name}: a row is not ascending, or not a set, or not -1 padded"
         return
     keep = torch.full_like(count, level.select.budget)
-    if not level.select.force.counted:
+    if not level.select.force.counted or level.select.force.tail:
         keep = keep + forced.sum(-1)
     for text, bad in (
         ("selects what is no candidate", (mask & ~candidates).any(-1)),

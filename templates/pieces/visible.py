@@ -44,3 +44,17 @@ def is_forced(
     own = tl.maximum(p + STRIDE, 0) // STRIDE - 1
     forced = (e < FIRST) | ((e > own - LAST) & (e <= own))
     return forced & (e >= 0) & (e < entry_limit(p, k_len, STRIDE, CAUSAL))
+
+
+@triton.jit
+def own_tail(p, k_len, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """The entry that a row stands in, as long as it is incomplete; else -1."""
+    own = tl.maximum(p + STRIDE, 0) // STRIDE - 1
+    complete = own < complete_limit(p, k_len, SIZE, STRIDE, True, False)
+    return tl.where(complete | (own >= entry_limit(p, k_len, STRIDE, True)), -1, own)
+
+
+@triton.jit
+def count_tails(p, k_len, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """Whether each row has such an entry, 1 or 0.  p: [R, 1] -> [R]"""
+    return tl.sum((own_tail(p, k_len, SIZE, STRIDE) >= 0).to(tl.int32), 1)

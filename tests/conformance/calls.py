@@ -47,7 +47,7 @@ class Call:
         """S, or the total of all keys when packed."""
         kinds = tensor_kinds(self.spec)
         names = [name for name, kind in kinds.items() if kind == "key" and name != "k_index"]
-        return self.tensors[names[0]].shape[-3]
+        return self.tensors[names[0]].shape[0 if self.packed else 1]
 
     def with_tensors(self, **tensors):
         return replace(self, tensors=self.tensors | tensors)

@@ -269,7 +269,9 @@ def structure_findings(level, indices, candidates, forced, *, width):
         return [Finding(rule="structure", detail=f"{detail}{indices.dtype}{list(indices.shape)}")]
     used = indices >= 0
     wanted = candidates.sum(-1)
-    extra = forced.sum(-1) * (not level.select.force.counted)
+    force = level.select.force
+    assert not force.tail or not (force.counted and force.first), "which of them is the tail?"
+    extra = forced.sum(-1) * (not force.counted or bool(force.tail))
     wanted = torch.minimum(wanted, level.select.budget + extra)
     rising = (indices[..., 1:] > indices[..., :-1]) | ~used[..., 1:]
     inside = torch.where(used, indices, 0).clamp(max=max(N - 1, 0)).long()
@@ -387,7 +389,7 @@ def _weighs(spec, name):
 def _terms(spec, level):
     """Roundings on the way to one score: of its pooled key, of its dot, of what comes after."""
     dim = spec.index.dim if level.score.by_index else spec.head_dim.qk
-    heads = spec.index.heads if level.score.form == "relu_weighted" else 0
+    heads = spec.index.heads if level.score.form in ("relu_weighted", "relu_sum") else 0
     pooled = level.partition.size if level.pool and level.pool.keys else 0
     if level.pool and level.pool.keys == "linear":
         pooled *= dim

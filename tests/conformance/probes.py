@@ -43,13 +43,16 @@ def uniform_probe_reads_the_mask(lab):
 
 @check(applies=lambda spec: lab.laws(spec).future_never_changes_the_past)
 def future_has_no_influence(lab):
-    """Huge keys and values after a row leave it bitwise equal: outputs, sums and selections."""
+    """Huge keys and values after a row leave it as it was: selections, and outputs but for the order of sums.
+
+    A later row of its tile may choose other blocks, so that the tile walks the row's own in another order.
+    """
     call = lab.make()
     before = lab.run(call)
     for last in (lab.T // 2, lab.T - 9):
         future = {n: _huge(t, slice(last + 1, None)) for n, t in calls.key_side(call).items()}
         after = lab.run(call.with_tensors(**future))
-        same(before, after, what=f"tokens after {last}", rows=slice(0, last + 1))
+        _same_but_for_order(before, after, rows=slice(0, last + 1), what=f"tokens after {last}")
 
 
 @check(applies=lambda spec: bool(_private_branches(spec)))
@@ -151,6 +154,21 @@ def neighbours_in_memory_have_no_influence(lab):
 
 
 # --- the inputs
+
+
+def _same_but_for_order(expected, outcome, *, rows, what):
+    """The same selections, and numbers that differ by no more than the order of a few sums."""
+    for name, x in expected.tensors().items():
+        y, at = outcome.tensors()[name], -1 if name.startswith("lse") else 1
+        x, y = (t.movedim(at, 0)[rows] for t in (x, y))
+        if not x.is_floating_point():
+            assert_same_bits(name, x, y, what)
+            continue
+        assert torch.equal(x.isfinite(), y.isfinite()), f"{what}: {name} is finite elsewhere"
+        x, y = (torch.where(t.isfinite(), t, 0.0).double() for t in (x, y))
+        unit = torch.finfo(expected.tensors()[name].dtype).eps
+        wrong = (x - y).abs() > 8 * unit * (1 + x.abs())
+        assert not wrong.any(), f"{what}: {name} differs at {oracles._where(wrong)}"
 
 
 def _first_tokens(call, sides=("key", "value")):

@@ -46,8 +46,7 @@ REFUSED: dict[str, str] = {
     "gna": "branch near: no kernel attends a static pattern yet",
     "deepseek_csa": "level entry: no kernel has entries that begin before their place yet",
     "deepseek_hca": "one softmax over several branches",
-    "glm_kpool": "level pool: no kernel forces a tail yet",
-    "qwen_qsa": "level block: no kernel sums an index without weights yet",
+    "qwen_qsa": "no kernel gates the output by channel yet",
     "step_csa": "%region.keys.rounded: no kernel rounds pooled keys yet",
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
     "dhsa_released": "level block: no kernel selects by fraction yet",
@@ -85,6 +84,7 @@ PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao", "dsa": "sp
 # probe and every third law; on a GPU all of them.  All others get all of them everywhere.
 ALIKE: dict[str, str] = {
     "dsa_gqa": "hisa",
+    "glm_kpool": "kinetics",
     "infllm_v2": "nsa",
     "kinetics": "moba",
     "minimax_m3": "hisa",
@@ -270,7 +270,7 @@ def selection_heads(spec, level):
     """Hs of a level: heads that choose for themselves."""
     if level.score.source and level.score.reduce is None:
         return selection_heads(spec, spec.level(level.score.source))
-    if level.score.form == "relu_weighted":
+    if level.score.form in ("relu_weighted", "relu_sum"):
         return 1
     share = {"head": spec.heads.query, "group": spec.heads.kv, "all": 1}[level.score.share]
     if level.score.source:

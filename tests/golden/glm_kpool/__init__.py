@@ -1,0 +1,1 @@
+"""Kernels of glm_kpool, emitted by hsgen."""
