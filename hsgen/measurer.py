@@ -217,6 +217,8 @@ class Measurer(Protocol):
 
 # --- a measured table
 
+TABLE = ("about", "synthetic", "made", "spec", "part", "shape", "names")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
@@ -256,8 +258,7 @@ class Table:
     def record(self) -> dict[str, object]:
         """The same for JSON, an entry a row."""
         entries = [[*values, entry] for values, entry in sorted(self.entries.items())]
-        names = ("about", "synthetic", "made", "spec", "part", "shape", "names")
-        return {**{name: getattr(self, name) for name in names}, "entries": entries}
+        return {**{name: getattr(self, name) for name in TABLE}, "entries": entries}
 
 
 def read_table(file: Path) -> Table:
@@ -273,7 +274,8 @@ def read_table(file: Path) -> Table:
             for row in data.pop("entries")
         }
         data["names"] = tuple(data["names"])
-        return Table(**data, entries=entries)
+        known = {name: data[name] for name in TABLE}  # what else a script says is not the table's
+        return Table(**known, entries=entries)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise HsgenError(f"{file}: not a table of measured points: {error}") from error
 

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import signal
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,14 @@ import tuning_runs
 from synthetic_tables import table
 from test_space import space_of
 
+from hsgen import tuned
 from hsgen.cli import main
 from hsgen.errors import HsgenError, TuneError
 from hsgen.lanes import Lanes, Patience
-from hsgen.measurer import Failure, Replay, Result
+from hsgen.measurer import Failure, Replay, Result, shape_of
+from hsgen.spec import load
+from hsgen.target import H100
+from hsgen.tune import Options, attempt, tune
 from hsgen.tune.journal import WORKER, Journal, codes_of, distributions, mend, storage_at, whoami
 from hsgen.tune.search import Limits, Search
 from hsgen.tuned import Time
@@ -340,6 +345,72 @@ def test_a_lane_of_a_gpu_is_one_tuners(tmp_path, monkeypatch):
         with pytest.raises(HsgenError, match="GPU 7: another hsgen tunes on it"):
             Lanes(problem(), ["7"], command=command)
     Lanes(problem(), ["7"], command=command).close()
+
+
+# --- the whole
+
+
+def options(**more):
+    return Options(
+        shapes=(shape_of("8K"),),
+        limits=Limits(trials=60),
+        gpus=("interpreter",),
+        only=("merge",),
+        command=("hsgen", "tune", "nsa", "--shapes", "8K"),
+        rounds=5,
+        **more,
+    )
+
+
+def test_tune_keeps_what_won(tmp_path, monkeypatch):
+    """From a search to what the next call of this size gets."""
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
+    child = (CHILD, json.dumps({"bad": {"merge.BLOCK_R=128": "wrong"}}))
+    told = []
+    found = tune(load("nsa"), options(child=child), tell=told.append)
+    (record,) = found.records
+    assert record.time.median_us < record.default.median_us
+    assert record.alternates
+    assert record.provenance.command == "hsgen tune nsa --shapes 8K"
+    assert "times as fast as before" in str(found)
+    assert "--try merge.BLOCK_R=128" in str(found)
+    assert json.dumps(found.record())
+    assert record.time.median_us <= 1.01 * told[-1].best  # of ties the smallest
+    environment = tuned.environment(H100, interpreted=True)
+    candidates = tuned.ranked(record.problem, shape_of("8K").bucket, environment)
+    assert [each.rung for each in candidates] == ["exact"]
+    assert candidates[0].kept.record == record
+    again = tune(load("nsa"), options(child=child))
+    assert again.measured == found.measured
+    assert not again.records  # what is used is the best still
+    assert "nothing is surely faster" in str(again)
+
+
+def test_one_point_is_tried_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
+    child = (CHILD, json.dumps({"bad": {"merge.BLOCK_R=128": "abort"}}))
+    good = attempt(load("nsa"), options(child=child), "merge.BLOCK_R=64")
+    assert good.times["8K"].median_us > 0
+    bad = attempt(load("nsa"), options(child=child), "merge.BLOCK_R=128")
+    assert bad.failure.kind == "WORKER_DIED"
+    assert "assertion failed in the compiler" in str(bad)
+
+
+def test_the_first_interrupt_ends_the_search_after_what_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
+    child = (CHILD, json.dumps({"bad": {}}))
+
+    def interrupt(status):
+        if status.measured == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    found = tune(load("nsa"), options(child=child), tell=interrupt)
+    assert found.stopped
+    assert found.measured == 5
+    assert "the same command goes on" in str(found)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert tune(load("nsa"), options(child=child)).measured > 5
 
 
 # --- the command

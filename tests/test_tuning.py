@@ -1,0 +1,148 @@
+"""The measuring process, in Triton's interpreter: right before timed, failures by class."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from hsgen import passes, planner, trials, tuning
+from hsgen.lanes import Lanes, Patience
+from hsgen.measurer import result_of
+from hsgen.space import space
+from hsgen.spec import dump, load
+from hsgen.target import H100
+from hsgen.tuning import Child, failure_of
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return trials.shrink(load("sqa"))
+
+
+@pytest.fixture(scope="module")
+def small(spec):
+    return space(passes.run(planner.plan(spec)), H100, "fp32")
+
+
+def steady(call, device, count):
+    """A clock that calls once, and says 100 us."""
+    call(0)
+    return [100.0] * count
+
+
+def request(spec, point, do="measure", **more):
+    problem = {
+        "spec": dump(spec),
+        "dtype": "fp32",
+        "target": json.dumps(dataclasses.asdict(H100)),
+        "shapes": ["24", "5/24"],
+    }
+    return {"do": do, "limit": {}, "problem": problem, **point.record(), **more}
+
+
+@pytest.fixture(scope="module")
+def child():
+    return Child(steady)
+
+
+def test_a_point_is_verified_and_timed(child, spec, small):
+    for point in (small.start, next(small.neighbours(small.start))):
+        result = result_of(child.answer(request(spec, point)))
+        assert result.failure is None
+        assert result.times["24"].median_us == result.times["5/24"].median_us == 100.0
+        assert result.check["trials"] == 2
+
+
+def test_wrong_kernels_are_not_timed(child, spec, small, monkeypatch):
+    """A driver whose outputs are off, not finite, or of other rows."""
+    bench = child._of(request(spec, small.start))
+    program = bench._program({})
+    forward = program.driver.forward
+
+    def spoiled(how):
+        def call(*arguments):
+            o, lse, chosen = forward(*arguments)
+            return how(o), lse, chosen
+
+        return call
+
+    for how, kind in (
+        (lambda o: o * 1.01, "WRONG_NUMERIC"),
+        (lambda o: o.masked_fill(o == o.flatten()[-1], float("nan")), "NAN"),
+    ):
+        monkeypatch.setattr(program.driver, "forward", spoiled(how))
+        result = result_of(child.answer(request(spec, small.start)))
+        assert result.failure is not None
+        assert result.failure.kind == kind
+        assert not result.times
+
+
+def test_a_slow_point_is_given_up_early(spec, small):
+    counts = []
+
+    def slow(call, device, count):
+        counts.append(count)
+        return [900.0] * count
+
+    child = Child(slow)
+    limit = {"24": 200.0, "5/24": 800.0}
+    result = result_of(child.answer(request(spec, small.start) | {"limit": limit}))
+    assert result.times["24"].runs == tuning.FEW
+    assert result.times["5/24"].runs >= tuning.FEWEST
+    assert max(counts) <= tuning.MOST
+
+
+def test_rows_are_proven_at_full_length(child, spec, small):
+    result = result_of(child.answer(request(spec, small.start, "prove")))
+    assert result.failure is None
+    assert 0 < result.check["error_at_length"] < 1e-4
+
+
+def test_points_are_compared_in_turn(spec, small):
+    calls = []
+
+    def noting(call, device, count):
+        calls.append(call)
+        return [float(len(calls))] * count
+
+    points = [p.record() for p in (small.start, next(small.neighbours(small.start)))]
+    more = {"points": points, "shape": "24", "rounds": 6, "seed": 3}
+    answer = Child(noting).answer(request(spec, small.start, "compare") | more)
+    assert [len(each) for each in answer["samples"]] == [6, 6]
+    rounds = list(zip(*answer["samples"], strict=True))
+    assert all(abs(a - b) == 1.0 for a, b in rounds)
+    assert len({a < b for a, b in rounds}) == 2  # not always in the same order
+
+
+def test_what_is_asked_wrongly_is_said(child, spec, small):
+    assert "unknown request" in child.answer(request(spec, small.start, "dance"))["error"]
+    assert child.answer(request(spec, small.start, "shares")) == {"ms": {}}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OutOfResources(300_000, 232_448, "shared memory"), "OVER_SMEM"),
+        (OutOfResources(1025, 1024, "threads"), "OVER_LIMIT"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OUT_OF_MEMORY"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "ILLEGAL_ACCESS"),
+        (RuntimeError("CUDA error: misaligned address"), "ILLEGAL_ACCESS"),
+        (RuntimeError("Triton Error [CUDA]: invalid argument"), "LAUNCH_ERROR"),
+        (ValueError("anything else"), "LAUNCH_ERROR"),
+    ],
+)
+def test_failures_have_classes(error, kind):
+    assert failure_of(error).kind == kind
+
+
+def test_the_process_answers(spec, small):
+    """The real one, which loads torch and runs kernels in the interpreter."""
+    problem = request(spec, small.start)["problem"] | {"shapes": ["24"]}
+    with Lanes(problem, ["interpreter"], patience=Patience(first=120, later=120)) as lanes:
+        assert lanes.describe()["made"]["card"] == "cpu"
+        assert lanes.shares(small.start) == {}
+        result = lanes.measure(small.start)
+        assert result.failure is None
+        assert result.times["24"].runs >= tuning.FEWEST
