@@ -18,6 +18,7 @@ from hsgen.batch import Batch
 from hsgen.errors import ArgumentError, nearest
 from hsgen.graph import TensorInput
 from hsgen.selection import BitmapSelection, ListSelection, Selection, to_list
+from hsgen.together import Part
 
 Layout = Literal["bthd", "bhtd"]
 
@@ -41,7 +42,8 @@ class Expected:
         spec: the spec's name, for messages.
         inputs: the tensors, q first, dimensions by name as the graph writes them.
         sizes: the dimensions that the spec fixes; the others are bound by the tensors.
-        selections: by selecting level: its selection heads, a name or a number, and slots of a row.
+        selections: by selecting level: its selection heads, a name or a number, and slots of a row, or
+            the part of the entries that a row keeps.
         attended: the levels that a caller's selection must have; the others only narrow these.
         where: says where the spec states a dimension, as `specs/nsa.yaml:6:1`; "" if unknown.
     """
@@ -49,7 +51,7 @@ class Expected:
     spec: str
     inputs: tuple[TensorInput, ...]
     sizes: Mapping[str, int]
-    selections: Mapping[str, tuple[str, int]]
+    selections: Mapping[str, tuple[str, int | Part]]
     attended: tuple[str, ...]
     where: Callable[[str], str]
     names: tuple[str, ...]  # of the inputs
@@ -430,6 +432,8 @@ def check_selections(
     """Rank, rows, heads, dtype and device of indices that a caller passes in."""
     for level, indices in selections:
         heads, width = expected.selections[level]
+        if isinstance(width, Part):
+            width = width.entries(problem.keys)
         wanted = int(heads) if heads.isdecimal() else problem.sizes[heads]
         rows = [problem.tokens] if problem.packed else [problem.batch, problem.tokens]
         names = ["total_q"] if problem.packed else ["B", "T"]

@@ -6,7 +6,7 @@ Compiles a program on the first call of its kind; never waits for the device, un
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Lock, RLock
@@ -26,9 +26,11 @@ from hsgen.graph import Graph, tensor_inputs
 from hsgen.operators import Call
 from hsgen.plan import Plan
 from hsgen.reference import Result, reference
-from hsgen.schedule import Order
+from hsgen.schedule import Order, part_of
+from hsgen.selection import BitmapSelection, to_list
 from hsgen.spec import Spec
 from hsgen.target import Target
+from hsgen.together import Part
 
 try:
     from triton.language import cdiv
@@ -278,7 +280,7 @@ class Execution:
             self._check_values(call, problem, where)
         if choice is None:
             result = self.result(call, problem, exact_dtype(problem.dtype), self.choosing)
-            return [result.selection[name].indices for name in self.levels]
+            return self._lists(call, problem, result, self.levels)
         tensors = _uniform(known, call)
         with _running(problem.device):
             chosen = choice.program.driver.select(tensors, where, choice.config)
@@ -501,8 +503,19 @@ class Execution:
         o = result.o.to(problem.dtype).contiguous()
         outputs = [o.transpose(1, 2) if problem.layout == "bhtd" else o]
         outputs += [result.lse[name].to(torch.float32).contiguous() for name in self.branches]
-        chosen = [result.selection[level].indices for level in self.chosen(call)]
-        return outputs + [indices.contiguous() for indices in chosen]
+        return outputs + self._lists(call, problem, result, self.chosen(call))
+
+    def _lists(
+        self, call: Call, problem: Problem, result: Result, levels: Sequence[str]
+    ) -> list[Tensor]:
+        """A reference's selections, as wide as the kernels'."""
+        found: list[Tensor] = []
+        for level in levels:
+            chosen = result.selection[level]
+            if isinstance(chosen, BitmapSelection):
+                chosen = to_list(chosen, width=self._slots(level, call, problem))
+            found.append(chosen.indices.contiguous())
+        return found
 
     # --- selections
 
@@ -513,10 +526,20 @@ class Execution:
     def _empty_selections(self, call: Call, problem: Problem) -> list[Tensor]:
         """Room for every selection that is made."""
         shapes = [
-            (*problem.rows, self._heads(level, problem), self.attending.selections[level][1])
+            (*problem.rows, self._heads(level, problem), self._slots(level, call, problem))
             for level in self.chosen(call)
         ]
         return [call.tensors[0].new_empty(*shape, dtype=torch.int32) for shape in shapes]
+
+    def _slots(self, level: str, call: Call, problem: Problem) -> int:
+        """Slots of a row; of a part of the entries, as many as the longest sequence needs."""
+        _, width = self.attending.selections[level]
+        if isinstance(width, int):
+            return width
+        if call.cu_seqlens_q is not None:
+            most = call.max_seqlen_k
+            return width.slots(problem.keys if most is None else min(problem.keys, most))
+        return width.slots(problem.keys if call.length is None else call.length)
 
     def _heads(self, level: str, problem: Problem) -> int:
         name, _ = self.attending.selections[level]
@@ -526,7 +549,8 @@ class Execution:
         """A caller's indices as wide as the kernels read them, with a batch dimension."""
         found: dict[str, Tensor] = {}
         for level, indices in _brought(call):
-            missing = self.attending.selections[level][1] - indices.shape[-1]
+            width = self.attending.selections[level][1]
+            missing = width - indices.shape[-1] if isinstance(width, int) else 0
             wide = F.pad(indices, (0, missing), value=-1) if missing else indices
             found[level] = wide.unsqueeze(0) if problem.packed else wide
         return found
@@ -554,17 +578,19 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def expected_tensors(spec: Spec, graph: Graph) -> Expected:
     """What a call must bring."""
-    selections: dict[str, tuple[str, int]] = {}
+    selections: dict[str, tuple[str, int | Part]] = {}
     for level, name in graph.outputs.selection.items():
         select = spec.level(level).select
         assert select is not None, f"{level} selects in the graph, not in the spec"
-        if select.counts_vary:
+        part = part_of(graph, graph[name])
+        if select.counts_vary and part is None:
             raise PlanError(
                 f"level {level}: no kernel selects by {select.rules[0]} yet",
                 span=graph[name].span,
                 help="hsgen.reference.reference runs it on tensors of any device",
             )
-        selections[level] = (graph[name].type.dims[2], spec.width(spec.level(level)))
+        width = part or spec.width(spec.level(level))
+        selections[level] = (graph[name].type.dims[2], width)
     over = {branch.over for branch in spec.attend}
     inputs = tensor_inputs(graph)
     return Expected(

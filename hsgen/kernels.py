@@ -71,9 +71,13 @@ class RankContext:
     parent_group: int = 1
     carried: Literal["", "sum", "max"] = ""  # how a slot takes in what the slot before hands on
     rows: int = 0  # > 0: what ranks are blocks of so many rows
+    part: int = 0  # > 0: in place of k, the part of the candidates that is kept, in units of 2^-30
+    of_all: bool = False  # of all entries of the keys instead
 
     @property
     def summary(self) -> str:
+        if self.part:
+            return f"the best entries of each {'block of rows' if self.rows else 'row'}, a part of them."
         return f"the {self.k} best {'children' if self.children else 'entries'} of each row."
 
     @property
@@ -88,11 +92,25 @@ class RankContext:
 
     @property
     def wanted(self) -> str:
-        """How many candidates a row keeps."""
+        """How many candidates a row keeps; of a part, all forced ones."""
+        if self.part:
+            entries = f"tl.sum((k_len + {self.stride - 1}) // {self.stride}, 1)"
+            part = f"part_of({entries if self.of_all else 'candidates'}, {self.part})"
+            return f"tl.maximum({part}, forced)" if self.counted else f"{part} + forced"
         if not self.counted:
             return f"{self.k} + forced"
         tails = f" + count_tails(p, k_len, {self.size}, {self.stride})" if self.tail else ""
         return f"{self.k}{tails}"
+
+    @property
+    def row_width(self) -> str:
+        """Slots of a row: known, or as many as a part of the longest sequence."""
+        return "width" if self.part else str(self.width)
+
+    @property
+    def places(self) -> str:
+        """The argument of `keep_best` that says how many slots there are, where it is not known."""
+        return "width, " if self.part else ""
 
     @property
     def forced(self) -> str:
@@ -134,11 +152,12 @@ class RankContext:
                 "f32",
                 f"f32[chunk rows, {self.heads}, {'2, ' if self.carried else ''}capacity]",
             ),
-            pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}]"),
+            pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.row_width}]"),
             *((parent,) if self.children else ()),
             *SEQ,
             count("tile_first", "the tile of rows at which the scratch begins"),
             count("capacity", "row length of the scratch"),
+            *((count("width", "slots of a row"),) if self.part else ()),
             *tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
         )
 

@@ -50,13 +50,13 @@ def refuse(graph: Graph) -> None:
         PlanError: one that they do not; routes first, since a bound layer may have none of the rest.
     """
     for node in sorted(graph.nodes(), key=lambda node: not isinstance(node.op, Route)):
-        if words := _lacking(graph, node):
+        if words := lacking(graph, node):
             by_layer = isinstance(node.op, Route) and node.op.by == "layer"
             help = "give `layer` to load_kernel, or `--layer`" if by_layer else None
             raise PlanError(words, span=node.span, help=help)
 
 
-def _lacking(graph: Graph, node: Node) -> str | None:
+def lacking(graph: Graph, node: Node) -> str | None:
     """What of one operator no kernel does yet; None where some kernel does it."""
     if node.name in graph.outputs.streams.values():
         return "no kernel puts out branches apart yet: `combine: {streams: branches}`"
@@ -89,7 +89,7 @@ def _lacking(graph: Graph, node: Node) -> str | None:
         case Cluster() | Permute() | Assign() | Runs() | Unlike() | Recall() | Carry() as op:
             return f"level {op.level}: no kernel {_of_keys(op)} yet"
         case Score() | Map() | Select() | SelectSet() as op:
-            words = _of_queries(graph, node) or _of_blocks(graph, node) or _of_choice(op)
+            words = _of_queries(graph, node) or _of_level(graph, node, op)
             return words and f"level {op.level}: no kernel {words} yet"
         case _:
             return None
@@ -174,11 +174,16 @@ def _in_blocks(graph: Graph, node: Node) -> bool:
     return isinstance(first.op, PoolRows) or block_of(first.type.dims[1]) is not None
 
 
-def _of_blocks(graph: Graph, node: Node) -> str | None:
-    """Of a level whose rows choose together."""
-    if not _in_blocks(graph, node):
-        return None
-    match node.op:
+def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) -> str | None:
+    """Of a level whose rows choose together, what that is in the way of; of any, what its operators are."""
+    in_blocks = _in_blocks(graph, node)
+    if isinstance(op, SelectSet):
+        return _of_set(op, in_blocks=in_blocks)
+    return (_of_blocks(op) if in_blocks else None) or _of_choice(op)
+
+
+def _of_blocks(op: Score | Map | Select) -> str | None:
+    match op:
         case Score(form=form) if form not in ("dot", "bound"):
             return f"scores blocks of rows by {form}"
         case Score(within=str()) | Select(within=str()):
@@ -187,6 +192,22 @@ def _of_blocks(graph: Graph, node: Node) -> str | None:
             return "maps scores of blocks of rows"
         case _:
             return None
+
+
+def _of_set(op: SelectSet, *, in_blocks: bool) -> str | None:
+    """A part of the entries is kept where rows choose together: their lists may then be long."""
+    plain = SelectSet(
+        level=op.level,
+        size=op.size,
+        stride=op.stride,
+        rule="fraction",
+        value=op.value,
+        first=op.first,
+        last=op.last,
+        counted=op.counted,
+        of="all" if op.of == "all" else None,
+    )
+    return None if in_blocks and op == plain else f"selects by {op.rule}"
 
 
 def _of_pooled_query(graph: Graph, node: Node) -> str | None:
@@ -212,7 +233,7 @@ def _of_keys(op: Cluster | Permute | Assign | Runs | Unlike | Recall | Carry) ->
             return "takes over a selection"
 
 
-def _of_choice(op: Score | Map | Select | SelectSet) -> str | None:
+def _of_choice(op: Score | Map | Select) -> str | None:
     match op:
         case Map(how="mean" | "upsample" as how):
             return f"maps scores by {'avg_pool' if how == 'mean' else how}"
@@ -220,8 +241,6 @@ def _of_choice(op: Score | Map | Select | SelectSet) -> str | None:
             return "scores anchors behind each row"
         case Score(halves=found) if found:
             return "searches halved intervals"
-        case SelectSet():
-            return f"selects by {op.rule}"
         case Score():
             return _of_score(op)
         case Select(diagonal=True):

@@ -49,6 +49,7 @@ from hsgen.graph import (
     Union,
     Unlike,
     block_of,
+    own_entries,
     short_last,
 )
 from hsgen.kernels import (
@@ -121,7 +122,7 @@ class _Scheduler:
                     self._round(node, node.op)
                 case Attend():
                     self._attend(node, node.op)
-                case Select():
+                case Select() | SelectSet():
                     self._select(node, node.op)
                 case LogSumExp() if isinstance(self.graph[node.inputs[0]].op, Score):
                     self._log_sum_exp(node)
@@ -131,7 +132,7 @@ class _Scheduler:
                     pass  # fused into the launch that reads them
                 case Norm() | Rotate():
                     pass  # fused into the launch that makes what they read
-                case Route() | Switch() | Union() | OutputGate() | SelectSet() | Unlike():
+                case Route() | Switch() | Union() | OutputGate() | Unlike():
                     raise AssertionError("refused")
                 case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolHeads():
                     raise AssertionError("refused")
@@ -534,7 +535,7 @@ class _Scheduler:
             tensors=self._tensors(node, op),
             outputs=self._outputs(node),
             block=block,
-            width=str(self._width(selection)),
+            width=self._slots(selection),
             heads=self._size(selection.type.dims[2]),
             share=selection.type.dims[2],
             entries=Entries(size=op.size, stride=op.stride),
@@ -878,12 +879,23 @@ class _Scheduler:
 
     # --- choose
 
-    def _select(self, node: Node, op: Select) -> None:
+    def _slots(self, selection: Node) -> str:
+        """How long lists of blocks of rows are, as an expression."""
+        if isinstance(selection.op, SelectSet):
+            return f"width_{selection.op.level}"
+        return str(self._width(selection))
+
+    def _select(self, node: Node, op: Select | SelectSet) -> None:
         """Score into a bounded scratch and rank it, chunk of rows by chunk of rows."""
         chain = self._chain(node)
         heads = self._size(node.type.dims[2])
-        parent = self.graph[node.inputs[1]] if op.within else None
+        kept = op if isinstance(op, Select) else None
+        parent = self.graph[node.inputs[1]] if kept and kept.within else None
         block = self._block(node)
+        part, slots_of = (
+            part_of(self.graph, node),
+            self._slots(node) if block else str(kept and kept.width),
+        )
         context = self._score_context(node, chain, parent)
         tiling = self._tiles_of_blocks if block else self._tiles
         config = tiling.score(context)
@@ -898,8 +910,8 @@ class _Scheduler:
         ranking = RankContext(
             name=f"rank_{op.level}",
             heads=heads,
-            k=op.k,
-            width=op.width,
+            k=kept.k if kept else 0,
+            width=kept.width if kept else 0,
             size=op.size,
             stride=op.stride,
             short=self._short(op.level),
@@ -914,6 +926,8 @@ class _Scheduler:
             parent_group=parent_group,
             carried=context.folded if context.planes > 1 else "",
             rows=block,
+            part=part.units if part else 0,
+            of_all=isinstance(op, SelectSet) and op.of == "all",
         )
         ranker = self._kernel(
             "rank",
@@ -938,6 +952,7 @@ class _Scheduler:
                 makes=(made,),
                 sizes=(
                     *(((choosing, together.blocks_of(block)),) if block else ()),
+                    *(((slots_of, part.text("batch.keys")),) if part else ()),
                     (capacity, str(slots) if slots else f"max(1, batch.keys // {op.stride} + 1)"),
                     (tiles, f"{choosing} // {block_t} + batch.sequences"),
                     (f"bytes_{op.level}", f"{4 * heads * context.planes} * {capacity} * {block_t}"),
@@ -958,7 +973,7 @@ class _Scheduler:
                     Buffer(
                         name=_buffer(made),
                         dtype="i32",
-                        dims=(*listed, str(heads), str(op.width)),
+                        dims=(*listed, str(heads), slots_of),
                         role="list" if block else "selection",
                     ),
                 ),
@@ -978,6 +993,7 @@ class _Scheduler:
                             *SEQ,
                             "tile_first",
                             capacity,
+                            *((slots_of,) if part else ()),
                         ),
                     ),
                 ),
@@ -988,13 +1004,13 @@ class _Scheduler:
         if block:
             self._spread(node, op, heads, block)
 
-    def _spread(self, node: Node, op: Select, heads: int, block: int) -> None:
+    def _spread(self, node: Node, op: Select | SelectSet, heads: int, block: int) -> None:
         """Every row's copy of the list of its block."""
         kernel, step = together.spread(
             op.level,
             node.name,
             lists=_buffer(f"{node.name}.blocks"),
-            width=str(op.width),
+            width=self._slots(node),
             heads=heads,
             block=block,
         )
@@ -1021,7 +1037,7 @@ class _Scheduler:
     def _score_context(self, node: Node, chain: _Chain, parent: Node | None) -> rows.RowsContext:
         score = chain.score.op
         assert isinstance(score, Score)
-        assert isinstance(node.op, Select)
+        assert isinstance(node.op, Select | SelectSet)
         refused = ("code_match", "pooling_error", "bias", "given", "cosine")
         assert score.form not in refused, "refused"
         weighted = score.form in ("relu_weighted", "relu_sum")
@@ -1177,6 +1193,20 @@ class _Scheduler:
         if len(node.type.dims) == 3:
             return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", "0"
         return _strides(x)
+
+
+def part_of(graph: Graph, selection: Node) -> together.Part | None:
+    """What part of the entries blocks of rows keep; None where a list has a known length, or none can be."""
+    op = selection.op
+    if not isinstance(op, SelectSet) or refusals.lacking(graph, selection):
+        return None
+    own = own_entries(selection.type.dims[1], op.stride) - 1
+    return together.Part(
+        units=together.Part.units_of(op.value),
+        stride=op.stride,
+        forced=op.first + (op.last + own if op.last else 0),
+        counted=op.counted,
+    )
 
 
 class _Parent(TypedDict, total=False):

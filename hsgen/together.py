@@ -8,6 +8,7 @@ single rows, and the same kernel walks what a tile's rows chose between them, wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -136,6 +137,39 @@ def attend(
             ),
         ),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """How many slots a list has that keeps a part of the entries: as many as the longest sequence needs."""
+
+    units: int  # of 2^-30
+    stride: int
+    forced: int  # at most
+    counted: bool
+
+    @staticmethod
+    def units_of(fraction: float) -> int:
+        """A part of a whole in units of 2^-30, rounded against the way in which its product is."""
+        return math.floor(fraction * (1 << 30))
+
+    def entries(self, keys: int) -> int:
+        """How many there are to keep."""
+        return max(1, (keys + self.stride - 1) // self.stride)
+
+    def text(self, keys: str) -> str:
+        """As an expression of the keys of the longest sequence."""
+        entries = f"({keys} + {self.stride - 1}) // {self.stride}"
+        part = f"({entries} * {self.units} + {(1 << 30) - 1}) // {1 << 30}"
+        most = f"max({part}, {self.forced})" if self.counted else f"{part} + {self.forced}"
+        return f"max(1, min({entries}, {most}))"
+
+    def slots(self, keys: int) -> int:
+        """The number itself."""
+        entries = (keys + self.stride - 1) // self.stride
+        part = (entries * self.units + (1 << 30) - 1) // (1 << 30)
+        most = max(part, self.forced) if self.counted else part + self.forced
+        return max(1, min(entries, most))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -178,6 +178,10 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
             "last": min(level.select.force.last, 2)
         }  # a long window would leave nothing to choose
         force = level.select.force.model_copy(update=few)
+        if level.select.fraction:
+            part = max(level.select.fraction, 0.4)  # more than is forced
+            changes["select"] = level.select.model_copy(update={"fraction": part, "force": force})
+            return level.model_copy(update=changes)
         kept = "top_k" if level.select.top_k else "beam"
         forced = force.first + force.last + (spec.own_entries(level) - 1 if force.last else 0)
         budget = min(level.select.budget, max(forced + 1, 3 if blocks else 6))
@@ -246,6 +250,8 @@ def differences(spec: Spec) -> str:
 
 def _level_text(level: Level) -> str:
     size = f"{level.partition.size}/{level.partition.stride}"
+    if level.select and level.select.fraction:
+        return f"{size} a part of {level.select.fraction:g}"
     return f"{size} top {level.select.budget}" if level.select else size
 
 
@@ -324,14 +330,17 @@ class Examination:
             name: ListSelection(level=name, indices=indices) for name, indices in chosen.items()
         }
         forced, plain = self._references(selection)
+        varying = any(x.select and x.select.counts_vary for x in trial.spec.levels)
+        if self._free is None and (trial.exact or varying):
+            self._free = _reference(trial, tensors, torch.float64, None)
         wrong = [
             problem
             for level in trial.spec.levels
             if level.select
-            for problem in _wrong_selection(level, selection[level.name], forced)
+            for problem in _wrong_selection(level, selection[level.name], forced, self._free)
         ]
         if trial.exact:
-            self._free = self._free or _reference(trial, tensors, torch.float64, None)
+            assert self._free is not None, "asked for above"
             wrong += _other_sets(self._free, selection)
         wrong += _wrong_output(o, plain.o.to(trial.dtype), forced.o, trial.dtype)
         for (name, got), expected in zip(lse.items(), forced.lse.values(), strict=True):
@@ -418,10 +427,13 @@ def _numbers(trial: Trial, name: str, shape: tuple[int, ...], generator: torch.G
 # --- judgement
 
 
-def _wrong_selection(level: Level, chosen: ListSelection, given: Result) -> Iterator[str]:
+def _wrong_selection(
+    level: Level, chosen: ListSelection, given: Result, own: Result | None
+) -> Iterator[str]:
     """Structure, and what scores say: no unselected entry may be clearly better than a selected one.
 
     `given` is the reference on the kernels' own selections, so a child is judged by its own parent.
+    `own`: the one that chooses, where rows differ in how many they keep, which no score decides.
     """
     assert level.select is not None
     scores, candidates = given.scores[level.name], given.candidates[level.name]
@@ -434,6 +446,8 @@ def _wrong_selection(level: Level, chosen: ListSelection, given: Result) -> Iter
     keep = torch.full_like(count, level.select.budget)
     if not level.select.force.counted or level.select.force.tail:
         keep = keep + forced.sum(-1)
+    if own is not None and level.select.counts_vary:
+        keep = members(own.selection[level.name], mask.shape[-1]).sum(-1)
     for text, bad in (
         ("selects what is no candidate", (mask & ~candidates).any(-1)),
         ("lacks a forced entry", (forced & ~mask).any(-1)),

@@ -27,6 +27,7 @@ SPECS = {
     "logits_keys": lambda: with_logits(systems.small("moba", group=3, dims=(32, 32))),
     "pools": lambda: spec_of("gates_finished"),
     "sparse_mla": lambda: systems.small("sparse_mla", group=65, dims=(64, 32)),
+    "dhsa_released": lambda: systems.small("dhsa_released", group=1, block=16, dims=(32, 32)),
 }
 ORDERS = {name: {"selected": "keys"} for name in ("moba_keys", "logits_keys")}
 TILE = 16
@@ -128,6 +129,14 @@ def own_block(spec, driver):
     return _judge_output(call, _forward(driver, call, _untidy(spec, call, holes=False)))
 
 
+def own(spec, driver):
+    """Outputs on what blocks of rows chose, in tiles of a part of a block; a document has no row."""
+    call, _ = calls.pack(spec, [31, 0, 20], key_lengths=[38, 13, 41], dtype=torch.float32)
+    o, lse, chosen = driver.forward(_lifted(call), _batch(call), _config(driver))
+    o, lse, chosen = o[0], {n: t[0] for n, t in lse.items()}, {n: s[0] for n, s in chosen.items()}
+    return _judge_output(call, calls.Outcome(o=o, lse=lse, selection=chosen))
+
+
 def documents(spec, driver):
     """Three documents, the first of one row less than two tiles."""
     call, _ = calls.pack(spec, [31, 5, 20], key_lengths=[33, 5, 41], dtype=torch.float32)
@@ -146,7 +155,7 @@ def far(spec, driver):
 
 CASES = {
     f.__name__: f
-    for f in (choose, early, plateau, nan, subnormal, given, union, own_block, documents, far)
+    for f in (choose, early, plateau, nan, subnormal, given, union, own_block, own, documents, far)
 }
 
 
@@ -164,11 +173,14 @@ def _select(driver, call):
     return driver.select(call.tensors, _batch(call), _config(driver))
 
 
+def _lifted(call):
+    """Packed tensors with a batch dimension, as a driver takes them."""
+    kinds = tensor_kinds(call.spec)
+    return {n: t if kinds[n] == "parameter" else t[None] for n, t in call.tensors.items()}
+
+
 def _forward(driver, call, selection, forced=None):
-    tensors = call.tensors
-    if call.packed:
-        kinds = tensor_kinds(call.spec)
-        tensors = {n: t if kinds[n] == "parameter" else t[None] for n, t in tensors.items()}
+    tensors = _lifted(call) if call.packed else call.tensors
     handed = {name: s[None] if call.packed else s for name, s in selection.items()}
     o, lse, _ = driver.forward(tensors, _batch(call), _config(driver, forced), handed)
     if call.packed:

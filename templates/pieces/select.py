@@ -16,6 +16,12 @@ def count_keys(key):
 
 
 @triton.jit
+def part_of(whole, UNITS: tl.constexpr):
+    """UNITS / 2^30 of whole numbers, rounded up."""
+    return ((whole.to(tl.int64) * UNITS + 0x3FFFFFFF) >> 30).to(tl.int32)
+
+
+@triton.jit
 def bisect_start(candidates, forced, k):
     """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
     few = candidates <= k

@@ -13,20 +13,30 @@ from pathlib import Path
 import sanitizer
 import torch
 
+from conformance import systems
 from conformance.calls import Outcome
 from hsgen import batch, configs, emit, passes, planner, schedule
 from hsgen.reference import reference, tensor_kinds
+from hsgen.selection import to_list
 from hsgen.target import Target
 
 
 def stand_in(call):
     """The reference in float32, rounded as a kernel would."""
     result = reference(call.spec, call.tensors, **call.options, dtype=torch.float32)
+    given = "selection" in call.options
     return Outcome(
         o=result.o.to(call.dtype),
         lse={name: t.float() for name, t in result.lse.items()},
-        selection={name: s.indices for name, s in result.selection.items()},
+        selection={
+            name: to_list(s, width=None if given else _slots(call, name)).indices
+            for name, s in result.selection.items()
+        },
     )
+
+
+def _slots(call, name):
+    return systems.slots(call.spec, call.spec.level(name), call.keys)
 
 
 def interpreter(call, *, seed=0, forced=None, orders=()):

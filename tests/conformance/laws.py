@@ -150,7 +150,7 @@ def any_selection_is_attended(lab):
     for level in systems.selecting(call.spec):
         N = systems.entries(level, call.keys)
         heads = systems.selection_heads(call.spec, level)
-        shape = (2, lab.short, heads, level.select.width)
+        shape = (2, lab.short, heads, systems.slots(call.spec, level, call.keys))
         picks = torch.randint(-2, N + 2, shape, generator=generator).clamp(min=-1)
         picks[:, ::4] = -1
         chosen[level.name] = picks.to(torch.int32).to(lab.device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from tolerances import UNITS, tolerance
 
+from conformance import systems
 from conformance.calls import value_side
 from conformance.systems import selecting
 from hsgen.reference import reference, tensor_kinds
@@ -254,14 +255,17 @@ def selection_findings(call, outcome, exact):
         indices = outcome.selection[level.name]
         name = level.name
         state = (exact.scores[name], exact.candidates[name], exact.forced[name])
-        width = call.spec.width(level)
-        found += structure_findings(level, indices, *state[1:], width=width)
+        width, kept = systems.slots(call.spec, level, call.keys), None
+        if level.select.counts_vary:  # by positions alone
+            own = call.reference().selection[name]
+            kept = _spread(own.indices, state[0].shape[-1]).sum(-1)
+        found += structure_findings(level, indices, *state[1:], width=width, kept=kept)
         if not found:
             found += gap_findings(level, indices, *state, bounds[name])
     return found
 
 
-def structure_findings(level, indices, candidates, forced, *, width):
+def structure_findings(level, indices, candidates, forced, *, width, kept=None):
     """Ascending, padded at the end, candidates only, forced ones all, as many as there must be."""
     N = candidates.shape[-1]
     if indices.shape != (*candidates.shape[:-1], width) or indices.dtype != torch.int32:
@@ -272,7 +276,7 @@ def structure_findings(level, indices, candidates, forced, *, width):
     force = level.select.force
     assert not force.tail or not (force.counted and force.first), "which of them is the tail?"
     extra = forced.sum(-1) * (not force.counted or bool(force.tail))
-    wanted = torch.minimum(wanted, level.select.budget + extra)
+    wanted = torch.minimum(wanted, level.select.budget + extra) if kept is None else kept
     rising = (indices[..., 1:] > indices[..., :-1]) | ~used[..., 1:]
     inside = torch.where(used, indices, 0).clamp(max=max(N - 1, 0)).long()
     known = candidates.gather(-1, inside) if N else torch.zeros_like(used)

@@ -219,7 +219,12 @@ def _avoiding(call, muted):
         N = systems.entries(level, call.keys)
         starts = torch.arange(N) * stride
         allowed = starts[(starts + size <= muted.start) | (starts >= muted.stop)] // stride
-        shape = (B, call.tokens, systems.selection_heads(call.spec, level), level.select.width)
+        shape = (
+            B,
+            call.tokens,
+            systems.selection_heads(call.spec, level),
+            systems.slots(call.spec, level, call.keys),
+        )
         picks = torch.randint(0, len(allowed), shape, generator=generator)
         chosen[level.name] = allowed[picks].to(torch.int32).to(call.device)
     return chosen

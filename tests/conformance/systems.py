@@ -2,6 +2,7 @@
 
 import functools
 import math
+from fractions import Fraction
 from pathlib import Path
 
 from hsgen import spec as language
@@ -49,7 +50,6 @@ REFUSED: dict[str, str] = {
     "qwen_qsa": "no kernel gates the output by channel yet",
     "step_csa": "%region.keys.rounded: no kernel rounds pooled keys yet",
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
-    "dhsa_released": "level block: no kernel selects by fraction yet",
     "hip": "level chunk: no kernel searches halved intervals yet",
     "hirouter": "level branch: no kernel pools by centroid yet",
     "routing_transformer": "no kernel takes a route by head yet",
@@ -83,6 +83,7 @@ PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao", "dsa": "sp
 # Specs put together from loops that another has too: on the CPU a few of the covering cases, every other
 # probe and every third law; on a GPU all of them.  All others get all of them everywhere.
 ALIKE: dict[str, str] = {
+    "dhsa_released": "block_lists",
     "dsa_gqa": "hisa",
     "glm_kpool": "kinetics",
     "infllm_v2": "nsa",
@@ -253,7 +254,10 @@ def with_budgets(spec, budget):
     changed = []
     for level in spec.levels:
         number = budget(level) if level.select else None
-        if number:
+        if number and level.select.fraction:
+            select = level.select.model_copy(update={"fraction": 1.0})
+            level = level.model_copy(update={"select": select})
+        elif number:
             key = "top_k" if level.select.top_k else "beam"
             select = level.select.model_copy(update={key: number})
             level = level.model_copy(update={"select": select})
@@ -276,6 +280,17 @@ def selection_heads(spec, level):
     if level.score.source:
         share = min(share, selection_heads(spec, spec.level(level.score.source)))
     return share
+
+
+def slots(spec, level, keys):
+    """Slots of a row of a level's selection: of a part of the entries as many as the keys have use for."""
+    select = level.select
+    if not select.fraction:
+        return spec.width(level)
+    part = math.ceil(Fraction(math.floor(select.fraction * 2**30), 2**30) * entries(level, keys))
+    forced = spec.most_forced(level)
+    most = max(part, forced) if select.force.counted else part + forced
+    return max(1, min(entries(level, keys), most))
 
 
 def entries(level, keys):

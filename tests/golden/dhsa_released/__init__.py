@@ -1,0 +1,1 @@
+"""Kernels of dhsa_released, emitted by hsgen."""
