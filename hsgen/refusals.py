@@ -190,6 +190,8 @@ def _of_blocks(op: Score | Map | Select) -> str | None:
             return "chooses for blocks of rows inside a beam"
         case Map():
             return "maps scores of blocks of rows"
+        case Select(tail=True):
+            return "forces the tails of blocks of rows"
         case _:
             return None
 
