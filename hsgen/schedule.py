@@ -952,7 +952,7 @@ class _Scheduler:
                 makes=(made,),
                 sizes=(
                     *(((choosing, together.blocks_of(block)),) if block else ()),
-                    *(((slots_of, part.text("batch.keys")),) if part else ()),
+                    *(part.sizes(op.level) if part else ()),
                     (capacity, str(slots) if slots else f"max(1, batch.keys // {op.stride} + 1)"),
                     (tiles, f"{choosing} // {block_t} + batch.sequences"),
                     (f"bytes_{op.level}", f"{4 * heads * context.planes} * {capacity} * {block_t}"),

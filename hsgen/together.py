@@ -99,7 +99,6 @@ def attend(
         " + head" if list_heads > 1 else ""
     )
     seen = "seen" if shape.causal else "k_len"
-    member = "member = tl.load(WORDS + (list_base + entry) * num_words + word, mask=word < members"
     full, partial = usual.phases
     return replace(
         usual,
@@ -131,7 +130,8 @@ def attend(
                 partial,
                 comment="partial blocks: what each row may see, of members where rows differ",
                 body=(
-                    f"{member}, other=-1) >> bit & 1",
+                    "words = WORDS + (list_base + entry) * num_words + word",
+                    "member = tl.load(words, mask=word < members, other=-1) >> bit & 1",
                     f"limit = tl.where(member != 0, {seen}, 0)",
                 ),
             ),
@@ -157,12 +157,15 @@ class Part:
         """How many there are to keep."""
         return max(1, (keys + self.stride - 1) // self.stride)
 
-    def text(self, keys: str) -> str:
-        """As an expression of the keys of the longest sequence."""
-        entries = f"({keys} + {self.stride - 1}) // {self.stride}"
-        part = f"({entries} * {self.units} + {(1 << 30) - 1}) // {1 << 30}"
+    def sizes(self, level: str) -> tuple[tuple[str, str], ...]:
+        """As expressions of the keys of the longest sequence."""
+        entries, part = f"entries_{level}", f"part_{level}"
         most = f"max({part}, {self.forced})" if self.counted else f"{part} + {self.forced}"
-        return f"max(1, min({entries}, {most}))"
+        return (
+            (entries, f"(batch.keys + {self.stride - 1}) // {self.stride}"),
+            (part, f"({entries} * {self.units} + {(1 << 30) - 1}) // {1 << 30}"),
+            (f"width_{level}", f"max(1, min({entries}, {most}))"),
+        )
 
     def slots(self, keys: int) -> int:
         """The number itself."""
@@ -253,11 +256,14 @@ def blocks_of(rows_of_block: int) -> str:
     return f"batch.rows // {rows_of_block} + 2 * batch.sequences"
 
 
-def _parts(branch: Branch) -> str:
-    """How many tiles a call has at most."""
-    block_t = f'config["attend_{branch.name}"]["BLOCK_T"]'
-    parts = f"(({branch.block} + {block_t} - 1) // {block_t})"
-    return f"(batch.rows // {branch.block} + 3 * batch.sequences) * {parts}"
+def _tiles(branch: Branch, tiles: str) -> tuple[tuple[str, str], ...]:
+    """How many tiles a call has at most, and how many rows one has."""
+    tokens, parts = f"tokens_{branch.name}", f"parts_{branch.name}"
+    return (
+        (tokens, f'config["attend_{branch.name}"]["BLOCK_T"]'),
+        (parts, f"({branch.block} + {tokens} - 1) // {tokens}"),
+        (tiles, f"(batch.rows // {branch.block} + 3 * batch.sequences) * {parts}"),
+    )
 
 
 def _own(branch: Branch, programs: str) -> Step:
@@ -269,7 +275,7 @@ def _own(branch: Branch, programs: str) -> Step:
         needs=(*branch.needs, f"{branch.selection}.blocks"),
         makes=branch.makes,
         of="own",
-        sizes=((tiles, _parts(branch)),),
+        sizes=_tiles(branch, tiles),
         buffers=(
             Buffer(name=counts, dtype="i32", dims=(tiles, heads, "2"), role="list"),
             Buffer(name=entries, dtype="i32", dims=(tiles, heads, branch.width), role="list"),
@@ -306,14 +312,15 @@ def _given(branch: Branch, programs: str) -> Step:
     chosen = f"made_{branch.selection.replace('.', '_')}"
     tiles, counts, entries = f"tiles_of_{name}", f"given_counts_{name}", f"given_entries_{name}"
     words, capacity, chunk = f"given_words_{name}", f"capacity_{name}", f"chunk_{name}"
-    num_words = f'((config["attend_{name}"]["BLOCK_T"] + 31) // 32)'
+    num_words = f"num_words_{name}"
     return Step(
         title=f"attend: {name}, over a selection of the caller's",
         needs=(*branch.needs, branch.selection),
         makes=branch.makes,
         of="given",
         sizes=(
-            (tiles, _parts(branch)),
+            *_tiles(branch, tiles),
+            (num_words, f"(tokens_{name} + 31) // 32"),
             (capacity, f"max(1, (batch.keys + {stride} - 1) // {stride})"),
             (f"bytes_{name}", f"{4 * branch.heads} * {capacity} * ({num_words} + 1)"),
             (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{name}))"),

@@ -140,11 +140,11 @@ def attend_selected(
     head = tl.program_id(1)
     parts: tl.constexpr = (128 + BLOCK_T - 1) // BLOCK_T
     z, block = find_blocks(SEQ, num_sequences, tile // parts, 1, 128)
-    q_first = tl.load(SEQ + z * 6 + 1)
     q_offset = tl.load(SEQ + z * 6 + 3)
     block_start = (block_at(q_offset, 128) + block) * 128 - q_offset
     t0 = block_start + tile % parts * BLOCK_T
     q_len = tl.minimum(tl.load(SEQ + z * 6 + 2), block_start + 128)
+    q_first = tl.load(SEQ + z * 6 + 1)
     k_first = tl.load(SEQ + z * 6 + 4)
     k_len = tl.load(SEQ + z * 6 + 5)
     if (tl.maximum(t0, 0) >= q_len) | (t0 + BLOCK_T <= 0):
@@ -201,7 +201,8 @@ def attend_selected(
         entry = ahead
         ahead = tl.load(ENTRIES + list_base + (i + 1) // TILES, mask=i + 1 < end, other=0)
         n = entry * 64 + i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-        member = tl.load(WORDS + (list_base + entry) * num_words + word, mask=word < members, other=-1) >> bit & 1
+        words = WORDS + (list_base + entry) * num_words + word
+        member = tl.load(words, mask=word < members, other=-1) >> bit & 1
         limit = tl.where(member != 0, seen, 0)
         inside = n < k_len
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)

@@ -140,7 +140,9 @@ def forward(tensors, batch, config, selection=None, rows=True):
         )
         # choose: block
         blocks_block = batch.rows // 128 + 2 * batch.sequences
-        width_block = max(1, min((batch.keys + 63) // 64, max(((batch.keys + 63) // 64 * 134217728 + 1073741823) // 1073741824, 3)))
+        entries_block = (batch.keys + 63) // 64
+        part_block = (entries_block * 134217728 + 1073741823) // 1073741824
+        width_block = max(1, min(entries_block, max(part_block, 3)))
         capacity_block = max(1, batch.keys // 64 + 1)
         tiles_block = blocks_block // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 128 * capacity_block * config["score_block"]["BLOCK_T"]
@@ -227,7 +229,9 @@ def forward(tensors, batch, config, selection=None, rows=True):
         else:
             made_block_selection = None
         # attend: selected
-        tiles_selected = (batch.rows // 128 + 3 * batch.sequences) * ((128 + config["attend_selected"]["BLOCK_T"] - 1) // config["attend_selected"]["BLOCK_T"])
+        tokens_selected = config["attend_selected"]["BLOCK_T"]
+        parts_selected = (128 + tokens_selected - 1) // tokens_selected
+        tiles_selected = (batch.rows // 128 + 3 * batch.sequences) * parts_selected
         counts_selected = torch.empty(
             (
                 tiles_selected,
@@ -317,9 +321,12 @@ def forward(tensors, batch, config, selection=None, rows=True):
     else:
         made_block_selection = selection["block"]
         # attend: selected, over a selection of the caller's
-        tiles_of_selected = (batch.rows // 128 + 3 * batch.sequences) * ((128 + config["attend_selected"]["BLOCK_T"] - 1) // config["attend_selected"]["BLOCK_T"])
+        tokens_selected = config["attend_selected"]["BLOCK_T"]
+        parts_selected = (128 + tokens_selected - 1) // tokens_selected
+        tiles_of_selected = (batch.rows // 128 + 3 * batch.sequences) * parts_selected
+        num_words_selected = (tokens_selected + 31) // 32
         capacity_selected = max(1, (batch.keys + 64 - 1) // 64)
-        bytes_selected = 128 * capacity_selected * (((config["attend_selected"]["BLOCK_T"] + 31) // 32) + 1)
+        bytes_selected = 128 * capacity_selected * (num_words_selected + 1)
         chunk_selected = min(tiles_of_selected, max(1, SCRATCH_BYTES // bytes_selected))
         given_counts_selected = torch.empty(
             (
@@ -344,7 +351,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 chunk_selected,
                 32,
                 capacity_selected,
-                ((config["attend_selected"]["BLOCK_T"] + 31) // 32),
+                num_words_selected,
             ),
             dtype=torch.int32,
             device=in_q.device,
@@ -412,7 +419,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 given_entries_selected,
                 given_words_selected,
                 capacity_selected,
-                ((config["attend_selected"]["BLOCK_T"] + 31) // 32),
+                num_words_selected,
                 made_selected_o,
                 0 if batch.packed else made_selected_o.stride(0),
                 made_selected_o.stride(1),
@@ -499,7 +506,9 @@ def select(tensors, batch, config):
 
     # choose: block
     blocks_block = batch.rows // 128 + 2 * batch.sequences
-    width_block = max(1, min((batch.keys + 63) // 64, max(((batch.keys + 63) // 64 * 134217728 + 1073741823) // 1073741824, 3)))
+    entries_block = (batch.keys + 63) // 64
+    part_block = (entries_block * 134217728 + 1073741823) // 1073741824
+    width_block = max(1, min(entries_block, max(part_block, 3)))
     capacity_block = max(1, batch.keys // 64 + 1)
     tiles_block = blocks_block // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 128 * capacity_block * config["score_block"]["BLOCK_T"]

@@ -73,7 +73,6 @@ def index_selected(
     head = tl.program_id(1)
     parts: tl.constexpr = (128 + BLOCK_T - 1) // BLOCK_T
     z, block = find_blocks(SEQ, num_sequences, tile // parts, 1, 128)
-    q_first = tl.load(SEQ + z * 6 + 1)
     q_offset = tl.load(SEQ + z * 6 + 3)
     block_start = (block_at(q_offset, 128) + block) * 128 - q_offset
     t0 = block_start + tile % parts * BLOCK_T
