@@ -69,9 +69,10 @@ class Worker:
             deadline = time.monotonic() + timeout
             self._send(process, json.dumps(request).encode() + b"\n", deadline)
             return json.loads(self._receive(process, deadline))
-        except WorkerError:
+        except WorkerError as error:
+            said = self._last_words()
             self.close()
-            raise
+            raise WorkerError(error.kind, f"{error} {said}".strip()) from error
         except (OSError, ValueError, EOFError) as error:
             message = self._obituary(error)
             self.close()
@@ -152,12 +153,15 @@ class Worker:
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 status = _describe(self._process.wait(1.0))
-        words = b""
-        if self._log is not None:
-            size = self._log.seek(0, os.SEEK_END)
-            self._log.seek(max(0, size - LAST_WORDS))
-            words = self._log.read()
-        return f"{status} ({error}) {words.decode(errors='replace').strip()}".strip()
+        return f"{status} ({error}) {self._last_words()}".strip()
+
+    def _last_words(self) -> str:
+        """The end of what the child had to say."""
+        if self._log is None:
+            return ""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - LAST_WORDS))
+        return self._log.read().decode(errors="replace").strip()
 
 
 class Pool:

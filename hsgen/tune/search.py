@@ -12,6 +12,7 @@ import itertools
 import math
 import random
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import TPESampler
 from optuna.study import Study
 from optuna.trial import Trial
@@ -368,12 +370,14 @@ class _Sampling:
     def __init__(self, search: Search, variant: Variant, part: Part, base: Point) -> None:
         self._search, self._part, self._base = search, part, base
         self._journal = search.journal
-        sampler = TPESampler(
-            multivariate=True,
-            constant_liar=True,
-            n_startup_trials=STARTUP,
-            seed=search.seed,
-        )
+        with warnings.catch_warnings():  # Optuna 4 calls both arguments experimental
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            sampler = TPESampler(
+                multivariate=True,
+                constant_liar=True,
+                n_startup_trials=STARTUP,
+                seed=search.seed,
+            )
         self._study: Study = self._journal.study(f"{variant.name}.{part.name}", sampler)
         seed_study(self._study, part, base, self._journal.results[base.key])
 
