@@ -12,7 +12,7 @@ from hsgen.lanes import Lanes, Patience
 from hsgen.measurer import result_of
 from hsgen.space import space
 from hsgen.spec import dump, load
-from hsgen.target import H100
+from hsgen.target import H100, Target
 from hsgen.tuning import Child, failure_of
 
 
@@ -146,3 +146,21 @@ def test_the_process_answers(spec, small):
         result = lanes.measure(small.start)
         assert result.failure is None
         assert result.times["24"].runs >= tuning.FEWEST
+
+
+@pytest.mark.gpu
+def test_the_start_is_right_and_timed_on_a_gpu(tmp_path, monkeypatch):
+    """All of the process on a card: the start of nsa, and what is beside it."""
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
+    nsa = load("nsa")
+    problem = {"spec": dump(nsa), "dtype": "bf16", "target": "", "shapes": ["8K", "1/8K"]}
+    with Lanes(problem, ["0"]) as lanes:
+        target = Target(**lanes.describe()["target"])
+        found = space(passes.run(planner.plan(nsa)), target)
+        result = lanes.measure(found.start)
+        assert result.failure is None, result.failure
+        assert result.times["8K"].median_us > 100
+        assert lanes.prove(found.start).failure is None
+        assert sum(lanes.shares(found.start).values()) == pytest.approx(1.0)
+        points = [found.start, found.parse("merge.BLOCK_R=16")]
+        assert [len(each) for each in lanes.compare(points, "8K", 4)] == [4, 4]
