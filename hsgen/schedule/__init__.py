@@ -1,0 +1,163 @@
+"""Graph, Target -> Plan: which operators share a launch, in which skeleton, with which buffers and tiles.
+
+The only stage that decides on launches.  Values that tuning varies are a kernel's Config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hsgen import refusals
+from hsgen.configs import DType
+from hsgen.errors import PlanError
+from hsgen.graph import (
+    Assign,
+    Attend,
+    Carry,
+    Cluster,
+    Delta,
+    Distance,
+    Divergence,
+    Entropies,
+    Gate,
+    Graph,
+    Input,
+    LogSumExp,
+    Map,
+    Norm,
+    Normalise,
+    OutputGate,
+    Permute,
+    Pool,
+    PoolHeads,
+    PoolRows,
+    Recall,
+    Reduce,
+    ReduceRows,
+    Rotate,
+    Round,
+    Route,
+    Runs,
+    Score,
+    Select,
+    SelectSet,
+    Switch,
+    Union,
+    Unlike,
+)
+from hsgen.plan import Plan
+from hsgen.schedule import attending, choosing, combining, text, vectors
+from hsgen.schedule.choosing import part_of
+from hsgen.schedule.draft import (
+    LATENT_DIMS,
+    SCRATCH_BYTES,
+    SORT_LIMIT,
+    TILE_OF_HEADS,
+    Draft,
+    Order,
+)
+from hsgen.target import Target
+
+__all__ = [
+    "LATENT_DIMS",
+    "SCRATCH_BYTES",
+    "SORT_LIMIT",
+    "TILE_OF_HEADS",
+    "Order",
+    "part_of",
+    "schedule",
+]
+
+
+def schedule(
+    graph: Graph,
+    target: Target,
+    dtype: DType = "bf16",
+    orders: Mapping[str, Order] | None = None,
+) -> Plan:
+    """Plan every launch of a spec for one GPU.
+
+    Args:
+        graph: verified and passed; heads and head dims bound.
+        target: the GPU.
+        dtype: of the caller's tensors; it decides tile sizes, not the kernels' text.
+        orders: by branch, whether rows stay and blocks come to them, or blocks stay and rows come; of
+            branches over blocks that each query head chose for itself.
+
+    Raises:
+        PlanError: an operator that no kernel does yet, a size that none can hold, or an order of a branch
+            that has but one.
+    """
+    return _plan(Draft(graph, target, dtype, orders or {}))
+
+
+def _plan(draft: Draft) -> Plan:
+    _refuse(draft)
+    _require_branches(draft)
+    for node in draft.graph.nodes():
+        match node.op:
+            case Pool() | PoolRows():
+                vectors.pool(draft, node, node.op)
+            case Round():
+                vectors.round_(draft, node, node.op)
+            case Attend():
+                attending.attend(draft, node, node.op)
+            case Select() | SelectSet():
+                choosing.select(draft, node, node.op)
+            case LogSumExp() if isinstance(draft.graph[node.inputs[0]].op, Score):
+                attending.log_sum_exp(draft, node)
+            case Gate():
+                combining.gate(draft, node)
+            case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
+                pass  # fused into the launch that reads them
+            case Norm() | Rotate():
+                pass  # fused into the launch that makes what they read
+            case Route() | Switch() | Union() | OutputGate() | Unlike():
+                raise AssertionError("refused")
+            case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolHeads():
+                raise AssertionError("refused")
+            case Recall() | Carry() | Divergence() | Distance() | Entropies() | ReduceRows():
+                raise AssertionError("refused")
+    outputs = draft.graph.outputs
+    return Plan(
+        name=draft.graph.meta.name,
+        target=draft.target.label,
+        dtype=draft.dtype,
+        inputs=tuple((n.name, n.type.dims) for n in draft.graph.nodes() if isinstance(n.op, Input)),
+        kernels=tuple(draft.kernels),
+        steps=tuple(draft.steps),
+        scratch_bytes=SCRATCH_BYTES,
+        output=text.buffer(outputs.o),
+        lse={branch: text.buffer(name) for branch, name in outputs.lse.items()},
+        selection={level: text.buffer(name) for level, name in outputs.selection.items()},
+        sizes=dict(draft.graph.sizes),
+    )
+
+
+def _refuse(draft: Draft) -> None:
+    """Operators that no kernel does yet, and sizes that none holds."""
+    refusals.refuse(draft.graph)
+    for name in ("Hq", "Hkv", "Dqk", "Dv"):
+        if name not in draft.graph.sizes:
+            raise PlanError(
+                f"{name} is not known: give `heads` and `head_dim` in the spec or to load_kernel"
+            )
+    attends = [node.op for node in draft.graph.nodes() if isinstance(node.op, Attend)]
+    wide = LATENT_DIMS if all(op.latent for op in attends) else 256
+    for name, most in (("Dqk", wide), ("Dv", wide), ("Di", 256)):
+        dim = draft.graph.sizes.get(name, 16)
+        if dim % 16 or not 16 <= dim <= most:
+            raise PlanError(
+                f"head dim {name}: expected a multiple of 16 from 16 to {most}, got {dim}"
+            )
+
+
+def _require_branches(draft: Draft) -> None:
+    """Orders are of branches that attend to blocks."""
+    attends = [n.op for n in draft.graph.nodes() if isinstance(n.op, Attend)]
+    blocks = [op.branch for op in attends if op.over == "blocks"]
+    if wrong := sorted(draft.orders.keys() - set(blocks)):
+        raise PlanError(
+            f"orders: no branch over blocks is called {', '.join(wrong)}",
+            help=f"branches over blocks: {', '.join(blocks) or 'none'}",
+        )

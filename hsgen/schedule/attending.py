@@ -1,0 +1,124 @@
+"""Launches of branches: over windows, everything and pooled entries; and a log-sum-exp alone."""
+
+from __future__ import annotations
+
+from hsgen import rows
+from hsgen.errors import PlanError
+from hsgen.graph import (
+    Attend,
+    Node,
+    Score,
+)
+from hsgen.plan import Buffer, Launch, Step
+from hsgen.schedule import selected, text
+from hsgen.schedule.draft import Draft
+
+
+def attend(draft: Draft, node: Node, op: Attend) -> None:
+    name = f"attend_{op.branch}"
+    shape = draft.shape_of(op)
+    scale = op.scale if op.scale is not None else 1.0
+    launches: list[Launch] = []
+    buffers: list[Buffer] = []
+    sizes: list[tuple[str, str]] = []
+    match op.over:
+        case "window":
+            context = rows.attend_window(shape, name=name, scale=scale, window=op.window or 1)
+            config = draft.row_tiles.attend(context, limit=128)
+        case "all":
+            context = rows.attend_all(shape, name=name, scale=scale)
+            config = draft.row_tiles.attend(context, limit=128)
+        case "pooled":
+            entries = draft.pooled_entries(node.inputs[1])
+            context = rows.attend_pooled(
+                shape, name=name, scale=scale, entries=entries, values=True
+            )
+            config = draft.row_tiles.attend(context, limit=128)
+        case "tokens":
+            selected.attend_tokens(draft, node, op, scale)
+            return
+        case "static" | "tiers" | "spans":
+            raise AssertionError("refused")
+        case "blocks" if draft.block(draft.graph[node.inputs[3]]):
+            selected.attend_together(draft, node, op)
+            return
+        case "blocks" if selected.order_of(draft, node, op) == "keys":
+            selected.attend_by_blocks(draft, node, op)
+            return
+        case "blocks":
+            context, config = selected.attend_blocks(draft, node, op, launches, buffers, sizes)
+    context = selected.with_logits(context, op)
+    draft.kernel("rows", context, config, node.name, *draft.lse_of(node))
+    tiles = text.tiles()
+    if context.parts:
+        tiles = f"row_tiles_{op.branch}"
+        sizes += [(tiles, text.tiles_of(name)), *text.parts(context)]
+    launches.append(
+        Launch(
+            kernel=name,
+            grid=text.grid(shape, context, tiles),
+            arguments=(
+                *draft.tensors(node, op),
+                *selected.list_arguments(op),
+                *draft.outputs(node),
+                *text.SEQ,
+            ),
+        )
+    )
+    lse = draft.lse_of(node)[0]
+    buffers += draft.output_buffers(node)
+    draft.steps.append(
+        Step(
+            title=f"attend: {op.branch}",
+            needs=node.inputs,
+            makes=(node.name, lse),
+            buffers=tuple(buffers),
+            launches=tuple(launches),
+            sizes=tuple(sizes),
+        )
+    )
+
+
+def log_sum_exp(draft: Draft, node: Node) -> None:
+    """The softmax sum of a level's scores, where no branch computes it anyway."""
+    score = draft.graph[node.inputs[0]]
+    assert isinstance(score.op, Score)
+    if score.op.form != "dot" or score.op.within is not None or score.op.size == 1:
+        message = f"level {score.op.level}: no kernel normalises these scores yet"
+        raise PlanError(message, span=node.span)
+    context = rows.attend_pooled(
+        draft.shape,
+        name=f"lse_{score.op.level}",
+        scale=score.op.scale or 1.0,
+        entries=draft.pooled_entries(score.inputs[1]),
+        values=False,
+    )
+    config = draft.row_tiles.attend(context, limit=64)
+    draft.kernel("rows", context, config, score.name, node.name)
+    draft.steps.append(
+        Step(
+            title=f"log-sum-exp: {score.op.level}",
+            needs=score.inputs,
+            makes=(node.name,),
+            buffers=(
+                Buffer(
+                    name=text.buffer(node.name),
+                    dtype="f32",
+                    dims=("in_q.shape[0]", str(draft.shape.query_heads), "in_q.shape[1]"),
+                    role="level",
+                ),
+            ),
+            launches=(
+                Launch(
+                    kernel=context.name,
+                    grid=(text.tiles(), str(draft.shape.kv_heads)),
+                    arguments=(
+                        *draft.tensor("q"),
+                        *draft.tensor(score.inputs[1]),
+                        *text.lse_strides(text.buffer(node.name)),
+                        *text.SEQ,
+                    ),
+                ),
+            ),
+        )
+    )

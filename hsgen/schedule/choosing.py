@@ -1,0 +1,314 @@
+"""Launches that choose: scores of a turn of rows into a scratch, and the best of each row out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+from hsgen import configs, refusals, rows, together
+from hsgen.errors import PlanError
+from hsgen.graph import (
+    Graph,
+    Input,
+    Map,
+    Node,
+    Normalise,
+    Reduce,
+    Score,
+    Select,
+    SelectSet,
+    own_entries,
+)
+from hsgen.kernels import (
+    RankContext,
+)
+from hsgen.plan import Buffer, Launch, Step
+from hsgen.rows import Entries
+from hsgen.schedule import text
+from hsgen.schedule.draft import Draft
+
+
+def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
+    """Score into a bounded scratch and rank it, chunk of rows by chunk of rows."""
+    chain = _chain(draft, node)
+    heads = draft.size(node.type.dims[2])
+    kept = op if isinstance(op, Select) else None
+    parent = draft.graph[node.inputs[1]] if kept and kept.within else None
+    block = draft.block(node)
+    part, slots_of = (
+        part_of(draft.graph, node),
+        draft.slots(node) if block else str(kept and kept.width),
+    )
+    context = _score_context(draft, node, chain, parent)
+    tiling = draft.row_tiles_of_blocks if block else draft.row_tiles
+    config = tiling.score(context)
+    scorer = draft.kernel("rows", context, config, *chain.names)
+    children, slots, parent_heads, parent_group = 0, 0, 1, 1
+    if parent is not None:
+        assert isinstance(parent.op, Select)
+        children = parent.op.size // op.size
+        slots = draft.width(parent) * children
+        parent_heads = draft.size(parent.type.dims[2])
+        parent_group = heads // parent_heads
+    ranking = RankContext(
+        name=f"rank_{op.level}",
+        heads=heads,
+        k=kept.k if kept else 0,
+        width=kept.width if kept else 0,
+        size=op.size,
+        stride=op.stride,
+        short=draft.short(op.level),
+        causal=draft.shape.causal,
+        first=op.first,
+        last=op.last,
+        counted=op.counted,
+        tail=bool(op.tail),
+        children=children,
+        parent_width=draft.width(parent) if parent else 0,
+        parent_heads=parent_heads,
+        parent_group=parent_group,
+        carried=context.folded if context.planes > 1 else "",
+        rows=block,
+        part=part.units if part else 0,
+        of_all=isinstance(op, SelectSet) and op.of == "all",
+    )
+    ranker = draft.kernel(
+        "rank",
+        ranking,
+        configs.rank(slots, op.stride, config["BLOCK_T"]),
+        node.name,
+        follows=scorer,
+    )
+    capacity = f"capacity_{op.level}"
+    scratch = f"scores_{op.level}"
+    block_t = f'config["{scorer}"]["BLOCK_T"]'
+    tiles, chunk = f"tiles_{op.level}", f"chunk_{op.level}"
+    choosing, listed = "batch.rows", ("in_q.shape[0]", "in_q.shape[1]")
+    made = node.name
+    if block:
+        choosing, made = f"blocks_{op.level}", f"{node.name}.blocks"
+        listed = (choosing,)
+    draft.steps.append(
+        Step(
+            title=f"choose: {op.level}",
+            needs=(*chain.needs, *((parent.name,) if parent else ())),
+            makes=(made,),
+            sizes=(
+                *(((choosing, together.blocks_of(block)),) if block else ()),
+                *(part.sizes(op.level) if part else ()),
+                (capacity, str(slots) if slots else f"max(1, batch.keys // {op.stride} + 1)"),
+                (tiles, f"{choosing} // {block_t} + batch.sequences"),
+                (f"bytes_{op.level}", f"{4 * heads * context.planes} * {capacity} * {block_t}"),
+                (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.level}))"),
+            ),
+            buffers=(
+                Buffer(
+                    name=scratch,
+                    dtype="f32",
+                    dims=(
+                        f"{chunk} * {block_t}",
+                        str(heads),
+                        *(("2",) if context.planes > 1 else ()),
+                        capacity,
+                    ),
+                    role="scratch",
+                ),
+                Buffer(
+                    name=text.buffer(made),
+                    dtype="i32",
+                    dims=(*listed, str(heads), slots_of),
+                    role="list" if block else "selection",
+                ),
+            ),
+            launches=(
+                Launch(
+                    kernel=scorer,
+                    grid=("count", str(heads)),
+                    arguments=_score_arguments(draft, chain, parent, scratch, capacity),
+                ),
+                Launch(
+                    kernel=ranker,
+                    grid=(f"count * ({block_t} // {{BLOCK_R}})", str(heads)),
+                    arguments=(
+                        scratch,
+                        text.buffer(made),
+                        *((text.buffer(parent.name),) if parent else ()),
+                        *text.SEQ,
+                        "tile_first",
+                        capacity,
+                        *((slots_of,) if part else ()),
+                    ),
+                ),
+            ),
+            tiles=tiles,
+            chunk=chunk,
+        )
+    )
+    if block:
+        spread(draft, node, op, heads, block)
+
+
+def spread(draft: Draft, node: Node, op: Select | SelectSet, heads: int, block: int) -> None:
+    """Every row's copy of the list of its block."""
+    kernel, step = together.spread(
+        op.level,
+        node.name,
+        lists=text.buffer(f"{node.name}.blocks"),
+        width=draft.slots(node),
+        heads=heads,
+        block=block,
+    )
+    draft.kernels.append(kernel)
+    draft.steps.append(step)
+
+
+def _chain(draft: Draft, node: Node) -> _Chain:
+    """Back from a selection to its score: map, reduce, normalise in the fixed order of steps."""
+    passed: list[Node] = []
+    current = draft.graph[node.inputs[0]]
+    while not isinstance(current.op, Score):
+        if not isinstance(current.op, Map | Reduce | Normalise):
+            raise PlanError(f"no kernel chooses from %{current.name}", span=node.span)
+        passed.insert(0, current)
+        current = draft.graph[current.inputs[0]]
+    return _Chain(
+        score=current,
+        names=(current.name, *(n.name for n in passed)),
+        lse=next((n.inputs[1] for n in passed if isinstance(n.op, Normalise)), None),
+        reduce=next((n.op for n in passed if isinstance(n.op, Reduce)), None),
+        map=next((n.op for n in passed if isinstance(n.op, Map)), None),
+    )
+
+
+def _score_context(
+    draft: Draft, node: Node, chain: _Chain, parent: Node | None
+) -> rows.RowsContext:
+    score = chain.score.op
+    assert isinstance(score, Score)
+    assert isinstance(node.op, Select | SelectSet)
+    refused = ("code_match", "pooling_error", "bias", "given", "cosine")
+    assert score.form not in refused, "refused"
+    weighted = score.form in ("relu_weighted", "relu_sum")
+    if chain.reduce is not None and chain.reduce.share == "all":
+        raise PlanError(
+            f"level {node.op.level}: no kernel reduces a dot score over all heads yet; "
+            "share: group, or form: relu_weighted",
+            span=chain.score.span,
+        )
+    if chain.lse is not None and parent is not None:
+        message = f"level {node.op.level}: no kernel normalises scores inside a beam yet"
+        raise PlanError(message, span=chain.score.span)
+    share: Literal["head", "group", "all"] = (
+        "all" if weighted else chain.reduce.share if chain.reduce else "head"
+    )
+    pooled = draft.pool_of(chain.score.inputs[1]) is not None
+    scoring = rows.Scoring(
+        form=score.form,
+        scale=score.scale if score.scale is not None else 1.0,
+        entries=draft.entries(score, score.level),
+        pooled=pooled,
+        normalise=chain.lse is not None,
+        borrowed=_is_borrowed(draft, chain),
+        share=share,
+        reduce="sum" if weighted else chain.reduce.how if chain.reduce else None,
+        map_how=_fused(chain.map),
+        rows=draft.block(node),
+        target=draft.entries(chain.map, node.op.level) if chain.map else Entries(size=0, stride=0),
+        taps=chain.map.taps if chain.map else (),
+        **_parent(draft, node, parent),
+    )
+    heads = {"head": 1, "group": draft.shape.group, "all": draft.graph.sizes.get("Hi", 1)}[share]
+    dim = draft.graph.sizes["Di"] if scoring.by_index else draft.shape.qk
+    return rows.score(draft.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
+
+
+def _is_borrowed(draft: Draft, chain: _Chain) -> bool:
+    """Whether the log-sum-exp is that of another level's scores."""
+    if chain.lse is None:
+        return False
+    summed = draft.graph[draft.graph[chain.lse].inputs[0]]
+    return isinstance(summed.op, Score) and summed.name != chain.score.name
+
+
+def _parent(draft: Draft, node: Node, parent: Node | None) -> _Parent:
+    """Where a row's surviving parents are listed."""
+    if parent is None:
+        return {}
+    assert isinstance(parent.op, Select)
+    mine, theirs = draft.size(node.type.dims[2]), draft.size(parent.type.dims[2])
+    if mine < theirs:
+        raise PlanError(
+            f"level {parent.op.level} selects per head, the level below it does not",
+            span=node.span,
+        )
+    group = mine // theirs
+    return {
+        "parent_size": parent.op.size,
+        "parent_width": draft.width(parent),
+        "parent_heads": theirs,
+        "parent_head": "head" if group == 1 else f"head // {group}",
+    }
+
+
+def _score_arguments(
+    draft: Draft, chain: _Chain, parent: Node | None, scratch: str, capacity: str
+) -> tuple[str, ...]:
+    queries, keys, *others = chain.score.inputs
+    weighted = bool(others) and isinstance(draft.graph[others[0]].op, Input)
+    indexed = draft.graph[queries].type.dims[-1] == "Di"
+    return (
+        *draft.tensor(queries),
+        *draft.tensor(keys)[: 3 if indexed else 4],
+        *(draft.tensor(others[0])[:3] if weighted else ()),
+        *(text.lse_strides(text.buffer(chain.lse)) if chain.lse else ()),
+        *((text.buffer(parent.name),) if parent else ()),
+        scratch,
+        capacity,
+        *text.SEQ,
+        "tile_first",
+    )
+
+
+def _fused(op: Map | None) -> Literal["overlap_sum", "sum", "max"] | None:
+    """How scores are carried over where they are made."""
+    how = op.how if op else None
+    assert how not in ("mean", "upsample"), "refused"
+    return how
+
+
+class _Parent(TypedDict, total=False):
+    """The fields of `rows.Scoring` that say where a row's surviving parents are listed."""
+
+    parent_size: int
+    parent_width: int
+    parent_head: str
+    parent_heads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chain:
+    """The operators between a score and the selection made of it."""
+
+    score: Node
+    names: tuple[str, ...]
+    lse: str | None
+    reduce: Reduce | None
+    map: Map | None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*self.score.inputs, *((self.lse,) if self.lse else ()))
+
+
+def part_of(graph: Graph, selection: Node) -> together.Part | None:
+    """What part of the entries blocks of rows keep; None where a list has a known length, or none can be."""
+    op = selection.op
+    if not isinstance(op, SelectSet) or refusals.lacking(graph, selection):
+        return None
+    own = own_entries(selection.type.dims[1], op.stride) - 1
+    return together.Part(
+        units=together.Part.units_of(op.value),
+        stride=op.stride,
+        forced=op.first + (op.last + own if op.last else 0),
+        counted=op.counted,
+    )

@@ -1,0 +1,192 @@
+"""The plan while it grows, and what its parts ask of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from hsgen import configs, rows
+from hsgen.configs import DType
+from hsgen.graph import (
+    Attend,
+    Graph,
+    Input,
+    LogSumExp,
+    Map,
+    Node,
+    Norm,
+    Pool,
+    PoolRows,
+    Rotate,
+    Score,
+    Select,
+    SelectSet,
+    block_of,
+    short_last,
+)
+from hsgen.plan import Buffer, Config, Context, Kernel, Skeleton, Step
+from hsgen.rows import Entries
+from hsgen.schedule import text
+from hsgen.target import Target
+
+SCRATCH_BYTES = 128 << 20
+SORT_LIMIT = 4096  # pairs that the index kernel sorts in registers
+LATENT_DIMS = 1024  # of a key that holds its value
+TILE_OF_HEADS = 64  # heads of a token that fill a tile: no other row is there to share a list with
+
+
+Order = Literal["rows", "keys"]
+
+
+@dataclass(slots=True)
+class Draft:
+    """The plan while it grows."""
+
+    graph: Graph
+    target: Target
+    dtype: DType
+    orders: Mapping[str, Order] = field(default_factory=dict[str, Order])
+    kernels: list[Kernel] = field(default_factory=list[Kernel])
+    steps: list[Step] = field(default_factory=list[Step])
+
+    @property
+    def row_tiles(self) -> configs.RowTiles:
+        return configs.RowTiles(target=self.target, dtype=self.dtype)
+
+    @property
+    def row_tiles_of_blocks(self) -> configs.RowTiles:
+        """Of blocks of rows, whose queries are kept in float32."""
+        return configs.RowTiles(target=self.target, dtype="fp32")
+
+    @property
+    def shape(self) -> rows.Shape:
+        sizes = self.graph.sizes
+        return rows.Shape(
+            query_heads=sizes["Hq"],
+            kv_heads=sizes["Hkv"],
+            qk=sizes["Dqk"],
+            v=sizes["Dv"],
+            causal=self.graph.meta.causal,
+            precision=self.target.dot_precision,
+        )
+
+    def shape_of(self, op: Attend) -> rows.Shape:
+        return replace(self.shape, latent=bool(op.latent))
+
+    def kernel(
+        self,
+        skeleton: Skeleton,
+        context: Context,
+        config: Config,
+        *nodes: str,
+        follows: str | None = None,
+        by_slot: bool = False,
+    ) -> str:
+        self.kernels.append(
+            Kernel(
+                name=context.name,
+                skeleton=skeleton,
+                context=context,
+                config=config,
+                operators=nodes,
+                follows=follows,
+                by_slot=by_slot,
+            )
+        )
+        return context.name
+
+    def entries(self, op: Score | Select | Attend | Pool | Map, level: str) -> Entries:
+        return Entries(size=op.size, stride=op.stride, short=self.short(level))
+
+    def short(self, level: str) -> bool:
+        """Whether the level's last entry may be short: also if causal, where rows choose together."""
+        asks = any(isinstance(n.op, PoolRows) and n.op.level == level for n in self.graph.nodes())
+        return short_last(self.graph, level, causal=asks is False and self.shape.causal)
+
+    def finished(self, node: Node) -> tuple[Node, ...]:
+        """A pool, and what norms and rotates its entries in turn."""
+        chain = [node]
+        while nexts := [
+            x for x in self.graph.users(chain[-1].name) if isinstance(x.op, Norm | Rotate)
+        ]:
+            assert len(nexts) == len(self.graph.users(chain[-1].name)) == 1, "keys end in one way"
+            chain.append(nexts[0])
+        return tuple(chain)
+
+    def pool_of(self, name: str) -> Node | None:
+        """The pool behind a level's keys, if they are pooled."""
+        node = self.graph[name]
+        while isinstance(node.op, Norm | Rotate):
+            node = self.graph[node.inputs[0]]
+        return node if isinstance(node.op, Pool) else None
+
+    def block(self, selection: Node) -> int:
+        """Rows of a block that choose together; 0 where each chooses for itself."""
+        return block_of(selection.type.dims[1]) or 0
+
+    def tensors(self, node: Node, op: Attend) -> tuple[str, ...]:
+        """Queries, keys and values; of a latent the keys are all."""
+        read = ("q", *node.inputs[1 : 2 if op.latent else 3])
+        return tuple(argument for name in read for argument in self.tensor(name))
+
+    def output_buffers(self, node: Node) -> tuple[Buffer, ...]:
+        """A branch's output and its log-sum-exp."""
+        rows_of = ("in_q.shape[0]", "in_q.shape[1]", str(self.shape.query_heads))
+        lse = ("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]")
+        return (
+            Buffer(
+                name=text.buffer(node.name),
+                dtype="input",
+                dims=(*rows_of, str(self.shape.v)),
+                role="branch",
+            ),
+            Buffer(name=text.buffer(self.lse_of(node)[0]), dtype="f32", dims=lse, role="output"),
+        )
+
+    def outputs(self, node: Node) -> tuple[str, ...]:
+        """What an attend writes, behind the sink that it may read."""
+        assert isinstance(node.op, Attend)
+        sink = (text.input_of(f"{node.op.branch}_sink"),) if node.op.sink else ()
+        o, lse = text.buffer(node.name), text.buffer(self.lse_of(node)[0])
+        return (*sink, *text.strides(o), *text.lse_strides(lse))
+
+    def lse_of(self, node: Node) -> tuple[str, ...]:
+        return tuple(u.name for u in self.graph.users(node.name) if isinstance(u.op, LogSumExp))
+
+    def pooled_entries(self, keys: str) -> Entries:
+        pool = self.pool_of(keys)
+        assert pool is not None, "a pooled branch reads pooled keys"
+        assert isinstance(pool.op, Pool)
+        return self.entries(pool.op, pool.op.level)
+
+    def slots(self, selection: Node) -> str:
+        """How long lists of blocks of rows are, as an expression."""
+        if isinstance(selection.op, SelectSet):
+            return f"width_{selection.op.level}"
+        return str(self.width(selection))
+
+    def size(self, dim: str) -> int:
+        return int(dim) if dim.isdigit() else self.graph.sizes[dim]
+
+    def width(self, selection: Node) -> int:
+        assert isinstance(selection.op, Select)
+        return selection.op.width
+
+    def tensor(self, name: str) -> tuple[str, ...]:
+        """A tensor and its batch, token and head strides."""
+        node = self.graph[name]
+        if isinstance(node.op, PoolRows):
+            heads, dim = (self.size(of) for of in node.type.dims[2:])
+            return text.buffer(name), "0", str(heads * dim), str(dim)
+        if pool := self.pool_of(name):
+            assert isinstance(pool.op, Pool)
+            buffer, source = text.buffer(name), self.graph[pool.inputs[0]]
+            heads = self.size(source.type.dims[2]) if len(source.type.dims) == 4 else 1
+            dim = self.size(source.type.dims[-1]) * (2 if pool.op.how == "minmax" else 1)
+            row = heads * dim
+            return buffer, f"count_{text.safe(name)} * {row}", str(row), str(dim)
+        x = text.input_of(name) if isinstance(node.op, Input) else text.buffer(name)
+        if len(node.type.dims) == 3:
+            return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", "0"
+        return text.strides(x)

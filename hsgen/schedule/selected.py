@@ -1,0 +1,324 @@
+"""Launches of branches that attend to a selection: which of rows and blocks stay, what lists they need."""
+
+from __future__ import annotations
+
+from hsgen import buckets, rows, together
+from hsgen.errors import PlanError
+from hsgen.graph import (
+    Attend,
+    Node,
+)
+from hsgen.kernels import (
+    IndexContext,
+    MarksContext,
+)
+from hsgen.plan import Buffer, Config, Launch, Step
+from hsgen.rows import Entries, next_power
+from hsgen.schedule import text
+from hsgen.schedule.draft import SORT_LIMIT, TILE_OF_HEADS, Draft, Order
+
+
+def order_of(draft: Draft, node: Node, op: Attend) -> Order:
+    """Rows come to long blocks that few of them share; short blocks come to tiles of rows."""
+    selection = draft.graph[node.inputs[3]]
+    alone = selection.type.dims[1:3] == ("T", "Hq")
+    if alone and op.size == op.stride and draft.width(selection) <= buckets.MOST_SLOTS:
+        usual = "keys" if op.size >= buckets.LEAST_BLOCK else "rows"
+        return draft.orders.get(op.branch, usual)
+    if draft.orders.get(op.branch) == "keys":
+        raise PlanError(
+            f"branch {op.branch}: rows come to blocks only where every query head chooses at most "
+            f"{buckets.MOST_SLOTS} blocks for itself",
+            span=node.span,
+        )
+    return "rows"
+
+
+def attend_together(draft: Draft, node: Node, op: Attend) -> None:
+    """Blocks that rows chose together: a tile's rows share a list."""
+    order_of(draft, node, op)
+    _require_disjoint(node, op)
+    if op.latent:
+        message = f"branch {op.branch}: no kernel attends latents by blocks of rows yet"
+        raise PlanError(message, span=node.span)
+    selection = draft.graph[node.inputs[3]]
+    block = draft.block(selection)
+    branch = together.Branch(
+        name=op.branch,
+        needs=node.inputs[:3],
+        makes=(node.name, draft.lse_of(node)[0]),
+        operators=(node.name, *draft.lse_of(node)),
+        selection=selection.name,
+        lists=text.buffer(f"{selection.name}.blocks"),
+        buffers=draft.output_buffers(node),
+        tensors=draft.tensors(node, op),
+        outputs=draft.outputs(node),
+        block=block,
+        width=draft.slots(selection),
+        heads=draft.size(selection.type.dims[2]),
+        share=selection.type.dims[2],
+        entries=Entries(size=op.size, stride=op.stride),
+        scale=op.scale or 1.0,
+        softcap=op.softcap,
+        sink=bool(op.sink),
+    )
+    kernels, steps = together.plan(
+        draft.shape,
+        branch,
+        lambda context: draft.row_tiles.attend(context, limit=128, most=block, block=op.size),
+    )
+    draft.kernels += kernels
+    draft.steps += steps
+
+
+def _require_disjoint(node: Node, op: Attend) -> None:
+    if op.size != op.stride:
+        raise PlanError(
+            f"branch {op.branch}: no kernel attends raw tokens of overlapping blocks "
+            f"(size {op.size}, stride {op.stride})",
+            span=node.span,
+        )
+
+
+def attend_by_blocks(draft: Draft, node: Node, op: Attend) -> None:
+    """Blocks of a selection, each with the rows that chose it."""
+    selection = draft.graph[node.inputs[3]]
+    branch = buckets.Branch(
+        name=op.branch,
+        needs=node.inputs,
+        makes=(node.name, draft.lse_of(node)[0]),
+        operators=(node.name, *draft.lse_of(node)),
+        selection=text.buffer(selection.name),
+        keys=text.input_of(node.inputs[1]),
+        tensors=draft.tensors(node, op),
+        outputs=draft.outputs(node),
+        buffers=draft.output_buffers(node),
+        width=draft.width(selection),
+        entries=Entries(size=op.size, stride=op.stride),
+        scale=op.scale or 1.0,
+        softcap=op.softcap,
+        sink=bool(op.sink),
+    )
+    kernels, step = buckets.plan(
+        draft.shape_of(op), branch, lambda context: draft.row_tiles.attend(context, limit=64)
+    )
+    draft.kernels += kernels
+    draft.steps.append(step)
+
+
+def attend_blocks(
+    draft: Draft,
+    node: Node,
+    op: Attend,
+    launches: list[Launch],
+    buffers: list[Buffer],
+    sizes: list[tuple[str, str]],
+) -> tuple[rows.RowsContext, Config]:
+    """Blocks of a selection: first the union lists of each tile, then the attend over them."""
+    _require_disjoint(node, op)
+    name = f"attend_{op.branch}"
+    selection = draft.graph[node.inputs[3]]
+    width, heads = draft.width(selection), draft.size(selection.type.dims[2])
+    context = rows.attend_blocks(
+        draft.shape_of(op),
+        name=name,
+        scale=op.scale or 1.0,
+        entries=Entries(size=op.size, stride=op.stride),
+        width=width,
+        share=selection.type.dims[2],
+    )
+    most = max(1, SORT_LIMIT // next_power(width))
+    config = draft.row_tiles.attend(context, limit=64, tokens=None, most=most, block=op.size)
+    index = IndexContext(
+        name=f"index_{op.branch}",
+        heads=heads,
+        width=width,
+        size=op.size,
+        stride=op.stride,
+        causal=draft.shape.causal,
+    )
+    pairs = config["BLOCK_T"] * next_power(width)
+    warps = 4 if pairs <= 1024 else 8
+    draft.kernel(
+        "index",
+        index,
+        Config(constexprs=(), num_warps=warps, num_stages=1),
+        node.name,
+        follows=name,
+    )
+    tiles = f"tiles_{op.branch}"
+    block_t = f'config["{name}"]["BLOCK_T"]'
+    sizes += [
+        (tiles, f"batch.rows // {block_t} + batch.sequences"),
+        (f"slots_{op.branch}", f"{block_t} * {width}"),
+    ]
+    dims = (tiles, str(heads))
+    slots = f"slots_{op.branch}"
+    words = f"({block_t} + 31) // 32"
+    buffers += [
+        Buffer(name=f"counts_{op.branch}", dtype="i32", dims=(*dims, "2"), role="list"),
+        Buffer(name=f"entries_{op.branch}", dtype="i32", dims=(*dims, slots), role="list"),
+        Buffer(name=f"words_{op.branch}", dtype="i32", dims=(*dims, slots, words), role="list"),
+    ]
+    chosen = text.buffer(selection.name)
+    launches.append(
+        Launch(
+            kernel=index.name,
+            grid=(tiles, str(heads)),
+            arguments=(
+                chosen,
+                f"0 if batch.packed else {chosen}.stride(0)",
+                f"{chosen}.stride(1)",
+                f"{chosen}.stride(2)",
+                f"{chosen}.stride(3)",
+                f"counts_{op.branch}",
+                f"entries_{op.branch}",
+                f"words_{op.branch}",
+                *text.SEQ,
+            ),
+        )
+    )
+    return context, config
+
+
+def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
+    """Tokens of a selection: by tile over the union of blocks, or by row where that is dear."""
+    name, gather = f"attend_{op.branch}", f"gather_{op.branch}"
+    shape, selection = draft.shape_of(op), draft.graph[node.inputs[3]]
+    width, heads = draft.width(selection), draft.size(selection.type.dims[2])
+    share = selection.type.dims[2]
+    if op.latent and share != "Hq" and shape.group >= TILE_OF_HEADS:
+        attend_gathered(draft, node, op, scale)
+        return
+    chosen = text.buffer(selection.name)
+    union = rows.attend_marked(shape, name=name, scale=scale, share=share)
+    by_row = rows.attend_tokens(shape, name=gather, scale=scale, width=width, share=share)
+    union, by_row = with_logits(union, op), with_logits(by_row, op)
+    config = draft.row_tiles.attend(union, limit=64, block=rows.MARKED)
+    gathering = draft.row_tiles.attend(by_row, tokens=1).without("BLOCK_T")
+    marks = MarksContext(
+        name=f"index_{op.branch}", heads=heads, width=width, causal=draft.shape.causal
+    )
+    step = max(16, 4096 // config["BLOCK_T"])
+    marking = Config(
+        constexprs=(("BLOCK_K", min(step, next_power(width))), ("BLOCK_N", step), ("DEAR", 2)),
+        num_warps=8,
+        num_stages=1,
+    )
+    draft.kernel("index", marks, marking, node.name, follows=name)
+    draft.kernel("rows", union, config, node.name, *draft.lse_of(node))
+    draft.kernel(
+        "rows", by_row, gathering, node.name, *draft.lse_of(node), follows=name, by_slot=True
+    )
+    block_t = f'config["{name}"]["BLOCK_T"]'
+    tiles, chunk = f"tiles_{op.branch}", f"chunk_{op.branch}"
+    capacity = f"capacity_{op.branch}"
+    lists = (f"counts_{op.branch}", f"entries_{op.branch}", f"marks_{op.branch}")
+    tensors = draft.tensors(node, op)
+    draft.steps.append(
+        Step(
+            title=f"attend: {op.branch}",
+            needs=node.inputs,
+            makes=(node.name, draft.lse_of(node)[0]),
+            sizes=(
+                (capacity, f"max(1, (batch.keys + {rows.MARKED} - 1) // {rows.MARKED})"),
+                (tiles, f"batch.rows // {block_t} + batch.sequences"),
+                (f"bytes_{op.branch}", f"{8 * heads} * {capacity} * {block_t}"),
+                (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.branch}))"),
+                *text.parts(union, by_row),
+            ),
+            buffers=(
+                Buffer(name=lists[0], dtype="i32", dims=(chunk, str(heads)), role="list"),
+                Buffer(name=lists[1], dtype="i32", dims=(chunk, str(heads), capacity), role="list"),
+                Buffer(
+                    name=lists[2],
+                    dtype="i64",
+                    dims=(f"{chunk} * {block_t}", str(heads), capacity),
+                    role="list",
+                ),
+                *draft.output_buffers(node),
+            ),
+            launches=(
+                Launch(
+                    kernel=marks.name,
+                    grid=("count", str(heads)),
+                    arguments=(chosen, *lists, capacity, *text.SEQ, "tile_first"),
+                ),
+                Launch(
+                    kernel=name,
+                    grid=text.grid(shape, union, "count"),
+                    arguments=(
+                        *tensors,
+                        *lists,
+                        capacity,
+                        *draft.outputs(node),
+                        *text.SEQ,
+                        "tile_first",
+                    ),
+                ),
+                Launch(
+                    kernel=gather,
+                    grid=text.grid(shape, by_row, f"count * {block_t}"),
+                    arguments=(
+                        *tensors,
+                        chosen,
+                        lists[0],
+                        *draft.outputs(node),
+                        *text.SEQ,
+                        "tile_first",
+                    ),
+                ),
+            ),
+            tiles=tiles,
+            chunk=chunk,
+        )
+    )
+
+
+def attend_gathered(draft: Draft, node: Node, op: Attend, scale: float) -> None:
+    """Tokens of a selection, where one token's heads fill a tile: each row by its own list."""
+    name, tiles = f"attend_{op.branch}", f"tiles_{op.branch}"
+    shape, selection = draft.shape_of(op), draft.graph[node.inputs[3]]
+    context = rows.attend_tokens(
+        shape,
+        name=name,
+        scale=scale,
+        width=draft.width(selection),
+        share=selection.type.dims[2],
+        alone=True,
+    )
+    context = with_logits(context, op)
+    config = draft.row_tiles.attend(context, tokens=1)
+    draft.kernel("rows", context, config, node.name, *draft.lse_of(node), by_slot=True)
+    draft.steps.append(
+        Step(
+            title=f"attend: {op.branch}",
+            needs=node.inputs,
+            makes=(node.name, draft.lse_of(node)[0]),
+            sizes=((tiles, text.tiles_of(name)), *text.parts(context)),
+            buffers=draft.output_buffers(node),
+            launches=(
+                Launch(
+                    kernel=name,
+                    grid=text.grid(shape, context, f"{tiles} * {{BLOCK_T}}"),
+                    arguments=(
+                        *draft.tensors(node, op),
+                        text.buffer(selection.name),
+                        *draft.outputs(node),
+                        *text.SEQ,
+                    ),
+                ),
+            ),
+        )
+    )
+
+
+def list_arguments(op: Attend) -> tuple[str, ...]:
+    if op.over == "blocks":
+        return (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
+    return ()
+
+
+def with_logits(context: rows.RowsContext, op: Attend) -> rows.RowsContext:
+    scale = op.scale if op.scale is not None else 1.0
+    return rows.with_logits(context, scale=scale, softcap=op.softcap, sink=bool(op.sink))

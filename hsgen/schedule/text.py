@@ -1,0 +1,55 @@
+"""Names and expressions of the driver, in which steps and launches are written."""
+
+from __future__ import annotations
+
+from hsgen import rows
+
+SEQ = ("batch.table", "batch.sequences")
+
+
+def tiles() -> str:
+    return "batch.rows // {BLOCK_T} + batch.sequences"
+
+
+def tiles_of(kernel: str) -> str:
+    """The same, outside of the kernel's own grid."""
+    return f'batch.rows // config["{kernel}"]["BLOCK_T"] + batch.sequences'
+
+
+def grid(shape: rows.Shape, context: rows.RowsContext, tiles: str) -> tuple[str, str]:
+    """Programs of an attend: tiles by heads, where the parts of a token's heads are next to each other."""
+    if context.parts:
+        return f"{tiles} * parts_{context.name}", str(shape.kv_heads)
+    return tiles, str(shape.query_heads // context.heads)
+
+
+def parts(*contexts: rows.RowsContext) -> tuple[tuple[str, str], ...]:
+    """The sizes that `grid` needs: how many programs share the heads of one token."""
+    sizes: list[tuple[str, str]] = []
+    for context in contexts:
+        if context.parts:
+            heads = f"heads_{context.name}"
+            sizes.append((heads, f'config["{context.name}"]["BLOCK_H"]'))
+            sizes.append((f"parts_{context.name}", f"({context.heads} + {heads} - 1) // {heads}"))
+    return tuple(sizes)
+
+
+def safe(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def input_of(name: str) -> str:
+    return f"in_{name}"
+
+
+def buffer(name: str) -> str:
+    """The driver's name for what a node makes; no input or size can be called so."""
+    return f"made_{safe(name)}"
+
+
+def strides(x: str) -> tuple[str, ...]:
+    return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
+
+
+def lse_strides(x: str) -> tuple[str, ...]:
+    return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"

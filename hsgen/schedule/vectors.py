@@ -1,0 +1,217 @@
+"""Launches that make vectors of vectors: pools of keys and of queries, and numbers kept in fewer bits."""
+
+from __future__ import annotations
+
+import math
+
+from hsgen import configs, rows, together
+from hsgen.graph import (
+    Node,
+    Norm,
+    Pool,
+    PoolRows,
+    Rotate,
+    Round,
+)
+from hsgen.kernels import (
+    POOLS,
+    ROUNDED,
+    RoundContext,
+    SegmentsContext,
+    Turn,
+)
+from hsgen.plan import Buffer, Launch, Step
+from hsgen.schedule import text
+from hsgen.schedule.draft import Draft
+
+
+def pool(draft: Draft, node: Node, op: Pool | PoolRows) -> None:
+    if isinstance(op, PoolRows):
+        _pool_rows(draft, node, op)
+    else:
+        _pool_keys(draft, node, op)
+
+
+def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
+    source, chain = draft.graph[node.inputs[0]], draft.finished(node)
+    made = chain[-1].name
+    norms = tuple(x.inputs[1] for x in chain if isinstance(x.op, Norm))
+    turns = tuple(x for x in chain if isinstance(x.op, Rotate))
+    dims = [draft.size(dim) for dim in source.type.dims[2:]]
+    heads, dim = (dims[0], dims[1]) if len(dims) == 2 else (1, dims[0])
+    turn = next((_turn(x.op, dim) for x in chain if isinstance(x.op, Rotate)), None)
+    short = draft.entries(op, op.level).short
+    assert op.how in POOLS, "refused"
+    context = SegmentsContext(
+        name=f"pool_{text.safe(node.name)}",
+        heads=heads,
+        head_dim=dim,
+        size=op.size,
+        stride=op.stride,
+        short=short,
+        how=op.how,
+        position=op.position,
+        precision=draft.target.dot_precision,
+        softmax=op.softmax,
+        normed=bool(norms),
+        turn=turn,
+    )
+    count = f"count_{text.safe(made)}"
+    buffer = text.buffer(made)
+    rows_of = f"{text.input_of(source.name)}.shape[1]"
+    length = (
+        f"({rows_of} + {op.stride - 1}) // {op.stride} + batch.packed * batch.sequences"
+        if short
+        else f"{rows_of} // {op.stride}"
+    )
+    config = configs.pool(op, dim, draft.dtype, finishes=len(chain) > 1)
+    names = tuple(x.name for x in chain)
+    kernel = draft.kernel("segments", context, config, *names)
+    tables = tuple(name for x in turns for name in x.inputs[1:])
+    gates = node.inputs[1:2] if op.how == "gated" else ()
+    draft.steps.append(
+        Step(
+            title=f"pool: {node.name}",
+            needs=(*node.inputs, *norms, *tables),
+            makes=names,
+            sizes=(
+                (f"length_{text.safe(made)}", length),
+                (count, f"{int(short)} if batch.packed else length_{text.safe(made)}"),
+                (
+                    f"rows_{text.safe(made)}",
+                    f"{text.input_of(source.name)}.shape[0] * length_{text.safe(made)}",
+                ),
+            ),
+            buffers=(
+                Buffer(
+                    name=buffer,
+                    dtype="input",
+                    dims=(
+                        f"{text.input_of(source.name)}.shape[0]",
+                        f"length_{text.safe(made)}",
+                        str(heads),
+                        str(context.width),
+                    ),
+                    role="level",
+                ),
+            ),
+            launches=(
+                Launch(
+                    kernel=kernel,
+                    grid=(
+                        f"rows_{text.safe(made)} // {{BLOCK_E}} + batch.sequences",
+                        str(heads),
+                    ),
+                    arguments=(
+                        *draft.tensor(source.name),
+                        *(x for name in gates for x in _gates(draft, name, op)),
+                        *(text.input_of(name) for name in node.inputs[1 + len(gates) :]),
+                        *map(text.input_of, norms),
+                        *(x for name in tables for x in draft.tensor(name)[:3]),
+                        buffer,
+                        count,
+                        *text.SEQ,
+                    ),
+                ),
+            ),
+        )
+    )
+
+
+def _gates(draft: Draft, name: str, op: Pool) -> tuple[str, ...]:
+    """Gates and their batch, token and head strides; an index has no heads."""
+    dims, x = len(draft.graph[name].type.dims), text.input_of(name)
+    by_head = dims == (4 if op.softmax == "channel" else 3)
+    return (*text.strides(x)[:3], f"{x}.stride(2)" if by_head else "0")
+
+
+def _pool_rows(draft: Draft, node: Node, op: PoolRows) -> None:
+    """One query for the rows of a block, kept in float32."""
+    assert op.block is not None, "refused"
+    assert op.how in ("mean", "max"), "refused"
+    source = draft.graph[node.inputs[0]]
+    heads, dim = (draft.size(name) for name in source.type.dims[2:])
+    context = SegmentsContext(
+        name=f"pool_{text.safe(node.name)}",
+        heads=heads,
+        head_dim=dim,
+        size=op.block,
+        stride=op.block,
+        how=op.how,
+        rows=op.block,
+        precision=draft.target.dot_precision,
+    )
+    kernel = draft.kernel("segments", context, configs.pool_tokens(op.block), node.name)
+    count, buffer = f"blocks_{text.safe(node.name)}", text.buffer(node.name)
+    draft.steps.append(
+        Step(
+            title=f"pool: {node.name}",
+            needs=node.inputs,
+            makes=(node.name,),
+            sizes=((count, together.blocks_of(op.block)),),
+            buffers=(
+                Buffer(name=buffer, dtype="f32", dims=(count, str(heads), str(dim)), role="level"),
+            ),
+            launches=(
+                Launch(
+                    kernel=kernel,
+                    grid=(f"{count} // {{BLOCK_E}} + batch.sequences", str(heads)),
+                    arguments=(*draft.tensor(source.name), buffer, *text.SEQ),
+                ),
+            ),
+        )
+    )
+
+
+def round_(draft: Draft, node: Node, op: Round) -> None:
+    """Vectors of the caller, each kept in fewer bits; by rows, whatever sequences they are of."""
+    assert op.dtype in ROUNDED, "refused"
+    source, buffer = node.inputs[0], text.buffer(node.name)
+    x, name = text.input_of(source), text.safe(node.name)
+    dims = [draft.size(dim) for dim in node.type.dims[2:]]
+    heads = dims[0] if len(dims) == 2 else 1
+    context = RoundContext(
+        name=f"round_{text.safe(source)}", dtype=op.dtype, heads=heads, head_dim=dims[-1]
+    )
+    kernel = draft.kernel("segments", context, configs.rounding(dims[-1]), node.name)
+    rows_of = f"{x}.shape[0] * {x}.shape[1]"
+    draft.steps.append(
+        Step(
+            title=f"round: {source}",
+            needs=node.inputs,
+            makes=(node.name,),
+            sizes=((f"vectors_{name}", f"{rows_of} * {heads}"),),
+            buffers=(
+                Buffer(
+                    name=buffer,
+                    dtype="input",
+                    dims=(f"{x}.shape[0]", f"{x}.shape[1]", *map(str, dims)),
+                    role="level",
+                ),
+            ),
+            launches=(
+                Launch(
+                    kernel=kernel,
+                    grid=(f"vectors_{name} // {{BLOCK_V}} + 1", "1"),
+                    arguments=(
+                        *draft.tensor(source),
+                        buffer,
+                        f"{x}.shape[1]",
+                        f"vectors_{name}",
+                    ),
+                ),
+            ),
+        )
+    )
+
+
+def _turn(op: Rotate, dim: int) -> Turn:
+    """Where RoPE turns which channels of pooled keys."""
+    first = f"e * {op.stride}"
+    return Turn(
+        start=0 if op.channels == "first" else dim - op.dims,
+        dims=op.dims,
+        halves=op.pairs == "halves",
+        position=first if op.at == "first" else f"({first} + {(op.size - 1) / 2})",
+        frequency="" if op.base is None else rows.number(-2 / op.dims * math.log2(op.base)),
+    )
