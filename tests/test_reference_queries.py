@@ -320,9 +320,11 @@ def test_pairs_of_blocks_are_counted_once_a_block() -> None:
     assert costs(graph)["block.queries"].flops.evaluate(64) == 64 * 4 * 6
 
 
-def test_no_kernel_has_them_yet() -> None:
-    spec = make("k", together(Query(block=4, pool="mean")), [SELECTED])
-    with pytest.raises(PlanError, match="level block: no kernel chooses for rows together yet"):
+def test_no_kernel_reduces_their_scores_yet() -> None:
+    spec = make("k", together(Query(last=4, reduce="mean")), [SELECTED])
+    with pytest.raises(
+        PlanError, match="level block: no kernel reduces the scores of rows together yet"
+    ):
         schedule(plan(spec), Target.named("h100"))
 
 

@@ -79,13 +79,14 @@ LAYERS: dict[str, int] = {"small_thinker": 1, "token_sparse": 15}
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 # `dsa` is an example that has tests of its own, and rounds the index as test_stored has it.
-PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao", "dsa": "sparse_mla"}
+PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
 # Specs put together from loops that another has too: on the CPU a few of the covering cases, every other
 # probe and every third law; on a GPU all of them.  All others get all of them everywhere.
 ALIKE: dict[str, str] = {
+    "dsa": "sparse_mla",
     "dhsa_released": "block_lists",
     "dsa_gqa": "hisa",
-    "glm_kpool": "kinetics",
+    "glm_kpool": "moba",
     "infllm_v2": "nsa",
     "kinetics": "moba",
     "minimax_m3": "hisa",
