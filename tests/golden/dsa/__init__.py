@@ -1,0 +1,1 @@
+"""Kernels of dsa, emitted by hsgen."""
