@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHIPPED_CAPTURE = ROOT / "tests" / "data" / "smollm2_layer05.safetensors"
 
+MISSING = "–"  # of a figure that is not there
 LINE = 160  # characters of a line of a results file
 
 
@@ -112,6 +113,13 @@ def read_json(path: Path) -> Json:
 def found(paths: Sequence[Path], kind: str) -> list[Path]:
     """The results to write up: those named, else all that are kept, by name."""
     return list(paths) or sorted(RESULTS.glob(f"{kind}_*.json"))
+
+
+def number(value: float | None) -> str:
+    """A figure of a table: three digits, or all before the point."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

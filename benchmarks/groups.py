@@ -24,7 +24,6 @@ from hsgen.spec import load
 SYSTEMS = ("nsa", "infllm_v2", "moba", "hisa")
 GROUPS = (1, 2, 4, 7, 8, 16)
 KV_HEADS, DIM = 4, 128
-MISSING = "–"
 
 TEXT = """# From group to group
 
@@ -104,9 +103,16 @@ def table(results: Sequence[Json]) -> str:
         total, dense = _ms(case, "total"), _dense(case)
         each = total / _heads(case) if total else None
         card = str(result["runs"][0]["card"]).removeprefix("NVIDIA ")
-        row = [f"{card}, {case['system']}, {case['group']}", _number(total)]
-        row += [_number(_ms(case, "select")), _number(_ms(case, "attend")), _number(each)]
-        row += [_number(dense), f"{dense / total:.2f}×" if dense and total else MISSING]
+        row = [f"{card}, {case['system']}, {case['group']}", common.number(total)]
+        row += [
+            common.number(_ms(case, "select")),
+            common.number(_ms(case, "attend")),
+            common.number(each),
+        ]
+        row += [
+            common.number(dense),
+            f"{dense / total:.2f}×" if dense and total else common.MISSING,
+        ]
         rows.append(row)
     return common.table([*head, "dense / whole"], rows)
 
@@ -167,12 +173,6 @@ def _failures(case: Json) -> Iterator[tuple[str, str]]:
     for step, entry in _steps(case).items():
         if entry["status"] != "ok":
             yield step, " ".join(str(entry["reason"]).split())[: bench.LONGEST_REASON]
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return MISSING
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

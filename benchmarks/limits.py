@@ -130,10 +130,13 @@ def table(results: Sequence[Json]) -> str:
             if each.ms < SHOWN * whole:
                 continue
             likely = max(each.least, each.flops / rate) * 1e3 if rate else None
-            row = [f"{speed_report.case_name(result, case)}, {_words(each)}", _number(each.ms)]
-            row += [f"{each.ms / whole:.0%}", _number(each.least * 1e3)]
-            row += [f"{each.least * 1e3 / each.ms:.0%}" if each.ms else speed_report.MISSING]
-            rows.append([*row, _number(likely), each.bound])
+            row = [
+                f"{speed_report.case_name(result, case)}, {_words(each)}",
+                common.number(each.ms),
+            ]
+            row += [f"{each.ms / whole:.0%}", common.number(each.least * 1e3)]
+            row += [f"{each.least * 1e3 / each.ms:.0%}" if each.ms else common.MISSING]
+            rows.append([*row, common.number(likely), each.bound])
     return common.table(head, rows)
 
 
@@ -152,7 +155,7 @@ def growth(results: Sequence[Json]) -> str:
         slopes += [bench.exponent(lengths, known)] if len(known) == len(lengths) else []
         cells = [f"{slope:.2f}" for slope in slopes]
         name = f"{_card(result)}, {system}, {inputs}"
-        cells += [speed_report.MISSING] * (3 - len(cells))
+        cells += [common.MISSING] * (3 - len(cells))
         rows.append([name, f"{lengths[0]:,} to {lengths[-1]:,}", *cells])
     return common.table(head, rows)
 
@@ -270,12 +273,6 @@ def _card(result: Json) -> str:
 def _where(results: Sequence[Json]) -> str:
     made = [result["runs"][0] for result in results]
     return "; ".join(f"{x['card']}, {x['date'][:10]}" for x in made)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return speed_report.MISSING
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

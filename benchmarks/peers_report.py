@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from benchmarks import common, peer_kernels, speed_report
 from hsgen.quality import Json
 
-MISSING = speed_report.MISSING
-
 TEXT = """# Beside kernels of peers
 
 Forward, bf16, batch 1, causal, all in one run on one card: GPU kernels that others published, and hsgen's
@@ -73,9 +71,9 @@ def whole(results: Sequence[Json]) -> str:
         own, best = _ms(case, "hsgen whole"), _best_dense(result, case)
         for name in _of(case):
             other = _ms(case, f"{name} whole")
-            row = [_name(result, case), _number(own), _title(name), _number(other)]
-            row += [_ratio(other, own), _number(best and best["ms"]["median"])]
-            row += [best["by"] if best else MISSING]
+            row = [_name(result, case), common.number(own), _title(name), common.number(other)]
+            row += [_ratio(other, own), common.number(best and best["ms"]["median"])]
+            row += [best["by"] if best else common.MISSING]
             rows.append([*row, _ratio(best and best["ms"]["median"], own)])
     return common.table(head, rows)
 
@@ -89,7 +87,7 @@ def choosing(results: Sequence[Json]) -> str:
         for name in _of(case):
             ways = [_ms(case, f"{name} {way}") for way in ("choose", "compress and choose")]
             best = min((ms for ms in ways if ms), default=None)
-            row = [_name(result, case), _number(own), _title(name), *map(_number, ways)]
+            row = [_name(result, case), common.number(own), _title(name), *map(common.number, ways)]
             rows.append([*row, _ratio(best, own)])
     return common.table([*head, "peer / hsgen"], rows)
 
@@ -105,7 +103,12 @@ def attending(results: Sequence[Json]) -> str:
         own = _ms(case, "hsgen attend")
         others = [_ms(case, f"{name} attend") for name in peer_kernels.PEERS]
         best = min((ms for ms in others if ms), default=None)
-        row = [_name(result, case), _number(own), *map(_number, others), _ratio(best, own)]
+        row = [
+            _name(result, case),
+            common.number(own),
+            *map(common.number, others),
+            _ratio(best, own),
+        ]
         rows.append(row)
     return common.table(head, rows)
 
@@ -117,7 +120,7 @@ def checks(results: Sequence[Json]) -> str:
         for step, entry in case["steps"].items():
             figures = [entry.get("error"), entry.get("same_choice")]
             if not step.startswith("dense ") and any(f is not None for f in figures):
-                rows.append([f"{_name(result, case)}, {step}", *map(_number, figures)])
+                rows.append([f"{_name(result, case)}, {step}", *map(common.number, figures)])
     return common.table(["card, tokens, system, inputs, step", "error", "same choice"], rows)
 
 
@@ -175,10 +178,4 @@ def _best_dense(result: Json, case: Json) -> Json | None:
 
 
 def _ratio(a: float | None, b: float | None) -> str:
-    return f"{a / b:.2f}×" if a and b else MISSING
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return MISSING
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{a / b:.2f}×" if a and b else common.MISSING

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from benchmarks import common
 from hsgen.quality import Json
 
-MISSING = "–"
 SHOWN_KERNELS = 8
 LONGEST_REASON = 400
 
@@ -70,11 +69,11 @@ def whole(results: Sequence[Json]) -> str:
         ratio = best["ms"]["median"] / total if best and total else None
         row = [
             case_name(result, case),
-            *(_number(milliseconds(case, s)) for s in ("total", "select", "attend")),
+            *(common.number(milliseconds(case, s)) for s in ("total", "select", "attend")),
         ]
-        row += [_number(_memory(case)), _number(best and best["ms"]["median"])]
-        row += [_number(best and best["tflops"]), best["by"] if best else MISSING]
-        rows.append([*row, f"{ratio:.2f}×" if ratio else MISSING])
+        row += [common.number(_memory(case)), common.number(best and best["ms"]["median"])]
+        row += [common.number(best and best["tflops"]), best["by"] if best else common.MISSING]
+        rows.append([*row, f"{ratio:.2f}×" if ratio else common.MISSING])
     return common.table(head, rows)
 
 
@@ -88,12 +87,12 @@ def flex(results: Sequence[Json]) -> str:
         skipped = case["steps"].get("flex", {}).get("sparsity")
         row = [
             case_name(result, case),
-            _number(own),
-            _number(other),
-            _number(milliseconds(case, "flex mask")),
+            common.number(own),
+            common.number(other),
+            common.number(milliseconds(case, "flex mask")),
         ]
-        row += [f"{skipped:.0f} %" if skipped is not None else MISSING]
-        rows.append([*row, f"{other / own:.2f}×" if own and other else MISSING])
+        row += [f"{skipped:.0f} %" if skipped is not None else common.MISSING]
+        rows.append([*row, f"{other / own:.2f}×" if own and other else common.MISSING])
     return common.table(head, rows)
 
 
@@ -104,7 +103,9 @@ def dense(results: Sequence[Json]) -> str:
         for step, entry in case["steps"].items():
             if step.startswith("dense ") and entry["status"] == "ok":
                 name = f"{case_name(result, case)}, {step.removeprefix('dense ')}"
-                rows.append([name, _number(entry["ms"]["median"]), _number(entry["tflops"])])
+                rows.append(
+                    [name, common.number(entry["ms"]["median"]), common.number(entry["tflops"])]
+                )
     return common.table(["card, tokens, system, inputs, way", "ms", "TFLOP/s"], rows)
 
 
@@ -116,7 +117,7 @@ def kernels(results: Sequence[Json]) -> str:
         if entry.get("status") == "ok":
             longest = list(entry["ms"].items())[:SHOWN_KERNELS]
             text = "; ".join(f"`{_plain(name)[:60]}` {ms:.3g}" for name, ms in longest)
-            rows.append([case_name(result, case), _number(sum(entry["ms"].values())), text])
+            rows.append([case_name(result, case), common.number(sum(entry["ms"].values())), text])
     return common.table(["card, tokens, system, inputs", "sum", "kernels"], rows)
 
 
@@ -129,7 +130,7 @@ def checks(results: Sequence[Json]) -> str:
         small, full = (case["steps"].get(step, {}) for step in ("check small", "check"))
         numbers = [small.get("error"), small.get("same_choice"), full.get("error")]
         numbers += [full.get("same_choice"), full.get("density")]
-        rows.append([case_name(result, case), *map(_number, numbers)])
+        rows.append([case_name(result, case), *map(common.number, numbers)])
     return common.table(head, rows)
 
 
@@ -192,12 +193,6 @@ def best_dense(result: Json, case: Json) -> Json | None:
         if step.startswith("dense ") and entry["status"] == "ok"
     ]
     return min(found, key=lambda entry: entry["ms"]["median"], default=None)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return MISSING
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _plain(text: str) -> str:

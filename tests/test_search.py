@@ -94,14 +94,14 @@ def test_spec_itself_is_the_first_choice():
     ("name", "turned", "kept"),
     [
         ("nsa", {"block.size", "block.tokens", "window.window"}, {"compressed.size"}),
-        ("seer_attention", {"block.tokens"}, {"block.size", "block.pool"}),
+        ("seer_attention", {"block.first", "block.last"}, {"block.size", "block.pool"}),
         ("quest", {"page.size", "page.tokens"}, {"page.pool"}),
         ("xattention", {"block.mass"}, set()),
         ("infllm_v2", {"coarse.size", "compressed.size", "block.tokens"}, set()),
     ],
 )
 def test_nothing_learned_changes_its_shape(name, turned, kept):
-    assert turned <= knobs(name).keys() or name == "seer_attention"
+    assert turned <= knobs(name).keys()
     assert not kept & knobs(name).keys()
 
 

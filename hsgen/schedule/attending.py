@@ -115,7 +115,7 @@ def log_sum_exp(draft: Draft, node: Node) -> None:
                     arguments=(
                         *draft.tensor("q"),
                         *draft.tensor(score.inputs[1]),
-                        *text.lse_strides(text.buffer(node.name)),
+                        *text.strides(text.buffer(node.name)),
                         *text.SEQ,
                     ),
                 ),

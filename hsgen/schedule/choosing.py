@@ -260,7 +260,7 @@ def _score_arguments(
         *draft.tensor(queries),
         *draft.tensor(keys)[: 3 if indexed else 4],
         *(draft.tensor(others[0])[:3] if weighted else ()),
-        *(text.lse_strides(text.buffer(chain.lse)) if chain.lse else ()),
+        *(text.strides(text.buffer(chain.lse)) if chain.lse else ()),
         *((text.buffer(parent.name),) if parent else ()),
         scratch,
         capacity,

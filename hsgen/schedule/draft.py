@@ -149,7 +149,7 @@ class Draft:
         assert isinstance(node.op, Attend)
         sink = (text.input_of(f"{node.op.branch}_sink"),) if node.op.sink else ()
         o, lse = text.buffer(node.name), text.buffer(self.lse_of(node)[0])
-        return (*sink, *text.strides(o), *text.lse_strides(lse))
+        return (*sink, *text.strides(o), *text.strides(lse))
 
     def lse_of(self, node: Node) -> tuple[str, ...]:
         return tuple(u.name for u in self.graph.users(node.name) if isinstance(u.op, LogSumExp))

@@ -48,8 +48,5 @@ def buffer(name: str) -> str:
 
 
 def strides(x: str) -> tuple[str, ...]:
-    return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
-
-
-def lse_strides(x: str) -> tuple[str, ...]:
+    """A tensor and its strides: of batch, token and head; of a log-sum-exp of batch, head and token."""
     return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", f"{x}.stride(2)"
