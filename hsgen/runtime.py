@@ -172,7 +172,7 @@ class Kernel:
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None = None,
         *,
         layout: str = "bthd",
         return_lse: bool = False,
@@ -189,7 +189,7 @@ class Kernel:
         Args:
             q: [B, T, Hq, Dqk].
             k: [B, S, Hkv, Dqk].
-            v: [B, S, Hkv, Dv].
+            v: [B, S, Hkv, Dv]; None where a latent key holds it.
             layout: "bthd", or "bhtd": the order of dimensions of every 4-D tensor, o included.
             return_lse: return the log-sum-exp too.
             cu_seqlens_q: i32[Z + 1], where each packed document's queries start, and their total.
@@ -256,7 +256,7 @@ class Kernel:
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None = None,
         *,
         layout: str = "bthd",
         return_lse: bool = False,
@@ -282,7 +282,7 @@ class Kernel:
         o = result.o.transpose(1, 2) if layout == "bhtd" else result.o
         return self._returned((o, *lse), return_lse=return_lse)
 
-    def warmup(self, q: Tensor, k: Tensor, v: Tensor, **keywords: object) -> None:
+    def warmup(self, q: Tensor, k: Tensor, v: Tensor | None = None, **keywords: object) -> None:
         """Call once, for what a first call compiles: do it before a CUDA graph is captured.
 
         Takes the arguments of a call.  Tensors of the same shapes, strides and dtype will then run

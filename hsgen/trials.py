@@ -41,6 +41,7 @@ ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0
 WIDE = 256  # slots of a selection that make the interpreter slow
 MOST_KEYS = 1024
 KNOWN_CHOICES = 8  # that an examination remembers the reference of
+LSE_BOUND = 1e-5  # of 1 + its size
 SCORE_BOUND = 1e-4  # of a row's largest score: far above rounding, far below a wrong score
 
 
@@ -337,15 +338,27 @@ class Examination:
             problem
             for level in trial.spec.levels
             if level.select
-            for problem in _wrong_selection(level, selection[level.name], forced, self._free)
+            for problem in _wrong_selection(
+                level, selection[level.name], forced, self._free, _step(trial, level)
+            )
         ]
         if trial.exact:
             assert self._free is not None, "asked for above"
             wrong += _other_sets(self._free, selection)
         wrong += _wrong_output(o, plain.o.to(trial.dtype), forced.o, trial.dtype)
         for (name, got), expected in zip(lse.items(), forced.lse.values(), strict=True):
-            wrong += _wrong_lse(name, got, expected)
+            wrong += _wrong_lse(name, got, expected, self._step_of(name))
         return wrong
+
+    def _step_of(self, branch: str) -> float:
+        """Of the log-sum-exp of a branch, or of all of them."""
+        spec = self.trial.spec
+        pooled = (
+            spec.level(b.over)
+            for b in spec.attend
+            if b.values == "pooled" and b.over and branch in (b.name, "o")
+        )
+        return max((_step(self.trial, level) for level in pooled), default=0.0)
 
     def _references(self, selection: dict[str, ListSelection]) -> tuple[Result, Result]:
         """In float64 and in float32, of these entries."""
@@ -427,11 +440,23 @@ def _numbers(trial: Trial, name: str, shape: tuple[int, ...], generator: torch.G
 # --- judgement
 
 
+def _step(trial: Trial, level: Level) -> float:
+    """How far apart entries may be that two right sums of a pool, a tie between them, round to."""
+    if level.score.source:
+        return _step(trial, trial.spec.level(level.score.source))
+    pool = level.pool
+    copies = pool is None or pool.keys in ("max", "minmax", "first")
+    if trial.dtype == torch.float32 or (copies and not (pool and (pool.then or pool.rotate))):
+        return 0.0
+    return 2 * ROUNDOFF[trial.dtype]
+
+
 def _wrong_selection(
-    level: Level, chosen: ListSelection, given: Result, own: Result | None
+    level: Level, chosen: ListSelection, given: Result, own: Result | None, step: float
 ) -> Iterator[str]:
     """Structure, and what scores say: no unselected entry may be clearly better than a selected one.
 
+    `step`: of what entries are kept in.
     `given` is the reference on the kernels' own selections, so a child is judged by its own parent.
     `own`: the one that chooses, where rows differ in how many they keep, which no score decides.
     """
@@ -452,7 +477,7 @@ def _wrong_selection(
         ("selects what is no candidate", (mask & ~candidates).any(-1)),
         ("lacks a forced entry", (forced & ~mask).any(-1)),
         ("has not the size it should", count != torch.minimum(keep, candidates.sum(-1))),
-        ("leaves out a better entry", _left_out(scores, mask, candidates, forced)),
+        ("leaves out a better entry", _left_out(scores, mask, candidates, forced, step)),
     ):
         if bad.any():
             yield f"{level.name}: {_row(bad)} {text}"
@@ -470,12 +495,14 @@ def _ascending(mask: Tensor, width: int) -> Tensor:
     return torch.where(numbers < entries, numbers, -1).to(torch.int32)
 
 
-def _left_out(scores: Tensor, mask: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
+def _left_out(
+    scores: Tensor, mask: Tensor, candidates: Tensor, forced: Tensor, step: float
+) -> Tensor:
     """Rows whose lowest selected score is clearly below the highest unselected one.  -> bool[...]"""
     lowest = scores.masked_fill(~mask | forced, math.inf).amin(-1)
     highest = scores.masked_fill(mask | ~candidates, -math.inf).amax(-1)
     size = scores.masked_fill(~scores.isfinite(), 0.0).abs().amax(-1)
-    return highest - lowest > SCORE_BOUND * size
+    return highest - lowest > max(SCORE_BOUND, step) * size
 
 
 def _other_sets(expected: Result, chosen: dict[str, ListSelection]) -> Iterator[str]:
@@ -506,9 +533,9 @@ def _wrong_output(o: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -
         yield f"o: on average {bias:+.2g} too large"
 
 
-def _wrong_lse(name: str, lse: Tensor, exact: Tensor) -> Iterator[str]:
+def _wrong_lse(name: str, lse: Tensor, exact: Tensor, step: float) -> Iterator[str]:
     empty = exact == -math.inf
-    bound = 1e-5 * (1 + exact.masked_fill(empty, 0.0).abs())
+    bound = max(LSE_BOUND, step) * (1 + exact.masked_fill(empty, 0.0).abs())
     off = (lse.double() - exact).masked_fill(empty, 0.0)
     bad = (off.abs() > bound) | off.isnan() | ((lse == -math.inf) != empty)
     if bad.any():
