@@ -19,8 +19,9 @@ from hsgen.measurer import Failure, Replay, Table, read_table
 from hsgen.space import Space, space
 from hsgen.spec import load
 from hsgen.target import Target
-from hsgen.tune.journal import Journal, storage_at
+from hsgen.tune.journal import Journal
 from hsgen.tune.search import Limits, Search
+from hsgen.tune.storages import storage_at
 
 TRIALS = (10, 20, 40, 60, 100)
 NOISE, QUIET = 0.02, 0.002  # one-sided, of single timings and of finals

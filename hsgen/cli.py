@@ -478,7 +478,8 @@ def tune(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="Of Optuna; default a journal in the cache.")
+        str | None,
+        typer.Option(metavar="PLACE", help="What several processes share: a file, or a URL."),
     ] = None,
     export: Annotated[
         Path | None,

@@ -3,13 +3,11 @@
 import functools
 import json
 import math
-import os
 import signal
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 import pytest
 import tuning_kills
 import tuning_runs
@@ -24,8 +22,9 @@ from hsgen.measurer import Failure, Replay, Result, shape_of
 from hsgen.spec import load
 from hsgen.target import H100
 from hsgen.tune import Options, attempt, tune
-from hsgen.tune.journal import WORKER, Journal, codes_of, distributions, mend, storage_at, whoami
+from hsgen.tune.journal import Journal
 from hsgen.tune.search import Limits, Search
+from hsgen.tune.storages import mend, storage_at
 from hsgen.tuned import Time
 
 CHILD = str(Path(tuning_runs.__file__).with_name("tuning_child.py"))
@@ -209,30 +208,6 @@ def test_a_torn_line_is_cut_off(tmp_path):
     file.write_bytes(b'{"op')
     mend(file)
     assert file.read_bytes() == b""
-
-
-def test_trials_of_dead_processes_are_finished(tmp_path):
-    found, made = tabled("nsa", "attend_selected", 0)
-    journal = Journal(storage_at(tmp_path / "a.journal"), "test", found)
-    part = found.variants[0].parts[0]
-    study = journal.study("own.attend_selected", optuna.samplers.RandomSampler(seed=1))
-    result = Replay(made).measure(found.start)
-    dead = whoami() | {"pid": os.getpid(), "started": 1}
-    for worker, known in ((dead, True), (dead, False), (whoami(), False)):
-        trial = study.ask(distributions(part))
-        trial.set_user_attr(WORKER, worker)
-        if known:
-            point = part.moved(found.start, codes_of(trial, part.knobs))
-            trial.set_user_attr(
-                "outcome", json.dumps({"point": found.start.record(), "result": result.record()})
-            )
-    again = Journal(storage_at(tmp_path / "a.journal"), "test", found)
-    states = [
-        t.state.name for t in again._studies["own.attend_selected"].get_trials(deepcopy=False)
-    ]
-    assert states == ["COMPLETE", "FAIL", "RUNNING"]
-    assert again.results == {found.start.key: result}
-    assert point.orders == ()
 
 
 def test_an_unusable_storage_is_said(tmp_path):

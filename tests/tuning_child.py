@@ -1,7 +1,7 @@
 """A measuring process that loads nothing and misbehaves where it is told to: python tuning_child.py PLAN.
 
 PLAN is JSON: `bad` says, by `kernel.NAME=value`, how a point with that value behaves; `log` is a file
-that learns of each answer; `seconds` is how long one takes.
+that learns of each point that is asked for; `seconds` is how long one takes.
 """
 
 import json
@@ -94,6 +94,9 @@ def main():
             how = next(
                 (plan["bad"][v] for v in point_values(request["configs"]) if v in plan["bad"]), ""
             )
+            if "log" in plan:
+                with open(plan["log"], "a") as log:
+                    log.write(json.dumps(request["configs"], sort_keys=True) + "\n")
             time.sleep(plan.get("seconds", 0.0))
             answer = misbehave(how) or result(microseconds(request["configs"]))
         sys.stdout.write(json.dumps(answer) + "\n")

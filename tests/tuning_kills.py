@@ -19,7 +19,8 @@ from pathlib import Path
 
 from tuning_runs import MORE, small_space
 
-from hsgen.tune.journal import Journal, storage_at
+from hsgen.tune.journal import Journal
+from hsgen.tune.storages import storage_at
 
 RUNS = Path(__file__).with_name("tuning_runs.py")
 SECONDS = 0.02  # of a measurement

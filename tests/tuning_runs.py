@@ -1,7 +1,7 @@
 """A search in a process of its own, which tests kill: python tuning_runs.py PLAN.
 
-PLAN is JSON: `journal`, `log` (a line a result that is kept), `child` (arguments of `tuning_child`),
-`trials`, `lanes`.  The space is small, so a search that is not killed ends by itself.
+PLAN is JSON: `journal` (or a URL), `log` (a line a result that is kept), `child` (arguments of
+`tuning_child`), `trials`, `lanes`.  The space is small, so a search that is not killed ends by itself.
 """
 
 import json
@@ -13,8 +13,9 @@ from hsgen.lanes import Lanes, Patience
 from hsgen.space import space
 from hsgen.spec import load
 from hsgen.target import H100
-from hsgen.tune.journal import Journal, storage_at
+from hsgen.tune.journal import Journal
 from hsgen.tune.search import Limits, Search
+from hsgen.tune.storages import storage_at
 
 CHILD = str(Path(__file__).with_name("tuning_child.py"))
 KERNELS = ("merge", "attend_compressed")
@@ -49,7 +50,7 @@ def run(plan):
     with Lanes(
         problem, ["interpreter"] * plan.get("lanes", 1), command=command, patience=patience
     ) as lanes:
-        journal = Noting(storage_at(Path(plan["journal"])), "small", found)
+        journal = Noting(storage_at(plan["journal"]), "small", found)
         journal.open = True
         search = Search(
             space=found, measurer=lanes, journal=journal, limits=Limits(trials=plan["trials"])

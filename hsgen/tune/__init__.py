@@ -31,8 +31,9 @@ from hsgen.space import Orders, Point, Space, space
 from hsgen.spec import Spec, dump
 from hsgen.target import Target
 from hsgen.tune.finals import Entrant, Verdict, confirmed, decide
-from hsgen.tune.journal import Journal, storage_at
+from hsgen.tune.journal import Journal
 from hsgen.tune.search import Judge, Lenient, Limits, Search, Status, Tell, static
+from hsgen.tune.storages import reached, shown, storage_at
 from hsgen.workers import JsonObject
 
 __all__ = ["Limits", "Options", "Patience", "Report", "Status", "attempt", "present_gpus", "tune"]
@@ -55,7 +56,7 @@ class Options:
         limits: of trials and seconds.
         gpus: as CUDA numbers them; `interpreter` for tests.
         seed: of the search.
-        storage: a URL of Optuna's; None is a journal in the cache.
+        storage: of studies that several processes share, see `storages`; None is in the cache.
         only: kernels whose parts move.
         command: the words that do it again.
         child: what a measuring process runs.
@@ -246,7 +247,9 @@ class _Tuning:
 
     def run(self, tell: Tell) -> Report:
         place = self.options.storage or paths.cache_dir() / "studies" / f"{self.name}.journal"
-        journal = Journal(storage_at(place), self.name, self.space)
+        storage = storage_at(place)
+        with reached(place):
+            journal = Journal(storage, self.name, self.space)
         search = Search(
             space=self.space,
             measurer=self.lanes,
@@ -258,7 +261,7 @@ class _Tuning:
             weights=self.lanes.shares(self.space.start),
             tell=tell,
         )
-        with _interruptible(search):
+        with _interruptible(search), reached(place):
             search.run([point for shape in self.options.shapes for point in self._warm(shape)])
         finals = () if search.stopped else tuple(self._finals(search))
         for final in finals:
@@ -272,7 +275,7 @@ class _Tuning:
             results=dict(journal.results),
             finals=finals,
             failed=tuple(self._repros(journal)),
-            journal=str(place),
+            journal=shown(place),
             stopped=search.stopped,
         )
 

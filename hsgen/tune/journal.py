@@ -1,101 +1,40 @@
-"""Studies on disk: every result the moment it is known, and what remains of processes that died.
+"""The study of one problem: every result the moment it is known, and who is at which point.
 
-One journal a problem and environment, which any number of processes may share.  A lock ends with the
-process that holds it, and whoever gets it next cuts off the line that a killed one left half written.
+Any number of processes may share it.  A point is claimed before it is measured, by a running trial;
+of two claims of one point the first counts.  What a process claimed that died is free again.
 """
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import json
-import os
-import socket
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import optuna
-from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, get_storage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from hsgen.errors import ArgumentError, HsgenError
+from hsgen.errors import ArgumentError
 from hsgen.measurer import Result, result_of
-from hsgen.space import Knob, Part, Point, Space
+from hsgen.space import Point, Space
+from hsgen.tune.presence import Presence
 
-POINTS = "points"  # the study of what no sampler asked for
-OUTCOME, WORKER = "outcome", "worker"  # user attributes
-SILENT_SECONDS = 3600.0  # after which a trial of another host is given up
-UNNAMED_SECONDS = 60.0  # and one that nobody said to be at
+OUTCOME, WORKER, POINT, PART = "outcome", "worker", "point", "part"  # user attributes
+ORDERS = "orders"  # as a parameter, beside the knobs
 
-
-class Lock(JournalFileOpenLock):
-    """The exclusive use of a journal: Optuna's own locks outlive a killed process by 30 seconds."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__(str(file))
-        self._journal = file
-        self._path = file.with_suffix(file.suffix + ".lock")
-        self._held: IO[bytes] | None = None
-
-    def acquire(self) -> bool:
-        """Wait for it."""
-        held = self._path.open("ab")
-        fcntl.flock(held, fcntl.LOCK_EX)
-        self._held = held
-        mend(self._journal)
-        return True
-
-    def release(self) -> None:
-        """Give it back."""
-        held, self._held = self._held, None
-        if held is not None:
-            held.close()
-
-
-def mend(file: Path) -> None:
-    """Cut off a last line that was never finished: the next one would be glued to it."""
-    with file.open("rb+") as stream:
-        end = stream.seek(0, os.SEEK_END)
-        if end == 0:
-            return
-        stream.seek(end - 1)
-        if stream.read(1) == b"\n":
-            return
-        stream.seek(0)
-        stream.truncate(stream.read().rfind(b"\n") + 1)
-
-
-def storage_at(place: Path | str | None) -> BaseStorage:
-    """A journal file, a URL as Optuna has them, or memory.
-
-    Raises:
-        HsgenError: it cannot be opened.
-    """
-    if place is None:
-        return InMemoryStorage()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        if isinstance(place, str):
-            return get_storage(place)
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place.touch(mode=0o600)
-        mend(place)
-        return JournalStorage(JournalFileBackend(str(place), lock_obj=Lock(place)))
-    except Exception as error:
-        raise HsgenError(f"cannot open the studies at {place}: {error}") from error
+Value = int | str
 
 
 class Journal:
-    """The studies of one space, and every result that any of them holds.
+    """The study of one space, and every result that it holds.
 
     Attributes:
         results: by key of a point.
         points: likewise.
+        parts: likewise, for the sampler of which part it was measured, if for any.
+        presence: this process, as others see it.
     """
 
     def __init__(self, storage: BaseStorage, name: str, space: Space) -> None:
@@ -103,91 +42,139 @@ class Journal:
         self.space = space
         self.results: dict[str, Result] = {}
         self.points: dict[str, Point] = {}
+        self.parts: dict[str, str] = {}
         self._storage = storage
-        self._studies: dict[str, Study] = {}
-        self._read: dict[str, int] = {}
-        for study in optuna.get_all_study_names(storage):
-            if study.startswith(f"{name}/"):
-                self._open(study.removeprefix(f"{name}/"), None)
-        self._open(POINTS, None)
+        self._mine: dict[str, int] = {}  # trials that claim, by key of a point
+        self._theirs: dict[str, tuple[int, str]] = {}  # the first claim of another, and whose
+        self._read = 0
+        self._noted = set[int]()
+        optuna.create_study(
+            storage=storage, study_name=name, direction="minimize", load_if_exists=True
+        )
+        self._id = storage.get_study_id_from_name(name)
+        self.presence = Presence(storage, self._id)
+        self.refresh()
 
-    def study(self, part: str, sampler: BaseSampler) -> Study:
-        """The study of one part."""
-        return self._open(part, sampler)
+    @contextmanager
+    def working(self) -> Generator[None, None, None]:
+        """Let others know that this process is here; afterwards, what it is not at any more."""
+        self.presence.begin()
+        try:
+            yield
+        finally:
+            for key in tuple(self._mine):
+                self._release(key)
+            self.presence.end()
+
+    # --- points
+
+    def claim(self, points: Sequence[Point], most: int, part: str = "") -> list[Point]:
+        """The first few points that nobody has measured or is at: this process is at them now."""
+        if len(points) > 1:  # a single one is a sampler's, which others will hardly ask for too
+            self.refresh()
+        wanted = list(itertools.islice(filter(self.free, points), most))
+        for point in wanted:
+            self._mine[point.key] = self._create(self._trial(point, part))
+        if wanted or len(points) == 1:
+            self.refresh()
+        lost = [p for p in wanted if p.key in self.results or self._late(p.key)]
+        for point in lost:
+            self._release(point.key)
+        return [point for point in wanted if point not in lost]
+
+    def free(self, point: Point) -> bool:
+        """Whether, when last looked, nobody had measured a point or was at it."""
+        key = point.key
+        return not (key in self.results or key in self._mine or key in self._theirs)
+
+    @property
+    def others(self) -> int:
+        """Processes that were at some point, when last looked."""
+        return len({who for _, who in self._theirs.values()})
+
+    def release(self, point: Point) -> None:
+        """Leave a claimed point to others."""
+        if point.key in self._mine:
+            self._release(point.key)
 
     def keep(self, point: Point, result: Result) -> None:
-        """Keep the result of a point that no sampler asked for."""
-        attributes = {OUTCOME: _outcome(point, result)}
-        failed = result.failure is not None
-        self._studies[POINTS].add_trial(
-            create_trial(
-                state=TrialState.FAIL if failed else TrialState.COMPLETE,
-                value=None if failed else result.score,
-                user_attrs=attributes,
-            )
-        )
+        """Keep a result, for good; whoever asks for the point gets it."""
+        trial = self._mine.pop(point.key, None)
+        if trial is None or not self._finish(trial, point, result):
+            self._create(self._trial(point, "", result))
         self._note(point, result)
-
-    def begin(self, trial: Trial) -> None:
-        """Say who is at a trial."""
-        trial.set_user_attr(WORKER, whoami())
-
-    def finish(self, study: Study, trial: Trial, point: Point, result: Result) -> None:
-        """Keep the result of a trial: first what it is, then that it is over."""
-        trial.set_user_attr(OUTCOME, _outcome(point, result))
-        self.tell(study, trial, result)
-        self._note(point, result)
-
-    def tell(self, study: Study, trial: Trial | int, result: Result | None) -> None:
-        """Tell a sampler; a failure, or what breaks a rule, is worse than all that has a time."""
-        if result is None or result.failure:
-            study.tell(trial, state=TrialState.PRUNED)
-        else:
-            study.tell(trial, result.score)
 
     def refresh(self) -> None:
-        """Take in what other processes found."""
-        for part in self._studies:
-            self._take(part)
+        """Take in what other processes found, and what they are at."""
+        self._theirs = {}
+        trials = self._storage.get_all_trials(self._id, deepcopy=False)
+        for trial in trials[self._read :]:
+            if trial.number not in self._noted:
+                self._take(trial)
+        while self._read < len(trials) and trials[self._read].state.is_finished():
+            self._noted.discard(self._read)
+            self._read += 1
 
-    def _open(self, part: str, sampler: BaseSampler | None) -> Study:
-        if part not in self._studies or sampler is not None:
-            study = optuna.create_study(
-                storage=self._storage,
-                study_name=f"{self.name}/{part}",
-                direction="minimize",
-                sampler=sampler,
-                load_if_exists=True,
-            )
-            fresh = part not in self._studies
-            self._studies[part] = study
-            if fresh:
-                self._recover(study)
-                self._take(part)
-        return self._studies[part]
+    def _take(self, trial: FrozenTrial) -> None:
+        """Note a result, or who is at it; a trial whose process died is over."""
+        found, worker = self._outcome_of(trial), trial.user_attrs.get(WORKER)
+        if trial.state.is_finished():
+            self._noted.add(trial.number)
+        elif not self.presence.alive(worker, trial):
+            self._end(trial._trial_id, found[1] if found else None)
+        elif not found and not self.presence.is_me(worker):
+            key = str(trial.user_attrs.get(POINT))
+            self._theirs.setdefault(key, (trial._trial_id, worker["id"] if worker else ""))
+        if found and found[0].key not in self.results:
+            self._note(*found)
+        if found and PART in trial.user_attrs:
+            self.parts.setdefault(found[0].key, trial.user_attrs[PART])
 
-    def _recover(self, study: Study) -> None:
-        """Finish the trials of processes that died: those with a result have one."""
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if alive(trial.user_attrs.get(WORKER), trial):
-                continue
-            found = self._read_outcome(trial)
-            if found is not None:
-                self.tell(study, trial.number, found[1])
-            else:
-                study.tell(trial.number, state=TrialState.FAIL)
+    def _trial(self, point: Point, part: str, result: Result | None = None) -> FrozenTrial:
+        """A claim, or a result that had none."""
+        attributes: dict[str, object] = {POINT: point.key}
+        attributes |= {PART: part} if part else {}
+        if result:
+            attributes[OUTCOME] = _outcome(point, result)
+        else:
+            attributes[WORKER] = self.presence.me
+        state, values = _state(result) if result else (TrialState.RUNNING, None)
+        known = _parameters(self.space, point)
+        return create_trial(
+            state=state,
+            values=values,
+            params={name: value for name, (value, _) in known.items()},
+            distributions={name: distribution for name, (_, distribution) in known.items()},
+            user_attrs=attributes,
+        )
 
-    def _take(self, part: str) -> None:
-        trials = self._studies[part].get_trials(deepcopy=False)
-        start = self._read.get(part, 0)
-        for trial in trials[start:]:
-            found = self._read_outcome(trial)
-            if found is not None:
-                self._note(*found)
-        done = next((t.number for t in trials[start:] if not t.state.is_finished()), len(trials))
-        self._read[part] = done
+    def _create(self, trial: FrozenTrial) -> int:
+        return self._storage.create_new_trial(self._id, trial)
 
-    def _read_outcome(self, trial: FrozenTrial) -> tuple[Point, Result] | None:
+    def _late(self, key: str) -> bool:
+        """Whether another claimed a point before."""
+        return key in self._theirs and self._theirs[key][0] < self._mine[key]
+
+    def _release(self, key: str) -> None:
+        self._end(self._mine.pop(key), None)
+
+    def _end(self, trial: int, result: Result | None) -> bool:
+        """-> whether it was not over yet"""
+        try:
+            self._storage.set_trial_state_values(trial, *_state(result))
+        except RuntimeError:  # another process took its own for dead, or finished it too
+            return False
+        return True
+
+    def _finish(self, trial: int, point: Point, result: Result) -> bool:
+        """First what it is, then that it is over.  -> whether it was not over yet"""
+        try:
+            self._storage.set_trial_user_attr(trial, OUTCOME, _outcome(point, result))
+        except RuntimeError:
+            return False
+        return self._end(trial, result)
+
+    def _outcome_of(self, trial: FrozenTrial) -> tuple[Point, Result] | None:
         text = trial.user_attrs.get(OUTCOME)
         if text is None:
             return None
@@ -203,58 +190,25 @@ class Journal:
         self.points[point.key] = point
 
 
+def _state(result: Result | None) -> tuple[TrialState, list[float] | None]:
+    if result is None or result.failure:
+        return TrialState.FAIL, None
+    return TrialState.COMPLETE, [result.score]
+
+
 def _outcome(point: Point, result: Result) -> str:
     return json.dumps({"point": point.record(), "result": result.record()})
 
 
-def distributions(part: Part) -> dict[str, BaseDistribution]:
-    """A part's knobs as integers, in which a step is a doubling."""
-    return {knob.label: IntDistribution(knob.least, knob.most) for knob in part.knobs}
-
-
-def codes_of(trial: Trial, knobs: Sequence[Knob]) -> tuple[int, ...]:
-    """What a sampler asked for."""
-    return tuple(trial.params[knob.label] for knob in knobs)
-
-
-def seed_study(study: Study, part: Part, point: Point, result: Result) -> None:
-    """Tell a study of a point that was measured elsewhere, once."""
-    codes = part.codes(point)
-    if codes is None or result.failure or any(t.params for t in study.get_trials(deepcopy=False)):
-        return
-    params = {knob.label: code for knob, code in zip(part.knobs, codes, strict=True)}
-    study.add_trial(
-        create_trial(
-            state=TrialState.COMPLETE,
-            value=result.score,
-            params=params,
-            distributions=distributions(part),
-        )
-    )
-
-
-# --- processes
-
-
-def whoami() -> dict[str, str | int | float]:
-    """This process, as another one can tell whether it lives."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def alive(worker: Mapping[str, Any] | None, trial: FrozenTrial) -> bool:
-    """Whether the process of a trial may still be at it."""
-    if worker is not None and worker.get("host") == socket.gethostname():
-        pid = int(worker.get("pid", 0))
-        return pid > 0 and _started(pid) == worker.get("started")
-    begun = trial.datetime_start
-    patience = UNNAMED_SECONDS if worker is None else SILENT_SECONDS
-    return begun is not None and time.time() - begun.timestamp() < patience
-
-
-def _started(pid: int) -> int:
-    """When a process began, in ticks since the machine did; 0 if there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-        return int(text.rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0
+def _parameters(space: Space, point: Point) -> dict[str, tuple[Value, BaseDistribution]]:
+    """What a point is, as people look at it: values themselves, doublings on a logarithmic axis."""
+    found: dict[str, tuple[Value, BaseDistribution]] = {}
+    variant = space.variant(point)
+    if len(space.variants) > 1 and variant:
+        names = [each.name for each in space.variants]
+        found[ORDERS] = variant.name, CategoricalDistribution(names)
+    for part in variant.parts if variant else ():
+        for knob, code in zip(part.knobs, part.codes(point) or (), strict=False):
+            low, high = knob.value(knob.least), knob.value(knob.most)
+            found[knob.label] = knob.value(code), IntDistribution(low, high, log=knob.doubling)
+    return found

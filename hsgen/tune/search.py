@@ -12,34 +12,31 @@ import itertools
 import math
 import random
 import time
-import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import TPESampler
-from optuna.study import Study
 from optuna.trial import Trial
 
 from hsgen.errors import TuneError
 from hsgen.measurer import Failure, Measurer, Result, trusted, wobbles
 from hsgen.pruning import binding
 from hsgen.space import Part, Point, Space, Variant
-from hsgen.tune.journal import Journal, codes_of, distributions, seed_study
+from hsgen.tune.journal import Journal
+from hsgen.tune.sampler import Sampler
 
 ENUMERATED = 200  # points of a part at most, to be measured whole
 STALE = 20  # fresh trials without a gain, after which a part is left
 POLISHED = 0.25  # of trials and time, kept for the neighbours of the best
-STARTUP = 10  # trials of a sampler that are random
 REPEATS = 40  # asks without a fresh point, after which one is drawn
 DRAWS = 400
 DEATHS = 3  # of processes in a row, after which the best must run again
 AHEAD = 8  # points whose kernels compile while one is measured
 GAIN = 0.003  # less starts no polish anew
+POLL = 0.1  # seconds between two looks at what others are at
 
 
 class Judge(Protocol):
@@ -80,9 +77,12 @@ class Status:
     failures: Mapping[str, int]
     trials_left: float
     seconds_left: float
+    beside: int = 0  # other processes
 
     def __str__(self) -> str:
         parts = [f"{self.doing}: {self.measured} measured"]
+        if self.beside:
+            parts.append(f"{self.beside} more at it")
         if math.isfinite(self.best):
             gain = f", {self.start / self.best:.2f}x the start" if math.isfinite(self.start) else ""
             parts.append(f"best {self.best:.4g} us{gain}")
@@ -148,12 +148,16 @@ class Search:
             TuneError: nothing can run, or processes die one after the other.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._random = random.Random(self.seed)
         self._end = self.clock() + self.limits.seconds
         # threads outlive what they start: a worker dies with the thread that started it
         self._threads = ThreadPoolExecutor(self.measurer.lanes, "hsgen-lane")
         try:
-            self._all(warm)
+            with self.journal.working():
+                self.journal.refresh()
+                # whoever comes later draws otherwise: alike, they would ask for the same points
+                self.seed += self.journal.others
+                self._random = random.Random(self.seed)
+                self._all(warm)
         finally:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -239,15 +243,23 @@ class Search:
 
     # --- measuring
 
-    def _measure(self, points: Sequence[Point], *, always: bool = False) -> None:
-        """Measure what is not known yet, as many at once as there are lanes."""
-        fresh = [p for p in dict.fromkeys(points) if p.key not in self.journal.results]
-        for start in range(0, len(fresh), self.measurer.lanes):
-            for point in fresh[start : start + AHEAD]:
-                self.judge.ahead(point)
-            some = fresh[start : start + self.measurer.lanes]
-            if self.stopped or (self.over and not always):
+    def _measure(
+        self,
+        points: Sequence[Point],
+        *,
+        always: bool = False,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Measure what nobody has, as many at once as there are lanes; wait for what others are at."""
+        wanted = {point.key: point for point in points}
+        while left := [p for key, p in wanted.items() if key not in self.journal.results]:
+            if self.stopped or (not always and (self.over or enough())):
                 return
+            some = self.journal.claim(left, self.measurer.lanes)
+            for point in (*some, *itertools.islice(filter(self.journal.free, left), AHEAD)):
+                self.judge.ahead(point)
+            if not some:
+                time.sleep(POLL)
             for point, result in zip(some, self._results_of(some), strict=True):
                 self.journal.keep(point, result)
                 self._said(result)
@@ -291,6 +303,7 @@ class Search:
                 failures=dict(kinds.most_common()),
                 trials_left=self.limits.trials - self.measured,
                 seconds_left=self._end - self.clock(),
+                beside=self.journal.others,
             )
         )
         if self.deaths >= DEATHS:
@@ -329,10 +342,7 @@ class Search:
                     abs(a - b) for a, b in zip(part.codes(p) or (), mine, strict=True)
                 )
             )
-            for start in range(0, len(few), self.measurer.lanes):
-                if self.over or self.clock() >= end:
-                    return
-                self._measure(few[start : start + max(AHEAD, self.measurer.lanes)])
+            self._measure(few, enough=lambda: self.clock() >= end)
         else:
             _Sampling(self, variant, part, base).run(quota, end)
 
@@ -352,10 +362,7 @@ class Search:
                 return
             near.sort(key=functools.partial(self._moved_weight, best), reverse=True)
             target = self._score(best) * (1 - GAIN)
-            for start in range(0, len(near), self.measurer.lanes):
-                self._measure(near[start : start + self.measurer.lanes])
-                if self.over or self._least() < target:
-                    break
+            self._measure(near, enough=lambda: self._least() < target)  # noqa: B023 - called now
 
     def _moved_weight(self, point: Point, other: Point) -> float:
         """Of the kernels that two points have otherwise."""
@@ -370,16 +377,10 @@ class _Sampling:
     def __init__(self, search: Search, variant: Variant, part: Part, base: Point) -> None:
         self._search, self._part, self._base = search, part, base
         self._journal = search.journal
-        with warnings.catch_warnings():  # Optuna 4 calls both arguments experimental
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            sampler = TPESampler(
-                multivariate=True,
-                constant_liar=True,
-                n_startup_trials=STARTUP,
-                seed=search.seed,
-            )
-        self._study: Study = self._journal.study(f"{variant.name}.{part.name}", sampler)
-        seed_study(self._study, part, base, self._journal.results[base.key])
+        self._name = f"{variant.name}.{part.name}"
+        self._sampler = Sampler(part, search.seed)
+        self._told = set[str]()
+        self._add(base.key)
 
     def run(self, quota: float, end: float) -> None:
         """Ask and tell until the quota, the time or the gains are at an end."""
@@ -388,7 +389,7 @@ class _Sampling:
         waiting = deque[tuple[Trial | None, Point]]()
         while search.measured - began < quota and not search.over and search.clock() < end:
             while len(waiting) < lanes:
-                asked = self._fresh({point.key for _, point in waiting})
+                asked = self._fresh()
                 if asked is None:
                     break
                 search.judge.ahead(asked[1])
@@ -402,36 +403,47 @@ class _Sampling:
                 stale += not static(result)
             if search.best != best:
                 best, stale = search.best, 0
-        for trial, _ in waiting:
-            if trial is not None:
-                self._journal.tell(self._study, trial, None)
+        for _, point in waiting:
+            self._journal.release(point)
 
     def _finish(self, trial: Trial | None, point: Point, result: Result) -> None:
+        self._journal.keep(point, result)
         if trial is None:
-            self._journal.keep(point, result)
+            self._add(point.key)
         else:
-            self._journal.finish(self._study, trial, point, result)
+            self._told.add(point.key)
+            self._sampler.tell(trial, result)
         self._search._said(result)
 
-    def _fresh(self, waiting: Set[str]) -> tuple[Trial | None, Point] | None:
-        """A point that was never measured, nor waits to be: the sampler's, or one drawn where it
-        repeats itself.
+    def _add(self, key: str) -> None:
+        """Tell the sampler of what it did not ask for."""
+        codes = self._part.codes(self._journal.points[key])
+        if key not in self._told and codes is not None:
+            self._sampler.add(codes, self._journal.results[key])
+        self._told.add(key)
+
+    def _fresh(self) -> tuple[Trial | None, Point] | None:
+        """A point that nobody has measured or is at: the sampler's, or one drawn where it repeats
+        itself.
         """
-        wanted = distributions(self._part)
+        for key in [key for key, name in self._journal.parts.items() if name == self._name]:
+            self._add(key)  # of other processes, and of earlier ones
         for _ in range(REPEATS):
-            trial = self._study.ask(wanted)
-            point = self._part.moved(self._base, codes_of(trial, self._part.knobs))
+            trial, codes = self._sampler.ask()
+            point = self._part.moved(self._base, codes)
             known = self._journal.results.get(point.key)
-            fresh = known is None and point.key not in waiting
-            if fresh and not self._part.problem(point):
-                self._journal.begin(trial)
+            if known is not None or self._part.problem(point):
+                self._sampler.tell(trial, known)
+            elif self._journal.claim([point], 1, self._name):
                 return trial, point
-            self._journal.tell(self._study, trial, known)
+            else:  # someone is at it
+                self._sampler.drop(trial)
         for _ in range(DRAWS):
             codes = [self._search._random.choice(knob.codes) for knob in self._part.knobs]
             point = self._part.moved(self._base, codes)
-            taken = point.key in self._journal.results or point.key in waiting
-            if not taken and not self._part.problem(point):
+            if not self._journal.free(point) or self._part.problem(point):
+                continue
+            if self._journal.claim([point], 1, self._name):
                 return None, point
         return None
 
