@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Lock, RLock
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import networkx as nx
 import torch
@@ -22,6 +22,7 @@ from hsgen.arguments import Expected, Lengths, Problem
 from hsgen.batch import Batch
 from hsgen.configs import DType
 from hsgen.errors import ArgumentError, HsgenError, PlanError
+from hsgen.gates import Gate
 from hsgen.graph import Graph, tensor_inputs
 from hsgen.operators import Call
 from hsgen.plan import Plan
@@ -139,6 +140,7 @@ class Options:
     interpret: bool = False
     config: Configs = field(default_factory=dict[str, Mapping[str, int]], hash=False)
     check: bool = False
+    gate: Gate | Literal["measured"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,16 +349,37 @@ class Execution:
             problem = self.check(call, expected)
             on_kernels = self._on_kernels(problem.device)
             choice = self._choice(problem, call) if on_kernels else None
-            known = _Known(problem=problem, expected=expected, choice=choice)
-            with self._lock:
-                if len(self._known) >= KNOWN_CALLS:
-                    self._known.clear()
-                known = self._known.setdefault(signature, known)
+            new = _Known(problem=problem, expected=expected, choice=choice)
+            known = self._remember(signature, new)
         elif (call.first, call.length, call.max_seqlen_k) != (None, None, None):
             arguments.check_lengths(_lengths(call), known.problem)
         if not known.ran:
             self._refuse_capture(known.problem.device)
         return known
+
+    def accept(self, call: Call) -> None:
+        """Check a call that something else will run; one like it was checked before.
+
+        Raises:
+            ArgumentError: argument, expected and got.
+        """
+        signature = _signature("accept", call)
+        known = self._known.get(signature)
+        if known is None:
+            problem = self.check(call, self.attending)
+            new = _Known(problem=problem, expected=self.attending, choice=None)
+            known = self._remember(signature, new)
+        elif (call.first, call.length, call.max_seqlen_k) != (None, None, None):
+            arguments.check_lengths(_lengths(call), known.problem)
+        if self.options.check and not known.problem.empty:
+            self._check_values(call, known.problem, _batch(call, known.problem))
+
+    def _remember(self, signature: tuple[object, ...], known: _Known) -> _Known:
+        """What is known of calls with a signature; the first of several threads to say so."""
+        with self._lock:
+            if len(self._known) >= KNOWN_CALLS:
+                self._known.clear()
+            return self._known.setdefault(signature, known)
 
     def _check_values(self, call: Call, problem: Problem, where: Batch) -> None:
         """Lengths and indices themselves; waits for the device."""

@@ -29,7 +29,9 @@ from hsgen.target import TARGETS, Target
 from hsgen.tuned.records import Environment, RecordError, Tuned, dump, read
 
 KIND = "tuned/v1"
+GATES = "gates/v1"
 SUFFIX = ".jsonl"
+OTHERS = "_"  # begins the names of files of other records, and of no spec
 INTERPRETER = "interpreter"  # as a GPU: its records say nothing of any other
 MAX_FILE = 64 << 20
 T = TypeVar("T")
@@ -47,9 +49,14 @@ class Kept:
     @property
     def where(self) -> str:
         """As people write it."""
-        if self.committed:
-            return f"{self.file.parent.parent.name}/{self.file.parent.name}/{self.file.name}:{self.line}"
-        return f"cache {self.file.name}"
+        return place(self.file, self.line, committed=self.committed)
+
+
+def place(file: Path, line: int, *, committed: bool) -> str:
+    """Where a record is, as people write it."""
+    if committed:
+        return f"{file.parent.parent.name}/{file.parent.name}/{file.name}:{line}"
+    return f"cache {file.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +189,7 @@ def entries(gpu: str, spec: str) -> tuple[Kept, ...]:
         path = committed() / gpu / f"{spec}{SUFFIX}"
         content = _cached(gpu, f"{spec}-")
         content += read_file(path) if path.exists() else Content()
-        _tell(content.flaws)
+        tell(content.flaws)
         return tuple(each for each in content.kept if each.record.problem.spec == spec)
 
     return remembered(("entries", gpu, spec), reading)
@@ -193,7 +200,7 @@ def gpus() -> tuple[str, ...]:
 
     def reading() -> tuple[str, ...]:
         folders = (path.name for path in committed().glob("*/") if not path.name.startswith("."))
-        return tuple(sorted({*folders, *store.kinds(KIND)}))
+        return tuple(sorted({*folders, *store.kinds(KIND), *store.kinds(GATES)}))
 
     return remembered(("gpus",), reading)
 
@@ -231,36 +238,45 @@ def forget() -> None:
 
 
 def read_folder(folder: Path) -> Content:
-    """All records of a folder in the committed layout, or of one of its files."""
+    """All records of a folder in the committed layout, or of one of its files; none of gates."""
     if folder.is_file():
-        return read_file(folder)
+        return Content() if folder.name.startswith(OTHERS) else read_file(folder)
     content = Content()
-    for path in sorted(folder.glob(f"*/*{SUFFIX}")):
+    for path in sorted(folder.glob(f"*/[!{OTHERS}]*{SUFFIX}")):
         content += read_file(path)
     return content
 
 
 def read_file(path: Path) -> Content:
     """The records of one file, each with its line; its name and its folder's say of what."""
+
+    def reading(line: bytes) -> Tuned:
+        record = read(line)
+        _check_place(record, path.parent.name, path.stem)
+        return record
+
+    kept, flaws = read_lines(path, reading)
+    made = (Kept(record=record, file=path, line=n, committed=True) for n, record in kept)
+    return Content(kept=tuple(made), flaws=tuple(flaws))
+
+
+def read_lines(path: Path, reading: Callable[[bytes], T]) -> tuple[list[tuple[int, T]], list[Flaw]]:
+    """What a file's lines say, each with its number; and those that say nothing."""
     try:
         if path.stat().st_size > MAX_FILE:
             raise OSError(f"expected at most {MAX_FILE} bytes")
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        flaw = Flaw(file=path, line=1, field="", message=f"cannot be read: {error}")
-        return Content(flaws=(flaw,))
-    kept, flaws = list[Kept](), list[Flaw]()
+        return [], [Flaw(file=path, line=1, field="", message=f"cannot be read: {error}")]
+    kept, flaws = list[tuple[int, T]](), list[Flaw]()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = read(line)
-            _check_place(record, path.parent.name, path.stem)
+            kept.append((number, reading(line)))
         except RecordError as error:
             flaws.append(Flaw(file=path, line=number, field=error.field, message=error.message))
-        else:
-            kept.append(Kept(record=record, file=path, line=number, committed=True))
-    return Content(kept=tuple(kept), flaws=tuple(flaws))
+    return kept, flaws
 
 
 def cached() -> Content:
@@ -306,7 +322,7 @@ def _check_place(record: Tuned, gpu: str, spec: str) -> None:
             )
 
 
-def _tell(flaws: Iterable[Flaw]) -> None:
+def tell(flaws: Iterable[Flaw]) -> None:
     """One warning a file."""
     by_file = dict[Path, list[Flaw]]()
     for flaw in flaws:
@@ -353,7 +369,16 @@ def write(folder: Path, records: Iterable[Tuned]) -> tuple[Path, ...]:
 
 
 def _written(path: Path, records: Iterable[Tuned]) -> bool:
-    text = "".join(f"{dump(record)}\n" for record in sorted(records, key=lambda each: each.place))
+    return write_lines(path, map(dump, sorted(records, key=lambda each: each.place)))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> bool:
+    """Write a file whole; whether that changed it.
+
+    Raises:
+        HsgenError: it cannot be written.
+    """
+    text = "".join(f"{line}\n" for line in lines)
     draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         if path.exists() and path.read_text(encoding="utf-8") == text:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -23,6 +23,7 @@ MAX_LINE = 1 << 16  # characters of a record's line
 WARPS = (1, 2, 4, 8, 16, 32)
 LAUNCH = ("num_warps", "num_stages")  # of every config, beside its constexprs
 
+R = TypeVar("R")
 DType = Literal["bf16", "fp16", "fp32"]
 Order = Literal["rows", "keys"]
 Policy = Literal["eager", "graph"]
@@ -78,7 +79,7 @@ Figure = Text | bool | int | Annotated[float, Field(allow_inf_nan=False)]
 # --- nouns
 
 
-class _Closed:
+class Closed:
     """A line has no field but those of the nouns."""
 
     __slots__ = ()
@@ -86,7 +87,7 @@ class _Closed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Problem(_Closed):
+class Problem(Closed):
     """What is computed: a spec's name and canonical meaning, bound, and the tensors' dtype.
 
     `heads` are of queries and of keys, `head_dim` of q and k, and of v.
@@ -117,7 +118,7 @@ class Problem(_Closed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket(_Closed):
+class Bucket(Closed):
     """How large a call is, each number the power of two at or above it.
 
     From shapes alone, which a call's signature holds: `queries` rows of all sequences, `keys` that
@@ -156,7 +157,7 @@ class Bucket(_Closed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Environment(_Closed):
+class Environment(Closed):
     """Where and how it was timed: what decides which configuration is best.
 
     `gpu` is a canonical id of gpus.yaml; `triton` has two numbers.  `policy` is how calls were
@@ -185,7 +186,7 @@ class Environment(_Closed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KernelChoice(_Closed):
+class KernelChoice(Closed):
     """One kernel's full parameters, of which text, and what the compiler made of it.
 
     `text` digests the emitted module without comments and docstrings (see `build.text_digest`);
@@ -200,7 +201,7 @@ class KernelChoice(_Closed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Time(_Closed):
+class Time(Closed):
     """Of whole calls, in microseconds: the median, the middle half's width, how many."""
 
     median_us: Microseconds
@@ -217,7 +218,7 @@ class Time(_Closed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Alternate(_Closed):
+class Alternate(Closed):
     """Another choice, and its time as a multiple of the winner's."""
 
     kernels: Configs
@@ -226,7 +227,7 @@ class Alternate(_Closed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Provenance(_Closed):
+class Provenance(Closed):
     """Where a record comes from.  Compared by people, not by `look_up`."""
 
     hsgen: Text
@@ -239,7 +240,7 @@ class Provenance(_Closed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tuned(_Closed):
+class Tuned(Closed):
     """One record: the fastest configuration of a problem that was found and verified.
 
     Attributes:
@@ -329,6 +330,15 @@ def read(line: str | bytes) -> Tuned:
     Raises:
         RecordError: what is wrong with it, and in which field.
     """
+    return read_as(line, _adapter())
+
+
+def read_as(line: str | bytes, adapter: TypeAdapter[R]) -> R:
+    """The noun of a line, of this schema.
+
+    Raises:
+        RecordError: what is wrong with it, and in which field.
+    """
     if len(line) > MAX_LINE:
         raise RecordError("", f"expected at most {MAX_LINE} characters, got {len(line)}")
     try:
@@ -341,7 +351,7 @@ def read(line: str | bytes) -> Tuned:
     if isinstance(schema, int) and schema > SCHEMA:
         raise RecordError("schema", f"expected {SCHEMA}, got {schema}: a newer hsgen wrote it")
     try:
-        return _adapter().validate_json(line, strict=True)
+        return adapter.validate_json(line, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
