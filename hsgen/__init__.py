@@ -30,16 +30,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hsgen.errors import HsgenError
+    from hsgen.gates import Gate
     from hsgen.pipeline import compile_spec
     from hsgen.runtime import load_kernel
     from hsgen.spec import Spec
     from hsgen.target import Target
 
-__all__ = ["HsgenError", "Spec", "Target", "compile_spec", "load_kernel"]
+__all__ = ["Gate", "HsgenError", "Spec", "Target", "compile_spec", "load_kernel"]
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Gate": "hsgen.gates",
     "HsgenError": "hsgen.errors",
     "Spec": "hsgen.spec",
     "Target": "hsgen.target",

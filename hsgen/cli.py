@@ -27,7 +27,7 @@ from hsgen.target import Target
 
 if TYPE_CHECKING:
     from hsgen.quality import Report
-    from hsgen.tuned import Content
+    from hsgen.tuned import Content, GatesContent
 
 SCHEMA_VERSION = 1  # of every --json
 
@@ -449,6 +449,60 @@ def bench(
     raise typer.Exit(0 if found.passed else 1)
 
 
+@app.command(epilog="Example: hsgen gate hisa --tokens 1K,2K,4K,8K,16K,32K --export tuned")
+def gate(
+    spec: SpecFile,
+    *,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="1K,...", help="Lengths, T and S; default 1K to 128K.")
+    ] = None,
+    qkv: Inputs = None,
+    dtype: TensorType = DType.bf16,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of timing, a length.")] = 1.0,
+    heads: HeadCounts = None,
+    head_dim: HeadDims = None,
+    layer: OfRoute = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the record there too, as tuned/ has it."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure below which lengths dense or flat attention is faster than a spec: hsgen gate hisa.
+
+    What was found is kept in the cache, where `load_kernel(spec, gate="measured")` takes it from.
+    """
+    bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim), layer=layer)
+    lengths = _lengths(tokens)
+    words = _words(
+        {
+            "tokens": [tokens] if tokens else [],
+            "qkv": [_place(qkv)] if qkv else [],
+            "dtype": [dtype] if dtype != DType.bf16 else [],
+            "heads": [heads] if heads else [],
+            "head-dim": [head_dim] if head_dim else [],
+            "layer": [layer] if layer is not None else [],
+        }
+    )
+    from hsgen import crossover, progress, tuned  # noqa: PLC0415  load torch
+
+    with progress.bar() as told:
+        found = crossover.measure_gates(
+            bound,
+            tokens=lengths,
+            dtype=dtype.value,
+            capture=qkv,
+            seconds=seconds,
+            command=["hsgen", "gate", _place(Path(spec)), *words],
+            progress=told,
+        )
+    if export and found.gates:
+        before = [each.record for each in tuned.read_gates_folder(export).kept]
+        tuned.write_gates(export, tuned.merge_gates([*before, found.gates]))
+    typer.echo(_json_text(found.record()) if as_json else str(found), nl=False)
+    raise typer.Exit(0 if found.passed else 1)
+
+
 def _place(file: Path) -> str:
     """A file without folders that only this machine has."""
     return file.name if file.is_absolute() else str(file)
@@ -739,10 +793,11 @@ def explain(
         tuned.explain(bound, target, dtype.value, tuned.Bucket.of(n, n, 1, packed=False))
         for n in _lengths(tokens)
     ]
+    found = tuned.crossovers(tuned.Problem.of(bound, dtype.value), tuned.environment(target))
     if as_json:
-        _print_json({"calls": [ladder.record() for ladder in ladders]})
+        _print_json({"calls": [ladder.record() for ladder in ladders], "gate": found.record()})
     else:
-        typer.echo("\n".join(map(str, ladders)), nl=False)
+        typer.echo("\n".join([*map(str, ladders), f"{found}\n"]), nl=False)
 
 
 @tuned_app.command(name="list", epilog="Example: hsgen tuned list nsa --gpu h100")
@@ -751,13 +806,15 @@ def list_(spec: OfSpec = None, *, gpu: OfGpu = None, as_json: Json = False) -> N
     from hsgen import tuned  # noqa: PLC0415
 
     content = tuned.read_folder(tuned.committed()) + tuned.cached()
-    for flaw in content.flaws:
+    held = tuned.read_gates_folder(tuned.committed()) + tuned.cached_gates()
+    for flaw in (*content.flaws, *held.flaws):
         _complain(f"{flaw}; ignored")
     found = tuned.listing(content.kept, spec=spec, gpu=gpu)
+    gates = tuned.gates_listing(held.kept, spec=spec, gpu=gpu)
     if as_json:
-        _print_json(found.record())
+        _print_json({**found.record(), "gates": gates.record()})
     else:
-        typer.echo(str(found), nl=False)
+        typer.echo(f"{found}{gates}", nl=False)
 
 
 @tuned_app.command(name="check", epilog="Example: hsgen tuned check tuned")
@@ -772,10 +829,13 @@ def check_tuned(
     """Check records without a GPU: each line, and that every kernel compiles and fits."""
     from hsgen import progress, tuned  # noqa: PLC0415
 
-    content = tuned.read_folder(_there(folder) if folder else tuned.committed())
+    where = _there(folder) if folder else tuned.committed()
+    content = tuned.read_folder(where)
     content += tuned.cached() if cache else tuned.Content()
+    gates = tuned.read_gates_folder(where)
+    gates += tuned.cached_gates() if cache else tuned.GatesContent()
     with progress.bar() as told:
-        found = tuned.check(content, progress=lambda done, all: told("compile", done, all))
+        found = tuned.check(content, gates, progress=lambda done, all: told("compile", done, all))
     if as_json:
         _print_json(found.record())
     else:
@@ -793,10 +853,11 @@ def merge(
     """Merge records into a folder: one a problem, bucket and environment, the others its alternates."""
     from hsgen import tuned  # noqa: PLC0415
 
-    content = tuned.read_folder(into)
+    content, gates = tuned.read_folder(into), tuned.read_gates_folder(into)
     for other in others:
         content += tuned.read_folder(_there(other))
-    _merge(into, content, as_json=as_json)
+        gates += tuned.read_gates_folder(other)
+    _merge(into, content, gates, as_json=as_json)
 
 
 @tuned_app.command(epilog="Example: hsgen tuned export tuned --gpu h100")
@@ -814,22 +875,27 @@ def export(
     kept = tuned.listing(held.kept, spec=spec, gpu=gpu).kept
     kept = tuple(each for each in kept if each.record.environment.gpu != tuned.INTERPRETER)
     content = tuned.Content(kept=kept, flaws=held.flaws) + tuned.read_folder(into)
-    _merge(into, content, as_json=as_json)
+    cached = tuned.cached_gates()
+    gates = tuned.gates_listing(cached.kept, spec=spec, gpu=gpu).kept
+    all_gates = tuned.GatesContent(kept=gates, flaws=cached.flaws) + tuned.read_gates_folder(into)
+    _merge(into, content, all_gates, as_json=as_json)
 
 
-def _merge(into: Path, content: Content, *, as_json: bool) -> None:
+def _merge(into: Path, content: Content, gates: GatesContent, *, as_json: bool) -> None:
     """Write one record a key; nothing where a line would be lost."""
     from hsgen import tuned  # noqa: PLC0415
 
-    if content.flaws:
-        raise HsgenError("\n".join(map(str, content.flaws)), help="nothing was written")
+    if flaws := (*content.flaws, *gates.flaws):
+        raise HsgenError("\n".join(map(str, flaws)), help="nothing was written")
     merged = tuned.merge(kept.record for kept in content.kept)
-    written = tuned.write(into, merged)
+    merged_gates = tuned.merge_gates(kept.record for kept in gates.kept)
+    written = tuned.write(into, merged) + tuned.write_gates(into, merged_gates)
+    count = len(merged) + len(merged_gates)
     if as_json:
-        _print_json({"records": len(merged), "written": [str(path) for path in written]})
+        _print_json({"records": count, "written": [str(path) for path in written]})
     else:
         typer.echo("".join(f"{path}\n" for path in written), nl=False)
-        _complain(f"{_count(len(merged), 'record')}, {_count(len(written), 'file')} changed")
+        _complain(f"{_count(count, 'record')}, {_count(len(written), 'file')} changed")
 
 
 def _there(path: Path) -> Path:

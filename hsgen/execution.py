@@ -159,6 +159,14 @@ class Stats:
     launches: int = 0
     bytes: int = 0
 
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(
+            calls=self.calls + other.calls,
+            compiles=self.compiles + other.compiles,
+            launches=self.launches + other.launches,
+            bytes=self.bytes + other.bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:

@@ -9,6 +9,7 @@ A form is a Spec of its own, so the reference says what it means.  Knows neither
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +76,8 @@ def forms(spec: Spec, gate: Gate | Literal["measured"]) -> dict[Form, Spec]:
             made["flat"] = flat_form(spec)
         return made
     lacking: GateError | None = None
-    for form, derive in (("flat", flat_form), ("dense", dense_form)):
+    derivations: dict[Form, Callable[[Spec], Spec]] = {"flat": flat_form, "dense": dense_form}
+    for form, derive in derivations.items():
         try:
             made[form] = derive(spec)
         except GateError as error:
@@ -113,6 +115,8 @@ def _not_dense_because(spec: Spec) -> str | None:
     """Why dense attention is not what the spec approximates; None where it is."""
     if all(branch.window == "all" for branch in spec.attend):
         return "it attends every token already"
+    if why := analysis.not_dense_because(passes.run(planner.plan(spec))):
+        return why
     for branch in spec.attend:
         if branch.rows:
             return f"rows that are not chosen see nothing in branch {branch.name}"
@@ -122,7 +126,7 @@ def _not_dense_because(spec: Spec) -> str | None:
         return "branches are outputs of their own"
     if len({(x.scale, x.softcap, x.storage, x.kv) for x in spec.attend}) > 1:
         return "branches scale, cap or store differently"
-    return analysis.not_dense_because(passes.run(planner.plan(spec)))
+    return None
 
 
 def flat_form(spec: Spec) -> Spec:

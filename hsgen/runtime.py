@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from hsgen import (
     arguments,
     build,
     configs,
+    gates,
     operators,
     passes,
     paths,
@@ -38,6 +41,8 @@ from hsgen.execution import (
     Stats,
     interpreting,
 )
+from hsgen.gates import Form, Gate
+from hsgen.gating import Gating
 from hsgen.operators import Call
 from hsgen.schedule import Order
 from hsgen.selection import ListSelection, Selection
@@ -60,6 +65,7 @@ def load_kernel(
     interpret: bool = False,
     config: Configs | None = None,
     check: bool | None = None,
+    gate: Gate | Literal["measured"] | None = None,
 ) -> Kernel:
     """Load a spec as a function of tensors.
 
@@ -77,11 +83,15 @@ def load_kernel(
         config: by kernel, what replaces values of the tuned or starting configuration.
         check: look at the values of lengths and selections too, which waits for the device; None
             asks HSGEN_CHECK.
+        gate: what short calls compute instead, dense or flat attention; see `Gate`.  "measured" takes
+            what `hsgen gate` found on this GPU for this dtype and these heads, and never gates where
+            nothing was found.  None: every call computes what the spec says.
 
     Raises:
         SpecError: the spec is wrong.
         ArgumentError: heads or head_dim contradict it; a negative layer; interpret without
             TRITON_INTERPRET=1.
+        GateError: the spec has no form that the gate asks for.
     """
     loaded = spec if isinstance(spec, Spec) else load(spec)
     if interpret and not interpreting():
@@ -95,8 +105,23 @@ def load_kernel(
         interpret=interpret,
         config=dict(config or {}),
         check=paths.wants_checks() if check is None else check,
+        gate=_checked_gate(gate),
     )
     return _shared(loaded.bind(heads=heads, head_dim=head_dim, layer=layer), options)
+
+
+def _checked_gate(gate: object) -> Gate | Literal["measured"] | None:
+    """A gate that may gate."""
+    if gate is None or gate == Gate():
+        return None
+    if isinstance(gate, Gate):
+        return gate
+    if gate == "measured":
+        return "measured"
+    raise ArgumentError(
+        f"gate: expected a Gate, 'measured' or None, got {gate!r}",
+        help="hsgen.Gate(dense_below=8192, flat_below=65536)",
+    )
 
 
 def compile_program(
@@ -145,6 +170,7 @@ def _key(spec: Spec, options: Options) -> str:
         "interpret": options.interpret,
         "check": options.check,
         "config": {name: dict(values) for name, values in options.config.items()},
+        "gate": repr(options.gate),
     }
     text = json.dumps(parts, sort_keys=True)
     return f"{spec.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -155,6 +181,14 @@ class Kernel:
 
     4-D tensors are [B, T, H, D], or [B, H, T, D] with `layout="bhtd"`; with `cu_seqlens_q` they are
     packed, [total, H, D].  Their last stride is 1, the others are free; none is ever copied.
+
+    With a gate a short call computes another form of the spec, which `reference` then computes too;
+    `select`, and calls that bring a selection, never do.  How long a call is, is how many keys its
+    longest sequence has as far as the host knows: S, or `kv_lens` if that is a number; packed,
+    `max_seqlen_k` or else all keys together.  So a CUDA graph keeps the form that it was captured
+    with, and a cache of keys counts by its room.  Dense calls run PyTorch's kernels where these are
+    right and fast, else one of ours: with a log-sum-exp, packed, in fp32, with lengths or offsets that
+    are tensors, with fewer queries than keys but more than one, or where q and v differ in length.
     """
 
     def __init__(self, spec: Spec, options: Options, *, key: str, compiler: Compiler) -> None:
@@ -167,6 +201,16 @@ class Kernel:
         self._choosing = self._execution.choosing
         self._known_names = frozenset({*self._attending.names, "k", "v"})
         operators.register(key, self._execution)
+        self._gating: Gating | None = None
+        self._forms: dict[Form, Kernel] = {}
+        if options.gate is not None:
+            made = gates.forms(spec, options.gate)
+            self._gating = Gating(spec, options, self._attending, made)
+            alone = replace(options, gate=None, config={})  # `config` is of the spec's own kernels
+            self._forms = {
+                form: Kernel(each, alone, key=f"{key}-{form}", compiler=compiler)
+                for form, each in made.items()
+            }
 
     def __call__(
         self,
@@ -208,18 +252,20 @@ class Kernel:
         Raises:
             ArgumentError: argument, expected and got.
         """
-        call = self._call(
-            {"q": q, "k": k, "v": v, **tensors},
-            self._attending,
-            layout,
-            (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens),
-            selection,
-        )
-        if operators.is_plain(call):
-            outputs = self._execution.forward(call, selections=False)
-        else:
-            outputs = operators.forward(self._key, *call)
-        return self._returned(outputs, return_lse=return_lse)
+        given = {"q": q, "k": k, "v": v, **tensors}
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
+        call = self._call(given, self._attending, layout, lengths, selection)
+        form = self._gating.form(call) if self._gating and selection is None else "own"
+        if form == "own":
+            return self._attend(call, return_lse=return_lse)
+        assert self._gating is not None, "only gates know other forms"
+        if not torch.compiler.is_compiling():  # what the form does not read may be wrong too
+            self._execution.accept(call)
+        if form == "dense" and not return_lse:
+            o = self._gating.attend(call)
+            if o is not None:
+                return o
+        return self._forms[form]._attend(self._as(form, call), return_lse=return_lse)
 
     def select(
         self,
@@ -276,10 +322,20 @@ class Kernel:
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
         given = {"q": q, "k": k, "v": v, **tensors}
         call = self._call(given, self._attending, layout, lengths, selection)
+        form = self._gating.form(call) if self._gating and selection is None else "own"
+        if form != "own":
+            self._execution.accept(call)
+            return self._forms[form]._meant(self._as(form, call), dtype, return_lse=return_lse)
+        return self._meant(call, dtype, return_lse=return_lse)
+
+    def _meant(
+        self, call: Call, dtype: torch.dtype, *, return_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor | dict[str, Tensor]]:
+        """What the reference says of a call."""
         problem = self._execution.check(call, self._attending)
         result = self._execution.result(call, problem, dtype, self._attending)
         lse = (result.lse[branch] for branch in self._execution.branches)
-        o = result.o.transpose(1, 2) if layout == "bhtd" else result.o
+        o = result.o.transpose(1, 2) if call.layout == "bhtd" else result.o
         return self._returned((o, *lse), return_lse=return_lse)
 
     def warmup(self, q: Tensor, k: Tensor, v: Tensor | None = None, **keywords: object) -> None:
@@ -290,6 +346,8 @@ class Kernel:
         """
         with torch.no_grad():
             self(q, k, v, return_lse=True, **keywords)  # type: ignore[arg-type]  # a call's own
+            if self._gating:  # without a log-sum-exp it may run other kernels
+                self(q, k, v, **keywords)  # type: ignore[arg-type]
 
     # --- what people ask of it
 
@@ -313,6 +371,8 @@ class Kernel:
         config, and where that came from.
         """
         parts = [analysis.describe(self.graph)]
+        if self._gating:
+            parts.append(self._gating.explain())
         programs = self._execution.programs
         choices = self._execution.choices
         for binding, program in programs.items():
@@ -326,11 +386,12 @@ class Kernel:
                     ]
         if not programs:
             parts.append("nothing is compiled yet: CPU tensors run the reference")
+        parts += [f"{form} calls\n{kernel.explain()}" for form, kernel in self._forms.items()]
         return "\n".join(part.rstrip("\n") for part in parts) + "\n"
 
     def stats(self) -> Stats:
-        """What was done so far, by all who share this kernel."""
-        return self._execution.stats
+        """What was done so far, by all who share this kernel; PyTorch's kernels are not counted."""
+        return sum((each.stats() for each in self._forms.values()), self._execution.stats)
 
     def __repr__(self) -> str:
         return f"Kernel({self._key})"
@@ -388,6 +449,22 @@ class Kernel:
             kv_lens if lens_tensor else None,
             None if lens_tensor else kv_lens,
         )
+
+    def _as(self, form: Form, call: Call) -> Call:
+        """The same call of another form, with the tensors that it reads."""
+        given = dict(zip(self._attending.names, call.tensors, strict=True))
+        names = self._forms[form]._attending.names
+        return call._replace(tensors=[given[name] for name in names])
+
+    def _attend(
+        self, call: Call, *, return_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor | dict[str, Tensor]]:
+        """Attend as the spec says, whatever the length."""
+        if operators.is_plain(call):
+            outputs = self._execution.forward(call, selections=False)
+        else:
+            outputs = operators.forward(self._key, *call)
+        return self._returned(outputs, return_lse=return_lse)
 
     def _returned(
         self, outputs: Sequence[Tensor], *, return_lse: bool

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,26 @@ def samples(call: Call, device: str, count: int) -> list[float]:
     if device == "cuda":
         return _by_events(call, range(count))
     return [_clock(call, device, [number]) for number in range(count)]
+
+
+def in_turn(calls: Sequence[Call], device: str, seconds: float) -> list[list[float]]:
+    """Milliseconds of each of several calls, one after the other in rounds, for about `seconds`.
+
+    Whatever the card does in the meantime, it does to all of them.
+    """
+    for call in calls:
+        _clock(call, device, range(1 + WARM_UP))
+    once = sum(_clock(call, device, range(1)) for call in calls)
+    rounds = max(FEWEST, min(MOST, round(seconds * 1e3 / max(once, 1e-6))))
+    found: list[list[float]] = [[] for _ in calls]
+    if device == "cuda":
+        count = len(calls)
+        times = _by_events(lambda n: calls[n % count](n // count), range(rounds * count))
+        return [times[turn::count] for turn in range(count)]
+    for number in range(rounds):
+        for times, call in zip(found, calls, strict=True):
+            times.append(_clock(call, device, [number]))
+    return found
 
 
 def time_once(call: Call, device: str) -> Timing:

@@ -22,6 +22,7 @@ target  spec                            a GPU · what the user wrote
 selection  graph  layout                what is chosen · what is computed · places for its boxes
 reference  analysis  planner  passes    the meaning · the costs · Spec -> Graph -> Graph
 plan
+gates                                   forms of a spec for short sequences
 rows  dryrun                            a kernel's loops · one call on paper
 kernels
 buckets  together                       rows that come to the blocks they chose · rows that share a list
@@ -36,9 +37,10 @@ crosscompile  resources                 registers, occupancy and limits of modul
 pipeline                                the stages in order
 tuned                                   configurations that were measured, and which one a call gets
 catalogue                               what `specs` says
-batch  operators
+batch  operators  dense                 where sequences lie · torch's view of calls · PyTorch's attention
 arguments
 execution
+gating                                  which form a call takes
 runtime                                 load_kernel
 trials                                  emitted kernels against the reference
 verify                                  trials in a process of their own
@@ -55,7 +57,7 @@ machine  samples  timing                a card and its versions · tensors to ti
 checking                                what an output must be to be timed
 baselines  tuning                       dense attention, and FlexAttention · such a process
 measure                                 the steps of a measurement
-bench                                   what a spec costs on the card that is here
+bench  crossover                        what a spec costs on the card that is here · to what length less would
 variants                                what may be turned at a spec
 search                                  variants on the front of time against error
 tune                                    the fastest configuration of a spec
@@ -71,7 +73,7 @@ families
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes plan rows kernels buckets together configs "
+    "errors paths target spec graph analysis planner passes plan gates rows kernels buckets together configs "
     "refusals schedule driver knobs space emit allowlist store workers build resources pipeline tuned "
     "catalogue verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()

@@ -13,12 +13,14 @@ from typing import Literal
 
 from hsgen import paths, pipeline, resources
 from hsgen.errors import ArgumentError, HsgenError
+from hsgen.gates import forms
 from hsgen.plan import Config
 from hsgen.resources import CompileFailure, Job, Outcome
 from hsgen.spec import Spec, load
 from hsgen.tuned.files import Content, Flaw, Kept, environment, known_gpus, target_of
+from hsgen.tuned.gates import GatesContent, KeptGates
 from hsgen.tuned.ladder import Compiled, unusable
-from hsgen.tuned.records import LAUNCH, KernelChoice, Tuned
+from hsgen.tuned.records import LAUNCH, Environment, KernelChoice, Problem, Tuned
 
 Status = Literal["ok", "stale", "broken"]
 
@@ -27,7 +29,7 @@ Status = Literal["ok", "stale", "broken"]
 class Entry:
     """One record, and what is wrong with it."""
 
-    kept: Kept
+    kept: Kept | KeptGates
     stale: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
 
@@ -98,7 +100,12 @@ def _quietly(done: int, total: int) -> None:
     """Report no progress."""
 
 
-def check(content: Content, *, progress: Callable[[int, int], None] = _quietly) -> Audit:
+def check(
+    content: Content,
+    gates: GatesContent | None = None,
+    *,
+    progress: Callable[[int, int], None] = _quietly,
+) -> Audit:
     """Check the records of some files; every kernel that is not stale is cross-compiled.
 
     Raises:
@@ -116,10 +123,38 @@ def check(content: Content, *, progress: Callable[[int, int], None] = _quietly) 
     entries = tuple(
         Entry(kept=one.kept, stale=tuple(one.stale), broken=tuple(one.broken)) for one in judged
     )
-    return Audit(entries=entries, flaws=content.flaws, kernels=len(jobs))
+    gates = gates or GatesContent()
+    entries += tuple(
+        _judge_gates(each, wrong)
+        for each, wrong in zip(gates.kept, _misplaced(gates.kept), strict=True)
+    )
+    return Audit(entries=entries, flaws=content.flaws + gates.flaws, kernels=len(jobs))
 
 
-def _misplaced(kept: Sequence[Kept]) -> list[list[str]]:
+def _judge_gates(kept: KeptGates, misplaced: Sequence[str]) -> Entry:
+    """A record of gates: its place, its GPU, its spec, and that this has the forms."""
+    record = kept.record
+    broken = [*misplaced, *_other_card(record.environment)]
+    stale: list[str] = []
+    spec = _spec(record.problem)
+    if spec is None:
+        stale.append(f"no shipped {record.problem.spec} means the same")
+    else:
+        try:
+            forms(spec, record.gate)
+        except HsgenError as error:
+            broken.append(error.message)
+    return Entry(kept=kept, stale=tuple(stale), broken=tuple(broken))
+
+
+def _other_card(environment: Environment) -> list[str]:
+    gpu = known_gpus().get(environment.gpu)
+    if gpu and gpu.card != environment.card:
+        return [f"environment: gpus.yaml has {gpu.card}, got {environment.card}"]
+    return []
+
+
+def _misplaced(kept: Sequence[Kept] | Sequence[KeptGates]) -> list[list[str]]:
     """By record, whether its line is where it belongs."""
     wrong: list[list[str]] = [[] for _ in kept]
     for i, (before, after) in enumerate(pairwise(kept), 1):
@@ -135,11 +170,9 @@ def _judge(kept: Kept) -> _Judged:
     """All that needs no compiler."""
     one = _Judged(kept=kept)
     record = kept.record
-    gpu = known_gpus().get(record.environment.gpu)
-    if gpu and gpu.card != record.environment.card:
-        one.broken.append(f"environment: gpus.yaml has {gpu.card}, got {record.environment.card}")
+    one.broken += _other_card(record.environment)
     try:
-        spec = _spec(record)
+        spec = _spec(record.problem)
         if spec is None:
             one.stale.append(f"no shipped {record.problem.spec} means the same")
             return one
@@ -164,9 +197,8 @@ def _judge(kept: Kept) -> _Judged:
     return one
 
 
-def _spec(record: Tuned) -> Spec | None:
+def _spec(problem: Problem) -> Spec | None:
     """The shipped spec of a record, bound; where layers take ways, that of its layer."""
-    problem = record.problem
     shipped = {path.stem: path for path in paths.data_dir("specs").glob("*.yaml")}
     if problem.spec not in shipped:
         return None

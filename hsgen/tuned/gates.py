@@ -348,7 +348,7 @@ def crossovers(problem: Problem, environment: Environment) -> FoundGates:
 
 
 def _crossovers(problem: Problem, environment: Environment) -> FoundGates:
-    found = [
+    found: list[tuple[GateRung, KeptGates]] = [
         (rung, kept)
         for gpu in files.gpus()
         for kept in gate_entries(gpu, problem.spec)
@@ -356,7 +356,8 @@ def _crossovers(problem: Problem, environment: Environment) -> FoundGates:
     ]
     found.sort(key=lambda x: (x[1].record.provenance.date, not x[1].committed), reverse=True)
     found.sort(key=lambda x: _closeness(*x, environment))
-    rung, kept = found[0] if found else ("none", None)
+    rung: GateRung = found[0][0] if found else "none"
+    kept = found[0][1] if found else None
     gate = kept.record.gate if kept else Gate()
     return FoundGates(gate=gate, rung=rung, kept=kept, problem=problem, environment=environment)
 
