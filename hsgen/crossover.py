@@ -327,6 +327,7 @@ def _record(
 ) -> tuned.Gates:
     """What was measured, to be kept."""
     dense, flat = crossings(points)
+    times: list[dict[Form, tuned.Time]]
     times = [{form: point.time(form) for form in point.samples} for point in points]
     return tuned.Gates(
         problem=tuned.Problem.of(spec, dtype),

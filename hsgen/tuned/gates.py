@@ -348,18 +348,22 @@ def crossovers(problem: Problem, environment: Environment) -> FoundGates:
 
 
 def _crossovers(problem: Problem, environment: Environment) -> FoundGates:
-    found: list[tuple[GateRung, KeptGates]] = [
-        (rung, kept)
-        for gpu in files.gpus()
-        for kept in gate_entries(gpu, problem.spec)
-        if (rung := _rung(kept.record, problem, environment))
-    ]
+    found = list[tuple[GateRung, KeptGates]]()
+    for gpu in files.gpus():
+        for kept in gate_entries(gpu, problem.spec):
+            rung = _rung(kept.record, problem, environment)
+            if rung is not None:
+                found.append((rung, kept))
     found.sort(key=lambda x: (x[1].record.provenance.date, not x[1].committed), reverse=True)
     found.sort(key=lambda x: _closeness(*x, environment))
-    rung: GateRung = found[0][0] if found else "none"
-    kept = found[0][1] if found else None
-    gate = kept.record.gate if kept else Gate()
-    return FoundGates(gate=gate, rung=rung, kept=kept, problem=problem, environment=environment)
+    best = found[0] if found else None
+    return FoundGates(
+        gate=best[1].record.gate if best else Gate(),
+        rung=best[0] if best else "none",
+        kept=best[1] if best else None,
+        problem=problem,
+        environment=environment,
+    )
 
 
 def _rung(record: Gates, problem: Problem, environment: Environment) -> GateRung | None:
