@@ -103,8 +103,8 @@ def test_first_command_compiles():
 def test_python_snippets_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     namespace: dict[str, object] = {}
-    snippets = [text for text in blocks("python") if "import hsgen" in text]
-    assert snippets
+    snippets = [text for text in blocks("python") if "hsgen.load_kernel" in text]
+    assert len(snippets) == 2
     for text in snippets:
         exec(compile(text, "README.md", "exec"), namespace)
     assert list(namespace["o"].shape) == [1, 512, 32, 128]
