@@ -366,7 +366,7 @@ class Execution:
         return known
 
     def accept(self, call: Call) -> None:
-        """Check a call that something else will run; one like it was checked before.
+        """Check a call that something else will run, but for values; once for each signature.
 
         Raises:
             ArgumentError: argument, expected and got.
@@ -379,8 +379,6 @@ class Execution:
             known = self._remember(signature, new)
         elif (call.first, call.length, call.max_seqlen_k) != (None, None, None):
             arguments.check_lengths(_lengths(call), known.problem)
-        if self.options.check and not known.problem.empty:
-            self._check_values(call, known.problem, _batch(call, known.problem))
 
     def _remember(self, signature: tuple[object, ...], known: _Known) -> _Known:
         """What is known of calls with a signature; the first of several threads to say so."""

@@ -34,20 +34,21 @@ class Gating:
         self._target = options.target
         self._at = {name: number for number, name in enumerate(expected.names)}
         self._inputs = expected.inputs
+        dims = [each.type.dims for each in expected.inputs]
+        at = next(number for number, each in enumerate(dims) if "S" in each)
+        self._keyed = at, len(dims[at]), dims[at].index("S")  # the tensor that says how many keys
+        self._known: dict[tuple[torch.dtype, torch.device], Gate] = {}  # where heads are bound
         self._found: dict[tuple[Any, ...], tuned.FoundGates] = {}
         self._branch = forms["dense"].attend[0] if "dense" in forms else None
         self._causal = spec.causal
 
     def form(self, call: Call) -> Form:
         """What a call is: by the keys of its longest sequence, as far as the host knows them."""
-        packed = call.cu_seqlens_q is not None
-        ranks = (
-            len(each.type.dims) - (packed and each.type.dims[0] == "B") for each in self._inputs
-        )
-        if any(x.ndim != rank for x, rank in zip(call.tensors, ranks, strict=True)):
-            return "own"  # which says what is wrong
+        keys = self._longest(call)
+        if keys is None:
+            return "own"
         gate = self._gate if isinstance(self._gate, Gate) else self._measured(call)
-        form: Form = gate.form(self._longest(call))
+        form: Form = gate.form(keys)
         return form if form in self.forms else "own"
 
     def attend(self, call: Call) -> Tensor | None:
@@ -76,36 +77,42 @@ class Gating:
             return f"gate: {self._gate}"
         return "\n".join(map(str, self._found.values())) or 'gate="measured": no call yet'
 
-    def _longest(self, call: Call) -> int:
-        keys = self._size(call, "S")
-        for most in (call.length, call.max_seqlen_k if call.cu_seqlens_q is not None else None):
+    def _longest(self, call: Call) -> int | None:
+        """None of a tensor that has no such dimension: the spec's own call says what is wrong."""
+        at, rank, axis = self._keyed
+        keys, packed = call.tensors[at], call.cu_seqlens_q is not None
+        if keys.ndim != rank - packed or call.tensors[0].ndim != 4 - packed:
+            return None
+        swapped = call.layout == "bhtd" and rank == 4 and not packed
+        longest = keys.shape[2 if swapped else axis - packed]
+        for most in (call.length, call.max_seqlen_k if packed else None):
             if isinstance(most, (int, torch.SymInt)):
-                keys = min(keys, most)
-        return keys
+                longest = min(longest, most)
+        return longest
 
     def _size(self, call: Call, name: str) -> int:
-        """A dimension by name, as the first tensor that has it says."""
+        """A number of heads, or a length of them, as the first tensor that has it says."""
         for tensor, each in zip(call.tensors, self._inputs, strict=True):
-            dims = list(each.type.dims)
-            if name not in dims:
-                continue
-            axis, sequences = dims.index(name), dims[0] == "B"
-            if sequences and call.cu_seqlens_q is not None:
-                return tensor.shape[axis - 1]
-            if sequences and call.layout == "bhtd" and len(dims) == 4:
-                axis = (0, 2, 1, 3)[axis]
-            return tensor.shape[axis]
+            if name in each.type.dims:
+                # from the end, so that packed or not is the same
+                axis = each.type.dims.index(name) - len(each.type.dims)
+                heads = axis == -2 and call.layout == "bhtd" and tensor.ndim == 4
+                return tensor.shape[-3 if heads else axis]
         raise AssertionError(f"no tensor has {name}")
 
     def _measured(self, call: Call) -> Gate:
         """Of the GPU that runs the call; CPU tensors have one only where a target is named."""
-        q = call.tensors[0]
+        q, spec = call.tensors[0], self._spec
         if q.dtype not in PLANNED or (q.device.type != "cuda" and self._target is None):
             return NEVER
-        spec = self._spec
+        if not torch.compiler.is_compiling() and (known := self._known.get((q.dtype, q.device))):
+            return known
         dims = spec.head_dim or HeadDim(qk=self._size(call, "Dqk"), v=self._size(call, "Dv"))
         heads = spec.heads or Heads(query=self._size(call, "Hq"), kv=self._size(call, "Hkv"))
-        return self._look_up(q.dtype, q.device, (heads.query, heads.kv), (dims.qk, dims.v))
+        gate = self._look_up(q.dtype, q.device, (heads.query, heads.kv), (dims.qk, dims.v))
+        if spec.heads and spec.head_dim and not torch.compiler.is_compiling():
+            self._known[q.dtype, q.device] = gate
+        return gate
 
     @torch.compiler.assume_constant_result
     def _look_up(self, *kind: Any) -> Gate:

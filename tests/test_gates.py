@@ -513,6 +513,23 @@ def test_a_kernel_takes_what_was_measured(folders, keep):
     )
 
 
+@pytest.mark.parametrize("layout", ["bthd", "bhtd"])
+def test_heads_that_a_spec_leaves_open_are_those_of_the_tensors(folders, layout):
+    free = parse(dump(FLAT).replace("heads: {query: 4, kv: 2}\n", "").replace("head_dim: 16\n", ""))
+    wide = free.bind(heads=(4, 4), head_dim=(16, 32))
+    for spec, below in ((free.bind(heads=(4, 2), head_dim=16), 10), (wide, 12)):
+        problem = tuned.Problem.of(spec, "fp32")
+        tuned.publish_gates(replace(record(dense=below), problem=problem))
+    kernel = measured(free)
+    for spec, below in ((wide, 12), (FLAT, 10), (wide, 12)):
+        for keys in (below - 1, below):
+            x = tensors(spec, 3, keys)
+            given = {n: y.transpose(1, 2) for n, y in x.items()} if layout == "bhtd" else x
+            o = kernel(**given, layout=layout)
+            o = o.transpose(1, 2) if layout == "bhtd" else o
+            assert_form(spec, "dense" if keys < below else "own", o, x)
+
+
 @pytest.mark.parametrize("how", ["reference", "driver"])
 def test_nothing_is_gated_where_nothing_was_measured(folders, caplog, how):
     kernel = measured() if how == "driver" else load_kernel(FLAT, gate="measured")
