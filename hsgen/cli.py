@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -542,6 +542,10 @@ def tune(
     point: Annotated[
         str | None, typer.Option("--try", metavar="POINT", help="Measure one point alone.")
     ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option("--plots", metavar="DIR", help="Draw the study: history, axes, importances."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the space and prune it; needs no GPU.")
     ] = False,
@@ -592,12 +596,29 @@ def tune(
         result = tune.attempt(bound, options, point)
         typer.echo(_json_text(result.record()) if as_json else f"{result}\n", nl=False)
         raise typer.Exit(0 if result.failure is None else 1)
+    draw = _draw() if plots else None  # what is missing is said before the search
     with progress.line() as line:
         report = tune.tune(bound, options, tell=lambda status: line(str(status)))
     if export:
         before = [each.record for each in tuned.read_folder(export).kept]
         tuned.write(export, tuned.merge([*before, *report.records]))
     typer.echo(_json_text(report.record()) if as_json else str(report), nl=False)
+    if plots and draw:
+        draw(storage or report.journal, report.study, plots)
+
+
+def _draw() -> Callable[[Path | str, str, Path], object]:
+    """What draws a study.
+
+    Raises:
+        HsgenError: matplotlib is missing.
+    """
+    try:
+        from hsgen.tune import pictures  # noqa: PLC0415  loads matplotlib
+    except ModuleNotFoundError as error:
+        help = 'pip install "hsgen[plots]"'
+        raise HsgenError(f"--plots needs the package {error.name}", help=help) from error
+    return pictures.pictures
 
 
 @app.command(epilog="Example: hsgen search moba --qkv FILE --least --target h100 -o found")

@@ -87,6 +87,7 @@ SOLE_IMPORTERS = {
     "jinja2": {"emit"},
     "yaml": {"spec", "tuned"},
     "typer": {"cli"},
+    "matplotlib": {"tune"},
     "optuna": {"search", "tune"},
     "rich": {"progress"},
     "safetensors": {"captures"},

@@ -94,6 +94,7 @@ class Report:
     Attributes:
         results: of all points that were looked at, those of earlier runs included.
         failed: commands that try a failed point again, one a class.
+        journal: where the study is, without a password.
         stopped: by the user, before the finals.
     """
 
@@ -105,6 +106,7 @@ class Report:
     finals: tuple[Final, ...]
     failed: tuple[str, ...]
     journal: str
+    study: str
     stopped: bool
 
     @property
@@ -131,6 +133,7 @@ class Report:
             "failures": self.failures,
             "stopped": self.stopped,
             "journal": self.journal,
+            "study": self.study,
             "records": [json.loads(tuned.dump(record)) for record in self.records],
             "finals": [
                 {"shape": each.shape, "said": str(each.verdict or each.reason)}
@@ -151,7 +154,7 @@ class Report:
         if self.failures:
             counts = ", ".join(f"{kind} {count}" for kind, count in self.failures.items())
             lines += [f"  failed: {counts}", *(f"    {line}" for line in self.failed)]
-        lines.append(f"  studies: {self.journal}")
+        lines.append(f"  study: {self.study} in {self.journal}")
         if self.stopped:
             lines.append("  stopped: results are kept, and the same command goes on")
         return "\n".join(lines) + "\n"
@@ -276,12 +279,13 @@ class _Tuning:
             finals=finals,
             failed=tuple(self._repros(journal)),
             journal=shown(place),
+            study=self.name,
             stopped=search.stopped,
         )
 
     @property
     def name(self) -> str:
-        """Of the studies: another space, text, GPU or shape makes others."""
+        """Of the study: another space, text, GPU or shape makes another."""
         texts = [sorted(self._artifact(v.orders).module.texts.items()) for v in self.space.variants]
         shapes = [shape.name for shape in self.options.shapes]
         parts = [asdict(self.problem), asdict(self.environment), shapes, self.space.digest, texts]
