@@ -89,12 +89,12 @@ class PartsContext:
     """Everything `merge.py.jinja` reads to merge the parts of one softmax."""
 
     name: str
-    how: Literal["parts"] = "parts"
     header: str = ""
     pieces: str = ""
     width: int
     head_dim: int  # of a value
     sink: bool = False
+    gate: rows.Gated | None = None
 
     @property
     def summary(self) -> str:
@@ -110,12 +110,18 @@ class PartsContext:
             pointer("PART_O", "input", f"[turn heads, items, {self.head_dim}]"),
             PART_LSE,
             *((rows.SINK,) if self.sink else ()),
+            *rows.gates_of(self.gate),
             *rows.OUTPUTS,
             ITEMS,
             *SEQ,
             HEAD_FIRST,
             *tunables("BLOCK_R"),
         )
+
+    @property
+    def store(self) -> str:
+        """As `RowsContext.store`."""
+        return rows.store_of(self.gate)
 
     @property
     def jit(self) -> str:
@@ -187,17 +193,17 @@ class Branch:
     name: str
     needs: tuple[str, ...]
     makes: tuple[str, ...]
-    operators: tuple[str, ...]
     selection: str
     keys: str  # a tensor whose second dimension is the keys'
     tensors: tuple[str, ...]  # q, k, v and their strides
-    outputs: tuple[str, ...]  # the sink if there is one, o and lse and their strides
+    outputs: tuple[str, ...]  # the sink and the gates if there are any, o and lse and their strides
     buffers: tuple[Buffer, ...]
     width: int
     entries: rows.Entries
     scale: float
     softcap: float | None
     sink: bool
+    gate: rows.Gated | None
 
 
 def plan(
@@ -225,14 +231,18 @@ def plan(
         )
 
     merge = PartsContext(
-        name=f"merge_{branch.name}", width=branch.width, head_dim=shape.v, sink=branch.sink
+        name=f"merge_{branch.name}",
+        width=branch.width,
+        head_dim=shape.v,
+        sink=branch.sink,
+        gate=branch.gate,
     )
     listing = Config(
         constexprs=(("BLOCK_T", 256 // next_power(branch.width)),), num_warps=4, num_stages=1
     )
     scan = Config(constexprs=(("BLOCK_N", 256),), num_warps=4, num_stages=1)
     merging = Config(constexprs=(("BLOCK_R", 32),), num_warps=4, num_stages=1)
-    node = branch.operators[:1]
+    node = branch.makes[:1]
     kernels = (
         Kernel(
             name=f"count_{branch.name}",
@@ -263,14 +273,14 @@ def plan(
             skeleton="rows",
             context=context,
             config=config,
-            operators=branch.operators,
+            operators=branch.makes,
         ),
         Kernel(
             name=merge.name,
             skeleton="merge",
             context=merge,
             config=merging,
-            operators=branch.operators,
+            operators=branch.makes,
             follows=context.name,
         ),
     )

@@ -170,7 +170,12 @@ class Driver:
 
     @property
     def unpack_select(self) -> tuple[str, ...]:
-        return self.unpack(self.select)
+        lines = self.unpack(self.select)
+        if (gates := self.plan.gates) is None:
+            return lines
+        given = f'in_{gates} = tensors["{gates}"]'
+        any_will_do = f"in_{gates} = in_q  # of as many rows: no choice depends on an output"
+        return tuple(any_will_do if line == given else line for line in lines)
 
     def calls(self, step: Step) -> tuple[Call, ...]:
         return tuple(self._call(launch) for launch in step.launches)

@@ -1,4 +1,4 @@
-"""What fills the `rank`, `index`, `segments` and `merge` skeletons: the numbers of a spec, as values.
+"""What fills the `rank`, `index`, and `segments` skeletons: the numbers of a spec, as values.
 
 Every field that a template reads is computed here.  Knows no GPU; tile sizes are tunables.
 """
@@ -409,44 +409,6 @@ class RoundContext:
             count("rows", "of one sequence, or all that are packed"),
             count("vectors", f"B * rows * {self.heads}"),
             *tunables("BLOCK_V"),
-        )
-
-    @property
-    def jit(self) -> str:
-        return jit(self.params)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeContext:
-    """Everything `merge.py.jinja` reads."""
-
-    name: str
-    header: str = ""
-    pieces: str = ""
-    heads: int
-    head_dim: int  # of a value
-    branches: tuple[str, ...]  # in the order of the gates
-    how: Literal["gates"] = "gates"
-
-    @property
-    def summary(self) -> str:
-        return "the gated sum of the branches' outputs."
-
-    @property
-    def chunks(self) -> tuple[Chunk, ...]:
-        return chunks(self.head_dim)
-
-    @property
-    def params(self) -> tuple[Param, ...]:
-        shape = f"[rows, {self.heads}, {self.head_dim}]"
-        return (
-            pointer("GATES", "input", f"[B, T, {self.heads}, {len(self.branches)}]"),
-            *_strides("GATES", "g", "batch", "token", "head", "channel"),
-            *(pointer(f"O_{branch}", "input", shape) for branch in self.branches),
-            pointer("O", "input", shape),
-            count("tokens", "T: row b * T + t is token t of batch b"),
-            count("rows", "B * T"),
-            *tunables("BLOCK_R"),
         )
 
     @property

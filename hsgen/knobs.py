@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hsgen.buckets import BucketsContext, PartsContext
-from hsgen.kernels import IndexContext, MarksContext, MergeContext, RankContext, SegmentsContext
+from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsContext
 from hsgen.plan import Kernel, Plan
 from hsgen.rows import MARKED, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
@@ -100,7 +100,7 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
         case SegmentsContext():
             most = next_power(context.size)
             return {"BLOCK_E": (1, 64), "BLOCK_J": (1, most), "num_warps": (1, 8)}
-        case MergeContext() | PartsContext():
+        case PartsContext():
             return {"BLOCK_R": (1, 128), "num_warps": (1, 8)}
         case _:  # of a skeleton that nothing is known of, what is near its start
             near = {n: (max(1, v // 8), v * 8) for n, v in kernel.config.constexprs}

@@ -91,7 +91,7 @@ class Buffer:
     name: str
     dtype: ElementType
     dims: tuple[str, ...]
-    role: Literal["output", "level", "selection", "branch", "list", "scratch"]
+    role: Literal["output", "level", "selection", "list", "scratch"]
     zeros: bool = False  # of what is added to
 
     def __str__(self) -> str:
@@ -143,6 +143,9 @@ class Plan:
     output: str
     lse: Mapping[str, str]
     selection: Mapping[str, str]
+    gates: str | None = (
+        None  # the caller's tensor that weighs branches, which choosing goes without
+    )
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property

@@ -14,10 +14,11 @@ from typing import Protocol
 
 from hsgen import analysis, dryrun, passes, pipeline, planner, resources, schedule, verify
 from hsgen.analysis import Cost, quantity
+from hsgen.buckets import PartsContext
 from hsgen.configs import DType
 from hsgen.dryrun import Array
 from hsgen.errors import BuildError, PlanError
-from hsgen.graph import Graph, Select, align, op_text, tensor_inputs
+from hsgen.graph import Gate, Graph, Node, Select, align, op_text, tensor_inputs
 from hsgen.kernels import SegmentsContext
 from hsgen.pipeline import Artifact
 from hsgen.plan import Kernel, Plan
@@ -65,7 +66,7 @@ def show(spec: Spec, target: Target, dtype: DType = "bf16") -> Shown:
         return Shown(graph=graph, plan=None, problem=f"{error.message}{where}")
 
 
-ROLES = ("output", "branch", "level", "selection", "list", "scratch")
+ROLES = ("output", "level", "selection", "list", "scratch")
 
 
 def _memory_text(plan: Plan) -> str:
@@ -75,7 +76,7 @@ def _memory_text(plan: Plan) -> str:
         run = dryrun.run(plan, tokens=tokens)
         total = dict.fromkeys(ROLES, 0)
         for buffer, array in run.buffers:
-            total["output" if buffer.name == plan.output else buffer.role] += array.bytes
+            total[buffer.role] += array.bytes
         rows.append((f"  {tokens}", *(quantity(total[role]) for role in ROLES)))
     return "\n".join(["bytes that one call allocates, batch 1, S = T", *align(rows)]) + "\n"
 
@@ -405,9 +406,26 @@ def work(graph: Graph, plan: Plan, kernel: Kernel, tokens: int = TOKENS) -> tupl
         return 0.0, analysis.moved(graph, read).evaluate(tokens)
     costs = analysis.costs(graph)
     flops = sum(costs[name].flops.evaluate(tokens) for name in kernel.operators)
-    operands = {name for node in kernel.operators for name in graph[node].inputs}
+    operands = {name for node in kernel.operators for name in _operands(graph[node])}
     values = sorted(operands - set(kernel.operators)) + _written(graph, plan, kernel)
+    if _adds(plan, kernel):  # the sum so far is as large as what is added
+        values.append(kernel.operators[0])
     return flops, analysis.moved(graph, values, input_bytes=input_bytes).evaluate(tokens)
+
+
+def _operands(node: Node) -> tuple[str, ...]:
+    """What a kernel reads for a node; of a sum the gates: what other branches gave is in the sum."""
+    return node.inputs[:1] if isinstance(node.op, Gate) else node.inputs
+
+
+def _adds(plan: Plan, kernel: Kernel) -> bool:
+    """Whether a kernel, or one that ends its work, adds to the outputs of branches before."""
+    contexts = [each.context for each in plan.kernels if each.operators == kernel.operators]
+    return any(
+        each.gate is not None and not each.gate.first
+        for each in contexts
+        if isinstance(each, RowsContext | PartsContext)
+    )
 
 
 def _written(graph: Graph, plan: Plan, kernel: Kernel) -> list[str]:

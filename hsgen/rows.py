@@ -82,6 +82,18 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gated:
+    """One of several branches whose outputs, each times its gate, make one sum.
+
+    The first that runs stores its own; each later one adds its own to what is there.
+    """
+
+    column: int  # its place among the gates
+    branches: int
+    first: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowsContext:
     """Everything `rows.py.jinja` reads."""
 
@@ -125,6 +137,7 @@ class RowsContext:
     planes: int = 1  # of the scratch: 2 where an entry also counts in the slot after its own
     together: Literal["", "blocks", "part"] = ""  # rows are blocks of rows, or some of one block
     rows_together: int = 0  # of a block
+    gate: Gated | None = None  # of a branch that is one of several
 
     @property
     def widened(self) -> str:
@@ -171,6 +184,11 @@ class RowsContext:
     def out(self) -> str:
         """The address of an output row, as `store_outputs` takes it."""
         return f"{self.out_token}, o_t, {self.out_head}, o_h"
+
+    @property
+    def store(self) -> str:
+        """The piece that writes outputs."""
+        return store_of(self.gate)
 
     @property
     def of_rows(self) -> str:
@@ -240,9 +258,9 @@ def pointer(name: str, dtype: ElementType, comment: str) -> Param:
 def tensor(
     name: str, prefix: str, comment: str, strides: str, dtype: ElementType = "input"
 ) -> tuple[Param, ...]:
-    """A pointer and the strides of its dimensions but the last, one letter each."""
+    """A pointer and strides of its dimensions, one letter each."""
     pointer = Param(name=name, kind="pointer", comment=comment, dtype=dtype)
-    words = {"b": "batch", "t": "token", "h": "head"}
+    words = {"b": "batch", "t": "token", "h": "head", "c": "channel"}
     return (
         pointer,
         *(
@@ -374,6 +392,25 @@ def with_logits(
     at = [p.name for p in context.params].index("O")
     params = (*context.params[:at], SINK, *context.params[at:])
     return replace(context, sink=True, params=params)
+
+
+def with_gate(context: RowsContext, gate: Gated | None) -> RowsContext:
+    """The same attend as one of several branches."""
+    if gate is None:
+        return context
+    at = [p.name for p in context.params].index("O")
+    params = (*context.params[:at], *gates_of(gate), *context.params[at:])
+    return replace(context, gate=gate, params=params)
+
+
+def gates_of(gate: Gated | None) -> tuple[Param, ...]:
+    """The tensor of gates."""
+    return () if gate is None else tensor("GATES", "g", f"[B, T, Hq, {gate.branches}]", "bthc")
+
+
+def store_of(gate: Gated | None) -> str:
+    """The piece that writes outputs: those of a later branch are added to what is there."""
+    return "store_outputs" if gate is None or gate.first else "add_outputs"
 
 
 def blocks(heads: Heads) -> tuple[Param, ...]:

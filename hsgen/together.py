@@ -182,12 +182,11 @@ class Branch:
     name: str
     needs: tuple[str, ...]  # but the selection
     makes: tuple[str, ...]
-    operators: tuple[str, ...]
     selection: str  # the node
     lists: str  # what stands for it, block by block
     buffers: tuple[Buffer, ...]
     tensors: tuple[str, ...]  # q, k, v and their strides
-    outputs: tuple[str, ...]  # the sink if there is one, o and lse and their strides
+    outputs: tuple[str, ...]  # the sink and the gates if there are any, o and lse and their strides
     block: int  # rows of one
     width: str  # slots of a list
     heads: int  # selection heads
@@ -196,6 +195,7 @@ class Branch:
     scale: float
     softcap: float | None
     sink: bool
+    gate: rows.Gated | None
 
 
 def plan(
@@ -213,6 +213,7 @@ def plan(
     context = rows.with_logits(
         context, scale=branch.scale, softcap=branch.softcap, sink=branch.sink
     )
+    context = rows.with_gate(context, branch.gate)
     config = tiles(context)
 
     def index(how: Literal["lists", "members"], name: str, **tuned: int) -> Kernel:
@@ -231,7 +232,7 @@ def plan(
             skeleton="index",
             context=found,
             config=values,
-            operators=branch.operators[:1],
+            operators=branch.makes[:1],
             follows=context.name,
         )
 
@@ -244,7 +245,7 @@ def plan(
             skeleton="rows",
             context=context,
             config=config,
-            operators=branch.operators,
+            operators=branch.makes,
         ),
     )
     programs = str(shape.query_heads // context.heads)

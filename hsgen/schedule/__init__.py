@@ -94,6 +94,7 @@ def schedule(
 def _plan(draft: Draft) -> Plan:
     _refuse(draft)
     _require_branches(draft)
+    draft.turns = combining.turns(draft.graph)
     for node in draft.graph.nodes():
         match node.op:
             case Pool() | PoolRows():
@@ -106,9 +107,7 @@ def _plan(draft: Draft) -> Plan:
                 choosing.select(draft, node, node.op)
             case LogSumExp() if isinstance(draft.graph[node.inputs[0]].op, Score):
                 attending.log_sum_exp(draft, node)
-            case Gate():
-                combining.gate(draft, node)
-            case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map():
+            case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate():
                 pass  # fused into the launch that reads them
             case Norm() | Rotate():
                 pass  # fused into the launch that makes what they read
@@ -125,11 +124,12 @@ def _plan(draft: Draft) -> Plan:
         dtype=draft.dtype,
         inputs=tuple((n.name, n.type.dims) for n in draft.graph.nodes() if isinstance(n.op, Input)),
         kernels=tuple(draft.kernels),
-        steps=tuple(draft.steps),
+        steps=tuple(combining.in_turn(draft)),
         scratch_bytes=SCRATCH_BYTES,
         output=text.buffer(outputs.o),
         lse={branch: text.buffer(name) for branch, name in outputs.lse.items()},
         selection={level: text.buffer(name) for level, name in outputs.selection.items()},
+        gates=next((turn.gates for turn in draft.turns.values()), None),
         sizes=dict(draft.graph.sizes),
     )
 

@@ -47,8 +47,8 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             return
         case "blocks":
             context, config = selected.attend_blocks(draft, node, op, launches, buffers, sizes)
-    context = selected.with_logits(context, op)
-    draft.kernel("rows", context, config, node.name, *draft.lse_of(node))
+    context = selected.as_branch(draft, context, node, op)
+    draft.kernel("rows", context, config, *draft.makes(node))
     tiles = text.tiles()
     if context.parts:
         tiles = f"row_tiles_{op.branch}"
@@ -65,13 +65,12 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             ),
         )
     )
-    lse = draft.lse_of(node)[0]
     buffers += draft.output_buffers(node)
     draft.steps.append(
         Step(
             title=f"attend: {op.branch}",
-            needs=node.inputs,
-            makes=(node.name, lse),
+            needs=draft.needs(node, *node.inputs),
+            makes=draft.makes(node),
             buffers=tuple(buffers),
             launches=tuple(launches),
             sizes=tuple(sizes),

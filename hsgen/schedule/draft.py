@@ -39,6 +39,17 @@ TILE_OF_HEADS = 64  # heads of a token that fill a tile: no other row is there t
 Order = Literal["rows", "keys"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A branch's turn in a sum of branches, by the names of nodes."""
+
+    gates: str
+    total: str
+    before: str | None  # the branch that must have run
+    last: bool
+    gate: rows.Gated
+
+
 @dataclass(slots=True)
 class Draft:
     """The plan while it grows."""
@@ -49,6 +60,9 @@ class Draft:
     orders: Mapping[str, Order] = field(default_factory=dict[str, Order])
     kernels: list[Kernel] = field(default_factory=list[Kernel])
     steps: list[Step] = field(default_factory=list[Step])
+    turns: Mapping[str, Turn] = field(
+        default_factory=dict[str, Turn]
+    )  # by branch, where gates combine
 
     @property
     def row_tiles(self) -> configs.RowTiles:
@@ -130,26 +144,54 @@ class Draft:
         read = ("q", *node.inputs[1 : 2 if op.latent else 3])
         return tuple(argument for name in read for argument in self.tensor(name))
 
+    def gate(self, node: Node) -> rows.Gated | None:
+        """Of a branch that is one of several."""
+        turn = self.turns.get(node.name)
+        return turn and turn.gate
+
+    def needs(self, node: Node, *names: str) -> tuple[str, ...]:
+        """What an attend reads: `names`, and of a sum the gates and what is there before its turn."""
+        turn = self.turns.get(node.name)
+        if turn is None:
+            return names
+        return (*names, turn.gates, *((turn.before,) if turn.before else ()))
+
+    def makes(self, node: Node) -> tuple[str, ...]:
+        """The nodes that an attend computes: its own, and the sum if it is the last one's turn."""
+        turn = self.turns.get(node.name)
+        total = (turn.total,) if turn and turn.last else ()
+        return (node.name, *self.lse_of(node), *total)
+
+    def output(self, node: Node) -> str:
+        """The buffer that an attend writes: its own, or that of the sum."""
+        turn = self.turns.get(node.name)
+        return text.buffer(turn.total if turn else node.name)
+
     def output_buffers(self, node: Node) -> tuple[Buffer, ...]:
-        """A branch's output and its log-sum-exp."""
+        """A branch's output, unless another branch brought it to life, and its log-sum-exp."""
         rows_of = ("in_q.shape[0]", "in_q.shape[1]", str(self.shape.query_heads))
-        lse = ("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]")
-        return (
-            Buffer(
-                name=text.buffer(node.name),
-                dtype="input",
-                dims=(*rows_of, str(self.shape.v)),
-                role="branch",
-            ),
-            Buffer(name=text.buffer(self.lse_of(node)[0]), dtype="f32", dims=lse, role="output"),
+        lse_dims = ("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]")
+        o = Buffer(
+            name=self.output(node),
+            dtype="input",
+            dims=(*rows_of, str(self.shape.v)),
+            role="output",
         )
+        name = text.buffer(self.lse_of(node)[0])
+        lse = Buffer(name=name, dtype="f32", dims=lse_dims, role="output")
+        gate = self.gate(node)
+        return (o, lse) if gate is None or gate.first else (lse,)
 
     def outputs(self, node: Node) -> tuple[str, ...]:
-        """What an attend writes, behind the sink that it may read."""
+        """What an attend writes, behind the sink and the gates that it may read."""
         assert isinstance(node.op, Attend)
         sink = (text.input_of(f"{node.op.branch}_sink"),) if node.op.sink else ()
-        o, lse = text.buffer(node.name), text.buffer(self.lse_of(node)[0])
-        return (*sink, *text.strides(o), *text.strides(lse))
+        turn, gates = self.turns.get(node.name), ()
+        if turn is not None:
+            x = text.input_of(turn.gates)
+            gates = (*text.strides(x), f"{x}.stride(3)")
+        lse = text.buffer(self.lse_of(node)[0])
+        return (*sink, *gates, *text.strides(self.output(node)), *text.strides(lse))
 
     def lse_of(self, node: Node) -> tuple[str, ...]:
         return tuple(u.name for u in self.graph.users(node.name) if isinstance(u.op, LogSumExp))

@@ -45,9 +45,8 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
     block = draft.block(selection)
     branch = together.Branch(
         name=op.branch,
-        needs=node.inputs[:3],
-        makes=(node.name, draft.lse_of(node)[0]),
-        operators=(node.name, *draft.lse_of(node)),
+        needs=draft.needs(node, *node.inputs[:3]),
+        makes=draft.makes(node),
         selection=selection.name,
         lists=text.buffer(f"{selection.name}.blocks"),
         buffers=draft.output_buffers(node),
@@ -61,6 +60,7 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
         scale=op.scale or 1.0,
         softcap=op.softcap,
         sink=bool(op.sink),
+        gate=draft.gate(node),
     )
     kernels, steps = together.plan(
         draft.shape,
@@ -85,9 +85,8 @@ def attend_by_blocks(draft: Draft, node: Node, op: Attend) -> None:
     selection = draft.graph[node.inputs[3]]
     branch = buckets.Branch(
         name=op.branch,
-        needs=node.inputs,
-        makes=(node.name, draft.lse_of(node)[0]),
-        operators=(node.name, *draft.lse_of(node)),
+        needs=draft.needs(node, *node.inputs),
+        makes=draft.makes(node),
         selection=text.buffer(selection.name),
         keys=text.input_of(node.inputs[1]),
         tensors=draft.tensors(node, op),
@@ -98,6 +97,7 @@ def attend_by_blocks(draft: Draft, node: Node, op: Attend) -> None:
         scale=op.scale or 1.0,
         softcap=op.softcap,
         sink=bool(op.sink),
+        gate=draft.gate(node),
     )
     kernels, step = buckets.plan(
         draft.shape_of(op), branch, lambda context: draft.row_tiles.attend(context, limit=64)
@@ -193,7 +193,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
     chosen = text.buffer(selection.name)
     union = rows.attend_marked(shape, name=name, scale=scale, share=share)
     by_row = rows.attend_tokens(shape, name=gather, scale=scale, width=width, share=share)
-    union, by_row = with_logits(union, op), with_logits(by_row, op)
+    union, by_row = (as_branch(draft, each, node, op) for each in (union, by_row))
     config = draft.row_tiles.attend(union, limit=64, block=rows.MARKED)
     gathering = draft.row_tiles.attend(by_row, tokens=1).without("BLOCK_T")
     marks = MarksContext(
@@ -206,10 +206,8 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
         num_stages=1,
     )
     draft.kernel("index", marks, marking, node.name, follows=name)
-    draft.kernel("rows", union, config, node.name, *draft.lse_of(node))
-    draft.kernel(
-        "rows", by_row, gathering, node.name, *draft.lse_of(node), follows=name, by_slot=True
-    )
+    draft.kernel("rows", union, config, *draft.makes(node))
+    draft.kernel("rows", by_row, gathering, *draft.makes(node), follows=name, by_slot=True)
     block_t = f'config["{name}"]["BLOCK_T"]'
     tiles, chunk = f"tiles_{op.branch}", f"chunk_{op.branch}"
     capacity = f"capacity_{op.branch}"
@@ -218,8 +216,8 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
     draft.steps.append(
         Step(
             title=f"attend: {op.branch}",
-            needs=node.inputs,
-            makes=(node.name, draft.lse_of(node)[0]),
+            needs=draft.needs(node, *node.inputs),
+            makes=draft.makes(node),
             sizes=(
                 (capacity, f"max(1, (batch.keys + {rows.MARKED} - 1) // {rows.MARKED})"),
                 (tiles, f"batch.rows // {block_t} + batch.sequences"),
@@ -287,14 +285,14 @@ def attend_gathered(draft: Draft, node: Node, op: Attend, scale: float) -> None:
         share=selection.type.dims[2],
         alone=True,
     )
-    context = with_logits(context, op)
+    context = as_branch(draft, context, node, op)
     config = draft.row_tiles.attend(context, tokens=1)
-    draft.kernel("rows", context, config, node.name, *draft.lse_of(node), by_slot=True)
+    draft.kernel("rows", context, config, *draft.makes(node), by_slot=True)
     draft.steps.append(
         Step(
             title=f"attend: {op.branch}",
-            needs=node.inputs,
-            makes=(node.name, draft.lse_of(node)[0]),
+            needs=draft.needs(node, *node.inputs),
+            makes=draft.makes(node),
             sizes=((tiles, text.tiles_of(name)), *text.parts(context)),
             buffers=draft.output_buffers(node),
             launches=(
@@ -319,6 +317,8 @@ def list_arguments(op: Attend) -> tuple[str, ...]:
     return ()
 
 
-def with_logits(context: rows.RowsContext, op: Attend) -> rows.RowsContext:
+def as_branch(draft: Draft, context: rows.RowsContext, node: Node, op: Attend) -> rows.RowsContext:
+    """With what a branch says of its logits, and of its part in a sum."""
     scale = op.scale if op.scale is not None else 1.0
-    return rows.with_logits(context, scale=scale, softcap=op.softcap, sink=bool(op.sink))
+    context = rows.with_logits(context, scale=scale, softcap=op.softcap, sink=bool(op.sink))
+    return rows.with_gate(context, draft.gate(node))

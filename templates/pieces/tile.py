@@ -39,3 +39,22 @@ def store_outputs(
     tl.store(
         base + row[:, None] + columns[None, :], x.to(base.dtype.element_ty), mask=mask[:, None]
     )
+
+
+@triton.jit
+def add_outputs(
+    base, token, t_stride, head, h_stride, mask, x, OFFSET: tl.constexpr, WIDTH: tl.constexpr
+):
+    """As store_outputs, of x and what is there, added in float32.  No other program has these rows."""
+    columns = OFFSET + tl.arange(0, WIDTH)
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    address = base + row[:, None] + columns[None, :]
+    before = tl.load(address, mask=mask[:, None], other=0.0)
+    tl.store(address, (before.to(tl.float32) + x).to(base.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
+def load_gates(base, token, t_stride, head, h_stride, mask):
+    """One number a (token, head) pair: token, head, mask: [M] -> f32[M], 0 where masked."""
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    return tl.load(base + row, mask=mask, other=0.0).to(tl.float32)
