@@ -287,7 +287,18 @@ MUTANTS = (
         "m_new",
     ),
     _attend("log-sum-exp in base 2", "hisa", "gather_selected", " * 0.6931471805599453", ""),
-    _attend("gate of another branch", "nsa", "merge", "gates + 1 * g_c", "gates + 2 * g_c"),
+    _attend("gate of another branch", "nsa", "attend_window", "g_b + 2 * g_c", "g_b + 1 * g_c"),
+    _attend(
+        "gate of another head", "nsa", "attend_selected", "g_t, row_head, g_h", "g_t, head, g_h"
+    ),
+    _attend("branches before left out", "nsa", "attend_window", "before.to(tl.float32) + x", "x"),
+    _attend(
+        "sum begins with what memory held",
+        "nsa",
+        "attend_compressed",
+        "x.to(base.dtype.element_ty)",
+        "(x + tl.load(base + row[:, None] + columns[None, :], mask=mask[:, None], other=0.0))",
+    ),
     _attend(
         "sink counted in another base",
         "logits",
@@ -343,8 +354,8 @@ MUTANTS = (
         "missing other",
         "nsa",
         "attend_window",
-        "tl.load(address, mask=mask[:, None], other=0.0)",
-        "tl.load(address, mask=mask[:, None])",
+        "return tl.load(address, mask=mask[:, None], other=0.0)",
+        "return tl.load(address, mask=mask[:, None])",
     ),
     _attend(
         "offset of a batch in int32",

@@ -14,7 +14,7 @@ from hsgen.target import H100
 
 @pytest.fixture(scope="module")
 def merge():
-    found = space_of("nsa").only(["merge"])
+    found = space_of("moba").only(["merge_selected"])
     return found, table(found.variants[0], found.variants[0].parts[0])
 
 
@@ -25,13 +25,13 @@ class Judge:
         pass
 
     def failure(self, point):
-        bad = point.config("merge").num_warps == 1
+        bad = point.config("merge_selected").num_warps == 1
         return Failure(kind="SPILL", message="spills") if bad else None
 
 
 def test_a_space_is_measured_in_full_and_pruning_judged(merge, tmp_path):
     found, made = merge
-    variant, part = spaces.chosen(found, "merge", None)
+    variant, part = spaces.chosen(found, "merge_selected", None)
     points = list(part.points(variant.start))
     records = list(spaces.measure(points, Replay(made), Judge(), float("inf")))
     lines = tmp_path / "lines.jsonl"
@@ -54,12 +54,12 @@ def test_another_order_is_chosen_by_name():
 
 
 def test_regret_is_printed_with_its_source(merge, tmp_path, capsys):
-    file = tmp_path / "space_nsa.json"
+    file = tmp_path / "space_moba.json"
     file.write_text(json.dumps(merge[1].record()))
     regret.main([str(file), "--seeds", "1", "-o", str(tmp_path / "regret.json")])
     out = capsys.readouterr().out
-    assert out.startswith("SYNTHETIC: merge by a formula, not by a card: 32 points")
+    assert out.startswith("SYNTHETIC: merge_selected by a formula, not by a card: 32 points")
     assert "100 trials: mean 1.00" in out
     written = json.loads((tmp_path / "regret.json").read_text())
-    assert written["space_nsa"]["synthetic"]
+    assert written["space_moba"]["synthetic"]
     assert regret.space_of(merge[1], H100) == merge[0]

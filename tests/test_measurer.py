@@ -85,7 +85,7 @@ def test_wrong_shapes_are_refused(text):
 
 @pytest.fixture(scope="module")
 def small():
-    found = space_of("nsa").only(["merge"])
+    found = space_of("moba").only(["merge_selected"])
     return found, table(found.variants[0], found.variants[0].parts[0])
 
 

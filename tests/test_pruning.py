@@ -51,7 +51,7 @@ class FakeCompilers:
             (job.signature.function, dict(job.constants), job.num_warps, job.num_stages)
         )
         made = outcome()
-        if job.signature.function == "merge" and job.constants["BLOCK_R"] >= 64:
+        if job.signature.function == "merge_selected" and job.constants["BLOCK_R"] >= 64:
             made = outcome(spill_bytes=512)
         if job.constants.get("BLOCK_E") == 128:
             made = outcome(shared_bytes=300_000)
@@ -68,6 +68,13 @@ class FakeCompilers:
 def compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
     return Compiler(load("nsa"), space_of("nsa"), FakeCompilers())
+
+
+@pytest.fixture
+def merging(tmp_path, monkeypatch):
+    """Of a spec with a part of few points."""
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
+    return Compiler(load("moba"), space_of("moba"), FakeCompilers())
 
 
 def part_of(compiler, name):
@@ -101,15 +108,15 @@ def test_what_fits_has_no_failure():
     assert failure_of("merge", outcome(spill_bytes=16), H100) is None
 
 
-def test_a_part_is_pruned_kernel_by_kernel(compiler):
-    variant, part = part_of(compiler, "merge")
-    pruned = compiler.prune(variant, part, budget=60)
-    jobs = [job for job in compiler.compilers.jobs if job[0] == "merge"]
-    assert len(jobs) == len(compiler.compilers.jobs) == part.size == 32
+def test_a_part_is_pruned_kernel_by_kernel(merging):
+    variant, part = part_of(merging, "merge_selected")
+    pruned = merging.prune(variant, part, budget=60)
+    jobs = [job for job in merging.compilers.jobs if job[0] == "merge_selected"]
+    assert len(jobs) == len(merging.compilers.jobs) == part.size == 32
     assert (pruned.kept, pruned.dropped, pruned.left) == (18, 14, 0)
     assert pruned.share == pytest.approx(14 / 32)
     assert pruned.record()["failures"] == {"COMPILE_TIMEOUT": 8, "SPILL": 6}
-    assert "merge: 18 points may run; rules drop 0, compilers 14 (44%)" in str(pruned)
+    assert "merge_selected: 18 points may run; rules drop 0, compilers 14 (44%)" in str(pruned)
 
 
 def test_a_kernel_is_compiled_once_for_all_points(compiler):
@@ -122,9 +129,9 @@ def test_a_kernel_is_compiled_once_for_all_points(compiler):
     assert {job[1]["BLOCK_T"] for job in index} == {1, 2, 4, 8, 16}
 
 
-def test_time_that_is_over_leaves_points(compiler):
-    variant, part = part_of(compiler, "merge")
-    pruned = compiler.prune(variant, part, budget=-1.0)
+def test_time_that_is_over_leaves_points(merging):
+    variant, part = part_of(merging, "merge_selected")
+    pruned = merging.prune(variant, part, budget=-1.0)
     assert (pruned.kept, pruned.dropped, pruned.left) == (0, 0, 32)
     assert "not looked at" in str(pruned)
 
@@ -132,7 +139,7 @@ def test_time_that_is_over_leaves_points(compiler):
 def test_a_point_fails_with_its_kernels(compiler):
     space = compiler.space
     assert compiler.failure(space.start) is None
-    assert compiler.failure(space.parse("merge.num_warps=1")).kind == "COMPILE_TIMEOUT"
+    assert compiler.failure(space.parse("rank_block.num_warps=1")).kind == "COMPILE_TIMEOUT"
     found = compiler.failure(space.parse("pool_compressed_keys.BLOCK_E=128"))
     assert found.kind == "OVER_SMEM"
     assert found.limit.startswith("pool_compressed_keys needs at least 300,000")
@@ -200,19 +207,19 @@ def test_compilers_remember_what_failed(tmp_path, monkeypatch):
 
 def test_a_dry_run_needs_no_gpu(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
-    command = ["tune", "nsa", "--dry-run", "--only", "merge", "--budget", "0"]
+    command = ["tune", "moba", "--dry-run", "--only", "merge_selected", "--budget", "0"]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert out.startswith("space of nsa on h100 (sm_90), bf16: ")
-    assert "merge: BLOCK_R 1 2 4 8 16 32 64 128; num_warps 1 2 4 8" in out
+    assert out.startswith("space of moba on h100 (sm_90), bf16: ")
+    assert "merge_selected: BLOCK_R 1 2 4 8 16 32 64 128; num_warps 1 2 4 8" in out
     assert main([*command, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["parts"][0]["part"] == "merge"
-    assert main(["tune", "nsa", "--dry-run", "--only", "merges"]) == 1
+    assert record["parts"][0]["part"] == "merge_selected"
+    assert main(["tune", "moba", "--dry-run", "--only", "merges"]) == 1
 
 
 def test_a_dry_run_prints():
-    found = DryRun(space=space_of("nsa").only(["merge"]), parts=(), seconds=1.0)
+    found = DryRun(space=space_of("moba").only(["merge_selected"]), parts=(), seconds=1.0)
     assert str(found).endswith("pruned without a GPU, in 1 s\n")
 
 

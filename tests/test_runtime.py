@@ -113,7 +113,7 @@ def test_specs_load_by_name_path_and_value(tmp_path):
 def test_equal_requests_share_one_kernel():
     assert load_kernel("nsa") is load_kernel("nsa")
     assert load_kernel("nsa") is not load_kernel("nsa", dtype=torch.float16)
-    assert load_kernel("nsa") is not load_kernel("nsa", config={"merge": {"num_warps": 8}})
+    assert load_kernel("nsa") is not load_kernel("nsa", config={"attend_window": {"num_warps": 4}})
 
 
 def test_kernels_survive_copies_and_pickles():

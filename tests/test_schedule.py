@@ -1,6 +1,8 @@
 """Plans: golden text, launches in an order that works, and configurations that fit their GPU."""
 
 import itertools
+import math
+import re
 from dataclasses import replace
 
 import emitted
@@ -14,7 +16,7 @@ from hsgen import configs, dryrun, pipeline, report, resources, schedule
 from hsgen.errors import PlanError
 from hsgen.graph import Input
 from hsgen.rows import next_power
-from hsgen.spec import HeadDim, Heads, load
+from hsgen.spec import Attend, Combine, HeadDim, Heads, load, verify
 from hsgen.target import A100, B200, H100, MI300X, RTX4090
 
 TARGETS = (H100, A100, RTX4090, B200, MI300X)
@@ -163,6 +165,52 @@ def test_an_order_that_a_branch_does_not_have_is_refused():
 def test_long_blocks_have_two_orders(order, kernel):
     plan = schedule.schedule(emitted.graph(systems.load("moba")), H100, orders={"selected": order})
     assert kernel in {each.name for each in plan.kernels}
+
+
+def windowed(name, *windows):
+    """A shipped spec with windows beside its branches, and gates."""
+    spec = systems.load(name)
+    others = tuple(Attend(name=window, window=512) for window in windows)
+    changes = {"attend": (*spec.attend, *others), "combine": Combine(gates="input")}
+    return verify(spec.model_copy(update=changes))
+
+
+@pytest.mark.parametrize(
+    ("spec", "turns"),
+    [
+        (lambda: load("nsa"), ["compressed", "selected", "window"]),
+        (lambda: windowed("moba", "window", "near"), ["near", "selected", "window"]),
+        (lambda: windowed("hisa", "near"), ["near", "selected"]),
+        (lambda: windowed("block_lists", "near"), ["selected", "near"]),
+    ],
+    ids=["before a choice", "two windows", "two kernels a branch", "blocks of rows"],
+)
+def test_branches_add_to_one_output_in_turn(spec, turns):
+    """The first stores, the others add; the driver launches them in the plan's order."""
+    plan = schedule.schedule(emitted.graph(spec()), H100)
+    buffers = [buffer for step in plan.usual for buffer in step.buffers]
+    outputs = [b.name for b in buffers if b.role == "output" and b.dtype == "input"]
+    assert outputs == [plan.output]
+    gates = {
+        kernel.name.partition("_")[2]: kernel.context.gate
+        for kernel in plan.kernels
+        if getattr(kernel.context, "gate", None)
+    }
+    assert {branch for branch, gate in gates.items() if gate.first} == {turns[0]}
+    assert [gates[branch.name].column for branch in spec().attend] == list(range(len(turns)))
+    forward, _, _ = emitted.sources(plan)["driver.py"].partition("def select")
+    launched = re.findall(r"^ +(?:attend|gather|merge)_(\w+)\[grid\]", forward, re.MULTILINE)
+    assert list(dict.fromkeys(launched)) == turns
+
+
+def test_a_call_holds_little_beside_inputs_outputs_and_selection():
+    plan = schedule.schedule(emitted.graph(load("nsa")), H100)
+    tokens = 131072
+    known = {**plan.sizes, "B": 1, "T": tokens, "S": tokens}
+    inputs = sum(2 * math.prod(known.get(d) or int(d) for d in dims) for _, dims in plan.inputs)
+    made = [(buffer.role, array.bytes) for buffer, array in dryrun.run(plan, tokens=tokens).buffers]
+    least = inputs + sum(size for role, size in made if role in ("output", "selection"))
+    assert inputs + sum(size for _, size in made) < 1.06 * least
 
 
 def test_scratch_is_bounded_whatever_the_length():

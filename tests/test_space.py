@@ -85,7 +85,7 @@ def test_parts_follow_from_shared_tiles(nsa):
     parts = {part.name: part.kernels for part in nsa.variants[0].parts}
     assert parts["score_block"] == ("score_block", "rank_block")
     assert parts["attend_selected"] == ("attend_selected", "index_selected")
-    assert parts["merge"] == ("merge",)
+    assert parts["attend_window"] == ("attend_window",)
 
 
 def test_rows_of_a_tile_are_derived(nsa):
@@ -129,7 +129,7 @@ def changed(point: Point, kernel: str, **values: int) -> Point:
         ("rank_block", {"BLOCK_R": 16}, "BLOCK_R 16 must divide BLOCK_T 8"),
         ("attend_selected", {"BLOCK_N": 128}, "expected one of BLOCK_N 16 32 64, got 128"),
         ("attend_window", {"num_warps": 1}, "accumulators a thread, at most 192"),
-        ("merge", {"num_stages": 0}, ""),
+        ("attend_window", {"num_stages": 0}, ""),
     ],
 )
 def test_rules_say_what_they_break(nsa, kernel, values, said):
@@ -165,10 +165,10 @@ def test_a_point_is_text_and_a_record(nsa):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("merge.BLOCK_Q=8", "no value is called merge.BLOCK_Q"),
-        ("merge.BLOCK_R=three", "expected a number"),
+        ("rank_block.BLOCK_Q=8", "no value is called rank_block.BLOCK_Q"),
+        ("rank_block.BLOCK_R=three", "expected a number"),
         ("order.window=keys", "no variant of nsa has the orders"),
-        ("merge.BLOCK_R=4096", "expected one of BLOCK_R 1 2 4"),
+        ("rank_block.BLOCK_R=4096", "expected one of BLOCK_R 1 2 4"),
     ],
 )
 def test_wrong_points_are_refused(nsa, text, said):
@@ -178,7 +178,7 @@ def test_wrong_points_are_refused(nsa, text, said):
 
 def test_a_record_of_other_kernels_is_refused(nsa):
     record = nsa.start.record()
-    del record["configs"]["merge"]
+    del record["configs"]["attend_window"]
     with pytest.raises(ArgumentError, match="expected the kernels"):
         nsa.point(**record)
 

@@ -71,7 +71,7 @@ def test_sixty_trials_come_within_three_percent(name, part, variant):
 
 
 def test_small_parts_are_measured_whole():
-    found, made = tabled("nsa", "merge", 0)
+    found, made = tabled("moba", "merge_selected", 0)
     replay = Replay(made)
     search = searched(found, replay, trials=100)
     assert replay.asked == len(made.entries) == search.measured
@@ -102,12 +102,12 @@ def test_warm_points_come_first_if_they_are_in_the_space():
     found, made = tabled("nsa", "attend_selected", 0)
     part = found.variants[0].parts[0]
     best = next(p for p in part.points(found.start) if made.entries[made.values(p)] == made.best)
-    other = space_of("nsa").only(["merge"]).variants[0].parts[0]
+    other = space_of("nsa").only(["attend_window"]).variants[0].parts[0]
     outside = part.moved(found.start, [99] * len(part.knobs))
     search = searched(found, Replay(made), warm=[outside, best], trials=2)
     assert search.best == best
     assert len(search.journal.results) == 2
-    assert other.name == "merge"
+    assert other.name == "attend_window"
 
 
 def test_orders_are_searched_where_they_may_win():
@@ -157,7 +157,7 @@ def test_time_ends_a_search():
 
 
 def test_nothing_that_can_run_is_an_error_with_the_limit():
-    found, made = tabled("nsa", "merge", 0)
+    found, made = tabled("moba", "merge_selected", 0)
     bare = replace(made, entries=dict.fromkeys(made.entries, "LAUNCH_ERROR"))
 
     class Judge:
@@ -165,7 +165,9 @@ def test_nothing_that_can_run_is_an_error_with_the_limit():
             pass
 
         def failure(self, point):
-            return Failure(kind="OVER_SMEM", message="too large", limit="merge needs 300,000 bytes")
+            return Failure(
+                kind="OVER_SMEM", message="too large", limit="merge_selected needs 300,000 bytes"
+            )
 
     search = Search(
         space=found,
@@ -175,7 +177,7 @@ def test_nothing_that_can_run_is_an_error_with_the_limit():
     )
     with pytest.raises(TuneError, match="nothing can run") as error:
         search.run()
-    assert "OVER_SMEM 1: merge needs 300,000 bytes" in str(error.value)
+    assert "OVER_SMEM 1: merge_selected needs 300,000 bytes" in str(error.value)
 
 
 # --- journals
@@ -192,7 +194,7 @@ def test_a_search_goes_on_where_it_was(tmp_path):
 
 def test_a_torn_line_is_cut_off(tmp_path):
     file = tmp_path / "a.journal"
-    found, made = tabled("nsa", "merge", 0)
+    found, made = tabled("moba", "merge_selected", 0)
     before = searched(found, Replay(made), place=file, trials=12).journal.results
     whole = file.read_bytes()
     for cut in (1, 7, 40):
@@ -219,13 +221,13 @@ def test_an_unusable_storage_is_said(tmp_path):
 # --- processes that misbehave
 
 BAD = {
-    "merge.BLOCK_R=64": "illegal",
-    "merge.BLOCK_R=8": "abort",
-    "merge.BLOCK_R=4": "segfault",
-    "merge.BLOCK_R=16": "hang",
-    "merge.BLOCK_R=128": "timer",
-    "attend_compressed.num_stages=5": "resources",
-    "attend_compressed.BLOCK_N=16": "wrong",
+    "round_k_index.BLOCK_V=64": "illegal",
+    "round_k_index.BLOCK_V=8": "abort",
+    "round_k_index.BLOCK_V=4": "segfault",
+    "round_k_index.BLOCK_V=16": "hang",
+    "round_k_index.BLOCK_V=128": "timer",
+    "attend_selected.num_stages=5": "resources",
+    "attend_selected.BLOCK_N=16": "wrong",
 }
 
 
@@ -270,7 +272,7 @@ def test_planted_failures_are_survived(tmp_path):
 
 def test_a_machine_that_kills_everything_is_said(tmp_path):
     found = tuning_runs.small_space()
-    plan = {"bad": {f"merge.num_warps={n}": "abort" for n in (1, 2, 4, 8)}}
+    plan = {"bad": {f"round_k_index.num_warps={n}": "abort" for n in (1, 2, 4, 8)}}
     with Lanes(
         problem(), ["interpreter"], command=(CHILD, json.dumps(plan)), patience=Patience()
     ) as lanes:
@@ -331,8 +333,8 @@ def options(**more):
         shapes=(shape_of("8K"),),
         limits=Limits(trials=60),
         gpus=("interpreter",),
-        only=("merge",),
-        command=("hsgen", "tune", "nsa", "--shapes", "8K"),
+        only=("merge_selected",),
+        command=("hsgen", "tune", "moba", "--shapes", "8K"),
         rounds=5,
         **more,
     )
@@ -341,22 +343,22 @@ def options(**more):
 def test_tune_keeps_what_won(tmp_path, monkeypatch):
     """From a search to what the next call of this size gets."""
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
-    child = (CHILD, json.dumps({"bad": {"merge.BLOCK_R=128": "wrong"}}))
+    child = (CHILD, json.dumps({"bad": {"merge_selected.BLOCK_R=128": "wrong"}}))
     told = []
-    found = tune(load("nsa"), options(child=child), tell=told.append)
+    found = tune(load("moba"), options(child=child), tell=told.append)
     (record,) = found.records
     assert record.time.median_us < record.default.median_us
     assert record.alternates
-    assert record.provenance.command == "hsgen tune nsa --shapes 8K"
+    assert record.provenance.command == "hsgen tune moba --shapes 8K"
     assert "times as fast as before" in str(found)
-    assert "--try merge.BLOCK_R=128" in str(found)
+    assert "--try merge_selected.BLOCK_R=128" in str(found)
     assert json.dumps(found.record())
     assert record.time.median_us <= 1.01 * told[-1].best  # of ties the smallest
     environment = tuned.environment(H100, interpreted=True)
     candidates = tuned.ranked(record.problem, shape_of("8K").bucket, environment)
     assert [each.rung for each in candidates] == ["exact"]
     assert candidates[0].kept.record == record
-    again = tune(load("nsa"), options(child=child))
+    again = tune(load("moba"), options(child=child))
     assert again.measured == found.measured
     assert not again.records  # what is used is the best still
     assert "nothing is surely faster" in str(again)
@@ -364,10 +366,10 @@ def test_tune_keeps_what_won(tmp_path, monkeypatch):
 
 def test_one_point_is_tried_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
-    child = (CHILD, json.dumps({"bad": {"merge.BLOCK_R=128": "abort"}}))
-    good = attempt(load("nsa"), options(child=child), "merge.BLOCK_R=64")
+    child = (CHILD, json.dumps({"bad": {"merge_selected.BLOCK_R=128": "abort"}}))
+    good = attempt(load("moba"), options(child=child), "merge_selected.BLOCK_R=64")
     assert good.times["8K"].median_us > 0
-    bad = attempt(load("nsa"), options(child=child), "merge.BLOCK_R=128")
+    bad = attempt(load("moba"), options(child=child), "merge_selected.BLOCK_R=128")
     assert bad.failure.kind == "WORKER_DIED"
     assert "assertion failed in the compiler" in str(bad)
 
@@ -381,12 +383,12 @@ def test_the_first_interrupt_ends_the_search_after_what_runs(tmp_path, monkeypat
             signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    found = tune(load("nsa"), options(child=child), tell=interrupt)
+    found = tune(load("moba"), options(child=child), tell=interrupt)
     assert found.stopped
     assert found.measured == 5
     assert "the same command goes on" in str(found)
     assert signal.getsignal(signal.SIGINT) is before
-    assert tune(load("nsa"), options(child=child)).measured > 5
+    assert tune(load("moba"), options(child=child)).measured > 5
 
 
 # --- the command

@@ -11,7 +11,7 @@ from hsgen.tune.finals import Entrant, confirmed, decide
 
 @pytest.fixture(scope="module")
 def points():
-    found = space_of("nsa").only(["merge"])
+    found = space_of("moba").only(["merge_selected"])
     return list(found.variants[0].parts[0].points(found.start))
 
 

@@ -162,5 +162,5 @@ def test_the_start_is_right_and_timed_on_a_gpu(tmp_path, monkeypatch):
         assert result.times["8K"].median_us > 100
         assert lanes.prove(found.start).failure is None
         assert sum(lanes.shares(found.start).values()) == pytest.approx(1.0)
-        points = [found.start, found.parse("merge.BLOCK_R=16")]
+        points = [found.start, found.parse("attend_window.num_warps=4")]
         assert [len(each) for each in lanes.compare(points, "8K", 4)] == [4, 4]

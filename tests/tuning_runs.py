@@ -18,15 +18,15 @@ from hsgen.tune.search import Limits, Search
 from hsgen.tune.storages import storage_at
 
 CHILD = str(Path(__file__).with_name("tuning_child.py"))
-KERNELS = ("merge", "attend_compressed")
+KERNELS = ("round_k_index", "attend_selected")
 
 
-MORE = (*KERNELS, "attend_window", "score_block", "pool_compressed_keys")
+MORE = (*KERNELS, "round_q_index", "score_token")
 
 
 def small_space(kernels=KERNELS):
-    """Two parts of nsa: one is measured whole, one is sampled."""
-    return space(passes.run(planner.plan(load("nsa"))), H100).only(kernels)
+    """Two parts of dsa: one is measured whole, one is sampled."""
+    return space(passes.run(planner.plan(load("dsa"))), H100).only(kernels)
 
 
 def run(plan):

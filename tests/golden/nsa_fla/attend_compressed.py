@@ -83,6 +83,13 @@ def reciprocal_or_zero(l):
 
 
 @triton.jit
+def load_gates(base, token, t_stride, head, h_stride, mask):
+    """One number a (token, head) pair: token, head, mask: [M] -> f32[M], 0 where masked."""
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    return tl.load(base + row, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_outputs(
     base, token, t_stride, head, h_stride, mask, x, OFFSET: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -117,6 +124,11 @@ def attend_compressed(
     v_b,  # V: batch stride
     v_t,  # V: token stride
     v_h,  # V: head stride
+    GATES,  # [B, T, Hq, 3]
+    g_b,  # GATES: batch stride
+    g_t,  # GATES: token stride
+    g_h,  # GATES: head stride
+    g_c,  # GATES: channel stride
     O,  # [B, T, Hq, Dv]
     o_b,  # O: batch stride
     o_t,  # O: token stride
@@ -193,6 +205,8 @@ def attend_compressed(
 
     # store: the output
     total = reciprocal_or_zero(l)
+    gates = GATES + z.to(tl.int64) * g_b + 0 * g_c
+    total *= load_gates(gates, q_token, g_t, row_head, g_h, alive)
     o_base = O + z.to(tl.int64) * o_b
     o0 = acc0 * total[:, None]
     store_outputs(o_base, q_token, o_t, row_head, o_h, alive, o0, 0, 32)

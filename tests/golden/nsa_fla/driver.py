@@ -15,7 +15,6 @@ from .attend_compressed import attend_compressed
 from .attend_selected import attend_selected
 from .attend_window import attend_window
 from .index_selected import index_selected
-from .merge import merge
 from .pool_compressed_keys import pool_compressed_keys
 from .pool_compressed_values import pool_compressed_values
 from .rank_block import rank_block
@@ -72,11 +71,6 @@ CONFIG = {
         "BLOCK_N": 64,
         "num_warps": 8,
         "num_stages": 3,
-    },
-    "merge": {
-        "BLOCK_R": 32,
-        "num_warps": 4,
-        "num_stages": 1,
     },
 }
 
@@ -147,7 +141,7 @@ def forward(tensors, batch, config, selection=None):
         **config["pool_compressed_values"],
     )
     # attend: compressed
-    made_compressed_o = torch.empty(
+    made_o = torch.empty(
         (
             in_q.shape[0],
             in_q.shape[1],
@@ -183,10 +177,15 @@ def forward(tensors, batch, config, selection=None):
         count_compressed_values * 128,
         128,
         32,
-        made_compressed_o,
-        0 if batch.packed else made_compressed_o.stride(0),
-        made_compressed_o.stride(1),
-        made_compressed_o.stride(2),
+        in_gates,
+        0 if batch.packed else in_gates.stride(0),
+        in_gates.stride(1),
+        in_gates.stride(2),
+        in_gates.stride(3),
+        made_o,
+        0 if batch.packed else made_o.stride(0),
+        made_o.stride(1),
+        made_o.stride(2),
         made_compressed_lse,
         0 if batch.packed else made_compressed_lse.stride(0),
         made_compressed_lse.stride(1),
@@ -194,55 +193,6 @@ def forward(tensors, batch, config, selection=None):
         batch.table,
         batch.sequences,
         **config["attend_compressed"],
-    )
-    # attend: window
-    made_window_o = torch.empty(
-        (
-            in_q.shape[0],
-            in_q.shape[1],
-            64,
-            32,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    made_window_lse = torch.empty(
-        (
-            in_q.shape[0],
-            64,
-            in_q.shape[1],
-        ),
-        dtype=torch.float32,
-        device=in_q.device,
-    )
-    grid = (
-        batch.rows // config["attend_window"]["BLOCK_T"] + batch.sequences,
-        4,
-    )
-    attend_window[grid](
-        in_q,
-        0 if batch.packed else in_q.stride(0),
-        in_q.stride(1),
-        in_q.stride(2),
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        made_window_o,
-        0 if batch.packed else made_window_o.stride(0),
-        made_window_o.stride(1),
-        made_window_o.stride(2),
-        made_window_lse,
-        0 if batch.packed else made_window_lse.stride(0),
-        made_window_lse.stride(1),
-        made_window_lse.stride(2),
-        batch.table,
-        batch.sequences,
-        **config["attend_window"],
     )
 
     if selection is None:
@@ -344,16 +294,6 @@ def forward(tensors, batch, config, selection=None):
         dtype=torch.int32,
         device=in_q.device,
     )
-    made_selected_o = torch.empty(
-        (
-            in_q.shape[0],
-            in_q.shape[1],
-            64,
-            32,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
     made_selected_lse = torch.empty(
         (
             in_q.shape[0],
@@ -401,10 +341,15 @@ def forward(tensors, batch, config, selection=None):
         counts_selected,
         entries_selected,
         words_selected,
-        made_selected_o,
-        0 if batch.packed else made_selected_o.stride(0),
-        made_selected_o.stride(1),
-        made_selected_o.stride(2),
+        in_gates,
+        0 if batch.packed else in_gates.stride(0),
+        in_gates.stride(1),
+        in_gates.stride(2),
+        in_gates.stride(3),
+        made_o,
+        0 if batch.packed else made_o.stride(0),
+        made_o.stride(1),
+        made_o.stride(2),
         made_selected_lse,
         0 if batch.packed else made_selected_lse.stride(0),
         made_selected_lse.stride(1),
@@ -413,34 +358,49 @@ def forward(tensors, batch, config, selection=None):
         batch.sequences,
         **config["attend_selected"],
     )
-    # combine: gates
-    made_o = torch.empty(
+    # attend: window
+    made_window_lse = torch.empty(
         (
             in_q.shape[0],
-            in_q.shape[1],
             64,
-            32,
+            in_q.shape[1],
         ),
-        dtype=in_q.dtype,
+        dtype=torch.float32,
         device=in_q.device,
     )
     grid = (
-        (batch.rows * 64 + config["merge"]["BLOCK_R"] - 1) // config["merge"]["BLOCK_R"],
-        1,
+        batch.rows // config["attend_window"]["BLOCK_T"] + batch.sequences,
+        4,
     )
-    merge[grid](
+    attend_window[grid](
+        in_q,
+        0 if batch.packed else in_q.stride(0),
+        in_q.stride(1),
+        in_q.stride(2),
+        in_k,
+        0 if batch.packed else in_k.stride(0),
+        in_k.stride(1),
+        in_k.stride(2),
+        in_v,
+        0 if batch.packed else in_v.stride(0),
+        in_v.stride(1),
+        in_v.stride(2),
         in_gates,
-        in_gates.stride(0),
+        0 if batch.packed else in_gates.stride(0),
         in_gates.stride(1),
         in_gates.stride(2),
         in_gates.stride(3),
-        made_compressed_o,
-        made_selected_o,
-        made_window_o,
         made_o,
-        in_q.shape[1],
-        batch.rows,
-        **config["merge"],
+        0 if batch.packed else made_o.stride(0),
+        made_o.stride(1),
+        made_o.stride(2),
+        made_window_lse,
+        0 if batch.packed else made_window_lse.stride(0),
+        made_window_lse.stride(1),
+        made_window_lse.stride(2),
+        batch.table,
+        batch.sequences,
+        **config["attend_window"],
     )
 
     lse = {
@@ -459,6 +419,7 @@ def select(tensors, batch, config):
     in_q = tensors["q"]
     in_k = tensors["k"]
     in_v = tensors["v"]
+    in_gates = in_q  # of as many rows: no choice depends on an output
 
     # pool: compressed.keys
     length_compressed_keys = in_k.shape[1] // 64
@@ -521,7 +482,7 @@ def select(tensors, batch, config):
     )
 
     # attend: compressed
-    made_compressed_o = torch.empty(
+    made_o = torch.empty(
         (
             in_q.shape[0],
             in_q.shape[1],
@@ -557,10 +518,15 @@ def select(tensors, batch, config):
         count_compressed_values * 128,
         128,
         32,
-        made_compressed_o,
-        0 if batch.packed else made_compressed_o.stride(0),
-        made_compressed_o.stride(1),
-        made_compressed_o.stride(2),
+        in_gates,
+        0 if batch.packed else in_gates.stride(0),
+        in_gates.stride(1),
+        in_gates.stride(2),
+        in_gates.stride(3),
+        made_o,
+        0 if batch.packed else made_o.stride(0),
+        made_o.stride(1),
+        made_o.stride(2),
         made_compressed_lse,
         0 if batch.packed else made_compressed_lse.stride(0),
         made_compressed_lse.stride(1),

@@ -69,15 +69,22 @@ def reciprocal_or_zero(l):
 
 
 @triton.jit
-def store_outputs(
+def load_gates(base, token, t_stride, head, h_stride, mask):
+    """One number a (token, head) pair: token, head, mask: [M] -> f32[M], 0 where masked."""
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    return tl.load(base + row, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add_outputs(
     base, token, t_stride, head, h_stride, mask, x, OFFSET: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """The inverse of load_queries.  x: [M, WIDTH]"""
+    """As store_outputs, of x and what is there, added in float32.  No other program has these rows."""
     columns = OFFSET + tl.arange(0, WIDTH)
     row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
-    tl.store(
-        base + row[:, None] + columns[None, :], x.to(base.dtype.element_ty), mask=mask[:, None]
-    )
+    address = base + row[:, None] + columns[None, :]
+    before = tl.load(address, mask=mask[:, None], other=0.0)
+    tl.store(address, (before.to(tl.float32) + x).to(base.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
@@ -106,6 +113,11 @@ def attend_selected(
     COUNTS,  # [tiles, H, 2] full, partial
     ENTRIES,  # [tiles, H, BLOCK_T * K] blocks
     WORDS,  # [tiles, H, BLOCK_T * K, words] members
+    GATES,  # [B, T, Hq, 3]
+    g_b,  # GATES: batch stride
+    g_t,  # GATES: token stride
+    g_h,  # GATES: head stride
+    g_c,  # GATES: channel stride
     O,  # [B, T, Hq, Dv]
     o_b,  # O: batch stride
     o_t,  # O: token stride
@@ -198,9 +210,11 @@ def attend_selected(
 
     # store: the output
     total = reciprocal_or_zero(l)
+    gates = GATES + z.to(tl.int64) * g_b + 1 * g_c
+    total *= load_gates(gates, q_token, g_t, row_head, g_h, alive)
     o_base = O + z.to(tl.int64) * o_b
     o0 = acc0 * total[:, None]
-    store_outputs(o_base, q_token, o_t, row_head, o_h, alive, o0, 0, 128)
+    add_outputs(o_base, q_token, o_t, row_head, o_h, alive, o0, 0, 128)
 
     # store: the log-sum-exp
     lse_base = LSE + z.to(tl.int64) * lse_b + row_head.to(tl.int64) * lse_h
