@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import common
 from hsgen import passes, planner
@@ -106,13 +107,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", required=True, help="a kernel of it")
     parser.add_argument("--order", metavar="BRANCH=ORDER")
     parser.add_argument("--shape", default="32K")
+    parser.add_argument("--qkv", type=Path, help="a capture that inputs are made of")
     parser.add_argument("--budget", type=float, default=540, help="seconds")
     parser.add_argument("--gpu", default="0")
     parser.add_argument("-o", "--output", type=Path, default=common.RESULTS)
     args = parser.parse_args(argv)
     end = time.monotonic() + args.budget
     spec, shape = load(args.spec), shape_of(args.shape)
-    problem = {"spec": dump(spec), "dtype": "bf16", "target": "", "shapes": [shape.name]}
+    problem: dict[str, Any] = {"spec": dump(spec), "dtype": "bf16", "target": ""}
+    problem["shapes"] = [shape.name]
+    problem["capture"] = str(args.qkv.resolve()) if args.qkv else ""
     with Lanes(problem, [args.gpu]) as lanes, Compilers(os.cpu_count() or 2) as compilers:
         told = lanes.describe()
         found = space(passes.run(planner.plan(spec)), Target(**told["target"]))
@@ -121,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         random.Random(0).shuffle(points)  # a part of a table is a sample of it
         words = ["--spec", args.spec, "--part", args.part, "--shape", args.shape]
         words += ["--order", args.order] if args.order else []
+        words += ["--qkv", args.qkv.name] if args.qkv else []
         about = Table(
             about=f"{part.name} of {spec.name}, {len(points)} points",
             synthetic=False,

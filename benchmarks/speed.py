@@ -196,7 +196,9 @@ def _run_steps(journal: Journal, name: str, steps: Iterator[Step]) -> None:
 def check_sampled(setting: Setting, case: Case, tensors: Tensors) -> Json:
     """Two runs of rows of the full length, in the middle and at the end, against the reference."""
     o, selection = measure.run(setting, case.spec, tensors)
-    found = checking.compare(case.spec, tensors, o, selection, checking.sampled(case.tokens))
+    found = checking.compare(
+        case.spec, tensors, o, selection, checking.sampled(case.spec, case.tokens)
+    )
     return found | {"density": _density(case, selection[case.level].indices[0])}
 
 

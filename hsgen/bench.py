@@ -268,7 +268,9 @@ class _Length:
         """Two runs of rows at full length."""
         tensors = self.setting.make(self.spec, self.tokens, 0)
         o, selection = measure.run(self.setting, self.spec, tensors)
-        return checking.compare(self.spec, tensors, o, selection, checking.sampled(self.tokens))
+        return checking.compare(
+            self.spec, tensors, o, selection, checking.sampled(self.spec, self.tokens)
+        )
 
     def kernels(self) -> Iterator[Step]:
         sets = self.setting.sets(self.spec, self.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -49,10 +50,12 @@ def attempt(action: Callable[[], Figures]) -> Figures:
     }
 
 
-def sampled(tokens: int) -> list[tuple[int, int]]:
-    """Two runs of rows, in the middle and at the end."""
+def sampled(spec: Spec, tokens: int) -> list[tuple[int, int]]:
+    """Two runs of rows, in the middle and at the end; of rows that choose together all."""
+    together = math.lcm(*(x.query.block for x in spec.levels if x.query and x.query.block))
     middle = max(0, tokens // 2 - SAMPLED // 2)
-    return [(a, min(a + SAMPLED, tokens)) for a in (middle, max(0, tokens - SAMPLED))]
+    runs = [(a, min(a + SAMPLED, tokens)) for a in (middle, max(0, tokens - SAMPLED))]
+    return [(a // together * together, min(-(-b // together) * together, tokens)) for a, b in runs]
 
 
 def compare(

@@ -531,6 +531,12 @@ def tune(
         str | None, typer.Option(metavar="KERNEL,...", help="Just these kernels, as planned.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    qkv: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="A capture that inputs are made of."
+        ),
+    ] = None,
     storage: Annotated[
         str | None,
         typer.Option(metavar="PLACE", help="What several processes share: a file, or a URL."),
@@ -579,6 +585,7 @@ def tune(
         "head-dim": [head_dim] if head_dim else [],
         "layer": [layer] if layer is not None else [],
         "only": [only] if only else [],
+        "qkv": [_place(qkv)] if qkv else [],
     }
     from hsgen import tune, tuned  # noqa: PLC0415  loads optuna
 
@@ -588,6 +595,7 @@ def tune(
         limits=tune.Limits(trials=math.inf if trials is None else trials, seconds=budget),
         gpus=tune.present_gpus() if gpus == "all" else tuple(map(str, _numbers(gpus))),
         seed=seed,
+        capture=qkv,
         storage=storage,
         only=kernels,
         command=("hsgen", "tune", _place(Path(spec)), *_words(words)),

@@ -315,7 +315,7 @@ def _check(setting: Setting, spec: Spec, kernel: Kernel, tensors: Tensors) -> ch
     assert isinstance(o, torch.Tensor), "no log-sum-exp was asked for"
     read = {name: tensors[name] for name in tensor_shapes(spec, 1, 1, 1)}
     chosen = setting.load(spec).select(**{"k": tensors["k"], **read}) if spec.levels else {}
-    return checking.compare(spec, read, o, chosen, checking.sampled(o.shape[1]))
+    return checking.compare(spec, read, o, chosen, checking.sampled(spec, o.shape[1]))
 
 
 def _record(

@@ -129,7 +129,8 @@ def dense_steps(
     setting: Setting, spec: Spec, variants: Sequence[baselines.Variant], tensors: Tensors
 ) -> Iterator[Step]:
     """Dense attention on the same q, k, v, by every variant."""
-    x = tensors["q"], tensors["k"], tensors["v"]
+    latent = tensors["k"][..., : spec.head_dim.v if spec.head_dim else None]
+    x = tensors["q"], tensors["k"], tensors.get("v", latent)
     for variant in variants:
         action = functools.partial(time_dense, setting, variant, x, causal=spec.causal)
         yield f"dense {variant.name}", action

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from hsgen import batch, checking, machine, measurer, samples, timing, trials
+from hsgen import batch, captures, checking, machine, measurer, samples, timing, trials
 from hsgen.batch import Batch
 from hsgen.errors import HsgenError
 from hsgen.execution import PLANNED, Program, compute_integers_once, interpreting
@@ -58,12 +59,13 @@ def take(call: timing.Call, device: str, count: int) -> list[float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What is tuned: a bound spec, tensors, shapes."""
+    """What is tuned: a bound spec, tensors, shapes; and the capture that inputs are made of, if any."""
 
     spec: str
     dtype: str
     target: str  # as JSON; empty: that of the GPU that is here
     shapes: tuple[str, ...]
+    capture: str = ""
 
     @classmethod
     def of(cls, request: JsonObject) -> Problem:
@@ -119,7 +121,7 @@ class Bench:
                 level: ListSelection(level=level, indices=indices)
                 for level, indices in chosen.items()
             }
-            runs = checking.sampled(shape.queries)
+            runs = checking.sampled(self.spec, shape.queries)
             error = checking.compare(self.spec, tensors, o, selection, runs)["error"]
             found = max(found, error)
         return Result(check={"error_at_length": found})
@@ -220,9 +222,8 @@ class Bench:
         """Inputs enough that no call finds its own in the cache."""
         if name not in self._inputs:
             shape = measurer.shape_of(name)
-            make = functools.partial(
-                samples.random_tensors, self.spec, shape=shape, dtype=self.dtype
-            )
+            groups = captures.load(Path(self.problem.capture)) if self.problem.capture else ()
+            make = functools.partial(samples.for_shape, self.spec, shape, groups, dtype=self.dtype)
             first = make(device=self.device, seed=0)
             few = samples.size_in_bytes(first) >= samples.ROTATED or self.device == "cpu"
             others = range(1, 1 if few else samples.SETS)

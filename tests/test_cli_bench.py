@@ -11,7 +11,7 @@ from hsgen import baselines, bench, checking, machine, measure, standins, timing
 from hsgen.cli import main
 from hsgen.reference import reference
 from hsgen.selection import ListSelection
-from hsgen.spec import parse
+from hsgen.spec import load, parse
 
 CAPTURE = Path(__file__).parent / "data" / "smollm2_layer05.safetensors"
 TINY = """\
@@ -101,7 +101,7 @@ def test_a_wrong_choice_is_refused():
     torch.manual_seed(0)
     x = {name: torch.randn(1, 80, 2, 16) for name in "qkv"}
     right = reference(SPEC, x)
-    runs = checking.sampled(80)
+    runs = checking.sampled(SPEC, 80)
     assert checking.compare(SPEC, x, right.o, right.selection, runs)["same_choice"] == 1.0
     other = right.selection["chunk"].indices.clone()
     other[:, 16:, :, 0] = 0
@@ -115,10 +115,19 @@ def test_rows_are_checked_where_nothing_is_causal():
     spec = parse(TINY.replace("causal: true", "causal: false").replace(", force: {last: 1}", ""))
     x = {name: torch.randn(1, 40, 2, 16) for name in "qkv"}
     found = reference(spec, x)
-    checked = checking.compare(spec, x, found.o, found.selection, checking.sampled(40))
+    checked = checking.compare(spec, x, found.o, found.selection, checking.sampled(spec, 40))
     assert checked["error"] < 1e-6
     assert checked["rows"] == 2 * checking.SAMPLED
     assert standins.rows_of(spec, x, 8, 16)["k"].shape[1] == 40
+
+
+def test_rows_that_choose_together_are_checked_together():
+    spec = load("dhsa_released")
+    (block,) = {level.query.block for level in spec.levels if level.query}
+    tokens = 5 * block + 7
+    runs = checking.sampled(spec, tokens)
+    assert all(a % block == 0 and (b % block == 0 or b == tokens) for a, b in runs)
+    assert checking.sampled(load("moba"), 100) == [(46, 54), (92, 100)]
 
 
 # --- errors

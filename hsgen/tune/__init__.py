@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import FrameType
 
 from hsgen import passes, paths, planner, report, resources, tuned
@@ -56,6 +57,7 @@ class Options:
         limits: of trials and seconds.
         gpus: as CUDA numbers them; `interpreter` for tests.
         seed: of the search.
+        capture: that inputs are made of; without one they are drawn so that neighbours choose alike.
         storage: of studies that several processes share, see `storages`; None is in the cache.
         only: kernels whose parts move.
         command: the words that do it again.
@@ -69,6 +71,7 @@ class Options:
     limits: Limits = field(default_factory=lambda: Limits(seconds=300.0))
     gpus: tuple[str, ...] = ("0",)
     seed: int = 0
+    capture: Path | None = None
     storage: str | None = None
     only: tuple[str, ...] = ()
     command: tuple[str, ...] = ("hsgen", "tune")
@@ -244,6 +247,7 @@ class _Tuning:
             "dtype": self.options.dtype,
             "target": json.dumps(asdict(target)) if target else "",
             "shapes": [shape.name for shape in self.options.shapes],
+            "capture": str(self.options.capture.resolve()) if self.options.capture else "",
         }
 
     # --- the run
@@ -288,7 +292,10 @@ class _Tuning:
         """Of the study: another space, text, GPU or shape makes another."""
         texts = [sorted(self._artifact(v.orders).module.texts.items()) for v in self.space.variants]
         shapes = [shape.name for shape in self.options.shapes]
+        capture = self.options.capture
+        inputs = hashlib.sha256(capture.read_bytes()).hexdigest() if capture else "drifting"
         parts = [asdict(self.problem), asdict(self.environment), shapes, self.space.digest, texts]
+        parts.append(inputs)
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.spec.name}-{digest}"
 
