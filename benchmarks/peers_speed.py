@@ -31,7 +31,7 @@ from torch import Tensor
 import hsgen
 from benchmarks import common, peer_kernels, peers, peers_report, speed
 from benchmarks.common import Json
-from hsgen import baselines, captures, metrics, samples, standins, timing
+from hsgen import baselines, captures, measure, metrics, samples, standins, timing
 from hsgen.captures import Group
 from hsgen.checking import CheckError
 from hsgen.reference import reference, tensor_shapes
@@ -209,7 +209,8 @@ def run_hsgen(setting: Setting, case: Case, sets: Sequence[Tensors]) -> list[Sel
     def whole() -> Json:
         o = kernel(**sets[0])
         error = off_reference(case.spec, sets[0], o, chosen[0])
-        return setting.time(lambda n: kernel(**sets[n % len(sets)])) | {"error": error}
+        timed = setting.time(lambda n: kernel(**sets[n % len(sets)])) | {"error": error}
+        return timed | {"configs": measure.configs(kernel, case.tokens)}
 
     def attend() -> Json:
         o = alone(**parts[0], selection=chosen[0])

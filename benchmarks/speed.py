@@ -173,8 +173,8 @@ class Bench:
 def run_hsgen(bench: Bench, case: Case) -> None:
     """Check, then time, the whole of a case and its parts."""
     journal, name, setting, spec = bench.journal, case.name, bench.of(case), case.spec
-    steps = ["total", "select", "attend", "kernels", "memory"]
-    steps = steps if setting.device == "cuda" else steps[:3]
+    steps = ["total", "select", "attend", "configs", "kernels", "memory"]
+    steps = steps if setting.device == "cuda" else steps[:4]
     wanted = ["check small", "check", *steps]
     if all(journal.done(name, step) for step in wanted):
         return

@@ -126,7 +126,7 @@ class Report:
     def __str__(self) -> str:
         parts = [_header(self), align(list(_rows(self)))]
         parts += [_kernel_table(case) for case in self.cases[-1:] if "kernels" in case.steps]
-        notes = [*_checks(self), *_growth(self), *_failures(self)]
+        notes = [*_checks(self), *_configs(self), *_growth(self), *_failures(self)]
         return "\n\n".join("\n".join(part) for part in (*parts, notes) if part) + "\n"
 
 
@@ -433,6 +433,18 @@ def _checks(found: Report) -> Iterator[str]:
             f"checked before timing: {rows:,} rows, output at most {error:.2g} from the float64 "
             f"reference{choice}"
         )
+
+
+def _configs(found: Report) -> Iterator[str]:
+    """Where the kernels' configurations came from, by length; their values are the record's."""
+    for case in found.cases:
+        entry = case.steps.get("configs", {})
+        by_origin: dict[str, list[str]] = {}
+        for name, chosen in entry.get("kernels", {}).items():
+            by_origin.setdefault(chosen["origin"], []).append(name)
+        for origin, names in by_origin.items():
+            of = "every kernel" if len(by_origin) == 1 else ", ".join(names)
+            yield f"configs of {case.tokens} tokens: {origin}: {of}"
 
 
 def _growth(found: Report) -> Iterator[str]:

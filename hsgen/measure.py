@@ -20,6 +20,7 @@ from hsgen.checking import Figures, NotExpressibleError, Selected
 from hsgen.reference import tensor_shapes
 from hsgen.runtime import Kernel, load_kernel
 from hsgen.spec import Spec
+from hsgen.tuned import Bucket
 
 SMALL = 3000  # tokens of the first check, no multiple of anything
 
@@ -117,9 +118,15 @@ def kernel_steps(setting: Setting, spec: Spec, sets: Sequence[Tensors]) -> Itera
         calls["attend"] = lambda n: kernel(**sets[n % len(sets)], selection=chosen[n % len(sets)])
     for name, call in calls.items():
         yield name, functools.partial(setting.time, call)
+    yield "configs", lambda: {"kernels": configs(kernel, sets[0]["q"].shape[1])}
     if setting.device == "cuda":
         yield "kernels", lambda: {"ms": timing.kernel_times(total)}
         yield "memory", lambda: setting.weigh(total)
+
+
+def configs(kernel: Kernel, tokens: int) -> Figures:
+    """What the kernels of one call on one sequence ran with: of a tuned record, or the start."""
+    return dict(kernel.chosen(Bucket.of(tokens, tokens, 1, packed=False)))
 
 
 # --- dense attention

@@ -28,6 +28,7 @@ from hsgen import (
     paths,
     pipeline,
     planner,
+    tuned,
 )
 from hsgen.arguments import Expected
 from hsgen.errors import ArgumentError, HsgenError
@@ -388,6 +389,17 @@ class Kernel:
             parts.append("nothing is compiled yet: CPU tensors run the reference")
         parts += [f"{form} calls\n{kernel.explain()}" for form, kernel in self._forms.items()]
         return "\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+    def chosen(self, bucket: tuned.Bucket) -> dict[str, dict[str, object]]:
+        """By kernel, what calls of a size ran with, and where that came from: the record of
+        `hsgen tune`, and how near it is to such calls.  Nothing before the first such call.
+        """
+        found: dict[str, dict[str, object]] = {}
+        for (_, size), choice in self._execution.choices.items():
+            if size == bucket:
+                for name, values in choice.config.items():
+                    found[name] = {"origin": choice.origin[name], "config": dict(values)}
+        return found
 
     def stats(self) -> Stats:
         """What was done so far, by all who share this kernel; PyTorch's kernels are not counted."""

@@ -2,12 +2,14 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_tuned import interpreted
 
-from hsgen import baselines, bench, checking, machine, measure, standins, timing
+from hsgen import baselines, bench, checking, machine, measure, standins, timing, trials, tuned
 from hsgen.cli import main
 from hsgen.reference import reference
 from hsgen.selection import ListSelection
@@ -68,8 +70,32 @@ def test_a_spec_is_checked_timed_and_said(tiny, tmp_path, capsys):
     assert words[words.index("--qkv") + 1] == CAPTURE.name
     (case,) = found["cases"]
     done = {name for name, entry in case["steps"].items() if entry["status"] == "ok"}
-    assert done == {"check small", "total", "select", "attend", "dense torch", "attend selected"}
+    timed = {"total", "select", "attend", "dense torch", "attend selected"}
+    assert done == {"check small", "configs"} | timed
+    assert "configs of 24 tokens: for the interpreter: every kernel" in lines
     assert case["steps"]["check small"]["same_choice"] == 1.0
+
+
+def test_tuned_records_are_said(tmp_path, capsys):
+    """Which record, how near it is, and the values, of each kernel that one speaks for."""
+    text = TINY.replace("tiny", "tiny_tuned")
+    (tmp_path / "tiny_tuned.yaml").write_text(text)
+    made = interpreted(trials.shrink(parse(text)), attend_selected={"num_warps": 8})
+    other = replace(made.kernels["pool_chunk_keys"], text="ab" * 12)
+    tuned.publish(replace(made, kernels={**made.kernels, "pool_chunk_keys": other}))
+    argv = ["bench", str(tmp_path / "tiny_tuned.yaml"), *SMALL, "-o", str(tmp_path / "out.json")]
+    assert main(argv) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("configs of")]
+    near = "configs of 24 tokens: tuned, nearest bucket: "
+    assert len(said) == 2, said
+    assert any(line.startswith(near) and "attend_selected" in line for line in said)
+    assert any("pool_chunk_keys" in line and "for the interpreter: " in line for line in said)
+    (case,) = json.loads((tmp_path / "out.json").read_text())["cases"]
+    chosen = case["steps"]["configs"]["kernels"]
+    assert chosen["attend_selected"]["config"]["num_warps"] == 8
+    assert chosen["attend_selected"]["origin"].startswith("tuned, nearest bucket")
+    assert "cache tiny_tuned-" in chosen["attend_selected"]["origin"]
+    assert set(chosen) == set(made.kernels)
 
 
 class Wrong:
