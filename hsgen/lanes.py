@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from queue import LifoQueue
 from threading import Lock
 
@@ -50,6 +51,7 @@ class Lanes:
         gpus: numbers as CUDA counts them, or `interpreter`.
         command: what a process runs; tests have their own.
         patience: before a process is said to hang.
+        cache: a folder for Triton's cache; None is the user's.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Lanes:
         *,
         command: Sequence[str] = COMMAND,
         patience: Patience | None = None,
+        cache: Path | None = None,
     ) -> None:
         self.problem = problem
         self.shapes: tuple[str, ...] = tuple(problem["shapes"])
@@ -67,7 +70,7 @@ class Lanes:
         self._patience = patience or Patience()
         self._locks = [_claim(gpu) for gpu in gpus if gpu not in (INTERPRETED, ANY)]
         self._all = [
-            _Lane(gpu=gpu, worker=Worker(command, lambda _, gpu=gpu: _environment(gpu)))
+            _Lane(gpu=gpu, worker=Worker(command, lambda _, gpu=gpu: _environment(gpu, cache)))
             for gpu in gpus
         ]
         self._idle = LifoQueue[_Lane]()
@@ -193,9 +196,11 @@ class Lanes:
             self.deaths = self.deaths + 1 if died else 0
 
 
-def _environment(gpu: str) -> dict[str, str]:
+def _environment(gpu: str, cache: Path | None) -> dict[str, str]:
     """One GPU, and this process's modules."""
     add = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    if cache is not None:
+        add["TRITON_CACHE_DIR"] = str(cache)
     if gpu == INTERPRETED:
         return paths.child_environment(remove=(), add=add | {"TRITON_INTERPRET": "1"})
     if gpu == ANY:

@@ -334,11 +334,19 @@ class Compilers:
     """Processes that stay, for jobs that come a few at a time; leaving the block kills them.
 
     What a compiler refused, or could not do in time, is remembered too.
+
+    Args:
+        workers: processes at once.
+        timeout: seconds that one kernel may take.
+        cache: a folder for Triton's cache, of which a process on the GPU then has what was compiled
+            here; None gives each process its own.
     """
 
-    def __init__(self, workers: int = 2, timeout: float = 120.0) -> None:
+    def __init__(self, workers: int = 2, timeout: float = 120.0, cache: Path | None = None) -> None:
         self._timeout = timeout
-        self._workers = [Worker(WORKER, _environment) for _ in range(workers)]
+        self._workers = [
+            Worker(WORKER, lambda own: _environment(cache or own)) for _ in range(workers)
+        ]
         self._idle = SimpleQueue[Worker]()
         for worker in self._workers:
             self._idle.put(worker)

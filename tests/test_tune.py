@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,16 @@ import tuning_runs
 from synthetic_tables import table
 from test_space import space_of
 
-from hsgen import tuned
+from hsgen import passes, planner, trials, tuned
+from hsgen import tune as tuning
 from hsgen.cli import main
 from hsgen.errors import HsgenError, TuneError
 from hsgen.lanes import Lanes, Patience
 from hsgen.measurer import Failure, Replay, Result, shape_of
-from hsgen.spec import load
+from hsgen.pruning import Compiler
+from hsgen.resources import Compilers, Resources
+from hsgen.space import space
+from hsgen.spec import dump, load
 from hsgen.target import H100
 from hsgen.tune import Options, attempt, tune
 from hsgen.tune.journal import Journal
@@ -389,6 +393,41 @@ def test_the_first_interrupt_ends_the_search_after_what_runs(tmp_path, monkeypat
     assert "the same command goes on" in str(found)
     assert signal.getsignal(signal.SIGINT) is before
     assert tune(load("moba"), options(child=child)).measured > 5
+
+
+# --- compilers
+
+
+def test_the_gpu_process_finds_what_pruning_compiled(tmp_path, monkeypatch):
+    """A launch asks Triton's cache for the same key; a point that nobody compiled is compiled."""
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
+    spec, cache = trials.shrink(load("sqa")), tmp_path / "triton"
+    found = space(passes.run(planner.plan(spec)), H100, "bf16")
+    other = next(found.neighbours(found.start))
+    with Compilers(2, cache=cache) as compilers:
+        outcomes = Compiler(spec, found, compilers).outcomes(found.start)
+        assert all(isinstance(each, Resources) for each in outcomes.values()), outcomes
+    problem = {
+        "spec": dump(spec),
+        "dtype": "bf16",
+        "target": json.dumps(asdict(H100)),
+        "shapes": ["512"],
+    }
+    launching = (CHILD.replace("tuning_child", "launching_child"),)
+    with Lanes(problem, ["0"], command=launching, cache=cache) as lanes:
+        told = [lanes._ask({"do": "measure", **point.record()}) for point in (found.start, other)]
+    assert told[0]["found"] == dict.fromkeys(outcomes, True)
+    assert False in told[1]["found"].values()
+
+
+def test_compilers_and_gpu_processes_of_a_run_have_one_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
+    with tuning._Tuning(load("nsa"), options(child=(CHILD, json.dumps({"bad": {}})))) as work:
+        workers = work._compilers._workers[0], work.lanes._all[0].worker
+        folders = {each._environment(Path("own"))["TRITON_CACHE_DIR"] for each in workers}
+        assert len(folders) == 1
+        assert Path(*folders).is_dir()
+    assert not Path(*folders).exists()
 
 
 # --- the command

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import signal
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from hsgen import passes, paths, planner, report, resources, tuned
+from hsgen import passes, paths, planner, report, resources, store, tuned
 from hsgen.configs import DType
 from hsgen.errors import HsgenError
 from hsgen.graph import Graph
@@ -208,13 +209,20 @@ class _Tuning:
     def __init__(self, spec: Spec, options: Options) -> None:
         self.spec, self.options = spec, options
         self.interpreted = options.gpus == (INTERPRETED,)
+        # Of this run alone: Triton never checks what it reads back.  What pruning compiles is what a
+        # launch would, so the GPU's process finds it there.
+        self._cache = tempfile.TemporaryDirectory(
+            dir=store.private_directory(), ignore_cleanup_errors=True
+        )
+        cache = Path(self._cache.name)
         self.lanes = Lanes(
             self._problem(Target.named("h100") if self.interpreted else None),
             options.gpus,
             command=options.child,
             patience=options.patience,
+            cache=cache,
         )
-        self._compilers = Compilers(min(MOST_COMPILERS, os.cpu_count() or 2))
+        self._compilers = Compilers(min(MOST_COMPILERS, os.cpu_count() or 2), cache=cache)
         try:
             told = self.lanes.describe()
             self.made: JsonObject = told["made"]
@@ -240,6 +248,7 @@ class _Tuning:
     def close(self) -> None:
         self.lanes.close()
         self._compilers.close()
+        self._cache.cleanup()
 
     def _problem(self, target: Target | None) -> JsonObject:
         return {
