@@ -422,7 +422,7 @@ def test_the_gpu_process_finds_what_pruning_compiled(tmp_path, monkeypatch):
 
 def test_compilers_and_gpu_processes_of_a_run_have_one_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
-    with tuning._Tuning(load("nsa"), options(child=(CHILD, json.dumps({"bad": {}})))) as work:
+    with tuning._Tuning(load("moba"), options(child=(CHILD, json.dumps({"bad": {}})))) as work:
         workers = work._compilers._workers[0], work.lanes._all[0].worker
         folders = {each._environment(Path("own"))["TRITON_CACHE_DIR"] for each in workers}
         assert len(folders) == 1
