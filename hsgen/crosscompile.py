@@ -74,9 +74,23 @@ def _compile(request: JsonObject) -> CompiledKernel:
         fn=function,
         signature=request["types"],
         constexprs={place[name]: value for name, value in request["constants"].items()},
-        attrs={place[name]: [["tt.divisibility", 16]] for name in request["divisible"]},
+        attrs={place[name]: told for name, told in _attributes(function, request).items()},
     )
     return triton.compile(source, target=GPUTarget(*request["target"]), options=request["options"])
+
+
+def _attributes(function: triton.JITFunction, request: JsonObject) -> dict[str, list[list[object]]]:
+    """What is promised of arguments, as a launch says it: of one that it looked at and found nothing
+    it says so too, which changes no binary, but the key of Triton's cache.
+    """
+    found: dict[str, list[list[object]]] = {}
+    for param in function.params:
+        kind = request["types"][param.name]
+        if param.name in request["divisible"]:
+            found[param.name] = [["tt.divisibility", 16]]
+        elif kind[0] in "*iu" and not param.do_not_specialize:
+            found[param.name] = []
+    return found
 
 
 def _function(request: JsonObject) -> triton.JITFunction:

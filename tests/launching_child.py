@@ -11,8 +11,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hsgen import batch, samples
+from hsgen import batch
 from hsgen.measurer import shape_of
+from hsgen.reference import tensor_shapes
 from hsgen.runtime import compile_program
 from hsgen.spec import parse
 from hsgen.target import Target
@@ -60,7 +61,8 @@ def main():
         )
         shape = shape_of(problem["shapes"][0])
         where = torch.device("cpu")
-        x = samples.random_tensors(spec, shape=shape, dtype=torch.bfloat16, device="cpu", seed=0)
+        sizes = tensor_shapes(spec, shape.sequences, shape.queries, shape.keys)
+        x = {name: torch.zeros(size, dtype=torch.bfloat16) for name, size in sizes.items()}
         tokens = batch.dense(shape.sequences, shape.queries, shape.keys, where)
         program.driver.forward(x, tokens, request["configs"], None)
         print(json.dumps({"found": dict(told)}), flush=True)

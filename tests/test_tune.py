@@ -14,7 +14,7 @@ import tuning_runs
 from synthetic_tables import table
 from test_space import space_of
 
-from hsgen import passes, planner, trials, tuned
+from hsgen import passes, planner, tuned
 from hsgen import tune as tuning
 from hsgen.cli import main
 from hsgen.errors import HsgenError, TuneError
@@ -23,7 +23,7 @@ from hsgen.measurer import Failure, Replay, Result, shape_of
 from hsgen.pruning import Compiler
 from hsgen.resources import Compilers, Resources
 from hsgen.space import space
-from hsgen.spec import dump, load
+from hsgen.spec import dump, load, parse
 from hsgen.target import H100
 from hsgen.tune import Options, attempt, tune
 from hsgen.tune.journal import Journal
@@ -398,10 +398,23 @@ def test_the_first_interrupt_ends_the_search_after_what_runs(tmp_path, monkeypat
 # --- compilers
 
 
+GATED = """\
+hsgen: 1
+name: gated
+heads: {query: 4, kv: 2}
+head_dim: 16
+causal: true
+attend:
+  - {name: near, window: 32}
+  - {name: far, window: 128}
+combine: {gates: input}  # whose strides are no multiples of 16
+"""
+
+
 def test_the_gpu_process_finds_what_pruning_compiled(tmp_path, monkeypatch):
     """A launch asks Triton's cache for the same key; a point that nobody compiled is compiled."""
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
-    spec, cache = trials.shrink(load("sqa")), tmp_path / "triton"
+    spec, cache = parse(GATED), tmp_path / "triton"
     found = space(passes.run(planner.plan(spec)), H100, "bf16")
     other = next(found.neighbours(found.start))
     with Compilers(2, cache=cache) as compilers:
