@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -86,9 +87,16 @@ def binding(failures: Iterable[Failure]) -> list[str]:
     by_kind: dict[str, list[Failure]] = {}
     for failure in failures:
         by_kind.setdefault(failure.kind, []).append(failure)
+    nearest = {kind: min(some, key=_excess) for kind, some in by_kind.items()}
     return [
-        f"{kind} {len(some):,}: {some[0].limit or some[0]}"[:300] for kind, some in by_kind.items()
+        f"{kind} {len(by_kind[kind]):,}: {one.limit or one}"[:300] for kind, one in nearest.items()
     ]
+
+
+def _excess(failure: Failure) -> int:
+    """How much was needed, of failures whose limit is the same; the first number that is said."""
+    found = re.search(r"(?<![\w.])\d[\d,]*(?!\w)", failure.limit)
+    return int(found[0].replace(",", "")) if found else 0
 
 
 @dataclass(slots=True, eq=False)

@@ -3,8 +3,10 @@
 import functools
 import json
 import math
+import shlex
 import signal
 import statistics
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -158,6 +160,33 @@ def test_time_ends_a_search():
     search.run()
     assert 200.0 <= now[0] <= 220.0
     assert "s left" in str(told[-1]) and "x the start" in str(told[-1])
+
+
+def test_progress_says_trials_best_failures_and_what_is_left():
+    found, made = tabled("moba", "merge_selected", 0)
+    entries = {
+        values: "NAN" if n % 3 == 1 else entry  # which kills no process
+        for n, (values, entry) in enumerate(made.entries.items())
+    }
+    entries[made.values(found.start)] = made.entries[made.values(found.start)]
+    told = []
+    search = Search(
+        space=found,
+        measurer=Replay(replace(made, entries=entries)),
+        journal=Journal(storage_at(None), "test", found),
+        limits=Limits(trials=1000, seconds=1000.0),
+        tell=told.append,
+    )
+    search.run()
+    failures = Counter(entry for entry in entries.values() if isinstance(entry, str))
+    assert failures["NAN"] > 5
+    last = told[-1]
+    assert (last.measured, last.failures) == (len(entries), dict(failures))
+    assert last.trials_left == 1000 - len(entries)
+    best = min(entry for entry in entries.values() if not isinstance(entry, str))
+    assert f"{len(entries)} measured; best {best:.4g} us" in str(last)
+    assert f"; NAN {failures['NAN']}" in str(last)
+    assert str(last).endswith(f" s left; {1000 - len(entries)} trials left")
 
 
 def test_nothing_that_can_run_is_an_error_with_the_limit():
@@ -376,6 +405,26 @@ def test_one_point_is_tried_alone(tmp_path, monkeypatch):
     bad = attempt(load("moba"), options(child=child), "merge_selected.BLOCK_R=128")
     assert bad.failure.kind == "WORKER_DIED"
     assert "assertion failed in the compiler" in str(bad)
+
+
+def test_what_is_said_of_a_failure_does_it_again(tmp_path, monkeypatch, capsys):
+    """The command of the report, typed, asks for the very point and has its class."""
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
+    child = (CHILD, json.dumps({"bad": {"merge_selected.BLOCK_R=128": "wrong"}}))
+    (said,) = tune(load("moba"), options(child=child)).failed
+    failure, _, command = said.partition("\n")
+    assert failure.startswith("WRONG_NUMERIC: one sequence: o: row [0, 1] is off")
+    real = tuning.attempt
+
+    def here(spec, asked, text):
+        assert asked.shapes == (shape_of("8K"),)
+        return real(spec, options(child=child), text)
+
+    monkeypatch.setattr(tuning, "attempt", here)
+    words = shlex.split(command)
+    assert words[:2] == ["hsgen", "tune"]
+    assert main(words[1:]) == 1
+    assert "WRONG_NUMERIC: one sequence" in capsys.readouterr().out
 
 
 def test_the_first_interrupt_ends_the_search_after_what_runs(tmp_path, monkeypatch):
