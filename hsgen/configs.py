@@ -12,6 +12,7 @@ from typing import Literal
 from hsgen import rows
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
+from hsgen.kernels import LONG_TEXT
 from hsgen.plan import Config, Kernel, Plan
 from hsgen.rows import next_power
 from hsgen.target import Target
@@ -194,15 +195,18 @@ def rounding(dim: int) -> Config:
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
-def rank(slots: int, stride: int, tokens: int) -> Config:
+def rank(slots: int, stride: int, tokens: int, *, grouped: bool) -> Config:
     """Scores of a row in registers, for up to 128K tokens; longer rows are read in each pass.
 
     Every pass ends in a sum over the row: within one warp that is cheap, between warps it waits.
+    `grouped`: passes see few keys of a long row.
     """
-    longest = slots or (1 << 17) // stride
+    longest = slots or LONG_TEXT // stride
     width = max(64, min(8192 if slots else 2048, next_power(longest)))
     values = (("BLOCK_R", max(1, min(tokens, 256 // width))), ("BLOCK_N", width))
-    return Config(constexprs=values, num_warps=4 if width > 1024 else 1, num_stages=1)
+    return Config(
+        constexprs=values, num_warps=4 if width > 1024 and not grouped else 1, num_stages=1
+    )
 
 
 def for_interpreter(plan: Plan) -> Plan:

@@ -18,6 +18,9 @@ UNFINISHED = ("minmax", "linear")  # of these no kernel norms or rotates what is
 RoundTo = Literal["bf16", "fp8", "fp8_unscaled"]
 ROUNDED: tuple[RoundTo, ...] = get_args(RoundTo)
 
+LONG_TEXT = 1 << 17  # tokens
+GROUP = 8  # entries
+
 TUNABLES = {
     "BLOCK_T": "tokens a tile",
     "BLOCK_R": "rows a program",
@@ -86,6 +89,28 @@ class RankContext:
         return next_power(self.width)
 
     @property
+    def group(self) -> int:
+        """Neighbours whose greatest stands for them first; 0: rows are short, or much of them is kept."""
+        plain = self.width and self.counted and not self.children and not self.rows
+        few = self.padded_width <= 64 and LONG_TEXT // self.stride >= self.grouped_from
+        return GROUP if plain and few else 0
+
+    @property
+    def grouped_from(self) -> int:
+        """Entries of a row from which on groups pay: so many more than those of the groups kept."""
+        return max(1024, 4 * GROUP * self.padded_width)
+
+    @property
+    def step(self) -> str:
+        """Entries a step where a row does not fit."""
+        return "STEP" if self.group else "BLOCK_N"
+
+    @property
+    def whole_fours(self) -> bool:
+        """Whether rows of the scratch begin at multiples of 16 bytes, with room after the last entry."""
+        return bool(self.group or self.carried)
+
+    @property
     def slots(self) -> int:
         """Length of a row of scratch when children are ranked."""
         return self.parent_width * self.children
@@ -101,6 +126,11 @@ class RankContext:
             return f"{self.k} + forced"
         tails = f" + count_tails(p, k_len, {self.size}, {self.stride})" if self.tail else ""
         return f"{self.k}{tails}"
+
+    @property
+    def lists(self) -> str:
+        """The leading arguments of `keep_keys`: what `row_entries` reads."""
+        return "parents, live, " if self.children else ""
 
     @property
     def row_width(self) -> str:

@@ -49,6 +49,8 @@ def expected(c, candidates, must, width):
 def draw(kind, shape, generator):
     if kind == "real":
         return torch.randn(shape, generator=generator)
+    if kind == "alike":
+        return torch.ones(shape)
     if kind == "plateau":
         return torch.randint(0, 3, shape, generator=generator).float()
     if kind == "special":
@@ -64,7 +66,7 @@ def check(
     rank = kernel("rank", c, tmp_path)
     generator = torch.Generator().manual_seed(seed)
     parents = parent_lists(c, sequences, generator) if c.children else None
-    capacity = c.slots or max(sequences.k_lens) // c.stride + 1
+    capacity = c.slots or (max(sequences.k_lens) // c.stride + 5) // 4 * 4
     tiles = sequences.tiles(block_t)
     chunk = chunk or tiles
     scores = draw(kind, (tiles * block_t, c.heads, capacity), generator)
@@ -236,3 +238,26 @@ def test_long_rows(tmp_path, device, seed, block_n):
     sequences = Sequences(q_lens=(2,), k_lens=(4096,))
     c = context(k=2048, width=2048, size=1, stride=1, last=1)
     check(tmp_path, device, seed, c, sequences, "real", block_t=2, block_r=2, block_n=block_n)
+
+
+@pytest.mark.parametrize("kind", ["real", "plateau", "special", "bits"])
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 2), (2, 1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_groups(tmp_path, device, seed, kind, causal, first, last):
+    """Rows so long beside what they keep that groups of entries are ranked first."""
+    c = context(k=3, width=3, causal=causal, short=True, first=first, last=last)
+    assert c.group and c.grouped_from == 1024
+    sequences = Sequences(q_lens=(3, 2), k_lens=(2404, 4093), offsets=(2390, 1500))
+    check(tmp_path, device, seed, c, sequences, kind, block_n=1024)
+
+
+def test_groups_that_are_alike(tmp_path, device, seed):
+    """As many groups as wanted hold the greatest key, and more."""
+    c = context(k=3, width=3, causal=False, short=True)
+    check(tmp_path, device, seed, c, Sequences(q_lens=(2,), k_lens=(4096,)), "alike", block_n=1024)
+
+
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_fewer_groups_than_wanted(tmp_path, device, seed, length):
+    c = context(k=8, width=8, causal=False, short=True, first=1, last=1)
+    check(tmp_path, device, seed, c, Sequences(q_lens=(2,), k_lens=(length,)), "bits", block_n=8192)

@@ -75,11 +75,13 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     ranker = draft.kernel(
         "rank",
         ranking,
-        configs.rank(slots, op.stride, config["BLOCK_T"]),
+        configs.rank(slots, op.stride, config["BLOCK_T"], grouped=ranking.group > 0),
         node.name,
         follows=scorer,
     )
-    capacity = f"capacity_{op.level}"
+    capacity, row = f"capacity_{op.level}", f"max(1, batch.keys // {op.stride} + 1)"
+    if ranking.whole_fours:
+        row = f"(batch.keys // {op.stride} + 5) // 4 * 4"
     scratch = f"scores_{op.level}"
     block_t = f'config["{scorer}"]["BLOCK_T"]'
     tiles, chunk = f"tiles_{op.level}", f"chunk_{op.level}"
@@ -96,7 +98,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
             sizes=(
                 *(((choosing, together.blocks_of(block)),) if block else ()),
                 *(part.sizes(op.level) if part else ()),
-                (capacity, str(slots) if slots else f"max(1, batch.keys // {op.stride} + 1)"),
+                (capacity, str(slots) if slots else row),
                 (tiles, f"{choosing} // {block_t} + batch.sequences"),
                 (f"bytes_{op.level}", f"{4 * heads * context.planes} * {capacity} * {block_t}"),
                 (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.level}))"),

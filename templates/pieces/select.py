@@ -31,6 +31,16 @@ def bisect_start(candidates, forced, k):
 
 
 @triton.jit
+def narrow(low, high, key):
+    """The interval without what lies outside of the keys of candidates that are not forced.  -> low, high"""
+    least = tl.min(tl.where(key < -0x7FFFFFFF, 0x7FFFFFFF, key), 1)
+    greatest = tl.max(tl.where(key == 0x7FFFFFFF, -0x7FFFFFFF - 1, key), 1)
+    least = tl.maximum(tl.minimum(least, greatest), -0x7FFFFFFF)
+    done = low == high
+    return tl.where(done, low, least), tl.where(done, high, greatest + 1)
+
+
+@triton.jit
 def bisect_middle(low, high):
     """Halfway, rounded down, without overflow; `low` itself: the row is done."""
     return (low & high) + ((low ^ high) >> 1)

@@ -47,6 +47,24 @@ def is_forced(
 
 
 @triton.jit
+def forced_group(
+    e,
+    p,
+    k_len,
+    GROUP: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Whether one of the GROUP entries from e on is forced: the first, or the nearest to the LAST ones."""
+    oldest = tl.maximum(p + STRIDE, 0) // STRIDE - LAST
+    near = tl.minimum(tl.maximum(e, oldest), e + GROUP - 1)
+    forced = is_forced(e, p, k_len, STRIDE, FIRST, LAST, CAUSAL)
+    return forced | is_forced(near, p, k_len, STRIDE, FIRST, LAST, CAUSAL)
+
+
+@triton.jit
 def own_tail(p, k_len, SIZE: tl.constexpr, STRIDE: tl.constexpr):
     """The entry that a row stands in, as long as it is incomplete; else -1."""
     own = tl.maximum(p + STRIDE, 0) // STRIDE - 1

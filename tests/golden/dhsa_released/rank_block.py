@@ -77,19 +77,6 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
-def count_keys(key):
-    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
-    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
-    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
-
-
-@triton.jit
-def part_of(whole, UNITS: tl.constexpr):
-    """UNITS / 2^30 of whole numbers, rounded up."""
-    return ((whole.to(tl.int64) * UNITS + 0x3FFFFFFF) >> 30).to(tl.int32)
-
-
-@triton.jit
 def bisect_start(candidates, forced, k):
     """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
     few = candidates <= k
@@ -138,6 +125,19 @@ def place_keys(key, low, high, ties, above_before, ties_before):
 
 
 @triton.jit
+def count_keys(key):
+    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
+    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
+    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
+
+
+@triton.jit
+def part_of(whole, UNITS: tl.constexpr):
+    """UNITS / 2^30 of whole numbers, rounded up."""
+    return ((whole.to(tl.int64) * UNITS + 0x3FFFFFFF) >> 30).to(tl.int32)
+
+
+@triton.jit
 def first_block(SEQ, z, ROWS: tl.constexpr):
     """The number of a sequence's first block among those of all."""
     return tl.load(SEQ + z * 6) // ROWS + 2 * z
@@ -181,22 +181,25 @@ def quarter_step(low, high, above, first, middle, counts_first, counts_middle, c
 
 
 @triton.jit
+def row_scores(scores, e, there):
+    """Scores of the entries that are in scratch."""
+    score = tl.load(scores + e, mask=there, other=0.0)
+    return score
+
+
+@triton.jit
 def row_keys(scores, e, p, k_len):
     """Keys of the entries.  Only complete ones have a score in scratch, so only those are read."""
     forced = is_forced_of_block(e, p, k_len, 128, 64, 1, 1, True)
     limit = begun_limit(p, k_len, 128, 64, 64, True, True)
     complete = e < limit
-    score = tl.load(scores + e, mask=complete & (forced == 0), other=0.0)
+    score = row_scores(scores, e, complete & (forced == 0))
     return rank_key(score, complete, forced)
 
 
 @triton.jit
-def keep_best(scores, chosen, width, p, k_len, WIDTH: tl.constexpr):
-    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
-    columns = tl.arange(0, WIDTH)[None, :]
-    key = row_keys(scores, columns, p, k_len)
-    candidates, forced = count_keys(key)
-    wanted = tl.maximum(part_of(tl.sum((k_len + 63) // 64, 1), 134217728), forced)
+def keep_keys(key, columns, chosen, width, candidates, forced, wanted):
+    """Store the columns of the best keys, ascending.  key, columns: [R, N] -> [R] of them kept"""
     low, high, above = bisect_start(candidates, forced, wanted)
     middle = bisect_middle(low, high)
     while tl.max((middle != low).to(tl.int32), 0) > 0:
@@ -209,6 +212,16 @@ def keep_best(scores, chosen, width, p, k_len, WIDTH: tl.constexpr):
     entry = columns
     tl.store(chosen + slot, entry, mask=taken & (slot < width))
     return above + ties
+
+
+@triton.jit
+def keep_best(scores, chosen, width, p, k_len, WIDTH: tl.constexpr):
+    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
+    columns = tl.arange(0, WIDTH)[None, :]
+    key = row_keys(scores, columns, p, k_len)
+    candidates, forced = count_keys(key)
+    wanted = tl.maximum(part_of(tl.sum((k_len + 63) // 64, 1), 134217728), forced)
+    return keep_keys(key, columns, chosen, width, candidates, forced, wanted)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity", "width"])

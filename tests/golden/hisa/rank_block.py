@@ -65,13 +65,6 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
-def count_keys(key):
-    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
-    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
-    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
-
-
-@triton.jit
 def bisect_start(candidates, forced, k):
     """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
     few = candidates <= k
@@ -120,6 +113,13 @@ def place_keys(key, low, high, ties, above_before, ties_before):
 
 
 @triton.jit
+def count_keys(key):
+    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
+    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
+    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
+
+
+@triton.jit
 def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
     """The last sequence whose first tile is <= tile, and the tile's first item within it."""
     low = 0
@@ -150,22 +150,25 @@ def quarter_step(low, high, above, first, middle, counts_first, counts_middle, c
 
 
 @triton.jit
+def row_scores(scores, e, there):
+    """Scores of the entries that are in scratch."""
+    score = tl.load(scores + e, mask=there, other=0.0)
+    return score
+
+
+@triton.jit
 def row_keys(scores, e, p, k_len):
     """Keys of the entries.  Only complete ones have a score in scratch, so only those are read."""
     forced = is_forced(e, p, k_len, 128, 1, 1, True)
     limit = complete_limit(p, k_len, 128, 128, True, False)
     complete = e < limit
-    score = tl.load(scores + e, mask=complete & (forced == 0), other=0.0)
+    score = row_scores(scores, e, complete & (forced == 0))
     return rank_key(score, complete, forced)
 
 
 @triton.jit
-def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
-    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
-    columns = tl.arange(0, WIDTH)[None, :]
-    key = row_keys(scores, columns, p, k_len)
-    candidates, forced = count_keys(key)
-    wanted = 64
+def keep_keys(key, columns, chosen, candidates, forced, wanted):
+    """Store the columns of the best keys, ascending.  key, columns: [R, N] -> [R] of them kept"""
     low, high, above = bisect_start(candidates, forced, wanted)
     middle = bisect_middle(low, high)
     while tl.max((middle != low).to(tl.int32), 0) > 0:
@@ -178,6 +181,16 @@ def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
     entry = columns
     tl.store(chosen + slot, entry, mask=taken & (slot < 64))
     return above + ties
+
+
+@triton.jit
+def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
+    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
+    columns = tl.arange(0, WIDTH)[None, :]
+    key = row_keys(scores, columns, p, k_len)
+    candidates, forced = count_keys(key)
+    wanted = 64
+    return keep_keys(key, columns, chosen, candidates, forced, wanted)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity"])

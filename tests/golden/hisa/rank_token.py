@@ -65,13 +65,6 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
-def count_keys(key):
-    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
-    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
-    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
-
-
-@triton.jit
 def bisect_start(candidates, forced, k):
     """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
     few = candidates <= k
@@ -117,6 +110,13 @@ def place_keys(key, low, high, ties, above_before, ties_before):
     taken = (above + tie * (ties_through <= ties[:, None]).to(tl.int32)) > 0
     total = tl.max(both, 1)
     return taken, slot, above_before + (total & 0xFFFF), ties_before + (total >> 16)
+
+
+@triton.jit
+def count_keys(key):
+    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
+    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
+    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
 
 
 @triton.jit
@@ -169,12 +169,8 @@ def row_keys(scores, parents, live, slot, p, k_len):
 
 
 @triton.jit
-def keep_best(scores, parents, live, chosen, p, k_len, WIDTH: tl.constexpr):
-    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
-    columns = tl.arange(0, WIDTH)[None, :]
-    key = row_keys(scores, parents, live, columns, p, k_len)
-    candidates, forced = count_keys(key)
-    wanted = 2048
+def keep_keys(parents, live, key, columns, chosen, candidates, forced, wanted):
+    """Store the columns of the best keys, ascending.  key, columns: [R, N] -> [R] of them kept"""
     low, high, above = bisect_start(candidates, forced, wanted)
     middle = bisect_middle(low, high)
     while tl.max((middle != low).to(tl.int32), 0) > 0:
@@ -187,6 +183,16 @@ def keep_best(scores, parents, live, chosen, p, k_len, WIDTH: tl.constexpr):
     entry = row_entries(parents, live, columns)
     tl.store(chosen + slot, entry, mask=taken & (slot < 2048))
     return above + ties
+
+
+@triton.jit
+def keep_best(scores, parents, live, chosen, p, k_len, WIDTH: tl.constexpr):
+    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
+    columns = tl.arange(0, WIDTH)[None, :]
+    key = row_keys(scores, parents, live, columns, p, k_len)
+    candidates, forced = count_keys(key)
+    wanted = 2048
+    return keep_keys(parents, live, key, columns, chosen, candidates, forced, wanted)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity"])

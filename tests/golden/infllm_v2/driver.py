@@ -164,7 +164,7 @@ def forward(tensors, batch, config, selection=None):
             **config["pool_compressed_keys"],
         )
         # choose: block
-        capacity_block = max(1, batch.keys // 64 + 1)
+        capacity_block = (batch.keys // 64 + 5) // 4 * 4
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
         chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
@@ -439,7 +439,7 @@ def select(tensors, batch, config):
     )
 
     # choose: block
-    capacity_block = max(1, batch.keys // 64 + 1)
+    capacity_block = (batch.keys // 64 + 5) // 4 * 4
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
     chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))

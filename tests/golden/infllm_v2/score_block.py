@@ -158,7 +158,7 @@ def score_block(
         written = score_alive[None, :] & (slot < target_stop)[:, None]
         tl.store(address, own, mask=written)
         handed = fold_max(each, next_weight)
-        tl.store(address + capacity, handed, mask=written)
+        tl.store(address + capacity + 1, handed, mask=written)
 
     # sources that become complete within the tile, or are none
     for n0 in range(full, target_stop * 4, BLOCK_N):
@@ -176,4 +176,4 @@ def score_block(
         written = score_alive[None, :] & (slot < target_stop)[:, None]
         tl.store(address, own, mask=written)
         handed = fold_max(each, next_weight)
-        tl.store(address + capacity, handed, mask=written)
+        tl.store(address + capacity + 1, handed, mask=written)

@@ -55,7 +55,7 @@ def forward(tensors, batch, config, selection=None):
 
     if selection is None:
         # choose: block
-        capacity_block = max(1, batch.keys // 128 + 1)
+        capacity_block = (batch.keys // 128 + 5) // 4 * 4
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
         chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
@@ -233,7 +233,7 @@ def select(tensors, batch, config):
     in_k_index = tensors["k_index"]
 
     # choose: block
-    capacity_block = max(1, batch.keys // 128 + 1)
+    capacity_block = (batch.keys // 128 + 5) // 4 * 4
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
     chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))

@@ -51,7 +51,7 @@ CONFIG = {
     "rank_block": {
         "BLOCK_R": 1,
         "BLOCK_N": 2048,
-        "num_warps": 4,
+        "num_warps": 1,
         "num_stages": 1,
     },
     "index_selected": {
@@ -205,7 +205,7 @@ def forward(tensors, batch, config, selection=None):
 
     if selection is None:
         # choose: block
-        capacity_block = max(1, batch.keys // 64 + 1)
+        capacity_block = (batch.keys // 64 + 5) // 4 * 4
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
         chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
@@ -554,7 +554,7 @@ def select(tensors, batch, config):
     )
 
     # choose: block
-    capacity_block = max(1, batch.keys // 64 + 1)
+    capacity_block = (batch.keys // 64 + 5) // 4 * 4
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
     chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))

@@ -35,7 +35,7 @@ CONFIG = {
     "rank_page": {
         "BLOCK_R": 1,
         "BLOCK_N": 2048,
-        "num_warps": 4,
+        "num_warps": 1,
         "num_stages": 1,
     },
     "index_selected": {
@@ -89,7 +89,7 @@ def forward(tensors, batch, config, selection=None):
             **config["pool_page_keys"],
         )
         # choose: page
-        capacity_page = max(1, batch.keys // 16 + 1)
+        capacity_page = (batch.keys // 16 + 5) // 4 * 4
         tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
         bytes_page = 128 * capacity_page * config["score_page"]["BLOCK_T"]
         chunk_page = min(tiles_page, max(1, SCRATCH_BYTES // bytes_page))
@@ -297,7 +297,7 @@ def select(tensors, batch, config):
     )
 
     # choose: page
-    capacity_page = max(1, batch.keys // 16 + 1)
+    capacity_page = (batch.keys // 16 + 5) // 4 * 4
     tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
     bytes_page = 128 * capacity_page * config["score_page"]["BLOCK_T"]
     chunk_page = min(tiles_page, max(1, SCRATCH_BYTES // bytes_page))

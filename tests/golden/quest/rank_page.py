@@ -65,10 +65,21 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
-def count_keys(key):
-    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
-    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
-    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
+def forced_group(
+    e,
+    p,
+    k_len,
+    GROUP: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Whether one of the GROUP entries from e on is forced: the first, or the nearest to the LAST ones."""
+    oldest = tl.maximum(p + STRIDE, 0) // STRIDE - LAST
+    near = tl.minimum(tl.maximum(e, oldest), e + GROUP - 1)
+    forced = is_forced(e, p, k_len, STRIDE, FIRST, LAST, CAUSAL)
+    return forced | is_forced(near, p, k_len, STRIDE, FIRST, LAST, CAUSAL)
 
 
 @triton.jit
@@ -78,6 +89,16 @@ def bisect_start(candidates, forced, k):
     low = tl.zeros_like(candidates) - 0x7FFFFFFF
     high = tl.where(few, low, 0x7FFFFFFF)
     return low, high, tl.where(few, candidates, forced)
+
+
+@triton.jit
+def narrow(low, high, key):
+    """The interval without what lies outside of the keys of candidates that are not forced.  -> low, high"""
+    least = tl.min(tl.where(key < -0x7FFFFFFF, 0x7FFFFFFF, key), 1)
+    greatest = tl.max(tl.where(key == 0x7FFFFFFF, -0x7FFFFFFF - 1, key), 1)
+    least = tl.maximum(tl.minimum(least, greatest), -0x7FFFFFFF)
+    done = low == high
+    return tl.where(done, low, least), tl.where(done, high, greatest + 1)
 
 
 @triton.jit
@@ -120,6 +141,13 @@ def place_keys(key, low, high, ties, above_before, ties_before):
 
 
 @triton.jit
+def count_keys(key):
+    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
+    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
+    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
+
+
+@triton.jit
 def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
     """The last sequence whose first tile is <= tile, and the tile's first item within it."""
     low = 0
@@ -150,23 +178,41 @@ def quarter_step(low, high, above, first, middle, counts_first, counts_middle, c
 
 
 @triton.jit
+def row_scores(scores, e, there):
+    """Scores of the entries that are in scratch."""
+    score = tl.load(scores + e, mask=there, other=0.0)
+    return score
+
+
+@triton.jit
 def row_keys(scores, e, p, k_len):
     """Keys of the entries.  Only complete ones have a score in scratch, so only those are read."""
     forced = is_forced(e, p, k_len, 16, 0, 1, True)
     limit = complete_limit(p, k_len, 16, 16, True, False)
     complete = e < limit
-    score = tl.load(scores + e, mask=complete & (forced == 0), other=0.0)
+    score = row_scores(scores, e, complete & (forced == 0))
     return rank_key(score, complete, forced)
 
 
 @triton.jit
-def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
-    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
-    columns = tl.arange(0, WIDTH)[None, :]
-    key = row_keys(scores, columns, p, k_len)
-    candidates, forced = count_keys(key)
-    wanted = 64
+def group_keys(scores, p, k_len, WIDTH: tl.constexpr):
+    """The greatest key of every 8 entries: of the greatest score, unless one is forced."""
+    e = tl.arange(0, WIDTH)[None, :]
+    limit = complete_limit(p, k_len, 16, 16, True, False)
+    score = row_scores(scores, e, e < limit)
+    # a maximum passes over this NaN, not over each that could be read
+    score = tl.where((e < limit) & (score == score), score, float("nan"))
+    score = tl.max(tl.reshape(score, [score.shape[0], WIDTH // 8, 8]), 2)
+    e = tl.arange(0, WIDTH // 8)[None, :] * 8
+    forced = forced_group(e, p, k_len, 8, 16, 0, 1, True)
+    return rank_key(score, e < limit, forced)
+
+
+@triton.jit
+def keep_keys(key, columns, chosen, candidates, forced, wanted):
+    """Store the columns of the best keys, ascending.  key, columns: [R, N] -> [R] of them kept"""
     low, high, above = bisect_start(candidates, forced, wanted)
+    low, high = narrow(low, high, key)
     middle = bisect_middle(low, high)
     while tl.max((middle != low).to(tl.int32), 0) > 0:
         count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
@@ -178,6 +224,29 @@ def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
     entry = columns
     tl.store(chosen + slot, entry, mask=taken & (slot < 64))
     return above + ties
+
+
+@triton.jit
+def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
+    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
+    wanted = 64
+    if WIDTH >= 2048:
+        # the best keys are in the groups whose greatest keys are best
+        columns = tl.arange(0, WIDTH // 8)[None, :]
+        key = group_keys(scores, p, k_len, WIDTH)
+        candidates, forced = count_keys(key)
+        groups = keep_keys(key, columns, chosen, candidates, forced, wanted)
+        tl.debug_barrier()
+        columns = tl.arange(0, 512)[None, :]
+        inside = columns // 8 < groups[:, None]
+        group = tl.load(chosen + columns // 8, mask=inside, other=1 << 24)
+        columns = group * 8 + columns % 8
+        tl.debug_barrier()
+    else:
+        columns = tl.arange(0, WIDTH)[None, :]
+    key = row_keys(scores, columns, p, k_len)
+    candidates, forced = count_keys(key)
+    return keep_keys(key, columns, chosen, candidates, forced, wanted)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity"])
@@ -207,6 +276,7 @@ def rank_page(
     live = t0 + rows < q_len
     k_len = tl.where(live, tl.load(SEQ + z * 6 + 5), 0)
     p = q_offset + t0 + rows
+    capacity = capacity // 4 * 4  # which it is: so four neighbours of a row go to one thread
     scores = SCORES + ((first + rows).to(tl.int64) * 32 + head) * capacity
     row = (q_start + t0 + rows).to(tl.int64)
     chosen = SELECTION + (row * 32 + head) * 64
@@ -222,12 +292,13 @@ def rank_page(
         total = keep_best(scores, chosen, p, k_len, BLOCK_N)
     else:
         # every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection
-        columns = tl.arange(0, BLOCK_N)[None, :]
+        STEP: tl.constexpr = max(BLOCK_N // 4, 2)  # a key has three counts, in a group it had none
+        columns = tl.arange(0, STEP)[None, :]
         above_before = tl.zeros([BLOCK_R], tl.int32)
         ties_before = tl.zeros([BLOCK_R], tl.int32)
         candidates = tl.zeros([BLOCK_R], tl.int32)
         forced = tl.zeros([BLOCK_R], tl.int32)
-        for start in range(0, n, BLOCK_N):
+        for start in range(0, n, STEP):
             key = row_keys(scores, start + columns, p, k_len)
             more_candidates, more_forced = count_keys(key)
             candidates += more_candidates
@@ -236,10 +307,10 @@ def rank_page(
         low, high, above = bisect_start(candidates, forced, wanted)
         first_quarter, middle, last_quarter = quarters(low, high)
         while tl.max((middle != low).to(tl.int32), 0) > 0:
-            a = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-            b = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-            c = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-            for start in range(0, n, BLOCK_N):
+            a = tl.zeros([BLOCK_R, STEP], tl.int32)
+            b = tl.zeros([BLOCK_R, STEP], tl.int32)
+            c = tl.zeros([BLOCK_R, STEP], tl.int32)
+            for start in range(0, n, STEP):
                 key = row_keys(scores, start + columns, p, k_len)
                 a += (key >= first_quarter[:, None]).to(tl.int32)
                 b += (key >= middle[:, None]).to(tl.int32)
@@ -250,7 +321,7 @@ def rank_page(
             )
             first_quarter, middle, last_quarter = quarters(low, high)
         ties = missing_ties(low, high, above, wanted)
-        for start in range(0, n, BLOCK_N):
+        for start in range(0, n, STEP):
             key = row_keys(scores, start + columns, p, k_len)
             taken, slot, above_before, ties_before = place_keys(
                 key, low, high, ties, above_before, ties_before
