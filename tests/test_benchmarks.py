@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from benchmarks import (
     beam_structures,
     beams,
+    block_lists,
     common,
     groups,
     independent,
@@ -26,7 +27,9 @@ from benchmarks import (
     peers_report,
     peers_speed,
     perplexity,
+    profiles,
     quality,
+    sanitizer,
     speed,
     speed_report,
     starts,
@@ -255,6 +258,8 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
         ("perplexity", perplexity.page, []),
         ("quality", quality.report, []),
         ("speed", speed_report.page, []),
+        ("block_lists", block_lists.page, []),
+        ("profiles", profiles.page, []),
         ("independent", independent.page, ["odd", "trained", "blocks", "pooled", "transformers"]),
     ],
 )
@@ -265,6 +270,61 @@ def test_page_is_made_of_the_kept_results(kind, page, more):
     assert written == page([common.read_json(path) for path in paths]), (
         f"run python -m benchmarks.{kind} --report"
     )
+
+
+@pytest.mark.parametrize("size", block_lists.SIZES)
+def test_lists_of_blocks_hold_as_many_keys_whatever_the_block(size):
+    spec = block_lists.of_size(size)
+    (level,) = spec.levels
+    assert (spec.causal, level.query.block) == (False, size)
+    assert level.select.budget * level.partition.size == 4096
+
+
+DETAILS = """
+  attend_one (8, 4, 1)x(256, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Duration                         us       212.32
+    Compute (SM) Throughput           %        30.76
+    Registers Per Thread     register/thread     1,68
+    INF   Tensor is the highest-utilized pipeline (27.9%) based on elapsed cycles
+  attend_one (8, 4, 1)x(256, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Duration                         ms         1.50
+    Compute (SM) Throughput           %        40.00
+  rank_two (8, 4, 1)x(32, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Duration                         us         7.00
+"""
+
+
+def test_profiles_keep_the_longest_launch_of_a_kernel():
+    found = profiles.parsed(DETAILS)
+    assert found == {
+        "attend_one": {"warps": 8, "ms": 1.5, "SM %": 40.0},
+        "rank_two": {"warps": 1, "ms": 0.007},
+    }
+    (first,) = profiles.parsed(DETAILS[: DETAILS.index("  attend_one", 10)]).values()
+    assert first["registers"] == 168.0
+    assert first["busiest pipe"] == {"name": "Tensor", "%": 27.9}
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "clean"),
+    [
+        ("right\n========= ERROR SUMMARY: 0 errors\n", 0, True),
+        ("right\n========= ERROR SUMMARY: 3 errors\n", 9, False),
+        ("one ['o: row is off']\n========= ERROR SUMMARY: 0 errors\n", 1, False),
+        ("Traceback\n", 1, False),
+    ],
+)
+def test_only_what_the_sanitizer_finds_clean_is_clean(said, status, clean, monkeypatch):
+    done = SimpleNamespace(stdout=said, stderr="", returncode=status)
+    monkeypatch.setattr(sanitizer.subprocess, "run", lambda *_, **__: done)
+    assert sanitizer.examine("nsa", "memcheck", 1.0)["clean"] is clean
+
+
+def test_kept_runs_of_the_sanitizer_are_clean():
+    (path, *_) = sorted(common.RESULTS.glob("sanitizer_*.json"))
+    kept = common.read_json(path)["specs"]
+    assert set(kept) == set(sanitizer.SPECS)
+    assert all(entry["clean"] and entry["trials"] >= 3 for entry in kept.values())
 
 
 def test_picture_of_beams_is_made_of_the_kept_results():

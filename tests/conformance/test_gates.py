@@ -93,7 +93,10 @@ def test_gates_may_have_any_strides(lane, seed):
 
 @pytest.mark.parametrize("lane", LANES)
 def test_closed_gates_leave_nothing(lane, seed):
-    """A branch whose gate is 0 has no part in the sum, whichever turn it has."""
+    """A branch whose gate is 0 has no part in the sum, whichever turn it has.
+
+    Equal but for the last bits: a GPU multiplies by the gate and adds in one step, which rounds once.
+    """
     spec = spec_of("blocks_to_rows", *WINDOWS)
     call = calls.make(spec, T=13, dtype=torch.float32, device=lane, seed=seed)
     single = {}
@@ -104,7 +107,8 @@ def test_closed_gates_leave_nothing(lane, seed):
     every = call.with_tensors(gates=torch.ones_like(call.tensors["gates"]))
     turns = ("near", "selected", "window")
     expected = (single[turns[0]] + single[turns[1]]) + single[turns[2]]
-    assert torch.equal(run("blocks_to_rows", lane, every).o, expected)
+    got, unit = run("blocks_to_rows", lane, every).o, 2.0**-23
+    assert torch.allclose(got, expected, rtol=2 * unit, atol=2 * unit * float(expected.abs().max()))
 
 
 def test_choosing_needs_no_gates():
