@@ -478,7 +478,8 @@ def folders(tmp_path, monkeypatch):
     committed.mkdir()
     shutil.copy(paths.data_dir("tuned") / "gpus.yaml", committed)
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "committed", lambda: committed)
+    for module in (files, tuned):
+        monkeypatch.setattr(module, "committed", lambda: committed)
     monkeypatch.setattr(records, "_told", set())
     return committed
 

@@ -41,7 +41,7 @@ def outcome(**changes):
 
 
 class FakeCompilers:
-    """Compiles by a formula: large merges spill, wide poolings do not fit, one warp never ends."""
+    """Compiles by a formula: large merges spill, wide poolings do not fit, two warps never end."""
 
     def __init__(self):
         self.jobs = []
@@ -57,7 +57,7 @@ class FakeCompilers:
             made = outcome(shared_bytes=300_000)
         if job.constants.get("BLOCK_D") == 16:
             made = CompileFailure(kind="error", message="CompilationError: at 3:4")
-        if job.num_warps == 1:
+        if job.num_warps == 2:
             made = CompileFailure(kind="timeout", message="no answer in time")
         done = Future()
         done.set_result(made)
@@ -139,7 +139,7 @@ def test_time_that_is_over_leaves_points(merging):
 def test_a_point_fails_with_its_kernels(compiler):
     space = compiler.space
     assert compiler.failure(space.start) is None
-    assert compiler.failure(space.parse("rank_block.num_warps=1")).kind == "COMPILE_TIMEOUT"
+    assert compiler.failure(space.parse("rank_block.num_warps=2")).kind == "COMPILE_TIMEOUT"
     found = compiler.failure(space.parse("pool_compressed_keys.BLOCK_E=128"))
     assert found.kind == "OVER_SMEM"
     assert found.limit.startswith("pool_compressed_keys needs at least 300,000")

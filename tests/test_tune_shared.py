@@ -176,7 +176,7 @@ def run(place, folder, name, **plan):
     plan = {
         "journal": place,
         "log": str(folder / f"{name}.log"),
-        "child": {"bad": {}, "seconds": 0.03, "log": str(folder / "asked")},
+        "child": {"bad": {}, "seconds": 0.1, "log": str(folder / "asked")},
         **plan,
     }
     return tuning_kills.start(plan)
@@ -190,9 +190,16 @@ def finished(process):
 
 def shared(places, folder, trials):
     """Searches side by side on one study; the first is killed in the middle."""
-    processes = [run(place, folder, n, trials=trials) for n, place in enumerate(places)]
+    processes = [
+        run(place, folder, n, trials=trials, together=str(folder)) for n, place in enumerate(places)
+    ]
     logs = [folder / f"{n}.log" for n in range(len(places))]
     end = time.monotonic() + 60
+    while len(list(folder.glob("ready.*"))) < len(places):
+        assert time.monotonic() < end
+        assert all(each.poll() is None for each in processes), processes[0].communicate()
+        time.sleep(0.02)
+    (folder / "go").touch()
     while not all(log.exists() and len(log.read_text().split()) >= 2 for log in logs):
         assert time.monotonic() < end
         assert all(each.poll() is None for each in processes), processes[0].communicate()
@@ -235,7 +242,7 @@ def proxy(url):
 def test_processes_share_a_database_some_by_a_proxy(tmp_path):
     """PostgreSQL itself, and Optuna's gRPC server in front of it."""
     with postgres.server() as url, proxy(url) as before:
-        shared([url, url, before], tmp_path, 16)
+        shared([url, url, before], tmp_path, 24)
 
 
 # --- what is not there

@@ -1,11 +1,14 @@
 """A search in a process of its own, which tests kill: python tuning_runs.py PLAN.
 
 PLAN is JSON: `journal` (or a URL), `log` (a line a result that is kept), `child` (arguments of
-`tuning_child`), `trials`, `lanes`.  The space is small, so a search that is not killed ends by itself.
+`tuning_child`), `trials`, `lanes`, `together` (a folder in which several wait for each other).  The
+space is small, so a search that is not killed ends by itself.
 """
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 from hsgen import passes, planner
@@ -55,8 +58,17 @@ def run(plan):
         search = Search(
             space=found, measurer=lanes, journal=journal, limits=Limits(trials=plan["trials"])
         )
+        if "together" in plan:
+            wait_for_others(Path(plan["together"]))
         search.run()
     return search
+
+
+def wait_for_others(folder):
+    """Say that this process could begin; begin when somebody says so."""
+    (folder / f"ready.{os.getpid()}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.005)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ ROUNDS = 15
 NEIGHBOURS = 3  # records of other sizes and GPUs that are looked at, and
 WARM = 3  # points of each
 PEAK = 0.9  # of the card's arithmetic: no kernel is faster
-MOST_COMPILERS = 8
+MOST_COMPILERS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +222,7 @@ class _Tuning:
             patience=options.patience,
             cache=cache,
         )
-        self._compilers = Compilers(min(MOST_COMPILERS, os.cpu_count() or 2), cache=cache)
+        self._compilers = Compilers(_compilers(), cache=cache)
         try:
             told = self.lanes.describe()
             self.made: JsonObject = told["made"]
@@ -469,6 +469,11 @@ def _choice(text: str, config: Mapping[str, int], outcome: Outcome | None) -> tu
         registers=cost.registers if cost else 0,
         spills=cost.spill_bytes if cost else 0,
     )
+
+
+def _compilers() -> int:
+    """Processes that compile; a core stays with the one that measures."""
+    return max(1, min(MOST_COMPILERS, (os.cpu_count() or 2) - 1))
 
 
 @contextmanager
