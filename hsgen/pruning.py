@@ -120,6 +120,15 @@ class Compiler:
             )
         return self.programs[orders]
 
+    @property
+    def early(self) -> int:
+        """Points whose kernels compile at once, one new kernel each."""
+        return self.compilers.workers
+
+    def ready(self, point: Point) -> bool:
+        """Whether nobody would wait for a point."""
+        return all(future.done() for future in self._futures(point).values())
+
     def ahead(self, point: Point) -> None:
         """Begin with a point's kernels; nobody waits."""
         if sum(not future.done() for future in self._known.values()) < PAIRS:

@@ -344,6 +344,7 @@ class Compilers:
 
     def __init__(self, workers: int = 2, timeout: float = 120.0, cache: Path | None = None) -> None:
         self._timeout = timeout
+        self.workers = workers
         self._workers = [
             Worker(WORKER, lambda own: _environment(cache or own)) for _ in range(workers)
         ]

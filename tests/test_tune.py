@@ -213,6 +213,38 @@ def test_nothing_that_can_run_is_an_error_with_the_limit():
     assert "OVER_SMEM 1: merge_selected needs 300,000 bytes" in str(error.value)
 
 
+def test_no_lane_waits_for_a_slow_compiler():
+    """Points are judged while others are measured, and those that are judged come first."""
+    found, made = tabled("nsa", "attend_selected", 0)
+    begun, asked = [], []
+
+    class Slow:
+        early = 4
+
+        def ahead(self, point):
+            begun.append(point.key)
+
+        def ready(self, point):
+            return begun.index(point.key) % 5 or len(begun) > 40
+
+        def failure(self, point):
+            if point.key in begun:
+                asked.append((begun.index(point.key), len(begun)))
+
+    search = Search(
+        space=found,
+        measurer=Replay(made),
+        journal=Journal(storage_at(None), "t", found),
+        judge=Slow(),
+        limits=Limits(trials=30),
+    )
+    search.run()
+    sampled = [pair for pair in asked if pair[0]][:12]
+    assert all(behind - place >= 1 for place, behind in sampled)
+    assert max(behind - place for place, behind in sampled) >= Slow.early
+    assert not any(place % 5 == 0 for place, _ in sampled), "a slow one was waited for"
+
+
 # --- journals
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -188,6 +189,14 @@ def finished(process):
     return out.decode()
 
 
+def ended(processes):
+    """What processes that should still run said; the others are killed then."""
+    early = [each for each in processes if each.poll() is not None]
+    for each in processes if early else ():
+        each.kill()
+    return [each.communicate() for each in early]
+
+
 def shared(places, folder, trials):
     """Searches side by side on one study; the first is killed in the middle."""
     processes = [
@@ -197,12 +206,12 @@ def shared(places, folder, trials):
     end = time.monotonic() + 60
     while len(list(folder.glob("ready.*"))) < len(places):
         assert time.monotonic() < end
-        assert all(each.poll() is None for each in processes), processes[0].communicate()
+        assert not (early := ended(processes)), early
         time.sleep(0.02)
     (folder / "go").touch()
     while not all(log.exists() and len(log.read_text().split()) >= 2 for log in logs):
         assert time.monotonic() < end
-        assert all(each.poll() is None for each in processes), processes[0].communicate()
+        assert not (early := ended(processes)), early
         time.sleep(0.02)
     os.kill(processes[0].pid, signal.SIGKILL)
     processes[0].communicate(timeout=10)
@@ -218,7 +227,13 @@ def shared(places, folder, trials):
 
 
 def test_processes_share_a_journal(tmp_path):
-    shared([str(tmp_path / "a.journal")] * 3, tmp_path, 40)
+    shared([str(tmp_path / "a.journal")] * 3, tmp_path, 24)
+
+
+def listening(port):
+    with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -230,7 +245,12 @@ def proxy(url):
         f"run_grpc_proxy_server(get_storage({url!r}), host='localhost', port={port})"
     )
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", text])
+    end = time.monotonic() + 60
     try:
+        while not listening(port):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
         yield f"grpc://localhost:{port}"
     finally:
         process.kill()

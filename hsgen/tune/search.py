@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -40,9 +40,17 @@ POLL = 0.1  # seconds between two looks at what others are at
 
 
 class Judge(Protocol):
-    """Says without a GPU whether a point can run."""
+    """Says without a GPU whether a point can run.
+
+    `early`: how many points it judges at once, while others are measured.
+    """
+
+    @property
+    def early(self) -> int: ...
 
     def ahead(self, point: Point) -> None: ...
+
+    def ready(self, point: Point) -> bool: ...
 
     def failure(self, point: Point) -> Failure | None: ...
 
@@ -50,8 +58,14 @@ class Judge(Protocol):
 class Lenient:
     """A judge that knows nothing."""
 
+    early = 0
+
     def ahead(self, point: Point) -> None:
         """Nothing to begin with."""
+
+    def ready(self, point: Point) -> bool:  # noqa: ARG002
+        """At once."""
+        return True
 
     def failure(self, point: Point) -> Failure | None:  # noqa: ARG002
         """None."""
@@ -386,9 +400,9 @@ class _Sampling:
         """Ask and tell until the quota, the time or the gains are at an end."""
         search, lanes = self._search, self._search.measurer.lanes
         began, stale, best = search.measured, 0, search.best
-        waiting = deque[tuple[Trial | None, Point]]()
+        waiting: list[tuple[Trial | None, Point]] = []
         while search.measured - began < quota and not search.over and search.clock() < end:
-            while len(waiting) < lanes:
+            while len(waiting) < lanes + min(AHEAD, search.judge.early):
                 asked = self._fresh()
                 if asked is None:
                     break
@@ -396,7 +410,10 @@ class _Sampling:
                 waiting.append(asked)
             if not waiting or stale >= STALE:
                 break
-            some = [waiting.popleft() for _ in range(min(lanes, len(waiting)))]
+            waiting.sort(
+                key=lambda asked: not search.judge.ready(asked[1])
+            )  # none waits for a slow one
+            some, waiting = waiting[:lanes], waiting[lanes:]
             results = search._results_of([point for _, point in some])
             for (trial, point), result in zip(some, results, strict=True):
                 self._finish(trial, point, result)
