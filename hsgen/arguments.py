@@ -45,6 +45,7 @@ class Expected:
         selections: by selecting level: its selection heads, a name or a number, and slots of a row, or
             the part of the entries that a row keeps.
         attended: the levels that a caller's selection must have; the others only narrow these.
+        brought: the levels that another layer chose of, so that every call must have a selection.
         where: says where the spec states a dimension, as `specs/nsa.yaml:6:1`; "" if unknown.
     """
 
@@ -53,6 +54,7 @@ class Expected:
     sizes: Mapping[str, int]
     selections: Mapping[str, tuple[str, int | Part]]
     attended: tuple[str, ...]
+    brought: tuple[str, ...]
     where: Callable[[str], str]
     names: tuple[str, ...]  # of the inputs
 
@@ -384,6 +386,12 @@ def listed_selection(
     expected: Expected, given: Mapping[str, Selection | Tensor] | None
 ) -> dict[str, Tensor]:
     """A caller's selections as indices [..., Hs, K], by level, in the order of the spec."""
+    if missing := [level for level in expected.brought if not given or level not in given]:
+        raise ArgumentError(
+            f"selection: expected level {missing[0]!r}, got {_levels_text(given)}",
+            help=f"spec {expected.spec!r} attends what another layer chose: "
+            f"`selection=` of that layer's `select`",
+        )
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -405,6 +413,10 @@ def listed_selection(
                 f"selection: expected level {level!r}, which is attended, got {', '.join(given)}"
             )
     return {level: _indices(level, given[level]) for level in expected.selections if level in given}
+
+
+def _levels_text(given: Mapping[str, object] | None) -> str:
+    return ", ".join(map(str, given)) if given else "none"
 
 
 def _indices(level: str, selection: Selection | Tensor) -> Tensor:

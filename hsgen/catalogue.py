@@ -23,6 +23,7 @@ from hsgen.target import Target
 
 TOKENS = 131072  # at which a spec is compared with dense attention
 HEADS, HEAD_DIM = (32, 8), 128  # of a spec that leaves them open
+LAYERS = 64  # of a model: among them is one that takes over, if any does
 _SENTENCE = re.compile(r".*?\.(?=\n|\s+[A-Z]|$)", re.DOTALL)  # not the one in "eq. 9"
 MODELINE = "# yaml-language-server:"
 
@@ -58,6 +59,7 @@ class Entry:
     graph: Graph | None
     plan: Plan | None
     problem: str
+    taking: Plan | None = None  # of layers that take over, where only those have kernels
 
     @property
     def tier(self) -> str | None:
@@ -101,7 +103,11 @@ class Entry:
     @property
     def status(self) -> str:
         """Of its kernels."""
-        return f"{len(self.plan.kernels)} kernels" if self.plan else f"none: {self.problem}"
+        if self.plan:
+            return f"{len(self.plan.kernels)} kernels"
+        if self.taking is None:
+            return f"none: {self.problem}"
+        return f"none: {self.problem}; {len(self.taking.kernels)} kernels of layers that take over"
 
     def record(self) -> dict[str, object]:
         """The same for machines."""
@@ -183,14 +189,34 @@ def entry(path: Path, target: Target) -> Entry:
     bound = spec.bind(
         heads=None if spec.heads else HEADS, head_dim=None if spec.head_dim else HEAD_DIM
     )
-    graph = plan = None
+    graph = plan = taking = None
     problem = ""
     try:
         graph = passes.run(planner.plan(bound))
         plan = schedule.schedule(graph, target)
     except PlanError as error:
         problem = _one_line(error)
-    return Entry(spec=spec, essence=essence(text.decode()), graph=graph, plan=plan, problem=problem)
+        taking = _taking(bound, target)
+    return Entry(
+        spec=spec,
+        essence=essence(text.decode()),
+        graph=graph,
+        plan=plan,
+        problem=problem,
+        taking=taking,
+    )
+
+
+def _taking(spec: Spec, target: Target) -> Plan | None:
+    """The plan of the first layer that only attends what another one chose, if there is one."""
+    layers = (spec.bind(layer=layer) for layer in range(LAYERS if spec.reuse else 0))
+    made = next((each for each in layers if each.brought), None)
+    if made is None:
+        return None
+    try:
+        return schedule.schedule(passes.run(planner.plan(made)), target)
+    except PlanError:
+        return None
 
 
 def tier(name: str) -> str | None:

@@ -187,7 +187,10 @@ MaskCapture = Annotated[
 Layer = Annotated[
     int | None, typer.Option(min=0, help="Of a route by layer, and of the capture: its first.")
 ]
-OfRoute = Annotated[int | None, typer.Option("--layer", min=0, help="Where a route goes by layer.")]
+OfRoute = Annotated[
+    int | None,
+    typer.Option("--layer", min=0, help="Where a route goes by layer, or layers take over."),
+]
 Lengths = Annotated[
     str | None, typer.Option("--tokens", metavar="8K,32K", help="T and S; default 8K,32K.")
 ]
@@ -379,6 +382,8 @@ def compile_(
     from hsgen import progress, report  # noqa: PLC0415
 
     bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim), layer=layer)
+    if verify:
+        _require_choice(bound)
     with progress.bar() as told:
         done = report.report(
             bound, target, dtype.value, output=output, verified=verify, progress=told
@@ -413,6 +418,7 @@ def bench(
         _check_suffix(output, ".json")
     lengths, peers = _lengths(tokens), against or [Peer.dense]
     bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim), layer=layer)
+    _require_choice(bound)
     words = _words(
         {
             "against": peers,
@@ -473,6 +479,7 @@ def gate(
     What was found is kept in the cache, where `load_kernel(spec, gate="measured")` takes it from.
     """
     bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim), layer=layer)
+    _require_choice(bound)
     lengths = _lengths(tokens)
     words = _words(
         {
@@ -506,6 +513,20 @@ def gate(
 def _place(file: Path) -> str:
     """A file without folders that only this machine has."""
     return file.name if file.is_absolute() else str(file)
+
+
+def _require_choice(spec: Spec) -> None:
+    """Nothing, where the spec chooses what it attends.
+
+    Raises:
+        HsgenError: another layer does, and there is no sample of that.
+    """
+    if spec.brought:
+        raise HsgenError(
+            f"{spec.name}: level {spec.brought[0]} takes over what another layer chose, and there is no"
+            " sample of that yet",
+            help="`hsgen compile --no-verify` and `hsgen show` need none",
+        )
 
 
 def _words(options: Mapping[str, Sequence[object]]) -> list[str]:
@@ -567,6 +588,7 @@ def tune(
     What is measured is kept at once: the same command goes on where it was stopped.
     """
     bound = load(spec).bind(heads=_pair(heads), head_dim=_pair(head_dim), layer=layer)
+    _require_choice(bound)
     kernels = tuple(filter(None, (only or "").split(",")))
     from hsgen import measurer, progress, pruning  # noqa: PLC0415  load networkx
 

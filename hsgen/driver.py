@@ -77,6 +77,11 @@ class Driver:
         return tuple((level, name) for level, name in self.selection if name in _made(read))
 
     @property
+    def brought(self) -> tuple[tuple[str, str], ...]:
+        """Levels that no step chooses of: every call is given what another layer chose."""
+        return tuple((level, name) for level, name in self.selection if name in self.plan.brought)
+
+    @property
     def listed(self) -> frozenset[str]:
         """Selections that a kernel walks slot by slot, so that their order and repeats matter."""
         return frozenset(

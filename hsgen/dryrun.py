@@ -77,9 +77,14 @@ def _call(plan: Plan, batch: int, tokens: int) -> dict[str, Value]:
         f"in_{name}": Array(shape=tuple(_dim(dim, known) for dim in dims), itemsize=size)
         for name, dims in plan.inputs
     }
+    brought = {
+        name: Array(shape=tuple(_dim(dim, known) for dim in dims), itemsize=4)
+        for name, dims in plan.brought.items()
+    }
     table = Array(shape=(batch, 6), itemsize=4)
     return {
         **inputs,
+        **brought,
         "batch": _Batch(table=table, sequences=batch, rows=batch * tokens, keys=tokens),
         "config": {kernel.name: kernel.config.keywords() for kernel in plan.kernels},
         "SCRATCH_BYTES": plan.scratch_bytes,

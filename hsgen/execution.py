@@ -621,16 +621,22 @@ def expected_tensors(spec: Spec, graph: Graph) -> Expected:
         width = part or spec.width(spec.level(level))
         selections[level] = (graph[name].type.dims[2], width)
     over = {branch.over for branch in spec.attend}
-    inputs = tensor_inputs(graph)
+    inputs = tuple(each for each in tensor_inputs(graph) if each.name not in _kept(spec))
     return Expected(
         spec=spec.name,
         inputs=inputs,
         sizes=dict(graph.sizes),
         selections=selections,
         attended=tuple(level for level in selections if level in over),
+        brought=spec.brought,
         where=lambda name: _where(spec, name),
         names=tuple(each.name for each in inputs),
     )
+
+
+def _kept(spec: Spec) -> frozenset[str]:
+    """Inputs that are no tensors of their own: they come as `selection`."""
+    return frozenset(f"{level}.kept" for level in spec.brought)
 
 
 def _choosing(expected: Expected, graph: Graph) -> Expected:

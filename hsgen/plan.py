@@ -147,6 +147,8 @@ class Plan:
         None  # the caller's tensor that weighs branches, which choosing goes without
     )
     sizes: Mapping[str, int] = field(default_factory=dict)
+    # selections that no step makes, and their dimensions: another layer chose them
+    brought: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def usual(self) -> tuple[Step, ...]:

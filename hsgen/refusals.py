@@ -53,7 +53,16 @@ def refuse(graph: Graph) -> None:
         if words := lacking(graph, node):
             by_layer = isinstance(node.op, Route) and node.op.by == "layer"
             help = "give `layer` to load_kernel, or `--layer`" if by_layer else None
+            if isinstance(node.op, Recall) and _taken_whole(node.op):
+                help = (
+                    "layers that take over have kernels: give `layer` to load_kernel, or `--layer`"
+                )
             raise PlanError(words, span=node.span, help=help)
+
+
+def _taken_whole(op: Recall) -> bool:
+    """Whether some layers only attend what another one chose."""
+    return op.width is None and op.turns.over == "layers" and op.takes[-1] == "kept"
 
 
 def lacking(graph: Graph, node: Node) -> str | None:
@@ -87,7 +96,8 @@ def lacking(graph: Graph, node: Node) -> str | None:
             words = _of_scores(graph, node, op)
             return words and f"level {op.level}: no kernel {words} yet"
         case Cluster() | Permute() | Assign() | Runs() | Unlike() | Recall() | Carry() as op:
-            return f"level {op.level}: no kernel {_of_keys(op)} yet"
+            words = _of_keys(graph, node, op)
+            return words and f"level {op.level}: no kernel {words} yet"
         case Score() | Map() | Select() | SelectSet() as op:
             words = _of_queries(graph, node) or _of_level(graph, node, op)
             return words and f"level {op.level}: no kernel {words} yet"
@@ -102,7 +112,7 @@ def _of_stored(graph: Graph, node: Node, op: Round) -> str | None:
 
 
 def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
-    chosen = any(isinstance(x.op, Select | SelectSet) for x in graph.operands(node))
+    chosen = any(isinstance(x.op, Select | SelectSet | Recall) for x in graph.operands(node))
     lacks = (
         (op.over == "static", "attends a static pattern"),
         (op.over == "pooled" and chosen, "attends pooled entries of a selection"),
@@ -217,8 +227,25 @@ def _of_pooled_query(graph: Graph, node: Node) -> str | None:
     return "attends by the query of rows together" if pooled else None
 
 
-def _of_keys(op: Cluster | Permute | Assign | Runs | Unlike | Recall | Carry) -> str:
+def _of_brought(graph: Graph, node: Node) -> str | None:
+    """A selection that is brought is there to be attended, and is all there is."""
+    users = [user.op for user in graph.users(node.name)]
+    if any(isinstance(op, Score | Select | SelectSet) for op in users):
+        return "expands a selection that is taken over"
+    if any(isinstance(other.op, Select | SelectSet) for other in graph.nodes()):
+        return "takes over one selection and makes another"
+    attends = [op for op in users if isinstance(op, Attend)]
+    if any(op.diagonal or op.parts or op.before or op.cut for op in attends):
+        return "takes over a selection of entries that are no blocks in place"
+    return None
+
+
+def _of_keys(
+    graph: Graph, node: Node, op: Cluster | Permute | Assign | Runs | Unlike | Recall | Carry
+) -> str | None:
     match op:
+        case Recall(width=int()):
+            return _of_brought(graph, node)
         case Cluster(of="queries"):
             return "clusters queries"
         case Cluster(tiles=tiles):

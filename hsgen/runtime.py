@@ -77,7 +77,8 @@ def load_kernel(
         heads: `Heads` or (query, kv), where the spec leaves them open; else the tensors tell.
         head_dim: `HeadDim`, (qk, v) or one number, likewise.
         layer: number of the layer, from 0, where a route goes by it; None leaves it to the call,
-            whose argument `layer` it then is.
+            whose argument `layer` it then is.  Where layers take over whole selections it says
+            whether this one chooses, or is called with the `selection` that another one chose.
         dtype: what tensors must have; None takes what comes.
         target: the GPU to compile for; None is the one that the tensors are on.
         interpret: run CPU tensors through the emitted kernels, in Triton's interpreter.
@@ -243,7 +244,8 @@ class Kernel:
             q_offset: position of query row 0, an int or i32[B]; the default puts the last query on
                 the last key.
             kv_lens: how many keys there are, an int or i32[B]; default all.
-            selection: by level, what to attend to instead of choosing.
+            selection: by level, what to attend to instead of choosing; a must where another layer
+                chose.
             **tensors: what else the spec needs: gates, index, learned parameters, own K/V.
 
         Returns:
@@ -286,7 +288,15 @@ class Kernel:
 
         Returns:
             By level, i32[B, T, Hs, K] in every layout; may be passed back as `selection`.
+
+        Raises:
+            ArgumentError: argument, expected and got; another layer chose.
         """
+        if taken := self.spec.brought:
+            raise ArgumentError(
+                f"select: level {taken[0]!r} attends what another layer chose, and chooses nothing",
+                help="`select` of that layer's kernel; pass what it returns as `selection`",
+            )
         given = {"q": q, "k": k, "v": v, **tensors}
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
         call = self._call(given, self._choosing, layout, lengths, None)
@@ -439,7 +449,7 @@ class Kernel:
             arguments.check_names(self._attending, {**dict.fromkeys(self._known_names, 0), **given})
         levels = ""
         indices: list[Tensor] = []
-        if selection is not None:
+        if selection is not None or expected.brought:
             chosen = arguments.listed_selection(self._attending, selection)
             levels, indices = ",".join(chosen), list(chosen.values())
         cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens = lengths

@@ -1922,8 +1922,11 @@ def _turn(turns: Turns, calls: int) -> int:
 def _recall(run: _Run, node: Node, operands: list[Value]) -> Chosen:
     """The set of the turn; kept entries that a row cannot have seen are dropped."""
     op = node.op
-    *sets, calls = operands
-    which = op.takes[_turn(op.turns, int(calls))]
+    if op.width is None:
+        *sets, calls = operands
+        which = op.takes[_turn(op.turns, int(calls))]
+    else:
+        sets, which = operands, "kept"
     begun = [
         [e * op.stride <= p or not run.graph.meta.causal for e in range(run.entries(op.level))]
         for p in run.positions

@@ -68,7 +68,12 @@ def _read(node: Node, turn: int) -> tuple[str, ...]:
 
 
 def _turns(graph: Graph) -> set[Turns]:
-    return {node.op.turns for node in graph.nodes() if isinstance(node.op, Recall | Carry)}
+    """Of calls that differ: one that is brought a selection is like all others."""
+    return {
+        node.op.turns
+        for node in graph.nodes()
+        if isinstance(node.op, Carry) or (isinstance(node.op, Recall) and node.op.width is None)
+    }
 
 
 def _pattern(turns: Turns) -> str:

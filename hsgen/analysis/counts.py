@@ -122,6 +122,9 @@ class Counts:
         op = selection.op
         if isinstance(op, Recall) and op.takes[self.turn] == "all":
             return complete_pairs(1, 1, causal=self.graph.meta.causal)
+        if isinstance(op, Recall) and op.width is not None:
+            slots, causal = op.width * op.size, self.graph.meta.causal
+            return selected_pairs(slots, own=op.size, causal=causal)
         if isinstance(op, Recall):
             return self.selected(chosen_of(self.graph, op))
         if isinstance(op, SelectSet):

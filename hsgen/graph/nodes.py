@@ -10,7 +10,7 @@ from typing import get_args
 import networkx as nx
 
 from hsgen.errors import HsgenError, Span
-from hsgen.graph.ops import Assign, Cluster, DType, Input, Op, Role, Score, Select
+from hsgen.graph.ops import Assign, Cluster, DType, Input, Op, Recall, Role, Score, Select
 from hsgen.graph.text import align, op_text
 
 
@@ -167,6 +167,9 @@ def _known_sizes(order: Sequence[Node], sizes: Mapping[str, int]) -> dict[str, i
     branching: dict[str, int] = {}
     for select in selects.values():
         known[f"K_{select.level}"] = select.width
+    for node in order:
+        if isinstance(node.op, Recall) and node.op.width is not None:
+            known[f"K_{node.op.level}"] = node.op.width
     for node in order:
         if isinstance(node.op, Cluster) and node.op.of is None:
             known[f"N_{node.op.level}"] = node.op.clusters

@@ -702,6 +702,7 @@ class Recall:
     The own choice may be one of rows together, and is then that of each of them.
     `takes` tells it of a dense, a fresh and a shared call: its `own` choice, the `kept` one, or `all`
     visible entries; an operand that it does not name is not there.  calls: how many there were.
+    `width`: slots of a row that the caller brings whatever the call, which then has no number.
     """
 
     level: str
@@ -709,6 +710,7 @@ class Recall:
     stride: int
     turns: Turns
     takes: tuple[Which, Which, Which]
+    width: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

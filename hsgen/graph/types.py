@@ -163,7 +163,13 @@ def _gate_type(op: Gate, types: Sequence[TensorType]) -> TensorType:
 
 def _recall_type(op: Recall, types: Sequence[TensorType]) -> TensorType:
     """A list where every set that may be taken is one, else bitmap rows; of every row, what it takes."""
-    sets, rows, lists = types[:-1], f"W_{op.level}", f"K_{op.level}"
+    rows, lists = f"W_{op.level}", f"K_{op.level}"
+    if op.width is not None:
+        need(set(op.takes) == {"kept"}, "what is brought is all that is taken")
+        _need_count(types, 1)
+        need_dims(types[0], ("B", "T", types[0].dims[2], lists))
+        return types[0]
+    sets = types[:-1]
     _need_count(types, 1 + ("own" in op.takes) + ("kept" in op.takes))
     need(bool(sets), "a recall takes something")
     need_dims(types[-1], ("1",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from hsgen import spec as language
+from hsgen.errors import PlanError
 from hsgen.graph import Carry, Distance, Divergence, Entropies, Node, Recall, Turns, Which
 from hsgen.planner.builder import Builder
 from hsgen.planner.orders import centroids
@@ -25,6 +26,39 @@ def plan_reuse(builder: Builder, level: language.Level, own: Node) -> None:
     builder.selections[level.name] = taken
     builder.attended[level.name] = attended
     builder.state[level.name] = taken
+
+
+def brought(builder: Builder, level: language.Level) -> bool:
+    """Plan a level that no call scores: its selection is the caller's.  -> whether it is one
+
+    Raises:
+        PlanError: the graph has no such selection of rows that choose together, or of varying counts.
+    """
+    reuse = builder.spec.reuse_of(level.name)
+    if reuse is None or not reuse.brought:
+        return False
+    assert level.select is not None, "what is reused selects"
+    at = builder.spec.span("reuse", builder.spec.reuse.index(reuse), "level")
+    together = builder.spec.rows_of(level) is not None
+    if together or level.select.counts_vary:
+        what = "of rows that choose together" if together else "whose counts vary"
+        message = f"level {level.name}: no kernel takes over a selection {what} yet"
+        raise PlanError(message, span=at)
+    op = Recall(
+        level=level.name,
+        size=level.partition.size,
+        stride=level.partition.stride,
+        turns=_turns(reuse),
+        takes=("kept", "kept", "kept"),
+        width=builder.spec.width(level),
+    )
+    source = level
+    while source.score.source:
+        source = builder.spec.level(source.score.source)
+    dims = "B", "T", _heads(source), f"K_{level.name}"
+    kept = builder.input(f"{level.name}.kept", "state", *dims, dtype="i32")
+    builder.selections[level.name] = builder.add(f"{level.name}.taken", op, kept, at=at)
+    return True
 
 
 def narrowed(builder: Builder, level: language.Level) -> Node | None:

@@ -7,7 +7,7 @@ from hsgen.errors import PlanError
 from hsgen.graph import Graph, Meta, Node, verify
 from hsgen.planner.branches import plan_branch, plan_combine
 from hsgen.planner.builder import Builder, some
-from hsgen.planner.calls import carried, plan_reuse
+from hsgen.planner.calls import brought, carried, plan_reuse
 from hsgen.planner.orders import assign, lies_in
 from hsgen.planner.routes import taken
 from hsgen.planner.scores import plan_map, plan_score
@@ -30,8 +30,10 @@ def plan(spec: language.Spec) -> Graph:
         # chosen by position alone: levels may ask for its log-sum-exp
         if branch.over is None and not (computed and branch.when):
             made[branch.name] = plan_branch(builder, branch)
+    needed = _levels(spec)
     for level in spec.levels:
-        _plan_level(builder, level)
+        if level.name in needed:
+            _plan_level(builder, level)
     for branch in spec.attend:
         if branch.name not in made:
             made[branch.name] = plan_branch(builder, branch)
@@ -41,6 +43,22 @@ def plan(spec: language.Spec) -> Graph:
         builder.nodes.values(), outputs=outputs, sizes=_sizes(spec), meta=_meta(spec)
     )
     return verify(graph)
+
+
+def _levels(spec: language.Spec) -> frozenset[str]:
+    """The levels that a call has to do with: what is brought needs no level of its own."""
+    given = {reuse.level for reuse in spec.reuse if reuse.brought}
+    if not given:
+        return frozenset(level.name for level in spec.levels)
+    needed = {branch.over for branch in spec.attend}
+    if spec.loss and spec.loss.kl:
+        needed.add(spec.loss.kl.level)
+    if spec.route and spec.route.statistic:
+        needed |= {*spec.route.statistic.levels}
+    for level in reversed(spec.levels):
+        if level.name in needed - given:
+            needed |= level.named
+    return frozenset(level.name for level in spec.levels if level.name in needed)
 
 
 def _sizes(spec: language.Spec) -> dict[str, int]:
@@ -86,6 +104,8 @@ def _refuse(builder: Builder, level: language.Level) -> None:
 
 def _plan_level(builder: Builder, level: language.Level) -> None:
     _refuse(builder, level)
+    if brought(builder, level):
+        return
     assign(builder, level)
     parent = builder.selections[level.within] if level.within else None
     if level.score.source is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hsgen.reference.inputs import some_keys, tensor_kinds
 from hsgen.reference.losses import mean
-from hsgen.reference.reuse import Kept, Taken, carries_scores, kept_after, turns
+from hsgen.reference.reuse import Kept, Taken, carries_scores, kept_after, turns, with_brought
 from hsgen.reference.sequence import Keep, Result, concatenate, one_sequence
 from hsgen.selection import BitmapSelection, ListSelection, Selection, to_list
 from hsgen.spec import Spec, Turn
@@ -51,7 +51,7 @@ def reference(
     kinds = tensor_kinds(spec)
     spans = _spans(spec, tensors, cu_seqlens_q, cu_seqlens_k)
     given = {name: _indices(chosen) for name, chosen in (selection or {}).items()}
-    state = state or {}
+    state = with_brought(spec, state or {}, selection or {})
     turn = turns(spec, state)
     carried = frozenset(name for name in turn if carries_scores(spec, name))
     keep = Keep(scores=keep_scores, seen=keep_seen, carried=carried)

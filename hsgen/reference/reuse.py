@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hsgen.errors import ArgumentError
-from hsgen.selection import Selection
+from hsgen.selection import ListSelection, Selection
 from hsgen.spec import Reuse, Spec, Turn
 
 
@@ -65,6 +65,19 @@ class Taken:
     def attends_kept(self) -> bool:
         """Whether branches over the level attend the kept entries, whatever the call chooses."""
         return self.narrowed and self.reuse.attend == "given"
+
+
+def with_brought(
+    spec: Spec, state: Mapping[str, Kept], selection: Mapping[str, Selection | Tensor]
+) -> Mapping[str, Kept]:
+    """The state, where no call chooses also what the caller brings as a selection."""
+    found = dict(state)
+    for reuse in spec.reuse:
+        if reuse.brought and (brought := selection.get(reuse.level)) is not None:
+            if isinstance(brought, Tensor):
+                brought = ListSelection(level=reuse.level, indices=brought)
+            found[reuse.level] = Kept(calls=1, selection=brought)
+    return found
 
 
 def turns(spec: Spec, state: Mapping[str, Kept]) -> dict[str, Turn]:

@@ -111,6 +111,8 @@ def _plan(draft: Draft) -> Plan:
                 pass  # fused into the launch that reads them
             case Norm() | Rotate():
                 pass  # fused into the launch that makes what they read
+            case Recall(width=int()):
+                pass  # the caller's
             case Route() | Switch() | Union() | OutputGate() | Unlike():
                 raise AssertionError("refused")
             case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolHeads():
@@ -122,13 +124,22 @@ def _plan(draft: Draft) -> Plan:
         name=draft.graph.meta.name,
         target=draft.target.label,
         dtype=draft.dtype,
-        inputs=tuple((n.name, n.type.dims) for n in draft.graph.nodes() if isinstance(n.op, Input)),
+        inputs=tuple(
+            (n.name, n.type.dims)
+            for n in draft.graph.nodes()
+            if isinstance(n.op, Input) and n.op.role != "state"  # which comes as a selection
+        ),
         kernels=tuple(draft.kernels),
         steps=tuple(combining.in_turn(draft)),
         scratch_bytes=SCRATCH_BYTES,
         output=text.buffer(outputs.o),
         lse={branch: text.buffer(name) for branch, name in outputs.lse.items()},
         selection={level: text.buffer(name) for level, name in outputs.selection.items()},
+        brought={
+            text.buffer(node.name): node.type.dims
+            for node in draft.graph.nodes()
+            if isinstance(node.op, Recall)
+        },
         gates=next((turn.gates for turn in draft.turns.values()), None),
         sizes=dict(draft.graph.sizes),
     )

@@ -18,6 +18,7 @@ from hsgen.graph import (
     Norm,
     Pool,
     PoolRows,
+    Recall,
     Rotate,
     Score,
     Select,
@@ -212,7 +213,8 @@ class Draft:
         return int(dim) if dim.isdigit() else self.graph.sizes[dim]
 
     def width(self, selection: Node) -> int:
-        assert isinstance(selection.op, Select)
+        assert isinstance(selection.op, Select | Recall)
+        assert selection.op.width is not None, "lists that are taken over are brought"
         return selection.op.width
 
     def tensor(self, name: str) -> tuple[str, ...]:

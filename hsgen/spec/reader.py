@@ -809,7 +809,7 @@ def _advice(value: object, path: Path) -> str:
 # what texts hold that are no names
 _TEXTS = {
     "source": "one printable line of at most 200 characters",
-    "pattern": f"letters F (fresh) and S (shared), F first, at most {MAX_CALLS}",
+    "pattern": f"letters F (fresh) and S (shared), F first, at most {MAX_CALLS}, or S alone",
 }
 _A_NAME = "a name (a-z first, then a-z, 0-9 and _, at most 48, no word of Python)"
 

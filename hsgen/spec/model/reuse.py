@@ -16,7 +16,8 @@ class Reuse(Node):
     Calls count from 0.  The first `dense` ones attend every visible token and choose nothing; the
     next `lead` ones are fresh, they choose for themselves; from then on the letters of `pattern` say
     it, over and over: F fresh, S shared, which takes over what was kept.  `every: 4` is FSSS.
-    Without either, one fresh call serves all that follow.
+    Without either, one fresh call serves all that follow.  `pattern: S` is what is left of a shared
+    layer alone: no call chooses, the caller brings what another layer chose.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"as": "role"}
@@ -27,7 +28,7 @@ class Reuse(Node):
     # Rows that choose together are the same ones in every call, and have one kept set
     role: Literal["final", "candidates"]
     every: Count | None = None
-    pattern: Annotated[str, Field(pattern=r"^F[FS]*$", max_length=MAX_CALLS)] | None = (
+    pattern: Annotated[str, Field(pattern=r"^(F[FS]*|S)$", max_length=MAX_CALLS)] | None = (
         None  # turns of the calls after `dense` and `lead`, over and over
     )
     dense: Forced = 0  # first calls that attend every visible token and choose nothing
@@ -36,6 +37,11 @@ class Reuse(Node):
     # every visible token on a fresh call, so that its choice serves later calls alone
     attend: Literal["own", "given"] = "own"
     accumulate: bool = False  # candidates: scores of the calls since the fresh one are added up
+
+    @property
+    def brought(self) -> bool:
+        """Whether every call takes over what another spec's call chose."""
+        return self.pattern == "S"
 
     def turn(self, call: int) -> Turn:
         """Which kind of call number `call` is."""

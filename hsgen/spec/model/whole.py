@@ -182,6 +182,11 @@ class Spec(Node):
         return next((reuse for reuse in self.reuse if reuse.level == level), None)
 
     @property
+    def brought(self) -> tuple[str, ...]:
+        """The levels that no call of this spec chooses of: another layer's did."""
+        return tuple(reuse.level for reuse in self.reuse if reuse.brought)
+
+    @property
     def learned_from(self) -> Attend | None:
         """The branch whose attention a `kl` loss learns from: the first over raw tokens."""
         return next((branch for branch in self.attend if branch.values == "raw"), None)
@@ -241,8 +246,9 @@ class Spec(Node):
             heads: `Heads`, or (query, kv).
             head_dim: `HeadDim`, (qk, v), or one number for both.
             axes: the length of every axis of the tokens.
-            layer: number of the layer, from 0: where layers take ways, only its own is left.  It
-                changes nothing where they do not.
+            layer: number of the layer, from 0: where layers take ways, only its own is left; where
+                they take over whole selections, whether it chooses.  It changes nothing where they
+                do neither.
 
         Raises:
             ArgumentError: the text says otherwise, or query is no multiple of kv; a negative layer.
@@ -278,10 +284,41 @@ class Spec(Node):
         if layer is not None and (isinstance(layer, bool) or layer < 0):
             msg = f"layer: expected a whole number of at least 0, got {layer!r}"
             raise ArgumentError(msg, span=self.span("route"))
-        route = self.route
-        if layer is None or route is None or route.by != "layer" or not route.table:
+        if layer is None:
             return self
-        return self._on_way(route.table[layer % len(route.table)])
+        route, left = self.route, self
+        if route is not None and route.by == "layer" and route.table:
+            left = self._on_way(route.table[layer % len(route.table)])
+        return left._on_turn(layer)
+
+    def _on_turn(self, layer: int) -> "Spec":
+        """What is left where layers take over selections: no reuse, or a selection that is brought."""
+        made = [(i, self._of_turn(reuse, layer)) for i, reuse in enumerate(self.reuse)]
+        left = [(i, reuse) for i, reuse in made if reuse is not None]
+        reuse = tuple(reuse for _, reuse in left)
+        if reuse == self.reuse:
+            return self
+        kept = {"reuse": [i for i, _ in left]}
+        places = ((_moved(path, kept), span) for path, span in self._spans.items())
+        spans = {path: span for path, span in places if path is not None}
+        return self.model_copy(update={"reuse": reuse}).located(spans)
+
+    def _of_turn(self, reuse: Reuse, layer: int) -> Reuse | None:
+        """What is left of one reuse: nothing where the layer chooses for itself.
+
+        All of it where the layer attends everything, chooses among what was kept, learns, or takes over
+        what is no list of a row.
+        """
+        turn, level = reuse.turn(layer), self.level(reuse.level)
+        learns = self.loss and self.loss.kl and self.loss.kl.level == reuse.level
+        if reuse.over != "layers" or reuse.role != "final" or turn == "dense" or learns:
+            return reuse
+        if turn == "fresh":
+            return reuse if reuse.attend == "given" else None
+        if level.select is None or level.select.counts_vary or self.rows_of(level) is not None:
+            return reuse
+        alone = {"every": None, "pattern": "S", "dense": 0, "lead": 0, "attend": "own"}
+        return reuse.model_copy(update=alone)
 
     def _on_way(self, way: str) -> "Spec":
         """What is left of the spec where one way is taken: a spec without a route."""

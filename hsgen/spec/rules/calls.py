@@ -42,8 +42,36 @@ def reuses(spec: Spec) -> Iterator[Problem]:
                 also=((*path, "role"),),
                 at_key=True,
             )
+        yield from _brought(spec, path, reuse)
         if reuse.level in levels:
             yield from _reused_level(spec, path, reuse, *levels[reuse.level])
+
+
+def _brought(spec: Spec, path: Path, reuse: Reuse) -> Iterator[Problem]:
+    """Where no call chooses, what is said of calls that do has no meaning."""
+    if not reuse.brought:
+        return
+    kl = spec.loss and spec.loss.kl
+    why = (
+        "'as: candidates' has the call choose"
+        if reuse.role == "candidates"
+        else "'dense' and 'lead' are of calls before the pattern"
+        if reuse.dense or reuse.lead
+        else "'attend: given' is of calls that choose"
+        if reuse.attend == "given"
+        else f"the loss reads the scores of '{reuse.level}'"
+        if kl and kl.level == reuse.level
+        else None
+    )
+    if why:
+        yield Problem(
+            code="HS164",
+            path=(*path, "pattern"),
+            message=f"'pattern: S' has no meaning here, no call chooses: {why}",
+            help="write 'pattern: FS', one call that chooses and one that does not",
+            also=(*((*path, key) for key in ("role", "dense", "lead", "attend")), ("loss",)),
+            at_key=True,
+        )
 
 
 def _reused_level(spec: Spec, path: Path, reuse: Reuse, j: int, level: Level) -> Iterator[Problem]:

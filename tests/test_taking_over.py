@@ -1,0 +1,392 @@
+"""Layers that take over what another one chose: what `bind` leaves, its graph, its kernels, its errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from graph_interpreter import evaluate
+from plan_cases import random_tensors
+from torch import Tensor
+
+from hsgen import load_kernel, passes, planner, schedule
+from hsgen.cli import main
+from hsgen.errors import ArgumentError, HsgenError, PlanError, SpecError
+from hsgen.reference import Kept, reference, tensor_shapes
+from hsgen.runtime import Kernel
+from hsgen.selection import ListSelection
+from hsgen.spec import Reuse, Spec, dump, files, load, parse, verify
+from hsgen.target import Target
+
+H100 = Target.named("h100")
+HEAD = """
+hsgen: 1
+name: taking
+heads: {query: 4, kv: 2}
+head_dim: 16
+"""
+TOKENS = """
+index: {heads: 2, dim: 16, keys: shared}
+levels:
+  - name: token
+    partition: tokens
+    score: {form: relu_weighted, share: all}
+    select: {top_k: 5}
+attend:
+  - {name: selected, over: token}
+reuse:
+  - {level: token, over: layers, as: final, every: 4, lead: 1}
+"""
+PER_GROUP = """
+levels:
+  - name: token
+    partition: tokens
+    score: {form: dot, normalise: softmax, share: group, reduce: sum}
+    select: {top_k: 5}
+attend:
+  - {name: selected, over: token}
+  - {name: near, window: 3}
+combine: {gates: input}
+reuse:
+  - {level: token, over: layers, as: final, pattern: FFSSFSSS, attend: given}
+"""
+PAGES = """
+levels:
+  - name: token
+    partition: tokens
+    score: {form: dot, normalise: softmax, share: all, reduce: max}
+  - name: page
+    partition: {blocks: 4}
+    score: {from: token, map: sum}
+    select: {top_k: 3, force: {last: 2}}
+attend:
+  - {name: selected, over: page}
+reuse:
+  - {level: page, over: layers, as: final, every: 7, lead: 2, attend: given}
+"""
+PER_HEAD = """
+levels:
+  - name: block
+    partition: {blocks: 64}
+    pool: {keys: mean}
+    score: {form: dot}
+    select: {top_k: 2, force: {last: 1}}
+attend:
+  - {name: selected, over: block}
+reuse:
+  - {level: block, over: layers, as: final}
+"""
+NESTED = """
+index: {heads: 2, dim: 16, keys: shared}
+levels:
+  - name: block
+    partition: {blocks: 4}
+    pool: {keys: mean}
+    score: {form: relu_weighted, share: all}
+    select: {beam: 3, force: {last: 1}}
+  - name: token
+    within: block
+    partition: tokens
+    score: {form: relu_weighted, share: all}
+    select: {top_k: 5}
+attend:
+  - {name: selected, over: token}
+reuse:
+  - {level: token, over: layers, as: final, every: 2}
+"""
+SHARED_LAYER = 3  # of each of these
+TEXTS = {
+    "tokens": TOKENS,
+    "per_group": PER_GROUP,
+    "pages": PAGES,
+    "per_head": PER_HEAD,
+    "nested": NESTED,
+}
+
+
+def of(name: str) -> Spec:
+    return parse(HEAD + TEXTS[name])
+
+
+def taking(name: str) -> Spec:
+    return of(name).bind(layer=SHARED_LAYER)
+
+
+def level_of(spec: Spec) -> str:
+    (level,) = spec.brought
+    return level
+
+
+def lists(spec: Spec, rows: int, keys: int, *, batch: int = 2) -> Tensor:
+    """Lists in no order, with holes, with repeats, and with entries that a row cannot see."""
+    level = spec.level(level_of(spec))
+    graph = planner.plan(spec)
+    heads = graph[f"{level.name}.taken"].type.dims[2]
+    shape = (batch, rows, graph.sizes.get(heads, 1), spec.width(level))
+    entries = -(-keys // level.partition.stride)
+    made = torch.randint(-1, entries, shape, generator=torch.Generator().manual_seed(keys))
+    return made.to(torch.int32)
+
+
+# --- what is left of a spec
+
+
+def test_a_layer_chooses_or_takes_over() -> None:
+    spec = of("tokens")
+    for layer in range(12):
+        bound = spec.bind(layer=layer)
+        shares = spec.reuse[0].turn(layer) == "shared"
+        assert bound.brought == (("token",) if shares else ())
+        assert shares == bool(bound.reuse)
+        assert parse(dump(bound)) == bound == bound.bind(layer=layer)
+    assert spec.bind() == spec and spec.brought == ()
+
+
+def test_layers_of_shipped_specs() -> None:
+    cache = load("index_cache").model_copy(update={"loss": None})
+    assert [bool(cache.bind(layer=i).brought) for i in range(6)] == [
+        False,
+        False,
+        *[True] * 3,
+        False,
+    ]
+    assert not any(cache.bind(layer=i).reuse for i in (0, 1, 5))
+    for name, layers in (("delta", (3, 8)), ("hylra", (2, 3, 5))):
+        spec = load(name)
+        assert all(spec.bind(layer=i).brought for i in layers)
+        assert spec.bind(layer=0) == spec  # which attends all
+
+
+@pytest.mark.parametrize("name", ["index_cache", "spatten", "sparse_d"])
+def test_what_is_no_whole_list_over_layers_stays(name: str) -> None:
+    """A loss that reads kept scores, candidates, and steps."""
+    spec = load(name)
+    assert all(spec.bind(layer=i) == spec for i in range(300))
+    with pytest.raises(PlanError, match="no kernel takes over a selection yet"):
+        schedule.schedule(passes.run(planner.plan(spec.bind(layer=2))), H100)
+
+
+def test_places_in_the_text_are_kept() -> None:
+    span = taking("tokens").span("reuse", 0, "level")
+    assert span is not None and span == of("tokens").span("reuse", 0, "level")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ("as: candidates, pattern: S", "has the call choose"),
+        ("as: final, pattern: S, lead: 1", "before the pattern"),
+        ("as: final, pattern: S, dense: 1", "before the pattern"),
+        ("as: final, pattern: S, attend: given", "calls that choose"),
+    ],
+)
+def test_where_no_call_chooses_nothing_is_said_of_choosing(more: str, why: str) -> None:
+    start, _ = TOKENS.split("reuse:")
+    with pytest.raises(SpecError, match=why):
+        parse(f"{HEAD}{start}reuse:\n  - {{level: token, over: layers, {more}}}\n")
+
+
+def test_a_pattern_that_shares_first_is_no_pattern() -> None:
+    with pytest.raises(SpecError, match="or S alone"):
+        parse(HEAD + TOKENS.replace("every: 4, lead: 1", "pattern: SF"))
+
+
+# --- the meaning
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_reference_takes_what_is_brought(name: str) -> None:
+    """As a selection or as state: what the unbound spec's call with that state computes."""
+    spec, bound = of(name), taking(name)
+    level, x = level_of(bound), random_tensors(spec, 9, 70, batch=2)
+    kept = ListSelection(level=level, indices=lists(bound, 9, 70))
+    state = {level: Kept(calls=SHARED_LAYER, selection=kept)}
+    expected = reference(spec, x, state=state)
+    for result in (
+        reference(bound, x, state=state),
+        reference(bound, x, selection={level: kept}),
+        reference(bound, x, selection={level: kept.indices}),
+    ):
+        assert torch.equal(result.o, expected.o)
+    with pytest.raises(ArgumentError, match="expected it, got none"):
+        reference(bound, x)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_graph_means_what_the_reference_says(name: str) -> None:
+    bound = taking(name)
+    level, x = level_of(bound), random_tensors(bound, 5, 22, batch=2)
+    kept = lists(bound, 5, 22)
+    expected = reference(bound, x, selection={level: kept})
+    for graph in (planner.plan(bound), passes.run(planner.plan(bound))):
+        actual = evaluate(graph, x | {f"{level}.kept": kept})
+        torch.testing.assert_close(actual.o, expected.o)
+        assert torch.equal(actual.selection[level], expected.selection[level].indices)
+
+
+@pytest.mark.parametrize("name", files.shipped())
+def test_a_brought_list_is_laid_out_as_the_own_choice(name: str) -> None:
+    spec = load(name)
+    spec = spec.bind(heads=None if spec.heads else (32, 8), head_dim=None if spec.head_dim else 128)
+    try:
+        own = planner.plan(spec)
+    except HsgenError:
+        return
+    for level in spec.levels:
+        reuse = Reuse(level=level.name, over="layers", role="final", pattern="S")
+        try:
+            made = verify(spec.model_copy(update={"loss": None, "reuse": (reuse,)}))
+            graph = planner.plan(made)
+        except HsgenError:
+            continue
+        for node in graph.nodes():
+            if node.name == f"{level.name}.taken":
+                assert node.type == own[f"{level.name}.selection"].type
+
+
+# --- kernels
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_nothing_is_scored_or_ranked(name: str) -> None:
+    plan = schedule.schedule(passes.run(planner.plan(taking(name))), H100)
+    assert {kernel.skeleton for kernel in plan.kernels} <= {"index", "rows", "merge"}
+    assert not [kernel.name for kernel in plan.kernels if kernel.name.startswith(("score", "rank"))]
+    assert {name for name, _ in plan.inputs} <= {"q", "k", "v", "gates"}
+
+
+def test_shipped_layers_have_kernels() -> None:
+    for name, layer in (("delta", 3), ("hylra", 2)):
+        plan = schedule.schedule(passes.run(planner.plan(load(name).bind(layer=layer))), H100)
+        assert [kernel.name for kernel in plan.kernels][:2] == ["index_selected", "attend_selected"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
+
+
+def tensors(spec: Spec, rows: int, keys: int) -> dict[str, Tensor]:
+    """What a layer that takes over reads."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = tensor_shapes(spec, 2, rows, keys)
+    return {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+        if name in ("q", "k", "v", "gates")
+    }
+
+
+def assert_means(kernel: Kernel, x: dict[str, Tensor], **more: object) -> None:
+    """Output and log-sum-exps are those of the reference."""
+    actual, lse = kernel(**x, **more, return_lse=True)  # type: ignore[arg-type]
+    expected, expected_lse = kernel.reference(**x, **more, return_lse=True)  # type: ignore[arg-type]
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-5)
+    by_branch = (each if isinstance(each, dict) else {"": each} for each in (lse, expected_lse))
+    for mine, theirs in zip(*(each.values() for each in by_branch), strict=True):
+        torch.testing.assert_close(mine, theirs.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("interpret", [True, False])
+@pytest.mark.parametrize(("rows", "keys"), [(13, 13), (5, 140)])
+@pytest.mark.parametrize("name", TEXTS)
+def test_kernels_mean_what_the_reference_says(
+    name: str, rows: int, keys: int, *, interpret: bool
+) -> None:
+    """Lists that are anyhow: without interpreting, the reference stands in, in another precision."""
+    spec = taking(name)
+    level, kernel = level_of(spec), load_kernel(spec, interpret=interpret)
+    x, indices = tensors(spec, rows, keys), lists(spec, rows, keys)
+    assert_means(kernel, x, selection={level: indices})
+    if rows == keys:
+        assert_means(kernel, x, selection={level: indices[..., :1]})
+        assert_means(kernel, x, selection={level: torch.full_like(indices, -1)})
+    lens = torch.tensor([keys - 3, keys], dtype=torch.int32)
+    assert_means(kernel, x, selection={level: indices}, kv_lens=lens)
+
+
+def test_packed_documents_take_over() -> None:
+    spec = taking("pages")
+    kernel, cu = load_kernel(spec, interpret=True), torch.tensor([0, 5, 13], dtype=torch.int32)
+    x = {name: y[0] for name, y in tensors(spec, 13, 13).items()}
+    chosen = {"page": lists(spec, 13, 13)[0]}
+    assert_means(kernel, x, selection=chosen, cu_seqlens_q=cu)
+
+
+@pytest.mark.parametrize("interpret", [True, False])
+def test_one_layer_hands_on_to_the_next(*, interpret: bool) -> None:
+    spec = of("tokens")
+    first, second = (load_kernel(spec, layer=i, interpret=interpret) for i in (1, 2))
+    shapes = tensor_shapes(spec, 2, 13, 13)
+    x = {name: torch.randn(shape) for name, shape in shapes.items()}
+    few = {name: x[name] for name in ("q", "k", "v")}
+    chosen = first.select(**x)
+    torch.testing.assert_close(second(**few, selection=chosen), first(**x))
+
+
+# --- errors
+
+
+def call(selection: object) -> None:
+    spec = taking("tokens")
+    x = tensors(spec, 13, 13)
+    load_kernel(spec)(**x, selection=selection)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (None, "selection: expected level 'token', got none"),
+        ({}, "selection: expected level 'token', got none"),
+        ({"page": torch.zeros(2, 13, 1, 5)}, "selection: expected level 'token', got page"),
+        (
+            {"token": torch.zeros(2, 12, 1, 5, dtype=torch.int32)},
+            r"= \[2, 13, 1, 1 to 5\] int32 cpu",
+        ),
+        (
+            {"token": torch.zeros(2, 13, 2, 5, dtype=torch.int32)},
+            r"= \[2, 13, 1, 1 to 5\] int32 cpu",
+        ),
+        (
+            {"token": torch.zeros(2, 13, 1, 6, dtype=torch.int32)},
+            r"= \[2, 13, 1, 1 to 5\] int32 cpu",
+        ),
+        ({"token": torch.zeros(2, 13, 1, 5)}, r"got \[2, 13, 1, 5\] fp32 cpu"),
+    ],
+)
+def test_a_selection_is_asked_for(selection: object, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        call(selection)
+
+
+def test_what_takes_over_chooses_nothing() -> None:
+    spec = taking("tokens")
+    x = tensors(spec, 13, 13)
+    with pytest.raises(ArgumentError, match="chooses nothing"):
+        load_kernel(spec).select(**x)
+
+
+@pytest.mark.parametrize("command", ["bench", "gate", "tune", "compile"])
+def test_nothing_is_measured_without_a_choice(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "delta", "--layer", "3"]) == 1
+    assert "takes over what another layer chose" in capsys.readouterr().err
+
+
+def test_such_a_layer_compiles_unverified(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "delta", "--layer", "3", "--no-verify", "--json"]) == 0
+    assert "attend_selected" in capsys.readouterr().out
+
+
+def test_refusals_name_what_they_lack() -> None:
+    beam = HEAD + NESTED.replace("level: token, over", "level: block, over")
+    two = beam + "  - {level: token, over: layers, as: final, every: 2}\n"
+    with pytest.raises(PlanError, match="level block: no kernel expands a selection that is taken"):
+        schedule.schedule(passes.run(planner.plan(parse(beam).bind(layer=1))), H100)
+    assert parse(two).bind(layer=1).brought == ("block", "token")
+    schedule.schedule(passes.run(planner.plan(parse(two).bind(layer=1))), H100)
+    with pytest.raises(PlanError, match="no kernel takes over a selection yet") as caught:
+        schedule.schedule(passes.run(planner.plan(of("tokens"))), H100)
+    assert "give `layer` to load_kernel" in str(caught.value)
