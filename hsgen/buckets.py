@@ -94,7 +94,7 @@ class PartsContext:
     width: int
     head_dim: int  # of a value
     sink: bool = False
-    gate: rows.Gated | None = None
+    turn: rows.Gated | rows.Joined | None = None
 
     @property
     def summary(self) -> str:
@@ -110,7 +110,7 @@ class PartsContext:
             pointer("PART_O", "input", f"[turn heads, items, {self.head_dim}]"),
             PART_LSE,
             *((rows.SINK,) if self.sink else ()),
-            *rows.gates_of(self.gate),
+            *rows.gates_of(self.turn),
             *rows.OUTPUTS,
             ITEMS,
             *SEQ,
@@ -119,9 +119,18 @@ class PartsContext:
         )
 
     @property
+    def gate(self) -> rows.Gated | None:
+        return self.turn if isinstance(self.turn, rows.Gated) else None
+
+    @property
+    def joins(self) -> bool:
+        """As `RowsContext.joins`."""
+        return isinstance(self.turn, rows.Joined) and not self.turn.first
+
+    @property
     def store(self) -> str:
         """As `RowsContext.store`."""
-        return rows.store_of(self.gate)
+        return rows.store_of(self.turn)
 
     @property
     def jit(self) -> str:
@@ -203,7 +212,7 @@ class Branch:
     scale: float
     softcap: float | None
     sink: bool
-    gate: rows.Gated | None
+    turn: rows.Gated | rows.Joined | None
 
 
 def plan(
@@ -235,7 +244,7 @@ def plan(
         width=branch.width,
         head_dim=shape.v,
         sink=branch.sink,
-        gate=branch.gate,
+        turn=branch.turn,
     )
     listing = Config(
         constexprs=(("BLOCK_T", 256 // next_power(branch.width)),), num_warps=4, num_stages=1

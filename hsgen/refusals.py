@@ -5,6 +5,8 @@ A size or a combination that a loop cannot have is refused where that loop is pl
 
 from __future__ import annotations
 
+from itertools import combinations
+
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Assign,
@@ -76,8 +78,8 @@ def lacking(graph: Graph, node: Node) -> str | None:
             words = _of_pooled_query(graph, node) or _of_attend(graph, node, node.op)
             return words and f"branch {node.op.branch}: no kernel {words} yet"
         case Union():
-            words = "no kernel takes one softmax over several branches yet"
-            return f"{words}: `combine: {{softmax: union}}`"
+            words = _of_union(graph, node)
+            return words and f"{words}: `combine: {{softmax: union}}`"
         case Round():
             words = _of_stored(graph, node, node.op)
             return words and f"%{node.name}: no kernel {words} yet"
@@ -124,6 +126,20 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.softmax is not None, "has a softmax for every entry"),
     )
     return next((words for lacking, words in lacks if lacking), None)
+
+
+def _of_union(graph: Graph, node: Node) -> str | None:
+    """A branch goes on from what those before have left, which knows no keys: none may be seen twice."""
+    branches = [(x, x.op) for x in graph.operands(node) if isinstance(x.op, Attend)]
+    for (a, one), (b, other) in combinations(branches, 2):
+        if a.inputs[1:3] == b.inputs[1:3]:
+            what = "entries" if one.over == "pooled" else "tokens"
+            names = f"{what} of branches {one.branch} and {other.branch}"
+            return f"{names} may coincide, and no kernel counts them once yet"
+    for branch, op in branches:
+        if len(graph.users(branch.name)) > 1:
+            return f"no kernel tells the log-sum-exp of branch {op.branch} in a union yet"
+    return None
 
 
 def _of_entries(

@@ -18,7 +18,7 @@ from hsgen.buckets import PartsContext
 from hsgen.configs import DType
 from hsgen.dryrun import Array
 from hsgen.errors import BuildError, PlanError
-from hsgen.graph import Gate, Graph, Node, Select, align, op_text, tensor_inputs
+from hsgen.graph import Gate, Graph, Node, Select, Union, align, op_text, tensor_inputs
 from hsgen.kernels import SegmentsContext
 from hsgen.pipeline import Artifact
 from hsgen.plan import Kernel, Plan
@@ -415,14 +415,20 @@ def work(graph: Graph, plan: Plan, kernel: Kernel, tokens: int = TOKENS) -> tupl
 
 def _operands(node: Node) -> tuple[str, ...]:
     """What a kernel reads for a node; of a sum the gates: what other branches gave is in the sum."""
-    return node.inputs[:1] if isinstance(node.op, Gate) else node.inputs
+    match node.op:
+        case Gate():
+            return node.inputs[:1]
+        case Union(sink=sink):
+            return node.inputs[-1:] if sink else ()
+        case _:
+            return node.inputs
 
 
 def _adds(plan: Plan, kernel: Kernel) -> bool:
     """Whether a kernel, or one that ends its work, adds to the outputs of branches before."""
     contexts = [each.context for each in plan.kernels if each.operators == kernel.operators]
     return any(
-        each.gate is not None and not each.gate.first
+        each.turn is not None and not each.turn.first
         for each in contexts
         if isinstance(each, RowsContext | PartsContext)
     )

@@ -94,6 +94,17 @@ class Gated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """One of several branches under one softmax, of which no two see the same key.
+
+    The first that runs stores its own; each later one goes on from the output and the log-sum-exp
+    that are there.
+    """
+
+    first: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowsContext:
     """Everything `rows.py.jinja` reads."""
 
@@ -137,7 +148,7 @@ class RowsContext:
     planes: int = 1  # of the scratch: 2 where an entry also counts in the slot after its own
     together: Literal["", "blocks", "part"] = ""  # rows are blocks of rows, or some of one block
     rows_together: int = 0  # of a block
-    gate: Gated | None = None  # of a branch that is one of several
+    turn: Gated | Joined | None = None  # of a branch that is one of several
 
     @property
     def widened(self) -> str:
@@ -186,9 +197,18 @@ class RowsContext:
         return f"{self.out_token}, o_t, {self.out_head}, o_h"
 
     @property
+    def gate(self) -> Gated | None:
+        return self.turn if isinstance(self.turn, Gated) else None
+
+    @property
+    def joins(self) -> bool:
+        """Whether its softmax goes on from what branches before have left."""
+        return isinstance(self.turn, Joined) and not self.turn.first
+
+    @property
     def store(self) -> str:
         """The piece that writes outputs."""
-        return store_of(self.gate)
+        return store_of(self.turn)
 
     @property
     def of_rows(self) -> str:
@@ -394,23 +414,23 @@ def with_logits(
     return replace(context, sink=True, params=params)
 
 
-def with_gate(context: RowsContext, gate: Gated | None) -> RowsContext:
+def with_turn(context: RowsContext, turn: Gated | Joined | None) -> RowsContext:
     """The same attend as one of several branches."""
-    if gate is None:
-        return context
     at = [p.name for p in context.params].index("O")
-    params = (*context.params[:at], *gates_of(gate), *context.params[at:])
-    return replace(context, gate=gate, params=params)
+    params = (*context.params[:at], *gates_of(turn), *context.params[at:])
+    return replace(context, turn=turn, params=params)
 
 
-def gates_of(gate: Gated | None) -> tuple[Param, ...]:
+def gates_of(turn: Gated | Joined | None) -> tuple[Param, ...]:
     """The tensor of gates."""
-    return () if gate is None else tensor("GATES", "g", f"[B, T, Hq, {gate.branches}]", "bthc")
+    if not isinstance(turn, Gated):
+        return ()
+    return tensor("GATES", "g", f"[B, T, Hq, {turn.branches}]", "bthc")
 
 
-def store_of(gate: Gated | None) -> str:
+def store_of(turn: Gated | Joined | None) -> str:
     """The piece that writes outputs: those of a later branch are added to what is there."""
-    return "store_outputs" if gate is None or gate.first else "add_outputs"
+    return "add_outputs" if isinstance(turn, Gated) and not turn.first else "store_outputs"
 
 
 def blocks(heads: Heads) -> tuple[Param, ...]:

@@ -195,7 +195,7 @@ class Branch:
     scale: float
     softcap: float | None
     sink: bool
-    gate: rows.Gated | None
+    turn: rows.Gated | rows.Joined | None
 
 
 def plan(
@@ -213,7 +213,7 @@ def plan(
     context = rows.with_logits(
         context, scale=branch.scale, softcap=branch.softcap, sink=branch.sink
     )
-    context = rows.with_gate(context, branch.gate)
+    context = rows.with_turn(context, branch.turn)
     config = tiles(context)
 
     def index(how: Literal["lists", "members"], name: str, **tuned: int) -> Kernel:

@@ -171,6 +171,9 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
         changes["partition"] = Blocks(
             size=level.partition.size // divisor, stride=level.partition.stride // divisor
         )
+    if level.pool and level.pool.rotate:
+        turn = level.pool.rotate.model_copy(update={"dims": min(level.pool.rotate.dims, 16)})
+        changes["pool"] = level.pool.model_copy(update={"rotate": turn})
     if level.query and level.query.block:
         rows = level.query.block // divisor
         changes["query"] = level.query.model_copy(update={"block": rows})

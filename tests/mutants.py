@@ -299,6 +299,15 @@ MUTANTS = (
         "x.to(base.dtype.element_ty)",
         "(x + tl.load(base + row[:, None] + columns[None, :], mask=mask[:, None], other=0.0))",
     ),
+    _attend("union without turns before", "union", "attend_window", "(before)", "(before - 1e9)"),
+    _attend("turns before count twice", "union", "attend_window", "0.0, 1.0)", "0.0, 2.0)"),
+    _attend(
+        "turns before in another base",
+        "union",
+        "attend_window",
+        "return lse * 1.4426950408889634",
+        "return lse",
+    ),
     _attend(
         "sink counted in another base",
         "logits",

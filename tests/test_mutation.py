@@ -12,6 +12,7 @@ from conformance import calls, oracles, systems
 from conformance.backends import NAMES
 from conformance.test_logits import with_logits
 from conformance.test_pools import spec_of
+from conformance.test_union import spec_of as union_of
 from mutants import MUTANTS
 
 from hsgen import batch, emit, passes, planner, schedule, target
@@ -25,6 +26,7 @@ SPECS = {
     "hisa": lambda: systems.small("hisa", group=2, dims=(32, 32)),
     "logits": lambda: with_logits(systems.small("nsa", group=2, dims=(48, 32))),
     "logits_keys": lambda: with_logits(systems.small("moba", group=3, dims=(32, 32))),
+    "union": lambda: union_of("pooled", ("window",)),
     "pools": lambda: spec_of("gates_finished"),
     "sparse_mla": lambda: systems.small("sparse_mla", group=65, dims=(64, 32)),
     "dhsa_released": lambda: systems.small("dhsa_released", group=1, block=16, dims=(32, 32)),

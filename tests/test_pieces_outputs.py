@@ -31,7 +31,7 @@ def run(tmp_path, gates, branches, seen=None):
     part_lse = part_lse.permute(2, 0, 1).contiguous()
     for i, x in enumerate(branches):
         gate = Gated(column=i, branches=len(branches), first=i == 0)
-        context = PartsContext(name=f"merge_{i}", width=1, head_dim=dim, gate=gate)
+        context = PartsContext(name=f"merge_{i}", width=1, head_dim=dim, turn=gate)
         parts = x.permute(2, 0, 1, 3).contiguous()
         kernel("merge", context, tmp_path)[(where.tiles(4), heads)](
             parts,

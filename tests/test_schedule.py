@@ -74,8 +74,8 @@ def test_every_tunable_has_a_value_of_its_own_or_of_the_kernel_it_follows(name):
 
 
 REFUSED = {
-    "nsa_union": "softmax over several branches",
-    "union_own_keys": "softmax over several branches",
+    "nsa_union": "tokens of branches selected and window may coincide",
+    "union_own_keys": "tokens of branches selected and window may coincide",
     "moba_all": "over all heads",
     "overlapping": "overlapping blocks",
     "beam_of_dots": "selects per head|normalises",
@@ -108,6 +108,15 @@ def test_what_no_kernel_does_is_refused_by_name(case):
 def test_sizes_no_kernel_holds_are_refused(change, words):
     spec = load("moba").model_copy(update=change)
     with pytest.raises(PlanError, match=words):
+        schedule.schedule(emitted.graph(spec), H100)
+
+
+def test_entries_that_two_branches_of_a_union_reach_are_refused():
+    spec = load("deepseek_hca")
+    pooled, window = spec.attend
+    again = pooled.model_copy(update={"name": "again"})
+    spec = verify(spec.model_copy(update={"attend": (pooled, window, again)}))
+    with pytest.raises(PlanError, match="entries of branches compressed and again may coincide"):
         schedule.schedule(emitted.graph(spec), H100)
 
 
@@ -244,6 +253,7 @@ def resized(spec, heads, dims):
         changes["index"] = spec.index.model_copy(
             update={"heads": heads[1]}
         )  # one for each key head
+    changes["levels"] = systems.turned_less(spec, dims[0])
     return spec.model_copy(update=changes)
 
 

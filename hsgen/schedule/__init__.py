@@ -107,13 +107,15 @@ def _plan(draft: Draft) -> Plan:
                 choosing.select(draft, node, node.op)
             case LogSumExp() if isinstance(draft.graph[node.inputs[0]].op, Score):
                 attending.log_sum_exp(draft, node)
-            case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate():
+            case (
+                Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate() | Union()
+            ):
                 pass  # fused into the launch that reads them
             case Norm() | Rotate():
                 pass  # fused into the launch that makes what they read
             case Recall(width=int()):
                 pass  # the caller's
-            case Route() | Switch() | Union() | OutputGate() | Unlike():
+            case Route() | Switch() | OutputGate() | Unlike():
                 raise AssertionError("refused")
             case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolHeads():
                 raise AssertionError("refused")
@@ -140,7 +142,7 @@ def _plan(draft: Draft) -> Plan:
             for node in draft.graph.nodes()
             if isinstance(node.op, Recall)
         },
-        gates=next((turn.gates for turn in draft.turns.values()), None),
+        gates=combining.gates(draft.graph),
         sizes=dict(draft.graph.sizes),
     )
 

@@ -1,6 +1,7 @@
 """How branches become one output: in turn, each adds its own, times its gate, to the same buffer.
 
-A program owns its rows and launches follow one another, so the sum has one order, in every run.
+Under one softmax each goes on from the output and the log-sum-exp that are there.  A program owns its rows
+and launches follow one another, so the sum has one order, in every run.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import networkx as nx
 
 from hsgen import rows
 from hsgen.graph import (
+    Attend,
     Gate,
     Graph,
+    Node,
     Select,
     SelectSet,
+    Union,
     block_of,
 )
 from hsgen.plan import Step
@@ -22,25 +26,39 @@ from hsgen.schedule.draft import Draft, Turn
 
 
 def turns(graph: Graph) -> Mapping[str, Turn]:
-    """By branch, its turn in the sum; empty where no gates combine."""
-    gate = next((node for node in graph.nodes() if isinstance(node.op, Gate)), None)
-    if gate is None:
+    """By branch, its turn in the sum or the union; empty where neither gates nor one softmax combine."""
+    total = _total(graph)
+    if total is None:
         return {}
-    gates, branches = gate.inputs[0], gate.inputs[1:]
+    branches = [x.name for x in graph.operands(total) if isinstance(x.op, Attend)]
     known = [node.name for node in graph.nodes() if node.name in branches]
     order = sorted(known, key=lambda name: _stage(graph, name))
-    return {
-        name: Turn(
-            gates=gates,
-            total=gate.name,
+    found: dict[str, Turn] = {}
+    for i, name in enumerate(order):
+        last, sink = name == order[-1], False
+        if isinstance(total.op, Union):
+            sink = last and bool(total.op.sink)
+            how = rows.Joined(first=i == 0)
+        else:
+            how = rows.Gated(column=branches.index(name), branches=len(branches), first=i == 0)
+        found[name] = Turn(
+            reads=total.inputs[-1] if sink else gates(graph),
+            total=total.name,
             before=order[i - 1] if i else None,
-            last=name == order[-1],
-            gate=rows.Gated(
-                column=branches.index(name), branches=len(branches), first=name == order[0]
-            ),
+            last=last,
+            how=how,
         )
-        for i, name in enumerate(order)
-    }
+    return found
+
+
+def gates(graph: Graph) -> str | None:
+    """The caller's tensor that weighs branches."""
+    total = _total(graph)
+    return total.inputs[0] if total is not None and isinstance(total.op, Gate) else None
+
+
+def _total(graph: Graph) -> Node | None:
+    return next((node for node in graph.nodes() if isinstance(node.op, Gate | Union)), None)
 
 
 def in_turn(draft: Draft) -> list[Step]:

@@ -42,13 +42,13 @@ Order = Literal["rows", "keys"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A branch's turn in a sum of branches, by the names of nodes."""
+    """A branch's turn in a sum or a union of branches, by the names of nodes."""
 
-    gates: str
+    reads: str | None  # gates, or at the last turn the sink of a union
     total: str
     before: str | None  # the branch that must have run
     last: bool
-    gate: rows.Gated
+    how: rows.Gated | rows.Joined
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Draft:
     steps: list[Step] = field(default_factory=list[Step])
     turns: Mapping[str, Turn] = field(
         default_factory=dict[str, Turn]
-    )  # by branch, where gates combine
+    )  # by branch, where gates or one softmax combine
 
     @property
     def row_tiles(self) -> configs.RowTiles:
@@ -145,31 +145,46 @@ class Draft:
         read = ("q", *node.inputs[1 : 2 if op.latent else 3])
         return tuple(argument for name in read for argument in self.tensor(name))
 
-    def gate(self, node: Node) -> rows.Gated | None:
+    def turn(self, node: Node) -> rows.Gated | rows.Joined | None:
         """Of a branch that is one of several."""
         turn = self.turns.get(node.name)
-        return turn and turn.gate
+        return turn and turn.how
+
+    def sink(self, node: Node) -> str | None:
+        """The sink of an attend, or at the last turn that of a union."""
+        assert isinstance(node.op, Attend)
+        turn = self.turns.get(node.name)
+        if turn is not None and isinstance(turn.how, rows.Joined):
+            return turn.reads
+        return f"{node.op.branch}_sink" if node.op.sink else None
 
     def needs(self, node: Node, *names: str) -> tuple[str, ...]:
-        """What an attend reads: `names`, and of a sum the gates and what is there before its turn."""
+        """What an attend reads: `names`, and at a turn the gates or the sink, and what is there before."""
         turn = self.turns.get(node.name)
         if turn is None:
             return names
-        return (*names, turn.gates, *((turn.before,) if turn.before else ()))
+        return (*names, *(name for name in (turn.reads, turn.before) if name))
 
     def makes(self, node: Node) -> tuple[str, ...]:
-        """The nodes that an attend computes: its own, and the sum if it is the last one's turn."""
+        """The nodes that an attend computes: its own, and the total if it is the last one's turn."""
         turn = self.turns.get(node.name)
-        total = (turn.total,) if turn and turn.last else ()
+        total = (turn.total, *self.lse_of(self.graph[turn.total])) if turn and turn.last else ()
         return (node.name, *self.lse_of(node), *total)
 
     def output(self, node: Node) -> str:
-        """The buffer that an attend writes: its own, or that of the sum."""
+        """The buffer that an attend writes: its own, or that of the total."""
         turn = self.turns.get(node.name)
         return text.buffer(turn.total if turn else node.name)
 
+    def log_sum_exp(self, node: Node) -> str:
+        """The buffer of the log-sum-exp that an attend writes: its own, or that of a union."""
+        turn = self.turns.get(node.name)
+        if turn is not None and isinstance(turn.how, rows.Joined):
+            node = self.graph[turn.total]
+        return text.buffer(self.lse_of(node)[0])
+
     def output_buffers(self, node: Node) -> tuple[Buffer, ...]:
-        """A branch's output, unless another branch brought it to life, and its log-sum-exp."""
+        """A branch's output, unless another branch brought it to life, and so its log-sum-exp."""
         rows_of = ("in_q.shape[0]", "in_q.shape[1]", str(self.shape.query_heads))
         lse_dims = ("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]")
         o = Buffer(
@@ -178,21 +193,21 @@ class Draft:
             dims=(*rows_of, str(self.shape.v)),
             role="output",
         )
-        name = text.buffer(self.lse_of(node)[0])
-        lse = Buffer(name=name, dtype="f32", dims=lse_dims, role="output")
-        gate = self.gate(node)
-        return (o, lse) if gate is None or gate.first else (lse,)
+        lse = Buffer(name=self.log_sum_exp(node), dtype="f32", dims=lse_dims, role="output")
+        turn = self.turn(node)
+        if turn is None or turn.first:
+            return (o, lse)
+        return (lse,) if isinstance(turn, rows.Gated) else ()
 
     def outputs(self, node: Node) -> tuple[str, ...]:
         """What an attend writes, behind the sink and the gates that it may read."""
-        assert isinstance(node.op, Attend)
-        sink = (text.input_of(f"{node.op.branch}_sink"),) if node.op.sink else ()
-        turn, gates = self.turns.get(node.name), ()
-        if turn is not None:
-            x = text.input_of(turn.gates)
-            gates = (*text.strides(x), f"{x}.stride(3)")
-        lse = text.buffer(self.lse_of(node)[0])
-        return (*sink, *gates, *text.strides(self.output(node)), *text.strides(lse))
+        sink, turn = self.sink(node), self.turns.get(node.name)
+        read = (text.input_of(sink),) if sink else ()
+        if turn is not None and turn.reads and isinstance(turn.how, rows.Gated):
+            x = text.input_of(turn.reads)
+            read += (*text.strides(x), f"{x}.stride(3)")
+        o, lse = self.output(node), self.log_sum_exp(node)
+        return (*read, *text.strides(o), *text.strides(lse))
 
     def lse_of(self, node: Node) -> tuple[str, ...]:
         return tuple(u.name for u in self.graph.users(node.name) if isinstance(u.op, LogSumExp))

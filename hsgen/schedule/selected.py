@@ -59,8 +59,8 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
         entries=Entries(size=op.size, stride=op.stride),
         scale=op.scale or 1.0,
         softcap=op.softcap,
-        sink=bool(op.sink),
-        gate=draft.gate(node),
+        sink=draft.sink(node) is not None,
+        turn=draft.turn(node),
     )
     kernels, steps = together.plan(
         draft.shape,
@@ -96,8 +96,8 @@ def attend_by_blocks(draft: Draft, node: Node, op: Attend) -> None:
         entries=Entries(size=op.size, stride=op.stride),
         scale=op.scale or 1.0,
         softcap=op.softcap,
-        sink=bool(op.sink),
-        gate=draft.gate(node),
+        sink=draft.sink(node) is not None,
+        turn=draft.turn(node),
     )
     kernels, step = buckets.plan(
         draft.shape_of(op), branch, lambda context: draft.row_tiles.attend(context, limit=64)
@@ -320,5 +320,6 @@ def list_arguments(op: Attend) -> tuple[str, ...]:
 def as_branch(draft: Draft, context: rows.RowsContext, node: Node, op: Attend) -> rows.RowsContext:
     """With what a branch says of its logits, and of its part in a sum."""
     scale = op.scale if op.scale is not None else 1.0
-    context = rows.with_logits(context, scale=scale, softcap=op.softcap, sink=bool(op.sink))
-    return rows.with_gate(context, draft.gate(node))
+    sink = draft.sink(node) is not None
+    context = rows.with_logits(context, scale=scale, softcap=op.softcap, sink=sink)
+    return rows.with_turn(context, draft.turn(node))

@@ -20,6 +20,12 @@ def softmax_step(s, m, l, SCALE: tl.constexpr):
 
 
 @triton.jit
+def softmax_of(lse):
+    """m in base 2 and l of an output that is normalised, by its natural log-sum-exp; -inf: no key."""
+    return lse * 1.4426950408889634, tl.where(lse == float("-inf"), 0.0, 1.0)
+
+
+@triton.jit
 def natural_lse(m, l):
     """Natural log-sum-exp from a base-2 maximum and sum; -inf where no key was seen."""
     empty = l == 0.0

@@ -49,6 +49,12 @@ def groups_are_repeated_heads(lab):
         name: t.repeat_interleave(spec.heads.group, 2) if t.ndim == 4 else t
         for name, t in calls.key_side(call).items()
     }
+    learned = (f"{level.name}_key_position" for level in spec.levels)
+    repeated |= {
+        name: call.tensors[name].repeat_interleave(spec.heads.group, 0)
+        for name in learned
+        if name in call.tensors
+    }
     single = calls.Call(
         spec=spec.model_copy(update={"heads": heads}), tensors=call.tensors | repeated
     )

@@ -165,37 +165,38 @@ def lse_findings(call, branch, got, exact):
 
 
 def logit_bound(call, branch):
-    """Rounding error of a branch's largest logit, as sums of many terms have it.  -> [B, Hq, T]
+    """Rounding error of a branch's largest logit, or of a union's, as sums of many terms have it.
 
-    Of every channel the largest key is taken, wherever it is.
+    -> [B, Hq, T].  Of every channel the largest key is taken, wherever it is.
     """
+    branches = [each for each in call.spec.attend if branch in ("o", each.name)]
+    return torch.stack([_logit_bound(call, each) for each in branches]).amax(0)
+
+
+def _logit_bound(call, attend):
     spec = call.spec
-    attend = next(b for b in spec.attend if b.name == branch) if branch != "o" else None
     q = call.tensors["q"].double().abs()
     group, D = spec.heads.group, q.shape[-1]
     terms = D
     largest = torch.zeros(spec.heads.kv, D, dtype=torch.float64, device=q.device)
-    for name in _branch_keys(spec, attend):
-        k = call.tensors[name].double().abs().flatten(0, -3)
-        k = torch.where(k.isfinite(), k, 0.0)
-        largest = torch.maximum(largest, k.amax(0) if len(k) else largest)
-    if attend is None or attend.values == "pooled":
+    k = call.tensors[_branch_keys(spec, attend)].double().abs().flatten(0, -3)
+    k = torch.where(k.isfinite(), k, 0.0)
+    largest = torch.maximum(largest, k.amax(0) if len(k) else largest)
+    if attend.values == "pooled":
         pooled, more = _largest_pooled(call, spec.level(attend.over), largest)
         largest, terms = torch.maximum(largest, pooled), terms + more
     largest = largest.repeat_interleave(group, 0)  # [Hq, D]
-    scale = attend.scale if attend and attend.scale else D**-0.5
+    scale = attend.scale or D**-0.5
     logits = (q * largest).sum(-1) * scale
     limit = tolerance(call.dtype, q.device)
-    level = spec.level(attend.over) if attend and attend.values == "pooled" else None
+    level = spec.level(attend.over) if attend.values == "pooled" else None
     rounded = limit.stored if level and _rounds(level) else 0.0
     return ((terms**0.5 + 8) * limit.arithmetic + rounded) * logits.transpose(-1, -2)
 
 
 def _branch_keys(spec, attend):
-    branches = [attend] if attend else spec.attend
-    for branch in branches:
-        kv = spec.level(branch.over).kv if branch.values == "pooled" else branch.kv
-        yield f"k_{kv}" if kv else "k"
+    kv = spec.level(attend.over).kv if attend.values == "pooled" else attend.kv
+    return f"k_{kv}" if kv else "k"
 
 
 def _largest_pooled(call, level, largest):

@@ -46,7 +46,6 @@ REFUSED: dict[str, str] = {
     "nosa": "level importance: no kernel scores by a learned bias yet",
     "gna": "branch near: no kernel attends a static pattern yet",
     "deepseek_csa": "level entry: no kernel has entries that begin before their place yet",
-    "deepseek_hca": "one softmax over several branches",
     "qwen_qsa": "no kernel gates the output by channel yet",
     "step_csa": "%region.keys.rounded: no kernel rounds pooled keys yet",
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
@@ -54,7 +53,7 @@ REFUSED: dict[str, str] = {
     "hirouter": "level branch: no kernel pools by centroid yet",
     "routing_transformer": "no kernel takes a route by head yet",
     "superlinear": "level anchor: no kernel scores by queries of its own yet",
-    "hydra": "one softmax over several branches",
+    "hydra": "tokens of branches selected and window may coincide, and no kernel counts them once yet",
     "moa": "branch elastic: no kernel attends a static pattern yet",
     "power_attention": "no kernel takes a route by layer yet",
     "s2_attention": "no kernel takes a route by layer yet",
@@ -83,6 +82,7 @@ PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
 # Specs put together from loops that another has too: on the CPU a few of the covering cases, every third
 # probe and every fourth law; on a GPU all of them.  All others get all of them everywhere.
 ALIKE: dict[str, str] = {
+    "deepseek_hca": "nsa",
     "dsa": "sparse_mla",
     "dhsa_released": "block_lists",
     "dsa_gqa": "hisa",
@@ -165,8 +165,7 @@ def _shrunk_level(spec, level, factor, above):
     if level.select and level.select.counts_vary:
         changes["select"] = _shrunk_set(level.select)
     if level.pool and level.pool.rotate:  # heads are small as well
-        turn = level.pool.rotate.model_copy(update={"dims": min(level.pool.rotate.dims, 64)})
-        changes["pool"] = level.pool.model_copy(update={"rotate": turn})
+        changes["pool"] = _turned_less(level.pool, 64)
     if level.select and level.select.min:
         changes["select"] = level.select.model_copy(update={"min": min(level.select.min, 2)})
     if level.select and not level.select.counts_vary:
@@ -181,6 +180,12 @@ def _shrunk_level(spec, level, factor, above):
         budget = min(level.select.budget, room)
         changes["select"] = level.select.model_copy(update={key: budget, "force": force})
     return level.model_copy(update=changes)
+
+
+def _turned_less(pool, dims):
+    """The same pool, that turns `dims` channels at most."""
+    dims = min(pool.rotate.dims, dims)
+    return pool.model_copy(update={"rotate": pool.rotate.model_copy(update={"dims": dims})})
 
 
 def _shrunk_orders(permute, factor):
@@ -237,6 +242,7 @@ def bind(spec, *, group=2, kv=None, dims=(64, 64)):
         "heads": Heads(query=group * kv, kv=kv),
         "head_dim": HeadDim(qk=dims[0], v=dims[1]),
     }
+    changes["levels"] = turned_less(spec, dims[0])
     if spec.index:
         heads = kv if spec.index_per_key_head else group
         few = {"heads": heads, "dim": min(dims[0], 256)}
@@ -248,6 +254,17 @@ def small(name, *, block=8, causal=True, **shape):
     """A shipped spec, shrunk and bound."""
     spec = load(name).model_copy(update={"causal": causal and load(name).causal})
     return bind(shrink(spec, block=block), **shape)
+
+
+def turned_less(spec, dim):
+    """The levels, where keys of `dim` channels are turned in as many at most."""
+
+    def less(level):
+        turns = level.pool and level.pool.rotate and not level.score.by_index
+        pool = _turned_less(level.pool, dim) if turns else level.pool
+        return level.model_copy(update={"pool": pool})
+
+    return tuple(less(level) for level in spec.levels)
 
 
 def with_budgets(spec, budget):

@@ -1,0 +1,1 @@
+"""Kernels of deepseek_hca, emitted by hsgen."""
