@@ -130,8 +130,9 @@ def case(size: int, tokens: int, kind: Kind, groups: Sequence[captures.Group]) -
     spec = of_size(size)
     x = samples.make(spec, kind, tokens, "cuda", 0, groups)
     kernel = hsgen.load_kernel(spec)
-    budget = 4096
-    flops = 4.0 * tokens * spec.heads.query * spec.head_dim.qk * budget  # type: ignore[union-attr]
+    (level,) = spec.levels
+    keys = level.select.budget * size  # type: ignore[union-attr]  # of a row
+    flops = 4.0 * tokens * spec.heads.query * spec.head_dim.qk * keys  # type: ignore[union-attr]
     with torch.no_grad():
         o = kernel(**x)
         chosen = kernel.select(**{name: x[name] for name in "qk"})

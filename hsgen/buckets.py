@@ -85,7 +85,7 @@ class BucketsContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartsContext:
+class PartsContext(rows.InTurn):
     """Everything `merge.py.jinja` reads to merge the parts of one softmax."""
 
     name: str
@@ -117,20 +117,6 @@ class PartsContext:
             HEAD_FIRST,
             *tunables("BLOCK_R"),
         )
-
-    @property
-    def gate(self) -> rows.Gated | None:
-        return self.turn if isinstance(self.turn, rows.Gated) else None
-
-    @property
-    def joins(self) -> bool:
-        """As `RowsContext.joins`."""
-        return isinstance(self.turn, rows.Joined) and not self.turn.first
-
-    @property
-    def store(self) -> str:
-        """As `RowsContext.store`."""
-        return rows.store_of(self.turn)
 
     @property
     def jit(self) -> str:

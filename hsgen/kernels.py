@@ -1,4 +1,4 @@
-"""What fills the `rank`, `index`, and `segments` skeletons: the numbers of a spec, as values.
+"""What fills the `rank`, `index` and `segments` skeletons: the numbers of a spec, as values.
 
 Every field that a template reads is computed here.  Knows no GPU; tile sizes are tunables.
 """

@@ -104,8 +104,29 @@ class Joined:
     first: bool
 
 
+class InTurn:
+    """What templates read of a branch's turn."""
+
+    __slots__ = ()
+    turn: Gated | Joined | None
+
+    @property
+    def gate(self) -> Gated | None:
+        return self.turn if isinstance(self.turn, Gated) else None
+
+    @property
+    def joins(self) -> bool:
+        """Whether its softmax goes on from what branches before have left."""
+        return isinstance(self.turn, Joined) and not self.turn.first
+
+    @property
+    def store(self) -> str:
+        """The piece that writes outputs: those of a later branch are added to what is there."""
+        return "add_outputs" if self.gate and not self.gate.first else "store_outputs"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowsContext:
+class RowsContext(InTurn):
     """Everything `rows.py.jinja` reads."""
 
     name: str
@@ -195,20 +216,6 @@ class RowsContext:
     def out(self) -> str:
         """The address of an output row, as `store_outputs` takes it."""
         return f"{self.out_token}, o_t, {self.out_head}, o_h"
-
-    @property
-    def gate(self) -> Gated | None:
-        return self.turn if isinstance(self.turn, Gated) else None
-
-    @property
-    def joins(self) -> bool:
-        """Whether its softmax goes on from what branches before have left."""
-        return isinstance(self.turn, Joined) and not self.turn.first
-
-    @property
-    def store(self) -> str:
-        """The piece that writes outputs."""
-        return store_of(self.turn)
 
     @property
     def of_rows(self) -> str:
@@ -426,11 +433,6 @@ def gates_of(turn: Gated | Joined | None) -> tuple[Param, ...]:
     if not isinstance(turn, Gated):
         return ()
     return tensor("GATES", "g", f"[B, T, Hq, {turn.branches}]", "bthc")
-
-
-def store_of(turn: Gated | Joined | None) -> str:
-    """The piece that writes outputs: those of a later branch are added to what is there."""
-    return "add_outputs" if isinstance(turn, Gated) and not turn.first else "store_outputs"
 
 
 def blocks(heads: Heads) -> tuple[Param, ...]:

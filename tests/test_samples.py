@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import common
-from hsgen import samples
+from hsgen import captures, samples
 from hsgen.measurer import Shape
 from hsgen.reference import reference, tensor_shapes
 from hsgen.selection import members
@@ -24,6 +24,20 @@ def test_every_tensor_has_the_shape_of_the_call(name, shape):
     expected = tensor_shapes(spec, shape.sequences, shape.queries, shape.keys)
     assert {name: tuple(t.shape) for name, t in made.items()} == expected
     assert all(t.isfinite().all() and t.std() > 0.1 for name, t in made.items() if name in "qkv")
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_only_vectors_drift(captured):
+    """Weights of an index stay above 0, as without; a capture has nothing in their place."""
+    groups = captures.load(common.SHIPPED_CAPTURE) if captured else ()
+    shape = Shape(queries=50, keys=50)
+    made = samples.for_shape(load("dsa"), shape, groups, device="cpu", seed=0)
+    assert (made["w_index"] >= 0).all()
+    near, far = (
+        made["k_index"][0, 1:] - made["k_index"][0, :-1],
+        made["k_index"][0, 25:] - made["k_index"][0, :25],
+    )
+    assert near.float().norm(dim=-1).mean() < far.float().norm(dim=-1).mean()
 
 
 def test_the_same_seed_draws_the_same():

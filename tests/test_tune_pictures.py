@@ -1,7 +1,6 @@
 """A study as a person looks at it: Optuna's pictures as files, and optuna-dashboard."""
 
 import builtins
-import importlib.util
 import io
 import json
 import sys
@@ -18,12 +17,6 @@ from hsgen.tune.journal import ORDERS, Journal
 from hsgen.tune.search import Limits, Search
 from hsgen.tune.storages import storage_at
 from hsgen.tuned import Time
-
-
-def needs(package):
-    return pytest.mark.skipif(
-        importlib.util.find_spec(package) is None, reason=f"no {package}: pip install '.[test]'"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +44,6 @@ def study(tmp_path_factory):
     return file, journal
 
 
-@needs("matplotlib")
 def test_a_study_is_drawn(study, tmp_path):
     from hsgen.tune.pictures import pictures
 
@@ -64,7 +56,6 @@ def test_a_study_is_drawn(study, tmp_path):
     assert all("attend_selected.num_warps" in text for text in texts[1:])
 
 
-@needs("matplotlib")
 def test_what_cannot_be_drawn_is_said(study, tmp_path):
     from hsgen.tune.pictures import pictures
 
@@ -103,7 +94,6 @@ def test_a_trial_says_what_it_is(study):
     assert first.value == study[1].results[start.key].score
 
 
-@needs("optuna_dashboard")
 def test_the_dashboard_opens_a_study(study):
     """As `optuna-dashboard FILE` does, which takes the file for a journal by itself."""
     from optuna_dashboard import wsgi

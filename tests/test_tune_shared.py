@@ -1,7 +1,6 @@
 """One search by many processes, on every kind of storage: nothing twice, nobody waits for the dead."""
 
 import contextlib
-import importlib.util
 import itertools
 import os
 import signal
@@ -257,8 +256,6 @@ def proxy(url):
         process.wait()
 
 
-@pytest.mark.skipif(not postgres.present(), reason="no PostgreSQL: pip install '.[test]'")
-@pytest.mark.skipif(not importlib.util.find_spec("grpc"), reason="no gRPC: pip install '.[test]'")
 def test_processes_share_a_database_some_by_a_proxy(tmp_path):
     """PostgreSQL itself, and Optuna's gRPC server in front of it."""
     with postgres.server() as url, proxy(url) as before:

@@ -107,7 +107,7 @@ def test_closed_gates_leave_nothing(lane, seed):
     every = call.with_tensors(gates=torch.ones_like(call.tensors["gates"]))
     turns = ("near", "selected", "window")
     expected = (single[turns[0]] + single[turns[1]]) + single[turns[2]]
-    got, unit = run("blocks_to_rows", lane, every).o, 2.0**-23
+    got, unit = run("blocks_to_rows", lane, every).o, 2.0**-23 if lane == "cuda" else 0.0
     assert torch.allclose(got, expected, rtol=2 * unit, atol=2 * unit * float(expected.abs().max()))
 
 
