@@ -217,7 +217,7 @@ class Measurer(Protocol):
 
 # --- a measured table
 
-TABLE = ("about", "synthetic", "made", "spec", "part", "shape", "names")
+TABLE = ("about", "synthetic", "made", "spec", "orders", "part", "shape", "names")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +228,7 @@ class Table:
         about: what it is; a synthetic one says so.
         synthetic: made by a formula, not by a card.
         made: card, versions, date and command.
+        orders: of branches that are not the plan's own.
         names: of values, as `Knob.label`.
         entries: by values in that order, microseconds, or the class of the failure.
     """
@@ -236,6 +237,7 @@ class Table:
     synthetic: bool
     made: Mapping[str, str | int | None]
     spec: str
+    orders: Mapping[str, str]
     part: str
     shape: str
     names: tuple[str, ...]

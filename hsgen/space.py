@@ -95,6 +95,27 @@ class Part:
         known = tuple(code for code in found if code is not None)
         return known if len(known) == len(found) else None
 
+    def within(self, values: Mapping[str, Sequence[int]], start: Point) -> Part:
+        """The same part where the knobs with these labels take no more than these values, and all others
+        stay where they start.
+
+        Raises:
+            ArgumentError: no such knob, or a value that it does not have.
+        """
+        known = {knob.label: knob for knob in self.knobs}
+        if unknown := sorted(values.keys() - known.keys()):
+            raise ArgumentError(f"{self.name} has no knob {unknown[0]}: {', '.join(known)}")
+        kept: list[Knob] = []
+        for knob in self.knobs:
+            own = start.config(knob.kernel).keywords()[knob.name]
+            wanted = values.get(knob.label, (own,))
+            codes = [code for value in wanted if (code := knob.code(value)) is not None]
+            if len(codes) < len(wanted) or own not in wanted:
+                raise ArgumentError(f"{knob.label}: expected some of {knob}, {own} among them")
+            if min(codes) < max(codes):
+                kept.append(replace(knob, least=min(codes), most=max(codes)))
+        return replace(self, knobs=tuple(kept))
+
     def moved(self, point: Point, codes: Sequence[int]) -> Point:
         """The point with this part's values, what follows from them included; no rule is asked."""
         values = {name: dict(point.keywords()[name]) for name in self.kernels}

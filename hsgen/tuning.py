@@ -59,13 +59,18 @@ def take(call: timing.Call, device: str, count: int) -> list[float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What is tuned: a bound spec, tensors, shapes; and the capture that inputs are made of, if any."""
+    """What is tuned: a bound spec, tensors, shapes; and the capture that inputs are made of, if any.
+
+    `seconds` of timing a shape, and never fewer calls than `fewest`.
+    """
 
     spec: str
     dtype: str
     target: str  # as JSON; empty: that of the GPU that is here
     shapes: tuple[str, ...]
     capture: str = ""
+    seconds: float = SECONDS
+    fewest: int = FEWEST
 
     @classmethod
     def of(cls, request: JsonObject) -> Problem:
@@ -203,8 +208,9 @@ class Bench:
         first = self.take(call, self.device, FEW)
         if limit is not None and min(first) > SLOW * limit:
             return _summary(first)
-        count = round(SECONDS * 1e6 / max(statistics.median(first), 1.0))
-        return _summary(self.take(call, self.device, max(FEWEST, min(MOST, count))))
+        count = round(self.problem.seconds * 1e6 / max(statistics.median(first), 1.0))
+        count = max(self.problem.fewest, min(MOST, count))
+        return _summary(self.take(call, self.device, count))
 
     def _call(self, program: Program, configs: Mapping[str, Any], name: str) -> timing.Call:
         sets, where = self._sets(name), self._batch(measurer.shape_of(name))

@@ -29,6 +29,7 @@ def table(variant: Variant, part: Part, *, seed: int = 0) -> Table:
         synthetic=True,
         made={},
         spec=variant.plan.name,
+        orders=dict(variant.orders),
         part=part.name,
         shape="32K",
         names=names,

@@ -78,7 +78,13 @@ def main():
             answer = {
                 "target": None,
                 "gpus": 1,
-                "made": {"torch": "0", "driver": None, "cuda": None, "date": "2000-01-01"},
+                "made": {
+                    "card": "none",
+                    "torch": "0",
+                    "driver": None,
+                    "cuda": None,
+                    "date": "2000-01-01",
+                },
             }
         elif request["do"] == "shares":
             answer = {"ms": {}}
