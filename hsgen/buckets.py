@@ -93,6 +93,7 @@ class PartsContext(rows.InTurn):
     pieces: str = ""
     width: int
     head_dim: int  # of a value
+    how: Literal["parts"] = "parts"
     sink: bool = False
     turn: rows.Gated | rows.Joined | None = None
 

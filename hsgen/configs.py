@@ -222,8 +222,8 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
     if kernel.skeleton == "rank" and kernel.follows:
         tokens = plan.kernel(kernel.follows).config["BLOCK_T"]
         values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
-    if kernel.skeleton == "rows":
+    if kernel.skeleton in ("rows", "cols") and "BLOCK_N" in values:
         values["BLOCK_N"] = min(values["BLOCK_N"], 32)
-    if kernel.skeleton == "merge":
+    if "BLOCK_R" in values and kernel.skeleton == "merge":
         values["BLOCK_R"] = 256
     return replace(kernel.config, constexprs=tuple(values.items()))

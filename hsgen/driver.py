@@ -63,8 +63,23 @@ class Driver:
         return self.plan.output
 
     @property
+    def reads_output(self) -> bool:
+        """Of a backward: whether it looks at what the forward put out."""
+        return any(
+            self.output in launch.arguments for step in self.plan.steps for launch in step.launches
+        )
+
+    @property
     def lse(self) -> tuple[tuple[str, str], ...]:
         return tuple(self.plan.lse.items())
+
+    @property
+    def lse_once(self) -> tuple[tuple[str, str], ...]:
+        """The same without branches that share one with a branch before."""
+        names: dict[str, str] = {}
+        for branch, name in self.lse:
+            names.setdefault(name, branch)
+        return tuple((branch, name) for name, branch in names.items())
 
     @property
     def selection(self) -> tuple[tuple[str, str], ...]:
@@ -207,6 +222,6 @@ def _made(nodes: Iterable[str]) -> tuple[str, ...]:
 
 def _tuned(text: str, kernel: str) -> str:
     """{BLOCK_T} in a grid is the kernel's own tuned value."""
-    for name in ("BLOCK_T", "BLOCK_R", "BLOCK_E", "BLOCK_V", "BLOCK_H"):
+    for name in ("BLOCK_T", "BLOCK_R", "BLOCK_E", "BLOCK_V", "BLOCK_H", "BLOCK_N"):
         text = text.replace(f"{{{name}}}", f'config["{kernel}"]["{name}"]')
     return text

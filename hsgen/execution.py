@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hsgen import arguments, batch, paths, tuned
+from hsgen import arguments, backward, batch, passes, paths, planner, tuned
 from hsgen.arguments import Expected, Lengths, Problem
 from hsgen.batch import Batch
 from hsgen.configs import DType
@@ -84,6 +84,21 @@ class Driver(Protocol):
         """i32[B, T, Hs, K] by level."""
         ...
 
+    def backward(
+        self,
+        tensors: Mapping[str, Tensor],
+        batch: Batch,
+        config: Configs,
+        *,
+        o: Tensor,
+        lse: Mapping[str, Tensor],
+        selection: Mapping[str, Tensor],
+        grad_o: Tensor,
+        grad_lse: Mapping[str, Tensor],
+    ) -> Mapping[str, Tensor]:
+        """Of a program of gradients: those of some tensors, by name; others have none."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Program:
@@ -128,6 +143,7 @@ class Compiler(Protocol):
         *,
         interpret: bool,
         orders: Mapping[str, Order],
+        backward: bool = False,
     ) -> Program: ...
 
 
@@ -214,6 +230,7 @@ class Execution:
         self._programs: dict[Binding, Program] = {}
         self._choices: dict[tuple[Binding, tuned.Bucket], Choice] = {}
         self._known: dict[tuple[object, ...], _Known] = {}
+        self._gradients: dict[Binding, Program] = {}
         self._calls = self._launches = self._bytes = 0
 
     @property
@@ -301,25 +318,31 @@ class Execution:
         return self._empty_selections(call, self.check(call, self.choosing))
 
     def check_differentiable(self, call: Call) -> None:
-        """Only the reference has derivatives so far."""
-        if self._on_kernels(call.tensors[0].device):
-            raise HsgenError(
-                f"{self.spec.name}: the kernels have no backward yet, and an input requires grad",
-                help="call it under torch.no_grad(), or on tensor.detach(); on CPU tensors the "
-                "reference has derivatives",
-            )
+        """Raise where an input requires a gradient that kernels do not make."""
+        if not self._on_kernels(call.tensors[0].device):
+            return
+        for node in self.graph.nodes():
+            if words := backward.lacking(self.graph, node):
+                raise PlanError(
+                    f"{self.spec.name}: an input requires grad, and {words}",
+                    span=node.span,
+                    help="call it under torch.no_grad(), or on tensor.detach(); on CPU tensors the "
+                    "reference has derivatives",
+                )
 
-    def backward(self, call: Call, grads: list[Tensor]) -> list[Tensor]:
-        """Derivatives of the reference, the selection taken as it is."""
+    def backward(self, call: Call, grads: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+        """Gradients of tensors, the selection taken as it is."""
         self.check_differentiable(call)
         problem = self.check(call, self.attending)
+        if self._on_kernels(problem.device):
+            return self._backward_on_kernels(call, problem, grads, outputs)
         with torch.enable_grad():
             tensors = [tensor.detach() for tensor in call.tensors]
             leaves = [each.requires_grad_() for each in tensors if each.is_floating_point()]
             again = call._replace(tensors=tensors)
             result = self.result(again, problem, exact_dtype(problem.dtype), self.attending)
-            outputs = self._from_result(again, problem, result)[: len(grads)]
-            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+            made = self._from_result(again, problem, result)[: len(grads)]
+            pairs = [pair for pair in zip(made, grads, strict=True) if pair[0].requires_grad]
             derived = torch.autograd.grad(
                 [output for output, _ in pairs],
                 leaves,
@@ -330,6 +353,74 @@ class Execution:
         found = iter(derived)
         made = [next(found) if x.requires_grad else torch.zeros_like(x) for x in tensors]
         return [each.contiguous() for each in made]
+
+    def _backward_on_kernels(
+        self, call: Call, problem: Problem, grads: list[Tensor], outputs: list[Tensor]
+    ) -> list[Tensor]:
+        """The same by kernels; a tensor that only a choice reads has no gradient, which is 0."""
+        if problem.empty:
+            return [
+                torch.zeros_like(x, memory_format=torch.contiguous_format) for x in call.tensors
+            ]
+        program = self._gradient_program(problem)
+        tensors = _views(self.attending, problem, call.tensors)
+        packed = problem.packed
+        lse, grad_lse = (
+            {
+                branch: (x.unsqueeze(0) if packed else x).contiguous()
+                for branch, x in zip(self.branches, each[1:], strict=True)
+            }
+            for each in (outputs, grads)
+        )
+        o, grad_o = (_rows_of(each[0], problem) for each in (outputs, grads))
+        if grad_o.stride(-1) != 1:  # of a sum, say: one number everywhere
+            grad_o = grad_o.contiguous()
+        with _running(problem.device):
+            found = program.driver.backward(
+                tensors,
+                _batch(call, problem),
+                program.config,
+                o=o,
+                lse=lse,
+                selection=self._padded_selection(call, problem),
+                grad_o=grad_o,
+                grad_lse=grad_lse,
+            )
+        self._launches += program.launches
+        made: list[Tensor] = []
+        for each, x in zip(self.attending.inputs, call.tensors, strict=True):
+            grad = found.get(each.name)
+            if grad is None:
+                grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
+            elif packed and each.type.dims[0] == "B":
+                grad = grad[0]
+            else:
+                grad = _swapped(grad, each.type.dims, problem).contiguous()
+            made.append(grad)
+        return made
+
+    def _gradient_program(self, problem: Problem) -> Program:
+        """The program of gradients for these tensors, compiled once."""
+        binding = _binding(problem)
+        with self._lock:
+            if binding not in self._gradients:
+                self._refuse_capture(problem.device)
+                spec, target, interpret = self._bound(binding)
+                made = self._compiler(
+                    spec, target, binding.dtype, interpret=interpret, orders={}, backward=True
+                )
+                given = self.options.config
+                config = {name: {**x, **given.get(name, {})} for name, x in made.config.items()}
+                self._gradients[binding] = replace(made, config=config)
+            return self._gradients[binding]
+
+    def _gradient_kernels(self, spec: Spec, target: Target, binding: Binding) -> frozenset[str]:
+        """The names of the kernels of a spec's gradients; none where it has none."""
+        graph = passes.run(planner.plan(spec))
+        if any(backward.lacking(graph, node) for node in graph.nodes()):
+            return frozenset()
+        plan = backward.plan(graph, target, PLANNED[binding.dtype])
+        return frozenset(kernel.name for kernel in plan.kernels)
 
     # --- checking
 
@@ -419,15 +510,7 @@ class Execution:
 
         Chosen and compiled once, by whoever asks first; the others wait.
         """
-        sizes = problem.sizes
-        binding = Binding(
-            query_heads=sizes["Hq"],
-            kv_heads=sizes["Hkv"],
-            qk=sizes["Dqk"],
-            v=sizes.get("Dv", sizes["Dqk"]),  # choosing reads no values
-            dtype=problem.dtype,
-            device=problem.device,
-        )
+        binding = _binding(problem)
         cu = call.cu_seqlens_q
         bucket = tuned.Bucket.of(
             problem.batch * problem.tokens,
@@ -443,14 +526,7 @@ class Execution:
 
     def _choose(self, binding: Binding, bucket: tuned.Bucket) -> Choice:
         """Look up what is tuned; the orders of a record decide the program."""
-        spec = self.spec.bind(
-            heads=(binding.query_heads, binding.kv_heads), head_dim=(binding.qk, binding.v)
-        )
-        interpret = binding.device.type != "cuda"
-        target = self.options.target
-        if target is None and not interpret:
-            target = Target.current(binding.device.index)
-        target = target or Target.named(INTERPRETED_TARGET)
+        spec, target, interpret = self._bound(binding)
 
         def program(orders: Mapping[str, Order]) -> Program:
             ordered = replace(binding, orders=tuple(sorted(orders.items())))
@@ -474,7 +550,23 @@ class Execution:
             found.require()
         if not interpret:
             found.tell()
-        return _chosen(program(found.orders), found, self.options.config)
+        made = program(found.orders)
+        given = self.options.config
+        if not given.keys() <= made.config.keys():  # some may be of the kernels of gradients
+            others = self._gradient_kernels(spec, target, binding)
+            given = {name: values for name, values in given.items() if name not in others}
+        return _chosen(made, found, given)
+
+    def _bound(self, binding: Binding) -> tuple[Spec, Target, bool]:
+        """The spec of a program, its GPU, and whether it is interpreted."""
+        spec = self.spec.bind(
+            heads=(binding.query_heads, binding.kv_heads), head_dim=(binding.qk, binding.v)
+        )
+        interpret = binding.device.type != "cuda"
+        target = self.options.target
+        if target is None and not interpret:
+            target = Target.current(binding.device.index)
+        return spec, target or Target.named(INTERPRETED_TARGET), interpret
 
     def _done(self, known: _Known, program: Program, outputs: list[Tensor]) -> list[Tensor]:
         """Remember that kernels ran; outputs in the caller's layout."""
@@ -716,16 +808,39 @@ def _brought(call: Call) -> list[tuple[str, Tensor]]:
 
 def _uniform(known: _Known, call: Call) -> dict[str, Tensor]:
     """Tensors by name as [B, T, H, D], all of them views."""
-    names = known.expected.names
-    problem = known.problem
+    return _views(known.expected, known.problem, call.tensors)
+
+
+def _views(expected: Expected, problem: Problem, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The same of a call's tensors."""
     if problem.layout == "bthd" and not problem.packed:
-        return dict(zip(names, call.tensors, strict=True))
+        return dict(zip(expected.names, tensors, strict=True))
     found: dict[str, Tensor] = {}
-    for each, tensor in zip(known.expected.inputs, call.tensors, strict=True):
+    for each, tensor in zip(expected.inputs, tensors, strict=True):
         view = _swapped(tensor, each.type.dims, problem)
         lift = problem.packed and each.type.dims[0] == "B"
         found[each.name] = view.unsqueeze(0) if lift else view
     return found
+
+
+def _rows_of(o: Tensor, problem: Problem) -> Tensor:
+    """An output, or its gradient, as [B, T, H, D]."""
+    if problem.packed:
+        return o.unsqueeze(0)
+    return o.transpose(1, 2) if problem.layout == "bhtd" else o
+
+
+def _binding(problem: Problem) -> Binding:
+    """What a call's program is compiled for, orders apart."""
+    sizes = problem.sizes
+    return Binding(
+        query_heads=sizes["Hq"],
+        kv_heads=sizes["Hkv"],
+        qk=sizes["Dqk"],
+        v=sizes.get("Dv", sizes["Dqk"]),  # choosing reads no values
+        dtype=problem.dtype,
+        device=problem.device,
+    )
 
 
 def _swapped(tensor: Tensor, dims: tuple[str, ...], problem: Problem) -> Tensor:

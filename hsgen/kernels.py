@@ -31,6 +31,9 @@ TUNABLES = {
     "BLOCK_J": "tokens of an entry a step",
     "BLOCK_V": "vectors a program",
     "BLOCK_D": "channels a step, a divisor of the head dim",
+    "BLOCK_C": "rows a chunk of a block's list",
+    "BLOCK_S": "spans a program",
+    "BLOCK_M": "rows a tile",
 }
 
 

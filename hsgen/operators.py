@@ -67,8 +67,8 @@ class Implementation(Protocol):
         """Raise where there is no backward."""
         ...
 
-    def backward(self, call: Call, grads: list[Tensor]) -> list[Tensor]:
-        """Gradients of `call.tensors`; grads are of o and of each log-sum-exp."""
+    def backward(self, call: Call, grads: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+        """Gradients of `call.tensors`; outputs are o and each log-sum-exp, grads are theirs."""
         ...
 
 
@@ -127,7 +127,7 @@ _ARGUMENTS = (
 _library = torch.library.Library("hsgen", "DEF")
 _library.define(f"forward(str key, {_ARGUMENTS}) -> Tensor[]")
 _library.define(f"select(str key, {_ARGUMENTS}) -> Tensor[]")
-_library.define(f"backward(str key, Tensor[] grads, {_ARGUMENTS}) -> Tensor[]")
+_library.define(f"backward(str key, Tensor[] grads, Tensor[] outputs, {_ARGUMENTS}) -> Tensor[]")
 
 forward = torch.ops.hsgen.forward.default
 select = torch.ops.hsgen.select.default
@@ -150,11 +150,15 @@ def _select_fake(key: str, *arguments: object) -> list[Tensor]:
     return implementation(key).select_fake(Call(*arguments))  # type: ignore[arg-type]
 
 
-def _backward(key: str, grads: list[Tensor], *arguments: object) -> list[Tensor]:
-    return implementation(key).backward(Call(*arguments), grads)  # type: ignore[arg-type]
+def _backward(
+    key: str, grads: list[Tensor], outputs: list[Tensor], *arguments: object
+) -> list[Tensor]:
+    return implementation(key).backward(Call(*arguments), grads, outputs)  # type: ignore[arg-type]
 
 
-def _backward_fake(_key: str, _grads: list[Tensor], *arguments: object) -> list[Tensor]:
+def _backward_fake(
+    _key: str, _grads: list[Tensor], _outputs: list[Tensor], *arguments: object
+) -> list[Tensor]:
     call = Call(*arguments)  # type: ignore[arg-type]
     return [tensor.new_empty(tensor.shape) for tensor in call.tensors]
 
@@ -181,9 +185,10 @@ def _save(ctx, inputs: tuple[object, ...], output: list[Tensor]) -> None:
     computed = [] if brought else list(known.levels)
     chosen = output[len(output) - len(computed) :]
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens)
-    ctx.save_for_backward(*call.tensors, *call.selection, *chosen, *lengths)
-    ctx.tensors, ctx.brought = len(call.tensors), len(brought)
     ctx.grads = len(output) - len(computed)
+    outputs = output[: ctx.grads]
+    ctx.save_for_backward(*outputs, *call.tensors, *call.selection, *chosen, *lengths)
+    ctx.tensors, ctx.brought = len(call.tensors), len(brought)
     ctx.key, ctx.layout, ctx.levels = key, call.layout, ",".join([*brought, *computed])
     ctx.max_seqlen_k, ctx.first, ctx.length = call.max_seqlen_k, call.first, call.length
 
@@ -192,6 +197,7 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple[object, ...]:
     if torch.is_grad_enabled():  # create_graph=True: `backward` itself has no derivative
         raise HsgenError("a sparse attention can be differentiated once, not twice")
     *saved, cu_seqlens_q, cu_seqlens_k, q_offset, kv_lens = ctx.saved_tensors
+    outputs, saved = saved[: ctx.grads], saved[ctx.grads :]
     call = Call(
         layout=ctx.layout,
         tensors=saved[: ctx.tensors],
@@ -205,7 +211,7 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple[object, ...]:
         kv_lens=kv_lens,
         length=ctx.length,
     )
-    found = backward(ctx.key, grads[: ctx.grads], *call)
+    found = backward(ctx.key, grads[: ctx.grads], outputs, *call)
     nothing = [None] * len(call)
     nothing[Call._fields.index("tensors")] = found
     nothing[Call._fields.index("selection")] = [None] * ctx.brought

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
-from hsgen import build, emit, passes, planner, schedule
+from hsgen import backward, build, emit, passes, planner, schedule
 from hsgen.configs import DType
 from hsgen.graph import Graph
 from hsgen.plan import Plan
@@ -70,6 +70,28 @@ def compile_graph(
         **({"orders": dict(orders)} if orders else {}),
     }
     module = build.build(spec.name, sources, key)
+    return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)
+
+
+def compile_backward(spec: Spec, target: Target, dtype: DType = "bf16") -> Artifact:
+    """Compile the gradients of one spec for one GPU: a module of their own.
+
+    Raises:
+        PlanError: something whose gradient no kernel makes yet.
+        BuildError: the emitted files cannot be kept.
+    """
+    graph = passes.run(planner.plan(spec))
+    plan = backward.plan(graph, target, dtype)
+    sources = emit.render(plan, provenance(spec, target))
+    key = {
+        "hsgen": hsgen_version(),
+        "spec": spec.digest,
+        "graph": hashlib.sha256(str(graph).encode()).hexdigest(),
+        "target": target.name,
+        "dtype": dtype,
+        "of": "backward",
+    }
+    module = build.build(f"{spec.name}_backward", sources, key)
     return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)
 
 

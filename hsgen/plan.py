@@ -11,7 +11,7 @@ from dataclasses import Field, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 ParamKind = Literal["pointer", "stride", "count", "constexpr"]
-Skeleton = Literal["rows", "rank", "segments", "index", "merge"]
+Skeleton = Literal["rows", "cols", "rank", "segments", "index", "merge"]
 ElementType = Literal["input", "f32", "i32", "i64"]
 
 
@@ -149,6 +149,9 @@ class Plan:
     sizes: Mapping[str, int] = field(default_factory=dict)
     # selections that no step makes, and their dimensions: another layer chose them
     brought: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gradients: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of a backward: by tensor, its buffer
 
     @property
     def usual(self) -> tuple[Step, ...]:

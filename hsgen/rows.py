@@ -11,7 +11,7 @@ from typing import Literal, TypedDict
 
 from hsgen.plan import ElementType, Param
 
-Accumulator = Literal["softmax", "lse", "score"]
+Accumulator = Literal["softmax", "lse", "score", "dq", "delta"]
 PhaseKind = Literal["range", "list", "gather", "children", "mapped"]
 LOG2_E = 1.4426950408889634
 MARKED = 64  # tokens of a block whose choice is one word
@@ -170,6 +170,17 @@ class RowsContext(InTurn):
     together: Literal["", "blocks", "part"] = ""  # rows are blocks of rows, or some of one block
     rows_together: int = 0  # of a block
     turn: Gated | Joined | None = None  # of a branch that is one of several
+    scale: str = ""  # of logits, in a gradient
+    adds: bool = False  # to the gradient of other branches
+
+    @property
+    def derives(self) -> bool:
+        """Whether it makes a gradient, from outputs' and the log-sum-exp."""
+        return self.acc in ("dq", "delta")
+
+    @property
+    def reads_values(self) -> bool:
+        return self.acc == "softmax" or self.derives
 
     @property
     def widened(self) -> str:
@@ -287,7 +298,7 @@ def tensor(
 ) -> tuple[Param, ...]:
     """A pointer and strides of its dimensions, one letter each."""
     pointer = Param(name=name, kind="pointer", comment=comment, dtype=dtype)
-    words = {"b": "batch", "t": "token", "h": "head", "c": "channel"}
+    words = {"b": "batch", "t": "token", "h": "head", "c": "channel", "s": "slot"}
     return (
         pointer,
         *(

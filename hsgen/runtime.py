@@ -133,10 +133,14 @@ def compile_program(
     *,
     interpret: bool,
     orders: Mapping[str, Order] | None = None,
+    backward: bool = False,
 ) -> Program:
-    """Compile a bound spec for a GPU, and import what was emitted."""
+    """Compile a bound spec for a GPU, or its gradients, and import what was emitted."""
     build.triton_version()  # refuses one that is too old, before its own errors
-    artifact = pipeline.compile_spec(spec, target, PLANNED[dtype], orders)
+    if backward:
+        artifact = pipeline.compile_backward(spec, target, PLANNED[dtype])
+    else:
+        artifact = pipeline.compile_spec(spec, target, PLANNED[dtype], orders)
     plan = configs.for_interpreter(artifact.plan) if interpret else artifact.plan
     config = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
     return Program(

@@ -25,9 +25,10 @@ plan
 gates                                   forms of a spec for short sequences
 rows  dryrun                            a kernel's loops · one call on paper
 kernels
-buckets  together                       rows that come to the blocks they chose · rows that share a list
+buckets  together  cols                 rows by the blocks they chose · rows that share a list · gradients
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
 schedule  driver                        Graph, Target -> Plan
+backward                                the same of gradients
 knobs                                   what tuning may vary of a kernel, and rules
 space                                   the same of a whole spec
 emit                                    Plan -> source text
@@ -73,9 +74,10 @@ families
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes plan gates rows kernels buckets together configs "
-    "refusals schedule driver knobs space emit allowlist store workers build resources pipeline tuned "
-    "catalogue verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
+    "errors paths target spec graph analysis planner passes plan gates rows kernels buckets together "
+    "cols configs refusals schedule driver backward knobs space emit allowlist store workers build "
+    "resources pipeline tuned catalogue verify dryrun report measurer pruning lanes compare progress "
+    "cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.

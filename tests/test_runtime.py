@@ -366,10 +366,13 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(load_kernel(GATED)(**x).sum(), x["q"], create_graph=True)
 
 
-def test_kernels_refuse_what_requires_grad():
-    kernel, x = driven(), tensors()
+def test_kernels_refuse_a_gradient_that_they_do_not_make():
+    capped = GATED.attend[1].model_copy(update={"softcap": 30.0})
+    spec = GATED.model_copy(update={"attend": (GATED.attend[0], capped)})
+    kernel, x = driven(spec), tensors()
     x["k"].requires_grad_()
-    with pytest.raises(HsgenError, match=r"no backward yet.*\n.*torch\.no_grad\(\)"):
+    words = r"branch near: no kernel has the gradient of capped logits yet(.*\n)*.*torch\.no_grad"
+    with pytest.raises(PlanError, match=words):
         kernel(**x)
     with torch.no_grad():
         assert not kernel(**x).requires_grad

@@ -62,3 +62,10 @@ def capped(s, SCALE: tl.constexpr, CAP: tl.constexpr):
         * (0.3333333333333333 - square * (0.13333333333333333 - square * 0.05396825396825397))
     )
     return CAP * tl.where(size < 0.125, near, far)
+
+
+@triton.jit
+def load_lse(address, mask):
+    """Log-sum-exps in base 2; of a row that saw no key, or is none, +inf: its weights are 0."""
+    lse = tl.load(address, mask=mask, other=float("-inf")) * 1.4426950408889634
+    return tl.where(lse == float("-inf"), float("inf"), lse)

@@ -1,0 +1,74 @@
+"""Graph, Target -> Plan of the gradients: dq where rows stay, dk and dv where keys stay.
+
+A program of its own, compiled when a call first needs it; the forward knows nothing of it.  Selections are
+constants: they come as they were made, and nothing is chosen again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hsgen import refusals
+from hsgen.backward import attending, refusing
+from hsgen.configs import DType
+from hsgen.graph import Attend, Graph, Input
+from hsgen.plan import Plan
+from hsgen.schedule import SCRATCH_BYTES, combining, text
+from hsgen.schedule.draft import Draft
+from hsgen.target import Target
+
+__all__ = ["lacking", "plan"]
+
+lacking = refusing.lacking
+
+
+def plan(graph: Graph, target: Target, dtype: DType = "bf16") -> Plan:
+    """Plan every launch of a spec's gradients for one GPU.
+
+    Args:
+        graph: verified and passed; heads and head dims bound.
+        target: the GPU.
+        dtype: of the caller's tensors.
+
+    Raises:
+        PlanError: something whose gradient no kernel makes yet.
+    """
+    refusals.refuse(graph)
+    refusing.refuse(graph)
+    draft = Draft(graph, target, dtype)
+    draft.turns = combining.turns(graph)
+    made = attending.Gradients(draft)
+    for node in graph.nodes():
+        if isinstance(node.op, Attend):
+            made.attend(node, node.op)
+    outputs = graph.outputs
+    return Plan(
+        name=graph.meta.name,
+        target=target.label,
+        dtype=dtype,
+        inputs=tuple((n.name, n.type.dims) for n in graph.nodes() if _is_tensor(n.op)),
+        kernels=tuple(draft.kernels),
+        steps=tuple(draft.steps),
+        scratch_bytes=SCRATCH_BYTES,
+        output=text.buffer(outputs.o),
+        lse={
+            node.op.branch: draft.log_sum_exp(node)
+            for node in graph.nodes()
+            if isinstance(node.op, Attend)
+        },
+        selection=_read(graph, outputs.selection),
+        sizes=dict(graph.sizes),
+        gradients=made.buffers,
+    )
+
+
+def _is_tensor(op: object) -> bool:
+    return isinstance(op, Input) and op.role != "state"
+
+
+def _read(graph: Graph, selection: Mapping[str, str]) -> dict[str, str]:
+    """Selections that a branch attends."""
+    attended = {
+        name for node in graph.nodes() if isinstance(node.op, Attend) for name in node.inputs
+    }
+    return {level: text.buffer(name) for level, name in selection.items() if name in attended}

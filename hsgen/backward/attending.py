@@ -1,0 +1,484 @@
+"""Launches of the gradients of branches: delta, dq over the keys of the forward, dk and dv over rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hsgen import cols, rows
+from hsgen.backward import tiles
+from hsgen.graph import Attend, Input, Node
+from hsgen.kernels import IndexContext
+from hsgen.plan import Buffer, Config, Launch, Step
+from hsgen.rows import Entries, RowsContext, next_power
+from hsgen.schedule import SORT_LIMIT, text
+from hsgen.schedule.draft import Draft
+
+GRAD_O = "grad_o"
+Sizes = tuple[tuple[str, str], ...]
+
+
+@dataclass(slots=True)
+class Gradients:
+    """The gradients of a draft's branches while they grow.
+
+    buffers: by tensor of the caller, the buffer of its gradient; who comes first stores, others add.
+    """
+
+    draft: Draft
+    buffers: dict[str, str] = field(default_factory=dict[str, str])
+    deltas: set[str] = field(default_factory=set[str])  # that have a buffer
+
+    def attend(self, node: Node, op: Attend) -> None:
+        """All gradients of one branch."""
+        branch = _Branch(self, node, op)
+        branch.queries()
+        branch.keys()
+
+    def buffer(self, name: str) -> tuple[tuple[Buffer, ...], bool]:
+        """The gradient of a tensor, brought to life where it is new, and whether it is added to."""
+        if name in self.buffers:
+            return (), True
+        x, rank = text.input_of(name), len(self.draft.graph[name].type.dims)
+        self.buffers[name] = f"grad_{name}"
+        dims = tuple(f"{x}.shape[{i}]" for i in range(rank))
+        # zeros: no program has a key that is past its sequence's end
+        made = Buffer(name=self.buffers[name], dtype="input", dims=dims, role="output", zeros=True)
+        return (made,), False
+
+
+@dataclass(slots=True)
+class _Branch:
+    """The steps of one branch."""
+
+    whole: Gradients
+    node: Node
+    op: Attend
+
+    @property
+    def draft(self) -> Draft:
+        return self.whole.draft
+
+    @property
+    def name(self) -> str:
+        return self.op.branch
+
+    @property
+    def shape(self) -> rows.Shape:
+        return self.draft.shape_of(self.op)
+
+    @property
+    def scale(self) -> float:
+        return self.op.scale if self.op.scale is not None else 1.0
+
+    @property
+    def entries(self) -> Entries:
+        return Entries(size=self.op.size, stride=self.op.stride)
+
+    # --- the selection
+
+    @property
+    def chosen(self) -> Node | None:
+        """The selection that is attended."""
+        return self.draft.graph[self.node.inputs[3]] if self.op.over == "blocks" else None
+
+    @property
+    def width(self) -> int:
+        return self.draft.width(self.chosen) if self.chosen else 1
+
+    @property
+    def list_heads(self) -> int:
+        return self.draft.size(self.chosen.type.dims[2]) if self.chosen else 0
+
+    @property
+    def selection(self) -> tuple[str, ...]:
+        """Its tensor and strides."""
+        assert self.chosen is not None
+        x = text.buffer(self.chosen.name)
+        return (*text.strides(x), f"{x}.stride(3)")
+
+    # --- what rows have
+
+    @property
+    def gates(self) -> str | None:
+        """The tensor of gates that weigh the branch."""
+        turn = self.draft.turns.get(self.node.name)
+        return turn.reads if turn and isinstance(turn.how, rows.Gated) else None
+
+    @property
+    def gate_arguments(self) -> tuple[str, ...]:
+        if self.gates is None:
+            return ()
+        x = text.input_of(self.gates)
+        return (*text.strides(x), f"{x}.stride(3)")
+
+    @property
+    def lse(self) -> str:
+        return self.draft.log_sum_exp(self.node)
+
+    @property
+    def delta(self) -> str:
+        return f"delta_{self.lse}"
+
+    @property
+    def row_arguments(self) -> tuple[str, ...]:
+        """The output's gradient, log-sum-exp and delta."""
+        return (*text.strides(GRAD_O), *text.strides(self.lse), self.delta)
+
+    def delta_buffers(self) -> tuple[Buffer, ...]:
+        dims = ("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]")
+        return (Buffer(name=self.delta, dtype="f32", dims=dims, role="scratch"),)
+
+    def step(
+        self,
+        title: str,
+        *,
+        buffers: tuple[Buffer, ...],
+        launches: tuple[Launch, ...],
+        sizes: Sizes = (),
+        turns: tuple[str | None, str | None] = (None, None),
+    ) -> None:
+        """A step that reads the branch's tensors."""
+        graph = self.draft.graph
+        needs = [name for name in self.node.inputs if isinstance(graph[name].op, Input)]
+        self.draft.steps.append(
+            Step(
+                title=f"{title}: {self.name}",
+                needs=(*needs, *((self.gates,) if self.gates else ())),
+                makes=(self.node.name,),
+                buffers=buffers,
+                launches=launches,
+                sizes=sizes,
+                tiles=turns[0],
+                chunk=turns[1],
+            )
+        )
+
+    # --- rows stay
+
+    def queries(self) -> None:
+        """delta, then dq."""
+        if self.gates is None:
+            self._delta_of_output()
+        forward = self._forward()
+        buffers, adds = self.whole.buffer("q")
+        dq = cols.query_gradient(forward, name=f"dq_{self.name}", scale=self.scale, adds=adds)
+        most = max(1, SORT_LIMIT // next_power(self.width))
+        block = self.op.size if self.chosen else None
+        config = tiles.of_rows(dq, self.draft.target, self.draft.dtype, most=most, block=block)
+        sizes: Sizes = ((f"tiles_{self.name}", text.tiles_of(dq.name)),)
+        launches: tuple[Launch, ...] = ()
+        lists: tuple[str, ...] = ()
+        if self.chosen:
+            made, sizes_of_lists, launch, lists = self._unions(dq, config)
+            buffers, sizes, launches = (*made, *buffers), (*sizes, *sizes_of_lists), (launch,)
+        tensors = (*self.draft.tensors(self.node, self.op), *lists)
+        grid = text.grid(self.shape, dq, f"tiles_{self.name}")
+        if self.gates is not None:
+            grads, _ = self.whole.buffer(self.gates)
+            buffers = (*self.delta_buffers(), *grads, *buffers)
+            launches += (self._delta_again(forward, dq, config, tensors, grid),)
+        self.draft.kernel("rows", dq, config, self.node.name)
+        grad = text.strides(self.whole.buffers["q"])
+        arguments = (*tensors, *self.row_arguments, *self.gate_arguments, *grad, *text.SEQ)
+        launches += (Launch(kernel=dq.name, grid=grid, arguments=arguments),)
+        self.step("queries", buffers=buffers, launches=launches, sizes=sizes)
+
+    def _forward(self) -> RowsContext:
+        """The loops over the keys that a row sees."""
+        name = f"attend_{self.name}"
+        match self.op.over:
+            case "blocks":
+                assert self.chosen is not None
+                context = rows.attend_blocks(
+                    self.shape,
+                    name=name,
+                    scale=self.scale,
+                    entries=self.entries,
+                    width=self.width,
+                    share=self.chosen.type.dims[2],
+                )
+            case "window":
+                window = self.op.window or 1
+                context = rows.attend_window(self.shape, name=name, scale=self.scale, window=window)
+            case "all":
+                context = rows.attend_all(self.shape, name=name, scale=self.scale)
+            case _:
+                raise AssertionError("refused")
+        return rows.with_turn(context, self.draft.turn(self.node))
+
+    def _unions(
+        self, dq: RowsContext, config: Config
+    ) -> tuple[tuple[Buffer, ...], Sizes, Launch, tuple[str, ...]]:
+        """The union of the blocks that a tile's rows chose, as the forward walks them."""
+        name, heads, tiled = self.name, str(self.list_heads), f"tiles_{self.name}"
+        index = IndexContext(
+            name=f"index_{name}",
+            heads=self.list_heads,
+            width=self.width,
+            size=self.op.size,
+            stride=self.op.stride,
+            causal=self.shape.causal,
+        )
+        pairs = config["BLOCK_T"] * next_power(self.width)
+        listing = Config(constexprs=(), num_warps=4 if pairs <= 1024 else 8, num_stages=1)
+        self.draft.kernel("index", index, listing, self.node.name, follows=dq.name)
+        block_t = f'config["{dq.name}"]["BLOCK_T"]'
+        slots = f"slots_{name}"
+        lists = (f"counts_{name}", f"entries_{name}", f"words_{name}")
+        wide = ((), (slots,), (slots, f"({block_t} + 31) // 32"))
+        buffers = tuple(
+            Buffer(name=x, dtype="i32", dims=(tiled, heads, *(dims or ("2",))), role="list")
+            for x, dims in zip(lists, wide, strict=True)
+        )
+        launch = Launch(
+            kernel=index.name,
+            grid=(tiled, heads),
+            arguments=(*self.selection, *lists, *text.SEQ),
+        )
+        return buffers, ((slots, f"{block_t} * {self.width}"),), launch, lists
+
+    def _delta_of_output(self) -> None:
+        """delta of an output that is there: the only branch's, or that of one softmax over all."""
+        if self.lse in self.whole.deltas:
+            return
+        self.whole.deltas.add(self.lse)
+        context = cols.DeltaContext(name=f"delta_{self.name}", head_dim=self.shape.v)
+        self.draft.kernel("merge", context, tiles.delta(), self.node.name)
+        launch = Launch(
+            kernel=context.name,
+            grid=("batch.rows // {BLOCK_R} + batch.sequences", str(self.shape.query_heads)),
+            arguments=(
+                *text.strides(self.draft.output(self.node)),
+                *text.strides(GRAD_O),
+                *text.strides(f"grad_{self.lse}"),
+                self.delta,
+                *text.SEQ,
+            ),
+        )
+        self.step("delta", buffers=self.delta_buffers(), launches=(launch,))
+
+    def _delta_again(
+        self,
+        forward: RowsContext,
+        dq: RowsContext,
+        config: Config,
+        tensors: tuple[str, ...],
+        grid: tuple[str, str],
+    ) -> Launch:
+        """delta where branches add to one output, each times its gate: from the logits again."""
+        assert self.gates is not None
+        context = cols.deltas(forward, name=f"delta_{self.name}")
+        shared = Config(constexprs=(), num_warps=config.num_warps, num_stages=config.num_stages)
+        self.draft.kernel("rows", context, shared, self.node.name, follows=dq.name)
+        grad = self.whole.buffers[self.gates]
+        return Launch(
+            kernel=context.name,
+            grid=tuple(x.replace("{BLOCK_T}", f'config["{dq.name}"]["BLOCK_T"]') for x in grid),
+            arguments=(
+                *tensors,
+                *self.row_arguments,
+                f"grad_{self.lse}",
+                *self.gate_arguments,
+                *text.strides(grad),
+                f"{grad}.stride(3)",
+                *text.SEQ,
+            ),
+        )
+
+    # --- keys stay
+
+    def keys(self) -> None:
+        """dk and dv."""
+        k, v = self.node.inputs[1:3]
+        of_keys, adds_k = self.whole.buffer(k)
+        of_values, adds_v = self.whole.buffer(v)
+        buffers = (*of_keys, *of_values)
+        branch = cols.Branch(
+            name=self.name,
+            scale=self.scale,
+            turn=self.draft.turn(self.node),
+            adds=(adds_k, adds_v),
+        )
+        if self.chosen:
+            self._keys_of_blocks(branch, buffers)
+            return
+        window = self.op.window if self.op.over == "window" else None
+        context = cols.of_window(self.shape, branch, window=window)
+        config = tiles.of_cols(context, self.draft.target, self.draft.dtype)
+        self.draft.kernel("cols", context, config, self.node.name)
+        of = text.input_of(k)
+        sizes: Sizes = (
+            (f"length_{self.name}", f"0 if batch.packed else {of}.shape[1]"),
+            (f"keys_{self.name}", f"{of}.shape[0] * {of}.shape[1]"),
+        )
+        block_n = f'config["{context.name}"]["BLOCK_N"]'
+        grid = (f"keys_{self.name} // {block_n} + batch.sequences", str(self.shape.kv_heads))
+        arguments = (*self._col_arguments(), *self._grads(), f"length_{self.name}", *text.SEQ)
+        launch = Launch(kernel=context.name, grid=grid, arguments=arguments)
+        self.step("keys", buffers=buffers, launches=(launch,), sizes=sizes)
+
+    def _col_arguments(self) -> tuple[str, ...]:
+        return (
+            *self.draft.tensors(self.node, self.op),
+            *self.row_arguments,
+            *self.gate_arguments,
+        )
+
+    def _grads(self) -> tuple[str, ...]:
+        """The gradients of keys and values with their strides."""
+        names = (self.whole.buffers[name] for name in self.node.inputs[1:3])
+        return tuple(argument for name in names for argument in text.strides(name))
+
+    def _keys_of_blocks(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
+        """Of blocks that were chosen: lists of rows, parts by chunks of them, and the sums."""
+        context = cols.of_blocks(
+            self.shape, branch, entries=self.entries, list_heads=self.list_heads
+        )
+        config = tiles.of_cols(context, self.draft.target, self.draft.dtype)
+        self._rows_by_block(context)
+        self.draft.kernel("cols", context, config, self.node.name)
+        total = cols.SumContext(name=f"sum_{self.name}", of=context)
+        self.draft.kernel("merge", total, tiles.sums(), self.node.name, follows=context.name)
+        name, heads, lists = self.name, f"heads_{self.name}", context.lists
+        block_n = f'config["{context.name}"]["BLOCK_N"]'
+        turn, padded, capacity = f"turn_{name}", f"padded_{name}", f"capacity_{name}"
+        bytes_of_head = 4 * lists * (self.shape.qk + self.shape.v)
+        sizes: Sizes = (
+            (f"block_n_{name}", block_n),
+            (f"block_tiles_{name}", f"({self.op.size - 1} + block_n_{name}) // block_n_{name}"),
+            (padded, f"block_tiles_{name} * block_n_{name}"),
+            (heads, str(self.shape.kv_heads)),
+            (f"bytes_{name}", f"{capacity} * {padded} * {bytes_of_head}"),
+            (turn, f"min({heads}, max(1, SCRATCH_BYTES // bytes_{name}))"),
+        )
+        parts = (f"part_k_{name}", f"part_v_{name}")
+        per_turn = f"{turn} * {lists}" if lists > 1 else turn
+        per_count = f"count * {lists}" if lists > 1 else "count"
+        rows_of = f"{per_turn} * {capacity}"
+        buffers = tuple(
+            Buffer(name=part, dtype="f32", dims=(rows_of, padded, str(dim)), role="scratch")
+            for part, dim in zip(parts, (self.shape.qk, self.shape.v), strict=True)
+        )
+        shared = (f"length_{name}", f"buckets_{name}")
+        launches = (
+            Launch(
+                kernel=context.name,
+                grid=(f"{capacity} * block_tiles_{name}", per_count),
+                arguments=(
+                    *self._col_arguments(),
+                    *parts,
+                    *(f"{x}_{name}" for x in ("chunks", "chunk_counts", "ends", "list")),
+                    *shared,
+                    f"items_{name}",
+                    capacity,
+                    *text.SEQ,
+                    "tile_first",
+                ),
+            ),
+            Launch(
+                kernel=total.name,
+                grid=(f"buckets_{name} * block_tiles_{name}", "count"),
+                arguments=(
+                    *parts,
+                    *self._grads(),
+                    *(f"{x}_{name}" for x in ("starts", "ends", "firsts")),
+                    *shared,
+                    capacity,
+                    *text.SEQ,
+                    "tile_first",
+                ),
+            ),
+        )
+        self.step(
+            "keys",
+            buffers=(*grads, *buffers),
+            launches=launches,
+            sizes=sizes,
+            turns=(heads, turn),
+        )
+
+    def _rows_by_block(self, context: cols.ColsContext) -> None:
+        """The rows that chose each block, in their order."""
+        name, lists = self.name, str(self.list_heads)
+
+        def listing(how: cols.ListingHow, config: Config, follows: str | None = None) -> str:
+            made = cols.ListingContext(
+                name=f"{how}_rows_{name}",
+                how=how,
+                heads=self.list_heads,
+                width=self.width,
+                stride=self.op.stride,
+                causal=self.shape.causal,
+            )
+            return self.draft.kernel("index", made, config, self.node.name, follows=follows)
+
+        tally = listing("tally", tiles.listing(next_power(self.width)))
+        before = listing("before", tiles.before())
+        chunks = listing("chunks", tiles.chunks(), context.name)
+        listed = listing("list", tiles.one_tile(), tally)
+        length, buckets, items = f"length_{name}", f"buckets_{name}", f"items_{name}"
+        spans, span_tiles, capacity = f"spans_{name}", f"span_tiles_{name}", f"capacity_{name}"
+        of = f"{text.input_of(self.node.inputs[1])}.shape[1] // {self.op.stride}"
+        row_tiles = f"row_tiles_{name}"
+        sizes: Sizes = (
+            (f"packed_{name}", f"{of} if batch.packed else 0"),
+            (length, f"0 if batch.packed else {of}"),
+            (buckets, f"batch.sequences * ({length} + 1) + packed_{name}"),
+            (items, f"batch.rows * {self.width}"),
+            (row_tiles, text.tiles_of(tally)),
+            (spans, f"min({cols.SPANS}, {row_tiles})"),
+            (span_tiles, f"({row_tiles} + {spans} - 1) // {spans}"),
+            (capacity, f'{items} // config["{context.name}"]["BLOCK_C"] + {buckets}'),
+        )
+        shapes = {
+            "tally": (lists, spans, buckets),
+            "totals": (lists, buckets),
+            "starts": (lists, buckets),
+            "ends": (lists, buckets),
+            "firsts": (lists, buckets),
+            "chunks": (lists, capacity, "2"),
+            "chunk_counts": (lists, "1"),
+            "list": (lists, items),
+        }
+        at = {x: f"{x}_{name}" for x in shapes}
+        buffers = tuple(
+            Buffer(name=at[x], dtype="i32", dims=dims, role="list", zeros=x == "tally")
+            for x, dims in shapes.items()
+        )
+        counted = (length, buckets)
+        in_spans = (spans, span_tiles, *text.SEQ)
+        launches = (
+            Launch(
+                kernel=tally,
+                grid=(spans, lists),
+                arguments=(*self.selection, at["tally"], *counted, *in_spans),
+            ),
+            Launch(
+                kernel=before,
+                grid=(f"{buckets} // {{BLOCK_N}} + 1", lists),
+                arguments=(at["tally"], at["totals"], buckets, spans),
+            ),
+            Launch(
+                kernel=chunks,
+                grid=(lists, "1"),
+                arguments=(
+                    *(at[x] for x in ("totals", "starts", "ends", "firsts")),
+                    at["chunks"],
+                    at["chunk_counts"],
+                    buckets,
+                    capacity,
+                ),
+            ),
+            Launch(
+                kernel=listed,
+                grid=(spans, lists),
+                arguments=(
+                    *self.selection,
+                    *(at[x] for x in ("tally", "starts", "list")),
+                    *counted,
+                    items,
+                    *in_spans,
+                ),
+            ),
+        )
+        self.step("rows by block", buffers=buffers, launches=launches, sizes=sizes)

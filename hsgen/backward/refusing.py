@@ -1,0 +1,47 @@
+"""What has no gradient of kernels yet: one place, which names the branch and the line."""
+
+from __future__ import annotations
+
+from hsgen.errors import PlanError
+from hsgen.graph import Attend, Graph, Node, Select, Union
+
+
+def refuse(graph: Graph) -> None:
+    """Nothing, where kernels make the gradients of all branches.
+
+    Raises:
+        PlanError: a branch of which they do not.
+    """
+    for node in graph.nodes():
+        if words := lacking(graph, node):
+            raise PlanError(words, span=node.span)
+
+
+def lacking(graph: Graph, node: Node) -> str | None:
+    """What of one operator has no gradient yet; None where it has."""
+    match node.op:
+        case Attend(branch=branch) as op:
+            words = _of_attend(graph, node, op)
+            return words and f"branch {branch}: no kernel has the gradient of {words} yet"
+        case Union(sink=sink) if sink:
+            return "no kernel has the gradient of a sink yet"
+        case _:
+            return None
+
+
+def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
+    lacks = (
+        (op.over not in ("blocks", "window", "all"), f"attention over {op.over}"),
+        (bool(op.latent), "latents"),
+        (op.softcap is not None, "capped logits"),
+        (bool(op.sink), "a sink"),
+        (op.size != op.stride and op.over == "blocks", "overlapping blocks"),
+        (op.over == "blocks" and not _by_row(graph, node), "lists that rows share"),
+    )
+    return next((words for lacking, words in lacks if lacking), None)
+
+
+def _by_row(graph: Graph, node: Node) -> bool:
+    """Whether every row has chosen for itself, as many blocks as a number says."""
+    selection = graph[node.inputs[3]]
+    return isinstance(selection.op, Select) and selection.type.dims[1] == "T"

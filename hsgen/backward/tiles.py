@@ -1,0 +1,101 @@
+"""The tile sizes that kernels of gradients start from: what fits the GPU and, as compiled, does not spill."""
+
+from __future__ import annotations
+
+from hsgen import cols, rows
+from hsgen.configs import DType
+from hsgen.errors import PlanError
+from hsgen.plan import Config
+from hsgen.rows import RowsContext, next_power
+from hsgen.target import Target
+
+WIDE = 256  # of a key and a value: accumulators beyond fill the registers
+CHUNK = 1024  # rows of a block's list that one program takes
+
+
+def of_rows(
+    context: RowsContext, target: Target, dtype: DType, *, most: int = 128, block: int | None = None
+) -> Config:
+    """dq, or delta: rows and their gradients stay, and for dq an accumulator as wide as a key."""
+    dims = _dims(context.qk_chunks, context.v_chunks)
+    limit, wide = (64, 64 if dims <= WIDE else 32) if dtype != "fp32" else (32, 32)
+    if block and block == next_power(block):
+        wide = max(16, min(wide, block))
+    tokens = 1 << max(1, min(most, limit // context.heads)).bit_length() - 1
+    for count in _halves(tokens, 1):
+        block_m = max(16, next_power(count * context.heads))
+        for width in _halves(wide, 16):
+            for stages in (2, 1):
+                numbers = block_m * dims + stages * width * dims + block_m * width
+                if numbers * _bytes(dtype, target) <= target.smem_per_block:
+                    values = (("BLOCK_T", count), ("BLOCK_M", block_m), ("BLOCK_N", width))
+                    return Config(constexprs=values, num_warps=4, num_stages=stages)
+    raise _too_large(context.name, target)
+
+
+def of_cols(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
+    """dk and dv: keys, values and both accumulators stay, rows stream."""
+    dims = _dims(context.qk_chunks, context.v_chunks)
+    wide, limit = (64, 64 if dims <= WIDE else 32) if dtype != "fp32" else (32, 32)
+    if context.list_heads and not context.ragged:
+        wide = max(16, min(wide, context.size))
+    chunk = (("BLOCK_C", CHUNK),) if context.list_heads else ()
+    tokens = 1 << max(1, limit // context.heads).bit_length() - 1
+    for count in _halves(tokens, 1):
+        block_m = max(16, next_power(count * context.heads))
+        for width in _halves(wide, 16):
+            for stages in (2, 1):
+                numbers = width * dims + stages * block_m * dims + block_m * width
+                if numbers * _bytes(dtype, target) <= target.smem_per_block:
+                    values = (("BLOCK_T", count), ("BLOCK_M", block_m), ("BLOCK_N", width))
+                    warps = 8 if width * dims > 1 << 13 else 4
+                    return Config(constexprs=(*chunk, *values), num_warps=warps, num_stages=stages)
+    raise _too_large(context.name, target)
+
+
+def _halves(most: int, least: int) -> tuple[int, ...]:
+    """64, 32, 16."""
+    return tuple(most >> i for i in range((most // least).bit_length()))
+
+
+def _too_large(kernel: str, target: Target) -> PlanError:
+    return PlanError(
+        f"kernel {kernel} cannot run on {target.name} ({target.label}): its tiles do not fit "
+        f"{target.smem_per_block:,} bytes of shared memory"
+    )
+
+
+def listing(width: int) -> Config:
+    """Choices that a program compares with each other at a time."""
+    values = (("BLOCK_T", max(1, 64 // width)),)
+    return Config(constexprs=values, num_warps=4, num_stages=1)
+
+
+def before() -> Config:
+    values = (("BLOCK_S", 64), ("BLOCK_N", 32))
+    return Config(constexprs=values, num_warps=4, num_stages=1)
+
+
+def chunks() -> Config:
+    return Config(constexprs=(("BLOCK_N", 256),), num_warps=4, num_stages=1)
+
+
+def delta() -> Config:
+    return Config(constexprs=(("BLOCK_R", 32),), num_warps=4, num_stages=1)
+
+
+def one_tile() -> Config:
+    return Config(constexprs=(), num_warps=4, num_stages=1)
+
+
+def sums() -> Config:
+    return Config(constexprs=(), num_warps=4, num_stages=1)
+
+
+def _dims(*cuts: tuple[rows.Chunk, ...]) -> int:
+    return sum(c.width for cut in cuts for c in cut)
+
+
+def _bytes(dtype: DType, target: Target) -> int:
+    """Of a number in shared memory; three-pass TF32 holds it twice."""
+    return 2 if dtype != "fp32" else 8 if target.dot_precision == "tf32x3" else 4

@@ -1,0 +1,427 @@
+"""Gradients of attention: what fills `cols`, `rows` where it makes dq, and lists of rows by block.
+
+With p = exp(s - lse) of a row's logits s, dp = do . v, and delta = sum(p * dp), which is do . o:
+ds = p * (dp - delta), dq = ds k, dk = ds q, dv = p do.  Rows stay where dq is made, keys where dk and dv are,
+so every number has one program that adds it up, in one order.  Of a branch that is weighed by a gate do is
+gate * do; of a log-sum-exp with a gradient of its own delta is less by it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hsgen import rows
+from hsgen.kernels import tunables
+from hsgen.plan import Param
+from hsgen.rows import (
+    SEQ,
+    Chunk,
+    Entries,
+    Gated,
+    RowsContext,
+    Shape,
+    chunks,
+    count,
+    next_power,
+    number,
+    pointer,
+    tensor,
+)
+
+ListingHow = Literal["tally", "before", "chunks", "list"]
+SPANS = 256  # parts of all rows that are counted each for itself
+
+TALLY = pointer("TALLY", "i32", "[lists, spans, buckets] rows of a span that chose each block")
+TOTALS = pointer("TOTALS", "i32", "[lists, buckets] rows that chose each block")
+STARTS = pointer("STARTS", "i32", "[lists, buckets] where a block's list begins")
+ENDS = pointer("ENDS", "i32", "[lists, buckets] where it ends")
+FIRSTS = pointer("FIRSTS", "i32", "[lists, buckets] its first chunk")
+CHUNKS = pointer("CHUNKS", "i32", "[lists, capacity, 2] block and first place of a chunk")
+CHUNK_COUNTS = pointer("CHUNK_COUNTS", "i32", "[lists] chunks")
+LIST = pointer("LIST", "i32", "[lists, items] rows, block by block, ascending")
+LENGTH = count("length", "of one sequence; packed: 0")
+BUCKETS = count("buckets", "blocks of all sequences")
+ITEMS = count("items", "places of a list")
+CAPACITY = count("capacity", "most chunks of a list")
+HEAD_FIRST = count("head_first", "the turn's first key head")
+SUMS = (
+    *tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32"),
+    pointer("DELTA", "f32", "f32[B, Hq, T], as LSE"),
+)
+OUTPUT_GRADIENT = tensor("DO", "do", "[B, T, Hq, Dv]", "bth")
+
+
+# --- rows by block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListingContext:
+    """Everything `index.py.jinja` reads to list the rows that chose each block, in their order.
+
+    Rows are counted by spans of tiles, each span by one program, so that a row's place follows from
+    what rows before it chose, and from no order in which programs run.
+    """
+
+    name: str
+    how: ListingHow
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    width: int  # slots of a row of the selection
+    stride: int
+    causal: bool
+
+    @property
+    def summary(self) -> str:
+        match self.how:
+            case "tally":
+                return "how many rows of each span chose each block."
+            case "before":
+                return "how many rows of the spans before chose each block, and how many in all."
+            case "chunks":
+                return "where the list of each block's rows begins, and the chunks it is cut into."
+            case "list":
+                return "the rows that chose each block, block by block, in their order."
+
+    @property
+    def padded_width(self) -> int:
+        """`width` as a tile; a gather wants at least two."""
+        return max(2, next_power(self.width))
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        selection = tensor(
+            "SELECTION",
+            "s",
+            f"[B, T, {self.heads}, {self.width}], -1 anywhere",
+            "bths",
+            "i32",
+        )
+        spans = count("spans", "of rows"), count("span_tiles", "tiles of a span")
+        match self.how:
+            case "tally":
+                return (*selection, TALLY, LENGTH, BUCKETS, *spans, *SEQ, *tunables("BLOCK_T"))
+            case "before":
+                return (TALLY, TOTALS, BUCKETS, spans[0], *tunables("BLOCK_S", "BLOCK_N"))
+            case "chunks":
+                lists = (TOTALS, STARTS, ENDS, FIRSTS, CHUNKS, CHUNK_COUNTS)
+                return (*lists, BUCKETS, CAPACITY, *tunables("BLOCK_C", "BLOCK_N"))
+            case "list":
+                counts = (LENGTH, BUCKETS, ITEMS, *spans)
+                return (*selection, TALLY, STARTS, LIST, *counts, *SEQ, *tunables("BLOCK_T"))
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+# --- delta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaContext:
+    """Everything `merge.py.jinja` reads to make delta from outputs that are there."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    head_dim: int  # of a value
+    how: Literal["delta"] = "delta"
+
+    @property
+    def summary(self) -> str:
+        return "the gradient of each output times it, less that of the log-sum-exp."
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return (
+            *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
+            *OUTPUT_GRADIENT,
+            *tensor("DLSE", "lse", "f32[B, Hq, T]", "bht", "f32"),
+            pointer("DELTA", "f32", "f32[B, Hq, T], as DLSE"),
+            *SEQ,
+            *tunables("BLOCK_R"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+def deltas(forward: RowsContext, *, name: str) -> RowsContext:
+    """Where a gate weighs a branch, whose own output nobody kept: delta from its logits again.
+
+    The gradient of the gate is delta as it is; times the gate it is what dq, dk and dv need.
+    """
+    gate = forward.gate
+    assert gate is not None, "an output that is there gives delta at once"
+    outputs = (
+        *OUTPUT_GRADIENT,
+        *SUMS,
+        pointer("DLSE", "f32", "f32[B, Hq, T], as LSE"),
+        *rows.gates_of(gate),
+        *tensor("DGATES", "dg", f"[B, T, Hq, {gate.branches}]", "bthc"),
+    )
+    return _without_outputs(forward, outputs, acc="delta", name=name, summary=DELTAS)
+
+
+DELTAS = "the gradient of a branch's gates, and delta, from logits that are computed again."
+
+
+def query_gradient(forward: RowsContext, *, name: str, scale: float, adds: bool) -> RowsContext:
+    """dq over the keys that the forward attends, in the loops of the forward."""
+    outputs = (
+        *OUTPUT_GRADIENT,
+        *SUMS,
+        *rows.gates_of(forward.gate),
+        *tensor("DQ", "dq", "[B, T, Hq, Dqk]", "bth"),
+    )
+    made = _without_outputs(
+        forward, outputs, acc="dq", name=name, summary="the gradient of queries."
+    )
+    return replace(made, scale=number(scale), adds=adds)
+
+
+def _without_outputs(
+    forward: RowsContext,
+    outputs: tuple[Param, ...],
+    *,
+    acc: rows.Accumulator,
+    name: str,
+    summary: str,
+) -> RowsContext:
+    """The forward's loops with other outputs."""
+    names = [p.name for p in forward.params]
+    gates = names.index("GATES") if "GATES" in names else names.index("O")
+    after = names.index("SEQ")
+    params = (*forward.params[:gates], *outputs, *forward.params[after:])
+    return replace(forward, name=name, summary=summary, params=params, acc=acc)
+
+
+# --- dk and dv
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColsContext(rows.InTurn):
+    """Everything `cols.py.jinja` reads: BLOCK_N keys stay, the rows that saw them stream past.
+
+    `lists`: rows are those that chose the block, from its list; else all from `start` to `stop`.
+    """
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    summary: str
+    heads: int  # query heads of a token, packed in a tile
+    group: int  # query heads that share a key head
+    list_heads: int = 0  # > 0: rows come from lists, so many
+    size: int = 1  # of a block
+    stride: int = 1
+    qk_chunks: tuple[Chunk, ...]
+    v_chunks: tuple[Chunk, ...]
+    key_row: str
+    keys: str  # how many keys there are
+    setup: tuple[str, ...] = ()
+    visible: tuple[str, ...] = ()
+    scale: str
+    scale_log2: str
+    precision: str
+    split: bool  # rows are those of several programs, whose sums are added later
+    adds: tuple[bool, bool]  # keys', values': to gradients of other branches
+    ragged: bool = False  # a block is no whole number of tiles
+    turn: rows.Gated | rows.Joined | None = None
+    entries: str = "S"
+
+    def uses(self, name: str) -> bool:
+        """Whether any statement reads the number `name`."""
+        text = " ".join((*self.setup, "position q_offset" if self.visible else ""))
+        return re.search(rf"\b{name}\b", text) is not None
+
+    @property
+    def per_head(self) -> bool:
+        """Whether every query head has lists of its own."""
+        return self.heads < self.group
+
+    @property
+    def list_head(self) -> str:
+        """Which lists a program reads."""
+        if self.list_heads == 1:
+            return "turn * 0"
+        return f"head_first * {self.group} + turn" if self.per_head else "head_first + turn"
+
+    @property
+    def lists(self) -> int:
+        """How many lists a key head has."""
+        return self.group if self.per_head else 1
+
+    @property
+    def key_head(self) -> str:
+        return f"(head // {self.group})" if self.per_head else "head"
+
+    @property
+    def stores(self) -> dict[str, str]:
+        """The pieces that write the gradients of keys and of values."""
+        return {x: "add_rows" if a else "store_rows" for x, a in zip("kv", self.adds, strict=True)}
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        shape = f"[B, {self.entries}, Hkv, "
+        gradients = (
+            (
+                pointer("PART_K", "f32", "f32[parts, keys, Dqk]"),
+                pointer("PART_V", "f32", "f32[parts, keys, Dv]"),
+            )
+            if self.split
+            else (
+                *tensor("DK", "dk", f"{shape}Dqk]", "bth"),
+                *tensor("DV", "dv", f"{shape}Dv]", "bth"),
+            )
+        )
+        lists = (
+            (CHUNKS, CHUNK_COUNTS, ENDS, LIST, LENGTH, BUCKETS, ITEMS, CAPACITY)
+            if self.list_heads
+            else (LENGTH,)
+        )
+        return (
+            *rows.QUERY,
+            *tensor("K", "k", f"{shape}Dqk]", "bth"),
+            *tensor("V", "v", f"{shape}Dv]", "bth"),
+            *OUTPUT_GRADIENT,
+            *SUMS,
+            *rows.gates_of(self.turn),
+            *gradients,
+            *lists,
+            *SEQ,
+            *((HEAD_FIRST,) if self.list_heads else ()),
+            *tunables(*(("BLOCK_C",) if self.list_heads else ()), "BLOCK_T", "BLOCK_M", "BLOCK_N"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumContext:
+    """Everything `merge.py.jinja` reads to add the parts of dk and dv that chunks of rows gave."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    of: ColsContext
+    how: Literal["sum"] = "sum"
+
+    @property
+    def summary(self) -> str:
+        return "dk and dv from the parts that chunks of rows gave, in their order."
+
+    @property
+    def parts(self) -> tuple[tuple[str, int, tuple[Chunk, ...]], ...]:
+        """Keys, then values: a letter, head dim and chunks."""
+        found = (("k", self.of.qk_chunks), ("v", self.of.v_chunks))
+        return tuple((letter, sum(c.width for c in cut), cut) for letter, cut in found)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        of = self.of
+        shape = f"[B, {of.entries}, Hkv, "
+        lists = (STARTS, ENDS, FIRSTS, LENGTH, BUCKETS, CAPACITY) if of.list_heads else (LENGTH,)
+        return (
+            pointer("PART_K", "f32", "f32[parts, keys, Dqk]"),
+            pointer("PART_V", "f32", "f32[parts, keys, Dv]"),
+            *tensor("DK", "dk", f"{shape}Dqk]", "bth"),
+            *tensor("DV", "dv", f"{shape}Dv]", "bth"),
+            *lists,
+            *(() if of.list_heads else (count("chunks", "of rows"),)),
+            *SEQ,
+            *((HEAD_FIRST,) if of.list_heads else ()),
+            *tunables(*(("BLOCK_C",) if of.list_heads else ()), "BLOCK_N"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch:
+    """What the kernels of dk and dv have in common, whatever rows they see."""
+
+    name: str
+    scale: float
+    turn: Gated | rows.Joined | None
+    adds: tuple[bool, bool]
+
+
+def _of(shape: Shape, branch: Branch, *, heads: int) -> ColsContext:
+    return ColsContext(
+        name=f"dkv_{branch.name}",
+        summary="the gradients of keys and values.",
+        heads=heads,
+        group=shape.group,
+        qk_chunks=chunks(shape.qk),
+        v_chunks=chunks(shape.v),
+        key_row="k_first",
+        keys="k_len",
+        scale=number(branch.scale),
+        scale_log2=number(branch.scale * rows.LOG2_E),
+        precision=shape.precision,
+        split=False,
+        adds=branch.adds,
+        turn=branch.turn,
+    )
+
+
+def of_blocks(shape: Shape, branch: Branch, *, entries: Entries, list_heads: int) -> ColsContext:
+    """The keys of a block for a chunk of the rows that chose it."""
+    per_head = list_heads == shape.query_heads and shape.group > 1
+    return replace(
+        _of(shape, branch, heads=1 if per_head else shape.group),
+        list_heads=list_heads,
+        size=entries.size,
+        stride=entries.stride,
+        ragged=entries.size < 16 or entries.size != next_power(entries.size),
+        split=True,
+        visible=("n[:, None] <= position[None, :]",) if shape.causal else (),
+    )
+
+
+def of_window(shape: Shape, branch: Branch, *, window: int | None) -> ColsContext:
+    """Keys for the rows that see them: those whose window they are in, or all from their own on."""
+    seen = ("n[:, None] <= position[None, :]",) if shape.causal else ()
+    start, stop = "n0 - q_offset" if shape.causal else "0", "q_len"
+    near: tuple[str, ...] = ()
+    if window is not None:
+        near = (f"n[:, None] > position[None, :] - {window}",)
+        stop = f"tl.minimum(n0 + BLOCK_N - 1 + {window} - q_offset, q_len)"
+        if not shape.causal:
+            near += (f"n[:, None] < position[None, :] + {window}",)
+            start = f"n0 - {window - 1} - q_offset"
+    return replace(
+        _of(shape, branch, heads=shape.group),
+        setup=(f"start = tl.maximum({start}, 0)", f"stop = {stop}"),
+        visible=(*seen, *near),
+    )
+
+
+def of_pooled(shape: Shape, branch: Branch, *, entries: Entries) -> ColsContext:
+    """Pooled entries for the rows that they are complete for, these cut into chunks."""
+    complete = rows.complete("position", entries, shape.causal)
+    start = f"n0 * {entries.stride} + {entries.size - 1} - q_offset" if shape.causal else "0"
+    size = f"{entries.size}, {entries.stride}, {entries.short}"
+    return replace(
+        _of(shape, branch, heads=shape.group),
+        stride=entries.stride,
+        key_row=f"k_first // {entries.stride}",
+        keys=f"pooled_entries(k_len, {size})",
+        setup=(f"start = tl.maximum({start}, 0)", "stop = q_len"),
+        visible=(f"n[:, None] < {complete}[None, :]",) if shape.causal else (),
+        split=True,
+        entries="N",
+    )

@@ -1,0 +1,266 @@
+"""Gradients of emitted kernels against float64, on the choice that the kernels made."""
+
+import subprocess
+import sys
+
+import emitted
+import pytest
+import sanitizer
+import torch
+from conformance import systems
+from template_lint import lint
+
+from hsgen import allowlist, backward, load_kernel
+from hsgen.errors import PlanError
+from hsgen.reference import tensor_kinds, tensor_shapes
+from hsgen.spec import load, parse
+from hsgen.target import H100
+
+GPU = torch.cuda.is_available()
+# of dots of float32 in three passes of TF32, and of plain ones
+UNIT = {
+    torch.float32: 2.0**-21 if GPU else 2.0**-23,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+GOLDEN = ("moba",)
+
+CHOSEN = """
+hsgen: 1
+name: chosen
+heads: {{query: {query}, kv: {kv}}}
+head_dim: {{qk: {qk}, v: {v}}}
+levels:
+  - name: block
+    partition: {{blocks: {size}}}
+    pool: {{keys: mean}}
+    score: {{form: dot, {share}}}
+    select: {{top_k: {top}, force: {{last: 1}}}}
+attend:
+  - {{name: selected, over: block}}
+"""
+GATED = (
+    CHOSEN
+    + """  - {{name: near, window: {window}, kv: near}}
+  - {{name: far, window: {window}}}
+combine: {{gates: input}}
+"""
+)
+WINDOW = """
+hsgen: 1
+name: windowed
+heads: {{query: {query}, kv: {kv}}}
+head_dim: {{qk: {qk}, v: {v}}}
+causal: {causal}
+attend:
+  - {{name: near, window: {window}}}
+"""
+GROUP = "share: group, reduce: sum"
+SMALL = {"size": 8, "top": 3, "window": 7, "qk": 48, "v": 32, "share": GROUP}
+
+
+def spec(text, **numbers):
+    return parse(text.format(**(SMALL | numbers)))
+
+
+def tensors(spec, B, T, S, dtype, *, packed=False):
+    """Random tensors that require grad; learned maps keep the size of what they map."""
+    kinds, found = tensor_kinds(spec), {}
+    for name, shape in tensor_shapes(spec, B, T, S).items():
+        x = torch.randn(shape, device="cuda" if GPU else "cpu")
+        if name.endswith("_weight"):
+            x *= (shape[1] * shape[2]) ** -0.5
+        lower = packed and kinds[name] != "parameter"
+        found[name] = (x[0] if lower else x).to(dtype).requires_grad_()
+    return found
+
+
+def gradients(run, x, grads):
+    """Of all outputs with these gradients, by tensor; of a tensor that has none 0."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in x.items()}
+    o, lse = run(**leaves, return_lse=True)
+    lse = list(lse.values()) if isinstance(lse, dict) else [lse]
+    outputs = [o, *(torch.where(each.isinf(), 0.0, each) for each in lse)]
+    grads = [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)]
+    found = torch.autograd.grad(
+        outputs, list(leaves.values()), grads, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, found, strict=True))
+
+
+def check(spec, *, B=1, T, S=None, dtype=torch.float32, lse=True, config=None, **options):
+    """Rows of each gradient are as near to float64 as rounding lets them be; two runs have equal bits."""
+    packed = "cu_seqlens_q" in options
+    options = {name: y.cuda() if GPU else y for name, y in options.items()}
+    x = tensors(spec, B, T, S or T, dtype, packed=packed)
+    attn = load_kernel(spec, interpret=not GPU, config=config)
+    with torch.no_grad():
+        o, sums = attn(**x, **options, return_lse=True)
+        chosen = attn.select(**x, **options) if spec.levels else None
+    sums = list(sums.values()) if isinstance(sums, dict) else [sums]
+    of_lse = [torch.randn_like(each) * lse for each in sums]
+    grads = [torch.randn(o.shape, device=o.device), *of_lse]
+
+    def reference(dtype):
+        wide = {name: t.detach().to(dtype) for name, t in x.items()}
+        run = lambda **y: attn.reference(**y, **options, selection=chosen, dtype=dtype)  # noqa: E731
+        return gradients(run, wide, grads)
+
+    found = gradients(lambda **y: attn(**y, **options), x, grads)
+    again = gradients(lambda **y: attn(**y, **options), x, grads)
+    exact = reference(torch.float64)
+    plain = reference(dtype) if dtype == torch.bfloat16 else exact
+    for name, y in exact.items():
+        assert torch.equal(found[name], again[name]), name
+        assert_near(name, found[name].double(), y, plain[name].double(), UNIT[dtype])
+    return found
+
+
+def assert_near(name, found, exact, plain, unit):
+    """The largest error beside the largest number and, by rows, beside what plain PyTorch gets wrong."""
+    assert found.isfinite().all(), name
+    error, size = (found - exact).abs(), exact.abs().max().clamp(min=1e-30)
+    of_plain = (plain - exact).abs().max()
+    assert error.max() <= 4 * unit * size + 3 * of_plain, (
+        name,
+        error.max() / size,
+        of_plain / size,
+    )
+    whole = error.norm() / exact.norm().clamp(min=1e-30)
+    own = (plain - exact).norm() / exact.norm().clamp(min=1e-30)
+    assert whole <= (4 if unit < 1e-6 else 1) * unit + 3 * own, (name, whole, own)
+
+
+def i32(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+# --- in the interpreter, small
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter's")
+def test_documents_and_long_lists_have_gradients(seed):
+    """A group of 3 that chooses by head, lists in chunks, documents of 1, of 0 and of odd tokens."""
+    chosen = spec(CHOSEN, query=3, kv=1, share="share: head", qk=32, v=16)
+    with sanitizer.enabled(seed=seed):
+        check(
+            chosen,
+            T=33,
+            cu_seqlens_q=i32(0, 13, 13, 14, 33),
+            config={"dkv_selected": {"BLOCK_C": 4, "BLOCK_T": 4, "BLOCK_M": 16, "BLOCK_N": 16}},
+        )
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter's")
+def test_gated_branches_have_gradients_and_empty_rows_none(seed):
+    """Two branches share keys, one has its own; a group of 4; the first rows lie before all keys."""
+    gated = spec(GATED, query=4, kv=1, qk=16, v=32)
+    with sanitizer.enabled(seed=seed):
+        found = check(gated, B=2, T=19, S=23, dtype=torch.float16, q_offset=i32(3, -2))
+    assert not found["q"][1, :2].any()
+    assert not found["gates"][1, :2].any()
+
+
+@pytest.mark.parametrize("causal", ["true", "false"])
+@pytest.mark.skipif(GPU, reason="the interpreter's")
+def test_windows_have_gradients(causal):
+    windowed = spec(WINDOW, query=2, kv=2, causal=causal)
+    check(windowed, B=2, T=21, S=29, kv_lens=i32(29, 17))
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter's")
+def test_a_callers_selection_may_repeat_blocks():
+    """And has -1 anywhere, and blocks that no row sees."""
+    chosen = spec(CHOSEN, query=3, kv=1, qk=16, v=16)
+    x = tensors(chosen, 1, 19, 19, torch.float32)
+    attn = load_kernel(chosen, interpret=True)
+    clean = torch.stack([torch.tensor([0, t // 8, -1]) for t in range(19)])
+    noisy = torch.stack([torch.tensor([t // 8, t // 8, 0]) for t in range(19)])
+    o = [attn(**x, selection={"block": s.int()[None, :, None]}) for s in (clean, noisy)]
+    grads = [torch.autograd.grad(each.square().sum(), list(x.values())) for each in o]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --- what is emitted
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_sources_of_gradients_are_golden(name, golden):
+    plan = backward.plan(emitted.graph(systems.load(name)), H100)
+    golden(f"backward/{name}/plan.txt", str(plan))
+    for file, text in emitted.sources(plan).items():
+        if plan.kernels and not file.startswith(("index_", "__init__")):  # as in the forward's
+            golden(f"backward/{name}/{file}", text)
+
+
+def test_sources_of_gradients_are_formatted_and_obey_the_rules(tmp_path):
+    wide = SMALL | {"qk": 192, "v": 80, "size": 12}
+    for case in (
+        spec(GATED, **wide, query=16, kv=1),
+        spec(GATED, **wide | {"share": "share: head"}, query=6, kv=2),
+        spec(WINDOW, **wide, query=2, kv=2, causal="false"),
+    ):
+        sources = emitted.sources(backward.plan(emitted.graph(case), H100, "fp32"))
+        allowlist.check(sources)
+        for file, text in sources.items():
+            assert lint(text, driver=file in ("driver.py", "__init__.py")) == [], file
+            (tmp_path / file).write_text(text)
+        for command in (["format", "--check"], ["check", "--select=F"]):
+            ruff = [sys.executable, "-m", "ruff", *command, "--isolated", "--no-cache"]
+            where = ["--line-length=100", "--target-version=py311", str(tmp_path)]
+            done = subprocess.run([*ruff, *where], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+
+REFUSED = {
+    "dsa_gqa": "branch selected: no kernel has the gradient of attention over tokens yet",
+    "dsa": "branch selected: no kernel has the gradient of attention over tokens yet",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_gradient_says_so(name):
+    with pytest.raises(PlanError, match=REFUSED[name]):
+        backward.plan(emitted.graph(load(name)), H100)
+
+
+# --- on a GPU, large
+
+
+def one_key_head(name, kv=2):
+    """Blocks, budgets, head dims and group of the file."""
+    shipped = load(name)
+    heads = shipped.heads.model_copy(update={"query": shipped.heads.group * kv, "kv": kv})
+    return shipped.model_copy(update={"heads": heads})
+
+
+LARGE = {"size": 64, "top": 8, "window": 200, "qk": 192, "v": 128}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 2), (16, 1)], ids=str)
+@pytest.mark.parametrize("share", ["share: head", GROUP])
+def test_large_gradients_are_right(heads, share, dtype):
+    gated = spec(GATED, **LARGE | {"share": share}, query=heads[0], kv=heads[1])
+    check(gated, T=1500, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["moba"])
+def test_shipped_gradients_are_right(name):
+    check(one_key_head(name), T=4099, dtype=torch.bfloat16, lse=False)
+
+
+@pytest.mark.gpu
+def test_large_documents_have_gradients():
+    chosen = spec(CHOSEN, **LARGE, query=8, kv=2)
+    check(chosen, T=3000, dtype=torch.bfloat16, cu_seqlens_q=i32(0, 700, 701, 701, 2001, 3000))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", ["true", "false"])
+def test_large_windows_have_gradients(causal):
+    windowed = spec(WINDOW, **LARGE, query=8, kv=2, causal=causal)
+    check(windowed, B=2, T=1000, S=1500, dtype=torch.bfloat16, kv_lens=i32(1500, 777))
