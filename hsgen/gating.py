@@ -114,7 +114,6 @@ class Gating:
             self._known[q.dtype, q.device] = gate
         return gate
 
-    @torch.compiler.assume_constant_result
     def _look_up(self, *kind: Any) -> Gate:
         """What was measured for such tensors: read once, and told of once."""
         if kind not in self._found:
@@ -127,3 +126,6 @@ class Gating:
             found.tell()
             self._found[kind] = found
         return self._found[kind].gate
+
+    # What torch.compiler.assume_constant_result does, but for loading the compiler, which takes seconds.
+    _look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -604,6 +604,7 @@ def their_checkouts(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.usefixtures("sanitized")
 def test_peers_are_timed_once_they_agree(their_checkouts, tmp_path):
     out = tmp_path / "out"
     argv = ["--sources", str(their_checkouts), *PEERS_TINY, "-o", str(out)]

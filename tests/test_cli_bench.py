@@ -44,6 +44,7 @@ def tiny(tmp_path):
 # --- in the interpreter
 
 
+@pytest.mark.usefixtures("sanitized")
 def test_a_spec_is_checked_timed_and_said(tiny, tmp_path, capsys):
     file = tmp_path / "out.json"
     argv = ["bench", tiny, *SMALL, "--against", "dense", "--against", "flex", "-o", str(file)]
@@ -76,6 +77,7 @@ def test_a_spec_is_checked_timed_and_said(tiny, tmp_path, capsys):
     assert case["steps"]["check small"]["same_choice"] == 1.0
 
 
+@pytest.mark.usefixtures("sanitized")
 def test_tuned_records_are_said(tmp_path, capsys):
     """Which record, how near it is, and the values, of each kernel that one speaks for."""
     text = TINY.replace("tiny", "tiny_tuned")

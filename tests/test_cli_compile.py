@@ -16,7 +16,7 @@ from hsgen import analysis, pipeline, report, resources, verify
 from hsgen.cli import main
 from hsgen.errors import PlanError
 from hsgen.spec import load
-from hsgen.target import A100, H100, MI300X, RTX4090
+from hsgen.target import H100, MI300X, RTX4090
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """\
@@ -131,10 +131,18 @@ def test_wrong_kernels_are_status_1(tiny, monkeypatch, capsys):
     assert result["verification"]["cases"][0]["problems"] == ["o: row [0] is off by 1"]
 
 
-def test_progress_is_told(tiny):
-    told = []
-    report.report(load(tiny), A100, verified=False, progress=lambda *what: told.append(what))
-    assert told[-1] == ("compiling", 5, 5)
+def test_progress_is_told(tiny, monkeypatch):
+    """Of what is not known already: here of one kernel, as if it were new."""
+    told, asked, recall = [], [], resources._recall
+
+    def forget_one(key):
+        asked.append(key)
+        return recall(key) if key != asked[0] else None
+
+    monkeypatch.setattr(resources, "_recall", forget_one)
+    report.report(load(tiny), H100, verified=False, progress=lambda *what: told.append(what))
+    assert told == [("compiling", 1, 1)]
+    assert len(asked) == 5
 
 
 # --- files

@@ -327,6 +327,7 @@ def test_gated_calls_compile_in_one_graph(gate):
         torch.testing.assert_close(compiled(x), kernel(**x))
 
 
+@pytest.mark.usefixtures("sanitized")
 def test_emitted_kernels_run_every_form():
     kernel = load_kernel(NESTED, interpret=True, gate=GATE)
     for keys in (9, 13, 14):

@@ -88,6 +88,7 @@ def test_numbers_between(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_unscaled"])
+@pytest.mark.usefixtures("sanitized")
 def test_choices_are_of_the_kept_numbers(dtype):
     trial = trials.trials(of(dtype))[3]  # with a prefix
     assert trial.numbers == "real"

@@ -291,6 +291,7 @@ def assert_means(kernel: Kernel, x: dict[str, Tensor], **more: object) -> None:
 @pytest.mark.parametrize("interpret", [True, False])
 @pytest.mark.parametrize(("rows", "keys"), [(13, 13), (5, 140)])
 @pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.usefixtures("sanitized")
 def test_kernels_mean_what_the_reference_says(
     name: str, rows: int, keys: int, *, interpret: bool
 ) -> None:
@@ -315,6 +316,7 @@ def test_packed_documents_take_over() -> None:
 
 
 @pytest.mark.parametrize("interpret", [True, False])
+@pytest.mark.usefixtures("sanitized")
 def test_one_layer_hands_on_to_the_next(*, interpret: bool) -> None:
     spec = of("tokens")
     first, second = (load_kernel(spec, layer=i, interpret=interpret) for i in (1, 2))

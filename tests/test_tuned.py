@@ -646,6 +646,7 @@ def test_a_caller_s_configuration_comes_before_a_record():
     assert choice.origin["attend_near"] == "caller"
 
 
+@pytest.mark.usefixtures("sanitized")
 def test_a_record_s_orders_decide_the_program():
     spec = named("small_ordered", SMALL)
     tuned.publish(interpreted(spec, {"selected": "keys"}))
@@ -657,6 +658,7 @@ def test_a_record_s_orders_decide_the_program():
     assert "selected: keys stay" in kernel.explain()
 
 
+@pytest.mark.usefixtures("sanitized")
 def test_calls_of_a_bucket_are_looked_up_once(monkeypatch: pytest.MonkeyPatch):
     spec = named("small_counted")
     kernel = runtime.load_kernel(spec, interpret=True)

@@ -47,6 +47,7 @@ def child():
     return Child(steady)
 
 
+@pytest.mark.usefixtures("sanitized")
 def test_a_point_is_verified_and_timed(child, spec, small):
     for point in (small.start, next(small.neighbours(small.start))):
         result = result_of(child.answer(request(spec, point)))
@@ -79,6 +80,7 @@ def test_wrong_kernels_are_not_timed(child, spec, small, monkeypatch):
         assert not result.times
 
 
+@pytest.mark.usefixtures("sanitized")
 def test_a_slow_point_is_given_up_early(spec, small):
     counts = []
 
@@ -94,12 +96,14 @@ def test_a_slow_point_is_given_up_early(spec, small):
     assert max(counts) <= tuning.MOST
 
 
+@pytest.mark.usefixtures("sanitized")
 def test_rows_are_proven_at_full_length(child, spec, small):
     result = result_of(child.answer(request(spec, small.start, "prove")))
     assert result.failure is None
     assert 0 < result.check["error_at_length"] < 1e-4
 
 
+@pytest.mark.usefixtures("sanitized")
 def test_points_are_compared_in_turn(spec, small):
     calls = []
 

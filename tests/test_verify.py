@@ -257,6 +257,7 @@ def test_reports_are_values():
 
 
 @pytest.mark.slow
+@pytest.mark.full  # the README's first command is of a shipped spec
 def test_emitted_kernels_are_verified(tmp_path, monkeypatch):
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
     report = verify.verify(SPECS[0], budget=400.0)

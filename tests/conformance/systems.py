@@ -79,8 +79,9 @@ LAYERS: dict[str, int] = {"small_thinker": 1, "token_sparse": 15}
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 # `dsa` is an example that has tests of its own, and rounds the index as test_stored has it.
 PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
-# Specs put together from loops that another has too: on the CPU a few of the covering cases, every third
-# probe and every fourth law; on a GPU all of them.  All others get all of them everywhere.
+# Specs put together from loops that another has too: on the CPU each run has two of the covering cases,
+# every sixth probe and every eighth law; the other specs have two thirds of the probes and laws, and half of
+# the cases.  `-m "not gpu"` and a GPU have all.
 ALIKE: dict[str, str] = {
     "deepseek_hca": "nsa",
     "dsa": "sparse_mla",

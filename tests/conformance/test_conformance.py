@@ -17,6 +17,9 @@ RUN = {"cpu": backends.interpreter, "cuda": backends.cuda}
 AGAIN = {"cpu": functools.partial(backends.interpreter, seed=1), "cuda": backends.cuda}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GROUPS = {"fp32": 3, "fp16": 2, "bf16": 1}
+FULL = pytest.mark.full
+# Specs with loops that are theirs alone.
+MAIN = [n for n in systems.KERNELS if n not in systems.ALIKE and n not in systems.PRESETS]
 LANES_AND_DTYPES = [
     pytest.param(*lane.values, word, id=f"{word}-{lane.id}", marks=lane.marks)
     for lane in LANES
@@ -35,45 +38,83 @@ def applicable(checks):
     ]
 
 
+def marks(lane, *, every):
+    """What a GPU always runs, the CPU often only with all the rest of a product."""
+    return lane.marks if every or lane.values[0] == "cuda" else (*lane.marks, FULL)
+
+
+def takes(name, number, often):
+    """Whether it is a spec's turn at a check: others with the same loops take it at their turns."""
+    alike = list(systems.ALIKE)
+    if name in alike:
+        return (number + alike.index(name)) % often == 0
+    return (number + MAIN.index(name)) % 3 != 0
+
+
 def laws_of_each():
-    """(spec, law, dtype, lane): each pair in one dtype; on the CPU specs alike take turns at the laws."""
-    words, alike = list(DTYPES), list(systems.ALIKE)
+    """(spec, law, dtype, lane): each pair in one dtype."""
+    words = list(DTYPES)
     for i, pair in enumerate(applicable(laws.CHECKS)):
         name, law = pair.values
-        turn = laws.CHECKS.index(law) + (alike.index(name) if name in alike else 0)
+        every = takes(name, laws.CHECKS.index(law), 8)
         for lane in LANES:
-            if name in alike and lane.values == ("cpu",) and turn % 4:
-                continue
             word = words[i % len(words)]
             values = (*pair.values, word, *lane.values)
-            yield pytest.param(*values, id=f"{pair.id}-{word}-{lane.id}", marks=lane.marks)
+            words_of_it = f"{pair.id}-{word}-{lane.id}"
+            yield pytest.param(*values, id=words_of_it, marks=marks(lane, every=every))
 
 
 def probes_of_each():
-    """(spec, probe, dtype, lane); on the CPU each pair in one dtype, and specs alike take turns."""
-    words, alike = [word for word in DTYPES if word != "bf16"], list(systems.ALIKE)
+    """(spec, probe, dtype, lane); on the CPU each pair in one dtype."""
+    words = [word for word in DTYPES if word != "bf16"]
     for i, pair in enumerate(applicable(probes.CHECKS)):
         name, probe = pair.values
-        turn = probes.CHECKS.index(probe) + (alike.index(name) if name in alike else 0)
+        every = takes(name, probes.CHECKS.index(probe), 6)
         for lane in LANES_AND_DTYPES:
             device, word = lane.values
-            if device == "cpu" and word != words[i % 2]:
-                continue
-            if device == "cpu" and name in alike and turn % 3:
-                continue
-            values = (*pair.values, word, device)
-            yield pytest.param(*values, id=f"{pair.id}-{lane.id}", marks=lane.marks)
+            if device == "cuda" or word == words[i % 2]:
+                values = (*pair.values, word, device)
+                yield pytest.param(
+                    *values, id=f"{pair.id}-{lane.id}", marks=marks(lane, every=every)
+                )
 
 
 def cases_of_each():
-    """(spec, case, lane): specs alike meet a few of the covering cases on the CPU, all on a GPU."""
-    for name in systems.KERNELS:
+    """(spec, case, lane): of two specs one after the other in MAIN one has the cases that the other has
+    not; hisa, whose levels are the slowest, has fewer.
+    """
+    for i, name in enumerate(systems.KERNELS):
         for lane in LANES:
             (device,) = lane.values
-            alike = name in systems.ALIKE and device == "cpu"
-            for case in cases.FEW if alike or name in systems.PRESETS else cases.CASES:
+            other = name in systems.PRESETS or (name in systems.ALIKE and device == "cpu")
+            some = cases.FEW if other else cases.CASES
+            often, turn = 2, MAIN.index(name) if name in MAIN else i
+            if name == "hisa" and not other:
+                often = 3
+            for number, case in enumerate(some):
+                every = (number + turn) % often == 0
                 words = f"{name}-{cases.case_id(case)}-{lane.id}"
-                yield pytest.param(name, case, device, id=words, marks=lane.marks)
+                yield pytest.param(name, case, device, id=words, marks=marks(lane, every=every))
+
+
+def always(some):
+    """Values of what every run has on the CPU."""
+    return [p.values for p in some if p.values[-1] == "cpu" and FULL.mark not in _marks(p)]
+
+
+def _marks(parameters):
+    return [getattr(each, "mark", each) for each in parameters.marks]
+
+
+def test_every_run_has_each_case_law_and_probe():
+    assert {cases.case_id(case) for _, case, _ in always(cases_of_each())} == {
+        cases.case_id(case) for case in cases.CASES
+    }
+    assert {name for name, *_ in always(cases_of_each())} == set(systems.KERNELS)
+    for some, checks in ((laws_of_each(), laws.CHECKS), (probes_of_each(), probes.CHECKS)):
+        held = always(some)
+        assert {check.name for _, check, *_ in held} == {check.name for check in checks}
+        assert {name for name, *_ in held} == set(systems.STRUCTURES)
 
 
 @pytest.mark.parametrize(("name", "case", "lane"), list(cases_of_each()))
@@ -90,7 +131,7 @@ SCHEDULES = {"union": {"DEAR": 0}, "rows": {"DEAR": 1 << 14}}
 @pytest.mark.parametrize("name", ["hisa", "dsa_gqa"])
 def test_each_schedule_of_chosen_tokens_is_right(name, schedule, lane, seed):
     """Over the union of a tile's blocks, and row by row: each forced on every tile."""
-    for case in cases.FEW if lane == "cpu" else cases.CASES:
+    for case in cases.FEW[name == "hisa" :: 2] if lane == "cpu" else cases.CASES:
         call = cases.build(name, case, device=lane, seed=seed)
         _right_twice(call, lane, forced={"index_selected": SCHEDULES[schedule]})
 
@@ -99,7 +140,7 @@ def test_each_schedule_of_chosen_tokens_is_right(name, schedule, lane, seed):
 @pytest.mark.parametrize("name", ["moba", "quest"])
 def test_blocks_that_rows_come_to_are_right(name, lane, seed):
     """The order that long blocks get, here of short ones."""
-    for case in cases.FEW if lane == "cpu" else cases.CASES:
+    for case in cases.FEW[name == "moba" :: 2] if lane == "cpu" else cases.CASES:
         call = cases.build(name, case, device=lane, seed=seed)
         _right_twice(call, lane, orders=(("selected", "keys"),))
 

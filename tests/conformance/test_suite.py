@@ -8,6 +8,7 @@ from conformance.covering import pairwise
 from conformance.lab import Lab
 from conformance.mutants import ERRORS, MUTANTS
 from conformance.oracles import check, error_findings, gathered
+from conformance.test_conformance import MAIN, always, laws_of_each, probes_of_each
 from hsgen import passes, planner, schedule
 from hsgen.errors import PlanError
 from hsgen.target import H100
@@ -25,15 +26,19 @@ def run_check(name, run, spec, dtype=torch.float32):
         CHECKS[name](Lab(run=run, name=spec, dtype=dtype))
 
 
-@pytest.mark.parametrize(
-    ("name", "spec"),
-    [
-        (name, spec)
-        for name in (ERRORS, *CHECKS)
-        for spec in systems.STRUCTURES
-        if name == ERRORS or CHECKS[name].applies(systems.small(spec))
-    ],
-)
+def pairs():
+    """(check, spec): each run has those that kernels are asked about too."""
+    asked = {
+        (c.name, s) for some in (laws_of_each(), probes_of_each()) for s, c, *_ in always(some)
+    }
+    for name in (ERRORS, *CHECKS):
+        for spec in systems.STRUCTURES:
+            if name == ERRORS or CHECKS[name].applies(systems.small(spec)):
+                every = (name, spec) in asked or (name == ERRORS and spec in MAIN)
+                yield pytest.param(name, spec, marks=() if every else pytest.mark.full)
+
+
+@pytest.mark.parametrize(("name", "spec"), list(pairs()))
 def test_suite_passes_the_reference_in_float32(name, spec):
     run_check(name, backends.stand_in, spec)
 

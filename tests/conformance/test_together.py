@@ -14,9 +14,15 @@ LANES = [
     pytest.param("cpu", id="cpu"),
     pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
 ]
-# Some of the pairs of laws and dtypes on the CPU, all on a GPU.
+# Some of the pairs of laws and dtypes on the CPU, of these two thirds each run, all on a GPU.
 CLAIMS = [
-    pytest.param(claim, word, lane, id=f"{claim.name}-{word}-{lane}", marks=marks)
+    pytest.param(
+        claim,
+        word,
+        lane,
+        id=f"{claim.name}-{word}-{lane}",
+        marks=marks or (pytest.mark.full if i % 3 == 0 else ()),
+    )
     for i, claim in enumerate((*laws.CHECKS, *probes.CHECKS))
     if claim.applies(systems.small(NAME))
     for j, word in enumerate(("fp32", "fp16", "bf16"))

@@ -56,7 +56,9 @@ def packed(spec, lane, seed):
 
 
 @pytest.mark.parametrize("lane", LANES)
-@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize(
+    "turn", ["last", "first", pytest.param("between", marks=pytest.mark.full)]
+)  # of which another test has one choice, and the others each turn
 @pytest.mark.parametrize("way", ["pooled", *WAYS])
 def test_unions_are_right_whatever_memory_held(way, turn, lane, seed):
     call = packed(spec_of(way, TURNS[turn]), lane, seed)
@@ -80,6 +82,7 @@ def test_without_a_sink_unions_are_right(way, lane, seed):
 def test_a_choice_given_back_makes_the_same_union(way, lane, seed):
     call = calls.make(spec_of(way, TURNS["between"]), B=2, T=13, device=lane, seed=seed)
     before = run(way, lane, call)
+    check(call, before)
     after = run(way, lane, call.with_options(selection=before.selection))
     assert torch.equal(before.o, after.o)
     assert torch.equal(before.lse["o"], after.lse["o"])

@@ -1,1 +1,0 @@
-"""Kernels of nsa, emitted by hsgen."""
