@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from test_space import space_of
 
-from hsgen import cli, tune
+from hsgen import tune
+from hsgen.cli import searching
 from hsgen.errors import HsgenError
 from hsgen.measurer import Failure, Result
 from hsgen.tune.journal import ORDERS, Journal
@@ -78,7 +79,7 @@ def test_a_missing_matplotlib_is_said(monkeypatch):
     monkeypatch.delattr(tune, "pictures", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(HsgenError, match="needs the package matplotlib") as error:
-        cli._draw()
+        searching.drawing()
     assert "hsgen[plots]" in str(error.value)
 
 
