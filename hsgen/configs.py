@@ -94,6 +94,14 @@ class RowTiles:
             return replace(self._fit(context, 1, wide, 2, dims), num_warps=4 if wide >= 64 else 2)
         return self._fit(context, max(1, limit // context.pitch), wide, 3, dims)
 
+    def step(self, context: rows.RowsContext) -> Config:
+        """Of one row of a sequence, whose keys several programs share: many keys on their way at a time."""
+        dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
+        wide = 64 if self._bytes == 2 else 32
+        if context.children:
+            wide = max(16, min(wide, next_power(context.children)))
+        return self._fit(context, 1, wide, 3, dims)
+
     def _fit(
         self,
         context: rows.RowsContext,
@@ -209,6 +217,28 @@ def rank(slots: int, stride: int, tokens: int, *, grouped: bool) -> Config:
     )
 
 
+def for_rows(plan: Plan, tokens: int) -> Plan:
+    """The same plan of a few rows for so many of a sequence: one tile has all of them.
+
+    A kernel that walks a row's own list takes one row, however many there are.
+    """
+    return plan.with_config({k.name: _of_rows(k, next_power(tokens)) for k in plan.kernels})
+
+
+def _of_rows(kernel: Kernel, tokens: int) -> Config:
+    values, warps = dict(kernel.config.constexprs), kernel.config.num_warps
+    context = kernel.context
+    if isinstance(context, rows.RowsContext) and not context.one_token:
+        block_m = max(16, next_power(tokens * context.pitch))
+        values |= {"BLOCK_T": tokens, "BLOCK_M": block_m}
+        warps = 8 if block_m >= 128 else warps
+    if kernel.skeleton == "rank":
+        values["BLOCK_R"] = min(values["BLOCK_R"], tokens)
+    if kernel.name == "store":
+        values["BLOCK_V"] = tokens
+    return replace(kernel.config, constexprs=tuple(values.items()), num_warps=warps)
+
+
 def for_interpreter(plan: Plan) -> Plan:
     """The same plan for small shapes in Triton's interpreter, where each step of a program is dear.
 
@@ -224,6 +254,6 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
         values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
     if kernel.skeleton in ("rows", "cols") and "BLOCK_N" in values:
         values["BLOCK_N"] = min(values["BLOCK_N"], 32)
-    if "BLOCK_R" in values and kernel.skeleton == "merge":
+    if "BLOCK_R" in values and kernel.skeleton == "merge" and "BLOCK_P" not in values:
         values["BLOCK_R"] = 256
     return replace(kernel.config, constexprs=tuple(values.items()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hsgen import splits
 from hsgen.plan import Buffer, Kernel, Launch, Plan, Step
 
 
@@ -173,15 +174,50 @@ class Driver:
         behind = self._ancestors(_made(step.needs), frozenset())
         return any(name in chosen for s in (*behind, step) for name in _made(s.needs))
 
+    # --- a cache
+
+    @property
+    def cached(self) -> bool:
+        return self.plan.cached is not None
+
+    @property
+    def few(self) -> bool:
+        """Whether a call has a few rows of each sequence, whose keys programs share."""
+        return self.plan.cached is not None and self.plan.cached.rows == "few"
+
+    @property
+    def share_keys(self) -> int:
+        return splits.SHARE_KEYS
+
+    @property
+    def appends(self) -> tuple[Step, ...]:
+        return self.plan.appends
+
+    @property
+    def unpack_append(self) -> tuple[str, ...]:
+        """New tokens and what is learned from the caller, the rest from the cache."""
+        assert self.plan.storage is not None
+        streams = [stream.name for stream in self.plan.storage.streams]
+        needed = {name for step in self.appends for name in step.needs}
+        learned = [x for x, _ in self.plan.inputs if x in needed and x not in streams]
+        return (
+            *(f'new_{name} = tensors["{name}"]' for name in streams),
+            *(f'in_{name} = tensors["{name}"]' for name in learned),
+            *(f'in_{name} = cache["{name}"]' for name in streams),
+            *(line for name in self.plan.kept for line in _kept(name, "cache")),
+        )
+
     # --- text
 
     def unpack(self, steps: Iterable[Step]) -> tuple[str, ...]:
         """The caller's tensors that some steps read."""
         needed = {name for step in steps for name in step.needs}
         needed |= {"q"} if needed else set()  # the shape of every output
-        return tuple(
+        inputs = tuple(
             f'in_{name} = tensors["{name}"]' for name, _ in self.plan.inputs if name in needed
         )
+        kept = (name for name in self.plan.kept if name in needed)
+        return (*inputs, *(line for name in kept for line in _kept(name, "tensors")))
 
     @property
     def unpack_forward(self) -> tuple[str, ...]:
@@ -220,8 +256,14 @@ def _made(nodes: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"made_{name.replace('.', '_')}" for name in nodes)
 
 
+def _kept(name: str, source: str) -> tuple[str, ...]:
+    """Entries of a level, and how many a sequence has room for."""
+    (made,) = _made((name,))
+    return f'{made} = {source}["{name}"]', f"{made.replace('made_', 'count_', 1)} = {made}.shape[1]"
+
+
 def _tuned(text: str, kernel: str) -> str:
     """{BLOCK_T} in a grid is the kernel's own tuned value."""
-    for name in ("BLOCK_T", "BLOCK_R", "BLOCK_E", "BLOCK_V", "BLOCK_H", "BLOCK_N"):
+    for name in ("BLOCK_T", "BLOCK_R", "BLOCK_E", "BLOCK_V", "BLOCK_H", "BLOCK_N", "BLOCK_P"):
         text = text.replace(f"{{{name}}}", f'config["{kernel}"]["{name}"]')
     return text

@@ -272,13 +272,13 @@ class Execution:
         if choice is None:
             result = self.result(call, problem, exact_dtype(problem.dtype), self.attending)
             return self._from_result(call, problem, result)
-        brought = self._padded_selection(call, problem) if call.selection else None
-        tensors = _uniform(known, call)
+        given = self.padded_selection(call, problem) if call.selection else None
+        tensors = uniform(known.expected, known.problem, call)
         without = choice.program.rows_apart and not selections
         options = {"rows": False} if without else {}
-        with _running(problem.device):
+        with running(problem.device):
             o, lse, chosen = choice.program.driver.forward(
-                tensors, where, choice.config, brought, **options
+                tensors, where, choice.config, given, **options
             )
         outputs = [o, *[lse[branch] for branch in self.branches]]
         outputs += [] if without else [chosen[level] for level in self.chosen(call)]
@@ -308,8 +308,8 @@ class Execution:
         if choice is None:
             result = self.result(call, problem, exact_dtype(problem.dtype), self.choosing)
             return self._lists(call, problem, result, self.levels)
-        tensors = _uniform(known, call)
-        with _running(problem.device):
+        tensors = uniform(known.expected, known.problem, call)
+        with running(problem.device):
             chosen = choice.program.driver.select(tensors, where, choice.config)
         return self._done(known, choice.program, [chosen[level] for level in self.levels])
 
@@ -375,14 +375,14 @@ class Execution:
         o, grad_o = (_rows_of(each[0], problem) for each in (outputs, grads))
         if grad_o.stride(-1) != 1:  # of a sum, say: one number everywhere
             grad_o = grad_o.contiguous()
-        with _running(problem.device):
+        with running(problem.device):
             found = program.driver.backward(
                 tensors,
                 _batch(call, problem),
                 program.config,
                 o=o,
                 lse=lse,
-                selection=self._padded_selection(call, problem),
+                selection=self.padded_selection(call, problem),
                 grad_o=grad_o,
                 grad_lse=grad_lse,
             )
@@ -436,7 +436,7 @@ class Execution:
             got = arguments.SHORT_NAMES[problem.dtype]
             raise ArgumentError(f"q: expected {wanted}, as load_kernel was told, got {got}")
         arguments.check_lengths(lengths, problem)
-        arguments.check_selections(expected, problem, _brought(call))
+        arguments.check_selections(expected, problem, brought(call))
         return problem
 
     def _look_up(self, what: str, expected: Expected, call: Call) -> _Known:
@@ -481,7 +481,7 @@ class Execution:
     def _check_values(self, call: Call, problem: Problem, where: Batch) -> None:
         """Lengths and indices themselves; waits for the device."""
         arguments.check_values(_lengths(call), where, problem)
-        for level, indices in _brought(call):
+        for level, indices in brought(call):
             stride = self.spec.level(level).partition.stride
             arguments.check_selection_values(level, indices, where, stride=stride)
 
@@ -614,7 +614,7 @@ class Execution:
             cu_seqlens_k=call.cu_seqlens_k,
             q_offset=call.q_offset if call.q_offset is not None else call.first,
             kv_lens=kv_lens,
-            selection=dict(_brought(call)),
+            selection=dict(brought(call)),
             dtype=dtype,
             keep_scores=False,
         )
@@ -666,10 +666,10 @@ class Execution:
         name, _ = self.attending.selections[level]
         return int(name) if name.isdecimal() else problem.sizes[name]
 
-    def _padded_selection(self, call: Call, problem: Problem) -> dict[str, Tensor]:
+    def padded_selection(self, call: Call, problem: Problem) -> dict[str, Tensor]:
         """A caller's indices as wide as the kernels read them, with a batch dimension."""
         found: dict[str, Tensor] = {}
-        for level, indices in _brought(call):
+        for level, indices in brought(call):
             width = self.attending.selections[level][1]
             missing = width - indices.shape[-1] if isinstance(width, int) else 0
             wide = F.pad(indices, (0, missing), value=-1) if missing else indices
@@ -799,16 +799,16 @@ def _batch(call: Call, problem: Problem) -> Batch:
     )
 
 
-def _brought(call: Call) -> list[tuple[str, Tensor]]:
+def brought(call: Call) -> list[tuple[str, Tensor]]:
     """The caller's indices by level."""
     if not call.selection:
         return []
     return list(zip(call.levels.split(","), call.selection, strict=True))
 
 
-def _uniform(known: _Known, call: Call) -> dict[str, Tensor]:
+def uniform(expected: Expected, problem: Problem, call: Call) -> dict[str, Tensor]:
     """Tensors by name as [B, T, H, D], all of them views."""
-    return _views(known.expected, known.problem, call.tensors)
+    return _views(expected, problem, call.tensors)
 
 
 def _views(expected: Expected, problem: Problem, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -857,7 +857,7 @@ def _filled(outputs: list[Tensor]) -> list[Tensor]:
     return outputs
 
 
-def _running(device: torch.device) -> AbstractContextManager[object]:
+def running(device: torch.device) -> AbstractContextManager[object]:
     """The guard that kernels run under."""
     if device.type != "cuda":
         return _interpreter_lock

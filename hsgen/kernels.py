@@ -24,6 +24,7 @@ GROUP = 8  # entries
 TUNABLES = {
     "BLOCK_T": "tokens a tile",
     "BLOCK_R": "rows a program",
+    "BLOCK_P": "parts of a row, at most",
     "BLOCK_N": "entries a step",
     "BLOCK_K": "slots a step",
     "DEAR": "times a key of the union costs one of a row's list",
@@ -310,6 +311,7 @@ class SegmentsContext:
     normed: bool = False
     turn: Turn | None = None
     rows: int = 0  # > 0: queries of blocks of so many rows
+    append: bool = False  # only entries that new tokens complete, into what a cache keeps
 
     @property
     def finishes(self) -> bool:
@@ -327,6 +329,8 @@ class SegmentsContext:
             return f"one query a block of rows: {self.how} of its rows' queries."
         if self.how == "minmax":
             return "two vectors an entry: the least and the greatest of its tokens."
+        if self.append:
+            return "the entries that new tokens complete."
         steps = ["normed"] * self.normed + ["rotated"] * bool(self.turn)
         return f"one vector an entry: {' and '.join([f'{self.how} of its tokens', *steps])}."
 
@@ -375,10 +379,19 @@ class SegmentsContext:
             *((weight,) if self.how in ("linear", "max_min_mean") else ()),
             *((position,) if self.position else ()),
             *self._finishing,
-            pointer("POOLED", "input", f"[Z, N, {made}, packed [1, N, {made}"),
-            count("length", "N; packed: 1 if the last entry of a sequence may be short, else 0"),
+            *self._place(made),
             *SEQ,
             *tunables("BLOCK_E", *self._tunables),
+        )
+
+    def _place(self, made: str) -> tuple[Param, ...]:
+        """Where entries go, and how many a sequence has room for."""
+        if self.append:
+            tiles = count("tiles", "of entries, of a sequence")
+            return (pointer("POOLED", "input", f"[Z, N, {made}"), count("length", "N"), tiles)
+        return (
+            pointer("POOLED", "input", f"[Z, N, {made}, packed [1, N, {made}"),
+            count("length", "N; packed: 1 if the last entry of a sequence may be short, else 0"),
         )
 
     @property

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 from hsgen import backward, build, emit, passes, planner, schedule
 from hsgen.configs import DType
 from hsgen.graph import Graph
-from hsgen.plan import Plan
+from hsgen.plan import Cached, Plan
 from hsgen.schedule import Order
 from hsgen.spec import Spec
 from hsgen.target import Target
@@ -38,17 +38,18 @@ def compile_spec(
     target: Target,
     dtype: DType = "bf16",
     orders: Mapping[str, Order] | None = None,
+    cached: Cached | None = None,
 ) -> Artifact:
     """Compile one spec for one GPU, which need not be there.  The whole of hsgen, in order.
 
-    `orders` is what `schedule` takes.
+    `orders` and `cached` are what `schedule` takes.
 
     Raises:
         PlanError: no kernel can do it.
         BuildError: the emitted files cannot be kept.
     """
     graph = passes.run(planner.plan(spec))
-    return compile_graph(graph, spec, target, dtype, orders)
+    return compile_graph(graph, spec, target, dtype, orders, cached)
 
 
 def compile_graph(
@@ -57,9 +58,10 @@ def compile_graph(
     target: Target,
     dtype: DType = "bf16",
     orders: Mapping[str, Order] | None = None,
+    cached: Cached | None = None,
 ) -> Artifact:
     """As compile_spec, from a graph: the one a spec gives, or one edited by hand."""
-    plan = schedule.schedule(graph, target, dtype, orders)
+    plan = schedule.schedule(graph, target, dtype, orders, cached)
     sources = emit.render(plan, provenance(spec, target))
     key = {
         "hsgen": hsgen_version(),
@@ -68,6 +70,7 @@ def compile_graph(
         "target": target.name,
         "dtype": dtype,
         **({"orders": dict(orders)} if orders else {}),
+        **({"cached": asdict(cached)} if cached else {}),
     }
     module = build.build(spec.name, sources, key)
     return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)

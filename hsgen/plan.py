@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
+from hsgen.storage import Storage
+
 ParamKind = Literal["pointer", "stride", "count", "constexpr"]
 Skeleton = Literal["rows", "cols", "rank", "segments", "index", "merge"]
 ElementType = Literal["input", "f32", "i32", "i64"]
@@ -130,6 +132,17 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cached:
+    """What a plan behind a cache is for: many rows of a sequence at a time, or a few.
+
+    `page`: its tokens lie in pages of so many; 0: in one piece.
+    """
+
+    rows: Literal["many", "few"]
+    page: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """How one spec runs on one GPU."""
 
@@ -152,6 +165,15 @@ class Plan:
     gradients: Mapping[str, str] = field(
         default_factory=dict
     )  # of a backward: by tensor, its buffer
+    cached: Cached | None = None
+    storage: Storage | None = None  # what the cache keeps
+    appends: tuple[Step, ...] = ()  # what puts new tokens into it
+
+    @property
+    def kept(self) -> Mapping[str, tuple[str, ...]]:
+        """Entries that are not pooled, but given: nodes, with their buffers' dimensions."""
+        levels = self.storage.levels if self.storage else ()
+        return {x.name: ("B", f"S // {x.stride}", str(x.heads), str(x.width)) for x in levels}
 
     @property
     def usual(self) -> tuple[Step, ...]:
@@ -174,12 +196,12 @@ class Plan:
 
 def dump(plan: Plan) -> str:
     """The plan as text: which operators share a launch, in which skeleton, with which buffers."""
-    launches = sum(len(step.launches) for step in plan.usual)
+    launches = sum(len(step.launches) for step in (*plan.appends, *plan.usual))
     lines = [
         f"plan {plan.name} for {plan.target}, {plan.dtype}: {launches} launches",
         "  Z sequences, rows = all their queries: Z = B, rows = B * T, or packed documents (B = 1)",
     ]
-    for step in plan.steps:
+    for step in (*plan.appends, *plan.steps):
         lines += ["", f"  {step.title}", *(f"    {line}" for line in _step_lines(plan, step))]
     return "\n".join(lines) + "\n"
 

@@ -170,6 +170,8 @@ class RowsContext(InTurn):
     together: Literal["", "blocks", "part"] = ""  # rows are blocks of rows, or some of one block
     rows_together: int = 0  # of a block
     turn: Gated | Joined | None = None  # of a branch that is one of several
+    split: bool = False  # a program walks a share of the keys, and leaves a part of each softmax
+    page: int = 0  # > 0: keys lie in pages of so many tokens
     scale: str = ""  # of logits, in a gradient
     adds: bool = False  # to the gradient of other branches
 
@@ -217,7 +219,34 @@ class RowsContext(InTurn):
     @property
     def out_token(self) -> str:
         """Where a row's output goes: its token, or the slot that is a part of it."""
-        return "item" if self.width_of_list else "q_token"
+        return "item" if self.width_of_list or self.split else "q_token"
+
+    @property
+    def slots(self) -> str:
+        """How many slots of a list there are: a token each."""
+        return str(self.width * self.stride)
+
+    @property
+    def listed(self) -> str:
+        """Which entry of a list a slot is of: each has `stride` tokens."""
+        return "slot" if self.stride == 1 else f"slot // {self.stride}"
+
+    @property
+    def gathered(self) -> str:
+        """The token of a slot, -1 where there is none."""
+        if self.stride == 1:
+            return "ahead"
+        return f"tl.where(ahead < 0, -1, ahead * {self.stride} + slot % {self.stride})"
+
+    @property
+    def first_slot(self) -> str:
+        """Where a walk over slots begins, as what is added to the place in a tile."""
+        return "share_first + " if self.split else ""
+
+    @property
+    def key_rows(self) -> str:
+        """Rows of the keys `n` in their tensor."""
+        return "k_at" if self.page else "k_row + n"
 
     @property
     def out_head(self) -> str:
@@ -356,6 +385,84 @@ class Entries:
     size: int
     stride: int
     short: bool = False
+
+
+PAGES = (
+    pointer("PAGES", "i32", "[Z, pages] where each page of a sequence is"),
+    count("pages", "most pages of a sequence"),
+    count("page_rows", "rows of keys from one page to the next"),
+)
+
+
+def pages_of(page: int) -> tuple[Param, ...]:
+    """What says where pages are."""
+    return PAGES if page else ()
+
+
+def page_arguments(page: int) -> tuple[str, ...]:
+    """The same, of a batch."""
+    return ("batch.pages", "batch.pages.stride(0)", "batch.page_rows") if page else ()
+
+
+def with_pages(context: RowsContext, page: int) -> RowsContext:
+    """The same loops over keys that lie in pages; entries that are pooled do not."""
+    if not page:
+        return context
+    at = [p.name for p in context.params].index("SEQ")
+    params = (*context.params[:at], *PAGES, *context.params[at:])
+    return replace(context, params=params, page=page)
+
+
+# --- shares of the keys
+
+
+def with_split(context: RowsContext) -> RowsContext:
+    """The same loops, shared by the programs of a third axis.
+
+    Scores need no more: each goes to its own place.  Of a softmax every program leaves a part, its output
+    normalised and its log-sum-exp, from which the whole is merged.
+    """
+    unit = "1" if context.phases[0].kind in ("list", "children") else "BLOCK_N"
+    begin, end = context.phases[0].start, context.phases[-1].stop
+    keys = "walked" if begin == "0" else f"walked - {begin}"
+    steps = keys if unit == "1" else f"({keys} + BLOCK_N - 1) // BLOCK_N"
+    scale = "" if unit == "1" else " * BLOCK_N"
+    setup = [
+        f"walked = {end}",
+        f"steps = {steps}",
+        f"share = (steps + tl.num_programs(2) - 1) // tl.num_programs(2){scale}",
+        "share_first = " + ("" if begin == "0" else f"{begin} + ") + "tl.program_id(2) * share",
+        "share_end = tl.minimum(share_first + share, walked)",
+    ]
+    params = context.params
+    if context.acc != "score":
+        setup.append(
+            "item = (tl.load(SEQ + z * 6) + token) * tl.num_programs(2) + tl.program_id(2)"
+        )
+        params = tuple(PARTS.get(p.name, p) for p in params)
+    phases = tuple(
+        replace(
+            phase,
+            start="share_first"
+            if phase.start == begin
+            else f"tl.maximum({phase.start}, share_first)",
+            stop="share_end" if phase.stop == end else f"tl.minimum({phase.stop}, share_end)",
+        )
+        for phase in context.phases
+    )
+    return replace(
+        context,
+        params=params,
+        setup=(*context.setup, *setup),
+        phases=phases,
+        split=True,
+    )
+
+
+PARTS = {
+    "O": pointer("O", "f32", "f32[Hq, items, Dv] parts of each row's output"),
+    "LSE": pointer("LSE", "f32", "f32[Hq, items] and their log-sum-exps"),
+}
 
 
 # --- attend
@@ -593,11 +700,18 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
 
 
 def attend_tokens(
-    shape: Shape, *, name: str, scale: float, width: int, share: str, alone: bool = False
+    shape: Shape,
+    *,
+    name: str,
+    scale: float,
+    width: int,
+    share: str,
+    alone: bool = False,
+    size: int = 1,
 ) -> RowsContext:
     """One softmax over a query's own list of tokens, gathered, in tiles whose union costs more.
 
-    `alone`: in all tiles, without counts.
+    `alone`: in all tiles, without counts.  `size`: of a list's entries, blocks of so many tokens.
     """
     heads = heads_of(shape, per_head=share == "Hq")
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
@@ -612,13 +726,15 @@ def attend_tokens(
     )
     seen = "last + 1" if shape.causal else "k_len"
     causal = " & (n <= last)" if shape.causal else ""
+    what = "tokens" if size == 1 else "blocks"
+    used = seen if size == 1 else f"({seen} + {size - 1}) // {size} * {size}"
     return RowsContext(
         name=name,
-        summary="attention over the tokens each query selected, gathered.",
+        summary=f"attention over the {what} each query selected, gathered.",
         params=(
             *QUERY,
             *keys_and_values(shape),
-            pointer("SELECTION", "i32", "[rows, H, K] tokens"),
+            pointer("SELECTION", "i32", f"[rows, H, K] {what}"),
             *counts,
             *OUTPUTS,
             *SEQ,
@@ -640,12 +756,13 @@ def attend_tokens(
                 kind="gather",
                 comment="the list is ascending, so no more slots are in use than tokens are seen",
                 start="0",
-                stop=f"tl.minimum({width}, {seen})",
+                stop=f"tl.minimum({width * size}, {used})",
                 inside=f"(n >= 0) & (n < k_len){causal}",
                 visible=("inside[None, :]",),
             ),
         ),
         width=width,
+        stride=size,
         scale_log2=number(scale * LOG2_E),
         precision=shape.precision,
     )

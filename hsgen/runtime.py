@@ -31,6 +31,8 @@ from hsgen import (
     tuned,
 )
 from hsgen.arguments import Expected
+from hsgen.cache import Cache, Shape
+from hsgen.decoding import Decoding
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
     PLANNED,
@@ -42,9 +44,10 @@ from hsgen.execution import (
     Stats,
     interpreting,
 )
-from hsgen.gates import Form, Gate
+from hsgen.gates import Form, Gate, GateError
 from hsgen.gating import Gating
 from hsgen.operators import Call
+from hsgen.plan import Cached
 from hsgen.schedule import Order
 from hsgen.selection import ListSelection, Selection
 from hsgen.spec import HeadDim, Heads, Spec, load
@@ -53,6 +56,10 @@ from hsgen.target import Target
 LengthArguments = tuple[
     Tensor | None, Tensor | None, int | None, int | Tensor | None, int | Tensor | None
 ]
+
+
+# o, then as asked for: log-sum-exp, one or by branch, and selections by level
+Stepped = Tensor | tuple[Tensor | dict[str, Tensor] | dict[str, ListSelection], ...]
 
 
 def load_kernel(
@@ -134,13 +141,14 @@ def compile_program(
     interpret: bool,
     orders: Mapping[str, Order] | None = None,
     backward: bool = False,
+    cached: Cached | None = None,
 ) -> Program:
     """Compile a bound spec for a GPU, or its gradients, and import what was emitted."""
     build.triton_version()  # refuses one that is too old, before its own errors
     if backward:
         artifact = pipeline.compile_backward(spec, target, PLANNED[dtype])
     else:
-        artifact = pipeline.compile_spec(spec, target, PLANNED[dtype], orders)
+        artifact = pipeline.compile_spec(spec, target, PLANNED[dtype], orders, cached)
     plan = configs.for_interpreter(artifact.plan) if interpret else artifact.plan
     config = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
     return Program(
@@ -207,6 +215,7 @@ class Kernel:
         self._choosing = self._execution.choosing
         self._known_names = frozenset({*self._attending.names, "k", "v"})
         operators.register(key, self._execution)
+        self._decoding = Decoding(self._execution, compile_program)
         self._gating: Gating | None = None
         self._forms: dict[Form, Kernel] = {}
         if options.gate is not None:
@@ -312,6 +321,130 @@ class Kernel:
             level: ListSelection(level=level, indices=indices)
             for level, indices in zip(self._execution.levels, outputs, strict=True)
         }
+
+    # --- calls with a cache
+
+    def new_cache(
+        self,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Cache:
+        """An empty cache: keys, values, and the entries of every level, which `decode` and `extend` fill.
+
+        Args:
+            batch: sequences.
+            capacity: most tokens of a sequence.
+            dtype: of what it keeps; default that of `load_kernel`, else bf16 on a GPU, fp32 on a CPU.
+            device: default the current GPU, if there is one.
+
+        Raises:
+            PlanError: a row depends on more than the tokens up to its own, heads are not known, or no
+                kernel decodes an operator yet.
+            GateError: the kernel has a gate.
+        """
+        if self._options.gate is not None:
+            raise GateError(
+                f"{self.spec.name}: a kernel with a gate has no cache, as forms of it keep other tensors",
+                help="load_kernel without `gate`",
+            )
+        if device is None:
+            on_cpu = self._options.interpret or not torch.cuda.is_available()
+            device = "cpu" if on_cpu else "cuda"
+        where = torch.device(device)
+        if where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
+        usual = torch.float32 if where.type == "cpu" else torch.bfloat16
+        return self._decoding.new_cache(
+            Shape(
+                batch=batch,
+                capacity=capacity,
+                dtype=dtype or self._options.dtype or usual,
+                device=where,
+            )
+        )
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        cache: Cache,
+        *,
+        layout: str = "bthd",
+        return_lse: bool = False,
+        return_selection: bool = False,
+        new_lens: Tensor | None = None,
+        selection: Mapping[str, Selection | Tensor] | None = None,
+        **tensors: Tensor,
+    ) -> Stepped:
+        """Attend with one to eight new tokens of each sequence, which the cache then has.
+
+        Row t of a sequence is what row t of prefill is.  Nothing waits for the device: a CUDA graph that
+        has captured a step, after one like it, may be replayed as lengths grow.
+
+        Args:
+            q: [B, T, Hq, Dqk].
+            k: [B, T, Hkv, Dqk], of the new tokens.
+            v: [B, T, Hkv, Dv].
+            cache: what `new_cache` made.
+            layout: as of a call.
+            return_lse: as of a call.
+            return_selection: return what each new row chose too, by level, as `selection` takes it.
+            new_lens: i32[B], how many of the T tokens each sequence has; default all.  Rows of the
+                others are empty.
+            selection: as of a call, of the new rows.
+            **tensors: what else the spec needs, of the new tokens.
+
+        Raises:
+            ArgumentError: argument, expected and got; no room in the cache.
+        """
+        given = {"q": q, "k": k, "v": v, **tensors}
+        returns = (return_lse, return_selection)
+        return self._step(given, cache, layout, new_lens, selection, returns, few=True)
+
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        cache: Cache,
+        *,
+        layout: str = "bthd",
+        return_lse: bool = False,
+        return_selection: bool = False,
+        new_lens: Tensor | None = None,
+        selection: Mapping[str, Selection | Tensor] | None = None,
+        **tensors: Tensor,
+    ) -> Stepped:
+        """As `decode`, with any number of new tokens: prefill into a cache, whole or chunk by chunk."""
+        given = {"q": q, "k": k, "v": v, **tensors}
+        returns = (return_lse, return_selection)
+        return self._step(given, cache, layout, new_lens, selection, returns, few=False)
+
+    def _step(
+        self,
+        given: Mapping[str, Tensor | None],
+        cache: Cache,
+        layout: str,
+        new_lens: Tensor | None,
+        selection: Mapping[str, Selection | Tensor] | None,
+        returns: tuple[bool, bool],
+        *,
+        few: bool,
+    ) -> Stepped:
+        lengths = (None, None, None, None, None)
+        call = self._call(given, self._attending, layout, lengths, selection)
+        outputs, chosen = self._decoding.step(call, cache, new_lens, few=few)
+        return_lse, return_selection = returns
+        found = self._returned(outputs, return_lse=return_lse)
+        if not return_selection:
+            return found
+        selections = {
+            level: ListSelection(level=level, indices=each) for level, each in chosen.items()
+        }
+        return (*found, selections) if isinstance(found, tuple) else (found, selections)
 
     def reference(
         self,

@@ -21,11 +21,13 @@ errors  paths  svg                      what is said · where things are · pict
 target  spec                            a GPU · what the user wrote
 selection  graph  layout                what is chosen · what is computed · places for its boxes
 reference  analysis  planner  passes    the meaning · the costs · Spec -> Graph -> Graph
+storage                                 what a cache keeps of a spec
 plan
 gates                                   forms of a spec for short sequences
 rows  dryrun                            a kernel's loops · one call on paper
 kernels
 buckets  together  cols                 rows by the blocks they chose · rows that share a list · gradients
+splits  appending                       a row's keys shared by programs · new tokens into a cache
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
 schedule  driver                        Graph, Target -> Plan
 backward                                the same of gradients
@@ -40,8 +42,9 @@ tuned                                   configurations that were measured, and w
 catalogue                               what `specs` says
 batch  operators  dense                 where sequences lie · torch's view of calls · PyTorch's attention
 arguments
+cache                                   keys, values and entries of sequences that grow
 execution
-gating                                  which form a call takes
+gating  decoding                        which form a call takes · calls behind a cache
 runtime                                 load_kernel
 trials                                  emitted kernels against the reference
 verify                                  trials in a process of their own
@@ -74,10 +77,10 @@ families
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes plan gates rows kernels buckets together "
-    "cols configs refusals schedule driver backward knobs space emit allowlist store workers build "
-    "resources pipeline tuned catalogue verify dryrun report measurer pruning lanes compare progress "
-    "cli svg layout drawing"
+    "errors paths target spec graph analysis planner passes storage plan gates rows kernels buckets "
+    "together splits appending cols configs refusals schedule driver backward knobs space emit "
+    "allowlist store workers build resources pipeline tuned catalogue verify dryrun report measurer "
+    "pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.

@@ -104,10 +104,10 @@ def test_python_snippets_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     namespace: dict[str, object] = {}
     snippets = [text for text in blocks("python") if "hsgen.load_kernel" in text]
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     for text in snippets:
         exec(compile(text, "README.md", "exec"), namespace)
-    assert list(namespace["o"].shape) == [1, 512, 32, 128]
+    assert list(namespace["o"].shape) == [1, 1, 32, 128]
     assert list(namespace["lse"].shape) == [1, 32, 512]
 
 

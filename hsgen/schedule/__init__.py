@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hsgen import refusals
+from hsgen import appending, refusals
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -45,7 +45,7 @@ from hsgen.graph import (
     Union,
     Unlike,
 )
-from hsgen.plan import Plan
+from hsgen.plan import Cached, Plan
 from hsgen.schedule import attending, choosing, combining, text, vectors
 from hsgen.schedule.choosing import part_of
 from hsgen.schedule.draft import (
@@ -56,6 +56,7 @@ from hsgen.schedule.draft import (
     Draft,
     Order,
 )
+from hsgen.storage import Storage, storage_of
 from hsgen.target import Target
 
 __all__ = [
@@ -74,6 +75,7 @@ def schedule(
     target: Target,
     dtype: DType = "bf16",
     orders: Mapping[str, Order] | None = None,
+    cached: Cached | None = None,
 ) -> Plan:
     """Plan every launch of a spec for one GPU.
 
@@ -83,18 +85,21 @@ def schedule(
         dtype: of the caller's tensors; it decides tile sizes, not the kernels' text.
         orders: by branch, whether rows stay and blocks come to them, or blocks stay and rows come; of
             branches over blocks that each query head chose for itself.
+        cached: that keys come from a cache, which keeps the entries of levels too; None: from the caller.
 
     Raises:
         PlanError: an operator that no kernel does yet, a size that none can hold, or an order of a branch
             that has but one.
     """
-    return _plan(Draft(graph, target, dtype, orders or {}))
+    return _plan(Draft(graph, target, dtype, orders or {}, cached=cached))
 
 
 def _plan(draft: Draft) -> Plan:
+    storage = storage_of(draft.graph) if draft.cached else None
     _refuse(draft)
     _require_branches(draft)
     draft.turns = combining.turns(draft.graph)
+    _append(draft, storage)
     for node in draft.graph.nodes():
         match node.op:
             case Pool() | PoolRows():
@@ -144,7 +149,18 @@ def _plan(draft: Draft) -> Plan:
         },
         gates=combining.gates(draft.graph),
         sizes=dict(draft.graph.sizes),
+        cached=draft.cached,
+        storage=storage,
+        appends=tuple(draft.appends),
     )
+
+
+def _append(draft: Draft, storage: Storage | None) -> None:
+    """What comes before pools where there is a cache: lengths, and the new tokens."""
+    if storage is not None:
+        kernels, steps = appending.plan(storage, draft.page)
+        draft.kernels += kernels
+        draft.appends += steps
 
 
 def _refuse(draft: Draft) -> None:

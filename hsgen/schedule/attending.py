@@ -10,11 +10,14 @@ from hsgen.graph import (
     Score,
 )
 from hsgen.plan import Buffer, Launch, Step
-from hsgen.schedule import selected, text
+from hsgen.schedule import selected, stepping, text
 from hsgen.schedule.draft import Draft
 
 
 def attend(draft: Draft, node: Node, op: Attend) -> None:
+    if draft.steps_alone:
+        stepping.attend(draft, node, op)
+        return
     name = f"attend_{op.branch}"
     shape = draft.shape_of(op)
     scale = op.scale if op.scale is not None else 1.0
@@ -85,6 +88,9 @@ def log_sum_exp(draft: Draft, node: Node) -> None:
     if score.op.form != "dot" or score.op.within is not None or score.op.size == 1:
         message = f"level {score.op.level}: no kernel normalises these scores yet"
         raise PlanError(message, span=node.span)
+    if draft.steps_alone:
+        stepping.log_sum_exp(draft, node, score)
+        return
     context = rows.attend_pooled(
         draft.shape,
         name=f"lse_{score.op.level}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from hsgen import configs, refusals, rows, together
+from hsgen import configs, refusals, rows, splits, together
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Graph,
@@ -40,8 +40,14 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         draft.slots(node) if block else str(kept and kept.width),
     )
     context = _score_context(draft, node, chain, parent)
+    shares: tuple[str, ...] = ()
+    by_shares: tuple[tuple[str, str], ...] = ()
+    if draft.steps_alone:
+        context = rows.with_split(context)
+        by_shares = _shares(draft, f"score_{op.level}", chain, parent, heads)
+        shares = (by_shares[-1][0],)
     tiling = draft.row_tiles_of_blocks if block else draft.row_tiles
-    config = tiling.score(context)
+    config = tiling.step(context) if shares else tiling.score(context)
     scorer = draft.kernel("rows", context, config, *chain.names)
     children, slots, parent_heads, parent_group = 0, 0, 1, 1
     if parent is not None:
@@ -102,6 +108,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 (tiles, f"{choosing} // {block_t} + batch.sequences"),
                 (f"bytes_{op.level}", f"{4 * heads * context.planes} * {capacity} * {block_t}"),
                 (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.level}))"),
+                *by_shares,
             ),
             buffers=(
                 Buffer(
@@ -125,7 +132,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
             launches=(
                 Launch(
                     kernel=scorer,
-                    grid=("count", str(heads)),
+                    grid=("count", str(heads), *shares),
                     arguments=_score_arguments(draft, chain, parent, scratch, capacity),
                 ),
                 Launch(
@@ -148,6 +155,20 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     )
     if block:
         spread(draft, node, op, heads, block)
+
+
+def _shares(
+    draft: Draft, name: str, chain: _Chain, parent: Node | None, heads: int
+) -> tuple[tuple[str, str], ...]:
+    """The sizes that say how many programs share the entries of a row of scores."""
+    score = chain.score.op
+    assert isinstance(score, Score)
+    keys = text.per_stride("batch.keys", score.stride)
+    if parent is not None:
+        assert isinstance(parent.op, Select)
+        keys = str(draft.width(parent) * parent.op.size // score.size)
+    sms = draft.target.sms
+    return splits.shares(name, sms=sms, rows_of="batch.sequences", heads=heads, keys=keys)
 
 
 def spread(draft: Draft, node: Node, op: Select | SelectSet, heads: int, block: int) -> None:

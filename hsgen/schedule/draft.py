@@ -26,7 +26,7 @@ from hsgen.graph import (
     block_of,
     short_last,
 )
-from hsgen.plan import Buffer, Config, Context, Kernel, Skeleton, Step
+from hsgen.plan import Buffer, Cached, Config, Context, Kernel, Skeleton, Step
 from hsgen.rows import Entries
 from hsgen.schedule import text
 from hsgen.target import Target
@@ -64,6 +64,22 @@ class Draft:
     turns: Mapping[str, Turn] = field(
         default_factory=dict[str, Turn]
     )  # by branch, where gates or one softmax combine
+    cached: Cached | None = None
+    appends: list[Step] = field(default_factory=list[Step])  # to the cache
+
+    @property
+    def steps_alone(self) -> bool:
+        """Whether a call has a few rows of each sequence."""
+        return self.cached is not None and self.cached.rows == "few"
+
+    @property
+    def page(self) -> int:
+        """Tokens of a page of the cache; 0: they lie in one piece."""
+        return self.cached.page if self.cached else 0
+
+    def seq(self, context: rows.RowsContext) -> tuple[str, ...]:
+        """What says where sequences lie, and where their pages."""
+        return (*rows.page_arguments(context.page), *text.SEQ)
 
     @property
     def row_tiles(self) -> configs.RowTiles:

@@ -34,6 +34,11 @@ def parts(*contexts: rows.RowsContext) -> tuple[tuple[str, str], ...]:
     return tuple(sizes)
 
 
+def per_stride(tokens: str, stride: int) -> str:
+    """How many entries begin within so many tokens."""
+    return tokens if stride == 1 else f"{tokens} // {stride}"
+
+
 def safe(name: str) -> str:
     return name.replace(".", "_")
 

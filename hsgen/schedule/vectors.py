@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hsgen import configs, rows, together
+from hsgen import appending, configs, rows, together
 from hsgen.graph import (
     Node,
     Norm,
@@ -55,6 +55,7 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
         softmax=op.softmax,
         normed=bool(norms),
         turn=turn,
+        append=draft.cached is not None,
     )
     count = f"count_{text.safe(made)}"
     buffer = text.buffer(made)
@@ -69,6 +70,38 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     kernel = draft.kernel("segments", context, config, *names)
     tables = tuple(name for x in turns for name in x.inputs[1:])
     gates = node.inputs[1:2] if op.how == "gated" else ()
+    arguments = (
+        *draft.tensor(source.name),
+        *(x for name in gates for x in _gates(draft, name, op)),
+        *(text.input_of(name) for name in node.inputs[1 + len(gates) :]),
+        *map(text.input_of, norms),
+        *(x for name in tables for x in draft.tensor(name)[:3]),
+        buffer,
+        count,
+    )
+    if draft.cached:
+        tiles, new, step = (f"{of}_{text.safe(made)}" for of in ("tiles", "new", "step"))
+        draft.appends.append(
+            Step(
+                title=f"pool: {node.name}",
+                needs=(*node.inputs, *norms, *tables),
+                makes=names,
+                sizes=(
+                    (new, f"{appending.TOKENS} // {op.stride} + 1"),
+                    (step, f'config["{kernel}"]["BLOCK_E"]'),
+                    (tiles, f"{new} // {step} + 1"),
+                ),
+                buffers=(),
+                launches=(
+                    Launch(
+                        kernel=kernel,
+                        grid=(f"batch.sequences * {tiles}", str(heads)),
+                        arguments=(*arguments, tiles, *text.SEQ),
+                    ),
+                ),
+            )
+        )
+        return
     draft.steps.append(
         Step(
             title=f"pool: {node.name}",
@@ -102,16 +135,7 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
                         f"rows_{text.safe(made)} // {{BLOCK_E}} + batch.sequences",
                         str(heads),
                     ),
-                    arguments=(
-                        *draft.tensor(source.name),
-                        *(x for name in gates for x in _gates(draft, name, op)),
-                        *(text.input_of(name) for name in node.inputs[1 + len(gates) :]),
-                        *map(text.input_of, norms),
-                        *(x for name in tables for x in draft.tensor(name)[:3]),
-                        buffer,
-                        count,
-                        *text.SEQ,
-                    ),
+                    arguments=(*arguments, *text.SEQ),
                 ),
             ),
         )

@@ -20,6 +20,13 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
+def store_tile(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of load_tile_masked, bit by bit.  x: [N, WIDTH]"""
+    columns = OFFSET + tl.arange(0, WIDTH)
+    tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], x, mask=mask[:, None])
+
+
+@triton.jit
 def load_queries(
     base, token, t_stride, head, h_stride, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr
 ):

@@ -1,0 +1,224 @@
+"""What puts new tokens into a cache: their rows behind those that are there, then the entries they complete.
+
+A call advances the lengths of all sequences, copies every stream in one launch, and pools what became
+complete: as much work for a token, however many there are before it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hsgen import rows
+from hsgen.kernels import tunables
+from hsgen.plan import Config, Kernel, Launch, Param, Step
+from hsgen.rows import SEQ, Chunk, chunks, count, pointer
+from hsgen.storage import Storage, Stream
+
+TOKENS = "tokens"  # the driver's name for new ones of a sequence, at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvanceContext:
+    """Everything `segments.py.jinja` reads to say where the sequences of a call lie."""
+
+    name: str = "advance"
+    header: str = ""
+    pieces: str = ""
+    how: str = "advance"
+    summary: str = "how long each sequence was, and how long it is with the new tokens."
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return (
+            pointer("LENGTHS", "i32", "[Z] tokens that are cached"),
+            pointer("NEW", "i32", "[Z] new ones"),
+            *SEQ,
+            count("tokens", "rows of a sequence in the call's tensors"),
+            count("capacity", "most tokens of a sequence"),
+            *tunables("BLOCK_V"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    """One stream: where its new rows come from, and where they go."""
+
+    name: str
+    heads: int
+    dim: int
+    letter: str
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.dim)
+
+    @property
+    def new(self) -> str:
+        return f"NEW_{self.letter.upper()}"
+
+    @property
+    def kept(self) -> str:
+        return self.letter.upper()
+
+    @property
+    def from_b(self) -> str:
+        return f"new_{self.letter}_b"
+
+    @property
+    def from_t(self) -> str:
+        return f"new_{self.letter}_t"
+
+    @property
+    def from_h(self) -> str:
+        return f"new_{self.letter}_h"
+
+    @property
+    def to_b(self) -> str:
+        return f"{self.letter}_b"
+
+    @property
+    def to_t(self) -> str:
+        return f"{self.letter}_t"
+
+    @property
+    def to_h(self) -> str:
+        return f"{self.letter}_h"
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        shape = f"{self.heads}, {self.dim}]"
+        return (
+            *rows.tensor(self.new, f"new_{self.letter}", f"[B, T, {shape} {self.name}", "bth"),
+            *rows.tensor(self.kept, self.letter, f"[B, S, {shape}", "bth"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreContext:
+    """Everything `segments.py.jinja` reads to copy new tokens.  `page` > 0: they lie in pages of so many."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    how: str = "store"
+    streams: tuple[Copied, ...]
+    page: int = 0
+
+    @property
+    def summary(self) -> str:
+        return "new tokens behind those that are cached."
+
+    @property
+    def heads(self) -> int:
+        """Programs a token: each takes a head of every stream that has so many."""
+        return max(each.heads for each in self.streams)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return (
+            *(param for each in self.streams for param in each.params),
+            *rows.pages_of(self.page),
+            *SEQ,
+            count("tiles", "of tokens, of a sequence"),
+            *tunables("BLOCK_V"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+def _copied(stream: Stream, place: int) -> Copied:
+    heads, dim = stream.dims if len(stream.dims) == 2 else (1, math.prod(stream.dims))
+    return Copied(name=stream.name, heads=heads, dim=dim, letter="abcdefghijklmnop"[place])
+
+
+def plan(storage: Storage, page: int) -> tuple[tuple[Kernel, ...], tuple[Step, ...]]:
+    """The kernels that every append begins with, and the steps that launch them."""
+    streams = tuple(_copied(stream, i) for i, stream in enumerate(storage.streams))
+    store = StoreContext(name="store", streams=streams, page=page)
+    names = tuple(stream.name for stream in storage.streams)
+    kernels = (
+        Kernel(
+            name="advance",
+            skeleton="segments",
+            context=AdvanceContext(),
+            config=Config(constexprs=(("BLOCK_V", 128),), num_warps=4, num_stages=1),
+            operators=(),
+        ),
+        Kernel(
+            name="store",
+            skeleton="segments",
+            context=store,
+            config=Config(constexprs=(("BLOCK_V", 8),), num_warps=4, num_stages=1),
+            operators=names,
+        ),
+    )
+    steps = (
+        Step(
+            title="lengths",
+            needs=(),
+            makes=(),
+            buffers=(),
+            sizes=((TOKENS, "batch.rows // batch.sequences"),),
+            launches=(
+                Launch(
+                    kernel="advance",
+                    grid=("batch.sequences // {BLOCK_V} + 1", "1"),
+                    arguments=(
+                        "lengths",
+                        "new",
+                        "batch.table",
+                        "batch.sequences",
+                        TOKENS,
+                        "batch.keys",
+                    ),
+                ),
+            ),
+        ),
+        Step(
+            title="tokens",
+            needs=names,
+            makes=names,
+            buffers=(),
+            sizes=(
+                ("step_store", 'config["store"]["BLOCK_V"]'),
+                ("tiles_store", f"({TOKENS} + step_store - 1) // step_store"),
+            ),
+            launches=(
+                Launch(
+                    kernel="store",
+                    grid=("batch.sequences * tiles_store", str(store.heads)),
+                    arguments=(
+                        *(x for stream in storage.streams for x in _arguments(stream, page)),
+                        *rows.page_arguments(page),
+                        "batch.table",
+                        "batch.sequences",
+                        "tiles_store",
+                    ),
+                ),
+            ),
+        ),
+    )
+    return kernels, steps
+
+
+def _arguments(stream: Stream, page: int) -> tuple[str, ...]:
+    """New rows and the cache, with their strides."""
+    new, kept = f"new_{stream.name}", f"in_{stream.name}"
+    head = 2 if len(stream.dims) == 2 else None
+    return (
+        new,
+        f"{new}.stride(0)",
+        f"{new}.stride(1)",
+        f"{new}.stride({head})" if head else "0",
+        kept,
+        "0" if page else f"{kept}.stride(0)",
+        f"{kept}.stride(1)",
+        f"{kept}.stride({head})" if head else "0",
+    )

@@ -1,0 +1,381 @@
+"""Calls behind a cache: new tokens go into it, and their rows attend to all that is there.
+
+A few rows of each sequence are shared by programs key by key, many are tiled as in prefill; both choose from
+the entries that the cache keeps.  On CPU tensors the reference runs, which keeps no entries and pools again.
+Compiles a program on the first call of its kind; never waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from threading import RLock
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hsgen import arguments, configs, plan
+from hsgen.arguments import SHORT_NAMES, Problem
+from hsgen.cache import Cache, Shape
+from hsgen.errors import ArgumentError, HsgenError
+from hsgen.execution import (
+    Configs,
+    Execution,
+    Program,
+    exact_dtype,
+    running,
+    uniform,
+)
+from hsgen.operators import Call
+from hsgen.spec import Spec
+from hsgen.storage import Storage, storage_of
+from hsgen.target import Target
+
+FEW = 8  # rows of a sequence that a step may have
+INTERPRETED_TARGET = "h100"
+
+
+class CachedCompiler(Protocol):
+    """Makes the program of a spec behind a cache."""
+
+    def __call__(
+        self,
+        spec: Spec,
+        target: Target,
+        dtype: torch.dtype,
+        *,
+        interpret: bool,
+        cached: plan.Cached,
+    ) -> Program: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A program with the configuration of calls of so many rows."""
+
+    program: Program
+    config: Configs
+
+
+class Decoding:
+    """Calls of one spec with caches."""
+
+    def __init__(self, execution: Execution, compiler: CachedCompiler) -> None:
+        self._execution = execution
+        self._compiler = compiler
+        self._digest = execution.spec.digest
+        self._lock = RLock()
+        self._programs: dict[tuple[object, ...], Program] = {}
+        self._ready: dict[tuple[object, ...], Ready] = {}
+        self._known: dict[tuple[object, ...], Problem] = {}
+
+    @cached_property
+    def storage(self) -> Storage:
+        """What a cache keeps.
+
+        Raises:
+            PlanError: no cache can keep it, and why.
+        """
+        return storage_of(self._execution.graph)
+
+    @property
+    def programs(self) -> Mapping[tuple[object, ...], Program]:
+        """What was compiled so far, oldest first."""
+        with self._lock:
+            return dict(self._programs)
+
+    def new_cache(self, shape: Shape) -> Cache:
+        """An empty cache.
+
+        Raises:
+            PlanError: the spec has none, or no kernel decodes it.
+            ArgumentError: a size that is none, or a dtype that kernels do not have.
+        """
+        for name in ("batch", "capacity"):
+            value = getattr(shape, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name}: expected an int of at least 1, got {value!r}")
+        kernels = self._on_kernels(shape.device)
+        allowed = arguments.DTYPES if kernels else arguments.REFERENCE_DTYPES
+        if shape.dtype not in allowed:
+            names = ", ".join(SHORT_NAMES[dtype] for dtype in allowed)
+            raise ArgumentError(f"dtype: expected one of {names}, got {shape.dtype}")
+        storage = self.storage
+        if kernels:  # what no kernel does is said here, not at the first token
+            self._program(shape, "few")
+        else:
+            storage = replace(storage, levels=())
+        return Cache(self._execution.spec, storage, shape, self)
+
+    # --- calls
+
+    def append(
+        self, cache: Cache, tensors: Mapping[str, Tensor | None], new_lens: Tensor | None
+    ) -> None:
+        """Put new tokens into a cache, without attending."""
+        names = [x.name for x in cache.storage.streams]
+        learned = [x for x in self._execution.attending.inputs if x.name in self._pooling]
+        wanted = [*names, *(x.name for x in learned)]
+        given: dict[str, Tensor] = {}
+        for name in wanted:
+            value = tensors.get(name)
+            if not isinstance(value, Tensor):
+                raise ArgumentError(f"{name}: expected a tensor, got {type(value).__name__}")
+            given[name] = value
+        if extra := [x for x, value in tensors.items() if x not in wanted and value is not None]:
+            raise ArgumentError(
+                f"{extra[0]}: no cache of spec {self._execution.spec.name!r} keeps such a tensor",
+                help=f"tensors here: {', '.join(wanted)}",
+            )
+        tokens = given[names[0]].shape[1] if given[names[0]].ndim > 1 else 0
+        self._check_streams(cache, given, tokens)
+        self._write(cache, given, tokens, new_lens)
+
+    def step(
+        self, call: Call, cache: Cache, new_lens: Tensor | None, *, few: bool
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """o and the log-sum-exp of each branch of new tokens, which the cache then has; indices by level.
+
+        Args:
+            call: Queries, and of keys and values the new tokens'.
+            cache: Of this spec.
+            new_lens: How many of the tokens each sequence has.
+            few: As a step of decoding, not as a chunk of prefill.
+        """
+        self._check_plain(call, cache)
+        key = (few, call.layout, call.levels, cache.shape, *_signature(call))
+        problem = self._known.get(key)
+        if problem is None:
+            problem = self._check(call, cache, few=few)
+            self._known[key] = problem
+        cache.check_new_lens(new_lens)
+        if problem.tokens == 0:
+            return self._nothing(call)
+        given = uniform(self._execution.attending, problem, call)
+        if not self._on_kernels(problem.device):
+            return self._by_reference(given, call, problem, cache, new_lens)
+        ready = self._write(cache, given, problem.tokens, new_lens, few=few)
+        assert ready is not None, "kernels wrote"
+        brought = self._execution.padded_selection(call, problem) if call.selection else None
+        batch = cache.batch(problem.tokens)
+        with running(problem.device):
+            o, lse, chosen = ready.program.driver.forward(
+                {**given, **cache.tensors}, batch, ready.config, brought
+            )
+        outputs = [o, *(lse[branch] for branch in self._execution.branches)]
+        found = {level: each for level, each in chosen.items() if each is not None}
+        return _finished(outputs, problem, new_lens), found
+
+    def _nothing(self, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Of no new tokens."""
+        made = self._execution.forward_fake(call)
+        outputs = [x for x in made if x.is_floating_point()]
+        names = self._execution.chosen(call)
+        return outputs, dict(zip(names, made[len(outputs) :], strict=True))
+
+    # --- checking
+
+    def _check_plain(self, call: Call, cache: Cache) -> None:
+        """What no signature of a call tells."""
+        if not isinstance(cache, Cache):
+            raise ArgumentError(f"cache: expected what new_cache made, got {type(cache).__name__}")
+        spec = self._execution.spec
+        if cache.digest != self._digest:
+            alike = " that says something else" if cache.spec.name == spec.name else ""
+            raise ArgumentError(
+                f"cache: expected one of spec {spec.name!r}, got one of {cache.spec.name!r}{alike}",
+                help="each spec keeps other tensors: new_cache of this kernel",
+            )
+        differentiates = torch.is_grad_enabled()
+        if differentiates and any(each.requires_grad for each in call.tensors):
+            raise HsgenError(
+                f"{self._execution.spec.name}: calls with a cache have no derivative, and an input "
+                "requires grad",
+                help="call it under torch.no_grad(), or on tensor.detach()",
+            )
+
+    def _check(self, call: Call, cache: Cache, *, few: bool) -> Problem:
+        """Everything about a call but its values."""
+        problem = self._execution.check(call, self._execution.attending)
+        if problem.keys != problem.tokens:
+            raise ArgumentError(
+                f"k: expected the {problem.tokens} new tokens that q has, got {problem.keys}",
+                help="a cache has the tokens before",
+            )
+        if few and problem.tokens > FEW:
+            raise ArgumentError(
+                f"q: expected at most {FEW} new tokens of a sequence, got {problem.tokens}",
+                help="`extend` takes any number: chunks of prefill",
+            )
+        self._check_streams(
+            cache, uniform(self._execution.attending, problem, call), problem.tokens
+        )
+        return problem
+
+    def _check_streams(self, cache: Cache, tensors: Mapping[str, Tensor], tokens: int) -> None:
+        """New tokens are as what the cache keeps."""
+        shape = cache.shape
+        for stream in cache.storage.streams:
+            new = tensors[stream.name]
+            wanted = (shape.batch, tokens, *stream.dims)
+            alike = new.dtype == shape.dtype and new.device == shape.device
+            if tuple(new.shape) != wanted or not alike:
+                raise ArgumentError(
+                    f"{stream.name}: expected {list(wanted)} {SHORT_NAMES[shape.dtype]} {shape.device}, "
+                    f"as the cache has, got {list(new.shape)} "
+                    f"{SHORT_NAMES.get(new.dtype, new.dtype)} {new.device}"
+                )
+            if new.shape[-1] > 1 and new.stride(-1) != 1:
+                raise ArgumentError(
+                    f"{stream.name}: expected stride 1 in the last dimension, got strides {new.stride()}"
+                )
+
+    @cached_property
+    def _pooling(self) -> frozenset[str]:
+        """Tensors that pools have learned: what they read, and no cache keeps."""
+        graph, kept = self._execution.graph, {x.name for x in self.storage.streams}
+        pools = {level.name for level in self.storage.levels}
+        read: set[str] = set()
+        for name in pools:
+            todo = [name]
+            while todo:
+                inputs = graph[todo.pop()].inputs
+                read.update(inputs)
+                todo += inputs
+        inputs = {x.name for x in self._execution.attending.inputs}
+        return frozenset((read & inputs) - kept)
+
+    # --- kernels
+
+    def _on_kernels(self, device: torch.device) -> bool:
+        return device.type == "cuda" or self._execution.options.interpret
+
+    def _write(
+        self,
+        cache: Cache,
+        tensors: Mapping[str, Tensor],
+        tokens: int,
+        new_lens: Tensor | None,
+        *,
+        few: bool = False,
+    ) -> Ready | None:
+        """New tokens into the cache, by kernels or row by row."""
+        cache.check_new_lens(new_lens)
+        if not tokens:
+            return None
+        cache.reserve(tokens)
+        if not self._on_kernels(cache.shape.device):
+            _write_rows(cache, tensors, tokens, new_lens)
+            return None
+        ready = self._prepared(cache.shape, "few" if few else "many", tokens)
+        driver: Any = ready.program.driver
+        with running(cache.shape.device):
+            driver.append(
+                tensors,
+                cache.tensors,
+                cache.lengths,
+                cache.new(tokens, new_lens),
+                cache.batch(tokens),
+                ready.config,
+            )
+        return ready
+
+    def _prepared(self, shape: Shape, kind: str, tokens: int) -> Ready:
+        key = (shape.dtype, shape.device, kind, configs.next_power(tokens) if kind == "few" else 0)
+        ready = self._ready.get(key)
+        if ready is None:
+            self._refuse_capture(shape.device)
+            program = self._program(shape, kind)
+            made = program.plan
+            if kind == "few":
+                made = configs.for_rows(made, tokens)
+            config = {kernel.name: kernel.config.keywords() for kernel in made.kernels}
+            ready = self._ready.setdefault(key, Ready(program=program, config=config))
+        return ready
+
+    def _program(self, shape: Shape, kind: str) -> Program:
+        interpret = shape.device.type != "cuda"
+        key = (shape.dtype, shape.device, kind)
+        with self._lock:
+            if key not in self._programs:
+                target = self._execution.options.target
+                if target is None and not interpret:
+                    target = Target.current(shape.device.index)
+                self._programs[key] = self._compiler(
+                    self._execution.spec,
+                    target or Target.named(INTERPRETED_TARGET),
+                    shape.dtype,
+                    interpret=interpret,
+                    cached=plan.Cached(rows="few" if kind == "few" else "many"),
+                )
+            return self._programs[key]
+
+    def _refuse_capture(self, device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise HsgenError(
+                f"{self._execution.spec.name}: a CUDA graph is being captured, and steps of so many "
+                "tokens have never run",
+                help="take a step with a cache of the same shape before the capture",
+            )
+
+    # --- the reference
+
+    def _by_reference(
+        self,
+        given: Mapping[str, Tensor],
+        call: Call,
+        problem: Problem,
+        cache: Cache,
+        new_lens: Tensor | None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What the spec means, of all that the cache has."""
+        before = cache.lengths.clone()
+        self._write(cache, given, problem.tokens, new_lens)
+        tensors = {**given, **cache.tensors}
+        names = self._execution.attending.names
+        capacity = cache.shape.capacity
+        whole = call._replace(
+            layout="bthd",
+            tensors=[tensors[name] for name in names],
+            q_offset=before,
+            kv_lens=cache.lengths.clone(),
+        )
+        sizes = {**problem.sizes, "S": capacity}
+        wide = replace(problem, layout="bthd", keys=capacity, sizes=sizes)
+        expected, dtype = self._execution.attending, exact_dtype(problem.dtype)
+        result = self._execution.result(whole, wide, dtype, expected)
+        o = result.o.to(problem.dtype)
+        lse = [result.lse[name].to(torch.float32) for name in self._execution.branches]
+        chosen = {level: each.indices for level, each in result.selection.items()}
+        return _finished([o, *lse], problem, new_lens), chosen
+
+
+def _signature(call: Call) -> tuple[object, ...]:
+    """All that checking depends on; numbers of lengths left out."""
+    tensors = (*call.tensors, *call.selection)
+    return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+
+
+def _finished(outputs: list[Tensor], problem: Problem, new_lens: Tensor | None) -> list[Tensor]:
+    """Outputs in the caller's layout; rows of tokens that are not there are empty ones."""
+    o, *lse = outputs
+    if new_lens is not None:
+        row = torch.arange(problem.tokens, device=problem.device)
+        absent = row[None, :] >= new_lens[:, None]
+        o = o.masked_fill(absent[:, :, None, None], 0.0)
+        lse = [each.masked_fill(absent[:, None, :], float("-inf")) for each in lse]
+    return [o.transpose(1, 2) if problem.layout == "bhtd" else o, *lse]
+
+
+def _write_rows(
+    cache: Cache, tensors: Mapping[str, Tensor], tokens: int, new_lens: Tensor | None
+) -> None:
+    """Row by row, on a CPU."""
+    new = cache.new(tokens, new_lens).clamp(0, tokens).tolist()
+    for z, (first, count) in enumerate(zip(cache.lengths.tolist(), new, strict=True)):
+        kept = min(count, cache.shape.capacity - first)
+        for stream in cache.storage.streams:
+            cache.tensors[stream.name][z, first : first + kept] = tensors[stream.name][z, :kept]
+        cache.lengths[z] = first + kept

@@ -1,0 +1,135 @@
+"""Launches of a few rows behind a cache: shares of the keys, and lists of single rows."""
+
+from __future__ import annotations
+
+from hsgen import rows, splits
+from hsgen.errors import PlanError
+from hsgen.graph import Attend, Node, Score, SelectSet
+from hsgen.plan import Buffer
+from hsgen.rows import RowsContext
+from hsgen.schedule import text
+from hsgen.schedule.draft import Draft
+
+
+def attend(draft: Draft, node: Node, op: Attend) -> None:
+    """A branch whose keys are shared by several programs, with one merge behind it."""
+    if op.latent:
+        message = f"branch {op.branch}: no kernel decodes latents yet"
+        raise PlanError(message, span=node.span)
+    scale = op.scale if op.scale is not None else 1.0
+    context, keys = _walk(draft, node, op, scale)
+    context = rows.with_logits(context, scale=scale, softcap=op.softcap, sink=False)
+    alone = context.one_token
+    selection = (text.buffer(node.inputs[3]),) if alone else ()
+    _share(
+        draft,
+        context,
+        splits.Branch(
+            name=op.branch,
+            title=f"attend: {op.branch}",
+            needs=draft.needs(node, *node.inputs),
+            makes=draft.makes(node),
+            buffers=draft.output_buffers(node),
+            arguments=(*draft.tensors(node, op), *selection),
+            more=draft.seq(context),
+            outputs=draft.outputs(node),
+            query_heads=draft.shape.query_heads,
+            programs=draft.shape.query_heads // context.heads,
+            tiles=text.tiles(),
+            alone=alone,
+            keys=keys,
+            sms=draft.target.sms,
+            sink=draft.sink(node) is not None,
+            turn=draft.turn(node),
+        ),
+    )
+
+
+def _walk(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsContext, str]:
+    """The loops of a branch, and how many keys they may walk."""
+    name, shape = f"attend_{op.branch}", draft.shape_of(op)
+    match op.over:
+        case "window":
+            window = op.window or 1
+            context = rows.attend_window(shape, name=name, scale=scale, window=window)
+            return rows.with_pages(context, draft.page), str(window)
+        case "all":
+            context = rows.attend_all(shape, name=name, scale=scale)
+            return rows.with_pages(context, draft.page), "batch.keys"
+        case "pooled":
+            entries = draft.pooled_entries(node.inputs[1])
+            context = rows.attend_pooled(
+                shape, name=name, scale=scale, entries=entries, values=True
+            )
+            return context, text.per_stride("batch.keys", entries.stride)
+        case "tokens" | "blocks":
+            return _lists(draft, node, op, scale)
+        case "static" | "tiers" | "spans":
+            raise AssertionError("refused")
+
+
+def _lists(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsContext, str]:
+    """Each row's own list: few rows share too little for a union to pay."""
+    selection = draft.graph[node.inputs[3]]
+    if isinstance(selection.op, SelectSet) or op.size != op.stride:
+        what = "overlapping blocks" if op.size != op.stride else "selections whose counts vary"
+        raise PlanError(f"branch {op.branch}: no kernel decodes {what} yet", span=node.span)
+    size = op.size if op.over == "blocks" else 1
+    width = draft.width(selection)
+    context = rows.attend_tokens(
+        draft.shape_of(op),
+        name=f"attend_{op.branch}",
+        scale=scale,
+        width=width,
+        share=selection.type.dims[2],
+        alone=True,
+        size=size,
+    )
+    return rows.with_pages(context, draft.page), str(width * size)
+
+
+def log_sum_exp(draft: Draft, node: Node, score: Node) -> None:
+    """The softmax sum of a level's scores."""
+    assert isinstance(score.op, Score)
+    entries = draft.pooled_entries(score.inputs[1])
+    context = rows.attend_pooled(
+        draft.shape,
+        name=f"lse_{score.op.level}",
+        scale=score.op.scale or 1.0,
+        entries=entries,
+        values=False,
+    )
+    lse = Buffer(
+        name=text.buffer(node.name),
+        dtype="f32",
+        dims=("in_q.shape[0]", str(draft.shape.query_heads), "in_q.shape[1]"),
+        role="level",
+    )
+    _share(
+        draft,
+        context,
+        splits.Branch(
+            name=score.op.level,
+            title=f"log-sum-exp: {score.op.level}",
+            needs=score.inputs,
+            makes=(node.name,),
+            buffers=(lse,),
+            arguments=(*draft.tensor("q"), *draft.tensor(score.inputs[1])),
+            more=text.SEQ,
+            outputs=text.strides(lse.name),
+            query_heads=draft.shape.query_heads,
+            programs=draft.shape.kv_heads,
+            tiles=text.tiles(),
+            alone=False,
+            keys=text.per_stride("batch.keys", entries.stride),
+            sms=draft.target.sms,
+            sink=False,
+            turn=None,
+        ),
+    )
+
+
+def _share(draft: Draft, context: RowsContext, branch: splits.Branch) -> None:
+    kernels, step = splits.plan(context, branch, draft.row_tiles.step)
+    draft.kernels += kernels
+    draft.steps.append(step)

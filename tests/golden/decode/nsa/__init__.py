@@ -1,0 +1,1 @@
+"""Kernels of nsa, emitted by hsgen."""

@@ -1,0 +1,250 @@
+"""Caches, and rows behind them: as rows of prefill, on kernels in the interpreter and by the reference."""
+
+import emitted
+import pytest
+import torch
+from conformance import systems
+
+from hsgen import schedule, splits
+from hsgen.cache import Cache
+from hsgen.errors import ArgumentError, HsgenError, PlanError
+from hsgen.gates import Gate, GateError
+from hsgen.plan import Cached
+from hsgen.reference import reference, tensor_shapes
+from hsgen.runtime import load_kernel
+from hsgen.spec import parse
+from hsgen.target import H100
+
+NAMES = ("nsa", "moba", "quest", "infllm_v2")
+SHARED = """
+hsgen: 1
+name: shared_keys
+heads: {query: 2, kv: 1}
+head_dim: 16
+levels:
+  - name: block
+    partition: {blocks: 4}
+    pool: {keys: mean}
+    score: {form: dot, share: group, reduce: sum}
+    select: {top_k: 3, force: {last: 1}}
+attend:
+  - {name: selected, over: block}
+"""
+
+
+@pytest.fixture
+def shares(monkeypatch):
+    """As many shares of a row's keys as lengths of a test allow."""
+    monkeypatch.setattr(splits, "SHARE_KEYS", 4)
+    monkeypatch.setattr(splits, "MOST", 2)
+
+
+def made(spec, B, T, **options):
+    """Tensors of whole sequences, and which of them have a row a token."""
+    shapes = tensor_shapes(spec, B, T, T)
+    x = {name: torch.randn(shape, **options) for name, shape in shapes.items()}
+    return x, {name for name, shape in shapes.items() if shape[:2] == (B, T)}
+
+
+def cut(x, rows, begin, end):
+    """q, k and v of some tokens, and everything else of theirs."""
+    some = {name: y[:, begin:end] if name in rows else y for name, y in x.items()}
+    return (some.pop("q"), some.pop("k"), some.pop("v")), some
+
+
+def append(attn, cache, x, rows, begin, end):
+    """Tokens that nothing attends with."""
+    (_, k, v), others = cut(x, rows, begin, end)
+    kept = {stream.name for stream in cache.storage.streams} | attn._decoding._pooling
+    cache.append(k, v, **{name: y for name, y in others.items() if name in kept})
+
+
+# --- the law: step t is row t of prefill
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_are_rows_of_prefill(name, shares):
+    """Choices are the same sets, outputs of either are those of the reference."""
+    spec = systems.small(name, group=2, kv=1, dims=(32, 16))
+    B, T = 2, 18
+    x, rows = made(spec, B, T)
+    if name == "nsa":  # 512 weights a channel: of a size as if they were learned
+        x = {n: y * 0.05 if n.endswith("weight") else y for n, y in x.items()}
+    attn = load_kernel(spec, interpret=True)
+    cache = attn.new_cache(B, 24)
+    append(attn, cache, x, rows, 0, 13)
+    calls = [(attn.decode, 13, 14), (attn.decode, 14, 16)]
+    if name == "quest":
+        calls.append((attn.extend, 16, T))
+    found = []
+    for call, begin, end in calls:
+        qkv, others = cut(x, rows, begin, end)
+        found.append(call(*qkv, cache, return_lse=True, return_selection=True, **others))
+    assert cache.lengths.tolist() == [end, end]
+    expected, seen = reference(spec, x, dtype=torch.float64), slice(13, end)
+    for level, chosen in expected.selection.items():
+        ours = torch.cat([call[-1][level].indices for call in found], 1)
+        assert torch.equal(ours, chosen.indices[:, seen]), level
+    o = torch.cat([call[0] for call in found], 1)
+    torch.testing.assert_close(o.double(), expected.o[:, seen], rtol=1e-4, atol=1e-5)
+    for branch, lse in expected.lse.items():
+        ours = [call[1] if torch.is_tensor(call[1]) else call[1][branch] for call in found]
+        torch.testing.assert_close(
+            torch.cat(ours, 2).double(), lse[..., seen], rtol=1e-4, atol=1e-5
+        )
+
+
+def shared():
+    return parse(SHARED)
+
+
+def whole(spec, x, length):
+    """What the reference says of the first so many tokens."""
+    some = {name: y[:, :length] for name, y in x.items()}
+    return reference(spec, some, dtype=torch.float64).o
+
+
+@pytest.mark.parametrize("interpret", [True, False], ids=["kernels", "reference"])
+def test_lengths_differ_and_tokens_are_taken_back(interpret, shares):
+    """Sequences get as many tokens as `new_lens` says; what is cut off is as if it had never been."""
+    spec = shared()
+    x, rows = made(spec, 2, 12)
+    wrong, _ = made(spec, 2, 12)
+    attn = load_kernel(spec, interpret=interpret)
+    cache = attn.new_cache(2, 12)
+    append(attn, cache, {n: torch.cat([x[n][:, :5], wrong[n][:, :4]], 1) for n in x}, rows, 0, 9)
+    cache.truncate(torch.tensor([5, 4], dtype=torch.int32))
+    assert cache.lengths.tolist() == [5, 4]
+    late = {n: torch.stack([y[0, 5:7], y[1, 4:6]]) for n, y in x.items()}
+    (q, k, v), _ = cut(late, rows, 0, 2)
+    new_lens = torch.tensor([2, 1], dtype=torch.int32)
+    o, lse = attn.decode(q, k, v, cache, new_lens=new_lens, return_lse=True)
+    assert cache.lengths.tolist() == [7, 5]
+    expected = whole(spec, x, 7)
+    torch.testing.assert_close(o[0].double(), expected[0, 5:7], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(o[1, :1].double(), expected[1, 4:5], rtol=1e-4, atol=1e-5)
+    assert (o[1, 1] == 0).all()
+    assert (lse[1, :, 1] == float("-inf")).all()
+    forked = cache.fork(torch.tensor([1, 1, 0]))
+    assert forked.lengths.tolist() == [5, 5, 7]
+    again = {n: y[[[1], [1], [0]], [[5], [5], [7]]] for n, y in x.items()}
+    (q, k, v), _ = cut(again, rows, 0, 1)
+    o = attn.decode(q, k, v, forked, layout="bthd")
+    expected = whole(spec, x, 8)
+    torch.testing.assert_close(o[1, 0].double(), expected[1, 5], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(o[2, 0].double(), expected[0, 7], rtol=1e-4, atol=1e-5)
+    assert cache.lengths.tolist() == [7, 5]
+
+
+def test_a_full_cache_says_so_and_nothing_is_written_beyond_it(shares):
+    spec = shared()
+    attn = load_kernel(spec, interpret=True)
+    cache = attn.new_cache(1, 6)
+    x, rows = made(spec, 1, 8)
+    append(attn, cache, x, rows, 0, 5)
+    (q, k, v), _ = cut(x, rows, 5, 7)
+    with pytest.raises(ArgumentError, match="no room for 2 more tokens, as a sequence has 5 of 6"):
+        attn.decode(q, k, v, cache)
+    cache._most = -10  # as after a graph has been replayed, which the host does not count
+    o = attn.decode(q, k, v, cache)
+    assert cache.lengths.tolist() == [6]
+    assert o.isfinite().all()
+
+
+def test_layouts_and_a_caller_s_choice(shares):
+    spec = shared()
+    x, rows = made(spec, 1, 9)
+    attn = load_kernel(spec, interpret=True)
+    cache = attn.new_cache(1, 9)
+    append(attn, cache, x, rows, 0, 8)
+    (q, k, v), _ = cut(x, rows, 8, 9)
+    given = {"block": torch.tensor([[[[1, -1, 0]]]], dtype=torch.int32)}
+    turned = [y.transpose(1, 2) for y in (q, k, v)]
+    o = attn.decode(*turned, cache, layout="bhtd", selection=given)
+    expected = attn.reference(q, x["k"], x["v"], selection=given, q_offset=8, dtype=torch.float64)
+    torch.testing.assert_close(o.transpose(1, 2).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- what is refused
+
+
+def test_caches_say_what_they_cannot_keep():
+    for name, words in (
+        ("dhsa_released", "no cache, as causality is prompt"),
+        ("dsa", "no cache keeps keys rounded to fp8 yet"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            load_kernel(name).new_cache(1, 64)
+    with pytest.raises(PlanError, match="no kernel decodes latents yet"):
+        spec = systems.load("glm_kpool")
+        schedule.schedule(emitted.graph(spec), H100, "bf16", None, Cached(rows="few"))
+    with pytest.raises(GateError, match="a kernel with a gate has no cache"):
+        load_kernel("moba", gate=Gate(dense_below=8)).new_cache(1, 64)
+    with pytest.raises(PlanError, match="Hq is not known"):
+        load_kernel(parse(SHARED.replace("heads: {query: 2, kv: 1}\n", ""))).new_cache(1, 64)
+
+
+def test_wrong_calls_are_answered_by_name():
+    spec = shared()
+    attn = load_kernel(spec)
+    cache = attn.new_cache(2, 16)
+    x, rows = made(spec, 2, 9)
+    (q, k, v), _ = cut(x, rows, 0, 1)
+    other = load_kernel(parse(SHARED.replace("top_k: 3", "top_k: 2")))
+    few = torch.ones(1, dtype=torch.int32)
+    for call, words in (
+        (
+            lambda: other.decode(q, k, v, cache),
+            "cache: expected one of spec 'shared_keys', got one",
+        ),
+        (lambda: attn.decode(q, k, v, x), "cache: expected what new_cache made, got dict"),
+        (lambda: attn.decode(q[:1], k[:1], v[:1], cache), r"k: expected \[2, 1, 1, 16\] fp32 cpu"),
+        (lambda: attn.decode(q.half(), k.half(), v.half(), cache), "as the cache has, got .* fp16"),
+        (lambda: attn.decode(x["q"], x["k"], x["v"], cache), "at most 8 new tokens of a sequence"),
+        (lambda: attn.decode(q, x["k"], x["v"], cache), "k: expected the 1 new tokens that q has"),
+        (lambda: attn.decode(q, k, v, cache, new_lens=few), r"new_lens: expected \[2\] int32 cpu"),
+        (lambda: attn.decode(q, k, None, cache), "v: expected a tensor"),
+        (lambda: cache.append(k), "v: expected a tensor, got NoneType"),
+        (lambda: cache.append(k, v, gates=q), "gates: no cache of spec 'shared_keys' keeps such"),
+        (lambda: cache.truncate(-1), "lengths: expected an int of at least 0"),
+        (lambda: attn.new_cache(0, 16), "batch: expected an int of at least 1, got 0"),
+        (lambda: attn.new_cache(1, 16, torch.int8), "dtype: expected one of fp16, bf16, fp32"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            call()
+    with pytest.raises(HsgenError, match="calls with a cache have no derivative"):
+        attn.decode(q.requires_grad_(), k, v, cache)
+    assert cache.lengths.tolist() == [0, 0]
+
+
+def test_a_cache_says_what_a_token_takes():
+    cache = load_kernel(systems.small("quest", group=2, kv=1, dims=(32, 16))).new_cache(1, 64)
+    assert isinstance(cache, Cache)
+    assert cache.bytes_per_token == {"k": 128, "v": 64}  # of the reference, which pools again
+    kernels = load_kernel(systems.small("quest", group=2, kv=1, dims=(32, 16)), interpret=True)
+    cache = kernels.new_cache(1, 64, torch.float16)
+    assert cache.bytes_per_token == {"k": 64, "v": 32, "page.keys": 16}
+    assert "1 sequences of 64 tokens, fp16" in repr(cache)
+
+
+# --- plans and text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plans_and_sources_are_golden(name, golden):
+    plan = schedule.schedule(
+        emitted.graph(systems.load(name)), H100, "bf16", None, Cached(rows="few")
+    )
+    golden(f"decode/{name}/plan.txt", str(plan))
+    if name == "nsa":
+        for file, text in emitted.sources(plan).items():
+            golden(f"decode/{name}/{file}", text)
+
+
+def test_chunks_of_prefill_have_the_kernels_of_prefill():
+    """But for pools: what a cache keeps is not pooled again."""
+    spec = systems.load("infllm_v2")
+    chunks = schedule.schedule(emitted.graph(spec), H100, "bf16", None, Cached(rows="many"))
+    theirs, ours = emitted.sources(chunks), emitted.sources(emitted.shipped_plan("infllm_v2"))
+    new = {"driver.py", "advance.py", "store.py", "pool_coarse_keys.py", "pool_compressed_keys.py"}
+    assert {name for name in theirs if theirs[name] != ours.get(name)} == new
