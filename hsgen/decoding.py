@@ -131,7 +131,7 @@ class Decoding:
             )
         tokens = given[names[0]].shape[1] if given[names[0]].ndim > 1 else 0
         self._check_streams(cache, given, tokens)
-        self._write(cache, given, tokens, new_lens)
+        self._write(cache, given, tokens, new_lens, few=tokens <= FEW)
 
     def step(
         self, call: Call, cache: Cache, new_lens: Tensor | None, *, few: bool

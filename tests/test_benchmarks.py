@@ -15,6 +15,7 @@ from benchmarks import (
     beams,
     block_lists,
     common,
+    decode,
     groups,
     independent,
     independent_blocks,
@@ -675,3 +676,21 @@ def test_page_of_peers_is_made_of_the_kept_results():
         written = (common.ROOT / "docs" / "peers.md").read_text()
         page = peers_report.page([common.read_json(path) for path in paths])
         assert written == page, "run python -m benchmarks.peers_speed --report"
+
+
+# Decoding ---------------------------------------------------------------------------------------------
+
+
+def test_steps_of_decoding_are_checked_and_written_up(tmp_path):
+    few = ["--systems", "quest", "--batches", "2", "--contexts", "40"]
+    assert decode.main(["--device", "cpu", *few, "-o", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("decode_cpu_*.json")
+    result = common.read_json(path)
+    case = result["cases"]["quest/2/40"]
+    assert (case["status"], case["layers"]) == ("ok", 1)
+    assert case["error"] < 1e-5
+    # of 41 tokens all are chosen; the reference keeps no entries: keys and values, 2 heads of 16
+    assert case["bytes_read"] == 2 * 48 * (16 + 16) * 2 * 4
+    written = decode.page([result])
+    assert "| cpu, quest | 2 | 40 |" in written
+    assert "Nothing." in written

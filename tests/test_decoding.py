@@ -248,3 +248,87 @@ def test_chunks_of_prefill_have_the_kernels_of_prefill():
     theirs, ours = emitted.sources(chunks), emitted.sources(emitted.shipped_plan("infllm_v2"))
     new = {"driver.py", "advance.py", "store.py", "pool_coarse_keys.py", "pool_compressed_keys.py"}
     assert {name for name in theirs if theirs[name] != ours.get(name)} == new
+
+
+# --- on a card, at real head dims
+
+
+ALIKE = 0.97  # of rows; near scores are told apart otherwise by other tiles
+
+
+def on_card(name, B, T):
+    spec = systems.load(name)
+    x, rows = made(spec, B, T, device="cuda", dtype=torch.bfloat16)
+    return spec, {n: y * 0.02 if n.endswith("weight") else y for n, y in x.items()}, rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*NAMES, "hisa"])
+def test_steps_are_rows_of_prefill_on_a_card(name):
+    """L2: steps choose what prefill does; L4: outputs are the reference's, of what was chosen."""
+    B, T = 3, 2100
+    spec, x, rows = on_card(name, B, T)
+    attn = load_kernel(spec)
+    cache = attn.new_cache(B, 2304)
+    first = cut(x, rows, 0, T - 13)
+    attn.extend(*first[0], cache, **first[1])
+    end = T - 13
+    for tokens in (1, 1, 3, 8):
+        begin, end = end, end + tokens
+        qkv, others = cut(x, rows, begin, end)
+        o, chosen = attn.decode(*qkv, cache, return_selection=True, **others)
+        whole = {n: y[:, :end] if n in rows and n[0] in "kv" else y for n, y in x.items()}
+        whole |= {n: y for n, y in cut(x, rows, begin, end)[1].items() if n[0] not in "kv"}
+        q, k, v = qkv[0], whole.pop("k"), whole.pop("v")
+        whole.pop("q", None)
+        theirs = attn.select(q, k, v, **whole)
+        for level, mine in chosen.items():
+            same = (mine.indices == theirs[level].indices).all(-1).float().mean().item()
+            assert same >= ALIKE, (level, tokens, same)
+        expected = attn.reference(q, k, v, selection=chosen, dtype=torch.float32, **whole)
+        error = (o.float() - expected).norm() / expected.norm()
+        assert error < 1e-2, (tokens, error)
+    assert cache.lengths.tolist() == [T] * B
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["nsa", "quest"])
+def test_a_captured_step_is_replayed_as_lengths_grow(name):
+    """The same bits as steps without a graph, over ends of pages and of compressed entries."""
+    B, T = 2, 600
+    spec, x, rows = on_card(name, B, T + 40)
+    attn = load_kernel(spec)
+    caches = [attn.new_cache(B, 704) for _ in range(2)]
+    for cache in caches:
+        first = cut(x, rows, 0, T)
+        attn.extend(*first[0], cache, **first[1])
+        qkv, others = cut(x, rows, T, T + 1)
+        attn.decode(*qkv, cache, **others)
+    still, those = cut(x, rows, T, T + 1)
+    still = [y.clone() for y in still]
+    those = {n: y.clone() for n, y in those.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = attn.decode(*still, caches[0], **those)
+    for t in range(T + 1, T + 40):
+        qkv, others = cut(x, rows, t, t + 1)
+        for to, source in zip(still, qkv, strict=True):
+            to.copy_(source)
+        for n, y in others.items():
+            those[n].copy_(y)
+        graph.replay()
+        assert torch.equal(o, attn.decode(*qkv, caches[1], **others)), t
+    assert caches[0].lengths.tolist() == caches[1].lengths.tolist() == [T + 40] * B
+
+
+@pytest.mark.gpu
+def test_a_step_that_never_ran_is_not_captured():
+    spec, x, rows = on_card("quest", 1, 2)
+    attn = load_kernel(spec)
+    cache = attn.new_cache(1, 64)
+    qkv, _ = cut(x, rows, 0, 2)
+    with (
+        pytest.raises(HsgenError, match="have never run"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        attn.decode(*qkv, cache)
