@@ -31,6 +31,7 @@ from hsgen.rows import (
 )
 
 ListingHow = Literal["tally", "before", "chunks", "list"]
+PARTS = 16  # of all rows that see an entry, each for a program of its own, at most
 SPANS = 256  # parts of all rows that are counted each for itself
 
 TALLY = pointer("TALLY", "i32", "[lists, spans, buckets] rows of a span that chose each block")
@@ -234,7 +235,6 @@ class ColsContext(rows.InTurn):
     precision: str
     split: bool  # rows are those of several programs, whose sums are added later
     adds: tuple[bool, bool]  # keys', values': to gradients of other branches
-    ragged: bool = False  # a block is no whole number of tiles
     turn: rows.Gated | rows.Joined | None = None
     entries: str = "S"
 
@@ -386,7 +386,6 @@ def of_blocks(shape: Shape, branch: Branch, *, entries: Entries, list_heads: int
         list_heads=list_heads,
         size=entries.size,
         stride=entries.stride,
-        ragged=entries.size < 16 or entries.size != next_power(entries.size),
         split=True,
         visible=("n[:, None] <= position[None, :]",) if shape.causal else (),
     )

@@ -26,7 +26,8 @@ plan
 gates                                   forms of a spec for short sequences
 rows  dryrun                            a kernel's loops · one call on paper
 kernels
-buckets  together  cols                 rows by the blocks they chose · rows that share a list · gradients
+buckets  together                       rows that come to the blocks they chose · rows that share a list
+cols  unpool                            gradients of attention, and of pools
 splits  appending                       a row's keys shared by programs · new tokens into a cache
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
 schedule  driver                        Graph, Target -> Plan
@@ -78,8 +79,8 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes storage plan gates rows kernels buckets "
-    "together splits appending cols configs refusals schedule driver backward knobs space emit "
-    "allowlist store workers build resources pipeline tuned catalogue verify dryrun report measurer "
+    "together splits appending cols unpool configs refusals schedule driver backward knobs space "
+    "emit allowlist store workers build resources pipeline tuned catalogue verify dryrun report measurer "
     "pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}

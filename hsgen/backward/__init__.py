@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hsgen import refusals
-from hsgen.backward import attending, refusing
+from hsgen.backward import attending, pooling, refusing
+from hsgen.backward.gathered import Gradients
 from hsgen.configs import DType
 from hsgen.graph import Attend, Graph, Input
 from hsgen.plan import Plan
@@ -37,10 +38,12 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16") -> Plan:
     refusing.refuse(graph)
     draft = Draft(graph, target, dtype)
     draft.turns = combining.turns(graph)
-    made = attending.Gradients(draft)
+    made = Gradients(draft)
+    pooling.pool_again(draft)
     for node in graph.nodes():
         if isinstance(node.op, Attend):
-            made.attend(node, node.op)
+            attending.attend(made, node, node.op)
+    pooling.unpool(made)
     outputs = graph.outputs
     return Plan(
         name=graph.meta.name,
@@ -51,11 +54,7 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16") -> Plan:
         steps=tuple(draft.steps),
         scratch_bytes=SCRATCH_BYTES,
         output=text.buffer(outputs.o),
-        lse={
-            node.op.branch: draft.log_sum_exp(node)
-            for node in graph.nodes()
-            if isinstance(node.op, Attend)
-        },
+        lse={branch: text.buffer(name) for branch, name in outputs.lse.items()},
         selection=_read(graph, outputs.selection),
         sizes=dict(graph.sizes),
         gradients=made.buffers,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hsgen import cols, rows
 from hsgen.backward import tiles
+from hsgen.backward.gathered import Gradients
 from hsgen.graph import Attend, Input, Node
 from hsgen.kernels import IndexContext
 from hsgen.plan import Buffer, Config, Launch, Step
@@ -17,33 +18,11 @@ GRAD_O = "grad_o"
 Sizes = tuple[tuple[str, str], ...]
 
 
-@dataclass(slots=True)
-class Gradients:
-    """The gradients of a draft's branches while they grow.
-
-    buffers: by tensor of the caller, the buffer of its gradient; who comes first stores, others add.
-    """
-
-    draft: Draft
-    buffers: dict[str, str] = field(default_factory=dict[str, str])
-    deltas: set[str] = field(default_factory=set[str])  # that have a buffer
-
-    def attend(self, node: Node, op: Attend) -> None:
-        """All gradients of one branch."""
-        branch = _Branch(self, node, op)
-        branch.queries()
-        branch.keys()
-
-    def buffer(self, name: str) -> tuple[tuple[Buffer, ...], bool]:
-        """The gradient of a tensor, brought to life where it is new, and whether it is added to."""
-        if name in self.buffers:
-            return (), True
-        x, rank = text.input_of(name), len(self.draft.graph[name].type.dims)
-        self.buffers[name] = f"grad_{name}"
-        dims = tuple(f"{x}.shape[{i}]" for i in range(rank))
-        # zeros: no program has a key that is past its sequence's end
-        made = Buffer(name=self.buffers[name], dtype="input", dims=dims, role="output", zeros=True)
-        return (made,), False
+def attend(made: Gradients, node: Node, op: Attend) -> None:
+    """All gradients of one branch."""
+    branch = _Branch(made, node, op)
+    branch.queries()
+    branch.keys()
 
 
 @dataclass(slots=True)
@@ -202,6 +181,11 @@ class _Branch:
                 context = rows.attend_window(self.shape, name=name, scale=self.scale, window=window)
             case "all":
                 context = rows.attend_all(self.shape, name=name, scale=self.scale)
+            case "pooled":
+                entries = self.draft.pooled_entries(self.node.inputs[1])
+                context = rows.attend_pooled(
+                    self.shape, name=name, scale=self.scale, entries=entries, values=True
+                )
             case _:
                 raise AssertionError("refused")
         return rows.with_turn(context, self.draft.turn(self.node))
@@ -302,6 +286,9 @@ class _Branch:
         if self.chosen:
             self._keys_of_blocks(branch, buffers)
             return
+        if self.op.over == "pooled":
+            self._keys_of_pool(branch, buffers)
+            return
         window = self.op.window if self.op.over == "window" else None
         context = cols.of_window(self.shape, branch, window=window)
         config = tiles.of_cols(context, self.draft.target, self.draft.dtype)
@@ -326,8 +313,45 @@ class _Branch:
 
     def _grads(self) -> tuple[str, ...]:
         """The gradients of keys and values with their strides."""
-        names = (self.whole.buffers[name] for name in self.node.inputs[1:3])
-        return tuple(argument for name in names for argument in text.strides(name))
+        names = self.node.inputs[1:3]
+        return tuple(argument for name in names for argument in self.whole.grad(name))
+
+    def _keys_of_pool(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
+        """Of entries, which are few and seen by many rows: rows in chunks, and the sums of their parts."""
+        entries = self.draft.pooled_entries(self.node.inputs[1])
+        context = cols.of_pooled(self.shape, branch, entries=entries)
+        config = tiles.of_cols(context, self.draft.target, self.draft.dtype)
+        self.draft.kernel("cols", context, config, self.node.name)
+        total = cols.SumContext(name=f"sum_{self.name}", of=context)
+        self.draft.kernel("merge", total, tiles.sums(), self.node.name, follows=context.name)
+        name, level = self.name, text.safe(self.node.inputs[1])
+        heads, dims = self.shape.kv_heads, (self.shape.qk, self.shape.v)
+        col_tiles, block_n, parts = f"col_tiles_{name}", f"block_n_{name}", f"parts_{name}"
+        sizes: Sizes = (
+            (block_n, f'config["{context.name}"]["BLOCK_N"]'),
+            (col_tiles, f"rows_{level} // {block_n} + batch.sequences"),
+            (f"bytes_{name}", f"{col_tiles} * {block_n} * {4 * heads * sum(dims)}"),
+            (parts, f"max(1, min({cols.PARTS}, SCRATCH_BYTES // bytes_{name}))"),
+        )
+        made = (f"part_k_{name}", f"part_v_{name}")
+        rows_of = f"{heads} * {col_tiles} * {parts}"
+        buffers = tuple(
+            Buffer(name=part, dtype="f32", dims=(rows_of, block_n, str(dim)), role="scratch")
+            for part, dim in zip(made, dims, strict=True)
+        )
+        launches = (
+            Launch(
+                kernel=context.name,
+                grid=(col_tiles, str(heads), parts),
+                arguments=(*self._col_arguments(), *made, f"count_{level}", *text.SEQ),
+            ),
+            Launch(
+                kernel=total.name,
+                grid=(col_tiles, str(heads)),
+                arguments=(*made, *self._grads(), f"count_{level}", parts, *text.SEQ),
+            ),
+        )
+        self.step("keys", buffers=(*grads, *buffers), launches=launches, sizes=sizes)
 
     def _keys_of_blocks(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
         """Of blocks that were chosen: lists of rows, parts by chunks of them, and the sums."""

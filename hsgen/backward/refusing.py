@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Graph, Node, Select, Union
+from hsgen.graph import Attend, Graph, Node, Pool, Select, Union
+from hsgen.unpool import DERIVED
 
 
 def refuse(graph: Graph) -> None:
@@ -31,14 +32,28 @@ def lacking(graph: Graph, node: Node) -> str | None:
 
 def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     lacks = (
-        (op.over not in ("blocks", "window", "all"), f"attention over {op.over}"),
+        (op.over not in ("blocks", "window", "all", "pooled"), f"attention over {op.over}"),
         (bool(op.latent), "latents"),
         (op.softcap is not None, "capped logits"),
         (bool(op.sink), "a sink"),
         (op.size != op.stride and op.over == "blocks", "overlapping blocks"),
         (op.over == "blocks" and not _by_row(graph, node), "lists that rows share"),
     )
-    return next((words for lacking, words in lacks if lacking), None)
+    words = next((words for lacking, words in lacks if lacking), None)
+    return words or (_of_pools(graph, node) if op.over == "pooled" else None)
+
+
+def _of_pools(graph: Graph, node: Node) -> str | None:
+    """Of entries that are attended: sums and maps of tokens, as they are."""
+    for made in graph.operands(node)[1:3]:
+        match made.op:
+            case Pool(how=how) if how in DERIVED:
+                continue
+            case Pool(how=how):
+                return f"entries pooled by {how}"
+            case _:
+                return "entries that are normed or rotated"
+    return None
 
 
 def _by_row(graph: Graph, node: Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hsgen import cols, rows
+from hsgen import unpool as unpool_
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.plan import Config
@@ -37,8 +38,8 @@ def of_cols(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
     """dk and dv: keys, values and both accumulators stay, rows stream."""
     dims = _dims(context.qk_chunks, context.v_chunks)
     wide, limit = (64, 64 if dims <= WIDE else 32) if dtype != "fp32" else (32, 32)
-    if context.list_heads and not context.ragged:
-        wide = max(16, min(wide, context.size))
+    if context.list_heads:
+        wide = max(16, min(wide, next_power(context.size)))
     chunk = (("BLOCK_C", CHUNK),) if context.list_heads else ()
     tokens = 1 << max(1, limit // context.heads).bit_length() - 1
     for count in _halves(tokens, 1):
@@ -63,6 +64,15 @@ def _too_large(kernel: str, target: Target) -> PlanError:
         f"kernel {kernel} cannot run on {target.name} ({target.label}): its tiles do not fit "
         f"{target.smem_per_block:,} bytes of shared memory"
     )
+
+
+def unpool(how: unpool_.How, dim: int, dtype: DType) -> Config:
+    """Of the gradient of a pool: tokens or entries a program, and channels a step."""
+    if how == "unpool":
+        return Config(constexprs=(("BLOCK_V", 32),), num_warps=4, num_stages=1)
+    tile = 32 if dtype == "fp32" else 64
+    values = (("BLOCK_E", tile), ("BLOCK_D", min(tile, dim & -dim)))
+    return Config(constexprs=values, num_warps=4, num_stages=2)
 
 
 def listing(width: int) -> Config:

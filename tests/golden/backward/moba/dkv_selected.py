@@ -128,7 +128,7 @@ def dkv_selected(
     k_first = tl.load(SEQ + z * 6 + 4)
     k_len = tl.load(SEQ + z * 6 + 5)
     keys = k_len
-    inside = n < keys
+    inside = (n < keys) & (within < 512)
     k_row = k_first
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h

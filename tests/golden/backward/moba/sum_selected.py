@@ -80,7 +80,7 @@ def sum_selected(
     head = head_first + turn
     k_first = tl.load(SEQ + z * 6 + 4)
     k_len = tl.load(SEQ + z * 6 + 5)
-    inside = n < k_len
+    inside = (n < k_len) & (within < 512)
     k_row = k_first
     dk_base = DK + z.to(tl.int64) * dk_b + head.to(tl.int64) * dk_h
 
