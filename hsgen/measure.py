@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from hsgen import baselines, checking, samples, timing
+from hsgen import baselines, checking, drawn, samples, timing
 from hsgen.captures import Group
 from hsgen.checking import Figures, NotExpressibleError, Selected
-from hsgen.reference import tensor_shapes
 from hsgen.runtime import Kernel, load_kernel
+from hsgen.selection import ListSelection
 from hsgen.spec import Spec
 from hsgen.tuned import Bucket
 
@@ -49,15 +49,20 @@ class Setting:
     interpret: bool = False
 
     def make(self, spec: Spec, tokens: int, seed: int) -> Tensors:
-        """One set of inputs."""
-        return samples.make(
-            spec, self.kind, tokens, self.device, seed, self.groups, dtype=self.dtype
+        """One set of inputs; for a layer that takes over, with what another could have chosen."""
+        made: Tensors = dict(
+            samples.make(spec, self.kind, tokens, self.device, seed, self.groups, dtype=self.dtype)
         )
+        if spec.brought:
+            generator = torch.Generator(self.device).manual_seed(seed)
+            made["selection"] = drawn.lists(spec, 1, tokens, tokens, generator)
+        return made
 
     def sets(self, spec: Spec, tokens: int) -> list[Tensors]:
         """Enough sets that no call finds its inputs in the cache."""
         first = self.make(spec, tokens, 0)
-        few = samples.size_in_bytes(first) >= samples.ROTATED or self.device == "cpu"
+        weighed = {name: x for name, x in first.items() if name != "selection"}
+        few = samples.size_in_bytes(weighed) >= samples.ROTATED or self.device == "cpu"
         return [
             first,
             *(self.make(spec, tokens, seed) for seed in range(1, 1 if few else samples.SETS)),
@@ -93,15 +98,21 @@ def check_all(setting: Setting, spec: Spec, tokens: int) -> Figures:
 def run(setting: Setting, spec: Spec, tensors: Tensors) -> tuple[Tensor, Selected]:
     """One call, and what it chose."""
     kernel = setting.load(spec)
-    selection = kernel.select(**tensors) if chooses(spec) else {}
+    selection = kernel.select(**tensors) if chooses(spec) else handed(tensors)
     o = kernel(**tensors)
     assert isinstance(o, Tensor), "no log-sum-exp was asked for"
     return o, selection
 
 
 def chooses(spec: Spec) -> bool:
-    """Whether some level selects."""
-    return any(level.select for level in spec.levels)
+    """Whether some level selects, and no other layer has."""
+    return any(level.select for level in spec.levels) and not spec.brought
+
+
+def handed(tensors: Tensors) -> Selected:
+    """What comes with inputs as the choice of another layer."""
+    given: dict[str, Tensor] = tensors.get("selection", {})
+    return {name: ListSelection(level=name, indices=x) for name, x in given.items()}
 
 
 def kernel_steps(setting: Setting, spec: Spec, sets: Sequence[Tensors]) -> Iterator[Step]:
@@ -178,9 +189,10 @@ def flex_steps(
         NotExpressibleError: no mask says what this spec selects.
     """
     level = baselines.selected_level(spec)
-    selection = {level.name: setting.load(spec).select(**tensors)[level.name]}
+    chosen = setting.load(spec).select(**tensors) if chooses(spec) else handed(tensors)
+    selection = {level.name: chosen[level.name]}
     alone = baselines.selected_only(spec, level.name)
-    tensors = {name: tensors[name] for name in tensor_shapes(alone, 1, 1, 1)}
+    tensors = {name: tensors[name] for name in drawn.read_shapes(alone, 1, 1, 1)}
     kernel = setting.load(alone)
     indices, size = selection[level.name].indices[0], level.partition.size
     made: list[BlockMask] = []

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from hsgen.captures import Group
+from hsgen.drawn import drifting, read_shapes
 from hsgen.measurer import Shape
-from hsgen.reference import tensor_kinds, tensor_shapes
+from hsgen.reference import tensor_kinds
 from hsgen.spec import Spec
 
 Kind = Literal["random", "real"]
 
 ROTATED = 256 << 20  # inputs below this many bytes are rotated, so that no cache keeps them
 SETS = 3
-DRIFT = 128  # tokens after which nothing is left of a row
-SLOW, QUICK = 0.9, 0.4  # parts of a row that drift, and that are its own
 NOISE = 0.05  # of the standard deviation, so that repeated text is not the same text
 
 
@@ -40,7 +39,7 @@ def make(
         shape = Shape(queries=tokens, keys=tokens)
         return for_shape(spec, shape, groups, device=device, seed=seed, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
-    shapes = tensor_shapes(spec, 1, tokens, tokens)
+    shapes = read_shapes(spec, 1, tokens, tokens)
     return {name: _random(name, shape, generator, dtype) for name, shape in shapes.items()}
 
 
@@ -55,10 +54,10 @@ def for_shape(
 ) -> dict[str, Tensor]:
     """Every tensor that the spec reads, for a call of a shape, whose neighbouring rows choose alike.
 
-    Queries are the last ones.  Without captured heads, what resembles is drawn: see `_drifting`.
+    Queries are the last ones.  Without captured heads, what resembles is drawn: see `drawn`.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    shapes = tensor_shapes(spec, shape.sequences, shape.queries, shape.keys)
+    shapes = read_shapes(spec, shape.sequences, shape.queries, shape.keys)
     kinds, made = tensor_kinds(spec), dict[str, Tensor]()
     for name, size in shapes.items():
         made[name] = _random(name, size, generator, dtype)
@@ -71,27 +70,9 @@ def for_shape(
             if heads is not None:
                 rows = _extend(heads.to(device, dtype), shape.keys, generator)
             else:
-                rows = _drifting((shape.keys, *size[2:]), generator, dtype)
+                rows = drifting((shape.keys, *size[2:]), generator, dtype)
             made[name][z] = rows[shape.keys - size[1] :].reshape(size[1:])
     return made
-
-
-def _drifting(size: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Normal numbers that change from token to token as a model's do: most of a row is in the next.
-
-    Heads share half of what drifts, or no group would want the same keys.  [T, ..., D]
-    """
-    knots = -(-size[0] // DRIFT) + 1
-    device = generator.device
-    own = torch.randn((knots, *size[1:]), generator=generator, device=device)
-    shared = torch.randn(
-        (knots, *[1] * (len(size) - 2), size[-1]), generator=generator, device=device
-    )
-    at = torch.arange(size[0], device=device) / DRIFT
-    before, part = at.long(), (at % 1.0).view(-1, *[1] * (len(size) - 1))
-    drift = (own + shared) * 0.5**0.5
-    slow = torch.lerp(drift[before], drift[before + 1], part)
-    return (SLOW * slow + QUICK * torch.randn(size, generator=generator, device=device)).to(dtype)
 
 
 def size_in_bytes(tensors: dict[str, Tensor]) -> int:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hsgen import batch
+from hsgen import batch, drawn
 from hsgen.arguments import SHORT_NAMES
 from hsgen.batch import Batch
 from hsgen.errors import HsgenError
@@ -297,9 +297,10 @@ def _power_of_two(n: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Tensors:
-    """A trial's tensors as the driver takes them, and as the reference does."""
+    """A trial's tensors as the driver takes them, and as the reference does; lists of another layer."""
 
     driver: dict[str, Tensor]
+    brought: dict[str, Tensor] | None
     reference: dict[str, Tensor]
     batch: Batch
     lengths: dict[str, Tensor]
@@ -326,7 +327,8 @@ class Examination:
     def problems(self, driver: Driver, config: Configs) -> list[str]:
         """Run the kernels.  -> what is wrong, nothing if all is well"""
         trial, tensors = self.trial, self._tensors
-        o, lse, chosen = driver.forward(tensors.driver, tensors.batch, config, None)
+        o, lse, own = driver.forward(tensors.driver, tensors.batch, config, tensors.brought)
+        chosen = tensors.brought or own
         if trial.packed:
             o, lse = o[0], {name: each[0] for name, each in lse.items()}
             chosen = {name: each[0] for name, each in chosen.items()}
@@ -335,17 +337,17 @@ class Examination:
         }
         forced, plain = self._references(selection)
         varying = any(x.select and x.select.counts_vary for x in trial.spec.levels)
-        if self._free is None and (trial.exact or varying):
+        if self._free is None and (trial.exact or varying) and not tensors.brought:
             self._free = _reference(trial, tensors, torch.float64, None)
         wrong = [
             problem
             for level in trial.spec.levels
-            if level.select
+            if level.select and not tensors.brought
             for problem in _wrong_selection(
                 level, selection[level.name], forced, self._free, _step(trial, level)
             )
         ]
-        if trial.exact:
+        if trial.exact and not tensors.brought:
             assert self._free is not None, "asked for above"
             wrong += _other_sets(self._free, selection)
         wrong += _wrong_output(o, plain.o.to(trial.dtype), forced.o, trial.dtype)
@@ -410,10 +412,14 @@ def _tensors(trial: Trial, device: str) -> _Tensors:
         name: _numbers(trial, name, shape, generator).to(device, trial.dtype)
         for name, shape in tensor_shapes(trial.spec, sequences, rows, keys).items()
     }
+    brought = drawn.any_lists(trial.spec, sequences, rows, keys, generator)
+    brought = {name: x.to(device) for name, x in brought.items()} or None
     if not trial.packed:
         lens = torch.tensor(trial.keys, dtype=torch.int32, device=device)
         where = batch.dense(sequences, rows, keys, lens.device, kv_lens=lens)
-        return _Tensors(driver=made, reference=made, batch=where, lengths={"kv_lens": lens})
+        return _Tensors(
+            driver=made, reference=made, batch=where, lengths={"kv_lens": lens}, brought=brought
+        )
     cu_q, cu_k = (_cumulative(each).to(device) for each in (trial.queries, trial.keys))
     flat = {name: x if kinds[name] == "parameter" else x[0] for name, x in made.items()}
     return _Tensors(
@@ -421,6 +427,7 @@ def _tensors(trial: Trial, device: str) -> _Tensors:
         reference=flat,
         batch=batch.packed(cu_q, cu_k, rows, keys),
         lengths={"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k},
+        brought=brought,
     )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from hsgen import batch, captures, checking, machine, measurer, samples, timing, trials
+from hsgen import batch, captures, checking, drawn, machine, measurer, samples, timing, trials
 from hsgen.batch import Batch
 from hsgen.errors import HsgenError
 from hsgen.execution import PLANNED, Program, compute_integers_once, interpreting
@@ -92,6 +92,9 @@ class Bench:
     _inputs: dict[str, list[dict[str, Tensor]]] = field(
         default_factory=dict[str, "list[dict[str, Tensor]]"]
     )
+    _handed: dict[str, list[dict[str, Tensor]]] = field(
+        default_factory=dict[str, "list[dict[str, Tensor]]"]
+    )
 
     def __post_init__(self) -> None:
         self.device = "cpu" if interpreting() else "cuda"
@@ -119,12 +122,13 @@ class Bench:
             if shape.sequences > 1 or shape.queries != shape.keys:
                 continue  # the rows of one whole sequence are what the reference is asked about
             tensors = self._sets(name)[0]
+            given = self._given(name)[0]
             o, _, chosen = program.driver.forward(
-                tensors, self._batch(shape), request["configs"], None
+                tensors, self._batch(shape), request["configs"], given
             )
             selection = {
                 level: ListSelection(level=level, indices=indices)
-                for level, indices in chosen.items()
+                for level, indices in (given or chosen).items()
             }
             runs = checking.sampled(self.spec, shape.queries)
             error = checking.compare(self.spec, tensors, o, selection, runs)["error"]
@@ -214,11 +218,25 @@ class Bench:
 
     def _call(self, program: Program, configs: Mapping[str, Any], name: str) -> timing.Call:
         sets, where = self._sets(name), self._batch(measurer.shape_of(name))
+        given = self._given(name)
 
         def call(number: int) -> object:
-            return program.driver.forward(sets[number % len(sets)], where, configs, None)
+            turn = number % len(sets)
+            return program.driver.forward(sets[turn], where, configs, given[turn])
 
         return call
+
+    def _given(self, name: str) -> list[dict[str, Tensor] | None]:
+        """What another layer could have chosen, for each set of inputs; None where this one chooses."""
+        count = len(self._sets(name))
+        if not self.spec.brought:
+            return [None] * count
+        if name not in self._handed:
+            shape = measurer.shape_of(name)
+            sizes = (shape.sequences, shape.queries, shape.keys)
+            seeds = (torch.Generator(self.device).manual_seed(n) for n in range(count))
+            self._handed[name] = [drawn.lists(self.spec, *sizes, each) for each in seeds]
+        return list(self._handed[name])
 
     def _batch(self, shape: Shape) -> Batch:
         device = torch.device(self.device)

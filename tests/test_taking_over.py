@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +13,18 @@ from graph_interpreter import evaluate
 from plan_cases import random_tensors
 from torch import Tensor
 
-from hsgen import load_kernel, passes, planner, schedule
+from hsgen import crossover, drawn, load_kernel, measure, passes, planner, schedule, trials
 from hsgen.cli import main
 from hsgen.errors import ArgumentError, HsgenError, PlanError, SpecError
+from hsgen.gates import GateError
+from hsgen.measurer import result_of
 from hsgen.reference import Kept, reference, tensor_shapes
 from hsgen.runtime import Kernel
 from hsgen.selection import ListSelection
+from hsgen.space import space
 from hsgen.spec import Reuse, Spec, dump, files, load, parse, verify
 from hsgen.target import Target
+from hsgen.tuning import Child
 
 H100 = Target.named("h100")
 HEAD = """
@@ -327,6 +334,90 @@ def test_one_layer_hands_on_to_the_next(*, interpret: bool) -> None:
     torch.testing.assert_close(second(**few, selection=chosen), first(**x))
 
 
+# --- measuring: what another layer could have chosen is drawn
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_lists_are_drawn_as_an_earlier_layer_would_choose(name: str) -> None:
+    """Sets in order of what a row sees, as full as they can be, forced entries among them; rows that follow
+    one another choose alike.
+    """
+    spec = taking(name)
+    level = spec.level(level_of(spec))
+    (made,) = drawn.lists(spec, 2, 200, 230, generator()).values()
+    assert made.shape == lists(spec, 200, 230).shape and made.dtype == torch.int32
+    stride, width = level.partition.stride, made.shape[-1]
+    own = (torch.arange(30, 230) // stride).view(1, -1, 1)
+    assert torch.equal((made >= 0).sum(-1), (own + 1).clamp(max=width).expand(made.shape[:-1]))
+    assert (made <= own[..., None]).all()
+    ordered = torch.where(made < 0, 1 << 20, made)
+    assert (ordered.diff(dim=-1)[made[..., 1:] >= 0] > 0).all()
+    for back in range(level.select.force.last if level.select else 0):
+        wanted = (own - back).clamp(min=0)[..., None]
+        assert (made == wanted).any(-1).all()
+    later, before = made[:, 1:, :, :, None], made[:, :-1, :, None, :]
+    shared = ((later == before) & (later >= 0)).any(-1)[:, 100:].float().mean()
+    chance = width * stride / 180
+    assert shared > min(0.6, 4 * chance)
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_kernels_are_verified_with_lists_of_their_own() -> None:
+    spec = taking("pages")
+    for trial in trials.trials(spec)[:4]:
+        assert trials.judge(trial, H100) == [], trial.name
+    wrong = trials.Examination(trials.trials(spec)[0])
+    program = trials._program(wrong.trial.spec, H100, wrong.trial.dtype)
+    forward = program.driver.forward
+    (given,) = wrong._tensors.brought.values()
+
+    def attends_others(x, where, config, brought):
+        return forward(x, where, config, {k: v.roll(1, 1) for k, v in brought.items()})
+
+    driver = SimpleNamespace(forward=attends_others)
+    assert "is off by" in wrong.problems(driver, program.config)[0]  # type: ignore[arg-type]
+    assert (given == -1).any()
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_such_a_layer_is_benched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pages.yaml"
+    file.write_text(HEAD + PAGES)
+    words = ["--device", "cpu", "--tokens", "40", "--layer", "3", "--against", "dense"]
+    assert main(["bench", str(file), *words, "--against", "flex", "-o", f"{tmp_path}/a.json"]) == 0
+    (case,) = json.loads((tmp_path / "a.json").read_text())["cases"]
+    done = {name for name, entry in case["steps"].items() if entry["status"] == "ok"}
+    assert {"check small", "total", "dense torch", "attend selected"} <= done
+    assert not {"select", "attend"} & done  # it chooses nothing
+    assert "choosing" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_such_a_layer_is_tuned() -> None:
+    """By the process that measures points: verified, timed, proven."""
+    spec = taking("pages")
+    start = space(passes.run(planner.plan(spec)), H100, "fp32").start
+    problem = {"spec": dump(spec), "dtype": "fp32", "target": json.dumps(asdict(H100))}
+    asked = {"problem": problem | {"shapes": ["24"], "fewest": 5, "seconds": 0.0}, "limit": {}}
+    child = Child()
+    result = result_of(child.answer({"do": "measure", **asked, **start.record()}))
+    assert result.failure is None, result.failure
+    assert result.times["24"].median_us > 0
+    proven = result_of(child.answer({"do": "prove", **asked, **start.record()}))
+    assert 0 < proven.check["error_at_length"] < 1e-4
+
+
+def test_such_a_layer_is_never_gated() -> None:
+    """Its calls bring a selection, which is what they attend."""
+    setting = measure.Setting(device="cpu", kind="random", groups=[], seconds=0.0)
+    with pytest.raises(GateError, match="level page takes over what other calls chose"):
+        crossover.take(taking("pages"), setting, [20])
+
+
 # --- errors
 
 
@@ -367,14 +458,6 @@ def test_what_takes_over_chooses_nothing() -> None:
     x = tensors(spec, 13, 13)
     with pytest.raises(ArgumentError, match="chooses nothing"):
         load_kernel(spec).select(**x)
-
-
-@pytest.mark.parametrize("command", ["bench", "gate", "tune", "compile"])
-def test_nothing_is_measured_without_a_choice(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([command, "delta", "--layer", "3"]) == 1
-    assert "takes over what another layer chose" in capsys.readouterr().err
 
 
 def test_such_a_layer_compiles_unverified(capsys: pytest.CaptureFixture[str]) -> None:

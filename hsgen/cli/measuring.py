@@ -26,7 +26,6 @@ from hsgen.cli.options import (
     lengths_of,
     pair,
     place,
-    require_choice,
     words_of,
 )
 from hsgen.cli.output import check_suffix, json_text
@@ -56,7 +55,6 @@ def bench(
         check_suffix(output, ".json")
     lengths, peers = lengths_of(tokens), against or [Peer.dense]
     bound = load(spec).bind(heads=pair(heads), head_dim=pair(head_dim), layer=layer)
-    require_choice(bound)
     words = words_of(
         {
             "against": peers,
@@ -117,7 +115,6 @@ def gate(
     What was found is kept in the cache, where `load_kernel(spec, gate="measured")` takes it from.
     """
     bound = load(spec).bind(heads=pair(heads), head_dim=pair(head_dim), layer=layer)
-    require_choice(bound)
     lengths = lengths_of(tokens)
     words = words_of(
         {

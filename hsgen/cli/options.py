@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hsgen.errors import ArgumentError, HsgenError
-from hsgen.spec import Spec
+from hsgen.errors import ArgumentError
 from hsgen.target import Target
 
 SpecFiles = Annotated[
@@ -196,20 +195,6 @@ PlotFile = Annotated[
 def place(file: Path) -> str:
     """A file without folders that only this machine has."""
     return file.name if file.is_absolute() else str(file)
-
-
-def require_choice(spec: Spec) -> None:
-    """Nothing, where the spec chooses what it attends.
-
-    Raises:
-        HsgenError: another layer does, and there is no sample of that.
-    """
-    if spec.brought:
-        raise HsgenError(
-            f"{spec.name}: level {spec.brought[0]} takes over what another layer chose, and there is no"
-            " sample of that yet",
-            help="`hsgen compile --no-verify` and `hsgen show` need none",
-        )
 
 
 def words_of(options: Mapping[str, Sequence[object]]) -> list[str]:

@@ -24,7 +24,6 @@ from hsgen.cli.options import (
     numbers_of,
     pair,
     place,
-    require_choice,
     seconds_of,
     words_of,
 )
@@ -85,7 +84,6 @@ def tune(
     What is measured is kept at once: the same command goes on where it was stopped.
     """
     bound = load(spec).bind(heads=pair(heads), head_dim=pair(head_dim), layer=layer)
-    require_choice(bound)
     kernels = tuple(filter(None, (only or "").split(",")))
     from hsgen import measurer, progress, pruning  # noqa: PLC0415  load networkx
 
