@@ -91,8 +91,18 @@ def dense_of(spec: Spec) -> Spec:
 class Layers:
     """A kernel with the caches of several layers, full up to a context, and a token for the next step."""
 
-    def __init__(self, spec: Spec, batch: int, context: int, device: str, *, layers: int) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        batch: int,
+        context: int,
+        device: str,
+        *,
+        layers: int,
+        page: int | None,
+    ) -> None:
         self.attn: Kernel = hsgen.load_kernel(spec)
+        self.page = page
         self.generator = torch.Generator(device).manual_seed(0)
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         shapes = tensor_shapes(spec, batch, 1, 1)
@@ -107,7 +117,7 @@ class Layers:
         return x / math.sqrt(math.prod(shape[-3:-1])) if name.endswith("weight") else x
 
     def _filled(self, batch: int, context: int, device: str) -> Cache:
-        cache = self.attn.new_cache(batch, context + ROOM, self.dtype, device)
+        cache = self.attn.new_cache(batch, context + ROOM, self.dtype, device, page=self.page)
         streams = cache.storage.streams
         most = max(batch * stream.numbers * self.dtype.itemsize for stream in streams)
         step = max(1, min(context, CHUNK // most))
@@ -280,7 +290,8 @@ def ours_dense(spec: Spec, layers: Layers, context: int) -> Callable[[], list[Te
 def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
     """Every system, batch and context; results are on disk after each."""
     made = common.provenance("benchmarks.decode", argv, args.device)
-    path = args.output / f"decode_{common.slug(made['card'])}_{made['date']}.json"
+    pages = f"_page{args.page}" if args.page else ""
+    path = args.output / f"decode{pages}_{common.slug(made['card'])}_{made['date']}.json"
     deadline = time.monotonic() + args.budget
     data: Json = {"runs": [made], "copy_rate": copy_rate(args.device), "cases": {}}
     for context in args.contexts:
@@ -291,9 +302,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
                     entry: Json = {"status": "skipped", "reason": "no time left in this run"}
                 else:
                     entry = checking.attempt(
-                        lambda s=system, b=batch, c=context: _case(s, b, c, args.device)
+                        lambda s=system, b=batch, c=context: _case(s, b, c, args.device, args.page)
                     )
                 data["cases"][name] = {
+                    "page": args.page,
                     "system": system,
                     "batch": batch,
                     "context": context,
@@ -307,7 +319,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
     return path
 
 
-def _case(system: str, batch: int, context: int, device: str) -> Json:
+def _case(system: str, batch: int, context: int, device: str, page: int | None) -> Json:
     spec = spec_of(system)
     if device == "cpu":  # a smoke test of this script
         spec = standins.bind(spec, query=4, kv=2, dim=16)
@@ -315,19 +327,19 @@ def _case(system: str, batch: int, context: int, device: str) -> Json:
     if device == "cuda":
         bytes_of = _cache_bytes(spec, batch, context)
         layers = max(1, min(MOST_LAYERS, -(-COLD // bytes_of)))
-    ready = Layers(spec, batch, context, device, layers=layers)
+    ready = Layers(spec, batch, context, device, layers=layers, page=page)
     read, error = _checked(ready)
     found: Json = {"layers": layers, "bytes_read": read, "error": error, "dense": {}}
     found["bytes_per_token"] = sum(ready.caches[0].bytes_per_token.values())
     step = graphed(lambda: [ready.step(cache) for cache in ready.caches], device)
     calls = {"step": step}
-    for name, call in dense_calls(spec, ready, context, device):
+    for name, call in () if page else dense_calls(spec, ready, context, device):
         entry = checking.attempt(lambda c=call: {"graph": graphed(c, device)})
         if entry["status"] == "ok":
             calls[name] = entry.pop("graph")
         else:
             found["dense"][name] = entry
-    if device == "cuda":
+    if device == "cuda" and not page:
         calls["hsgen, dense"] = graphed(ours_dense(spec, ready, context), device)
     calls["append"] = graphed(lambda: [ready.append(cache) for cache in ready.caches], device)
     times = in_turn(calls, layers, device)
@@ -351,7 +363,7 @@ def _checked(ready: Layers) -> tuple[int, float]:
     cache, attn = ready.caches[0], ready.attn
     o, chosen = attn.decode(ready.q, ready.k, ready.v, cache, return_selection=True, **ready.others)
     length = int(cache.lengths[0])
-    streams = {x.name: cache.tensors[x.name][:1, :length] for x in cache.storage.streams}
+    streams = {x.name: cache.whole(x.name, slice(1))[:, :length] for x in cache.storage.streams}
     shapes = tensor_shapes(attn.spec, 1, 1, 1)
     rows = {n: x[:1] if shapes[n][:1] == (1,) else x for n, x in ready.others.items()}
     given = {**rows, **streams}
@@ -404,7 +416,9 @@ def page(results: Sequence[Json]) -> str:
     for result in results:
         card = str(result["runs"][0]["card"]).removeprefix("NVIDIA ")
         for case in result["cases"].values():
-            label = [f"{card}, {case['system']}", str(case["batch"]), f"{case['context']:,}"]
+            pages = f", pages of {case['page']}" if case["page"] else ""
+            name = f"{card}, {case['system']}{pages}"
+            label = [name, str(case["batch"]), f"{case['context']:,}"]
             if case["status"] != "ok":
                 failed.append(f"- {', '.join(label)}: {_summary(case)}")
                 continue
@@ -439,6 +453,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=SYSTEMS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--page", type=int, help="tokens of a page (default: none)")
     parser.add_argument("--budget", type=float, default=900.0, help="seconds, no case begins later")
     parser.add_argument("-o", "--output", type=Path, default=common.RESULTS, help="a folder")
     parser.add_argument("--report", type=Path, nargs="*", help="results to write up (default: all)")

@@ -37,6 +37,21 @@ class Batch:
     packed: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Paged(Batch):
+    """Sequences whose keys lie in pages.
+
+    Attributes:
+        pages: i32[Z, M], where each page of a sequence is among all.
+        page_rows: rows of a tensor of keys from one page to the next.
+        pool: pages that there are.
+    """
+
+    pages: Tensor
+    page_rows: int
+    pool: int
+
+
 def dense(
     batch: int,
     tokens: int,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hsgen.arguments import SHORT_NAMES
-from hsgen.batch import Batch
+from hsgen.batch import Batch, Paged
 from hsgen.errors import ArgumentError
 from hsgen.spec import Spec
 from hsgen.storage import Storage
@@ -36,6 +36,25 @@ class Shape:
     capacity: int
     dtype: torch.dtype
     device: torch.device
+    page: int = 0  # tokens of a page; 0: a sequence lies in one piece
+
+    @property
+    def pages(self) -> int:
+        """Most pages of a sequence."""
+        return -(-self.capacity // self.page) if self.page else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pages:
+    """Pages by tensor, [N, page, H, D] of any strides, and where those of each sequence are.
+
+    Attributes:
+        tensors: by name.
+        block_table: i32[B, M].
+    """
+
+    tensors: Mapping[str, Tensor]
+    block_table: Tensor
 
 
 class Cache:
@@ -46,16 +65,27 @@ class Cache:
         storage: what is kept of each token.
         shape: sequences, their capacity in tokens, dtype and device.
         lengths: i32[B], tokens of each sequence, on the device.
-        tensors: by name [B, capacity, ...] of the caller's tensors, and of levels the entries
-            [B, N, heads, width].
+        tensors: by name [B, capacity, ...] of the caller's tensors, or pages [N, page, ...] of all
+            sequences, and of levels the entries [B, N, heads, width].
+        block_table: i32[B, M], where the pages of each sequence are; None without pages.  Whoever hands
+            out pages writes it, before tokens need them.
     """
 
-    def __init__(self, spec: Spec, storage: Storage, shape: Shape, writer: Writer) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        storage: Storage,
+        shape: Shape,
+        writer: Writer,
+        pages: Pages | None = None,
+    ) -> None:
         self.spec = spec
         self.digest = spec.digest
         self.storage = storage
         self.shape = shape
-        self.tensors = _tensors(storage, shape)
+        self.tensors = _streams(storage, shape) if pages is None else _given(storage, shape, pages)
+        self.tensors |= _levels(storage, shape)
+        self.block_table = _table(shape, pages)
         zeros = torch.zeros(shape.batch, 6, dtype=torch.int32, device=shape.device)
         self.lengths = torch.zeros_like(zeros[:, 0])
         self._table = zeros
@@ -122,8 +152,14 @@ class Cache:
         self.lengths.clamp_(max=lengths)
         self._most = min(self._most, lengths)
 
-    def fork(self, sequences: Tensor) -> Cache:
-        """A cache whose sequence i is a copy of this one's `sequences[i]`.  int64[any]"""
+    def fork(self, sequences: Tensor, block_table: Tensor | None = None) -> Cache:
+        """A cache whose sequence i goes on from this one's `sequences[i]`.
+
+        Args:
+            sequences: int64[any].
+            block_table: i32[any, M], a must where there are pages: pages of the prefix may be shared, but
+                the one that the next token goes to has to be each sequence's own.  Entries are copied.
+        """
         if sequences.ndim != 1 or sequences.dtype != torch.int64:
             raise ArgumentError(
                 f"sequences: expected int64 [any], got {sequences.dtype} {list(sequences.shape)}"
@@ -133,10 +169,20 @@ class Cache:
             capacity=self.shape.capacity,
             dtype=self.shape.dtype,
             device=self.shape.device,
+            page=self.shape.page,
         )
-        made = Cache(self.spec, self.storage, shape, self._writer)
-        for name, tensor in self.tensors.items():
-            torch.index_select(tensor, 0, sequences, out=made.tensors[name])
+        shared = [x.name for x in self.storage.streams] if self.shape.page else []
+        pages = None
+        if self.shape.page:
+            if block_table is None:
+                raise ArgumentError(
+                    "block_table: expected where the pages of each fork are, got none",
+                    help="`block_table=`; what forks share, they must not write to",
+                )
+            pages = Pages(tensors={n: self.tensors[n] for n in shared}, block_table=block_table)
+        made = Cache(self.spec, self.storage, shape, self._writer, pages)
+        for name in self.tensors.keys() - set(shared):
+            torch.index_select(self.tensors[name], 0, sequences, out=made.tensors[name])
         torch.index_select(self.lengths, 0, sequences, out=made.lengths)
         made._most = self._most
         return made
@@ -146,13 +192,56 @@ class Cache:
     def batch(self, tokens: int) -> Batch:
         """Where the sequences of a call of so many tokens lie; its table is filled on the device."""
         shape = self.shape
-        return Batch(
-            table=self._table,
-            sequences=shape.batch,
-            rows=shape.batch * tokens,
-            keys=shape.capacity,
-            packed=False,
+        where = {
+            "table": self._table,
+            "sequences": shape.batch,
+            "rows": shape.batch * tokens,
+            "keys": shape.capacity,
+            "packed": False,
+        }
+        if self.block_table is None:
+            return Batch(**where)
+        first = self.tensors[self.storage.streams[0].name]
+        return Paged(
+            **where,
+            pages=self.block_table,
+            page_rows=first.stride(0) // first.stride(1),
+            pool=first.shape[0],
         )
+
+    def whole(self, name: str, sequences: slice = slice(None)) -> Tensor:
+        """A stream as [B, capacity, ...], of some sequences: pages put together."""
+        if self.block_table is None:
+            return self.tensors[name][sequences]
+        found = self.tensors[name][self.block_table[sequences].long()].flatten(1, 2)
+        return found[:, : self.shape.capacity]
+
+    def put(self, name: str, z: int, first: int, rows: Tensor) -> None:
+        """Rows of one sequence to their places, one by one."""
+        kept, page = self.tensors[name], self.shape.page
+        for i, row in enumerate(rows):
+            place = first + i
+            if self.block_table is None:
+                kept[z, place] = row
+            else:
+                kept[self.block_table[z, place // page], place % page] = row
+
+    def check_pages(self) -> None:
+        """The numbers of pages that are in use, and of the next; waits for the device.
+
+        Raises:
+            ArgumentError: one that is not there.
+        """
+        if self.block_table is None:
+            return
+        pool = self.tensors[self.storage.streams[0].name].shape[0]
+        lengths = self.lengths.tolist()
+        for z, (row, length) in enumerate(zip(self.block_table.tolist(), lengths, strict=True)):
+            for i, number in enumerate(row[: length // self.shape.page + 1]):
+                if not 0 <= number < pool:
+                    raise ArgumentError(
+                        f"block_table[{z}, {i}]: expected one of {pool} pages, got {number}"
+                    )
 
     def new(self, tokens: int, new_lens: Tensor | None) -> Tensor:
         """How many tokens come to each sequence.  -> i32[B]"""
@@ -200,15 +289,65 @@ class Cache:
             self._check_lens("new_lens", new_lens)
 
 
-def _tensors(storage: Storage, shape: Shape) -> dict[str, Tensor]:
-    """Room for everything.  A head's tokens lie side by side: a block of them is one piece."""
+def _streams(storage: Storage, shape: Shape) -> dict[str, Tensor]:
+    """Room for all tokens.  A head's lie side by side: a block of them is one piece."""
     made: dict[str, Tensor] = {}
-    options = {"dtype": shape.dtype, "device": shape.device}
+    count, tokens = shape.batch, shape.capacity
+    if shape.page:
+        count, tokens = shape.batch * shape.pages, shape.page
     for stream in storage.streams:
         *heads, dim = stream.dims
-        room = torch.zeros(shape.batch, *heads, shape.capacity, dim, **options)
+        room = torch.zeros(count, *heads, tokens, dim, dtype=shape.dtype, device=shape.device)
         made[stream.name] = room.transpose(1, 2) if heads else room
-    for level in storage.levels:
-        entries = max(1, shape.capacity // level.stride)
-        made[level.name] = torch.zeros(shape.batch, entries, level.heads, level.width, **options)
     return made
+
+
+def _levels(storage: Storage, shape: Shape) -> dict[str, Tensor]:
+    """Room for all entries, sequence by sequence."""
+    made: dict[str, Tensor] = {}
+    for level in storage.levels:
+        dims = (shape.batch, max(1, shape.capacity // level.stride), level.heads, level.width)
+        made[level.name] = torch.zeros(dims, dtype=shape.dtype, device=shape.device)
+    return made
+
+
+def _given(storage: Storage, shape: Shape, pages: Pages) -> dict[str, Tensor]:
+    """A caller's pages, looked at once."""
+    names = [stream.name for stream in storage.streams]
+    if set(pages.tensors) != set(names):
+        got = ", ".join(sorted(pages.tensors)) or "none"
+        raise ArgumentError(f"pages: expected those of {', '.join(names)}, got {got}")
+    first = pages.tensors[names[0]]
+    for stream in storage.streams:
+        x = pages.tensors[stream.name]
+        wanted = (first.shape[0], shape.page, *stream.dims)
+        if tuple(x.shape) != wanted or (x.dtype, x.device) != (shape.dtype, shape.device):
+            raise ArgumentError(
+                f"pages[{stream.name!r}]: expected {list(wanted)} {SHORT_NAMES[shape.dtype]} {shape.device}, "
+                f"got {list(x.shape)} {SHORT_NAMES.get(x.dtype, x.dtype)} {x.device}"
+            )
+        step, rest = divmod(x.stride(0), x.stride(1))
+        if x.stride(-1) != 1 or rest or step != first.stride(0) // first.stride(1):
+            raise ArgumentError(
+                f"pages[{stream.name!r}]: expected stride 1 in the last dimension, and as many rows from one "
+                f"page to the next as in {names[0]!r}, got strides {x.stride()}"
+            )
+    return {name: pages.tensors[name] for name in names}
+
+
+def _table(shape: Shape, pages: Pages | None) -> Tensor | None:
+    """Where pages are: the caller's, or one behind the other."""
+    if not shape.page:
+        return None
+    wanted = (shape.batch, shape.pages)
+    if pages is None:
+        numbers = torch.arange(shape.batch * shape.pages, dtype=torch.int32, device=shape.device)
+        return numbers.view(wanted)
+    table = pages.block_table
+    fits = tuple(table.shape) == wanted and table.stride(-1) == 1
+    if not fits or table.dtype != torch.int32 or table.device != shape.device:
+        raise ArgumentError(
+            f"block_table: expected {list(wanted)} int32 {shape.device}, got {list(table.shape)} "
+            f"{SHORT_NAMES.get(table.dtype, table.dtype)} {table.device}"
+        )
+    return table

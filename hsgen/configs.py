@@ -220,7 +220,7 @@ def rank(slots: int, stride: int, tokens: int, *, grouped: bool) -> Config:
 def for_rows(plan: Plan, tokens: int) -> Plan:
     """The same plan of a few rows for so many of a sequence: one tile has all of them.
 
-    A kernel that walks a row's own list takes one row, however many there are.
+    A kernel that walks a row's own list, or scores below it, takes one row, however many there are.
     """
     return plan.with_config({k.name: _of_rows(k, next_power(tokens)) for k in plan.kernels})
 
@@ -228,7 +228,7 @@ def for_rows(plan: Plan, tokens: int) -> Plan:
 def _of_rows(kernel: Kernel, tokens: int) -> Config:
     values, warps = dict(kernel.config.constexprs), kernel.config.num_warps
     context = kernel.context
-    if isinstance(context, rows.RowsContext) and not context.one_token:
+    if isinstance(context, rows.RowsContext) and not (context.one_token or context.children):
         block_m = max(16, next_power(tokens * context.pitch))
         values |= {"BLOCK_T": tokens, "BLOCK_M": block_m}
         warps = 8 if block_m >= 128 else warps

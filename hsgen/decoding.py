@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hsgen import arguments, configs, plan
 from hsgen.arguments import SHORT_NAMES, Problem
-from hsgen.cache import Cache, Shape
+from hsgen.cache import Cache, Pages, Shape
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
     Configs,
@@ -34,6 +34,7 @@ from hsgen.storage import Storage, storage_of
 from hsgen.target import Target
 
 FEW = 8  # rows of a sequence that a step may have
+MOST_PAGE = 1024  # tokens
 INTERPRETED_TARGET = "h100"
 
 
@@ -86,7 +87,7 @@ class Decoding:
         with self._lock:
             return dict(self._programs)
 
-    def new_cache(self, shape: Shape) -> Cache:
+    def new_cache(self, shape: Shape, pages: Pages | None = None) -> Cache:
         """An empty cache.
 
         Raises:
@@ -97,6 +98,10 @@ class Decoding:
             value = getattr(shape, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name}: expected an int of at least 1, got {value!r}")
+        if shape.page and (shape.page != configs.next_power(shape.page) or shape.page > MOST_PAGE):
+            raise ArgumentError(
+                f"page: expected a power of two up to {MOST_PAGE}, got {shape.page}"
+            )
         kernels = self._on_kernels(shape.device)
         allowed = arguments.DTYPES if kernels else arguments.REFERENCE_DTYPES
         if shape.dtype not in allowed:
@@ -107,7 +112,7 @@ class Decoding:
             self._program(shape, "few")
         else:
             storage = replace(storage, levels=())
-        return Cache(self._execution.spec, storage, shape, self)
+        return Cache(self._execution.spec, storage, shape, self, pages)
 
     # --- calls
 
@@ -266,6 +271,8 @@ class Decoding:
         if not tokens:
             return None
         cache.reserve(tokens)
+        if self._execution.options.check:
+            cache.check_pages()
         if not self._on_kernels(cache.shape.device):
             _write_rows(cache, tensors, tokens, new_lens)
             return None
@@ -283,7 +290,8 @@ class Decoding:
         return ready
 
     def _prepared(self, shape: Shape, kind: str, tokens: int) -> Ready:
-        key = (shape.dtype, shape.device, kind, configs.next_power(tokens) if kind == "few" else 0)
+        rows = configs.next_power(tokens) if kind == "few" else 0
+        key = (shape.dtype, shape.device, shape.page, kind, rows)
         ready = self._ready.get(key)
         if ready is None:
             self._refuse_capture(shape.device)
@@ -297,7 +305,7 @@ class Decoding:
 
     def _program(self, shape: Shape, kind: str) -> Program:
         interpret = shape.device.type != "cuda"
-        key = (shape.dtype, shape.device, kind)
+        key = (shape.dtype, shape.device, shape.page, kind)
         with self._lock:
             if key not in self._programs:
                 target = self._execution.options.target
@@ -308,7 +316,7 @@ class Decoding:
                     target or Target.named(INTERPRETED_TARGET),
                     shape.dtype,
                     interpret=interpret,
-                    cached=plan.Cached(rows="few" if kind == "few" else "many"),
+                    cached=plan.Cached(rows="few" if kind == "few" else "many", page=shape.page),
                 )
             return self._programs[key]
 
@@ -333,7 +341,7 @@ class Decoding:
         """What the spec means, of all that the cache has."""
         before = cache.lengths.clone()
         self._write(cache, given, problem.tokens, new_lens)
-        tensors = {**given, **cache.tensors}
+        tensors = {**given, **{x.name: cache.whole(x.name) for x in cache.storage.streams}}
         names = self._execution.attending.names
         capacity = cache.shape.capacity
         whole = call._replace(
@@ -377,5 +385,5 @@ def _write_rows(
     for z, (first, count) in enumerate(zip(cache.lengths.tolist(), new, strict=True)):
         kept = min(count, cache.shape.capacity - first)
         for stream in cache.storage.streams:
-            cache.tensors[stream.name][z, first : first + kept] = tensors[stream.name][z, :kept]
+            cache.put(stream.name, z, first, tensors[stream.name][z, :kept])
         cache.lengths[z] = first + kept

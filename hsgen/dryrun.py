@@ -167,7 +167,10 @@ ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mod: operator.mod,
 }
 FUNCTIONS: Mapping[str, Callable[..., int]] = {"min": min, "max": max}
-READABLE = ("shape", "stride", "table", "sequences", "rows", "keys", "packed")  # attributes
+READABLE = (
+    *("shape", "stride", "table", "sequences", "rows", "keys", "packed"),
+    *("pages", "page_rows", "pool"),
+)  # attributes
 
 
 def evaluate(text: str, names: Mapping[str, Value]) -> Value:

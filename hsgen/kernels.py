@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hsgen.plan import Param
-from hsgen.rows import SEQ, Chunk, chunks, count, jit, next_power, pointer
+from hsgen.rows import SEQ, Chunk, chunks, count, jit, next_power, pages_of, pointer
 
 PoolHow = Literal["mean", "max", "minmax", "sum_rsqrt", "linear", "gated", "max_min_mean", "first"]
 POOLS: tuple[PoolHow, ...] = get_args(PoolHow)
@@ -312,6 +312,12 @@ class SegmentsContext:
     turn: Turn | None = None
     rows: int = 0  # > 0: queries of blocks of so many rows
     append: bool = False  # only entries that new tokens complete, into what a cache keeps
+    page: int = 0  # > 0: tokens lie in pages of so many
+
+    @property
+    def k_first(self) -> str:
+        """Where a sequence's tokens begin, as what is added; pages say it otherwise."""
+        return "" if self.page else "k_first + "
 
     @property
     def finishes(self) -> bool:
@@ -380,6 +386,7 @@ class SegmentsContext:
             *((position,) if self.position else ()),
             *self._finishing,
             *self._place(made),
+            *pages_of(self.page),
             *SEQ,
             *tunables("BLOCK_E", *self._tunables),
         )

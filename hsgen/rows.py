@@ -391,6 +391,7 @@ PAGES = (
     pointer("PAGES", "i32", "[Z, pages] where each page of a sequence is"),
     count("pages", "most pages of a sequence"),
     count("page_rows", "rows of keys from one page to the next"),
+    count("pool", "pages of all sequences"),
 )
 
 
@@ -401,7 +402,8 @@ def pages_of(page: int) -> tuple[Param, ...]:
 
 def page_arguments(page: int) -> tuple[str, ...]:
     """The same, of a batch."""
-    return ("batch.pages", "batch.pages.stride(0)", "batch.page_rows") if page else ()
+    names = ("pages", "pages.stride(0)", "page_rows", "pool")
+    return tuple(f"batch.{name}" for name in names) if page else ()
 
 
 def with_pages(context: RowsContext, page: int) -> RowsContext:

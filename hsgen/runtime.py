@@ -31,7 +31,7 @@ from hsgen import (
     tuned,
 )
 from hsgen.arguments import Expected
-from hsgen.cache import Cache, Shape
+from hsgen.cache import Cache, Pages, Shape
 from hsgen.decoding import Decoding
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
@@ -330,6 +330,10 @@ class Kernel:
         capacity: int,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        *,
+        page: int | None = None,
+        pages: Mapping[str, Tensor] | None = None,
+        block_table: Tensor | None = None,
     ) -> Cache:
         """An empty cache: keys, values, and the entries of every level, which `decode` and `extend` fill.
 
@@ -338,6 +342,12 @@ class Kernel:
             capacity: most tokens of a sequence.
             dtype: of what it keeps; default that of `load_kernel`, else bf16 on a GPU, fp32 on a CPU.
             device: default the current GPU, if there is one.
+            page: tokens of a page, a power of two; None keeps each sequence in one piece.  Entries of
+                levels are kept sequence by sequence all the same.
+            pages: by name what the spec keeps of tokens, [N, page, H, D] with any strides but the last:
+                the caller's pool, which is written to.  Default a pool of its own.
+            block_table: i32[B, M], where the caller's pages of each sequence are, M those of `capacity`.
+                It is read at each call, so that pages may be handed out as sequences grow.
 
         Raises:
             PlanError: a row depends on more than the tokens up to its own, heads are not known, or no
@@ -356,13 +366,22 @@ class Kernel:
         if where.type == "cuda" and where.index is None:
             where = torch.device("cuda", torch.cuda.current_device())
         usual = torch.float32 if where.type == "cpu" else torch.bfloat16
+        if (pages is None) != (block_table is None) or (pages is not None and page is None):
+            raise ArgumentError(
+                "pages: expected `page` and `block_table` beside them, or none of the two"
+            )
+        given = None
+        if pages is not None and block_table is not None:
+            given = Pages(tensors=pages, block_table=block_table)
         return self._decoding.new_cache(
             Shape(
                 batch=batch,
                 capacity=capacity,
                 dtype=dtype or self._options.dtype or usual,
                 device=where,
-            )
+                page=page or 0,
+            ),
+            given,
         )
 
     def decode(

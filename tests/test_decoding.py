@@ -62,16 +62,21 @@ def append(attn, cache, x, rows, begin, end):
 # --- the law: step t is row t of prefill
 
 
-@pytest.mark.parametrize("name", NAMES)
+FULL = ("moba", "infllm_v2", "hisa", "dsa_gqa", "minimax_m3")
+
+
+@pytest.mark.parametrize(
+    "name", ["nsa", "quest", *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
+)
 def test_steps_are_rows_of_prefill(name, shares):
-    """Choices are the same sets, outputs of either are those of the reference."""
+    """Choices are the same sets, outputs of either are those of the reference; pages change nothing."""
     spec = systems.small(name, group=2, kv=1, dims=(32, 16))
     B, T = 2, 18
     x, rows = made(spec, B, T)
     if name == "nsa":  # 512 weights a channel: of a size as if they were learned
         x = {n: y * 0.05 if n.endswith("weight") else y for n, y in x.items()}
     attn = load_kernel(spec, interpret=True)
-    cache = attn.new_cache(B, 24)
+    cache = attn.new_cache(B, 24, page=8 if name in ("nsa", "moba", "hisa") else None)
     append(attn, cache, x, rows, 0, 13)
     calls = [(attn.decode, 13, 14), (attn.decode, 14, 16)]
     if name == "quest":
@@ -151,6 +156,48 @@ def test_a_full_cache_says_so_and_nothing_is_written_beyond_it(shares):
     assert o.isfinite().all()
 
 
+def test_a_caller_s_pages_are_shared_by_forks(shares, sanitized):
+    """Keys and values of a page side by side, as some servers keep them, and pages in any order."""
+    spec = shared()
+    x, rows = made(spec, 1, 13)
+    attn = load_kernel(spec, interpret=True)
+    pool = torch.full((9, 2, 4, 1, 16), float("nan"))
+    table = torch.tensor([[7, 2, 5, -1]], dtype=torch.int32)
+    pages = {"k": pool[:, 0], "v": pool[:, 1]}
+    cache = attn.new_cache(1, 16, page=4, pages=pages, block_table=table)
+    (q, k, v), _ = cut(x, rows, 0, 9)
+    o = attn.extend(q, k, v, cache)
+    torch.testing.assert_close(o.double(), whole(spec, x, 9), rtol=1e-4, atol=1e-5)
+    assert pool[[0, 1, 3, 4, 6, 8]].isnan().all()
+    assert torch.equal(pool[2, 0], x["k"][0, 4:8])
+    pool[8, :, 0] = pool[5, :, 0]  # the page that both would write to, as far as it is full
+    own = torch.tensor([[7, 2, 5, 0], [7, 2, 8, 1]], dtype=torch.int32)
+    forked = cache.fork(torch.tensor([0, 0]), own)
+    mine = {n: torch.cat([y[:, 9:13], y[:, 3:7]]) for n, y in x.items()}
+    (q, k, v), _ = cut(mine, rows, 0, 4)
+    o = attn.decode(q, k, v, forked)
+    torch.testing.assert_close(o[0].double(), whole(spec, x, 13)[0, 9:], rtol=1e-4, atol=1e-5)
+    other = {n: torch.cat([y[:, :9], y[:, 3:7]], 1) for n, y in x.items()}
+    torch.testing.assert_close(o[1].double(), whole(spec, other, 13)[0, 9:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_page_that_is_none_is_an_error_or_not_written_to(shares, sanitized):
+    x, rows = made(shared(), 1, 6)
+    (q, k, v), _ = cut(x, rows, 0, 6)
+    pages = {"k": torch.zeros(3, 4, 1, 16), "v": torch.zeros(3, 4, 1, 16)}
+    table = torch.tensor([[1, 3]], dtype=torch.int32)
+    kept = {"page": 4, "pages": pages, "block_table": table}
+    cache = load_kernel(shared(), interpret=True).new_cache(1, 8, **kept)
+    cache.append(k, v)
+    assert torch.equal(pages["k"][1], k[0, :4])
+    assert (pages["k"][[0, 2]] == 0).all()
+    attn = load_kernel(shared(), check=True)
+    cache = attn.new_cache(1, 8, **kept)
+    cache.append(k[:, :4], v[:, :4])
+    with pytest.raises(ArgumentError, match=r"block_table\[0, 1\]: expected one of 3 pages, got 3"):
+        attn.decode(q[:, 4:], k[:, 4:], v[:, 4:], cache)
+
+
 def test_layouts_and_a_caller_s_choice(shares):
     spec = shared()
     x, rows = made(spec, 1, 9)
@@ -192,6 +239,12 @@ def test_wrong_calls_are_answered_by_name():
     (q, k, v), _ = cut(x, rows, 0, 1)
     other = load_kernel(parse(SHARED.replace("top_k: 3", "top_k: 2")))
     few = torch.ones(1, dtype=torch.int32)
+    pool, wide = torch.zeros(3, 8, 1, 16), torch.zeros(3, 9, 1, 16)[:, :8]
+    table = torch.zeros(1, 2, dtype=torch.int32)
+
+    def paged(pages, table=table):
+        return attn.new_cache(1, 16, page=8, pages=pages, block_table=table)
+
     for call, words in (
         (
             lambda: other.decode(q, k, v, cache),
@@ -208,6 +261,16 @@ def test_wrong_calls_are_answered_by_name():
         (lambda: cache.append(k, v, gates=q), "gates: no cache of spec 'shared_keys' keeps such"),
         (lambda: cache.truncate(-1), "lengths: expected an int of at least 0"),
         (lambda: attn.new_cache(0, 16), "batch: expected an int of at least 1, got 0"),
+        (
+            lambda: attn.new_cache(1, 16, page=12),
+            "page: expected a power of two up to 1024, got 12",
+        ),
+        (lambda: attn.new_cache(1, 16, pages={"k": k}), "pages: expected `page` and `block_table`"),
+        (lambda: paged({"k": pool}), "pages: expected those of k, v, got k"),
+        (lambda: paged({"k": pool, "v": pool[..., :8]}), r"pages\['v'\]: expected \[3, 8, 1, 16\]"),
+        (lambda: paged({"k": pool, "v": wide}), r"pages\['v'\]: .* as many rows from one page"),
+        (lambda: paged({"k": pool, "v": pool}, table.long()), r"block_table: expected \[1, 2\]"),
+        (lambda: paged({"k": pool, "v": pool}).fork(few.long() * 0), "block_table: expected where"),
         (lambda: attn.new_cache(1, 16, torch.int8), "dtype: expected one of fp16, bf16, fp32"),
     ):
         with pytest.raises(ArgumentError, match=words):
@@ -263,13 +326,14 @@ def on_card(name, B, T):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("page", [None, 64], ids=["whole", "pages"])
 @pytest.mark.parametrize("name", [*NAMES, "hisa"])
-def test_steps_are_rows_of_prefill_on_a_card(name):
+def test_steps_are_rows_of_prefill_on_a_card(name, page):
     """L2: steps choose what prefill does; L4: outputs are the reference's, of what was chosen."""
     B, T = 3, 2100
     spec, x, rows = on_card(name, B, T)
     attn = load_kernel(spec)
-    cache = attn.new_cache(B, 2304)
+    cache = attn.new_cache(B, 2304, page=page)
     first = cut(x, rows, 0, T - 13)
     attn.extend(*first[0], cache, **first[1])
     end = T - 13

@@ -51,6 +51,8 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
         case "blocks":
             context, config = selected.attend_blocks(draft, node, op, launches, buffers, sizes)
     context = selected.as_branch(draft, context, node, op)
+    if op.over != "pooled":
+        context = rows.with_pages(context, draft.page)
     draft.kernel("rows", context, config, *draft.makes(node))
     tiles = text.tiles()
     if context.parts:
@@ -64,7 +66,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
                 *draft.tensors(node, op),
                 *selected.list_arguments(op),
                 *draft.outputs(node),
-                *text.SEQ,
+                *draft.seq(context),
             ),
         )
     )

@@ -40,6 +40,8 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         draft.slots(node) if block else str(kept and kept.width),
     )
     context = _score_context(draft, node, chain, parent)
+    if draft.pool_of(chain.score.inputs[1]) is None:
+        context = rows.with_pages(context, draft.page)
     shares: tuple[str, ...] = ()
     by_shares: tuple[tuple[str, str], ...] = ()
     if draft.steps_alone:
@@ -133,7 +135,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 Launch(
                     kernel=scorer,
                     grid=("count", str(heads), *shares),
-                    arguments=_score_arguments(draft, chain, parent, scratch, capacity),
+                    arguments=_score_arguments(draft, chain, parent, context, scratch),
                 ),
                 Launch(
                     kernel=ranker,
@@ -274,7 +276,7 @@ def _parent(draft: Draft, node: Node, parent: Node | None) -> _Parent:
 
 
 def _score_arguments(
-    draft: Draft, chain: _Chain, parent: Node | None, scratch: str, capacity: str
+    draft: Draft, chain: _Chain, parent: Node | None, context: rows.RowsContext, scratch: str
 ) -> tuple[str, ...]:
     queries, keys, *others = chain.score.inputs
     weighted = bool(others) and isinstance(draft.graph[others[0]].op, Input)
@@ -286,8 +288,8 @@ def _score_arguments(
         *(text.strides(text.buffer(chain.lse)) if chain.lse else ()),
         *((text.buffer(parent.name),) if parent else ()),
         scratch,
-        capacity,
-        *text.SEQ,
+        scratch.replace("scores_", "capacity_", 1),
+        *draft.seq(context),
         "tile_first",
     )
 

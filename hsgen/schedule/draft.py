@@ -262,6 +262,8 @@ class Draft:
             row = heads * dim
             return buffer, f"count_{text.safe(name)} * {row}", str(row), str(dim)
         x = text.input_of(name) if isinstance(node.op, Input) else text.buffer(name)
+        if self.page and node.type.dims[:2] == ("B", "S"):
+            return x, "0", f"{x}.stride(1)", f"{x}.stride(2)" if len(node.type.dims) == 4 else "0"
         if len(node.type.dims) == 3:
             return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", "0"
         return text.strides(x)

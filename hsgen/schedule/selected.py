@@ -23,7 +23,7 @@ def order_of(draft: Draft, node: Node, op: Attend) -> Order:
     selection = draft.graph[node.inputs[3]]
     alone = selection.type.dims[1:3] == ("T", "Hq")
     if alone and op.size == op.stride and draft.width(selection) <= buckets.MOST_SLOTS:
-        usual = "keys" if op.size >= buckets.LEAST_BLOCK else "rows"
+        usual = "keys" if op.size >= buckets.LEAST_BLOCK and not draft.page else "rows"
         return draft.orders.get(op.branch, usual)
     if draft.orders.get(op.branch) == "keys":
         raise PlanError(
@@ -194,6 +194,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
     union = rows.attend_marked(shape, name=name, scale=scale, share=share)
     by_row = rows.attend_tokens(shape, name=gather, scale=scale, width=width, share=share)
     union, by_row = (as_branch(draft, each, node, op) for each in (union, by_row))
+    union, by_row = (rows.with_pages(each, draft.page) for each in (union, by_row))
     config = draft.row_tiles.attend(union, limit=64, block=rows.MARKED)
     gathering = draft.row_tiles.attend(by_row, tokens=1).without("BLOCK_T")
     marks = MarksContext(
@@ -250,7 +251,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
                         *lists,
                         capacity,
                         *draft.outputs(node),
-                        *text.SEQ,
+                        *draft.seq(union),
                         "tile_first",
                     ),
                 ),
@@ -262,7 +263,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
                         chosen,
                         lists[0],
                         *draft.outputs(node),
-                        *text.SEQ,
+                        *draft.seq(by_row),
                         "tile_first",
                     ),
                 ),
@@ -285,7 +286,7 @@ def attend_gathered(draft: Draft, node: Node, op: Attend, scale: float) -> None:
         share=selection.type.dims[2],
         alone=True,
     )
-    context = as_branch(draft, context, node, op)
+    context = rows.with_pages(as_branch(draft, context, node, op), draft.page)
     config = draft.row_tiles.attend(context, tokens=1)
     draft.kernel("rows", context, config, *draft.makes(node), by_slot=True)
     draft.steps.append(
@@ -303,7 +304,7 @@ def attend_gathered(draft: Draft, node: Node, op: Attend, scale: float) -> None:
                         *draft.tensors(node, op),
                         text.buffer(selection.name),
                         *draft.outputs(node),
-                        *text.SEQ,
+                        *draft.seq(context),
                     ),
                 ),
             ),

@@ -56,6 +56,7 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
         normed=bool(norms),
         turn=turn,
         append=draft.cached is not None,
+        page=draft.page,
     )
     count = f"count_{text.safe(made)}"
     buffer = text.buffer(made)
@@ -96,7 +97,7 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
                     Launch(
                         kernel=kernel,
                         grid=(f"batch.sequences * {tiles}", str(heads)),
-                        arguments=(*arguments, tiles, *text.SEQ),
+                        arguments=(*arguments, tiles, *rows.page_arguments(draft.page), *text.SEQ),
                     ),
                 ),
             )
