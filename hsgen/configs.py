@@ -217,6 +217,13 @@ def rank(slots: int, stride: int, tokens: int, *, grouped: bool) -> Config:
     )
 
 
+def rank_steps(slots: int, stride: int, *, grouped: bool) -> Config:
+    """Of a few rows, whose programs find room: longer rows in registers, of more warps."""
+    width = max(64, min(8192 if slots else 4096, next_power(slots or LONG_TEXT // stride)))
+    warps = 1 if grouped or width <= 1024 else 4 if width <= 2048 else 8
+    return Config(constexprs=(("BLOCK_R", 1), ("BLOCK_N", width)), num_warps=warps, num_stages=1)
+
+
 def for_rows(plan: Plan, tokens: int) -> Plan:
     """The same plan of a few rows for so many of a sequence: one tile has all of them.
 

@@ -949,6 +949,7 @@ class Scoring:
     parent_head: str = ""  # the parent's selection head, of this program's `head`
     parent_heads: int = 1
     rows: int = 0  # > 0: queries are those of blocks of so many rows
+    packed: bool = False  # a tile has a group's heads, each with scores of its own
 
     @property
     def by_index(self) -> bool:
@@ -1022,16 +1023,20 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
             *BLOCKS,
         ),
         acc="score",
-        rows_comment=_packing(heads, "reduced together" if pitch > 1 else "one query head"),
+        rows_comment=_packing(heads, _heads_of_scores(scoring, pitch)),
         tile="tl.program_id(0) + tile_first",
         heads=heads,
         pitch=pitch,
         qk_chunks=bound_chunks(dim) if scoring.form == "bound" else chunks(dim),
         key_head=""
         if scoring.by_index
-        else kv_head("k_h", shape, per_head=scoring.share == "head"),
+        else kv_head("k_h", shape, per_head=scoring.share == "head" and not scoring.packed),
         key_row=f"k_first // {scoring.entries.stride}" if scoring.pooled else "k_first",
-        setup=(*_row_values(scoring, weighted), *setup, *_score_rows(pitch)),
+        setup=(
+            *_row_values(scoring, weighted),
+            *setup,
+            *_score_rows(pitch, heads if scoring.packed else 1),
+        ),
         phases=phases,
         precision=shape.precision,
         width=scoring.parent_width,
@@ -1091,8 +1096,21 @@ def _row_values(scoring: Scoring, weighted: bool) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _score_rows(pitch: int) -> tuple[str, ...]:
-    """Rows of the scratch: tokens of the tile, heads already reduced."""
+def _heads_of_scores(scoring: Scoring, pitch: int) -> str:
+    """What a token's rows in a tile are."""
+    if scoring.packed:
+        return "the group's heads"
+    return "reduced together" if pitch > 1 else "one query head"
+
+
+def _score_rows(pitch: int, heads: int) -> tuple[str, ...]:
+    """Rows of the scratch: tokens of the tile, heads already reduced; or each of `heads` with a row."""
+    if heads > 1:
+        return (
+            "score_alive = alive",
+            f"score_token = (tl.program_id(0) * BLOCK_T + rows // {heads}).to(tl.int64)",
+            f"score_row = score_token * tl.num_programs(1) * {heads} + row_head",
+        )
     return (
         f"tokens = tl.arange(0, BLOCK_M // {pitch})" if pitch > 1 else "tokens = rows",
         "score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)",
@@ -1221,7 +1239,7 @@ def _identity(scoring: Scoring) -> str:
 
 
 def _reduced(scoring: Scoring, heads: int, pitch: int) -> str:
-    if pitch == 1:
+    if pitch == 1 or scoring.packed:
         return "value"
     how = "max" if scoring.reduce == "max" else "sum"
     mean = f" * {number(1 / heads)}" if scoring.reduce == "mean" else ""

@@ -40,13 +40,14 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         draft.slots(node) if block else str(kept and kept.width),
     )
     context = _score_context(draft, node, chain, parent)
+    programs = heads // (context.heads if _packs(draft, chain, parent) else 1)
     if draft.pool_of(chain.score.inputs[1]) is None:
         context = rows.with_pages(context, draft.page)
     shares: tuple[str, ...] = ()
     by_shares: tuple[tuple[str, str], ...] = ()
     if draft.steps_alone:
         context = rows.with_split(context)
-        by_shares = _shares(draft, f"score_{op.level}", chain, parent, heads)
+        by_shares = _shares(draft, f"score_{op.level}", chain, parent, programs)
         shares = (by_shares[-1][0],)
     tiling = draft.row_tiles_of_blocks if block else draft.row_tiles
     config = tiling.step(context) if shares else tiling.score(context)
@@ -80,10 +81,14 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         part=part.units if part else 0,
         of_all=isinstance(op, SelectSet) and op.of == "all",
     )
+    grouped = ranking.group > 0
+    ranks = configs.rank(slots, op.stride, config["BLOCK_T"], grouped=grouped)
+    if draft.steps_alone:
+        ranks = configs.rank_steps(slots, op.stride, grouped=grouped)
     ranker = draft.kernel(
         "rank",
         ranking,
-        configs.rank(slots, op.stride, config["BLOCK_T"], grouped=ranking.group > 0),
+        ranks,
         node.name,
         follows=scorer,
     )
@@ -134,7 +139,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
             launches=(
                 Launch(
                     kernel=scorer,
-                    grid=("count", str(heads), *shares),
+                    grid=("count", str(programs), *shares),
                     arguments=_score_arguments(draft, chain, parent, context, scratch),
                 ),
                 Launch(
@@ -238,13 +243,24 @@ def _score_context(
         reduce="sum" if weighted else chain.reduce.how if chain.reduce else None,
         map_how=_fused(chain.map),
         rows=draft.block(node),
+        packed=_packs(draft, chain, parent),
         target=draft.entries(chain.map, node.op.level) if chain.map else Entries(size=0, stride=0),
         taps=chain.map.taps if chain.map else (),
         **_parent(draft, node, parent),
     )
     heads = {"head": 1, "group": draft.shape.group, "all": draft.graph.sizes.get("Hi", 1)}[share]
+    if scoring.packed:
+        heads = draft.shape.group
     dim = draft.graph.sizes["Di"] if scoring.by_index else draft.shape.qk
     return rows.score(draft.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
+
+
+def _packs(draft: Draft, chain: _Chain, parent: Node | None) -> bool:
+    """Whether a step's tile has all heads that score the same entries, each for itself: one read of them."""
+    score = chain.score.op
+    assert isinstance(score, Score)
+    apart = chain.reduce is None and chain.map is None and parent is None
+    return draft.steps_alone and apart and score.form in ("dot", "bound") and draft.shape.group > 1
 
 
 def _is_borrowed(draft: Draft, chain: _Chain) -> bool:
