@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Setting:
         seconds: Of timing, a measurement.
         dtype: Of the tensors.
         interpret: CPU tensors go through the emitted kernels, not to the reference.
+        config: By kernel, what replaces values of the tuned or starting configuration.
     """
 
     device: str
@@ -47,6 +48,7 @@ class Setting:
     seconds: float
     dtype: torch.dtype = torch.bfloat16
     interpret: bool = False
+    config: Mapping[str, Mapping[str, int]] | None = None
 
     def make(self, spec: Spec, tokens: int, seed: int) -> Tensors:
         """One set of inputs; for a layer that takes over, with what another could have chosen."""
@@ -70,7 +72,7 @@ class Setting:
 
     def load(self, spec: Spec) -> Kernel:
         """The spec's kernels."""
-        return load_kernel(spec, interpret=self.interpret)
+        return load_kernel(spec, interpret=self.interpret, config=self.config)
 
     def time(self, call: timing.Call) -> Figures:
         """Milliseconds of a call; in the interpreter of one call."""

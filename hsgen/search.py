@@ -1,25 +1,29 @@
 """What a spec could be instead: variants on the front of time against output error.
 
 A variant's error is that of its choice on a capture, by the reference; its time is measured on the card
-that is here, once its kernels are right, or the least that a card could take, which no one measured.
+that is here, once its kernels are right, their tiles turned with the spec, or the least that a card could
+take, which no one measured.  One study has both: any number of processes share it, and go on with it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import optuna
 import torch
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
 
 from hsgen import (
     captures,
@@ -33,16 +37,21 @@ from hsgen import (
     report,
     resources,
     schedule,
+    tiles,
 )
 from hsgen.captures import Group
 from hsgen.configs import DType
 from hsgen.errors import HsgenError, PlanError, SpecError
+from hsgen.execution import PLANNED
 from hsgen.graph import align
 from hsgen.measure import Setting
 from hsgen.quality import Json
 from hsgen.report import Progress
 from hsgen.spec import Spec, dump
 from hsgen.target import Target
+from hsgen.tiles import Configs
+from hsgen.tune.presence import Presence
+from hsgen.tune.storages import reached, storage_at
 from hsgen.variants import Value, Variants
 
 TRIALS = 60
@@ -64,7 +73,20 @@ class Clock(Protocol):
     @property
     def about(self) -> str: ...
 
-    def milliseconds(self, spec: Spec) -> float:
+    @property
+    def turns_tiles(self) -> bool:
+        """Whether it times kernels, whose tiles may be turned."""
+        ...
+
+    def configs(self, spec: Spec, choice: Mapping[str, Value]) -> Configs:
+        """By kernel, the values that a choice of tiles replaces.
+
+        Raises:
+            HsgenError: they do not go together.
+        """
+        ...
+
+    def milliseconds(self, spec: Spec, config: Configs) -> float:
         """Of a forward call.
 
         Raises:
@@ -89,7 +111,14 @@ class Least:
     def about(self) -> str:
         return f"least time on {self.target.name} by its roofline, {self.tokens:,} tokens"
 
-    def milliseconds(self, spec: Spec) -> float:
+    @property
+    def turns_tiles(self) -> bool:
+        return False
+
+    def configs(self, spec: Spec, choice: Mapping[str, Value]) -> Configs:  # noqa: ARG002 - of none
+        return {}
+
+    def milliseconds(self, spec: Spec, config: Configs) -> float:  # noqa: ARG002 - whatever tiles are
         graph = passes.run(planner.plan(spec))
         plan = schedule.schedule(graph, self.target, self.dtype)
         total = 0.0
@@ -115,13 +144,24 @@ class Measured:
     def about(self) -> str:
         return f"measured on {machine.card(self.setting.device)}, {self.tokens:,} tokens"
 
-    def milliseconds(self, spec: Spec) -> float:
+    @property
+    def turns_tiles(self) -> bool:
+        return True
+
+    def configs(self, spec: Spec, choice: Mapping[str, Value]) -> Configs:
+        target = Target.current() if self.setting.device == "cuda" else Target.named("h100")
+        return tiles.configs(spec, target, PLANNED[self.setting.dtype], choice)
+
+    def milliseconds(self, spec: Spec, config: Configs) -> float:
+        setting = replace(self.setting, config=config)
         try:
-            measure.check_all(self.setting, spec, min(measure.SMALL, self.tokens))
-            kernel, sets = self.setting.load(spec), self.setting.sets(spec, self.tokens)
-            found = self.setting.time(lambda n: kernel(**sets[n % len(sets)]))
+            measure.check_all(setting, spec, min(measure.SMALL, self.tokens))
+            kernel, sets = setting.load(spec), setting.sets(spec, self.tokens)
+            found = setting.time(lambda n: kernel(**sets[n % len(sets)]))
         except (checking.CheckError, torch.cuda.OutOfMemoryError) as error:
             raise HsgenError(str(error)) from error
+        except (OutOfResources, CompilationError) as error:
+            raise HsgenError(f"kernels do not run: {type(error).__name__}") from error
         return float(found["ms"]["median"])
 
 
@@ -155,6 +195,7 @@ class Point:
 
     choice: dict[str, Value]
     spec: Spec = field(repr=False)
+    config: Configs  # by kernel, what is not as it starts
     changed: str
     ms: float
     error: float
@@ -172,6 +213,7 @@ class Point:
             "changed": self.changed,
             "choice": dict(self.choice),
             "digest": self.spec.digest,
+            "config": {name: dict(values) for name, values in self.config.items()},
             "ms": self.ms,
             "error": self.error,
             "mass": self.mass,
@@ -256,7 +298,7 @@ def search(
     rows: int = ROWS,
     trials: int = TRIALS,
     budget: float = math.inf,
-    journal: Path | None = None,
+    storage: Path | str | None = None,
     progress: Progress = _quietly,
 ) -> Found:
     """Try variants; all of them where there are few.
@@ -270,7 +312,7 @@ def search(
         rows: Measured, of the second half.
         trials: Variants that are tried, not counting those that are no spec or have no kernel.
         budget: Seconds after which none is begun.
-        journal: What was tried is kept there, and not tried again.
+        storage: What was tried is kept there, and not tried again: a journal, a URL, see `storages`.
         progress: Told of each.
 
     Raises:
@@ -287,20 +329,31 @@ def search(
         rows=rows,
         key=_key(variants, clock, capture, rows, tokens, layers),
     )
-    study = optuna.create_study(
-        study_name=tries.key,
-        storage=_storage(journal),
-        directions=["minimize", "minimize"],
-        sampler=optuna.samplers.TPESampler(seed=SEED, multivariate=True, n_startup_trials=16),
-        load_if_exists=True,
-    )
-    tries.take_over(study)
+    place = storage or "memory"
+    opened = storage_at(storage)
+    with reached(place):
+        study = optuna.create_study(
+            study_name=tries.key,
+            storage=opened,
+            directions=["minimize", "minimize"],
+            load_if_exists=True,
+        )
+        # whoever comes later draws otherwise: alike, they would ask for the same
+        seed = SEED + len(study.get_trials(deepcopy=False))
+        study.sampler = optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, n_startup_trials=16
+        )
     deadline = time.monotonic() + budget
-    for choice in _asked(study, tries, trials):
-        if time.monotonic() > deadline or len(tries.points) >= trials:
-            break
-        progress(f"trying variants of {variants.spec.name}", len(tries.points), trials)
-        tries.run(choice)
+    with (
+        reached(place),
+        _present(study) as presence,
+        closing(_asked(study, tries, trials, presence)) as asked,
+    ):
+        for choice in asked:
+            if time.monotonic() > deadline or len(tries.points) >= trials:
+                break
+            progress(f"trying variants of {variants.spec.name}", len(tries.points), trials)
+            tries.run(choice)
     if not tries.points:
         reasons = "; ".join(tries.refused) or "no time left (--budget)"
         raise HsgenError(f"{variants.spec.name}: no variant could be tried: {reasons}")
@@ -330,14 +383,20 @@ def _key(
     return f"{variants.spec.name}-{digest[:16]}"
 
 
-def _storage(journal: Path | None) -> BaseStorage | None:
-    """A file that is only ever added to: what is in it outlives a kill."""
-    return JournalStorage(JournalFileBackend(str(journal))) if journal else None
+@contextmanager
+def _present(study: optuna.Study) -> Generator[Presence, None, None]:
+    """This process, as others at the study see it."""
+    presence = Presence(study._storage, study._study_id)
+    presence.begin()
+    try:
+        yield presence
+    finally:
+        presence.end()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Tries:
-    """What was tried so far: by digest of a spec, its point."""
+    """What was tried so far: by digest of a spec and steps of tiles, its point."""
 
     variants: Variants
     groups: Sequence[Group]
@@ -347,6 +406,9 @@ class _Tries:
     points: dict[str, Point] = field(default_factory=dict[str, Point])
     refused: dict[str, int] = field(default_factory=dict[str, int])
     _lost: set[str] = field(default_factory=set[str])
+    _errors: dict[str, dict[str, float]] = field(default_factory=dict[str, "dict[str, float]"])
+    _seen: set[int] = field(default_factory=set[int])
+    _deaths: Counter[str] = field(default_factory=Counter[str])
 
     def run(self, choice: dict[str, Value]) -> Point | None:
         """Try a choice, or say what came of it before; None where there is nothing to measure."""
@@ -354,16 +416,17 @@ class _Tries:
             spec = self.variants.make(choice)
         except SpecError:
             return self._refuse(repr(choice), "the rules of a spec refuse it")
-        if spec.digest in self._lost:
+        name = _name(spec, choice)
+        if name in self._lost:
             return None
-        if spec.digest not in self.points:
+        if name not in self.points:
             try:
-                self.points[spec.digest] = self._measure(spec, choice)
+                self.points[name] = self._measure(spec, choice)
             except PlanError as error:
-                return self._refuse(spec.digest, error.message)
+                return self._refuse(name, error.message)
             except HsgenError as error:
-                return self._refuse(spec.digest, f"{type(error).__name__}: {error.message}")
-        return self.points[spec.digest]
+                return self._refuse(name, f"{type(error).__name__}: {error.message}")
+        return self.points[name]
 
     def _refuse(self, name: str, reason: str) -> None:
         if name not in self._lost:
@@ -371,60 +434,125 @@ class _Tries:
             self.refused[reason] = self.refused.get(reason, 0) + 1
 
     def _measure(self, spec: Spec, choice: dict[str, Value]) -> Point:
-        ms = self.clock.milliseconds(spec)
-        of_all = [each for g in self.groups for each in quality.measure(spec, g, self.rows)]
-        subject = quality.subjects(spec)[-1].name
-        own = [each for each in of_all if each.subject == subject]
+        config = self.clock.configs(spec, choice)
+        ms = self.clock.milliseconds(spec, config)
         return Point(
             choice=choice,
             spec=spec,
+            config=config,
             changed=self.variants.changed(choice),
             ms=ms,
-            error=_mean([float(str(each.ways["selected"]["error"])) for each in own]),
-            mass=_mean([float(str(each.ways["selected"]["mass"])) for each in own]),
-            density=_mean([each.density for each in own]),
+            **self._error(spec),
         )
 
-    def take_over(self, study: optuna.Study) -> None:
-        """What an earlier run of the same search has found."""
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+    def _error(self, spec: Spec) -> dict[str, float]:
+        """What the spec's choice loses, whatever its tiles."""
+        if spec.digest not in self._errors:
+            of_all = [each for g in self.groups for each in quality.measure(spec, g, self.rows)]
+            subject = quality.subjects(spec)[-1].name
+            own = [each for each in of_all if each.subject == subject]
+            self._errors[spec.digest] = {
+                "error": _mean([float(str(each.ways["selected"]["error"])) for each in own]),
+                "mass": _mean([float(str(each.ways["selected"]["mass"])) for each in own]),
+                "density": _mean([each.density for each in own]),
+            }
+        return self._errors[spec.digest]
+
+    def take_over(self, study: optuna.Study, presence: Presence) -> None:
+        """What other processes have found, earlier ones too; what ended two of them is not tried again."""
+        for trial in study.get_trials(deepcopy=False):
+            if trial.number in self._seen or not trial.params:
+                continue
             choice = _choice(self.variants, trial.params)
-            spec = self.variants.make(choice)
-            kept = {name: float(trial.user_attrs[name]) for name in KEPT}
-            point = Point(choice=choice, spec=spec, changed=self.variants.changed(choice), **kept)
-            self.points.setdefault(spec.digest, point)
+            if trial.state == TrialState.COMPLETE:
+                self._note(choice, trial.user_attrs)
+            elif trial.state == TrialState.RUNNING:
+                worker = trial.user_attrs.get(WORKER)
+                if presence.is_me(worker) or presence.alive(worker, trial):
+                    continue
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                self._died(choice)
+            elif WORKER in trial.user_attrs and REFUSED not in trial.user_attrs:
+                self._died(choice)
+            self._seen.add(trial.number)
+
+    def _note(self, choice: dict[str, Value], said: Mapping[str, Any]) -> None:
+        spec = self.variants.make(choice)
+        figures = {name: float(said[name]) for name in KEPT}
+        self._errors.setdefault(spec.digest, {n: figures[n] for n in KEPT if n != "ms"})
+        config: Configs = json.loads(said[CONFIG])
+        changed = self.variants.changed(choice)
+        point = Point(choice=choice, spec=spec, config=config, changed=changed, **figures)
+        self.points.setdefault(_name(spec, choice), point)
+
+    def _died(self, choice: dict[str, Value]) -> None:
+        try:
+            name = _name(self.variants.make(choice), choice)
+        except SpecError:
+            return
+        self._deaths[name] += 1
+        if self._deaths[name] >= DEATHS:
+            self._refuse(name, "processes ended while they were at it")
+
+
+def _name(spec: Spec, choice: Mapping[str, Value]) -> str:
+    """What a point is about: choices that make the same spec, with the same tiles, are one."""
+    return f"{spec.digest} {sorted(tiles.steps_of(choice).items())}"
 
 
 KEPT = ("ms", "error", "mass", "density")
+CONFIG, WORKER, REFUSED = "config", "worker", "refused"  # of a trial, beside these
+DEATHS = 2  # of processes at one point
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _asked(study: optuna.Study, tries: _Tries, trials: int) -> Iterator[dict[str, Value]]:
+def _asked(
+    study: optuna.Study, tries: _Tries, trials: int, presence: Presence
+) -> Generator[dict[str, Value], None, None]:
     """Choices to try: all, the spec itself first, or what the study asks for.  Tells it what came of each."""
     spaces = _spaces(tries.variants)
+    tries.take_over(study, presence)
     if len(tries.variants) <= trials:
         for choice in tries.variants.choices():
+            known = len(tries.points)
             yield choice
-            _note(study, tries, choice, spaces)
+            if len(tries.points) > known:
+                _note(study, tries, choice, spaces)
         return
-    study.enqueue_trial(_params(tries.variants, tries.variants.own))
+    if not study.get_trials(deepcopy=False):
+        study.enqueue_trial(_params(tries.variants, tries.variants.own))
     stale = 0
     while stale < STALE:
         known = len(tries.points)
         trial = study.ask(spaces)
+        trial.set_user_attr(WORKER, presence.me)
         choice = _choice(tries.variants, trial.params)
-        yield choice
-        point = tries.run(choice)  # known by now
-        if point is None:
-            study.tell(trial, state=TrialState.FAIL)
-        else:
-            for name in KEPT:
-                trial.set_user_attr(name, getattr(point, name))
-            study.tell(trial, (point.ms, point.error))
+        try:
+            yield choice
+        except GeneratorExit:  # nobody was at it
+            _tell(study, trial, None)
+            raise
+        _tell(study, trial, tries.run(choice))  # known by now
         stale = 0 if len(tries.points) > known else stale + 1
+        tries.take_over(study, presence)
+
+
+def _tell(study: optuna.Study, trial: Trial, point: Point | None) -> None:
+    """What a trial has come to."""
+    if point is None:
+        trial.set_user_attr(REFUSED, True)
+        study.tell(trial, state=TrialState.FAIL)
+        return
+    for name, value in _attributes(point).items():
+        trial.set_user_attr(name, value)
+    study.tell(trial, (point.ms, point.error))
+
+
+def _attributes(point: Point) -> dict[str, float | str]:
+    return {**{name: getattr(point, name) for name in KEPT}, CONFIG: json.dumps(point.config)}
 
 
 def _note(
@@ -441,7 +569,7 @@ def _note(
                 params=_params(tries.variants, choice),
                 distributions=spaces,
                 values=(point.ms, point.error),
-                user_attrs={name: getattr(point, name) for name in KEPT},
+                user_attrs=_attributes(point),
             )
         )
 
@@ -470,6 +598,7 @@ def texts(found: Found) -> dict[str, str]:
         about = (
             f"# {found.variants.spec.name} with {point.changed}: {point.ms:.4g} ms ({found.clock}),",
             f"# error {point.error:.4f}, mass {point.mass:.3f} on {found.capture}.",
+            *([f"# load_kernel(..., config={json.dumps(point.config)})"] if point.config else []),
         )
         text = dump(point.spec.model_copy(update={"name": name}))
         made[f"{name}.yaml"] = "\n".join(about) + "\n" + text

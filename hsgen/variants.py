@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from hsgen.spec import Attend, Blocks, Level, Select, Spec, verify
@@ -81,11 +81,12 @@ class Variants:
         return "\n".join(lines) + "\n"
 
 
-def variants(spec: Spec) -> Variants:
-    """Everything that may be turned at a spec."""
+def variants(spec: Spec, more: Iterable[Knob] = ()) -> Variants:
+    """Everything that may be turned at a spec, and what else its caller turns."""
     found = [knob for level in spec.levels for knob in _of_level(level)]
     found += [knob for branch in spec.attend for knob in _of_branch(branch)]
-    return Variants(spec=spec, knobs=tuple(knob for knob in found if len(knob.values) > 1))
+    own = tuple(knob for knob in found if len(knob.values) > 1)
+    return Variants(spec=spec, knobs=(*own, *more) if own else ())
 
 
 # --- what there is to turn

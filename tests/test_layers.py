@@ -65,8 +65,9 @@ baselines  tuning                       dense attention, and FlexAttention · su
 measure                                 the steps of a measurement
 bench  crossover                        what a spec costs on the card that is here · to what length less would
 variants                                what may be turned at a spec
-search                                  variants on the front of time against error
+tiles                                   tiles of its kernels, in steps
 tune                                    the fastest configuration of a spec
+search                                  variants on the front of time against error
 progress
 cli
 """

@@ -1,18 +1,22 @@
 """Variants of a spec, and those on the front of time against error."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import optuna
 import pytest
 
 from benchmarks import common
-from hsgen import search, variants
+from hsgen import passes, planner, search, tiles, variants
 from hsgen.cli import main
 from hsgen.errors import HsgenError, PlanError, SpecError
 from hsgen.search import Least, Point
+from hsgen.space import space
 from hsgen.spec import load, parse
 from hsgen.target import H100
+from hsgen.tune.presence import machine
 
 CAPTURE = common.SHIPPED_CAPTURE
 TINY = """\
@@ -39,8 +43,12 @@ class Fixed:
     asked: list = field(default_factory=list)
     source: str = "measured"
     about: str = "time of a fixed clock"
+    turns_tiles: bool = False
 
-    def milliseconds(self, spec):
+    def configs(self, spec, choice):
+        return tiles.configs(spec, H100, "bf16", choice)
+
+    def milliseconds(self, spec, config):
         self.asked.append(spec.digest)
         level = spec.levels[-1]
         if level.pool.keys == "sum_rsqrt":
@@ -51,7 +59,7 @@ class Fixed:
 class Never(Fixed):
     """Of a card that none of the kernels runs on."""
 
-    def milliseconds(self, spec):
+    def milliseconds(self, spec, config):
         raise PlanError("no kernel does it")
 
 
@@ -59,8 +67,9 @@ def knobs(name):
     return {knob.name: knob for knob in variants.variants(load(name)).knobs}
 
 
-def run(spec, clock, **options):
-    return search.search(variants.variants(spec), CAPTURE, clock, tokens=1024, rows=64, **options)
+def run(spec, clock, more=(), **options):
+    found = variants.variants(spec, more)
+    return search.search(found, CAPTURE, clock, tokens=1024, rows=64, **options)
 
 
 # --- variants
@@ -180,18 +189,118 @@ def test_errors_are_those_of_quality():
 
 
 def test_many_variants_are_searched_and_the_search_goes_on(tmp_path):
-    journal, first = tmp_path / "journal", Fixed()
-    before = run(parse(TINY), first, trials=5, journal=journal)
+    place, first = tmp_path / "journal", Fixed()
+    before = run(parse(TINY), first, trials=5, storage=place)
     assert before.points[0].spec == parse(TINY), "the spec itself is tried first"
     assert len(before.points) == 5
     again = Fixed()
-    after = run(parse(TINY), again, trials=8, journal=journal)
+    after = run(parse(TINY), again, trials=8, storage=place)
     assert {p.spec.digest for p in before.points} <= {p.spec.digest for p in after.points}
     assert not {p.spec.digest for p in before.points} & set(again.asked), "none is tried again"
     assert [p.error for p in after.points[:5]] == [p.error for p in before.points]
     other = Fixed(about="time of another card")
-    run(parse(TINY), other, trials=1, journal=journal)
+    run(parse(TINY), other, trials=1, storage=place)
     assert other.asked, "times of another clock are not taken over"
+
+
+class Tiled(Fixed):
+    """Of kernels that like wide tiles, and of a card on which few warps are no use."""
+
+    def milliseconds(self, spec, config):
+        attend = config.get("attend_selected", {})
+        if attend.get("num_warps") == 1:
+            raise HsgenError("kernels do not run")
+        wide = attend.get("BLOCK_N", 64) / 64
+        return super().milliseconds(spec, config) / wide
+
+
+def test_tiles_are_turned_with_the_spec(tmp_path):
+    """One study of both; what a choice loses is measured once, whatever the tiles."""
+    measured = []
+    clock, errors = Tiled(), search.quality.measure
+
+    def counted(spec, group, rows):
+        measured.append(spec.digest)
+        return errors(spec, group, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search.quality, "measure", counted)
+        found = run(parse(TINY), clock, tiles.knobs(), trials=12, storage=tmp_path / "journal")
+    assert len(found.points) == 12
+    groups = len(search.captures.load(CAPTURE))
+    assert len(measured) == groups * len(set(measured)), "an error is of a spec"
+    turned = [point for point in found.points if point.config]
+    assert turned
+    for point in turned:
+        steps = tiles.steps_of(point.choice)
+        assert steps
+        assert point.config == tiles.configs(point.spec, H100, "bf16", point.choice)
+        assert point.record()["config"] == point.config
+    of_own = [point for point in found.points if point.spec == parse(TINY)]
+    assert of_own[0].config == {}, "the spec itself, where it starts, is tried first"
+    texts = search.texts(found)
+    for point, text in zip(found.front, texts.values(), strict=True):
+        assert ("# load_kernel(..., config=" in text) == bool(point.config)
+        assert parse(text).digest
+    again = run(parse(TINY), Never(), tiles.knobs(), trials=12, storage=tmp_path / "journal")
+    assert [p.record() for p in again.points] == [p.record() for p in found.points]
+
+
+def test_steps_of_tiles_end_where_their_range_does():
+    spec = load("moba")
+    start = space(passes.run(planner.plan(spec)), H100).start.keywords()
+    wide = {f"tiles.attending.{name}": 1 for name in ("BLOCK_N", "num_warps", "num_stages")}
+    found = tiles.configs(spec, H100, "bf16", wide | {"chunk.size": 512})
+    assert set(found) == {"attend_selected"}
+    before, after = start["attend_selected"], found["attend_selected"]
+    assert after["num_stages"] == before["num_stages"] + 1
+    assert all(after[n] in (before[n], 2 * before[n]) for n in ("BLOCK_N", "num_warps"))
+    assert tiles.configs(spec, H100, "bf16", {"tiles.choosing.BLOCK_T": 0}) == {}
+    with pytest.raises(HsgenError, match="tiles that do not go together: .* accumulators a thread"):
+        tiles.configs(spec, H100, "bf16", {f"tiles.attending.{n}": s for n, s in WIDEST.items()})
+
+
+WIDEST = {"BLOCK_T": 1, "BLOCK_N": 1, "num_warps": -1}
+
+
+class Interrupted(Fixed):
+    """The user has seen enough at the third variant."""
+
+    def milliseconds(self, spec, config):
+        if len(self.asked) == 2:
+            raise KeyboardInterrupt
+        return super().milliseconds(spec, config)
+
+
+def test_a_search_is_shared_and_what_ends_processes_is_left(tmp_path):
+    """On a database: who comes later takes over what was found; an interrupted process leaves nothing
+    behind; what one died of is tried once more, and what two died of is not.
+    """
+    place = f"sqlite:///{tmp_path}/studies.db"
+    with pytest.raises(KeyboardInterrupt):
+        run(parse(TINY), Interrupted(), trials=20, storage=place)
+    (name,) = optuna.get_all_study_names(place)
+    study = optuna.load_study(study_name=name, storage=place)
+    states = [trial.state.name for trial in study.trials]
+    assert len(states) == 3
+    assert (states[0], states[-1]) == ("COMPLETE", "FAIL")
+    found = variants.variants(parse(TINY))
+    deaths = {128: 2, 256: 1}
+    dead = {"id": "dead", "host": machine(), "pid": 1 << 30, "started": 1}
+    for size, count in deaths.items():
+        for _ in range(count):
+            study.enqueue_trial(search._params(found, found.own | {"block.size": size}))
+            study.ask(search._spaces(found)).set_user_attr("worker", dead)
+    clock = Fixed()
+    after = run(parse(TINY), clock, trials=8, storage=place)
+    assert after.refused["processes ended while they were at it"] == 1
+    assert len(after.points) == 8
+    assert parse(TINY).digest not in clock.asked, "the first process has tried it"
+    ended = [t.params["block.size"] for t in study.trials if t.user_attrs.get("worker") == dead]
+    assert Counter(ended) == {0: 2, 1: 1}
+    assert not any(trial.state.name == "RUNNING" for trial in study.trials)
+    never = found.make(found.own | {"block.size": 128}).digest
+    assert never not in clock.asked
 
 
 def test_nothing_to_turn_and_nothing_that_runs():
@@ -206,15 +315,16 @@ def test_nothing_to_turn_and_nothing_that_runs():
 
 def test_least_time_is_that_of_all_kernels():
     spec = parse(TINY)
-    short, long = (Least(target=H100, tokens=T).milliseconds(spec) for T in (4096, 65536))
+    short, long = (Least(target=H100, tokens=T).milliseconds(spec, {}) for T in (4096, 65536))
     assert 0 < 10 * short < long
     with pytest.raises(PlanError):
-        Least(target=H100, tokens=64).milliseconds(load("xattention"))
+        Least(target=H100, tokens=64).milliseconds(load("xattention"), {})
 
 
 def _point(ms, error):
     spec = parse(TINY)
-    return Point(choice={}, spec=spec, changed="", ms=ms, error=error, mass=1.0, density=1.0)
+    figures = {"ms": ms, "error": error, "mass": 1.0, "density": 1.0}
+    return Point(choice={}, spec=spec, config={}, changed="", **figures)
 
 
 def test_a_point_beats_what_is_worse_in_one_thing():

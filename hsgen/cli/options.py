@@ -177,6 +177,10 @@ Inputs = Annotated[
 Figures = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all figures as JSON.")
 ]
+Storage = Annotated[
+    str | None,
+    typer.Option(metavar="PLACE", help="What several processes share: a file, or a URL."),
+]
 Layers = Annotated[str | None, typer.Option(metavar="0,5,...", help="Of the capture; default all.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="A prefix of the capture.")]
 GraphFile = Annotated[

@@ -18,6 +18,7 @@ from hsgen.cli.options import (
     Layers,
     OfRoute,
     SpecFile,
+    Storage,
     TargetName,
     TensorType,
     lengths_of,
@@ -54,10 +55,7 @@ def tune(
             metavar="FILE", exists=True, dir_okay=False, help="A capture that inputs are made of."
         ),
     ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(metavar="PLACE", help="What several processes share: a file, or a URL."),
-    ] = None,
+    storage: Storage = None,
     export: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write records there too, as tuned/ has them."),
@@ -171,19 +169,20 @@ def search(
     budget: Annotated[
         float | None, typer.Option(min=0.0, metavar="SECONDS", help="None is begun after that.")
     ] = None,
+    storage: Storage = None,
     heads: HeadCounts = None,
     head_dim: HeadDims = None,
     as_json: Json = False,
 ) -> None:
     """Look for better sizes and budgets of a spec: hsgen search moba --qkv FILE -o DIR.
 
-    What was tried is kept in DIR: the same command goes on where it was stopped.
+    What was tried is kept in DIR, or in PLACE: the same command goes on where it was stopped.
     """
     bound = load(spec).bind(heads=pair(heads), head_dim=pair(head_dim))
     lengths = lengths_of(tokens)
     if len(lengths) > 1:
         raise typer.BadParameter(f"expected one number of tokens, got {tokens!r}")
-    from hsgen import progress, search, variants  # noqa: PLC0415  load torch and optuna
+    from hsgen import progress, search, tiles, variants  # noqa: PLC0415  load torch and optuna
     from hsgen.spec import drafts  # noqa: PLC0415
 
     try:
@@ -191,15 +190,16 @@ def search(
     except OSError as error:
         raise HsgenError(f"{output}: cannot write: {error.strerror}") from error
     with progress.bar() as told:
+        clock = search.clock(qkv, target if least else None, tokens=lengths[0] if lengths else None)
         found = search.search(
-            variants.variants(bound),
+            variants.variants(bound, tiles.knobs() if clock.turns_tiles else ()),
             qkv,
-            search.clock(qkv, target if least else None, tokens=lengths[0] if lengths else None),
+            clock,
             layers=numbers_of(layers),
             rows=rows,
             trials=trials,
             budget=math.inf if budget is None else budget,
-            journal=output / "search.journal",
+            storage=storage or output / "search.journal",
             progress=told,
         )
     made = {**search.texts(found), "front.svg": search.draw(found)}
