@@ -47,7 +47,27 @@ TRITON = frozenset({"Config", "cdiv", "jit", "next_power_of_2"})
 # Submodules of triton.language: through them one reaches all that they import.
 LANGUAGE_MODULES = frozenset({"core", "extra", "random", "semantic", "standard", "target_info"})
 ATTRIBUTES = LANGUAGE_MODULES | {"format", "format_map", "mro", "numpy", "tofile"}
-ROOTS = {"torch": TORCH, "triton": TRITON}
+GLUON = "triton.experimental.gluon"
+HOPPER = f"{GLUON}.language.nvidia.hopper"
+FROM = {  # by module: what may be imported from it, and as what
+    "triton.experimental": {"gluon": GLUON},
+    GLUON: {"language": "triton.language"},
+    HOPPER: {
+        "mbarrier": f"{HOPPER}.mbarrier",
+        "tma": f"{HOPPER}.tma",
+        "fence_async_shared": "",
+        "warpgroup_mma": "",
+        "warpgroup_mma_wait": "",
+    },
+}
+ROOTS = {
+    "torch": TORCH,
+    "triton": TRITON,
+    GLUON: frozenset({"jit"}),
+    f"{HOPPER}.mbarrier": frozenset({"MBarrierLayout", "arrive", "expect", "init", "wait"}),
+    f"{HOPPER}.tma": frozenset({"async_copy_global_to_shared"}),
+}
+DECORATING = {"triton", GLUON}
 IMPORTS = {("torch", None), ("triton", None), ("triton.language", "tl")}
 
 
@@ -135,6 +155,12 @@ def _from_import(
     """`from . import attend`, `from .attend import kernel`, and `__future__`."""
     if node.level == 0 and node.module == "__future__":
         return {}
+    if node.level == 0 and node.module in FROM:
+        known = FROM[node.module]
+        for alias in node.names:
+            if alias.name not in known:
+                _refuse(name, node, f"import of {alias.name} from {node.module}")
+        return {a.asname or a.name: known[a.name] for a in node.names if known[a.name]}
     if node.level != 1:
         _refuse(name, node, f"import from {node.module}")
     if node.module is None:
@@ -222,10 +248,10 @@ def _check_top_level(file: _File) -> None:
 
 def _check_decorator(file: _File, node: ast.expr) -> None:
     match node:
-        case ast.Attribute(value=ast.Name(id=base)) if file.modules.get(base) == "triton":
+        case ast.Attribute(value=ast.Name(id=base)) if file.modules.get(base) in DECORATING:
             pass
         case ast.Call(func=ast.Attribute(value=ast.Name(id=base)), args=[]) if (
-            file.modules.get(base) == "triton"
+            file.modules.get(base) in DECORATING
         ):
             for keyword in node.keywords:
                 _check_calls(file, keyword.value)

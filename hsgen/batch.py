@@ -6,10 +6,14 @@ Never waits for the device: lengths that are tensors stay tensors.  Checks nothi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hsgen import tiling
 
 Q_START, Q_FIRST, Q_LEN, Q_OFFSET, K_FIRST, K_LEN = range(6)  # columns of Batch.table
 
@@ -35,6 +39,21 @@ class Batch:
     rows: int
     keys: int
     packed: bool
+
+    @property
+    def processors(self) -> int:
+        """The GPU's, of which each runs one program of a kernel that streams keys."""
+        return _processors(self.table.device)
+
+    def tile_of(self, x: Tensor, rows: int, columns: int) -> object:
+        """As `tiling.tile_of`, for drivers."""
+        return tiling.tile_of(x, rows, columns)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -18,16 +18,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime import JITFunction
 
-from hsgen import build
+from hsgen import build, tiling
 from hsgen.target import BINARIES
 from hsgen.workers import JsonObject
+
+try:
+    from triton.experimental.gluon._runtime import GluonASTSource
+except ImportError:  # an older Triton, for which no kernel is written so
+    GluonASTSource = ASTSource
 
 MEMORY_LIMIT = 16 * 1024**3  # address space, bytes
 MESSAGE_LIMIT = 2000
@@ -70,13 +76,21 @@ def _compile(request: JsonObject) -> CompiledKernel:
     if list(request["types"]) != order:
         raise TypeError(f"expected parameters {order}, got {list(request['types'])}")
     place = {name: (order.index(name),) for name in order}
-    source = ASTSource(
+    types = request["types"] | {
+        name: tiling.type_of(*told) for name, told in request["tiles"].items()
+    }
+    source = source_of(function)(
         fn=function,
-        signature=request["types"],
+        signature=types,
         constexprs={place[name]: value for name, value in request["constants"].items()},
         attrs={place[name]: told for name, told in _attributes(function, request).items()},
     )
     return triton.compile(source, target=GPUTarget(*request["target"]), options=request["options"])
+
+
+def source_of(function: JITFunction[Any]) -> type[ASTSource]:
+    """How Triton takes a kernel: one in Gluon as such."""
+    return GluonASTSource if function.is_gluon() else ASTSource
 
 
 def _attributes(function: triton.JITFunction, request: JsonObject) -> dict[str, list[list[object]]]:

@@ -56,6 +56,11 @@ class Driver:
         )
 
     @property
+    def streams(self) -> bool:
+        """Whether the keys of some kernel come in a stream."""
+        return any(kernel.skeleton == "streams" for kernel in self.kernels)
+
+    @property
     def scratch_bytes(self) -> int:
         return self.plan.scratch_bytes
 

@@ -67,6 +67,11 @@ class _Batch:
     rows: int
     keys: int
     packed: bool = False
+    processors: int = 0
+
+    def tile_of(self, x: Array, *_: int) -> Array:
+        """A tile is of the tensor that it is cut from."""
+        return x
 
 
 def _call(plan: Plan, batch: int, tokens: int) -> dict[str, Value]:
@@ -85,7 +90,13 @@ def _call(plan: Plan, batch: int, tokens: int) -> dict[str, Value]:
     return {
         **inputs,
         **brought,
-        "batch": _Batch(table=table, sequences=batch, rows=batch * tokens, keys=tokens),
+        "batch": _Batch(
+            table=table,
+            sequences=batch,
+            rows=batch * tokens,
+            keys=tokens,
+            processors=PROCESSORS,
+        ),
         "config": {kernel.name: kernel.config.keywords() for kernel in plan.kernels},
         "SCRATCH_BYTES": plan.scratch_bytes,
         "tile_first": 0,
@@ -167,9 +178,10 @@ ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mod: operator.mod,
 }
 FUNCTIONS: Mapping[str, Callable[..., int]] = {"min": min, "max": max}
+PROCESSORS = 132  # of an H100, for kernels that run one program on each
 READABLE = (
     *("shape", "stride", "table", "sequences", "rows", "keys", "packed"),
-    *("pages", "page_rows", "pool"),
+    *("pages", "page_rows", "pool", "processors", "tile_of"),
 )  # attributes
 
 

@@ -54,6 +54,7 @@ PLANNED: Mapping[torch.dtype, DType] = {
     torch.float16: "fp16",
     torch.float32: "fp32",
 }
+ALIGNED = 16  # bytes
 KNOWN_CALLS = 4096  # signatures of calls that one Execution remembers
 INTERPRETED_TARGET = "h100"  # whose plan the interpreter runs, unless one is named
 
@@ -195,12 +196,14 @@ class Binding:
     dtype: torch.dtype
     device: torch.device
     orders: tuple[tuple[str, Order], ...] = ()  # by branch, where they are not the plan's own
+    aligned: bool = True  # tensors as the tensor memory accelerator wants them
 
     def __str__(self) -> str:
         dtype = arguments.SHORT_NAMES[self.dtype]
         heads = f"heads {self.query_heads}/{self.kv_heads}"
         orders = "".join(f", {branch}: {order} stay" for branch, order in self.orders)
-        return f"{heads}, head dim {self.qk}/{self.v}, {dtype}, {self.device}{orders}"
+        aligned = "" if self.aligned else ", not aligned"
+        return f"{heads}, head dim {self.qk}/{self.v}, {dtype}, {self.device}{orders}{aligned}"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -510,7 +513,7 @@ class Execution:
 
         Chosen and compiled once, by whoever asks first; the others wait.
         """
-        binding = _binding(problem)
+        binding = replace(_binding(problem), aligned=self._aligned(call))
         cu = call.cu_seqlens_q
         bucket = tuned.Bucket.of(
             problem.batch * problem.tokens,
@@ -524,9 +527,21 @@ class Execution:
                 self._choices[binding, bucket] = self._choose(binding, bucket)
             return self._choices[binding, bucket]
 
+    def _aligned(self, call: Call) -> bool:
+        """Whether keys and values, of as many rows as there are tokens, can come in a stream."""
+        dims = {each.name: each.type.dims for each in self.attending.inputs}
+        names = self.attending.names if len(call.tensors) == len(dims) else self.choosing.names
+        return all(
+            _aligned(x)
+            for name, x in zip(names, call.tensors, strict=True)
+            if len(dims[name]) > 2 and dims[name][1] == "S"
+        )
+
     def _choose(self, binding: Binding, bucket: tuned.Bucket) -> Choice:
         """Look up what is tuned; the orders of a record decide the program."""
         spec, target, interpret = self._bound(binding)
+        if interpret or not binding.aligned:
+            target = replace(target, streams=False)
 
         def program(orders: Mapping[str, Order]) -> Program:
             ordered = replace(binding, orders=tuple(sorted(orders.items())))
@@ -753,7 +768,7 @@ def _signature(what: str, call: Call) -> tuple[object, ...]:
     """All that checking a call depends on, and compiling for it; numbers of lengths left out."""
     parts: list[object] = [what, call.layout, call.levels]
     for each in call.tensors:
-        parts += (each.shape, each.stride(), each.dtype, each.device)
+        parts += (each.shape, each.stride(), each.dtype, each.device, _lies_even(each))
     for each in call.selection:
         parts += (each.shape, each.stride(), each.dtype, each.device)
     for optional in (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens):
@@ -762,6 +777,17 @@ def _signature(what: str, call: Call) -> tuple[object, ...]:
         else:
             parts += (optional.shape, optional.dtype, optional.device)
     return tuple(parts)
+
+
+def _lies_even(x: Tensor) -> bool:
+    """Whether a tensor begins where the tensor memory accelerator can begin."""
+    return not x.is_cuda or x.data_ptr() % ALIGNED == 0
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether its rows begin there too."""
+    even = all(stride * x.element_size() % ALIGNED == 0 for stride in x.stride()[:-1])
+    return _lies_even(x) and even
 
 
 def _lengths(call: Call) -> Lengths:

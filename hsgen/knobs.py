@@ -13,6 +13,7 @@ from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsConte
 from hsgen.plan import Kernel, Plan
 from hsgen.rows import MARKED, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
+from hsgen.streams import GROUPS, LEAST_ROWS, SCORED_ROWS, WIDEST, StreamsContext
 from hsgen.target import Target
 from hsgen.together import ListsContext
 
@@ -65,7 +66,7 @@ def knobs_of(kernel: Kernel, plan: Plan) -> Iterator[Knob]:
     start = kernel.config.keywords()
     for name, (least, most) in _ranges(kernel, plan).items():
         low, high = min(least, start[name]), max(most, start[name])
-        doubling = name != "num_stages"
+        doubling = name not in ("num_stages", "STAGES")
         if doubling:
             low, high = low.bit_length() - 1, high.bit_length() - 1
         if low < high:
@@ -78,6 +79,8 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
     match context:
         case RowsContext():
             return _row_ranges(context, kernel, plan)
+        case StreamsContext():
+            return _stream_ranges(context, kernel, plan)
         case RankContext():
             most = next_power(context.slots) if context.children else 8192
             return {"BLOCK_R": (1, 32), "BLOCK_N": (64, max(64, most)), "num_warps": (1, 16)}
@@ -138,9 +141,22 @@ def _row_ranges(context: RowsContext, kernel: Kernel, plan: Plan) -> dict[str, t
     return ranges
 
 
+def _stream_ranges(
+    context: StreamsContext, kernel: Kernel, plan: Plan
+) -> dict[str, tuple[int, int]]:
+    """Rows are those of two groups; of a score they vary, and its steps are as long as a dot's tile."""
+    if context.scores:
+        pitch = context.rows.pitch
+        most = 1 << (SCORED_ROWS // pitch).bit_length() - 1
+        return {"BLOCK_T": (max(1, LEAST_ROWS // pitch), most), "STAGES": (2, 8)}
+    return {"BLOCK_N": (32, min(128, _block(kernel, plan) or 128)), "STAGES": (2, 8)}
+
+
 def _block(kernel: Kernel, plan: Plan) -> int | None:
     """Keys of a block that a step must not leave; None where steps may be of any length."""
     context = kernel.context
+    if isinstance(context, StreamsContext):
+        context = context.rows
     assert isinstance(context, RowsContext), "of the rows skeleton"
     if context.children:
         return next_power(context.children)
@@ -165,6 +181,10 @@ def derive(kernel: Kernel, values: Values) -> None:
     if isinstance(kernel.context, RowsContext) and {"BLOCK_T", "BLOCK_H"} & values.keys():
         heads = values.get("BLOCK_H", kernel.context.pitch)
         values["BLOCK_M"] = max(LEAST_DOT, next_power(values.get("BLOCK_T", 1) * heads))
+    if isinstance(kernel.context, StreamsContext) and "BLOCK_T" in values:
+        rows = values["BLOCK_T"] * kernel.context.rows.pitch
+        least = LEAST_ROWS if kernel.context.scores else GROUPS * LEAST_ROWS
+        values["BLOCK_M"] = max(least, next_power(rows))
 
 
 def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan) -> Iterator[str]:
@@ -215,6 +235,8 @@ def _elements(kernel: Kernel, values: Mapping[str, int]) -> int:
             widest = max(widths, default=1)
             rows, width = values["BLOCK_M"], values["BLOCK_N"]
             return max(rows * width, rows * widest, width * widest)
+        case StreamsContext():
+            return values["BLOCK_M"] * max(values["BLOCK_N"], WIDEST)
         case RankContext():
             return values["BLOCK_R"] * values["BLOCK_N"]
         case MarksContext():

@@ -69,6 +69,7 @@ def compile_graph(
         "graph": hashlib.sha256(str(graph).encode()).hexdigest(),  # one edited by hand is another
         "target": target.name,
         "dtype": dtype,
+        **({"streams": True} if target.streams else {}),
         **({"orders": dict(orders)} if orders else {}),
         **({"cached": asdict(cached)} if cached else {}),
     }

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from hsgen.storage import Storage
 
-ParamKind = Literal["pointer", "stride", "count", "constexpr"]
-Skeleton = Literal["rows", "cols", "rank", "segments", "index", "merge"]
+ParamKind = Literal["pointer", "tiles", "stride", "count", "constexpr"]
+Skeleton = Literal["rows", "streams", "cols", "rank", "segments", "index", "merge"]
 ElementType = Literal["input", "f32", "i32", "i64"]
 
 
@@ -24,7 +24,8 @@ class Param:
     name: str
     kind: ParamKind
     comment: str
-    dtype: ElementType | None = None  # of what a pointer points to
+    dtype: ElementType | None = None  # of what a pointer points to, or a tile holds
+    columns: int = 0  # of a tile
 
     @property
     def declaration(self) -> str:

@@ -25,7 +25,8 @@ from hsgen.plan import Kernel, Plan
 from hsgen.resources import Job, Outcome, Resources, Roofline
 from hsgen.rows import RowsContext
 from hsgen.spec import Spec
-from hsgen.target import MathType, Target
+from hsgen.streams import StreamsContext
+from hsgen.target import MathType, Target, with_streams
 
 TOKENS = 32768  # queries and keys at which limits are stated, batch 1
 MOST_WORKERS = 8
@@ -270,7 +271,7 @@ def report(
         BuildError: a kernel does not compile, or a file cannot be written.
     """
     start = time.monotonic()
-    artifact = pipeline.compile_spec(spec, target, dtype)
+    artifact = pipeline.compile_spec(spec, with_streams(target), dtype)
     folder = output / spec.name if output else None
     if folder:
         _write(folder, {name: text.encode() for name, text in artifact.sources.items()})
@@ -429,7 +430,7 @@ def _adds(plan: Plan, kernel: Kernel) -> bool:
     contexts = [each.context for each in plan.kernels if each.operators == kernel.operators]
     return any(
         each.turn is not None and not each.turn.first
-        for each in contexts
+        for each in (x.rows if isinstance(x, StreamsContext) else x for x in contexts)
         if isinstance(each, RowsContext | PartsContext)
     )
 
@@ -450,7 +451,9 @@ def _written(graph: Graph, plan: Plan, kernel: Kernel) -> list[str]:
 def math_type(kernel: Kernel, dtype: str) -> MathType:
     """The units that bound a kernel's arithmetic: those of its dots, else ordinary ones."""
     match kernel.context:
-        case RowsContext(precision=precision):
+        case (
+            RowsContext(precision=precision) | StreamsContext(rows=RowsContext(precision=precision))
+        ):
             return _dot_type(dtype, precision)
         case SegmentsContext(how="linear", precision=precision):
             return _dot_type(dtype, precision)

@@ -29,7 +29,7 @@ from hsgen.workers import Failed, JsonObject, Pool, Worker, WorkerError
 
 KIND = "resources"
 FORMAT = 2
-Kind = Literal["pointer", "int", "float", "constexpr"]
+Kind = Literal["pointer", "tiles", "int", "float", "constexpr"]
 Constant = int | float | bool | str | None
 Limit = Literal[
     "registers", "scalar registers", "shared memory", "tensor memory", "warps", "blocks"
@@ -52,6 +52,7 @@ class Parameter:
     """One parameter of a kernel, in order.
 
     `dtype` is empty for a constexpr, else bf16, fp16, fp32, fp64, fp8e4nv, fp8e5, i1 to i64 or u8.
+    `columns`: of tiles that the tensor memory accelerator brings, BLOCK_N rows of one head each.
     `divisible` promises a multiple of 16 (bytes for a pointer), without which nothing is pipelined.
     """
 
@@ -59,6 +60,7 @@ class Parameter:
     kind: Kind
     dtype: str = ""
     divisible: bool = False
+    columns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +120,8 @@ def _plan_parameter(param: Param, dtype: str) -> Parameter:
         case "pointer":
             element = dtype if param.dtype in {"input", None} else str(param.dtype)
             return Parameter(name=param.name, kind="pointer", dtype=element, divisible=True)
+        case "tiles":
+            return Parameter(name=param.name, kind="tiles", dtype=dtype, columns=param.columns)
         case "stride":
             return Parameter(name=param.name, kind="int", dtype="i32", divisible=True)
         case "count":
@@ -517,6 +521,7 @@ def _request(job: Job) -> JsonObject:
         "file": signature.file,
         "function": signature.function,
         "types": {p.name: _type(p, job) for p in signature.parameters},
+        "tiles": {p.name: _tile(p, job) for p in signature.parameters if p.kind == "tiles"},
         "constants": dict(job.constants),
         "divisible": divisible,
         "options": {"num_warps": job.num_warps, "num_stages": job.num_stages},
@@ -533,8 +538,17 @@ def _type(parameter: Parameter, job: Job) -> str:
             return f"*{DTYPES[parameter.dtype]}"
         case "int" | "float":
             return DTYPES[parameter.dtype]
+        case "tiles":
+            return "tile"  # `_tile` says of what
         case "constexpr":
             raise BuildError(f"{job.signature.function}: constexpr {parameter.name} has no value")
+
+
+def _tile(parameter: Parameter, job: Job) -> list[int | str]:
+    """What a tile holds, its rows and its columns."""
+    rows = job.constants["BLOCK_N"]
+    assert isinstance(rows, int), "a tile of so many keys"
+    return [DTYPES[parameter.dtype], rows, parameter.columns]
 
 
 def _needed(module: Module, file: str) -> dict[str, str]:

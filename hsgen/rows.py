@@ -14,6 +14,7 @@ from hsgen.plan import ElementType, Param
 Accumulator = Literal["softmax", "lse", "score", "dq", "delta"]
 PhaseKind = Literal["range", "list", "gather", "children", "mapped"]
 LOG2_E = 1.4426950408889634
+FEW_TOKENS = 16
 MARKED = 64  # tokens of a block whose choice is one word
 
 
@@ -156,6 +157,7 @@ class RowsContext(InTurn):
     stride: int = 1
     width: int = 0
     children: int = 0
+    many_keys: bool = False  # an entry is scored every few tokens
     keys_first: bool = False  # scores are [keys, rows]: heads that are reduced lie in one thread
     ratio: int = 1
     first_tap: int = 0
@@ -278,6 +280,23 @@ class RowsContext(InTurn):
         return "program" if self.parts else "tl.program_id(0)"
 
     @property
+    def spread(self) -> bool:
+        """Whether a token's heads lie in the tile as it suits their reduction."""
+        return self.keys_first and self.pitch > 1
+
+    def token_in_tile(self, rows: str = "rows") -> str:
+        """Of (token, head) pairs, the token's place in the tile."""
+        if self.spread:
+            return f"token_of({rows}, BLOCK_M // {self.pitch}, {self.pitch})"
+        return f"{rows} // {self.rows_a_token}"
+
+    def head_in_token(self, rows: str = "rows") -> str:
+        """Of (token, head) pairs, the head's place among those of a program."""
+        if self.spread:
+            return f"head_of({rows}, BLOCK_M // {self.pitch}, {self.pitch})"
+        return f"{rows} % {self.pitch}"
+
+    @property
     def rows_a_token(self) -> str:
         """From one token's rows in the tile to the next one's."""
         return "BLOCK_H" if self.parts else str(self.pitch)
@@ -286,6 +305,8 @@ class RowsContext(InTurn):
     def alive(self) -> str:
         """Rows that stand for a (token, head) pair of the tile."""
         packed = "rows < " + ("" if self.one_token else "BLOCK_T * ") + self.rows_a_token
+        if self.spread:
+            packed = "token < t0 + BLOCK_T"
         if self.together == "part":
             packed = f"token >= 0) & ({packed}"
         if self.parts:
@@ -293,7 +314,7 @@ class RowsContext(InTurn):
         return (
             packed
             if self.pitch == self.heads
-            else f"{packed}) & (rows % {self.pitch} < {self.heads}"
+            else f"{packed}) & ({self.head_in_token()} < {self.heads}"
         )
 
     def uses(self, name: str) -> bool:
@@ -1041,6 +1062,7 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         precision=shape.precision,
         width=scoring.parent_width,
         children=scoring.parent_size // scoring.entries.size if scoring.parent_size else 0,
+        many_keys=scoring.entries.stride <= FEW_TOKENS,
         keys_first=scoring.keys_first,
         ratio=scoring.ratio,
         first_tap=scoring.taps[0][0] if scoring.taps else 0,
@@ -1111,8 +1133,11 @@ def _score_rows(pitch: int, heads: int) -> tuple[str, ...]:
             f"score_token = (tl.program_id(0) * BLOCK_T + rows // {heads}).to(tl.int64)",
             f"score_row = score_token * tl.num_programs(1) * {heads} + row_head",
         )
+    columns = f"tl.arange(0, BLOCK_M // {pitch})"
     return (
-        f"tokens = tl.arange(0, BLOCK_M // {pitch})" if pitch > 1 else "tokens = rows",
+        f"tokens = token_at({columns}, BLOCK_M // {pitch}, {pitch})"
+        if pitch > 1
+        else "tokens = rows",
         "score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)",
         "score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Literal, Protocol
 
 from hsgen.errors import ArgumentError, nearest
@@ -16,6 +17,7 @@ Backend = Literal["cuda", "hip"]
 MathType = Literal["bf16", "fp16", "fp8", "tf32", "tf32x3", "fp32"]
 
 KIB = 1024
+STREAMS_SINCE = (3, 6)  # Triton whose Gluon has warps that do different things on Hopper
 BINARIES: Mapping[Backend, str] = {"cuda": "cubin", "hip": "hsaco"}
 
 
@@ -31,6 +33,7 @@ class Target:
     `smem_unit` what it gives at a time; so too `register_unit`, registers of one lane.
     `scalar_registers_per_sm` is 0 where warps share no registers of their own, `tensor_columns`
     where there is no tensor memory, `peak_fp8` where there are no fp8 units.
+    `streams`: kernels may have a warp that streams keys, in Gluon; `with_streams` says where.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Target:
     peak_tf32: float
     peak_fp8: float
     peak_fp32: float
+    streams: bool = False
 
     @property
     def label(self) -> str:
@@ -130,7 +134,7 @@ class Target:
 
     @classmethod
     def current(cls, device: int | None = None) -> Target:
-        """Describe the GPU that is present: its own limits, the rates of its kind.
+        """Describe the GPU that is present: its own limits, the rates of its kind, what Triton writes for it.
 
         Raises:
             ArgumentError: torch sees no GPU.
@@ -141,7 +145,20 @@ class Target:
             raise ArgumentError("no GPU is present", help="name one, such as 'h100'")
         index = torch.cuda.current_device() if device is None else device
         backend: Backend = "hip" if torch.version.hip else "cuda"
-        return from_properties(torch.cuda.get_device_properties(index), backend)
+        return with_streams(from_properties(torch.cuda.get_device_properties(index), backend))
+
+
+def with_streams(target: Target, triton: str | None = None) -> Target:
+    """The same GPU with kernels that stream keys, where the installed Triton writes them for it.
+
+    `triton`: a version, in place of the installed one.
+    """
+    try:
+        version = triton or metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return target
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    return replace(target, streams=target.label == "sm_90" and numbers >= STREAMS_SINCE)
 
 
 class DeviceProperties(Protocol):

@@ -28,6 +28,7 @@ rows  dryrun                            a kernel's loops · one call on paper
 kernels
 buckets  together                       rows that come to the blocks they chose · rows that share a list
 cols  unpool                            gradients of attention, and of pools
+streams                                 rows whose keys one warp brings
 splits  appending                       a row's keys shared by programs · new tokens into a cache
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
 schedule  driver                        Graph, Target -> Plan
@@ -37,6 +38,7 @@ space                                   the same of a whole spec
 emit                                    Plan -> source text
 allowlist  store
 workers  build                          source text -> modules on disk
+tiling                                  what the tensor memory accelerator brings
 crosscompile  resources                 registers, occupancy and limits of modules
 pipeline                                the stages in order
 tuned                                   configurations that were measured, and which one a call gets

@@ -27,16 +27,13 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     match op.over:
         case "window":
             context = rows.attend_window(shape, name=name, scale=scale, window=op.window or 1)
-            config = draft.row_tiles.attend(context, limit=128)
         case "all":
             context = rows.attend_all(shape, name=name, scale=scale)
-            config = draft.row_tiles.attend(context, limit=128)
         case "pooled":
             entries = draft.pooled_entries(node.inputs[1])
             context = rows.attend_pooled(
                 shape, name=name, scale=scale, entries=entries, values=True
             )
-            config = draft.row_tiles.attend(context, limit=128)
         case "tokens":
             selected.attend_tokens(draft, node, op, scale)
             return
@@ -49,25 +46,35 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             selected.attend_by_blocks(draft, node, op)
             return
         case "blocks":
-            context, config = selected.attend_blocks(draft, node, op, launches, buffers, sizes)
+            context = selected.attend_blocks(draft, node, op)
     context = selected.as_branch(draft, context, node, op)
     if op.over != "pooled":
         context = rows.with_pages(context, draft.page)
-    draft.kernel("rows", context, config, *draft.makes(node))
+    if op.over == "blocks":
+        config = selected.tiles_of_blocks(draft, context, node, op)
+        lists = selected.index_blocks(draft, node, op, config)
+        launches.append(lists.launch)
+        buffers += lists.buffers
+        sizes += lists.sizes
+    else:
+        config = draft.tiles(context, limit=128)
+    draft.attend(context, config, *draft.makes(node))
     tiles = text.tiles()
     if context.parts:
         tiles = f"row_tiles_{op.branch}"
         sizes += [(tiles, text.tiles_of(name)), *text.parts(context)]
     launches.append(
-        Launch(
-            kernel=name,
-            grid=text.grid(shape, context, tiles),
-            arguments=(
-                *draft.tensors(node, op),
-                *selected.list_arguments(op),
-                *draft.outputs(node),
-                *draft.seq(context),
-            ),
+        draft.launch(
+            Launch(
+                kernel=name,
+                grid=text.grid(shape, context, tiles),
+                arguments=(
+                    *draft.tensors(node, op),
+                    *selected.list_arguments(op),
+                    *draft.outputs(node),
+                    *draft.seq(context),
+                ),
+            )
         )
     )
     buffers += draft.output_buffers(node)

@@ -50,8 +50,12 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         by_shares = _shares(draft, f"score_{op.level}", chain, parent, programs)
         shares = (by_shares[-1][0],)
     tiling = draft.row_tiles_of_blocks if block else draft.row_tiles
-    config = tiling.step(context) if shares else tiling.score(context)
-    scorer = draft.kernel("rows", context, config, *chain.names)
+    if shares:
+        config = tiling.step(context)
+    else:
+        config = tiling.score(context) if block else draft.score_tiles(context)
+    draft.attend(context, config, *chain.names)
+    scorer = context.name
     children, slots, parent_heads, parent_group = 0, 0, 1, 1
     if parent is not None:
         assert isinstance(parent.op, Select)
@@ -137,10 +141,12 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 ),
             ),
             launches=(
-                Launch(
-                    kernel=scorer,
-                    grid=("count", str(programs), *shares),
-                    arguments=_score_arguments(draft, chain, parent, context, scratch),
+                draft.launch(
+                    Launch(
+                        kernel=scorer,
+                        grid=("count", str(programs), *shares),
+                        arguments=_score_arguments(draft, chain, parent, context, scratch),
+                    )
                 ),
                 Launch(
                     kernel=ranker,

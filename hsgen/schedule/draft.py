@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from hsgen import configs, rows
+from hsgen import configs, rows, streams
 from hsgen.configs import DType
 from hsgen.graph import (
     Attend,
@@ -26,7 +26,7 @@ from hsgen.graph import (
     block_of,
     short_last,
 )
-from hsgen.plan import Buffer, Cached, Config, Context, Kernel, Skeleton, Step
+from hsgen.plan import Buffer, Cached, Config, Context, Kernel, Launch, Skeleton, Step
 from hsgen.rows import Entries
 from hsgen.schedule import text
 from hsgen.target import Target
@@ -84,6 +84,45 @@ class Draft:
     @property
     def row_tiles(self) -> configs.RowTiles:
         return configs.RowTiles(target=self.target, dtype=self.dtype)
+
+    def tiles(
+        self, context: rows.RowsContext, *, limit: int, most: int = 128, block: int | None = None
+    ) -> Config:
+        """Tiles of an attend, whose keys come in a stream where they can."""
+        if self.cached is None and streams.possible(context, self.target, self.dtype):
+            config = streams.tiles(context, self.target, most=most, block=block)
+            if config is not None:
+                return config
+        return self.row_tiles.attend(context, limit=limit, most=most, block=block)
+
+    def score_tiles(self, context: rows.RowsContext) -> Config:
+        """Tiles of a score, whose keys come in a stream where they can."""
+        if self.cached is None and streams.possible(context, self.target, self.dtype):
+            config = streams.score_tiles(context, self.target)
+            if config is not None:
+                return config
+        return self.row_tiles.score(context)
+
+    def attend(self, context: rows.RowsContext, config: Config, *nodes: str) -> None:
+        """A kernel that attends, in the skeleton that its tiles are of."""
+        kernel = Kernel(
+            name=context.name, skeleton="rows", context=context, config=config, operators=nodes
+        )
+        self.kernels.append(streams.of_tiles(kernel))
+
+    def add(self, kernels: tuple[Kernel, ...], steps: tuple[Step, ...]) -> None:
+        """Kernels and steps that were planned apart."""
+        self.kernels += map(streams.of_tiles, kernels)
+        self.steps += (
+            replace(step, launches=tuple(map(self.launch, step.launches))) for step in steps
+        )
+
+    def launch(self, launch: Launch) -> Launch:
+        """A launch as its kernel wants it."""
+        (kernel,) = (k for k in self.kernels if k.name == launch.kernel)
+        if not isinstance(kernel.context, streams.StreamsContext):
+            return launch
+        return streams.launch(launch, kernel.context)
 
     @property
     def row_tiles_of_blocks(self) -> configs.RowTiles:

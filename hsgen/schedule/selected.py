@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hsgen import buckets, rows, together
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -65,10 +67,9 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
     kernels, steps = together.plan(
         draft.shape,
         branch,
-        lambda context: draft.row_tiles.attend(context, limit=128, most=block, block=op.size),
+        lambda context: draft.tiles(context, limit=128, most=block, block=op.size),
     )
-    draft.kernels += kernels
-    draft.steps += steps
+    draft.add(kernels, steps)
 
 
 def _require_disjoint(node: Node, op: Attend) -> None:
@@ -106,29 +107,41 @@ def attend_by_blocks(draft: Draft, node: Node, op: Attend) -> None:
     draft.steps.append(step)
 
 
-def attend_blocks(
-    draft: Draft,
-    node: Node,
-    op: Attend,
-    launches: list[Launch],
-    buffers: list[Buffer],
-    sizes: list[tuple[str, str]],
-) -> tuple[rows.RowsContext, Config]:
-    """Blocks of a selection: first the union lists of each tile, then the attend over them."""
+def attend_blocks(draft: Draft, node: Node, op: Attend) -> rows.RowsContext:
+    """Blocks of a selection: the attend over the union lists of each tile."""
     _require_disjoint(node, op)
+    selection = draft.graph[node.inputs[3]]
+    return rows.attend_blocks(
+        draft.shape_of(op),
+        name=f"attend_{op.branch}",
+        scale=op.scale or 1.0,
+        entries=Entries(size=op.size, stride=op.stride),
+        width=draft.width(selection),
+        share=selection.type.dims[2],
+    )
+
+
+def tiles_of_blocks(draft: Draft, context: rows.RowsContext, node: Node, op: Attend) -> Config:
+    """Tiles whose rows' lists the index kernel can sort."""
+    width = draft.width(draft.graph[node.inputs[3]])
+    most = max(1, SORT_LIMIT // next_power(width))
+    return draft.tiles(context, limit=64, most=most, block=op.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lists:
+    """What makes the lists of a branch's tiles."""
+
+    launch: Launch
+    buffers: tuple[Buffer, ...]
+    sizes: tuple[tuple[str, str], ...]
+
+
+def index_blocks(draft: Draft, node: Node, op: Attend, config: Config) -> Lists:
+    """The union lists of each tile."""
     name = f"attend_{op.branch}"
     selection = draft.graph[node.inputs[3]]
     width, heads = draft.width(selection), draft.size(selection.type.dims[2])
-    context = rows.attend_blocks(
-        draft.shape_of(op),
-        name=name,
-        scale=op.scale or 1.0,
-        entries=Entries(size=op.size, stride=op.stride),
-        width=width,
-        share=selection.type.dims[2],
-    )
-    most = max(1, SORT_LIMIT // next_power(width))
-    config = draft.row_tiles.attend(context, limit=64, tokens=None, most=most, block=op.size)
     index = IndexContext(
         name=f"index_{op.branch}",
         heads=heads,
@@ -148,37 +161,37 @@ def attend_blocks(
     )
     tiles = f"tiles_{op.branch}"
     block_t = f'config["{name}"]["BLOCK_T"]'
-    sizes += [
-        (tiles, f"batch.rows // {block_t} + batch.sequences"),
-        (f"slots_{op.branch}", f"{block_t} * {width}"),
-    ]
     dims = (tiles, str(heads))
     slots = f"slots_{op.branch}"
     words = f"({block_t} + 31) // 32"
-    buffers += [
-        Buffer(name=f"counts_{op.branch}", dtype="i32", dims=(*dims, "2"), role="list"),
-        Buffer(name=f"entries_{op.branch}", dtype="i32", dims=(*dims, slots), role="list"),
-        Buffer(name=f"words_{op.branch}", dtype="i32", dims=(*dims, slots, words), role="list"),
-    ]
     chosen = text.buffer(selection.name)
-    launches.append(
-        Launch(
-            kernel=index.name,
-            grid=(tiles, str(heads)),
-            arguments=(
-                chosen,
-                f"0 if batch.packed else {chosen}.stride(0)",
-                f"{chosen}.stride(1)",
-                f"{chosen}.stride(2)",
-                f"{chosen}.stride(3)",
-                f"counts_{op.branch}",
-                f"entries_{op.branch}",
-                f"words_{op.branch}",
-                *text.SEQ,
-            ),
-        )
+    launch = Launch(
+        kernel=index.name,
+        grid=dims,
+        arguments=(
+            chosen,
+            f"0 if batch.packed else {chosen}.stride(0)",
+            f"{chosen}.stride(1)",
+            f"{chosen}.stride(2)",
+            f"{chosen}.stride(3)",
+            f"counts_{op.branch}",
+            f"entries_{op.branch}",
+            f"words_{op.branch}",
+            *text.SEQ,
+        ),
     )
-    return context, config
+    return Lists(
+        launch=launch,
+        buffers=(
+            Buffer(name=f"counts_{op.branch}", dtype="i32", dims=(*dims, "2"), role="list"),
+            Buffer(name=f"entries_{op.branch}", dtype="i32", dims=(*dims, slots), role="list"),
+            Buffer(name=f"words_{op.branch}", dtype="i32", dims=(*dims, slots, words), role="list"),
+        ),
+        sizes=(
+            (tiles, f"batch.rows // {block_t} + batch.sequences"),
+            (slots, f"{block_t} * {width}"),
+        ),
+    )
 
 
 def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:

@@ -3,17 +3,61 @@
 import triton
 import triton.language as tl
 
+# Where heads are reduced, the (token, head) pairs of a tile lie so that in scores [keys, rows],
+# as a dot leaves them, all heads of a token are one thread's: of every 8 columns, the thread c of
+# four has 2c and 2c + 1.
+
+
+@triton.jit
+def token_of(row, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The token of a row of the tile.  row: [M] -> [M]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        token = row % 8 // 2 * (TOKENS // 4) + row // 8 // (HEADS // 2)
+    else:
+        token = row // HEADS
+    return token
+
+
+@triton.jit
+def head_of(row, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The head of a row of the tile.  row: [M] -> [M]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        head = row // 8 % (HEADS // 2) * 2 + row % 2
+    else:
+        head = row % HEADS
+    return head
+
+
+@triton.jit
+def token_at(column, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The token of a column of reduced scores.  column: [TOKENS] -> [TOKENS]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        token = column % 4 * (TOKENS // 4) + column // 4
+    else:
+        token = column
+    return token
+
 
 @triton.jit
 def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
-    return tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+    """[N, TOKENS * HEADS] -> [N, TOKENS], whose columns `token_at` names"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        pairs = tl.reshape(x, [x.shape[0], TOKENS // 4, HEADS // 2, 4, 2])
+        found = tl.reshape(tl.sum(tl.sum(pairs, 4), 2), [x.shape[0], TOKENS])
+    else:
+        found = tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+    return found
 
 
 @triton.jit
 def max_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
-    return tl.max(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+    """As sum_heads, the greatest"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        pairs = tl.reshape(x, [x.shape[0], TOKENS // 4, HEADS // 2, 4, 2])
+        found = tl.reshape(tl.max(tl.max(pairs, 4), 2), [x.shape[0], TOKENS])
+    else:
+        found = tl.max(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+    return found
 
 
 @triton.jit

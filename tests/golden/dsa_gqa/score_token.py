@@ -23,6 +23,26 @@ def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR
 
 
 @triton.jit
+def token_of(row, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The token of a row of the tile.  row: [M] -> [M]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        token = row % 8 // 2 * (TOKENS // 4) + row // 8 // (HEADS // 2)
+    else:
+        token = row // HEADS
+    return token
+
+
+@triton.jit
+def head_of(row, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The head of a row of the tile.  row: [M] -> [M]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        head = row // 8 % (HEADS // 2) * 2 + row % 2
+    else:
+        head = row % HEADS
+    return head
+
+
+@triton.jit
 def load_queries(
     base, token, t_stride, head, h_stride, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -47,6 +67,16 @@ def complete_limit(
 
 
 @triton.jit
+def token_at(column, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The token of a column of reduced scores.  column: [TOKENS] -> [TOKENS]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        token = column % 4 * (TOKENS // 4) + column // 4
+    else:
+        token = column
+    return token
+
+
+@triton.jit
 def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
     """As load_tile; 0 where `mask: [N]` is false, and nothing is read there."""
     columns = OFFSET + tl.arange(0, WIDTH)
@@ -56,8 +86,13 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
-    return tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+    """[N, TOKENS * HEADS] -> [N, TOKENS], whose columns `token_at` names"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        pairs = tl.reshape(x, [x.shape[0], TOKENS // 4, HEADS // 2, 4, 2])
+        found = tl.reshape(tl.sum(tl.sum(pairs, 4), 2), [x.shape[0], TOKENS])
+    else:
+        found = tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+    return found
 
 
 @triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
@@ -93,9 +128,9 @@ def score_token(
     if t0 >= q_len:
         return
     rows = tl.arange(0, BLOCK_M)
-    token = t0 + rows // 64
-    row_head = head * 64 + rows % 64
-    alive = (token < q_len) & (rows < BLOCK_T * 64)
+    token = t0 + token_of(rows, BLOCK_M // 64, 64)
+    row_head = head * 64 + head_of(rows, BLOCK_M // 64, 64)
+    alive = (token < q_len) & (token < t0 + BLOCK_T)
     last = q_offset + tl.minimum(t0 + BLOCK_T, q_len) - 1
 
     # load: the queries in [BLOCK_M, width] columns, and where the keys begin
@@ -107,7 +142,7 @@ def score_token(
     w_base = WEIGHT + z.to(tl.int64) * w_b + q_token.to(tl.int64) * w_t
     weight = tl.load(w_base + row_head, mask=alive, other=0.0).to(tl.float32)
     stop = complete_limit(last, k_len, 1, 1, True, False)
-    tokens = tl.arange(0, BLOCK_M // 64)
+    tokens = token_at(tl.arange(0, BLOCK_M // 64), BLOCK_M // 64, 64)
     score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)
     score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head
 

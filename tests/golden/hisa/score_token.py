@@ -23,6 +23,26 @@ def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR
 
 
 @triton.jit
+def token_of(row, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The token of a row of the tile.  row: [M] -> [M]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        token = row % 8 // 2 * (TOKENS // 4) + row // 8 // (HEADS // 2)
+    else:
+        token = row // HEADS
+    return token
+
+
+@triton.jit
+def head_of(row, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The head of a row of the tile.  row: [M] -> [M]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        head = row // 8 % (HEADS // 2) * 2 + row % 2
+    else:
+        head = row % HEADS
+    return head
+
+
+@triton.jit
 def load_queries(
     base, token, t_stride, head, h_stride, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -56,6 +76,16 @@ def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def token_at(column, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The token of a column of reduced scores.  column: [TOKENS] -> [TOKENS]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        token = column % 4 * (TOKENS // 4) + column // 4
+    else:
+        token = column
+    return token
+
+
+@triton.jit
 def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
     """As load_tile; 0 where `mask: [N]` is false, and nothing is read there."""
     columns = OFFSET + tl.arange(0, WIDTH)
@@ -65,8 +95,13 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
-    return tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+    """[N, TOKENS * HEADS] -> [N, TOKENS], whose columns `token_at` names"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        pairs = tl.reshape(x, [x.shape[0], TOKENS // 4, HEADS // 2, 4, 2])
+        found = tl.reshape(tl.sum(tl.sum(pairs, 4), 2), [x.shape[0], TOKENS])
+    else:
+        found = tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+    return found
 
 
 @triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
@@ -103,9 +138,9 @@ def score_token(
     if t0 >= q_len:
         return
     rows = tl.arange(0, BLOCK_M)
-    token = t0 + rows // 64
-    row_head = head * 64 + rows % 64
-    alive = (token < q_len) & (rows < BLOCK_T * 64)
+    token = t0 + token_of(rows, BLOCK_M // 64, 64)
+    row_head = head * 64 + head_of(rows, BLOCK_M // 64, 64)
+    alive = (token < q_len) & (token < t0 + BLOCK_T)
     last = q_offset + tl.minimum(t0 + BLOCK_T, q_len) - 1
 
     # load: the queries in [BLOCK_M, width] columns, and where the keys begin
@@ -120,7 +155,7 @@ def score_token(
     parents = entry_limit(last, k_len, 128, True)
     list_base = ((tl.load(SEQ + z * 6) + t0).to(tl.int64) * 1 + head) * 64
     TILES: tl.constexpr = (128 + BLOCK_N - 1) // BLOCK_N
-    tokens = tl.arange(0, BLOCK_M // 64)
+    tokens = token_at(tl.arange(0, BLOCK_M // 64), BLOCK_M // 64, 64)
     score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)
     score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head
 

@@ -1,0 +1,374 @@
+"""What fills the `streams` skeleton: `rows` whose keys one warp streams into shared memory, on Hopper.
+
+Two groups of four warps attend, each with half of a tile's rows, while the tensor memory accelerator brings
+their keys and values: a dot of one group runs beside the exponentials of the other, and in each group the
+scores of one step beside the sums of the step before.  Triton's own loops do neither, so these are in Gluon.
+
+Decides what a rows kernel needs to be written so.  Loops, addresses and masks stay those of `rows`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from hsgen.plan import Config, Kernel, Launch, Param
+from hsgen.rows import BLOCKS, Chunk, Phase, RowsContext
+from hsgen.target import Target
+
+GROUPS = 2  # of four warps, which share a tile's rows
+LEAST_ROWS = 64  # of a group: what its dots take
+SCORED_ROWS = 256  # that meet a tile of 64 keys
+REGISTERS = 240  # of a thread of a group
+STREAM_REGISTERS = 24  # of a thread of the stream's warp
+NARROWEST = 64  # columns that one swizzled row of shared memory holds
+WIDEST = 128
+OF_ROWS = re.compile(r"\b(rows|position|seen|token|q_token|row_head)\b")
+BOUND = re.compile(r"n < (\w+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """A buffer of tiles, [BLOCK_N, width] each: columns [offset, offset + width) of keys or values."""
+
+    chunk: Chunk
+    of: str  # K or V
+
+    @property
+    def name(self) -> str:
+        """Of the buffer: k0."""
+        return f"{self.of.lower()}{self.chunk.index}"
+
+    @property
+    def source(self) -> str:
+        """Of the descriptor: K0."""
+        return f"{self.of}{self.chunk.index}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamsContext:
+    """Everything `streams.py.jinja` reads; `rows` is what `rows.py.jinja` would."""
+
+    rows: RowsContext
+    params: tuple[Param, ...]
+    header: str = ""
+    pieces: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.rows.name
+
+    @property
+    def summary(self) -> str:
+        return self.rows.summary
+
+    @property
+    def decorator(self) -> str:
+        counts = ", ".join(f'"{p.name}"' for p in self.params if p.kind == "count")
+        return f"@gluon.jit(do_not_specialize=[{counts}])"
+
+    @property
+    def keys(self) -> tuple[Tile, ...]:
+        return tuple(Tile(chunk=chunk, of="K") for chunk in self.rows.qk_chunks)
+
+    @property
+    def values(self) -> tuple[Tile, ...]:
+        return tuple(Tile(chunk=chunk, of="V") for chunk in self.rows.v_chunks)
+
+    @property
+    def tile(self) -> str:
+        return self._of_program(self.rows.tile or "tl.program_id(0)")
+
+    @property
+    def kv_head(self) -> str:
+        """The key/value head of a tile's rows; keys of an index have but one."""
+        if not self.rows.key_head:
+            return "0"
+        found = re.search(r"\+ \(?(head(?: // \d+)?)\)?\.to", self.rows.key_head)
+        assert found is not None
+        return found[1]
+
+    @property
+    def stream_setup(self) -> tuple[str, ...]:
+        """What the stream must know: which tiles, but nothing of rows."""
+        known = [self._of_program(line) for line in self.rows.setup]
+        needed = {word for phase in self.rows.phases for word in _words(phase.start, phase.stop)}
+        needed |= {"list_base", "TILES"} if self.listed else set()
+        kept: list[str] = []
+        for line in reversed(known):
+            made = line.split(" = ")[0].split(":")[0]
+            if made in needed:
+                kept.append(line)
+                needed |= _words(line.split(" = ", 1)[1])
+        return tuple(reversed(kept))
+
+    @property
+    def setup(self) -> tuple[str, ...]:
+        return tuple(self._of_program(line) for line in self.rows.setup)
+
+    @property
+    def listed(self) -> bool:
+        return any(phase.kind == "list" for phase in self.rows.phases)
+
+    @property
+    def skips(self) -> bool:
+        """Whether rows of a group may want none of a tile: which rows do is known of each."""
+        return any(
+            "WORDS + (list_base + i // TILES)" in line for p in self.rows.phases for line in p.body
+        )
+
+    def chosen(self, phase: Phase) -> bool:
+        """Whether a group may pass over tiles of a phase."""
+        return any("WORDS + (list_base + i // TILES)" in line for line in phase.body)
+
+    def bytes(self, tiles: Iterable[Tile]) -> str:
+        """Of one step's tiles."""
+        return " + ".join(f"{tile.source}.block_type.nbytes" for tile in tiles)
+
+    @property
+    def store(self) -> str:
+        """The piece that writes outputs."""
+        return "add_packed" if self.rows.store == "add_outputs" else "store_packed"
+
+    def alive(self, suffix: str) -> str:
+        """Which (token, head) pairs there are, of vectors that have a suffix."""
+        return re.sub(r"\b(rows|token)\b", rf"\1{suffix}", self.rows.alive)
+
+    def written(self, phase: Phase) -> str:
+        """Which scores are kept, of slots that are called `at`."""
+        text = phase.inside if phase.written == "inside" else phase.written
+        return re.sub(r"\b(slot|n)\b", "at", text)
+
+    def bound(self, phase: Phase) -> str:
+        """The first key that is not there, of a phase whose tiles may reach beyond; else empty."""
+        found = BOUND.fullmatch(phase.inside)
+        return found[1] if found else ""
+
+    def reads(self, *names: str) -> bool:
+        """Whether a loop or an address reads one of some names of positions."""
+        return any(self.rows.uses(name) for name in names)
+
+    def stream_reads(self, name: str) -> bool:
+        return any(name in _words(line) for line in self.stream_setup)
+
+    @staticmethod
+    def _of_program(line: str) -> str:
+        for rows, streams in (
+            ("tl.program_id(0)", "program"),
+            ("tl.num_programs(1)", "(items // tiles)"),
+            ("tl.arange", "gl.arange"),
+        ):
+            line = line.replace(rows, streams)
+        return line
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of what groups and stream share in shared memory."""
+        return (
+            *(tile.name for tile in (*self.keys, *self.values)),
+            *(f"{of}_{state}" for of in self.streams for state in ("full", "free")),
+            *(("q_full", "q_free") if self.scores else ()),
+        )
+
+    @property
+    def scores(self) -> bool:
+        """Whether it scores: then groups share rows and each takes every other tile of keys."""
+        return self.rows.acc == "score"
+
+    @property
+    def streams(self) -> str:
+        """What is streamed, a letter each."""
+        return "kv" if self.values else "k"
+
+    @property
+    def tunables(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.params if p.kind == "constexpr")
+
+    @property
+    def declared_tunables(self) -> tuple[str, ...]:
+        return tuple(f"{name}: gl.constexpr" for name in self.tunables)
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """Buffers of one group's queries."""
+        return tuple(f"q{tile.chunk.index}" for tile in self.keys)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of buffers of queries: each group's own, where groups share no rows."""
+        return ("",) if self.scores else tuple(f"_{group}" for group in range(GROUPS))
+
+    def queries_of(self, group: int) -> tuple[str, ...]:
+        suffix = self.suffixes[group % len(self.suffixes)]
+        return tuple(f"{name}{suffix}" for name in self.queries)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of tiles of values, each once."""
+        return tuple(sorted({tile.chunk.width for tile in self.values}))
+
+    @property
+    def registers(self) -> int:
+        return REGISTERS
+
+    @property
+    def stream_registers(self) -> int:
+        return STREAM_REGISTERS
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Arguments that groups read: all but descriptors."""
+        return tuple(p.name for p in self.params if p.kind not in ("tiles", "constexpr"))
+
+    @property
+    def descriptors(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.params if p.kind == "tiles")
+
+
+def _words(*texts: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", " ".join(texts)))
+
+
+# --- what can be streamed
+
+
+def possible(context: RowsContext, target: Target, dtype: str) -> bool:
+    """Whether a kernel's keys can come in a stream: tiles of whole rows, at places that are known."""
+    chunks = (*context.qk_chunks, *context.v_chunks)
+    kinds = {phase.kind for phase in context.phases}
+    setups = any(line.lstrip().startswith(("if ", "return")) for line in context.setup)
+    return (
+        target.streams
+        and dtype != "fp32"
+        and (bool(context.v_chunks) if context.acc == "softmax" else _scores(context))
+        and not (
+            context.latent
+            or context.parts
+            or context.width_of_list
+            or context.joins
+            or context.page
+        )
+        and kinds <= {"range", "list"}
+        and context.together in ("", "part")
+        and not setups
+        and all(NARROWEST <= chunk.width <= WIDEST and not chunk.clip for chunk in chunks)
+        and all(BOUND.fullmatch(p.inside) or not p.inside for p in context.phases)
+        and context.heads <= GROUPS * LEAST_ROWS
+    )
+
+
+def _scores(context: RowsContext) -> bool:
+    """Whether it scores many entries by whole tiles, keys first, whose heads some group reduces."""
+    kinds = {phase.kind for phase in context.phases}
+    reduced = context.keys_first and context.pitch > 1 and not context.together
+    return context.acc == "score" and reduced and kinds == {"range"} and context.many_keys
+
+
+def streamed(context: RowsContext) -> StreamsContext:
+    """The same kernel with its keys and values in a stream."""
+    params: list[Param] = []
+    for param in context.params:
+        if param.name in ("K", "V"):
+            chunks = context.qk_chunks if param.name == "K" else context.v_chunks
+            of = "Dqk" if param.name == "K" else "Dv"
+            params += (
+                Param(
+                    name=f"{param.name}{chunk.index}",
+                    kind="tiles",
+                    dtype=param.dtype,
+                    columns=chunk.width,
+                    comment=f"[B, S, Hkv, {of}], {chunk.width} columns a tile",
+                )
+                for chunk in chunks
+            )
+        elif re.fullmatch(r"[kv]_[bth]", param.name):
+            continue  # the descriptor's
+        elif param.kind == "constexpr":
+            continue
+        else:
+            params.append(param)
+    at = [p.name for p in params].index("num_sequences") + 1
+    counts = (
+        Param(
+            name="whose",
+            kind="count",
+            comment="1: each sequence has keys of its own; 0: all lie in one",
+        ),
+        Param(name="tiles", kind="count", comment="of a head"),
+        Param(name="items", kind="count", comment="tiles of all heads"),
+    )
+    deep = Param(name="STAGES", kind="constexpr", comment="steps that are in flight")
+    return StreamsContext(rows=context, params=(*params[:at], *counts, *params[at:], *BLOCKS, deep))
+
+
+def tiles(context: RowsContext, target: Target, *, most: int, block: int | None) -> Config | None:
+    """Rows of two groups, and the widest steps of which two or more are in flight."""
+    tokens = 1 << (GROUPS * LEAST_ROWS // context.heads).bit_length() - 1
+    dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
+    queries = GROUPS * LEAST_ROWS * sum(c.width for c in context.qk_chunks) * 2
+    if tokens > most:
+        return None
+    for width in (128, 64, 32, 16):
+        if block and block % width:
+            continue
+        stages = (target.smem_per_block - queries - 2048) // (width * dims * 2)
+        if stages >= 2:
+            values = (
+                ("BLOCK_T", tokens),
+                ("BLOCK_M", GROUPS * LEAST_ROWS),
+                ("BLOCK_N", width),
+                ("STAGES", min(4, stages)),
+            )
+            return Config(constexprs=values, num_warps=4, num_stages=1)
+    return None
+
+
+def score_tiles(context: RowsContext, target: Target) -> Config | None:
+    """As many rows as the registers of a group have room for, beside 64 keys that are read once for all."""
+    tokens = 1 << (SCORED_ROWS // context.pitch).bit_length() - 1
+    dims = sum(c.width for c in context.qk_chunks)
+    while tokens:
+        rows = tokens * context.pitch
+        stages = (target.smem_per_block - rows * dims * 2 - 4096) // (LEAST_ROWS * dims * 2)
+        if stages >= 3 and rows >= LEAST_ROWS:
+            values = (("BLOCK_T", tokens), ("BLOCK_M", rows), ("BLOCK_N", LEAST_ROWS))
+            values += (("STAGES", min(6, stages)),)
+            return Config(constexprs=values, num_warps=4, num_stages=1)
+        tokens //= 2
+    return None
+
+
+def of_tiles(kernel: Kernel) -> Kernel:
+    """The same kernel in the skeleton that its tiles are of."""
+    if "STAGES" not in dict(kernel.config.constexprs) or not isinstance(
+        kernel.context, RowsContext
+    ):
+        return kernel
+    return replace(kernel, skeleton="streams", context=streamed(kernel.context))
+
+
+def launch(launch: Launch, context: StreamsContext) -> Launch:
+    """The same launch by as many programs as the GPU holds at a time."""
+    tiles_, heads = (
+        launch.grid
+    )  # as many programs as the GPU holds, each for one tile after another
+    tiles_ = tiles_.replace("{BLOCK_T}", f'config["{launch.kernel}"]["BLOCK_T"]')
+    names = [p.name for p in context.rows.params if p.kind != "constexpr"]
+    given = dict(zip(names, launch.arguments, strict=True))
+    made: list[str] = []
+    for param in context.params:
+        if param.kind == "tiles":
+            rows = f'config["{launch.kernel}"]["BLOCK_N"]'
+            made.append(f"batch.tile_of({given[param.name[0]]}, {rows}, {param.columns})")
+        elif param.name == "whose":
+            made.append("0 if batch.packed else 1")
+        elif param.name == "tiles":
+            made.append(tiles_)
+        elif param.name == "items":
+            made.append(f"({tiles_}) * {heads}")
+        elif param.kind != "constexpr":
+            made.append(given[param.name])
+    return replace(
+        launch, grid=(f"min(({tiles_}) * {heads}, batch.processors)",), arguments=tuple(made)
+    )

@@ -1,0 +1,64 @@
+"""Pieces of loops whose keys and values one warp streams into shared memory, in Gluon (Hopper)."""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+
+@gluon.jit
+def load_packed(base, token, t_stride, head, h_stride, mask, columns):
+    """Rows of packed (token, head) pairs: token, head, mask: [M] -> [M, columns], 0 where masked."""
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    return gl.load(base + row[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
+
+
+@gluon.jit
+def store_packed(base, token, t_stride, head, h_stride, mask, x, columns):
+    """Rows x: [M, columns] to their (token, head) pairs, in the tensor's own precision."""
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    address = base + row[:, None] + columns[None, :]
+    gl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
+
+
+@gluon.jit
+def add_packed(base, token, t_stride, head, h_stride, mask, x, columns):
+    """As store_packed, of x and what is there, added in float32.  No other program has these rows."""
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    address = base + row[:, None] + columns[None, :]
+    before = gl.load(address, mask=mask[:, None], other=0.0)
+    gl.store(address, (before.to(tl.float32) + x).to(base.dtype.element_ty), mask=mask[:, None])
+
+
+@gluon.jit
+def pass_over(full, free, slot, phase):
+    """A tile that these rows do not want: the stream may go on once it is there."""
+    mbarrier.wait(full.index(slot), phase)
+    mbarrier.arrive(free.index(slot), count=1)
+
+
+@gluon.jit
+def clear_rows(tile, first, stop, layout: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """0 in the rows of a tile that lie at `stop` or behind: tile: [1, ROWS, 1, WIDTH], first: its row 0.
+
+    Their weights are 0, and 0 times what is no number would be none.  Groups that both do so write the same.
+    """
+    if first + ROWS > stop:
+        for r in gl.static_range(0, ROWS, 16):
+            part = tile.reshape([ROWS, WIDTH]).slice(r, 16, dim=0)
+            row = first + r + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+            x = part.load(layout)
+            part.store(gl.where((row < stop)[:, None], x, gl.zeros_like(x)))
+        fence_async_shared()
+
+
+@gluon.jit
+def own_of(
+    WORDS, list_base, i, end, TILES: gl.constexpr, num_words: gl.constexpr, OWN: gl.constexpr
+):
+    """Whether any row of a group chose step i of a list; of long words every group takes all."""
+    if num_words > 1:
+        found = 1
+    else:
+        found = gl.load(WORDS + list_base + i // TILES, mask=i < end, other=0) & OWN
+    return found
