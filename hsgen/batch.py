@@ -5,6 +5,7 @@ Never waits for the device: lengths that are tensors stay tensors.  Checks nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from threading import Lock
@@ -52,8 +53,8 @@ class Batch:
 
 @cache
 def _processors(device: torch.device) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count
+    describe: Callable[..., Any] = torch.cuda.get_device_properties
+    return describe(device).multi_processor_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

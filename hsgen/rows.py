@@ -611,7 +611,10 @@ def attend_blocks(
     within = f"n < entry * {stride} + {size}"
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
     list_row = f"tile.to(tl.int64) * {list_heads}" + (" + head" if list_heads > 1 else "")
-    member = "member = tl.load(WORDS + (list_base + i // TILES) * num_words + word) >> bit & 1"
+    member = (
+        "words = WORDS + (list_base + i // TILES) * num_words",
+        "member = tl.load(words + word) >> bit & 1",
+    )
     seen = "seen" if shape.causal else "k_len"
     tail = f"({within}) & (n < k_len)" if ragged else "n < k_len"
     own = (f"({within})[None, :]",) if ragged else ()
@@ -656,7 +659,7 @@ def attend_blocks(
                 comment="partial blocks: members only, and what each row may see",
                 start="full * TILES",
                 stop="(full + partial) * TILES",
-                body=(member, f"limit = tl.where(member > 0, {seen}, 0)"),
+                body=(*member, f"limit = tl.where(member > 0, {seen}, 0)"),
                 inside=tail,
                 visible=("n[None, :] < limit[:, None]", *own),
             ),

@@ -108,6 +108,12 @@ class StreamsContext:
         return tuple(self._of_program(line) for line in self.rows.setup)
 
     @property
+    def present(self) -> str:
+        """Whether the tile has a row."""
+        absent = self.rows.absent
+        return "t0 < q_len" if absent == "t0 >= q_len" else f"not ({absent})"
+
+    @property
     def listed(self) -> bool:
         return any(phase.kind == "list" for phase in self.rows.phases)
 
@@ -349,10 +355,8 @@ def of_tiles(kernel: Kernel) -> Kernel:
 
 
 def launch(launch: Launch, context: StreamsContext) -> Launch:
-    """The same launch by as many programs as the GPU holds at a time."""
-    tiles_, heads = (
-        launch.grid
-    )  # as many programs as the GPU holds, each for one tile after another
+    """The same launch by one program a processor, each for one tile after another."""
+    tiles_, heads = launch.grid
     tiles_ = tiles_.replace("{BLOCK_T}", f'config["{launch.kernel}"]["BLOCK_T"]')
     names = [p.name for p in context.rows.params if p.kind != "constexpr"]
     given = dict(zip(names, launch.arguments, strict=True))
@@ -369,6 +373,4 @@ def launch(launch: Launch, context: StreamsContext) -> Launch:
             made.append(f"({tiles_}) * {heads}")
         elif param.kind != "constexpr":
             made.append(given[param.name])
-    return replace(
-        launch, grid=(f"min(({tiles_}) * {heads}, batch.processors)",), arguments=tuple(made)
-    )
+    return replace(launch, grid=("batch.processors",), arguments=tuple(made))

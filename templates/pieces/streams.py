@@ -3,7 +3,12 @@
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
 
 
 @gluon.jit
@@ -28,6 +33,40 @@ def add_packed(base, token, t_stride, head, h_stride, mask, x, columns):
     address = base + row[:, None] + columns[None, :]
     before = gl.load(address, mask=mask[:, None], other=0.0)
     gl.store(address, (before.to(tl.float32) + x).to(base.dtype.element_ty), mask=mask[:, None])
+
+
+@gluon.jit
+def bring(tensor, sequence, row, head, column: gl.constexpr, full, buffer, slot):
+    """A tile into its slot; `full` counts its bytes."""
+    place = [sequence, row, head, column]
+    tma.async_copy_global_to_shared(tensor, place, full.index(slot), buffer.index(slot))
+
+
+@gluon.jit
+def dot_keys(q, tile, s, ADD: gl.constexpr):
+    """Begins s + q . keys, or q . keys.  q: [M, D], tile: [1, N, 1, D], s: [M, N]"""
+    keys = tile.reshape([tile.shape[1], tile.shape[3]]).permute((1, 0))
+    return warpgroup_mma(q, keys, s, use_acc=ADD, is_async=True)
+
+
+@gluon.jit
+def dot_queries(tile, q, s, ADD: gl.constexpr):
+    """Begins s + keys . q, or keys . q.  tile: [1, N, 1, D], q: [M, D], s: [N, M]"""
+    keys = tile.reshape([tile.shape[1], tile.shape[3]])
+    return warpgroup_mma(keys, q.permute((1, 0)), s, use_acc=ADD, is_async=True)
+
+
+@gluon.jit
+def dot_values(p, tile, total):
+    """Begins total + p . values.  p: [M, N], tile: [1, N, 1, D], total: [M, D]"""
+    values = tile.reshape([tile.shape[1], tile.shape[3]])
+    return warpgroup_mma(p, values, total, is_async=True)
+
+
+@gluon.jit
+def by_rows(x, factor):
+    """x: [M, D], times factor: [M]"""
+    return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
 
 
 @gluon.jit
