@@ -282,7 +282,7 @@ class RowsContext(InTurn):
     @property
     def spread(self) -> bool:
         """Whether a token's heads lie in the tile as it suits their reduction."""
-        return self.keys_first and self.pitch > 1
+        return "_heads(" in self.reduced
 
     def token_in_tile(self, rows: str = "rows") -> str:
         """Of (token, head) pairs, the token's place in the tile."""

@@ -267,7 +267,7 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
 def _scores(context: RowsContext) -> bool:
     """Whether it scores many entries by whole tiles, keys first, whose heads some group reduces."""
     kinds = {phase.kind for phase in context.phases}
-    reduced = context.keys_first and context.pitch > 1 and not context.together
+    reduced = context.spread and not context.together
     return context.acc == "score" and reduced and kinds == {"range"} and context.many_keys
 
 

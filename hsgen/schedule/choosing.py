@@ -50,10 +50,8 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         by_shares = _shares(draft, f"score_{op.level}", chain, parent, programs)
         shares = (by_shares[-1][0],)
     tiling = draft.row_tiles_of_blocks if block else draft.row_tiles
-    if shares:
-        config = tiling.step(context)
-    else:
-        config = tiling.score(context) if block else draft.score_tiles(context)
+    tiles = tiling.step if shares else tiling.score if block else draft.score_tiles
+    config = tiles(context)
     draft.attend(context, config, *chain.names)
     scorer = context.name
     children, slots, parent_heads, parent_group = 0, 0, 1, 1
