@@ -5,16 +5,15 @@ Never waits for the device: lengths that are tensors stay tensors.  Checks nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hsgen import tiling
+from hsgen.target import Target
 
 Q_START, Q_FIRST, Q_LEN, Q_OFFSET, K_FIRST, K_LEN = range(6)  # columns of Batch.table
 
@@ -53,8 +52,7 @@ class Batch:
 
 @cache
 def _processors(device: torch.device) -> int:
-    describe: Callable[..., Any] = torch.cuda.get_device_properties
-    return describe(device).multi_processor_count
+    return Target.current(device.index).sms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
