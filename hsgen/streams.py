@@ -24,6 +24,7 @@ REGISTERS = 240  # of a thread of a group
 STREAM_REGISTERS = 24  # of a thread of the stream's warp
 NARROWEST = 64  # columns that one swizzled row of shared memory holds
 WIDEST = 128
+LINE = 100  # characters of an emitted line
 OF_ROWS = re.compile(r"\b(rows|position|seen|token|q_token|row_head)\b")
 BOUND = re.compile(r"n < (\w+)")
 
@@ -65,8 +66,14 @@ class StreamsContext:
 
     @property
     def decorator(self) -> str:
-        counts = ", ".join(f'"{p.name}"' for p in self.params if p.kind == "count")
-        return f"@gluon.jit(do_not_specialize=[{counts}])"
+        names = [f'"{p.name}"' for p in self.params if p.kind == "count"]
+        counts = f"do_not_specialize=[{', '.join(names)}]"
+        if len(counts) <= LINE - len("@gluon.jit()"):
+            return f"@gluon.jit({counts})"
+        if len(counts) > LINE - 4:
+            each = "".join(f"        {name},\n" for name in names)
+            counts = f"do_not_specialize=[\n{each}    ]"
+        return f"@gluon.jit(\n    {counts}\n)"
 
     @property
     def keys(self) -> tuple[Tile, ...]:

@@ -1,0 +1,276 @@
+"""Kernels whose keys one warp streams: which do, their text, their binary; on a card, beside `rows`."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import emitted
+import pytest
+import torch
+from conformance import systems
+
+from hsgen import allowlist, dryrun, load_kernel, pipeline, resources, samples, schedule
+from hsgen.errors import BuildError
+from hsgen.execution import _aligned
+from hsgen.measurer import Shape
+from hsgen.spec import load
+from hsgen.streams import StreamsContext
+from hsgen.target import A100, B200, H100, with_streams
+
+STREAMING = replace(H100, streams=True)
+EXAMPLE = "examples/block_lists.yaml"
+STREAMED = {
+    "nsa": {"attend_compressed", "score_block", "attend_selected", "attend_window"},
+    "infllm_v2": {"score_block", "attend_selected"},
+    "dsa_gqa": {"score_token"},  # its tokens are walked by marks, which streams do not read
+    "moba": set(),  # rows come to blocks
+    "sparse_mla": {"score_token"},  # its latent of 512 channels is wider than a tile
+}
+since_3_6 = pytest.mark.skipif(
+    not with_streams(H100).streams, reason="the installed Triton has no Gluon for Hopper"
+)
+ROOT = Path(__file__).parents[1]
+
+
+def spec_of(name):
+    return load(str(ROOT / name)) if "/" in name else systems.load(name)
+
+
+def plan_of(name, target=STREAMING, dtype="bf16"):
+    return schedule.schedule(emitted.graph(spec_of(name)), target, dtype)
+
+
+def streamed(plan):
+    return {kernel.name for kernel in plan.kernels if kernel.skeleton == "streams"}
+
+
+# --- which
+
+
+@pytest.mark.parametrize(
+    ("target", "triton", "streams"),
+    [
+        (H100, "3.6.0", True),
+        (H100, "3.10.1+git", True),
+        (H100, "3.5.1", False),
+        (A100, "3.6.0", False),
+        (B200, "3.6.0", False),
+    ],
+)
+def test_streams_are_for_hopper_and_a_triton_that_writes_them(target, triton, streams):
+    assert with_streams(target, triton).streams is streams
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_kernels_that_stream(name):
+    assert streamed(plan_of(name)) == STREAMED[name]
+
+
+@pytest.mark.parametrize("name", ["nsa", "infllm_v2"])
+def test_no_kernel_of_float32_or_of_another_card_streams(name):
+    assert not streamed(plan_of(name, dtype="fp32"))
+    assert not streamed(plan_of(name, H100))
+
+
+def test_tiles_need_rows_that_begin_at_16_bytes():
+    x = torch.zeros(2, 8, 3, 64, dtype=torch.bfloat16)
+    assert _aligned(x)
+    assert _aligned(x[:, 1:, ::2])
+    assert not _aligned(torch.zeros(2, 8, 3, 68, dtype=torch.bfloat16)[..., :64])
+
+
+# --- text
+
+
+@pytest.mark.parametrize("name", ["nsa", EXAMPLE])
+def test_sources_are_golden(name, golden):
+    plan = plan_of(name)
+    sources = emitted.sources(plan)
+    for file in (*(f"{kernel}.py" for kernel in sorted(streamed(plan))), "driver.py"):
+        golden(f"streams/{spec_of(name).name}/{file}", sources[file])
+
+
+def test_everything_emitted_is_formatted_and_allowed(tmp_path):
+    for name in (*STREAMED, EXAMPLE):
+        sources = emitted.sources(plan_of(name))
+        allowlist.check(sources)
+        folder = tmp_path / spec_of(name).name
+        folder.mkdir()
+        for file, text in sources.items():
+            (folder / file).write_text(text)
+    command = (sys.executable, "-m", "ruff", "format", "--check", "--isolated", "--no-cache")
+    style = ("--line-length=100", "--target-version=py311")
+    done = subprocess.run([*command, *style, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from triton.experimental.gluon.language.nvidia.hopper import cluster",
+        "from triton.experimental import proton",
+        "from triton.runtime import driver",
+    ],
+)
+def test_nothing_else_of_triton_is_imported(line):
+    with pytest.raises(BuildError, match="import"):
+        allowlist.check({"kernel.py": f"{line}\n"})
+
+
+def test_launches_bring_what_kernels_take():
+    plan = plan_of("nsa")
+    run = dryrun.run(plan, tokens=1024)
+    for kernel in plan.kernels:
+        if isinstance(kernel.context, StreamsContext):
+            launched = run.launch(kernel.name)
+            assert launched.grid == (132,)
+            heads = launched.arguments["items"] // launched.arguments["tiles"]
+            assert heads == 4
+            assert launched.arguments["tiles"] >= 1024 // kernel.config["BLOCK_T"]
+
+
+# --- binary
+
+
+@since_3_6
+def test_it_compiles_and_hardly_spills(tmp_path, monkeypatch):
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
+    artifact = pipeline.compile_spec(spec_of(EXAMPLE), STREAMING)
+    jobs = resources.plan_jobs(artifact.plan, artifact.module, STREAMING)
+    (job,) = (job for job in jobs if job.signature.function == "attend_selected")
+    (found,) = resources.measure((job,))
+    assert isinstance(found, resources.Resources), found
+    assert found.cost.spill_bytes <= 32
+    assert found.cost.warps == 12  # two groups, and one warp that streams, which counts as four
+    assert found.cost.shared_bytes <= H100.smem_per_block
+    assert found.blocks_per_sm == 1
+
+
+# --- on a card
+
+
+def small(name):
+    """Fewer heads, and head dims that tiles have."""
+    if name == "nsa":
+        return systems.load(name).bind(heads=(32, 2), head_dim=(192, 128))
+    if name == "infllm_v2":
+        return systems.load(name).bind(heads=(14, 2), head_dim=(64, 64))  # a group of 7
+    return spec_of(name)
+
+
+@pytest.fixture
+def pair():
+    """Of a spec: a kernel as it comes, and one whose loops are all Triton's own."""
+
+    def make(spec):
+        if not with_streams(H100).streams or torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("nothing streams here")
+        plain = replace(_target(), streams=False)
+        return load_kernel(spec), load_kernel(spec, target=plain)
+
+    return make
+
+
+def _target():
+    return type(H100).current()
+
+
+def inputs(spec, queries, keys, sequences=1, seed=0):
+    shape = Shape(queries=queries, keys=keys, sequences=sequences)
+    return samples.for_shape(spec, shape, (), device="cuda", seed=seed)
+
+
+def close(x, y):
+    """Of outputs that were rounded once more or less."""
+    error = (x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-6)
+    assert error < 5e-3, error
+    assert torch.isfinite(x).all()
+
+
+def same_on_a_choice(pair, spec, x, **options):
+    """Outputs over the choice that Triton's own loops made, and how often the choices are the same."""
+    streams, plain = pair(spec)
+    chosen = plain.select(**{name: x[name] for name in plain._choosing.names}, **options)
+    found, lse = streams(**x, selection=chosen, return_lse=True, **options)
+    expected, expected_lse = plain(**x, selection=chosen, return_lse=True, **options)
+    close(found, expected)
+    again = streams(**x, selection=chosen, **options)
+    assert torch.equal(again, found)
+    for branch, value in _by_branch(lse).items():
+        torch.testing.assert_close(value, _by_branch(expected_lse)[branch], atol=2e-2, rtol=1e-3)
+    own = streams.select(**{name: x[name] for name in plain._choosing.names}, **options)
+    for level, selection in own.items():
+        alike = (selection.indices == chosen[level].indices).float().mean()
+        assert alike > 0.98, (level, alike)
+    program = [p for binding, p in streams._execution.programs.items() if binding.aligned]
+    assert any("STAGES" in values for p in program for values in p.config.values())
+
+
+def _by_branch(lse):
+    return lse if isinstance(lse, dict) else {"": lse}
+
+
+CASES = ["nsa", "infllm_v2", EXAMPLE]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("queries", "keys"), [(1333, 1333), (64, 777), (5, 2048), (2048, 2048)])
+def test_lengths(pair, name, queries, keys):
+    spec = small(name)
+    same_on_a_choice(pair, spec, inputs(spec, queries, keys, sequences=2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_keys_beyond_the_end_are_never_seen(pair, name):
+    spec = small(name)
+    x = inputs(spec, 300, 1100, sequences=2)
+    lens = torch.tensor([1001, 345], device="cuda", dtype=torch.int32)
+    for key, value in x.items():
+        if value.ndim == 4 and value.shape[1] == 1100:
+            for z, n in enumerate(lens.tolist()):
+                value[z, n:] = float("nan")
+    same_on_a_choice(pair, spec, x, kv_lens=lens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_documents(pair, name):
+    spec = small(name)
+    x = inputs(spec, 1500, 1500)
+    packed = {
+        key: value[0] if value.ndim > 2 and value.shape[:2] == (1, 1500) else value
+        for key, value in x.items()
+    }
+    cu = torch.tensor([0, 700, 707, 1500], device="cuda", dtype=torch.int32)
+    same_on_a_choice(pair, spec, packed, cu_seqlens_q=cu)
+
+
+@pytest.mark.gpu
+def test_rows_that_begin_elsewhere_go_without(pair):
+    spec = small("nsa")
+    x = inputs(spec, 500, 500)
+    streams, plain = pair(spec)
+    expected = plain(**x)
+    wide = torch.zeros(*x["k"].shape[:-1], x["k"].shape[-1] + 1, device="cuda", dtype=x["k"].dtype)
+    wide[..., 1:] = x["k"]
+    found = streams(**(x | {"k": wide[..., 1:]}))
+    close(found, expected)
+    assert any(not binding.aligned for binding in streams._execution.programs)
+
+
+@pytest.mark.gpu
+def test_exact_scores_choose_alike(pair):
+    """Small whole numbers: every sum is exact, in whatever order."""
+    spec = systems.load("dsa_gqa")
+    x = inputs(spec, 900, 900)
+    for key in x:
+        if key.startswith("index"):
+            x[key] = torch.randint(-2, 3, x[key].shape, device="cuda").to(x[key].dtype)
+    streams, plain = pair(spec)
+    names = plain._choosing.names
+    (own,) = streams.select(**{name: x[name] for name in names}).values()
+    (other,) = plain.select(**{name: x[name] for name in names}).values()
+    assert torch.equal(own.indices, other.indices)
