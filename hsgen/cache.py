@@ -19,6 +19,8 @@ from hsgen.errors import ArgumentError
 from hsgen.spec import Spec
 from hsgen.storage import Storage
 
+FEW = 8  # rows of a sequence that a step may have
+
 
 class Writer(Protocol):
     """What appends: kernels of the cache's spec."""
@@ -91,7 +93,8 @@ class Cache:
         self._table = zeros
         self._writer = writer
         self._most = 0  # no sequence is longer, as far as the host knows
-        self._new: dict[int, Tensor] = {}
+        few = torch.arange(FEW + 1, dtype=torch.int32, device=shape.device)
+        self._few = few[:, None].expand(-1, shape.batch).contiguous()
 
     # --- what is in it
 
@@ -247,9 +250,7 @@ class Cache:
         """How many tokens come to each sequence.  -> i32[B]"""
         if new_lens is not None:
             return new_lens
-        if tokens not in self._new:
-            self._new[tokens] = torch.full_like(self.lengths, tokens)
-        return self._new[tokens]
+        return self._few[tokens] if tokens <= FEW else torch.full_like(self.lengths, tokens)
 
     def reserve(self, tokens: int) -> None:
         """Count on so many more tokens.
@@ -290,15 +291,19 @@ class Cache:
 
 
 def _streams(storage: Storage, shape: Shape) -> dict[str, Tensor]:
-    """Room for all tokens.  A head's lie side by side: a block of them is one piece."""
+    """Room for all tokens.  A head's lie side by side, so that a block of them is one piece; those of a page
+    lie as they come, so that from one page to the next there are as many rows in every tensor.
+    """
     made: dict[str, Tensor] = {}
-    count, tokens = shape.batch, shape.capacity
-    if shape.page:
-        count, tokens = shape.batch * shape.pages, shape.page
+    options = {"dtype": shape.dtype, "device": shape.device}
     for stream in storage.streams:
         *heads, dim = stream.dims
-        room = torch.zeros(count, *heads, tokens, dim, dtype=shape.dtype, device=shape.device)
-        made[stream.name] = room.transpose(1, 2) if heads else room
+        if shape.page:
+            pool = (shape.batch * shape.pages, shape.page)
+            made[stream.name] = torch.zeros(*pool, *stream.dims, **options)
+        else:
+            room = torch.zeros(shape.batch, *heads, shape.capacity, dim, **options)
+            made[stream.name] = room.transpose(1, 2) if heads else room
     return made
 
 

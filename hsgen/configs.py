@@ -96,6 +96,8 @@ class RowTiles:
 
     def step(self, context: rows.RowsContext) -> Config:
         """Of one row of a sequence, whose keys several programs share: many keys on their way at a time."""
+        if context.latent:
+            return self.attend(context, tokens=1)
         dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
         wide = 64 if self._bytes == 2 else 32
         if context.children:
@@ -235,7 +237,10 @@ def for_rows(plan: Plan, tokens: int) -> Plan:
 def _of_rows(kernel: Kernel, tokens: int) -> Config:
     values, warps = dict(kernel.config.constexprs), kernel.config.num_warps
     context = kernel.context
-    if isinstance(context, rows.RowsContext) and not (context.one_token or context.children):
+    alone = isinstance(context, rows.RowsContext) and (
+        context.one_token or context.children or context.parts
+    )
+    if isinstance(context, rows.RowsContext) and not alone:
         block_m = max(16, next_power(tokens * context.pitch))
         values |= {"BLOCK_T": tokens, "BLOCK_M": block_m}
         warps = 8 if block_m >= 128 else warps

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hsgen import arguments, configs, plan
 from hsgen.arguments import SHORT_NAMES, Problem
-from hsgen.cache import Cache, Pages, Shape
+from hsgen.cache import FEW, Cache, Pages, Shape
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
     Configs,
@@ -33,7 +33,6 @@ from hsgen.spec import Spec
 from hsgen.storage import Storage, storage_of
 from hsgen.target import Target
 
-FEW = 8  # rows of a sequence that a step may have
 MOST_PAGE = 1024  # tokens
 INTERPRETED_TARGET = "h100"
 

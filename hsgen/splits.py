@@ -103,8 +103,8 @@ class Branch:
         str, ...
     ]  # of the merge: sink and gates if there are any, o and lse, and their strides
     query_heads: int
-    programs: int  # heads' programs of a tile
-    tiles: str
+    grid: tuple[str, str]  # tiles by heads
+    sizes: tuple[tuple[str, str], ...]  # that the grid needs
     alone: bool  # a tile is one row
     keys: str  # that a row may walk, as an expression
     sms: int
@@ -149,7 +149,10 @@ def plan(
         needs=branch.needs,
         makes=branch.makes,
         sizes=(
-            *shares(name, sms=branch.sms, rows_of=there, heads=branch.programs, keys=branch.keys),
+            *branch.sizes,
+            *shares(
+                name, sms=branch.sms, rows_of=there, heads=int(branch.grid[1]), keys=branch.keys
+            ),
             (items, f"batch.rows * {splits}"),
         ),
         buffers=(
@@ -160,7 +163,7 @@ def plan(
         launches=(
             Launch(
                 kernel=name,
-                grid=(branch.tiles, str(branch.programs), splits),
+                grid=(*branch.grid, splits),
                 arguments=(*branch.arguments, *o, part_lse, "0", items, "1", *branch.more),
             ),
             Launch(

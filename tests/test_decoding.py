@@ -49,7 +49,7 @@ def made(spec, B, T, **options):
 def cut(x, rows, begin, end):
     """q, k and v of some tokens, and everything else of theirs."""
     some = {name: y[:, begin:end] if name in rows else y for name, y in x.items()}
-    return (some.pop("q"), some.pop("k"), some.pop("v")), some
+    return (some.pop("q"), some.pop("k"), some.pop("v", None)), some
 
 
 def append(attn, cache, x, rows, begin, end):
@@ -62,7 +62,8 @@ def append(attn, cache, x, rows, begin, end):
 # --- the law: step t is row t of prefill
 
 
-FULL = ("moba", "infllm_v2", "hisa", "dsa_gqa", "minimax_m3")
+FULL = ("moba", "infllm_v2", "hisa", "dsa_gqa", "minimax_m3", "deepseek_hca", "glm_kpool")
+PAGED = ("nsa", "moba", "hisa", "minimax_m3", "deepseek_hca", "glm_kpool")
 
 
 @pytest.mark.parametrize(
@@ -70,13 +71,14 @@ FULL = ("moba", "infllm_v2", "hisa", "dsa_gqa", "minimax_m3")
 )
 def test_steps_are_rows_of_prefill(name, shares):
     """Choices are the same sets, outputs of either are those of the reference; pages change nothing."""
-    spec = systems.small(name, group=2, kv=1, dims=(32, 16))
+    kv = 2 if name == "minimax_m3" else 1  # whose index has one all the same
+    spec = systems.small(name, group=2, kv=kv, dims=(32, 16))
     B, T = 2, 18
     x, rows = made(spec, B, T)
     if name == "nsa":  # 512 weights a channel: of a size as if they were learned
         x = {n: y * 0.05 if n.endswith("weight") else y for n, y in x.items()}
     attn = load_kernel(spec, interpret=True)
-    cache = attn.new_cache(B, 24, page=8 if name in ("nsa", "moba", "hisa") else None)
+    cache = attn.new_cache(B, 24, page=8 if name in PAGED else None)
     append(attn, cache, x, rows, 0, 13)
     calls = [(attn.decode, 13, 14), (attn.decode, 14, 16)]
     if name == "quest":
@@ -222,9 +224,6 @@ def test_caches_say_what_they_cannot_keep():
     ):
         with pytest.raises(PlanError, match=words):
             load_kernel(name).new_cache(1, 64)
-    with pytest.raises(PlanError, match="no kernel decodes latents yet"):
-        spec = systems.load("glm_kpool")
-        schedule.schedule(emitted.graph(spec), H100, "bf16", None, Cached(rows="few"))
     with pytest.raises(GateError, match="a kernel with a gate has no cache"):
         load_kernel("moba", gate=Gate(dense_below=8)).new_cache(1, 64)
     with pytest.raises(PlanError, match="Hq is not known"):
@@ -288,6 +287,14 @@ def test_a_cache_says_what_a_token_takes():
     cache = kernels.new_cache(1, 64, torch.float16)
     assert cache.bytes_per_token == {"k": 64, "v": 32, "page.keys": 16}
     assert "1 sequences of 64 tokens, fp16" in repr(cache)
+
+
+def test_pages_of_a_cache_have_as_many_rows_in_every_tensor():
+    """An index has no heads, and is found by the rows of keys."""
+    cache = load_kernel(systems.small("hisa", group=2, kv=2)).new_cache(2, 20, page=8)
+    kept = [cache.tensors[stream.name] for stream in cache.storage.streams]
+    assert {x.ndim for x in kept} == {3, 4}
+    assert {(x.shape[0], x.stride(0) // x.stride(1)) for x in kept} == {(6, 8)}
 
 
 # --- plans and text

@@ -13,14 +13,15 @@ from hsgen.schedule.draft import Draft
 
 def attend(draft: Draft, node: Node, op: Attend) -> None:
     """A branch whose keys are shared by several programs, with one merge behind it."""
-    if op.latent:
-        message = f"branch {op.branch}: no kernel decodes latents yet"
-        raise PlanError(message, span=node.span)
     scale = op.scale if op.scale is not None else 1.0
     context, keys = _walk(draft, node, op, scale)
     context = rows.with_logits(context, scale=scale, softcap=op.softcap, sink=False)
     alone = context.one_token
     selection = (text.buffer(node.inputs[3]),) if alone else ()
+    tiles, sizes = text.tiles(), ()
+    if context.parts:
+        tiles = f"row_tiles_{op.branch}"
+        sizes = ((tiles, text.tiles_of(context.name)), *text.parts(context))
     _share(
         draft,
         context,
@@ -34,8 +35,8 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             more=draft.seq(context),
             outputs=draft.outputs(node),
             query_heads=draft.shape.query_heads,
-            programs=draft.shape.query_heads // context.heads,
-            tiles=text.tiles(),
+            grid=text.grid(draft.shape, context, tiles),
+            sizes=sizes,
             alone=alone,
             keys=keys,
             sms=draft.target.sms,
@@ -118,8 +119,8 @@ def log_sum_exp(draft: Draft, node: Node, score: Node) -> None:
             more=text.SEQ,
             outputs=text.strides(lse.name),
             query_heads=draft.shape.query_heads,
-            programs=draft.shape.kv_heads,
-            tiles=text.tiles(),
+            grid=(text.tiles(), str(draft.shape.kv_heads)),
+            sizes=(),
             alone=False,
             keys=text.per_stride("batch.keys", entries.stride),
             sms=draft.target.sms,

@@ -147,7 +147,7 @@ def _gates(draft: Draft, name: str, op: Pool) -> tuple[str, ...]:
     """Gates and their batch, token and head strides; an index has no heads."""
     dims, x = len(draft.graph[name].type.dims), text.input_of(name)
     by_head = dims == (4 if op.softmax == "channel" else 3)
-    return (*text.strides(x)[:3], f"{x}.stride(2)" if by_head else "0")
+    return (*draft.tensor(name)[:3], f"{x}.stride(2)" if by_head else "0")
 
 
 def _pool_rows(draft: Draft, node: Node, op: PoolRows) -> None:

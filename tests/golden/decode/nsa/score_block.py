@@ -23,6 +23,26 @@ def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR
 
 
 @triton.jit
+def token_of(row, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The token of a row of the tile.  row: [M] -> [M]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        token = row % 8 // 2 * (TOKENS // 4) + row // 8 // (HEADS // 2)
+    else:
+        token = row // HEADS
+    return token
+
+
+@triton.jit
+def head_of(row, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The head of a row of the tile.  row: [M] -> [M]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        head = row // 8 % (HEADS // 2) * 2 + row % 2
+    else:
+        head = row % HEADS
+    return head
+
+
+@triton.jit
 def load_queries(
     base, token, t_stride, head, h_stride, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -59,6 +79,16 @@ def overlap_weight(offset, SOURCE: tl.constexpr, TARGET: tl.constexpr):
 
 
 @triton.jit
+def token_at(column, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The token of a column of reduced scores.  column: [TOKENS] -> [TOKENS]"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        token = column % 4 * (TOKENS // 4) + column // 4
+    else:
+        token = column
+    return token
+
+
+@triton.jit
 def load_tile(base, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
     """Rows [N] of one head, columns [OFFSET, OFFSET + WIDTH).  -> [N, WIDTH]"""
     columns = OFFSET + tl.arange(0, WIDTH)
@@ -67,8 +97,13 @@ def load_tile(base, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """[N, TOKENS * HEADS] -> [N, TOKENS]"""
-    return tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+    """[N, TOKENS * HEADS] -> [N, TOKENS], whose columns `token_at` names"""
+    if TOKENS % 4 == 0 and HEADS % 2 == 0:
+        pairs = tl.reshape(x, [x.shape[0], TOKENS // 4, HEADS // 2, 4, 2])
+        found = tl.reshape(tl.sum(tl.sum(pairs, 4), 2), [x.shape[0], TOKENS])
+    else:
+        found = tl.sum(tl.reshape(x, [x.shape[0], TOKENS, HEADS]), 2)
+    return found
 
 
 @triton.jit
@@ -122,9 +157,9 @@ def score_block(
     if t0 >= q_len:
         return
     rows = tl.arange(0, BLOCK_M)
-    token = t0 + rows // 16
-    row_head = head * 16 + rows % 16
-    alive = (token < q_len) & (rows < BLOCK_T * 16)
+    token = t0 + token_of(rows, BLOCK_M // 16, 16)
+    row_head = head * 16 + head_of(rows, BLOCK_M // 16, 16)
+    alive = (token < q_len) & (token < t0 + BLOCK_T)
     position = q_offset + token
     first = q_offset + t0
     last = q_offset + tl.minimum(t0 + BLOCK_T, q_len) - 1
@@ -147,7 +182,7 @@ def score_block(
     tap = tl.arange(0, 4)
     own_weight = overlap_weight(tap, 2, 4)
     next_weight = overlap_weight(tap - 4, 2, 4)
-    tokens = tl.arange(0, BLOCK_M // 16)
+    tokens = token_at(tl.arange(0, BLOCK_M // 16), BLOCK_M // 16, 16)
     score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)
     score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head
     walked = target_stop * 4
