@@ -274,11 +274,10 @@ def ours_dense(spec: Spec, layers: Layers, context: int) -> Callable[[], list[Te
     attn = hsgen.load_kernel(dense_of(spec))
     caches = []
     for other in layers.caches:
-        cache = attn.new_cache(1, 1, other.shape.dtype, other.shape.device)
-        cache.shape = other.shape
+        cache = attn.new_cache(other.shape.batch, 1, other.shape.dtype, other.shape.device)
+        cache.shape = other.shape  # the same room for keys and values, and no more of it
         cache.tensors = {name: other.tensors[name] for name in "kv"}
         cache.lengths = other.lengths.clone()
-        cache._table = torch.zeros_like(other._table)
         cache._most = context
         caches.append(cache)
     return lambda: [attn.decode(layers.q, layers.k, layers.v, cache) for cache in caches]  # type: ignore[misc]

@@ -67,7 +67,7 @@ class Decoding:
         self._compiler = compiler
         self._digest = execution.spec.digest
         self._lock = RLock()
-        self._programs: dict[tuple[object, ...], Program] = {}
+        self._programs: dict[tuple[torch.dtype, torch.device, int, str], Program] = {}
         self._ready: dict[tuple[object, ...], Ready] = {}
         self._known: dict[tuple[object, ...], Problem] = {}
 
@@ -81,10 +81,22 @@ class Decoding:
         return storage_of(self._execution.graph)
 
     @property
-    def programs(self) -> Mapping[tuple[object, ...], Program]:
-        """What was compiled so far, oldest first."""
+    def programs(self) -> Mapping[tuple[torch.dtype, torch.device, int, str], Program]:
+        """What was compiled so far, oldest first: by dtype, device, page, and few or many rows."""
         with self._lock:
             return dict(self._programs)
+
+    def explain(self) -> list[str]:
+        """Every program behind a cache and its plan."""
+        found: list[str] = []
+        for (dtype, device, page, kind), program in self.programs.items():
+            pages = f", pages of {page}" if page else ""
+            what = "steps" if kind == "few" else "chunks of prefill"
+            found += [
+                f"{what} behind a cache, {SHORT_NAMES[dtype]}, {device}{pages}",
+                str(program.plan),
+            ]
+        return found
 
     def new_cache(self, shape: Shape, pages: Pages | None = None) -> Cache:
         """An empty cache.

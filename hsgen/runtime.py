@@ -551,8 +551,10 @@ class Kernel:
                         f"  {name}: {_config_text(values)}  ({choice.origin[name]})"
                         for name, values in choice.config.items()
                     ]
-        if not programs:
+        behind = self._decoding.explain()
+        if not programs and not behind:
             parts.append("nothing is compiled yet: CPU tensors run the reference")
+        parts += behind
         parts += [f"{form} calls\n{kernel.explain()}" for form, kernel in self._forms.items()]
         return "\n".join(part.rstrip("\n") for part in parts) + "\n"
 

@@ -287,6 +287,7 @@ def test_a_cache_says_what_a_token_takes():
     cache = kernels.new_cache(1, 64, torch.float16)
     assert cache.bytes_per_token == {"k": 64, "v": 32, "page.keys": 16}
     assert "1 sequences of 64 tokens, fp16" in repr(cache)
+    assert "steps behind a cache, fp16, cpu\nplan quest for sm_90, fp16" in kernels.explain()
 
 
 def test_pages_of_a_cache_have_as_many_rows_in_every_tensor():
