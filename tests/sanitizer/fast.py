@@ -199,8 +199,9 @@ def rewrite(self):
     code = self.fn.__code__
     self.filename = code.co_filename
     linecache.checkcache(self.filename)
-    text = "".join(linecache.getlines(self.filename))
-    place = _functions(text).get(code.co_firstlineno)
+    lines = linecache.getlines(self.filename)
+    place = _top_level(lines, code.co_firstlineno)
+    place = place or _functions("".join(lines)).get(code.co_firstlineno)
     if place is None:
         return original_rewrite(self)
     self.def_file_lineno, body = place
@@ -209,6 +210,22 @@ def rewrite(self):
         known.setdefault(key, value)
     exec(_moved(_rewritten(body), self.filename, self.def_file_lineno - 1), known, namespace)
     return namespace[self.fn.__name__]
+
+
+def _top_level(lines, first):
+    """Where the `def` of a function at the margin is, which begins at a line, and its text: whole modules
+    take long to parse.  None where that cannot be seen from margins.
+    """
+    at = first - 1
+    while at < len(lines) and lines[at].startswith("@"):
+        at += 1
+    if at >= len(lines) or not lines[at].startswith("def "):
+        return None
+    end = at + 1
+    while end < len(lines) and lines[end][0] in " )\n":
+        end += 1
+    body = "".join(lines[at:end])
+    return (at + 1, body) if body.count('"""') % 2 == 0 else None  # else text reaches the margin
 
 
 @functools.cache
