@@ -32,7 +32,7 @@ class Lab:
     @property
     def T(self):
         """Odd, and long enough for budgets to bite; a level of tokens costs a program a row."""
-        return 29 if self._slow else 61
+        return 29 if self._slow else 45
 
     @property
     def short(self):
