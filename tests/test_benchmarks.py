@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks import (
+    backward,
     beam_structures,
     beams,
     block_lists,
@@ -35,7 +36,7 @@ from benchmarks import (
     speed_report,
     starts,
 )
-from hsgen import baselines, captures, metrics, plots, samples, standins
+from hsgen import baselines, captures, checking, metrics, plots, samples, standins
 from hsgen.errors import HsgenError
 from hsgen.reference import reference, tensor_shapes
 from hsgen.spec import load
@@ -694,3 +695,30 @@ def test_steps_of_decoding_are_checked_and_written_up(tmp_path):
     written = decode.page([result])
     assert "| cpu, quest | 2 | 40 |" in written
     assert "Nothing." in written
+
+
+# Gradients ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_gradients_are_checked_before_they_are_timed(tmp_path, capsys):
+    argv = [*TINY, "--systems", "moba", "--tokens", "130", "-o", str(tmp_path)]
+    assert backward.main(argv) == 0
+    (path,) = tmp_path.glob("backward_*.json")
+    steps = common.read_json(path)["cases"]["moba/130/real"]["steps"]
+    wanted = ["check small", "check", "forward", "both", "forward of dense torch", "dense torch"]
+    assert [steps[name]["status"] for name in wanted] == ["ok"] * len(wanted)
+    assert "moba, 130" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
+    spec = standins.bind(load("moba"), query=2, kv=2, dim=16)
+    x = samples.make(spec, "random", 70, "cpu", 0, [])
+    right = backward.gradients
+
+    def wrong(*arguments):
+        return right(*arguments) | {"v": torch.ones_like(x["v"])}
+
+    monkeypatch.setattr(backward, "gradients", wrong)
+    with pytest.raises(checking.CheckError, match="relative errors of gradients"):
+        backward.check(spec, x, [(0, 70)])

@@ -20,6 +20,8 @@ def of_rows(
     """dq, or delta: rows and their gradients stay, and for dq an accumulator as wide as a key."""
     dims = _dims(context.qk_chunks, context.v_chunks)
     limit, wide = (64, 64 if dims <= WIDE else 32) if dtype != "fp32" else (32, 32)
+    if dtype == "fp32" and dims > WIDE:
+        limit = 16  # three-pass TF32 holds operands twice, in registers too
     if block and block == next_power(block):
         wide = max(16, min(wide, block))
     tokens = 1 << max(1, min(most, limit // context.heads)).bit_length() - 1
@@ -38,6 +40,8 @@ def of_cols(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
     """dk and dv: keys, values and both accumulators stay, rows stream."""
     dims = _dims(context.qk_chunks, context.v_chunks)
     wide, limit = (64, 64 if dims <= WIDE else 32) if dtype != "fp32" else (32, 32)
+    if dtype == "fp32" and dims > WIDE:
+        wide = 16
     if context.list_heads:
         wide = max(16, min(wide, next_power(context.size)))
     chunk = (("BLOCK_C", CHUNK),) if context.list_heads else ()
@@ -49,7 +53,7 @@ def of_cols(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
                 numbers = width * dims + stages * block_m * dims + block_m * width
                 if numbers * _bytes(dtype, target) <= target.smem_per_block:
                     values = (("BLOCK_T", count), ("BLOCK_M", block_m), ("BLOCK_N", width))
-                    warps = 8 if width * dims > 1 << 13 else 4
+                    warps = 8 if dims > WIDE or width * dims > 1 << 13 else 4
                     return Config(constexprs=(*chunk, *values), num_warps=warps, num_stages=stages)
     raise _too_large(context.name, target)
 

@@ -182,7 +182,8 @@ def delta_selected(
         entry = ahead
         ahead = tl.load(ENTRIES + list_base + (i + 1) // TILES, mask=i + 1 < end, other=0)
         n = entry * 64 + i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-        member = tl.load(WORDS + (list_base + i // TILES) * num_words + word) >> bit & 1
+        words = WORDS + (list_base + i // TILES) * num_words
+        member = tl.load(words + word) >> bit & 1
         limit = tl.where(member > 0, seen, 0)
         inside = n < k_len
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
