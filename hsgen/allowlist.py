@@ -63,7 +63,7 @@ FROM = {  # by module: what may be imported from it, and as what
 ROOTS = {
     "torch": TORCH,
     "triton": TRITON,
-    GLUON: frozenset({"jit"}),
+    GLUON: frozenset({"constexpr_function", "jit"}),
     f"{HOPPER}.mbarrier": frozenset({"MBarrierLayout", "arrive", "expect", "init", "wait"}),
     f"{HOPPER}.tma": frozenset({"async_copy_global_to_shared"}),
 }

@@ -116,7 +116,12 @@ def check_names(expected: Expected, given: Mapping[str, object]) -> None:
 
 
 def check_tensors(
-    expected: Expected, tensors: Mapping[str, Tensor], *, layout: str, packed: bool
+    expected: Expected,
+    tensors: Mapping[str, Tensor],
+    *,
+    layout: str,
+    packed: bool,
+    meant: bool = False,
 ) -> Problem:
     """Ranks, dimensions, strides, dtypes and devices, as one value if all is well.
 
@@ -125,13 +130,19 @@ def check_tensors(
         tensors: As the caller gave them, by name, none missing.
         layout: The order of dimensions of every 4-D tensor.
         packed: Sequences lie one after the other, without a batch dimension.
+        meant: The reference takes them, which computes in float64 on any device.
 
     Raises:
         ArgumentError: argument, expected and got.
     """
     order = _checked_layout(layout, packed=packed)
     checker = _Checker(
-        expected=expected, tensors=tensors, layout=order, packed=packed, sizes=dict(expected.sizes)
+        expected=expected,
+        tensors=tensors,
+        layout=order,
+        packed=packed,
+        meant=meant,
+        sizes=dict(expected.sizes),
     )
     for each in expected.inputs:
         checker.check(each)
@@ -174,6 +185,7 @@ class _Checker:
     tensors: Mapping[str, Tensor]
     layout: Layout
     packed: bool
+    meant: bool
     sizes: dict[str, int]
 
     def check(self, each: TensorInput) -> None:
@@ -202,7 +214,7 @@ class _Checker:
 
     def _check_kind(self, each: TensorInput, tensor: Tensor) -> None:
         q = self.tensors["q"]
-        allowed = REFERENCE_DTYPES if q.device.type == "cpu" else DTYPES
+        allowed = REFERENCE_DTYPES if self.meant or q.device.type == "cpu" else DTYPES
         if each.type.dtype == "i32":
             if tensor.dtype != torch.int32 or tensor.device != q.device:
                 self._fail(

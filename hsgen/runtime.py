@@ -499,7 +499,7 @@ class Kernel:
         self, call: Call, dtype: torch.dtype, *, return_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor | dict[str, Tensor]]:
         """What the reference says of a call."""
-        problem = self._execution.check(call, self._attending)
+        problem = self._execution.check(call, self._attending, meant=True)
         result = self._execution.result(call, problem, dtype, self._attending)
         lse = (result.lse[branch] for branch in self._execution.branches)
         o = result.o.transpose(1, 2) if call.layout == "bhtd" else result.o

@@ -91,6 +91,13 @@ def clear_rows(tile, first, stop, layout: gl.constexpr, ROWS: gl.constexpr, WIDT
         fence_async_shared()
 
 
+@gluon.constexpr_function
+def bits_of(first, end):
+    """Bits first to end - 1 of a word of 32, as a signed number."""
+    bits = ((1 << end) - (1 << first)) % (1 << 32) if first < end <= 32 else 0
+    return bits - (1 << 32) if bits >> 31 else bits
+
+
 @gluon.jit
 def own_of(
     WORDS, list_base, i, end, TILES: gl.constexpr, num_words: gl.constexpr, OWN: gl.constexpr

@@ -45,6 +45,13 @@ def load_packed(base, token, t_stride, head, h_stride, mask, columns):
     return gl.load(base + row[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
 
 
+@gluon.constexpr_function
+def bits_of(first, end):
+    """Bits first to end - 1 of a word of 32, as a signed number."""
+    bits = ((1 << end) - (1 << first)) % (1 << 32) if first < end <= 32 else 0
+    return bits - (1 << 32) if bits >> 31 else bits
+
+
 @gluon.jit
 def dot_keys(q, tile, s, ADD: gl.constexpr):
     """Begins s + q . keys, or q . keys.  q: [M, D], tile: [1, N, 1, D], s: [M, N]"""
@@ -342,8 +349,8 @@ def attend(
             bit = rows // 16 % 32
             seen = tl.minimum(position + 1, k_len)
             FIRST: gl.constexpr = GROUP * HALF // 16
-            LAST: gl.constexpr = (GROUP * HALF + HALF - 1) // 16
-            own: gl.constexpr = (1 << (LAST + 1)) - (1 << FIRST) if num_words == 1 else 0
+            END: gl.constexpr = min((GROUP * HALF + HALF - 1) // 16 + 1, BLOCK_T)
+            own: gl.constexpr = bits_of(FIRST, END)
 
             # accumulate: the running maximum, sum and output of the softmax
             m = gl.full([HALF], float("-inf"), gl.float32, by_row)
