@@ -16,10 +16,12 @@ from plan_cases import GATES, OWN_WINDOW, POOLED, SELECTED, Attend, compressed, 
 from hsgen import allowlist, emit, schedule
 from hsgen.errors import PlanError
 from hsgen.graph import Node
+from hsgen.plan import Cached
 from hsgen.reference import reference
 from hsgen.spec import HeadDim, dump, load, parse
 from hsgen.target import A100, H100, MI300X
 
+CACHED = ("nsa", "quest", "hisa", "minimax_m3", "glm_kpool", "deepseek_hca")
 RUFF = [sys.executable, "-m", "ruff"]
 ISOLATED = ("--isolated", "--no-cache", "--line-length=100", "--target-version=py311")
 
@@ -60,9 +62,18 @@ def test_an_amd_card_gets_the_same_text_in_its_own_precision(name):
 
 
 def plans():
-    """Plans of the shipped specs and of every small case that has one, bf16 and fp32."""
+    """Plans of the shipped specs and of every small case that has one, bf16 and fp32; some behind caches."""
     for name in emitted.SHIPPED:
         yield f"shipped_{name}", emitted.shipped_plan(name)
+    for name in CACHED:
+        graph = emitted.graph(systems.load(name))
+        for cached in (
+            Cached(rows="few"),
+            Cached(rows="few", page=16),
+            Cached(rows="many", page=64),
+        ):
+            plan = schedule.schedule(graph, H100, "bf16", None, cached)
+            yield f"{name}_{cached.rows}_{cached.page}", plan
     for case in plan_cases.CASES:
         for qk, v in ((16, 16), (80, 96)):
             wide = case.model_copy(update={"head_dim": HeadDim(qk=qk, v=v)})
