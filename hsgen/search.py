@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ import optuna
 import torch
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import Trial, TrialState
+from triton import knobs
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
@@ -45,8 +47,10 @@ from hsgen.errors import HsgenError, PlanError, SpecError
 from hsgen.execution import PLANNED
 from hsgen.graph import align
 from hsgen.measure import Setting
+from hsgen.pruning import MOST_COMPILERS, Compiler
 from hsgen.quality import Json
 from hsgen.report import Progress
+from hsgen.resources import Compilers
 from hsgen.spec import Spec, dump
 from hsgen.target import Target
 from hsgen.tiles import Configs
@@ -149,8 +153,15 @@ class Measured:
         return True
 
     def configs(self, spec: Spec, choice: Mapping[str, Value]) -> Configs:
-        target = Target.current() if self.setting.device == "cuda" else Target.named("h100")
-        return tiles.configs(spec, target, PLANNED[self.setting.dtype], choice)
+        """All kernels are compiled at once, where a launch finds them: one after the other takes long."""
+        target, dtype = Target.current(), PLANNED[self.setting.dtype]
+        found, point = tiles.point_of(spec, target, dtype, choice)
+        workers = max(1, min(MOST_COMPILERS, (os.cpu_count() or 2) - 1))
+        with Compilers(workers, cache=Path(knobs.cache.dir)) as compilers:
+            failure = Compiler(spec, found, compilers).failure(point)
+        if failure is not None and failure.kind != "SPILL":
+            raise HsgenError(str(failure))
+        return tiles.configs(spec, target, dtype, choice)
 
     def milliseconds(self, spec: Spec, config: Configs) -> float:
         setting = replace(self.setting, config=config)

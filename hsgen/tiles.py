@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from hsgen import passes, planner
 from hsgen.configs import DType
 from hsgen.errors import HsgenError
-from hsgen.space import Part, space
+from hsgen.space import Part, Point, Space, space
 from hsgen.spec import Spec
 from hsgen.target import Target
 from hsgen.variants import Knob, Value
@@ -50,11 +50,25 @@ def configs(spec: Spec, target: Target, dtype: DType, choice: Mapping[str, Value
         PlanError: no kernel can do it.
         HsgenError: the values do not go together.
     """
-    steps = steps_of(choice)
-    if not steps:
+    if not steps_of(choice):
         return {}
-    (own, *_) = space(passes.run(planner.plan(spec)), target, dtype).variants
-    point = own.start
+    found, point = point_of(spec, target, dtype, choice)
+    before = found.start.keywords()
+    return {name: values for name, values in point.keywords().items() if values != before[name]}
+
+
+def point_of(
+    spec: Spec, target: Target, dtype: DType, choice: Mapping[str, Value]
+) -> tuple[Space, Point]:
+    """The same as a point of the spec's space.
+
+    Raises:
+        PlanError: no kernel can do it.
+        HsgenError: the values do not go together.
+    """
+    steps = steps_of(choice)
+    found = space(passes.run(planner.plan(spec)), target, dtype)
+    own, point = found.variants[0], found.start
     for part in own.parts:
         group = next((g for g, (prefix, _) in GROUPS.items() if part.name.startswith(prefix)), "")
         wanted = (
@@ -67,8 +81,7 @@ def configs(spec: Spec, target: Target, dtype: DType, choice: Mapping[str, Value
         point = part.moved(point, _moved(part, codes, wanted))
         if wrong := part.problem(point):
             raise HsgenError(f"tiles that do not go together: {wrong}")
-    before = own.start.keywords()
-    return {name: values for name, values in point.keywords().items() if values != before[name]}
+    return found, point
 
 
 def _moved(part: Part, codes: tuple[int, ...], steps: Mapping[str, int]) -> list[int]:

@@ -12,6 +12,7 @@ from benchmarks import common
 from hsgen import passes, planner, search, tiles, variants
 from hsgen.cli import main
 from hsgen.errors import HsgenError, PlanError, SpecError
+from hsgen.measurer import Failure
 from hsgen.search import Least, Point
 from hsgen.space import space
 from hsgen.spec import load, parse
@@ -261,6 +262,27 @@ def test_steps_of_tiles_end_where_their_range_does():
 
 
 WIDEST = {"BLOCK_T": 1, "BLOCK_N": 1, "num_warps": -1}
+
+
+def test_what_compilers_refuse_is_not_timed(monkeypatch):
+    asked, refused = [], Failure(kind="OVER_SMEM", message="needs more than there is")
+
+    class Compiler:
+        def __init__(self, spec, space, compilers):
+            assert space.contains(space.start)
+
+        def failure(self, point):
+            asked.append(point.config("attend_selected").num_stages)
+            return refused if asked[-1] == 3 else None
+
+    monkeypatch.setattr(search, "Compiler", Compiler)
+    monkeypatch.setattr(search.Target, "current", lambda *_: H100)
+    setting = search.Setting(device="cpu", kind="random", groups=[], seconds=0.0)
+    clock, spec = search.Measured(setting=setting, tokens=64), load("nsa")
+    assert clock.configs(spec, {}) == {}
+    with pytest.raises(HsgenError, match="OVER_SMEM: needs more"):
+        clock.configs(spec, {"tiles.attending.num_stages": 1})
+    assert asked == [2, 3]
 
 
 class Interrupted(Fixed):
