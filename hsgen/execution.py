@@ -529,13 +529,9 @@ class Execution:
 
     def _aligned(self, call: Call) -> bool:
         """Whether keys and values, of as many rows as there are tokens, can come in a stream."""
-        dims = {each.name: each.type.dims for each in self.attending.inputs}
-        names = self.attending.names if len(call.tensors) == len(dims) else self.choosing.names
-        return all(
-            _aligned(x)
-            for name, x in zip(names, call.tensors, strict=True)
-            if len(dims[name]) > 2 and dims[name][1] == "S"
-        )
+        of_all = len(call.tensors) == len(self.attending.names)
+        names = (self.attending if of_all else self.choosing).names
+        return aligned(self.graph, dict(zip(names, call.tensors, strict=True)))
 
     def _choose(self, binding: Binding, bucket: tuned.Bucket) -> Choice:
         """Look up what is tuned; the orders of a record decide the program."""
@@ -782,6 +778,13 @@ def _signature(what: str, call: Call) -> tuple[object, ...]:
 def _lies_even(x: Tensor) -> bool:
     """Whether a tensor begins where the tensor memory accelerator can begin."""
     return not x.is_cuda or x.data_ptr() % ALIGNED == 0
+
+
+def aligned(graph: Graph, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether keys and values, of as many rows as there are tokens, can come in a stream."""
+    dims = {each.name: each.type.dims for each in tensor_inputs(graph)}
+    rows = [name for name in tensors if len(dims[name]) > 2 and dims[name][1] == "S"]
+    return all(_aligned(tensors[name]) for name in rows)
 
 
 def _aligned(x: Tensor) -> bool:

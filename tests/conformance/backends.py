@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sanitizer
@@ -16,6 +16,7 @@ import torch
 from conformance import systems
 from conformance.calls import Outcome
 from hsgen import batch, configs, emit, passes, planner, schedule
+from hsgen.execution import aligned
 from hsgen.reference import reference, tensor_kinds
 from hsgen.selection import to_list
 from hsgen.target import Target
@@ -52,8 +53,14 @@ def interpreter(call, *, seed=0, forced=None, orders=()):
 
 def cuda(call, *, forced=None, orders=()):
     """The emitted kernels on the GPU, as they are configured without tuning."""
-    emitted = compiled(call.spec, call.dtype, orders)
+    emitted = compiled(call.spec, call.dtype, orders, streams=_streams(call))
     return run(call, emitted.driver, _forced(emitted.driver.CONFIG, forced))
+
+
+def _streams(call):
+    """Whether keys come in a stream where they can: not where their rows begin anywhere."""
+    tensors = {n: t[None] if call.packed and t.ndim > 1 else t for n, t in call.tensors.items()}
+    return aligned(planner.plan(call.spec), tensors)
 
 
 def _forced(config, values):
@@ -73,17 +80,18 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @functools.cache
-def compiled(spec, dtype, orders=()):
+def compiled(spec, dtype, orders=(), *, streams=False):
     """A spec emitted and imported, once a session."""
-    plan = _plan(spec, dtype, orders)
+    plan = _plan(spec, dtype, orders, streams=streams)
     quick = configs.for_interpreter(plan)
     return Emitted(
         driver=_import(plan, spec), quick={k.name: k.config.keywords() for k in quick.kernels}
     )
 
 
-def _plan(spec, dtype, orders):
+def _plan(spec, dtype, orders, *, streams):
     goal = Target.current() if torch.cuda.is_available() else Target.named("h100")
+    goal = replace(goal, streams=goal.streams and streams)
     return schedule.schedule(passes.run(planner.plan(spec)), goal, NAMES[dtype], dict(orders))
 
 
