@@ -18,6 +18,7 @@ MathType = Literal["bf16", "fp16", "fp8", "tf32", "tf32x3", "fp32"]
 
 KIB = 1024
 STREAMS_SINCE = (3, 6)  # Triton whose Gluon has warps that do different things on Hopper
+STREAMS_UNTIL = (3, 9)  # the first that names what they call otherwise
 BINARIES: Mapping[Backend, str] = {"cuda": "cubin", "hip": "hsaco"}
 
 
@@ -158,7 +159,8 @@ def with_streams(target: Target, triton: str | None = None) -> Target:
     except metadata.PackageNotFoundError:
         return target
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    return replace(target, streams=target.label == "sm_90" and numbers >= STREAMS_SINCE)
+    known = STREAMS_SINCE <= numbers < STREAMS_UNTIL
+    return replace(target, streams=target.label == "sm_90" and known)
 
 
 class DeviceProperties(Protocol):

@@ -52,7 +52,9 @@ def streamed(plan):
     ("target", "triton", "streams"),
     [
         (H100, "3.6.0", True),
-        (H100, "3.10.1+git", True),
+        (H100, "3.8.0+git", True),
+        (H100, "3.9.0", False),
+        (H100, "3.10.1", False),
         (H100, "3.5.1", False),
         (A100, "3.6.0", False),
         (B200, "3.6.0", False),
