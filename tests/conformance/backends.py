@@ -89,7 +89,7 @@ def compiled(spec, dtype, orders=(), *, streams=False):
     )
 
 
-def _plan(spec, dtype, orders, *, streams):
+def _plan(spec, dtype, orders, *, streams=False):
     goal = Target.current() if torch.cuda.is_available() else Target.named("h100")
     goal = replace(goal, streams=goal.streams and streams)
     return schedule.schedule(passes.run(planner.plan(spec)), goal, NAMES[dtype], dict(orders))
