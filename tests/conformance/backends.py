@@ -79,9 +79,13 @@ _folder = tempfile.TemporaryDirectory(prefix="hsgen-conformance-")
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-@functools.cache
 def compiled(spec, dtype, orders=(), *, streams=False):
     """A spec emitted and imported, once a session."""
+    return _compiled(spec, dtype, orders, streams)
+
+
+@functools.cache
+def _compiled(spec, dtype, orders, streams):
     plan = _plan(spec, dtype, orders, streams=streams)
     quick = configs.for_interpreter(plan)
     return Emitted(

@@ -128,7 +128,9 @@ def test_many_turns_make_what_one_does(lane, seed, monkeypatch):
     call = calls.make(spec, T=67, device=lane, seed=seed)
     at_once = RUN[lane](call)
     given = call.with_options(selection=at_once.selection)
-    monkeypatch.setattr(backends.compiled(spec, call.dtype).driver, "SCRATCH_BYTES", 1)
+    for streams in (False, True):
+        emitted = backends.compiled(spec, call.dtype, streams=streams)
+        monkeypatch.setattr(emitted.driver, "SCRATCH_BYTES", 1)
     forced = {"score_block": {"BLOCK_T": 2, "BLOCK_M": 16}, "rank_block": {"BLOCK_R": 2}}
     same(at_once, RUN[lane](call, forced=forced), what="turns")
     again = RUN[lane](given)
