@@ -211,6 +211,12 @@ class Report:
     def passed(self) -> bool:
         return self.verification is None or self.verification.passed
 
+    @property
+    def unverified(self) -> tuple[str, ...]:
+        """Kernels that stream keys: the interpreter, which has no Gluon, ran the loops they stand for."""
+        plan = self.artifact.plan
+        return tuple(kernel.name for kernel in plan.kernels if kernel.skeleton == "streams")
+
     def record(self) -> dict[str, object]:
         """The same for machines."""
         plan, target = self.artifact.plan, self.artifact.target
@@ -225,6 +231,7 @@ class Report:
             "tokens": TOKENS,
             "kernels": [kernel.record() for kernel in self.kernels],
             "verification": self.verification.record() if self.verification else None,
+            "verified_as_rows": list(self.unverified) if self.verification else [],
             "seconds": round(self.seconds, 2),
         }
 
@@ -242,9 +249,13 @@ class Report:
             _dense_text(self.artifact.graph, target, plan.dtype),
             "",
         ]
-        return "\n".join(lines) + (
-            str(self.verification) if self.verification else "not verified\n"
-        )
+        if self.verification is None:
+            return "\n".join(lines) + "not verified\n"
+        told = str(self.verification)
+        if self.unverified:
+            names = ", ".join(self.unverified)
+            told += f"  as `rows`, for the interpreter has no Gluon: {names}\n"
+        return "\n".join(lines) + told
 
 
 def report(
