@@ -78,6 +78,7 @@ class Phase:
     inside: str = ""
     visible: tuple[str, ...] = ()
     body: tuple[str, ...] = ()  # statements at the head of each turn
+    members: bool = False  # WORDS says of each step of a list which rows chose it
     slot: str = "n"  # where a score goes
     written: str = ""
 
@@ -659,6 +660,7 @@ def attend_blocks(
                 comment="partial blocks: members only, and what each row may see",
                 start="full * TILES",
                 stop="(full + partial) * TILES",
+                members=True,
                 body=(*member, f"limit = tl.where(member > 0, {seen}, 0)"),
                 inside=tail,
                 visible=("n[None, :] < limit[:, None]", *own),

@@ -25,7 +25,6 @@ STREAM_REGISTERS = 24  # of a thread of the stream's warp
 NARROWEST = 64  # columns that one swizzled row of shared memory holds
 WIDEST = 128
 LINE = 100  # characters of an emitted line
-OF_ROWS = re.compile(r"\b(rows|position|seen|token|q_token|row_head)\b")
 BOUND = re.compile(r"n < (\w+)")
 
 
@@ -124,17 +123,6 @@ class StreamsContext:
     def listed(self) -> bool:
         return any(phase.kind == "list" for phase in self.rows.phases)
 
-    @property
-    def skips(self) -> bool:
-        """Whether rows of a group may want none of a tile: which rows do is known of each."""
-        return any(
-            "WORDS + (list_base + i // TILES)" in line for p in self.rows.phases for line in p.body
-        )
-
-    def chosen(self, phase: Phase) -> bool:
-        """Whether a group may pass over tiles of a phase."""
-        return any("WORDS + (list_base + i // TILES)" in line for line in phase.body)
-
     def bytes(self, tiles: Iterable[Tile]) -> str:
         """Of one step's tiles."""
         return " + ".join(f"{tile.source}.block_type.nbytes" for tile in tiles)
@@ -157,10 +145,6 @@ class StreamsContext:
         """The first key that is not there, of a phase whose tiles may reach beyond; else empty."""
         found = BOUND.fullmatch(phase.inside)
         return found[1] if found else ""
-
-    def reads(self, *names: str) -> bool:
-        """Whether a loop or an address reads one of some names of positions."""
-        return any(self.rows.uses(name) for name in names)
 
     def stream_reads(self, name: str) -> bool:
         return any(name in _words(line) for line in self.stream_setup)

@@ -129,6 +129,7 @@ def attend(
             replace(
                 partial,
                 comment="partial blocks: what each row may see, of members where rows differ",
+                members=False,  # words go by block, and where a list is the block's there are none
                 body=(
                     "words = WORDS + (list_base + entry) * num_words + word",
                     "member = tl.load(words, mask=word < members, other=-1) >> bit & 1",
