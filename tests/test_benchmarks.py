@@ -35,6 +35,7 @@ from benchmarks import (
     speed,
     speed_report,
     starts,
+    streams,
 )
 from hsgen import baselines, captures, checking, metrics, plots, samples, standins
 from hsgen.errors import HsgenError
@@ -722,3 +723,32 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch):
     monkeypatch.setattr(backward, "gradients", wrong)
     with pytest.raises(checking.CheckError, match="relative errors of gradients"):
         backward.check(spec, x, [(0, 70)])
+
+
+# --- streams beside rows
+
+
+def test_outputs_that_differ_are_not_timed(monkeypatch):
+    """Of two programs of one spec."""
+    spec = load("moba")
+    timed = []
+
+    class Fake:
+        def __init__(self, sign):
+            self.sign = sign
+
+        def __call__(self, **x):
+            return self.sign * x["q"]
+
+        def select(self, **_):
+            return {}
+
+    made = {False: Fake(1.0), True: Fake(1.1)}
+    x = {"q": torch.randn(1, 4, 2, 8)}
+    monkeypatch.setattr(streams.hsgen, "load_kernel", lambda _, target=None: made[target is None])
+    monkeypatch.setattr(streams.samples, "make", lambda *_: x)
+    monkeypatch.setattr(streams.checking, "compare", lambda *_: {})
+    monkeypatch.setattr(streams.timing, "time_calls", lambda *_: timed.append(0))
+    with pytest.raises(checking.CheckError, match="beside `rows`"):
+        streams.case(spec, 4, "random", (), H100)
+    assert not timed
