@@ -58,7 +58,7 @@ pruning  lanes                          what cannot run · points in processes t
 compare                                 what `diff` says
 drawing                                 graph and plan as a picture
 captures  metrics  standins             a model's q, k, v · a choice against dense · what it lacks
-models                                  a model whose attention can be exchanged
+models  integrations                    a model whose attention can be exchanged · libraries that run models
 quality                                 what a spec recalls of a capture
 charts  plots  mask  perplexity         that as curves · what each row takes · what a model then says
 machine  samples  timing                a card and its versions · tensors to time on · clocks
@@ -101,7 +101,7 @@ SOLE_IMPORTERS = {
     "optuna": {"search", "tune"},
     "rich": {"progress"},
     "safetensors": {"captures"},
-    "transformers": {"models"},
+    "transformers": {"integrations", "models"},
 }
 
 
