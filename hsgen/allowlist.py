@@ -49,9 +49,11 @@ LANGUAGE_MODULES = frozenset({"core", "extra", "random", "semantic", "standard",
 ATTRIBUTES = LANGUAGE_MODULES | {"format", "format_map", "mro", "numpy", "tofile"}
 GLUON = "triton.experimental.gluon"
 HOPPER = f"{GLUON}.language.nvidia.hopper"
+AMPERE = f"{GLUON}.language.nvidia.ampere"
 FROM = {  # by module: what may be imported from it, and as what
     "triton.experimental": {"gluon": GLUON},
     GLUON: {"language": "triton.language"},
+    AMPERE: {"async_copy": f"{AMPERE}.async_copy"},
     HOPPER: {
         "mbarrier": f"{HOPPER}.mbarrier",
         "tma": f"{HOPPER}.tma",
@@ -64,6 +66,7 @@ ROOTS = {
     "torch": TORCH,
     "triton": TRITON,
     GLUON: frozenset({"constexpr_function", "jit"}),
+    f"{AMPERE}.async_copy": frozenset({"async_copy_global_to_shared", "mbarrier_arrive"}),
     f"{HOPPER}.mbarrier": frozenset({"MBarrierLayout", "arrive", "expect", "init", "wait"}),
     f"{HOPPER}.tma": frozenset({"async_copy_global_to_shared"}),
 }

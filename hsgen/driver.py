@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hsgen import splits
-from hsgen.plan import Buffer, Kernel, Launch, Plan, Step
+from hsgen.plan import STREAMED, Buffer, Kernel, Launch, Plan, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class Driver:
     @property
     def streams(self) -> bool:
         """Whether the keys of some kernel come in a stream."""
-        return any(kernel.skeleton == "streams" for kernel in self.kernels)
+        return any(kernel.skeleton in STREAMED for kernel in self.kernels)
 
     @property
     def scratch_bytes(self) -> int:

@@ -13,7 +13,7 @@ from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsConte
 from hsgen.plan import Kernel, Plan
 from hsgen.rows import MARKED, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
-from hsgen.streams import GROUPS, LEAST_ROWS, SCORED_ROWS, WIDEST, StreamsContext
+from hsgen.streams import GROUPS, LATENT_STEP, LEAST_ROWS, SCORED_ROWS, WIDEST, StreamsContext
 from hsgen.target import Target
 from hsgen.together import ListsContext
 
@@ -145,6 +145,8 @@ def _stream_ranges(
     context: StreamsContext, kernel: Kernel, plan: Plan
 ) -> dict[str, tuple[int, int]]:
     """Rows are those of two groups; of a score they vary, and its steps are as long as a dot's tile."""
+    if context.latent:
+        return {"BLOCK_N": (32, LATENT_STEP), "STAGES": (2, 4)}
     if context.scores:
         pitch = context.rows.pitch
         most = 1 << (SCORED_ROWS // pitch).bit_length() - 1
@@ -181,7 +183,11 @@ def derive(kernel: Kernel, values: Values) -> None:
     if isinstance(kernel.context, RowsContext) and {"BLOCK_T", "BLOCK_H"} & values.keys():
         heads = values.get("BLOCK_H", kernel.context.pitch)
         values["BLOCK_M"] = max(LEAST_DOT, next_power(values.get("BLOCK_T", 1) * heads))
-    if isinstance(kernel.context, StreamsContext) and "BLOCK_T" in values:
+    if (
+        isinstance(kernel.context, StreamsContext)
+        and "BLOCK_T" in values
+        and not kernel.context.latent
+    ):
         rows = values["BLOCK_T"] * kernel.context.rows.pitch
         least = LEAST_ROWS if kernel.context.scores else GROUPS * LEAST_ROWS
         values["BLOCK_M"] = max(least, next_power(rows))

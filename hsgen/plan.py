@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, Protocol
 from hsgen.storage import Storage
 
 ParamKind = Literal["pointer", "tiles", "stride", "count", "constexpr"]
-Skeleton = Literal["rows", "streams", "cols", "rank", "segments", "index", "merge"]
+Skeleton = Literal["rows", "streams", "latents", "cols", "rank", "segments", "index", "merge"]
+STREAMED: tuple[Skeleton, ...] = ("streams", "latents")  # in Gluon: texts of `rows`
 ElementType = Literal["input", "f32", "i32", "i64"]
 
 

@@ -21,7 +21,7 @@ from hsgen.errors import BuildError, PlanError
 from hsgen.graph import Gate, Graph, Node, Select, Union, align, op_text, tensor_inputs
 from hsgen.kernels import SegmentsContext
 from hsgen.pipeline import Artifact
-from hsgen.plan import Kernel, Plan
+from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.resources import Job, Outcome, Resources, Roofline
 from hsgen.rows import RowsContext
 from hsgen.spec import Spec
@@ -215,7 +215,7 @@ class Report:
     def unverified(self) -> tuple[str, ...]:
         """Kernels that stream keys: the interpreter, which has no Gluon, ran the loops they stand for."""
         plan = self.artifact.plan
-        return tuple(kernel.name for kernel in plan.kernels if kernel.skeleton == "streams")
+        return tuple(kernel.name for kernel in plan.kernels if kernel.skeleton in STREAMED)
 
     def record(self) -> dict[str, object]:
         """The same for machines."""

@@ -4,6 +4,9 @@ Two groups of four warps attend, each with half of a tile's rows, while the tens
 their keys and values: a dot of one group runs beside the exponentials of the other, and in each group the
 scores of one step beside the sums of the step before.  Triton's own loops do neither, so these are in Gluon.
 
+Of latents (`latents.py.jinja`) a token's heads are the rows of both groups, each of which has half of the
+value: one scores, and gives the other its weights.  Four warps gather the tokens of the list.
+
 Decides what a rows kernel needs to be written so.  Loops, addresses and masks stay those of `rows`.
 """
 
@@ -22,6 +25,10 @@ LEAST_ROWS = 64  # of a group: what its dots take
 SCORED_ROWS = 256  # that meet a tile of 64 keys
 REGISTERS = 240  # of a thread of a group
 STREAM_REGISTERS = 24  # of a thread of the stream's warp
+LATENT_REGISTERS = 208
+GATHER_REGISTERS = 72  # of a thread of the four warps that gather
+LATENT_STEP = 64  # keys
+HANDED = ("p_shared", "rescale_shared", "full", "free", "p_full", "p_free")
 NARROWEST = 64  # columns that one swizzled row of shared memory holds
 WIDEST = 128
 LINE = 100  # characters of an emitted line
@@ -75,11 +82,20 @@ class StreamsContext:
         return f"@gluon.jit(\n    {counts}\n)"
 
     @property
+    def latent(self) -> bool:
+        """Whether values are the first channels of keys, half of them each group's."""
+        return self.rows.latent
+
+    @property
     def keys(self) -> tuple[Tile, ...]:
+        if self.latent:
+            return tuple(Tile(chunk=chunk, of="K") for chunk in latent_tiles(self.rows))
         return tuple(Tile(chunk=chunk, of="K") for chunk in self.rows.qk_chunks)
 
     @property
     def values(self) -> tuple[Tile, ...]:
+        if self.latent:
+            return self.keys[:GROUPS]
         return tuple(Tile(chunk=chunk, of="V") for chunk in self.rows.v_chunks)
 
     @property
@@ -99,6 +115,8 @@ class StreamsContext:
     def stream_setup(self) -> tuple[str, ...]:
         """What the stream must know: which tiles, but nothing of rows."""
         known = [self._of_program(line) for line in self.rows.setup]
+        if self.latent:
+            return tuple(known)
         needed = {word for phase in self.rows.phases for word in _words(phase.start, phase.stop)}
         needed |= {"list_base", "TILES"} if self.listed else set()
         kept: list[str] = []
@@ -134,7 +152,7 @@ class StreamsContext:
 
     def alive(self, suffix: str) -> str:
         """Which (token, head) pairs there are, of vectors that have a suffix."""
-        return re.sub(r"\b(rows|token)\b", rf"\1{suffix}", self.rows.alive)
+        return re.sub(r"\b(rows|token|place)\b", rf"\1{suffix}", self.rows.alive)
 
     def written(self, phase: Phase) -> str:
         """Which scores are kept, of slots that are called `at`."""
@@ -147,7 +165,10 @@ class StreamsContext:
         return found[1] if found else ""
 
     def stream_reads(self, name: str) -> bool:
-        return any(name in _words(line) for line in self.stream_setup)
+        lines = [*self.stream_setup]
+        if self.latent:
+            lines += [text for p in self.rows.phases for text in (p.start, p.stop, p.inside)]
+        return any(name in _words(line) for line in lines)
 
     @staticmethod
     def _of_program(line: str) -> str:
@@ -162,6 +183,8 @@ class StreamsContext:
     @property
     def shared(self) -> tuple[str, ...]:
         """Names of what groups and stream share in shared memory."""
+        if self.latent:
+            return (*(tile.name for tile in self.keys), *HANDED)
         return (
             *(tile.name for tile in (*self.keys, *self.values)),
             *(f"{of}_{state}" for of in self.streams for state in ("full", "free")),
@@ -207,11 +230,11 @@ class StreamsContext:
 
     @property
     def registers(self) -> int:
-        return REGISTERS
+        return LATENT_REGISTERS if self.latent else REGISTERS
 
     @property
     def stream_registers(self) -> int:
-        return STREAM_REGISTERS
+        return GATHER_REGISTERS if self.latent else STREAM_REGISTERS
 
     @property
     def plain(self) -> tuple[str, ...]:
@@ -228,6 +251,45 @@ def _words(*texts: str) -> set[str]:
 
 
 # --- what can be streamed
+
+
+def gathered(context: RowsContext, target: Target, dtype: str) -> bool:
+    """Whether latents of a list can be gathered: two halves of a value, and what more their keys have."""
+    kinds = [phase.kind for phase in context.phases]
+    (widest, *more) = (c.width for c in context.qk_chunks)
+    return (
+        target.streams
+        and dtype != "fp32"
+        and context.acc == "softmax"
+        and context.latent
+        and context.parts
+        and not (context.turn or context.page or context.split)
+        and kinds == ["gather"]
+        and len(context.v_chunks) == 1
+        and WIDEST <= widest // GROUPS <= 256
+        and all(NARROWEST <= width <= 256 for width in more)
+    )
+
+
+def latent_tiles(context: RowsContext) -> tuple[Chunk, ...]:
+    """Columns of keys: a half of the value each group's, then those that are only keys'."""
+    first, *more = context.qk_chunks
+    half = first.width // GROUPS
+    halves = (replace(first, index=g, width=half, offset=g * half, source=g * half) for g in (0, 1))
+    return (*halves, *(replace(c, index=c.index + 1) for c in more))
+
+
+def latent_config(context: RowsContext, target: Target) -> Config | None:
+    """One token's heads, and as many steps as there is room for: two of 64 keys on Hopper."""
+    dims = sum(c.width for c in context.qk_chunks)
+    fixed = LEAST_ROWS * (dims + LATENT_STEP) * 2 + 1024
+    stages = (target.smem_per_block - fixed) // (LATENT_STEP * dims * 2)
+    if stages < 2:
+        return None
+    heads = min(LEAST_ROWS, context.pitch)
+    values = (("BLOCK_T", 1), ("BLOCK_M", LEAST_ROWS), ("BLOCK_N", LATENT_STEP), ("BLOCK_H", heads))
+    values += (("STAGES", min(4, stages)),)
+    return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
 def possible(context: RowsContext, target: Target, dtype: str) -> bool:
@@ -266,7 +328,7 @@ def streamed(context: RowsContext) -> StreamsContext:
     """The same kernel with its keys and values in a stream."""
     params: list[Param] = []
     for param in context.params:
-        if param.name in ("K", "V"):
+        if param.name in ("K", "V") and not context.latent:
             chunks = context.qk_chunks if param.name == "K" else context.v_chunks
             of = "Dqk" if param.name == "K" else "Dv"
             params += (
@@ -279,7 +341,7 @@ def streamed(context: RowsContext) -> StreamsContext:
                 )
                 for chunk in chunks
             )
-        elif re.fullmatch(r"[kv]_[bth]", param.name):
+        elif re.fullmatch(r"[kv]_[bth]", param.name) and not context.latent:
             continue  # the descriptor's
         elif param.kind == "constexpr":
             continue
@@ -295,8 +357,12 @@ def streamed(context: RowsContext) -> StreamsContext:
         Param(name="tiles", kind="count", comment="of a head"),
         Param(name="items", kind="count", comment="tiles of all heads"),
     )
+    tunables = [p for p in context.params if p.kind == "constexpr"] if context.latent else BLOCKS
     deep = Param(name="STAGES", kind="constexpr", comment="steps that are in flight")
-    return StreamsContext(rows=context, params=(*params[:at], *counts, *params[at:], *BLOCKS, deep))
+    counts = counts[1:] if context.latent else counts
+    return StreamsContext(
+        rows=context, params=(*params[:at], *counts, *params[at:], *tunables, deep)
+    )
 
 
 def tiles(context: RowsContext, target: Target, *, most: int, block: int | None) -> Config | None:
@@ -342,7 +408,8 @@ def of_tiles(kernel: Kernel) -> Kernel:
         kernel.context, RowsContext
     ):
         return kernel
-    return replace(kernel, skeleton="streams", context=streamed(kernel.context))
+    skeleton = "latents" if kernel.context.latent else "streams"
+    return replace(kernel, skeleton=skeleton, context=streamed(kernel.context))
 
 
 def launch(launch: Launch, context: StreamsContext) -> Launch:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 KERNEL_IMPORTS = frozenset({"import triton", "import triton.language as tl"})
 GLUON = "triton.experimental"  # for kernels that stream keys
 GLUON_NAMES = frozenset(
-    {"gluon", "language", "fence_async_shared", "mbarrier", "tma"}
+    {"gluon", "language", "async_copy", "fence_async_shared", "mbarrier", "tma"}
     | {"warpgroup_mma", "warpgroup_mma_wait"}
 )
 # Integer `or`, `and`, `min` and `max` give the same bits in any order; a sum of floats does not.

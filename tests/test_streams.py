@@ -14,6 +14,7 @@ from hsgen import allowlist, dryrun, load_kernel, pipeline, resources, samples, 
 from hsgen.errors import BuildError
 from hsgen.execution import _aligned
 from hsgen.measurer import Shape
+from hsgen.plan import STREAMED as SKELETONS
 from hsgen.spec import load
 from hsgen.streams import StreamsContext
 from hsgen.target import A100, B200, H100, with_streams
@@ -25,7 +26,7 @@ STREAMED = {
     "infllm_v2": {"score_block", "attend_selected"},
     "dsa_gqa": {"score_token"},  # its tokens are walked by marks, which streams do not read
     "moba": set(),  # rows come to blocks
-    "sparse_mla": {"score_token"},  # its latent of 512 channels is wider than a tile
+    "sparse_mla": {"score_token", "attend_selected"},  # its latents are gathered
 }
 since_3_6 = pytest.mark.skipif(
     not with_streams(H100).streams, reason="the installed Triton has no Gluon for Hopper"
@@ -42,7 +43,7 @@ def plan_of(name, target=STREAMING, dtype="bf16"):
 
 
 def streamed(plan):
-    return {kernel.name for kernel in plan.kernels if kernel.skeleton == "streams"}
+    return {kernel.name for kernel in plan.kernels if kernel.skeleton in SKELETONS}
 
 
 # --- which
@@ -85,7 +86,7 @@ def test_tiles_need_rows_that_begin_at_16_bytes():
 # --- text
 
 
-@pytest.mark.parametrize("name", ["nsa", EXAMPLE])
+@pytest.mark.parametrize("name", ["nsa", EXAMPLE, "sparse_mla"])
 def test_sources_are_golden(name, golden):
     plan = plan_of(name)
     sources = emitted.sources(plan)
@@ -214,7 +215,7 @@ def _by_branch(lse):
     return lse if isinstance(lse, dict) else {"": lse}
 
 
-CASES = ["nsa", "infllm_v2", EXAMPLE]
+CASES = ["nsa", "infllm_v2", EXAMPLE, "sparse_mla"]
 
 
 @pytest.mark.gpu

@@ -103,10 +103,23 @@ class Draft:
                 return config
         return self.row_tiles.score(context)
 
+    def gather_tiles(self, context: rows.RowsContext) -> Config:
+        """Tiles of an attend to a row's own list, whose latents several warps gather where they can."""
+        if self.cached is None and streams.gathered(context, self.target, self.dtype):
+            config = streams.latent_config(context, self.target)
+            if config is not None:
+                return config
+        return self.row_tiles.attend(context, tokens=1)
+
     def attend(self, context: rows.RowsContext, config: Config, *nodes: str) -> None:
         """A kernel that attends, in the skeleton that its tiles are of."""
         kernel = Kernel(
-            name=context.name, skeleton="rows", context=context, config=config, operators=nodes
+            name=context.name,
+            skeleton="rows",
+            context=context,
+            config=config,
+            operators=nodes,
+            by_slot=context.one_token,
         )
         self.kernels.append(streams.of_tiles(kernel))
 

@@ -300,8 +300,17 @@ def attend_gathered(draft: Draft, node: Node, op: Attend, scale: float) -> None:
         alone=True,
     )
     context = rows.with_pages(as_branch(draft, context, node, op), draft.page)
-    config = draft.row_tiles.attend(context, tokens=1)
-    draft.kernel("rows", context, config, *draft.makes(node), by_slot=True)
+    draft.attend(context, draft.gather_tiles(context), *draft.makes(node))
+    launch = Launch(
+        kernel=name,
+        grid=text.grid(shape, context, f"{tiles} * {{BLOCK_T}}"),
+        arguments=(
+            *draft.tensors(node, op),
+            text.buffer(selection.name),
+            *draft.outputs(node),
+            *draft.seq(context),
+        ),
+    )
     draft.steps.append(
         Step(
             title=f"attend: {op.branch}",
@@ -309,18 +318,7 @@ def attend_gathered(draft: Draft, node: Node, op: Attend, scale: float) -> None:
             makes=draft.makes(node),
             sizes=((tiles, text.tiles_of(name)), *text.parts(context)),
             buffers=draft.output_buffers(node),
-            launches=(
-                Launch(
-                    kernel=name,
-                    grid=text.grid(shape, context, f"{tiles} * {{BLOCK_T}}"),
-                    arguments=(
-                        *draft.tensors(node, op),
-                        text.buffer(selection.name),
-                        *draft.outputs(node),
-                        *draft.seq(context),
-                    ),
-                ),
-            ),
+            launches=(draft.launch(launch),),
         )
     )
 

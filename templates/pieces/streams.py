@@ -3,6 +3,7 @@
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -61,6 +62,33 @@ def dot_values(p, tile, total):
     """Begins total + p . values.  p: [M, N], tile: [1, N, 1, D], total: [M, D]"""
     values = tile.reshape([tile.shape[1], tile.shape[3]])
     return warpgroup_mma(p, values, total, is_async=True)
+
+
+@gluon.jit
+def gather(buffer, base, row, column: gl.constexpr, inside, layout: gl.constexpr):
+    """Begins to copy columns of rows that lie `row: [N]` behind base; 0 where not inside: [N].
+
+    Rows begin at 16 bytes, which is what a thread copies; strides do not say it of themselves.
+    """
+    columns = column + gl.arange(0, buffer.shape[1], layout=gl.SliceLayout(0, layout))
+    address = gl.multiple_of(base + row[:, None] + columns[None, :], [1, 16])
+    async_copy.async_copy_global_to_shared(buffer, address, mask=inside[:, None])
+
+
+@gluon.jit
+def dot_latents(q, tile, s, ADD: gl.constexpr):
+    """Begins s + q . keys, or q . keys.  q: [M, D], tile: [N, D], s: [M, N]"""
+    return warpgroup_mma(q, tile.permute((1, 0)), s, use_acc=ADD, is_async=True)
+
+
+@gluon.jit
+def give(weights_to, weights, rescale_to, rescale, full, free, given):
+    """Weights [M, N] of a step to the other group, and what its sums are to be rescaled by: [M]."""
+    mbarrier.wait(free, (given & 1) ^ 1)
+    weights_to.store(weights)
+    rescale_to.store(rescale)
+    fence_async_shared()
+    mbarrier.arrive(full, count=1)
 
 
 @gluon.jit
