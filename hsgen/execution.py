@@ -6,6 +6,7 @@ Compiles a program on the first call of its kind; never waits for the device, un
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,13 +16,15 @@ from typing import Any, Literal, Protocol
 import networkx as nx
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from hsgen import arguments, backward, batch, passes, paths, planner, tuned
+from hsgen import arguments, backward, batch, flops, operators, passes, paths, planner, tuned
 from hsgen.arguments import Expected, Lengths, Problem
 from hsgen.batch import Batch
 from hsgen.configs import DType
-from hsgen.errors import ArgumentError, HsgenError, PlanError
+from hsgen.errors import ArgumentError, HsgenError, PlanError, Span
+from hsgen.flops import Work
 from hsgen.gates import Gate
 from hsgen.graph import Graph, tensor_inputs
 from hsgen.operators import Call
@@ -213,6 +216,7 @@ class _Known:
     problem: Problem
     expected: Expected
     choice: Choice | None
+    gradients: Program | None = None
     bytes: int = 0  # of its outputs
     ran: bool = False  # so nothing is left to compile
 
@@ -234,6 +238,7 @@ class Execution:
         self._choices: dict[tuple[Binding, tuned.Bucket], Choice] = {}
         self._known: dict[tuple[object, ...], _Known] = {}
         self._gradients: dict[Binding, Program] = {}
+        self._bound_graphs: dict[Binding, Graph] = {}
         self._calls = self._launches = self._bytes = 0
 
     @property
@@ -322,24 +327,39 @@ class Execution:
 
     def check_differentiable(self, call: Call) -> None:
         """Raise where an input requires a gradient that kernels do not make."""
-        if not self._on_kernels(call.tensors[0].device):
+        if self._lacking is None or not self._on_kernels(call.tensors[0].device):
             return
+        words, span = self._lacking
+        raise PlanError(
+            f"{self.spec.name}: an input requires grad, and {words}",
+            span=span,
+            help="call it under torch.no_grad(), or on tensor.detach(); on CPU tensors the "
+            "reference has derivatives",
+        )
+
+    @functools.cached_property
+    def _lacking(self) -> tuple[str, Span | None] | None:
+        """What no kernel has the gradient of, and where the spec says it."""
         for node in self.graph.nodes():
             if words := backward.lacking(self.graph, node):
-                raise PlanError(
-                    f"{self.spec.name}: an input requires grad, and {words}",
-                    span=node.span,
-                    help="call it under torch.no_grad(), or on tensor.detach(); on CPU tensors the "
-                    "reference has derivatives",
-                )
+                return words, node.span
+        return None
 
-    def backward(self, call: Call, grads: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-        """Gradients of tensors, the selection taken as it is."""
-        self.check_differentiable(call)
-        problem = self.check(call, self.attending)
+    def backward(
+        self,
+        call: Call,
+        grads: Sequence[Tensor | None],
+        outputs: Sequence[Tensor],
+        wanted: Sequence[bool] | None = None,
+    ) -> list[Tensor | None]:
+        """Gradients of the tensors that are wanted, the selection taken as it is."""
+        known = self._look_up_gradients(call)
+        problem = known.problem
+        wanted = wanted or [True] * len(call.tensors)
+        grads = _whole(grads, outputs)
         if self._on_kernels(problem.device):
-            return self._backward_on_kernels(call, problem, grads, outputs)
-        with torch.enable_grad():
+            return self._backward_on_kernels(call, known, grads, outputs, wanted)
+        with torch.enable_grad(), operators.autograd_again():
             tensors = [tensor.detach() for tensor in call.tensors]
             leaves = [each.requires_grad_() for each in tensors if each.is_floating_point()]
             again = call._replace(tensors=tensors)
@@ -355,17 +375,36 @@ class Execution:
             )
         found = iter(derived)
         made = [next(found) if x.requires_grad else torch.zeros_like(x) for x in tensors]
-        return [each.contiguous() for each in made]
+        return [
+            each.contiguous() if want else None for each, want in zip(made, wanted, strict=True)
+        ]
+
+    def flops(self, call: Call, work: Work) -> float:
+        """Operations of a call as PyTorch counts them; lengths are read where there are numbers."""
+        choosing = work == "select"
+        problem = self.check(call, self.choosing if choosing else self.attending)
+        binding = replace(_binding(problem), device=torch.device("meta"))
+        if binding not in self._bound_graphs:
+            heads = (binding.query_heads, binding.kv_heads)
+            bound = self.spec.bind(heads=heads, head_dim=(binding.qk, binding.v))
+            self._bound_graphs[binding] = passes.run(planner.plan(bound))
+        brought = [] if choosing or not call.levels else call.levels.split(",")
+        return flops.of_call(self._bound_graphs[binding], work, brought, _spans(call, problem))
 
     def _backward_on_kernels(
-        self, call: Call, problem: Problem, grads: list[Tensor], outputs: list[Tensor]
-    ) -> list[Tensor]:
+        self,
+        call: Call,
+        known: _Known,
+        grads: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
         """The same by kernels; a tensor that only a choice reads has no gradient, which is 0."""
-        if problem.empty:
+        problem, program = known.problem, known.gradients
+        if program is None:
             return [
-                torch.zeros_like(x, memory_format=torch.contiguous_format) for x in call.tensors
+                _zeros(x) if want else None for x, want in zip(call.tensors, wanted, strict=True)
             ]
-        program = self._gradient_program(problem)
         tensors = _views(self.attending, problem, call.tensors)
         packed = problem.packed
         lse, grad_lse = (
@@ -390,17 +429,30 @@ class Execution:
                 grad_lse=grad_lse,
             )
         self._launches += program.launches
-        made: list[Tensor] = []
-        for each, x in zip(self.attending.inputs, call.tensors, strict=True):
-            grad = found.get(each.name)
+        made: list[Tensor | None] = []
+        for each, x, want in zip(self.attending.inputs, call.tensors, wanted, strict=True):
+            grad = found.get(each.name) if want else None
             if grad is None:
-                grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
+                grad = _zeros(x) if want else None
             elif packed and each.type.dims[0] == "B":
                 grad = grad[0]
             else:
                 grad = _swapped(grad, each.type.dims, problem).contiguous()
             made.append(grad)
         return made
+
+    def _look_up_gradients(self, call: Call) -> _Known:
+        """What is known about gradients of calls like this one; a new one is checked, and compiled for."""
+        signature = _signature("backward", call)
+        known = self._known.get(signature)
+        if known is None:
+            self.check_differentiable(call)
+            problem = self.check(call, self.attending)
+            runs = self._on_kernels(problem.device) and not problem.empty
+            program = self._gradient_program(problem) if runs else None
+            new = _Known(problem=problem, expected=self.attending, choice=None, gradients=program)
+            known = self._remember(signature, new)
+        return known
 
     def _gradient_program(self, problem: Problem) -> Program:
         """The program of gradients for these tensors, compiled once."""
@@ -803,6 +855,19 @@ def _lengths(call: Call) -> Lengths:
     )
 
 
+def _spans(call: Call, problem: Problem) -> list[flops.Span]:
+    """The sequences of a call; where lengths are tensors without numbers, as if all keys were there."""
+    tensors = (call.cu_seqlens_q, call.cu_seqlens_k, call.kv_lens, call.q_offset)
+    there = [each for each in tensors if each is not None]
+    if there and not any(isinstance(each, FakeTensor) or each.is_meta for each in there):
+        table = _batch(call, problem).table.tolist()
+        return [flops.Span(first, rows, keys) for _, _, rows, first, _, keys in table]
+    keys = problem.keys if call.length is None else call.length
+    first = keys - problem.tokens if call.first is None else call.first
+    count = 1 if problem.packed else problem.batch
+    return [flops.Span(first, problem.tokens, keys)] * count
+
+
 def _batch(call: Call, problem: Problem) -> Batch:
     """Where the sequences of a call lie."""
     offset = call.q_offset if call.q_offset is not None else call.first
@@ -876,6 +941,19 @@ def _swapped(tensor: Tensor, dims: tuple[str, ...], problem: Problem) -> Tensor:
     """Undo `layout="bhtd"`."""
     swap = problem.layout == "bhtd" and len(dims) == 4 and dims[0] == "B"
     return tensor.transpose(1, 2) if swap else tensor
+
+
+def _whole(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of o and log-sum-exps, 0 where there is none; log-sum-exps, which are alike, share it."""
+    absent = [number for number, grad in enumerate(grads) if grad is None]
+    zeros = {number: _zeros(outputs[number]) for number in absent[:1] if number == 0}
+    if absent and absent[-1]:
+        zeros |= dict.fromkeys(absent[bool(zeros) :], _zeros(outputs[absent[-1]]))
+    return [zeros[number] if grad is None else grad for number, grad in enumerate(grads)]
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, memory_format=torch.contiguous_format)
 
 
 def _filled(outputs: list[Tensor]) -> list[Tensor]:

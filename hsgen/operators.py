@@ -9,13 +9,17 @@ does is the business of the `Implementation` registered under that key.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.utils.flop_counter import register_flop_formula
 
 from hsgen.errors import HsgenError
+from hsgen.flops import Work
 
 
 class Call(NamedTuple):
@@ -67,8 +71,21 @@ class Implementation(Protocol):
         """Raise where there is no backward."""
         ...
 
-    def backward(self, call: Call, grads: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-        """Gradients of `call.tensors`; outputs are o and each log-sum-exp, grads are theirs."""
+    def backward(
+        self,
+        call: Call,
+        grads: Sequence[Tensor | None],
+        outputs: Sequence[Tensor],
+        wanted: Sequence[bool] | None = None,
+    ) -> list[Tensor | None]:
+        """Gradients of `call.tensors`, or of those that are wanted; outputs are o and each log-sum-exp.
+
+        grads: Theirs; None is 0.
+        """
+        ...
+
+    def flops(self, call: Call, work: Work) -> float:
+        """Multiplications and additions of one operator."""
         ...
 
 
@@ -98,25 +115,27 @@ def implementation(key: str) -> Implementation:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def is_plain(call: Call) -> bool:
-    """Whether PyTorch would only pass a call on, so that the operator and its cost can be skipped.
+def is_watched(call: Call) -> bool:
+    """Whether PyTorch would do more with a call than pass it on, or differentiate it.
 
-    Nothing traces, transforms, profiles or differentiates, and no tensor is of a class of its own.
-    PyTorch has no public way to ask most of this.
+    Something traces, transforms, casts or profiles, or a tensor is of a class of its own: then the
+    operator has to be called.  PyTorch has no public way to ask most of this.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
+        or torch._C._is_any_autocast_enabled()
         or _functorch.peek_interpreter_stack() is not None
         or torch.autograd.profiler._is_profiler_enabled
     ):
-        return False
-    differentiates = torch.is_grad_enabled()
-    for tensor in call.tensors:
-        if type(tensor) not in _PLAIN or (differentiates and tensor.requires_grad):
-            return False
-    return True
+        return True
+    return any(type(tensor) not in _PLAIN for tensor in call.tensors)
+
+
+def is_recorded(call: Call) -> bool:
+    """Whether autograd has to know of a call."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors)
 
 
 _ARGUMENTS = (
@@ -153,7 +172,10 @@ def _select_fake(key: str, *arguments: object) -> list[Tensor]:
 def _backward(
     key: str, grads: list[Tensor], outputs: list[Tensor], *arguments: object
 ) -> list[Tensor]:
-    return implementation(key).backward(Call(*arguments), grads, outputs)  # type: ignore[arg-type]
+    call = Call(*arguments)  # type: ignore[arg-type]
+    found = implementation(key).backward(call, grads, outputs)
+    assert all(each is not None for each in found), "all are wanted"
+    return found  # type: ignore[return-value]
 
 
 def _backward_fake(
@@ -173,49 +195,145 @@ for _name, _real, _fake in (
     torch.library.register_fake(f"hsgen::{_name}", _fake, lib=_library)
 
 
+def autograd_again() -> AbstractContextManager[object]:
+    """For an operator that differentiates inside: below a mode of PyTorch, or below its own autograd,
+    nothing would be recorded, and gradients would be 0.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    included = torch._C._dispatch_tls_local_include_set()
+    return torch._C._ForceDispatchKeyGuard(included, excluded)
+
+
+# --- autocast: floating tensors of a call get one dtype, that of the region
+
+
+def _casting(operator: Callable[..., list[Tensor]], device: str) -> Callable[..., list[Tensor]]:
+    """An operator where autocast is on; float64 stays, as everywhere in PyTorch."""
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def cast(name: str, *arguments: object) -> list[Tensor]:
+        call, dtype = Call(*arguments), torch.get_autocast_dtype(device)  # type: ignore[arg-type]
+        tensors = [
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in call.tensors
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return operator(name, *call._replace(tensors=tensors))
+
+    return cast
+
+
+for _device in ("cpu", "cuda"):
+    for _name, _operator in (("forward", forward), ("select", select)):
+        _library.impl(_name, _casting(_operator, _device), f"Autocast{_device.upper()}")
+
+
 # --- autograd: a selection is a constant, so the backward attends what the forward selected
+
+
+def _keep(ctx, key: str, call: Call, output: Sequence[Tensor]) -> int:
+    """Keep what the backward needs.  -> how many of the outputs have a gradient"""
+    brought = [level for level in call.levels.split(",") if level]
+    computed = [] if brought else list(implementation(key).levels)
+    ctx.grads = len(output) - len(computed)
+    lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens)
+    ctx.save_for_backward(
+        *output[: ctx.grads], *call.tensors, *call.selection, *output[ctx.grads :], *lengths
+    )
+    ctx.tensors, ctx.brought = len(call.tensors), len(brought)
+    ctx.key, ctx.layout, ctx.levels = key, call.layout, ",".join([*brought, *computed])
+    ctx.max_seqlen_k, ctx.first, ctx.length = call.max_seqlen_k, call.first, call.length
+    return ctx.grads
+
+
+def _kept(ctx) -> tuple[Call, list[Tensor]]:
+    """The call, with the selection that was made, and o and each log-sum-exp."""
+    if torch.is_grad_enabled():  # create_graph=True: `backward` itself has no derivative
+        raise HsgenError(
+            "a sparse attention can be differentiated once, not twice",
+            help="leave out create_graph=True; the reference (`Kernel.reference`) has all derivatives",
+        )
+    *saved, cu_seqlens_q, cu_seqlens_k, q_offset, kv_lens = ctx.saved_tensors
+    outputs, saved = saved[: ctx.grads], saved[ctx.grads :]
+    call = Call(
+        ctx.layout,
+        saved[: ctx.tensors],
+        saved[ctx.tensors :],
+        ctx.levels,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        ctx.max_seqlen_k,
+        q_offset,
+        ctx.first,
+        kv_lens,
+        ctx.length,
+    )
+    return call, outputs
 
 
 def _save(ctx, inputs: tuple[object, ...], output: list[Tensor]) -> None:
     key, *arguments = inputs
-    call = Call(*arguments)  # type: ignore[arg-type]
-    known = implementation(str(key))
-    known.check_differentiable(call)
-    brought = [level for level in call.levels.split(",") if level]
-    computed = [] if brought else list(known.levels)
-    chosen = output[len(output) - len(computed) :]
-    lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens)
-    ctx.grads = len(output) - len(computed)
-    outputs = output[: ctx.grads]
-    ctx.save_for_backward(*outputs, *call.tensors, *call.selection, *chosen, *lengths)
-    ctx.tensors, ctx.brought = len(call.tensors), len(brought)
-    ctx.key, ctx.layout, ctx.levels = key, call.layout, ",".join([*brought, *computed])
-    ctx.max_seqlen_k, ctx.first, ctx.length = call.max_seqlen_k, call.first, call.length
+    call = Call(*arguments)  # type: ignore[arg-type]  # the schema's
+    implementation(str(key)).check_differentiable(call)
+    _keep(ctx, str(key), call, output)
 
 
 def _differentiate(ctx, grads: list[Tensor]) -> tuple[object, ...]:
-    if torch.is_grad_enabled():  # create_graph=True: `backward` itself has no derivative
-        raise HsgenError("a sparse attention can be differentiated once, not twice")
-    *saved, cu_seqlens_q, cu_seqlens_k, q_offset, kv_lens = ctx.saved_tensors
-    outputs, saved = saved[: ctx.grads], saved[ctx.grads :]
-    call = Call(
-        layout=ctx.layout,
-        tensors=saved[: ctx.tensors],
-        selection=saved[ctx.tensors :],
-        levels=ctx.levels,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_k=ctx.max_seqlen_k,
-        q_offset=q_offset,
-        first=ctx.first,
-        kv_lens=kv_lens,
-        length=ctx.length,
-    )
-    found = backward(ctx.key, grads[: ctx.grads], outputs, *call)
-    nothing = [None] * len(call)
-    nothing[Call._fields.index("tensors")] = found
+    call, outputs = _kept(ctx)
+    nothing: list[object] = [None] * len(call)
+    nothing[Call._fields.index("tensors")] = backward(ctx.key, grads[: ctx.grads], outputs, *call)
     nothing[Call._fields.index("selection")] = [None] * ctx.brought
     return (None, *nothing)
 
 
 torch.library.register_autograd("hsgen::forward", _differentiate, setup_context=_save, lib=_library)
+
+
+class _Recorded(torch.autograd.Function):
+    """`forward` and its gradient without the operators, whose lists of tensors cost 0.1 ms a call."""
+
+    @staticmethod
+    def forward(ctx, key: str, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        known = implementation(key)
+        known.check_differentiable(call)
+        outputs = known.forward(call)
+        grads = _keep(ctx, key, call._replace(tensors=list(tensors)), outputs)
+        ctx.mark_non_differentiable(*outputs[grads:])
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, outputs = _kept(ctx)
+        grads = grads[: ctx.grads]
+        if is_watched(call):
+            pairs = zip(grads, outputs, strict=True)
+            whole = [torch.zeros_like(o) if grad is None else grad for grad, o in pairs]
+            return (None, None, *backward(ctx.key, whole, outputs, *call))
+        wanted = ctx.needs_input_grad[2:]
+        return (None, None, *implementation(ctx.key).backward(call, grads, outputs, wanted))
+
+
+def record(key: str, call: Call) -> Sequence[Tensor]:
+    """Call `forward` so that autograd knows of it, where nothing else has to."""
+    return _Recorded.apply(key, call, *call.tensors)
+
+
+# --- what FlopCounterMode counts
+
+
+def _count(work: Work) -> Callable[..., int]:
+    """Arguments of an operator -> its operations; two lists stand before the call of a backward."""
+    lists = 2 if work == "backward" else 0
+
+    def count(key: str, *arguments: object, **_: object) -> int:
+        call = Call(*arguments[lists:])  # type: ignore[arg-type]
+        return round(implementation(key).flops(call, work))
+
+    return count
+
+
+for _name in get_args(Work):
+    register_flop_formula(getattr(torch.ops.hsgen, _name), get_raw=True)(_count(_name))

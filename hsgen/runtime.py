@@ -313,10 +313,10 @@ class Kernel:
         given = {"q": q, "k": k, "v": v, **tensors}
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
         call = self._call(given, self._choosing, layout, lengths, None)
-        if operators.is_plain(call):
-            outputs = self._execution.select(call)
-        else:
+        if operators.is_watched(call):
             outputs = operators.select(self._key, *call)
+        else:
+            outputs = self._execution.select(call)
         return {
             level: ListSelection(level=level, indices=indices)
             for level, indices in zip(self._execution.levels, outputs, strict=True)
@@ -640,10 +640,12 @@ class Kernel:
         self, call: Call, *, return_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor | dict[str, Tensor]]:
         """Attend as the spec says, whatever the length."""
-        if operators.is_plain(call):
-            outputs = self._execution.forward(call, selections=False)
-        else:
+        if operators.is_watched(call):
             outputs = operators.forward(self._key, *call)
+        elif operators.is_recorded(call):
+            outputs = operators.record(self._key, call)
+        else:
+            outputs = self._execution.forward(call, selections=False)
         return self._returned(outputs, return_lse=return_lse)
 
     def _returned(

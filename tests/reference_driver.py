@@ -4,6 +4,7 @@ import torch
 
 from hsgen.batch import K_FIRST, K_LEN, Q_FIRST, Q_LEN, Q_OFFSET
 from hsgen.execution import Program
+from hsgen.operators import autograd_again
 from hsgen.reference import reference, tensor_kinds, tensor_shapes
 
 
@@ -29,6 +30,14 @@ class ReferenceDriver:
         sizes = tensor_shapes(self.spec, *tensors["q"].shape[:2], keys(tensors))
         absent = {name: torch.zeros(shape) for name, shape in sizes.items() if name not in tensors}
         return self.forward({**absent, **tensors}, batch, config)[2]
+
+    def backward(self, tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
+        leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+        with torch.enable_grad(), autograd_again():
+            made, sums, _ = self.forward(leaves, batch, config, selection)
+            outputs, grads = [made, *sums.values()], [grad_o, *(grad_lse[name] for name in sums)]
+            found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+        return {name: x for name, x in zip(leaves, found, strict=True) if x is not None}
 
     def _result(self, tensors, batch, selection):
         self.calls.append(batch)
@@ -70,7 +79,7 @@ class StandIn(str):
 def compiler(made=None, *, dtype=torch.float64):
     """A compiler that gives reference drivers; `made` collects what it was asked for."""
 
-    def compile_program(spec, target, element, *, interpret, orders=None):
+    def compile_program(spec, target, element, *, interpret, orders=None, backward=False):
         driver = ReferenceDriver(spec, dtype)
         if made is not None:
             made.append((spec, target, element, driver))

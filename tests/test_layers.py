@@ -21,6 +21,7 @@ errors  paths  svg                      what is said · where things are · pict
 target  spec                            a GPU · what the user wrote
 selection  graph  layout                what is chosen · what is computed · places for its boxes
 reference  analysis  planner  passes    the meaning · the costs · Spec -> Graph -> Graph
+flops                                   what PyTorch counts of a call
 storage                                 what a cache keeps of a spec
 plan
 gates                                   forms of a spec for short sequences
@@ -82,7 +83,7 @@ families
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes storage plan gates rows kernels buckets "
+    "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels buckets "
     "together splits appending cols unpool configs refusals schedule driver backward knobs space "
     "emit allowlist store workers build resources pipeline tuned catalogue verify dryrun report measurer "
     "pruning lanes compare progress cli svg layout drawing"

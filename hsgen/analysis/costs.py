@@ -60,22 +60,25 @@ def _costs(graph: Graph, turn: int) -> Mapping[str, NodeCost]:
     }
 
 
-def total(graph: Graph) -> NodeCost:
+def total(graph: Graph, times: Mapping[str, float] | None = None) -> NodeCost:
     """What all nodes cost together, each alone: bytes of what passes between two count twice.
+
+    times: How often a node counts; without a word of it, not at all.  None: each once.
 
     Of calls that choose or take over by a pattern, the mean; without a pattern, of one that chooses.
     Of ways that a table gives to layers or heads, the mean; of others, the one that costs most.
     """
-    return _sum(_total_of(graph, turn) * share for turn, share in shares(graph).items())
+    every = dict.fromkeys((node.name for node in graph.nodes()), 1.0) if times is None else times
+    return _sum(_total_of(graph, turn, every) * share for turn, share in shares(graph).items())
 
 
-def _total_of(graph: Graph, turn: int) -> NodeCost:
+def _total_of(graph: Graph, turn: int, times: Mapping[str, float]) -> NodeCost:
     """Of a call of one kind."""
     found, names = _costs(graph, turn), computed(graph, turn)
-    nodes = [node for node in graph.nodes() if node.name in names]
+    nodes = [node for node in graph.nodes() if node.name in names and node.name in times]
     parts = _shares_of_ways(graph)
     sums = {
-        way: _sum(found[node.name] for node in nodes if _way_of(node) == way)
+        way: _sum(found[node.name] * times[node.name] for node in nodes if _way_of(node) == way)
         for way in (None, *parts)
     }
     if all(part is None for part in parts.values()):
