@@ -155,6 +155,14 @@ class Cache:
         self.lengths.clamp_(max=lengths)
         self._most = min(self._most, lengths)
 
+    def resume(self, lengths: Tensor) -> None:
+        """Take it that so many tokens, i32[B], of each sequence are there: in pages that another cache
+        filled, and with entries that the caller puts into `tensors`.
+        """
+        self._check_lens("lengths", lengths)
+        self.lengths.copy_(lengths)
+        self._most = 0  # kernels leave out what finds no room
+
     def fork(self, sequences: Tensor, block_table: Tensor | None = None) -> Cache:
         """A cache whose sequence i goes on from this one's `sequences[i]`.
 

@@ -50,6 +50,7 @@ cache                                   keys, values and entries of sequences th
 execution
 gating  decoding                        which form a call takes · calls behind a cache
 runtime                                 load_kernel
+serving                                 mixed batches on the pages of a server
 drawn                                   rows that drift, and lists of another layer, where no model is at hand
 trials                                  emitted kernels against the reference
 verify                                  trials in a process of their own
