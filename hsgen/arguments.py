@@ -177,6 +177,15 @@ def _checked_layout(layout: str, *, packed: bool) -> Layout:
     )
 
 
+def dims_of_caller(dims: tuple[str, ...], layout: str, *, packed: bool) -> tuple[str, ...]:
+    """Dimensions of an input in the caller's order."""
+    if packed and dims[0] == "B":
+        return dims[1:]
+    if layout == "bhtd" and len(dims) == 4 and dims[0] == "B":
+        return (dims[0], dims[2], dims[1], dims[3])
+    return dims
+
+
 @dataclass(slots=True, kw_only=True)
 class _Checker:
     """Compares one tensor after the other; a dimension first met is bound to what it is there."""
@@ -234,12 +243,7 @@ class _Checker:
 
     def _dims(self, each: TensorInput) -> tuple[str, ...]:
         """Dimensions in the caller's order."""
-        dims = each.type.dims
-        if self.packed and dims[0] == "B":
-            return dims[1:]
-        if self.layout == "bhtd" and len(dims) == 4 and dims[0] == "B":
-            return (dims[0], dims[2], dims[1], dims[3])
-        return dims
+        return dims_of_caller(each.type.dims, self.layout, packed=self.packed)
 
     def _size(self, name: str) -> int | None:
         return int(name) if name.isdecimal() else self.sizes.get(name)

@@ -28,6 +28,7 @@ from hsgen import (
     paths,
     pipeline,
     planner,
+    sharding,
     tuned,
 )
 from hsgen.arguments import Expected
@@ -218,6 +219,7 @@ class Kernel:
         self._decoding = Decoding(self._execution, compile_program)
         self._gating: Gating | None = None
         self._forms: dict[Form, Kernel] = {}
+        self._parts: dict[int, Kernel] = {}  # of the heads
         if options.gate is not None:
             made = gates.forms(spec, options.gate)
             self._gating = Gating(spec, options, self._attending, made)
@@ -313,14 +315,28 @@ class Kernel:
         given = {"q": q, "k": k, "v": v, **tensors}
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
         call = self._call(given, self._choosing, layout, lengths, None)
-        if operators.is_watched(call):
-            outputs = operators.select(self._key, *call)
-        else:
-            outputs = self._execution.select(call)
         return {
             level: ListSelection(level=level, indices=indices)
-            for level, indices in zip(self._execution.levels, outputs, strict=True)
+            for level, indices in zip(self._execution.levels, self._chosen(call), strict=True)
         }
+
+    def _chosen(self, call: Call) -> Sequence[Tensor]:
+        """Selections by level."""
+        if not operators.is_watched(call):
+            return self._execution.select(call)
+        if not sharding.holds(call):
+            return operators.select(self._key, *call)
+        heads = sharding.head_dims(self.spec)
+        mine = sharding.part(call, self._choosing, heads)
+        if torch.compiler.is_compiling():
+            chosen = operators.select(self._key_of_part(mine.parts), *mine.call)
+        else:
+            chosen = self.part(mine.parts)._chosen(mine.call)
+        packed = call.cu_seqlens_q is not None
+        return [
+            mine.whole(x, sharding.dims_of_selection(self._choosing, level, packed=packed), heads)
+            for level, x in zip(self._execution.levels, chosen, strict=True)
+        ]
 
     # --- calls with a cache
 
@@ -640,13 +656,47 @@ class Kernel:
         self, call: Call, *, return_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor | dict[str, Tensor]]:
         """Attend as the spec says, whatever the length."""
-        if operators.is_watched(call):
-            outputs = operators.forward(self._key, *call)
-        elif operators.is_recorded(call):
-            outputs = operators.record(self._key, call)
+        return self._returned(self._attended(call), return_lse=return_lse)
+
+    def _attended(self, call: Call) -> Sequence[Tensor]:
+        """o and each log-sum-exp, and what may follow them."""
+        if not operators.is_watched(call):
+            if operators.is_recorded(call):
+                return operators.record(self._key, call)
+            return self._execution.forward(call, selections=False)
+        if not sharding.holds(call):
+            return operators.forward(self._key, *call)
+        heads = sharding.head_dims(self.spec)
+        mine = sharding.part(call, self._attending, heads)
+        if torch.compiler.is_compiling():
+            o, *others = operators.forward(self._key_of_part(mine.parts), *mine.call)
         else:
-            outputs = self._execution.forward(call, selections=False)
-        return self._returned(outputs, return_lse=return_lse)
+            o, *others = self.part(mine.parts)._attended(mine.call)
+        packed = call.cu_seqlens_q is not None
+        dims = arguments.dims_of_caller(("B", "T", "Hq", "Dv"), call.layout, packed=packed)
+        of_lse = ("Hq", "T") if packed else ("B", "Hq", "T")
+        lse = others[: len(self._execution.branches)]
+        return [mine.whole(o, dims, heads), *(mine.whole(each, of_lse, heads) for each in lse)]
+
+    def part(self, parts: int) -> Kernel:
+        """The kernel of one of so many equal parts of the heads, for a rank that has plain tensors of its
+        own heads; of DTensors every kernel knows it.
+
+        Raises:
+            ArgumentError: so many parts have no key head each.
+            PlanError: heads agree across key heads, or something is said of each head by its number.
+        """
+        if parts not in self._parts:
+            spec = sharding.of_part(self.spec, self.graph, parts)
+            self._parts[parts] = self if spec is self.spec else _shared(spec, self._options)
+        return self._parts[parts]
+
+    def _key_of_part(self, parts: int) -> str:
+        """The key of that kernel, which then exists: all that a compiled model needs of it."""
+        return self.part(parts)._key
+
+    # What torch.compiler.assume_constant_result does, but for loading the compiler, which takes seconds.
+    _key_of_part._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _returned(
         self, outputs: Sequence[Tensor], *, return_lse: bool

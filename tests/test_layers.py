@@ -48,7 +48,7 @@ batch  operators  dense                 where sequences lie · torch's view of c
 arguments
 cache                                   keys, values and entries of sequences that grow
 execution
-gating  decoding                        which form a call takes · calls behind a cache
+gating  decoding  sharding              which form a call takes · behind a cache · split over ranks
 runtime                                 load_kernel
 serving                                 mixed batches on the pages of a server
 drawn                                   rows that drift, and lists of another layer, where no model is at hand
@@ -93,6 +93,7 @@ HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.
 LAZY = {
     ("target", "torch"): "only Target.current() looks at a device",
+    ("sharding", "torch"): "torch.distributed.tensor takes a second, and only a DTensor needs it",
     ("cli", "hsgen"): "a command loads what it uses, so that `check` starts quickly",
 }
 SOLE_IMPORTERS = {
