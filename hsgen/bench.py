@@ -283,6 +283,7 @@ class _Length:
             variants = baselines.contenders(variants, case.dense_times())
         made = self.setting.make(self.spec, self.tokens, 0)
         if "v" not in made:  # of a latent, whose first channels are the value
+            assert self.spec.head_dim is not None
             made["v"] = made["k"][..., : self.spec.head_dim.v]
         made = {name: made[name] for name in "qkv"}
         yield from measure.dense_steps(self.setting, self.spec, variants, made)

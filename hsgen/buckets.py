@@ -143,7 +143,7 @@ def attend(
             ENDS,
             LIST,
             *rows.tensor("O", "o", "[turn heads, items, Dv]", "bth"),
-            *rows.tensor("LSE", "lse", "f32[turn heads, items]", "bht", "f32"),
+            *rows.lse(comment="f32[turn heads, items]"),
             LENGTH,
             BUCKETS,
             ITEMS,

@@ -24,6 +24,7 @@ from hsgen.rows import (
     Shape,
     chunks,
     count,
+    lse,
     next_power,
     number,
     pointer,
@@ -48,7 +49,7 @@ ITEMS = count("items", "places of a list")
 CAPACITY = count("capacity", "most chunks of a list")
 HEAD_FIRST = count("head_first", "the turn's first key head")
 SUMS = (
-    *tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32"),
+    *lse(),
     pointer("DELTA", "f32", "f32[B, Hq, T], as LSE"),
 )
 OUTPUT_GRADIENT = tensor("DO", "do", "[B, T, Hq, Dv]", "bth")
@@ -144,7 +145,7 @@ class DeltaContext:
         return (
             *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
             *OUTPUT_GRADIENT,
-            *tensor("DLSE", "lse", "f32[B, Hq, T]", "bht", "f32"),
+            *lse("DLSE"),
             pointer("DELTA", "f32", "f32[B, Hq, T], as DLSE"),
             *SEQ,
             *tunables("BLOCK_R"),

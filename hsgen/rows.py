@@ -15,6 +15,7 @@ Accumulator = Literal["softmax", "lse", "score", "dq", "delta"]
 PhaseKind = Literal["range", "list", "gather", "children", "mapped"]
 LOG2_E = 1.4426950408889634
 FEW_TOKENS = 16
+LINE = 100  # characters of an emitted line
 MARKED = 64  # tokens of a block whose choice is one word
 
 
@@ -333,11 +334,17 @@ class RowsContext(InTurn):
 # --- parameters
 
 
-def jit(params: tuple[Param, ...]) -> str:
+def jit(params: tuple[Param, ...], module: str = "triton") -> str:
     """The decorator: counts vary freely, and specialising on them would only recompile."""
-    counts = ", ".join(f'"{p.name}"' for p in params if p.kind == "count")
-    line = f"@triton.jit(do_not_specialize=[{counts}])"
-    return line if len(line) <= 100 else f"@triton.jit(\n    do_not_specialize=[{counts}]\n)"
+    names = [f'"{p.name}"' for p in params if p.kind == "count"]
+    counts = f"do_not_specialize=[{', '.join(names)}]"
+    line = f"@{module}.jit({counts})"
+    if len(line) <= LINE:
+        return line
+    if len(counts) > LINE - 4:
+        each = "".join(f"        {name},\n" for name in names)
+        counts = f"do_not_specialize=[\n{each}    ]"
+    return f"@{module}.jit(\n    {counts}\n)"
 
 
 def pointer(name: str, dtype: ElementType, comment: str) -> Param:
@@ -357,6 +364,14 @@ def tensor(
             for s in strides
         ),
     )
+
+
+def lse(name: str = "LSE", comment: str = "f32[B, Hq, T]") -> tuple[Param, ...]:
+    """A log-sum-exp and its strides.  The first two follow a call's length, odd or even: a kernel that
+    looked at them would be compiled for each.
+    """
+    strides = tensor(name, "lse", comment, "bht", "f32")
+    return tuple(replace(p, kind="count") if p.name in ("lse_b", "lse_h") else p for p in strides)
 
 
 def constexprs(*names: str) -> tuple[Param, ...]:
@@ -382,7 +397,7 @@ QUERY = tensor("Q", "q", "[B, T, Hq, Dqk]", "bth")
 SINK = pointer("SINK", "input", "[Hq]")
 OUTPUTS = (
     *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
-    *tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32"),
+    *lse(),
 )
 
 
@@ -887,7 +902,7 @@ def attend_pooled(
 ) -> RowsContext:
     """One softmax over all complete pooled entries; without `values`, its log-sum-exp alone."""
     heads = heads_of(shape, per_head=False, values=values)
-    output = OUTPUTS if values else tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32")
+    output = OUTPUTS if values else lse()
     keys = keys_and_values(shape, "N") if values else tensor("K", "k", "[B, N, Hkv, Dqk]", "bth")
     return RowsContext(
         name=name,
@@ -1035,7 +1050,7 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
             *tensor("Q", "q", asked, "bth", "f32" if scoring.rows else "input"),
             *tensor(*key),
             *(tensor("WEIGHT", "w", "[B, T, Hi]", "bt") if weighted else ()),
-            *(tensor("LSE", "lse", "f32[B, Hq, T]", "bht", "f32") if scoring.normalise else ()),
+            *(lse() if scoring.normalise else ()),
             *(_parent_params() if scoring.parent_size else ()),
             Param(
                 name="SCORES",

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from hsgen.plan import Config, Kernel, Launch, Param
-from hsgen.rows import BLOCKS, Chunk, Phase, RowsContext
+from hsgen.rows import BLOCKS, Chunk, Phase, RowsContext, jit
 from hsgen.target import Target
 
 GROUPS = 2  # of four warps, which share a tile's rows
@@ -31,7 +31,6 @@ LATENT_STEP = 64  # keys
 HANDED = ("p_shared", "rescale_shared", "full", "free", "p_full", "p_free")
 NARROWEST = 64  # columns that one swizzled row of shared memory holds
 WIDEST = 128
-LINE = 100  # characters of an emitted line
 BOUND = re.compile(r"n < (\w+)")
 
 
@@ -72,14 +71,7 @@ class StreamsContext:
 
     @property
     def decorator(self) -> str:
-        names = [f'"{p.name}"' for p in self.params if p.kind == "count"]
-        counts = f"do_not_specialize=[{', '.join(names)}]"
-        if len(counts) <= LINE - len("@gluon.jit()"):
-            return f"@gluon.jit({counts})"
-        if len(counts) > LINE - 4:
-            each = "".join(f"        {name},\n" for name in names)
-            counts = f"do_not_specialize=[\n{each}    ]"
-        return f"@gluon.jit(\n    {counts}\n)"
+        return jit(self.params, "gluon")
 
     @property
     def latent(self) -> bool:

@@ -101,7 +101,9 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["capacity", "members", "num_sequences", "tile_first"])
+@triton.jit(
+    do_not_specialize=["capacity", "members", "lse_b", "lse_h", "num_sequences", "tile_first"]
+)
 def attend_selected(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride

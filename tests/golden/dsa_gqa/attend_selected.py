@@ -88,7 +88,7 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
+@triton.jit(do_not_specialize=["capacity", "lse_b", "lse_h", "num_sequences", "tile_first"])
 def attend_selected(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride

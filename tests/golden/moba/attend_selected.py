@@ -98,7 +98,16 @@ def natural_lse(m, l):
 
 
 @triton.jit(
-    do_not_specialize=["length", "buckets", "items", "capacity", "num_sequences", "head_first"]
+    do_not_specialize=[
+        "lse_b",
+        "lse_h",
+        "length",
+        "buckets",
+        "items",
+        "capacity",
+        "num_sequences",
+        "head_first",
+    ]
 )
 def attend_selected(
     Q,  # [B, T, Hq, Dqk]

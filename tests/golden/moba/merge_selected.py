@@ -40,7 +40,7 @@ def store_outputs(
     )
 
 
-@triton.jit(do_not_specialize=["items", "num_sequences", "head_first"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "items", "num_sequences", "head_first"])
 def merge_selected(
     PART_O,  # [turn heads, items, 128]
     PART_LSE,  # f32[turn heads, items]

@@ -95,7 +95,7 @@ def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "capacity", "num_sequences", "tile_first"])
 def score_block(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride

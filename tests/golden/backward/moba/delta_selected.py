@@ -30,7 +30,7 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
     return tl.load(address, mask=mask[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "num_sequences"])
 def delta_selected(
     O,  # [B, T, Hq, Dv]
     o_b,  # O: batch stride

@@ -61,7 +61,7 @@ def store_gates(base, token, t_stride, head, h_stride, mask, x):
     tl.store(base + row, x.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "num_sequences"])
 def delta_window(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride

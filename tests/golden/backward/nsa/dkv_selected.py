@@ -71,7 +71,16 @@ def store_rows(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit(
-    do_not_specialize=["length", "buckets", "items", "capacity", "num_sequences", "head_first"]
+    do_not_specialize=[
+        "lse_b",
+        "lse_h",
+        "length",
+        "buckets",
+        "items",
+        "capacity",
+        "num_sequences",
+        "head_first",
+    ]
 )
 def dkv_selected(
     Q,  # [B, T, Hq, Dqk]

@@ -67,7 +67,7 @@ def store_rows(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.cons
     tl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=["length", "num_sequences"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "length", "num_sequences"])
 def dkv_window(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride

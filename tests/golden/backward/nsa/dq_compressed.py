@@ -87,7 +87,7 @@ def store_outputs(
     )
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "num_sequences"])
 def dq_compressed(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride

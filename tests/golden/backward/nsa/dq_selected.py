@@ -73,7 +73,7 @@ def add_outputs(
     tl.store(address, (before.to(tl.float32) + x).to(base.dtype.element_ty), mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "num_sequences"])
 def dq_selected(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride

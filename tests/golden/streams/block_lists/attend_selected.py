@@ -452,6 +452,8 @@ def attend(
     do_not_specialize=[
         "capacity",
         "members",
+        "lse_b",
+        "lse_h",
         "num_sequences",
         "whose",
         "tiles",

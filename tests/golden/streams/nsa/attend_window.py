@@ -370,7 +370,7 @@ def attend(
             tl.store(lse_base + q_token * lse_t, natural_lse(m, l), mask=alive)
 
 
-@gluon.jit(do_not_specialize=["num_sequences", "whose", "tiles", "items"])
+@gluon.jit(do_not_specialize=["lse_b", "lse_h", "num_sequences", "whose", "tiles", "items"])
 def attend_window(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride

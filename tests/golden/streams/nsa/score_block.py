@@ -360,7 +360,18 @@ def score(
             tiles_before += 1
 
 
-@gluon.jit(do_not_specialize=["capacity", "num_sequences", "whose", "tiles", "items", "tile_first"])
+@gluon.jit(
+    do_not_specialize=[
+        "lse_b",
+        "lse_h",
+        "capacity",
+        "num_sequences",
+        "whose",
+        "tiles",
+        "items",
+        "tile_first",
+    ]
+)
 def score_block(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride

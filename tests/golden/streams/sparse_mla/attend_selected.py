@@ -428,7 +428,7 @@ def add_up(
             store_packed(o_base, q_token_out, o_t, row_head_out, o_h, alive_out, o, columns)
 
 
-@gluon.jit(do_not_specialize=["num_sequences", "tiles", "items"])
+@gluon.jit(do_not_specialize=["lse_b", "lse_h", "num_sequences", "tiles", "items"])
 def attend_selected(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
