@@ -21,6 +21,7 @@ VERSION = 1  # of ranges and rules: a change makes other studies
 MOST_ELEMENTS = 1 << 20  # of a tile, Triton's own limit
 MOST_ROWS = 256  # of a tile that dots read
 ACCUMULATORS = 192  # of 32 bits a thread: more leave no registers for the operands
+MOST_SCORES = 256  # a thread, of rows that are ranked: more compile for minutes
 LEAST_DOT = 16
 
 Values = dict[str, int]  # of one kernel: constexprs, num_warps, num_stages
@@ -206,6 +207,9 @@ def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
         case RankContext():
             if values["BLOCK_R"] > values["BLOCK_T"]:
                 yield f"BLOCK_R {values['BLOCK_R']} must divide BLOCK_T {values['BLOCK_T']}"
+            each = largest // (values["num_warps"] * target.warp_size)
+            if each > MOST_SCORES:
+                yield f"{each} scores a thread, at most {MOST_SCORES}"
         case IndexContext(width=width):
             pairs = values["BLOCK_T"] * next_power(width)
             if pairs > SORT_LIMIT and pairs > next_power(width):

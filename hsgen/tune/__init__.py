@@ -46,6 +46,7 @@ NEIGHBOURS = 3  # records of other sizes and GPUs that are looked at, and
 WARM = 3  # points of each
 PEAK = 0.9  # of the card's arithmetic: no kernel is faster
 MOST_COMPILERS = 32
+COMPILING = 60.0  # seconds that one kernel may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +223,7 @@ class _Tuning:
             patience=options.patience,
             cache=cache,
         )
-        self._compilers = Compilers(_compilers(), cache=cache)
+        self._compilers = Compilers(_compilers(), timeout=COMPILING, cache=cache)
         try:
             told = self.lanes.describe()
             self.made: JsonObject = told["made"]

@@ -269,10 +269,14 @@ class Search:
         while left := [p for key, p in wanted.items() if key not in self.journal.results]:
             if self.stopped or (not always and (self.over or enough())):
                 return
-            some = self.journal.claim(left, self.measurer.lanes)
-            for point in (*some, *itertools.islice(filter(self.journal.free, left), AHEAD)):
+            near = [*itertools.islice(filter(self.journal.free, left), AHEAD + self.measurer.lanes)]
+            for point in near:
                 self.judge.ahead(point)
-            if not some:
+            ready = near if always else [point for point in near if self.judge.ready(point)]
+            if not near:  # others are at all of them: look what came of it
+                ready = left
+            some = self.journal.claim(ready, self.measurer.lanes)
+            if not some:  # compilers or other processes are at all of them
                 time.sleep(POLL)
             for point, result in zip(some, self._results_of(some), strict=True):
                 self.journal.keep(point, result)
@@ -410,10 +414,12 @@ class _Sampling:
                 waiting.append(asked)
             if not waiting or stale >= STALE:
                 break
-            waiting.sort(
-                key=lambda asked: not search.judge.ready(asked[1])
-            )  # none waits for a slow one
-            some, waiting = waiting[:lanes], waiting[lanes:]
+            ready = [asked for asked in waiting if search.judge.ready(asked[1])]
+            if not ready:
+                time.sleep(POLL)
+                continue
+            some = ready[:lanes]
+            waiting = [asked for asked in waiting if asked not in some]
             results = search._results_of([point for _, point in some])
             for (trial, point), result in zip(some, results, strict=True):
                 self._finish(trial, point, result)
