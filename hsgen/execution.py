@@ -230,6 +230,7 @@ class Execution:
         self.options = options
         self.levels = tuple(graph.outputs.selection)
         self.branches = tuple(graph.outputs.lse)
+        self.named_losses = tuple(graph.outputs.loss)
         self.attending = expected_tensors(spec, graph)
         self.choosing = _choosing(self.attending, graph)
         self._compiler = compiler
@@ -378,6 +379,44 @@ class Execution:
         return [
             each.contiguous() if want else None for each, want in zip(made, wanted, strict=True)
         ]
+
+    def losses(self, call: Call) -> list[Tensor]:
+        """Every loss of the spec, f32[] each."""
+        problem = self._check_losses(call)
+        result = self.result(call, problem, exact_dtype(problem.dtype), self.attending)
+        return [result.loss[name].to(torch.float32) for name in self.named_losses]
+
+    def losses_backward(self, call: Call, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of tensors; 0 of those that no loss teaches."""
+        problem = self._check_losses(call)
+        with torch.enable_grad(), operators.autograd_again():
+            tensors = [tensor.detach() for tensor in call.tensors]
+            leaves = [each.requires_grad_() for each in tensors if each.is_floating_point()]
+            again = call._replace(tensors=tensors)
+            result = self.result(again, problem, exact_dtype(problem.dtype), self.attending)
+            made = [result.loss[name].to(torch.float32) for name in self.named_losses]
+            pairs = [pair for pair in zip(made, grads, strict=True) if pair[0].requires_grad]
+            found = torch.autograd.grad(
+                [loss for loss, _ in pairs],
+                leaves,
+                [grad for _, grad in pairs],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        derived = iter(found)
+        return [(next(derived) if x.requires_grad else _zeros(x)).contiguous() for x in tensors]
+
+    def _check_losses(self, call: Call) -> Problem:
+        """Refused by name where kernels would have to make them."""
+        problem = self.check(call, self.attending)
+        if self._on_kernels(problem.device):
+            name = self.named_losses[0]
+            raise PlanError(
+                f"{self.spec.name}: no kernel computes the loss {name} yet",
+                span=self.spec.span("loss", name),
+                help="`reference_losses` computes it on any device, in plain PyTorch",
+            )
+        return problem
 
     def flops(self, call: Call, work: Work) -> float:
         """Operations of a call as PyTorch counts them; lengths are read where there are numbers."""
@@ -620,9 +659,17 @@ class Execution:
             given = {name: values for name, values in given.items() if name not in others}
         return _chosen(made, found, given)
 
+    @functools.cached_property
+    def _without_losses(self) -> Spec:
+        """The spec as if it had no loss, unless a loss has a choice of its own."""
+        alone = self.spec.model_copy(update={"loss": None})
+        if self.spec.loss is None or planner.plan(alone).outputs.selection.keys() != {*self.levels}:
+            return self.spec
+        return alone
+
     def _bound(self, binding: Binding) -> tuple[Spec, Target, bool]:
         """The spec of a program, its GPU, and whether it is interpreted."""
-        spec = self.spec.bind(
+        spec = self._without_losses.bind(
             heads=(binding.query_heads, binding.kv_heads), head_dim=(binding.qk, binding.v)
         )
         interpret = binding.device.type != "cuda"

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from hsgen import analysis
 from hsgen.graph import Attend, Gate, Graph, Norm, Pool, Rotate
 
-Work = Literal["forward", "select", "backward"]
+Work = Literal["forward", "select", "backward", "losses", "losses_backward"]
 
 
 class Span(NamedTuple):
@@ -33,7 +33,7 @@ def of_call(graph: Graph, work: Work, brought: Collection[str], spans: Sequence[
         spans: the sequences.
     """
     times = _of_gradients(graph) if work == "backward" else _needed(graph, work, brought)
-    cost = analysis.total(graph, times).flops
+    cost = analysis.total(graph, times).flops * (2 if work == "losses_backward" else 1)
     total = 0.0
     for first, rows, keys in spans:
         end = min(max(first + rows, 0), keys)
@@ -49,7 +49,9 @@ def _needed(graph: Graph, work: Work, brought: Collection[str]) -> dict[str, flo
     outputs = graph.outputs
     given = {name for level, name in outputs.selection.items() if level in brought}
     chosen = outputs.selection.values()
-    waiting = list(chosen if work == "select" else (outputs.o, *outputs.lse.values(), *chosen))
+    losses = outputs.loss.values()
+    every = (outputs.o, *outputs.lse.values(), *chosen)
+    waiting = list({"select": chosen, "forward": every}.get(work, losses))
     found: dict[str, float] = {}
     while waiting:
         name = waiting.pop()

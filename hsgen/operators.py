@@ -84,6 +84,19 @@ class Implementation(Protocol):
         """
         ...
 
+    @property
+    def named_losses(self) -> tuple[str, ...]:
+        """Losses of the spec."""
+        ...
+
+    def losses(self, call: Call) -> list[Tensor]:
+        """f32[] each."""
+        ...
+
+    def losses_backward(self, call: Call, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of `call.tensors`; grads are those of the losses."""
+        ...
+
     def flops(self, call: Call, work: Work) -> float:
         """Multiplications and additions of one operator."""
         ...
@@ -147,10 +160,14 @@ _library = torch.library.Library("hsgen", "DEF")
 _library.define(f"forward(str key, {_ARGUMENTS}) -> Tensor[]")
 _library.define(f"select(str key, {_ARGUMENTS}) -> Tensor[]")
 _library.define(f"backward(str key, Tensor[] grads, Tensor[] outputs, {_ARGUMENTS}) -> Tensor[]")
+_library.define(f"losses(str key, {_ARGUMENTS}) -> Tensor[]")
+_library.define(f"losses_backward(str key, Tensor[] grads, {_ARGUMENTS}) -> Tensor[]")
 
 forward = torch.ops.hsgen.forward.default
 select = torch.ops.hsgen.select.default
 backward = torch.ops.hsgen.backward.default
+losses = torch.ops.hsgen.losses.default
+losses_backward = torch.ops.hsgen.losses_backward.default
 
 
 def _forward(key: str, *arguments: object) -> list[Tensor]:
@@ -185,10 +202,30 @@ def _backward_fake(
     return [tensor.new_empty(tensor.shape) for tensor in call.tensors]
 
 
+def _losses(key: str, *arguments: object) -> list[Tensor]:
+    return implementation(key).losses(Call(*arguments))  # type: ignore[arg-type]
+
+
+def _losses_fake(key: str, *arguments: object) -> list[Tensor]:
+    call = Call(*arguments)  # type: ignore[arg-type]
+    q = call.tensors[0]
+    return [q.new_empty((), dtype=torch.float32) for _ in implementation(key).named_losses]
+
+
+def _losses_backward(key: str, grads: list[Tensor], *arguments: object) -> list[Tensor]:
+    return implementation(key).losses_backward(Call(*arguments), grads)  # type: ignore[arg-type]
+
+
+def _losses_backward_fake(key: str, grads: list[Tensor], *arguments: object) -> list[Tensor]:
+    return _backward_fake(key, grads, [], *arguments)
+
+
 for _name, _real, _fake in (
     ("forward", _forward, _forward_fake),
     ("select", _select, _select_fake),
     ("backward", _backward, _backward_fake),
+    ("losses", _losses, _losses_fake),
+    ("losses_backward", _losses_backward, _losses_backward_fake),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_name, _real, _device)
@@ -226,17 +263,20 @@ def _casting(operator: Callable[..., list[Tensor]], device: str) -> Callable[...
 
 
 for _device in ("cpu", "cuda"):
-    for _name, _operator in (("forward", forward), ("select", select)):
+    for _name, _operator in (("forward", forward), ("select", select), ("losses", losses)):
         _library.impl(_name, _casting(_operator, _device), f"Autocast{_device.upper()}")
 
 
 # --- autograd: a selection is a constant, so the backward attends what the forward selected
 
 
-def _keep(ctx, key: str, call: Call, output: Sequence[Tensor]) -> int:
-    """Keep what the backward needs.  -> how many of the outputs have a gradient"""
+def _keep(ctx, key: str, call: Call, output: Sequence[Tensor], *, chooses: bool = True) -> int:
+    """Keep what the backward needs.  -> how many of the outputs have a gradient
+
+    chooses: The last outputs are selections, where the call brings none.
+    """
     brought = [level for level in call.levels.split(",") if level]
-    computed = [] if brought else list(implementation(key).levels)
+    computed = list(implementation(key).levels) if chooses and not brought else []
     ctx.grads = len(output) - len(computed)
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens)
     ctx.save_for_backward(
@@ -291,6 +331,24 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple[object, ...]:
 torch.library.register_autograd("hsgen::forward", _differentiate, setup_context=_save, lib=_library)
 
 
+def _save_losses(ctx, inputs: tuple[object, ...], output: list[Tensor]) -> None:  # noqa: ARG001
+    key, *arguments = inputs
+    _keep(ctx, str(key), Call(*arguments), [], chooses=False)  # type: ignore[arg-type]
+
+
+def _differentiate_losses(ctx, grads: list[Tensor]) -> tuple[object, ...]:
+    call, _ = _kept(ctx)
+    nothing: list[object] = [None] * len(call)
+    nothing[Call._fields.index("tensors")] = losses_backward(ctx.key, grads, *call)
+    nothing[Call._fields.index("selection")] = [None] * ctx.brought
+    return (None, *nothing)
+
+
+torch.library.register_autograd(
+    "hsgen::losses", _differentiate_losses, setup_context=_save_losses, lib=_library
+)
+
+
 class _Recorded(torch.autograd.Function):
     """`forward` and its gradient without the operators, whose lists of tensors cost 0.1 ms a call."""
 
@@ -325,8 +383,8 @@ def record(key: str, call: Call) -> Sequence[Tensor]:
 
 
 def _count(work: Work) -> Callable[..., int]:
-    """Arguments of an operator -> its operations; two lists stand before the call of a backward."""
-    lists = 2 if work == "backward" else 0
+    """Arguments of an operator -> its operations; lists stand before the call of a backward."""
+    lists = {"backward": 2, "losses_backward": 1}.get(work, 0)
 
     def count(key: str, *arguments: object, **_: object) -> int:
         call = Call(*arguments[lists:])  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def lacking(graph: Graph, node: Node) -> str | None:
         case OutputGate(each=each):
             return f"no kernel gates the output by {each} yet"
         case Divergence() | Distance() | Entropies():
-            return "no kernel computes a loss yet"
+            return f"no kernel computes the loss {node.name.removeprefix('loss.')} yet"
         case Pool() | PoolRows() | PoolHeads() | Norm() | Rotate() as op:
             words = _of_entries(graph, node, op)
             return words and f"level {op.level}: no kernel {words} yet"

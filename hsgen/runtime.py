@@ -338,6 +338,77 @@ class Kernel:
             for level, x in zip(self._execution.levels, chosen, strict=True)
         ]
 
+    def losses(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        layout: str = "bthd",
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+        q_offset: int | Tensor | None = None,
+        kv_lens: int | Tensor | None = None,
+        selection: Mapping[str, Selection | Tensor] | None = None,
+        **tensors: Tensor,
+    ) -> dict[str, Tensor]:
+        """What the spec tells a training besides outputs, by name, f32[] each; arguments as of a call.
+
+        A training adds each of them, times a weight of its own, to the loss of its model.  Gradients
+        reach what the loss teaches, such as the tensors of an index.
+
+        Raises:
+            ArgumentError: argument, expected and got; the spec has no loss.
+            PlanError: no kernel computes one of them yet.
+        """
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
+        call = self._losing({"q": q, "k": k, "v": v, **tensors}, layout, lengths, selection)
+        found = operators.losses(self._key, *call)
+        return dict(zip(self._execution.named_losses, found, strict=True))
+
+    def reference_losses(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        layout: str = "bthd",
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+        q_offset: int | Tensor | None = None,
+        kv_lens: int | Tensor | None = None,
+        selection: Mapping[str, Selection | Tensor] | None = None,
+        dtype: torch.dtype = torch.float64,
+        **tensors: Tensor,
+    ) -> dict[str, Tensor]:
+        """The same in plain PyTorch on any device, computed and returned in `dtype`."""
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
+        call = self._losing({"q": q, "k": k, "v": v, **tensors}, layout, lengths, selection)
+        problem = self._execution.check(call, self._attending, meant=True)
+        return dict(self._execution.result(call, problem, dtype, self._attending).loss)
+
+    def _losing(
+        self,
+        given: Mapping[str, Tensor | None],
+        layout: str,
+        lengths: LengthArguments,
+        selection: Mapping[str, Selection | Tensor] | None,
+    ) -> Call:
+        """The operator's arguments, of a spec that has a loss."""
+        if not self._execution.named_losses:
+            raise ArgumentError(
+                f"losses: spec {self.spec.name!r} has no loss",
+                help="`loss: {kl: {level: NAME}}` says what a level learns from",
+            )
+        call = self._call(given, self._attending, layout, lengths, selection)
+        if sharding.holds(call):
+            raise ArgumentError(
+                "q: expected plain tensors, as a loss is a mean over rows of a rank, got DTensors"
+            )
+        return call
+
     # --- calls with a cache
 
     def new_cache(
