@@ -25,9 +25,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hsgen import spec as language
-from hsgen import standins
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.integrations import segments
+from hsgen.integrations.binding import kernel_of
 from hsgen.integrations.caches import KernelLayer
 from hsgen.reference import tensor_kinds
 from hsgen.runtime import Kernel, load_kernel
@@ -233,13 +233,7 @@ class Attention:
         key = (layer, q.shape[2], k.shape[2], q.shape[3], v.shape[3])
         if key not in self._kernels:
             _, query, kv, qk, dv = key
-            bound = standins.bind(self.spec, query=query, kv=kv, dim=(qk, dv))
-            bound = language.verify(bound.model_copy(update={"index": self.spec.index}))
-            made: Kernel = load_kernel(bound, layer=layer, **self._options)
-            if made.spec.reuse:
-                raise HsgenError(
-                    f"spec {made.spec.name}: layers of transformers hand no selection to each other"
-                )
+            made = kernel_of(self.spec, layer, query=query, kv=kv, dims=(qk, dv), **self._options)
             self._kernels[key] = made
         return self._kernels[key]
 
