@@ -4,8 +4,10 @@ Each check compares what the ranks have together with the same computed by one r
 """
 
 import os
+import re
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -187,6 +189,16 @@ def check_data_parallel(rank, mesh):
             close(each.full_tensor() if isinstance(each, DTensor) else each, expected[name])
 
 
+def check_page():
+    """The part of docs/training.md for many ranks, after the model that it begins with."""
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    found = {}
+    for text in (snippets[0], *(text for text in snippets if "init_device_mesh" in text)):
+        exec(compile(text, "training.md", "exec"), found)
+    assert torch.equal(found["o"].to_local(), found["mine"])
+
+
 def rank_main(rank, place, compiles):
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)})
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=RANKS)
@@ -195,6 +207,7 @@ def rank_main(rank, place, compiles):
     check_part(rank)
     check_refusals(mesh)
     check_data_parallel(rank, mesh)
+    check_page()
     dist.destroy_process_group()
 
 

@@ -1,5 +1,8 @@
 """What PyTorch expects of an operator that has a gradient."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from reference_driver import compiler
@@ -79,8 +82,9 @@ def check_all_ways(kernel, lengths):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def check_operators(kernel, T):
-    call = kernel._call(leaves(tensors(T)), kernel._attending, "bthd", (None,) * 5, None)
+def check_operators(kernel, T, device="cpu"):
+    x = {name: each.to(device) for name, each in tensors(T).items()}
+    call = kernel._call(leaves(x), kernel._attending, "bthd", (None,) * 5, None)
     torch.library.opcheck(operators.forward, (kernel._key, *call))
     with torch.no_grad():
         o, *lse, chosen = operators.forward(kernel._key, *call)
@@ -221,3 +225,46 @@ def test_floating_point_operations_are_counted(kernel):
     assert select == whole.evaluate(32) - attends
     o = kernel(**leaves(x))
     assert count(lambda: o.sum().backward()) == 2 * attends
+
+
+@pytest.mark.gpu
+def test_cuda_trains_compiled_cast_and_recomputed():
+    """Forward and backward under inductor and autocast, checkpointed, and nothing waits for the device."""
+    kernel = load_kernel(SMALL)
+    x = {name: each.cuda() for name, each in tensors(100, torch.bfloat16).items()}
+    expected = gradients(kernel, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        same(gradients(kernel, x), expected)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch._dynamo.reset()
+    same(gradients(torch.compile(kernel, fullgraph=True), x), expected)
+    names = list(x)
+    run = lambda *values: kernel(**dict(zip(names, values, strict=True)))  # noqa: E731
+    same(gradients(lambda **y: checkpoint(run, *y.values(), use_reentrant=False), x), expected)
+    wide = {name: each.float() for name, each in x.items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        o, *grads = gradients(kernel, wide)
+    same([o, *(each.bfloat16() for each in grads)], expected)
+    check_operators(kernel, 40, "cuda")
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_training_runs(monkeypatch):
+    """All but what needs two ranks, which `ranks_child` runs; inductor would compile for half a minute."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    torch._dynamo.reset()
+    found = {}
+    snippets = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert sum("init_device_mesh" in text for text in snippets) == 1
+    for text in snippets:
+        if "init_device_mesh" not in text:
+            text = text.replace("fullgraph=True", "fullgraph=True, backend='aot_eager'")
+            exec(compile(text, "training.md", "exec"), found)
+    assert found["y"].shape == (2, 50, 64)
+    assert all(each.grad.any() for each in found["tree"].values())
+    attends = [found["counts"][getattr(torch.ops.hsgen, name)] for name in ("forward", "backward")]
+    assert attends[1] > attends[0] > 0
