@@ -121,7 +121,9 @@ class StreamsContext:
 
     @property
     def setup(self) -> tuple[str, ...]:
-        return tuple(self._of_program(line) for line in self.rows.setup)
+        lines = (self._of_group(self._of_program(line)) for line in self.rows.setup)
+        first = f"tokens = GROUP * (HALF // {self.rows.pitch}) + token_at("
+        return tuple(line.replace("tokens = token_at(", first) for line in lines)
 
     @property
     def present(self) -> str:
@@ -144,7 +146,30 @@ class StreamsContext:
 
     def alive(self, suffix: str) -> str:
         """Which (token, head) pairs there are, of vectors that have a suffix."""
-        return re.sub(r"\b(rows|token|place)\b", rf"\1{suffix}", self.rows.alive)
+        return re.sub(r"\b(rows|token|place)\b", rf"\1{suffix}", self._of_group(self.rows.alive))
+
+    def token_in_tile(self, rows: str) -> str:
+        """As of `rows`; where tokens are scored, a group's rows are numbered by themselves."""
+        if not self.scores:
+            return self.rows.token_in_tile(rows)
+        own = self._of_group(self.rows.token_in_tile(rows))
+        return f"GROUP * (HALF // {self.rows.pitch}) + {own}"
+
+    def head_in_token(self, rows: str) -> str:
+        """As of `rows`, likewise."""
+        return self._of_group(self.rows.head_in_token(rows))
+
+    def value(self, s: str) -> str:
+        """What becomes of scores that are called `s`."""
+        return re.sub(r"\bs\b", s, self.rows.value)
+
+    @property
+    def reduced(self) -> str:
+        """A tile of scores, over heads."""
+        return self._of_group(self.rows.reduced)
+
+    def _of_group(self, text: str) -> str:
+        return text.replace("BLOCK_M", "HALF") if self.scores else text
 
     def written(self, phase: Phase) -> str:
         """Which scores are kept, of slots that are called `at`."""
@@ -180,12 +205,11 @@ class StreamsContext:
         return (
             *(tile.name for tile in (*self.keys, *self.values)),
             *(f"{of}_{state}" for of in self.streams for state in ("full", "free")),
-            *(("q_full", "q_free") if self.scores else ()),
         )
 
     @property
     def scores(self) -> bool:
-        """Whether it scores: then groups share rows and each takes every other tile of keys."""
+        """Whether it scores, so that of each two tiles of keys one's dots run beside the other's sums."""
         return self.rows.acc == "score"
 
     @property
@@ -208,12 +232,11 @@ class StreamsContext:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of buffers of queries: each group's own, where groups share no rows."""
-        return ("",) if self.scores else tuple(f"_{group}" for group in range(GROUPS))
+        """Of buffers of queries: each group's own."""
+        return tuple(f"_{group}" for group in range(GROUPS))
 
     def queries_of(self, group: int) -> tuple[str, ...]:
-        suffix = self.suffixes[group % len(self.suffixes)]
-        return tuple(f"{name}{suffix}" for name in self.queries)
+        return tuple(f"{name}{self.suffixes[group]}" for name in self.queries)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -383,7 +406,7 @@ def score_tiles(context: RowsContext, target: Target) -> Config | None:
     """As many rows as the registers of a group have room for, beside 64 keys that are read once for all."""
     tokens = 1 << (SCORED_ROWS // context.pitch).bit_length() - 1
     dims = sum(c.width for c in context.qk_chunks)
-    while tokens:
+    while tokens >= GROUPS:
         rows = tokens * context.pitch
         stages = (target.smem_per_block - rows * dims * 2 - 4096) // (LEAST_ROWS * dims * 2)
         if stages >= 3 and rows >= LEAST_ROWS:

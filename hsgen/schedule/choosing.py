@@ -116,7 +116,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 (capacity, str(slots) if slots else row),
                 (tiles, f"{choosing} // {block_t} + batch.sequences"),
                 (f"bytes_{op.level}", f"{4 * heads * context.planes} * {capacity} * {block_t}"),
-                (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.level}))"),
+                *_chunk(draft, op.level, programs if "STAGES" in dict(config.constexprs) else 0),
                 *by_shares,
             ),
             buffers=(
@@ -166,6 +166,27 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     )
     if block:
         spread(draft, node, op, heads, block)
+
+
+def _chunk(draft: Draft, level: str, heads: int) -> tuple[tuple[str, str], ...]:
+    """How many tiles of rows a scratch holds.
+
+    `heads`: of a kernel that runs one program a processor, tile after tile, and starts and ends slowly: it
+    has a sixteenth of the bytes of queries and outputs, and tiles that leave no processor idle in the last
+    round, if they fill one.  0: of another.
+    """
+    bytes_, chunk = f"bytes_{level}", f"chunk_{level}"
+    if not heads:
+        return ((chunk, f"min(tiles_{level}, max(1, SCRATCH_BYTES // {bytes_}))"),)
+    shape, most = draft.shape, f"most_{level}"
+    share = shape.query_heads * (shape.qk + shape.v) * 2 // 16
+    return (
+        (most, f"max(1, max(SCRATCH_BYTES, batch.rows * {share}) // {bytes_})"),
+        (f"rounds_{level}", f"{most} * {heads} // batch.processors"),
+        (f"least_{level}", f"min({most}, batch.processors // {heads})"),
+        (f"whole_{level}", f"max(rounds_{level} * batch.processors // {heads}, least_{level})"),
+        (chunk, f"min(tiles_{level}, max(1, whole_{level}))"),
+    )
 
 
 def _shares(

@@ -43,6 +43,22 @@ def bring(tensor, sequence, row, head, column: gl.constexpr, full, buffer, slot)
     tma.async_copy_global_to_shared(tensor, place, full.index(slot), buffer.index(slot))
 
 
+@gluon.constexpr_function
+def room_for_queries(dims, keys, value_dims):
+    """Whether registers have room for 64 rows' queries beside their scores, weights and sums."""
+    return dims // 4 + keys // 2 + keys // 4 + value_dims // 2 <= 208
+
+
+@gluon.jit
+def held(q, layout: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    """Queries as dots take them: from registers, so that shared memory gives keys only, or as they lie."""
+    if IN_REGISTERS:
+        rows = q.load(gl.DotOperandLayout(0, layout, 2))
+    else:
+        rows = q
+    return rows
+
+
 @gluon.jit
 def dot_keys(q, tile, s, ADD: gl.constexpr):
     """Begins s + q . keys, or q . keys.  q: [M, D], tile: [1, N, 1, D], s: [M, N]"""

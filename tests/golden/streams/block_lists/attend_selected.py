@@ -50,11 +50,27 @@ def bring(tensor, sequence, row, head, column: gl.constexpr, full, buffer, slot)
     tma.async_copy_global_to_shared(tensor, place, full.index(slot), buffer.index(slot))
 
 
+@gluon.constexpr_function
+def room_for_queries(dims, keys, value_dims):
+    """Whether registers have room for 64 rows' queries beside their scores, weights and sums."""
+    return dims // 4 + keys // 2 + keys // 4 + value_dims // 2 <= 208
+
+
 @gluon.jit
 def load_packed(base, token, t_stride, head, h_stride, mask, columns):
     """Rows of packed (token, head) pairs: token, head, mask: [M] -> [M, columns], 0 where masked."""
     row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
     return gl.load(base + row[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
+
+
+@gluon.jit
+def held(q, layout: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    """Queries as dots take them: from registers, so that shared memory gives keys only, or as they lie."""
+    if IN_REGISTERS:
+        rows = q.load(gl.DotOperandLayout(0, layout, 2))
+    else:
+        rows = q
+    return rows
 
 
 @gluon.jit
@@ -276,6 +292,7 @@ def attend(
     p128_layout: gl.constexpr = gl.DotOperandLayout(0, o128_layout, 2)
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     nothing = gl.zeros([HALF, BLOCK_N], gl.float32, s_layout)
+    HELD: gl.constexpr = room_for_queries(128, BLOCK_N, 128)
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         head = item // tiles
@@ -302,6 +319,7 @@ def attend(
             loaded = load_packed(q_base, q_token_in, q_t, row_head_in, q_h, alive_in, columns)
             q0.store(loaded)
             fence_async_shared()
+            q0_rows = held(q0, s_layout, HELD)
 
             rows = GROUP * HALF + gl.arange(0, HALF, layout=by_row)
             token = t0 + rows // 4
@@ -336,7 +354,7 @@ def attend(
                 n0 = entry * 64 + i % TILES * BLOCK_N
                 n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
                 mbarrier.wait(k_full.index(slot), phase)
-                s = dot_keys(q0, k0.index(slot), nothing, False)
+                s = dot_keys(q0_rows, k0.index(slot), nothing, False)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 mbarrier.arrive(k_free.index(slot), count=1)
                 p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
@@ -354,7 +372,7 @@ def attend(
                     n0 = entry * 64 + i % TILES * BLOCK_N
                     n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
                     mbarrier.wait(k_full.index(slot), phase)
-                    s = dot_keys(q0, k0.index(slot), nothing, False)
+                    s = dot_keys(q0_rows, k0.index(slot), nothing, False)
                     acc0 = dot_values(p128, v0.index(before), acc0)
                     s = warpgroup_mma_wait(1, deps=(s,))
                     mbarrier.arrive(k_free.index(slot), count=1)
@@ -386,7 +404,7 @@ def attend(
                 member = tl.load(words, mask=word < members, other=-1) >> bit & 1
                 limit = tl.where(member != 0, seen, 0)
                 mbarrier.wait(k_full.index(slot), phase)
-                s = dot_keys(q0, k0.index(slot), nothing, False)
+                s = dot_keys(q0_rows, k0.index(slot), nothing, False)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 mbarrier.arrive(k_free.index(slot), count=1)
                 visible = n[None, :] < limit[:, None]
@@ -410,7 +428,7 @@ def attend(
                     member = tl.load(words, mask=word < members, other=-1) >> bit & 1
                     limit = tl.where(member != 0, seen, 0)
                     mbarrier.wait(k_full.index(slot), phase)
-                    s = dot_keys(q0, k0.index(slot), nothing, False)
+                    s = dot_keys(q0_rows, k0.index(slot), nothing, False)
                     acc0 = dot_values(p128, v0.index(before), acc0)
                     s = warpgroup_mma_wait(1, deps=(s,))
                     mbarrier.arrive(k_free.index(slot), count=1)

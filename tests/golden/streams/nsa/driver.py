@@ -213,7 +213,11 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = (batch.keys // 64 + 5) // 4 * 4
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
-        chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
+        most_block = max(1, max(SCRATCH_BYTES, batch.rows * 2560) // bytes_block)
+        rounds_block = most_block * 4 // batch.processors
+        least_block = min(most_block, batch.processors // 4)
+        whole_block = max(rounds_block * batch.processors // 4, least_block)
+        chunk_block = min(tiles_block, max(1, whole_block))
         scores_block = torch.empty(
             (
                 chunk_block * config["score_block"]["BLOCK_T"],
@@ -545,7 +549,11 @@ def select(tensors, batch, config):
     capacity_block = (batch.keys // 64 + 5) // 4 * 4
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
-    chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
+    most_block = max(1, max(SCRATCH_BYTES, batch.rows * 2560) // bytes_block)
+    rounds_block = most_block * 4 // batch.processors
+    least_block = min(most_block, batch.processors // 4)
+    whole_block = max(rounds_block * batch.processors // 4, least_block)
+    chunk_block = min(tiles_block, max(1, whole_block))
     scores_block = torch.empty(
         (
             chunk_block * config["score_block"]["BLOCK_T"],

@@ -151,8 +151,6 @@ def stream(
     k1,
     k_full,
     k_free,
-    q_full,
-    q_free,
     BLOCK_T: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -233,22 +231,19 @@ def score(
     k1,
     k_full,
     k_free,
-    q_full,
-    q_free,
     BLOCK_T: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Four warps: every other tile of keys is scored."""
+    """Four warps: half of a tile's rows are scored."""
     HALF: gl.constexpr = BLOCK_M // 2
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     by_row: gl.constexpr = gl.SliceLayout(0, s_layout)
     by_key: gl.constexpr = gl.SliceLayout(1, s_layout)
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
+    nothing = gl.zeros([BLOCK_N, HALF], gl.float32, s_layout)
     turn = 0
-    tiles_before = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         head = item // tiles
         program = tiles - 1 - item % tiles  # of a causal call the longest come first
@@ -260,26 +255,24 @@ def score(
         k_first = tl.load(SEQ + z * 6 + 4)
         k_len = tl.load(SEQ + z * 6 + 5)
         if t0 < q_len:
-            # load: each group half of the queries, by way of shared memory
-            rows_in = GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, load_layout))
-            token_in = t0 + token_of(rows_in, BLOCK_M // 16, 16)
-            row_head_in = head * 16 + head_of(rows_in, BLOCK_M // 16, 16)
+            # load: the queries, by way of shared memory
+            rows_in = gl.arange(0, HALF, layout=gl.SliceLayout(1, load_layout))
+            token_in = t0 + GROUP * (HALF // 16) + token_of(rows_in, HALF // 16, 16)
+            row_head_in = head * 16 + head_of(rows_in, HALF // 16, 16)
             alive_in = (token_in < q_len) & (token_in < t0 + BLOCK_T)
             q_token_in = q_first + token_in
             q_base = Q + z.to(tl.int64) * q_b
-            mbarrier.wait(q_free, (tiles_before & 1) ^ 1)
             columns = 0 + gl.arange(0, 128, layout=gl.SliceLayout(0, load_layout))
             loaded = load_packed(q_base, q_token_in, q_t, row_head_in, q_h, alive_in, columns)
-            q0.slice(GROUP * HALF, HALF, dim=0).store(loaded)
+            q0.store(loaded)
             columns = 128 + gl.arange(0, 64, layout=gl.SliceLayout(0, load_layout))
             loaded = load_packed(q_base, q_token_in, q_t, row_head_in, q_h, alive_in, columns)
-            q1.slice(GROUP * HALF, HALF, dim=0).store(loaded)
+            q1.store(loaded)
             fence_async_shared()
-            mbarrier.arrive(q_full, count=1)
 
-            rows = gl.arange(0, BLOCK_M, layout=by_row)
-            token = t0 + token_of(rows, BLOCK_M // 16, 16)
-            row_head = head * 16 + head_of(rows, BLOCK_M // 16, 16)
+            rows = gl.arange(0, HALF, layout=by_row)
+            token = t0 + GROUP * (HALF // 16) + token_of(rows, HALF // 16, 16)
+            row_head = head * 16 + head_of(rows, HALF // 16, 16)
             alive = (token < q_len) & (token < t0 + BLOCK_T)
             q_token = q_first + token
             position = q_offset + token
@@ -296,27 +289,64 @@ def score(
             tap = gl.arange(0, 4)
             own_weight = overlap_weight(tap, 2, 4)
             next_weight = overlap_weight(tap - 4, 2, 4)
-            tokens = token_at(gl.arange(0, BLOCK_M // 16), BLOCK_M // 16, 16)
+            tokens = GROUP * (HALF // 16) + token_at(gl.arange(0, HALF // 16), HALF // 16, 16)
             score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)
             score_row = (program * BLOCK_T + tokens).to(tl.int64) * (items // tiles) + head
-            mbarrier.wait(q_full, tiles_before & 1)
 
             # sources that are complete for every row
             start_of = 0
             begin = 0
             end = tl.maximum(full - start_of + BLOCK_N - 1, 0) // BLOCK_N
-            for i in range((turn + GROUP) & 1, end, 2):
+            for i in range(0, end - 1, 2):
                 slot = (turn + i) % STAGES
-                phase = (turn + i) // STAGES & 1
+                mbarrier.wait(k_full.index(slot), (turn + i) // STAGES & 1)
+                s = dot_queries(k0.index(slot), q0, nothing, False)
+                s = dot_queries(k1.index(slot), q1, s, True)
+                slot_next = (turn + i + 1) % STAGES
+                mbarrier.wait(k_full.index(slot_next), (turn + i + 1) // STAGES & 1)
+                s_next = dot_queries(k0.index(slot_next), q0, nothing, False)
+                s_next = dot_queries(k1.index(slot_next), q1, s_next, True)
+                s = warpgroup_mma_wait(2, deps=(s,))
+                mbarrier.arrive(k_free.index(slot), count=1)
                 n0 = start_of + i * BLOCK_N
                 n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
-                mbarrier.wait(k_full.index(slot), phase)
+                value = tl.exp2(s * 0.10411754627697266 - lse[None, :])
+                each = sum_heads(value, HALF // 16, 16)
+                at = n0 // 4 + gl.arange(0, BLOCK_N // 4)
+                own = fold_sum(each, own_weight)
+                address = SCORES + score_row[None, :] * 2 * capacity + at[:, None]
+                written = score_alive[None, :] & (at < target_stop)[:, None]
+                address = gl.set_auto_layout(address, own.type.layout)
+                written = gl.set_auto_layout(written, own.type.layout)
+                tl.store(address, own, mask=written)
+                handed = fold_sum(each, next_weight)
+                tl.store(address + capacity + 1, handed, mask=written)
+                s_next = warpgroup_mma_wait(0, deps=(s_next,))
+                mbarrier.arrive(k_free.index(slot_next), count=1)
+                n0 = start_of + (i + 1) * BLOCK_N
+                n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
+                value = tl.exp2(s_next * 0.10411754627697266 - lse[None, :])
+                each = sum_heads(value, HALF // 16, 16)
+                at = n0 // 4 + gl.arange(0, BLOCK_N // 4)
+                own = fold_sum(each, own_weight)
+                address = SCORES + score_row[None, :] * 2 * capacity + at[:, None]
+                written = score_alive[None, :] & (at < target_stop)[:, None]
+                address = gl.set_auto_layout(address, own.type.layout)
+                written = gl.set_auto_layout(written, own.type.layout)
+                tl.store(address, own, mask=written)
+                handed = fold_sum(each, next_weight)
+                tl.store(address + capacity + 1, handed, mask=written)
+            for i in range(end // 2 * 2, end):
+                slot = (turn + i) % STAGES
+                mbarrier.wait(k_full.index(slot), (turn + i) // STAGES & 1)
                 s = dot_queries(k0.index(slot), q0, nothing, False)
                 s = dot_queries(k1.index(slot), q1, s, True)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 mbarrier.arrive(k_free.index(slot), count=1)
+                n0 = start_of + i * BLOCK_N
+                n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
                 value = tl.exp2(s * 0.10411754627697266 - lse[None, :])
-                each = sum_heads(value, BLOCK_M // 16, 16)
+                each = sum_heads(value, HALF // 16, 16)
                 at = n0 // 4 + gl.arange(0, BLOCK_N // 4)
                 own = fold_sum(each, own_weight)
                 address = SCORES + score_row[None, :] * 2 * capacity + at[:, None]
@@ -332,20 +362,62 @@ def score(
             start_of = full
             begin = 0
             end = tl.maximum(target_stop * 4 - start_of + BLOCK_N - 1, 0) // BLOCK_N
-            for i in range((turn + GROUP) & 1, end, 2):
+            for i in range(0, end - 1, 2):
                 slot = (turn + i) % STAGES
-                phase = (turn + i) // STAGES & 1
+                mbarrier.wait(k_full.index(slot), (turn + i) // STAGES & 1)
+                s = dot_queries(k0.index(slot), q0, nothing, False)
+                s = dot_queries(k1.index(slot), q1, s, True)
+                slot_next = (turn + i + 1) % STAGES
+                mbarrier.wait(k_full.index(slot_next), (turn + i + 1) // STAGES & 1)
+                s_next = dot_queries(k0.index(slot_next), q0, nothing, False)
+                s_next = dot_queries(k1.index(slot_next), q1, s_next, True)
+                s = warpgroup_mma_wait(2, deps=(s,))
+                mbarrier.arrive(k_free.index(slot), count=1)
                 n0 = start_of + i * BLOCK_N
                 n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
-                mbarrier.wait(k_full.index(slot), phase)
+                value = tl.exp2(s * 0.10411754627697266 - lse[None, :])
+                visible = n[:, None] < complete[None, :]
+                value = tl.where(visible, value, 0.0)
+                each = sum_heads(value, HALF // 16, 16)
+                at = n0 // 4 + gl.arange(0, BLOCK_N // 4)
+                own = fold_sum(each, own_weight)
+                address = SCORES + score_row[None, :] * 2 * capacity + at[:, None]
+                written = score_alive[None, :] & (at < target_stop)[:, None]
+                address = gl.set_auto_layout(address, own.type.layout)
+                written = gl.set_auto_layout(written, own.type.layout)
+                tl.store(address, own, mask=written)
+                handed = fold_sum(each, next_weight)
+                tl.store(address + capacity + 1, handed, mask=written)
+                s_next = warpgroup_mma_wait(0, deps=(s_next,))
+                mbarrier.arrive(k_free.index(slot_next), count=1)
+                n0 = start_of + (i + 1) * BLOCK_N
+                n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
+                value = tl.exp2(s_next * 0.10411754627697266 - lse[None, :])
+                visible = n[:, None] < complete[None, :]
+                value = tl.where(visible, value, 0.0)
+                each = sum_heads(value, HALF // 16, 16)
+                at = n0 // 4 + gl.arange(0, BLOCK_N // 4)
+                own = fold_sum(each, own_weight)
+                address = SCORES + score_row[None, :] * 2 * capacity + at[:, None]
+                written = score_alive[None, :] & (at < target_stop)[:, None]
+                address = gl.set_auto_layout(address, own.type.layout)
+                written = gl.set_auto_layout(written, own.type.layout)
+                tl.store(address, own, mask=written)
+                handed = fold_sum(each, next_weight)
+                tl.store(address + capacity + 1, handed, mask=written)
+            for i in range(end // 2 * 2, end):
+                slot = (turn + i) % STAGES
+                mbarrier.wait(k_full.index(slot), (turn + i) // STAGES & 1)
                 s = dot_queries(k0.index(slot), q0, nothing, False)
                 s = dot_queries(k1.index(slot), q1, s, True)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 mbarrier.arrive(k_free.index(slot), count=1)
+                n0 = start_of + i * BLOCK_N
+                n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
                 value = tl.exp2(s * 0.10411754627697266 - lse[None, :])
                 visible = n[:, None] < complete[None, :]
                 value = tl.where(visible, value, 0.0)
-                each = sum_heads(value, BLOCK_M // 16, 16)
+                each = sum_heads(value, HALF // 16, 16)
                 at = n0 // 4 + gl.arange(0, BLOCK_N // 4)
                 own = fold_sum(each, own_weight)
                 address = SCORES + score_row[None, :] * 2 * capacity + at[:, None]
@@ -356,8 +428,6 @@ def score(
                 handed = fold_sum(each, next_weight)
                 tl.store(address + capacity + 1, handed, mask=written)
             turn += end
-            mbarrier.arrive(q_free, count=1)
-            tiles_before += 1
 
 
 @gluon.jit(
@@ -397,11 +467,14 @@ def score_block(
     STAGES: gl.constexpr,  # steps that are in flight
 ):
     # rows: BLOCK_T tokens x 16 heads (reduced together), padded to BLOCK_M, in two groups
+    HALF: gl.constexpr = BLOCK_M // 2
     dtype: gl.constexpr = Q.dtype.element_ty
-    layout0: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, 128], dtype)
-    q0 = gl.allocate_shared_memory(dtype, [BLOCK_M, 128], layout0)
-    layout1: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, 64], dtype)
-    q1 = gl.allocate_shared_memory(dtype, [BLOCK_M, 64], layout1)
+    layout0: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, 128], dtype)
+    q0_0 = gl.allocate_shared_memory(dtype, [HALF, 128], layout0)
+    q0_1 = gl.allocate_shared_memory(dtype, [HALF, 128], layout0)
+    layout1: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, 64], dtype)
+    q1_0 = gl.allocate_shared_memory(dtype, [HALF, 64], layout1)
+    q1_1 = gl.allocate_shared_memory(dtype, [HALF, 64], layout1)
     k0_shape: gl.constexpr = [STAGES, 1, BLOCK_N, 1, 128]
     k0 = gl.allocate_shared_memory(dtype, k0_shape, K0.layout)
     k1_shape: gl.constexpr = [STAGES, 1, BLOCK_N, 1, 64]
@@ -410,11 +483,7 @@ def score_block(
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=1)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=2)
-    mbarrier.init(q_free, count=2)
+        mbarrier.init(k_free.index(i), count=2)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -438,14 +507,12 @@ def score_block(
                     tiles,
                     items,
                     tile_first,
-                    q0,
-                    q1,
+                    q0_0,
+                    q1_0,
                     k0,
                     k1,
                     k_full,
                     k_free,
-                    q_full,
-                    q_free,
                     BLOCK_T,
                     BLOCK_M,
                     BLOCK_N,
@@ -472,14 +539,12 @@ def score_block(
                     tiles,
                     items,
                     tile_first,
-                    q0,
-                    q1,
+                    q0_1,
+                    q1_1,
                     k0,
                     k1,
                     k_full,
                     k_free,
-                    q_full,
-                    q_free,
                     BLOCK_T,
                     BLOCK_M,
                     BLOCK_N,
@@ -511,8 +576,6 @@ def score_block(
                     k1,
                     k_full,
                     k_free,
-                    q_full,
-                    q_free,
                     BLOCK_T,
                     BLOCK_M,
                     BLOCK_N,

@@ -68,7 +68,11 @@ def forward(tensors, batch, config, selection=None):
         capacity_token = max(1, batch.keys // 1 + 1)
         tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
         bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
-        chunk_token = min(tiles_token, max(1, SCRATCH_BYTES // bytes_token))
+        most_token = max(1, max(SCRATCH_BYTES, batch.rows * 17408) // bytes_token)
+        rounds_token = most_token * 1 // batch.processors
+        least_token = min(most_token, batch.processors // 1)
+        whole_token = max(rounds_token * batch.processors // 1, least_token)
+        chunk_token = min(tiles_token, max(1, whole_token))
         scores_token = torch.empty(
             (
                 chunk_token * config["score_token"]["BLOCK_T"],
@@ -196,7 +200,11 @@ def select(tensors, batch, config):
     capacity_token = max(1, batch.keys // 1 + 1)
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
     bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
-    chunk_token = min(tiles_token, max(1, SCRATCH_BYTES // bytes_token))
+    most_token = max(1, max(SCRATCH_BYTES, batch.rows * 17408) // bytes_token)
+    rounds_token = most_token * 1 // batch.processors
+    least_token = min(most_token, batch.processors // 1)
+    whole_token = max(rounds_token * batch.processors // 1, least_token)
+    chunk_token = min(tiles_token, max(1, whole_token))
     scores_token = torch.empty(
         (
             chunk_token * config["score_token"]["BLOCK_T"],
