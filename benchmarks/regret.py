@@ -23,7 +23,7 @@ from hsgen.plots import Line, Panel, draw
 from hsgen.quality import Json
 from hsgen.space import Space, space
 from hsgen.spec import load
-from hsgen.target import Target
+from hsgen.target import Target, with_streams
 from hsgen.tune.journal import Journal
 from hsgen.tune.search import Limits, Search
 from hsgen.tune.storages import storage_at
@@ -48,6 +48,8 @@ of them, without noise.
 
 def space_of(table: Table, target: Target) -> Space:
     """The part that a table is of, between the values that it has, in the variant that has them."""
+    if version := table.made.get("triton"):
+        target = with_streams(target, str(version))
     seen = dict(zip(table.names, map(set, zip(*table.entries, strict=True)), strict=True))
     found = space(passes.run(planner.plan(load(table.spec))), target)
     for variant in found.only([table.part]).variants:

@@ -21,7 +21,7 @@ VERSION = 1  # of ranges and rules: a change makes other studies
 MOST_ELEMENTS = 1 << 20  # of a tile, Triton's own limit
 MOST_ROWS = 256  # of a tile that dots read
 ACCUMULATORS = 192  # of 32 bits a thread: more leave no registers for the operands
-MOST_SCORES = 256  # a thread, of rows that are ranked: more compile for minutes
+MOST_SCORES = 128  # a thread, of rows that are ranked: twice as many compile for minutes
 LEAST_DOT = 16
 
 Values = dict[str, int]  # of one kernel: constexprs, num_warps, num_stages
