@@ -271,7 +271,14 @@ class Execution:
 
         selections: Without them, those that cost more than what they are made of are left out.
         """
+        return self._forward(self._look_up("forward", self.attending, call), call, selections)
+
+    def record(self, call: Call) -> tuple[list[Tensor], object]:
+        """The same, and what `backward` need not look up again."""
         known = self._look_up("forward", self.attending, call)
+        return self._forward(known, call, selections=True), known
+
+    def _forward(self, known: _Known, call: Call, selections: bool) -> list[Tensor]:
         problem, choice = known.problem, known.choice
         if problem.empty:
             return _filled(self.forward_fake(call))
@@ -352,9 +359,13 @@ class Execution:
         grads: Sequence[Tensor | None],
         outputs: Sequence[Tensor],
         wanted: Sequence[bool] | None = None,
+        known: object = None,
     ) -> list[Tensor | None]:
         """Gradients of the tensors that are wanted, the selection taken as it is."""
-        known = self._look_up_gradients(call)
+        if not isinstance(known, _Known):
+            known = self._look_up_gradients(call)
+        elif known.gradients is None:
+            known.gradients = self._gradients_of(known.problem)
         problem = known.problem
         wanted = wanted or [True] * len(call.tensors)
         grads = _whole(grads, outputs)
@@ -487,11 +498,15 @@ class Execution:
         if known is None:
             self.check_differentiable(call)
             problem = self.check(call, self.attending)
-            runs = self._on_kernels(problem.device) and not problem.empty
-            program = self._gradient_program(problem) if runs else None
+            program = self._gradients_of(problem)
             new = _Known(problem=problem, expected=self.attending, choice=None, gradients=program)
             known = self._remember(signature, new)
         return known
+
+    def _gradients_of(self, problem: Problem) -> Program | None:
+        """The program of gradients, where kernels make them."""
+        runs = self._on_kernels(problem.device) and not problem.empty
+        return self._gradient_program(problem) if runs else None
 
     def _gradient_program(self, problem: Problem) -> Program:
         """The program of gradients for these tensors, compiled once."""

@@ -59,6 +59,10 @@ class Implementation(Protocol):
         """o, log-sum-exp by branch; selection by level where none was brought along."""
         ...
 
+    def record(self, call: Call) -> tuple[list[Tensor], object]:
+        """The same, and what `backward` may be told of it."""
+        ...
+
     def forward_fake(self, call: Call) -> list[Tensor]: ...
 
     def select(self, call: Call) -> list[Tensor]:
@@ -77,10 +81,12 @@ class Implementation(Protocol):
         grads: Sequence[Tensor | None],
         outputs: Sequence[Tensor],
         wanted: Sequence[bool] | None = None,
+        known: object = None,
     ) -> list[Tensor | None]:
         """Gradients of `call.tensors`, or of those that are wanted; outputs are o and each log-sum-exp.
 
         grads: Theirs; None is 0.
+        known: What `record` said of the call.
         """
         ...
 
@@ -356,7 +362,7 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx, key: str, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         known = implementation(key)
         known.check_differentiable(call)
-        outputs = known.forward(call)
+        outputs, ctx.known = known.record(call)
         grads = _keep(ctx, key, call._replace(tensors=list(tensors)), outputs)
         ctx.mark_non_differentiable(*outputs[grads:])
         ctx.set_materialize_grads(False)
@@ -371,7 +377,11 @@ class _Recorded(torch.autograd.Function):
             whole = [torch.zeros_like(o) if grad is None else grad for grad, o in pairs]
             return (None, None, *backward(ctx.key, whole, outputs, *call))
         wanted = ctx.needs_input_grad[2:]
-        return (None, None, *implementation(ctx.key).backward(call, grads, outputs, wanted))
+        return (
+            None,
+            None,
+            *implementation(ctx.key).backward(call, grads, outputs, wanted, ctx.known),
+        )
 
 
 def record(key: str, call: Call) -> Sequence[Tensor]:
