@@ -35,8 +35,9 @@ def spec(size):
 class Server:
     """Pages in an order of their own, K and V of one side by side as vLLM has them."""
 
-    def __init__(self, kernel, pages=24):
-        pool = torch.full((pages, 1, PAGE, 32), 1e4)
+    def __init__(self, kernel, page=PAGE, device="cpu", pages=24):
+        self.page, self.device = page, device
+        pool = torch.full((pages, 1, page, 32), 1e4, device=device)
         k, v = pool.transpose(1, 2).split(16, -1)
         self.layer = PagedLayer(kernel, k, v)
         self.free = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).tolist()
@@ -48,7 +49,7 @@ class Server:
             old = self.tokens.get(name)
             self.tokens[name] = x if old is None else {n: torch.cat([old[n], x[n]]) for n in x}
             table = self.tables.setdefault(name, [])
-            while len(table) * PAGE < len(self.tokens[name]["k"]):
+            while len(table) * self.page < len(self.tokens[name]["k"]):
                 table.append(self.free.pop())
         counts = [len(x["k"]) for x in new.values()]
         starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
@@ -57,18 +58,18 @@ class Server:
         table = [self.tables[name] + [-1] * (width - len(self.tables[name])) for name in new]
         rows = Rows(
             starts=starts,
-            lengths=torch.tensor(lengths, dtype=torch.int32),
-            block_table=torch.tensor(table, dtype=torch.int32),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device=self.device),
+            block_table=torch.tensor(table, dtype=torch.int32, device=self.device),
             longest=max(lengths),
         )
-        packed = {n: torch.cat([x[n] for x in new.values()]) for n in NAMES}
+        packed = {n: torch.cat([x[n] for x in new.values()]).to(self.device) for n in NAMES}
         o = self.layer.attend(*(packed[n] for n in ("q", "k", "v")), rows)
-        return dict(zip(new, o.split(counts), strict=True))
+        return dict(zip(new, o.cpu().split(counts), strict=True))
 
     def share(self, name, of, pages):
         """A sequence whose first pages are another's."""
         self.tables[name] = self.tables[of][:pages]
-        self.tokens[name] = {n: x[: pages * PAGE] for n, x in self.tokens[of].items()}
+        self.tokens[name] = {n: x[: pages * self.page] for n, x in self.tokens[of].items()}
 
     def end(self, name):
         table = self.tables.pop(name)
@@ -95,30 +96,42 @@ def test_rows_of_a_mixed_batch_are_rows_of_prefill(size, interpret):
     """
     torch.manual_seed(0)
     own = spec(size)
-    server = Server(load_kernel(own, interpret=interpret))
     checked = 0
+    server = Server(load_kernel(own, interpret=interpret))
+    for o, expected in steps(own, server, short=interpret and size == 2):
+        torch.testing.assert_close(o.double(), expected, rtol=1e-4, atol=1e-5)
+        checked += len(o)
+    assert checked == (24 if interpret and size == 2 else 50)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("size", "page"), [(16, 32), (64, 16)])
+def test_mixed_batches_on_a_card(size, page):
+    torch.manual_seed(0)
+    server = Server(load_kernel(spec(size)), page, "cuda")
+    for o, expected in steps(spec(size), server, long=page):
+        torch.testing.assert_close(o.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def steps(own, server, *, short=False, long=PAGE):
+    """What a server says of new rows, and the reference of their sequences alone."""
 
     def step(**counts):
-        nonlocal checked
         new = {name: drawn(count) for name, count in counts.items()}
         for name, o in server.step(new).items():
             x = {n: y[None] for n, y in server.tokens[name].items()}
-            expected = reference(own, x, dtype=torch.float64).o[0, -len(o) :]
-            torch.testing.assert_close(o.double(), expected, rtol=1e-4, atol=1e-5)
-            checked += len(o)
+            yield o, reference(own, x, dtype=torch.float64).o[0, -len(o) :]
 
-    step(a=9)
-    step(a=1, b=9)
+    yield from step(a=2 * long + 1)
+    yield from step(a=1, b=2 * long + 1)
     server.share("c", "a", 2)
-    step(a=1, b=3, c=1)
-    assert checked == 24
-    if interpret and size == 2:
+    yield from step(a=1, b=3, c=1)
+    if short:
         return  # the rest takes as long again
     server.tokens["a"] = {n: x[:-2] for n, x in server.tokens["a"].items()}  # rejected drafts
-    step(a=2, c=9)
+    yield from step(a=2, c=9)
     server.end("a")
-    step(d=13, b=1, c=1)
-    assert checked == 50
+    yield from step(d=3 * long + 1, b=1, c=1)
 
 
 def test_pages_that_a_spec_does_not_fit():

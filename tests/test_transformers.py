@@ -243,7 +243,7 @@ def test_emitted_kernels_run_inside_a_model():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_what_no_spec_can_do_is_said():
+def test_what_no_spec_can_do_is_said(monkeypatch):
     name = registered(FEW)
     model = tiny(name)
     mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
@@ -265,6 +265,10 @@ def test_what_no_spec_can_do_is_said():
         integration.register("vsa")
     with pytest.raises(ArgumentError, match="name: expected one without / and |"):
         integration.register("moba", "me/moba")
+    with monkeypatch.context() as patch:
+        patch.setattr(integration, "version", lambda _: "5.5.4")
+        with pytest.raises(HsgenError, match="transformers 5.5.4: expected 5.6 or newer"):
+            integration.register("moba")
     cache = integration.new_cache(tiny(name), LENGTH)
     tokens, there = padded(ids(2, 9), (9, 5), "right")
     logits(tiny(name), tokens, attention_mask=there, cache=cache)
@@ -287,3 +291,28 @@ def test_documents_are_read_off_a_mask():
         lambda b, h, q, k: packed(b, h, q, k) | ((k == 0) & (q == 4)),
     ):
         assert segments.segments(**asked, mask_function=wrong).shape == (1, 1, 7, 7)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_steps_in_a_cuda_graph_are_rows_of_the_whole():
+    """On a card, where kernels attend; a captured step is replayed as lengths grow."""
+    name = registered(FEW)
+    tokens = ids(2, LENGTH).cuda()
+    model = tiny(name).cuda()
+    whole = logits(model, tokens, use_cache=False)
+    close = {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(whole.cpu(), logits(tiny(name), tokens.cpu()), **close)
+    cache = integration.new_cache(model, LENGTH)
+    logits(model, tokens[:, :18], cache=cache)
+    token, position = tokens[:, 18:19].clone(), torch.full((2, 1), 18, device="cuda")
+    step = model(token, cache=cache, position_ids=position).logits
+    torch.testing.assert_close(step, whole[:, 18:19], **close)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step = model(token, cache=cache, position_ids=position).logits
+    for t in range(19, LENGTH):
+        token.copy_(tokens[:, t : t + 1])
+        position.fill_(t)
+        graph.replay()
+        torch.testing.assert_close(step, whole[:, t : t + 1], **close)

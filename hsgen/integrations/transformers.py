@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from hsgen.spec import Spec
 # layer, q [B, T, Hq, D], k [B, S, Hkv, D], v [B, S, Hkv, Dv] -> tensors of the spec, [B, T or S, ...]
 Inputs = Callable[[Any, Tensor, Tensor, Tensor], Mapping[str, Tensor]]
 
+LEAST = (5, 6)  # from which on mask functions are told of lengths and offsets
 UNKNOWN = (
     "softcap",
     "s_aux",
@@ -86,9 +88,16 @@ def register(
         The name.
 
     Raises:
+        HsgenError: this transformers calls mask functions in another way.
         SpecError: the spec is wrong.
         ArgumentError: a name that transformers would look for elsewhere; a spec without causality.
     """
+    installed = version("transformers")
+    if tuple(map(int, installed.split(".")[:2])) < LEAST:
+        raise HsgenError(
+            f"transformers {installed}: expected {'.'.join(map(str, LEAST))} or newer",
+            help='pip install "hsgen[transformers]"',
+        )
     loaded = spec if isinstance(spec, Spec) else language.load(spec)
     chosen = name or f"hsgen:{loaded.name}"
     if "/" in chosen or "|" in chosen:
