@@ -410,7 +410,7 @@ Of small_thinker every fourth layer is dense, as its authors have it; power_atte
 
 """
 RATES = {
-    "cpu": "On a CPU the reference attends, here beside other work: tokens a second say nothing of kernels.\n",
+    "cpu": "On a CPU the reference attends, beside other work: tokens a second say nothing of kernels.\n",
     "cuda": "Tokens a second: of prefill, of steps as Python runs them, of steps in a CUDA graph; dense is "
     "transformers' `sdpa` with a static cache.\n",
 }
