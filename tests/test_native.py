@@ -235,9 +235,10 @@ def test_cuda_trains_compiled_cast_and_recomputed():
     expected = gradients(kernel, x)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        same(gradients(kernel, x), expected)
+        again = gradients(kernel, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    same(again, expected)
     torch._dynamo.reset()
     same(gradients(torch.compile(kernel, fullgraph=True), x), expected)
     names = list(x)
