@@ -151,7 +151,8 @@ def _stream_ranges(
     if context.scores:
         pitch = context.rows.pitch
         most = 1 << (SCORED_ROWS // pitch).bit_length() - 1
-        return {"BLOCK_T": (max(1, LEAST_ROWS // pitch), most), "STAGES": (2, 8)}
+        least = max(GROUPS, LEAST_ROWS // pitch)  # a token a group
+        return {"BLOCK_T": (least, most), "STAGES": (2, 8)}
     return {"BLOCK_N": (32, min(128, _block(kernel, plan) or 128)), "STAGES": (2, 8)}
 
 

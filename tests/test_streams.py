@@ -10,7 +10,7 @@ import pytest
 import torch
 from conformance import systems
 
-from hsgen import allowlist, dryrun, load_kernel, pipeline, resources, samples, schedule
+from hsgen import allowlist, dryrun, load_kernel, pipeline, resources, samples, schedule, space
 from hsgen.errors import BuildError
 from hsgen.execution import _aligned
 from hsgen.measurer import Shape
@@ -81,6 +81,17 @@ def test_tiles_need_rows_that_begin_at_16_bytes():
     assert _aligned(x)
     assert _aligned(x[:, 1:, ::2])
     assert not _aligned(torch.zeros(2, 8, 3, 68, dtype=torch.bfloat16)[..., :64])
+
+
+def test_no_group_is_without_a_token():
+    found = space.space(emitted.graph(spec_of("dsa_gqa")), STREAMING)
+    (knob,) = (
+        each
+        for part in found.variants[0].parts
+        for each in part.knobs
+        if each.label == "score_token.BLOCK_T"
+    )
+    assert [knob.value(code) for code in knob.codes] == [2, 4]  # of 64 heads, for two groups
 
 
 # --- text
