@@ -274,6 +274,22 @@ def test_what_no_spec_can_do_is_said(monkeypatch):
     logits(tiny(name), tokens, attention_mask=there, cache=cache)
     with pytest.raises(ArgumentError, match="crop: expected at most 0 tokens, since padding"):
         cache.crop(-1)
+    with pytest.raises(ArgumentError, match="crop: expected how many tokens to forget, .* got 3"):
+        cache.crop(3)
+
+
+def test_keys_that_leave_our_cache_come_to_attention():
+    """A model that changes them on the way would attend to a step's own tokens alone."""
+    layer = integration.new_cache(tiny(registered(FEW)), LENGTH).layers[0]
+    k = torch.zeros(1, 2, 5, 16)
+    layer.update(k, k)
+    with pytest.raises(HsgenError, match="tokens of an earlier call never came to an attention"):
+        layer.update(k, k)
+    layer.reset()
+    layer.update(k, k)
+    layer.handed_on = False  # as attention leaves it
+    with pytest.raises(HsgenError, match="expected each layer's own keys"):
+        layer.attend(None, {"q": k, "k": k, "v": k}, {}, None)
 
 
 def test_documents_are_read_off_a_mask():

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hsgen.cache import FEW, Cache
-from hsgen.errors import ArgumentError
+from hsgen.errors import ArgumentError, HsgenError
 from hsgen.runtime import Kernel
 
 
@@ -34,6 +34,7 @@ class KernelLayer(CacheLayerMixin):
         self.cache: Cache | None = None
         self.slots = 0
         self.whole = 0  # of the last slots, those where every sequence has a token
+        self.handed_on = False  # tokens that attention has not seen yet
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing yet: the first step tells of which kernel the cache is."""
@@ -48,6 +49,13 @@ class KernelLayer(CacheLayerMixin):
         """The new tokens, as they come."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.handed_on:  # attention would see a step's own tokens alone
+            raise HsgenError(
+                "cache: tokens of an earlier call never came to an attention that keeps them, as a model "
+                "changed its keys behind the cache, or that call failed",
+                help="after a failure cache.reset(); of such a model a cache of transformers' own",
+            )
+        self.handed_on = True
         key_states.hsgen_layer = self  # type: ignore[attr-defined]  # the only way from here to attention
         return key_states, value_states
 
@@ -66,6 +74,11 @@ class KernelLayer(CacheLayerMixin):
             parameters: Those without.
             rows: bool[B, T], which tokens are there; None if all are.
         """
+        if not self.handed_on:
+            raise HsgenError(
+                "cache: expected each layer's own keys, got those of another layer again"
+            )
+        self.handed_on = False
         given = dict(tensors)
         batch, tokens = given["q"].shape[:2]
         if self.cache is None:
@@ -101,12 +114,17 @@ class KernelLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.slots = self.whole = 0
+        self.handed_on = False
         if self.cache is not None:
             self.cache.truncate(0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: so many, as a number below 0."""
-        count = abs(tokens_to_remove)
+        if tokens_to_remove > 0:  # of versions that differ: a length, or an error
+            raise ArgumentError(
+                f"crop: expected how many tokens to forget, as a number below 0, got {tokens_to_remove}"
+            )
+        count = -tokens_to_remove
         if count > self.whole:
             raise ArgumentError(
                 f"crop: expected at most {self.whole} tokens, since padding comes before them, got {count}"
