@@ -180,6 +180,9 @@ def test_vllm(packages, told, sequences):
     assert impl.forward(layer, *arguments) is output
     torch.testing.assert_close(output[:-2].double(), expected(whole), rtol=1e-4, atol=1e-5)
     assert (output[-2:] == 7.0).all()  # nobody's
+    scaled = backend.get_impl_cls()(HEADS, DIM, 2 * DIM**-0.5)
+    again = scaled.forward(layer, padded["q"] / 2, *arguments[1:-1], torch.empty_like(output))
+    torch.testing.assert_close(again[:-2], output[:-2])
     layer.layer_name = "model.layers.1.self_attn.attn"
     assert impl.forward(layer, *arguments) == "dense"
     assert backend.supports_block_size(64)
@@ -247,6 +250,8 @@ def test_sglang(packages, told, sequences):
     torch.testing.assert_close(
         o.unflatten(1, (HEADS, DIM)).double(), expected(whole), rtol=1e-4, atol=1e-5
     )
+    layer.scaling *= 2
+    torch.testing.assert_close(backend.forward_extend(flat[0] / 2, *flat[1:], layer, batch), o)
     layer.layer_id = 1
     backend.forward_extend(*flat, layer, batch)
     assert backend.others.calls == ["metadata", "dense"]
