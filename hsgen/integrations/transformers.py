@@ -72,7 +72,8 @@ def register(
     """Make a spec an `attn_implementation`.
 
     Heads and head dims are the model's, whatever the spec says of them; an index stays as the spec has it.
-    Layers whose attention slides keep their window and those without causality their mask, both dense.
+    Layers whose attention slides keep their window and those without causality their mask, both dense; so are
+    those that have no number (`layer_idx`), as in the towers of other modalities.
     A layer that is given `block_indices` (MiniMax-M3) attends to these, not to what the spec would choose;
     where only other layers of the model have an indexer, a layer is dense.
 
