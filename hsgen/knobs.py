@@ -17,7 +17,7 @@ from hsgen.streams import GROUPS, LATENT_STEP, LEAST_ROWS, SCORED_ROWS, WIDEST, 
 from hsgen.target import Target
 from hsgen.together import ListsContext
 
-VERSION = 1  # of ranges and rules: a change makes other studies
+VERSION = 2  # of ranges and rules: a change makes other studies
 MOST_ELEMENTS = 1 << 20  # of a tile, Triton's own limit
 MOST_ROWS = 256  # of a tile that dots read
 ACCUMULATORS = 192  # of 32 bits a thread: more leave no registers for the operands

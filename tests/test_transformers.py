@@ -261,6 +261,11 @@ def test_what_no_spec_can_do_is_said(monkeypatch):
         logits(tiny(integration.register(spec)), ids(1, LENGTH))
     with pytest.raises(ArgumentError, match="attn_implementation that was registered, got 'sdpa'"):
         integration.new_cache(tiny("sdpa"), 8)
+    spec = parse(BLOCKS.replace("TOP_K", str(FEW)), "blocks.yaml")
+    branch = spec.attend[0].model_copy(update={"scale": 0.5})
+    with pytest.raises(HsgenError, match="has a scale of its own, as a model's layer has"):
+        own = spec.model_copy(update={"attend": (branch, *spec.attend[1:])})
+        logits(tiny(integration.register(own, "scaled")), ids(1, LENGTH))
     with pytest.raises(ArgumentError, match="expected causal attention"):
         integration.register("vsa")
     with pytest.raises(ArgumentError, match="name: expected one without / and |"):

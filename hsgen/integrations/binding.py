@@ -24,8 +24,15 @@ def kernel_of(
     """The kernel of one layer.  Heads and head dims are the model's; an index stays as the spec has it.
 
     Raises:
-        HsgenError: layers would have to hand selections to each other.
+        HsgenError: layers would have to hand selections to each other, or a branch has a scale of its
+            own: a model's layers have theirs.
     """
+    scaled = [branch.name for branch in spec.attend if branch.scale is not None]
+    if scaled:
+        raise HsgenError(
+            f"spec {spec.name}: branch {', '.join(scaled)} has a scale of its own, as a model's layer has",
+            help="leave `scale` out: the layer's is used",
+        )
     bound = standins.bind(spec, query=query, kv=kv, dim=dims)
     bound = language.verify(bound.model_copy(update={"index": spec.index}))
     made = load_kernel(bound, layer=layer, **options)
