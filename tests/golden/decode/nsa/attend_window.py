@@ -82,7 +82,7 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "num_sequences"])
 def attend_window(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride

@@ -47,7 +47,7 @@ def store_outputs(
     )
 
 
-@triton.jit(do_not_specialize=["items", "splits", "num_sequences"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "items", "splits", "num_sequences"])
 def merge_attend_compressed(
     PART_O,  # f32[Hq, items, 128]
     PART_LSE,  # f32[Hq, items]

@@ -47,7 +47,7 @@ def add_outputs(
     tl.store(address, (before.to(tl.float32) + x).to(base.dtype.element_ty), mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=["items", "splits", "num_sequences"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "items", "splits", "num_sequences"])
 def merge_attend_window(
     PART_O,  # f32[Hq, items, 128]
     PART_LSE,  # f32[Hq, items]

@@ -122,7 +122,7 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
     return tl.load(address, mask=mask[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "capacity", "num_sequences", "tile_first"])
 def score_block(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
