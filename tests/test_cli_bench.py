@@ -281,6 +281,35 @@ def test_values_are_padded_to_longer_keys_only():
         assert any(x.pad for x in baselines.variants(spec, "cuda")) is padded
 
 
+LATENT = """\
+hsgen: 1
+name: latent
+heads: {query: 4, kv: 1}
+head_dim: {qk: 24, v: 16}
+causal: true
+index: {heads: 2, dim: 8, keys: shared}
+levels:
+  - name: token
+    partition: tokens
+    score: {form: relu_weighted, share: all}
+    select: {top_k: 4}
+attend:
+  - {name: selected, over: token, storage: latent, scale: 0.2041241452319315}   # 24^-0.5
+"""
+
+
+def test_dense_takes_the_first_channels_of_a_latent_as_its_value():
+    setting = measure.Setting(
+        device="cpu", kind="random", groups=(), seconds=0.01, dtype=torch.float32
+    )
+    length = bench._Length(setting=setting, spec=parse(LATENT), tokens=20)
+    steps = list(length.dense(()))
+    assert steps
+    for name, action in steps:
+        found = action()
+        assert found["error"] < 1e-5, name  # of the last row, beside the reference
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_dense_sees_what_the_spec_sees(causal):
     q, k, v = (torch.randn(1, 12, 2, 16) for _ in range(3))

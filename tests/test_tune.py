@@ -224,6 +224,33 @@ def test_no_lane_waits_for_a_slow_compiler():
     assert not any(place % 5 == 0 for place, _ in sampled), "a slow one was waited for"
 
 
+def test_a_part_that_is_measured_whole_waits_for_none_either():
+    found, made = tabled("moba", "merge_selected", 0)
+    order, slow = [], []
+
+    class Slow:
+        early = 4
+
+        def ahead(self, point):
+            if point.key != found.start.key and not slow:
+                slow.append(point.key)
+
+        def ready(self, point):
+            return point.key not in slow or len(order) > 20
+
+        def failure(self, point):
+            order.append(point.key)
+
+    Search(
+        space=found,
+        measurer=Replay(made),
+        journal=Journal(storage_at(None), "t", found),
+        judge=Slow(),
+    ).run()
+    assert len(order) == len(made.entries)
+    assert order.index(slow[0]) > 20
+
+
 # --- journals
 
 

@@ -18,6 +18,12 @@ from hsgen.spec import Spec
 KEYS = ("spec", "dense_layers", "interpret")
 
 
+def with_scale(query: Tensor, scale: float | None) -> Tensor:
+    """Queries [..., D] that a kernel's own scale, D^-0.5, turns into logits of a layer's scale."""
+    natural = query.shape[-1] ** -0.5
+    return query if scale is None or scale == natural else query * (scale / natural)
+
+
 def kernel_of(
     spec: Spec, layer: int, *, query: int, kv: int, dims: tuple[int, int], **options: Any
 ) -> Kernel:

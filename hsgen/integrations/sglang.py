@@ -20,7 +20,7 @@ from sglang.srt.server_args import add_attention_backend_choices
 from torch import Tensor
 
 from hsgen.errors import ArgumentError, HsgenError
-from hsgen.integrations.binding import Settings
+from hsgen.integrations.binding import Settings, with_scale
 from hsgen.serving import PagedLayer, Rows
 
 NAME = "hsgen"
@@ -122,11 +122,8 @@ class Backend(AttentionBackend):
         assert self.forward_metadata is not None, "init_forward_metadata comes first"
         heads, dims = layer.tp_q_head_num, (layer.qk_head_dim, layer.v_head_dim)
         q = q.view(-1, heads, dims[0])
-        natural = dims[0] ** -0.5
-        if layer.scaling != natural:
-            q = q * (layer.scaling / natural)
         o = self._paged(layer).attend(
-            q,
+            with_scale(q, layer.scaling),
             k.view(-1, layer.tp_k_head_num, dims[0]),
             v.view(-1, layer.tp_v_head_num, dims[1]),
             self.forward_metadata,

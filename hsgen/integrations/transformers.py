@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from hsgen import spec as language
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.integrations import segments
-from hsgen.integrations.binding import kernel_of
+from hsgen.integrations.binding import kernel_of, with_scale
 from hsgen.integrations.caches import KernelLayer
 from hsgen.reference import tensor_kinds
 from hsgen.runtime import Kernel, load_kernel
@@ -196,9 +196,7 @@ class Attention:
             raise HsgenError(f"{where}: no spec is told of {wrong[0]}, which this model has")
         if dropout:
             raise HsgenError(f"{where}: no attention drops weights, got dropout {dropout}")
-        natural = query.shape[-1] ** -0.5
-        if scaling is not None and scaling != natural:
-            query = query * (scaling / natural)
+        query = with_scale(query, scaling)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         layered: KernelLayer | None = getattr(key, "hsgen_layer", None)
         if block_indices is not None:

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from hsgen.errors import HsgenError
-from hsgen.integrations.binding import Settings
+from hsgen.integrations.binding import Settings, with_scale
 from hsgen.serving import PagedLayer, Rows
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -106,10 +106,7 @@ class Impl(TritonAttentionImpl):
         if attn_metadata.causal is not True:
             raise HsgenError("HSGEN: expected requests with causality")
         n = attn_metadata.num_actual_tokens
-        q, k, v = query[:n], key[:n], value[:n]
-        natural = self.head_size**-0.5
-        if self.scale != natural:
-            q = q * (self.scale / natural)
+        q, k, v = with_scale(query[:n], self.scale), key[:n], value[:n]
         out = output[:n].view(n, self.num_heads, v.shape[-1])
         self._paged(number, kv_cache).attend(q, k, v, attn_metadata.hsgen_rows, out)
         return output

@@ -417,7 +417,7 @@ def add_up(
             mbarrier.arrive(p_free, count=1)
             given += 1
             o_base = O + z.to(tl.int64) * o_b
-            rows_out = gl.arange(0, BLOCK_M, layout=by_row)
+            rows_out = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, o_layout))
             token_out = t0 + rows_out // BLOCK_H
             place_out = part * BLOCK_H + rows_out % BLOCK_H
             row_head_out = head * 128 + place_out
