@@ -1,4 +1,4 @@
-"""The tile sizes that kernels of gradients start from: what fits the GPU and, as compiled, does not spill."""
+"""The tile sizes that kernels of gradients start from: what fits the GPU, and what measured best."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def of_rows(
     for count in _halves(tokens, 1):
         block_m = max(16, next_power(count * context.heads))
         for width in _halves(wide, 16):
-            for stages in (2, 1):
+            for stages in (3, 2, 1) if dims > WIDE else (2, 1):
                 numbers = block_m * dims + stages * width * dims + block_m * width
                 if numbers * _bytes(dtype, target) <= target.smem_per_block:
                     values = (("BLOCK_T", count), ("BLOCK_M", block_m), ("BLOCK_N", width))
@@ -39,21 +39,23 @@ def of_rows(
 def of_cols(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
     """dk and dv: keys, values and both accumulators stay, rows stream."""
     dims = _dims(context.qk_chunks, context.v_chunks)
-    wide, limit = (64, 64 if dims <= WIDE else 32) if dtype != "fp32" else (32, 32)
+    wide, limit, deep = (32, 32, 2) if dtype == "fp32" else (128, 32, 3)
     if dtype == "fp32" and dims > WIDE:
         wide = 16
     if context.list_heads:
-        wide = max(16, min(wide, next_power(context.size)))
+        # of lists two programs a processor pay, for all that they spill; of ranges one with wide tiles
+        wide = max(16, min(wide, 64, next_power(context.size)))
+        limit = 16 if dtype != "fp32" and dims > WIDE else limit
     chunk = (("BLOCK_C", CHUNK),) if context.list_heads else ()
     tokens = 1 << max(1, limit // context.heads).bit_length() - 1
     for count in _halves(tokens, 1):
         block_m = max(16, next_power(count * context.heads))
         for width in _halves(wide, 16):
-            for stages in (2, 1):
+            for stages in range(deep, 0, -1):
                 numbers = width * dims + stages * block_m * dims + block_m * width
                 if numbers * _bytes(dtype, target) <= target.smem_per_block:
                     values = (("BLOCK_T", count), ("BLOCK_M", block_m), ("BLOCK_N", width))
-                    warps = 8 if dims > WIDE or width * dims > 1 << 13 else 4
+                    warps = 8 if width > 64 or (dtype == "fp32" and dims > WIDE) else 4
                     return Config(constexprs=(*chunk, *values), num_warps=warps, num_stages=stages)
     raise _too_large(context.name, target)
 

@@ -59,11 +59,11 @@ CONFIG = {
     },
     "dkv_selected": {
         "BLOCK_C": 1024,
-        "BLOCK_T": 64,
-        "BLOCK_M": 64,
+        "BLOCK_T": 32,
+        "BLOCK_M": 32,
         "BLOCK_N": 64,
-        "num_warps": 8,
-        "num_stages": 2,
+        "num_warps": 4,
+        "num_stages": 3,
     },
     "sum_selected": {
         "num_warps": 4,

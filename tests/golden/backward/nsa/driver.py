@@ -50,21 +50,21 @@ CONFIG = {
     },
     "delta_compressed": {
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "dq_compressed": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
         "BLOCK_N": 32,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "dkv_compressed": {
         "BLOCK_T": 2,
         "BLOCK_M": 32,
-        "BLOCK_N": 64,
+        "BLOCK_N": 128,
         "num_warps": 8,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "sum_compressed": {
         "num_warps": 4,
@@ -76,14 +76,14 @@ CONFIG = {
     },
     "delta_selected": {
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "dq_selected": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
         "BLOCK_N": 32,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "tally_rows_selected": {
         "BLOCK_T": 4,
@@ -107,11 +107,11 @@ CONFIG = {
     },
     "dkv_selected": {
         "BLOCK_C": 1024,
-        "BLOCK_T": 2,
-        "BLOCK_M": 32,
+        "BLOCK_T": 1,
+        "BLOCK_M": 16,
         "BLOCK_N": 64,
-        "num_warps": 8,
-        "num_stages": 2,
+        "num_warps": 4,
+        "num_stages": 3,
     },
     "sum_selected": {
         "num_warps": 4,
@@ -119,21 +119,21 @@ CONFIG = {
     },
     "delta_window": {
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "dq_window": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
         "BLOCK_N": 32,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "dkv_window": {
         "BLOCK_T": 2,
         "BLOCK_M": 32,
-        "BLOCK_N": 64,
+        "BLOCK_N": 128,
         "num_warps": 8,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "unmap_compressed_keys": {
         "BLOCK_E": 64,
