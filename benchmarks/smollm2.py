@@ -197,10 +197,10 @@ def stand_in(spec: Spec) -> Callable[[Any, Tensor, Tensor, Tensor], Json] | None
 
 
 @torch.no_grad()
-def surprise(network: Any, ids: Tensor, cache: Any = None) -> float:
+def surprise(network: Any, ids: Tensor, kept: Mapping[str, Any] | None = None) -> float:
     """Perplexity of the second half's tokens; all of them go into a cache, if there is one."""
     half = len(ids) // 2
-    asked = {"cache": cache, "use_cache": cache is not None, "logits_to_keep": half + 1}
+    asked = {**(kept or {}), "use_cache": kept is not None, "logits_to_keep": half + 1}
     logits = network(ids[None], **asked).logits[0, :-1]
     return math.exp(float(F.cross_entropy(logits.float(), ids[-half:])))
 
@@ -251,43 +251,46 @@ def retrieved(network: Any, hays: Sequence[tuple[Tensor, list[int]]]) -> list[fl
 @torch.no_grad()
 def rates(network: Any, ids: Tensor, batch: int, steps: int, made: Callable[[int], Any]) -> Json:
     """Tokens a second of a prefill, and of steps behind it: as Python runs them, and as a CUDA graph."""
+    from hsgen.integrations.transformers import keeping
+
     text, found = ids.expand(batch, -1), {}
     for _ in range(2):  # the first one compiles
-        cache = made(len(ids) + 4 * steps + 16)
+        kept = keeping(network, made(len(ids) + 4 * steps + 16))
         started = _clock(cuda=True)
-        network(text, cache=cache, logits_to_keep=1)
+        network(text, **kept, logits_to_keep=1)
         found["prefill"] = text.numel() / (_clock(cuda=True) - started)
     token = text[:, -1:].clone()
     for count in (2, steps):
-        found["decode"] = _stepped(network, token, cache, count)
+        found["decode"] = _stepped(network, token, kept, count)
     try:
-        found["graph"] = batch / _replayed(network, token, cache, steps)
+        found["graph"] = batch / _replayed(network, token, kept, steps)
     except Exception as error:  # noqa: BLE001  what cannot be captured is a result
         found["graph_failed"] = _short(error)
     return found
 
 
-def _stepped(network: Any, token: Tensor, cache: Any, count: int) -> float:
+def _stepped(network: Any, token: Tensor, kept: Mapping[str, Any], count: int) -> float:
     """Tokens a second of so many steps."""
     cuda = token.device.type == "cuda"
     started = _clock(cuda)
     for _ in range(count):
-        network(token, cache=cache)
+        network(token, **kept)
     return token.numel() * count / (_clock(cuda) - started)
 
 
-def _replayed(network: Any, token: Tensor, cache: Any, steps: int) -> float:
+def _replayed(network: Any, token: Tensor, kept: Mapping[str, Any], steps: int) -> float:
     """Seconds of a step that a CUDA graph has captured; lengths and positions grow as it is replayed."""
+    (cache,) = kept.values()
     seen = int(cache.get_seq_length())
     position = torch.full_like(token, seen)
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
-            network(token, cache=cache, position_ids=position)
+            network(token, **kept, position_ids=position)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
-        network(token, cache=cache, position_ids=position)
+        network(token, **kept, position_ids=position)
         position += 1
     graph.replay()
     started = _clock(cuda=True)
@@ -361,7 +364,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
             cache = dense_cache if spec is None else ours
             if device == "cpu":  # where a prefill takes long
                 started = _clock(cuda=False)
-                kept = cache(len(ids) + STEPS["cpu"])
+                kept = integration.keeping(network, cache(len(ids) + STEPS["cpu"]))
                 record["perplexity"] = surprise(network, ids, kept)
                 rate = len(ids) / (_clock(cuda=False) - started)
                 with torch.no_grad():

@@ -57,6 +57,11 @@ def logits(model, tokens, **others):
     return model(tokens, **others).logits
 
 
+def kept(model, tokens, cache, **others):
+    """The same behind a cache, by the name that the installed version has for it."""
+    return logits(model, tokens, **integration.keeping(model, cache), **others)
+
+
 def padded(tokens, lengths, side):
     """Sequences of other lengths, and which of the tokens are no padding."""
     there = torch.zeros_like(tokens)
@@ -113,11 +118,11 @@ def test_chunks_and_steps_are_rows_of_the_whole(kind):
     whole = logits(model, tokens, use_cache=False)
     cache, found = caches(model)[kind], []
     for begin, end in ((0, 11), (11, 21), (21, 22)):
-        found.append(logits(model, tokens[:, begin:end], cache=cache))
+        found.append(kept(model, tokens[:, begin:end], cache))
     if kind != "static":
-        logits(model, ids(2, 1, seed=7), cache=cache)
+        kept(model, ids(2, 1, seed=7), cache)
         cache.crop(-1)
-    found.append(logits(model, tokens[:, 22:], cache=cache))
+    found.append(kept(model, tokens[:, 22:], cache))
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -131,8 +136,8 @@ def test_padded_batches_generate_as_their_sequences_do():
         for z, length in enumerate(lengths)
     ]
     for kind in ("dynamic", "static", "ours"):
-        cache = caches(model)[kind]
-        found = model.generate(tokens, attention_mask=there, cache=cache, **asked)
+        cache = integration.keeping(model, caches(model)[kind])
+        found = model.generate(tokens, attention_mask=there, **cache, **asked)
         assert torch.equal(found[:, 17:], torch.stack(alone)), kind
 
 
@@ -142,9 +147,8 @@ def test_beams_follow_their_sequences():
     asked = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "pad_token_id": 0}
     tokens = ids(2, 11)
     expected = model.generate(tokens, **asked)
-    assert torch.equal(
-        model.generate(tokens, cache=integration.new_cache(model, 20), **asked), expected
-    )
+    cache = integration.keeping(model, integration.new_cache(model, 20))
+    assert torch.equal(model.generate(tokens, **cache, **asked), expected)
 
 
 def test_gradients_are_those_of_its_own_attention():
@@ -220,8 +224,9 @@ def test_m3_attends_to_the_blocks_that_it_chose(m3, kind):
         for part in parts:
             seen += part.shape[1]
             mask = None if there is None else there[:, :seen]
-            given = m3(part, attention_mask=mask, cache=cache, use_cache=kind != "alone")
-            cache = given.cache
+            named = integration.keeping(m3, cache)
+            given = m3(part, attention_mask=mask, use_cache=kind != "alone", **named)
+            cache = given[next(iter(named))] if kind != "alone" else None
             states.append(given.last_hidden_state)
         found.append(torch.cat(states, 1))
     real = slice(None) if there is None else there > 0
@@ -237,8 +242,8 @@ def test_emitted_kernels_run_inside_a_model():
     for interpret in (True, False):
         model = tiny(registered(FEW, interpret=interpret), num_hidden_layers=1)
         cache = integration.new_cache(model, 12)
-        prefill = logits(model, tokens[:, :9], attention_mask=there[:, :9], cache=cache)
-        step = logits(model, tokens[:, 9:], attention_mask=there, cache=cache)
+        prefill = kept(model, tokens[:, :9], cache, attention_mask=there[:, :9])
+        step = kept(model, tokens[:, 9:], cache, attention_mask=there)
         found.append(torch.cat([prefill, step], 1)[there > 0])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
@@ -276,7 +281,7 @@ def test_what_no_spec_can_do_is_said(monkeypatch):
             integration.register("moba")
     cache = integration.new_cache(tiny(name), LENGTH)
     tokens, there = padded(ids(2, 9), (9, 5), "right")
-    logits(tiny(name), tokens, attention_mask=there, cache=cache)
+    kept(tiny(name), tokens, cache, attention_mask=there)
     with pytest.raises(ArgumentError, match="crop: expected at most 0 tokens, since padding"):
         cache.crop(-1)
     with pytest.raises(ArgumentError, match="crop: expected how many tokens to forget, .* got 3"):
@@ -295,6 +300,17 @@ def test_keys_that_leave_our_cache_come_to_attention():
     layer.handed_on = False  # as attention leaves it
     with pytest.raises(HsgenError, match="expected each layer's own keys"):
         layer.attend(None, {"q": k, "k": k, "v": k}, {}, None)
+
+
+def test_a_cache_that_a_model_does_not_know_is_refused():
+    """Older models hand on an argument `cache` to attention, and every step would be a first one."""
+    model = tiny(name := registered(FEW))
+    assert set(integration.keeping(model, 1)) <= {"cache", "past_key_values"}
+    attention = integration._registered[name]
+    q = torch.zeros(1, 6, 1, 16)
+    k = torch.zeros(1, 2, 1, 16)
+    with pytest.raises(HsgenError, match="layer 0, LlamaAttention: .* knows no argument cache"):
+        attention(model.model.layers[0].self_attn, q, k, k, None, cache=DynamicCache())
 
 
 def test_documents_are_read_off_a_mask():
@@ -325,13 +341,13 @@ def test_steps_in_a_cuda_graph_are_rows_of_the_whole():
     close = {"rtol": 1e-2, "atol": 1e-2}
     torch.testing.assert_close(whole.cpu(), logits(tiny(name), tokens.cpu()), **close)
     cache = integration.new_cache(model, LENGTH)
-    logits(model, tokens[:, :18], cache=cache)
+    kept(model, tokens[:, :18], cache)
     token, position = tokens[:, 18:19].clone(), torch.full((2, 1), 18, device="cuda")
-    step = model(token, cache=cache, position_ids=position).logits
+    step = kept(model, token, cache, position_ids=position)
     torch.testing.assert_close(step, whole[:, 18:19], **close)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step = model(token, cache=cache, position_ids=position).logits
+        step = kept(model, token, cache, position_ids=position)
     for t in range(19, LENGTH):
         token.copy_(tokens[:, t : t + 1])
         position.fill_(t)

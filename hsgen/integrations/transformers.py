@@ -13,6 +13,7 @@ one that keeps what the spec pools too.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -123,7 +124,7 @@ def register(
 
 def new_cache(model: Any, capacity: int) -> DynamicCache:
     """A cache for a model that attends by a registered spec: `model(..., cache=cache)`, `past_key_values=` in
-    older versions.
+    older versions; `keeping` says which.
 
     Dense layers and sliding ones have transformers' own.
 
@@ -147,6 +148,12 @@ def new_cache(model: Any, capacity: int) -> DynamicCache:
         if type(layer) is DynamicLayer and i not in _registered[name].dense_layers:
             made.layers[i] = KernelLayer(capacity)
     return made
+
+
+def keeping(model: Any, cache: Any) -> dict[str, Any]:
+    """A cache as the argument that a model of this transformers takes, for `model(...)` and `generate`."""
+    named = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if named else "past_key_values": cache}
 
 
 class Attention:
@@ -194,6 +201,11 @@ class Attention:
         where = f"layer {layer}, {type(module).__name__}"
         if wrong := [x for x in UNKNOWN if others.get(x) is not None]:
             raise HsgenError(f"{where}: no spec is told of {wrong[0]}, which this model has")
+        if others.get("cache") is not None:  # a model hands on what it does not know
+            raise HsgenError(
+                f"{where}: the model of this transformers knows no argument cache, and keeps nothing in it",
+                help="past_key_values=, or **hsgen.integrations.transformers.keeping(model, cache)",
+            )
         if dropout:
             raise HsgenError(f"{where}: no attention drops weights, got dropout {dropout}")
         query = with_scale(query, scaling)
