@@ -45,9 +45,9 @@ class Batch:
         """The GPU's, of which each runs one program of a kernel that streams keys."""
         return _processors(self.table.device)
 
-    def tile_of(self, x: Tensor, rows: int, columns: int) -> object:
+    def tile_of(self, x: Tensor, rows: int, columns: int, heads: int = 1) -> object:
         """As `tiling.tile_of`, for drivers."""
-        return tiling.tile_of(x, rows, columns)
+        return tiling.tile_of(x, rows, columns, heads)
 
 
 @cache

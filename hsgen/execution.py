@@ -28,7 +28,7 @@ from hsgen.flops import Work
 from hsgen.gates import Gate
 from hsgen.graph import Graph, tensor_inputs
 from hsgen.operators import Call
-from hsgen.plan import Plan
+from hsgen.plan import STREAMED, Plan
 from hsgen.reference import Result, reference
 from hsgen.schedule import Order, part_of
 from hsgen.selection import BitmapSelection, to_list
@@ -125,6 +125,11 @@ class Program:
     launches: int
     texts: Mapping[str, str] = field(default_factory=dict[str, str])
     rows_apart: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether a kernel has tensors brought to it, which must lie as what brings them wants."""
+        return any(kernel.skeleton in STREAMED for kernel in self.plan.kernels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -365,7 +370,7 @@ class Execution:
         if not isinstance(known, _Known):
             known = self._look_up_gradients(call)
         elif known.gradients is None:
-            known.gradients = self._gradients_of(known.problem)
+            known.gradients = self._gradients_of(known.problem, call)
         problem = known.problem
         wanted = wanted or [True] * len(call.tensors)
         grads = _whole(grads, outputs)
@@ -467,6 +472,8 @@ class Execution:
         o, grad_o = (_rows_of(each[0], problem) for each in (outputs, grads))
         if grad_o.stride(-1) != 1:  # of a sum, say: one number everywhere
             grad_o = grad_o.contiguous()
+        if program.streams and not _aligned(grad_o):
+            grad_o = grad_o.clone(memory_format=torch.contiguous_format)
         with running(problem.device):
             found = program.driver.backward(
                 tensors,
@@ -498,23 +505,26 @@ class Execution:
         if known is None:
             self.check_differentiable(call)
             problem = self.check(call, self.attending)
-            program = self._gradients_of(problem)
+            program = self._gradients_of(problem, call)
             new = _Known(problem=problem, expected=self.attending, choice=None, gradients=program)
             known = self._remember(signature, new)
         return known
 
-    def _gradients_of(self, problem: Problem) -> Program | None:
+    def _gradients_of(self, problem: Problem, call: Call) -> Program | None:
         """The program of gradients, where kernels make them."""
         runs = self._on_kernels(problem.device) and not problem.empty
-        return self._gradient_program(problem) if runs else None
+        return self._gradient_program(problem, call) if runs else None
 
-    def _gradient_program(self, problem: Problem) -> Program:
+    def _gradient_program(self, problem: Problem, call: Call) -> Program:
         """The program of gradients for these tensors, compiled once."""
-        binding = _binding(problem)
+        even = self._aligned(call) and _aligned(call.tensors[self.attending.names.index("q")])
+        binding = replace(_binding(problem), aligned=even)
         with self._lock:
             if binding not in self._gradients:
                 self._refuse_capture(problem.device)
                 spec, target, interpret = self._bound(binding)
+                if interpret or not even:
+                    target = replace(target, streams=False)
                 made = self._compiler(
                     spec, target, binding.dtype, interpret=interpret, orders={}, backward=True
                 )

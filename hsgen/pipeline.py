@@ -94,6 +94,7 @@ def compile_backward(spec: Spec, target: Target, dtype: DType = "bf16") -> Artif
         "target": target.name,
         "dtype": dtype,
         "of": "backward",
+        **({"streams": True} if target.streams else {}),
     }
     module = build.build(f"{spec.name}_backward", sources, key)
     return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)

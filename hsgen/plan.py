@@ -13,8 +13,11 @@ from typing import Any, ClassVar, Literal, Protocol
 from hsgen.storage import Storage
 
 ParamKind = Literal["pointer", "tiles", "stride", "count", "constexpr"]
-Skeleton = Literal["rows", "streams", "latents", "cols", "rank", "segments", "index", "merge"]
-STREAMED: tuple[Skeleton, ...] = ("streams", "latents")  # in Gluon: texts of `rows`
+Skeleton = Literal[
+    "rows", "streams", "latents", "cols", "cols_streams", "rank", "segments", "index", "merge"
+]
+# in Gluon: texts of `rows`, and of `cols`
+STREAMED: tuple[Skeleton, ...] = ("streams", "latents", "cols_streams")
 ElementType = Literal["input", "f32", "i32", "i64"]
 
 
@@ -27,6 +30,7 @@ class Param:
     comment: str
     dtype: ElementType | None = None  # of what a pointer points to, or a tile holds
     columns: int = 0  # of a tile
+    heads: int = 0  # of one token, which a tile then has; 0: BLOCK_N tokens of one head
 
     @property
     def declaration(self) -> str:

@@ -52,7 +52,8 @@ class Parameter:
     """One parameter of a kernel, in order.
 
     `dtype` is empty for a constexpr, else bf16, fp16, fp32, fp64, fp8e4nv, fp8e5, i1 to i64 or u8.
-    `columns`: of tiles that the tensor memory accelerator brings, BLOCK_N rows of one head each.
+    `columns`: of tiles that the tensor memory accelerator brings, BLOCK_N rows of one head each, or
+    one of so many `heads`.
     `divisible` promises a multiple of 16 (bytes for a pointer), without which nothing is pipelined.
     """
 
@@ -61,6 +62,7 @@ class Parameter:
     dtype: str = ""
     divisible: bool = False
     columns: int = 0
+    heads: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +123,13 @@ def _plan_parameter(param: Param, dtype: str) -> Parameter:
             element = dtype if param.dtype in {"input", None} else str(param.dtype)
             return Parameter(name=param.name, kind="pointer", dtype=element, divisible=True)
         case "tiles":
-            return Parameter(name=param.name, kind="tiles", dtype=dtype, columns=param.columns)
+            return Parameter(
+                name=param.name,
+                kind="tiles",
+                dtype=dtype,
+                columns=param.columns,
+                heads=param.heads,
+            )
         case "stride":
             return Parameter(name=param.name, kind="int", dtype="i32", divisible=True)
         case "count":
@@ -545,10 +553,10 @@ def _type(parameter: Parameter, job: Job) -> str:
 
 
 def _tile(parameter: Parameter, job: Job) -> list[int | str]:
-    """What a tile holds, its rows and its columns."""
-    rows = job.constants["BLOCK_N"]
+    """What a tile holds, its rows, its columns and its heads."""
+    rows = 1 if parameter.heads else job.constants["BLOCK_N"]
     assert isinstance(rows, int), "a tile of so many keys"
-    return [DTYPES[parameter.dtype], rows, parameter.columns]
+    return [DTYPES[parameter.dtype], rows, parameter.columns, parameter.heads or 1]
 
 
 def _needed(module: Module, file: str) -> dict[str, str]:

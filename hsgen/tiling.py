@@ -19,25 +19,26 @@ except ImportError:  # an older Triton, for which no kernel is written that take
 SWIZZLED = 128  # bytes of a row of shared memory
 
 
-def tile_of(x: Tensor, rows: int, columns: int) -> Any:
-    """Tiles of one head, `rows` by `columns`.
+def tile_of(x: Tensor, rows: int, columns: int, heads: int = 1) -> Any:
+    """Tiles of `rows` by `columns`, of one head or more.
 
     Args:
         x: [B, S, H, D], or [B, S, D] of one head; 16-byte aligned, and so its strides.
         rows: tokens a tile.
         columns: channels a tile.
+        heads: of H that are next to each other.
     """
     if x.ndim == 3:
         x = x.unsqueeze(2)
     if not x.numel():  # no tile of it is ever fetched
-        x = x.new_zeros((1, 1, 1, columns))
+        x = x.new_zeros((1, 1, heads, columns))
     layout = _layout(columns, x.element_size())
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns], layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, heads, columns], layout)
 
 
-def type_of(dtype: str, rows: int, columns: int) -> str:
+def type_of(dtype: str, rows: int, columns: int, heads: int) -> str:
     """The type of such a parameter as Triton writes it; `dtype` as Triton does: bf16, fp16."""
-    return f"tensordesc<{dtype}[1, {rows}, 1, {columns}],{_layout(columns, 2)!r}>"
+    return f"tensordesc<{dtype}[1, {rows}, {heads}, {columns}],{_layout(columns, 2)!r}>"
 
 
 @cache

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import emitted
 import pytest
@@ -11,11 +12,12 @@ import torch
 from conformance import systems
 from template_lint import lint
 
-from hsgen import allowlist, backward, load_kernel
+from hsgen import allowlist, backward, load_kernel, pipeline, resources
+from hsgen.cols_streams import ColsStreamsContext
 from hsgen.errors import PlanError
 from hsgen.reference import tensor_kinds, tensor_shapes
 from hsgen.spec import load, parse
-from hsgen.target import H100
+from hsgen.target import H100, Target, with_streams
 
 GPU = os.environ["HSGEN_TEST_LANE"] == "gpu"  # tests below are of one lane
 # of dots of float32 in three passes of TF32, and of plain ones
@@ -25,6 +27,14 @@ UNIT = {
     torch.bfloat16: 2.0**-8,
 }
 GOLDEN = ("moba", "nsa")
+STREAMING = replace(H100, streams=True)
+STREAMED = {  # of each spec, what dk and dv come from by a stream of rows
+    "nsa": {"dkv_compressed", "dkv_selected", "dkv_window"},
+    "minimax_m3": {"dkv_selected"},
+    "moba": set(),  # each query head chooses: a tile would have a row of a token
+    "small_thinker": set(),  # groups of 7
+    "nsa_fla": set(),  # head dim 32
+}
 
 CHOSEN = """
 hsgen: 1
@@ -266,6 +276,77 @@ def test_sources_of_gradients_are_formatted_and_obey_the_rules(tmp_path):
             assert done.returncode == 0, done.stdout + done.stderr
 
 
+# --- rows in a stream
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_rows_stream_where_a_tokens_heads_fill_tiles(name):
+    def streamed(target, dtype="bf16"):
+        plan = backward.plan(emitted.graph(systems.load(name)), target, dtype)
+        return {k.name for k in plan.kernels if isinstance(k.context, ColsStreamsContext)}
+
+    assert streamed(STREAMING) == STREAMED[name]
+    assert not streamed(H100)
+    assert not streamed(STREAMING, "fp32")
+
+
+def test_sources_of_streams_are_golden(golden):
+    plan = backward.plan(emitted.graph(systems.load("nsa")), STREAMING)
+    sources = emitted.sources(plan)
+    for name in sorted(STREAMED["nsa"]):
+        golden(f"backward/streams/{name}.py", sources[f"{name}.py"])
+    golden("backward/streams/driver.py", sources["driver.py"])
+
+
+def test_sources_of_streams_are_formatted_and_obey_the_rules(tmp_path):
+    wide = SMALL | {"qk": 192, "v": 128, "size": 64, "stride": 32, "window": 200}
+    for case in (
+        spec(GATED, **wide, query=16, kv=1),
+        spec(UNITED, **wide | {"qk": 64, "v": 192}, query=16, kv=2),
+        spec(POOLED, **wide, query=64, kv=2),
+        spec(WINDOW, **wide, query=16, kv=2, causal="false"),
+    ):
+        plan = backward.plan(emitted.graph(case), STREAMING)
+        assert any(isinstance(kernel.context, ColsStreamsContext) for kernel in plan.kernels)
+        sources = emitted.sources(plan)
+        allowlist.check(sources)
+        for file, text in sources.items():
+            assert lint(text, driver=file in ("driver.py", "__init__.py")) == [], file
+            (tmp_path / file).write_text(text)
+        ruff = [sys.executable, "-m", "ruff", "format", "--check", "--isolated", "--no-cache"]
+        where = ["--line-length=100", "--target-version=py311", str(tmp_path)]
+        done = subprocess.run([*ruff, *where], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_launches_bring_what_streams_take():
+    plan = backward.plan(emitted.graph(systems.load("nsa")), STREAMING)
+    launches = {launch.kernel: launch for step in plan.steps for launch in step.launches}
+    for name in STREAMED["nsa"]:
+        kernel = plan.kernel(name)
+        taken = [p.name for p in kernel.params if p.kind != "constexpr"]
+        given = dict(zip(taken, launches[name].arguments, strict=True))
+        assert given["Q"] == "batch.tile_of(in_q, 1, 64, 16)"
+        assert given["DO"] == "batch.tile_of(grad_o, 1, 64, 16)"
+        assert given["whose"] == "0 if batch.packed else 1"
+        assert kernel.config["BLOCK_T"] * 16 == kernel.config["BLOCK_M"] == 64
+
+
+@pytest.mark.skipif(
+    not with_streams(H100).streams, reason="the installed Triton has no Gluon for Hopper"
+)
+def test_streams_compile_and_do_not_spill(tmp_path, monkeypatch):
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
+    artifact = pipeline.compile_backward(systems.load("nsa"), STREAMING)
+    jobs = resources.plan_jobs(artifact.plan, artifact.module, STREAMING)
+    streamed = [job for job in jobs if job.signature.function in STREAMED["nsa"]]
+    for found in resources.measure(streamed):
+        assert isinstance(found, resources.Resources), found
+        assert found.cost.spill_bytes == 0
+        assert found.cost.warps == 12  # two groups, and two warps that stream, which count as four
+        assert found.blocks_per_sm == 1
+
+
 TRAINED = (
     *("moba", "flash_moba", "nsa", "nsa_fla", "nsa_xunhao", "fsa"),
     *("infllm_v2", "minimax_m3", "quest", "kinetics", "small_thinker", "sqa"),
@@ -328,6 +409,62 @@ def test_large_branches_together_have_gradients(text):
 @pytest.mark.parametrize("name", TRAINED)
 def test_shipped_gradients_are_right(name):
     check(few_heads(name), T=2500, dtype=torch.bfloat16, lse=False)
+
+
+ALIKE = {
+    "blocks": (GATED, {}, {}),
+    "one softmax": (UNITED, {"qk": 128}, {}),
+    "pooled": (POOLED, {}, {}),
+    "seen from both sides": (WINDOW, {"causal": "false"}, {"kv_lens": i32(1411, 333)}),
+    "documents": (GATED, {"qk": 128}, {"cu_seqlens_q": i32(0, 700, 701, 701, 1500)}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ALIKE)
+@pytest.mark.parametrize("heads", [(16, 2), (16, 1), (64, 1)], ids=str)
+def test_streams_and_loops_have_the_same_gradients(case, heads):
+    if not with_streams(Target.current()).streams:
+        pytest.skip("nothing streams here")
+    text, numbers, options = ALIKE[case]
+    made = spec(text, **LARGE | numbers, query=heads[0], kv=heads[1])
+    options = {name: x.cuda() for name, x in options.items()}
+    packed = "cu_seqlens_q" in options
+    x = tensors(made, 1 if packed else 2, 1500, 1500, torch.bfloat16, packed=packed)
+    loops = load_kernel(made, target=replace(Target.current(), streams=False))
+    with torch.no_grad():
+        chosen = loops.select(**x, **options) if made.levels else None
+        o, sums = loops(**x, **options, selection=chosen, return_lse=True)
+    sums = list(sums.values()) if isinstance(sums, dict) else [sums]
+    grads = [torch.randn_like(each) for each in (o, *sums)]
+    expected, found, again = (
+        gradients(lambda **y: attn(**y, **options, selection=chosen), x, grads)  # noqa: B023
+        for attn in (loops, load_kernel(made), load_kernel(made))
+    )
+    for name, y in expected.items():
+        assert torch.equal(found[name], again[name]), name
+        if not name.endswith("_key_position"):
+            error = (found[name].double() - y.double()).norm() / y.double().norm()
+            assert error < 1e-2, (name, error)
+
+
+@pytest.mark.gpu
+def test_gradients_of_unaligned_tensors_are_right():
+    """Queries and an output's gradient that begin where nothing can be brought from."""
+    made = spec(WINDOW, **LARGE, query=16, kv=2, causal="true")
+    x = tensors(made, 1, 500, 500, torch.bfloat16)
+    attn = load_kernel(made)
+    o = attn(**x)
+    wide = torch.randn(*o.shape[:-1], o.shape[-1] + 1, device="cuda", dtype=o.dtype)[..., 1:]
+    expected = torch.autograd.grad(o, list(x.values()), wide.contiguous())
+    again = torch.autograd.grad(attn(**x), list(x.values()), wide)
+    shifted = torch.zeros(*x["q"].shape[:-1], 193, device="cuda", dtype=o.dtype)[..., 1:]
+    shifted.copy_(x["q"].detach())
+    other = x | {"q": shifted.requires_grad_()}
+    found = torch.autograd.grad(attn(**other), list(other.values()), wide)
+    for a, b, c in zip(expected, again, found, strict=True):
+        assert torch.equal(a, b)
+        assert (c.double() - a.double()).norm() < 1e-2 * a.double().norm()
 
 
 @pytest.mark.gpu

@@ -29,7 +29,7 @@ rows  dryrun                            a kernel's loops · one call on paper
 kernels
 buckets  together                       rows that come to the blocks they chose · rows that share a list
 cols  unpool                            gradients of attention, and of pools
-streams                                 rows whose keys one warp brings
+streams  cols_streams                   rows whose keys one warp brings · keys whose rows two bring
 splits  appending                       a row's keys shared by programs · new tokens into a cache
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
 schedule  driver                        Graph, Target -> Plan

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hsgen import cols, rows
+from hsgen import cols, cols_streams, rows
 from hsgen.backward import tiles
 from hsgen.backward.gathered import Gradients
 from hsgen.graph import Attend, Input, Node
 from hsgen.kernels import IndexContext
-from hsgen.plan import Buffer, Config, Launch, Step
+from hsgen.plan import Buffer, Config, Kernel, Launch, Step
 from hsgen.rows import Entries, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT, text
 from hsgen.schedule.draft import Draft
@@ -125,7 +125,7 @@ class _Branch:
                 needs=(*needs, *((self.gates,) if self.gates else ())),
                 makes=(self.node.name,),
                 buffers=buffers,
-                launches=launches,
+                launches=tuple(map(self.draft.launch, launches)),
                 sizes=sizes,
                 tiles=turns[0],
                 chunk=turns[1],
@@ -291,8 +291,8 @@ class _Branch:
             return
         window = self.op.window if self.op.over == "window" else None
         context = cols.of_window(self.shape, branch, window=window)
-        config = tiles.of_cols(context, self.draft.target, self.draft.dtype)
-        self.draft.kernel("cols", context, config, self.node.name)
+        config = self._tiles_of_cols(context)
+        self._cols(context, config)
         of = text.input_of(k)
         sizes: Sizes = (
             (f"length_{self.name}", f"0 if batch.packed else {of}.shape[1]"),
@@ -303,6 +303,23 @@ class _Branch:
         arguments = (*self._col_arguments(), *self._grads(), f"length_{self.name}", *text.SEQ)
         launch = Launch(kernel=context.name, grid=grid, arguments=arguments)
         self.step("keys", buffers=buffers, launches=(launch,), sizes=sizes)
+
+    def _tiles_of_cols(self, context: cols.ColsContext) -> Config:
+        """Tiles of dk and dv, whose rows come in a stream where they can."""
+        target, dtype = self.draft.target, self.draft.dtype
+        streamed = cols_streams.config(context, target, dtype)
+        return streamed or tiles.of_cols(context, target, dtype)
+
+    def _cols(self, context: cols.ColsContext, config: Config) -> None:
+        """A kernel of dk and dv, in the skeleton that its tiles are of."""
+        kernel = Kernel(
+            name=context.name,
+            skeleton="cols",
+            context=context,
+            config=config,
+            operators=(self.node.name,),
+        )
+        self.draft.kernels.append(cols_streams.of_tiles(kernel))
 
     def _col_arguments(self) -> tuple[str, ...]:
         return (
@@ -320,8 +337,8 @@ class _Branch:
         """Of entries, which are few and seen by many rows: rows in chunks, and the sums of their parts."""
         entries = self.draft.pooled_entries(self.node.inputs[1])
         context = cols.of_pooled(self.shape, branch, entries=entries)
-        config = tiles.of_cols(context, self.draft.target, self.draft.dtype)
-        self.draft.kernel("cols", context, config, self.node.name)
+        config = self._tiles_of_cols(context)
+        self._cols(context, config)
         total = cols.SumContext(name=f"sum_{self.name}", of=context)
         self.draft.kernel("merge", total, tiles.sums(), self.node.name, follows=context.name)
         name, level = self.name, text.safe(self.node.inputs[1])
@@ -358,9 +375,9 @@ class _Branch:
         context = cols.of_blocks(
             self.shape, branch, entries=self.entries, list_heads=self.list_heads
         )
-        config = tiles.of_cols(context, self.draft.target, self.draft.dtype)
+        config = self._tiles_of_cols(context)
         self._rows_by_block(context)
-        self.draft.kernel("cols", context, config, self.node.name)
+        self._cols(context, config)
         total = cols.SumContext(name=f"sum_{self.name}", of=context)
         self.draft.kernel("merge", total, tiles.sums(), self.node.name, follows=context.name)
         name, heads, lists = self.name, f"heads_{self.name}", context.lists

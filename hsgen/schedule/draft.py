@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from hsgen import configs, rows, streams
+from hsgen import cols_streams, configs, rows, streams
 from hsgen.configs import DType
 from hsgen.graph import (
     Attend,
@@ -133,9 +133,13 @@ class Draft:
     def launch(self, launch: Launch) -> Launch:
         """A launch as its kernel wants it."""
         (kernel,) = (k for k in self.kernels if k.name == launch.kernel)
-        if not isinstance(kernel.context, streams.StreamsContext):
-            return launch
-        return streams.launch(launch, kernel.context)
+        match kernel.context:
+            case streams.StreamsContext() as context:
+                return streams.launch(launch, context)
+            case cols_streams.ColsStreamsContext() as context:
+                return cols_streams.launch(launch, context)
+            case _:
+                return launch
 
     @property
     def row_tiles_of_blocks(self) -> configs.RowTiles:

@@ -152,3 +152,52 @@ def own_of(
     else:
         found = gl.load(WORDS + list_base + i // TILES, mask=i < end, other=0) & OWN
     return found
+
+
+@gluon.jit
+def bring_token(
+    tensor, sequence, token, head, column: gl.constexpr, full, buffer, slot, PLACE: gl.constexpr
+):
+    """One token's heads to their place in a tile; `full` counts their bytes.  A token of -1: 0."""
+    place = [sequence, token, head, column]
+    part = buffer.index(slot).slice(PLACE, 1, dim=1)
+    tma.async_copy_global_to_shared(tensor, place, full.index(slot), part)
+
+
+@gluon.jit
+def keys_held(
+    base, row, mask, stride, COLUMN: gl.constexpr, load: gl.constexpr, held: gl.constexpr
+):
+    """Rows of keys as dots take them from registers: row, mask: [N] -> [N, 64], 0 where masked."""
+    columns = COLUMN + gl.arange(0, 64, layout=gl.SliceLayout(0, load))
+    address = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
+    return gl.convert_layout(gl.load(address, mask=mask[:, None], other=0.0), held)
+
+
+@gluon.jit
+def dot_rows(keys, tile, s, ADD: gl.constexpr):
+    """Begins s + keys . rows, or keys . rows.  keys: [N, D], tile: [1, T, H, D], s: [N, T * H]"""
+    rows = tile.reshape([tile.shape[1] * tile.shape[2], tile.shape[3]])
+    return warpgroup_mma(keys, rows.permute((1, 0)), s, use_acc=ADD, is_async=True)
+
+
+@gluon.jit
+def add_rows_of(weights, tile, total):
+    """Begins total + weights . rows.  weights: [N, T * H], tile: [1, T, H, D], total: [N, D]"""
+    rows = tile.reshape([tile.shape[1] * tile.shape[2], tile.shape[3]])
+    return warpgroup_mma(weights, rows, total, is_async=True)
+
+
+@gluon.jit
+def store_keys(base, row, mask, stride, x, columns):
+    """Rows of keys x: [N, columns], in the tensor's own precision.  row, mask: [N]"""
+    address = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
+    gl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
+
+
+@gluon.jit
+def add_keys(base, row, mask, stride, x, columns):
+    """As store_keys, of x and what is there, added in float32.  No other program has these rows."""
+    address = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
+    before = gl.load(address, mask=mask[:, None], other=0.0)
+    gl.store(address, (before.to(tl.float32) + x).to(base.dtype.element_ty), mask=mask[:, None])

@@ -1,0 +1,232 @@
+"""What fills the `cols_streams` skeleton: `cols` whose rows two warps stream into shared memory, on Hopper.
+
+64 keys and their values stay in the registers of two groups of four warps.  Of each tile of 64 rows one
+group makes scores, weights and dv, the other what the scores are to change by and dk: as many products each,
+whatever the head dims, and one accumulator each, so that every number is still added up in one order.  The
+weights go from the first to the second through shared memory.  The tensor memory accelerator brings a
+token's heads at a time, so that a list of tokens costs no more than a range.
+
+Decides what a cols kernel needs to be written so.  Places, rows and masks stay those of `cols`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from hsgen.cols import ColsContext
+from hsgen.plan import Config, Kernel, Launch, Param
+from hsgen.rows import Chunk, count, jit
+from hsgen.target import Target
+
+ROWS = 64  # of a tile, and keys of a program: what dots of a group take
+COLUMNS = 64  # of a tile: what one swizzled row of shared memory holds
+ATOM = (
+    8  # rows of shared memory that are swizzled together: a token has as many heads, or a multiple
+)
+REGISTERS = 224  # of a thread of a group
+STREAM_REGISTERS = 56  # of a thread of the stream's warp
+MOST = 128  # registers of a thread for the accumulator of a group and the operand that it keeps
+STAGES = 4
+CHUNK = 1024  # tokens of a block's list that one program takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColsStreamsContext:
+    """Everything `cols_streams.py.jinja` reads; `cols` is what `cols.py.jinja` would."""
+
+    cols: ColsContext
+    params: tuple[Param, ...]
+    header: str = ""
+    pieces: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.cols.name
+
+    @property
+    def summary(self) -> str:
+        return self.cols.summary
+
+    @property
+    def decorator(self) -> str:
+        return jit(self.params, "gluon")
+
+    @property
+    def key_tiles(self) -> tuple[Chunk, ...]:
+        return _tiles(self.cols.qk_chunks)
+
+    @property
+    def value_tiles(self) -> tuple[Chunk, ...]:
+        return _tiles(self.cols.v_chunks)
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile."""
+        return ROWS // self.cols.heads
+
+    @staticmethod
+    def bytes(tiles: tuple[Chunk, ...]) -> int:
+        """Of a tile of rows, in 16 bits."""
+        return 2 * ROWS * COLUMNS * len(tiles)
+
+    @staticmethod
+    def buffer(x: str, tile: Chunk) -> str:
+        """Of rows that meet keys: their queries; values: the gradients of their outputs."""
+        return f"{'q' if x == 'k' else 'do'}{tile.index}"
+
+    def inside(self, n: str) -> str:
+        """Which of the keys called `n` there are."""
+        if not self.cols.list_heads:
+            return f"{n} < keys"
+        return f"({n} < keys) & ({n} - entry * {self.cols.stride} < {self.cols.size})"
+
+    @property
+    def seen_by_all(self) -> str:
+        """Whether all rows of a tile, whose positions are `first` to `last`, see all keys."""
+        return " and ".join(map(_seen_by_all, self.cols.visible))
+
+    @property
+    def limit(self) -> str:
+        """The first entry that a row does not see, where it takes a call to say; else empty."""
+        found = [match[1] for text in self.cols.visible for match in LIMIT.finditer(text)]
+        return found[0] if found else ""
+
+    @property
+    def visible(self) -> tuple[str, ...]:
+        return tuple(LIMIT.sub("limit[None, :]", text) for text in self.cols.visible)
+
+    @property
+    def stores(self) -> dict[str, str]:
+        """The pieces that write the gradients of keys and of values."""
+        return {
+            x: "add_keys" if a and not self.cols.split else "store_keys"
+            for x, a in zip("kv", self.cols.adds, strict=True)
+        }
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Of rows, a number each."""
+        return ("lse_rows", "delta_rows", *(("gate_rows",) if self.cols.gate else ()))
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of what groups and stream share in shared memory."""
+        return (
+            *(self.buffer("k", tile) for tile in self.key_tiles),
+            *(self.buffer("v", tile) for tile in self.value_tiles),
+            *self.numbers,
+            *("p_shared", "full", "free", "p_full", "p_free"),
+        )
+
+    @property
+    def tunables(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.params if p.kind == "constexpr")
+
+    @property
+    def declared_tunables(self) -> tuple[str, ...]:
+        return tuple(f"{name}: gl.constexpr" for name in self.tunables)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Arguments that groups read: all but descriptors."""
+        return tuple(p.name for p in self.params if p.kind not in ("tiles", "constexpr"))
+
+    @property
+    def registers(self) -> int:
+        return REGISTERS
+
+    @property
+    def stream_registers(self) -> int:
+        return STREAM_REGISTERS
+
+
+def _tiles(cut: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+    columns = range(0, sum(c.width for c in cut), COLUMNS)
+    return tuple(
+        Chunk(index=i, offset=at, width=COLUMNS, source=at) for i, at in enumerate(columns)
+    )
+
+
+LIMIT = re.compile(r"(complete_limit\(.*\))\[None, :\]")
+CONDITION = re.compile(r"n\[:, None\] (<=|<|>) (.+)")
+
+
+def _seen_by_all(condition: str) -> str:
+    """Of a condition on one key and one row, that it holds for all; positions only move its bound up."""
+    found = CONDITION.fullmatch(condition)
+    assert found is not None, condition
+    key, row = ("n0", "last") if found[1] == ">" else ("n0 + BLOCK_N - 1", "first")
+    bound = re.sub(r"\bposition\b", row, found[2].replace("[None, :]", ""))
+    return f"{key} {found[1]} {bound}"
+
+
+def config(context: ColsContext, target: Target, dtype: str) -> Config | None:
+    """64 keys and tiles of 64 rows, as many as there is room for; None: it cannot be written so."""
+    qk, v = (sum(c.width for c in cut) for cut in (context.qk_chunks, context.v_chunks))
+    possible = (
+        target.streams
+        and dtype != "fp32"
+        and context.heads == context.group
+        and context.heads % ATOM == 0
+        and ROWS % context.heads == 0
+        and qk % COLUMNS == v % COLUMNS == 0
+        and max(qk // 2 + v // 4, v // 2 + qk // 4) <= MOST
+        and not (context.list_heads and context.size < ROWS)
+    )
+    if not possible:
+        return None
+    room = target.smem_per_block - 2 * ROWS * ROWS * 2 - ROWS * COLUMNS * 2 - 1024
+    stages = room // (ROWS * ((qk + v) * 2 + 3 * 4))
+    values = (("BLOCK_T", ROWS // context.heads), ("BLOCK_M", ROWS), ("BLOCK_N", ROWS))
+    values += (("STAGES", min(STAGES, stages)),)
+    if context.list_heads:
+        values = (("BLOCK_C", CHUNK), *values)
+    return Config(constexprs=values, num_warps=4, num_stages=1) if stages >= 2 else None
+
+
+def streamed(context: ColsContext) -> ColsStreamsContext:
+    """The same kernel with its rows in a stream."""
+    params: list[Param] = []
+    for param in context.params:
+        if param.name in ("Q", "DO"):
+            of = "Dqk" if param.name == "Q" else "Dv"
+            made = Param(
+                name=param.name,
+                kind="tiles",
+                dtype=param.dtype,
+                columns=COLUMNS,
+                heads=context.heads,
+                comment=f"[B, T, Hq, {of}], {COLUMNS} columns of a token's {context.heads} heads a tile",
+            )
+            params.append(made)
+        elif not re.fullmatch(r"(q|do)_[bth]", param.name):
+            params.append(param)
+    at = [p.name for p in params].index("num_sequences") + 1
+    whose = count("whose", "1: each sequence has rows of its own; 0: all lie in one")
+    deep = Param(name="STAGES", kind="constexpr", comment="tiles of rows that are in flight")
+    return ColsStreamsContext(cols=context, params=(*params[:at], whose, *params[at:], deep))
+
+
+def of_tiles(kernel: Kernel) -> Kernel:
+    """The same kernel in the skeleton that its tiles are of."""
+    if not isinstance(kernel.context, ColsContext) or "STAGES" not in dict(
+        kernel.config.constexprs
+    ):
+        return kernel
+    return replace(kernel, skeleton="cols_streams", context=streamed(kernel.context))
+
+
+def launch(launch: Launch, context: ColsStreamsContext) -> Launch:
+    """The same launch, with tiles told to the tensor memory accelerator."""
+    names = [p.name for p in context.cols.params if p.kind != "constexpr"]
+    given = dict(zip(names, launch.arguments, strict=True))
+    made: list[str] = []
+    for param in context.params:
+        if param.kind == "tiles":
+            made.append(f"batch.tile_of({given[param.name]}, 1, {COLUMNS}, {param.heads})")
+        elif param.name == "whose":
+            made.append("0 if batch.packed else 1")
+        elif param.kind != "constexpr":
+            made.append(given[param.name])
+    return replace(launch, arguments=tuple(made))
