@@ -51,14 +51,14 @@ CONFIG = {
     },
     "delta_compressed": {
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "dq_compressed": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
         "BLOCK_N": 32,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "dkv_compressed": {
         "BLOCK_T": 4,
@@ -78,14 +78,14 @@ CONFIG = {
     },
     "delta_selected": {
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "dq_selected": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
         "BLOCK_N": 32,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "tally_rows_selected": {
         "BLOCK_T": 4,
@@ -122,14 +122,14 @@ CONFIG = {
     },
     "delta_window": {
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "dq_window": {
         "BLOCK_T": 4,
         "BLOCK_M": 64,
         "BLOCK_N": 32,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 3,
     },
     "dkv_window": {
         "BLOCK_T": 4,
