@@ -124,16 +124,22 @@ class ListingContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaContext:
-    """Everything `merge.py.jinja` reads to make delta from outputs that are there."""
+    """Everything `merge.py.jinja` reads to make delta from outputs that are there.
+
+    Of a branch under a gate, delta is times it, and without it the gate's gradient.
+    """
 
     name: str
     header: str = ""
     pieces: str = ""
     head_dim: int  # of a value
+    gate: Gated | None = None
     how: Literal["delta"] = "delta"
 
     @property
     def summary(self) -> str:
+        if self.gate:
+            return "the gradient of a branch's gates, and delta, from its output."
         return "the gradient of each output times it, less that of the log-sum-exp."
 
     @property
@@ -147,6 +153,7 @@ class DeltaContext:
             *OUTPUT_GRADIENT,
             *lse("DLSE"),
             pointer("DELTA", "f32", "f32[B, Hq, T], as DLSE"),
+            *((*rows.gates_of(self.gate), *_gates_gradient(self.gate)) if self.gate else ()),
             *SEQ,
             *tunables("BLOCK_R"),
         )
@@ -168,9 +175,13 @@ def deltas(forward: RowsContext, *, name: str) -> RowsContext:
         *SUMS,
         pointer("DLSE", "f32", "f32[B, Hq, T], as LSE"),
         *rows.gates_of(gate),
-        *tensor("DGATES", "dg", f"[B, T, Hq, {gate.branches}]", "bthc"),
+        *_gates_gradient(gate),
     )
     return _without_outputs(forward, outputs, acc="delta", name=name, summary=DELTAS)
+
+
+def _gates_gradient(gate: Gated) -> tuple[Param, ...]:
+    return tensor("DGATES", "dg", f"[B, T, Hq, {gate.branches}]", "bthc")
 
 
 DELTAS = "the gradient of a branch's gates, and delta, from logits that are computed again."

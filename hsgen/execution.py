@@ -30,7 +30,7 @@ from hsgen.graph import Graph, tensor_inputs
 from hsgen.operators import Call
 from hsgen.plan import STREAMED, Plan
 from hsgen.reference import Result, reference
-from hsgen.schedule import Order, part_of
+from hsgen.schedule import Order, combining, part_of
 from hsgen.selection import BitmapSelection, to_list
 from hsgen.spec import Spec
 from hsgen.target import Target
@@ -75,10 +75,11 @@ class Driver(Protocol):
         config: Configs,
         selection: Mapping[str, Tensor] | None,
         **options: bool,
-    ) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
+    ) -> tuple[Any, ...]:
         """o [B, T, Hq, Dv], log-sum-exp f32[B, Hq, T] by branch, i32[B, T, Hs, K] by level.
 
         options: `rows=False`, of a driver that can, leaves the selections out.
+        Of a program whose branches are apart, their own outputs too, by branch.
         """
         ...
 
@@ -99,6 +100,7 @@ class Driver(Protocol):
         selection: Mapping[str, Tensor],
         grad_o: Tensor,
         grad_lse: Mapping[str, Tensor],
+        **apart: Mapping[str, Tensor],
     ) -> Mapping[str, Tensor]:
         """Of a program of gradients: those of some tensors, by name; others have none."""
         ...
@@ -139,6 +141,7 @@ class Choice:
     program: Program
     config: Configs
     origin: Mapping[str, str]
+    orders: Mapping[str, Order] = field(default_factory=dict[str, Order])
 
 
 class Compiler(Protocol):
@@ -153,6 +156,7 @@ class Compiler(Protocol):
         interpret: bool,
         orders: Mapping[str, Order],
         backward: bool = False,
+        apart: bool = False,
     ) -> Program: ...
 
 
@@ -205,13 +209,16 @@ class Binding:
     device: torch.device
     orders: tuple[tuple[str, Order], ...] = ()  # by branch, where they are not the plan's own
     aligned: bool = True  # tensors as the tensor memory accelerator wants them
+    apart: bool = False  # gated branches keep their outputs for the gradients
 
     def __str__(self) -> str:
         dtype = arguments.SHORT_NAMES[self.dtype]
         heads = f"heads {self.query_heads}/{self.kv_heads}"
         orders = "".join(f", {branch}: {order} stay" for branch, order in self.orders)
         aligned = "" if self.aligned else ", not aligned"
-        return f"{heads}, head dim {self.qk}/{self.v}, {dtype}, {self.device}{orders}{aligned}"
+        apart = ", branches apart" if self.apart else ""
+        where = f"{self.device}{orders}{aligned}{apart}"
+        return f"{heads}, head dim {self.qk}/{self.v}, {dtype}, {where}"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -221,6 +228,7 @@ class _Known:
     problem: Problem
     expected: Expected
     choice: Choice | None
+    apart: Choice | None = None  # where gated branches keep their outputs for the gradients
     gradients: Program | None = None
     bytes: int = 0  # of its outputs
     ran: bool = False  # so nothing is left to compile
@@ -276,34 +284,43 @@ class Execution:
 
         selections: Without them, those that cost more than what they are made of are left out.
         """
-        return self._forward(self._look_up("forward", self.attending, call), call, selections)
-
-    def record(self, call: Call) -> tuple[list[Tensor], object]:
-        """The same, and what `backward` need not look up again."""
         known = self._look_up("forward", self.attending, call)
-        return self._forward(known, call, selections=True), known
+        return self._forward(known, known.choice, call, selections)[0]
 
-    def _forward(self, known: _Known, call: Call, selections: bool) -> list[Tensor]:
-        problem, choice = known.problem, known.choice
+    def record(self, call: Call) -> tuple[list[Tensor], list[Tensor], object]:
+        """The same, outputs of gated branches, and what `backward` need not look up again."""
+        known = self._look_up("forward", self.attending, call)
+        choice = known.choice
+        if choice is not None and self._gated and not known.problem.empty:
+            known.apart = known.apart or self._apart(known.problem, call, choice)
+            choice = known.apart
+        return *self._forward(known, choice, call, selections=True), known
+
+    def _forward(
+        self, known: _Known, choice: Choice | None, call: Call, selections: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs, and those of branches that are kept apart."""
+        problem = known.problem
         if problem.empty:
-            return _filled(self.forward_fake(call))
+            return _filled(self.forward_fake(call)), []
         where = _batch(call, problem)
         if self.options.check:
             self._check_values(call, problem, where)
         if choice is None:
             result = self.result(call, problem, exact_dtype(problem.dtype), self.attending)
-            return self._from_result(call, problem, result)
+            return self._from_result(call, problem, result), []
         given = self.padded_selection(call, problem) if call.selection else None
         tensors = uniform(known.expected, known.problem, call)
         without = choice.program.rows_apart and not selections
         options = {"rows": False} if without else {}
         with running(problem.device):
-            o, lse, chosen = choice.program.driver.forward(
+            o, lse, chosen, *apart = choice.program.driver.forward(
                 tensors, where, choice.config, given, **options
             )
         outputs = [o, *[lse[branch] for branch in self.branches]]
         outputs += [] if without else [chosen[level] for level in self.chosen(call)]
-        return self._done(known, choice.program, outputs)
+        kept = [x for by_branch in apart for x in by_branch.values()]
+        return self._done(known, choice.program, outputs), kept
 
     def forward_fake(self, call: Call) -> list[Tensor]:
         """Outputs of `forward`, nothing in them; shapes and strides are exact."""
@@ -365,17 +382,18 @@ class Execution:
         outputs: Sequence[Tensor],
         wanted: Sequence[bool] | None = None,
         known: object = None,
+        apart: Sequence[Tensor] = (),
     ) -> list[Tensor | None]:
         """Gradients of the tensors that are wanted, the selection taken as it is."""
         if not isinstance(known, _Known):
             known = self._look_up_gradients(call)
         elif known.gradients is None:
-            known.gradients = self._gradients_of(known.problem, call)
+            known.gradients = self._gradients_of(known.problem, call, apart=bool(apart))
         problem = known.problem
         wanted = wanted or [True] * len(call.tensors)
         grads = _whole(grads, outputs)
         if self._on_kernels(problem.device):
-            return self._backward_on_kernels(call, known, grads, outputs, wanted)
+            return self._backward_on_kernels(call, known, grads, outputs, wanted, apart)
         with torch.enable_grad(), operators.autograd_again():
             tensors = [tensor.detach() for tensor in call.tensors]
             leaves = [each.requires_grad_() for each in tensors if each.is_floating_point()]
@@ -453,6 +471,7 @@ class Execution:
         grads: Sequence[Tensor],
         outputs: Sequence[Tensor],
         wanted: Sequence[bool],
+        apart: Sequence[Tensor],
     ) -> list[Tensor | None]:
         """The same by kernels; a tensor that only a choice reads has no gradient, which is 0."""
         problem, program = known.problem, known.gradients
@@ -474,6 +493,11 @@ class Execution:
             grad_o = grad_o.contiguous()
         if program.streams and not _aligned(grad_o):
             grad_o = grad_o.clone(memory_format=torch.contiguous_format)
+        options: dict[str, Mapping[str, Tensor]] = {}
+        if apart:
+            assert known.apart is not None
+            branches = known.apart.program.plan.apart
+            options["apart"] = dict(zip(branches, apart, strict=True))
         with running(problem.device):
             found = program.driver.backward(
                 tensors,
@@ -484,6 +508,7 @@ class Execution:
                 selection=self.padded_selection(call, problem),
                 grad_o=grad_o,
                 grad_lse=grad_lse,
+                **options,
             )
         self._launches += program.launches
         made: list[Tensor | None] = []
@@ -510,15 +535,15 @@ class Execution:
             known = self._remember(signature, new)
         return known
 
-    def _gradients_of(self, problem: Problem, call: Call) -> Program | None:
+    def _gradients_of(self, problem: Problem, call: Call, *, apart: bool = False) -> Program | None:
         """The program of gradients, where kernels make them."""
         runs = self._on_kernels(problem.device) and not problem.empty
-        return self._gradient_program(problem, call) if runs else None
+        return self._gradient_program(problem, call, apart=apart) if runs else None
 
-    def _gradient_program(self, problem: Problem, call: Call) -> Program:
+    def _gradient_program(self, problem: Problem, call: Call, *, apart: bool) -> Program:
         """The program of gradients for these tensors, compiled once."""
         even = self._aligned(call) and _aligned(call.tensors[self.attending.names.index("q")])
-        binding = replace(_binding(problem), aligned=even)
+        binding = replace(_binding(problem), aligned=even, apart=apart)
         with self._lock:
             if binding not in self._gradients:
                 self._refuse_capture(problem.device)
@@ -526,7 +551,13 @@ class Execution:
                 if interpret or not even:
                     target = replace(target, streams=False)
                 made = self._compiler(
-                    spec, target, binding.dtype, interpret=interpret, orders={}, backward=True
+                    spec,
+                    target,
+                    binding.dtype,
+                    interpret=interpret,
+                    orders={},
+                    backward=True,
+                    apart=apart,
                 )
                 given = self.options.config
                 config = {name: {**x, **given.get(name, {})} for name, x in made.config.items()}
@@ -642,6 +673,35 @@ class Execution:
                 self._refuse_capture(problem.device)
                 self._choices[binding, bucket] = self._choose(binding, bucket)
             return self._choices[binding, bucket]
+
+    def _apart(self, problem: Problem, call: Call, choice: Choice) -> Choice:
+        """As what was chosen, whose configurations it takes over, but gated branches keep their outputs."""
+        orders = tuple(sorted(choice.orders.items()))
+        aligned = self._aligned(call)
+        binding = replace(_binding(problem), aligned=aligned, orders=orders, apart=True)
+        with self._lock:
+            if binding not in self._programs:
+                self._refuse_capture(problem.device)
+                spec, target, interpret = self._bound(binding)
+                if interpret or not aligned:
+                    target = replace(target, streams=False)
+                self._programs[binding] = self._compiler(
+                    spec,
+                    target,
+                    binding.dtype,
+                    interpret=interpret,
+                    orders=choice.orders,
+                    apart=True,
+                )
+            program = self._programs[binding]
+        config = {name: {**x, **choice.config.get(name, {})} for name, x in program.config.items()}
+        origin = {name: choice.origin.get(name, x) for name, x in program.origin.items()}
+        return replace(choice, program=program, config=config, origin=origin)
+
+    @functools.cached_property
+    def _gated(self) -> bool:
+        """Whether gates weigh branches."""
+        return combining.gates(self.graph) is not None
 
     def _aligned(self, call: Call) -> bool:
         """Whether keys and values, of as many rows as there are tokens, can come in a stream."""
@@ -1059,4 +1119,4 @@ def _chosen(program: Program, found: tuned.Found, given: Configs) -> Choice:
         start_too = said.startswith(tuned.START)
         said = said.replace(tuned.START, program.origin[name], 1) if start_too else said
         origin[name] = "caller" if name in given else said
-    return Choice(program=program, config=config, origin=origin)
+    return Choice(program=program, config=config, origin=origin, orders=found.orders)

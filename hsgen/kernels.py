@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hsgen.plan import Param
-from hsgen.rows import SEQ, Chunk, chunks, count, jit, next_power, pages_of, pointer
+from hsgen.rows import SEQ, Chunk, chunks, count, jit, next_power, pages_of, pointer, tensor
 
 PoolHow = Literal["mean", "max", "minmax", "sum_rsqrt", "linear", "gated", "max_min_mean", "first"]
 POOLS: tuple[PoolHow, ...] = get_args(PoolHow)
@@ -423,6 +423,41 @@ class SegmentsContext:
             for name in ("COS", "SIN")
         )
         return (*norm, *(param for table in tables for param in table))
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeighContext:
+    """Everything `merge.py.jinja` reads to make one output of branches', each times its gate."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    head_dim: int  # of a value
+    branches: int
+    how: Literal["weigh"] = "weigh"
+
+    @property
+    def summary(self) -> str:
+        return "the outputs of branches, each times its gate, in one sum."
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        of = "[B, T, Hq, Dv], as O"
+        return (
+            *(pointer(f"O{i}", "input", of) for i in range(self.branches)),
+            *tensor("GATES", "g", f"[B, T, Hq, {self.branches}]", "bthc"),
+            *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
+            *SEQ,
+            *tunables("BLOCK_R"),
+        )
 
     @property
     def jit(self) -> str:

@@ -59,8 +59,8 @@ class Implementation(Protocol):
         """o, log-sum-exp by branch; selection by level where none was brought along."""
         ...
 
-    def record(self, call: Call) -> tuple[list[Tensor], object]:
-        """The same, and what `backward` may be told of it."""
+    def record(self, call: Call) -> tuple[list[Tensor], list[Tensor], object]:
+        """The same, tensors that `backward` is given again, and what it may be told of the call."""
         ...
 
     def forward_fake(self, call: Call) -> list[Tensor]: ...
@@ -82,11 +82,13 @@ class Implementation(Protocol):
         outputs: Sequence[Tensor],
         wanted: Sequence[bool] | None = None,
         known: object = None,
+        apart: Sequence[Tensor] = (),
     ) -> list[Tensor | None]:
         """Gradients of `call.tensors`, or of those that are wanted; outputs are o and each log-sum-exp.
 
         grads: Theirs; None is 0.
         known: What `record` said of the call.
+        apart: Tensors that it gave.
         """
         ...
 
@@ -276,32 +278,41 @@ for _device in ("cpu", "cuda"):
 # --- autograd: a selection is a constant, so the backward attends what the forward selected
 
 
-def _keep(ctx, key: str, call: Call, output: Sequence[Tensor], *, chooses: bool = True) -> int:
+def _keep(
+    ctx,
+    key: str,
+    call: Call,
+    output: Sequence[Tensor],
+    *,
+    chooses: bool = True,
+    apart: Sequence[Tensor] = (),
+) -> int:
     """Keep what the backward needs.  -> how many of the outputs have a gradient
 
     chooses: The last outputs are selections, where the call brings none.
+    apart: Tensors beside them that it needs.
     """
     brought = [level for level in call.levels.split(",") if level]
     computed = list(implementation(key).levels) if chooses and not brought else []
     ctx.grads = len(output) - len(computed)
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens)
-    ctx.save_for_backward(
-        *output[: ctx.grads], *call.tensors, *call.selection, *output[ctx.grads :], *lengths
-    )
-    ctx.tensors, ctx.brought = len(call.tensors), len(brought)
+    selections = (*call.selection, *output[ctx.grads :])
+    ctx.save_for_backward(*apart, *output[: ctx.grads], *call.tensors, *selections, *lengths)
+    ctx.apart, ctx.tensors, ctx.brought = len(apart), len(call.tensors), len(brought)
     ctx.key, ctx.layout, ctx.levels = key, call.layout, ",".join([*brought, *computed])
     ctx.max_seqlen_k, ctx.first, ctx.length = call.max_seqlen_k, call.first, call.length
     return ctx.grads
 
 
-def _kept(ctx) -> tuple[Call, list[Tensor]]:
-    """The call, with the selection that was made, and o and each log-sum-exp."""
+def _kept(ctx) -> tuple[Call, list[Tensor], list[Tensor]]:
+    """The call, with the selection that was made, o and each log-sum-exp, and what is beside them."""
     if torch.is_grad_enabled():  # create_graph=True: `backward` itself has no derivative
         raise HsgenError(
             "a sparse attention can be differentiated once, not twice",
             help="leave out create_graph=True; the reference (`Kernel.reference`) has all derivatives",
         )
     *saved, cu_seqlens_q, cu_seqlens_k, q_offset, kv_lens = ctx.saved_tensors
+    apart, saved = saved[: ctx.apart], saved[ctx.apart :]
     outputs, saved = saved[: ctx.grads], saved[ctx.grads :]
     call = Call(
         ctx.layout,
@@ -316,7 +327,7 @@ def _kept(ctx) -> tuple[Call, list[Tensor]]:
         kv_lens,
         ctx.length,
     )
-    return call, outputs
+    return call, outputs, apart
 
 
 def _save(ctx, inputs: tuple[object, ...], output: list[Tensor]) -> None:
@@ -327,7 +338,7 @@ def _save(ctx, inputs: tuple[object, ...], output: list[Tensor]) -> None:
 
 
 def _differentiate(ctx, grads: list[Tensor]) -> tuple[object, ...]:
-    call, outputs = _kept(ctx)
+    call, outputs, _ = _kept(ctx)
     nothing: list[object] = [None] * len(call)
     nothing[Call._fields.index("tensors")] = backward(ctx.key, grads[: ctx.grads], outputs, *call)
     nothing[Call._fields.index("selection")] = [None] * ctx.brought
@@ -343,7 +354,7 @@ def _save_losses(ctx, inputs: tuple[object, ...], output: list[Tensor]) -> None:
 
 
 def _differentiate_losses(ctx, grads: list[Tensor]) -> tuple[object, ...]:
-    call, _ = _kept(ctx)
+    call, _, _ = _kept(ctx)
     nothing: list[object] = [None] * len(call)
     nothing[Call._fields.index("tensors")] = losses_backward(ctx.key, grads, *call)
     nothing[Call._fields.index("selection")] = [None] * ctx.brought
@@ -362,15 +373,15 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx, key: str, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         known = implementation(key)
         known.check_differentiable(call)
-        outputs, ctx.known = known.record(call)
-        grads = _keep(ctx, key, call._replace(tensors=list(tensors)), outputs)
+        outputs, apart, ctx.known = known.record(call)
+        grads = _keep(ctx, key, call._replace(tensors=list(tensors)), outputs, apart=apart)
         ctx.mark_non_differentiable(*outputs[grads:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, outputs = _kept(ctx)
+        call, outputs, apart = _kept(ctx)
         grads = grads[: ctx.grads]
         if is_watched(call):
             pairs = zip(grads, outputs, strict=True)
@@ -380,7 +391,7 @@ class _Recorded(torch.autograd.Function):
         return (
             None,
             None,
-            *implementation(ctx.key).backward(call, grads, outputs, wanted, ctx.known),
+            *implementation(ctx.key).backward(call, grads, outputs, wanted, ctx.known, apart),
         )
 
 

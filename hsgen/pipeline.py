@@ -39,17 +39,19 @@ def compile_spec(
     dtype: DType = "bf16",
     orders: Mapping[str, Order] | None = None,
     cached: Cached | None = None,
+    *,
+    apart: bool = False,
 ) -> Artifact:
     """Compile one spec for one GPU, which need not be there.  The whole of hsgen, in order.
 
-    `orders` and `cached` are what `schedule` takes.
+    `orders`, `cached` and `apart` are what `schedule` takes.
 
     Raises:
         PlanError: no kernel can do it.
         BuildError: the emitted files cannot be kept.
     """
     graph = passes.run(planner.plan(spec))
-    return compile_graph(graph, spec, target, dtype, orders, cached)
+    return compile_graph(graph, spec, target, dtype, orders, cached, apart=apart)
 
 
 def compile_graph(
@@ -59,9 +61,11 @@ def compile_graph(
     dtype: DType = "bf16",
     orders: Mapping[str, Order] | None = None,
     cached: Cached | None = None,
+    *,
+    apart: bool = False,
 ) -> Artifact:
     """As compile_spec, from a graph: the one a spec gives, or one edited by hand."""
-    plan = schedule.schedule(graph, target, dtype, orders, cached)
+    plan = schedule.schedule(graph, target, dtype, orders, cached, apart=apart)
     sources = emit.render(plan, provenance(spec, target))
     key = {
         "hsgen": hsgen_version(),
@@ -72,20 +76,25 @@ def compile_graph(
         **({"streams": True} if target.streams else {}),
         **({"orders": dict(orders)} if orders else {}),
         **({"cached": asdict(cached)} if cached else {}),
+        **({"apart": True} if apart else {}),
     }
     module = build.build(spec.name, sources, key)
     return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)
 
 
-def compile_backward(spec: Spec, target: Target, dtype: DType = "bf16") -> Artifact:
+def compile_backward(
+    spec: Spec, target: Target, dtype: DType = "bf16", *, apart: bool = False
+) -> Artifact:
     """Compile the gradients of one spec for one GPU: a module of their own.
+
+    `apart`: the forward kept the outputs of gated branches.
 
     Raises:
         PlanError: something whose gradient no kernel makes yet.
         BuildError: the emitted files cannot be kept.
     """
     graph = passes.run(planner.plan(spec))
-    plan = backward.plan(graph, target, dtype)
+    plan = backward.plan(graph, target, dtype, apart=apart)
     sources = emit.render(plan, provenance(spec, target))
     key = {
         "hsgen": hsgen_version(),
@@ -94,6 +103,7 @@ def compile_backward(spec: Spec, target: Target, dtype: DType = "bf16") -> Artif
         "target": target.name,
         "dtype": dtype,
         "of": "backward",
+        **({"apart": True} if apart else {}),
         **({"streams": True} if target.streams else {}),
     }
     module = build.build(f"{spec.name}_backward", sources, key)

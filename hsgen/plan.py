@@ -171,6 +171,8 @@ class Plan:
     gradients: Mapping[str, str] = field(
         default_factory=dict
     )  # of a backward: by tensor, its buffer
+    # by branch, the buffer of its own output, which its gradient is made from
+    apart: Mapping[str, str] = field(default_factory=dict)
     cached: Cached | None = None
     storage: Storage | None = None  # what the cache keeps
     appends: tuple[Step, ...] = ()  # what puts new tokens into it

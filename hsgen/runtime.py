@@ -143,13 +143,17 @@ def compile_program(
     orders: Mapping[str, Order] | None = None,
     backward: bool = False,
     cached: Cached | None = None,
+    apart: bool = False,
 ) -> Program:
-    """Compile a bound spec for a GPU, or its gradients, and import what was emitted."""
+    """Compile a bound spec for a GPU, or its gradients, and import what was emitted.
+
+    apart: The outputs of gated branches are kept for the gradients.
+    """
     build.triton_version()  # refuses one that is too old, before its own errors
     if backward:
-        artifact = pipeline.compile_backward(spec, target, PLANNED[dtype])
+        artifact = pipeline.compile_backward(spec, target, PLANNED[dtype], apart=apart)
     else:
-        artifact = pipeline.compile_spec(spec, target, PLANNED[dtype], orders, cached)
+        artifact = pipeline.compile_spec(spec, target, PLANNED[dtype], orders, cached, apart=apart)
     plan = configs.for_interpreter(artifact.plan) if interpret else artifact.plan
     config = {kernel.name: kernel.config.keywords() for kernel in plan.kernels}
     return Program(

@@ -11,9 +11,10 @@ from hsgen.reference import reference, tensor_kinds, tensor_shapes
 class ReferenceDriver:
     """Reads nothing but what an emitted driver gets; `calls` has every batch it was given."""
 
-    def __init__(self, spec, dtype):
+    def __init__(self, spec, dtype, apart=False):
         self.spec = spec
         self.dtype = dtype
+        self.apart = [{}] if apart else []  # it needs nothing of branches
         self.calls = []
 
     def forward(self, tensors, batch, config, selection=None):
@@ -24,17 +25,17 @@ class ReferenceDriver:
         if batch.packed:
             o, lse = o[None], {name: each[None] for name, each in lse.items()}
             chosen = {name: each[None] for name, each in chosen.items()}
-        return o, lse, chosen
+        return o, lse, chosen, *self.apart
 
     def select(self, tensors, batch, config):
         sizes = tensor_shapes(self.spec, *tensors["q"].shape[:2], keys(tensors))
         absent = {name: torch.zeros(shape) for name, shape in sizes.items() if name not in tensors}
         return self.forward({**absent, **tensors}, batch, config)[2]
 
-    def backward(self, tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
+    def backward(self, tensors, batch, config, *, o, lse, selection, grad_o, grad_lse, apart=None):
         leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
         with torch.enable_grad(), autograd_again():
-            made, sums, _ = self.forward(leaves, batch, config, selection)
+            made, sums = self.forward(leaves, batch, config, selection)[:2]
             outputs, grads = [made, *sums.values()], [grad_o, *(grad_lse[name] for name in sums)]
             found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
         return {name: x for name, x in zip(leaves, found, strict=True) if x is not None}
@@ -79,8 +80,10 @@ class StandIn(str):
 def compiler(made=None, *, dtype=torch.float64):
     """A compiler that gives reference drivers; `made` collects what it was asked for."""
 
-    def compile_program(spec, target, element, *, interpret, orders=None, backward=False):
-        driver = ReferenceDriver(spec, dtype)
+    def compile_program(
+        spec, target, element, *, interpret, orders=None, backward=False, apart=False
+    ):
+        driver = ReferenceDriver(spec, dtype, apart and not backward)
         if made is not None:
             made.append((spec, target, element, driver))
         return Program(

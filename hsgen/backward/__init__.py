@@ -23,13 +23,14 @@ __all__ = ["lacking", "plan"]
 lacking = refusing.lacking
 
 
-def plan(graph: Graph, target: Target, dtype: DType = "bf16") -> Plan:
+def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = False) -> Plan:
     """Plan every launch of a spec's gradients for one GPU.
 
     Args:
         graph: verified and passed; heads and head dims bound.
         target: the GPU.
         dtype: of the caller's tensors.
+        apart: the forward kept the outputs of gated branches, which tell delta.
 
     Raises:
         PlanError: something whose gradient no kernel makes yet.
@@ -38,7 +39,7 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16") -> Plan:
     refusing.refuse(graph)
     draft = Draft(graph, target, dtype)
     draft.turns = combining.turns(graph)
-    made = Gradients(draft)
+    made = Gradients(draft, apart=apart)
     pooling.pool_again(draft)
     for node in graph.nodes():
         if isinstance(node.op, Attend):
@@ -58,6 +59,7 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16") -> Plan:
         selection=_read(graph, outputs.selection),
         sizes=dict(graph.sizes),
         gradients=made.buffers,
+        apart=made.outputs,
     )
 
 

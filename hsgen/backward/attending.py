@@ -136,7 +136,8 @@ class _Branch:
 
     def queries(self) -> None:
         """delta, then dq."""
-        if self.gates is None:
+        again = self.gates is not None and not self.whole.apart
+        if not again:
             self._delta_of_output()
         forward = self._forward()
         buffers, adds = self.whole.buffer("q")
@@ -152,9 +153,8 @@ class _Branch:
             buffers, sizes, launches = (*made, *buffers), (*sizes, *sizes_of_lists), (launch,)
         tensors = (*self.draft.tensors(self.node, self.op), *lists)
         grid = text.grid(self.shape, dq, f"tiles_{self.name}")
-        if self.gates is not None:
-            grads, _ = self.whole.buffer(self.gates)
-            buffers = (*self.delta_buffers(), *grads, *buffers)
+        if again:
+            buffers = (*self.delta_buffers(), *self._gates_buffers(), *buffers)
             launches += (self._delta_again(forward, dq, config, tensors, grid),)
         self.draft.kernel("rows", dq, config, self.node.name)
         grad = text.strides(self.whole.buffers["q"])
@@ -222,24 +222,45 @@ class _Branch:
         return buffers, ((slots, f"{block_t} * {self.width}"),), launch, lists
 
     def _delta_of_output(self) -> None:
-        """delta of an output that is there: the only branch's, or that of one softmax over all."""
+        """delta of an output that is there: a branch's own, or that of one softmax over all."""
         if self.lse in self.whole.deltas:
             return
         self.whole.deltas.add(self.lse)
-        context = cols.DeltaContext(name=f"delta_{self.name}", head_dim=self.shape.v)
+        turn = self.draft.turn(self.node)
+        gate = turn if isinstance(turn, rows.Gated) else None
+        context = cols.DeltaContext(name=f"delta_{self.name}", head_dim=self.shape.v, gate=gate)
+        output, buffers = self.draft.output(self.node), self.delta_buffers()
+        of_gates: tuple[str, ...] = ()
+        if gate is not None:
+            output = self.whole.outputs[self.name] = text.buffer(self.node.name)
+            buffers += self._gates_buffers()
+            of_gates = (*self.gate_arguments, *self._gates_gradient())
         self.draft.kernel("merge", context, tiles.delta(), self.node.name)
         launch = Launch(
             kernel=context.name,
             grid=("batch.rows // {BLOCK_R} + batch.sequences", str(self.shape.query_heads)),
             arguments=(
-                *text.strides(self.draft.output(self.node)),
+                *text.strides(output),
                 *text.strides(GRAD_O),
                 *text.strides(f"grad_{self.lse}"),
                 self.delta,
+                *of_gates,
                 *text.SEQ,
             ),
         )
-        self.step("delta", buffers=self.delta_buffers(), launches=(launch,))
+        self.step("delta", buffers=buffers, launches=(launch,))
+
+    def _gates_buffers(self) -> tuple[Buffer, ...]:
+        """The gradient of the gates, where the first branch brings it to life."""
+        assert self.gates is not None
+        buffers, _ = self.whole.buffer(self.gates)
+        return buffers
+
+    def _gates_gradient(self) -> tuple[str, ...]:
+        """It with its strides."""
+        assert self.gates is not None
+        grad = self.whole.buffers[self.gates]
+        return (*text.strides(grad), f"{grad}.stride(3)")
 
     def _delta_again(
         self,
@@ -250,11 +271,9 @@ class _Branch:
         grid: tuple[str, str],
     ) -> Launch:
         """delta where branches add to one output, each times its gate: from the logits again."""
-        assert self.gates is not None
         context = cols.deltas(forward, name=f"delta_{self.name}")
         shared = Config(constexprs=(), num_warps=config.num_warps, num_stages=config.num_stages)
         self.draft.kernel("rows", context, shared, self.node.name, follows=dq.name)
-        grad = self.whole.buffers[self.gates]
         return Launch(
             kernel=context.name,
             grid=tuple(x.replace("{BLOCK_T}", f'config["{dq.name}"]["BLOCK_T"]') for x in grid),
@@ -263,8 +282,7 @@ class _Branch:
                 *self.row_arguments,
                 f"grad_{self.lse}",
                 *self.gate_arguments,
-                *text.strides(grad),
-                f"{grad}.stride(3)",
+                *self._gates_gradient(),
                 *text.SEQ,
             ),
         )

@@ -14,9 +14,12 @@ class Gradients:
     """Buffers of gradients; who comes first stores, others add.
 
     buffers: by tensor of the caller.  levels: by what is pooled, in float32.  deltas: that have one.
+    apart: the forward kept the outputs of branches under gates.  outputs: these, by branch.
     """
 
     draft: Draft
+    apart: bool = False
+    outputs: dict[str, str] = field(default_factory=dict[str, str])
     buffers: dict[str, str] = field(default_factory=dict[str, str])
     levels: dict[str, str] = field(default_factory=dict[str, str])
     deltas: set[str] = field(default_factory=set[str])

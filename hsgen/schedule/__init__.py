@@ -76,6 +76,8 @@ def schedule(
     dtype: DType = "bf16",
     orders: Mapping[str, Order] | None = None,
     cached: Cached | None = None,
+    *,
+    apart: bool = False,
 ) -> Plan:
     """Plan every launch of a spec for one GPU.
 
@@ -86,19 +88,20 @@ def schedule(
         orders: by branch, whether rows stay and blocks come to them, or blocks stay and rows come; of
             branches over blocks that each query head chose for itself.
         cached: that keys come from a cache, which keeps the entries of levels too; None: from the caller.
+        apart: that outputs of gated branches are kept, each for its gradient, and weighed at the end.
 
     Raises:
         PlanError: an operator that no kernel does yet, a size that none can hold, or an order of a branch
             that has but one.
     """
-    return _plan(Draft(graph, target, dtype, orders or {}, cached=cached))
+    return _plan(Draft(graph, target, dtype, orders or {}, cached=cached), apart=apart)
 
 
-def _plan(draft: Draft) -> Plan:
+def _plan(draft: Draft, *, apart: bool) -> Plan:
     storage = storage_of(draft.graph) if draft.cached else None
     _refuse(draft)
     _require_branches(draft)
-    draft.turns = combining.turns(draft.graph)
+    draft.turns = {} if apart else combining.turns(draft.graph)
     _append(draft, storage)
     for node in draft.graph.nodes():
         match node.op:
@@ -126,6 +129,7 @@ def _plan(draft: Draft) -> Plan:
                 raise AssertionError("refused")
             case Recall() | Carry() | Divergence() | Distance() | Entropies() | ReduceRows():
                 raise AssertionError("refused")
+    kept = combining.weigh(draft) if apart else {}
     outputs = draft.graph.outputs
     return Plan(
         name=draft.graph.meta.name,
@@ -149,6 +153,7 @@ def _plan(draft: Draft) -> Plan:
         },
         gates=combining.gates(draft.graph),
         sizes=dict(draft.graph.sizes),
+        apart=kept,
         cached=draft.cached,
         storage=storage,
         appends=tuple(draft.appends),

@@ -21,7 +21,9 @@ from hsgen.graph import (
     Union,
     block_of,
 )
-from hsgen.plan import Step
+from hsgen.kernels import WeighContext
+from hsgen.plan import Buffer, Config, Launch, Step
+from hsgen.schedule import text
 from hsgen.schedule.draft import Draft, Turn
 
 
@@ -49,6 +51,38 @@ def turns(graph: Graph) -> Mapping[str, Turn]:
             how=how,
         )
     return found
+
+
+def weigh(draft: Draft) -> Mapping[str, str]:
+    """Branches that each wrote its own output become one at the end.  -> those outputs, by branch"""
+    total = _total(draft.graph)
+    assert total is not None, "asked of gated branches only"
+    branches = [x for x in draft.graph.operands(total) if isinstance(x.op, Attend)]
+    made = tuple(text.buffer(node.name) for node in branches)
+    width, heads = draft.shape.v, str(draft.shape.query_heads)
+    context = WeighContext(name="weigh_branches", head_dim=width, branches=len(branches))
+    config = Config(constexprs=(("BLOCK_R", 32),), num_warps=4, num_stages=1)
+    draft.kernel("merge", context, config, total.name)
+    dims = ("in_q.shape[0]", "in_q.shape[1]", heads, str(width))
+    o = Buffer(name=text.buffer(total.name), dtype="input", dims=dims, role="output")
+    given = text.input_of(total.inputs[0])
+    arguments = (*made, *text.strides(given), f"{given}.stride(3)", *text.strides(o.name))
+    launch = Launch(
+        kernel=context.name,
+        grid=("batch.rows // {BLOCK_R} + batch.sequences", heads),
+        arguments=(*arguments, *text.SEQ),
+    )
+    draft.steps.append(
+        Step(
+            title="weigh",
+            needs=total.inputs,
+            makes=(total.name,),
+            buffers=(o,),
+            launches=(launch,),
+        )
+    )
+    names = [x.op.branch for x in branches if isinstance(x.op, Attend)]
+    return dict(zip(names, made, strict=True))
 
 
 def gates(graph: Graph) -> str | None:
