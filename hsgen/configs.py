@@ -12,7 +12,7 @@ from typing import Literal
 from hsgen import rows
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
-from hsgen.kernels import LONG_TEXT
+from hsgen.kernels import LONG_TEXT, RankContext
 from hsgen.plan import Config, Kernel, Plan
 from hsgen.rows import next_power
 from hsgen.target import Target
@@ -21,6 +21,8 @@ DType = Literal["bf16", "fp16", "fp32"]
 
 
 WIDE_DIMS = 256  # of a key and a value
+SCORES = 512  # of a warp that ranks a few rows
+HELD = 8192  # of a row in registers
 SUMS = 1 << 15  # numbers that a tile of outputs may have: half of a processor's registers
 
 
@@ -226,15 +228,16 @@ def rank_steps(slots: int, stride: int, *, grouped: bool) -> Config:
     return Config(constexprs=(("BLOCK_R", 1), ("BLOCK_N", width)), num_warps=warps, num_stages=1)
 
 
-def for_rows(plan: Plan, tokens: int) -> Plan:
+def for_rows(plan: Plan, tokens: int, keys: int) -> Plan:
     """The same plan of a few rows for so many of a sequence: one tile has all of them.
 
     A kernel that walks a row's own list, or scores below it, takes one row, however many there are.
+    `keys`: most of a sequence; all scores of a row are then in registers, of as few warps as hold them.
     """
-    return plan.with_config({k.name: _of_rows(k, next_power(tokens)) for k in plan.kernels})
+    return plan.with_config({k.name: _of_rows(k, next_power(tokens), keys) for k in plan.kernels})
 
 
-def _of_rows(kernel: Kernel, tokens: int) -> Config:
+def _of_rows(kernel: Kernel, tokens: int, keys: int) -> Config:
     values, warps = dict(kernel.config.constexprs), kernel.config.num_warps
     context = kernel.context
     alone = isinstance(context, rows.RowsContext) and (
@@ -246,6 +249,10 @@ def _of_rows(kernel: Kernel, tokens: int) -> Config:
         warps = 8 if block_m >= 128 else warps
     if kernel.skeleton == "rank":
         values["BLOCK_R"] = min(values["BLOCK_R"], tokens)
+        assert isinstance(context, RankContext)
+        if not context.children:
+            width = max(64, min(HELD, next_power(keys // context.stride + 1)))
+            values["BLOCK_N"], warps = width, max(1, width // SCORES)
     if kernel.name == "store":
         values["BLOCK_V"] = tokens
     return replace(kernel.config, constexprs=tuple(values.items()), num_warps=warps)

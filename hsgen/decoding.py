@@ -302,14 +302,15 @@ class Decoding:
 
     def _prepared(self, shape: Shape, kind: str, tokens: int) -> Ready:
         rows = configs.next_power(tokens) if kind == "few" else 0
-        key = (shape.dtype, shape.device, shape.page, kind, rows)
+        longest = shape.capacity if kind == "few" else 0
+        key = (shape.dtype, shape.device, shape.page, kind, rows, longest)
         ready = self._ready.get(key)
         if ready is None:
             self._refuse_capture(shape.device)
             program = self._program(shape, kind)
             made = program.plan
             if kind == "few":
-                made = configs.for_rows(made, tokens)
+                made = configs.for_rows(made, tokens, longest)
             config = {kernel.name: kernel.config.keywords() for kernel in made.kernels}
             ready = self._ready.setdefault(key, Ready(program=program, config=config))
         return ready

@@ -14,12 +14,15 @@ from hsgen.plan import STREAMED, Buffer, Kernel, Launch, Plan, Step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One launch as text; `shared` are constexprs that another kernel's configuration decides."""
+    """One launch as text; `shared` are constexprs that another kernel's configuration decides, `given` those
+    that follow from a call's sizes.
+    """
 
     kernel: str
     grid: tuple[str, ...]
     arguments: tuple[str, ...]
     shared: tuple[tuple[str, str], ...]
+    given: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +198,10 @@ class Driver:
         return splits.SHARE_KEYS
 
     @property
+    def long_share(self) -> int:
+        return splits.LONG_SHARE
+
+    @property
     def appends(self) -> tuple[Step, ...]:
         return self.plan.appends
 
@@ -250,6 +257,7 @@ class Driver:
             grid=tuple(_tuned(text, launch.kernel) for text in launch.grid),
             arguments=launch.arguments,
             shared=tuple((name, f'config["{kernel.follows}"]["{name}"]') for name in shared),
+            given=launch.given,
         )
 
     def dtype(self, buffer: Buffer) -> str:

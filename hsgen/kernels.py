@@ -25,6 +25,7 @@ TUNABLES = {
     "BLOCK_T": "tokens a tile",
     "BLOCK_R": "rows a program",
     "BLOCK_P": "parts of a row, at most",
+    "BLOCK_H": "heads of a row",
     "BLOCK_N": "entries a step",
     "BLOCK_K": "slots a step",
     "DEAR": "times a key of the union costs one of a row's list",
@@ -234,6 +235,58 @@ class IndexContext:
             pointer("WORDS", "i32", f"{lists}, ceil(BLOCK_T / 32)] member rows as bits"),
             *SEQ,
             *tunables("BLOCK_T"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniteContext:
+    """Everything `index.py.jinja` reads where the heads of a group share what one row of each chose."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    kv_heads: int
+    group: int  # query heads of a key head
+    width: int  # slots of a head's list
+    size: int  # tokens of a block
+    causal: bool
+    how: Literal["unite"] = "unite"
+
+    @property
+    def summary(self) -> str:
+        return (
+            "the blocks that the heads of a group chose between them, and which heads chose each."
+        )
+
+    @property
+    def padded_width(self) -> int:
+        return next_power(self.width)
+
+    @property
+    def padded_group(self) -> int:
+        return next_power(self.group)
+
+    @property
+    def pairs(self) -> int:
+        """Of heads and entries; a gather wants at least two."""
+        return self.padded_group * self.padded_width
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        heads = self.kv_heads * self.group
+        return (
+            pointer("SELECTION", "i32", f"[B, T, {heads}, {self.width}], -1 anywhere"),
+            *_strides("SELECTION", "s", "batch", "token", "head", "slot"),
+            pointer(
+                "LISTS",
+                "i32",
+                f"[rows, {self.kv_heads}, {1 + self.group * self.width}] count, blocks and members",
+            ),
+            *SEQ,
         )
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hsgen.buckets import BucketsContext, PartsContext
-from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsContext
+from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsContext, UniteContext
 from hsgen.plan import Kernel, Plan
 from hsgen.rows import MARKED, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
@@ -85,7 +85,7 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
         case RankContext():
             most = next_power(context.slots) if context.children else 8192
             return {"BLOCK_R": (1, 32), "BLOCK_N": (64, max(64, most)), "num_warps": (1, 16)}
-        case IndexContext():
+        case IndexContext() | UniteContext():
             return {"num_warps": (1, 16)}
         case MarksContext():
             blocks = {"BLOCK_K": (16, next_power(context.width)), "BLOCK_N": (16, 1024)}

@@ -108,11 +108,15 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """One kernel launch; arguments in the order of the kernel's parameters, constexprs left out."""
+    """One kernel launch; arguments in the order of the kernel's parameters, constexprs left out.
+
+    `given`: constexprs that follow from the sizes of a call, in place of the configuration's.
+    """
 
     kernel: str
     grid: tuple[str, ...]
     arguments: tuple[str, ...]
+    given: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,10 +238,11 @@ def _launch_lines(plan: Plan, launch: Launch) -> list[str]:
     borrowed = f"{' '.join(shared)} of {kernel.follows}, " if shared else ""
     grid = ", ".join(readable(plan, text) for text in launch.grid)
     computed = ", ".join(f"%{name}" for name in kernel.operators)
+    given = "".join(f", {name}={value}" for name, value in launch.given)
     return [
         f"launch {kernel.name} ({kernel.skeleton}) for {computed}",
         f"  grid   [{grid}]",
-        f"  config {borrowed}{kernel.config}",
+        f"  config {borrowed}{kernel.config}{given}",
     ]
 
 

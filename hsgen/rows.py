@@ -158,6 +158,7 @@ class RowsContext(InTurn):
     width_of_list: int = 0  # > 0: rows are items of a block's list, `width_of_list` slots a row
     stride: int = 1
     width: int = 0
+    united: int = 0  # > 0: an entry of a list says in so many bits which heads chose it
     children: int = 0
     many_keys: bool = False  # an entry is scored every few tokens
     keys_first: bool = False  # scores are [keys, rows]: heads that are reduced lie in one thread
@@ -228,7 +229,7 @@ class RowsContext(InTurn):
     @property
     def slots(self) -> str:
         """How many slots of a list there are: a token each."""
-        return str(self.width * self.stride)
+        return "used" if self.united else str(self.width * self.stride)
 
     @property
     def listed(self) -> str:
@@ -238,9 +239,10 @@ class RowsContext(InTurn):
     @property
     def gathered(self) -> str:
         """The token of a slot, -1 where there is none."""
-        if self.stride == 1:
+        if self.stride == 1 and not self.united:
             return "ahead"
-        return f"tl.where(ahead < 0, -1, ahead * {self.stride} + slot % {self.stride})"
+        entry = f"(ahead >> {self.united})" if self.united else "ahead"
+        return f"tl.where(ahead < 0, -1, {entry} * {self.stride} + slot % {self.stride})"
 
     @property
     def first_slot(self) -> str:
@@ -808,6 +810,42 @@ def attend_tokens(
         stride=size,
         scale_log2=number(scale * LOG2_E),
         precision=shape.precision,
+    )
+
+
+def attend_united(shape: Shape, *, name: str, scale: float, width: int, size: int) -> RowsContext:
+    """The same where every query head has a list of blocks: those of a key head's are walked as one.
+
+    What the heads of a group chose between them is read once, whatever each of them chose.
+    """
+    group = shape.group
+    context = attend_tokens(
+        shape, name=name, scale=scale, width=width * group, share="Hkv", alone=True, size=size
+    )
+    (phase,) = context.phases
+    lists = pointer(
+        "SELECTION", "i32", f"[rows, Hkv, 1 + {width * group}] count, blocks and members"
+    )
+    own = " + head" if shape.kv_heads > 1 else ""
+    of_heads = f" * {shape.kv_heads}{own}" if shape.kv_heads > 1 else ""
+    return replace(
+        context,
+        summary="attention over the blocks that the heads of a group selected, each walked once.",
+        params=tuple(lists if p.name == "SELECTION" else p for p in context.params),
+        setup=(
+            f"list_row = (tl.load(SEQ + z * 6) + t0).to(tl.int64){of_heads}",
+            f"list_base = list_row * {1 + width * group} + 1",
+            f"used = tl.load(SELECTION + list_base - 1) * {size}",
+        ),
+        phases=(
+            replace(
+                phase,
+                comment="what any head chose, for those that did",
+                stop="used",
+                visible=("inside[None, :]", "((members[None, :] >> rows[:, None]) & 1) != 0"),
+            ),
+        ),
+        united=group,
     )
 
 

@@ -17,6 +17,9 @@ from hsgen.rows import SEQ, Chunk, RowsContext, chunks, count, pointer
 MOST = 64  # shares of a row
 SHARE_KEYS = 128  # of a share, at least
 FILLED = 2  # programs that a processor should have
+TURNS = 16  # the same where each has LONG_SHARE keys: so many that none waits long for the last
+LONG_SHARE = 512
+MERGED = 16  # parts that a program of the merge takes
 
 ITEMS = count("items", "rows * splits")
 SPLITS = count("splits", "parts of a row")
@@ -34,6 +37,7 @@ class SplitsContext(rows.InTurn):
     header: str = ""
     pieces: str = ""
     head_dim: int
+    heads: int
     sink: bool = False
     turn: rows.Gated | rows.Joined | None = None
     how: str = "shares"
@@ -59,7 +63,7 @@ class SplitsContext(rows.InTurn):
             ITEMS,
             SPLITS,
             *SEQ,
-            *tunables("BLOCK_R", "BLOCK_P"),
+            *tunables("BLOCK_H", "BLOCK_P"),
         )
 
     @property
@@ -72,7 +76,7 @@ def shares(
 ) -> tuple[tuple[str, str], ...]:
     """The sizes that say how many programs share the keys of a row; the last is `splits_` and the name.
 
-    Enough to fill all processors, none with next to nothing to do.
+    Enough to fill all processors, none with next to nothing to do; of many keys enough for several turns.
 
     Args:
         name: Of the kernel.
@@ -82,9 +86,10 @@ def shares(
         keys: That a row may walk, as an expression.
     """
     return (
-        (f"filled_{name}", f"{FILLED * sms} // ({rows_of} * {heads})"),
-        (f"most_{name}", f"{keys} // SHARE_KEYS"),
-        (f"splits_{name}", f"max(1, min({MOST}, filled_{name}, most_{name}))"),
+        (f"there_{name}", f"{rows_of} * {heads}"),
+        (f"filled_{name}", f"min({FILLED * sms} // there_{name}, {keys} // SHARE_KEYS)"),
+        (f"turns_{name}", f"min({TURNS * sms} // there_{name}, {keys} // LONG_SHARE)"),
+        (f"splits_{name}", f"max(1, min({MOST}, max(filled_{name}, turns_{name})))"),
     )
 
 
@@ -110,6 +115,7 @@ class Branch:
     sms: int
     sink: bool
     turn: rows.Gated | rows.Joined | None
+    lists: tuple[tuple[Kernel, Launch, Buffer], ...] = ()  # what makes the list that is walked
 
 
 def plan(
@@ -118,16 +124,23 @@ def plan(
     """The kernels of one branch and the step that launches them.  `context`: as if it were not shared."""
     name, width = context.name, sum(c.width for c in context.v_chunks)
     split = rows.with_split(context)
-    merge = SplitsContext(name=f"merge_{name}", head_dim=width, sink=branch.sink, turn=branch.turn)
-    config = Config(constexprs=(("BLOCK_R", 1), ("BLOCK_P", MOST)), num_warps=4, num_stages=1)
+    merge = SplitsContext(
+        name=f"merge_{name}",
+        head_dim=width,
+        heads=branch.query_heads,
+        sink=branch.sink,
+        turn=branch.turn,
+    )
+    config = Config(constexprs=(("BLOCK_H", 1), ("BLOCK_P", MOST)), num_warps=4, num_stages=1)
     kernels = (
+        *(kernel for kernel, _, _ in branch.lists),
         Kernel(
             name=name,
             skeleton="rows",
             context=split,
             config=tiles(split),
             operators=branch.makes,
-            by_slot=context.one_token,
+            by_slot=context.one_token and not context.united,
         ),
         Kernel(
             name=merge.name,
@@ -137,7 +150,7 @@ def plan(
             operators=branch.makes,
         ),
     )
-    splits, items = f"splits_{name}", f"items_{name}"
+    splits, items, merged = f"splits_{name}", f"items_{name}", f"merged_{name}"
     part_o, part_lse = f"part_o_{name}", f"part_lse_{name}"
     heads = str(branch.query_heads)
     # of a row's parts: its output lies head by head, a row's parts side by side
@@ -154,13 +167,20 @@ def plan(
                 name, sms=branch.sms, rows_of=there, heads=int(branch.grid[1]), keys=branch.keys
             ),
             (items, f"batch.rows * {splits}"),
+            (f"parts_{name}", f"1 << ({splits} - 1).bit_length()"),
+            (
+                merged,
+                f"max(1, min({rows.next_power(branch.query_heads)}, {MERGED} // parts_{name}))",
+            ),
         ),
         buffers=(
+            *(buffer for _, _, buffer in branch.lists),
             *((found,) if width else ()),
             Buffer(name=part_lse, dtype="f32", dims=(heads, items), role="list"),
             *branch.buffers,
         ),
         launches=(
+            *(launch for _, launch, _ in branch.lists),
             Launch(
                 kernel=name,
                 grid=(*branch.grid, splits),
@@ -168,7 +188,7 @@ def plan(
             ),
             Launch(
                 kernel=merge.name,
-                grid=("batch.rows // {BLOCK_R} + batch.sequences", heads),
+                grid=("batch.rows + batch.sequences", f"({heads} + {merged} - 1) // {merged}"),
                 arguments=(
                     *((part_o,) if width else ()),
                     part_lse,
@@ -178,6 +198,7 @@ def plan(
                     "batch.table",
                     "batch.sequences",
                 ),
+                given=(("BLOCK_H", merged), ("BLOCK_P", f"parts_{name}")),
             ),
         ),
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from skeletons import Sequences, kernel
 
-from hsgen.kernels import IndexContext
+from hsgen.kernels import IndexContext, UniteContext
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -148,3 +148,39 @@ def test_overlapping_entries(tmp_path, device):
     c = context(size=8, stride=4, width=4)
     kinds = check(tmp_path, device, c, DENSE, choices(c, DENSE, spread=0.3))
     assert kinds["partial"]
+
+
+@pytest.mark.parametrize("sequences", [DENSE, PACKED, AHEAD])
+@pytest.mark.parametrize(("group", "width"), [(2, 1), (3, 5), (4, 4)])
+def test_heads_of_a_group_share_a_list(tmp_path, device, sequences, group, width):
+    """Each entry once, ascending, with the heads that chose it; what no row sees is not among them."""
+    kv = 2
+    fields = dict(name="unite_test", kv_heads=kv, group=group, width=width, size=4, causal=True)
+    c = UniteContext(**fields)
+    chosen = choices(context(heads=kv * group, width=width), sequences, spread=0.4)
+    total, length = sum(sequences.q_lens), 1 + group * width
+    lists = torch.full((total, kv, length), -5, dtype=torch.int32, device=device)
+    given = chosen.to(device) if device != "cpu" else chosen
+    s_b, *strides = given.stride()
+    kernel("index", c, tmp_path)[(sequences.tiles(1), kv)](
+        given, 0 if sequences.packed else s_b, *strides, lists,
+        sequences.table.to(device), len(sequences),
+    )  # fmt: skip
+    shared = 0
+    for tile in range(sequences.tiles(1)):
+        if (found := sequences.tile(tile, 1)) is None:
+            continue
+        z, t = found
+        q_start, q_first, _, q_offset, _, k_len = sequences.table[z].tolist()
+        for head in range(kv):
+            members = {}
+            for member in range(group):
+                row = chosen[0 if sequences.packed else z, q_first + t, head * group + member]
+                for e in row.tolist():
+                    if 0 <= e <= (q_offset + t) // c.size and e * c.size < k_len:
+                        members[e] = members.get(e, 0) | 1 << member
+            expect = [e << group | bits for e, bits in sorted(members.items())]
+            got = lists[q_start + t, head].tolist()
+            assert got == [len(expect), *expect, *[-5] * (length - 1 - len(expect))], (z, t, head)
+            shared += any(bits & (bits - 1) for bits in members.values())
+    assert shared or width == 1

@@ -5,10 +5,13 @@ from __future__ import annotations
 from hsgen import rows, splits
 from hsgen.errors import PlanError
 from hsgen.graph import Attend, Node, Score, SelectSet
-from hsgen.plan import Buffer
-from hsgen.rows import RowsContext
+from hsgen.kernels import UniteContext
+from hsgen.plan import Buffer, Config, Kernel, Launch
+from hsgen.rows import RowsContext, next_power
 from hsgen.schedule import text
-from hsgen.schedule.draft import Draft
+from hsgen.schedule.draft import SORT_LIMIT, Draft
+
+MOST_MEMBERS = 8  # heads of a group whose lists are walked as one: bits of an entry
 
 
 def attend(draft: Draft, node: Node, op: Attend) -> None:
@@ -18,6 +21,10 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     context = rows.with_logits(context, scale=scale, softcap=op.softcap, sink=False)
     alone = context.one_token
     selection = (text.buffer(node.inputs[3]),) if alone else ()
+    lists = ()
+    if context.united:
+        lists = (_united(draft, node, op),)
+        selection = (lists[0][2].name,)
     tiles, sizes = text.tiles(), ()
     if context.parts:
         tiles = f"row_tiles_{op.branch}"
@@ -42,6 +49,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             sms=draft.target.sms,
             sink=draft.sink(node) is not None,
             turn=draft.turn(node),
+            lists=lists,
         ),
     )
 
@@ -70,23 +78,74 @@ def _walk(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsConte
 
 
 def _lists(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsContext, str]:
-    """Each row's own list: few rows share too little for a union to pay."""
+    """Each row's own list: few rows share too little for a union to pay, but the heads of a group do."""
     selection = draft.graph[node.inputs[3]]
     if isinstance(selection.op, SelectSet) or op.size != op.stride:
         what = "overlapping blocks" if op.size != op.stride else "selections whose counts vary"
         raise PlanError(f"branch {op.branch}: no kernel decodes {what} yet", span=node.span)
     size = op.size if op.over == "blocks" else 1
-    width = draft.width(selection)
+    width, shape = draft.width(selection), draft.shape_of(op)
+    share = selection.type.dims[2]
+    pairs = next_power(shape.group) * next_power(width)
+    if (
+        share == "Hq"
+        and op.over == "blocks"
+        and 1 < shape.group <= MOST_MEMBERS
+        and pairs <= SORT_LIMIT
+    ):
+        context = rows.attend_united(
+            shape, name=f"attend_{op.branch}", scale=scale, width=width, size=size
+        )
+        return rows.with_pages(context, draft.page), str(width * shape.group * size)
     context = rows.attend_tokens(
-        draft.shape_of(op),
+        shape,
         name=f"attend_{op.branch}",
         scale=scale,
         width=width,
-        share=selection.type.dims[2],
+        share=share,
         alone=True,
         size=size,
     )
     return rows.with_pages(context, draft.page), str(width * size)
+
+
+def _united(draft: Draft, node: Node, op: Attend) -> tuple[Kernel, Launch, Buffer]:
+    """What makes one list of those that the heads of a group have."""
+    selection, shape = draft.graph[node.inputs[3]], draft.shape_of(op)
+    width, chosen = draft.width(selection), text.buffer(selection.name)
+    context = UniteContext(
+        name=f"unite_{op.branch}",
+        kv_heads=shape.kv_heads,
+        group=shape.group,
+        width=width,
+        size=op.size,
+        causal=shape.causal,
+    )
+    config = Config(constexprs=(), num_warps=1 if context.pairs <= 128 else 4, num_stages=1)
+    kernel = Kernel(
+        name=context.name,
+        skeleton="index",
+        context=context,
+        config=config,
+        operators=draft.makes(node),
+    )
+    lists = Buffer(
+        name=f"lists_{op.branch}",
+        dtype="i32",
+        dims=("batch.rows", str(shape.kv_heads), str(1 + width * shape.group)),
+        role="list",
+    )
+    launch = Launch(
+        kernel=context.name,
+        grid=("batch.rows + batch.sequences", str(shape.kv_heads)),
+        arguments=(
+            *text.strides(chosen),
+            f"{chosen}.stride(3)",
+            lists.name,
+            *text.SEQ,
+        ),
+    )
+    return kernel, launch, lists
 
 
 def log_sum_exp(draft: Draft, node: Node, score: Node) -> None:

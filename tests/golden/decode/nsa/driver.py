@@ -27,6 +27,7 @@ from .store import store
 
 SCRATCH_BYTES = 134217728  # of scores, whatever the length
 SHARE_KEYS = 128  # that a program walks, at least, where several share those of a row
+LONG_SHARE = 512  # the same where there are enough programs without
 CONFIG = {
     "advance": {
         "BLOCK_V": 128,
@@ -58,7 +59,7 @@ CONFIG = {
         "num_stages": 3,
     },
     "merge_attend_compressed": {
-        "BLOCK_R": 1,
+        "BLOCK_H": 1,
         "BLOCK_P": 64,
         "num_warps": 4,
         "num_stages": 1,
@@ -84,7 +85,7 @@ CONFIG = {
         "num_stages": 3,
     },
     "merge_attend_selected": {
-        "BLOCK_R": 1,
+        "BLOCK_H": 1,
         "BLOCK_P": 64,
         "num_warps": 4,
         "num_stages": 1,
@@ -97,7 +98,7 @@ CONFIG = {
         "num_stages": 3,
     },
     "merge_attend_window": {
-        "BLOCK_R": 1,
+        "BLOCK_H": 1,
         "BLOCK_P": 64,
         "num_warps": 4,
         "num_stages": 1,
@@ -280,10 +281,13 @@ def forward(tensors, batch, config, selection=None):
     count_compressed_values = made_compressed_values.shape[1]
 
     # attend: compressed
-    filled_attend_compressed = 264 // (batch.sequences * 4)
-    most_attend_compressed = batch.keys // 16 // SHARE_KEYS
-    splits_attend_compressed = max(1, min(64, filled_attend_compressed, most_attend_compressed))
+    there_attend_compressed = batch.sequences * 4
+    filled_attend_compressed = min(264 // there_attend_compressed, batch.keys // 16 // SHARE_KEYS)
+    turns_attend_compressed = min(2112 // there_attend_compressed, batch.keys // 16 // LONG_SHARE)
+    splits_attend_compressed = max(1, min(64, max(filled_attend_compressed, turns_attend_compressed)))
     items_attend_compressed = batch.rows * splits_attend_compressed
+    parts_attend_compressed = 1 << (splits_attend_compressed - 1).bit_length()
+    merged_attend_compressed = max(1, min(64, 16 // parts_attend_compressed))
     part_o_attend_compressed = torch.empty(
         (
             64,
@@ -351,8 +355,8 @@ def forward(tensors, batch, config, selection=None):
         **config["attend_compressed"],
     )
     grid = (
-        batch.rows // config["merge_attend_compressed"]["BLOCK_R"] + batch.sequences,
-        64,
+        batch.rows + batch.sequences,
+        (64 + merged_attend_compressed - 1) // merged_attend_compressed,
     )
     merge_attend_compressed[grid](
         part_o_attend_compressed,
@@ -374,7 +378,11 @@ def forward(tensors, batch, config, selection=None):
         splits_attend_compressed,
         batch.table,
         batch.sequences,
-        **config["merge_attend_compressed"],
+        **config["merge_attend_compressed"]
+        | {
+            "BLOCK_H": merged_attend_compressed,
+            "BLOCK_P": parts_attend_compressed,
+        },
     )
 
     if selection is None:
@@ -383,9 +391,10 @@ def forward(tensors, batch, config, selection=None):
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
         chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
-        filled_score_block = 264 // (batch.sequences * 4)
-        most_score_block = batch.keys // 16 // SHARE_KEYS
-        splits_score_block = max(1, min(64, filled_score_block, most_score_block))
+        there_score_block = batch.sequences * 4
+        filled_score_block = min(264 // there_score_block, batch.keys // 16 // SHARE_KEYS)
+        turns_score_block = min(2112 // there_score_block, batch.keys // 16 // LONG_SHARE)
+        splits_score_block = max(1, min(64, max(filled_score_block, turns_score_block)))
         scores_block = torch.empty(
             (
                 chunk_block * config["score_block"]["BLOCK_T"],
@@ -451,10 +460,13 @@ def forward(tensors, batch, config, selection=None):
         made_block_selection = in_order(selection["block"])
 
     # attend: selected
-    filled_attend_selected = 264 // (batch.rows * 4)
-    most_attend_selected = 1024 // SHARE_KEYS
-    splits_attend_selected = max(1, min(64, filled_attend_selected, most_attend_selected))
+    there_attend_selected = batch.rows * 4
+    filled_attend_selected = min(264 // there_attend_selected, 1024 // SHARE_KEYS)
+    turns_attend_selected = min(2112 // there_attend_selected, 1024 // LONG_SHARE)
+    splits_attend_selected = max(1, min(64, max(filled_attend_selected, turns_attend_selected)))
     items_attend_selected = batch.rows * splits_attend_selected
+    parts_attend_selected = 1 << (splits_attend_selected - 1).bit_length()
+    merged_attend_selected = max(1, min(64, 16 // parts_attend_selected))
     part_o_attend_selected = torch.empty(
         (
             64,
@@ -513,8 +525,8 @@ def forward(tensors, batch, config, selection=None):
         **config["attend_selected"],
     )
     grid = (
-        batch.rows // config["merge_attend_selected"]["BLOCK_R"] + batch.sequences,
-        64,
+        batch.rows + batch.sequences,
+        (64 + merged_attend_selected - 1) // merged_attend_selected,
     )
     merge_attend_selected[grid](
         part_o_attend_selected,
@@ -536,13 +548,20 @@ def forward(tensors, batch, config, selection=None):
         splits_attend_selected,
         batch.table,
         batch.sequences,
-        **config["merge_attend_selected"],
+        **config["merge_attend_selected"]
+        | {
+            "BLOCK_H": merged_attend_selected,
+            "BLOCK_P": parts_attend_selected,
+        },
     )
     # attend: window
-    filled_attend_window = 264 // (batch.sequences * 4)
-    most_attend_window = 512 // SHARE_KEYS
-    splits_attend_window = max(1, min(64, filled_attend_window, most_attend_window))
+    there_attend_window = batch.sequences * 4
+    filled_attend_window = min(264 // there_attend_window, 512 // SHARE_KEYS)
+    turns_attend_window = min(2112 // there_attend_window, 512 // LONG_SHARE)
+    splits_attend_window = max(1, min(64, max(filled_attend_window, turns_attend_window)))
     items_attend_window = batch.rows * splits_attend_window
+    parts_attend_window = 1 << (splits_attend_window - 1).bit_length()
+    merged_attend_window = max(1, min(64, 16 // parts_attend_window))
     part_o_attend_window = torch.empty(
         (
             64,
@@ -600,8 +619,8 @@ def forward(tensors, batch, config, selection=None):
         **config["attend_window"],
     )
     grid = (
-        batch.rows // config["merge_attend_window"]["BLOCK_R"] + batch.sequences,
-        64,
+        batch.rows + batch.sequences,
+        (64 + merged_attend_window - 1) // merged_attend_window,
     )
     merge_attend_window[grid](
         part_o_attend_window,
@@ -623,7 +642,11 @@ def forward(tensors, batch, config, selection=None):
         splits_attend_window,
         batch.table,
         batch.sequences,
-        **config["merge_attend_window"],
+        **config["merge_attend_window"]
+        | {
+            "BLOCK_H": merged_attend_window,
+            "BLOCK_P": parts_attend_window,
+        },
     )
 
     lse = {

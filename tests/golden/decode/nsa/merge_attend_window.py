@@ -68,23 +68,21 @@ def merge_attend_window(
     splits,  # parts of a row
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
-    BLOCK_R: tl.constexpr,  # rows a program
+    BLOCK_H: tl.constexpr,  # heads of a row
     BLOCK_P: tl.constexpr,  # parts of a row, at most
 ):
-    # rows: BLOCK_R of one sequence; a row's parts lie side by side
-    head = tl.program_id(1)
-    z, t0 = find_sequence(SEQ, num_sequences, tl.program_id(0), BLOCK_R, 0, 1)
+    # rows: BLOCK_H heads of one row, whose parts lie side by side
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    z, t = find_sequence(SEQ, num_sequences, tl.program_id(0), 1, 0, 1)
     q_start = tl.load(SEQ + z * 6)
     q_first = tl.load(SEQ + z * 6 + 1)
-    q_len = tl.load(SEQ + z * 6 + 2)
-    if t0 >= q_len:
+    if t >= tl.load(SEQ + z * 6 + 2):
         return
-    t = t0 + tl.arange(0, BLOCK_R)
-    live = t < q_len
-    q_token = q_first + t
-    # [BLOCK_R, BLOCK_P]
+    live = head < 64
+    q_token = q_first + t + head * 0
+    # [BLOCK_H, BLOCK_P]
     part = tl.arange(0, BLOCK_P)[None, :]
-    item = head.to(tl.int64) * items + (q_start + t)[:, None].to(tl.int64) * splits + part
+    item = head.to(tl.int64)[:, None] * items + (q_start + t).to(tl.int64) * splits + part
     there = live[:, None] & (part < splits)
     part_lse = tl.load(PART_LSE + item, mask=there, other=float("-inf"))
 
@@ -99,7 +97,7 @@ def merge_attend_window(
     o_base = O + z.to(tl.int64) * o_b
 
     # accumulate, store
-    # [BLOCK_R, BLOCK_P, 128]
+    # [BLOCK_H, BLOCK_P, 128]
     columns = 0 + tl.arange(0, 128)
     address = PART_O + item[:, :, None] * 128 + columns[None, None, :]
     o = tl.load(address, mask=(part_lse != float("-inf"))[:, :, None], other=0.0)
