@@ -207,22 +207,31 @@ def rounding(dim: int) -> Config:
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
-def rank(slots: int, stride: int, tokens: int, *, grouped: bool) -> Config:
+def rank(slots: int, stride: int, tokens: int, *, grouped: bool, kept: int = 0) -> Config:
     """Scores of a row in registers, for up to 128K tokens; longer rows are read in each pass.
 
     Every pass ends in a sum over the row: within one warp that is cheap, between warps it waits.
-    `grouped`: passes see few keys of a long row.
+    `grouped`: passes see few keys of a long row.  `kept`: of a row that a sample tells about.
     """
+    if kept:
+        return _sampled(kept)
     longest = slots or LONG_TEXT // stride
     width = max(64, min(8192 if slots else 2048, next_power(longest)))
     values = (("BLOCK_R", max(1, min(tokens, 256 // width))), ("BLOCK_N", width))
-    return Config(
-        constexprs=values, num_warps=4 if width > 1024 and not grouped else 1, num_stages=1
-    )
+    warps = 4 if width > 1024 and not grouped else 1
+    return Config(constexprs=values, num_warps=warps, num_stages=1)
 
 
-def rank_steps(slots: int, stride: int, *, grouped: bool) -> Config:
+def _sampled(kept: int) -> Config:
+    """Room for twice the keys that are kept, so that an estimate of where they begin may be off."""
+    width = max(2048, min(8192, next_power(2 * kept)))
+    return Config(constexprs=(("BLOCK_R", 1), ("BLOCK_N", width)), num_warps=4, num_stages=1)
+
+
+def rank_steps(slots: int, stride: int, *, grouped: bool, kept: int = 0) -> Config:
     """Of a few rows, whose programs find room: longer rows in registers, of more warps."""
+    if kept:
+        return _sampled(kept)
     width = max(64, min(8192 if slots else 4096, next_power(slots or LONG_TEXT // stride)))
     warps = 1 if grouped or width <= 1024 else 4 if width <= 2048 else 8
     return Config(constexprs=(("BLOCK_R", 1), ("BLOCK_N", width)), num_warps=warps, num_stages=1)

@@ -20,6 +20,7 @@ ROUNDED: tuple[RoundTo, ...] = get_args(RoundTo)
 
 LONG_TEXT = 1 << 17  # tokens
 GROUP = 8  # entries
+MOST_HELD = 8192  # scores of a row in registers
 
 TUNABLES = {
     "BLOCK_T": "tokens a tile",
@@ -108,12 +109,23 @@ class RankContext:
     @property
     def step(self) -> str:
         """Entries a step where a row does not fit."""
-        return "STEP" if self.group else "BLOCK_N"
+        return "STEP" if self.group or self.sampled else "BLOCK_N"
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a sample of a row that does not fit tells about where its best keys begin."""
+        plain = self.counted and not self.part and not self.children and not self.rows
+        return plain and not self.group and LONG_TEXT // self.stride > MOST_HELD
+
+    @property
+    def kept(self) -> int:
+        """Entries that a row which does not fit keeps of those it has; 0: it is not sampled."""
+        return self.width if self.sampled else 0
 
     @property
     def whole_fours(self) -> bool:
         """Whether rows of the scratch begin at multiples of 16 bytes, with room after the last entry."""
-        return bool(self.group or self.carried)
+        return bool(self.group or self.carried or self.sampled)
 
     @property
     def slots(self) -> int:
@@ -189,6 +201,11 @@ class RankContext:
             ),
             pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.row_width}]"),
             *((parent,) if self.children else ()),
+            *(
+                (pointer("KEPT", "i32", f"[chunk rows, {self.heads}, 2, BLOCK_N]"),)
+                if self.sampled
+                else ()
+            ),
             *SEQ,
             count("tile_first", "the tile of rows at which the scratch begins"),
             count("capacity", "row length of the scratch"),

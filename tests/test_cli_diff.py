@@ -153,7 +153,7 @@ def test_json_has_graph_plan_and_code(write, capsys):
     assert code["attend_local.py"] == {"file": "attend_local.py", "how": "added", "diff": ""}
     diff = code["rank_chunk.py"]["diff"]
     assert diff.startswith("--- a/rank_chunk.py\n+++ b/rank_chunk.py\n@@")
-    assert "-        wanted = 2\n+        wanted = 4\n" in diff
+    assert "-    wanted = 2\n+    wanted = 4\n" in diff
 
 
 def test_a_target_changes_the_plans_not_the_meaning():

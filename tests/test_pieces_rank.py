@@ -55,6 +55,24 @@ def draw(kind, shape, generator):
         return torch.randint(0, 3, shape, generator=generator).float()
     if kind == "special":
         return torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape, generator=generator)]
+    if kind == "two":
+        return (torch.rand(shape, generator=generator) < 0.03).float()
+    if kind == "outlier":
+        few = torch.randn(shape, generator=generator) * 1e-30
+        few[..., 7::97] = 3e38
+        return few
+    if kind == "denormals":
+        return torch.randn(shape, generator=generator) * 1e-38
+    if kind == "least":
+        return torch.where(torch.rand(shape, generator=generator) < 0.05, 1.0, -INF)
+    if kind == "nan":
+        return torch.where(torch.rand(shape, generator=generator) < 0.05, 1.0, NAN)
+    if kind == "rising":
+        return torch.arange(shape[-1]).float().expand(shape)
+    if kind == "period":
+        even = torch.randn(shape, generator=generator) * 0.1
+        even[..., ::8] += 5
+        return even
     bits = torch.randint(-(1 << 31), 1 << 31, shape, generator=generator)  # any bits at all
     return bits.to(torch.int32).view(torch.float32)
 
@@ -76,9 +94,11 @@ def check(
         rows = min(chunk, tiles - tile_first) * block_t
         part = scores[tile_first * block_t :][:rows].clone()
         expect = hide(c, sequences, parents, part, tile_first, block_t)
+        kept = torch.full((rows, c.heads, 2, block_n), 9, dtype=torch.int32, device=device)
         rank[(rows // block_r, c.heads)](
             part.to(device), out,
             *((parents.to(device),) if c.children else ()),
+            *((kept,) if c.sampled else ()),
             sequences.table.to(device), len(sequences), tile_first, capacity,
             BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_N=block_n,
         )  # fmt: skip
@@ -233,6 +253,19 @@ def test_children_that_are_tokens(tmp_path, device, seed, causal):
     check(tmp_path, device, seed, c, DENSE, "real", block_n=16, block_t=1, block_r=1)
 
 
+@pytest.mark.parametrize("kind", ["real", "alike", "plateau", "special", "bits"])
+@pytest.mark.parametrize(("parent_width", "block_n"), [(20, 4096), (16, 4096), (17, 2048)])
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (3, 2)])
+def test_many_children(tmp_path, device, seed, kind, parent_width, block_n, first, last):
+    """As many as fit in registers, fewer, and more."""
+    c = context(
+        k=300, width=300, size=1, stride=1, first=first, last=last, children=128,
+        parent_width=parent_width,
+    )  # fmt: skip
+    sequences = Sequences(q_lens=(2, 1), k_lens=(3001, 130))
+    check(tmp_path, device, seed, c, sequences, kind, block_t=2, block_r=2, block_n=block_n)
+
+
 @pytest.mark.parametrize("block_n", [4096, 1024])
 def test_long_rows(tmp_path, device, seed, block_n):
     sequences = Sequences(q_lens=(2,), k_lens=(4096,))
@@ -261,3 +294,44 @@ def test_groups_that_are_alike(tmp_path, device, seed):
 def test_fewer_groups_than_wanted(tmp_path, device, seed, length):
     c = context(k=8, width=8, causal=False, short=True, first=1, last=1)
     check(tmp_path, device, seed, c, Sequences(q_lens=(2,), k_lens=(length,)), "bits", block_n=8192)
+
+
+KINDS = [
+    "real", "alike", "plateau", "special", "bits", "two", "outlier", "denormals", "least", "nan",
+    "rising", "period",
+]  # fmt: skip
+EDGES = (1, 63, 64, 65, 95, 96, 97, 127, 128, 129, 1023, 1024, 1025, 1300)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block_r", [1, 2])
+def test_sampled(tmp_path, device, seed, kind, block_r):
+    """Rows that do not fit and keep many: whatever the sample says, the choice is exact."""
+    c = context(k=96, width=96, size=1, stride=1, first=1, last=2)
+    assert c.sampled
+    sequences = Sequences(q_lens=(2, 2), k_lens=(700, 1300))
+    check(tmp_path, device, seed, c, sequences, kind, block_t=2, block_r=block_r, block_n=128)
+
+
+@pytest.mark.parametrize("kind", ["real", "alike", "two"])
+def test_sampled_around_edges(tmp_path, device, seed, kind):
+    """Lengths around the widths in registers, the steps, the room and what is kept."""
+    c = context(k=96, width=96, size=1, stride=1)
+    sequences = Sequences(q_lens=(1,) * len(EDGES), k_lens=EDGES, packed=True)
+    check(tmp_path, device, seed, c, sequences, kind, block_t=1, block_r=1, block_n=128)
+
+
+@pytest.mark.parametrize("kind", ["real", "plateau", "special"])
+def test_sampled_without_room(tmp_path, device, seed, kind):
+    """So many are wanted that none are copied: the row is read in every pass."""
+    c = context(k=100, width=100, size=1, stride=1, last=1)
+    sequences = Sequences(q_lens=(2,), k_lens=(500,))
+    check(tmp_path, device, seed, c, sequences, kind, block_t=2, block_r=2, block_n=128)
+
+
+@pytest.mark.parametrize("kind", ["real", "bits"])
+def test_sampled_entries_that_are_not_tokens(tmp_path, device, seed, kind):
+    c = context(k=70, width=70, size=8, stride=4, first=1, last=1)
+    assert c.sampled
+    sequences = Sequences(q_lens=(2,), k_lens=(1401,))
+    check(tmp_path, device, seed, c, sequences, kind, block_t=2, block_r=2, block_n=128)

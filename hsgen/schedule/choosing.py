@@ -84,9 +84,9 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         of_all=isinstance(op, SelectSet) and op.of == "all",
     )
     grouped = ranking.group > 0
-    ranks = configs.rank(slots, op.stride, config["BLOCK_T"], grouped=grouped)
+    ranks = configs.rank(slots, op.stride, config["BLOCK_T"], grouped=grouped, kept=ranking.kept)
     if draft.steps_alone:
-        ranks = configs.rank_steps(slots, op.stride, grouped=grouped)
+        ranks = configs.rank_steps(slots, op.stride, grouped=grouped, kept=ranking.kept)
     ranker = draft.kernel(
         "rank",
         ranking,
@@ -114,8 +114,12 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 *(((choosing, together.blocks_of(block)),) if block else ()),
                 *(part.sizes(op.level) if part else ()),
                 (capacity, str(slots) if slots else row),
+                *_room(ranking, op.level),
                 (tiles, f"{choosing} // {block_t} + batch.sequences"),
-                (f"bytes_{op.level}", f"{4 * heads * context.planes} * {capacity} * {block_t}"),
+                (
+                    f"bytes_{op.level}",
+                    f"{_row_bytes(ranking, op.level, context.planes)} * {block_t}",
+                ),
                 *_chunk(draft, op.level, programs if "STAGES" in dict(config.constexprs) else 0),
                 *by_shares,
             ),
@@ -131,6 +135,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                     ),
                     role="scratch",
                 ),
+                *_kept(ranking, op.level, f"{chunk} * {block_t}"),
                 Buffer(
                     name=text.buffer(made),
                     dtype="i32",
@@ -153,6 +158,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                         scratch,
                         text.buffer(made),
                         *((text.buffer(parent.name),) if parent else ()),
+                        *((f"kept_{op.level}",) if ranking.sampled else ()),
                         *text.SEQ,
                         "tile_first",
                         capacity,
@@ -166,6 +172,28 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     )
     if block:
         spread(draft, node, op, heads, block)
+
+
+def _row_bytes(ranking: RankContext, level: str, planes: int) -> str:
+    """Bytes of scratch for a row: its scores, and what is copied of them."""
+    scores = f"{4 * ranking.heads * planes} * capacity_{level}"
+    if not ranking.sampled:
+        return scores
+    return f"({scores} + {8 * ranking.heads} * room_{level})"
+
+
+def _room(ranking: RankContext, level: str) -> tuple[tuple[str, str], ...]:
+    """How many keys of a row are copied at most."""
+    room = f'config["{ranking.name}"]["BLOCK_N"]'
+    return ((f"room_{level}", room),) if ranking.sampled else ()
+
+
+def _kept(ranking: RankContext, level: str, rows_: str) -> tuple[Buffer, ...]:
+    """What is copied of rows that do not fit in registers: keys, and their entries."""
+    if not ranking.sampled:
+        return ()
+    dims = (rows_, str(ranking.heads), "2", f"room_{level}")
+    return (Buffer(name=f"kept_{level}", dtype="i32", dims=dims, role="scratch"),)
 
 
 def _chunk(draft: Draft, level: str, heads: int) -> tuple[tuple[str, str], ...]:

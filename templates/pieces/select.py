@@ -57,6 +57,15 @@ def bisect_step(low, high, above, middle, count, k):
 
 
 @triton.jit
+def approach(low, high, middle, count, goal):
+    """Halve the interval, or end it where the count of keys >= middle is near to the goal.  All [R]"""
+    unfinished = middle != low
+    near = unfinished & (tl.abs(count - goal) <= goal // 16)
+    low = tl.where(unfinished & (near | (count >= goal)), middle, low)
+    return low, tl.where(unfinished & (near | (count < goal)), middle, high)
+
+
+@triton.jit
 def quarters(low, high):
     """The middle of an interval and those of its halves: what two steps can ask for.  -> three [R]"""
     middle = bisect_middle(low, high)

@@ -138,6 +138,22 @@ def part_of(whole, UNITS: tl.constexpr):
 
 
 @triton.jit
+def quarters(low, high):
+    """The middle of an interval and those of its halves: what two steps can ask for.  -> three [R]"""
+    middle = bisect_middle(low, high)
+    return bisect_middle(low, middle), middle, bisect_middle(middle, high)
+
+
+@triton.jit
+def quarter_step(low, high, above, first, middle, counts_first, counts_middle, counts_last, k):
+    """Two steps of the bisection, from the counts of keys >= each of `quarters`.  All [R]"""
+    low, high, above = bisect_step(low, high, above, middle, counts_middle, k)
+    half = bisect_middle(low, high)
+    count = tl.where(half == first, counts_first, counts_last)
+    return bisect_step(low, high, above, half, count, k)
+
+
+@triton.jit
 def first_block(SEQ, z, ROWS: tl.constexpr):
     """The number of a sequence's first block among those of all."""
     return tl.load(SEQ + z * 6) // ROWS + 2 * z
@@ -162,22 +178,6 @@ def count_blocks(q_offset, q_len, ROWS: tl.constexpr):
     """How many blocks have one of a sequence's rows."""
     last = block_at(q_offset + q_len - 1, ROWS)
     return tl.where(q_len > 0, last - block_at(q_offset, ROWS) + 1, 0)
-
-
-@triton.jit
-def quarters(low, high):
-    """The middle of an interval and those of its halves: what two steps can ask for.  -> three [R]"""
-    middle = bisect_middle(low, high)
-    return bisect_middle(low, middle), middle, bisect_middle(middle, high)
-
-
-@triton.jit
-def quarter_step(low, high, above, first, middle, counts_first, counts_middle, counts_last, k):
-    """Two steps of the bisection, from the counts of keys >= each of `quarters`.  All [R]"""
-    low, high, above = bisect_step(low, high, above, middle, counts_middle, k)
-    half = bisect_middle(low, high)
-    count = tl.where(half == first, counts_first, counts_last)
-    return bisect_step(low, high, above, half, count, k)
 
 
 @triton.jit
@@ -222,6 +222,49 @@ def keep_best(scores, chosen, width, p, k_len, WIDTH: tl.constexpr):
     candidates, forced = count_keys(key)
     wanted = tl.maximum(part_of(tl.sum((k_len + 63) // 64, 1), 134217728), forced)
     return keep_keys(key, columns, chosen, width, candidates, forced, wanted)
+
+
+@triton.jit
+def keep_long(scores, chosen, width, p, k_len, n, BLOCK_N: tl.constexpr):
+    """The selection of rows that do not fit in registers.  -> [R] entries kept
+
+    Every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection.
+    """
+    BLOCK_R: tl.constexpr = p.shape[0]
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    above_before = tl.zeros([BLOCK_R], tl.int32)
+    ties_before = tl.zeros([BLOCK_R], tl.int32)
+    candidates = tl.zeros([BLOCK_R], tl.int32)
+    forced = tl.zeros([BLOCK_R], tl.int32)
+    for start in range(0, n, BLOCK_N):
+        key = row_keys(scores, start + columns, p, k_len)
+        more_candidates, more_forced = count_keys(key)
+        candidates += more_candidates
+        forced += more_forced
+    wanted = tl.maximum(part_of(tl.sum((k_len + 63) // 64, 1), 134217728), forced)
+    low, high, above = bisect_start(candidates, forced, wanted)
+    first_quarter, middle, last_quarter = quarters(low, high)
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        a = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
+        b = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
+        c = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
+        for start in range(0, n, BLOCK_N):
+            key = row_keys(scores, start + columns, p, k_len)
+            a += (key >= first_quarter[:, None]).to(tl.int32)
+            b += (key >= middle[:, None]).to(tl.int32)
+            c += (key >= last_quarter[:, None]).to(tl.int32)
+        a, b, c = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
+        low, high, above = quarter_step(low, high, above, first_quarter, middle, a, b, c, wanted)
+        first_quarter, middle, last_quarter = quarters(low, high)
+    ties = missing_ties(low, high, above, wanted)
+    for start in range(0, n, BLOCK_N):
+        key = row_keys(scores, start + columns, p, k_len)
+        taken, slot, above_before, ties_before = place_keys(
+            key, low, high, ties, above_before, ties_before
+        )
+        entry = start + columns
+        tl.store(chosen + slot, entry, mask=taken & (slot < width))
+    return above + ties
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity", "width"])
@@ -269,44 +312,7 @@ def rank_block(
     elif n <= BLOCK_N:
         total = keep_best(scores, chosen, width, p, k_len, BLOCK_N)
     else:
-        # every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection
-        columns = tl.arange(0, BLOCK_N)[None, :]
-        above_before = tl.zeros([BLOCK_R], tl.int32)
-        ties_before = tl.zeros([BLOCK_R], tl.int32)
-        candidates = tl.zeros([BLOCK_R], tl.int32)
-        forced = tl.zeros([BLOCK_R], tl.int32)
-        for start in range(0, n, BLOCK_N):
-            key = row_keys(scores, start + columns, p, k_len)
-            more_candidates, more_forced = count_keys(key)
-            candidates += more_candidates
-            forced += more_forced
-        wanted = tl.maximum(part_of(tl.sum((k_len + 63) // 64, 1), 134217728), forced)
-        low, high, above = bisect_start(candidates, forced, wanted)
-        first_quarter, middle, last_quarter = quarters(low, high)
-        while tl.max((middle != low).to(tl.int32), 0) > 0:
-            a = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-            b = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-            c = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-            for start in range(0, n, BLOCK_N):
-                key = row_keys(scores, start + columns, p, k_len)
-                a += (key >= first_quarter[:, None]).to(tl.int32)
-                b += (key >= middle[:, None]).to(tl.int32)
-                c += (key >= last_quarter[:, None]).to(tl.int32)
-            a, b, c = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
-            low, high, above = quarter_step(
-                low, high, above, first_quarter, middle, a, b, c, wanted
-            )
-            first_quarter, middle, last_quarter = quarters(low, high)
-        ties = missing_ties(low, high, above, wanted)
-        for start in range(0, n, BLOCK_N):
-            key = row_keys(scores, start + columns, p, k_len)
-            taken, slot, above_before, ties_before = place_keys(
-                key, low, high, ties, above_before, ties_before
-            )
-            entry = start + columns
-            tl.store(chosen + slot, entry, mask=taken & (slot < width))
-        total = above + ties
-
+        total = keep_long(scores, chosen, width, p, k_len, n, BLOCK_N)
     # store: -1 after the last one
     for start in range(0, width, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)[None, :]

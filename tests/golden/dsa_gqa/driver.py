@@ -28,8 +28,8 @@ CONFIG = {
     },
     "rank_token": {
         "BLOCK_R": 1,
-        "BLOCK_N": 2048,
-        "num_warps": 4,
+        "BLOCK_N": 4096,
+        "num_warps": 8,
         "num_stages": 1,
     },
     "index_selected": {
@@ -76,9 +76,10 @@ def forward(tensors, batch, config, selection=None):
 
     if selection is None:
         # choose: token
-        capacity_token = max(1, batch.keys // 1 + 1)
+        capacity_token = (batch.keys // 1 + 5) // 4 * 4
+        room_token = config["rank_token"]["BLOCK_N"]
         tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
-        bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
+        bytes_token = (4 * capacity_token + 8 * room_token) * config["score_token"]["BLOCK_T"]
         chunk_token = min(tiles_token, max(1, SCRATCH_BYTES // bytes_token))
         scores_token = torch.empty(
             (
@@ -87,6 +88,16 @@ def forward(tensors, batch, config, selection=None):
                 capacity_token,
             ),
             dtype=torch.float32,
+            device=in_q.device,
+        )
+        kept_token = torch.empty(
+            (
+                chunk_token * config["score_token"]["BLOCK_T"],
+                1,
+                2,
+                room_token,
+            ),
+            dtype=torch.int32,
             device=in_q.device,
         )
         made_token_selection = torch.empty(
@@ -130,6 +141,7 @@ def forward(tensors, batch, config, selection=None):
             rank_token[grid](
                 scores_token,
                 made_token_selection,
+                kept_token,
                 batch.table,
                 batch.sequences,
                 tile_first,
@@ -293,9 +305,10 @@ def select(tensors, batch, config):
     in_w_index = tensors["w_index"]
 
     # choose: token
-    capacity_token = max(1, batch.keys // 1 + 1)
+    capacity_token = (batch.keys // 1 + 5) // 4 * 4
+    room_token = config["rank_token"]["BLOCK_N"]
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
-    bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
+    bytes_token = (4 * capacity_token + 8 * room_token) * config["score_token"]["BLOCK_T"]
     chunk_token = min(tiles_token, max(1, SCRATCH_BYTES // bytes_token))
     scores_token = torch.empty(
         (
@@ -304,6 +317,16 @@ def select(tensors, batch, config):
             capacity_token,
         ),
         dtype=torch.float32,
+        device=in_q.device,
+    )
+    kept_token = torch.empty(
+        (
+            chunk_token * config["score_token"]["BLOCK_T"],
+            1,
+            2,
+            room_token,
+        ),
+        dtype=torch.int32,
         device=in_q.device,
     )
     made_token_selection = torch.empty(
@@ -347,6 +370,7 @@ def select(tensors, batch, config):
         rank_token[grid](
             scores_token,
             made_token_selection,
+            kept_token,
             batch.table,
             batch.sequences,
             tile_first,

@@ -120,20 +120,6 @@ def count_keys(key):
 
 
 @triton.jit
-def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
-    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
-    low = 0
-    high = num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
-        low = tl.where(start <= tile, middle, low)
-        high = tl.where(start <= tile, high, middle)
-    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
-    return low, (tile - start) * BLOCK
-
-
-@triton.jit
 def quarters(low, high):
     """The middle of an interval and those of its halves: what two steps can ask for.  -> three [R]"""
     middle = bisect_middle(low, high)
@@ -147,6 +133,20 @@ def quarter_step(low, high, above, first, middle, counts_first, counts_middle, c
     half = bisect_middle(low, high)
     count = tl.where(half == first, counts_first, counts_last)
     return bisect_step(low, high, above, half, count, k)
+
+
+@triton.jit
+def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
+    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
+        low = tl.where(start <= tile, middle, low)
+        high = tl.where(start <= tile, high, middle)
+    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
+    return low, (tile - start) * BLOCK
 
 
 @triton.jit
@@ -166,6 +166,23 @@ def row_keys(scores, parents, live, slot, p, k_len):
     complete = (e >= 0) & (e < limit)
     score = tl.load(scores + slot, mask=complete & (forced == 0), other=0.0)
     return rank_key(score, complete, forced)
+
+
+@triton.jit
+def all_keys(scores, parents, live, p, k_len, WIDTH: tl.constexpr):
+    """Keys of all children, slot by slot; a parent is read once for all of its own.  -> [R, WIDTH]"""
+    j = tl.arange(0, WIDTH // 128)[None, :]
+    parent = tl.load(parents + j, mask=(j < 64) & live, other=-1)[:, :, None]
+    child = tl.arange(0, 128)[None, None, :]
+    e = tl.where(parent >= 0, parent * 128 + child, -1)
+    p, k_len = p[:, :, None], k_len[:, :, None]
+    forced = is_forced(e, p, k_len, 1, 0, 0, True)
+    limit = complete_limit(p, k_len, 1, 1, True, False)
+    complete = (e >= 0) & (e < limit)
+    slot = j[:, :, None] * 128 + child
+    score = tl.load(scores[:, :, None] + slot, mask=complete & (forced == 0), other=0.0)
+    key = rank_key(score, complete, forced)
+    return tl.reshape(key, [key.shape[0], WIDTH])
 
 
 @triton.jit
@@ -193,6 +210,75 @@ def keep_best(scores, parents, live, chosen, p, k_len, WIDTH: tl.constexpr):
     candidates, forced = count_keys(key)
     wanted = 2048
     return keep_keys(parents, live, key, columns, chosen, candidates, forced, wanted)
+
+
+@triton.jit
+def keep_wide(scores, parents, live, chosen, p, k_len, WIDTH: tl.constexpr):
+    """The same of many children: keys are read again to place them, few of them at a time in registers."""
+    key = all_keys(scores, parents, live, p, k_len, WIDTH)
+    candidates, forced = count_keys(key)
+    wanted = 2048
+    low, high, above = bisect_start(candidates, forced, wanted)
+    middle = bisect_middle(low, high)
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        low, high, above = bisect_step(low, high, above, middle, count, wanted)
+        middle = bisect_middle(low, high)
+    ties = missing_ties(low, high, above, wanted)
+    above_before = tl.zeros_like(above)
+    ties_before = tl.zeros_like(above)
+    for start in range(0, 8192, WIDTH // 4):
+        columns = start + tl.arange(0, WIDTH // 4)[None, :]
+        again = row_keys(scores, parents, live, columns, p, k_len)
+        taken, slot, above_before, ties_before = place_keys(
+            again, low, high, ties, above_before, ties_before
+        )
+        entry = row_entries(parents, live, columns)
+        tl.store(chosen + slot, entry, mask=taken & (slot < 2048))
+    return above + ties
+
+
+@triton.jit
+def keep_long(scores, parents, live, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
+    """The selection of rows that do not fit in registers.  -> [R] entries kept
+
+    Every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection.
+    """
+    BLOCK_R: tl.constexpr = p.shape[0]
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    above_before = tl.zeros([BLOCK_R], tl.int32)
+    ties_before = tl.zeros([BLOCK_R], tl.int32)
+    candidates = tl.zeros([BLOCK_R], tl.int32)
+    forced = tl.zeros([BLOCK_R], tl.int32)
+    for start in range(0, n, BLOCK_N):
+        key = row_keys(scores, parents, live, start + columns, p, k_len)
+        more_candidates, more_forced = count_keys(key)
+        candidates += more_candidates
+        forced += more_forced
+    wanted = 2048
+    low, high, above = bisect_start(candidates, forced, wanted)
+    first_quarter, middle, last_quarter = quarters(low, high)
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        a = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
+        b = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
+        c = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
+        for start in range(0, n, BLOCK_N):
+            key = row_keys(scores, parents, live, start + columns, p, k_len)
+            a += (key >= first_quarter[:, None]).to(tl.int32)
+            b += (key >= middle[:, None]).to(tl.int32)
+            c += (key >= last_quarter[:, None]).to(tl.int32)
+        a, b, c = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
+        low, high, above = quarter_step(low, high, above, first_quarter, middle, a, b, c, wanted)
+        first_quarter, middle, last_quarter = quarters(low, high)
+    ties = missing_ties(low, high, above, wanted)
+    for start in range(0, n, BLOCK_N):
+        key = row_keys(scores, parents, live, start + columns, p, k_len)
+        taken, slot, above_before, ties_before = place_keys(
+            key, low, high, ties, above_before, ties_before
+        )
+        entry = row_entries(parents, live, start + columns)
+        tl.store(chosen + slot, entry, mask=taken & (slot < 2048))
+    return above + ties
 
 
 @triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity"])
@@ -237,46 +323,9 @@ def rank_token(
     elif n <= max(BLOCK_N // 2, 2):
         total = keep_best(scores, parents, live, chosen, p, k_len, max(BLOCK_N // 2, 2))
     elif n <= BLOCK_N:
-        total = keep_best(scores, parents, live, chosen, p, k_len, BLOCK_N)
+        total = keep_wide(scores, parents, live, chosen, p, k_len, BLOCK_N)
     else:
-        # every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection
-        columns = tl.arange(0, BLOCK_N)[None, :]
-        above_before = tl.zeros([BLOCK_R], tl.int32)
-        ties_before = tl.zeros([BLOCK_R], tl.int32)
-        candidates = tl.zeros([BLOCK_R], tl.int32)
-        forced = tl.zeros([BLOCK_R], tl.int32)
-        for start in range(0, n, BLOCK_N):
-            key = row_keys(scores, parents, live, start + columns, p, k_len)
-            more_candidates, more_forced = count_keys(key)
-            candidates += more_candidates
-            forced += more_forced
-        wanted = 2048
-        low, high, above = bisect_start(candidates, forced, wanted)
-        first_quarter, middle, last_quarter = quarters(low, high)
-        while tl.max((middle != low).to(tl.int32), 0) > 0:
-            a = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-            b = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-            c = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-            for start in range(0, n, BLOCK_N):
-                key = row_keys(scores, parents, live, start + columns, p, k_len)
-                a += (key >= first_quarter[:, None]).to(tl.int32)
-                b += (key >= middle[:, None]).to(tl.int32)
-                c += (key >= last_quarter[:, None]).to(tl.int32)
-            a, b, c = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
-            low, high, above = quarter_step(
-                low, high, above, first_quarter, middle, a, b, c, wanted
-            )
-            first_quarter, middle, last_quarter = quarters(low, high)
-        ties = missing_ties(low, high, above, wanted)
-        for start in range(0, n, BLOCK_N):
-            key = row_keys(scores, parents, live, start + columns, p, k_len)
-            taken, slot, above_before, ties_before = place_keys(
-                key, low, high, ties, above_before, ties_before
-            )
-            entry = row_entries(parents, live, start + columns)
-            tl.store(chosen + slot, entry, mask=taken & (slot < 2048))
-        total = above + ties
-
+        total = keep_long(scores, parents, live, chosen, p, k_len, n, BLOCK_N)
     # store: -1 after the last one
     slot = tl.arange(0, 2048)[None, :]
     empty = (slot >= total[:, None]) & (slot < 2048) & live

@@ -148,20 +148,6 @@ def count_keys(key):
 
 
 @triton.jit
-def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
-    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
-    low = 0
-    high = num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
-        low = tl.where(start <= tile, middle, low)
-        high = tl.where(start <= tile, high, middle)
-    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
-    return low, (tile - start) * BLOCK
-
-
-@triton.jit
 def quarters(low, high):
     """The middle of an interval and those of its halves: what two steps can ask for.  -> three [R]"""
     middle = bisect_middle(low, high)
@@ -175,6 +161,20 @@ def quarter_step(low, high, above, first, middle, counts_first, counts_middle, c
     half = bisect_middle(low, high)
     count = tl.where(half == first, counts_first, counts_last)
     return bisect_step(low, high, above, half, count, k)
+
+
+@triton.jit
+def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
+    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
+        low = tl.where(start <= tile, middle, low)
+        high = tl.where(start <= tile, high, middle)
+    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
+    return low, (tile - start) * BLOCK
 
 
 @triton.jit
@@ -249,6 +249,50 @@ def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
     return keep_keys(key, columns, chosen, candidates, forced, wanted)
 
 
+@triton.jit
+def keep_long(scores, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
+    """The selection of rows that do not fit in registers.  -> [R] entries kept
+
+    Every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection.
+    """
+    BLOCK_R: tl.constexpr = p.shape[0]
+    STEP: tl.constexpr = max(BLOCK_N // 4, 2)  # a key has three counts, in a group it had none
+    columns = tl.arange(0, STEP)[None, :]
+    above_before = tl.zeros([BLOCK_R], tl.int32)
+    ties_before = tl.zeros([BLOCK_R], tl.int32)
+    candidates = tl.zeros([BLOCK_R], tl.int32)
+    forced = tl.zeros([BLOCK_R], tl.int32)
+    for start in range(0, n, STEP):
+        key = row_keys(scores, start + columns, p, k_len)
+        more_candidates, more_forced = count_keys(key)
+        candidates += more_candidates
+        forced += more_forced
+    wanted = 64
+    low, high, above = bisect_start(candidates, forced, wanted)
+    first_quarter, middle, last_quarter = quarters(low, high)
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        a = tl.zeros([BLOCK_R, STEP], tl.int32)
+        b = tl.zeros([BLOCK_R, STEP], tl.int32)
+        c = tl.zeros([BLOCK_R, STEP], tl.int32)
+        for start in range(0, n, STEP):
+            key = row_keys(scores, start + columns, p, k_len)
+            a += (key >= first_quarter[:, None]).to(tl.int32)
+            b += (key >= middle[:, None]).to(tl.int32)
+            c += (key >= last_quarter[:, None]).to(tl.int32)
+        a, b, c = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
+        low, high, above = quarter_step(low, high, above, first_quarter, middle, a, b, c, wanted)
+        first_quarter, middle, last_quarter = quarters(low, high)
+    ties = missing_ties(low, high, above, wanted)
+    for start in range(0, n, STEP):
+        key = row_keys(scores, start + columns, p, k_len)
+        taken, slot, above_before, ties_before = place_keys(
+            key, low, high, ties, above_before, ties_before
+        )
+        entry = start + columns
+        tl.store(chosen + slot, entry, mask=taken & (slot < 64))
+    return above + ties
+
+
 @triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity"])
 def rank_page(
     SCORES,  # f32[chunk rows, 32, capacity]
@@ -291,45 +335,7 @@ def rank_page(
     elif n <= BLOCK_N:
         total = keep_best(scores, chosen, p, k_len, BLOCK_N)
     else:
-        # every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection
-        STEP: tl.constexpr = max(BLOCK_N // 4, 2)  # a key has three counts, in a group it had none
-        columns = tl.arange(0, STEP)[None, :]
-        above_before = tl.zeros([BLOCK_R], tl.int32)
-        ties_before = tl.zeros([BLOCK_R], tl.int32)
-        candidates = tl.zeros([BLOCK_R], tl.int32)
-        forced = tl.zeros([BLOCK_R], tl.int32)
-        for start in range(0, n, STEP):
-            key = row_keys(scores, start + columns, p, k_len)
-            more_candidates, more_forced = count_keys(key)
-            candidates += more_candidates
-            forced += more_forced
-        wanted = 64
-        low, high, above = bisect_start(candidates, forced, wanted)
-        first_quarter, middle, last_quarter = quarters(low, high)
-        while tl.max((middle != low).to(tl.int32), 0) > 0:
-            a = tl.zeros([BLOCK_R, STEP], tl.int32)
-            b = tl.zeros([BLOCK_R, STEP], tl.int32)
-            c = tl.zeros([BLOCK_R, STEP], tl.int32)
-            for start in range(0, n, STEP):
-                key = row_keys(scores, start + columns, p, k_len)
-                a += (key >= first_quarter[:, None]).to(tl.int32)
-                b += (key >= middle[:, None]).to(tl.int32)
-                c += (key >= last_quarter[:, None]).to(tl.int32)
-            a, b, c = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
-            low, high, above = quarter_step(
-                low, high, above, first_quarter, middle, a, b, c, wanted
-            )
-            first_quarter, middle, last_quarter = quarters(low, high)
-        ties = missing_ties(low, high, above, wanted)
-        for start in range(0, n, STEP):
-            key = row_keys(scores, start + columns, p, k_len)
-            taken, slot, above_before, ties_before = place_keys(
-                key, low, high, ties, above_before, ties_before
-            )
-            entry = start + columns
-            tl.store(chosen + slot, entry, mask=taken & (slot < 64))
-        total = above + ties
-
+        total = keep_long(scores, chosen, p, k_len, n, BLOCK_N)
     # store: -1 after the last one
     slot = tl.arange(0, 64)[None, :]
     empty = (slot >= total[:, None]) & (slot < 64) & live

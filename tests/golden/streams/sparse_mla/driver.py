@@ -29,8 +29,8 @@ CONFIG = {
     },
     "rank_token": {
         "BLOCK_R": 1,
-        "BLOCK_N": 2048,
-        "num_warps": 4,
+        "BLOCK_N": 4096,
+        "num_warps": 8,
         "num_stages": 1,
     },
     "attend_selected": {
@@ -65,9 +65,10 @@ def forward(tensors, batch, config, selection=None):
 
     if selection is None:
         # choose: token
-        capacity_token = max(1, batch.keys // 1 + 1)
+        capacity_token = (batch.keys // 1 + 5) // 4 * 4
+        room_token = config["rank_token"]["BLOCK_N"]
         tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
-        bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
+        bytes_token = (4 * capacity_token + 8 * room_token) * config["score_token"]["BLOCK_T"]
         most_token = max(1, max(SCRATCH_BYTES, batch.rows * 17408) // bytes_token)
         rounds_token = most_token * 1 // batch.processors
         least_token = min(most_token, batch.processors // 1)
@@ -80,6 +81,16 @@ def forward(tensors, batch, config, selection=None):
                 capacity_token,
             ),
             dtype=torch.float32,
+            device=in_q.device,
+        )
+        kept_token = torch.empty(
+            (
+                chunk_token * config["score_token"]["BLOCK_T"],
+                1,
+                2,
+                room_token,
+            ),
+            dtype=torch.int32,
             device=in_q.device,
         )
         made_token_selection = torch.empty(
@@ -121,6 +132,7 @@ def forward(tensors, batch, config, selection=None):
             rank_token[grid](
                 scores_token,
                 made_token_selection,
+                kept_token,
                 batch.table,
                 batch.sequences,
                 tile_first,
@@ -197,9 +209,10 @@ def select(tensors, batch, config):
     in_w_index = tensors["w_index"]
 
     # choose: token
-    capacity_token = max(1, batch.keys // 1 + 1)
+    capacity_token = (batch.keys // 1 + 5) // 4 * 4
+    room_token = config["rank_token"]["BLOCK_N"]
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
-    bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
+    bytes_token = (4 * capacity_token + 8 * room_token) * config["score_token"]["BLOCK_T"]
     most_token = max(1, max(SCRATCH_BYTES, batch.rows * 17408) // bytes_token)
     rounds_token = most_token * 1 // batch.processors
     least_token = min(most_token, batch.processors // 1)
@@ -212,6 +225,16 @@ def select(tensors, batch, config):
             capacity_token,
         ),
         dtype=torch.float32,
+        device=in_q.device,
+    )
+    kept_token = torch.empty(
+        (
+            chunk_token * config["score_token"]["BLOCK_T"],
+            1,
+            2,
+            room_token,
+        ),
+        dtype=torch.int32,
         device=in_q.device,
     )
     made_token_selection = torch.empty(
@@ -253,6 +276,7 @@ def select(tensors, batch, config):
         rank_token[grid](
             scores_token,
             made_token_selection,
+            kept_token,
             batch.table,
             batch.sequences,
             tile_first,
