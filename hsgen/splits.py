@@ -89,7 +89,8 @@ def shares(
         (f"there_{name}", f"{rows_of} * {heads}"),
         (f"filled_{name}", f"min({FILLED * sms} // there_{name}, {keys} // SHARE_KEYS)"),
         (f"turns_{name}", f"min({TURNS * sms} // there_{name}, {keys} // LONG_SHARE)"),
-        (f"splits_{name}", f"max(1, min({MOST}, max(filled_{name}, turns_{name})))"),
+        (f"wanted_{name}", f"max(filled_{name}, turns_{name})"),
+        (f"splits_{name}", f"max(1, min({MOST}, wanted_{name}))"),
     )
 
 

@@ -31,6 +31,7 @@ LATENT_STEP = 64  # keys
 HANDED = ("p_shared", "rescale_shared", "full", "free", "p_full", "p_free")
 NARROWEST = 64  # columns that one swizzled row of shared memory holds
 WIDEST = 128
+LEFT_OUT = "blocks < 0"  # of a tile whose union another kernel finds too dear
 BOUND = re.compile(r"n < (\w+)")
 
 
@@ -106,7 +107,7 @@ class StreamsContext:
     @property
     def stream_setup(self) -> tuple[str, ...]:
         """What the stream must know: which tiles, but nothing of rows."""
-        known = [self._of_program(line) for line in self.rows.setup]
+        known = [self._of_program(line) for line in _later(self.rows)]
         if self.latent:
             return tuple(known)
         needed = {word for phase in self.rows.phases for word in _words(phase.start, phase.stop)}
@@ -121,7 +122,7 @@ class StreamsContext:
 
     @property
     def setup(self) -> tuple[str, ...]:
-        lines = (self._of_group(self._of_program(line)) for line in self.rows.setup)
+        lines = (self._of_group(self._of_program(line)) for line in _later(self.rows))
         first = f"tokens = GROUP * (HALF // {self.rows.pitch}) + token_at("
         return tuple(line.replace("tokens = token_at(", first) for line in lines)
 
@@ -129,7 +130,19 @@ class StreamsContext:
     def present(self) -> str:
         """Whether the tile has a row."""
         absent = self.rows.absent
+        if self.early:
+            return f"({absent.replace('>=', '<')}) & ({LEFT_OUT.replace('<', '>=')})"
         return "t0 < q_len" if absent == "t0 >= q_len" else f"not ({absent})"
+
+    @property
+    def early(self) -> tuple[str, ...]:
+        """Lines of setup that tell whether another kernel has the tile."""
+        return tuple(map(self._of_program, self.rows.setup[: _end_of_early(self.rows)]))
+
+    def body(self, phase: Phase) -> tuple[str, ...]:
+        """What is known of a step before its dots."""
+        keys = "gl.arange(0, BLOCK_N, layout=by_key)"
+        return tuple(line.replace("tl.arange(0, BLOCK_N)", keys) for line in phase.body)
 
     @property
     def listed(self) -> bool:
@@ -261,6 +274,18 @@ class StreamsContext:
         return tuple(p.name for p in self.params if p.kind == "tiles")
 
 
+def _end_of_early(context: RowsContext) -> int:
+    """How many lines of setup come before the one that leaves a tile to another kernel; 0: none does."""
+    line = f"if {LEFT_OUT}:"
+    return context.setup.index(line) if line in context.setup else 0
+
+
+def _later(context: RowsContext) -> tuple[str, ...]:
+    """Lines of setup behind those that tell whether the tile is another kernel's."""
+    end = _end_of_early(context)
+    return context.setup[end + 2 :] if end else context.setup
+
+
 def _words(*texts: str) -> set[str]:
     return set(re.findall(r"[A-Za-z_]\w*", " ".join(texts)))
 
@@ -311,7 +336,7 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
     """Whether a kernel's keys can come in a stream: tiles of whole rows, at places that are known."""
     chunks = (*context.qk_chunks, *context.v_chunks)
     kinds = {phase.kind for phase in context.phases}
-    setups = any(line.lstrip().startswith(("if ", "return")) for line in context.setup)
+    setups = any(line.lstrip().startswith(("if ", "return")) for line in _later(context))
     return (
         target.streams
         and dtype != "fp32"

@@ -24,7 +24,8 @@ EXAMPLE = "examples/block_lists.yaml"
 STREAMED = {
     "nsa": {"attend_compressed", "score_block", "attend_selected", "attend_window"},
     "infllm_v2": {"score_block", "attend_selected"},
-    "dsa_gqa": {"score_token"},  # its tokens are walked by marks, which streams do not read
+    "dsa_gqa": {"score_token", "attend_selected"},  # tokens by marks
+    "hisa": {"attend_selected"},
     "moba": set(),  # rows come to blocks
     "sparse_mla": {"score_token", "attend_selected"},  # its latents are gathered
 }
@@ -239,7 +240,7 @@ def _by_branch(lse):
     return lse if isinstance(lse, dict) else {"": lse}
 
 
-CASES = ["nsa", "infllm_v2", EXAMPLE, "sparse_mla"]
+CASES = ["nsa", "infllm_v2", EXAMPLE, "sparse_mla", "dsa_gqa", "hisa"]
 
 
 @pytest.mark.gpu
@@ -274,6 +275,27 @@ def test_documents(pair, name):
     }
     cu = torch.tensor([0, 700, 707, 1500], device="cuda", dtype=torch.int32)
     same_on_a_choice(pair, spec, packed, cu_seqlens_q=cu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 2, 3, 5])
+def test_groups_that_need_several_member_words(pair, group):
+    """Tiles of up to 128 tokens, each half of which looks at the words of its own."""
+    spec = spec_of("nsa")
+    heads = spec.heads.model_copy(update={"query": 2 * group, "kv": 2})
+    spec = spec.model_copy(update={"heads": heads})
+    same_on_a_choice(pair, spec, inputs(spec, 1333, 1333, sequences=2))
+
+
+@pytest.mark.gpu
+def test_tiles_that_are_gathered_are_left_out(pair):
+    """Rows that choose nothing alike: their unions are dear, and another kernel attends."""
+    spec = spec_of("dsa_gqa")
+    x = inputs(spec, 3000, 3000)
+    for key in x:
+        if key.startswith("index"):
+            x[key] = torch.randn_like(x[key])
+    same_on_a_choice(pair, spec, x)
 
 
 @pytest.mark.gpu

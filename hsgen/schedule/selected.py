@@ -208,7 +208,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
     by_row = rows.attend_tokens(shape, name=gather, scale=scale, width=width, share=share)
     union, by_row = (as_branch(draft, each, node, op) for each in (union, by_row))
     union, by_row = (rows.with_pages(each, draft.page) for each in (union, by_row))
-    config = draft.row_tiles.attend(union, limit=64, block=rows.MARKED)
+    config = draft.tiles(union, limit=64, block=rows.MARKED)
     gathering = draft.row_tiles.attend(by_row, tokens=1).without("BLOCK_T")
     marks = MarksContext(
         name=f"index_{op.branch}", heads=heads, width=width, causal=draft.shape.causal
@@ -220,7 +220,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
         num_stages=1,
     )
     draft.kernel("index", marks, marking, node.name, follows=name)
-    draft.kernel("rows", union, config, *draft.makes(node))
+    draft.attend(union, config, *draft.makes(node))
     draft.kernel("rows", by_row, gathering, *draft.makes(node), follows=name, by_slot=True)
     block_t = f'config["{name}"]["BLOCK_T"]'
     tiles, chunk = f"tiles_{op.branch}", f"chunk_{op.branch}"
@@ -256,17 +256,19 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
                     grid=("count", str(heads)),
                     arguments=(chosen, *lists, capacity, *text.SEQ, "tile_first"),
                 ),
-                Launch(
-                    kernel=name,
-                    grid=text.grid(shape, union, "count"),
-                    arguments=(
-                        *tensors,
-                        *lists,
-                        capacity,
-                        *draft.outputs(node),
-                        *draft.seq(union),
-                        "tile_first",
-                    ),
+                draft.launch(
+                    Launch(
+                        kernel=name,
+                        grid=text.grid(shape, union, "count"),
+                        arguments=(
+                            *tensors,
+                            *lists,
+                            capacity,
+                            *draft.outputs(node),
+                            *draft.seq(union),
+                            "tile_first",
+                        ),
+                    )
                 ),
                 Launch(
                     kernel=gather,

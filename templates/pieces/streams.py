@@ -137,20 +137,20 @@ def clear_rows(tile, first, stop, layout: gl.constexpr, ROWS: gl.constexpr, WIDT
 
 @gluon.constexpr_function
 def bits_of(first, end):
-    """Bits first to end - 1 of a word of 32, as a signed number."""
-    bits = ((1 << end) - (1 << first)) % (1 << 32) if first < end <= 32 else 0
+    """Bits first to end - 1 of a word of 32, as a signed number; those of words beside it are not its."""
+    first, end = max(first, 0), min(end, 32)
+    bits = (1 << end) - (1 << first) if first < end else 0
     return bits - (1 << 32) if bits >> 31 else bits
 
 
 @gluon.jit
-def own_of(
-    WORDS, list_base, i, end, TILES: gl.constexpr, num_words: gl.constexpr, OWN: gl.constexpr
-):
-    """Whether any row of a group chose step i of a list; of long words every group takes all."""
-    if num_words > 1:
-        found = 1
-    else:
-        found = gl.load(WORDS + list_base + i // TILES, mask=i < end, other=0) & OWN
+def own_of(words, there, FIRST: gl.constexpr, END: gl.constexpr):
+    """What is not 0 where one of the tokens FIRST to END - 1 of a tile chose a step, by its member words."""
+    found = gl.load(words + FIRST // 32, mask=there, other=0) & bits_of(
+        FIRST % 32, END - FIRST // 32 * 32
+    )
+    for w in gl.static_range(FIRST // 32 + 1, (END + 31) // 32):
+        found |= gl.load(words + w, mask=there, other=0) & bits_of(0, END - w * 32)
     return found
 
 

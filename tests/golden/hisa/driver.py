@@ -51,7 +51,7 @@ CONFIG = {
     "rank_token": {
         "BLOCK_R": 1,
         "BLOCK_N": 8192,
-        "num_warps": 16,
+        "num_warps": 4,
         "num_stages": 1,
     },
     "index_selected": {

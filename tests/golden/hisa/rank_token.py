@@ -169,23 +169,6 @@ def row_keys(scores, parents, live, slot, p, k_len):
 
 
 @triton.jit
-def all_keys(scores, parents, live, p, k_len, WIDTH: tl.constexpr):
-    """Keys of all children, slot by slot; a parent is read once for all of its own.  -> [R, WIDTH]"""
-    j = tl.arange(0, WIDTH // 128)[None, :]
-    parent = tl.load(parents + j, mask=(j < 64) & live, other=-1)[:, :, None]
-    child = tl.arange(0, 128)[None, None, :]
-    e = tl.where(parent >= 0, parent * 128 + child, -1)
-    p, k_len = p[:, :, None], k_len[:, :, None]
-    forced = is_forced(e, p, k_len, 1, 0, 0, True)
-    limit = complete_limit(p, k_len, 1, 1, True, False)
-    complete = (e >= 0) & (e < limit)
-    slot = j[:, :, None] * 128 + child
-    score = tl.load(scores[:, :, None] + slot, mask=complete & (forced == 0), other=0.0)
-    key = rank_key(score, complete, forced)
-    return tl.reshape(key, [key.shape[0], WIDTH])
-
-
-@triton.jit
 def keep_keys(parents, live, key, columns, chosen, candidates, forced, wanted):
     """Store the columns of the best keys, ascending.  key, columns: [R, N] -> [R] of them kept"""
     low, high, above = bisect_start(candidates, forced, wanted)
@@ -210,32 +193,6 @@ def keep_best(scores, parents, live, chosen, p, k_len, WIDTH: tl.constexpr):
     candidates, forced = count_keys(key)
     wanted = 2048
     return keep_keys(parents, live, key, columns, chosen, candidates, forced, wanted)
-
-
-@triton.jit
-def keep_wide(scores, parents, live, chosen, p, k_len, WIDTH: tl.constexpr):
-    """The same of many children: keys are read again to place them, few of them at a time in registers."""
-    key = all_keys(scores, parents, live, p, k_len, WIDTH)
-    candidates, forced = count_keys(key)
-    wanted = 2048
-    low, high, above = bisect_start(candidates, forced, wanted)
-    middle = bisect_middle(low, high)
-    while tl.max((middle != low).to(tl.int32), 0) > 0:
-        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-        low, high, above = bisect_step(low, high, above, middle, count, wanted)
-        middle = bisect_middle(low, high)
-    ties = missing_ties(low, high, above, wanted)
-    above_before = tl.zeros_like(above)
-    ties_before = tl.zeros_like(above)
-    for start in range(0, 8192, WIDTH // 4):
-        columns = start + tl.arange(0, WIDTH // 4)[None, :]
-        again = row_keys(scores, parents, live, columns, p, k_len)
-        taken, slot, above_before, ties_before = place_keys(
-            again, low, high, ties, above_before, ties_before
-        )
-        entry = row_entries(parents, live, columns)
-        tl.store(chosen + slot, entry, mask=taken & (slot < 2048))
-    return above + ties
 
 
 @triton.jit
@@ -323,7 +280,7 @@ def rank_token(
     elif n <= max(BLOCK_N // 2, 2):
         total = keep_best(scores, parents, live, chosen, p, k_len, max(BLOCK_N // 2, 2))
     elif n <= BLOCK_N:
-        total = keep_wide(scores, parents, live, chosen, p, k_len, BLOCK_N)
+        total = keep_best(scores, parents, live, chosen, p, k_len, BLOCK_N)
     else:
         total = keep_long(scores, parents, live, chosen, p, k_len, n, BLOCK_N)
     # store: -1 after the last one

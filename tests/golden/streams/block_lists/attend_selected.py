@@ -346,11 +346,14 @@ def attend(
             # full blocks: every row sees every token
             begin = 0
             end = full * TILES
+            ahead = tl.load(ENTRIES + list_base + begin // TILES, mask=begin < end, other=0)
             if begin < end:
                 i = begin
                 slot = turn % STAGES
                 phase = turn // STAGES & 1
-                entry = tl.load(ENTRIES + list_base + i // TILES)
+                entry = ahead
+                after = ENTRIES + list_base + (i + 1) // TILES
+                ahead = tl.load(after, mask=i + 1 < end, other=0)
                 n0 = entry * 64 + i % TILES * BLOCK_N
                 n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
                 mbarrier.wait(k_full.index(slot), phase)
@@ -368,7 +371,9 @@ def attend(
                     mbarrier.wait(v_full.index(before), before_phase)
                     slot = turn % STAGES
                     phase = turn // STAGES & 1
-                    entry = tl.load(ENTRIES + list_base + i // TILES)
+                    entry = ahead
+                    after = ENTRIES + list_base + (i + 1) // TILES
+                    ahead = tl.load(after, mask=i + 1 < end, other=0)
                     n0 = entry * 64 + i % TILES * BLOCK_N
                     n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
                     mbarrier.wait(k_full.index(slot), phase)
@@ -393,11 +398,14 @@ def attend(
             # partial blocks: what each row may see, of members where rows differ
             begin = full * TILES
             end = (full + partial) * TILES
+            ahead = tl.load(ENTRIES + list_base + begin // TILES, mask=begin < end, other=0)
             if begin < end:
                 i = begin
                 slot = turn % STAGES
                 phase = turn // STAGES & 1
-                entry = tl.load(ENTRIES + list_base + i // TILES)
+                entry = ahead
+                after = ENTRIES + list_base + (i + 1) // TILES
+                ahead = tl.load(after, mask=i + 1 < end, other=0)
                 n0 = entry * 64 + i % TILES * BLOCK_N
                 n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
                 words = WORDS + (list_base + entry) * num_words + word
@@ -421,7 +429,9 @@ def attend(
                     clear_rows(v0.index(before), n_before, k_len, load_layout, BLOCK_N, 128)
                     slot = turn % STAGES
                     phase = turn // STAGES & 1
-                    entry = tl.load(ENTRIES + list_base + i // TILES)
+                    entry = ahead
+                    after = ENTRIES + list_base + (i + 1) // TILES
+                    ahead = tl.load(after, mask=i + 1 < end, other=0)
                     n0 = entry * 64 + i % TILES * BLOCK_N
                     n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
                     words = WORDS + (list_base + entry) * num_words + word

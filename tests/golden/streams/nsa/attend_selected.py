@@ -61,13 +61,6 @@ def held(q, layout: gl.constexpr, IN_REGISTERS: gl.constexpr):
     return rows
 
 
-@gluon.constexpr_function
-def bits_of(first, end):
-    """Bits first to end - 1 of a word of 32, as a signed number."""
-    bits = ((1 << end) - (1 << first)) % (1 << 32) if first < end <= 32 else 0
-    return bits - (1 << 32) if bits >> 31 else bits
-
-
 @gluon.jit
 def dot_keys(q, tile, s, ADD: gl.constexpr):
     """Begins s + q . keys, or q . keys.  q: [M, D], tile: [1, N, 1, D], s: [M, N]"""
@@ -97,15 +90,22 @@ def dot_values(p, tile, total):
     return warpgroup_mma(p, values, total, is_async=True)
 
 
+@gluon.constexpr_function
+def bits_of(first, end):
+    """Bits first to end - 1 of a word of 32, as a signed number; those of words beside it are not its."""
+    first, end = max(first, 0), min(end, 32)
+    bits = (1 << end) - (1 << first) if first < end else 0
+    return bits - (1 << 32) if bits >> 31 else bits
+
+
 @gluon.jit
-def own_of(
-    WORDS, list_base, i, end, TILES: gl.constexpr, num_words: gl.constexpr, OWN: gl.constexpr
-):
-    """Whether any row of a group chose step i of a list; of long words every group takes all."""
-    if num_words > 1:
-        found = 1
-    else:
-        found = gl.load(WORDS + list_base + i // TILES, mask=i < end, other=0) & OWN
+def own_of(words, there, FIRST: gl.constexpr, END: gl.constexpr):
+    """What is not 0 where one of the tokens FIRST to END - 1 of a tile chose a step, by its member words."""
+    found = gl.load(words + FIRST // 32, mask=there, other=0) & bits_of(
+        FIRST % 32, END - FIRST // 32 * 32
+    )
+    for w in gl.static_range(FIRST // 32 + 1, (END + 31) // 32):
+        found |= gl.load(words + w, mask=there, other=0) & bits_of(0, END - w * 32)
     return found
 
 
@@ -369,7 +369,6 @@ def attend(
             seen = tl.minimum(position + 1, k_len)
             FIRST: gl.constexpr = GROUP * HALF // 16
             END: gl.constexpr = min((GROUP * HALF + HALF - 1) // 16 + 1, BLOCK_T)
-            own: gl.constexpr = bits_of(FIRST, END)
 
             # accumulate: the running maximum, sum and output of the softmax
             m = gl.full([HALF], float("-inf"), gl.float32, by_row)
@@ -379,11 +378,14 @@ def attend(
             # full blocks: every row sees every token
             begin = 0
             end = full * TILES
+            ahead = tl.load(ENTRIES + list_base + begin // TILES, mask=begin < end, other=0)
             if begin < end:
                 i = begin
                 slot = turn % STAGES
                 phase = turn // STAGES & 1
-                entry = tl.load(ENTRIES + list_base + i // TILES)
+                entry = ahead
+                after = ENTRIES + list_base + (i + 1) // TILES
+                ahead = tl.load(after, mask=i + 1 < end, other=0)
                 n0 = entry * 64 + i % TILES * BLOCK_N
                 n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
                 mbarrier.wait(k_full.index(slot), phase)
@@ -402,7 +404,9 @@ def attend(
                     mbarrier.wait(v_full.index(before), before_phase)
                     slot = turn % STAGES
                     phase = turn // STAGES & 1
-                    entry = tl.load(ENTRIES + list_base + i // TILES)
+                    entry = ahead
+                    after = ENTRIES + list_base + (i + 1) // TILES
+                    ahead = tl.load(after, mask=i + 1 < end, other=0)
                     n0 = entry * 64 + i % TILES * BLOCK_N
                     n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
                     mbarrier.wait(k_full.index(slot), phase)
@@ -429,7 +433,8 @@ def attend(
             begin = full * TILES
             end = (full + partial) * TILES
             i = begin
-            wanted = own_of(WORDS, list_base, i, end, TILES, num_words, own)
+            words = WORDS + (list_base + i // TILES) * num_words
+            wanted = own_of(words, i < end, FIRST, END)
             while i < end:
                 while (i < end) & (wanted == 0):
                     slot = turn % STAGES
@@ -438,7 +443,8 @@ def attend(
                     pass_over(v_full, v_free, slot, phase)
                     turn += 1
                     i += 1
-                    wanted = own_of(WORDS, list_base, i, end, TILES, num_words, own)
+                    words = WORDS + (list_base + i // TILES) * num_words
+                    wanted = own_of(words, i < end, FIRST, END)
                 if i < end:
                     slot = turn % STAGES
                     phase = turn // STAGES & 1
@@ -463,7 +469,8 @@ def attend(
                     n_before = n0
                     turn += 1
                     i += 1
-                    wanted = own_of(WORDS, list_base, i, end, TILES, num_words, own)
+                    words = WORDS + (list_base + i // TILES) * num_words
+                    wanted = own_of(words, i < end, FIRST, END)
                     while (i < end) & (wanted != 0):
                         mbarrier.wait(v_full.index(before), before_phase)
                         clear_rows(v0.index(before), n_before, k_len, load_layout, BLOCK_N, 128)
@@ -493,7 +500,8 @@ def attend(
                         n_before = n0
                         turn += 1
                         i += 1
-                        wanted = own_of(WORDS, list_base, i, end, TILES, num_words, own)
+                        words = WORDS + (list_base + i // TILES) * num_words
+                        wanted = own_of(words, i < end, FIRST, END)
                     mbarrier.wait(v_full.index(before), before_phase)
                     clear_rows(v0.index(before), n_before, k_len, load_layout, BLOCK_N, 128)
                     acc0 = dot_values(p128, v0.index(before), acc0)

@@ -30,7 +30,7 @@ CONFIG = {
     "rank_token": {
         "BLOCK_R": 1,
         "BLOCK_N": 4096,
-        "num_warps": 8,
+        "num_warps": 4,
         "num_stages": 1,
     },
     "attend_selected": {
