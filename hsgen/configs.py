@@ -260,7 +260,9 @@ def _of_rows(kernel: Kernel, tokens: int, keys: int) -> Config:
         values["BLOCK_R"] = min(values["BLOCK_R"], tokens)
         assert isinstance(context, RankContext)
         if not context.children:
-            width = max(64, min(HELD, next_power(keys // context.stride + 1)))
+            width = next_power(keys // context.stride + 1)
+            width *= 2 if context.sampled else 1  # whose text holds half of it in registers
+            width = max(64, min(HELD, width))
             values["BLOCK_N"], warps = width, max(1, width // SCORES)
     if kernel.name == "store":
         values["BLOCK_V"] = tokens

@@ -303,7 +303,9 @@ class Decoding:
     def _prepared(self, shape: Shape, kind: str, tokens: int) -> Ready:
         rows = configs.next_power(tokens) if kind == "few" else 0
         longest = shape.capacity if kind == "few" else 0
-        key = (shape.dtype, shape.device, shape.page, kind, rows, longest)
+        # of a step merges are compiled for as many parts as a batch leaves room for
+        batch = shape.batch if kind == "few" else 0
+        key = (shape.dtype, shape.device, shape.page, kind, rows, longest, batch)
         ready = self._ready.get(key)
         if ready is None:
             self._refuse_capture(shape.device)

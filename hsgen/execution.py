@@ -232,6 +232,7 @@ class _Known:
     gradients: Program | None = None
     bytes: int = 0  # of its outputs
     ran: bool = False  # so nothing is left to compile
+    apart_ran: bool = False  # the same of `apart`
 
 
 class Execution:
@@ -291,10 +292,14 @@ class Execution:
         """The same, outputs of gated branches, and what `backward` need not look up again."""
         known = self._look_up("forward", self.attending, call)
         choice = known.choice
-        if choice is not None and self._gated and not known.problem.empty:
-            known.apart = known.apart or self._apart(known.problem, call, choice)
-            choice = known.apart
-        return *self._forward(known, choice, call, selections=True), known
+        if choice is None or not self.gated or known.problem.empty:
+            return *self._forward(known, choice, call, selections=True), known
+        known.apart = known.apart or self._apart(known.problem, call, choice)
+        if not known.apart_ran:
+            self._refuse_capture(known.problem.device)
+        outputs, kept = self._forward(known, known.apart, call, selections=True)
+        known.apart_ran = True
+        return outputs, kept, known
 
     def _forward(
         self, known: _Known, choice: Choice | None, call: Call, selections: bool
@@ -699,7 +704,7 @@ class Execution:
         return replace(choice, program=program, config=config, origin=origin)
 
     @functools.cached_property
-    def _gated(self) -> bool:
+    def gated(self) -> bool:
         """Whether gates weigh branches."""
         return combining.gates(self.graph) is not None
 
@@ -973,7 +978,8 @@ def aligned(graph: Graph, tensors: Mapping[str, Tensor]) -> bool:
 
 def _aligned(x: Tensor) -> bool:
     """Whether its rows begin there too."""
-    even = all(stride * x.element_size() % ALIGNED == 0 for stride in x.stride()[:-1])
+    strides = [s for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
+    even = all(s and s * x.element_size() % ALIGNED == 0 for s in strides)  # 0: it is broadcast
     return _lies_even(x) and even
 
 

@@ -606,6 +606,8 @@ class Kernel:
             self(q, k, v, return_lse=True, **keywords)  # type: ignore[arg-type]  # a call's own
             if self._gating:  # without a log-sum-exp it may run other kernels
                 self(q, k, v, **keywords)  # type: ignore[arg-type]
+        if self._execution.gated and torch.is_grad_enabled():  # which autograd may have to know of
+            self(q, k, v, return_lse=True, **keywords)  # type: ignore[arg-type]
 
     # --- what people ask of it
 

@@ -208,6 +208,17 @@ def test_gated_branches_have_gradients_and_empty_rows_none(seed):
     assert not found["gates"][1, :2].any()
 
 
+def test_warmup_prepares_what_autograd_records():
+    """Another forward where branches are gated, or a capture would compile."""
+    kernel = load_kernel(spec(GATED, query=2, kv=2, qk=16, v=16), interpret=True)
+    x = {name: torch.randn(shape) for name, shape in tensor_shapes(kernel.spec, 1, 20, 20).items()}
+    with torch.no_grad():
+        kernel.warmup(**x)
+    assert [binding.apart for binding in kernel._execution.programs] == [False]
+    kernel.warmup(**x | {"gates": x["gates"].requires_grad_()})
+    assert [binding.apart for binding in kernel._execution.programs] == [False, True]
+
+
 def test_gates_have_gradients_where_outputs_of_branches_were_not_kept(monkeypatch):
     """As under torch.compile, whose operators give a call's outputs and nothing beside them."""
     gated = spec(GATED, query=2, kv=1, qk=16, v=16)

@@ -81,6 +81,8 @@ def test_tiles_need_rows_that_begin_at_16_bytes():
     x = torch.zeros(2, 8, 3, 64, dtype=torch.bfloat16)
     assert _aligned(x)
     assert _aligned(x[:, 1:, ::2])
+    assert _aligned(x[:1].expand(1, 8, 3, 64))
+    assert not _aligned(x[:, :, :1].expand(2, 8, 3, 64))  # broadcast
     assert not _aligned(torch.zeros(2, 8, 3, 68, dtype=torch.bfloat16)[..., :64])
 
 

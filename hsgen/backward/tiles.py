@@ -11,6 +11,7 @@ from hsgen.rows import RowsContext, next_power
 from hsgen.target import Target
 
 WIDE = 256  # of a key and a value: accumulators beyond fill the registers
+MEASURED = 320  # of a key and a value: most that tiles of dk and dv were tried with
 CHUNK = 1024  # rows of a block's list that one program takes
 
 
@@ -39,7 +40,7 @@ def of_rows(
 def of_cols(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
     """dk and dv: keys, values and both accumulators stay, rows stream."""
     dims = _dims(context.qk_chunks, context.v_chunks)
-    wide, limit, deep = (32, 32, 2) if dtype == "fp32" else (128, 32, 3)
+    wide, limit, deep = (32, 32, 2) if dtype == "fp32" else (128 if dims <= MEASURED else 64, 32, 3)
     if dtype == "fp32" and dims > WIDE:
         wide = 16
     if context.list_heads:
@@ -55,7 +56,7 @@ def of_cols(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
                 numbers = width * dims + stages * block_m * dims + block_m * width
                 if numbers * _bytes(dtype, target) <= target.smem_per_block:
                     values = (("BLOCK_T", count), ("BLOCK_M", block_m), ("BLOCK_N", width))
-                    warps = 8 if width > 64 or (dtype == "fp32" and dims > WIDE) else 4
+                    warps = 8 if width > 64 or dims > (WIDE if dtype == "fp32" else MEASURED) else 4
                     return Config(constexprs=(*chunk, *values), num_warps=warps, num_stages=stages)
     raise _too_large(context.name, target)
 
