@@ -12,7 +12,7 @@ from typing import Literal
 from hsgen import rows
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
-from hsgen.kernels import LONG_TEXT, RankContext
+from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
 from hsgen.plan import Config, Kernel, Plan
 from hsgen.rows import next_power
 from hsgen.target import Target
@@ -22,7 +22,6 @@ DType = Literal["bf16", "fp16", "fp32"]
 
 WIDE_DIMS = 256  # of a key and a value
 SCORES = 512  # of a warp that ranks a few rows
-HELD = 8192  # of a row in registers
 SUMS = 1 << 15  # numbers that a tile of outputs may have: half of a processor's registers
 
 
@@ -262,7 +261,7 @@ def _of_rows(kernel: Kernel, tokens: int, keys: int) -> Config:
         if not context.children:
             width = next_power(keys // context.stride + 1)
             width *= 2 if context.sampled else 1  # whose text holds half of it in registers
-            width = max(64, min(HELD, width))
+            width = max(64, min(MOST_HELD, width))
             values["BLOCK_N"], warps = width, max(1, width // SCORES)
     if kernel.name == "store":
         values["BLOCK_V"] = tokens

@@ -553,8 +553,6 @@ class Execution:
             if binding not in self._gradients:
                 self._refuse_capture(problem.device)
                 spec, target, interpret = self._bound(binding)
-                if interpret or not even:
-                    target = replace(target, streams=False)
                 made = self._compiler(
                     spec,
                     target,
@@ -688,8 +686,6 @@ class Execution:
             if binding not in self._programs:
                 self._refuse_capture(problem.device)
                 spec, target, interpret = self._bound(binding)
-                if interpret or not aligned:
-                    target = replace(target, streams=False)
                 self._programs[binding] = self._compiler(
                     spec,
                     target,
@@ -717,8 +713,6 @@ class Execution:
     def _choose(self, binding: Binding, bucket: tuned.Bucket) -> Choice:
         """Look up what is tuned; the orders of a record decide the program."""
         spec, target, interpret = self._bound(binding)
-        if interpret or not binding.aligned:
-            target = replace(target, streams=False)
 
         def program(orders: Mapping[str, Order]) -> Program:
             ordered = replace(binding, orders=tuple(sorted(orders.items())))
@@ -758,7 +752,7 @@ class Execution:
         return alone
 
     def _bound(self, binding: Binding) -> tuple[Spec, Target, bool]:
-        """The spec of a program, its GPU, and whether it is interpreted."""
+        """The spec of a program, its GPU as far as it is for these tensors, and whether it is interpreted."""
         spec = self._without_losses.bind(
             heads=(binding.query_heads, binding.kv_heads), head_dim=(binding.qk, binding.v)
         )
@@ -766,7 +760,10 @@ class Execution:
         target = self.options.target
         if target is None and not interpret:
             target = Target.current(binding.device.index)
-        return spec, target or Target.named(INTERPRETED_TARGET), interpret
+        target = target or Target.named(INTERPRETED_TARGET)
+        if interpret or not binding.aligned:
+            target = replace(target, streams=False)
+        return spec, target, interpret
 
     def _done(self, known: _Known, program: Program, outputs: list[Tensor]) -> list[Tensor]:
         """Remember that kernels ran; outputs in the caller's layout."""
