@@ -1,5 +1,6 @@
 """What PyTorch expects of an operator that has a gradient."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -55,12 +56,17 @@ def gradients(f, x, grad=None):
     return o, *(each.grad for each in x.values())
 
 
+MADE = itertools.count()
+
+
 @pytest.fixture(scope="module", params=["reference", "driver"])
 def kernel(request):
     """By both ways; a driver is one of emitted kernels, but for what it computes with."""
     if request.param == "reference":
         return load_kernel(SMALL)
-    return Kernel(SMALL, Options(interpret=True), key="small-driven", compiler=compiler())
+    # operators find a kernel by its key, and pytest may make this one again, in a process that has the last
+    key = f"small-driven-{next(MADE)}"
+    return Kernel(SMALL, Options(interpret=True), key=key, compiler=compiler())
 
 
 def same(found, expected):
