@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from hsgen.plan import Config, Kernel, Launch, Param
 from hsgen.rows import BLOCKS, Chunk, Phase, RowsContext, jit
@@ -29,8 +30,11 @@ LATENT_REGISTERS = 208
 GATHER_REGISTERS = 72  # of a thread of the four warps that gather
 LATENT_STEP = 64  # keys
 HANDED = ("p_shared", "rescale_shared", "full", "free", "p_full", "p_free")
+# registers of a thread for a gradient, scores, what they change by and its operand
+MOST_DERIVED = 208
 NARROWEST = 64  # columns that one swizzled row of shared memory holds
 WIDEST = 128
+Group = Literal["score", "derive", "attend"]
 LEFT_OUT = "blocks < 0"  # of a tile whose union another kernel finds too dear
 BOUND = re.compile(r"n < (\w+)")
 
@@ -153,9 +157,16 @@ class StreamsContext:
         return " + ".join(f"{tile.source}.block_type.nbytes" for tile in tiles)
 
     @property
+    def members(self) -> bool:
+        """Whether it passes over steps that no row of a group chose."""
+        return any(phase.members for phase in self.rows.phases)
+
+    @property
     def store(self) -> str:
-        """The piece that writes outputs."""
-        return "add_packed" if self.rows.store == "add_outputs" else "store_packed"
+        """The piece that writes outputs, or a gradient."""
+        r = self.rows
+        adds = r.adds if r.derives else r.store == "add_outputs"
+        return "add_packed" if adds else "store_packed"
 
     def alive(self, suffix: str) -> str:
         """Which (token, head) pairs there are, of vectors that have a suffix."""
@@ -226,6 +237,11 @@ class StreamsContext:
         return self.rows.acc == "score"
 
     @property
+    def group(self) -> Group:
+        """What the two groups of warps do."""
+        return "score" if self.scores else "derive" if self.rows.derives else "attend"
+
+    @property
     def streams(self) -> str:
         """What is streamed, a letter each."""
         return "kv" if self.values else "k"
@@ -248,13 +264,20 @@ class StreamsContext:
         """Of buffers of queries: each group's own."""
         return tuple(f"_{group}" for group in range(GROUPS))
 
-    def queries_of(self, group: int) -> tuple[str, ...]:
-        return tuple(f"{name}{self.suffixes[group]}" for name in self.queries)
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Buffers of one group's rows: queries, and for a gradient those of outputs."""
+        values = self.values if self.rows.derives else ()
+        return (*self.queries, *(f"do{tile.chunk.index}" for tile in values))
+
+    def operands_of(self, group: int) -> tuple[str, ...]:
+        return tuple(f"{name}{self.suffixes[group]}" for name in self.operands)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of tiles of values, each once."""
-        return tuple(sorted({tile.chunk.width for tile in self.values}))
+        """Of tiles that are summed, times what becomes of scores, each once."""
+        summed = self.keys if self.rows.derives else self.values
+        return tuple(sorted({tile.chunk.width for tile in summed}))
 
     @property
     def registers(self) -> int:
@@ -340,12 +363,12 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
     return (
         target.streams
         and dtype != "fp32"
-        and (bool(context.v_chunks) if context.acc == "softmax" else _scores(context))
+        and (bool(context.v_chunks) if context.reads_values else _scores(context))
         and not (
             context.latent
             or context.parts
             or context.width_of_list
-            or context.joins
+            or (context.joins and not context.derives)
             or context.page
         )
         and kinds <= {"range", "list"}
@@ -408,14 +431,17 @@ def streamed(context: RowsContext) -> StreamsContext:
 def tiles(context: RowsContext, target: Target, *, most: int, block: int | None) -> Config | None:
     """Rows of two groups, and the widest steps of which two or more are in flight."""
     tokens = 1 << (GROUPS * LEAST_ROWS // context.heads).bit_length() - 1
-    dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
-    queries = GROUPS * LEAST_ROWS * sum(c.width for c in context.qk_chunks) * 2
+    keys, values = (sum(c.width for c in cut) for cut in (context.qk_chunks, context.v_chunks))
+    dims = keys + values
+    rows = GROUPS * LEAST_ROWS * (dims if context.derives else keys) * 2
     if tokens > most:
         return None
     for width in (128, 64, 32, 16):
         if block and block % width:
             continue
-        stages = (target.smem_per_block - queries - 2048) // (width * dims * 2)
+        if context.derives and keys // 2 + width // 2 * 2 + width // 4 > MOST_DERIVED:
+            continue
+        stages = (target.smem_per_block - rows - 2048) // (width * dims * 2)
         if stages >= 2:
             values = (
                 ("BLOCK_T", tokens),
@@ -442,26 +468,25 @@ def score_tiles(context: RowsContext, target: Target) -> Config | None:
     return None
 
 
-def of_tiles(kernel: Kernel) -> Kernel:
-    """The same kernel in the skeleton that its tiles are of."""
-    if "STAGES" not in dict(kernel.config.constexprs) or not isinstance(
-        kernel.context, RowsContext
-    ):
+def of_tiles(kernel: Kernel, leader: Config | None = None) -> Kernel:
+    """The same kernel in the skeleton that its tiles are of, or those of the kernel that it follows."""
+    tiles = leader or kernel.config
+    if "STAGES" not in dict(tiles.constexprs) or not isinstance(kernel.context, RowsContext):
         return kernel
     skeleton = "latents" if kernel.context.latent else "streams"
     return replace(kernel, skeleton=skeleton, context=streamed(kernel.context))
 
 
-def launch(launch: Launch, context: StreamsContext) -> Launch:
-    """The same launch by one program a processor, each for one tile after another."""
+def launch(launch: Launch, context: StreamsContext, leader: str) -> Launch:
+    """The same launch by one program a processor, each for one tile after another; tiles are the leader's."""
     tiles_, heads = launch.grid
-    tiles_ = tiles_.replace("{BLOCK_T}", f'config["{launch.kernel}"]["BLOCK_T"]')
+    tiles_ = tiles_.replace("{BLOCK_T}", f'config["{leader}"]["BLOCK_T"]')
     names = [p.name for p in context.rows.params if p.kind != "constexpr"]
     given = dict(zip(names, launch.arguments, strict=True))
     made: list[str] = []
     for param in context.params:
         if param.kind == "tiles":
-            rows = f'config["{launch.kernel}"]["BLOCK_N"]'
+            rows = f'config["{leader}"]["BLOCK_N"]'
             made.append(f"batch.tile_of({given[param.name[0]]}, {rows}, {param.columns})")
         elif param.name == "whose":
             made.append("0 if batch.packed else 1")

@@ -17,6 +17,7 @@ from hsgen.cols_streams import ColsStreamsContext
 from hsgen.errors import PlanError
 from hsgen.reference import tensor_kinds, tensor_shapes
 from hsgen.spec import load, parse
+from hsgen.streams import StreamsContext
 from hsgen.target import H100, Target, with_streams
 
 GPU = os.environ["HSGEN_TEST_LANE"] == "gpu"  # tests below are of one lane
@@ -28,12 +29,20 @@ UNIT = {
 }
 GOLDEN = ("moba", "nsa")
 STREAMING = replace(H100, streams=True)
+BRANCHES = ("compressed", "selected", "window")  # of nsa
 STREAMED = {  # of each spec, what dk and dv come from by a stream of rows
-    "nsa": {"dkv_compressed", "dkv_selected", "dkv_window"},
+    "nsa": {f"dkv_{branch}" for branch in BRANCHES},
     "minimax_m3": {"dkv_selected"},
     "moba": set(),  # each query head chooses: a tile would have a row of a token
-    "small_thinker": set(),  # groups of 7
+    "infllm_v2": {"dkv_selected"},
     "nsa_fla": set(),  # head dim 32
+}
+DERIVED = {  # and dq by one of keys
+    "nsa": {f"{made}_{branch}" for made in ("delta", "dq") for branch in BRANCHES},
+    "minimax_m3": {"dq_selected"},
+    "moba": {"dq_selected"},
+    "infllm_v2": {"dq_selected"},
+    "nsa_fla": set(),
 }
 
 CHOSEN = """
@@ -327,24 +336,27 @@ def test_sources_of_gradients_are_formatted_and_obey_the_rules(tmp_path):
             assert done.returncode == 0, done.stdout + done.stderr
 
 
-# --- rows in a stream
+# --- rows, or keys, in a stream
 
 
 @pytest.mark.parametrize("name", STREAMED)
-def test_rows_stream_where_a_tokens_heads_fill_tiles(name):
+def test_rows_stream_where_a_tokens_heads_fill_tiles_and_keys_where_head_dims_do(name):
     def streamed(target, dtype="bf16"):
         plan = backward.plan(emitted.graph(systems.load(name)), target, dtype)
-        return {k.name for k in plan.kernels if isinstance(k.context, ColsStreamsContext)}
+        by_rows = {k.name for k in plan.kernels if isinstance(k.context, ColsStreamsContext)}
+        by_keys = {k.name for k in plan.kernels if isinstance(k.context, StreamsContext)}
+        return by_rows, by_keys
 
-    assert streamed(STREAMING) == STREAMED[name]
-    assert not streamed(H100)
-    assert not streamed(STREAMING, "fp32")
+    assert streamed(STREAMING) == (STREAMED[name], DERIVED[name])
+    assert streamed(H100) == (set(), set())
+    assert streamed(STREAMING, "fp32") == (set(), set())
 
 
 def test_sources_of_streams_are_golden(golden):
     plan = backward.plan(emitted.graph(systems.load("nsa")), STREAMING)
     sources = emitted.sources(plan)
-    for name in sorted(STREAMED["nsa"]):
+    shown = DERIVED["nsa"] - {"delta_compressed", "delta_window"}
+    for name in sorted(STREAMED["nsa"] | shown):
         golden(f"backward/streams/{name}.py", sources[f"{name}.py"])
     golden("backward/streams/driver.py", sources["driver.py"])
 
@@ -358,7 +370,8 @@ def test_sources_of_streams_are_formatted_and_obey_the_rules(tmp_path):
         spec(WINDOW, **wide, query=16, kv=2, causal="false"),
     ):
         plan = backward.plan(emitted.graph(case), STREAMING)
-        assert any(isinstance(kernel.context, ColsStreamsContext) for kernel in plan.kernels)
+        for made in (ColsStreamsContext, StreamsContext):
+            assert any(isinstance(kernel.context, made) for kernel in plan.kernels)
         sources = emitted.sources(plan)
         allowlist.check(sources)
         for file, text in sources.items():
@@ -381,20 +394,42 @@ def test_launches_bring_what_streams_take():
         assert given["DO"] == "batch.tile_of(grad_o, 1, 64, 16)"
         assert given["whose"] == "0 if batch.packed else 1"
         assert kernel.config["BLOCK_T"] * 16 == kernel.config["BLOCK_M"] == 64
+    for name in DERIVED["nsa"]:
+        leader = name.replace("delta", "dq")
+        taken = [p.name for p in plan.kernel(name).params if p.kind != "constexpr"]
+        given = dict(zip(taken, launches[name].arguments, strict=True))
+        keys = "made_compressed_keys" if "compressed" in name else "in_k"
+        keys += "_window" if "window" in name else ""
+        assert given["K1"] == f'batch.tile_of({keys}, config["{leader}"]["BLOCK_N"], 64)'
+        assert given["items"] == f"({given['tiles']}) * 4"
+        assert launches[name].grid == ("batch.processors",)
+        assert plan.kernel(leader).config["BLOCK_T"] * 16 == 128
+
+
+def test_steps_of_dq_leave_room_for_its_registers():
+    """Wider keys have shorter steps: the gradient, scores and what they change by share a thread."""
+    widths = {
+        dims: backward.plan(emitted.graph(made), STREAMING).kernel("dq_near").config["BLOCK_N"]
+        for dims in ((64, 64), (128, 128), (192, 64))
+        for made in (spec(WINDOW, query=16, kv=2, causal="true", qk=dims[0], v=dims[1]),)
+    }
+    assert widths == {(64, 64): 128, (128, 128): 64, (192, 64): 64}
 
 
 @pytest.mark.skipif(
     not with_streams(H100).streams, reason="the installed Triton has no Gluon for Hopper"
 )
-def test_streams_compile_and_do_not_spill(tmp_path, monkeypatch):
+def test_streams_compile_and_spill_no_number_of_a_loop(tmp_path, monkeypatch):
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
     artifact = pipeline.compile_backward(systems.load("nsa"), STREAMING)
     jobs = resources.plan_jobs(artifact.plan, artifact.module, STREAMING)
-    streamed = [job for job in jobs if job.signature.function in STREAMED["nsa"]]
-    for found in resources.measure(streamed):
+    names = STREAMED["nsa"] | DERIVED["nsa"]
+    streamed = [job for job in jobs if job.signature.function in names]
+    for job, found in zip(streamed, resources.measure(streamed), strict=True):
         assert isinstance(found, resources.Resources), found
-        assert found.cost.spill_bytes == 0
-        assert found.cost.warps == 12  # two groups, and two warps that stream, which count as four
+        by_rows = job.signature.function in STREAMED["nsa"]
+        assert found.cost.spill_bytes <= (0 if by_rows else 80)  # arguments, outside of all loops
+        assert found.cost.warps == 12  # two groups, and what streams, which counts as four
         assert found.blocks_per_sm == 1
 
 
@@ -473,8 +508,20 @@ ALIKE = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ALIKE)
-@pytest.mark.parametrize("heads", [(16, 2), (16, 1), (64, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (16, 2), (16, 1), (64, 1)], ids=str)
 def test_streams_and_loops_have_the_same_gradients(case, heads):
+    same_gradients(case, heads)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(6, 2), (16, 1)], ids=str)
+def test_streams_make_delta_again(monkeypatch, heads):
+    monkeypatch.setattr(operators, "is_watched", lambda call: True)
+    same_gradients("blocks", heads)
+
+
+def same_gradients(case, heads):
+    """Of streams and of loops, on one choice; of streams twice, bit by bit."""
     if not with_streams(Target.current()).streams:
         pytest.skip("nothing streams here")
     text, numbers, options = ALIKE[case]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hsgen import cols, cols_streams, rows
+from hsgen import cols, cols_streams, rows, streams
 from hsgen.backward import tiles
 from hsgen.backward.gathered import Gradients
 from hsgen.graph import Attend, Input, Node
@@ -144,7 +144,7 @@ class _Branch:
         dq = cols.query_gradient(forward, name=f"dq_{self.name}", scale=self.scale, adds=adds)
         most = max(1, SORT_LIMIT // next_power(self.width))
         block = self.op.size if self.chosen else None
-        config = tiles.of_rows(dq, self.draft.target, self.draft.dtype, most=most, block=block)
+        config = self._tiles_of_rows(dq, most=most, block=block)
         sizes: Sizes = ((f"tiles_{self.name}", text.tiles_of(dq.name)),)
         launches: tuple[Launch, ...] = ()
         lists: tuple[str, ...] = ()
@@ -156,11 +156,20 @@ class _Branch:
         if again:
             buffers = (*self.delta_buffers(), *self._gates_buffers(), *buffers)
             launches += (self._delta_again(forward, dq, config, tensors, grid),)
-        self.draft.kernel("rows", dq, config, self.node.name)
+        self.draft.attend(dq, config, self.node.name)
         grad = text.strides(self.whole.buffers["q"])
         arguments = (*tensors, *self.row_arguments, *self.gate_arguments, *grad, *text.SEQ)
         launches += (Launch(kernel=dq.name, grid=grid, arguments=arguments),)
         self.step("queries", buffers=buffers, launches=launches, sizes=sizes)
+
+    def _tiles_of_rows(self, dq: RowsContext, *, most: int, block: int | None) -> Config:
+        """Tiles of dq, whose keys come in a stream where they can."""
+        target, dtype = self.draft.target, self.draft.dtype
+        if streams.possible(dq, target, dtype):
+            config = streams.tiles(dq, target, most=most, block=block)
+            if config is not None:
+                return config
+        return tiles.of_rows(dq, target, dtype, most=most, block=block)
 
     def _forward(self) -> RowsContext:
         """The loops over the keys that a row sees."""
@@ -273,7 +282,15 @@ class _Branch:
         """delta where branches add to one output, each times its gate: from the logits again."""
         context = cols.deltas(forward, name=f"delta_{self.name}")
         shared = Config(constexprs=(), num_warps=config.num_warps, num_stages=config.num_stages)
-        self.draft.kernel("rows", context, shared, self.node.name, follows=dq.name)
+        kernel = Kernel(
+            name=context.name,
+            skeleton="rows",
+            context=context,
+            config=shared,
+            operators=(self.node.name,),
+            follows=dq.name,
+        )
+        self.draft.kernels.append(streams.of_tiles(kernel, config))
         return Launch(
             kernel=context.name,
             grid=tuple(x.replace("{BLOCK_T}", f'config["{dq.name}"]["BLOCK_T"]') for x in grid),

@@ -125,7 +125,7 @@ class Draft:
 
     def add(self, kernels: tuple[Kernel, ...], steps: tuple[Step, ...]) -> None:
         """Kernels and steps that were planned apart."""
-        self.kernels += map(streams.of_tiles, kernels)
+        self.kernels += (streams.of_tiles(kernel) for kernel in kernels)
         self.steps += (
             replace(step, launches=tuple(map(self.launch, step.launches))) for step in steps
         )
@@ -135,7 +135,7 @@ class Draft:
         (kernel,) = (k for k in self.kernels if k.name == launch.kernel)
         match kernel.context:
             case streams.StreamsContext() as context:
-                return streams.launch(launch, context)
+                return streams.launch(launch, context, kernel.follows or kernel.name)
             case cols_streams.ColsStreamsContext() as context:
                 return cols_streams.launch(launch, context)
             case _:

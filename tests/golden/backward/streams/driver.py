@@ -51,14 +51,15 @@ CONFIG = {
     },
     "delta_compressed": {
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 1,
     },
     "dq_compressed": {
-        "BLOCK_T": 4,
-        "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_T": 8,
+        "BLOCK_M": 128,
+        "BLOCK_N": 64,
+        "STAGES": 3,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 1,
     },
     "dkv_compressed": {
         "BLOCK_T": 4,
@@ -78,14 +79,15 @@ CONFIG = {
     },
     "delta_selected": {
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 1,
     },
     "dq_selected": {
-        "BLOCK_T": 4,
-        "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_T": 8,
+        "BLOCK_M": 128,
+        "BLOCK_N": 64,
+        "STAGES": 3,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 1,
     },
     "tally_rows_selected": {
         "BLOCK_T": 4,
@@ -122,14 +124,15 @@ CONFIG = {
     },
     "delta_window": {
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 1,
     },
     "dq_window": {
-        "BLOCK_T": 4,
-        "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_T": 8,
+        "BLOCK_M": 128,
+        "BLOCK_N": 64,
+        "STAGES": 3,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 1,
     },
     "dkv_window": {
         "BLOCK_T": 4,
@@ -299,23 +302,15 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         dtype=in_q.dtype,
         device=in_q.device,
     )
-    grid = (
-        tiles_compressed,
-        4,
-    )
+    grid = (batch.processors,)
     delta_compressed[grid](
         in_q,
         0 if batch.packed else in_q.stride(0),
         in_q.stride(1),
         in_q.stride(2),
-        made_compressed_keys,
-        count_compressed_keys * 768,
-        768,
-        192,
-        made_compressed_values,
-        count_compressed_values * 512,
-        512,
-        128,
+        batch.tile_of(made_compressed_keys, config["dq_compressed"]["BLOCK_N"], 128),
+        batch.tile_of(made_compressed_keys, config["dq_compressed"]["BLOCK_N"], 64),
+        batch.tile_of(made_compressed_values, config["dq_compressed"]["BLOCK_N"], 128),
         grad_o,
         0 if batch.packed else grad_o.stride(0),
         grad_o.stride(1),
@@ -338,28 +333,24 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         grad_gates.stride(3),
         batch.table,
         batch.sequences,
+        0 if batch.packed else 1,
+        tiles_compressed,
+        (tiles_compressed) * 4,
         **config["delta_compressed"],
         BLOCK_T=config["dq_compressed"]["BLOCK_T"],
         BLOCK_M=config["dq_compressed"]["BLOCK_M"],
         BLOCK_N=config["dq_compressed"]["BLOCK_N"],
+        STAGES=config["dq_compressed"]["STAGES"],
     )
-    grid = (
-        tiles_compressed,
-        4,
-    )
+    grid = (batch.processors,)
     dq_compressed[grid](
         in_q,
         0 if batch.packed else in_q.stride(0),
         in_q.stride(1),
         in_q.stride(2),
-        made_compressed_keys,
-        count_compressed_keys * 768,
-        768,
-        192,
-        made_compressed_values,
-        count_compressed_values * 512,
-        512,
-        128,
+        batch.tile_of(made_compressed_keys, config["dq_compressed"]["BLOCK_N"], 128),
+        batch.tile_of(made_compressed_keys, config["dq_compressed"]["BLOCK_N"], 64),
+        batch.tile_of(made_compressed_values, config["dq_compressed"]["BLOCK_N"], 128),
         grad_o,
         0 if batch.packed else grad_o.stride(0),
         grad_o.stride(1),
@@ -380,6 +371,9 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         grad_q.stride(2),
         batch.table,
         batch.sequences,
+        0 if batch.packed else 1,
+        tiles_compressed,
+        (tiles_compressed) * 4,
         **config["dq_compressed"],
     )
 
@@ -541,23 +535,15 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         **config["index_selected"],
         BLOCK_T=config["dq_selected"]["BLOCK_T"],
     )
-    grid = (
-        tiles_selected,
-        4,
-    )
+    grid = (batch.processors,)
     delta_selected[grid](
         in_q,
         0 if batch.packed else in_q.stride(0),
         in_q.stride(1),
         in_q.stride(2),
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
+        batch.tile_of(in_k, config["dq_selected"]["BLOCK_N"], 128),
+        batch.tile_of(in_k, config["dq_selected"]["BLOCK_N"], 64),
+        batch.tile_of(in_v, config["dq_selected"]["BLOCK_N"], 128),
         counts_selected,
         entries_selected,
         words_selected,
@@ -583,28 +569,24 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         grad_gates.stride(3),
         batch.table,
         batch.sequences,
+        0 if batch.packed else 1,
+        tiles_selected,
+        (tiles_selected) * 4,
         **config["delta_selected"],
         BLOCK_T=config["dq_selected"]["BLOCK_T"],
         BLOCK_M=config["dq_selected"]["BLOCK_M"],
         BLOCK_N=config["dq_selected"]["BLOCK_N"],
+        STAGES=config["dq_selected"]["STAGES"],
     )
-    grid = (
-        tiles_selected,
-        4,
-    )
+    grid = (batch.processors,)
     dq_selected[grid](
         in_q,
         0 if batch.packed else in_q.stride(0),
         in_q.stride(1),
         in_q.stride(2),
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
+        batch.tile_of(in_k, config["dq_selected"]["BLOCK_N"], 128),
+        batch.tile_of(in_k, config["dq_selected"]["BLOCK_N"], 64),
+        batch.tile_of(in_v, config["dq_selected"]["BLOCK_N"], 128),
         counts_selected,
         entries_selected,
         words_selected,
@@ -628,6 +610,9 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         grad_q.stride(2),
         batch.table,
         batch.sequences,
+        0 if batch.packed else 1,
+        tiles_selected,
+        (tiles_selected) * 4,
         **config["dq_selected"],
     )
 
@@ -904,23 +889,15 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         dtype=torch.float32,
         device=in_q.device,
     )
-    grid = (
-        tiles_window,
-        4,
-    )
+    grid = (batch.processors,)
     delta_window[grid](
         in_q,
         0 if batch.packed else in_q.stride(0),
         in_q.stride(1),
         in_q.stride(2),
-        in_k_window,
-        0 if batch.packed else in_k_window.stride(0),
-        in_k_window.stride(1),
-        in_k_window.stride(2),
-        in_v_window,
-        0 if batch.packed else in_v_window.stride(0),
-        in_v_window.stride(1),
-        in_v_window.stride(2),
+        batch.tile_of(in_k_window, config["dq_window"]["BLOCK_N"], 128),
+        batch.tile_of(in_k_window, config["dq_window"]["BLOCK_N"], 64),
+        batch.tile_of(in_v_window, config["dq_window"]["BLOCK_N"], 128),
         grad_o,
         0 if batch.packed else grad_o.stride(0),
         grad_o.stride(1),
@@ -943,28 +920,24 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         grad_gates.stride(3),
         batch.table,
         batch.sequences,
+        0 if batch.packed else 1,
+        tiles_window,
+        (tiles_window) * 4,
         **config["delta_window"],
         BLOCK_T=config["dq_window"]["BLOCK_T"],
         BLOCK_M=config["dq_window"]["BLOCK_M"],
         BLOCK_N=config["dq_window"]["BLOCK_N"],
+        STAGES=config["dq_window"]["STAGES"],
     )
-    grid = (
-        tiles_window,
-        4,
-    )
+    grid = (batch.processors,)
     dq_window[grid](
         in_q,
         0 if batch.packed else in_q.stride(0),
         in_q.stride(1),
         in_q.stride(2),
-        in_k_window,
-        0 if batch.packed else in_k_window.stride(0),
-        in_k_window.stride(1),
-        in_k_window.stride(2),
-        in_v_window,
-        0 if batch.packed else in_v_window.stride(0),
-        in_v_window.stride(1),
-        in_v_window.stride(2),
+        batch.tile_of(in_k_window, config["dq_window"]["BLOCK_N"], 128),
+        batch.tile_of(in_k_window, config["dq_window"]["BLOCK_N"], 64),
+        batch.tile_of(in_v_window, config["dq_window"]["BLOCK_N"], 128),
         grad_o,
         0 if batch.packed else grad_o.stride(0),
         grad_o.stride(1),
@@ -985,6 +958,9 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         grad_q.stride(2),
         batch.table,
         batch.sequences,
+        0 if batch.packed else 1,
+        tiles_window,
+        (tiles_window) * 4,
         **config["dq_window"],
     )
 
