@@ -4,9 +4,12 @@ import random
 
 import pytest
 import torch
-from skeletons import Sequences, complete, forced, kernel
+from skeletons import PROVENANCE, Sequences, complete, forced, kernel
 
+from hsgen import build, emit, resources
 from hsgen.kernels import RankContext
+from hsgen.plan import Config, Kernel, Plan
+from hsgen.target import H100
 
 INF, NAN = float("inf"), float("nan")
 POISON = (INF, NAN)  # it would win, or fill an empty slot
@@ -335,3 +338,24 @@ def test_sampled_entries_that_are_not_tokens(tmp_path, device, seed, kind):
     assert c.sampled
     sequences = Sequences(q_lens=(2,), k_lens=(1401,))
     check(tmp_path, device, seed, c, sequences, kind, block_t=2, block_r=2, block_n=128)
+
+
+@pytest.mark.parametrize(
+    ("k", "last", "block_n"), [(96, 2, 128), (100, 1, 128), (2048, 1, 4096), (2048, 1, 1024)]
+)
+def test_sampled_compiles_with_room_and_without(tmp_path, monkeypatch, k, last, block_n):
+    """Triton compiles no branch that it knows not to be taken, which the interpreter does not see."""
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
+    c = context(k=k, width=k, size=1, stride=1, last=last)
+    assert c.sampled
+    constexprs = (("BLOCK_T", 2), ("BLOCK_R", 2), ("BLOCK_N", block_n))
+    config = Config(constexprs=constexprs, num_warps=4, num_stages=3)
+    rank = Kernel(name=c.name, skeleton="rank", context=c, config=config, operators=())
+    plan = Plan(
+        name="rank", target=H100.name, dtype="bf16", inputs=(), kernels=(rank,), steps=(),
+        scratch_bytes=0, output="", lse={}, selection={},
+    )  # fmt: skip
+    text = emit.render_kernel(rank, PROVENANCE)
+    module = build.build("rank", {f"{c.name}.py": text}, {"test": text})
+    (found,) = resources.measure(resources.plan_jobs(plan, module, H100))
+    assert isinstance(found, resources.Resources), found

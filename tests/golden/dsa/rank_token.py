@@ -376,9 +376,6 @@ def rank_token(
         total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 2, 2))
     else:
         # one pass keeps what is above an estimate: exact whatever that is, as long as enough of them fit
-        fits = 0
-        edge = tl.zeros([BLOCK_R], tl.int32)
-        found = edge
         if 2048 <= BLOCK_N // 4 * 3:
             kept = KEPT + ((first + rows).to(tl.int64) * 1 + head) * (2 * BLOCK_N)
             if n <= 8 * BLOCK_N:
@@ -389,10 +386,13 @@ def rank_token(
             enough = (found >= 2048) | (edge == -0x7FFFFFFF)
             fits = tl.min((enough & (found <= BLOCK_N)).to(tl.int32), 0)
             tl.debug_barrier()
-        if fits > 0:
-            total = keep_kept(kept, found, chosen, p, k_len, max(BLOCK_N // 4, 2), BLOCK_N)
+            if fits > 0:
+                total = keep_kept(kept, found, chosen, p, k_len, max(BLOCK_N // 4, 2), BLOCK_N)
+            else:
+                total = keep_long(scores, chosen, p, k_len, n, edge, found, BLOCK_N)
         else:
-            total = keep_long(scores, chosen, p, k_len, n, edge, found, BLOCK_N)
+            none = tl.zeros([BLOCK_R], tl.int32)
+            total = keep_long(scores, chosen, p, k_len, n, none, none, BLOCK_N)
     # store: -1 after the last one
     slot = tl.arange(0, 2048)[None, :]
     empty = (slot >= total[:, None]) & (slot < 2048) & live
