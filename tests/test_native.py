@@ -74,17 +74,25 @@ def same(found, expected):
         assert torch.equal(a, b)
 
 
-def check_all_ways(kernel, lengths):
-    """What is eager, what calls operators, and what is compiled as one graph have the same bits."""
+def near(found, expected):
+    """Where one of both has delta from outputs of branches, rounded: what `test_backward` allows each."""
+    for a, b in zip(found, expected, strict=True):
+        unit = 16 * 2.0**-23 if a.dtype == torch.float32 else 1.25 * torch.finfo(a.dtype).eps / 2
+        a, b = a.double(), b.double()
+        assert (a - b).norm() <= 2 * unit * b.norm()
+
+
+def check_all_ways(kernel, lengths, alike=same):
+    """Operators called and compiled as one graph have the same bits; what is eager too, or is near."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager", dynamic=True)
     for T in lengths:
         x = tensors(T)
-        expected = gradients(kernel, x)
         with torch.profiler.profile():  # it shows operators, so they are called
-            same(gradients(kernel, x), expected)
+            expected = gradients(kernel, x)
         same(gradients(compiled, x), expected)
+        alike(gradients(kernel, x), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -112,7 +120,7 @@ def test_operators_pass_opcheck(kernel):
 @pytest.mark.full
 def test_emitted_kernels_are_operators():
     kernel = load_kernel(SMALL, interpret=True)
-    check_all_ways(kernel, (9, 11))
+    check_all_ways(kernel, (9, 11), near)  # what is eager keeps outputs of gated branches
     check_operators(kernel, 9)
 
 
@@ -245,15 +253,23 @@ def test_cuda_trains_compiled_cast_and_recomputed():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     same(again, expected)
-    torch._dynamo.reset()
-    same(gradients(torch.compile(kernel, fullgraph=True), x), expected)
     names = list(x)
     run = lambda *values: kernel(**dict(zip(names, values, strict=True)))  # noqa: E731
     same(gradients(lambda **y: checkpoint(run, *y.values(), use_reentrant=False), x), expected)
+    # what is eager keeps outputs of gated branches, rounded; operators, by which compiled and cast calls
+    # go, keep none: branches are summed before o is rounded, and delta comes from the logits again
+    with torch.no_grad():
+        o = kernel(**x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        called = gradients(kernel, x)
+    same(called[:1], [o])
+    near(called, expected)
+    torch._dynamo.reset()
+    same(gradients(torch.compile(kernel, fullgraph=True), x), called)
     wide = {name: each.float() for name, each in x.items()}
     with torch.autocast("cuda", torch.bfloat16):
         o, *grads = gradients(kernel, wide)
-    same([o, *(each.bfloat16() for each in grads)], expected)
+    same([o, *(each.bfloat16() for each in grads)], called)
     check_operators(kernel, 40, "cuda")
 
 
