@@ -255,6 +255,8 @@ def _of_rows(kernel: Kernel, tokens: int, keys: int) -> Config:
         block_m = max(16, next_power(tokens * context.pitch))
         values |= {"BLOCK_T": tokens, "BLOCK_M": block_m}
         warps = 8 if block_m >= 128 else warps
+    if isinstance(context, rows.RowsContext) and context.one_token:
+        values["BLOCK_T"] = tokens  # rows of a sequence, of which a program takes one
     if kernel.skeleton == "rank":
         values["BLOCK_R"] = min(values["BLOCK_R"], tokens)
         assert isinstance(context, RankContext)

@@ -79,6 +79,7 @@ class RankContext:
     parent_heads: int = 1
     parent_group: int = 1
     carried: Literal["", "sum", "max"] = ""  # how a slot takes in what the slot before hands on
+    alike: bool = False  # as `RowsContext.alike` of what scored
     rows: int = 0  # > 0: what ranks are blocks of so many rows
     part: int = 0  # > 0: in place of k, the part of the candidates that is kept, in units of 2^-30
     of_all: bool = False  # of all entries of the keys instead

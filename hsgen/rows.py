@@ -217,6 +217,14 @@ class RowsContext(InTurn):
         return any(phase.kind == "gather" for phase in self.phases)
 
     @property
+    def alike(self) -> bool:
+        """Whether tiles are numbered by sequences, all of which have as many rows in a call: those of a step.
+
+        A program of a list that is gathered has a row of such a tile.
+        """
+        return self.split and (self.one_token or not (self.children or self.parts))
+
+    @property
     def tokens(self) -> str:
         """How many tokens a program takes."""
         return "1" if self.one_token else "BLOCK_T"

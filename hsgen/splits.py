@@ -189,7 +189,11 @@ def plan(
             ),
             Launch(
                 kernel=merge.name,
-                grid=("batch.rows + batch.sequences", f"({heads} + {merged} - 1) // {merged}"),
+                grid=(
+                    "batch.sequences",
+                    f"({heads} + {merged} - 1) // {merged}",
+                    "batch.rows // batch.sequences",
+                ),
                 arguments=(
                     *((part_o,) if width else ()),
                     part_lse,

@@ -79,6 +79,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         parent_heads=parent_heads,
         parent_group=parent_group,
         carried=context.folded if context.planes > 1 else "",
+        alike=context.alike,
         rows=block,
         part=part.units if part else 0,
         of_all=isinstance(op, SelectSet) and op.of == "all",
@@ -115,7 +116,12 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 *(part.sizes(op.level) if part else ()),
                 (capacity, str(slots) if slots else row),
                 *_room(ranking, op.level),
-                (tiles, f"{choosing} // {block_t} + batch.sequences"),
+                (
+                    tiles,
+                    "batch.sequences"
+                    if context.alike
+                    else f"{choosing} // {block_t} + batch.sequences",
+                ),
                 (
                     f"bytes_{op.level}",
                     f"{_row_bytes(ranking, op.level, context.planes)} * {block_t}",

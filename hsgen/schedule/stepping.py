@@ -25,10 +25,10 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     if context.united:
         lists = (_united(draft, node, op),)
         selection = (lists[0][2].name,)
-    tiles, sizes = text.tiles(), ()
+    tiles, sizes = text.step_tiles(rows.with_split(context)), ()
     if context.parts:
-        tiles = f"row_tiles_{op.branch}"
-        sizes = ((tiles, text.tiles_of(context.name)), *text.parts(context))
+        there, tiles = tiles, f"row_tiles_{op.branch}"
+        sizes = ((tiles, text.tiles_of(context.name, there)), *text.parts(context))
     _share(
         draft,
         context,
@@ -137,7 +137,7 @@ def _united(draft: Draft, node: Node, op: Attend) -> tuple[Kernel, Launch, Buffe
     )
     launch = Launch(
         kernel=context.name,
-        grid=("batch.rows + batch.sequences", str(shape.kv_heads)),
+        grid=("batch.sequences", str(shape.kv_heads), text.STEP_ROWS),
         arguments=(
             *text.strides(chosen),
             f"{chosen}.stride(3)",
@@ -178,7 +178,7 @@ def log_sum_exp(draft: Draft, node: Node, score: Node) -> None:
             more=text.SEQ,
             outputs=text.strides(lse.name),
             query_heads=draft.shape.query_heads,
-            grid=(text.tiles(), str(draft.shape.kv_heads)),
+            grid=(text.step_tiles(rows.with_split(context)), str(draft.shape.kv_heads)),
             sizes=(),
             alone=False,
             keys=text.per_stride("batch.keys", entries.stride),

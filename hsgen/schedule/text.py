@@ -5,15 +5,24 @@ from __future__ import annotations
 from hsgen import rows
 
 SEQ = ("batch.table", "batch.sequences")
+TILES = "batch.rows // {BLOCK_T} + batch.sequences"
+STEP_ROWS = "batch.rows // batch.sequences"  # of a sequence, where all have as many
 
 
 def tiles() -> str:
-    return "batch.rows // {BLOCK_T} + batch.sequences"
+    return TILES
 
 
-def tiles_of(kernel: str) -> str:
+def step_tiles(context: rows.RowsContext) -> str:
+    """The same of a step: a tile has all rows of a sequence, or a program one of them."""
+    if not context.alike:
+        return tiles()
+    return "batch.sequences * {BLOCK_T}" if context.one_token else "batch.sequences"
+
+
+def tiles_of(kernel: str, tiles: str = TILES) -> str:
     """The same, outside of the kernel's own grid."""
-    return f'batch.rows // config["{kernel}"]["BLOCK_T"] + batch.sequences'
+    return tiles.replace("{BLOCK_T}", f'config["{kernel}"]["BLOCK_T"]')
 
 
 def grid(shape: rows.Shape, context: rows.RowsContext, tiles: str) -> tuple[str, str]:

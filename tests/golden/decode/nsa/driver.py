@@ -326,7 +326,7 @@ def forward(tensors, batch, config, selection=None):
         device=in_q.device,
     )
     grid = (
-        batch.rows // config["attend_compressed"]["BLOCK_T"] + batch.sequences,
+        batch.sequences,
         4,
         splits_attend_compressed,
     )
@@ -356,8 +356,9 @@ def forward(tensors, batch, config, selection=None):
         **config["attend_compressed"],
     )
     grid = (
-        batch.rows + batch.sequences,
+        batch.sequences,
         (64 + merged_attend_compressed - 1) // merged_attend_compressed,
+        batch.rows // batch.sequences,
     )
     merge_attend_compressed[grid](
         part_o_attend_compressed,
@@ -389,7 +390,7 @@ def forward(tensors, batch, config, selection=None):
     if selection is None:
         # choose: block
         capacity_block = (batch.keys // 64 + 5) // 4 * 4
-        tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
+        tiles_block = batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
         chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
         there_score_block = batch.sequences * 4
@@ -497,7 +498,7 @@ def forward(tensors, batch, config, selection=None):
         device=in_q.device,
     )
     grid = (
-        batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences,
+        batch.sequences * config["attend_selected"]["BLOCK_T"],
         4,
         splits_attend_selected,
     )
@@ -528,8 +529,9 @@ def forward(tensors, batch, config, selection=None):
         **config["attend_selected"],
     )
     grid = (
-        batch.rows + batch.sequences,
+        batch.sequences,
         (64 + merged_attend_selected - 1) // merged_attend_selected,
+        batch.rows // batch.sequences,
     )
     merge_attend_selected[grid](
         part_o_attend_selected,
@@ -593,7 +595,7 @@ def forward(tensors, batch, config, selection=None):
         device=in_q.device,
     )
     grid = (
-        batch.rows // config["attend_window"]["BLOCK_T"] + batch.sequences,
+        batch.sequences,
         4,
         splits_attend_window,
     )
@@ -623,8 +625,9 @@ def forward(tensors, batch, config, selection=None):
         **config["attend_window"],
     )
     grid = (
-        batch.rows + batch.sequences,
+        batch.sequences,
         (64 + merged_attend_window - 1) // merged_attend_window,
+        batch.rows // batch.sequences,
     )
     merge_attend_window[grid](
         part_o_attend_window,

@@ -9,20 +9,6 @@ import triton.language as tl
 
 
 @triton.jit
-def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
-    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
-    low = 0
-    high = num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
-        low = tl.where(start <= tile, middle, low)
-        high = tl.where(start <= tile, high, middle)
-    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
-    return low, (tile - start) * BLOCK
-
-
-@triton.jit
 def reciprocal_or_zero(l):
     """1 / l, and 0 for an empty row: its output is 0."""
     return tl.where(l == 0.0, 0.0, 1.0 / tl.where(l == 0.0, 1.0, l))
@@ -73,7 +59,8 @@ def merge_attend_compressed(
 ):
     # rows: BLOCK_H heads of one row, whose parts lie side by side
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    z, t = find_sequence(SEQ, num_sequences, tl.program_id(0), 1, 0, 1)
+    z = tl.program_id(0)
+    t = tl.program_id(2)
     q_start = tl.load(SEQ + z * 6)
     q_first = tl.load(SEQ + z * 6 + 1)
     if t >= tl.load(SEQ + z * 6 + 2):

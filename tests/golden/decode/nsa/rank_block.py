@@ -164,20 +164,6 @@ def quarter_step(low, high, above, first, middle, counts_first, counts_middle, c
 
 
 @triton.jit
-def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
-    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
-    low = 0
-    high = num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
-        low = tl.where(start <= tile, middle, low)
-        high = tl.where(start <= tile, high, middle)
-    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
-    return low, (tile - start) * BLOCK
-
-
-@triton.jit
 def row_scores(scores, capacity, e, there):
     """Scores of the entries that are in scratch."""
     score = tl.load(scores + e, mask=there, other=0.0)
@@ -311,8 +297,8 @@ def rank_block(
     # rows: BLOCK_R of one tile, so all of one sequence
     first = tl.program_id(0) * BLOCK_R
     head = tl.program_id(1)
-    z, t0 = find_sequence(SEQ, num_sequences, tile_first + first // BLOCK_T, BLOCK_T, 0, 1)
-    t0 += first % BLOCK_T
+    z = tile_first + first // BLOCK_T
+    t0 = first % BLOCK_T
     q_start = tl.load(SEQ + z * 6)
     q_len = tl.load(SEQ + z * 6 + 2)
     q_offset = tl.load(SEQ + z * 6 + 3)

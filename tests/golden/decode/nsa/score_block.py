@@ -9,20 +9,6 @@ import triton.language as tl
 
 
 @triton.jit
-def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
-    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
-    low = 0
-    high = num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
-        low = tl.where(start <= tile, middle, low)
-        high = tl.where(start <= tile, high, middle)
-    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
-    return low, (tile - start) * BLOCK
-
-
-@triton.jit
 def token_of(row, TOKENS: tl.constexpr, HEADS: tl.constexpr):
     """The token of a row of the tile.  row: [M] -> [M]"""
     if TOKENS % 4 == 0 and HEADS % 2 == 0:
@@ -148,7 +134,8 @@ def score_block(
     # rows: BLOCK_T tokens x 16 heads (reduced together), padded to BLOCK_M
     tile = tl.program_id(0) + tile_first
     head = tl.program_id(1)
-    z, t0 = find_sequence(SEQ, num_sequences, tile, BLOCK_T, 0, 1)
+    z = tile
+    t0 = tile * 0
     q_first = tl.load(SEQ + z * 6 + 1)
     q_len = tl.load(SEQ + z * 6 + 2)
     q_offset = tl.load(SEQ + z * 6 + 3)
