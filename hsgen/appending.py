@@ -1,7 +1,7 @@
 """What puts new tokens into a cache: their rows behind those that are there, then the entries they complete.
 
-A call advances the lengths of all sequences, copies every stream in one launch, and pools what became
-complete: as much work for a token, however many there are before it.
+A call advances the lengths of all sequences, copies every stream, and pools what became complete: as much
+work for a token, however many there are before it.  Of a few tokens one program a sequence does the first two.
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ from hsgen.rows import SEQ, Chunk, chunks, count, pointer
 from hsgen.storage import Storage, Stream
 
 TOKENS = "tokens"  # the driver's name for new ones of a sequence, at most
+LENGTHS = (
+    pointer("LENGTHS", "i32", "[Z] tokens that are cached"),
+    pointer("NEW", "i32", "[Z] new ones"),
+    pointer("SEQ", "i32", "[Z, 6] sequences"),
+    count("tokens", "rows of a sequence in the call's tensors"),
+    count("capacity", "most tokens of a sequence"),
+)
+ADVANCE = ("lengths", "new", "batch.table", TOKENS, "batch.keys")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +39,8 @@ class AdvanceContext:
     @property
     def params(self) -> tuple[Param, ...]:
         return (
-            pointer("LENGTHS", "i32", "[Z] tokens that are cached"),
-            pointer("NEW", "i32", "[Z] new ones"),
-            *SEQ,
-            count("tokens", "rows of a sequence in the call's tensors"),
-            count("capacity", "most tokens of a sequence"),
+            *LENGTHS,
+            count("num_sequences", "Z"),
             *tunables("BLOCK_V"),
         )
 
@@ -100,7 +105,10 @@ class Copied:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreContext:
-    """Everything `segments.py.jinja` reads to copy new tokens.  `page` > 0: they lie in pages of so many."""
+    """Everything `segments.py.jinja` reads to copy new tokens.  `page` > 0: they lie in pages of so many.
+
+    `advances`: a program has a sequence, and says how long it is too.
+    """
 
     name: str
     header: str = ""
@@ -108,10 +116,25 @@ class StoreContext:
     how: str = "store"
     streams: tuple[Copied, ...]
     page: int = 0
+    advances: bool = False
 
     @property
     def summary(self) -> str:
         return "new tokens behind those that are cached."
+
+    @property
+    def numbers(self) -> int:
+        """Of a token."""
+        return sum(each.heads * each.dim for each in self.streams)
+
+    @property
+    def by_heads(self) -> tuple[tuple[int, int, tuple[Copied, ...]], ...]:
+        """Streams that have so many heads, as a tile."""
+        counts = sorted({each.heads for each in self.streams})
+        return tuple(
+            (n, rows.next_power(n), tuple(each for each in self.streams if each.heads == n))
+            for n in counts
+        )
 
     @property
     def heads(self) -> int:
@@ -123,8 +146,7 @@ class StoreContext:
         return (
             *(param for each in self.streams for param in each.params),
             *rows.pages_of(self.page),
-            *SEQ,
-            count("tiles", "of tokens, of a sequence"),
+            *(LENGTHS if self.advances else (*SEQ, count("tiles", "of tokens, of a sequence"))),
             *tunables("BLOCK_V"),
         )
 
@@ -138,11 +160,33 @@ def _copied(stream: Stream, place: int) -> Copied:
     return Copied(name=stream.name, heads=heads, dim=dim, letter="abcdefghijklmnop"[place])
 
 
-def plan(storage: Storage, page: int) -> tuple[tuple[Kernel, ...], tuple[Step, ...]]:
-    """The kernels that every append begins with, and the steps that launch them."""
+def plan(storage: Storage, page: int, *, few: bool) -> tuple[tuple[Kernel, ...], tuple[Step, ...]]:
+    """The kernels that every append begins with, and the steps that launch them.  `few`: tokens at a time."""
     streams = tuple(_copied(stream, i) for i, stream in enumerate(storage.streams))
-    store = StoreContext(name="store", streams=streams, page=page)
+    store = StoreContext(name="store", streams=streams, page=page, advances=few)
     names = tuple(stream.name for stream in storage.streams)
+    copied = (*(x for stream in storage.streams for x in _arguments(stream, page)),)
+    copied += rows.page_arguments(page)
+    if few:
+        kernel = Kernel(
+            name="store",
+            skeleton="segments",
+            context=store,
+            config=Config(constexprs=(("BLOCK_V", 1),), num_warps=4, num_stages=1),
+            operators=names,
+        )
+        launch = Launch(
+            kernel="store", grid=("batch.sequences", "1"), arguments=(*copied, *ADVANCE)
+        )
+        step = Step(
+            title="lengths and tokens",
+            needs=names,
+            makes=names,
+            buffers=(),
+            sizes=((TOKENS, "batch.rows // batch.sequences"),),
+            launches=(launch,),
+        )
+        return (kernel,), (step,)
     kernels = (
         Kernel(
             name="advance",
@@ -170,14 +214,7 @@ def plan(storage: Storage, page: int) -> tuple[tuple[Kernel, ...], tuple[Step, .
                 Launch(
                     kernel="advance",
                     grid=("batch.sequences // {BLOCK_V} + 1", "1"),
-                    arguments=(
-                        "lengths",
-                        "new",
-                        "batch.table",
-                        "batch.sequences",
-                        TOKENS,
-                        "batch.keys",
-                    ),
+                    arguments=(*ADVANCE, "batch.sequences"),
                 ),
             ),
         ),
@@ -195,8 +232,7 @@ def plan(storage: Storage, page: int) -> tuple[tuple[Kernel, ...], tuple[Step, .
                     kernel="store",
                     grid=("batch.sequences * tiles_store", str(store.heads)),
                     arguments=(
-                        *(x for stream in storage.streams for x in _arguments(stream, page)),
-                        *rows.page_arguments(page),
+                        *copied,
                         "batch.table",
                         "batch.sequences",
                         "tiles_store",

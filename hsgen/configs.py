@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hsgen import rows
+from hsgen.appending import StoreContext
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
 from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
@@ -22,6 +23,7 @@ DType = Literal["bf16", "fp16", "fp32"]
 
 WIDE_DIMS = 256  # of a key and a value
 SCORES = 512  # of a warp that ranks a few rows
+STORED = 4096  # numbers of a warp that puts a few tokens into a cache
 SUMS = 1 << 15  # numbers that a tile of outputs may have: half of a processor's registers
 
 
@@ -193,6 +195,12 @@ def pool(op: Pool, dim: int, dtype: DType, *, finishes: bool = False) -> Config:
     return pool_tokens(op.size)
 
 
+def pool_across(width: int, dtype: DType) -> Config:
+    """Of entries that a step completes, `width` columns of them: a long sum, of few numbers at a time."""
+    values = (("BLOCK_E", 16), ("BLOCK_D", min(32 if dtype == "fp32" else 64, width)))
+    return Config(constexprs=values, num_warps=4, num_stages=4)
+
+
 def pool_tokens(size: int) -> Config:
     """The same, of entries that are pooled channel by channel."""
     tokens = min(64 if size >= 128 else 16, next_power(size))  # long entries: few of them
@@ -265,8 +273,9 @@ def _of_rows(kernel: Kernel, tokens: int, keys: int) -> Config:
             width *= 2 if context.sampled else 1  # whose text holds half of it in registers
             width = max(64, min(MOST_HELD, width))
             values["BLOCK_N"], warps = width, max(1, width // SCORES)
-    if kernel.name == "store":
+    if isinstance(context, StoreContext):
         values["BLOCK_V"] = tokens
+        warps = max(4, min(16, next_power(tokens * context.numbers) // STORED))
     return replace(kernel.config, constexprs=tuple(values.items()), num_warps=warps)
 
 

@@ -383,12 +383,23 @@ class SegmentsContext:
     turn: Turn | None = None
     rows: int = 0  # > 0: queries of blocks of so many rows
     append: bool = False  # only entries that new tokens complete, into what a cache keeps
+    across: bool = False  # those of several sequences are a tile, and a program has some columns of it
     page: int = 0  # > 0: tokens lie in pages of so many
 
     @property
     def k_first(self) -> str:
         """Where a sequence's tokens begin, as what is added; pages say it otherwise."""
-        return "" if self.page else "k_first + "
+        return "" if self.page or self.across else "k_first + "
+
+    @property
+    def slice(self) -> int:
+        """Columns of a program, of a pool across sequences."""
+        return min(64, self.head_dim & -self.head_dim)
+
+    @property
+    def linear_chunks(self) -> tuple[Chunk, ...]:
+        """Columns that a program of a linear pool has."""
+        return chunks(self.slice) if self.across else self.chunks
 
     @property
     def finishes(self) -> bool:
@@ -466,6 +477,8 @@ class SegmentsContext:
         """Where entries go, and how many a sequence has room for."""
         if self.append:
             tiles = count("tiles", "of entries, of a sequence")
+            if self.across:
+                tiles = count("most", "entries of a sequence that new tokens may complete")
             return (pointer("POOLED", "input", f"[Z, N, {made}"), count("length", "N"), tiles)
         return (
             pointer("POOLED", "input", f"[Z, N, {made}, packed [1, N, {made}"),

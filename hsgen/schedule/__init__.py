@@ -163,7 +163,7 @@ def _plan(draft: Draft, *, apart: bool) -> Plan:
 def _append(draft: Draft, storage: Storage | None) -> None:
     """What comes before pools where there is a cache: lengths, and the new tokens."""
     if storage is not None:
-        kernels, steps = appending.plan(storage, draft.page)
+        kernels, steps = appending.plan(storage, draft.page, few=draft.steps_alone)
         draft.kernels += kernels
         draft.appends += steps
 

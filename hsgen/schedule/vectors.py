@@ -56,6 +56,7 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
         normed=bool(norms),
         turn=turn,
         append=draft.cached is not None,
+        across=draft.steps_alone and op.how == "linear",
         page=draft.page,
     )
     count = f"count_{text.safe(made)}"
@@ -67,6 +68,8 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
         else f"{rows_of} // {op.stride}"
     )
     config = configs.pool(op, dim, draft.dtype, finishes=len(chain) > 1)
+    if context.across:
+        config = configs.pool_across(context.slice, draft.dtype)
     names = tuple(x.name for x in chain)
     kernel = draft.kernel("segments", context, config, *names)
     tables = tuple(name for x in turns for name in x.inputs[1:])
@@ -80,6 +83,29 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
         buffer,
         count,
     )
+    if context.across:
+        most = f"most_{text.safe(made)}"
+        draft.appends.append(
+            Step(
+                title=f"pool: {node.name}",
+                needs=(*node.inputs, *norms, *tables),
+                makes=names,
+                sizes=((most, f"({appending.TOKENS} + {op.stride - 1}) // {op.stride}"),),
+                buffers=(),
+                launches=(
+                    Launch(
+                        kernel=kernel,
+                        grid=(
+                            f"batch.sequences * {most} // {{BLOCK_E}} + 1",
+                            str(heads),
+                            str(dim // context.slice),
+                        ),
+                        arguments=(*arguments, most, *rows.page_arguments(draft.page), *text.SEQ),
+                    ),
+                ),
+            )
+        )
+        return
     if draft.cached:
         tiles, new, step = (f"{of}_{text.safe(made)}" for of in ("tiles", "new", "step"))
         draft.appends.append(

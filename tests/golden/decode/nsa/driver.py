@@ -12,7 +12,6 @@ Keys, values and the entries of levels are those of a cache, of `keys` tokens a 
 
 import torch
 
-from .advance import advance
 from .attend_compressed import attend_compressed
 from .attend_selected import attend_selected
 from .attend_window import attend_window
@@ -29,27 +28,22 @@ SCRATCH_BYTES = 134217728  # of scores, whatever the length
 SHARE_KEYS = 128  # that a program walks, at least, where several share those of a row
 LONG_SHARE = 512  # the same where there are enough programs without
 CONFIG = {
-    "advance": {
-        "BLOCK_V": 128,
-        "num_warps": 4,
-        "num_stages": 1,
-    },
     "store": {
-        "BLOCK_V": 8,
+        "BLOCK_V": 1,
         "num_warps": 4,
         "num_stages": 1,
     },
     "pool_compressed_keys": {
-        "BLOCK_E": 64,
+        "BLOCK_E": 16,
         "BLOCK_D": 64,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 4,
     },
     "pool_compressed_values": {
-        "BLOCK_E": 64,
+        "BLOCK_E": 16,
         "BLOCK_D": 64,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 4,
     },
     "attend_compressed": {
         "BLOCK_T": 1,
@@ -142,28 +136,11 @@ def append(tensors, cache, lengths, new, batch, config):
     made_compressed_values = cache["compressed.values"]
     count_compressed_values = made_compressed_values.shape[1]
 
-    # lengths
+    # lengths and tokens
     tokens = batch.rows // batch.sequences
     grid = (
-        batch.sequences // config["advance"]["BLOCK_V"] + 1,
-        1,
-    )
-    advance[grid](
-        lengths,
-        new,
-        batch.table,
         batch.sequences,
-        tokens,
-        batch.keys,
-        **config["advance"],
-    )
-
-    # tokens
-    step_store = config["store"]["BLOCK_V"]
-    tiles_store = (tokens + step_store - 1) // step_store
-    grid = (
-        batch.sequences * tiles_store,
-        4,
+        1,
     )
     store[grid](
         new_k,
@@ -214,19 +191,20 @@ def append(tensors, cache, lengths, new, batch, config):
         in_v_window.stride(0),
         in_v_window.stride(1),
         in_v_window.stride(2),
+        lengths,
+        new,
         batch.table,
-        batch.sequences,
-        tiles_store,
+        tokens,
+        batch.keys,
         **config["store"],
     )
 
     # pool: compressed.keys
-    new_compressed_keys = tokens // 16 + 1
-    step_compressed_keys = config["pool_compressed_keys"]["BLOCK_E"]
-    tiles_compressed_keys = new_compressed_keys // step_compressed_keys + 1
+    most_compressed_keys = (tokens + 15) // 16
     grid = (
-        batch.sequences * tiles_compressed_keys,
+        batch.sequences * most_compressed_keys // config["pool_compressed_keys"]["BLOCK_E"] + 1,
         4,
+        3,
     )
     pool_compressed_keys[grid](
         in_k_compressed,
@@ -237,19 +215,18 @@ def append(tensors, cache, lengths, new, batch, config):
         in_compressed_key_position,
         made_compressed_keys,
         count_compressed_keys,
-        tiles_compressed_keys,
+        most_compressed_keys,
         batch.table,
         batch.sequences,
         **config["pool_compressed_keys"],
     )
 
     # pool: compressed.values
-    new_compressed_values = tokens // 16 + 1
-    step_compressed_values = config["pool_compressed_values"]["BLOCK_E"]
-    tiles_compressed_values = new_compressed_values // step_compressed_values + 1
+    most_compressed_values = (tokens + 15) // 16
     grid = (
-        batch.sequences * tiles_compressed_values,
+        batch.sequences * most_compressed_values // config["pool_compressed_values"]["BLOCK_E"] + 1,
         4,
+        2,
     )
     pool_compressed_values[grid](
         in_v_compressed,
@@ -260,7 +237,7 @@ def append(tensors, cache, lengths, new, batch, config):
         in_compressed_value_position,
         made_compressed_values,
         count_compressed_values,
-        tiles_compressed_values,
+        most_compressed_values,
         batch.table,
         batch.sequences,
         **config["pool_compressed_values"],

@@ -36,7 +36,7 @@ def store_entries(address, entries, live):
     tl.store(address, entries, mask=live)
 
 
-@triton.jit(do_not_specialize=["length", "tiles", "num_sequences"])
+@triton.jit(do_not_specialize=["length", "most", "num_sequences"])
 def pool_compressed_values(
     X,  # [B, S, 4, 128]
     x_b,  # X: batch stride
@@ -46,7 +46,7 @@ def pool_compressed_values(
     POSITION,  # [4, 32, 128]
     POOLED,  # [Z, N, 4, 128]
     length,  # N
-    tiles,  # of entries, of a sequence
+    most,  # entries of a sequence that new tokens may complete
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     BLOCK_E: tl.constexpr,  # entries a tile
@@ -54,41 +54,40 @@ def pool_compressed_values(
 ):
     # entries
     head = tl.program_id(1)
-    z = tl.program_id(0) // tiles
-    k_first = tl.load(SEQ + z * 6 + 4)
-    k_len = tl.load(SEQ + z * 6 + 5)
-    # those that were complete before the new tokens are there
-    before = tl.load(SEQ + z * 6 + 3)
-    e0 = pooled_entries(before, 32, 16, False) + tl.program_id(0) % tiles * BLOCK_E
+    # [BLOCK_E]: each sequence has room for so many that its new tokens may complete
+    item = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    z = item // most
+    there = z < num_sequences
+    k_len = tl.load(SEQ + z * 6 + 5, mask=there, other=0)
+    before = tl.load(SEQ + z * 6 + 3, mask=there, other=0)
     first = z * length
-    n = pooled_entries(k_len, 32, 16, False)
-    if e0 >= n:
+    e = pooled_entries(before, 32, 16, False) + item % most
+    live = there & (e < pooled_entries(k_len, 32, 16, False))
+    if tl.max(live.to(tl.int32), 0) == 0:
         return
-    # [BLOCK_E]
-    e = e0 + tl.arange(0, BLOCK_E)
-    live = e < n
     base = X + z.to(tl.int64) * x_b + head.to(tl.int64) * x_h
     pooled = POOLED + ((first + e).to(tl.int64) * 4 + head) * 128
 
     # accumulate: slot by slot, BLOCK_D channels at a time
     rows = tl.arange(0, 16)
     columns = tl.arange(0, BLOCK_D)
-    acc0 = tl.zeros([BLOCK_E, 128], tl.float32)
-    shift0 = tl.zeros([16, 128], tl.float32)
+    first_column = tl.program_id(2) * 64
+    acc0 = tl.zeros([BLOCK_E, 64], tl.float32)
+    shift0 = tl.zeros([16, 64], tl.float32)
     for i in range(0, 32 * (128 // BLOCK_D)):
         j = i // (128 // BLOCK_D)
         d = i % (128 // BLOCK_D) * BLOCK_D + columns
-        token = (k_first + e * 16 + j).to(tl.int64)
-        x = tl.load(base + token[:, None] * x_t + d[None, :], mask=live[:, None], other=0.0)
+        token = (e * 16 + j).to(tl.int64)
+        x = tl.load(base[:, None] + token[:, None] * x_t + d[None, :], mask=live[:, None], other=0.0)
         weight_row = (head * 32 + j) * 128 + d
         # the positions' own row of the product; 15 more rows of zeros fill the smallest tile
         address = POSITION + weight_row[None, :] + 0 * rows[:, None]
         position = tl.load(address, mask=rows[:, None] + 0 * d[None, :] == 0, other=0.0)
-        w0 = load_tile(WEIGHT, weight_row, 128, 0, 128)
+        w0 = load_tile(WEIGHT + first_column, weight_row, 128, 0, 64)
         acc0 = tl.dot(x, w0, acc0, input_precision="tf32x3")
         shift0 = tl.dot(position, w0, shift0, input_precision="tf32x3")
 
     # store
     acc0 += tl.sum(shift0, 0)[None, :]
-    at = 0 + tl.arange(0, 128)
+    at = first_column + tl.arange(0, 64)
     store_entries(pooled[:, None] + at[None, :], acc0, live[:, None])

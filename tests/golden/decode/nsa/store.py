@@ -9,21 +9,28 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
-    """As load_tile; 0 where `mask: [N]` is false, and nothing is read there."""
+def load_queries(
+    base, token, t_stride, head, h_stride, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Rows of packed (token, head) pairs: token, head, mask: [M] -> [M, WIDTH], 0 where masked."""
     columns = OFFSET + tl.arange(0, WIDTH)
-    address = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(address, mask=mask[:, None], other=0.0)
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    return tl.load(base + row[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
 
 
 @triton.jit
-def store_tile(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
-    """The inverse of load_tile_masked, bit by bit.  x: [N, WIDTH]"""
+def store_outputs(
+    base, token, t_stride, head, h_stride, mask, x, OFFSET: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The inverse of load_queries.  x: [M, WIDTH]"""
     columns = OFFSET + tl.arange(0, WIDTH)
-    tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], x, mask=mask[:, None])
+    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
+    tl.store(
+        base + row[:, None] + columns[None, :], x.to(base.dtype.element_ty), mask=mask[:, None]
+    )
 
 
-@triton.jit(do_not_specialize=["num_sequences", "tiles"])
+@triton.jit(do_not_specialize=["tokens", "capacity"])
 def store(
     NEW_A,  # [B, T, 4, 192] k
     new_a_b,  # NEW_A: batch stride
@@ -73,59 +80,67 @@ def store(
     f_b,  # F: batch stride
     f_t,  # F: token stride
     f_h,  # F: head stride
+    LENGTHS,  # [Z] tokens that are cached
+    NEW,  # [Z] new ones
     SEQ,  # [Z, 6] sequences
-    num_sequences,  # Z
-    tiles,  # of tokens, of a sequence
+    tokens,  # rows of a sequence in the call's tensors
+    capacity,  # most tokens of a sequence
     BLOCK_V: tl.constexpr,  # vectors a program
 ):
-    # tokens: BLOCK_V of one sequence, behind those that it had
-    z = tl.program_id(0) // tiles
-    head = tl.program_id(1)
-    t = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
-    q_len = tl.load(SEQ + z * 6 + 2)
-    before = tl.load(SEQ + z * 6 + 3)
-    k_len = tl.load(SEQ + z * 6 + 5)
+    # a sequence: how long it was, and how long it is with the new tokens
+    z = tl.program_id(0)
+    before = tl.load(LENGTHS + z)
+    q_len = tl.maximum(tl.minimum(tl.load(NEW + z), tokens), 0)
+    k_len = tl.minimum(before + q_len, capacity)
+
+    # load: BLOCK_V tokens x 4 heads
+    rows = tl.arange(0, BLOCK_V * 4)
+    t = rows // 4
+    head = rows % 4
     row = before + t
     live = (t < q_len) & (row < k_len)
+    base = NEW_A + z.to(tl.int64) * new_a_b
+    a0 = load_queries(base, t, new_a_t, head, new_a_h, live, 0, 128)
+    a1 = load_queries(base, t, new_a_t, head, new_a_h, live, 128, 64)
+    base = NEW_B + z.to(tl.int64) * new_b_b
+    b0 = load_queries(base, t, new_b_t, head, new_b_h, live, 0, 128)
+    base = NEW_C + z.to(tl.int64) * new_c_b
+    c0 = load_queries(base, t, new_c_t, head, new_c_h, live, 0, 128)
+    c1 = load_queries(base, t, new_c_t, head, new_c_h, live, 128, 64)
+    base = NEW_D + z.to(tl.int64) * new_d_b
+    d0 = load_queries(base, t, new_d_t, head, new_d_h, live, 0, 128)
+    d1 = load_queries(base, t, new_d_t, head, new_d_h, live, 128, 64)
+    base = NEW_E + z.to(tl.int64) * new_e_b
+    e0 = load_queries(base, t, new_e_t, head, new_e_h, live, 0, 128)
+    base = NEW_F + z.to(tl.int64) * new_f_b
+    f0 = load_queries(base, t, new_f_t, head, new_f_h, live, 0, 128)
 
-    # k
-    base = NEW_A + z.to(tl.int64) * new_a_b + head.to(tl.int64) * new_a_h
-    kept = A + z.to(tl.int64) * a_b + head.to(tl.int64) * a_h
-    x = load_tile_masked(base, t, live, new_a_t, 0, 128)
-    store_tile(kept, row, live, a_t, x, 0, 128)
-    x = load_tile_masked(base, t, live, new_a_t, 128, 64)
-    store_tile(kept, row, live, a_t, x, 128, 64)
+    # store: k, v, k_compressed, k_window, v_compressed, v_window
+    base = A + z.to(tl.int64) * a_b
+    store_outputs(base, row, a_t, head, a_h, live, a0, 0, 128)
+    store_outputs(base, row, a_t, head, a_h, live, a1, 128, 64)
+    base = B + z.to(tl.int64) * b_b
+    store_outputs(base, row, b_t, head, b_h, live, b0, 0, 128)
+    base = C + z.to(tl.int64) * c_b
+    store_outputs(base, row, c_t, head, c_h, live, c0, 0, 128)
+    store_outputs(base, row, c_t, head, c_h, live, c1, 128, 64)
+    base = D + z.to(tl.int64) * d_b
+    store_outputs(base, row, d_t, head, d_h, live, d0, 0, 128)
+    store_outputs(base, row, d_t, head, d_h, live, d1, 128, 64)
+    base = E + z.to(tl.int64) * e_b
+    store_outputs(base, row, e_t, head, e_h, live, e0, 0, 128)
+    base = F + z.to(tl.int64) * f_b
+    store_outputs(base, row, f_t, head, f_h, live, f0, 0, 128)
 
-    # v
-    base = NEW_B + z.to(tl.int64) * new_b_b + head.to(tl.int64) * new_b_h
-    kept = B + z.to(tl.int64) * b_b + head.to(tl.int64) * b_h
-    x = load_tile_masked(base, t, live, new_b_t, 0, 128)
-    store_tile(kept, row, live, b_t, x, 0, 128)
+    # before the length is another one, every thread has what it was
+    tl.debug_barrier()
 
-    # k_compressed
-    base = NEW_C + z.to(tl.int64) * new_c_b + head.to(tl.int64) * new_c_h
-    kept = C + z.to(tl.int64) * c_b + head.to(tl.int64) * c_h
-    x = load_tile_masked(base, t, live, new_c_t, 0, 128)
-    store_tile(kept, row, live, c_t, x, 0, 128)
-    x = load_tile_masked(base, t, live, new_c_t, 128, 64)
-    store_tile(kept, row, live, c_t, x, 128, 64)
-
-    # k_window
-    base = NEW_D + z.to(tl.int64) * new_d_b + head.to(tl.int64) * new_d_h
-    kept = D + z.to(tl.int64) * d_b + head.to(tl.int64) * d_h
-    x = load_tile_masked(base, t, live, new_d_t, 0, 128)
-    store_tile(kept, row, live, d_t, x, 0, 128)
-    x = load_tile_masked(base, t, live, new_d_t, 128, 64)
-    store_tile(kept, row, live, d_t, x, 128, 64)
-
-    # v_compressed
-    base = NEW_E + z.to(tl.int64) * new_e_b + head.to(tl.int64) * new_e_h
-    kept = E + z.to(tl.int64) * e_b + head.to(tl.int64) * e_h
-    x = load_tile_masked(base, t, live, new_e_t, 0, 128)
-    store_tile(kept, row, live, e_t, x, 0, 128)
-
-    # v_window
-    base = NEW_F + z.to(tl.int64) * new_f_b + head.to(tl.int64) * new_f_h
-    kept = F + z.to(tl.int64) * f_b + head.to(tl.int64) * f_h
-    x = load_tile_masked(base, t, live, new_f_t, 0, 128)
-    store_tile(kept, row, live, f_t, x, 0, 128)
+    # store: what a call's table says, and the length from now on; tokens without room are not kept
+    place = SEQ + z * 6
+    tl.store(place, z * tokens)
+    tl.store(place + 1, z * 0)
+    tl.store(place + 2, q_len)
+    tl.store(place + 3, before)
+    tl.store(place + 4, z * 0)
+    tl.store(place + 5, k_len)
+    tl.store(LENGTHS + z, k_len)
