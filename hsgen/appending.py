@@ -1,7 +1,7 @@
 """What puts new tokens into a cache: their rows behind those that are there, then the entries they complete.
 
 A call advances the lengths of all sequences, copies every stream, and pools what became complete: as much
-work for a token, however many there are before it.  Of a few tokens one program a sequence does the first two.
+work for a token, however many there are before it.  Of a few tokens one launch does the first two.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ DType = Literal["bf16", "fp16", "fp32"]
 
 WIDE_DIMS = 256  # of a key and a value
 SCORES = 512  # of a warp that ranks a few rows
+MOST_PARTS = 64  # of a row, as `splits.MOST`
 STORED = 4096  # numbers of a warp that puts a few tokens into a cache
 SUMS = 1 << 15  # numbers that a tile of outputs may have: half of a processor's registers
 
@@ -233,6 +234,13 @@ def _sampled(kept: int) -> Config:
     """Room for twice the keys that are kept, so that an estimate of where they begin may be off."""
     width = max(2048, min(8192, next_power(2 * kept)))
     return Config(constexprs=(("BLOCK_R", 1), ("BLOCK_N", width)), num_warps=4, num_stages=1)
+
+
+def of_logits(*, parts: bool) -> Config:
+    """Of scores whose logits are there: they are read once, and nothing is multiplied."""
+    values = (("BLOCK_T", 1), ("BLOCK_M", 16), ("BLOCK_N", 128))
+    values += (("BLOCK_P", MOST_PARTS),) if parts else ()
+    return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
 def rank_steps(slots: int, stride: int, *, grouped: bool, kept: int = 0) -> Config:

@@ -304,7 +304,7 @@ class UniteContext:
                 "i32",
                 f"[rows, {self.kv_heads}, {1 + self.group * self.width}] count, blocks and members",
             ),
-            *SEQ,
+            *SEQ[:1],
         )
 
     @property
@@ -383,7 +383,9 @@ class SegmentsContext:
     turn: Turn | None = None
     rows: int = 0  # > 0: queries of blocks of so many rows
     append: bool = False  # only entries that new tokens complete, into what a cache keeps
-    across: bool = False  # those of several sequences are a tile, and a program has some columns of it
+    across: bool = (
+        False  # those of several sequences are a tile, and a program has some columns of it
+    )
     page: int = 0  # > 0: tokens lie in pages of so many
 
     @property

@@ -179,6 +179,9 @@ class RowsContext(InTurn):
     page: int = 0  # > 0: keys lie in pages of so many tokens
     scale: str = ""  # of logits, in a gradient
     adds: bool = False  # to the gradient of other branches
+    logits: Literal["", "left", "read"] = (
+        ""  # left for the scores of the same keys, or read by them
+    )
 
     @property
     def derives(self) -> bool:
@@ -515,6 +518,56 @@ PARTS = {
 
 
 # --- attend
+
+
+LOGITS = (
+    pointer("LOGITS", "f32", "f32[rows, Hkv, N, group] as dots left them"),
+    count("logits_n", "N"),
+)
+
+
+def with_logits_left(context: RowsContext) -> RowsContext:
+    """The same attend, which leaves its logits for scores of the same keys."""
+    at = [p.name for p in context.params].index("SEQ")
+    params = (*context.params[:at], *LOGITS, *context.params[at:])
+    return replace(
+        context, params=params, logits="left", setup=(*context.setup, *_logit_rows(context))
+    )
+
+
+def with_logits_read(context: RowsContext, *, parts: bool) -> RowsContext:
+    """The same scores, of logits that an attend left.  `parts`: log-sum-exps are those of its parts."""
+    kept = [p for p in context.params if not re.fullmatch("Q|q_.|K|k_.", p.name)]
+    at = [p.name for p in kept].index("SCORES")
+    setup = context.setup
+    if parts:
+        kept = [p for p in kept if p.name != "LSE" and not p.name.startswith("lse_")]
+        at = [p.name for p in kept].index("SCORES")
+        kept[at:at] = [
+            pointer("PART_LSE", "f32", "f32[Hq, items]"),
+            count("items", "rows * splits"),
+            count("splits", "parts of a row"),
+        ]
+        at += 3
+        kept.append(Param(name="BLOCK_P", kind="constexpr", comment="parts of a row, at most"))
+        begin = next(i for i, line in enumerate(setup) if line.startswith("lse_base"))
+        setup = (
+            *setup[:begin],
+            "item = row_head.to(tl.int64) * items + (tl.load(SEQ + z * 6) + token) * splits",
+            "lse = merged_lse(PART_LSE, item, splits, alive, BLOCK_P)",
+            *setup[begin + 2 :],
+        )
+    setup = (*setup, *_logit_rows(context))
+    params = (*kept[:at], *LOGITS, *kept[at:])
+    return replace(context, params=tuple(params), logits="read", setup=setup)
+
+
+def _logit_rows(context: RowsContext) -> tuple[str, ...]:
+    """Where the logits of each row of a tile begin: those of a key head's queries lie side by side."""
+    return (
+        "logit_row = (tl.load(SEQ + z * 6) + token).to(tl.int64) * tl.num_programs(1) + head",
+        f"logits = LOGITS + logit_row * logits_n * {context.heads} + row_head - head * {context.heads}",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

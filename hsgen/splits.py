@@ -7,7 +7,7 @@ part of the softmax; shares follow from the shapes of a call, so equal calls hav
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsgen import rows
 from hsgen.kernels import tunables
@@ -16,9 +16,10 @@ from hsgen.rows import SEQ, Chunk, RowsContext, chunks, count, pointer
 
 MOST = 64  # shares of a row
 SHARE_KEYS = 128  # of a share, at least
-FILLED = 2  # programs that a processor should have
-TURNS = 16  # the same where each has LONG_SHARE keys: so many that none waits long for the last
-LONG_SHARE = 512
+FILLED = 2  # programs that a processor should have, about
+TURNS = 16  # the same where shares are long: so many that none waits long for the last
+LONG_SHARE = 2048  # keys of one whose parts are merged
+SCORED = 4  # times SHARE_KEYS: the same of scores
 MERGED = 16  # parts that a program of the merge takes
 
 ITEMS = count("items", "rows * splits")
@@ -62,7 +63,7 @@ class SplitsContext(rows.InTurn):
             *outputs,
             ITEMS,
             SPLITS,
-            *SEQ,
+            *SEQ[:1],
             *tunables("BLOCK_H", "BLOCK_P"),
         )
 
@@ -72,11 +73,11 @@ class SplitsContext(rows.InTurn):
 
 
 def shares(
-    name: str, *, sms: int, rows_of: str, heads: int, keys: str
+    name: str, *, sms: int, rows_of: str, heads: int, keys: str, long: str = "LONG_SHARE"
 ) -> tuple[tuple[str, str], ...]:
     """The sizes that say how many programs share the keys of a row; the last is `splits_` and the name.
 
-    Enough to fill all processors, none with next to nothing to do; of many keys enough for several turns.
+    Enough to fill all processors, none with next to nothing to do; of very many keys, for several turns.
 
     Args:
         name: Of the kernel.
@@ -84,14 +85,183 @@ def shares(
         rows_of: Times `heads` the programs that there are anyway.
         heads: Programs of a row or a tile of rows.
         keys: That a row may walk, as an expression.
+        long: Keys of a share where there are programs enough; fewer where nothing merges shares.
     """
     return (
         (f"there_{name}", f"{rows_of} * {heads}"),
-        (f"filled_{name}", f"min({FILLED * sms} // there_{name}, {keys} // SHARE_KEYS)"),
-        (f"turns_{name}", f"min({TURNS * sms} // there_{name}, {keys} // LONG_SHARE)"),
+        (f"fills_{name}", f"({FILLED * sms} + there_{name} // 2) // there_{name}"),
+        (f"filled_{name}", f"min(fills_{name}, {keys} // SHARE_KEYS)"),
+        (f"turns_{name}", f"min({TURNS * sms} // there_{name}, {keys} // {long})"),
         (f"wanted_{name}", f"max(filled_{name}, turns_{name})"),
         (f"splits_{name}", f"max(1, min({MOST}, wanted_{name}))"),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A branch whose parts are merged with those of others.
+
+    `name`: of the kernel that leaves them; `step`: what the driver calls them all; `outputs`: the
+    log-sum-exp and its strides; `sink`: the caller's tensor, empty if there is none.
+    """
+
+    name: str
+    branch: str
+    step: str
+    column: int
+    sink: str
+    outputs: tuple[str, ...]
+    buffers: tuple[Buffer, ...]
+    makes: tuple[str, ...]
+
+    @property
+    def lse(self) -> tuple[str, str, str]:
+        """What tells of the log-sum-exps of its parts: where they are, items, and parts of a row."""
+        return f"part_lse_{self.name}", f"items_{self.name}", f"splits_{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """A branch in a merge of several, by the number of its arguments."""
+
+    index: int
+    name: str
+    column: int
+    sink: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchesContext:
+    """Everything `merge.py.jinja` reads to merge the parts of branches, each times its gate, in one sum."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    head_dim: int
+    heads: int
+    branches: tuple[Merged, ...]
+    how: str = "branches"
+
+    @property
+    def summary(self) -> str:
+        return (
+            "the outputs of branches, each times its gate, from the parts that shares of keys gave."
+        )
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return (
+            *(param for each in self.branches for param in self._parts(each)),
+            *rows.gates_of(rows.Gated(column=0, branches=len(self.branches), first=True)),
+            *rows.OUTPUTS[:4],
+            *(
+                count(f"lse_{of}", f"LSE0 and those after it: {word} stride")
+                for of, word in (("b", "batch"), ("h", "head"), ("t", "token"))
+            ),
+            *SEQ[:1],
+            *tunables("BLOCK_H"),
+            *(
+                Param(name=f"BLOCK_P{each.index}", kind="constexpr", comment="its parts, at most")
+                for each in self.branches
+            ),
+        )
+
+    def _parts(self, of: Merged) -> tuple[Param, ...]:
+        i = of.index
+        return (
+            pointer(f"PART_O{i}", "f32", f"f32[Hq, items, {self.head_dim}] {of.name}"),
+            pointer(f"PART_LSE{i}", "f32", "f32[Hq, items]"),
+            *((pointer(f"SINK{i}", "input", "[Hq]"),) if of.sink else ()),
+            pointer(f"LSE{i}", "f32", "f32[B, Hq, T]"),
+            count(f"items{i}", "rows * splits"),
+            count(f"splits{i}", "parts of a row"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+def merge(
+    parts: tuple[Part, ...], *, heads: int, head_dim: int, gates: str, total: str, o: Buffer
+) -> tuple[Kernel, Step]:
+    """One launch that merges the parts of all branches.  `gates`: the caller's tensor; `total`: the node."""
+    context = BranchesContext(
+        name="merge_branches",
+        head_dim=head_dim,
+        heads=heads,
+        branches=tuple(
+            Merged(index=i, name=part.branch, column=part.column, sink=bool(part.sink))
+            for i, part in enumerate(parts)
+        ),
+    )
+    most = tuple((f"BLOCK_P{i}", MOST) for i in range(len(parts)))
+    kernel = Kernel(
+        name=context.name,
+        skeleton="merge",
+        context=context,
+        config=Config(constexprs=(("BLOCK_H", 1), *most), num_warps=4, num_stages=1),
+        operators=(*(name for part in parts for name in part.makes), total),
+    )
+    given = f"in_{gates}"
+    sinks = tuple(part.sink for part in parts if part.sink)
+    packed = f"0 if batch.packed else {given}.stride(0)"
+    strides = (
+        f"0 if batch.packed else {o.name}.stride(0)",
+        f"{o.name}.stride(1)",
+        f"{o.name}.stride(2)",
+    )
+    widest = ", ".join(f"padded_{part.name}" for part in parts)
+    arguments = tuple(
+        argument
+        for part in parts
+        for argument in (
+            f"part_o_{part.name}",
+            part.lse[0],
+            *((f"in_{part.sink}",) if part.sink else ()),
+            part.outputs[0],
+            *part.lse[1:],
+        )
+    )
+    step = Step(
+        title="merge branches",
+        needs=(*(part.step for part in parts), gates, *sinks),
+        makes=kernel.operators,
+        sizes=(
+            ("widest", f"max({widest})"),
+            ("merged", f"max(1, min({rows.next_power(heads)}, {MERGED} // widest))"),
+        ),
+        buffers=(o, *(buffer for part in parts for buffer in part.buffers)),
+        launches=(
+            Launch(
+                kernel=context.name,
+                grid=(
+                    "batch.sequences",
+                    f"({heads} + merged - 1) // merged",
+                    "batch.rows // batch.sequences",
+                ),
+                arguments=(
+                    *arguments,
+                    given,
+                    packed,
+                    *(f"{given}.stride({i})" for i in (1, 2, 3)),
+                    o.name,
+                    *strides,
+                    *parts[0].outputs[1:],
+                    "batch.table",
+                ),
+                given=(
+                    ("BLOCK_H", "merged"),
+                    *((f"BLOCK_P{i}", f"padded_{part.name}") for i, part in enumerate(parts)),
+                ),
+            ),
+        ),
+    )
+    return kernel, step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +287,9 @@ class Branch:
     sink: bool
     turn: rows.Gated | rows.Joined | None
     lists: tuple[tuple[Kernel, Launch, Buffer], ...] = ()  # what makes the list that is walked
+    apart: bool = False  # its parts are merged with those of others, elsewhere
+    computes: tuple[str, ...] = ()  # the nodes, where they are not what it makes
+    logits: tuple[Buffer, ...] = ()  # that it leaves
 
 
 def plan(
@@ -125,14 +298,6 @@ def plan(
     """The kernels of one branch and the step that launches them.  `context`: as if it were not shared."""
     name, width = context.name, sum(c.width for c in context.v_chunks)
     split = rows.with_split(context)
-    merge = SplitsContext(
-        name=f"merge_{name}",
-        head_dim=width,
-        heads=branch.query_heads,
-        sink=branch.sink,
-        turn=branch.turn,
-    )
-    config = Config(constexprs=(("BLOCK_H", 1), ("BLOCK_P", MOST)), num_warps=4, num_stages=1)
     kernels = (
         *(kernel for kernel, _, _ in branch.lists),
         Kernel(
@@ -140,25 +305,18 @@ def plan(
             skeleton="rows",
             context=split,
             config=tiles(split),
-            operators=branch.makes,
+            operators=branch.computes or branch.makes,
             by_slot=context.one_token and not context.united,
         ),
-        Kernel(
-            name=merge.name,
-            skeleton="merge",
-            context=merge,
-            config=config,
-            operators=branch.makes,
-        ),
     )
-    splits, items, merged = f"splits_{name}", f"items_{name}", f"merged_{name}"
+    splits, items = f"splits_{name}", f"items_{name}"
     part_o, part_lse = f"part_o_{name}", f"part_lse_{name}"
     heads = str(branch.query_heads)
     # of a row's parts: its output lies head by head, a row's parts side by side
     o = (part_o, "0", str(width), f"{items} * {width}") if width else ()
     found = Buffer(name=part_o, dtype="f32", dims=(heads, items, str(width)), role="list")
     there = "batch.rows" if branch.alone else "batch.sequences"
-    return kernels, Step(
+    step = Step(
         title=branch.title,
         needs=branch.needs,
         makes=branch.makes,
@@ -168,16 +326,13 @@ def plan(
                 name, sms=branch.sms, rows_of=there, heads=int(branch.grid[1]), keys=branch.keys
             ),
             (items, f"batch.rows * {splits}"),
-            (f"parts_{name}", f"1 << ({splits} - 1).bit_length()"),
-            (
-                merged,
-                f"max(1, min({rows.next_power(branch.query_heads)}, {MERGED} // parts_{name}))",
-            ),
+            (f"padded_{name}", f"1 << ({splits} - 1).bit_length()"),
         ),
         buffers=(
             *(buffer for _, _, buffer in branch.lists),
             *((found,) if width else ()),
             Buffer(name=part_lse, dtype="f32", dims=(heads, items), role="list"),
+            *branch.logits,
             *branch.buffers,
         ),
         launches=(
@@ -187,23 +342,48 @@ def plan(
                 grid=(*branch.grid, splits),
                 arguments=(*branch.arguments, *o, part_lse, "0", items, "1", *branch.more),
             ),
-            Launch(
-                kernel=merge.name,
-                grid=(
-                    "batch.sequences",
-                    f"({heads} + {merged} - 1) // {merged}",
-                    "batch.rows // batch.sequences",
-                ),
-                arguments=(
-                    *((part_o,) if width else ()),
-                    part_lse,
-                    *branch.outputs,
-                    items,
-                    splits,
-                    "batch.table",
-                    "batch.sequences",
-                ),
-                given=(("BLOCK_H", merged), ("BLOCK_P", f"parts_{name}")),
-            ),
         ),
+    )
+    return (kernels, step) if branch.apart else _merged(kernels, step, branch, name, width)
+
+
+def _merged(
+    kernels: tuple[Kernel, ...], step: Step, branch: Branch, name: str, width: int
+) -> tuple[tuple[Kernel, ...], Step]:
+    """The same with a launch that merges the parts."""
+    context = SplitsContext(
+        name=f"merge_{name}",
+        head_dim=width,
+        heads=branch.query_heads,
+        sink=branch.sink,
+        turn=branch.turn,
+    )
+    kernel = Kernel(
+        name=context.name,
+        skeleton="merge",
+        context=context,
+        config=Config(constexprs=(("BLOCK_H", 1), ("BLOCK_P", MOST)), num_warps=4, num_stages=1),
+        operators=branch.makes,
+    )
+    parts, merged, heads = f"padded_{name}", f"merged_{name}", branch.query_heads
+    launch = Launch(
+        kernel=context.name,
+        grid=(
+            "batch.sequences",
+            f"({heads} + {merged} - 1) // {merged}",
+            "batch.rows // batch.sequences",
+        ),
+        arguments=(
+            *((f"part_o_{name}",) if width else ()),
+            f"part_lse_{name}",
+            *branch.outputs,
+            f"items_{name}",
+            f"splits_{name}",
+            "batch.table",
+        ),
+        given=(("BLOCK_H", merged), ("BLOCK_P", parts)),
+    )
+    size = f"max(1, min({rows.next_power(heads)}, {MERGED} // {parts}))"
+    return (*kernels, kernel), replace(
+        step, sizes=(*step.sizes, (merged, size)), launches=(*step.launches, launch)
     )

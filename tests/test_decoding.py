@@ -312,6 +312,34 @@ def test_plans_and_sources_are_golden(name, golden):
             golden(f"decode/{name}/{file}", text)
 
 
+def test_sizes_of_a_step_keep_what_they_were_set_to():
+    """A driver's sizes are plain variables: a name is one expression, where heads of a token are cut too."""
+    cut_heads = 0
+    for name in (*NAMES, "glm_kpool", "deepseek_hca"):
+        plan = schedule.schedule(
+            emitted.graph(systems.load(name)), H100, "bf16", None, Cached(rows="few")
+        )
+        sizes = [size for step in (*plan.appends, *plan.steps) for size in step.sizes]
+        assert len({variable for variable, _ in sizes}) == len(set(sizes)), name
+        cut_heads += any(variable.startswith("heads_attend_") for variable, _ in sizes)
+    assert cut_heads
+
+
+def test_programs_of_a_step_are_a_few_times_the_processors():
+    """Parts of a row fill the card where rows are few, and a row of many rows is in one piece."""
+
+    def found(there, keys):
+        values = {"rows": there, "SHARE_KEYS": splits.SHARE_KEYS, "LONG_SHARE": splits.LONG_SHARE}
+        for variable, text in splits.shares("x", sms=132, rows_of="rows", heads=4, keys=str(keys)):
+            values[variable] = eval(text, {"min": min, "max": max}, values)
+        return values["splits_x"]
+
+    assert [found(1, keys) for keys in (64, 512, 8192, 1 << 20)] == [1, 4, 64, 64]
+    assert [found(rows, 1024) for rows in (16, 24, 40, 64, 512)] == [4, 3, 2, 1, 1]
+    assert found(64, 65536) == 8  # turns enough that none waits long for the last
+    assert all(1.3 * 132 <= 4 * rows * found(rows, 8192) for rows in range(1, 200))
+
+
 def test_chunks_of_prefill_have_the_kernels_of_prefill():
     """But for pools: what a cache keeps is not pooled again."""
     spec = systems.load("infllm_v2")

@@ -162,10 +162,9 @@ def test_heads_of_a_group_share_a_list(tmp_path, device, sequences, group, width
     lists = torch.full((total, kv, length), -5, dtype=torch.int32, device=device)
     given = chosen.to(device) if device != "cpu" else chosen
     s_b, *strides = given.stride()
-    kernel("index", c, tmp_path)[(sequences.tiles(1), kv)](
-        given, 0 if sequences.packed else s_b, *strides, lists,
-        sequences.table.to(device), len(sequences),
-    )  # fmt: skip
+    kernel("index", c, tmp_path)[(len(sequences), kv, max(sequences.q_lens))](
+        given, 0 if sequences.packed else s_b, *strides, lists, sequences.table.to(device)
+    )
     shared = 0
     for tile in range(sequences.tiles(1)):
         if (found := sequences.tile(tile, 1)) is None:

@@ -39,19 +39,18 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         part_of(draft.graph, node),
         draft.slots(node) if block else str(kept and kept.width),
     )
-    context = _score_context(draft, node, chain, parent)
+    context = _walk(draft, node, chain, parent)
     programs = heads // (context.heads if _packs(draft, chain, parent) else 1)
-    if draft.pool_of(chain.score.inputs[1]) is None:
-        context = rows.with_pages(context, draft.page)
     shares: tuple[str, ...] = ()
     by_shares: tuple[tuple[str, str], ...] = ()
+    parts = draft.parts_of(chain.lse)
     if draft.steps_alone:
-        context = rows.with_split(context)
-        by_shares = _shares(draft, f"score_{op.level}", chain, parent, programs)
+        by_shares = _shares(draft, context, chain, parent, programs)
         shares = (by_shares[-1][0],)
     tiling = draft.row_tiles_of_blocks if block else draft.row_tiles
     tiles = tiling.step if shares else tiling.score if block else draft.score_tiles
-    config = tiles(context)
+    read = context.logits == "read"
+    config = configs.of_logits(parts=parts is not None) if read else tiles(context)
     draft.attend(context, config, *chain.names)
     scorer = context.name
     children, slots, parent_heads, parent_group = 0, 0, 1, 1
@@ -109,7 +108,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     draft.steps.append(
         Step(
             title=f"choose: {op.level}",
-            needs=(*chain.needs, *((parent.name,) if parent else ())),
+            needs=(*_needs(chain, parts, read=read), *((parent.name,) if parent else ())),
             makes=(made,),
             sizes=(
                 *(((choosing, together.blocks_of(block)),) if block else ()),
@@ -155,6 +154,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                         kernel=scorer,
                         grid=("count", str(programs), *shares),
                         arguments=_score_arguments(draft, chain, parent, context, scratch),
+                        given=(("BLOCK_P", f"padded_{parts.name}"),) if read and parts else (),
                     )
                 ),
                 Launch(
@@ -178,6 +178,19 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     )
     if block:
         spread(draft, node, op, heads, block)
+
+
+def _walk(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> rows.RowsContext:
+    """The loops of the scores, as those of a step share them."""
+    context = _score_context(draft, node, chain, parent)
+    if draft.pool_of(chain.score.inputs[1]) is None:
+        context = rows.with_pages(context, draft.page)
+    if not draft.steps_alone:
+        return context
+    if chain.score.name in draft.logits:
+        parts = draft.parts_of(chain.lse)
+        context = rows.with_logits_read(context, parts=parts is not None)
+    return rows.with_split(context)
 
 
 def _row_bytes(ranking: RankContext, level: str, planes: int) -> str:
@@ -224,9 +237,12 @@ def _chunk(draft: Draft, level: str, heads: int) -> tuple[tuple[str, str], ...]:
 
 
 def _shares(
-    draft: Draft, name: str, chain: _Chain, parent: Node | None, heads: int
+    draft: Draft, context: rows.RowsContext, chain: _Chain, parent: Node | None, heads: int
 ) -> tuple[tuple[str, str], ...]:
-    """The sizes that say how many programs share the entries of a row of scores."""
+    """The sizes that say how many programs share the entries of a row of scores.
+
+    Those whose logits are there have little to do, so there are many: each waits for memory.
+    """
     score = chain.score.op
     assert isinstance(score, Score)
     keys = text.per_stride("batch.keys", score.stride)
@@ -234,7 +250,10 @@ def _shares(
         assert isinstance(parent.op, Select)
         keys = str(draft.width(parent) * parent.op.size // score.size)
     sms = draft.target.sms
-    return splits.shares(name, sms=sms, rows_of="batch.sequences", heads=heads, keys=keys)
+    long = "SHARE_KEYS" if context.logits == "read" else f"({splits.SCORED} * SHARE_KEYS)"
+    return splits.shares(
+        context.name, sms=sms, rows_of="batch.sequences", heads=heads, keys=keys, long=long
+    )
 
 
 def spread(draft: Draft, node: Node, op: Select | SelectSet, heads: int, block: int) -> None:
@@ -353,6 +372,8 @@ def _parent(draft: Draft, node: Node, parent: Node | None) -> _Parent:
 def _score_arguments(
     draft: Draft, chain: _Chain, parent: Node | None, context: rows.RowsContext, scratch: str
 ) -> tuple[str, ...]:
+    if context.logits == "read":
+        return _logit_arguments(draft, chain, scratch)
     queries, keys, *others = chain.score.inputs
     weighted = bool(others) and isinstance(draft.graph[others[0]].op, Input)
     indexed = draft.graph[queries].type.dims[-1] == "Di"
@@ -367,6 +388,30 @@ def _score_arguments(
         *draft.seq(context),
         "tile_first",
     )
+
+
+def _logit_arguments(draft: Draft, chain: _Chain, scratch: str) -> tuple[str, ...]:
+    """The same of scores whose logits an attend has left."""
+    score = chain.score
+    assert isinstance(score.op, Score)
+    assert chain.lse is not None
+    parts = draft.parts_of(chain.lse)
+    return (
+        *(parts.lse if parts else text.strides(text.buffer(chain.lse))),
+        draft.logits[score.name],
+        text.per_stride("batch.keys", score.op.stride),
+        scratch,
+        scratch.replace("scores_", "capacity_", 1),
+        *text.SEQ,
+        "tile_first",
+    )
+
+
+def _needs(chain: _Chain, parts: splits.Part | None, *, read: bool) -> tuple[str, ...]:
+    """What scores are made of: with logits that are there, the log-sum-exp or its parts alone."""
+    if not read or chain.lse is None:
+        return chain.needs
+    return (parts.step,) if parts else (chain.lse,)
 
 
 def _fused(op: Map | None) -> Literal["overlap_sum", "sum", "max"] | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from hsgen import cols_streams, configs, rows, streams
+from hsgen import cols_streams, configs, rows, splits, streams
 from hsgen.configs import DType
 from hsgen.graph import (
     Attend,
@@ -66,6 +66,12 @@ class Draft:
     )  # by branch, where gates or one softmax combine
     cached: Cached | None = None
     appends: list[Step] = field(default_factory=list[Step])  # to the cache
+    parts: dict[str, splits.Part] = field(
+        default_factory=dict[str, splits.Part]
+    )  # by branch, those of steps that one launch merges
+    logits: dict[str, str] = field(
+        default_factory=dict[str, str]
+    )  # by score, what a branch over the same keys leaves of it
 
     @property
     def steps_alone(self) -> bool:
@@ -140,6 +146,10 @@ class Draft:
                 return cols_streams.launch(launch, context)
             case _:
                 return launch
+
+    def parts_of(self, lse: str | None) -> splits.Part | None:
+        """The branch of which a log-sum-exp is, where it is in parts when a choice reads it."""
+        return self.parts.get(self.graph[lse].inputs[0]) if lse else None
 
     @property
     def row_tiles_of_blocks(self) -> configs.RowTiles:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from hsgen import rows, splits
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Node, Score, SelectSet
+from hsgen.graph import Attend, Node, Normalise, Reduce, Score, SelectSet
 from hsgen.kernels import UniteContext
 from hsgen.plan import Buffer, Config, Kernel, Launch
 from hsgen.rows import RowsContext, next_power
 from hsgen.schedule import text
-from hsgen.schedule.draft import SORT_LIMIT, Draft
+from hsgen.schedule.draft import SORT_LIMIT, Draft, Turn
 
 MOST_MEMBERS = 8  # heads of a group whose lists are walked as one: bits of an entry
 
@@ -25,21 +25,32 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     if context.united:
         lists = (_united(draft, node, op),)
         selection = (lists[0][2].name,)
+    scored = scores_of(draft, node)
+    if scored:
+        context = rows.with_logits_left(context)
     tiles, sizes = text.step_tiles(rows.with_split(context)), ()
     if context.parts:
         there, tiles = tiles, f"row_tiles_{op.branch}"
         sizes = ((tiles, text.tiles_of(context.name, there)), *text.parts(context))
+    turn = draft.turns.get(node.name)
+    apart = _apart(draft)
+    left, heads = f"logits_{op.branch}", (draft.shape.kv_heads, draft.shape.group)
+    rows_of = ("batch.rows", str(heads[0]), keys, str(heads[1]))
+    draft.logits |= dict.fromkeys(scored, left)
     _share(
         draft,
         context,
         splits.Branch(
             name=op.branch,
             title=f"attend: {op.branch}",
-            needs=draft.needs(node, *node.inputs),
-            makes=draft.makes(node),
-            buffers=draft.output_buffers(node),
+            needs=node.inputs if apart else draft.needs(node, *node.inputs),
+            makes=(parts_of(node),) if apart else draft.makes(node),
+            computes=(node.name, *draft.lse_of(node)),
+            apart=apart,
+            logits=(Buffer(name=left, dtype="f32", dims=rows_of, role="list"),) if scored else (),
+            buffers=() if apart else draft.output_buffers(node),
             arguments=(*draft.tensors(node, op), *selection),
-            more=draft.seq(context),
+            more=(*((left, keys) if scored else ()), *draft.seq(context)),
             outputs=draft.outputs(node),
             query_heads=draft.shape.query_heads,
             grid=text.grid(draft.shape, context, tiles),
@@ -52,6 +63,84 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             lists=lists,
         ),
     )
+    if turn is not None and apart:
+        draft.parts[node.name] = _part(draft, node, turn)
+        _merge(draft, turn)
+
+
+def _apart(draft: Draft) -> bool:
+    """Whether the parts of all branches are merged at once: under gates, if no choice needs one before."""
+    for name, turn in draft.turns.items():
+        node = draft.graph[name]
+        readers = {x.name for lse in draft.lse_of(node) for x in draft.graph.users(lse)}
+        if not isinstance(turn.how, rows.Gated) or len(readers) > len(scores_of(draft, node)):
+            return False
+    return bool(draft.turns)
+
+
+def parts_of(node: Node) -> str:
+    """What a step is said to make of which another one merges the parts."""
+    return f"{node.name}.parts"
+
+
+def scores_of(draft: Draft, node: Node) -> tuple[str, ...]:
+    """Scores of the keys that a branch attends to, made weights by its log-sum-exp, of a group's heads."""
+    graph, found = draft.graph, []
+    for lse in draft.lse_of(node):
+        for user in graph.users(lse):
+            score = graph[user.inputs[0]]
+            if not isinstance(user.op, Normalise) or not isinstance(score.op, Score):
+                continue
+            by_group = all(
+                isinstance(x.op, Reduce) and x.op.share == "group" for x in graph.users(user.name)
+            )
+            same = score.inputs[:2] == node.inputs[:2] and score.op.form == "dot"
+            if by_group and same and draft.pool_of(score.inputs[1]) is not None:
+                found.append(score.name)
+    return tuple(found)
+
+
+def _part(draft: Draft, node: Node, turn: Turn) -> splits.Part:
+    """A branch whose parts are merged with those of the others."""
+    assert isinstance(node.op, Attend)
+    assert isinstance(turn.how, rows.Gated)
+    sink = draft.sink(node)
+    lse = draft.output_buffers(node)[-1]
+    return splits.Part(
+        name=f"attend_{node.op.branch}",
+        branch=node.op.branch,
+        step=parts_of(node),
+        column=turn.how.column,
+        sink=sink or "",
+        outputs=text.strides(lse.name),
+        buffers=(lse,),
+        makes=(node.name, *draft.lse_of(node)),
+    )
+
+
+def _merge(draft: Draft, turn: Turn) -> None:
+    """Once all branches are planned, the launch that merges them."""
+    assert isinstance(turn.how, rows.Gated)
+    assert turn.reads is not None
+    if len(draft.parts) < turn.how.branches:
+        return
+    rows_of = ("in_q.shape[0]", "in_q.shape[1]", str(draft.shape.query_heads))
+    o = Buffer(
+        name=text.buffer(turn.total),
+        dtype="input",
+        dims=(*rows_of, str(draft.shape.v)),
+        role="output",
+    )
+    kernel, step = splits.merge(
+        tuple(draft.parts.values()),
+        heads=draft.shape.query_heads,
+        head_dim=draft.shape.v,
+        gates=turn.reads,
+        total=turn.total,
+        o=o,
+    )
+    draft.kernels.append(kernel)
+    draft.steps.append(step)
 
 
 def _walk(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsContext, str]:
@@ -142,7 +231,7 @@ def _united(draft: Draft, node: Node, op: Attend) -> tuple[Kernel, Launch, Buffe
             *text.strides(chosen),
             f"{chosen}.stride(3)",
             lists.name,
-            *text.SEQ,
+            *text.SEQ[:1],
         ),
     )
     return kernel, launch, lists

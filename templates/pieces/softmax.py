@@ -69,3 +69,16 @@ def load_lse(address, mask):
     """Log-sum-exps in base 2; of a row that saw no key, or is none, +inf: its weights are 0."""
     lse = tl.load(address, mask=mask, other=float("-inf")) * 1.4426950408889634
     return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def merged_lse(PART_LSE, item, splits, mask, PARTS: tl.constexpr):
+    """The log-sum-exp of rows whose parts lie side by side.  item, mask: [M] -> f32[M], inf where masked"""
+    part = tl.arange(0, PARTS)[None, :]
+    there = mask[:, None] & (part < splits)
+    each = tl.load(PART_LSE + item[:, None] + part, mask=there, other=float("-inf"))
+    m = tl.max(each, 1)
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
+    l = tl.sum(tl.exp(each - m_safe[:, None]), 1)
+    lse = tl.where(l == 0.0, float("-inf"), m_safe + tl.log(tl.where(l == 0.0, 1.0, l)))
+    return tl.where(mask, lse, float("inf"))

@@ -89,7 +89,7 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["lse_b", "lse_h", "num_sequences"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "logits_n", "num_sequences"])
 def attend_compressed(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -111,6 +111,8 @@ def attend_compressed(
     lse_b,  # LSE: batch stride
     lse_h,  # LSE: head stride
     lse_t,  # LSE: token stride
+    LOGITS,  # f32[rows, Hkv, N, group] as dots left them
+    logits_n,  # N
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     BLOCK_T: tl.constexpr,  # tokens a tile
@@ -148,6 +150,8 @@ def attend_compressed(
     complete = complete_limit(position, k_len, 32, 16, True, False)
     full = complete_limit(first, k_len, 32, 16, True, False) // BLOCK_N * BLOCK_N
     stop = complete_limit(last, k_len, 32, 16, True, False)
+    logit_row = (tl.load(SEQ + z * 6) + token).to(tl.int64) * tl.num_programs(1) + head
+    logits = LOGITS + logit_row * logits_n * 16 + row_head - head * 16
     walked = stop
     steps = (walked + BLOCK_N - 1) // BLOCK_N
     share = (steps + tl.num_programs(2) - 1) // tl.num_programs(2) * BLOCK_N
@@ -167,6 +171,8 @@ def attend_compressed(
         k1 = load_tile(k_base, k_row + n, k_t, 128, 64)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
         s = tl.dot(q1, tl.trans(k1), s, input_precision="tf32x3")
+        left = alive[:, None]
+        tl.store(logits[:, None] + n[None, :] * 16, s, mask=left)
         p, m, l, rescale = softmax_step(s, m, l, 0.10411754627697266)
         v0 = load_tile(v_base, k_row + n, v_t, 0, 128)
         acc0 = acc0 * rescale[:, None]
@@ -181,6 +187,8 @@ def attend_compressed(
         k1 = load_tile_masked(k_base, k_row + n, inside, k_t, 128, 64)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
         s = tl.dot(q1, tl.trans(k1), s, input_precision="tf32x3")
+        left = alive[:, None] & inside[None, :]
+        tl.store(logits[:, None] + n[None, :] * 16, s, mask=left)
         visible = n[None, :] < complete[:, None]
         s = tl.where(visible, s, float("-inf"))
         p, m, l, rescale = softmax_step(s, m, l, 0.10411754627697266)

@@ -15,9 +15,7 @@ import torch
 from .attend_compressed import attend_compressed
 from .attend_selected import attend_selected
 from .attend_window import attend_window
-from .merge_attend_compressed import merge_attend_compressed
-from .merge_attend_selected import merge_attend_selected
-from .merge_attend_window import merge_attend_window
+from .merge_branches import merge_branches
 from .pool_compressed_keys import pool_compressed_keys
 from .pool_compressed_values import pool_compressed_values
 from .rank_block import rank_block
@@ -26,7 +24,7 @@ from .store import store
 
 SCRATCH_BYTES = 134217728  # of scores, whatever the length
 SHARE_KEYS = 128  # that a program walks, at least, where several share those of a row
-LONG_SHARE = 512  # the same where there are enough programs without
+LONG_SHARE = 2048  # the same where there are enough programs without, and parts are merged
 CONFIG = {
     "store": {
         "BLOCK_V": 1,
@@ -52,18 +50,13 @@ CONFIG = {
         "num_warps": 4,
         "num_stages": 3,
     },
-    "merge_attend_compressed": {
-        "BLOCK_H": 1,
-        "BLOCK_P": 64,
-        "num_warps": 4,
-        "num_stages": 1,
-    },
     "score_block": {
         "BLOCK_T": 1,
         "BLOCK_M": 16,
-        "BLOCK_N": 64,
+        "BLOCK_N": 128,
+        "BLOCK_P": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 1,
     },
     "rank_block": {
         "BLOCK_R": 1,
@@ -78,12 +71,6 @@ CONFIG = {
         "num_warps": 4,
         "num_stages": 3,
     },
-    "merge_attend_selected": {
-        "BLOCK_H": 1,
-        "BLOCK_P": 64,
-        "num_warps": 4,
-        "num_stages": 1,
-    },
     "attend_window": {
         "BLOCK_T": 1,
         "BLOCK_M": 16,
@@ -91,9 +78,11 @@ CONFIG = {
         "num_warps": 4,
         "num_stages": 3,
     },
-    "merge_attend_window": {
+    "merge_branches": {
         "BLOCK_H": 1,
-        "BLOCK_P": 64,
+        "BLOCK_P0": 64,
+        "BLOCK_P1": 64,
+        "BLOCK_P2": 64,
         "num_warps": 4,
         "num_stages": 1,
     },
@@ -259,13 +248,13 @@ def forward(tensors, batch, config, selection=None):
 
     # attend: compressed
     there_attend_compressed = batch.sequences * 4
-    filled_attend_compressed = min(264 // there_attend_compressed, batch.keys // 16 // SHARE_KEYS)
+    fills_attend_compressed = (264 + there_attend_compressed // 2) // there_attend_compressed
+    filled_attend_compressed = min(fills_attend_compressed, batch.keys // 16 // SHARE_KEYS)
     turns_attend_compressed = min(2112 // there_attend_compressed, batch.keys // 16 // LONG_SHARE)
     wanted_attend_compressed = max(filled_attend_compressed, turns_attend_compressed)
     splits_attend_compressed = max(1, min(64, wanted_attend_compressed))
     items_attend_compressed = batch.rows * splits_attend_compressed
-    parts_attend_compressed = 1 << (splits_attend_compressed - 1).bit_length()
-    merged_attend_compressed = max(1, min(64, 16 // parts_attend_compressed))
+    padded_attend_compressed = 1 << (splits_attend_compressed - 1).bit_length()
     part_o_attend_compressed = torch.empty(
         (
             64,
@@ -283,21 +272,12 @@ def forward(tensors, batch, config, selection=None):
         dtype=torch.float32,
         device=in_q.device,
     )
-    made_o = torch.empty(
+    logits_compressed = torch.empty(
         (
-            in_q.shape[0],
-            in_q.shape[1],
-            64,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    made_compressed_lse = torch.empty(
-        (
-            in_q.shape[0],
-            64,
-            in_q.shape[1],
+            batch.rows,
+            4,
+            batch.keys // 16,
+            16,
         ),
         dtype=torch.float32,
         device=in_q.device,
@@ -328,40 +308,67 @@ def forward(tensors, batch, config, selection=None):
         0,
         items_attend_compressed,
         1,
+        logits_compressed,
+        batch.keys // 16,
         batch.table,
         batch.sequences,
         **config["attend_compressed"],
     )
+    # attend: window
+    there_attend_window = batch.sequences * 4
+    fills_attend_window = (264 + there_attend_window // 2) // there_attend_window
+    filled_attend_window = min(fills_attend_window, 512 // SHARE_KEYS)
+    turns_attend_window = min(2112 // there_attend_window, 512 // LONG_SHARE)
+    wanted_attend_window = max(filled_attend_window, turns_attend_window)
+    splits_attend_window = max(1, min(64, wanted_attend_window))
+    items_attend_window = batch.rows * splits_attend_window
+    padded_attend_window = 1 << (splits_attend_window - 1).bit_length()
+    part_o_attend_window = torch.empty(
+        (
+            64,
+            items_attend_window,
+            128,
+        ),
+        dtype=torch.float32,
+        device=in_q.device,
+    )
+    part_lse_attend_window = torch.empty(
+        (
+            64,
+            items_attend_window,
+        ),
+        dtype=torch.float32,
+        device=in_q.device,
+    )
     grid = (
         batch.sequences,
-        (64 + merged_attend_compressed - 1) // merged_attend_compressed,
-        batch.rows // batch.sequences,
+        4,
+        splits_attend_window,
     )
-    merge_attend_compressed[grid](
-        part_o_attend_compressed,
-        part_lse_attend_compressed,
-        in_gates,
-        0 if batch.packed else in_gates.stride(0),
-        in_gates.stride(1),
-        in_gates.stride(2),
-        in_gates.stride(3),
-        made_o,
-        0 if batch.packed else made_o.stride(0),
-        made_o.stride(1),
-        made_o.stride(2),
-        made_compressed_lse,
-        0 if batch.packed else made_compressed_lse.stride(0),
-        made_compressed_lse.stride(1),
-        made_compressed_lse.stride(2),
-        items_attend_compressed,
-        splits_attend_compressed,
+    attend_window[grid](
+        in_q,
+        0 if batch.packed else in_q.stride(0),
+        in_q.stride(1),
+        in_q.stride(2),
+        in_k_window,
+        0 if batch.packed else in_k_window.stride(0),
+        in_k_window.stride(1),
+        in_k_window.stride(2),
+        in_v_window,
+        0 if batch.packed else in_v_window.stride(0),
+        in_v_window.stride(1),
+        in_v_window.stride(2),
+        part_o_attend_window,
+        0,
+        128,
+        items_attend_window * 128,
+        part_lse_attend_window,
+        0,
+        items_attend_window,
+        1,
         batch.table,
         batch.sequences,
-        **config["merge_attend_compressed"]
-        | {
-            "BLOCK_H": merged_attend_compressed,
-            "BLOCK_P": parts_attend_compressed,
-        },
+        **config["attend_window"],
     )
 
     if selection is None:
@@ -371,8 +378,9 @@ def forward(tensors, batch, config, selection=None):
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
         chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
         there_score_block = batch.sequences * 4
-        filled_score_block = min(264 // there_score_block, batch.keys // 16 // SHARE_KEYS)
-        turns_score_block = min(2112 // there_score_block, batch.keys // 16 // LONG_SHARE)
+        fills_score_block = (264 + there_score_block // 2) // there_score_block
+        filled_score_block = min(fills_score_block, batch.keys // 16 // SHARE_KEYS)
+        turns_score_block = min(2112 // there_score_block, batch.keys // 16 // SHARE_KEYS)
         wanted_score_block = max(filled_score_block, turns_score_block)
         splits_score_block = max(1, min(64, wanted_score_block))
         scores_block = torch.empty(
@@ -403,24 +411,20 @@ def forward(tensors, batch, config, selection=None):
                 splits_score_block,
             )
             score_block[grid](
-                in_q,
-                0 if batch.packed else in_q.stride(0),
-                in_q.stride(1),
-                in_q.stride(2),
-                made_compressed_keys,
-                count_compressed_keys * 768,
-                768,
-                192,
-                made_compressed_lse,
-                0 if batch.packed else made_compressed_lse.stride(0),
-                made_compressed_lse.stride(1),
-                made_compressed_lse.stride(2),
+                part_lse_attend_compressed,
+                items_attend_compressed,
+                splits_attend_compressed,
+                logits_compressed,
+                batch.keys // 16,
                 scores_block,
                 capacity_block,
                 batch.table,
                 batch.sequences,
                 tile_first,
-                **config["score_block"],
+                **config["score_block"]
+                | {
+                    "BLOCK_P": padded_attend_compressed,
+                },
             )
             grid = (
                 count * (config["score_block"]["BLOCK_T"] // config["rank_block"]["BLOCK_R"]),
@@ -441,13 +445,13 @@ def forward(tensors, batch, config, selection=None):
 
     # attend: selected
     there_attend_selected = batch.rows * 4
-    filled_attend_selected = min(264 // there_attend_selected, 1024 // SHARE_KEYS)
+    fills_attend_selected = (264 + there_attend_selected // 2) // there_attend_selected
+    filled_attend_selected = min(fills_attend_selected, 1024 // SHARE_KEYS)
     turns_attend_selected = min(2112 // there_attend_selected, 1024 // LONG_SHARE)
     wanted_attend_selected = max(filled_attend_selected, turns_attend_selected)
     splits_attend_selected = max(1, min(64, wanted_attend_selected))
     items_attend_selected = batch.rows * splits_attend_selected
-    parts_attend_selected = 1 << (splits_attend_selected - 1).bit_length()
-    merged_attend_selected = max(1, min(64, 16 // parts_attend_selected))
+    padded_attend_selected = 1 << (splits_attend_selected - 1).bit_length()
     part_o_attend_selected = torch.empty(
         (
             64,
@@ -461,15 +465,6 @@ def forward(tensors, batch, config, selection=None):
         (
             64,
             items_attend_selected,
-        ),
-        dtype=torch.float32,
-        device=in_q.device,
-    )
-    made_selected_lse = torch.empty(
-        (
-            in_q.shape[0],
-            64,
-            in_q.shape[1],
         ),
         dtype=torch.float32,
         device=in_q.device,
@@ -505,59 +500,33 @@ def forward(tensors, batch, config, selection=None):
         batch.sequences,
         **config["attend_selected"],
     )
-    grid = (
-        batch.sequences,
-        (64 + merged_attend_selected - 1) // merged_attend_selected,
-        batch.rows // batch.sequences,
-    )
-    merge_attend_selected[grid](
-        part_o_attend_selected,
-        part_lse_attend_selected,
-        in_gates,
-        0 if batch.packed else in_gates.stride(0),
-        in_gates.stride(1),
-        in_gates.stride(2),
-        in_gates.stride(3),
-        made_o,
-        0 if batch.packed else made_o.stride(0),
-        made_o.stride(1),
-        made_o.stride(2),
-        made_selected_lse,
-        0 if batch.packed else made_selected_lse.stride(0),
-        made_selected_lse.stride(1),
-        made_selected_lse.stride(2),
-        items_attend_selected,
-        splits_attend_selected,
-        batch.table,
-        batch.sequences,
-        **config["merge_attend_selected"]
-        | {
-            "BLOCK_H": merged_attend_selected,
-            "BLOCK_P": parts_attend_selected,
-        },
-    )
-    # attend: window
-    there_attend_window = batch.sequences * 4
-    filled_attend_window = min(264 // there_attend_window, 512 // SHARE_KEYS)
-    turns_attend_window = min(2112 // there_attend_window, 512 // LONG_SHARE)
-    wanted_attend_window = max(filled_attend_window, turns_attend_window)
-    splits_attend_window = max(1, min(64, wanted_attend_window))
-    items_attend_window = batch.rows * splits_attend_window
-    parts_attend_window = 1 << (splits_attend_window - 1).bit_length()
-    merged_attend_window = max(1, min(64, 16 // parts_attend_window))
-    part_o_attend_window = torch.empty(
+    # merge branches
+    widest = max(padded_attend_compressed, padded_attend_selected, padded_attend_window)
+    merged = max(1, min(64, 16 // widest))
+    made_o = torch.empty(
         (
+            in_q.shape[0],
+            in_q.shape[1],
             64,
-            items_attend_window,
             128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
+    made_compressed_lse = torch.empty(
+        (
+            in_q.shape[0],
+            64,
+            in_q.shape[1],
         ),
         dtype=torch.float32,
         device=in_q.device,
     )
-    part_lse_attend_window = torch.empty(
+    made_selected_lse = torch.empty(
         (
+            in_q.shape[0],
             64,
-            items_attend_window,
+            in_q.shape[1],
         ),
         dtype=torch.float32,
         device=in_q.device,
@@ -573,42 +542,25 @@ def forward(tensors, batch, config, selection=None):
     )
     grid = (
         batch.sequences,
-        4,
-        splits_attend_window,
-    )
-    attend_window[grid](
-        in_q,
-        0 if batch.packed else in_q.stride(0),
-        in_q.stride(1),
-        in_q.stride(2),
-        in_k_window,
-        0 if batch.packed else in_k_window.stride(0),
-        in_k_window.stride(1),
-        in_k_window.stride(2),
-        in_v_window,
-        0 if batch.packed else in_v_window.stride(0),
-        in_v_window.stride(1),
-        in_v_window.stride(2),
-        part_o_attend_window,
-        0,
-        128,
-        items_attend_window * 128,
-        part_lse_attend_window,
-        0,
-        items_attend_window,
-        1,
-        batch.table,
-        batch.sequences,
-        **config["attend_window"],
-    )
-    grid = (
-        batch.sequences,
-        (64 + merged_attend_window - 1) // merged_attend_window,
+        (64 + merged - 1) // merged,
         batch.rows // batch.sequences,
     )
-    merge_attend_window[grid](
+    merge_branches[grid](
+        part_o_attend_compressed,
+        part_lse_attend_compressed,
+        made_compressed_lse,
+        items_attend_compressed,
+        splits_attend_compressed,
+        part_o_attend_selected,
+        part_lse_attend_selected,
+        made_selected_lse,
+        items_attend_selected,
+        splits_attend_selected,
         part_o_attend_window,
         part_lse_attend_window,
+        made_window_lse,
+        items_attend_window,
+        splits_attend_window,
         in_gates,
         0 if batch.packed else in_gates.stride(0),
         in_gates.stride(1),
@@ -618,18 +570,16 @@ def forward(tensors, batch, config, selection=None):
         0 if batch.packed else made_o.stride(0),
         made_o.stride(1),
         made_o.stride(2),
-        made_window_lse,
-        0 if batch.packed else made_window_lse.stride(0),
-        made_window_lse.stride(1),
-        made_window_lse.stride(2),
-        items_attend_window,
-        splits_attend_window,
+        0 if batch.packed else made_compressed_lse.stride(0),
+        made_compressed_lse.stride(1),
+        made_compressed_lse.stride(2),
         batch.table,
-        batch.sequences,
-        **config["merge_attend_window"]
+        **config["merge_branches"]
         | {
-            "BLOCK_H": merged_attend_window,
-            "BLOCK_P": parts_attend_window,
+            "BLOCK_H": merged,
+            "BLOCK_P0": padded_attend_compressed,
+            "BLOCK_P1": padded_attend_selected,
+            "BLOCK_P2": padded_attend_window,
         },
     )
 

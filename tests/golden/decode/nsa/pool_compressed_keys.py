@@ -78,7 +78,8 @@ def pool_compressed_keys(
         j = i // (192 // BLOCK_D)
         d = i % (192 // BLOCK_D) * BLOCK_D + columns
         token = (e * 16 + j).to(tl.int64)
-        x = tl.load(base[:, None] + token[:, None] * x_t + d[None, :], mask=live[:, None], other=0.0)
+        start = base + token * x_t
+        x = tl.load(start[:, None] + d[None, :], mask=live[:, None], other=0.0)
         weight_row = (head * 32 + j) * 192 + d
         # the positions' own row of the product; 15 more rows of zeros fill the smallest tile
         address = POSITION + weight_row[None, :] + 0 * rows[:, None]

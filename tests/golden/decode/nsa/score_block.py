@@ -29,13 +29,16 @@ def head_of(row, TOKENS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def load_queries(
-    base, token, t_stride, head, h_stride, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Rows of packed (token, head) pairs: token, head, mask: [M] -> [M, WIDTH], 0 where masked."""
-    columns = OFFSET + tl.arange(0, WIDTH)
-    row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
-    return tl.load(base + row[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
+def merged_lse(PART_LSE, item, splits, mask, PARTS: tl.constexpr):
+    """The log-sum-exp of rows whose parts lie side by side.  item, mask: [M] -> f32[M], inf where masked"""
+    part = tl.arange(0, PARTS)[None, :]
+    there = mask[:, None] & (part < splits)
+    each = tl.load(PART_LSE + item[:, None] + part, mask=there, other=float("-inf"))
+    m = tl.max(each, 1)
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
+    l = tl.sum(tl.exp(each - m_safe[:, None]), 1)
+    lse = tl.where(l == 0.0, float("-inf"), m_safe + tl.log(tl.where(l == 0.0, 1.0, l)))
+    return tl.where(mask, lse, float("inf"))
 
 
 @triton.jit
@@ -75,13 +78,6 @@ def token_at(column, TOKENS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows [N] of one head, columns [OFFSET, OFFSET + WIDTH).  -> [N, WIDTH]"""
-    columns = OFFSET + tl.arange(0, WIDTH)
-    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :])
-
-
-@triton.jit
 def sum_heads(x, TOKENS: tl.constexpr, HEADS: tl.constexpr):
     """[N, TOKENS * HEADS] -> [N, TOKENS], whose columns `token_at` names"""
     if TOKENS % 4 == 0 and HEADS % 2 == 0:
@@ -100,28 +96,15 @@ def fold_sum(x, weight):
     return tl.sum(parts * weight[None, :, None], 1)
 
 
-@triton.jit
-def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
-    """As load_tile; 0 where `mask: [N]` is false, and nothing is read there."""
-    columns = OFFSET + tl.arange(0, WIDTH)
-    address = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(address, mask=mask[:, None], other=0.0)
-
-
-@triton.jit(do_not_specialize=["lse_b", "lse_h", "capacity", "num_sequences", "tile_first"])
+@triton.jit(
+    do_not_specialize=["items", "splits", "logits_n", "capacity", "num_sequences", "tile_first"]
+)
 def score_block(
-    Q,  # [B, T, Hq, Dqk]
-    q_b,  # Q: batch stride
-    q_t,  # Q: token stride
-    q_h,  # Q: head stride
-    K,  # [B, N, Hkv, Dqk]
-    k_b,  # K: batch stride
-    k_t,  # K: token stride
-    k_h,  # K: head stride
-    LSE,  # f32[B, Hq, T]
-    lse_b,  # LSE: batch stride
-    lse_h,  # LSE: head stride
-    lse_t,  # LSE: token stride
+    PART_LSE,  # f32[Hq, items]
+    items,  # rows * splits
+    splits,  # parts of a row
+    LOGITS,  # f32[rows, Hkv, N, group] as dots left them
+    logits_n,  # N
     SCORES,  # f32[rows, H, 2, capacity]
     capacity,  # row length of the scratch
     SEQ,  # [Z, 6] sequences
@@ -130,16 +113,15 @@ def score_block(
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_M: tl.constexpr,  # rows a tile
     BLOCK_N: tl.constexpr,  # keys a step
+    BLOCK_P: tl.constexpr,  # parts of a row, at most
 ):
     # rows: BLOCK_T tokens x 16 heads (reduced together), padded to BLOCK_M
     tile = tl.program_id(0) + tile_first
     head = tl.program_id(1)
     z = tile
     t0 = tile * 0
-    q_first = tl.load(SEQ + z * 6 + 1)
     q_len = tl.load(SEQ + z * 6 + 2)
     q_offset = tl.load(SEQ + z * 6 + 3)
-    k_first = tl.load(SEQ + z * 6 + 4)
     k_len = tl.load(SEQ + z * 6 + 5)
     if t0 >= q_len:
         return
@@ -151,15 +133,9 @@ def score_block(
     first = q_offset + t0
     last = q_offset + tl.minimum(t0 + BLOCK_T, q_len) - 1
 
-    # load: the queries in [BLOCK_M, width] columns, and where the keys begin
-    q_token = q_first + token
-    q_base = Q + z.to(tl.int64) * q_b
-    q0 = load_queries(q_base, q_token, q_t, row_head, q_h, alive, 0, 128)
-    q1 = load_queries(q_base, q_token, q_t, row_head, q_h, alive, 128, 64)
-    k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
-    k_row = k_first // 16
-    lse_base = LSE + z.to(tl.int64) * lse_b + row_head.to(tl.int64) * lse_h
-    lse = tl.load(lse_base + q_token * lse_t, mask=alive, other=float("inf"))
+    # load: of each row the log-sum-exp, and where its logits begin
+    item = row_head.to(tl.int64) * items + (tl.load(SEQ + z * 6) + token) * splits
+    lse = merged_lse(PART_LSE, item, splits, alive, BLOCK_P)
     lse = lse * 1.4426950408889634
     stop = complete_limit(last, k_len, 32, 16, True, False)
     target_stop = complete_limit(last, k_len, 64, 64, True, False)
@@ -172,6 +148,8 @@ def score_block(
     tokens = token_at(tl.arange(0, BLOCK_M // 16), BLOCK_M // 16, 16)
     score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)
     score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head
+    logit_row = (tl.load(SEQ + z * 6) + token).to(tl.int64) * tl.num_programs(1) + head
+    logits = LOGITS + logit_row * logits_n * 16 + row_head - head * 16
     walked = target_stop * 4
     steps = (walked + BLOCK_N - 1) // BLOCK_N
     share = (steps + tl.num_programs(2) - 1) // tl.num_programs(2) * BLOCK_N
@@ -181,10 +159,8 @@ def score_block(
     # sources that are complete for every row
     for n0 in range(share_first, tl.minimum(full, share_end), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        k0 = load_tile(k_base, k_row + n, k_t, 0, 128)
-        k1 = load_tile(k_base, k_row + n, k_t, 128, 64)
-        s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
-        s = tl.dot(k1, tl.trans(q1), s, input_precision="tf32x3")
+        there = alive[None, :]
+        s = tl.load(logits[None, :] + n[:, None] * 16, mask=there, other=0.0)
         value = tl.exp2(s * 0.10411754627697266 - lse[None, :])
         each = sum_heads(value, BLOCK_M // 16, 16)
         slot = n0 // 4 + tl.arange(0, BLOCK_N // 4)
@@ -199,10 +175,8 @@ def score_block(
     for n0 in range(tl.maximum(full, share_first), share_end, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         inside = n < stop
-        k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-        k1 = load_tile_masked(k_base, k_row + n, inside, k_t, 128, 64)
-        s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
-        s = tl.dot(k1, tl.trans(q1), s, input_precision="tf32x3")
+        there = alive[None, :] & inside[:, None]
+        s = tl.load(logits[None, :] + n[:, None] * 16, mask=there, other=0.0)
         value = tl.exp2(s * 0.10411754627697266 - lse[None, :])
         visible = n[:, None] < complete[None, :]
         value = tl.where(visible, value, 0.0)
