@@ -95,7 +95,7 @@ class PartsContext(rows.InTurn):
     head_dim: int  # of a value
     how: Literal["parts"] = "parts"
     sink: bool = False
-    turn: rows.Gated | rows.Joined | None = None
+    turn: rows.Turn | None = None
 
     @property
     def summary(self) -> str:
@@ -112,7 +112,8 @@ class PartsContext(rows.InTurn):
             PART_LSE,
             *((rows.SINK,) if self.sink else ()),
             *rows.gates_of(self.turn),
-            *rows.OUTPUTS,
+            rows.output_of(rows.OUTPUTS[0], self.turn),
+            *rows.OUTPUTS[1:],
             ITEMS,
             *SEQ,
             HEAD_FIRST,
@@ -199,7 +200,7 @@ class Branch:
     scale: float
     softcap: float | None
     sink: bool
-    turn: rows.Gated | rows.Joined | None
+    turn: rows.Turn | None
 
 
 def plan(

@@ -52,6 +52,8 @@ SUMS = (
     *lse(),
     pointer("DELTA", "f32", "f32[B, Hq, T], as LSE"),
 )
+OUTPUT = tensor("O", "o", "[B, T, Hq, Dv]", "bth")
+KEPT_OUTPUT = tensor("O", "o", "f32[B, T, Hq, Dv]", "bth", "f32")  # of a branch under a gate
 OUTPUT_GRADIENT = tensor("DO", "do", "[B, T, Hq, Dv]", "bth")
 
 
@@ -149,7 +151,7 @@ class DeltaContext:
     @property
     def params(self) -> tuple[Param, ...]:
         return (
-            *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
+            *(KEPT_OUTPUT if self.gate else OUTPUT),
             *OUTPUT_GRADIENT,
             *lse("DLSE"),
             pointer("DELTA", "f32", "f32[B, Hq, T], as DLSE"),
@@ -247,7 +249,7 @@ class ColsContext(rows.InTurn):
     precision: str
     split: bool  # rows are those of several programs, whose sums are added later
     adds: tuple[bool, bool]  # keys', values': to gradients of other branches
-    turn: rows.Gated | rows.Joined | None = None
+    turn: rows.Turn | None = None
     entries: str = "S"
 
     def uses(self, name: str) -> bool:
@@ -367,7 +369,7 @@ class Branch:
 
     name: str
     scale: float
-    turn: Gated | rows.Joined | None
+    turn: rows.Turn | None
     adds: tuple[bool, bool]
 
 

@@ -156,7 +156,10 @@ def hip_usage(assembly: str) -> dict[str, int]:
     return {name: int(match[1]) for name, match in found.items() if match}
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
+    """What went wrong, of the call furthest in: Triton's own words are but its callers'."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error)
     return f"{type(error).__name__}: {text[:MESSAGE_LIMIT]}"
 

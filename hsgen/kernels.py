@@ -536,9 +536,9 @@ class WeighContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        of = "[B, T, Hq, Dv], as O"
+        of = "f32[B, T, Hq, Dv], as O"
         return (
-            *(pointer(f"O{i}", "input", of) for i in range(self.branches)),
+            *(pointer(f"O{i}", "f32", of) for i in range(self.branches)),
             *tensor("GATES", "g", f"[B, T, Hq, {self.branches}]", "bthc"),
             *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
             *SEQ,

@@ -107,11 +107,24 @@ class Joined:
     first: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """One of several branches whose outputs are weighed at the end and kept for the gradient of each.
+
+    They are in float32: delta is made of them, and what 16 bits round off would be in every gradient.
+    """
+
+    first: bool = True  # nothing is there before it
+
+
+Turn = Gated | Joined | Kept
+
+
 class InTurn:
     """What templates read of a branch's turn."""
 
     __slots__ = ()
-    turn: Gated | Joined | None
+    turn: Turn | None
 
     @property
     def gate(self) -> Gated | None:
@@ -174,7 +187,7 @@ class RowsContext(InTurn):
     planes: int = 1  # of the scratch: 2 where an entry also counts in the slot after its own
     together: Literal["", "blocks", "part"] = ""  # rows are blocks of rows, or some of one block
     rows_together: int = 0  # of a block
-    turn: Gated | Joined | None = None  # of a branch that is one of several
+    turn: Turn | None = None  # of a branch that is one of several
     split: bool = False  # a program walks a share of the keys, and leaves a part of each softmax
     page: int = 0  # > 0: keys lie in pages of so many tokens
     scale: str = ""  # of logits, in a gradient
@@ -641,14 +654,22 @@ def with_logits(
     return replace(context, sink=True, params=params)
 
 
-def with_turn(context: RowsContext, turn: Gated | Joined | None) -> RowsContext:
+def with_turn(context: RowsContext, turn: Turn | None) -> RowsContext:
     """The same attend as one of several branches."""
     at = [p.name for p in context.params].index("O")
-    params = (*context.params[:at], *gates_of(turn), *context.params[at:])
+    first, *more = context.params[at:]
+    params = (*context.params[:at], *gates_of(turn), output_of(first, turn), *more)
     return replace(context, turn=turn, params=params)
 
 
-def gates_of(turn: Gated | Joined | None) -> tuple[Param, ...]:
+def output_of(param: Param, turn: Turn | None) -> Param:
+    """What a branch writes."""
+    if not isinstance(turn, Kept):
+        return param
+    return replace(param, dtype="f32", comment=f"f32{param.comment}")
+
+
+def gates_of(turn: Turn | None) -> tuple[Param, ...]:
     """The tensor of gates."""
     if not isinstance(turn, Gated):
         return ()

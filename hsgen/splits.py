@@ -40,7 +40,7 @@ class SplitsContext(rows.InTurn):
     head_dim: int
     heads: int
     sink: bool = False
-    turn: rows.Gated | rows.Joined | None = None
+    turn: rows.Turn | None = None
     how: str = "shares"
 
     @property
@@ -285,7 +285,7 @@ class Branch:
     keys: str  # that a row may walk, as an expression
     sms: int
     sink: bool
-    turn: rows.Gated | rows.Joined | None
+    turn: rows.Turn | None
     lists: tuple[tuple[Kernel, Launch, Buffer], ...] = ()  # what makes the list that is walked
     apart: bool = False  # its parts are merged with those of others, elsewhere
     computes: tuple[str, ...] = ()  # the nodes, where they are not what it makes

@@ -196,7 +196,7 @@ class Branch:
     scale: float
     softcap: float | None
     sink: bool
-    turn: rows.Gated | rows.Joined | None
+    turn: rows.Turn | None
 
 
 def plan(

@@ -94,14 +94,14 @@ def schedule(
         PlanError: an operator that no kernel does yet, a size that none can hold, or an order of a branch
             that has but one.
     """
-    return _plan(Draft(graph, target, dtype, orders or {}, cached=cached), apart=apart)
+    return _plan(Draft(graph, target, dtype, orders or {}, kept=apart, cached=cached))
 
 
-def _plan(draft: Draft, *, apart: bool) -> Plan:
+def _plan(draft: Draft) -> Plan:
     storage = storage_of(draft.graph) if draft.cached else None
     _refuse(draft)
     _require_branches(draft)
-    draft.turns = {} if apart else combining.turns(draft.graph)
+    draft.turns = {} if draft.kept else combining.turns(draft.graph)
     _append(draft, storage)
     for node in draft.graph.nodes():
         match node.op:
@@ -129,7 +129,7 @@ def _plan(draft: Draft, *, apart: bool) -> Plan:
                 raise AssertionError("refused")
             case Recall() | Carry() | Divergence() | Distance() | Entropies() | ReduceRows():
                 raise AssertionError("refused")
-    kept = combining.weigh(draft) if apart else {}
+    kept = combining.weigh(draft) if draft.kept else {}
     outputs = draft.graph.outputs
     return Plan(
         name=draft.graph.meta.name,

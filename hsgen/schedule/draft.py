@@ -48,7 +48,7 @@ class Turn:
     total: str
     before: str | None  # the branch that must have run
     last: bool
-    how: rows.Gated | rows.Joined
+    how: rows.Turn
 
 
 @dataclass(slots=True)
@@ -64,6 +64,7 @@ class Draft:
     turns: Mapping[str, Turn] = field(
         default_factory=dict[str, Turn]
     )  # by branch, where gates or one softmax combine
+    kept: bool = False  # the outputs of gated branches, which are weighed at the end
     cached: Cached | None = None
     appends: list[Step] = field(default_factory=list[Step])  # to the cache
     parts: dict[str, splits.Part] = field(
@@ -227,8 +228,10 @@ class Draft:
         read = ("q", *node.inputs[1 : 2 if op.latent else 3])
         return tuple(argument for name in read for argument in self.tensor(name))
 
-    def turn(self, node: Node) -> rows.Gated | rows.Joined | None:
+    def turn(self, node: Node) -> rows.Turn | None:
         """Of a branch that is one of several."""
+        if self.kept:
+            return rows.Kept()
         turn = self.turns.get(node.name)
         return turn and turn.how
 
@@ -271,7 +274,7 @@ class Draft:
         lse_dims = ("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]")
         o = Buffer(
             name=self.output(node),
-            dtype="input",
+            dtype="f32" if self.kept else "input",
             dims=(*rows_of, str(self.shape.v)),
             role="output",
         )

@@ -46,7 +46,7 @@ def store_gates(base, token, t_stride, head, h_stride, mask, x):
 
 @triton.jit(do_not_specialize=["lse_b", "lse_h", "num_sequences"])
 def delta_selected(
-    O,  # [B, T, Hq, Dv]
+    O,  # f32[B, T, Hq, Dv]
     o_b,  # O: batch stride
     o_t,  # O: token stride
     o_h,  # O: head stride

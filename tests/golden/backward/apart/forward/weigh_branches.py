@@ -47,9 +47,9 @@ def store_rows(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def weigh_branches(
-    O0,  # [B, T, Hq, Dv], as O
-    O1,  # [B, T, Hq, Dv], as O
-    O2,  # [B, T, Hq, Dv], as O
+    O0,  # f32[B, T, Hq, Dv], as O
+    O1,  # f32[B, T, Hq, Dv], as O
+    O2,  # f32[B, T, Hq, Dv], as O
     GATES,  # [B, T, Hq, 3]
     g_b,  # GATES: batch stride
     g_t,  # GATES: token stride
