@@ -21,6 +21,7 @@ ROUNDED: tuple[RoundTo, ...] = get_args(RoundTo)
 LONG_TEXT = 1 << 17  # tokens
 GROUP = 8  # entries
 MOST_HELD = 8192  # scores of a row in registers
+MARKED_FROM = 1024  # slots of a row, which have room for three bits a score in registers
 
 TUNABLES = {
     "BLOCK_T": "tokens a tile",
@@ -134,6 +135,16 @@ class RankContext:
         return self.parent_width * self.children
 
     @property
+    def marked(self) -> bool:
+        """Whether a row of children is long enough that bits, one a slot, tell where they go."""
+        return self.slots >= MARKED_FROM
+
+    @property
+    def padded_parents(self) -> int:
+        """`parent_width` as a tile."""
+        return next_power(self.parent_width)
+
+    @property
     def wanted(self) -> str:
         """How many candidates a row keeps; of a part, all forced ones."""
         if self.part:
@@ -169,6 +180,11 @@ class RankContext:
         return f"is_forced(e, p, k_len, {rest})"
 
     @property
+    def forces(self) -> bool:
+        """Whether a row is forced to take any."""
+        return bool(self.first or self.last or self.tail)
+
+    @property
     def limit(self) -> str:
         """Where the entries end that have a score."""
         rest = f"{self.size}, {self.stride}, {self.causal}, {self.short}"
@@ -188,7 +204,7 @@ class RankContext:
     def row(self) -> str:
         """The leading arguments of `row_keys`."""
         if self.children:
-            return "scores, parents, live"
+            return "scores, parents, live, complete"
         return "scores, capacity" if self.carried else "scores"
 
     @property

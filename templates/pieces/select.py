@@ -41,9 +41,28 @@ def narrow(low, high, key):
 
 
 @triton.jit
+def narrow_unforced(low, high, key):
+    """`narrow` where no candidate is forced: no candidate is the greatest of unsigned ones, less one."""
+    least = tl.min(key.to(tl.uint32, bitcast=True) + 0x7FFFFFFF, 1)
+    least = (least - 0x7FFFFFFF).to(tl.int32, bitcast=True)
+    done = low == high
+    return tl.where(done, low, least), tl.where(done, high, tl.max(key, 1) + 1)
+
+
+@triton.jit
 def bisect_middle(low, high):
     """Halfway, rounded down, without overflow; `low` itself: the row is done."""
     return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def between(low, high, below, above, k):
+    """Where the k-th key is if keys lie evenly, `below` of them >= low and `above` >= high; as
+    `bisect_middle` inside of the interval, or `low` itself.  0 <= low <= high.  All [R]
+    """
+    share = (below - k).to(tl.float32) / tl.maximum(below - above, 1).to(tl.float32)
+    inside = ((high - low).to(tl.float32) * tl.minimum(share, 0.999)).to(tl.int32)
+    return low + tl.minimum(tl.maximum(inside, 1), tl.maximum(high - low - 1, 0))
 
 
 @triton.jit
@@ -102,3 +121,35 @@ def place_keys(key, low, high, ties, above_before, ties_before):
     taken = (above + tie * (ties_through <= ties[:, None]).to(tl.int32)) > 0
     total = tl.max(both, 1)
     return taken, slot, above_before + (total & 0xFFFF), ties_before + (total >> 16)
+
+
+@triton.jit
+def bit_count(x):
+    """How many bits of each word are 1.  u32 -> u32"""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x * 0x01010101) >> 24
+
+
+@triton.jit
+def words_of(flags):
+    """Flags as bits of words.  bool[R, N] -> u32[R, N // 32]"""
+    R: tl.constexpr = flags.shape[0]
+    N: tl.constexpr = flags.shape[1]
+    bits = flags.to(tl.uint32) << (tl.arange(0, N) % 32).to(tl.uint32)[None, :]
+    return tl.sum(tl.reshape(bits, [R, N // 32, 32]), 2)
+
+
+@triton.jit
+def first_bits(words, wanted):
+    """Of the bits of a row of words the first ones, as many as are wanted.  u32[R, N], [R] -> u32[R, N]"""
+    count = bit_count(words).to(tl.int32)
+    left = wanted[:, None] - (tl.cumsum(count, 1) - count)
+    # below which place of a word there are so many
+    place = tl.zeros_like(words)
+    for i in tl.static_range(5):
+        more = place + (16 >> i)
+        place = tl.where(bit_count(words & ((1 << more) - 1)).to(tl.int32) <= left, more, place)
+    some = tl.where(left > 0, words & ((1 << place) - 1), 0)
+    return tl.where(left >= count, words, some)
