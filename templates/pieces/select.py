@@ -137,8 +137,8 @@ def words_of(flags):
     """Flags as bits of words.  bool[R, N] -> u32[R, N // 32]"""
     R: tl.constexpr = flags.shape[0]
     N: tl.constexpr = flags.shape[1]
-    bits = flags.to(tl.uint32) << (tl.arange(0, N) % 32).to(tl.uint32)[None, :]
-    return tl.sum(tl.reshape(bits, [R, N // 32, 32]), 2)
+    bits = tl.reshape(flags.to(tl.uint32), [R, N // 32, 32])
+    return tl.sum(bits << tl.arange(0, 32).to(tl.uint32)[None, None, :], 2)
 
 
 @triton.jit
