@@ -173,6 +173,7 @@ class RowsContext(InTurn):
     width: int = 0
     united: int = 0  # > 0: an entry of a list says in so many bits which heads chose it
     children: int = 0
+    parent_heads: int = 1  # of a row's parents
     many_keys: bool = False  # an entry is scored every few tokens
     keys_first: bool = False  # scores are [keys, rows]: heads that are reduced lie in one thread
     ratio: int = 1
@@ -1202,6 +1203,7 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         precision=shape.precision,
         width=scoring.parent_width,
         children=scoring.parent_size // scoring.entries.size if scoring.parent_size else 0,
+        parent_heads=scoring.parent_heads,
         many_keys=scoring.entries.stride <= FEW_TOKENS,
         keys_first=scoring.keys_first,
         ratio=scoring.ratio,

@@ -114,8 +114,9 @@ class StreamsContext:
         known = [self._of_program(line) for line in _later(self.rows)]
         if self.latent:
             return tuple(known)
-        needed = {word for phase in self.rows.phases for word in _words(phase.start, phase.stop)}
-        needed |= {"list_base", "TILES"} if self.listed else set()
+        phases = () if self.rows.children else self.rows.phases
+        needed = {word for phase in phases for word in _words(phase.start, phase.stop)}
+        needed |= {"list_base", "TILES"} if self.listed or self.rows.children else set()
         kept: list[str] = []
         for line in reversed(known):
             made = line.split(" = ")[0].split(":")[0]
@@ -127,6 +128,8 @@ class StreamsContext:
     @property
     def setup(self) -> tuple[str, ...]:
         lines = (self._of_group(self._of_program(line)) for line in _later(self.rows))
+        if self.rows.children:  # a list ends where it says so
+            lines = (line for line in lines if not line.startswith("parents = "))
         first = f"tokens = GROUP * (HALF // {self.rows.pitch}) + token_at("
         return tuple(line.replace("tokens = token_at(", first) for line in lines)
 
@@ -371,11 +374,13 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
             or (context.joins and not context.derives)
             or context.page
         )
-        and kinds <= {"range", "list"}
+        and kinds <= {"range", "list", "children"}
         and context.together in ("", "part")
         and not setups
         and all(NARROWEST <= chunk.width <= WIDEST and not chunk.clip for chunk in chunks)
-        and all(BOUND.fullmatch(p.inside) or not p.inside for p in context.phases)
+        and all(
+            BOUND.fullmatch(p.inside) or not p.inside or context.children for p in context.phases
+        )
         and context.heads <= GROUPS * LEAST_ROWS
     )
 
@@ -384,7 +389,8 @@ def _scores(context: RowsContext) -> bool:
     """Whether it scores many entries by whole tiles, keys first, whose heads some group reduces."""
     kinds = {phase.kind for phase in context.phases}
     reduced = context.spread and not context.together
-    return context.acc == "score" and reduced and kinds == {"range"} and context.many_keys
+    whole = kinds == {"range"} or (kinds == {"children"} and context.children % LEAST_ROWS == 0)
+    return context.acc == "score" and reduced and whole and context.many_keys
 
 
 def streamed(context: RowsContext) -> StreamsContext:

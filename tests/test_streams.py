@@ -25,7 +25,7 @@ STREAMED = {
     "nsa": {"attend_compressed", "score_block", "attend_selected", "attend_window"},
     "infllm_v2": {"score_block", "attend_selected"},
     "dsa_gqa": {"score_token", "attend_selected"},  # tokens by marks
-    "hisa": {"attend_selected"},
+    "hisa": {"score_token", "attend_selected"},
     "moba": set(),  # rows come to blocks
     "sparse_mla": {"score_token", "attend_selected"},  # its latents are gathered
 }

@@ -201,3 +201,10 @@ def add_keys(base, row, mask, stride, x, columns):
     address = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
     before = gl.load(address, mask=mask[:, None], other=0.0)
     gl.store(address, (before.to(tl.float32) + x).to(base.dtype.element_ty), mask=mask[:, None])
+
+
+@gluon.jit
+def parents_at(lists, place, there, WIDTH: gl.constexpr):
+    """What stands at a place of each list, which ends with -1 or is full: the greatest number behind it."""
+    parent = gl.load(lists + place, mask=there & (place < WIDTH), other=-1)
+    return gl.where(parent < 0, 0x7FFFFFFF, parent)

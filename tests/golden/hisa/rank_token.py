@@ -9,31 +9,6 @@ import triton.language as tl
 
 
 @triton.jit
-def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    """Entries that hold at least one key at all, up to the row's own when causal."""
-    limit = (k_len + STRIDE - 1) // STRIDE
-    if CAUSAL:
-        limit = tl.minimum(limit, tl.maximum(p + STRIDE, 0) // STRIDE)
-    return limit
-
-
-@triton.jit
-def is_forced(
-    e,
-    p,
-    k_len,
-    STRIDE: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """The FIRST entries, and the LAST ones that end with the row's own."""
-    own = tl.maximum(p + STRIDE, 0) // STRIDE - 1
-    forced = (e < FIRST) | ((e > own - LAST) & (e <= own))
-    return forced & (e >= 0) & (e < entry_limit(p, k_len, STRIDE, CAUSAL))
-
-
-@triton.jit
 def complete_limit(
     p, k_len, SIZE: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, SHORT: tl.constexpr
 ):
@@ -65,21 +40,6 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
-def bisect_start(candidates, forced, k):
-    """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
-    few = candidates <= k
-    low = tl.zeros_like(candidates) - 0x7FFFFFFF
-    high = tl.where(few, low, 0x7FFFFFFF)
-    return low, high, tl.where(few, candidates, forced)
-
-
-@triton.jit
-def bisect_middle(low, high):
-    """Halfway, rounded down, without overflow; `low` itself: the row is done."""
-    return (low & high) + ((low ^ high) >> 1)
-
-
-@triton.jit
 def bisect_step(low, high, above, middle, count, k):
     """Halve the interval, knowing the count of keys >= middle.  All [R]"""
     unfinished = middle != low
@@ -90,26 +50,75 @@ def bisect_step(low, high, above, middle, count, k):
 
 
 @triton.jit
+def between(low, high, below, above, k):
+    """Where the k-th key is if keys lie evenly, `below` of them >= low and `above` >= high; as
+    `bisect_middle` inside of the interval, or `low` itself.  0 <= low <= high.  All [R]
+    """
+    share = (below - k).to(tl.float32) / tl.maximum(below - above, 1).to(tl.float32)
+    inside = ((high - low).to(tl.float32) * tl.minimum(share, 0.999)).to(tl.int32)
+    return low + tl.minimum(tl.maximum(inside, 1), tl.maximum(high - low - 1, 0))
+
+
+@triton.jit
+def bisect_middle(low, high):
+    """Halfway, rounded down, without overflow; `low` itself: the row is done."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def bisect_start(candidates, forced, k):
+    """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
+    few = candidates <= k
+    low = tl.zeros_like(candidates) - 0x7FFFFFFF
+    high = tl.where(few, low, 0x7FFFFFFF)
+    return low, high, tl.where(few, candidates, forced)
+
+
+@triton.jit
+def narrow_unforced(low, high, key):
+    """`narrow` where no candidate is forced: no candidate is the greatest of unsigned ones, less one."""
+    least = tl.min(key.to(tl.uint32, bitcast=True) + 0x7FFFFFFF, 1)
+    least = (least - 0x7FFFFFFF).to(tl.int32, bitcast=True)
+    done = low == high
+    return tl.where(done, low, least), tl.where(done, high, tl.max(key, 1) + 1)
+
+
+@triton.jit
 def missing_ties(low, high, above, k):
     """How many keys equal to low are taken.  -> [R]"""
     return tl.where(low < high, tl.maximum(k - above, 0), 0)
 
 
 @triton.jit
-def place_keys(key, low, high, ties, above_before, ties_before):
-    """Which keys are taken, and into which slot.  key: [R, N] -> taken, slot: [R, N], the two counts: [R]
+def words_of(flags):
+    """Flags as bits of words.  bool[R, N] -> u32[R, N // 32]"""
+    R: tl.constexpr = flags.shape[0]
+    N: tl.constexpr = flags.shape[1]
+    bits = tl.reshape(flags.to(tl.uint32), [R, N // 32, 32])
+    return tl.sum(bits << tl.arange(0, 32).to(tl.uint32)[None, None, :], 2)
 
-    `ties`: keys equal to low that are taken.  One scan counts both kinds, 16 bits each: N < 32768.
-    """
-    above = (key >= high[:, None]).to(tl.int32)
-    tie = (key == low[:, None]).to(tl.int32) * (1 - above)
-    both = tl.cumsum(above + (tie << 16), 1)
-    above_through = above_before[:, None] + (both & 0xFFFF)
-    ties_through = ties_before[:, None] + (both >> 16)
-    slot = above_through + tl.minimum(ties_through, ties[:, None]) - 1
-    taken = (above + tie * (ties_through <= ties[:, None]).to(tl.int32)) > 0
-    total = tl.max(both, 1)
-    return taken, slot, above_before + (total & 0xFFFF), ties_before + (total >> 16)
+
+@triton.jit
+def bit_count(x):
+    """How many bits of each word are 1.  u32 -> u32"""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x * 0x01010101) >> 24
+
+
+@triton.jit
+def first_bits(words, wanted):
+    """Of the bits of a row of words the first ones, as many as are wanted.  u32[R, N], [R] -> u32[R, N]"""
+    count = bit_count(words).to(tl.int32)
+    left = wanted[:, None] - (tl.cumsum(count, 1) - count)
+    # below which place of a word there are so many
+    place = tl.zeros_like(words)
+    for i in tl.static_range(5):
+        more = place + (16 >> i)
+        place = tl.where(bit_count(words & ((1 << more) - 1)).to(tl.int32) <= left, more, place)
+    some = tl.where(left > 0, words & ((1 << place) - 1), 0)
+    return tl.where(left >= count, words, some)
 
 
 @triton.jit
@@ -136,6 +145,23 @@ def quarter_step(low, high, above, first, middle, counts_first, counts_middle, c
 
 
 @triton.jit
+def place_keys(key, low, high, ties, above_before, ties_before):
+    """Which keys are taken, and into which slot.  key: [R, N] -> taken, slot: [R, N], the two counts: [R]
+
+    `ties`: keys equal to low that are taken.  One scan counts both kinds, 16 bits each: N < 32768.
+    """
+    above = (key >= high[:, None]).to(tl.int32)
+    tie = (key == low[:, None]).to(tl.int32) * (1 - above)
+    both = tl.cumsum(above + (tie << 16), 1)
+    above_through = above_before[:, None] + (both & 0xFFFF)
+    ties_through = ties_before[:, None] + (both >> 16)
+    slot = above_through + tl.minimum(ties_through, ties[:, None]) - 1
+    taken = (above + tie * (ties_through <= ties[:, None]).to(tl.int32)) > 0
+    total = tl.max(both, 1)
+    return taken, slot, above_before + (total & 0xFFFF), ties_before + (total >> 16)
+
+
+@triton.jit
 def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
     """The last sequence whose first tile is <= tile, and the tile's first item within it."""
     low = 0
@@ -158,45 +184,102 @@ def row_entries(parents, live, slot):
 
 
 @triton.jit
-def row_keys(scores, parents, live, slot, p, k_len):
-    """Keys of the children.  Only complete ones have a score in scratch, so only those are read."""
-    e = row_entries(parents, live, slot)
-    forced = is_forced(e, p, k_len, 1, 0, 0, True)
+def row_complete(parents, live, p, k_len):
+    """How many slots have a score, the first ones: parents ascend, and so do their children.  -> [R]"""
+    i = tl.arange(0, 64)[None, :]
+    parent = tl.load(parents + i, mask=(i < 64) & live, other=-1)
     limit = complete_limit(p, k_len, 1, 1, True, False)
-    complete = (e >= 0) & (e < limit)
-    score = tl.load(scores + slot, mask=complete & (forced == 0), other=0.0)
-    return rank_key(score, complete, forced)
+    complete = tl.minimum(tl.maximum(limit - parent * 128, 0), 128)
+    return tl.sum(tl.where(parent >= 0, complete, 0), 1)
 
 
 @triton.jit
-def keep_keys(parents, live, key, columns, chosen, candidates, forced, wanted):
-    """Store the columns of the best keys, ascending.  key, columns: [R, N] -> [R] of them kept"""
-    low, high, above = bisect_start(candidates, forced, wanted)
-    middle = bisect_middle(low, high)
-    while tl.max((middle != low).to(tl.int32), 0) > 0:
+def row_scores(scores, parents, live, complete, slot):
+    """Scores of the children that are in scratch."""
+    # four at once: a row has room for them, and an incomplete one's is not asked for
+    there = slot // 4 * 4 < complete[:, None]
+    return tl.load(scores + slot, mask=there, other=0.0)
+
+
+@triton.jit
+def row_keys(scores, parents, live, complete, slot, p, k_len):
+    """Keys of the children.  Only complete ones have a score in scratch, so only those are read."""
+    forced = False
+    score = row_scores(scores, parents, live, complete, slot)
+    return rank_key(score, slot < complete[:, None], forced)
+
+
+@triton.jit
+def edge_key(key, low, high, above, below, wanted):
+    """Where the best keys begin, by fewer steps than halves take.  All [R] but key -> key, low, high, above
+
+    Keys come back as differences from low: what was below it is -1.
+    """
+    middle = tl.where((low < 0) & (high > 0), 0, low)
+    if tl.max((middle != low).to(tl.int32), 0) > 0:
         count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        below = tl.where((middle != low) & (count >= wanted), count, below)
         low, high, above = bisect_step(low, high, above, middle, count, wanted)
-        middle = bisect_middle(low, high)
+    # of one sign now, so a difference is no longer than a key, and its sign bit is what is counted
+    key = tl.minimum(tl.maximum(key, low[:, None] - 1), high[:, None]) - low[:, None]
+    low, high = tl.zeros_like(low), high - low
+    middle = between(low, high, below, above, wanted)
+    step = 0
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        more = (middle[:, None] - 1 - key).to(tl.uint32, bitcast=True) >> 31
+        count = tl.sum(more.to(tl.int32), 1)
+        below = tl.where((middle != low) & (count >= wanted), count, below)
+        low, high, above = bisect_step(low, high, above, middle, count, wanted)
+        step += 1
+        # many may be alike, the least before all, or far from the others
+        middle = between(low, high, below, above, wanted)
+        middle = tl.where((step % 4 == 3) | (step > 20), bisect_middle(low, high), middle)
+        middle = tl.where((step == 1) & (low == 0) & (high > 1), 1, middle)
+    return key, low, high, above
+
+
+@triton.jit
+def keep_best(scores, parents, live, complete, chosen, p, k_len, WIDTH: tl.constexpr):
+    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
+    WORDS: tl.constexpr = WIDTH // 32
+    key = row_keys(scores, parents, live, complete, tl.arange(0, WIDTH)[None, :], p, k_len)
+    candidates, forced = complete, tl.zeros_like(complete)
+    wanted = 2048
+    low, high, above = bisect_start(candidates, forced, wanted)
+    low, high = narrow_unforced(low, high, key)
+    key, low, high, above = edge_key(key, low, high, above, candidates, wanted)
     ties = missing_ties(low, high, above, wanted)
-    none = tl.zeros_like(above)
-    taken, slot, _, _ = place_keys(key, low, high, ties, none, none)
-    entry = row_entries(parents, live, columns)
-    tl.store(chosen + slot, entry, mask=taken & (slot < 2048))
+    # a bit a slot, in words that lie where the scores were: these have been read
+    words = scores.to(tl.pointer_type(tl.uint32), bitcast=True)
+    i = tl.arange(0, WORDS)[None, :]
+    tl.debug_barrier()
+    tl.store(words + i, words_of(key >= high[:, None]))
+    if tl.max(ties, 0) > 0:
+        tl.store(words + WORDS + i, words_of((key == low[:, None]) & (key < high[:, None])))
+    tl.debug_barrier()
+    word = tl.load(words + i)
+    if tl.max(ties, 0) > 0:
+        word |= first_bits(tl.load(words + WORDS + i), ties)
+    count = bit_count(word)
+    tl.store(words + 2 * WORDS + i, (tl.cumsum(count, 1) - count).to(tl.uint32))
+    tl.debug_barrier()
+    tl.store(words + i, word)
+    tl.debug_barrier()
+    # each bit to its place
+    STEP: tl.constexpr = WORDS // 4
+    bit = tl.arange(0, 32).to(tl.uint32)[None, None, :]
+    for start in range(0, WORDS, STEP):
+        some = start + tl.arange(0, STEP)[None, :]
+        part = tl.load(words + some)[:, :, None]
+        place = tl.load(words + 2 * WORDS + some)[:, :, None] + bit_count(part & ((1 << bit) - 1))
+        entry = row_entries(parents, live, some * 32)[:, :, None] + bit.to(tl.int32)
+        stored = ((part >> bit) & 1 != 0) & (place < 2048)
+        tl.store(chosen[:, :, None] + place.to(tl.int32), entry, mask=stored)
     return above + ties
 
 
 @triton.jit
-def keep_best(scores, parents, live, chosen, p, k_len, WIDTH: tl.constexpr):
-    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
-    columns = tl.arange(0, WIDTH)[None, :]
-    key = row_keys(scores, parents, live, columns, p, k_len)
-    candidates, forced = count_keys(key)
-    wanted = 2048
-    return keep_keys(parents, live, key, columns, chosen, candidates, forced, wanted)
-
-
-@triton.jit
-def keep_long(scores, parents, live, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
+def keep_long(scores, parents, live, complete, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
     """The selection of rows that do not fit in registers.  -> [R] entries kept
 
     Every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection.
@@ -208,7 +291,7 @@ def keep_long(scores, parents, live, chosen, p, k_len, n, BLOCK_N: tl.constexpr)
     candidates = tl.zeros([BLOCK_R], tl.int32)
     forced = tl.zeros([BLOCK_R], tl.int32)
     for start in range(0, n, BLOCK_N):
-        key = row_keys(scores, parents, live, start + columns, p, k_len)
+        key = row_keys(scores, parents, live, complete, start + columns, p, k_len)
         more_candidates, more_forced = count_keys(key)
         candidates += more_candidates
         forced += more_forced
@@ -220,7 +303,7 @@ def keep_long(scores, parents, live, chosen, p, k_len, n, BLOCK_N: tl.constexpr)
         b = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
         c = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
         for start in range(0, n, BLOCK_N):
-            key = row_keys(scores, parents, live, start + columns, p, k_len)
+            key = row_keys(scores, parents, live, complete, start + columns, p, k_len)
             a += (key >= first_quarter[:, None]).to(tl.int32)
             b += (key >= middle[:, None]).to(tl.int32)
             c += (key >= last_quarter[:, None]).to(tl.int32)
@@ -229,7 +312,7 @@ def keep_long(scores, parents, live, chosen, p, k_len, n, BLOCK_N: tl.constexpr)
         first_quarter, middle, last_quarter = quarters(low, high)
     ties = missing_ties(low, high, above, wanted)
     for start in range(0, n, BLOCK_N):
-        key = row_keys(scores, parents, live, start + columns, p, k_len)
+        key = row_keys(scores, parents, live, complete, start + columns, p, k_len)
         taken, slot, above_before, ties_before = place_keys(
             key, low, high, ties, above_before, ties_before
         )
@@ -266,23 +349,25 @@ def rank_token(
     live = t0 + rows < q_len
     k_len = tl.where(live, tl.load(SEQ + z * 6 + 5), 0)
     p = q_offset + t0 + rows
+    capacity = capacity // 4 * 4  # which it is: so four neighbours of a row go to one thread
     scores = SCORES + ((first + rows).to(tl.int64) * 1 + head) * capacity
     row = (q_start + t0 + rows).to(tl.int64)
     chosen = SELECTION + (row * 1 + head) * 2048
     parent_head = head // 1
     parents = PARENT + (row * 1 + parent_head) * 64
+    complete = row_complete(parents, live, p, k_len)
     n: tl.constexpr = 8192
     # select: the keys stay in registers, the fewest that hold all of a row
     if n <= max(BLOCK_N // 8, 2):
-        total = keep_best(scores, parents, live, chosen, p, k_len, max(BLOCK_N // 8, 2))
+        total = keep_best(scores, parents, live, complete, chosen, p, k_len, max(BLOCK_N // 8, 2))
     elif n <= max(BLOCK_N // 4, 2):
-        total = keep_best(scores, parents, live, chosen, p, k_len, max(BLOCK_N // 4, 2))
+        total = keep_best(scores, parents, live, complete, chosen, p, k_len, max(BLOCK_N // 4, 2))
     elif n <= max(BLOCK_N // 2, 2):
-        total = keep_best(scores, parents, live, chosen, p, k_len, max(BLOCK_N // 2, 2))
+        total = keep_best(scores, parents, live, complete, chosen, p, k_len, max(BLOCK_N // 2, 2))
     elif n <= BLOCK_N:
-        total = keep_best(scores, parents, live, chosen, p, k_len, BLOCK_N)
+        total = keep_best(scores, parents, live, complete, chosen, p, k_len, BLOCK_N)
     else:
-        total = keep_long(scores, parents, live, chosen, p, k_len, n, BLOCK_N)
+        total = keep_long(scores, parents, live, complete, chosen, p, k_len, n, BLOCK_N)
     # store: -1 after the last one
     slot = tl.arange(0, 2048)[None, :]
     empty = (slot >= total[:, None]) & (slot < 2048) & live
