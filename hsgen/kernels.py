@@ -330,7 +330,10 @@ class UniteContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarksContext:
-    """Everything `index.py.jinja` reads where rows chose tokens: as many of 64 as a word has bits."""
+    """Everything `index.py.jinja` reads where rows chose tokens.
+
+    `marks`: by blocks of as many of them as a word has bits.  `picked`: each for itself, a bit a row.
+    """
 
     name: str
     header: str = ""
@@ -338,10 +341,12 @@ class MarksContext:
     heads: int  # selection heads
     width: int  # slots of a row of the selection
     causal: bool
-    how: Literal["marks"] = "marks"
+    how: Literal["marks", "picked"] = "marks"
 
     @property
     def summary(self) -> str:
+        if self.how == "picked":
+            return "the tokens that a tile's rows chose any of, and which rows chose each."
         return (
             "the blocks of 64 tokens that a tile's rows chose any of, and which rows chose which."
         )
@@ -350,13 +355,32 @@ class MarksContext:
     def params(self) -> tuple[Param, ...]:
         return (
             pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}] tokens, ascending"),
-            pointer("COUNTS", "i32", f"[tiles, {self.heads}] blocks; -1: gather instead"),
-            pointer("ENTRIES", "i32", f"[tiles, {self.heads}, capacity] blocks, ascending"),
-            pointer("MARKS", "i64", f"[tiles * BLOCK_T, {self.heads}, capacity] tokens as bits"),
-            count("capacity", "blocks of the longest sequence"),
+            *self._lists,
             *SEQ,
             count("tile_first", "the turn's first tile"),
             *tunables("BLOCK_T", "BLOCK_K", "BLOCK_N", "DEAR"),
+        )
+
+    @property
+    def words(self) -> str:
+        """What its words are called."""
+        return "members" if self.how == "picked" else "marks"
+
+    @property
+    def _lists(self) -> tuple[Param, ...]:
+        tiles = f"[tiles, {self.heads}"
+        if self.how == "picked":
+            return (
+                pointer("COUNTS", "i32", f"{tiles}] tokens; -1: gather instead"),
+                pointer("ENTRIES", "i32", f"{tiles}, capacity] tokens, ascending"),
+                pointer("MEMBERS", "i32", f"{tiles}, capacity] rows as bits"),
+                count("capacity", "tokens of the longest sequence"),
+            )
+        return (
+            pointer("COUNTS", "i32", f"{tiles}] blocks; -1: gather instead"),
+            pointer("ENTRIES", "i32", f"{tiles}, capacity] blocks, ascending"),
+            pointer("MARKS", "i64", f"[tiles * BLOCK_T, {self.heads}, capacity] tokens as bits"),
+            count("capacity", "blocks of the longest sequence"),
         )
 
     @property

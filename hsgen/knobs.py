@@ -167,7 +167,7 @@ def _block(kernel: Kernel, plan: Plan) -> int | None:
     for other in plan.kernels:
         if other.follows == kernel.name:
             match other.context:
-                case MarksContext():
+                case MarksContext():  # of picked tokens, as many as a dot's tile has
                     return MARKED
                 case IndexContext(size=size) | ListsContext(size=size):
                     if size == next_power(size) and size >= LEAST_DOT:

@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 from hsgen.plan import ElementType, Param
 
 Accumulator = Literal["softmax", "lse", "score", "dq", "delta"]
-PhaseKind = Literal["range", "list", "gather", "children", "mapped"]
+PhaseKind = Literal["range", "list", "picked", "gather", "children", "mapped"]
 LOG2_E = 1.4426950408889634
 FEW_TOKENS = 16
 LINE = 100  # characters of an emitted line
@@ -822,6 +822,53 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
             ),
         ),
         stride=MARKED,
+        scale_log2=number(scale * LOG2_E),
+        precision=shape.precision,
+    )
+
+
+def attend_picked(shape: Shape, *, name: str, scale: float, share: str) -> RowsContext:
+    """One softmax over the tokens that a tile's rows chose, each gathered once; only in a stream."""
+    heads = heads_of(shape, per_head=share == "Hq")
+    of_token, program = rows_a_token(heads), program_of(heads)
+    list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
+    own = " + head" if list_heads > 1 else ""
+    return RowsContext(
+        name=name,
+        summary="attention over the tokens each query selected, those of a tile gathered once.",
+        params=(
+            *QUERY,
+            *keys_and_values(shape),
+            pointer("COUNTS", "i32", "[tiles, H] tokens; -1: none"),
+            pointer("ENTRIES", "i32", "[tiles, H, capacity] tokens"),
+            pointer("MEMBERS", "i32", "[tiles, H, capacity] rows as bits"),
+            count("capacity", "tokens of the longest sequence"),
+            *OUTPUTS,
+            *SEQ,
+            count("tile_first", "the turn's first tile"),
+            *blocks(heads),
+        ),
+        acc="softmax",
+        tile=f"{program} + tile_first",
+        **heads,
+        key_row="k_first",
+        setup=(
+            f"list_row = {program}.to(tl.int64) * {list_heads}{own}",
+            "picked = tl.load(COUNTS + list_row)",
+            "if picked < 0:",
+            "    return",
+            "list_base = list_row * capacity",
+            f"own_bit = 1 << tl.minimum(rows // {of_token}, BLOCK_T - 1)",
+        ),
+        phases=(
+            Phase(
+                kind="picked",
+                comment="tokens that any row chose",
+                start="0",
+                stop="(picked + BLOCK_N - 1) // BLOCK_N",
+                visible=("(members[None, :] & own_bit[:, None]) != 0",),
+            ),
+        ),
         scale_log2=number(scale * LOG2_E),
         precision=shape.precision,
     )

@@ -35,7 +35,7 @@ MOST_DERIVED = 208
 NARROWEST = 64  # columns that one swizzled row of shared memory holds
 WIDEST = 128
 Group = Literal["score", "derive", "attend"]
-LEFT_OUT = "blocks < 0"  # of a tile whose union another kernel finds too dear
+LEFT_OUT = re.compile(r"if (\w+ < 0):")  # of a tile whose union another kernel finds too dear
 BOUND = re.compile(r"n < (\w+)")
 
 
@@ -138,7 +138,8 @@ class StreamsContext:
         """Whether the tile has a row."""
         absent = self.rows.absent
         if self.early:
-            return f"({absent.replace('>=', '<')}) & ({LEFT_OUT.replace('<', '>=')})"
+            (left_out,) = re.findall(LEFT_OUT, self.rows.setup[_end_of_early(self.rows)])
+            return f"({absent.replace('>=', '<')}) & ({left_out.replace('<', '>=')})"
         return "t0 < q_len" if absent == "t0 >= q_len" else f"not ({absent})"
 
     @property
@@ -153,7 +154,12 @@ class StreamsContext:
 
     @property
     def listed(self) -> bool:
-        return any(phase.kind == "list" for phase in self.rows.phases)
+        return any(phase.kind in ("list", "picked") for phase in self.rows.phases)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether four warps gather tokens, each for itself, where else one brings whole tiles."""
+        return picks(self.rows)
 
     def bytes(self, tiles: Iterable[Tile]) -> str:
         """Of one step's tiles."""
@@ -284,11 +290,11 @@ class StreamsContext:
 
     @property
     def registers(self) -> int:
-        return LATENT_REGISTERS if self.latent else REGISTERS
+        return LATENT_REGISTERS if self.latent or self.gathers else REGISTERS
 
     @property
     def stream_registers(self) -> int:
-        return GATHER_REGISTERS if self.latent else STREAM_REGISTERS
+        return GATHER_REGISTERS if self.latent or self.gathers else STREAM_REGISTERS
 
     @property
     def plain(self) -> tuple[str, ...]:
@@ -302,8 +308,8 @@ class StreamsContext:
 
 def _end_of_early(context: RowsContext) -> int:
     """How many lines of setup come before the one that leaves a tile to another kernel; 0: none does."""
-    line = f"if {LEFT_OUT}:"
-    return context.setup.index(line) if line in context.setup else 0
+    found = (i for i, line in enumerate(context.setup) if LEFT_OUT.fullmatch(line))
+    return next(found, 0)
 
 
 def _later(context: RowsContext) -> tuple[str, ...]:
@@ -374,7 +380,7 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
             or (context.joins and not context.derives)
             or context.page
         )
-        and kinds <= {"range", "list", "children"}
+        and kinds <= {"range", "list", "children", "picked"}
         and context.together in ("", "part")
         and not setups
         and all(NARROWEST <= chunk.width <= WIDEST and not chunk.clip for chunk in chunks)
@@ -383,6 +389,11 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
         )
         and context.heads <= GROUPS * LEAST_ROWS
     )
+
+
+def picks(context: RowsContext) -> bool:
+    """Whether keys are tokens that a tile's rows picked, of any place."""
+    return any(phase.kind == "picked" for phase in context.phases)
 
 
 def _scores(context: RowsContext) -> bool:
@@ -396,8 +407,9 @@ def _scores(context: RowsContext) -> bool:
 def streamed(context: RowsContext) -> StreamsContext:
     """The same kernel with its keys and values in a stream."""
     params: list[Param] = []
+    plain = context.latent or picks(context)
     for param in context.params:
-        if param.name in ("K", "V") and not context.latent:
+        if param.name in ("K", "V") and not plain:
             chunks = context.qk_chunks if param.name == "K" else context.v_chunks
             of = "Dqk" if param.name == "K" else "Dv"
             params += (
@@ -410,7 +422,7 @@ def streamed(context: RowsContext) -> StreamsContext:
                 )
                 for chunk in chunks
             )
-        elif re.fullmatch(r"[kv]_[bth]", param.name) and not context.latent:
+        elif re.fullmatch(r"[kv]_[bth]", param.name) and not plain:
             continue  # the descriptor's
         elif param.kind == "constexpr":
             continue
@@ -428,7 +440,7 @@ def streamed(context: RowsContext) -> StreamsContext:
     )
     tunables = [p for p in context.params if p.kind == "constexpr"] if context.latent else BLOCKS
     deep = Param(name="STAGES", kind="constexpr", comment="steps that are in flight")
-    counts = counts[1:] if context.latent else counts
+    counts = counts[1:] if plain else counts
     return StreamsContext(
         rows=context, params=(*params[:at], *counts, *params[at:], *tunables, deep)
     )

@@ -108,3 +108,64 @@ def test_nothing_chosen(tmp_path, device):
     c = context()
     chosen = torch.full((2, 7, 2, 24), -1, dtype=torch.int32)
     assert all(check(tmp_path, device, c, DENSE, chosen, dear=2))
+
+
+# --- tokens, each for itself
+
+
+def check_picked(tmp_path, device, c, sequences, chosen, *, dear, block_t=4, turn=None, block_n=16):
+    """Every tile's tokens, count and rows, in turns of some tiles.  -> tiles whose union was dear"""
+    index = kernel("index", c, tmp_path)
+    tiles, capacity, cheap = sequences.tiles(block_t), max(sequences.k_lens), []
+    turn = turn or tiles
+    for first in range(0, tiles, turn):
+        shape = (min(turn, tiles - first), c.heads)
+        counts = torch.full(shape, -5, dtype=torch.int32, device=device)
+        entries, members = torch.full((2, *shape, capacity), -5, dtype=torch.int32, device=device)
+        index[shape](
+            chosen.to(device), counts, entries, members, capacity,
+            sequences.table.to(device), len(sequences), first,
+            BLOCK_T=block_t, BLOCK_K=16, BLOCK_N=block_n, DEAR=dear,
+        )  # fmt: skip
+        for tile in range(shape[0]):
+            if sequences.tile(first + tile, block_t) is None:
+                continue
+            for head in range(c.heads):
+                tokens, used = expected(c, sequences, chosen, first + tile, head, block_t)
+                union = sorted(set().union(*tokens))
+                cheap.append(len(union) * dear <= used)
+                assert counts[tile, head] == (len(union) if cheap[-1] else -1)
+                assert entries[tile, head, : len(union)].tolist() == union
+                words = members[tile, head, : len(union)].tolist()
+                for row in range(block_t):
+                    got = {n for n, word in zip(union, words, strict=True) if word >> row & 1}
+                    assert got == (tokens[row] if row < len(tokens) else set()), (tile, head, row)
+    return cheap
+
+
+@pytest.mark.parametrize("sequences", [DENSE, PACKED, AHEAD])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block_n", [4, 128])
+def test_picked_tokens_and_rows(tmp_path, device, sequences, causal, block_n):
+    """Where a tile's words are read in many steps, and in one."""
+    c = context(causal=causal, how="picked")
+    chosen = lists(c, sequences)
+    assert all(
+        check_picked(tmp_path, device, c, sequences, chosen, dear=0, turn=2, block_n=block_n)
+    )
+
+
+def test_picked_tokens_are_dear_where_rows_share_little(tmp_path, device):
+    c = context(heads=1, width=128, how="picked")
+    sequences = Sequences(q_lens=(16,), k_lens=(500,))
+    chosen = lists(c, sequences)
+    chosen[:, :8] = lists(c, sequences, most=128)[:, :8]
+    cheap = check_picked(tmp_path, device, c, sequences, chosen, dear=3)
+    assert cheap[:3] == [True, True, False]
+
+
+def test_the_last_of_as_many_rows_as_a_word_has_bits(tmp_path, device):
+    c = context(heads=1, width=2, causal=False, how="picked")
+    chosen = torch.tensor([63, 191], dtype=torch.int32).expand(1, 33, 1, 2).contiguous()
+    sequences = Sequences(q_lens=(33,), k_lens=(200,))
+    assert check_picked(tmp_path, device, c, sequences, chosen, dear=0, block_t=32, block_n=1)

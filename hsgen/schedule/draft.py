@@ -102,6 +102,12 @@ class Draft:
                 return config
         return self.row_tiles.attend(context, limit=limit, most=most, block=block)
 
+    def picks(self, context: rows.RowsContext) -> bool:
+        """Whether picked tokens can be gathered for tiles of no more rows than a word has bits."""
+        if self.cached is not None or not streams.possible(context, self.target, self.dtype):
+            return False
+        return streams.tiles(context, self.target, most=32, block=rows.MARKED) is not None
+
     def score_tiles(self, context: rows.RowsContext) -> Config:
         """Tiles of a score, whose keys come in a stream where they can."""
         if self.cached is None and streams.possible(context, self.target, self.dtype):

@@ -204,14 +204,21 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
         attend_gathered(draft, node, op, scale)
         return
     chosen = text.buffer(selection.name)
-    union = rows.attend_marked(shape, name=name, scale=scale, share=share)
+    union = rows.attend_picked(shape, name=name, scale=scale, share=share)
+    picked = draft.picks(as_branch(draft, union, node, op))
+    if not picked:
+        union = rows.attend_marked(shape, name=name, scale=scale, share=share)
     by_row = rows.attend_tokens(shape, name=gather, scale=scale, width=width, share=share)
     union, by_row = (as_branch(draft, each, node, op) for each in (union, by_row))
     union, by_row = (rows.with_pages(each, draft.page) for each in (union, by_row))
     config = draft.tiles(union, limit=64, block=rows.MARKED)
     gathering = draft.row_tiles.attend(by_row, tokens=1).without("BLOCK_T")
     marks = MarksContext(
-        name=f"index_{op.branch}", heads=heads, width=width, causal=draft.shape.causal
+        name=f"index_{op.branch}",
+        heads=heads,
+        width=width,
+        causal=draft.shape.causal,
+        how="picked" if picked else "marks",
     )
     step = max(16, 4096 // config["BLOCK_T"])
     marking = Config(
@@ -225,7 +232,16 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
     block_t = f'config["{name}"]["BLOCK_T"]'
     tiles, chunk = f"tiles_{op.branch}", f"chunk_{op.branch}"
     capacity = f"capacity_{op.branch}"
-    lists = (f"counts_{op.branch}", f"entries_{op.branch}", f"marks_{op.branch}")
+    lists = (f"counts_{op.branch}", f"entries_{op.branch}", f"{marks.words}_{op.branch}")
+    words = (f"{chunk} * {block_t}", str(heads), capacity)
+    keys = f"(batch.keys + {rows.MARKED} - 1) // {rows.MARKED}"
+    bytes_, most = f"{8 * heads} * {capacity} * {block_t}", "SCRATCH_BYTES"
+    fewest: tuple[tuple[str, str], ...] = ()
+    if picked:  # a tile's lists have room for all keys, and lists an eighth of what rows have
+        words = (chunk, str(heads), capacity)
+        share_of = shape.query_heads * (shape.qk + shape.v) * 2 // 8
+        keys, bytes_, most = "batch.keys", f"{8 * heads} * {capacity}", f"most_{op.branch}"
+        fewest = ((most, f"max(SCRATCH_BYTES, batch.rows * {share_of})"),)
     tensors = draft.tensors(node, op)
     draft.steps.append(
         Step(
@@ -233,10 +249,11 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
             needs=draft.needs(node, *node.inputs),
             makes=draft.makes(node),
             sizes=(
-                (capacity, f"max(1, (batch.keys + {rows.MARKED} - 1) // {rows.MARKED})"),
+                (capacity, f"max(1, {keys})"),
                 (tiles, f"batch.rows // {block_t} + batch.sequences"),
-                (f"bytes_{op.branch}", f"{8 * heads} * {capacity} * {block_t}"),
-                (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{op.branch}))"),
+                (f"bytes_{op.branch}", bytes_),
+                *fewest,
+                (chunk, f"min({tiles}, max(1, {most} // bytes_{op.branch}))"),
                 *text.parts(union, by_row),
             ),
             buffers=(
@@ -244,8 +261,8 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
                 Buffer(name=lists[1], dtype="i32", dims=(chunk, str(heads), capacity), role="list"),
                 Buffer(
                     name=lists[2],
-                    dtype="i64",
-                    dims=(f"{chunk} * {block_t}", str(heads), capacity),
+                    dtype="i32" if picked else "i64",
+                    dims=words,
                     role="list",
                 ),
                 *draft.output_buffers(node),

@@ -98,6 +98,12 @@ def dot_latents(q, tile, s, ADD: gl.constexpr):
 
 
 @gluon.jit
+def dot_gathered(p, tile, total):
+    """Begins total + p . values.  p: [M, N], tile: [N, D], total: [M, D]"""
+    return warpgroup_mma(p, tile, total, is_async=True)
+
+
+@gluon.jit
 def give(weights_to, weights, rescale_to, rescale, full, free, given):
     """Weights [M, N] of a step to the other group, and what its sums are to be rescaled by: [M]."""
     mbarrier.wait(free, (given & 1) ^ 1)
