@@ -314,15 +314,16 @@ def test_rows_that_begin_elsewhere_go_without(pair):
 
 
 @pytest.mark.gpu
-def test_exact_scores_choose_alike(pair):
+@pytest.mark.parametrize(("name", "tokens"), [("dsa_gqa", 900), ("hisa", 9000)])
+def test_exact_scores_choose_alike(pair, name, tokens):
     """Small whole numbers: every sum is exact, in whatever order."""
-    spec = systems.load("dsa_gqa")
-    x = inputs(spec, 900, 900)
+    spec = systems.load(name)
+    x = inputs(spec, tokens, tokens)
     for key in x:
         if key.startswith("index"):
             x[key] = torch.randint(-2, 3, x[key].shape, device="cuda").to(x[key].dtype)
     streams, plain = pair(spec)
     names = plain._choosing.names
-    (own,) = streams.select(**{name: x[name] for name in names}).values()
-    (other,) = plain.select(**{name: x[name] for name in names}).values()
-    assert torch.equal(own.indices, other.indices)
+    own = streams.select(**{name: x[name] for name in names})
+    for level, other in plain.select(**{name: x[name] for name in names}).items():
+        assert torch.equal(own[level].indices, other.indices)
