@@ -24,7 +24,7 @@ EXAMPLE = "examples/block_lists.yaml"
 STREAMED = {
     "nsa": {"attend_compressed", "score_block", "attend_selected", "attend_window"},
     "infllm_v2": {"score_block", "attend_selected"},
-    "dsa_gqa": {"score_token", "attend_selected"},  # tokens by marks
+    "dsa_gqa": {"score_token", "attend_selected"},  # tokens that rows picked
     "hisa": {"score_token", "attend_selected"},
     "moba": set(),  # rows come to blocks
     "sparse_mla": {"score_token", "attend_selected"},  # its latents are gathered
@@ -100,7 +100,7 @@ def test_no_group_is_without_a_token():
 # --- text
 
 
-@pytest.mark.parametrize("name", ["nsa", EXAMPLE, "sparse_mla"])
+@pytest.mark.parametrize("name", ["nsa", EXAMPLE, "sparse_mla", "hisa"])
 def test_sources_are_golden(name, golden):
     plan = plan_of(name)
     sources = emitted.sources(plan)
