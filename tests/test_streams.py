@@ -160,6 +160,17 @@ def test_scores_fill_rounds_of_processors_within_a_sixteenth(name):
     assert run.launch(scorer).arguments["items"] % dryrun.PROCESSORS == 0
 
 
+@pytest.mark.parametrize("tokens", [65536, 131072, 524288])
+def test_scores_of_long_rows_fill_a_round_of_processors(tokens):
+    """Four times their scratch, or a quarter of the bytes of queries and outputs, has room for it."""
+    plan = plan_of("dsa_gqa")
+    run = dryrun.run(plan, tokens=tokens)
+    assert run.launch("score_token").arguments["items"] == dryrun.PROCESSORS
+    held = tokens * plan.sizes["Hq"] * (plan.sizes["Dqk"] + plan.sizes["Dv"]) * 2
+    scratch = sum(array.bytes for buffer, array in run.buffers if buffer.role == "scratch")
+    assert scratch <= max(4 * schedule.SCRATCH_BYTES, held / 4)
+
+
 # --- binary
 
 

@@ -220,17 +220,19 @@ def _chunk(draft: Draft, level: str, heads: int) -> tuple[tuple[str, str], ...]:
 
     `heads`: of a kernel that runs one program a processor, tile after tile, and starts and ends slowly: it
     has a sixteenth of the bytes of queries and outputs, and tiles that leave no processor idle in the last
-    round, if they fill one.  0: of another.
+    round.  Where rows are so long that these do not fill one, it has a round if that is at most a quarter of
+    those bytes, or four scratches.  0: of another.
     """
     bytes_, chunk = f"bytes_{level}", f"chunk_{level}"
     if not heads:
         return ((chunk, f"min(tiles_{level}, max(1, SCRATCH_BYTES // {bytes_}))"),)
-    shape, most = draft.shape, f"most_{level}"
+    shape, most, scratch = draft.shape, f"most_{level}", f"scratch_{level}"
     share = shape.query_heads * (shape.qk + shape.v) * 2 // 16
     return (
-        (most, f"max(1, max(SCRATCH_BYTES, batch.rows * {share}) // {bytes_})"),
+        (scratch, f"max(SCRATCH_BYTES, batch.rows * {share})"),
+        (most, f"max(1, {scratch} // {bytes_})"),
         (f"rounds_{level}", f"{most} * {heads} // batch.processors"),
-        (f"least_{level}", f"min({most}, batch.processors // {heads})"),
+        (f"least_{level}", f"min(4 * {scratch} // {bytes_}, batch.processors // {heads})"),
         (f"whole_{level}", f"max(rounds_{level} * batch.processors // {heads}, least_{level})"),
         (chunk, f"min(tiles_{level}, max(1, whole_{level}))"),
     )
