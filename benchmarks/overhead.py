@@ -2,10 +2,12 @@
 
     python -m benchmarks.overhead [--systems moba,nsa] [--tokens 512] [-o FILE]
 
-Rounds are so short that the device's queue is never full.  `raw` is the driver of the kernels, called with
-everything that a call finds out; `call` a call without gradients; `recorded` one that autograd has to know
-of, and `operator` the same through PyTorch's operator, as compiled models call it.  `both` is such a call
-and its backward, `raw both` the two drivers.
+Rounds are so short that the device's queue is never full.  `driver` is the driver of the kernels, called
+with everything that a call finds out, where Triton is asked of every launch; `raw` are those launches as
+repeated calls make them (hsgen/replay.py), absent where a driver is not recorded and every call runs it;
+`call` a call without gradients; `recorded` one that autograd has to know of, whose launches are
+`raw recorded`, and `operator` the same through PyTorch's operator, as compiled models call it.  `both` is
+such a call and its backward, `driver both` the drivers of the two, `raw both` their launches.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,68 +23,123 @@ import torch
 
 from hsgen import execution, load_kernel, operators
 from hsgen.reference import tensor_shapes
+from hsgen.runtime import Kernel
 
 CALLS = 20
 ROUNDS = 100
 
 
-def host_time(f: Callable[[], Any]) -> float:
+def host_time(f: Callable[[], Any], rounds: int = ROUNDS) -> float:
     """The least mean of a round, in microseconds; the device is idle when a round begins."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     best = float("inf")
-    for _ in range(ROUNDS):
-        torch.cuda.synchronize()
+    for _ in range(rounds):
+        wait()
         start = time.perf_counter()
         for _ in range(CALLS):
             f()
         best = min(best, (time.perf_counter() - start) / CALLS)
-        torch.cuda.synchronize()
+        wait()
     return best * 1e6
 
 
-def measure(system: str, tokens: int) -> dict[str, float]:
-    """By what was called."""
-    kernel = load_kernel(system)
+def measure(
+    kernel: Kernel, tokens: int, device: str = "cuda", rounds: int = ROUNDS
+) -> dict[str, float]:
+    """By what was called; nothing is `raw` where a driver is not recorded."""
     shapes = tensor_shapes(kernel.spec, 1, tokens, tokens)
-    x = {n: torch.randn(s, device="cuda", dtype=torch.bfloat16) * 0.1 for n, s in shapes.items()}
+    x = {n: torch.randn(s, device=device, dtype=torch.bfloat16) * 0.1 for n, s in shapes.items()}
     leaves = {name: each.requires_grad_() for name, each in x.items()}
     with torch.no_grad():
         o, *_ = kernel(**x, return_lse=True)
     grad = torch.randn_like(o)
-    call = kernel._call(leaves, kernel._attending, "bthd", (None,) * 5, None)
     of_kernel = kernel._execution
-    known = of_kernel._look_up("forward", kernel._attending, call)
-    where = execution._batch(call, known.problem)
-    given = execution.uniform(known.expected, known.problem, call)
-
-    def raw() -> Any:
-        return known.choice.program.driver.forward(given, where, known.choice.config, None)
+    call = kernel._call(leaves, kernel._attending, "bthd", (None,) * 5, None)
 
     def both(attend: Callable[[], torch.Tensor]) -> None:
         torch.autograd.grad(attend(), list(leaves.values()), grad, allow_unused=True)
 
-    both(lambda: kernel(**leaves))
-    program, recorded = known.gradients, known.apart or known.choice  # as that call found them
+    for _ in range(3):  # the second time calls are recorded
+        both(lambda: kernel(**leaves))
+        with torch.no_grad():
+            kernel(**x)
+    known = of_kernel._look_up("forward", kernel._attending, call)
+    where = execution._batch(call, known.problem)
+    given = execution.uniform(known.expected, known.problem, call)
+    choice = known.choice
+    kept = known.apart or choice  # what a call with gradients runs
+    gradients = known.gradients
+    rows_apart = choice.program.rows_apart
+    find = of_kernel.replays.find
+    forward = find(("forward", known, False, where.keys, rows_apart, True))
+    whole = find(("forward", known, kept is known.apart, where.keys, False, True))
+    left_out = {"rows": False} if rows_apart else {}  # where nobody asks for gradients
+    with torch.no_grad():
+        outputs, apart, _ = of_kernel.record(call)
+    count = 1 + len(of_kernel.branches)
+    lse, chosen = outputs[1:count], outputs[count:]
+    zeros = [torch.zeros_like(lse[0]) for _ in lse]
+    of_backward = [*call.tensors, *outputs[:count], grad, *zeros, *chosen, *apart]
+    backward = find(of_kernel.key_of_backward(known, where, of_backward, apart))
+    saved = {"apart": dict(zip(kept.program.plan.apart, apart, strict=True))} if apart else {}
+
+    def driver(choice: execution.Choice = choice, **options: bool) -> Any:
+        return choice.program.driver.forward(given, where, choice.config, None, **options)
+
+    def driver_both() -> None:
+        driver(kept)
+        gradients.driver.backward(
+            given,
+            where,
+            gradients.config,
+            o=outputs[0],
+            lse=dict(zip(of_kernel.branches, lse, strict=True)),
+            selection=dict(zip(of_kernel.levels, chosen, strict=True)),
+            grad_o=grad,
+            grad_lse=dict(zip(of_kernel.branches, zeros, strict=True)),
+            **saved,
+        )
 
     def raw_both() -> None:
-        forward = recorded.program.driver.forward
-        o, lse, chosen, *apart = forward(given, where, recorded.config, None)
-        nothing = dict.fromkeys(lse, torch.zeros_like(next(iter(lse.values()))))
-        saved = {"o": o, "lse": lse, "selection": chosen, "grad_o": grad, "grad_lse": nothing}
-        saved |= {"apart": apart[0]} if apart else {}
-        program.driver.backward(given, where, program.config, **saved)
+        whole([*call.tensors, where.table])
+        backward([*of_backward, where.table])
 
-    found: dict[str, float] = {}
+    timed: dict[str, Callable[[], Any]] = {
+        "driver": lambda: driver(**left_out),
+        "raw": lambda: forward([*call.tensors, where.table]),
+        "call": lambda: kernel(**x),
+        "raw recorded": lambda: whole([*call.tensors, where.table]),
+        "driver recorded": lambda: driver(kept),
+        "driver both": driver_both,
+        "raw both": raw_both,
+    }
+    if forward is None:
+        del timed["raw"]
+    if whole is None:
+        del timed["raw recorded"]
+    if whole is None or backward is None:
+        del timed["raw both"]
     with torch.no_grad():
-        found["raw"] = host_time(raw)
-        found["call"] = host_time(lambda: kernel(**x))
-        found["raw both"] = host_time(raw_both)
-    found["recorded"] = host_time(lambda: kernel(**leaves))
-    found["operator"] = host_time(lambda: operators.forward(kernel._key, *call))
-    found["both"] = host_time(lambda: both(lambda: kernel(**leaves)))
-    found["both, operators"] = host_time(
-        lambda: both(lambda: operators.forward(kernel._key, *call)[0])
-    )
+        found = {name: host_time(f, rounds) for name, f in timed.items()}
+
+    def operator() -> Any:
+        return operators.forward(kernel._key, *call)
+
+    found["recorded"] = host_time(lambda: kernel(**leaves), rounds)
+    found["operator"] = host_time(operator, rounds)
+    found["both"] = host_time(lambda: both(lambda: kernel(**leaves)), rounds)
+    found["both, operators"] = host_time(lambda: both(lambda: operator()[0]), rounds)
     return found
+
+
+def above(times: Mapping[str, float]) -> str:
+    """What calls take above their launches, or where these are not recorded above the driver's."""
+    said: list[str] = []
+    for name, least in (("call", "raw"), ("recorded", "raw recorded"), ("both", "raw both")):
+        base = least if least in times else least.replace("raw", "driver")
+        words = f"{name} {times[name] - times[base]:.1f}"
+        said.append(words if base == least else f"{words} ({base}: not recorded)")
+    return "above  " + "  ".join(said)
 
 
 def main() -> None:
@@ -91,11 +148,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("-o", type=Path)
     options = parser.parse_args()
-    found = {system: measure(system, options.tokens) for system in options.systems.split(",")}
+    systems = options.systems.split(",")
+    found = {system: measure(load_kernel(system), options.tokens) for system in systems}
     for system, times in found.items():
         print(system, "  ".join(f"{name} {value:.1f}" for name, value in times.items()))
-        above = {"call": "raw", "recorded": "raw", "both": "raw both"}
-        print("  above", "  ".join(f"{a} {times[a] - times[b]:.1f}" for a, b in above.items()))
+        print(f"  {above(times)}")
     if options.o:
         card = torch.cuda.get_device_name()
         options.o.write_text(json.dumps({"card": card, "microseconds": found}, indent=1) + "\n")

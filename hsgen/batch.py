@@ -163,7 +163,8 @@ def _equal_sequences(
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return _new_batch(batch, tokens, offset, length, device)
-        stream = torch.cuda.current_stream(device).cuda_stream
+        # its number alone, of which torch.cuda.current_stream makes an object
+        stream = torch._C._cuda_getCurrentRawStream(device.index)  # pyright: ignore[reportPrivateUsage]
     key = (batch, tokens, offset, length, device, stream)
     found = _batches.get(key)
     if found is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import Protocol
 
 import torch
@@ -94,7 +95,8 @@ class Cache:
         self._writer = writer
         self._most = 0  # no sequence is longer, as far as the host knows
         few = torch.arange(FEW + 1, dtype=torch.int32, device=shape.device)
-        self._few = few[:, None].expand(-1, shape.batch).contiguous()
+        self._few = few[:, None].expand(-1, shape.batch).contiguous().unbind()
+        self._looked_at: tuple[list[Tensor], tuple[object, ...]] = ([], ())
 
     # --- what is in it
 
@@ -219,6 +221,21 @@ class Cache:
             page_rows=first.stride(0) // first.stride(1),
             pool=first.shape[0],
         )
+
+    @property
+    def addressed(self) -> tuple[Tensor, ...]:
+        """Tensors of such a batch."""
+        return (self._table,) if self.block_table is None else (self._table, self.block_table)
+
+    @property
+    def how_it_lies(self) -> tuple[object, ...]:
+        """Names, sizes and strides of all that it keeps; looked at once, and again for other tensors."""
+        there = [*self.tensors.values(), *self.addressed]
+        before, found = self._looked_at
+        if len(there) != len(before) or not all(map(is_, there, before)):
+            found = (self.shape, *self.tensors, *((x.shape, x.stride(), x.dtype) for x in there))
+            self._looked_at = there, found
+        return found
 
     def whole(self, name: str, sequences: slice = slice(None)) -> Tensor:
         """A stream as [B, capacity, ...], of some sequences: pages put together."""

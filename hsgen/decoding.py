@@ -7,7 +7,7 @@ Compiles a program on the first call of its kind; never waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import RLock
@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hsgen import arguments, configs, plan
+from hsgen import alike, arguments, configs, plan
 from hsgen.arguments import SHORT_NAMES, Problem
+from hsgen.batch import Batch
 from hsgen.cache import FEW, Cache, Pages, Shape
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
+    KNOWN_CALLS,
     Configs,
     Execution,
     Program,
@@ -29,6 +31,7 @@ from hsgen.execution import (
     uniform,
 )
 from hsgen.operators import Call
+from hsgen.replay import Outputs, Replays
 from hsgen.spec import Spec
 from hsgen.storage import Storage, storage_of
 from hsgen.target import Target
@@ -59,6 +62,16 @@ class Ready:
     config: Configs
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Known:
+    """A signature that was checked: what it says, and levels whose choice its driver gives."""
+
+    problem: Problem
+    said: tuple[object, ...]  # what is not said of tensors
+    like: alike.Likeness  # of tensors, which may lie otherwise to 16 bytes
+    levels: tuple[str, ...] = ()
+
+
 class Decoding:
     """Calls of one spec with caches."""
 
@@ -69,7 +82,9 @@ class Decoding:
         self._lock = RLock()
         self._programs: dict[tuple[torch.dtype, torch.device, int, str], Program] = {}
         self._ready: dict[tuple[object, ...], Ready] = {}
-        self._known: dict[tuple[object, ...], Problem] = {}
+        self._known: dict[tuple[object, ...], _Known] = {}
+        self._last: _Known | None = None
+        self.replays = Replays()
 
     @cached_property
     def storage(self) -> Storage:
@@ -96,6 +111,8 @@ class Decoding:
                 f"{what} behind a cache, {SHORT_NAMES[dtype]}, {device}{pages}",
                 str(program.plan),
             ]
+        if repeated := self.replays.explain():
+            found += ["repeated calls behind a cache", *repeated]
         return found
 
     def new_cache(self, shape: Shape, pages: Pages | None = None) -> Cache:
@@ -161,28 +178,67 @@ class Decoding:
             few: As a step of decoding, not as a chunk of prefill.
         """
         self._check_plain(call, cache)
-        key = (few, call.layout, call.levels, cache.shape, *_signature(call))
-        problem = self._known.get(key)
-        if problem is None:
-            problem = self._check(call, cache, few=few)
-            self._known[key] = problem
+        known = self._look_up(call, cache, few=few)
+        problem = known.problem
         cache.check_new_lens(new_lens)
         if problem.tokens == 0:
             return self._nothing(call)
-        given = uniform(self._execution.attending, problem, call)
         if not self._on_kernels(problem.device):
+            given = uniform(self._execution.attending, problem, call)
             return self._by_reference(given, call, problem, cache, new_lens)
-        ready = self._write(cache, given, problem.tokens, new_lens, few=few)
-        assert ready is not None, "kernels wrote"
-        brought = self._execution.padded_selection(call, problem) if call.selection else None
-        batch = cache.batch(problem.tokens)
+        self._reserve(cache, problem.tokens)
+        outputs = self._on_cache(known, call, cache, cache.new(problem.tokens, new_lens), few=few)
+        count = 1 + len(self._execution.branches)
+        found = dict(zip(known.levels, outputs[count:], strict=True))
+        return _finished(outputs[:count], found, problem, new_lens)
+
+    def _look_up(self, call: Call, cache: Cache, *, few: bool) -> _Known:
+        """What is known about a step like this one; a new one is checked."""
+        tensors = [*call.tensors, *call.selection]
+        said = (few, call.layout, call.levels, cache.shape, len(call.tensors))
+        last = self._last
+        if last is not None and last.said == said and last.like(tensors):
+            return last
+        key = (*said, *alike.parts(tensors))
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) >= KNOWN_CALLS:
+                self._known.clear()
+            problem = self._check(call, cache, few=few)
+            known = _Known(problem=problem, said=said, like=alike.Likeness(tensors))
+            self._known[key] = known
+        self._last = known
+        return known
+
+    def _on_cache(
+        self, known: _Known, call: Call, cache: Cache, new: Tensor, *, few: bool
+    ) -> Outputs:
+        """What kernels give of new tokens: o, each log-sum-exp, and what was chosen."""
+        problem = known.problem
+        brought = self._execution.padded_selection(call, problem) if call.selection else {}
+        where = cache.batch(problem.tokens)
+        others = [*brought.values(), *cache.tensors.values(), cache.lengths, new]
+        given = [*call.tensors, *others, *cache.addressed]
+        key = ("step", known, cache.how_it_lies, alike.even(given))
         with running(problem.device):
-            o, lse, chosen = ready.program.driver.forward(
-                {**given, **cache.tensors}, batch, ready.config, brought
-            )
-        outputs = [o, *(lse[branch] for branch in self._execution.branches)]
-        found = {level: each for level, each in chosen.items() if each is not None}
-        return _finished(outputs, problem, new_lens), found
+            again = self.replays.find(key)
+            if again is not None:
+                return again(given)
+            ready = self._prepared(cache.shape, "few" if few else "many", problem.tokens)
+
+            def arranged(driver: Any, tensors: Sequence[Tensor], where: Batch) -> Outputs:
+                left = iter(tensors)
+                tokens = dict(zip(self._execution.attending.names, left, strict=False))
+                selection = dict(zip(brought, left, strict=False)) or None
+                kept = dict(zip(cache.tensors, left, strict=False))
+                driver.append(tokens, kept, next(left), next(left), where, ready.config)
+                o, lse, chosen = driver.forward({**tokens, **kept}, where, ready.config, selection)
+                known.levels = tuple(name for name, x in chosen.items() if x is not None)
+                outputs = [o, *(lse[branch] for branch in self._execution.branches)]
+                return [*outputs, *(chosen[name] for name in known.levels)]
+
+            views = [*uniform(self._execution.attending, problem, call).values(), *others]
+            return self.replays.drive(key, ready.program.driver, arranged, views, where)
 
     def _nothing(self, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Of no new tokens."""
@@ -276,17 +332,15 @@ class Decoding:
         new_lens: Tensor | None,
         *,
         few: bool = False,
-    ) -> Ready | None:
+    ) -> None:
         """New tokens into the cache, by kernels or row by row."""
         cache.check_new_lens(new_lens)
         if not tokens:
-            return None
-        cache.reserve(tokens)
-        if self._execution.options.check:
-            cache.check_pages()
+            return
+        self._reserve(cache, tokens)
         if not self._on_kernels(cache.shape.device):
             _write_rows(cache, tensors, tokens, new_lens)
-            return None
+            return
         ready = self._prepared(cache.shape, "few" if few else "many", tokens)
         driver: Any = ready.program.driver
         with running(cache.shape.device):
@@ -298,7 +352,11 @@ class Decoding:
                 cache.batch(tokens),
                 ready.config,
             )
-        return ready
+
+    def _reserve(self, cache: Cache, tokens: int) -> None:
+        cache.reserve(tokens)
+        if self._execution.options.check:
+            cache.check_pages()
 
     def _prepared(self, shape: Shape, kind: str, tokens: int) -> Ready:
         rows = configs.next_power(tokens) if kind == "few" else 0
@@ -371,24 +429,25 @@ class Decoding:
         o = result.o.to(problem.dtype)
         lse = [result.lse[name].to(torch.float32) for name in self._execution.branches]
         chosen = {level: each.indices for level, each in result.selection.items()}
-        return _finished([o, *lse], problem, new_lens), chosen
+        return _finished([o, *lse], chosen, problem, new_lens)
 
 
-def _signature(call: Call) -> tuple[object, ...]:
-    """All that checking depends on; numbers of lengths left out."""
-    tensors = (*call.tensors, *call.selection)
-    return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
-
-
-def _finished(outputs: list[Tensor], problem: Problem, new_lens: Tensor | None) -> list[Tensor]:
-    """Outputs in the caller's layout; rows of tokens that are not there are empty ones."""
+def _finished(
+    outputs: list[Tensor], chosen: dict[str, Tensor], problem: Problem, new_lens: Tensor | None
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs in the caller's layout, and choices; rows of tokens that are not there, which no kernel
+    writes, are empty ones.
+    """
     o, *lse = outputs
     if new_lens is not None:
         row = torch.arange(problem.tokens, device=problem.device)
         absent = row[None, :] >= new_lens[:, None]
         o = o.masked_fill(absent[:, :, None, None], 0.0)
         lse = [each.masked_fill(absent[:, None, :], float("-inf")) for each in lse]
-    return [o.transpose(1, 2) if problem.layout == "bhtd" else o, *lse]
+        chosen = {
+            level: each.masked_fill(absent[:, :, None, None], -1) for level, each in chosen.items()
+        }
+    return [o.transpose(1, 2) if problem.layout == "bhtd" else o, *lse], chosen
 
 
 def _write_rows(

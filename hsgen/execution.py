@@ -19,7 +19,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from hsgen import arguments, backward, batch, flops, operators, passes, paths, planner, tuned
+from hsgen import (
+    alike,
+    arguments,
+    backward,
+    batch,
+    flops,
+    operators,
+    passes,
+    paths,
+    planner,
+    tuned,
+)
 from hsgen.arguments import Expected, Lengths, Problem
 from hsgen.batch import Batch
 from hsgen.configs import DType
@@ -30,6 +41,7 @@ from hsgen.graph import Graph, tensor_inputs
 from hsgen.operators import Call
 from hsgen.plan import STREAMED, Plan
 from hsgen.reference import Result, reference
+from hsgen.replay import Outputs, Replays
 from hsgen.schedule import Order, combining, part_of
 from hsgen.selection import BitmapSelection, to_list
 from hsgen.spec import Spec
@@ -57,7 +69,6 @@ PLANNED: Mapping[torch.dtype, DType] = {
     torch.float16: "fp16",
     torch.float32: "fp32",
 }
-ALIGNED = 16  # bytes
 KNOWN_CALLS = 4096  # signatures of calls that one Execution remembers
 INTERPRETED_TARGET = "h100"  # whose plan the interpreter runs, unless one is named
 
@@ -221,6 +232,28 @@ class Binding:
         return f"{heads}, head dim {self.qk}/{self.v}, {dtype}, {where}"
 
 
+class _Like:
+    """Whether calls are like one, but for numbers of lengths; may say no of some that are."""
+
+    def __init__(self, call: Call) -> None:
+        self._said = self._says(call)
+        self._tensors = alike.Likeness(_tensors_of(call))
+
+    def __call__(self, call: Call) -> bool:
+        return self._says(call) == self._said and self._tensors(_tensors_of(call))
+
+    @staticmethod
+    def _says(call: Call) -> tuple[object, ...]:
+        return (
+            call.layout,
+            call.levels,
+            call.cu_seqlens_q is None,
+            call.cu_seqlens_k is None,
+            call.q_offset is None,
+            call.kv_lens is None,
+        )
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Known:
     """A signature that was checked: what it says, and what runs it (None: the reference)."""
@@ -233,6 +266,8 @@ class _Known:
     bytes: int = 0  # of its outputs
     ran: bool = False  # so nothing is left to compile
     apart_ran: bool = False  # the same of `apart`
+    like: dict[str, _Like] = field(default_factory=dict[str, "_Like"])
+    grads_like: tuple[alike.Likeness, tuple[Any, ...]] | None = None  # the last, and their key
 
 
 class Execution:
@@ -252,6 +287,8 @@ class Execution:
         self._programs: dict[Binding, Program] = {}
         self._choices: dict[tuple[Binding, tuned.Bucket], Choice] = {}
         self._known: dict[tuple[object, ...], _Known] = {}
+        self._last: dict[str, _Known] = {}  # which come again in a loop
+        self.replays = Replays()
         self._gradients: dict[Binding, Program] = {}
         self._bound_graphs: dict[Binding, Graph] = {}
         self._calls = self._launches = self._bytes = 0
@@ -290,19 +327,25 @@ class Execution:
 
     def record(self, call: Call) -> tuple[list[Tensor], list[Tensor], object]:
         """The same, outputs of gated branches, and what `backward` need not look up again."""
-        known = self._look_up("forward", self.attending, call)
+        known = self._look_up("forward", self.attending, call, "record")
         choice = known.choice
         if choice is None or not self.gated or known.problem.empty:
             return *self._forward(known, choice, call, selections=True), known
-        known.apart = known.apart or self._apart(known.problem, call, choice)
+        apart = known.apart = known.apart or self._apart(known.problem, call, choice)
         if not known.apart_ran:
             self._refuse_capture(known.problem.device)
-        outputs, kept = self._forward(known, known.apart, call, selections=True)
+        outputs, kept = self._forward(known, apart, call, selections=True, apart=True)
         known.apart_ran = True
         return outputs, kept, known
 
     def _forward(
-        self, known: _Known, choice: Choice | None, call: Call, selections: bool
+        self,
+        known: _Known,
+        choice: Choice | None,
+        call: Call,
+        selections: bool,
+        *,
+        apart: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs, and those of branches that are kept apart."""
         problem = known.problem
@@ -314,18 +357,44 @@ class Execution:
         if choice is None:
             result = self.result(call, problem, exact_dtype(problem.dtype), self.attending)
             return self._from_result(call, problem, result), []
-        given = self.padded_selection(call, problem) if call.selection else None
-        tensors = uniform(known.expected, known.problem, call)
         without = choice.program.rows_apart and not selections
-        options = {"rows": False} if without else {}
+        brought = self.padded_selection(call, problem) if call.selection else {}
+        even = alike.even([*brought.values()]) if brought else True
+        key = ("forward", known, apart, where.keys, without, even)
         with running(problem.device):
-            o, lse, chosen, *apart = choice.program.driver.forward(
-                tensors, where, choice.config, given, **options
-            )
-        outputs = [o, *[lse[branch] for branch in self.branches]]
-        outputs += [] if without else [chosen[level] for level in self.chosen(call)]
-        kept = [x for by_branch in apart for x in by_branch.values()]
-        return self._done(known, choice.program, outputs), kept
+            again = self.replays.find(key)
+            if again is not None:
+                found = again([*call.tensors, *brought.values(), where.table])
+            else:
+                found = self._drive(key, choice, call, brought, where)
+        count = 1 + len(self.branches) + (0 if without else len(self.chosen(call)))
+        return self._done(known, choice.program, found[:count]), found[count:]
+
+    def _drive(
+        self,
+        key: tuple[Any, ...],
+        choice: Choice,
+        call: Call,
+        brought: Mapping[str, Tensor],
+        where: Batch,
+    ) -> Outputs:
+        """What the driver of a forward gives: outputs in the caller's layout, and those of branches apart."""
+        _, known, _, _, without, _ = key
+        options = {"rows": False} if without else {}
+        levels = () if without else self.chosen(call)
+
+        def arranged(driver: Driver, tensors: Sequence[Tensor], where: Batch) -> Outputs:
+            each = iter(tensors)
+            named = dict(zip(known.expected.names, each, strict=False))
+            given = dict(zip(brought, each, strict=True)) or None
+            o, lse, chosen, *apart = driver.forward(named, where, choice.config, given, **options)
+            outputs = [o, *[lse[branch] for branch in self.branches]]
+            outputs += [chosen[level] for level in levels]
+            kept = [x for by_branch in apart for x in by_branch.values()]
+            return [*_as_asked(outputs, known.problem), *kept]
+
+        views = [*uniform(known.expected, known.problem, call).values(), *brought.values()]
+        return self.replays.drive(key, choice.program.driver, arranged, views, where)
 
     def forward_fake(self, call: Call) -> list[Tensor]:
         """Outputs of `forward`, nothing in them; shapes and strides are exact."""
@@ -351,10 +420,22 @@ class Execution:
         if choice is None:
             result = self.result(call, problem, exact_dtype(problem.dtype), self.choosing)
             return self._lists(call, problem, result, self.levels)
-        tensors = uniform(known.expected, known.problem, call)
+        key = ("select", known, where.keys)
+
+        def arranged(driver: Driver, tensors: Sequence[Tensor], where: Batch) -> Outputs:
+            named = dict(zip(known.expected.names, tensors, strict=True))
+            chosen = driver.select(named, where, choice.config)
+            return _as_asked([chosen[level] for level in self.levels], problem)
+
         with running(problem.device):
-            chosen = choice.program.driver.select(tensors, where, choice.config)
-        return self._done(known, choice.program, [chosen[level] for level in self.levels])
+            again = self.replays.find(key)
+            if again is not None:
+                found = again([*call.tensors, where.table])
+            else:
+                views = [*uniform(known.expected, problem, call).values()]
+                driver = choice.program.driver
+                found = self.replays.drive(key, driver, arranged, views, where)
+        return self._done(known, choice.program, found)
 
     def select_fake(self, call: Call) -> list[Tensor]:
         """Outputs of `select`, nothing in them."""
@@ -484,49 +565,76 @@ class Execution:
             return [
                 _zeros(x) if want else None for x, want in zip(call.tensors, wanted, strict=True)
             ]
-        tensors = _views(self.attending, problem, call.tensors)
         packed = problem.packed
-        lse, grad_lse = (
-            {
-                branch: (x.unsqueeze(0) if packed else x).contiguous()
-                for branch, x in zip(self.branches, each[1:], strict=True)
-            }
-            for each in (outputs, grads)
-        )
-        o, grad_o = (_rows_of(each[0], problem) for each in (outputs, grads))
+        where = _batch(call, problem)
+        grad_o = grads[0]
         if grad_o.stride(-1) != 1:  # of a sum, say: one number everywhere
             grad_o = grad_o.contiguous()
-        if program.streams and not _aligned(grad_o):
+        if program.streams and not _aligned(_rows_of(grad_o, problem)):
             grad_o = grad_o.clone(memory_format=torch.contiguous_format)
-        options: dict[str, Mapping[str, Tensor]] = {}
+        lse, grad_lse = ([x.contiguous() for x in each[1:]] for each in (outputs, grads))
+        brought = self.padded_selection(call, problem)
+        kept: Sequence[str] = ()
         if apart:
             assert known.apart is not None
-            branches = known.apart.program.plan.apart
-            options["apart"] = dict(zip(branches, apart, strict=True))
-        with running(problem.device):
-            found = program.driver.backward(
-                tensors,
-                _batch(call, problem),
+            kept = tuple(known.apart.program.plan.apart)
+        others = [outputs[0], *lse, grad_o, *grad_lse, *brought.values(), *apart]
+        given = [*call.tensors, *others]
+        key = self.key_of_backward(known, where, given, apart)
+
+        def arranged(driver: Driver, tensors: Sequence[Tensor], where: Batch) -> Outputs:
+            left = iter(tensors)
+            found = driver.backward(
+                dict(zip(self.attending.names, left, strict=False)),
+                where,
                 program.config,
-                o=o,
-                lse=lse,
-                selection=self.padded_selection(call, problem),
-                grad_o=grad_o,
-                grad_lse=grad_lse,
-                **options,
+                o=next(left),
+                lse=dict(zip(self.branches, left, strict=False)),
+                grad_o=next(left),
+                grad_lse=dict(zip(self.branches, left, strict=False)),
+                selection=dict(zip(brought, left, strict=False)),
+                **({"apart": dict(zip(kept, left, strict=True))} if kept else {}),
             )
+            return [found.get(name) for name in self.attending.names]
+
+        with running(problem.device):
+            again = self.replays.find(key)
+            if again is not None:
+                found = again([*given, where.table])
+            else:
+                views = [*_views(self.attending, problem, call.tensors).values()]
+                for o, each in ((outputs[0], lse), (grad_o, grad_lse)):
+                    views.append(_rows_of(o, problem))
+                    views += [x.unsqueeze(0) if packed else x for x in each]
+                views += [*brought.values(), *apart]
+                found = self.replays.drive(key, program.driver, arranged, views, where)
         self._launches += program.launches
         made: list[Tensor | None] = []
-        for each, x, want in zip(self.attending.inputs, call.tensors, wanted, strict=True):
-            grad = found.get(each.name) if want else None
-            if grad is None:
-                grad = _zeros(x) if want else None
+        for each, x, grad, want in zip(
+            self.attending.inputs, call.tensors, found, wanted, strict=True
+        ):
+            if not want:
+                made.append(None)
+            elif grad is None:
+                made.append(_zeros(x))
             elif packed and each.type.dims[0] == "B":
-                grad = grad[0]
+                made.append(grad[0])
             else:
-                grad = _swapped(grad, each.type.dims, problem).contiguous()
-            made.append(grad)
+                made.append(_swapped(grad, each.type.dims, problem).contiguous())
         return made
+
+    def key_of_backward(
+        self, known: _Known, where: Batch, given: Sequence[Tensor], apart: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
+        """All tensors are in it, as hooks on what autograd saves may give some that lie in another way."""
+        if (last := known.grads_like) is not None:
+            like, key = last
+            if key[2:4] == (len(apart), where.keys) and like(given):
+                return key
+        parts = alike.parts(given)
+        key = ("backward", known, len(apart), where.keys, *parts, alike.even(given))
+        known.grads_like = alike.Likeness(given), key
+        return key
 
     def _look_up_gradients(self, call: Call) -> _Known:
         """What is known about gradients of calls like this one; a new one is checked, and compiled for."""
@@ -592,9 +700,27 @@ class Execution:
         arguments.check_selections(expected, problem, brought(call))
         return problem
 
-    def _look_up(self, what: str, expected: Expected, call: Call) -> _Known:
-        """What is known about a call like this one; a new one is checked, and compiled for."""
+    def _look_up(self, what: str, expected: Expected, call: Call, slot: str = "") -> _Known:
+        """What is known about a call like this one; a new one is checked, and compiled for.
+
+        slot: Where calls of a loop that are alike find each other, if not by what is called.
+        """
         self._calls += 1
+        slot = slot or what
+        known = self._last.get(slot)
+        if known is None or not known.like[slot](call):
+            known = self._look_up_signature(what, expected, call)
+            if slot not in known.like:
+                known.like[slot] = _Like(call)
+            self._last[slot] = known
+        elif (call.first, call.length, call.max_seqlen_k) != (None, None, None):
+            arguments.check_lengths(_lengths(call), known.problem)
+        if not known.ran:
+            self._refuse_capture(known.problem.device)
+        return known
+
+    def _look_up_signature(self, what: str, expected: Expected, call: Call) -> _Known:
+        """The same by all that the call is."""
         signature = _signature(what, call)
         known = self._known.get(signature)
         if known is None:
@@ -605,8 +731,6 @@ class Execution:
             known = self._remember(signature, new)
         elif (call.first, call.length, call.max_seqlen_k) != (None, None, None):
             arguments.check_lengths(_lengths(call), known.problem)
-        if not known.ran:
-            self._refuse_capture(known.problem.device)
         return known
 
     def accept(self, call: Call) -> None:
@@ -766,18 +890,12 @@ class Execution:
         return spec, target, interpret
 
     def _done(self, known: _Known, program: Program, outputs: list[Tensor]) -> list[Tensor]:
-        """Remember that kernels ran; outputs in the caller's layout."""
-        problem = known.problem
+        """Remember that kernels ran."""
         if not known.ran:
             known.bytes = sum(each.nbytes for each in outputs)
             known.ran = True
         self._launches += program.launches
         self._bytes += known.bytes
-        # `.data`: an output is nobody's view, or writing to it in place would be refused
-        if problem.packed:
-            return [each[0].data for each in outputs]
-        if problem.layout == "bhtd" and outputs[0].is_floating_point():
-            outputs[0] = outputs[0].transpose(1, 2).data
         return outputs
 
     # --- the reference
@@ -946,24 +1064,22 @@ def _where(spec: Spec, dimension: str) -> str:
 # --- one call
 
 
+def _tensors_of(call: Call) -> list[Tensor]:
+    """All of them."""
+    lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens)
+    return [*call.tensors, *call.selection, *(x for x in lengths if x is not None)]
+
+
 def _signature(what: str, call: Call) -> tuple[object, ...]:
     """All that checking a call depends on, and compiling for it; numbers of lengths left out."""
-    parts: list[object] = [what, call.layout, call.levels]
-    for each in call.tensors:
-        parts += (each.shape, each.stride(), each.dtype, each.device, _lies_even(each))
-    for each in call.selection:
-        parts += (each.shape, each.stride(), each.dtype, each.device)
+    parts = alike.parts([*call.tensors, *call.selection])
     for optional in (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens):
         if optional is None:
             parts.append(None)
         else:
             parts += (optional.shape, optional.dtype, optional.device)
-    return tuple(parts)
-
-
-def _lies_even(x: Tensor) -> bool:
-    """Whether a tensor begins where the tensor memory accelerator can begin."""
-    return not x.is_cuda or x.data_ptr() % ALIGNED == 0
+    count = len(call.tensors)
+    return (what, call.layout, call.levels, count, alike.even(call.tensors), *parts)
 
 
 def aligned(graph: Graph, tensors: Mapping[str, Tensor]) -> bool:
@@ -976,8 +1092,10 @@ def aligned(graph: Graph, tensors: Mapping[str, Tensor]) -> bool:
 def _aligned(x: Tensor) -> bool:
     """Whether its rows begin there too."""
     strides = [s for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
-    even = all(s and s * x.element_size() % ALIGNED == 0 for s in strides)  # 0: it is broadcast
-    return _lies_even(x) and even
+    even = all(
+        s and s * x.element_size() % alike.ALIGNED == 0 for s in strides
+    )  # 0: it is broadcast
+    return alike.lies_even(x) and even
 
 
 def _lengths(call: Call) -> Lengths:
@@ -1070,6 +1188,16 @@ def _binding(problem: Problem) -> Binding:
         dtype=problem.dtype,
         device=problem.device,
     )
+
+
+def _as_asked(outputs: list[Tensor], problem: Problem) -> list[Tensor]:
+    """Outputs of a driver in the caller's layout."""
+    # `.data`: an output is nobody's view, or writing to it in place would be refused
+    if problem.packed:
+        return [each[0].data for each in outputs]
+    if problem.layout == "bhtd" and outputs[0].is_floating_point():
+        outputs[0] = outputs[0].transpose(1, 2).data
+    return outputs
 
 
 def _swapped(tensor: Tensor, dims: tuple[str, ...], problem: Problem) -> Tensor:

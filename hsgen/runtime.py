@@ -644,6 +644,8 @@ class Kernel:
                         f"  {name}: {_config_text(values)}  ({choice.origin[name]})"
                         for name, values in choice.config.items()
                     ]
+        if repeated := self._execution.replays.explain():
+            parts += ["repeated calls", *repeated]
         behind = self._decoding.explain()
         if not programs and not behind:
             parts.append("nothing is compiled yet: CPU tensors run the reference")

@@ -125,13 +125,16 @@ def test_lengths_differ_and_tokens_are_taken_back(interpret, shares):
     late = {n: torch.stack([y[0, 5:7], y[1, 4:6]]) for n, y in x.items()}
     (q, k, v), _ = cut(late, rows, 0, 2)
     new_lens = torch.tensor([2, 1], dtype=torch.int32)
-    o, lse = attn.decode(q, k, v, cache, new_lens=new_lens, return_lse=True)
+    how = {"return_lse": True, "return_selection": True}
+    o, lse, chosen = attn.decode(q, k, v, cache, new_lens=new_lens, **how)
     assert cache.lengths.tolist() == [7, 5]
     expected = whole(spec, x, 7)
     torch.testing.assert_close(o[0].double(), expected[0, 5:7], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(o[1, :1].double(), expected[1, 4:5], rtol=1e-4, atol=1e-5)
     assert (o[1, 1] == 0).all()
     assert (lse[1, :, 1] == float("-inf")).all()
+    assert (chosen["block"].indices[1, 1] == -1).all()  # no kernel writes it
+    assert (chosen["block"].indices[1, 0] >= 0).any()
     forked = cache.fork(torch.tensor([1, 1, 0]))
     assert forked.lengths.tolist() == [5, 5, 7]
     again = {n: y[[[1], [1], [0]], [[5], [5], [7]]] for n, y in x.items()}

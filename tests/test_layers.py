@@ -44,9 +44,11 @@ crosscompile  resources                 registers, occupancy and limits of modul
 pipeline                                the stages in order
 tuned                                   configurations that were measured, and which one a call gets
 catalogue                               what `specs` says
+alike                                   how tensors lie
 batch  operators  dense                 where sequences lie · torch's view of calls · PyTorch's attention
 arguments
 cache                                   keys, values and entries of sequences that grow
+replay                                  what a driver did, done again with other tensors
 execution
 gating  decoding  sharding              which form a call takes · behind a cache · split over ranks
 runtime                                 load_kernel

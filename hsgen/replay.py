@@ -1,0 +1,492 @@
+"""What a driver did, done again with other tensors: of a repeated call only addresses change.
+
+An emitted driver allocates buffers and launches kernels, and decides both by shapes, strides and numbers
+alone.  So calls that are alike in these launch the same kernels with the same numbers, and what Triton finds
+out of every launch, which takes longer than the launch, is found out once.  A driver that does anything else
+with tensors is not recorded, nor are kernels that are interpreted; then every call runs the driver, and
+`Replays.explain` says why.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from types import FunctionType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hsgen.batch import Batch
+from hsgen.tiling import TensorDescriptor
+
+JITFunction: Any = None
+drivers: Any = None
+knobs: Any = None
+try:
+    from triton import knobs
+    from triton.runtime.driver import driver as drivers
+    from triton.runtime.jit import JITFunction
+except ImportError:  # the reference runs without
+    pass
+
+KEPT = 512  # calls of one kernel, each with some 2 KB a launch; the least recently made goes first
+MOST_LAUNCHES = 64  # of a call; a longer one hides what its launches cost
+BETWEEN = 256  # bytes; where buffers begin in what is allocated for several
+ALONE = (
+    2**24
+)  # bytes of a buffer that is allocated by itself: one piece for all would be hard to find
+
+Outputs = list[Any]  # tensors; of a driver of gradients some may be None
+Arranged = Callable[[Any, Sequence[Tensor], Batch], Outputs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Launch:
+    """One launch.
+
+    Attributes:
+        run: of the compiled kernel.
+        grid: its first arguments.
+        function: on the device.
+        metadata: what Triton packed of it.
+        values: arguments, None where a tensor goes.
+        pointers: places of addresses among them, and which one.
+        tiles: places of tiles, of what is at which address, and what describes them.
+    """
+
+    run: Callable[..., None]
+    grid: tuple[int, ...]
+    function: object
+    metadata: object
+    values: tuple[object, ...]
+    pointers: tuple[tuple[int, int], ...]
+    tiles: tuple[tuple[int, int, Mapping[str, object]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Made:
+    """A tensor that is allocated by itself, because a caller gets it or it is large."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    zeros: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Replay:
+    """A call of a driver.  Keeps no tensor.
+
+    Attributes:
+        launches: in order.
+        inputs: numbers of the tensors that they read.
+        made: what is allocated by itself.
+        outputs: numbers of these that a caller gets, None where the driver gives none.
+        places: where other buffers begin in one allocation.
+        zeros: bytes of it, at its beginning, that have to be 0.
+        bytes: all of it.
+        device: where.
+        ordinal: of the device, as Triton counts.
+    """
+
+    launches: tuple[Launch, ...]
+    inputs: tuple[int, ...]
+    made: tuple[Made, ...]
+    outputs: tuple[int | None, ...]
+    places: tuple[int, ...]
+    zeros: int
+    bytes: int
+    device: torch.device
+    ordinal: int
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Outputs:
+        """Launch on the current stream.
+
+        Args:
+            tensors: All that the driver was given and its batch's, like those that were recorded, but for
+                their values; of views what they are views of will do.
+        """
+        device = self.device
+        made = [
+            torch.empty_strided(x.size, x.stride, dtype=x.dtype, device=device) for x in self.made
+        ]
+        zeros = [x for x, each in zip(made, self.made, strict=True) if each.zeros]
+        at = [tensors[i].data_ptr() for i in self.inputs]
+        at += [x.data_ptr() for x in made]
+        if self.bytes:
+            room = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+            first = room.data_ptr()
+            at += [first + place for place in self.places]
+            if self.zeros:
+                zeros.append(room[: self.zeros])
+        if zeros:
+            torch._foreach_zero_(zeros)  # pyright: ignore[reportPrivateImportUsage]
+        stream = drivers.active.get_current_stream(self.ordinal)
+        for each in self.launches:
+            values = list(each.values)
+            for place, which in each.pointers:
+                values[place] = at[which]
+            for place, which, described in each.tiles:
+                values[place] = _tiles(at[which], described)
+            each.run(*each.grid, stream, each.function, each.metadata, None, None, None, *values)
+        return [None if i is None else made[i] for i in self.outputs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Calls that run their driver each time, and why."""
+
+    why: str
+
+
+ONCE: Final = Refusal(why="they came once")
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """What is known of calls with one key, and when one was last made."""
+
+    what: Replay | Refusal
+    used: int
+
+
+class Replays:
+    """Calls of one kernel that were recorded, by keys that begin with a word for what was called.
+
+    Calls with one key are alike in all that a driver decides by: shapes, strides, dtypes, device, whether
+    addresses are multiples of 16, numbers, configuration.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], _Kept] = {}
+        self._clock = itertools.count()
+        self._lock = Lock()
+
+    def find(self, key: tuple[Any, ...]) -> Replay | None:
+        """What stands for the driver in calls with a key."""
+        kept = self._kept.get(key)
+        if kept is None or not isinstance(kept.what, Replay) or watched():
+            return None
+        kept.used = next(self._clock)
+        return kept.what
+
+    def drive(
+        self,
+        key: tuple[Any, ...],
+        driver: Any,
+        arranged: Arranged,
+        tensors: Sequence[Tensor],
+        where: Batch,
+    ) -> Outputs:
+        """What the driver gives; the second time a key comes, how it does is recorded.
+
+        Many calls come once: lengths of prompts, say, and recording takes longer than it spares then.
+
+        Args:
+            key: See `find`.
+            driver: Module.
+            arranged: Calls functions of the driver, or of what stands for it, with such tensors and such
+                a batch; puts outputs in order.
+            tensors: All that they are given; the batch's come behind them in a replay.
+            where: The batch.
+        """
+        kept = self._kept.get(key)
+        if watched() or not (kept is None or kept.what is ONCE):
+            return arranged(driver, tensors, where)
+        if kept is None:
+            self._keep(key, ONCE)
+            return arranged(driver, tensors, where)
+        outputs, what = record(driver, arranged, tensors, where)
+        self._keep(key, what)
+        return outputs
+
+    def _keep(self, key: tuple[Any, ...], what: Replay | Refusal) -> None:
+        with self._lock:
+            if key not in self._kept and len(self._kept) >= KEPT:
+                del self._kept[min(self._kept, key=lambda each: self._kept[each].used)]
+            self._kept[key] = _Kept(what, next(self._clock))
+
+    def __len__(self) -> int:
+        """Keys that something is known of."""
+        return len(self._kept)
+
+    def told(self) -> Counter[tuple[str, str]]:
+        """How many kinds of calls there are by what was called and what became of it."""
+        with self._lock:
+            kept = [(str(key[0]), each.what) for key, each in self._kept.items()]
+        found: Counter[tuple[str, str]] = Counter()
+        for word, what in kept:
+            if isinstance(what, Replay):
+                found[word, f"{len(what.launches)} launches, recorded"] += 1
+            else:
+                found[word, f"not recorded: {what.why}"] += 1
+        return found
+
+    def explain(self) -> list[str]:
+        """The same as lines."""
+        return [f"  {word}: {said}  ({count})" for (word, said), count in self.told().items()]
+
+
+def watched() -> bool:
+    """Whether Triton itself has to make launches: somebody wants to be told of them, or to have kernels
+    compiled in another way.
+    """
+    if knobs is None:
+        return False
+    of = knobs.runtime
+    return bool(
+        of.debug
+        or knobs.compilation.instrumentation_mode
+        or _calls(of.launch_enter_hook)
+        or _calls(of.launch_exit_hook)
+    )
+
+
+def _calls(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def record(
+    driver: Any, arranged: Arranged, tensors: Sequence[Tensor], where: Batch
+) -> tuple[Outputs, Replay | Refusal]:
+    """Call a driver, and what it did, or why that cannot be done again; arguments as of `Replays.drive`."""
+    if JITFunction is None or torch.version.hip:
+        why = "ROCm compiles kernels for how much lies behind a pointer, too"
+        return arranged(driver, tensors, where), Refusal(why=why)
+    notes = _Notes()
+    aliases = [x.detach() for x in tensors]  # one tensor may come under several names
+    of_batch = {name: x.detach() for name, x in _tensors_of(where).items()}
+    outputs = arranged(_Driver(driver, notes), aliases, _Where(where, of_batch, notes))  # type: ignore[arg-type]
+    return outputs, notes.replay([*aliases, *of_batch.values()], where.table.device, outputs)
+
+
+def _tensors_of(where: Batch) -> dict[str, Tensor]:
+    """Those of a batch, in the order in which a replay takes them."""
+    found = {name: getattr(where, name, None) for name in ("table", "pages")}
+    return {name: x for name, x in found.items() if x is not None}
+
+
+@dataclass(slots=True, eq=False)
+class _Notes:
+    """What a driver does, and the first thing that cannot be done again."""
+
+    launches: list[tuple[Any, tuple[int, ...], list[object]]] = field(default_factory=list)
+    buffers: list[tuple[Tensor, bool]] = field(default_factory=list)
+    tiles: list[tuple[object, Tensor]] = field(default_factory=list)
+    why: str = ""
+
+    def refuse(self, why: str) -> None:
+        self.why = self.why or why
+
+    def replay(
+        self, tensors: Sequence[Tensor], device: torch.device, outputs: Outputs
+    ) -> Replay | Refusal:
+        """All of it."""
+        if not self.launches:
+            self.refuse("it launches no compiled kernel")
+        if len(self.launches) > MOST_LAUNCHES:
+            self.refuse(f"of {len(self.launches)} launches, more than {MOST_LAUNCHES}")
+        numbers, made = self._given(outputs)
+        for i, (x, zeros) in enumerate(self.buffers):
+            if i not in made and x.nbytes >= ALONE:
+                made[i] = Made(size=x.shape, stride=x.stride(), dtype=x.dtype, zeros=zeros)
+        scratch = [i for i in range(len(self.buffers)) if i not in made]
+        scratch.sort(key=lambda i: not self.buffers[i][1])  # zeros first
+        places, zeros, end = list[int](), 0, 0
+        for i in scratch:
+            x, zero = self.buffers[i]
+            places.append(end)
+            end += -(-x.nbytes // BETWEEN) * BETWEEN
+            zeros = end if zero else zeros
+        sources = {id(x): i for i, x in enumerate(tensors)}
+        read = [x for *_, values in self.launches for x in values] + [x for _, x in self.tiles]
+        inputs = sorted({sources[id(x)] for x in read if id(x) in sources})
+        order = [tensors[i] for i in inputs]
+        order += [self.buffers[i][0] for i in (*made, *scratch)]
+        addresses = {id(x): i for i, x in enumerate(order)}
+        launches = [self._launch(*each, addresses) for each in self.launches]
+        if self.why:
+            return Refusal(why=self.why)
+        return Replay(
+            launches=tuple(launches),
+            inputs=tuple(inputs),
+            made=tuple(made.values()),
+            outputs=tuple(numbers),
+            places=tuple(places),
+            zeros=zeros,
+            bytes=end,
+            device=device,
+            ordinal=drivers.active.get_current_device(),
+        )
+
+    def _launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        given: Sequence[object],
+        addresses: Mapping[int, int],
+    ) -> Launch:
+        values = list(given)
+        tiled = {id(tile): addresses.get(id(x)) for tile, x in self.tiles}
+        pointers, tiles = list[tuple[int, int]](), list[tuple[int, int, Any]]()
+        for place, value in enumerate(given):
+            if (address := addresses.get(id(value))) is not None:
+                pointers.append((place, address))
+            elif (address := tiled.get(id(value))) is not None:
+                tiles.append((place, address, {**vars(value), "base": None}))
+            elif isinstance(value, (Tensor, TensorDescriptor or ())):
+                self.refuse(f"{kernel.name} reads a tensor that is neither an input nor a buffer")
+        for place, *_ in (*pointers, *tiles):
+            values[place] = None
+        return Launch(
+            run=kernel.run,
+            grid=(*grid, 1, 1)[:3],
+            function=kernel.function,
+            metadata=kernel.packed_metadata,
+            values=tuple(values),
+            pointers=tuple(pointers),
+            tiles=tuple(tiles),
+        )
+
+    def _given(self, outputs: Outputs) -> tuple[list[int | None], dict[int, Made]]:
+        """Which buffers a caller gets, each whole and in one way; branches may share one."""
+        owners = {x.untyped_storage().data_ptr(): i for i, (x, _) in enumerate(self.buffers)}
+        numbers = list[int | None]()
+        made = dict[int, Made]()
+        for x in outputs:
+            if x is None:
+                numbers.append(None)
+                continue
+            owner = owners.get(x.untyped_storage().data_ptr()) if x.numel() else None
+            if owner is None or x.nbytes != self.buffers[owner][0].nbytes:
+                self.refuse("it gives a tensor that is no buffer of its own")
+                continue
+            how = (x.shape, x.stride(), x.dtype)
+            one = made.get(owner)
+            if one is None:
+                zeros = self.buffers[owner][1]
+                made[owner] = Made(size=x.shape, stride=x.stride(), dtype=x.dtype, zeros=zeros)
+            elif (one.size, one.stride, one.dtype) != how:
+                self.refuse("it gives one buffer in two ways")
+            numbers.append([*made].index(owner))
+        return numbers, made
+
+
+class _Driver:
+    """A driver whose functions work with stand-ins, which note what they do."""
+
+    def __init__(self, driver: Any, notes: _Notes) -> None:
+        self._driver = driver
+        self._notes = notes
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._driver, name)
+        if not isinstance(function, FunctionType):
+            return function  # so that no launch of it is noted
+        used = {x: function.__globals__.get(x) for x in function.__code__.co_names}
+        kernels = {
+            x: _Kernel(kernel, self._notes)
+            for x, kernel in used.items()
+            if isinstance(kernel, JITFunction)
+        }
+        if not kernels:
+            return function
+        again = FunctionType(
+            function.__code__,
+            {**function.__globals__, **kernels, "torch": _Torch(self._notes)},
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        again.__kwdefaults__ = function.__kwdefaults__
+        return again
+
+
+class _Kernel:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, kernel: Any, notes: _Notes) -> None:
+        self._kernel = kernel
+        self._notes = notes
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: object, **keywords: object) -> None:
+        kernel = self._kernel
+        made = kernel.run(*arguments, grid=grid, warmup=False, **keywords)
+        made = made.result() if hasattr(made, "result") else made
+        if made is None or kernel.pre_run_hooks:
+            self._notes.refuse(f"hooks of Triton take part in launches of {kernel.__name__}")
+            return
+        signature = kernel.signature
+        named = {name: x for name, x in keywords.items() if name in signature.parameters}
+        bound = signature.bind(*arguments, **named)
+        bound.apply_defaults()
+        self._notes.launches.append((made, grid, [*bound.arguments.values()]))
+
+
+class _Torch:
+    """What drivers use of torch."""
+
+    def __init__(self, notes: _Notes) -> None:
+        self._notes = notes
+
+    def empty(self, size: Sequence[int], **options: Any) -> Tensor:
+        return self._noted(torch.empty(size, **options), zeros=False)
+
+    def zeros(self, size: Sequence[int], **options: Any) -> Tensor:
+        return self._noted(torch.zeros(size, **options), zeros=True)
+
+    def _noted(self, x: Tensor, *, zeros: bool) -> Tensor:
+        self._notes.buffers.append((x, zeros))
+        return x
+
+    def __getattr__(self, name: str) -> object:
+        found = getattr(torch, name)
+        if not isinstance(found, torch.dtype):
+            self._notes.refuse(f"its driver uses torch.{name}")
+        return found
+
+
+class _Where:
+    """A Batch that notes which tensors it describes tiles of."""
+
+    def __init__(self, where: Batch, tensors: Mapping[str, Tensor], notes: _Notes) -> None:
+        self._where = where
+        self._tensors = tensors
+        self._notes = notes
+
+    def tile_of(self, x: Tensor, rows: int, columns: int, heads: int = 1) -> object:
+        made: Any = self._where.tile_of(x, rows, columns, heads)
+        if not x.numel():  # of a tensor that nothing reads, but of which tiles can be described
+            x = made.base
+            self._notes.buffers.append((x, False))
+        self._notes.tiles.append((made, x))
+        return made
+
+    def __getattr__(self, name: str) -> object:
+        return self._tensors[name] if name in self._tensors else getattr(self._where, name)
+
+
+@dataclass(slots=True, eq=False)
+class _Base:
+    """What tiles are of, as far as a launch asks, which encodes a descriptor for the device."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _tiles(address: int, described: Mapping[str, object]) -> object:
+    """Tiles of another tensor, or buffer, that is like the one they were described of."""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(described)
+    made.base = _Base(address)
+    return made
