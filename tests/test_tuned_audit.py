@@ -68,6 +68,22 @@ def checked(folder: Path) -> dict[str, object]:
     }
 
 
+def test_registers_may_be_those_of_another_assembler(folders: Path):
+    good = moba()
+    there = good.kernels[POOL].registers
+    buckets = [tuned.Bucket.of(1 << n, 1 << n, 1, False) for n in (10, 11)]
+    tuned.write(
+        folders,
+        [
+            changed(replace(good, bucket=bucket), registers=there + more)
+            for bucket, more in zip(buckets, (2, 40), strict=True)
+        ],
+    )
+    near, far = tuned.check(tuned.read_folder(folders)).entries
+    assert not near.broken
+    assert far.broken == (f"kernels.{POOL}.registers: expected {there}, as compiled, got {there + 40}",)
+
+
 def test_a_record_that_compiles_as_it_says_is_stale_in_other_kernels_only(folders: Path):
     good = moba()
     bucket = [tuned.Bucket.of(1 << n, 1 << n, 1, False) for n in (10, 11, 12)]
