@@ -81,7 +81,9 @@ def test_registers_may_be_those_of_another_assembler(folders: Path):
     )
     near, far = tuned.check(tuned.read_folder(folders)).entries
     assert not near.broken
-    assert far.broken == (f"kernels.{POOL}.registers: expected {there}, as compiled, got {there + 40}",)
+    assert far.broken == (
+        f"kernels.{POOL}.registers: expected {there}, as compiled, got {there + 40}",
+    )
 
 
 def test_a_record_that_compiles_as_it_says_is_stale_in_other_kernels_only(folders: Path):
