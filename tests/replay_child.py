@@ -256,7 +256,7 @@ def main():
         ("bthd", tokens, tokens),
         ("bhtd", tokens, tokens),
         ("packed", tokens, tokens),
-        ("many", tokens, 8192),
+        ("many", tokens, 32768),
         ("few", 8, 8),
     ):
         shapes = tensor_shapes(kernel.spec, 1, queries, keys)

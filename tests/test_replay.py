@@ -52,7 +52,9 @@ def test_tiles_are_of_the_tensors_of_a_call(told):
 def test_choosing_in_several_turns_is_recorded(told):
     system, found = told
     if system == "nsa":
-        assert found["many select"][0] == found["bthd select"][0] + 2 * 2
+        more = found["many select"][0] - found["bthd select"][0]
+        assert more > 0
+        assert more % 2 == 0  # a turn scores and chooses
 
 
 def test_a_backward_of_tensors_that_hooks_moved_is_recorded_by_itself(told):
