@@ -435,6 +435,31 @@ def test_tune_keeps_what_won(tmp_path, monkeypatch):
     assert "nothing is surely faster" in str(again)
 
 
+def test_winners_before_a_crash_in_the_finals_are_kept(tmp_path, monkeypatch):
+    """The finals of a long call take a minute; those of a short one are done by then."""
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
+    child = (CHILD, json.dumps({"bad": {}}))
+    told, real = [], tuning._Tuning._entrants
+
+    def entrants(self, points, shape):
+        if shape.name == "32K":
+            raise KeyboardInterrupt
+        return real(self, points, shape)
+
+    monkeypatch.setattr(tuning._Tuning, "_entrants", entrants)
+    asked = replace(options(child=child), shapes=(shape_of("8K"), shape_of("32K")))
+    with pytest.raises(KeyboardInterrupt):
+        tune(load("moba"), asked, tell=told.append)
+    assert [each.doing for each in told[-2:]] == ["finals of 8K", "finals of 32K"]
+    environment = tuned.environment(H100, interpreted=True)
+    problem = tuned.Problem.of(load("moba"), "bf16")
+    (kept,) = [
+        each.kept.record for each in tuned.ranked(problem, shape_of("8K").bucket, environment)
+    ]
+    assert kept.bucket == shape_of("8K").bucket
+    assert kept.time.median_us < kept.default.median_us
+
+
 def test_one_point_is_tried_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path / "cache"))
     child = (CHILD, json.dumps({"bad": {"merge_selected.BLOCK_R=128": "abort"}}))

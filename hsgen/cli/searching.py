@@ -41,7 +41,10 @@ def tune(
         str, typer.Option(metavar="8K,1/32K", help="Calls to time: tokens, or queries/keys.")
     ] = "8K,32K",
     budget: Annotated[
-        float, typer.Option(parser=seconds_of, metavar="300s", help="Of the search; or 5m.")
+        float,
+        typer.Option(
+            parser=seconds_of, metavar="300s", help="Of the search, before its finals; or 5m."
+        ),
     ] = "300s",  # type: ignore[assignment]  # typer parses defaults too
     trials: Annotated[int | None, typer.Option(min=1, help="Points that are measured.")] = None,
     gpus: Annotated[str, typer.Option(metavar="0,1", help="Numbers, or all.")] = "0",

@@ -280,17 +280,18 @@ class _Tuning:
         )
         with _interruptible(search), reached(place):
             search.run([point for shape in self.options.shapes for point in self._warm(shape)])
-        finals = () if search.stopped else tuple(self._finals(search))
-        for final in finals:
+        finals = list[Final]()
+        for final in () if search.stopped else self._finals(search):
             if final.record is not None:
-                tuned.publish(final.record)
+                tuned.publish(final.record)  # at once: those of long calls take a while
+            finals.append(final)
         return Report(
             spec=self.spec,
             target=self.target,
             dtype=self.options.dtype,
             start=self.space.start,
             results=dict(journal.results),
-            finals=finals,
+            finals=tuple(finals),
             failed=tuple(self._repros(journal)),
             journal=shown(place),
             study=self.name,
@@ -363,6 +364,7 @@ class _Tuning:
     def _finals(self, search: Search) -> Generator[Final, None, None]:
         finalists = search.finalists(FINALISTS)
         for shape in self.options.shapes:
+            search.say(f"finals of {shape.name}")
             incumbent = self._incumbent(shape)
             points = list(dict.fromkeys([*finalists, incumbent]))
             entrants = self._entrants(points, shape)

@@ -305,11 +305,9 @@ class Search:
             result = min((result, again), key=_wobble)
         return trusted(result, self.floor_us)
 
-    def _said(self, result: Result) -> None:
-        """Tell of it; stop where processes die one after the other."""
-        if not static(result):
-            deadly = result.failure is not None and result.failure.deadly
-            self.deaths = self.deaths + 1 if deadly else 0
+    def say(self, doing: str) -> None:
+        """Tell what is done now."""
+        self.doing = doing
         start, best = self._score(self.space.start), self.best
         kinds = Counter(r.failure.kind for r in self._results() if r.failure)
         self.tell(
@@ -324,6 +322,13 @@ class Search:
                 beside=self.journal.others,
             )
         )
+
+    def _said(self, result: Result) -> None:
+        """Tell of it; stop where processes die one after the other."""
+        if not static(result):
+            deadly = result.failure is not None and result.failure.deadly
+            self.deaths = self.deaths + 1 if deadly else 0
+        self.say(self.doing)
         if self.deaths >= DEATHS:
             self._probe(result)
 
