@@ -8,15 +8,15 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from hsgen import analysis, emit, passes, pipeline, planner, schedule
+from hsgen import analysis, backward, emit, passes, pipeline, planner, schedule
 from hsgen.errors import HsgenError, PlanError
 from hsgen.graph import Graph, align
-from hsgen.plan import Plan
+from hsgen.plan import Cached, Plan
 from hsgen.spec import Spec, dump, files, parse, syntax
 from hsgen.spec.syntax import Items, Keys, Tree, Word
 from hsgen.target import Target
@@ -60,6 +60,7 @@ class Entry:
     plan: Plan | None
     problem: str
     taking: Plan | None = None  # of layers that take over, where only those have kernels
+    more: tuple[str, ...] = ()  # phases that have plans of their own
 
     @property
     def tier(self) -> str | None:
@@ -72,10 +73,11 @@ class Entry:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """What can be launched: a whole call, and the choice alone."""
+        """What can be launched: a whole call, the choice alone, steps behind a cache, gradients."""
         if self.plan is None:
             return ()
-        return ("prefill", "select") if self.plan.selection else ("prefill",)
+        select = ("select",) if self.plan.selection else ()
+        return ("prefill", *select, *self.more)
 
     @property
     def flops(self) -> str | None:
@@ -190,10 +192,11 @@ def entry(path: Path, target: Target) -> Entry:
         heads=None if spec.heads else HEADS, head_dim=None if spec.head_dim else HEAD_DIM
     )
     graph = plan = taking = None
-    problem = ""
+    problem, more = "", ()
     try:
         graph = passes.run(planner.plan(bound))
         plan = schedule.schedule(graph, target)
+        more = _more(graph, target)
     except PlanError as error:
         problem = _one_line(error)
         taking = _taking(bound, target)
@@ -204,7 +207,24 @@ def entry(path: Path, target: Target) -> Entry:
         plan=plan,
         problem=problem,
         taking=taking,
+        more=more,
     )
+
+
+def _more(graph: Graph, target: Target) -> tuple[str, ...]:
+    """What else than a whole call can be planned: a step behind a cache, gradients."""
+    plans: Mapping[str, Callable[[], Plan]] = {
+        "decode": lambda: schedule.schedule(graph, target, cached=Cached(rows="few")),
+        "gradients": lambda: backward.plan(graph, target),
+    }
+    found = list[str]()
+    for phase, planned in plans.items():
+        try:
+            planned()
+        except PlanError:
+            continue
+        found.append(phase)
+    return tuple(found)
 
 
 def _taking(spec: Spec, target: Target) -> Plan | None:
@@ -345,7 +365,7 @@ Every spec in `specs/`, with what hsgen derives from it.  This page is what `hsg
 **Tier**: how far hsgen means to go, which is not yet how far it is: *A* fast, trained and decoded; *B* right
 and compiled, fast where its operators are those of an A; *C* spec and reference, compiled where the kernels
 of others reach it.  **Causality**: what row t depends on; `token` means tokens up to t.  **Phases**:
-*prefill* is a whole call, *select* the choice alone; no spec has kernels of its own for decoding yet.
+*prefill* is a whole call, *select* the choice alone, *decode* a step behind a cache, *gradients* those of a call.
 **FLOPs**: those of the graph's operators, as a polynomial in T at batch 1 and S = T; **of dense** compares
 them at {tokens} tokens with dense attention of the same heads, *≤* where a pattern or a rule leaves an
 unknown part of it.  Where calls take over what others chose, both are the mean over the spec's pattern of

@@ -189,12 +189,24 @@ def test_heads_that_are_open_are_bound(entry):
 
 def test_choice_needs_a_selection(entry):
     window = entry(HEADER + "attend: [{name: local, window: 64}]\n")
-    assert window.phases == ("prefill",)
+    assert window.phases == ("prefill", "decode", "gradients")
     assert window.record()["levels"] == []
     assert window.of_dense and window.of_dense < 0.01
 
 
-def refuse(*_: object):
+def test_phases_without_a_plan_are_left_out(entry):
+    chosen = entry(TEXT)
+    assert chosen.phases == ("prefill", "select", "decode", "gradients")
+    by_token = entry(
+        HEADER
+        + "levels: [{name: token, partition: tokens, score: {form: dot}, select: {top_k: 4}}]\n"
+        + "attend: [{name: selected, over: token}]\n"
+    )
+    assert by_token.plan
+    assert by_token.phases == ("prefill", "select", "decode")
+
+
+def refuse(*_: object, **__: object):
     span = Span(file="small.yaml", line=7, column=1)
     raise PlanError("no kernel\n  does it yet", span=span)
 
