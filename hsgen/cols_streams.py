@@ -176,13 +176,19 @@ def config(context: ColsContext, target: Target, dtype: str) -> Config | None:
     )
     if not possible:
         return None
-    room = target.smem_per_block - 2 * ROWS * ROWS * 2 - ROWS * COLUMNS * 2 - 1024
-    stages = room // (ROWS * ((qk + v) * 2 + 3 * 4))
+    fixed = shared_bytes(context, 0)
+    stages = (target.smem_per_block - fixed) // (shared_bytes(context, 1) - fixed)
     values = (("BLOCK_T", ROWS // context.heads), ("BLOCK_M", ROWS), ("BLOCK_N", ROWS))
     values += (("STAGES", min(STAGES, stages)),)
     if context.list_heads:
         values = (("BLOCK_C", CHUNK), *values)
     return Config(constexprs=values, num_warps=4, num_stages=1) if stages >= 2 else None
+
+
+def shared_bytes(context: ColsContext, stages: int) -> int:
+    """Of tiles of rows with their numbers, and of what the groups share and store by."""
+    dims = sum(c.width for c in (*context.qk_chunks, *context.v_chunks))
+    return stages * ROWS * (dims * 2 + 3 * 4) + 2 * ROWS * ROWS * 2 + ROWS * COLUMNS * 2 + 1024
 
 
 def streamed(context: ColsContext) -> ColsStreamsContext:

@@ -25,6 +25,7 @@ from hsgen import (
     backward,
     batch,
     flops,
+    knobs,
     operators,
     passes,
     paths,
@@ -672,6 +673,7 @@ class Execution:
                 )
                 given = self.options.config
                 config = {name: {**x, **given.get(name, {})} for name, x in made.config.items()}
+                _refuse_values(made, config, given, target)
                 self._gradients[binding] = replace(made, config=config)
             return self._gradients[binding]
 
@@ -865,7 +867,7 @@ class Execution:
         if not given.keys() <= made.config.keys():  # some may be of the kernels of gradients
             others = self._gradient_kernels(spec, target, binding)
             given = {name: values for name, values in given.items() if name not in others}
-        return _chosen(made, found, given)
+        return _chosen(made, found, given, target)
 
     @functools.cached_property
     def _without_losses(self) -> Spec:
@@ -1236,7 +1238,7 @@ def running(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def _chosen(program: Program, found: tuned.Found, given: Configs) -> Choice:
+def _chosen(program: Program, found: tuned.Found, given: Configs, target: Target) -> Choice:
     """What was found, with the caller's configuration where it says something."""
     for kernel in given:
         if kernel not in program.config:
@@ -1250,4 +1252,15 @@ def _chosen(program: Program, found: tuned.Found, given: Configs) -> Choice:
         start_too = said.startswith(tuned.START)
         said = said.replace(tuned.START, program.origin[name], 1) if start_too else said
         origin[name] = "caller" if name in given else said
+    _refuse_values(program, config, given, target)
     return Choice(program=program, config=config, origin=origin, orders=found.orders)
+
+
+def _refuse_values(program: Program, config: Configs, given: Configs, target: Target) -> None:
+    """Refuse a caller's values that a kernel cannot run with, as `knobs.refused` says."""
+    for kernel in program.plan.kernels:
+        name = kernel.name
+        if name in given and (
+            wrong := knobs.refused(kernel, given[name], config[name], program.plan, target)
+        ):
+            raise ArgumentError(f"config: {name}: {wrong}")

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hsgen.buckets import BucketsContext, PartsContext
+from hsgen.cols_streams import ColsStreamsContext, shared_bytes
 from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsContext, UniteContext
-from hsgen.plan import Kernel, Plan
+from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.rows import MARKED, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
 from hsgen.streams import GROUPS, LATENT_STEP, LEAST_ROWS, SCORED_ROWS, WIDEST, StreamsContext
@@ -66,6 +67,8 @@ def knobs_of(kernel: Kernel, plan: Plan) -> Iterator[Knob]:
     """A kernel's own knobs; what it starts with is always among the values."""
     start = kernel.config.keywords()
     for name, (least, most) in _ranges(kernel, plan).items():
+        if name not in start:  # the leader's
+            continue
         low, high = min(least, start[name]), max(most, start[name])
         doubling = name not in ("num_stages", "STAGES")
         if doubling:
@@ -82,6 +85,8 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return _row_ranges(context, kernel, plan)
         case StreamsContext():
             return _stream_ranges(context, kernel, plan)
+        case ColsStreamsContext():  # tiles are of 64 keys and rows, whatever the head dims
+            return {"BLOCK_C": (16, 8192), "STAGES": (2, 8)}
         case RankContext():
             most = next_power(context.slots) if context.children else 8192
             return {"BLOCK_R": (1, 32), "BLOCK_N": (64, max(64, most)), "num_warps": (1, 16)}
@@ -217,6 +222,58 @@ def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
                 yield f"BLOCK_T {values['BLOCK_T']}: {pairs:,} pairs to sort, at most {SORT_LIMIT:,}"
         case _:
             return
+
+
+def refused(
+    kernel: Kernel, given: Mapping[str, int], values: Mapping[str, int], plan: Plan, target: Target
+) -> str:
+    """What is wrong with a caller's values of a kernel, and what is allowed; empty where nothing is.
+
+    Of loops of Triton's own only names are looked at.  Of a kernel that streams most values are layouts
+    that its groups of warps share, so that others would not compile, or wait for ever.
+
+    given: what the caller says, part of `values`, which the kernel runs with.
+    """
+    start = kernel.config.keywords()
+    for name in given:
+        if name not in start:
+            leader = f"; others are those of {kernel.follows}" if shares(kernel) else ""
+            return f"expected some of {', '.join(start)}, got {name!r}{leader}"
+    if kernel.skeleton not in STREAMED:
+        return ""
+    known = {knob.name: knob for knob in knobs_of(kernel, plan)}
+    fixed = {name: value for name, value in start.items() if name not in known}
+    derive(kernel, derived := {name: values[name] for name in known})
+    fixed |= {name: value for name, value in derived.items() if name in fixed}
+    for name, value in given.items():
+        if name in known and known[name].code(value) is None:
+            return f"expected one of {known[name]}, got {value}"
+    for name, value in fixed.items():
+        if values[name] != value:
+            told = ", ".join(f"{each}={values[each]}" for each in known if each in given)
+            return f"expected {name}={value}{f' beside {told}' if told else ''}, got {values[name]}"
+    needed = _least_shared(kernel, values)
+    if needed > target.smem_per_block:
+        told = f"STAGES={values['STAGES']} needs {needed:,} bytes of shared memory"
+        return f"{told}, {target.name} has {target.smem_per_block:,} a block"
+    return ""
+
+
+def _least_shared(kernel: Kernel, values: Mapping[str, int]) -> int:
+    """Bytes of the tiles that a kernel which streams keeps, all in 16 bits: it needs a little more."""
+    match kernel.context:
+        case ColsStreamsContext() as context:
+            return shared_bytes(context.cols, values["STAGES"])
+        case StreamsContext() as context if "BLOCK_N" in values:  # else it is its leader's to fit
+            brought = {tile.name: tile.chunk.width for tile in (*context.keys, *context.values)}
+            stages = values["STAGES"] * values["BLOCK_N"] * sum(brought.values())
+            keys = {tile.name: tile.chunk.width for tile in context.keys}
+            held = sum(keys.values()) + (values["BLOCK_N"] if context.latent else 0)
+            if context.rows.derives:
+                held = sum(brought.values())
+            return 2 * (stages + values["BLOCK_M"] * held)
+        case _:
+            return 0
 
 
 def _broken_rows(

@@ -10,12 +10,15 @@ import pytest
 import sanitizer
 import torch
 from conformance import systems
+from reference_driver import compiler
 from template_lint import lint
 
-from hsgen import allowlist, backward, load_kernel, operators, pipeline, resources, schedule
+from hsgen import allowlist, backward, knobs, load_kernel, operators, pipeline, resources, schedule
 from hsgen.cols_streams import ColsStreamsContext
-from hsgen.errors import PlanError
+from hsgen.errors import ArgumentError, PlanError
+from hsgen.execution import Options
 from hsgen.reference import tensor_kinds, tensor_shapes
+from hsgen.runtime import Kernel
 from hsgen.spec import load, parse
 from hsgen.streams import StreamsContext
 from hsgen.target import H100, Target, with_streams
@@ -410,6 +413,58 @@ def test_steps_of_dq_leave_room_for_its_registers():
         for made in (spec(WINDOW, query=16, kv=2, causal="true", qk=dims[0], v=dims[1]),)
     }
     assert widths == {(64, 64): 128, (128, 128): 64, (192, 64): 64}
+
+
+NO_ROOM = "STAGES=5 needs 234,240 bytes of shared memory, h100 has 232,448 a block"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "given", "message"),
+    [
+        ("dkv_selected", {"BLOCK_C": 256, "STAGES": 2}, ""),
+        ("dkv_window", {"BLOCK_T": 4, "BLOCK_M": 64, "BLOCK_N": 64}, ""),
+        ("dkv_window", {"BLOCK_T": 8}, "expected BLOCK_T=4, got 8"),
+        ("dkv_window", {"BLOCK_M": 128}, "expected BLOCK_M=64, got 128"),
+        ("dkv_window", {"BLOCK_N": 32}, "expected BLOCK_N=64, got 32"),
+        ("dkv_window", {"STAGES": 1}, "expected one of STAGES 2 3 4 5 6 7 8, got 1"),
+        ("dkv_window", {"STAGES": 5}, NO_ROOM),
+        ("dkv_window", {"num_warps": 8}, "expected num_warps=4, got 8"),
+        ("dq_selected", {"BLOCK_N": 32, "STAGES": 4}, ""),
+        ("dq_selected", {"BLOCK_N": 128}, "expected one of BLOCK_N 32 64, got 128"),
+        ("dq_selected", {"BLOCK_T": 4, "BLOCK_M": 64}, "expected BLOCK_T=8, got 4"),
+        (
+            "delta_selected",
+            {"BLOCK_N": 32},
+            "expected some of num_warps, num_stages, got 'BLOCK_N'; others are those of dq_selected",
+        ),
+    ],
+)  # fmt: skip
+def test_values_that_a_gradient_in_a_stream_cannot_have_are_told(kernel, given, message):
+    plan = backward.plan(emitted.graph(systems.load("nsa")), STREAMING)
+    made = plan.kernel(kernel)
+    values = made.config.keywords() | given
+    assert knobs.refused(made, given, values, plan, STREAMING) == message
+
+
+def test_a_backward_with_such_values_is_refused():
+    """By the plan of a card that streams, of which a CPU has no call of its own."""
+    window = spec(WINDOW, query=16, kv=2, causal="true", qk=64, v=64)
+    plan = backward.plan(emitted.graph(window), STREAMING)
+    emitted_ones = compiler()
+
+    def streaming(bound, target, dtype, *, backward=False, **options):
+        made = emitted_ones(bound, target, dtype, backward=backward, **options)
+        config = {each.name: each.config.keywords() for each in plan.kernels}
+        if not backward:
+            return made
+        return replace(made, plan=plan, config=config, origin=dict.fromkeys(config, "default"))
+
+    options = Options(interpret=True, config={"dkv_near": {"BLOCK_N": 128}})
+    kernel = Kernel(window, options, key="a stream's gradient refused", compiler=streaming)
+    shapes = tensor_shapes(window, 1, 5, 5)
+    o = kernel(**{name: torch.randn(x, requires_grad=True) for name, x in shapes.items()})
+    with pytest.raises(ArgumentError, match="config: dkv_near: expected BLOCK_N=64, got 128"):
+        o.sum().backward()
 
 
 @pytest.mark.skipif(

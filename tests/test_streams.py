@@ -10,11 +10,23 @@ import pytest
 import torch
 from conformance import systems
 
-from hsgen import allowlist, dryrun, load_kernel, pipeline, resources, samples, schedule, space
-from hsgen.errors import BuildError
-from hsgen.execution import _aligned
+from hsgen import (
+    allowlist,
+    dryrun,
+    knobs,
+    load_kernel,
+    pipeline,
+    resources,
+    samples,
+    schedule,
+    space,
+)
+from hsgen.errors import ArgumentError, BuildError
+from hsgen.execution import Options, Program, _aligned
 from hsgen.measurer import Shape
 from hsgen.plan import STREAMED as SKELETONS
+from hsgen.reference import tensor_shapes
+from hsgen.runtime import Kernel
 from hsgen.spec import load
 from hsgen.streams import StreamsContext
 from hsgen.target import A100, B200, H100, with_streams
@@ -95,6 +107,84 @@ def test_no_group_is_without_a_token():
         if each.label == "score_token.BLOCK_T"
     )
     assert [knob.value(code) for code in knob.codes] == [2, 4]  # of 64 heads, for two groups
+
+
+# --- what a caller may say
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "given", "message"),
+    [
+        ("nsa", "attend_window", {"BLOCK_N": 64, "STAGES": 3}, ""),
+        ("nsa", "attend_window", {"BLOCK_T": 8, "num_warps": 4}, ""),
+        ("nsa", "attend_window", {"BLOCK_N": 48}, "expected one of BLOCK_N 32 64 128, got 48"),
+        ("nsa", "attend_selected", {"BLOCK_N": 128}, "expected one of BLOCK_N 32 64, got 128"),
+        ("nsa", "attend_window", {"BLOCK_T": 4}, "expected BLOCK_T=8, got 4"),
+        ("nsa", "attend_window", {"BLOCK_M": 64}, "expected BLOCK_M=128, got 64"),
+        ("nsa", "attend_window", {"num_warps": 8}, "expected num_warps=4, got 8"),
+        ("nsa", "attend_window", {"STAGES": 1}, "expected one of STAGES 2 3 4 5 6 7 8, got 1"),
+        (
+            "nsa",
+            "attend_window",
+            {"STAGES": 8},
+            "STAGES=8 needs 704,512 bytes of shared memory, h100 has 232,448 a block",
+        ),
+        ("nsa", "score_block", {"BLOCK_T": 8, "BLOCK_M": 128, "STAGES": 6}, ""),
+        ("nsa", "score_block", {"BLOCK_T": 8}, "expected BLOCK_M=128 beside BLOCK_T=8, got 256"),
+        ("nsa", "score_block", {"BLOCK_T": 32}, "expected one of BLOCK_T 4 8 16, got 32"),
+        ("nsa", "score_block", {"BLOCK_N": 32}, "expected BLOCK_N=64, got 32"),
+        ("hisa", "attend_selected", {"BLOCK_N": 32}, ""),
+        ("sparse_mla", "attend_selected", {"BLOCK_N": 32, "STAGES": 4}, ""),
+        ("sparse_mla", "attend_selected", {"BLOCK_H": 32}, "expected BLOCK_H=64, got 32"),
+        (
+            "nsa",
+            "rank_block",
+            {"BLOCKS": 2},
+            "expected some of BLOCK_R, BLOCK_N, num_warps, num_stages, got 'BLOCKS'",
+        ),
+    ],
+)
+def test_values_that_a_stream_cannot_have_are_told(name, kernel, given, message):
+    plan = plan_of(name)
+    made = plan.kernel(kernel)
+    found = knobs.refused(made, given, made.config.keywords() | given, plan, STREAMING)
+    assert found.split("; ")[0] == message
+
+
+@since_3_6
+def test_values_that_are_accepted_compile(tmp_path, monkeypatch):
+    monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
+    artifact = pipeline.compile_spec(spec_of("nsa"), STREAMING)
+    jobs = resources.plan_jobs(artifact.plan, artifact.module, STREAMING)
+    by_name = {job.signature.function: job for job in jobs}
+    tried = [
+        replace(by_name[kernel], constants={**by_name[kernel].constants, **values})
+        for kernel, values in (
+            ("attend_selected", {"BLOCK_N": 32, "STAGES": 2}),
+            ("score_block", {"BLOCK_T": 4, "BLOCK_M": 64, "STAGES": 2}),
+        )
+    ]
+    for found in resources.measure(tried):
+        assert isinstance(found, resources.Resources), found
+        assert found.blocks_per_sm == 1
+
+
+def test_a_call_with_such_values_is_refused_before_anything_compiles():
+    """By the plan of a card that streams, of which a CPU has no call of its own."""
+    spec = small("nsa")
+    plan = plan_of("nsa")
+
+    def compiler(spec, target, dtype, **options):
+        config = {each.name: each.config.keywords() for each in plan.kernels}
+        origin = dict.fromkeys(config, "default")
+        return Program(driver=None, plan=plan, config=config, origin=origin, launches=1)
+
+    options = Options(interpret=True, config={"attend_window": {"BLOCK_N": 48}})
+    kernel = Kernel(spec, options, key="streams refused", compiler=compiler)
+    x = {name: torch.zeros(shape) for name, shape in tensor_shapes(spec, 1, 4, 4).items()}
+    match = "config: attend_window: expected one of BLOCK_N 32 64 128, got 48"
+    with pytest.raises(ArgumentError, match=match):
+        kernel(**x)
 
 
 # --- text
