@@ -43,7 +43,7 @@ from hsgen.operators import Call
 from hsgen.plan import STREAMED, Plan
 from hsgen.reference import Result, reference
 from hsgen.replay import Outputs, Replays
-from hsgen.schedule import Order, combining, part_of
+from hsgen.schedule import Order, combining, part_of, schedule
 from hsgen.selection import BitmapSelection, to_list
 from hsgen.spec import Spec
 from hsgen.target import Target
@@ -290,6 +290,7 @@ class Execution:
         self._known: dict[tuple[object, ...], _Known] = {}
         self._last: dict[str, _Known] = {}  # which come again in a loop
         self.replays = Replays()
+        self._recorded: dict[tuple[Binding, tuned.Bucket], Choice] = {}
         self._gradients: dict[Binding, Program] = {}
         self._bound_graphs: dict[Binding, Graph] = {}
         self._calls = self._launches = self._bytes = 0
@@ -305,6 +306,18 @@ class Execution:
         """What calls got so far, oldest first; their bindings say nothing of orders."""
         with self._lock:
             return dict(self._choices)
+
+    @property
+    def recorded(self) -> Mapping[tuple[Binding, tuned.Bucket], Choice]:
+        """The same of calls that autograd records, whose gated branches are apart."""
+        with self._lock:
+            return dict(self._recorded)
+
+    @property
+    def gradients(self) -> Mapping[Binding, Program]:
+        """Programs of gradients that were compiled so far, oldest first."""
+        with self._lock:
+            return dict(self._gradients)
 
     @property
     def stats(self) -> Stats:
@@ -674,16 +687,25 @@ class Execution:
                 given = self.options.config
                 config = {name: {**x, **given.get(name, {})} for name, x in made.config.items()}
                 _refuse_values(made, config, given, target)
-                self._gradients[binding] = replace(made, config=config)
+                origin = {n: "caller" if n in given else x for n, x in made.origin.items()}
+                self._gradients[binding] = replace(made, config=config, origin=origin)
             return self._gradients[binding]
 
-    def _gradient_kernels(self, spec: Spec, target: Target, binding: Binding) -> frozenset[str]:
-        """The names of the kernels of a spec's gradients; none where it has none."""
+    def _recorded_kernels(
+        self, spec: Spec, target: Target, binding: Binding, orders: Mapping[str, Order]
+    ) -> tuple[str, ...]:
+        """The names of the kernels of a spec's gradients, and of a forward that autograd records for them;
+        none where it has none.
+        """
         graph = passes.run(planner.plan(spec))
         if any(backward.lacking(graph, node) for node in graph.nodes()):
-            return frozenset()
-        plan = backward.plan(graph, target, PLANNED[binding.dtype])
-        return frozenset(kernel.name for kernel in plan.kernels)
+            return ()
+        dtype = PLANNED[binding.dtype]
+        plans = [backward.plan(graph, target, dtype)]
+        if self.gated:
+            plans.insert(0, schedule(graph, target, dtype, orders, apart=True))
+            plans.append(backward.plan(graph, target, dtype, apart=True))
+        return tuple(dict.fromkeys(kernel.name for plan in plans for kernel in plan.kernels))
 
     # --- checking
 
@@ -790,13 +812,7 @@ class Execution:
         Chosen and compiled once, by whoever asks first; the others wait.
         """
         binding = replace(_binding(problem), aligned=self._aligned(call))
-        cu = call.cu_seqlens_q
-        bucket = tuned.Bucket.of(
-            problem.batch * problem.tokens,
-            problem.keys,
-            problem.batch if cu is None else len(cu) - 1,
-            problem.packed,
-        )
+        bucket = _bucket(problem, call)
         with self._lock:
             if (binding, bucket) not in self._choices:
                 self._refuse_capture(problem.device)
@@ -821,9 +837,16 @@ class Execution:
                     apart=True,
                 )
             program = self._programs[binding]
-        config = {name: {**x, **choice.config.get(name, {})} for name, x in program.config.items()}
-        origin = {name: choice.origin.get(name, x) for name, x in program.origin.items()}
-        return replace(choice, program=program, config=config, origin=origin)
+        given = {n: x for n, x in self.options.config.items() if n not in choice.config}
+        known = {**choice.config, **given}
+        config = {name: {**x, **known.get(name, {})} for name, x in program.config.items()}
+        _refuse_values(program, config, given, self._bound(binding)[1])
+        told = {**choice.origin, **dict.fromkeys(given, "caller")}
+        origin = {name: told.get(name, x) for name, x in program.origin.items()}
+        made = replace(choice, program=program, config=config, origin=origin)
+        with self._lock:
+            self._recorded[binding, _bucket(problem, call)] = made
+        return made
 
     @functools.cached_property
     def gated(self) -> bool:
@@ -864,9 +887,13 @@ class Execution:
             found.tell()
         made = program(found.orders)
         given = self.options.config
-        if not given.keys() <= made.config.keys():  # some may be of the kernels of gradients
-            others = self._gradient_kernels(spec, target, binding)
-            given = {name: values for name, values in given.items() if name not in others}
+        if not given.keys() <= made.config.keys():  # some may be of calls that autograd records
+            others = self._recorded_kernels(spec, target, binding, found.orders)
+            names = dict.fromkeys((*made.config, *others))
+            for name in given:
+                if name not in names:
+                    raise ArgumentError(f"config: expected one of {', '.join(names)}, got {name!r}")
+            given = {name: values for name, values in given.items() if name in made.config}
         return _chosen(made, found, given, target)
 
     @functools.cached_property
@@ -1192,6 +1219,14 @@ def _binding(problem: Problem) -> Binding:
     )
 
 
+def _bucket(problem: Problem, call: Call) -> tuned.Bucket:
+    """How large a call is, as records count."""
+    cu = call.cu_seqlens_q
+    sequences = problem.batch if cu is None else len(cu) - 1
+    rows = problem.batch * problem.tokens
+    return tuned.Bucket.of(rows, problem.keys, sequences, problem.packed)
+
+
 def _as_asked(outputs: list[Tensor], problem: Problem) -> list[Tensor]:
     """Outputs of a driver in the caller's layout."""
     # `.data`: an output is nobody's view, or writing to it in place would be refused
@@ -1240,11 +1275,6 @@ def running(device: torch.device) -> AbstractContextManager[object]:
 
 def _chosen(program: Program, found: tuned.Found, given: Configs, target: Target) -> Choice:
     """What was found, with the caller's configuration where it says something."""
-    for kernel in given:
-        if kernel not in program.config:
-            raise ArgumentError(
-                f"config: expected one of {', '.join(program.config)}, got {kernel!r}"
-            )
     config, origin = dict[str, Mapping[str, int]](), dict[str, str]()
     for name, start in program.config.items():
         config[name] = {**start, **found.configs.get(name, {}), **given.get(name, {})}

@@ -628,22 +628,23 @@ class Kernel:
 
     def explain(self) -> str:
         """The graph, then every compiled program: its plan, and by size of the call each kernel's
-        config, and where that came from.
+        config, and where that came from; likewise what autograd records, and the gradients.
         """
         parts = [analysis.describe(self.graph)]
         if self._gating:
             parts.append(self._gating.explain())
         programs = self._execution.programs
-        choices = self._execution.choices
+        plain, recorded = self._execution.choices, self._execution.recorded
         for binding, program in programs.items():
             parts += [f"compiled for {binding}", str(program.plan)]
-            for (_, bucket), choice in choices.items():
-                if choice.program is program:
-                    parts.append(f"calls of {bucket}")
-                    parts += [
-                        f"  {name}: {_config_text(values)}  ({choice.origin[name]})"
-                        for name, values in choice.config.items()
-                    ]
+            for said, choices in (("", plain), (" that autograd records", recorded)):
+                for (_, bucket), choice in choices.items():
+                    if choice.program is program:
+                        parts.append(f"calls of {bucket}{said}")
+                        parts += _config_lines(choice.config, choice.origin)
+        for binding, program in self._execution.gradients.items():
+            parts += [f"gradients compiled for {binding}", str(program.plan)]
+            parts += _config_lines(program.config, program.origin)
         if repeated := self._execution.replays.explain():
             parts += ["repeated calls", *repeated]
         behind = self._decoding.explain()
@@ -788,5 +789,10 @@ class Kernel:
         return outputs[0], dict(zip(self._execution.branches, outputs[1:], strict=False))
 
 
-def _config_text(values: Mapping[str, int]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items())
+def _config_lines(config: Configs, origin: Mapping[str, str]) -> list[str]:
+    """By kernel, its values and where they came from."""
+    lines: list[str] = []
+    for name, values in config.items():
+        text = " ".join(f"{each}={value}" for each, value in values.items())
+        lines.append(f"  {name}: {text}  ({origin[name]})")
+    return lines

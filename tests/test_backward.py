@@ -236,6 +236,35 @@ def test_warmup_prepares_what_autograd_records():
     assert [binding.apart for binding in kernel._execution.programs] == [False, True]
 
 
+def test_what_autograd_records_is_configured_and_explained():
+    """Kernels that no other call has: what weighs branches, and delta of gates."""
+    gated = spec(GATED, query=2, kv=2, qk=16, v=16)
+    given = {
+        "weigh_branches": {"BLOCK_R": 4},
+        "delta_far": {"BLOCK_R": 16},
+        "dq_near": {"BLOCK_N": 16},
+    }
+    kernel = load_kernel(gated, interpret=True, config=given)
+    x = {name: torch.randn(shape) for name, shape in tensor_shapes(gated, 1, 20, 20).items()}
+    kernel(**x)
+    assert "autograd records" not in kernel.explain()
+    o = kernel(**x | {"gates": x["gates"].requires_grad_()})
+    o.sum().backward()
+    text = kernel.explain()
+    plain, recorded = text.split(" that autograd records\n")
+    assert "calls of" in plain
+    assert "weigh_branches: BLOCK_R=4" in recorded
+    told = recorded.split("gradients compiled for heads 2/2, head dim 16/16, fp32, cpu")[1]
+    assert "branches apart" in told.splitlines()[0]
+    for name in given:
+        (line,) = (x for x in recorded.splitlines() if x.startswith(f"  {name}: "))
+        assert line.endswith("  (caller)"), line
+    unknown = load_kernel(gated, interpret=True, config={"weigh": {"BLOCK_R": 4}})
+    match = "config: expected one of .*attend_near.*, weigh_branches, .*delta_far.*, got 'weigh'"
+    with pytest.raises(ArgumentError, match=match):
+        unknown(**x)
+
+
 def test_gates_have_gradients_where_outputs_of_branches_were_not_kept(monkeypatch):
     """As under torch.compile, whose operators give a call's outputs and nothing beside them."""
     gated = spec(GATED, query=2, kv=1, qk=16, v=16)

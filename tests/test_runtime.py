@@ -589,8 +589,10 @@ def test_configurations_are_merged_and_explained():
 
 
 def test_unknown_kernels_in_a_configuration_are_refused():
-    with pytest.raises(ArgumentError, match="config: expected one of attend, got 'atend'"):
-        driven(config={"atend": {"num_warps": 8}})(**tensors())
+    """Those of gradients are known too."""
+    match = "config: expected one of attend, .*dq_selected, .*, got 'atend'"
+    with pytest.raises(ArgumentError, match=match):
+        driven(LEARNED, config={"atend": {"num_warps": 8}})(**tensors(LEARNED))
 
 
 def test_nothing_is_compiled_before_a_call():
