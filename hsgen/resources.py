@@ -255,8 +255,8 @@ def occupancy(
 
 
 def _blocks_by_registers(per_warp: int, per_sm: int, warps: int) -> int:
-    held = per_sm // SCHEDULERS // per_warp * SCHEDULERS
-    return held // _round_up(warps, SCHEDULERS)
+    """Every scheduler has whole warps; those of a block may lie with any of them."""
+    return per_sm // SCHEDULERS // per_warp * SCHEDULERS // warps
 
 
 def _round_up(value: int, unit: int) -> int:
