@@ -1,5 +1,7 @@
 """Specs inside transformers: tiny models of random weights, beside their own attention and themselves."""
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -311,6 +313,58 @@ def test_a_cache_that_a_model_does_not_know_is_refused():
     k = torch.zeros(1, 2, 1, 16)
     with pytest.raises(HsgenError, match="layer 0, LlamaAttention: .* knows no argument cache"):
         attention(model.model.layers[0].self_attn, q, k, k, None, cache=DynamicCache())
+
+
+class Around(torch.nn.Module):
+    """A model inside another, as parallel ones are."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.module = inner
+
+    def forward(self, *inputs, **others):
+        return self.module(*inputs, **others)
+
+
+class Cached(torch.nn.Module):
+    """A model whose newer name of a cache every installed transformers can be asked for."""
+
+    def forward(self, input_ids, cache=None, **others):
+        return input_ids
+
+
+def test_the_argument_for_a_cache_is_found_behind_what_wraps_a_model():
+    """Compiled, parallel, decorated, or replaced on the model alone; of either name."""
+
+    def wrapped(forward):
+        @functools.wraps(forward)
+        def around(*inputs, **others):
+            return forward(*inputs, **others)
+
+        return around
+
+    class Decorated(Cached):
+        forward = wrapped(Cached.forward)
+
+    replaced = Cached()
+    replaced.forward = lambda *inputs, **others: Cached.forward(replaced, *inputs, **others)
+    made = (Decorated(), replaced, torch.compile(Cached()), Around(Cached()))
+    for model in (*made, Around(torch.compile(Around(Cached())))):
+        assert integration.keeping(model, 1) == {"cache": 1}
+    model = tiny(registered(FEW))
+    assert integration.keeping(Around(model), 1) == integration.keeping(model, 1)
+
+
+def test_a_model_that_does_not_say_how_it_takes_a_cache_is_refused():
+    class Opaque(torch.nn.Module):
+        def forward(self, *inputs, **others):
+            return inputs
+
+    match = r"argument cache or past_key_values, got Opaque.forward\(\*inputs, \*\*others\)"
+    with pytest.raises(ArgumentError, match=match):
+        integration.keeping(Opaque(), 1)
+    with pytest.raises(ArgumentError, match=r"got Around.forward\(\*inputs, \*\*others\)"):
+        integration.keeping(Around(Opaque()), 1)
 
 
 def test_documents_are_read_off_a_mask():

@@ -39,6 +39,7 @@ from hsgen.spec import Spec
 Inputs = Callable[[Any, Tensor, Tensor, Tensor], Mapping[str, Tensor]]
 
 LEAST = (5, 6)  # from which on mask functions are told of lengths and offsets
+CACHES = ("cache", "past_key_values")  # what models call one, newer ones first
 UNKNOWN = (
     "softcap",
     "s_aux",
@@ -151,9 +152,31 @@ def new_cache(model: Any, capacity: int) -> DynamicCache:
 
 
 def keeping(model: Any, cache: Any) -> dict[str, Any]:
-    """A cache as the argument that a model of this transformers takes, for `model(...)` and `generate`."""
-    named = "cache" in inspect.signature(model.forward).parameters
-    return {"cache" if named else "past_key_values": cache}
+    """A cache as the argument that a model of this transformers takes, for `model(...)` and `generate`.
+
+    Raises:
+        ArgumentError: neither the model's `forward` nor that of a model inside it says which.
+    """
+    inner = model
+    while inner is not None:
+        for forward in (inner.forward, type(inner).forward):  # one put over it may say nothing
+            named = inspect.signature(forward).parameters  # of what a decorator wraps
+            for name in CACHES:
+                if name in named:
+                    return {name: cache}
+        inner = _inside(inner)
+    kind, told = type(model).__name__, inspect.signature(model.forward)
+    raise ArgumentError(
+        f"model: expected a forward with an argument {' or '.join(CACHES)}, got {kind}.forward{told}",
+        help="give the model inside it, or wrap its forward by functools.wraps",
+    )
+
+
+def _inside(model: Any) -> Any:
+    """The model that a compiled one, a parallel one or one with adapters is made of; None if it is none."""
+    if (base := getattr(model, "get_base_model", None)) is not None:
+        return base()
+    return getattr(model, "_orig_mod", None) or getattr(model, "module", None)
 
 
 class Attention:
