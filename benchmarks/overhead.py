@@ -7,7 +7,8 @@ with everything that a call finds out, where Triton is asked of every launch; `r
 repeated calls make them (hsgen/replay.py), absent where a driver is not recorded and every call runs it;
 `call` a call without gradients; `recorded` one that autograd has to know of, whose launches are
 `raw recorded`, and `operator` the same through PyTorch's operator, as compiled models call it.  `both` is
-such a call and its backward, `driver both` the drivers of the two, `raw both` their launches.
+such a call and its backward, `driver both` the drivers of the two, `raw both` their launches, and `autograd`
+what PyTorch takes for one of as many tensors that does nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,21 @@ from hsgen.runtime import Kernel
 
 CALLS = 20
 ROUNDS = 100
+
+
+class _Nothing(torch.autograd.Function):
+    """Keeps tensors, and gives what was there."""
+
+    @staticmethod
+    def forward(ctx, o, grads, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.grads = grads
+        return o.detach()
+
+    @staticmethod
+    def backward(ctx, _):
+        assert ctx.saved_tensors
+        return None, None, *ctx.grads
 
 
 def host_time(f: Callable[[], Any], rounds: int = ROUNDS) -> float:
@@ -80,7 +96,8 @@ def measure(
     lse, chosen = outputs[1:count], outputs[count:]
     zeros = [torch.zeros_like(lse[0]) for _ in lse]
     of_backward = [*call.tensors, *outputs[:count], grad, *zeros, *chosen, *apart]
-    backward = find(of_kernel.key_of_backward(known, where, of_backward, apart))
+    last = known.last_grads
+    backward = find(last.key) if last else None
     saved = {"apart": dict(zip(kept.program.plan.apart, apart, strict=True))} if apart else {}
 
     def driver(choice: execution.Choice = choice, **options: bool) -> Any:
@@ -125,6 +142,12 @@ def measure(
     def operator() -> Any:
         return operators.forward(kernel._key, *call)
 
+    there = [torch.zeros_like(each) for each in leaves.values()]
+
+    def nothing() -> Any:
+        return _Nothing.apply(o, there, *leaves.values())
+
+    found["autograd"] = host_time(lambda: both(nothing), rounds)
     found["recorded"] = host_time(lambda: kernel(**leaves), rounds)
     found["operator"] = host_time(operator, rounds)
     found["both"] = host_time(lambda: both(lambda: kernel(**leaves)), rounds)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import NamedTuple, Protocol, get_args
 
 import torch
@@ -134,6 +135,7 @@ def implementation(key: str) -> Implementation:
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_requires_grad = attrgetter("requires_grad")
 
 
 def is_watched(call: Call) -> bool:
@@ -156,7 +158,7 @@ def is_watched(call: Call) -> bool:
 
 def is_recorded(call: Call) -> bool:
     """Whether autograd has to know of a call."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors)
+    return torch.is_grad_enabled() and any(map(_requires_grad, call.tensors))
 
 
 _ARGUMENTS = (
@@ -292,7 +294,7 @@ def _keep(
     chooses: The last outputs are selections, where the call brings none.
     apart: Tensors beside them that it needs.
     """
-    brought = [level for level in call.levels.split(",") if level]
+    brought = call.levels.split(",") if call.levels else []
     computed = list(implementation(key).levels) if chooses and not brought else []
     ctx.grads = len(output) - len(computed)
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens)
@@ -370,11 +372,11 @@ class _Recorded(torch.autograd.Function):
     """`forward` and its gradient without the operators, whose lists of tensors cost 0.1 ms a call."""
 
     @staticmethod
-    def forward(ctx, key: str, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, key: str, call: Call, *_: Tensor) -> tuple[Tensor, ...]:
         known = implementation(key)
         known.check_differentiable(call)
         outputs, apart, ctx.known = known.record(call)
-        grads = _keep(ctx, key, call._replace(tensors=list(tensors)), outputs, apart=apart)
+        grads = _keep(ctx, key, call, outputs, apart=apart)
         ctx.mark_non_differentiable(*outputs[grads:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)

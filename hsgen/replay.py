@@ -27,7 +27,9 @@ from hsgen.tiling import TensorDescriptor
 JITFunction: Any = None
 drivers: Any = None
 knobs: Any = None
+triton: Any = None
 try:
+    import triton
     from triton import knobs
     from triton.runtime.driver import driver as drivers
     from triton.runtime.jit import JITFunction
@@ -50,22 +52,19 @@ class Launch:
     """One launch.
 
     Attributes:
-        run: of the compiled kernel.
-        grid: its first arguments.
-        function: on the device.
-        metadata: what Triton packed of it.
-        values: arguments, None where a tensor goes.
+        run: what launches the compiled kernel.
+        values: all that it is given, None where the stream goes, or a tensor.
         pointers: places of addresses among them, and which one.
         tiles: places of tiles, of what is at which address, and what describes them.
     """
 
     run: Callable[..., None]
-    grid: tuple[int, ...]
-    function: object
-    metadata: object
-    values: tuple[object, ...]
+    values: list[object]
     pointers: tuple[tuple[int, int], ...]
     tiles: tuple[tuple[int, int, Mapping[str, object]], ...]
+
+
+STREAM: Final = 3  # its place, behind a grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -128,12 +127,13 @@ class Replay:
             torch._foreach_zero_(zeros)  # pyright: ignore[reportPrivateImportUsage]
         stream = drivers.active.get_current_stream(self.ordinal)
         for each in self.launches:
-            values = list(each.values)
+            values = each.values.copy()
+            values[STREAM] = stream
             for place, which in each.pointers:
                 values[place] = at[which]
             for place, which, described in each.tiles:
                 values[place] = _tiles(at[which], described)
-            each.run(*each.grid, stream, each.function, each.metadata, None, None, None, *values)
+            each.run(*values)
         return [None if i is None else made[i] for i in self.outputs]
 
 
@@ -331,10 +331,14 @@ class _Notes:
         given: Sequence[object],
         addresses: Mapping[int, int],
     ) -> Launch:
-        values = list(given)
+        run, between = _straight(kernel.run)
+        no_hooks = (None, None, None)
+        before = [*grid, 1, 1][:STREAM]
+        before += [None, kernel.function, *between, kernel.packed_metadata, *no_hooks]
+        values = [*before, *given]
         tiled = {id(tile): addresses.get(id(x)) for tile, x in self.tiles}
         pointers, tiles = list[tuple[int, int]](), list[tuple[int, int, Any]]()
-        for place, value in enumerate(given):
+        for place, value in enumerate(given, len(before)):
             if (address := addresses.get(id(value))) is not None:
                 pointers.append((place, address))
             elif (address := tiled.get(id(value))) is not None:
@@ -344,11 +348,8 @@ class _Notes:
         for place, *_ in (*pointers, *tiles):
             values[place] = None
         return Launch(
-            run=kernel.run,
-            grid=(*grid, 1, 1)[:3],
-            function=kernel.function,
-            metadata=kernel.packed_metadata,
-            values=tuple(values),
+            run=run,
+            values=values,
             pointers=tuple(pointers),
             tiles=tuple(tiles),
         )
@@ -375,6 +376,17 @@ class _Notes:
                 self.refuse("it gives one buffer in two ways")
             numbers.append([*made].index(owner))
         return numbers, made
+
+
+def _straight(launcher: Any) -> tuple[Callable[..., None], tuple[object, ...]]:
+    """What a launcher of Triton calls in the end, and what it gives it behind the function: half of the time
+    of a launch is spent on the way there.  The launcher itself where it gives a kernel room of its own, and
+    of versions that may do otherwise.
+    """
+    known = triton.__version__.startswith("3.6.") and hasattr(launcher, "launch")
+    if not known or launcher.global_scratch_size or launcher.profile_scratch_size:
+        return launcher, ()
+    return launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
 
 
 class _Driver:

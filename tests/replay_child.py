@@ -13,7 +13,7 @@ import time
 
 import launching_child
 import torch
-from triton.backends.nvidia.driver import make_tensordesc_arg
+from triton.backends.nvidia.driver import CudaLauncher, make_tensordesc_arg
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
@@ -25,20 +25,31 @@ from hsgen.spec import load
 from hsgen.target import Target, with_streams
 
 noted = []
+HOOKS, BEFORE = 10, 13  # where hooks stand in what is launched, and a kernel's own arguments
 
 
-class Launcher:
-    """Encodes tiles as Triton's own does."""
+class Launcher(CudaLauncher):
+    """Triton's own, but for what is compiled of it; encodes tiles as that does."""
 
     def __init__(self, _, metadata):
         self.tiles = getattr(metadata, "tensordesc_meta", None) or []
+        self.num_ctas = 1
+        for name in (
+            "global_scratch_size",
+            "global_scratch_align",
+            "profile_scratch_size",
+            "profile_scratch_align",
+            "launch_cooperative_grid",
+            "launch_pdl",
+        ):
+            setattr(self, name, getattr(metadata, name))
 
-    def __call__(self, *launch):
+    def launch(self, *launch):
         tiles = [x for x in launch if isinstance(x, TensorDescriptor)]
         pairs = zip(tiles, self.tiles, strict=True)
         encoded = iter([make_tensordesc_arg(x, meta) for x, meta in pairs])
         if noting:
-            noted.append((launch[:6], [seen(x, encoded) for x in launch[9:]]))
+            noted.append((launch[:HOOKS], [seen(x, encoded) for x in launch[BEFORE:]]))
 
 
 class Utils(launching_child.Utils):
@@ -300,6 +311,9 @@ def main():
     x = made()
     found["took"] = [least(lambda: call(x)), own(lambda: least(lambda: call(x)))]
     found["overhead"] = overhead.measure(kernel, tokens, device="cpu", rounds=2)
+    recorded = [x.what for x in kernel._execution.replays._kept.values()]
+    launches = [y for x in recorded if isinstance(x, replay.Replay) for y in x.launches]
+    found["straight"] = [isinstance(each.run, Launcher) for each in launches].count(False)
     found["explained"] = kernel.explain()
     replay.MOST_LAUNCHES = 0
     found["not recorded"] = overhead.measure(kernel, tokens + 1, device="cpu", rounds=1)

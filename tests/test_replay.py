@@ -76,6 +76,11 @@ def test_a_repeated_call_takes_less_of_the_host(told):
         assert again < 1000, what
 
 
+def test_launches_are_those_that_triton_s_launcher_makes(told):
+    """The child notes what reaches its end, which calls that are made again go straight to."""
+    assert told[1]["straight"] > 0
+
+
 def test_the_host_is_timed_where_nothing_is_recorded(told):
     """No time of launches alone then, and what a call takes above is said to be above its driver."""
     _, found = told
@@ -202,7 +207,7 @@ def test_kernels_compiled_in_another_way_are_triton_s_own_too(monkeypatch):
 
 @pytest.mark.parametrize("public", [False, True], ids=["as PyTorch compares", "by parts"])
 def test_tensors_lie_alike(public, monkeypatch):
-    """Both ways say no of what differs; neither keeps a tensor."""
+    """Both ways say no of what differs; neither keeps a tensor, and one may come twice."""
     if public:
         monkeypatch.setattr(alike, "_guards", lambda: None)
     else:
@@ -223,6 +228,13 @@ def test_tensors_lie_alike(public, monkeypatch):
         assert not like([y, x.int()])
     assert not like([x])
     assert not like([x, x.int(), x])
+    y = x.clone()
+    twice = alike.Likeness([x, y, x])
+    assert twice([y, x, y])
+    assert not twice([x, y, y])
+    assert not twice([x.double(), y, x])
+    assert not twice([x, y.double(), x])
+    assert not twice([x, y])
 
 
 @pytest.mark.gpu
