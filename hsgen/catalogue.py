@@ -365,7 +365,8 @@ Every spec in `specs/`, with what hsgen derives from it.  This page is what `hsg
 **Tier**: how far hsgen means to go, which is not yet how far it is: *A* fast, trained and decoded; *B* right
 and compiled, fast where its operators are those of an A; *C* spec and reference, compiled where the kernels
 of others reach it.  **Causality**: what row t depends on; `token` means tokens up to t.  **Phases**:
-*prefill* is a whole call, *select* the choice alone, *decode* a step behind a cache, *gradients* those of a call.
+*prefill* is a whole call, *select* the choice alone, *decode* a step behind a cache, *gradients* those of a
+call.
 **FLOPs**: those of the graph's operators, as a polynomial in T at batch 1 and S = T; **of dense** compares
 them at {tokens} tokens with dense attention of the same heads, *≤* where a pattern or a rule leaves an
 unknown part of it.  Where calls take over what others chose, both are the mean over the spec's pattern of

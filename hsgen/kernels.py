@@ -591,6 +591,41 @@ class WeighContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OutputGateContext:
+    """Everything `merge.py.jinja` reads to multiply an output by the sigmoid of its gate."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    head_dim: int  # of a value
+    each: Literal["channel", "head"]
+    how: Literal["gate"] = "gate"
+
+    @property
+    def summary(self) -> str:
+        return f"the output times the sigmoid of its gate, by {self.each}."
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        gates = "[B, T, Hq, Dv]" if self.each == "channel" else "[B, T, Hq]"
+        return (
+            *tensor("X", "x", "[B, T, Hq, Dv] before its gate", "bth"),
+            *tensor("GATE", "g", gates, "bth"),
+            *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
+            *SEQ,
+            *tunables("BLOCK_R"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundContext:
     """Everything `segments.py.jinja` reads where vectors are kept in fewer bits, each by itself."""
 

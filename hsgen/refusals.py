@@ -24,7 +24,6 @@ from hsgen.graph import (
     Node,
     Norm,
     Normalise,
-    OutputGate,
     Permute,
     Pool,
     PoolHeads,
@@ -87,8 +86,6 @@ def lacking(graph: Graph, node: Node) -> str | None:
             changes = isinstance(op, Delta)
             words = "reads keys from their changes" if changes else "gates branches by channel"
             return f"no kernel {words} yet"
-        case OutputGate(each=each):
-            return f"no kernel gates the output by {each} yet"
         case Divergence() | Distance() | Entropies():
             return f"no kernel computes the loss {node.name.removeprefix('loss.')} yet"
         case Pool() | PoolRows() | PoolHeads() | Norm() | Rotate() as op:

@@ -62,8 +62,17 @@ def append(attn, cache, x, rows, begin, end):
 # --- the law: step t is row t of prefill
 
 
-FULL = ("moba", "infllm_v2", "hisa", "dsa_gqa", "minimax_m3", "deepseek_hca", "glm_kpool")
-PAGED = ("nsa", "moba", "hisa", "minimax_m3", "deepseek_hca", "glm_kpool")
+FULL = (
+    "moba",
+    "infllm_v2",
+    "hisa",
+    "dsa_gqa",
+    "minimax_m3",
+    "deepseek_hca",
+    "glm_kpool",
+    "qwen_qsa",
+)
+PAGED = ("nsa", "moba", "hisa", "minimax_m3", "deepseek_hca", "glm_kpool", "qwen_qsa")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Graph, Node, Pool, Select, Union
+from hsgen.graph import Attend, Graph, Node, OutputGate, Pool, Select, Union
 from hsgen.unpool import DERIVED
 
 
@@ -26,6 +26,8 @@ def lacking(graph: Graph, node: Node) -> str | None:
             return words and f"branch {branch}: no kernel has the gradient of {words} yet"
         case Union(sink=sink) if sink:
             return "no kernel has the gradient of a sink yet"
+        case OutputGate():
+            return "no kernel has the gradient of an output's gate yet"
         case _:
             return None
 

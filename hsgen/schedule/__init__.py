@@ -103,33 +103,9 @@ def _plan(draft: Draft) -> Plan:
     _require_branches(draft)
     draft.turns = {} if draft.kept else combining.turns(draft.graph)
     _append(draft, storage)
-    for node in draft.graph.nodes():
-        match node.op:
-            case Pool() | PoolRows():
-                vectors.pool(draft, node, node.op)
-            case Round():
-                vectors.round_(draft, node, node.op)
-            case Attend():
-                attending.attend(draft, node, node.op)
-            case Select() | SelectSet():
-                choosing.select(draft, node, node.op)
-            case LogSumExp() if isinstance(draft.graph[node.inputs[0]].op, Score):
-                attending.log_sum_exp(draft, node)
-            case (
-                Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate() | Union()
-            ):
-                pass  # fused into the launch that reads them
-            case Norm() | Rotate():
-                pass  # fused into the launch that makes what they read
-            case Recall(width=int()):
-                pass  # the caller's
-            case Route() | Switch() | OutputGate() | Unlike():
-                raise AssertionError("refused")
-            case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolHeads():
-                raise AssertionError("refused")
-            case Recall() | Carry() | Divergence() | Distance() | Entropies() | ReduceRows():
-                raise AssertionError("refused")
+    _launches(draft)
     kept = combining.weigh(draft) if draft.kept else {}
+    combining.gate_output(draft)
     outputs = draft.graph.outputs
     return Plan(
         name=draft.graph.meta.name,
@@ -158,6 +134,36 @@ def _plan(draft: Draft) -> Plan:
         storage=storage,
         appends=tuple(draft.appends),
     )
+
+
+def _launches(draft: Draft) -> None:
+    """What each node needs; of what combines branches only that which they do themselves."""
+    for node in draft.graph.nodes():
+        match node.op:
+            case Pool() | PoolRows():
+                vectors.pool(draft, node, node.op)
+            case Round():
+                vectors.round_(draft, node, node.op)
+            case Attend():
+                attending.attend(draft, node, node.op)
+            case Select() | SelectSet():
+                choosing.select(draft, node, node.op)
+            case LogSumExp() if isinstance(draft.graph[node.inputs[0]].op, Score):
+                attending.log_sum_exp(draft, node)
+            case (
+                Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate() | Union()
+            ):
+                pass  # fused into the launch that reads them
+            case Norm() | Rotate() | OutputGate():
+                pass  # fused into the launch that makes what they read; behind all launches
+            case Recall(width=int()):
+                pass  # the caller's
+            case Route() | Switch() | Unlike():
+                raise AssertionError("refused")
+            case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolHeads():
+                raise AssertionError("refused")
+            case Recall() | Carry() | Divergence() | Distance() | Entropies() | ReduceRows():
+                raise AssertionError("refused")
 
 
 def _append(draft: Draft, storage: Storage | None) -> None:

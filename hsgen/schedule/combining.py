@@ -16,15 +16,18 @@ from hsgen.graph import (
     Gate,
     Graph,
     Node,
+    OutputGate,
     Select,
     SelectSet,
     Union,
     block_of,
 )
-from hsgen.kernels import WeighContext
+from hsgen.kernels import OutputGateContext, WeighContext
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.schedule import text
 from hsgen.schedule.draft import Draft, Turn
+
+LAST = 3  # stage of what all branches come before
 
 
 def turns(graph: Graph) -> Mapping[str, Turn]:
@@ -85,6 +88,35 @@ def weigh(draft: Draft) -> Mapping[str, str]:
     return dict(zip(names, made, strict=True))
 
 
+def gate_output(draft: Draft) -> None:
+    """Where the output has a gate, a launch behind all others: what branches made, times its sigmoid."""
+    node = draft.graph[draft.graph.outputs.o]
+    if not isinstance(node.op, OutputGate):
+        return
+    gate, made = node.inputs
+    width, heads = draft.shape.v, str(draft.shape.query_heads)
+    context = OutputGateContext(name="gate_output", head_dim=width, each=node.op.each)
+    config = Config(constexprs=(("BLOCK_R", 32),), num_warps=4, num_stages=1)
+    draft.kernel("merge", context, config, node.name)
+    dims = ("in_q.shape[0]", "in_q.shape[1]", heads, str(width))
+    o = Buffer(name=text.buffer(node.name), dtype="input", dims=dims, role="output")
+    given = (text.buffer(made), text.input_of(gate), o.name)
+    launch = Launch(
+        kernel=context.name,
+        grid=("batch.rows // {BLOCK_R} + batch.sequences", heads),
+        arguments=(*(x for tensor in given for x in text.strides(tensor)), *text.SEQ),
+    )
+    draft.steps.append(
+        Step(
+            title="gate the output",
+            needs=node.inputs,
+            makes=(node.name,),
+            buffers=(o,),
+            launches=(launch,),
+        )
+    )
+
+
 def gates(graph: Graph) -> str | None:
     """The caller's tensor that weighs branches."""
     total = _total(graph)
@@ -97,8 +129,11 @@ def _total(graph: Graph) -> Node | None:
 
 def in_turn(draft: Draft) -> list[Step]:
     """The steps, branches in the order of their turns."""
+    total = draft.graph[draft.graph.outputs.o]
 
     def stage(step: Step) -> int:
+        if draft.graph.outputs.o in step.makes and isinstance(total.op, OutputGate):
+            return LAST
         return max((_stage(draft.graph, x) for x in step.makes if x in draft.turns), default=0)
 
     return sorted(draft.steps, key=stage)

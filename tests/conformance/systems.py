@@ -46,7 +46,6 @@ REFUSED: dict[str, str] = {
     "nosa": "level importance: no kernel scores by a learned bias yet",
     "gna": "branch near: no kernel attends a static pattern yet",
     "deepseek_csa": "level entry: no kernel has entries that begin before their place yet",
-    "qwen_qsa": "no kernel gates the output by channel yet",
     "step_csa": "%region.keys.rounded: no kernel rounds pooled keys yet",
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
     "hip": "level chunk: no kernel searches halved intervals yet",
@@ -94,6 +93,7 @@ ALIKE: dict[str, str] = {
     "nsa_fla": "nsa",
     "nsa_xunhao": "nsa",
     "quest": "moba",
+    "qwen_qsa": "moba",
     "small_thinker": "nsa",
     "sqa": "nsa",
 }
@@ -258,10 +258,10 @@ def small(name, *, block=8, causal=True, **shape):
 
 
 def turned_less(spec, dim):
-    """The levels, where keys of `dim` channels are turned in as many at most."""
+    """The levels, where keys of `dim` channels, or of an index as wide, are turned in as many at most."""
 
     def less(level):
-        turns = level.pool and level.pool.rotate and not level.score.by_index
+        turns = level.pool and level.pool.rotate
         pool = _turned_less(level.pool, dim) if turns else level.pool
         return level.model_copy(update={"pool": pool})
 

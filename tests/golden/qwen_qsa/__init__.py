@@ -1,0 +1,1 @@
+"""Kernels of qwen_qsa, emitted by hsgen."""
