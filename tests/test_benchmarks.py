@@ -38,6 +38,7 @@ from benchmarks import (
     starts,
     streams,
     token_lists,
+    training_run,
 )
 from hsgen import baselines, captures, checking, metrics, plots, samples, standins
 from hsgen.errors import HsgenError
@@ -269,6 +270,7 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
         ("groups", groups.page, []),
         ("token_lists", token_lists.page, []),
         ("profiles", profiles.page, []),
+        ("training_run", training_run.page, []),
         ("independent", independent.page, ["odd", "trained", "blocks", "pooled", "transformers"]),
     ],
 )
