@@ -289,7 +289,9 @@ def _bits(logits: Tensor, targets: Tensor) -> Tensor:
 # Training -------------------------------------------------------------------------------------------
 
 
-def train(model: LanguageModel, task: Task, args: argparse.Namespace, seed: int) -> Json:
+def train(
+    model: LanguageModel, task: Task, args: argparse.Namespace, seed: int, steps: int
+) -> Json:
     """Steps up to a number or a time; evaluations and the first call, which compiles, are not timed."""
     cuda = args.device == "cuda"
     network: Any = torch.compile(model) if args.compile else model
@@ -299,7 +301,7 @@ def train(model: LanguageModel, task: Task, args: argparse.Namespace, seed: int)
         {"params": [x for x in weights if x.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     drawn = torch.Generator().manual_seed(seed)
 
     def wide() -> AbstractContextManager[object]:
@@ -327,13 +329,13 @@ def train(model: LanguageModel, task: Task, args: argparse.Namespace, seed: int)
     backward(task.draw(torch.Generator().manual_seed(seed)))  # compiles
     optimizer.zero_grad()
     record: Json = {"curve": [], "measured": [], "weights": sum(x.numel() for x in weights)}
-    every = max(1, args.steps // EVALUATIONS)
+    every = max(1, steps // EVALUATIONS)
     begun, spent, step, peak = _clock(args.device), 0.0, 0, 0
-    while step < args.steps and _clock(args.device) - begun < args.seconds:
+    while step < steps and _clock(args.device) - begun < args.seconds:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         started, losses = _clock(args.device), list[Tensor]()
-        while len(losses) < min(every, args.steps - step):
+        while len(losses) < min(every, steps - step):
             if time.perf_counter() - begun > args.seconds and losses:
                 break
             losses.append(backward(task.draw(drawn)))
@@ -380,6 +382,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
     documents = TEXTS[args.text]()
     size = Size(layers=args.layers, width=args.width, heads=tuple(args.heads), dim=args.dim)
     about = {"device": args.device, "tokens": args.tokens, "batch": args.batch, "steps": args.steps}
+    about |= {"recall_steps": args.recall_steps or args.steps}
     about |= {"layers": size.layers, "width": size.width, "heads": list(size.heads)}
     about |= {"dim": size.dim, "rate": args.rate, "compile": args.compile, "text": args.text}
     about |= {
@@ -432,9 +435,9 @@ def _before(path: Path, about: Json) -> tuple[list[str], list[Json]]:
         return [], []
     old = common.read_json(path)
     for key, value in about.items():
-        if old[key] != value:
+        if old.get(key) != value:
             raise HsgenError(
-                f"{path.name}: expected results with {key} {value}, got {old[key]}",
+                f"{path.name}: expected results with {key} {value}, got {old.get(key)}",
                 help="-o names another folder",
             )
     return old["commands"], old["records"]
@@ -442,7 +445,8 @@ def _before(path: Path, about: Json) -> tuple[list[str], list[Json]]:
 
 def _record(case: tuple[str, str, int], size: Size, task: Task, args: argparse.Namespace) -> Json:
     """One training, or why there is none."""
-    name, _, seed = case
+    name, what, seed = case
+    steps = args.recall_steps or args.steps if what == "recall" else args.steps
     record: Json = dict(zip(("system", "task", "seed"), case, strict=True))
     spec = system(name, args.tokens, size)
     path = "sdpa"
@@ -470,7 +474,7 @@ def _record(case: tuple[str, str, int], size: Size, task: Task, args: argparse.N
             interpret=args.interpret,
             seed=seed,
         ).to(args.device)
-        record |= train(model, task, args, seed)
+        record |= train(model, task, args, seed, steps)
     except Exception as error:  # noqa: BLE001  the others go on
         record["failed"] = f"{type(error).__name__}: {_short(error)}"
     return record
@@ -509,10 +513,11 @@ def _section(result: Json) -> str:
     made, records = result["made"], result["records"]
     numbers = pairs(result["tokens"])
     query, kv = result["heads"]
+    planned = {"text": result["steps"], "recall": result.get("recall_steps", result["steps"])}
     parts = [
         f"## {made['card']}, {result['tokens']:,} tokens\n\n",
         f"{result['layers']} layers of width {result['width']}, {query}/{kv} heads of {result['dim']}; ",
-        f"batches of {result['batch']}, {result['steps']:,} steps; ",
+        f"batches of {result['batch']}; {planned['text']:,} steps, {planned['recall']:,} of recall; ",
         f"{result['bytes'] / 1e6:.1f} MB of text, {TEXT_WORDS[result['text']]}.\n\n",
     ]
     seeds = sorted({record["seed"] for record in records})
@@ -526,7 +531,7 @@ def _section(result: Json) -> str:
         for dense in [_of(records, "dense", seed).get("text", {})]
     ]
     parts.append(common.table(head, rows))
-    parts += [f"\n- {each}" for each in dict.fromkeys(_remarks(records, result["steps"]))]
+    parts += [f"\n- {each}" for each in dict.fromkeys(_remarks(records, planned))]
     commands = "; ".join(f"`{command}`" for command in dict.fromkeys(result["commands"]))
     versions = f"Python {made['python']}, torch {made['torch']}, Triton {made['triton']}"
     parts.append(f"\n\n{made['date']}, {versions}, text {result['digest']}: {commands}\n")
@@ -570,7 +575,7 @@ def _last(record: Json, what: str) -> Any:
     return record["measured"][-1][1].get(what) if record.get("measured") else None
 
 
-def _remarks(records: Sequence[Json], steps: int) -> Iterator[str]:
+def _remarks(records: Sequence[Json], planned: Mapping[str, int]) -> Iterator[str]:
     for record in records:
         name = record["system"]
         if "sizes" in record:
@@ -581,8 +586,9 @@ def _remarks(records: Sequence[Json], steps: int) -> Iterator[str]:
             yield f"on kernels: {words}"
         if "failed" in record:
             yield f"{name}, {task}: failed, {record['failed']}"
-        if record.get("steps", steps) < steps:
-            yield f"{name}, {task}: {record['steps']:,} of {steps:,} steps when its time was over"
+        if record.get("steps", planned[task]) < planned[task]:
+            done = f"{record['steps']:,} of {planned[task]:,} steps"
+            yield f"{name}, {task}: {done} when its time was over"
 
 
 def plot(results: Sequence[Json]) -> str:
@@ -625,6 +631,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=4096, help="of a text")
     parser.add_argument("--batch", type=int, default=8, help="texts a step")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--recall-steps", type=int, help="of recall; as many, if nothing is said")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of a training, at most")
     parser.add_argument("--rate", type=float, default=RATE, help="the greatest learning rate")
     parser.add_argument("--layers", type=int, default=4)
