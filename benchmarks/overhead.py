@@ -84,7 +84,6 @@ def measure(
     given = execution.uniform(known.expected, known.problem, call)
     choice = known.choice
     kept = known.apart or choice  # what a call with gradients runs
-    gradients = known.gradients
     rows_apart = choice.program.rows_apart
     find = of_kernel.replays.find
     forward = find(("forward", known, False, where.keys, rows_apart, True))
@@ -92,6 +91,7 @@ def measure(
     left_out = {"rows": False} if rows_apart else {}  # where nobody asks for gradients
     with torch.no_grad():
         outputs, apart, _ = of_kernel.record(call)
+    gradients = of_kernel._gradient_program(known.problem, call, apart=bool(apart))
     count = 1 + len(of_kernel.branches)
     lse, chosen = outputs[1:count], outputs[count:]
     zeros = [torch.zeros_like(lse[0]) for _ in lse]

@@ -257,10 +257,11 @@ class _Like:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Grads:
-    """A backward whose tensors kernels read as they came: how all of them lie, and its key."""
+    """A backward whose tensors kernels read as they came: how all of them lie, its key and its program."""
 
     like: alike.Likeness
     key: tuple[Any, ...]
+    program: Program
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -271,7 +272,6 @@ class _Known:
     expected: Expected
     choice: Choice | None
     apart: Choice | None = None  # where gated branches keep their outputs for the gradients
-    gradients: Program | None = None
     bytes: int = 0  # of its outputs
     ran: bool = False  # so nothing is left to compile
     apart_ran: bool = False  # the same of `apart`
@@ -494,9 +494,8 @@ class Execution:
     ) -> list[Tensor | None]:
         """Gradients of the tensors that are wanted, the selection taken as it is."""
         if not isinstance(known, _Known):
+            call = call._replace(tensors=[*map(_in_rows, call.tensors)])
             known = self._look_up_gradients(call)
-        elif known.gradients is None:
-            known.gradients = self._gradients_of(known.problem, call, apart=bool(apart))
         problem = known.problem
         wanted = wanted or [True] * len(call.tensors)
         grads = _whole(grads, outputs)
@@ -582,8 +581,8 @@ class Execution:
         apart: Sequence[Tensor],
     ) -> list[Tensor | None]:
         """The same by kernels; a tensor that only a choice reads has no gradient, which is 0."""
-        problem, program = known.problem, known.gradients
-        if program is None:
+        problem = known.problem
+        if problem.empty:
             return [
                 _zeros(x) if want else None for x, want in zip(call.tensors, wanted, strict=True)
             ]
@@ -595,9 +594,10 @@ class Execution:
         if again is None:
             found = self._drive_backward(call, known, grads, outputs, apart, where)
         else:
+            assert last is not None
             with running(problem.device):
                 found = again([*came, where.table])
-        self._launches += program.launches
+            self._launches += last.program.launches
         made: list[Tensor | None] = []
         packed = problem.packed
         for each, x, grad, want in zip(
@@ -623,14 +623,14 @@ class Execution:
         where: Batch,
     ) -> Outputs:
         """What the driver of a backward gives, in the order of tensors; of some that do not lie as kernels
-        want, they read copies.
+        want, they read copies: hooks on what autograd saves may give back others than a forward had.
         """
-        problem, program = known.problem, known.gradients
-        assert program is not None
-        packed = problem.packed
-        grad_o = grads[0]
-        if grad_o.stride(-1) != 1:  # of a sum, say: one number everywhere
-            grad_o = grad_o.contiguous()
+        problem, packed = known.problem, known.problem.packed
+        came = [*call.tensors, *outputs, *grads, *call.selection, *apart]
+        call = call._replace(tensors=[*map(_in_rows, call.tensors)])
+        program = self._gradient_program(problem, call, apart=bool(apart))
+        self._launches += program.launches
+        o, grad_o, apart = _in_rows(outputs[0]), _in_rows(grads[0]), [*map(_in_rows, apart)]
         if program.streams and not _aligned(_rows_of(grad_o, problem)):
             grad_o = grad_o.clone(memory_format=torch.contiguous_format)
         lse, grad_lse = ([x.contiguous() for x in each[1:]] for each in (outputs, grads))
@@ -639,12 +639,10 @@ class Execution:
         if apart:
             assert known.apart is not None
             kept = tuple(known.apart.program.plan.apart)
-        given = [*call.tensors, outputs[0], *lse, grad_o, *grad_lse, *brought.values(), *apart]
-        # all tensors are in it, as hooks on what autograd saves may give some that lie in another way
+        given = [*call.tensors, o, *lse, grad_o, *grad_lse, *brought.values(), *apart]
         key = ("backward", known, where.keys, len(apart), *alike.parts(given), alike.even(given))
-        came = [*call.tensors, *outputs, *grads, *call.selection, *apart]
         if all(x.data_ptr() == y.data_ptr() for x, y in zip(given, came, strict=True)):
-            known.last_grads = _Grads(like=alike.Likeness(came), key=key)
+            known.last_grads = _Grads(like=alike.Likeness(came), key=key, program=program)
 
         def arranged(driver: Driver, tensors: Sequence[Tensor], where: Batch) -> Outputs:
             left = iter(tensors)
@@ -667,29 +665,23 @@ class Execution:
                 found = again([*given, where.table])
             else:
                 views = [*_views(self.attending, problem, call.tensors).values()]
-                for o, each in ((outputs[0], lse), (grad_o, grad_lse)):
-                    views.append(_rows_of(o, problem))
+                for rows, each in ((o, lse), (grad_o, grad_lse)):
+                    views.append(_rows_of(rows, problem))
                     views += [x.unsqueeze(0) if packed else x for x in each]
                 views += [*brought.values(), *apart]
                 found = self.replays.drive(key, program.driver, arranged, views, where)
         return found
 
     def _look_up_gradients(self, call: Call) -> _Known:
-        """What is known about gradients of calls like this one; a new one is checked, and compiled for."""
+        """What is known about gradients of calls like this one; a new one is checked."""
         signature = _signature("backward", call)
         known = self._known.get(signature)
         if known is None:
             self.check_differentiable(call)
             problem = self.check(call, self.attending)
-            program = self._gradients_of(problem, call)
-            new = _Known(problem=problem, expected=self.attending, choice=None, gradients=program)
+            new = _Known(problem=problem, expected=self.attending, choice=None)
             known = self._remember(signature, new)
         return known
-
-    def _gradients_of(self, problem: Problem, call: Call, *, apart: bool = False) -> Program | None:
-        """The program of gradients, where kernels make them."""
-        runs = self._on_kernels(problem.device) and not problem.empty
-        return self._gradient_program(problem, call, apart=apart) if runs else None
 
     def _gradient_program(self, problem: Problem, call: Call, *, apart: bool) -> Program:
         """The program of gradients for these tensors, compiled once."""
@@ -1221,6 +1213,12 @@ def _views(expected: Expected, problem: Problem, tensors: Sequence[Tensor]) -> d
         lift = problem.packed and each.type.dims[0] == "B"
         found[each.name] = view.unsqueeze(0) if lift else view
     return found
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """A tensor whose last stride is 1, as kernels read it: of a gradient that is one number, say, a copy."""
+    by_rows = not x.ndim or x.stride(-1) == 1 or x.shape[-1] <= 1
+    return x if by_rows else x.contiguous()
 
 
 def _rows_of(o: Tensor, problem: Problem) -> Tensor:

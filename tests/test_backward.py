@@ -12,6 +12,7 @@ import torch
 from conformance import systems
 from reference_driver import compiler
 from template_lint import lint
+from torch.nn import functional as F
 
 from hsgen import allowlist, backward, knobs, load_kernel, operators, pipeline, resources, schedule
 from hsgen.cols_streams import ColsStreamsContext
@@ -276,6 +277,63 @@ def test_gates_have_gradients_where_outputs_of_branches_were_not_kept(monkeypatc
     check(gated, T=21, dtype=torch.float16, kept=False)
     again = load_kernel(gated, interpret=True)._execution._gradients
     assert any(not binding.apart for binding in again)
+
+
+def test_gradients_are_of_what_hooks_give_back_however_it_lies():
+    """Of saved tensors whose last stride is not 1, which kernels do not read."""
+    gated = spec(GATED, query=2, kv=1, qk=16, v=32)
+    kernel = load_kernel(gated, interpret=True)
+    x = {n: torch.randn(shape) for n, shape in tensor_shapes(gated, 1, 11, 11).items()}
+    leaves = {n: y.requires_grad_() for n, y in x.items()}
+    of_o = torch.randn(1, 11, 2, 32)
+
+    def run():
+        o = kernel(**leaves)
+        return torch.autograd.grad(o, [*leaves.values()], of_o)
+
+    def swapped(y):
+        return y.transpose(-1, -2).contiguous().transpose(-1, -2) if y.ndim > 2 else y
+
+    expected = run()
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: y, swapped):
+        found = run()
+    for name, one, other in zip(leaves, found, expected, strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_gradients_are_by_the_program_for_tensors_that_lie_as_those_that_come_back():
+    """Broadcast keys cannot come in a stream, their copies on the host can, and others cannot again."""
+    window, made = spec(WINDOW, query=4, kv=2, causal="true", qk=16, v=16), []
+    key = "a backward of moved tensors"
+    kernel = Kernel(window, Options(interpret=True), key=key, compiler=compiler(made))
+    q, k, v = (torch.randn(shape) for shape in ((1, 9, 4, 16), (1, 9, 1, 16), (1, 9, 2, 16)))
+    leaves = {"q": q, "k": k.expand(1, 9, 2, 16), "v": v}
+    leaves = {n: y.detach().requires_grad_() for n, y in leaves.items()}
+
+    def run():
+        o = kernel(**leaves)
+        return torch.autograd.grad(o, [*leaves.values()], torch.ones_like(o))
+
+    def drivers():
+        """By whether it is for tensors that a stream can bring, how often each one ran."""
+        programs = kernel._execution.gradients
+        return {bound.aligned: len(program.driver.calls) for bound, program in programs.items()}
+
+    def uneven(y):
+        """Rows that begin at no multiple of 16 bytes."""
+        return F.pad(y, (0, 1))[..., :-1] if y.ndim == 4 else y
+
+    expected = run()
+    assert drivers() == {False: 1}
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda y: y):
+        found = run()
+    assert drivers() == {False: 1, True: 1}
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: y, uneven):
+        again = run()
+    run()
+    assert drivers() == {False: 3, True: 1}
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(again, expected)
 
 
 @pytest.mark.full
