@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from hsgen.cols import ColsContext
 from hsgen.plan import Config, Kernel, Launch, Param
-from hsgen.rows import Chunk, count, jit
+from hsgen.rows import Chunk, Warped, count
 from hsgen.target import Target
 
 ROWS = 64  # of a tile, and keys of a program: what dots of a group take
@@ -24,21 +24,21 @@ COLUMNS = 64  # of a tile: what one swizzled row of shared memory holds
 ATOM = (
     8  # rows of shared memory that are swizzled together: a token has as many heads, or a multiple
 )
-REGISTERS = 224  # of a thread of a group
-STREAM_REGISTERS = 56  # of a thread of the stream's warp
 MOST = 128  # registers of a thread for the accumulator of a group and the operand that it keeps
 STAGES = 4
 CHUNK = 1024  # tokens of a block's list that one program takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ColsStreamsContext:
+class ColsStreamsContext(Warped):
     """Everything `cols_streams.py.jinja` reads; `cols` is what `cols.py.jinja` would."""
 
     cols: ColsContext
     params: tuple[Param, ...]
     header: str = ""
     pieces: str = ""
+    registers = 224  # of a thread of a group
+    stream_registers = 56  # of a thread of a stream's warp
 
     @property
     def name(self) -> str:
@@ -47,10 +47,6 @@ class ColsStreamsContext:
     @property
     def summary(self) -> str:
         return self.cols.summary
-
-    @property
-    def decorator(self) -> str:
-        return jit(self.params, "gluon")
 
     @property
     def key_tiles(self) -> tuple[Chunk, ...]:
@@ -118,27 +114,6 @@ class ColsStreamsContext:
             *self.numbers,
             *("p_shared", "full", "free", "p_full", "p_free"),
         )
-
-    @property
-    def tunables(self) -> tuple[str, ...]:
-        return tuple(p.name for p in self.params if p.kind == "constexpr")
-
-    @property
-    def declared_tunables(self) -> tuple[str, ...]:
-        return tuple(f"{name}: gl.constexpr" for name in self.tunables)
-
-    @property
-    def plain(self) -> tuple[str, ...]:
-        """Arguments that groups read: all but descriptors."""
-        return tuple(p.name for p in self.params if p.kind not in ("tiles", "constexpr"))
-
-    @property
-    def registers(self) -> int:
-        return REGISTERS
-
-    @property
-    def stream_registers(self) -> int:
-        return STREAM_REGISTERS
 
 
 def _tiles(cut: tuple[Chunk, ...]) -> tuple[Chunk, ...]:

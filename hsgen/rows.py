@@ -374,6 +374,30 @@ def jit(params: tuple[Param, ...], module: str = "triton") -> str:
     return f"@{module}.jit(\n    {counts}\n)"
 
 
+class Warped:
+    """What contexts of kernels in Gluon have in common, whose warps are each given all arguments."""
+
+    __slots__ = ()
+    params: tuple[Param, ...]
+
+    @property
+    def decorator(self) -> str:
+        return jit(self.params, "gluon")
+
+    @property
+    def tunables(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.params if p.kind == "constexpr")
+
+    @property
+    def declared_tunables(self) -> tuple[str, ...]:
+        return tuple(f"{name}: gl.constexpr" for name in self.tunables)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Arguments that groups read: all but descriptors."""
+        return tuple(p.name for p in self.params if p.kind not in ("tiles", "constexpr"))
+
+
 def pointer(name: str, dtype: ElementType, comment: str) -> Param:
     return Param(name=name, kind="pointer", dtype=dtype, comment=comment)
 

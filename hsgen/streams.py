@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hsgen.plan import Config, Kernel, Launch, Param
-from hsgen.rows import BLOCKS, Chunk, Phase, RowsContext, jit
+from hsgen.rows import BLOCKS, Chunk, Phase, RowsContext, Warped
 from hsgen.target import Target
 
 GROUPS = 2  # of four warps, which share a tile's rows
@@ -58,7 +58,7 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamsContext:
+class StreamsContext(Warped):
     """Everything `streams.py.jinja` reads; `rows` is what `rows.py.jinja` would."""
 
     rows: RowsContext
@@ -73,10 +73,6 @@ class StreamsContext:
     @property
     def summary(self) -> str:
         return self.rows.summary
-
-    @property
-    def decorator(self) -> str:
-        return jit(self.params, "gluon")
 
     @property
     def latent(self) -> bool:
@@ -256,14 +252,6 @@ class StreamsContext:
         return "kv" if self.values else "k"
 
     @property
-    def tunables(self) -> tuple[str, ...]:
-        return tuple(p.name for p in self.params if p.kind == "constexpr")
-
-    @property
-    def declared_tunables(self) -> tuple[str, ...]:
-        return tuple(f"{name}: gl.constexpr" for name in self.tunables)
-
-    @property
     def queries(self) -> tuple[str, ...]:
         """Buffers of one group's queries."""
         return tuple(f"q{tile.chunk.index}" for tile in self.keys)
@@ -295,11 +283,6 @@ class StreamsContext:
     @property
     def stream_registers(self) -> int:
         return GATHER_REGISTERS if self.latent or self.gathers else STREAM_REGISTERS
-
-    @property
-    def plain(self) -> tuple[str, ...]:
-        """Arguments that groups read: all but descriptors."""
-        return tuple(p.name for p in self.params if p.kind not in ("tiles", "constexpr"))
 
     @property
     def descriptors(self) -> tuple[str, ...]:
