@@ -42,7 +42,9 @@ from hsgen.spec import Blocks, HeadDim, Heads, Index, Kl, LearnedTree, Loss, Spe
 DOCS = common.ROOT / "docs"
 EVALUATIONS = 10  # of a training, at even steps
 HELD = 16  # windows of held-out text
-SYMBOLS = 256  # keys of the task of recall, and as many values
+SYMBOLS = (
+    64  # keys of the task of recall, and as many values: few, to be learnt in a short training
+)
 ASKED = 8  # sequences for each number of pairs
 RATE, LEAST_RATE = 1e-3, 0.1
 IGNORED = -100  # a target that there is none
@@ -513,7 +515,7 @@ def _section(result: Json) -> str:
     made, records = result["made"], result["records"]
     numbers = pairs(result["tokens"])
     query, kv = result["heads"]
-    planned = {"text": result["steps"], "recall": result.get("recall_steps", result["steps"])}
+    planned = {"text": result["steps"], "recall": result["recall_steps"]}
     parts = [
         f"## {made['card']}, {result['tokens']:,} tokens\n\n",
         f"{result['layers']} layers of width {result['width']}, {query}/{kv} heads of {result['dim']}; ",
