@@ -579,6 +579,7 @@ OF_TOKENS = "branch selected: no kernel has the gradient of attention over token
 REFUSED = {
     **dict.fromkeys(("dsa", "dsa_gqa", "hisa"), OF_TOKENS),
     "glm_kpool": "branch selected: no kernel has the gradient of latents yet",
+    "qwen_qsa": "no kernel has the gradient of an output's gate yet",
     "deepseek_hca": "branch compressed: no kernel has the gradient of latents yet",
     "dhsa_released": "branch selected: no kernel has the gradient of lists that rows share yet",
 }
