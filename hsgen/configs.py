@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hsgen import rows
+from hsgen import rows, splits
 from hsgen.appending import StoreContext
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
@@ -23,7 +23,6 @@ DType = Literal["bf16", "fp16", "fp32"]
 
 WIDE_DIMS = 256  # of a key and a value
 SCORES = 512  # of a warp that ranks a few rows
-MOST_PARTS = 64  # of a row, as `splits.MOST`
 STORED = 4096  # numbers of a warp that puts a few tokens into a cache
 SUMS = 1 << 15  # numbers that a tile of outputs may have: half of a processor's registers
 
@@ -239,7 +238,7 @@ def _sampled(kept: int) -> Config:
 def of_logits(*, parts: bool) -> Config:
     """Of scores whose logits are there: they are read once, and nothing is multiplied."""
     values = (("BLOCK_T", 1), ("BLOCK_M", 16), ("BLOCK_N", 128))
-    values += (("BLOCK_P", MOST_PARTS),) if parts else ()
+    values += (("BLOCK_P", splits.MOST),) if parts else ()
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
 

@@ -16,19 +16,17 @@ from hsgen import analysis, dryrun, passes, pipeline, planner, resources, schedu
 from hsgen.analysis import Cost, quantity
 from hsgen.buckets import PartsContext
 from hsgen.configs import DType
-from hsgen.dryrun import Array
 from hsgen.errors import BuildError, PlanError
 from hsgen.graph import Gate, Graph, Node, Select, Union, align, op_text, tensor_inputs
 from hsgen.kernels import SegmentsContext
 from hsgen.pipeline import Artifact
 from hsgen.plan import STREAMED, Kernel, Plan
-from hsgen.resources import Job, Outcome, Resources, Roofline
+from hsgen.resources import TOKENS, Job, Outcome, Resources, Roofline
 from hsgen.rows import RowsContext
 from hsgen.spec import Spec
 from hsgen.streams import StreamsContext
 from hsgen.target import MathType, Target, with_streams
 
-TOKENS = 32768  # queries and keys at which limits are stated, batch 1
 MOST_WORKERS = 8
 
 
@@ -328,28 +326,7 @@ def _measure(artifact: Artifact, progress: Progress) -> tuple[Resources, ...]:
 
 def jobs(artifact: Artifact) -> tuple[Job, ...]:
     """One job a kernel, specialised as the runtime does it for contiguous tensors of TOKENS tokens."""
-    run = dryrun.run(artifact.plan, tokens=TOKENS)
-    planned = resources.plan_jobs(artifact.plan, artifact.module, artifact.target)
-    return tuple(
-        _specialised(job, kernel, run.launch(kernel.name).arguments)
-        for job, kernel in zip(planned, artifact.plan.kernels, strict=True)
-    )
-
-
-def _specialised(job: Job, kernel: Kernel, arguments: Mapping[str, int | Array]) -> Job:
-    """Triton bakes a stride of 1 in, and promises that one is a multiple of 16 only if it is."""
-    names = {param.name for param in kernel.params if param.kind == "stride"}
-    strides = {k: v for k, v in arguments.items() if k in names and isinstance(v, int)}
-    parameters = tuple(
-        replace(p, divisible=strides[p.name] % 16 == 0) if p.name in strides else p
-        for p in job.signature.parameters
-    )
-    ones = {name: 1 for name, value in strides.items() if value == 1}
-    return replace(
-        job,
-        signature=replace(job.signature, parameters=parameters),
-        constants={**job.constants, **ones},
-    )
+    return resources.call_jobs(artifact.plan, artifact.module, artifact.target)
 
 
 def _fitting(kernel: Kernel, job: Job, outcome: Outcome) -> Resources:

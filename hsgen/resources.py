@@ -14,19 +14,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Literal
 
-from hsgen import allowlist, paths, store
+from hsgen import allowlist, dryrun, paths, store
 from hsgen.build import Module, triton_version
+from hsgen.dryrun import Array
 from hsgen.errors import BuildError, PlanError
 from hsgen.plan import Kernel, Param, Plan
 from hsgen.target import MathType, Target
 from hsgen.workers import Failed, JsonObject, Pool, Worker, WorkerError
 
+TOKENS = 32768  # queries and keys of the call that kernels are specialised for, batch 1
 KIND = "resources"
 FORMAT = 2
 Kind = Literal["pointer", "tiles", "int", "float", "constexpr"]
@@ -97,6 +99,31 @@ def plan_jobs(plan: Plan, module: Module, target: Target) -> tuple[Job, ...]:
     freely, as the kernels' `do_not_specialize` says.
     """
     return tuple(_plan_job(plan, kernel, module, target) for kernel in plan.kernels)
+
+
+def call_jobs(plan: Plan, module: Module, target: Target) -> tuple[Job, ...]:
+    """The same jobs, specialised as the runtime does it for contiguous tensors of TOKENS tokens."""
+    run = dryrun.run(plan, tokens=TOKENS)
+    return tuple(
+        _specialised(job, kernel, run.launch(kernel.name).arguments)
+        for job, kernel in zip(plan_jobs(plan, module, target), plan.kernels, strict=True)
+    )
+
+
+def _specialised(job: Job, kernel: Kernel, arguments: Mapping[str, int | Array]) -> Job:
+    """Triton bakes a stride of 1 in, and promises that one is a multiple of 16 only if it is."""
+    names = {param.name for param in kernel.params if param.kind == "stride"}
+    strides = {k: v for k, v in arguments.items() if k in names and isinstance(v, int)}
+    parameters = tuple(
+        replace(p, divisible=strides[p.name] % 16 == 0) if p.name in strides else p
+        for p in job.signature.parameters
+    )
+    ones = {name: 1 for name, value in strides.items() if value == 1}
+    return replace(
+        job,
+        signature=replace(job.signature, parameters=parameters),
+        constants={**job.constants, **ones},
+    )
 
 
 def _plan_job(plan: Plan, kernel: Kernel, module: Module, target: Target) -> Job:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tuned_records import RECORD, record
 
-from hsgen import paths, pipeline, resources, tuned
+from hsgen import paths, pipeline, report, resources, tuned
 from hsgen.cli import main
 from hsgen.spec import load
 from hsgen.target import H100
@@ -35,7 +35,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def moba() -> tuned.Tuned:
     """A record of one kernel, as it starts and as it compiles."""
     artifact = pipeline.compile_spec(MOBA, H100)
-    jobs = resources.plan_jobs(artifact.plan, artifact.module, H100)
+    jobs = resources.call_jobs(artifact.plan, artifact.module, H100)
     names = [kernel.name for kernel in artifact.plan.kernels]
     (outcome,) = resources.measure([jobs[names.index(POOL)]])
     assert isinstance(outcome, resources.Resources), outcome
@@ -68,22 +68,25 @@ def checked(folder: Path) -> dict[str, object]:
     }
 
 
-def test_registers_may_be_those_of_another_assembler(folders: Path):
-    good = moba()
-    there = good.kernels[POOL].registers
-    buckets = [tuned.Bucket.of(1 << n, 1 << n, 1, False) for n in (10, 11)]
-    tuned.write(
-        folders,
-        [
-            changed(replace(good, bucket=bucket), registers=there + more)
-            for bucket, more in zip(buckets, (2, 40), strict=True)
-        ],
-    )
-    near, far = tuned.check(tuned.read_folder(folders)).entries
-    assert not near.broken
-    assert far.broken == (
-        f"kernels.{POOL}.registers: expected {there}, as compiled, got {there + 40}",
-    )
+def test_what_a_search_compiles_is_what_a_check_compiles(folders: Path):
+    """Of every kernel: a call's strides tell the compiler more than a plan does."""
+    artifact = pipeline.compile_spec(MOBA, H100)
+    outcomes = resources.measure(report.jobs(artifact))
+    choices = {
+        kernel.name: tuned.KernelChoice(
+            text=artifact.module.texts[kernel.name],
+            config=kernel.config.keywords(),
+            shared=outcome.cost.shared_bytes,
+            registers=outcome.cost.registers,
+            spills=outcome.cost.spill_bytes,
+        )
+        for kernel, outcome in zip(artifact.plan.kernels, outcomes, strict=True)
+        if isinstance(outcome, resources.Resources)
+    }
+    assert len(choices) == len(artifact.plan.kernels)
+    tuned.write(folders, [replace(moba(), kernels=choices)])
+    (entry,) = tuned.check(tuned.read_folder(folders)).entries
+    assert entry.status == "ok", str(entry)
 
 
 def test_a_record_that_compiles_as_it_says_is_stale_in_other_kernels_only(folders: Path):

@@ -62,28 +62,10 @@ def weigh(draft: Draft) -> Mapping[str, str]:
     assert total is not None, "asked of gated branches only"
     branches = [x for x in draft.graph.operands(total) if isinstance(x.op, Attend)]
     made = tuple(text.buffer(node.name) for node in branches)
-    width, heads = draft.shape.v, str(draft.shape.query_heads)
-    context = WeighContext(name="weigh_branches", head_dim=width, branches=len(branches))
-    config = Config(constexprs=(("BLOCK_R", 32),), num_warps=4, num_stages=1)
-    draft.kernel("merge", context, config, total.name)
-    dims = ("in_q.shape[0]", "in_q.shape[1]", heads, str(width))
-    o = Buffer(name=text.buffer(total.name), dtype="input", dims=dims, role="output")
+    context = WeighContext(name="weigh_branches", head_dim=draft.shape.v, branches=len(branches))
     given = text.input_of(total.inputs[0])
-    arguments = (*made, *text.strides(given), f"{given}.stride(3)", *text.strides(o.name))
-    launch = Launch(
-        kernel=context.name,
-        grid=("batch.rows // {BLOCK_R} + batch.sequences", heads),
-        arguments=(*arguments, *text.SEQ),
-    )
-    draft.steps.append(
-        Step(
-            title="weigh",
-            needs=total.inputs,
-            makes=(total.name,),
-            buffers=(o,),
-            launches=(launch,),
-        )
-    )
+    read = (*made, *text.strides(given), f"{given}.stride(3)")
+    _over_rows(draft, total, "weigh", context, read)
     names = [x.op.branch for x in branches if isinstance(x.op, Attend)]
     return dict(zip(names, made, strict=True))
 
@@ -94,21 +76,32 @@ def gate_output(draft: Draft) -> None:
     if not isinstance(node.op, OutputGate):
         return
     gate, made = node.inputs
-    width, heads = draft.shape.v, str(draft.shape.query_heads)
-    context = OutputGateContext(name="gate_output", head_dim=width, each=node.op.each)
+    context = OutputGateContext(name="gate_output", head_dim=draft.shape.v, each=node.op.each)
+    read = (*text.strides(text.buffer(made)), *text.strides(text.input_of(gate)))
+    _over_rows(draft, node, "gate the output", context, read)
+
+
+def _over_rows(
+    draft: Draft,
+    node: Node,
+    title: str,
+    context: WeighContext | OutputGateContext,
+    read: tuple[str, ...],
+) -> None:
+    """A launch over rows and heads that writes an output.  `read`: its arguments before that."""
+    heads = str(draft.shape.query_heads)
     config = Config(constexprs=(("BLOCK_R", 32),), num_warps=4, num_stages=1)
     draft.kernel("merge", context, config, node.name)
-    dims = ("in_q.shape[0]", "in_q.shape[1]", heads, str(width))
+    dims = ("in_q.shape[0]", "in_q.shape[1]", heads, str(draft.shape.v))
     o = Buffer(name=text.buffer(node.name), dtype="input", dims=dims, role="output")
-    given = (text.buffer(made), text.input_of(gate), o.name)
     launch = Launch(
         kernel=context.name,
         grid=("batch.rows // {BLOCK_R} + batch.sequences", heads),
-        arguments=(*(x for tensor in given for x in text.strides(tensor)), *text.SEQ),
+        arguments=(*read, *text.strides(o.name), *text.SEQ),
     )
     draft.steps.append(
         Step(
-            title="gate the output",
+            title=title,
             needs=node.inputs,
             makes=(node.name,),
             buffers=(o,),
