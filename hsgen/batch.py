@@ -161,6 +161,8 @@ def _equal_sequences(
     """
     stream = 0
     if device.type == "cuda":
+        if device.index is None:  # "cuda": the current one, which is another one later
+            device = torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_current_stream_capturing():
             return _new_batch(batch, tokens, offset, length, device)
         # its number alone, of which torch.cuda.current_stream makes an object
