@@ -42,7 +42,10 @@ class Batch:
 
     @property
     def processors(self) -> int:
-        """The GPU's, of which each runs one program of a kernel that streams keys."""
+        """The GPU's, of which each runs one program of a kernel that streams keys.
+
+        Interpreted programs run one after the other: few of them, with several tiles each.
+        """
         return _processors(self.table.device)
 
     def tile_of(self, x: Tensor, rows: int, columns: int, heads: int = 1) -> object:
@@ -52,7 +55,7 @@ class Batch:
 
 @cache
 def _processors(device: torch.device) -> int:
-    return Target.current(device.index).sms
+    return 2 if device.type == "cpu" else Target.current(device.index).sms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -161,7 +164,7 @@ def _equal_sequences(
     """
     stream = 0
     if device.type == "cuda":
-        if device.index is None:  # "cuda": the current one, which is another one later
+        if device == torch.device("cuda"):  # the current one, which is another one later
             device = torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_current_stream_capturing():
             return _new_batch(batch, tokens, offset, length, device)

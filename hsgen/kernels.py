@@ -237,7 +237,11 @@ class RankContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexContext:
-    """Everything `index.py.jinja` reads."""
+    """Everything `index.py.jinja` reads.
+
+    `union`: of pairs of an entry and a row, sorted in registers.  `sets`: of bits that pairs set, where they
+    are too many to sort.
+    """
 
     name: str
     header: str = ""
@@ -247,7 +251,7 @@ class IndexContext:
     size: int
     stride: int
     causal: bool
-    how: Literal["union"] = "union"
+    how: Literal["union", "sets"] = "union"
 
     @property
     def summary(self) -> str:
@@ -260,15 +264,21 @@ class IndexContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        lists = f"[tiles, {self.heads}, BLOCK_T * {self.width}"
+        sets = self.how == "sets"
+        slots = "capacity" if sets else f"BLOCK_T * {self.width}"
+        lists, words = f"[tiles, {self.heads}, {slots}", "ceil(BLOCK_T / 32)] member rows as bits"
+        marks = f"[programs, {self.heads}, capacity, {words} of each entry"
         return (
             pointer("SELECTION", "i32", f"[B, T, {self.heads}, {self.width}], -1 anywhere"),
             *_strides("SELECTION", "s", "batch", "token", "head", "slot"),
             pointer("COUNTS", "i32", f"[tiles, {self.heads}, 2] of full entries, of partial ones"),
             pointer("ENTRIES", "i32", f"{lists}] full ones ascending, then partial ones"),
-            pointer("WORDS", "i32", f"{lists}, ceil(BLOCK_T / 32)] member rows as bits"),
+            pointer("WORDS", "i32", f"{lists}, {words}"),
+            *((pointer("MARKS", "i32", marks),) if sets else ()),
+            *((count("capacity", "entries of the longest sequence"),) if sets else ()),
+            *((count("tiles", "of all programs"),) if sets else ()),
             *SEQ,
-            *tunables("BLOCK_T"),
+            *tunables("BLOCK_T", *(("BLOCK_K", "BLOCK_N") if sets else ())),
         )
 
     @property

@@ -90,11 +90,10 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
         case RankContext():
             most = next_power(context.slots) if context.children else 8192
             return {"BLOCK_R": (1, 32), "BLOCK_N": (64, max(64, most)), "num_warps": (1, 16)}
+        case IndexContext(how="sets") | MarksContext():
+            return {**_marking(context), "num_warps": (1, 16)}
         case IndexContext() | UniteContext():
             return {"num_warps": (1, 16)}
-        case MarksContext():
-            blocks = {"BLOCK_K": (16, next_power(context.width)), "BLOCK_N": (16, 1024)}
-            return {**blocks, "DEAR": (1, 8), "num_warps": (1, 16)}
         case BucketsContext(how="offsets"):
             return {"BLOCK_N": (64, 1024), "num_warps": (1, 8)}
         case BucketsContext():
@@ -114,6 +113,12 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
         case _:  # of a skeleton that nothing is known of, what is near its start
             near = {n: (max(1, v // 8), v * 8) for n, v in kernel.config.constexprs}
             return {**near, "num_warps": (1, 8)}
+
+
+def _marking(context: IndexContext | MarksContext) -> dict[str, tuple[int, int]]:
+    """Slots of a row's list a step, and entries a step, where rows set bits."""
+    dear = {"DEAR": (1, 8)} if isinstance(context, MarksContext) else {}
+    return {"BLOCK_K": (16, max(16, next_power(context.width))), "BLOCK_N": (16, 1024), **dear}
 
 
 def _list_ranges(context: ListsContext) -> dict[str, tuple[int, int]]:
@@ -216,7 +221,7 @@ def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
             each = largest // (values["num_warps"] * target.warp_size)
             if each > MOST_SCORES:
                 yield f"{each} scores a thread, at most {MOST_SCORES}"
-        case IndexContext(width=width):
+        case IndexContext(width=width, how="union"):
             pairs = values["BLOCK_T"] * next_power(width)
             if pairs > SORT_LIMIT and pairs > next_power(width):
                 yield f"BLOCK_T {values['BLOCK_T']}: {pairs:,} pairs to sort, at most {SORT_LIMIT:,}"
@@ -307,7 +312,7 @@ def _elements(kernel: Kernel, values: Mapping[str, int]) -> int:
             return values["BLOCK_M"] * max(values["BLOCK_N"], WIDEST)
         case RankContext():
             return values["BLOCK_R"] * values["BLOCK_N"]
-        case MarksContext():
+        case IndexContext(how="sets") | MarksContext():
             return values["BLOCK_T"] * max(values["BLOCK_K"], values["BLOCK_N"])
         case SegmentsContext() as context:
             widest = max((c.width for c in context.chunks), default=1)

@@ -727,9 +727,19 @@ def _seen(shape: Shape, *more: str) -> tuple[str, ...]:
 
 
 def attend_blocks(
-    shape: Shape, *, name: str, scale: float, entries: Entries, width: int, share: str
+    shape: Shape,
+    *,
+    name: str,
+    scale: float,
+    entries: Entries,
+    width: int,
+    share: str,
+    sets: bool = False,
 ) -> RowsContext:
-    """One softmax over the tokens of selected blocks: the union lists of a tile, full ones first."""
+    """One softmax over the tokens of selected blocks: the union lists of a tile, full ones first.
+
+    `sets`: with room for as many blocks as there are, which are fewer than a tile's rows choose.
+    """
     size, stride = entries.size, entries.stride
     heads = heads_of(shape, per_head=share == "Hq")
     ragged = size < 16 or size != next_power(size)
@@ -743,6 +753,7 @@ def attend_blocks(
     seen = "seen" if shape.causal else "k_len"
     tail = f"({within}) & (n < k_len)" if ragged else "n < k_len"
     own = (f"({within})[None, :]",) if ragged else ()
+    slots = "capacity" if sets else "BLOCK_T * K"
     return RowsContext(
         name=name,
         summary="attention over the blocks each query selected, a tile's blocks walked once.",
@@ -750,8 +761,9 @@ def attend_blocks(
             *QUERY,
             *keys_and_values(shape),
             pointer("COUNTS", "i32", "[tiles, H, 2] full, partial"),
-            pointer("ENTRIES", "i32", "[tiles, H, BLOCK_T * K] blocks"),
-            pointer("WORDS", "i32", "[tiles, H, BLOCK_T * K, words] members"),
+            pointer("ENTRIES", "i32", f"[tiles, H, {slots}] blocks"),
+            pointer("WORDS", "i32", f"[tiles, H, {slots}, words] members"),
+            *((count("capacity", "blocks of the longest sequence"),) if sets else ()),
             *OUTPUTS,
             *SEQ,
             *blocks(heads),
@@ -761,7 +773,9 @@ def attend_blocks(
         key_row="k_first",
         setup=(
             f"list_row = {list_row}",
-            f"list_base = list_row * (BLOCK_T * {width})",
+            "list_base = list_row * capacity"
+            if sets
+            else f"list_base = list_row * (BLOCK_T * {width})",
             "num_words: tl.constexpr = (BLOCK_T + 31) // 32",
             f"TILES: tl.constexpr = ({size} + BLOCK_N - 1) // BLOCK_N",
             "full = tl.load(COUNTS + list_row * 2)",

@@ -15,6 +15,12 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(params=["union", "sets"])
+def how(request):
+    """Pairs that are sorted, or bits that are set."""
+    return request.param
+
+
 def context(**changes):
     fields = dict(name="index_test", heads=2, width=4, size=4, stride=4, causal=True)
     return IndexContext(**(fields | changes))
@@ -62,21 +68,27 @@ def expected(c, sequences, chosen, tile, head, block_t):
 def check(tmp_path, device, c, sequences, chosen, *, block_t=4):
     index = kernel("index", c, tmp_path)
     tiles, capacity, words = sequences.tiles(block_t), block_t * c.width, -(-block_t // 32)
+    sets = c.how == "sets"
+    capacity = -(-max(sequences.k_lens) // c.stride) if sets else capacity
+    programs = min(tiles, 2) if sets else tiles
     shape = (tiles, c.heads)
     counts = torch.full((*shape, 2), -5, dtype=torch.int32, device=device)
     entries = torch.full((*shape, capacity), -5, dtype=torch.int32, device=device)
     bits = torch.full((*shape, capacity, words), -5, dtype=torch.int32, device=device)
     given = chosen.to(device) if device != "cpu" else chosen
     s_b, *strides = given.stride()
-    index[(tiles, c.heads)](
+    marks = torch.full((programs, c.heads, capacity, words), -5, dtype=torch.int32, device=device)
+    index[(programs, c.heads)](
         given, 0 if sequences.packed else s_b, *strides, counts, entries, bits,
+        *((marks, capacity, tiles) if sets else ()),
         sequences.table.to(device), len(sequences), BLOCK_T=block_t,
+        **(dict(BLOCK_K=2, BLOCK_N=4) if sets else {}),
     )  # fmt: skip
     kinds = {"full": 0, "partial": 0}
     for tile in range(tiles):
         for head in range(c.heads):
             if sequences.tile(tile, block_t) is None:
-                assert counts[tile, head].tolist() == [-5, -5]
+                assert counts[tile, head].tolist() == ([0, 0] if sets else [-5, -5])
                 continue
             whole, rest, members = expected(c, sequences, chosen, tile, head, block_t)
             kinds["full"] += len(whole)
@@ -100,35 +112,35 @@ AHEAD = Sequences(q_lens=(8,), k_lens=(5,))
 @pytest.mark.parametrize("sequences", [DENSE, PACKED, AHEAD])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("width", [1, 3, 4])
-def test_lists(tmp_path, device, sequences, causal, width):
-    c = context(causal=causal, width=width)
+def test_lists(tmp_path, device, how, sequences, causal, width):
+    c = context(how=how, causal=causal, width=width)
     check(tmp_path, device, c, sequences, choices(c, sequences))
 
 
-def test_full_and_partial(tmp_path, device):
-    c = context(width=6)
+def test_full_and_partial(tmp_path, device, how):
+    c = context(how=how, width=6)
     kinds = check(tmp_path, device, c, DENSE, choices(c, DENSE, spread=0.4))
     assert kinds["full"] and kinds["partial"]
 
 
-def test_every_row_chose_the_same(tmp_path, device):
-    c = context(width=5, causal=False)
+def test_every_row_chose_the_same(tmp_path, device, how):
+    c = context(how=how, width=5, causal=False)
     sequences = Sequences(q_lens=(6,), k_lens=(18,))  # the last entry is short
     chosen = torch.tensor([4, 0, 3, 0, -1], dtype=torch.int32).expand(1, 6, 2, 5)
     kinds = check(tmp_path, device, c, sequences, chosen)
     assert kinds == {"full": 2 * 2 * 2, "partial": 2 * 2}
 
 
-def test_nothing_chosen(tmp_path, device):
-    c = context()
+def test_nothing_chosen(tmp_path, device, how):
+    c = context(how=how)
     chosen = torch.full((2, 7, 2, 4), -1, dtype=torch.int32)
     assert check(tmp_path, device, c, DENSE, chosen) == {"full": 0, "partial": 0}
 
 
 @pytest.mark.parametrize("block_t", [1, 2, 32, 64, 128])
-def test_words(tmp_path, device, block_t):
+def test_words(tmp_path, device, how, block_t):
     """Bits of up to four words; the top bit of each is the sign of an int32."""
-    c = context(heads=1, width=2)
+    c = context(how=how, heads=1, width=2)
     rows = block_t + 3
     sequences = Sequences(q_lens=(rows,), k_lens=(rows + 40,))
     if block_t < 32:
@@ -136,16 +148,16 @@ def test_words(tmp_path, device, block_t):
     check(tmp_path, device, c, sequences, choices(c, sequences, spread=0.2), block_t=block_t)
 
 
-def test_strides(tmp_path, device):
+def test_strides(tmp_path, device, how):
     """A selection as a caller may hold it: heads outside tokens, every second slot."""
-    c = context(width=3)
+    c = context(how=how, width=3)
     wide = choices(context(width=6), DENSE).transpose(1, 2).contiguous().transpose(1, 2)
     check(tmp_path, device, c, DENSE, wide[..., ::2])
     check(tmp_path, device, c, DENSE, choices(c, DENSE)[:, :, :1].expand(-1, -1, 2, -1))
 
 
-def test_overlapping_entries(tmp_path, device):
-    c = context(size=8, stride=4, width=4)
+def test_overlapping_entries(tmp_path, device, how):
+    c = context(how=how, size=8, stride=4, width=4)
     kinds = check(tmp_path, device, c, DENSE, choices(c, DENSE, spread=0.3))
     assert kinds["partial"]
 

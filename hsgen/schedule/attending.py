@@ -24,6 +24,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     launches: list[Launch] = []
     buffers: list[Buffer] = []
     sizes: list[tuple[str, str]] = []
+    found: selected.ByTiles | None = None
     match op.over:
         case "window":
             context = rows.attend_window(shape, name=name, scale=scale, window=op.window or 1)
@@ -46,17 +47,20 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             selected.attend_by_blocks(draft, node, op)
             return
         case "blocks":
-            context = selected.attend_blocks(draft, node, op)
-    context = selected.as_branch(draft, context, node, op)
-    if op.over != "pooled":
-        context = rows.with_pages(context, draft.page)
-    if op.over == "blocks":
-        config = selected.tiles_of_blocks(draft, context, node, op)
-        lists = selected.index_blocks(draft, node, op, config)
+            found = selected.attend_blocks(draft, node, op)
+            context = found.context
+    more: tuple[str, ...] = ()
+    if found:
+        config = found.config
+        lists = selected.index_blocks(draft, node, op, found)
         launches.append(lists.launch)
         buffers += lists.buffers
         sizes += lists.sizes
+        more = lists.arguments
     else:
+        context = selected.as_branch(draft, context, node, op)
+        if op.over != "pooled":
+            context = rows.with_pages(context, draft.page)
         config = draft.tiles(context, limit=128)
     draft.attend(context, config, *draft.makes(node))
     tiles = text.tiles()
@@ -70,7 +74,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
                 grid=text.grid(shape, context, tiles),
                 arguments=(
                     *draft.tensors(node, op),
-                    *selected.list_arguments(op),
+                    *more,
                     *draft.outputs(node),
                     *draft.seq(context),
                 ),

@@ -33,6 +33,7 @@ from hsgen.target import Target
 
 SCRATCH_BYTES = 128 << 20
 SORT_LIMIT = 4096  # pairs that the index kernel sorts in registers
+SORTED = 2048  # pairs up to which it does so sooner than rows set bits
 LATENT_DIMS = 1024  # of a key that holds its value
 TILE_OF_HEADS = 64  # heads of a token that fill a tile: no other row is there to share a list with
 

@@ -17,7 +17,10 @@ from hsgen.kernels import (
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries, next_power
 from hsgen.schedule import text
-from hsgen.schedule.draft import SORT_LIMIT, TILE_OF_HEADS, Draft, Order
+from hsgen.schedule.draft import SORTED, TILE_OF_HEADS, Draft, Order
+
+LEAST_STEP = 32  # tokens of blocks of which rows share more than they lose to each other's
+ROUNDS = 4  # programs a processor, of an index whose rows set bits
 
 
 def order_of(draft: Draft, node: Node, op: Attend) -> Order:
@@ -107,38 +110,54 @@ def attend_by_blocks(draft: Draft, node: Node, op: Attend) -> None:
     draft.steps.append(step)
 
 
-def attend_blocks(draft: Draft, node: Node, op: Attend) -> rows.RowsContext:
-    """Blocks of a selection: the attend over the union lists of each tile."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByTiles:
+    """The attend over the union lists of tiles; `sets`: of bits, as their pairs are too many to sort."""
+
+    context: rows.RowsContext
+    config: Config
+    sets: bool
+
+
+def attend_blocks(draft: Draft, node: Node, op: Attend) -> ByTiles:
+    """Blocks of a selection."""
     _require_disjoint(node, op)
     selection = draft.graph[node.inputs[3]]
-    return rows.attend_blocks(
-        draft.shape_of(op),
-        name=f"attend_{op.branch}",
-        scale=op.scale or 1.0,
-        entries=Entries(size=op.size, stride=op.stride),
-        width=draft.width(selection),
-        share=selection.type.dims[2],
-    )
+    width = draft.width(selection)
 
+    def planned(*, sets: bool) -> ByTiles:
+        context = rows.attend_blocks(
+            draft.shape_of(op),
+            name=f"attend_{op.branch}",
+            scale=op.scale or 1.0,
+            entries=Entries(size=op.size, stride=op.stride),
+            width=width,
+            share=selection.type.dims[2],
+            sets=sets,
+        )
+        context = rows.with_pages(as_branch(draft, context, node, op), draft.page)
+        most = max(1, 64 // context.heads) if op.size < LEAST_STEP else 128
+        config = draft.tiles(context, limit=64, most=most, block=op.size)
+        return ByTiles(context=context, config=config, sets=sets)
 
-def tiles_of_blocks(draft: Draft, context: rows.RowsContext, node: Node, op: Attend) -> Config:
-    """Tiles whose rows' lists the index kernel can sort."""
-    width = draft.width(draft.graph[node.inputs[3]])
-    most = max(1, SORT_LIMIT // next_power(width))
-    return draft.tiles(context, limit=64, most=most, block=op.size)
+    found = planned(sets=False)
+    pairs = found.config["BLOCK_T"] * next_power(width)
+    return planned(sets=True) if pairs > SORTED else found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lists:
-    """What makes the lists of a branch's tiles."""
+    """What makes the lists of a branch's tiles; `arguments`: of the kernel that walks them."""
 
     launch: Launch
+    arguments: tuple[str, ...]
     buffers: tuple[Buffer, ...]
     sizes: tuple[tuple[str, str], ...]
 
 
-def index_blocks(draft: Draft, node: Node, op: Attend, config: Config) -> Lists:
+def index_blocks(draft: Draft, node: Node, op: Attend, found: ByTiles) -> Lists:
     """The union lists of each tile."""
+    config, sets = found.config, found.sets
     name = f"attend_{op.branch}"
     selection = draft.graph[node.inputs[3]]
     width, heads = draft.width(selection), draft.size(selection.type.dims[2])
@@ -149,49 +168,61 @@ def index_blocks(draft: Draft, node: Node, op: Attend, config: Config) -> Lists:
         size=op.size,
         stride=op.stride,
         causal=draft.shape.causal,
+        how="sets" if sets else "union",
     )
     pairs = config["BLOCK_T"] * next_power(width)
-    warps = 4 if pairs <= 1024 else 8
-    draft.kernel(
-        "index",
-        index,
-        Config(constexprs=(), num_warps=warps, num_stages=1),
-        node.name,
-        follows=name,
-    )
-    tiles = f"tiles_{op.branch}"
+    if sets:
+        step = max(16, SORTED // config["BLOCK_T"])
+        values = (("BLOCK_K", min(step, next_power(width))), ("BLOCK_N", 256))
+        listing = Config(constexprs=values, num_warps=8, num_stages=1)
+    else:
+        listing = Config(constexprs=(), num_warps=4 if pairs <= 1024 else 8, num_stages=1)
+    draft.kernel("index", index, listing, node.name, follows=name)
+    tiles, capacity = f"tiles_{op.branch}", f"capacity_{op.branch}"
     block_t = f'config["{name}"]["BLOCK_T"]'
     dims = (tiles, str(heads))
-    slots = f"slots_{op.branch}"
+    slots = capacity if sets else f"slots_{op.branch}"
     words = f"({block_t} + 31) // 32"
     chosen = text.buffer(selection.name)
+    lists = (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
+    reads = lists  # what attends
+    sizes = [(tiles, f"batch.rows // {block_t} + batch.sequences")]
+    buffers = [
+        Buffer(name=f"counts_{op.branch}", dtype="i32", dims=(*dims, "2"), role="list"),
+        Buffer(name=f"entries_{op.branch}", dtype="i32", dims=(*dims, slots), role="list"),
+        Buffer(name=f"words_{op.branch}", dtype="i32", dims=(*dims, slots, words), role="list"),
+    ]
+    more: tuple[str, ...] = ()
+    programs = tiles
+    if sets:
+        programs, marks = f"programs_{op.branch}", f"marks_{op.branch}"
+        keys = f"(batch.keys + {op.stride} - 1) // {op.stride}"
+        sizes += [
+            (capacity, f"max(1, {keys})"),
+            (programs, f"min({tiles}, {ROUNDS} * batch.processors // {heads} + 1)"),
+        ]
+        dims = (programs, str(heads), capacity, words)
+        buffers.append(Buffer(name=marks, dtype="i32", dims=dims, role="list"))
+        reads = (*lists, capacity)
+        lists = (*lists, marks, capacity)
+        more = (tiles,)
+    else:
+        sizes.append((slots, f"{block_t} * {width}"))
     launch = Launch(
         kernel=index.name,
-        grid=dims,
+        grid=(programs, str(heads)),
         arguments=(
             chosen,
             f"0 if batch.packed else {chosen}.stride(0)",
             f"{chosen}.stride(1)",
             f"{chosen}.stride(2)",
             f"{chosen}.stride(3)",
-            f"counts_{op.branch}",
-            f"entries_{op.branch}",
-            f"words_{op.branch}",
+            *lists,
+            *more,
             *text.SEQ,
         ),
     )
-    return Lists(
-        launch=launch,
-        buffers=(
-            Buffer(name=f"counts_{op.branch}", dtype="i32", dims=(*dims, "2"), role="list"),
-            Buffer(name=f"entries_{op.branch}", dtype="i32", dims=(*dims, slots), role="list"),
-            Buffer(name=f"words_{op.branch}", dtype="i32", dims=(*dims, slots, words), role="list"),
-        ),
-        sizes=(
-            (tiles, f"batch.rows // {block_t} + batch.sequences"),
-            (slots, f"{block_t} * {width}"),
-        ),
-    )
+    return Lists(launch=launch, arguments=reads, buffers=tuple(buffers), sizes=tuple(sizes))
 
 
 def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
@@ -340,12 +371,6 @@ def attend_gathered(draft: Draft, node: Node, op: Attend, scale: float) -> None:
             launches=(draft.launch(launch),),
         )
     )
-
-
-def list_arguments(op: Attend) -> tuple[str, ...]:
-    if op.over == "blocks":
-        return (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
-    return ()
 
 
 def as_branch(draft: Draft, context: rows.RowsContext, node: Node, op: Attend) -> rows.RowsContext:

@@ -52,6 +52,13 @@ def row_bits(row, counts, WORD: tl.constexpr):
 
 
 @triton.jit
+def first_rows(count):
+    """A word of the first so many rows: all of its bits from 32 rows on, none up to 0.  -> i32"""
+    others = tl.full([], -1, tl.int32) << tl.minimum(tl.maximum(count, 0), 31)
+    return tl.where(count >= 32, -1, ~others)
+
+
+@triton.jit
 def first_bucket(z, k_first, length, STRIDE: tl.constexpr):
     """The first block of sequence z among those of all: `length` blocks a sequence and one more.
 

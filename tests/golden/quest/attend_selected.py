@@ -89,7 +89,7 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["lse_b", "lse_h", "num_sequences"])
+@triton.jit(do_not_specialize=["capacity", "lse_b", "lse_h", "num_sequences"])
 def attend_selected(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -104,8 +104,9 @@ def attend_selected(
     v_t,  # V: token stride
     v_h,  # V: head stride
     COUNTS,  # [tiles, H, 2] full, partial
-    ENTRIES,  # [tiles, H, BLOCK_T * K] blocks
-    WORDS,  # [tiles, H, BLOCK_T * K, words] members
+    ENTRIES,  # [tiles, H, capacity] blocks
+    WORDS,  # [tiles, H, capacity, words] members
+    capacity,  # blocks of the longest sequence
     O,  # [B, T, Hq, Dv]
     o_b,  # O: batch stride
     o_t,  # O: token stride
@@ -145,7 +146,7 @@ def attend_selected(
     v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     k_row = k_first
     list_row = tile.to(tl.int64) * 32 + head
-    list_base = list_row * (BLOCK_T * 64)
+    list_base = list_row * capacity
     num_words: tl.constexpr = (BLOCK_T + 31) // 32
     TILES: tl.constexpr = (16 + BLOCK_N - 1) // BLOCK_N
     full = tl.load(COUNTS + list_row * 2)

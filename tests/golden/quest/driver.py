@@ -39,6 +39,8 @@ CONFIG = {
         "num_stages": 1,
     },
     "index_selected": {
+        "BLOCK_K": 32,
+        "BLOCK_N": 256,
         "num_warps": 8,
         "num_stages": 1,
     },
@@ -153,7 +155,8 @@ def forward(tensors, batch, config, selection=None):
 
     # attend: selected
     tiles_selected = batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences
-    slots_selected = config["attend_selected"]["BLOCK_T"] * 64
+    capacity_selected = max(1, (batch.keys + 16 - 1) // 16)
+    programs_selected = min(tiles_selected, 4 * batch.processors // 32 + 1)
     counts_selected = torch.empty(
         (
             tiles_selected,
@@ -167,7 +170,7 @@ def forward(tensors, batch, config, selection=None):
         (
             tiles_selected,
             32,
-            slots_selected,
+            capacity_selected,
         ),
         dtype=torch.int32,
         device=in_q.device,
@@ -176,7 +179,17 @@ def forward(tensors, batch, config, selection=None):
         (
             tiles_selected,
             32,
-            slots_selected,
+            capacity_selected,
+            (config["attend_selected"]["BLOCK_T"] + 31) // 32,
+        ),
+        dtype=torch.int32,
+        device=in_q.device,
+    )
+    marks_selected = torch.empty(
+        (
+            programs_selected,
+            32,
+            capacity_selected,
             (config["attend_selected"]["BLOCK_T"] + 31) // 32,
         ),
         dtype=torch.int32,
@@ -202,7 +215,7 @@ def forward(tensors, batch, config, selection=None):
         device=in_q.device,
     )
     grid = (
-        tiles_selected,
+        programs_selected,
         32,
     )
     index_selected[grid](
@@ -214,6 +227,9 @@ def forward(tensors, batch, config, selection=None):
         counts_selected,
         entries_selected,
         words_selected,
+        marks_selected,
+        capacity_selected,
+        tiles_selected,
         batch.table,
         batch.sequences,
         **config["index_selected"],
@@ -239,6 +255,7 @@ def forward(tensors, batch, config, selection=None):
         counts_selected,
         entries_selected,
         words_selected,
+        capacity_selected,
         made_selected_o,
         0 if batch.packed else made_selected_o.stride(0),
         made_selected_o.stride(1),

@@ -32,26 +32,6 @@ def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def later(a, b):
-    """The later of two places."""
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def run_start(begins):
-    """Of each place, where its run begins.  begins: [N] -> [N]"""
-    place = tl.arange(0, begins.shape[0])
-    return tl.associative_scan(tl.where(begins, place, 0), 0, later)
-
-
-@triton.jit
-def run_sum(x, start):
-    """The sum of each run, right at its last place.  x, start: [N] -> [N]"""
-    through = tl.cumsum(x, 0)
-    return through - tl.gather(through - x, start, 0)
-
-
-@triton.jit
 def complete_limit(
     p, k_len, SIZE: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, SHORT: tl.constexpr
 ):
@@ -66,16 +46,13 @@ def complete_limit(
 
 
 @triton.jit
-def row_bits(row, counts, WORD: tl.constexpr):
-    """Rows 32 * WORD to 32 * WORD + 31 as single bits of a word.  row, counts: [N] -> u32[N]
-
-    Unsigned, for sums of them to wrap around: the difference of two is right all the same.
-    """
-    one = tl.where(counts & (row // 32 == WORD), 1, 0).to(tl.uint32)
-    return one << (row % 32).to(tl.uint32)
+def first_rows(count):
+    """A word of the first so many rows: all of its bits from 32 rows on, none up to 0.  -> i32"""
+    others = tl.full([], -1, tl.int32) << tl.minimum(tl.maximum(count, 0), 31)
+    return tl.where(count >= 32, -1, ~others)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["capacity", "tiles", "num_sequences"])
 def index_selected(
     SELECTION,  # [B, T, 32, 64], -1 anywhere
     s_b,  # SELECTION: batch stride
@@ -83,64 +60,109 @@ def index_selected(
     s_h,  # SELECTION: head stride
     s_s,  # SELECTION: slot stride
     COUNTS,  # [tiles, 32, 2] of full entries, of partial ones
-    ENTRIES,  # [tiles, 32, BLOCK_T * 64] full ones ascending, then partial ones
-    WORDS,  # [tiles, 32, BLOCK_T * 64, ceil(BLOCK_T / 32)] member rows as bits
+    ENTRIES,  # [tiles, 32, capacity] full ones ascending, then partial ones
+    WORDS,  # [tiles, 32, capacity, ceil(BLOCK_T / 32)] member rows as bits
+    MARKS,  # [programs, 32, capacity, ceil(BLOCK_T / 32)] member rows as bits of each entry
+    capacity,  # entries of the longest sequence
+    tiles,  # of all programs
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     BLOCK_T: tl.constexpr,  # tokens a tile
+    BLOCK_K: tl.constexpr,  # slots a step
+    BLOCK_N: tl.constexpr,  # entries a step
 ):
-    # rows
-    tile = tl.program_id(0)
     head = tl.program_id(1)
-    z, t0 = find_sequence(SEQ, num_sequences, tile, BLOCK_T, 0, 1)
-    q_first = tl.load(SEQ + z * 6 + 1)
-    q_len = tl.load(SEQ + z * 6 + 2)
-    q_offset = tl.load(SEQ + z * 6 + 3)
-    k_len = tl.load(SEQ + z * 6 + 5)
-    if t0 >= q_len:
-        return
-
-    # load: the tile's choices, as pairs; what is not a choice sorts to the end
-    # [BLOCK_T * 64]
-    place = tl.arange(0, BLOCK_T * 64)
-    row = place // 64
-    slot = place % 64
-    t = t0 + row
-    base = SELECTION + z.to(tl.int64) * s_b + head.to(tl.int64) * s_h
-    address = base + (q_first + t).to(tl.int64) * s_t + slot * s_s
-    entry = tl.load(address, mask=(t < q_len) & (slot < 64), other=-1)
-    limit = entry_limit(q_offset + t, k_len, 16, True)
-    entry = tl.where((entry >= 0) & (entry < limit), entry, -1)
-    pair = tl.where(entry >= 0, entry * BLOCK_T + row, 0x7FFFFFFF)
-
-    # union: a run of pairs is an entry, a pair that repeats counts once
-    pair = tl.sort(pair)
-    before = tl.gather(pair, tl.maximum(place - 1, 0), 0)
-    after = tl.gather(pair, tl.minimum(place + 1, BLOCK_T * 64 - 1), 0)
-    valid = pair < 0x7FFFFFFF
-    entry = pair // BLOCK_T
-    row = pair % BLOCK_T
-    start = run_start(valid & ((place == 0) | (before // BLOCK_T != entry)))
-    ends = valid & ((place == BLOCK_T * 64 - 1) | (after // BLOCK_T != entry))
-    counts = valid & ((place == 0) | (before != pair))
-
-    # split: full entries are chosen by every row, and every row sees all of them
-    members = run_sum(counts.to(tl.int32), start)
-    seen = complete_limit(q_offset + t0, k_len, 16, 16, True, False)
-    full = ends & (members == tl.minimum(q_len - t0, BLOCK_T)) & (entry < seen)
-    is_full = full.to(tl.int32)
-    is_partial = ends.to(tl.int32) - is_full
-    both = tl.cumsum(is_full + (is_partial << 16), 0)
-    total = tl.max(both, 0)
-    rank = tl.where(full, both & 0xFFFF, (total & 0xFFFF) + (both >> 16)) - 1
-
-    # store
-    region = tile.to(tl.int64) * 32 + head
-    tl.store(COUNTS + region * 2, total & 0xFFFF)
-    tl.store(COUNTS + region * 2 + 1, total >> 16)
-    out = region * BLOCK_T * 64 + rank
-    tl.store(ENTRIES + out, entry, mask=ends)
+    program = tl.program_id(0).to(tl.int64) * 32 + head
     num_words: tl.constexpr = (BLOCK_T + 31) // 32
-    for word in tl.static_range(num_words):
-        bits = run_sum(row_bits(row, counts, word), start)
-        tl.store(WORDS + out * num_words + word, bits.to(tl.int32, bitcast=True), mask=ends)
+    marks = MARKS + program * capacity * num_words
+    # one tile after the other: a program's marks are used again
+    for first in range(0, tiles, tl.num_programs(0)):
+        # rows; none behind the last tile
+        tile = first + tl.program_id(0)
+        z, t0 = find_sequence(SEQ, num_sequences, tile, BLOCK_T, 0, 1)
+        q_first = tl.load(SEQ + z * 6 + 1)
+        q_len = tl.load(SEQ + z * 6 + 2)
+        q_offset = tl.load(SEQ + z * 6 + 3)
+        k_len = tl.load(SEQ + z * 6 + 5)
+        live = tl.where(tile < tiles, tl.maximum(tl.minimum(q_len - t0, BLOCK_T), 0), 0)
+        last = q_offset + t0 + live - 1
+        entries = tl.where(live > 0, entry_limit(last, k_len, 16, True), 0)
+
+        # clear
+        tl.debug_barrier()
+        for e0 in range(0, entries * num_words, BLOCK_N):
+            place = e0 + tl.arange(0, BLOCK_N)
+            tl.store(marks + place, tl.zeros([BLOCK_N], tl.int32), mask=place < entries * num_words)
+        tl.debug_barrier()
+
+        # mark: bits are set in any order, so the words do not depend on it
+        # [BLOCK_T, 1]
+        row = tl.arange(0, BLOCK_T)[:, None]
+        limit = entry_limit(q_offset + t0 + row, k_len, 16, True)
+        lists = SELECTION + z.to(tl.int64) * s_b + head.to(tl.int64) * s_h
+        lists += (q_first + t0 + row).to(tl.int64) * s_t
+        for i in range(0, 64, BLOCK_K):
+            slot = i + tl.arange(0, BLOCK_K)[None, :]
+            inside = (row < live) & (slot < 64)
+            entry = tl.load(lists + slot * s_s, mask=inside, other=-1)
+            inside = (entry >= 0) & (entry < limit)
+            bit = tl.full([BLOCK_T, BLOCK_K], 1, tl.int32) << (row % 32)
+            word = tl.where(inside, entry, 0) * num_words + row // 32
+            tl.atomic_or(marks + word, bit, mask=inside, sem="relaxed")
+        tl.debug_barrier()
+
+        # split: full entries are chosen by every row, and every row sees all of them; read past the L1 cache,
+        # which no atomic writes
+        seen = complete_limit(q_offset + t0, k_len, 16, 16, True, False)
+        total = tl.zeros([], tl.int32)
+        for e0 in range(0, entries, BLOCK_N):
+            entry = e0 + tl.arange(0, BLOCK_N)
+            every = entry < tl.minimum(entries, seen)
+            for word in tl.static_range(num_words):
+                bits = tl.load(
+                    marks + entry * num_words + word,
+                    mask=entry < entries,
+                    other=0,
+                    cache_modifier=".cg",
+                )
+                every &= bits == first_rows(live - word * 32)
+            total += tl.sum(every.to(tl.int32), 0)
+
+        # store: full ones ascending, then partial ones
+        region = tile.to(tl.int64) * 32 + head
+        full = tl.zeros([], tl.int32)
+        partial = tl.zeros([], tl.int32)
+        for e0 in range(0, entries, BLOCK_N):
+            entry = e0 + tl.arange(0, BLOCK_N)
+            every = entry < tl.minimum(entries, seen)
+            some = entry < 0
+            for word in tl.static_range(num_words):
+                bits = tl.load(
+                    marks + entry * num_words + word,
+                    mask=entry < entries,
+                    other=0,
+                    cache_modifier=".cg",
+                )
+                every &= bits == first_rows(live - word * 32)
+                some |= bits != 0
+            is_full = every.to(tl.int32)
+            is_partial = some.to(tl.int32) - is_full
+            rank = tl.where(
+                every,
+                full + tl.cumsum(is_full, 0),
+                total + partial + tl.cumsum(is_partial, 0),
+            )
+            out = region * capacity + rank - 1
+            tl.store(ENTRIES + out, entry, mask=some)
+            for word in tl.static_range(num_words):
+                bits = tl.load(
+                    marks + entry * num_words + word,
+                    mask=some,
+                    other=0,
+                    cache_modifier=".cg",
+                )
+                tl.store(WORDS + out * num_words + word, bits, mask=some)
+            full += tl.sum(is_full, 0)
+            partial += tl.sum(is_partial, 0)
+        tl.store(COUNTS + region * 2, full, mask=tile < tiles)
+        tl.store(COUNTS + region * 2 + 1, partial, mask=tile < tiles)
