@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, or_
 from typing import Any
 
@@ -21,11 +21,19 @@ def parts(tensors: Sequence[Tensor]) -> list[object]:
 
 def even(tensors: Sequence[Tensor]) -> bool | tuple[bool, ...]:
     """Whether all begin where the tensor memory accelerator can begin, or which ones."""
-    if not tensors[0].is_cuda:
+    return not tensors[0].is_cuda or even_at(addresses(tensors))
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Where they begin."""
+    return [*map(Tensor.data_ptr, tensors)]
+
+
+def even_at(addresses: Sequence[int]) -> bool | tuple[bool, ...]:
+    """As `even`, of addresses on a GPU."""
+    if functools.reduce(or_, addresses) % ALIGNED == 0:
         return True
-    if functools.reduce(or_, map(Tensor.data_ptr, tensors)) % ALIGNED == 0:
-        return True
-    return tuple(map(lies_even, tensors))
+    return tuple(each % ALIGNED == 0 for each in addresses)
 
 
 def lies_even(x: Tensor) -> bool:
@@ -50,6 +58,10 @@ class Likeness:
         self._check = _check_of([tensors[i] for i in self._firsts])
 
     def __call__(self, tensors: Sequence[Tensor]) -> bool:
+        return self.but_for_addresses(tensors) and even(tensors) == self._even
+
+    def but_for_addresses(self, tensors: Sequence[Tensor]) -> bool:
+        """The same, wherever they begin."""
         if len(tensors) != self._count:
             return False
         each = tensors
@@ -57,7 +69,7 @@ class Likeness:
             if not all(tensors[i] is tensors[j] for i, j in self._same):
                 return False
             each = [tensors[i] for i in self._firsts]
-        return self._check(*each) and even(tensors) == self._even
+        return self._check(*each)
 
 
 def _check_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import is_
 from typing import Protocol
 
 import torch
@@ -88,6 +87,7 @@ class Cache:
         self.shape = shape
         self.tensors = _streams(storage, shape) if pages is None else _given(storage, shape, pages)
         self.tensors |= _levels(storage, shape)
+        self._names = tuple(self.tensors)
         self.block_table = _table(shape, pages)
         zeros = torch.zeros(shape.batch, 6, dtype=torch.int32, device=shape.device)
         self.lengths = torch.zeros_like(zeros[:, 0])
@@ -96,7 +96,6 @@ class Cache:
         self._most = 0  # no sequence is longer, as far as the host knows
         few = torch.arange(FEW + 1, dtype=torch.int32, device=shape.device)
         self._few = few[:, None].expand(-1, shape.batch).contiguous().unbind()
-        self._looked_at: tuple[list[Tensor], tuple[object, ...]] = ([], ())
 
     # --- what is in it
 
@@ -223,19 +222,14 @@ class Cache:
         )
 
     @property
+    def kept(self) -> list[Tensor]:
+        """All that a call reads and writes: tensors and lengths."""
+        return [*map(self.tensors.__getitem__, self._names), self.lengths]
+
+    @property
     def addressed(self) -> tuple[Tensor, ...]:
         """Tensors of such a batch."""
         return (self._table,) if self.block_table is None else (self._table, self.block_table)
-
-    @property
-    def how_it_lies(self) -> tuple[object, ...]:
-        """Names, sizes and strides of all that it keeps; looked at once, and again for other tensors."""
-        there = [*self.tensors.values(), *self.addressed]
-        before, found = self._looked_at
-        if len(there) != len(before) or not all(map(is_, there, before)):
-            found = (self.shape, *self.tensors, *((x.shape, x.stride(), x.dtype) for x in there))
-            self._looked_at = there, found
-        return found
 
     def whole(self, name: str, sequences: slice = slice(None)) -> Tensor:
         """A stream as [B, capacity, ...], of some sequences: pages put together."""
@@ -310,9 +304,14 @@ class Cache:
             )
 
     def check_new_lens(self, new_lens: Tensor | None) -> None:
-        """Shape, dtype and device; no values: more than T count as T."""
-        if new_lens is not None:
-            self._check_lens("new_lens", new_lens)
+        """Shape, dtype, device and stride; no values: more than T count as T."""
+        if new_lens is None:
+            return
+        if not isinstance(new_lens, Tensor):
+            raise ArgumentError(f"new_lens: expected a tensor, got {type(new_lens).__name__}")
+        self._check_lens("new_lens", new_lens)
+        if not new_lens.is_contiguous():
+            raise ArgumentError(f"new_lens: expected stride 1, got {new_lens.stride(0)}")
 
 
 def _streams(storage: Storage, shape: Shape) -> dict[str, Tensor]:

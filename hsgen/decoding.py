@@ -23,12 +23,15 @@ from hsgen.cache import FEW, Cache, Pages, Shape
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
     KNOWN_CALLS,
+    STEP,
     Configs,
     Execution,
     Program,
+    config_lines,
     exact_dtype,
     running,
     uniform,
+    with_caller_s,
 )
 from hsgen.operators import Call
 from hsgen.replay import Outputs, Replays
@@ -38,6 +41,12 @@ from hsgen.target import Target
 
 MOST_PAGE = 1024  # tokens
 INTERPRETED_TARGET = "h100"
+OF_ROWS = (
+    "BLOCK_T",
+    "BLOCK_M",
+    "BLOCK_V",
+)  # of a kernel of a step: its rows, tokens, numbers of a token
+OF_PARTS = "BLOCK_P"
 
 
 class CachedCompiler(Protocol):
@@ -56,10 +65,11 @@ class CachedCompiler(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A program with the configuration of calls of so many rows."""
+    """A program with the configuration of calls of so many rows, and where that came from, by kernel."""
 
     program: Program
     config: Configs
+    origin: Mapping[str, str]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -67,8 +77,10 @@ class _Known:
     """A signature that was checked: what it says, and levels whose choice its driver gives."""
 
     problem: Problem
-    said: tuple[object, ...]  # what is not said of tensors
-    like: alike.Likeness  # of tensors, which may lie otherwise to 16 bytes
+    said: tuple[Any, ...]  # what is not said of tensors
+    like: alike.Likeness  # of tensors, the cache's too, which may lie otherwise to 16 bytes
+    requires_grad: bool
+    on_kernels: bool
     levels: tuple[str, ...] = ()
 
 
@@ -81,7 +93,7 @@ class Decoding:
         self._digest = execution.spec.digest
         self._lock = RLock()
         self._programs: dict[tuple[torch.dtype, torch.device, int, str], Program] = {}
-        self._ready: dict[tuple[object, ...], Ready] = {}
+        self._ready: dict[tuple[Any, ...], Ready] = {}
         self._known: dict[tuple[object, ...], _Known] = {}
         self._last: _Known | None = None
         self.replays = Replays()
@@ -101,8 +113,14 @@ class Decoding:
         with self._lock:
             return dict(self._programs)
 
+    @property
+    def ready(self) -> Mapping[tuple[Any, ...], Ready]:
+        """What steps and chunks ran with so far; a key ends with most tokens, capacity and sequences."""
+        with self._lock:
+            return dict(self._ready)
+
     def explain(self) -> list[str]:
-        """Every program behind a cache and its plan."""
+        """Every program behind a cache, its plan, and what its kernels run with."""
         found: list[str] = []
         for (dtype, device, page, kind), program in self.programs.items():
             pages = f", pages of {page}" if page else ""
@@ -111,6 +129,12 @@ class Decoding:
                 f"{what} behind a cache, {SHORT_NAMES[dtype]}, {device}{pages}",
                 str(program.plan),
             ]
+            for (*_, rows, longest, batch), ready in self.ready.items():
+                if ready.program is program:
+                    size = f" of up to {rows} tokens, {batch} x {longest}" if kind == "few" else ""
+                    found.append(f"{what}{size}")
+                    prefix = STEP if kind == "few" else ""
+                    found += config_lines(ready.config, ready.origin, prefix)
         if repeated := self.replays.explain():
             found += ["repeated calls behind a cache", *repeated]
         return found
@@ -167,7 +191,13 @@ class Decoding:
         self._write(cache, given, tokens, new_lens, few=tokens <= FEW)
 
     def step(
-        self, call: Call, cache: Cache, new_lens: Tensor | None, *, few: bool
+        self,
+        call: Call,
+        cache: Cache,
+        new_lens: Tensor | None,
+        returns: tuple[bool, bool],
+        *,
+        few: bool,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """o and the log-sum-exp of each branch of new tokens, which the cache then has; indices by level.
 
@@ -175,69 +205,97 @@ class Decoding:
             call: Queries, and of keys and values the new tokens'.
             cache: Of this spec.
             new_lens: How many of the tokens each sequence has.
+            returns: Whether log-sum-exps are wanted, and indices; else they may be left out.
             few: As a step of decoding, not as a chunk of prefill.
         """
-        self._check_plain(call, cache)
-        known = self._look_up(call, cache, few=few)
+        self._check_cache(cache)
+        tensors = [*call.tensors, *call.selection, *cache.kept, *cache.addressed]
+        said = (few, call.layout, call.levels, cache.shape, returns)
+        known = self._last
+        if known is None or known.said != said or not known.like.but_for_addresses(tensors):
+            known = self._last = self._look_up(call, cache, said, tensors)
+        if known.requires_grad and torch.is_grad_enabled():
+            raise HsgenError(
+                f"{self._execution.spec.name}: calls with a cache have no derivative, and an input "
+                "requires grad",
+                help="call it under torch.no_grad(), or on tensor.detach()",
+            )
         problem = known.problem
         cache.check_new_lens(new_lens)
         if problem.tokens == 0:
             return self._nothing(call)
-        if not self._on_kernels(problem.device):
+        if not known.on_kernels:
             given = uniform(self._execution.attending, problem, call)
             return self._by_reference(given, call, problem, cache, new_lens)
         self._reserve(cache, problem.tokens)
-        outputs = self._on_cache(known, call, cache, cache.new(problem.tokens, new_lens), few=few)
-        count = 1 + len(self._execution.branches)
+        outputs = self._on_cache(known, call, cache, tensors, cache.new(problem.tokens, new_lens))
+        count = len(outputs) - len(known.levels)
         found = dict(zip(known.levels, outputs[count:], strict=True))
         return _finished(outputs[:count], found, problem, new_lens)
 
-    def _look_up(self, call: Call, cache: Cache, *, few: bool) -> _Known:
+    def _look_up(
+        self, call: Call, cache: Cache, said: tuple[Any, ...], tensors: Sequence[Tensor]
+    ) -> _Known:
         """What is known about a step like this one; a new one is checked."""
-        tensors = [*call.tensors, *call.selection]
-        said = (few, call.layout, call.levels, cache.shape, len(call.tensors))
-        last = self._last
-        if last is not None and last.said == said and last.like(tensors):
-            return last
-        key = (*said, *alike.parts(tensors))
+        few, *_ = said
+        requires_grad = any(x.requires_grad for x in call.tensors)
+        key = (*said, requires_grad, len(call.selection), *alike.parts(tensors))
         known = self._known.get(key)
         if known is None:
             if len(self._known) >= KNOWN_CALLS:
                 self._known.clear()
             problem = self._check(call, cache, few=few)
-            known = _Known(problem=problem, said=said, like=alike.Likeness(tensors))
-            self._known[key] = known
-        self._last = known
+            known = self._known[key] = _Known(
+                problem=problem,
+                said=said,
+                like=alike.Likeness(tensors),
+                requires_grad=requires_grad,
+                on_kernels=self._on_kernels(problem.device),
+            )
         return known
 
     def _on_cache(
-        self, known: _Known, call: Call, cache: Cache, new: Tensor, *, few: bool
+        self, known: _Known, call: Call, cache: Cache, tensors: Sequence[Tensor], new: Tensor
     ) -> Outputs:
-        """What kernels give of new tokens: o, each log-sum-exp, and what was chosen."""
+        """What kernels give of new tokens: o, and as far as they are wanted each log-sum-exp, and what was
+        chosen.
+
+        tensors: The call's, its selection, and the cache's.
+        """
         problem = known.problem
-        brought = self._execution.padded_selection(call, problem) if call.selection else {}
-        where = cache.batch(problem.tokens)
-        others = [*brought.values(), *cache.tensors.values(), cache.lengths, new]
-        given = [*call.tensors, *others, *cache.addressed]
-        key = ("step", known, cache.how_it_lies, alike.even(given))
+        brought: dict[str, Tensor] = {}
+        if call.selection:
+            brought = self._execution.padded_selection(call, problem)
+            tensors = [*call.tensors, *brought.values(), *cache.kept, *cache.addressed]
+        given = [new, *tensors]
+        addresses = alike.addresses(given)
+        key = ("step", known, alike.even_at(addresses) if new.is_cuda else True)
         with running(problem.device):
             again = self.replays.find(key)
             if again is not None:
-                return again(given)
+                return again.at(addresses)
+            few, *_, (return_lse, return_selection) = known.said
             ready = self._prepared(cache.shape, "few" if few else "many", problem.tokens)
 
             def arranged(driver: Any, tensors: Sequence[Tensor], where: Batch) -> Outputs:
-                left = iter(tensors)
+                new, *rest = tensors
+                left = iter(rest)
                 tokens = dict(zip(self._execution.attending.names, left, strict=False))
                 selection = dict(zip(brought, left, strict=False)) or None
                 kept = dict(zip(cache.tensors, left, strict=False))
-                driver.append(tokens, kept, next(left), next(left), where, ready.config)
+                driver.append(tokens, kept, next(left), new, where, ready.config)
                 o, lse, chosen = driver.forward({**tokens, **kept}, where, ready.config, selection)
-                known.levels = tuple(name for name, x in chosen.items() if x is not None)
-                outputs = [o, *(lse[branch] for branch in self._execution.branches)]
-                return [*outputs, *(chosen[name] for name in known.levels)]
+                outputs = [o]
+                if return_lse:
+                    outputs += [lse[branch] for branch in self._execution.branches]
+                if return_selection:
+                    known.levels = tuple(name for name, x in chosen.items() if x is not None)
+                    outputs += [chosen[name] for name in known.levels]
+                return outputs
 
-            views = [*uniform(self._execution.attending, problem, call).values(), *others]
+            views = [*uniform(self._execution.attending, problem, call).values()]
+            views = [new, *views, *brought.values(), *cache.kept]
+            where = cache.batch(problem.tokens)
             return self.replays.drive(key, ready.program.driver, arranged, views, where)
 
     def _nothing(self, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -249,8 +307,8 @@ class Decoding:
 
     # --- checking
 
-    def _check_plain(self, call: Call, cache: Cache) -> None:
-        """What no signature of a call tells."""
+    def _check_cache(self, cache: Cache) -> None:
+        """It is one of this spec."""
         if not isinstance(cache, Cache):
             raise ArgumentError(f"cache: expected what new_cache made, got {type(cache).__name__}")
         spec = self._execution.spec
@@ -259,13 +317,6 @@ class Decoding:
             raise ArgumentError(
                 f"cache: expected one of spec {spec.name!r}, got one of {cache.spec.name!r}{alike}",
                 help="each spec keeps other tensors: new_cache of this kernel",
-            )
-        differentiates = torch.is_grad_enabled()
-        if differentiates and any(each.requires_grad for each in call.tensors):
-            raise HsgenError(
-                f"{self._execution.spec.name}: calls with a cache have no derivative, and an input "
-                "requires grad",
-                help="call it under torch.no_grad(), or on tensor.detach()",
             )
 
     def _check(self, call: Call, cache: Cache, *, few: bool) -> Problem:
@@ -371,26 +422,49 @@ class Decoding:
             made = program.plan
             if kind == "few":
                 made = configs.for_rows(made, tokens, longest)
-            config = {kernel.name: kernel.config.keywords() for kernel in made.kernels}
-            ready = self._ready.setdefault(key, Ready(program=program, config=config))
+            starts = {kernel.name: kernel.config.keywords() for kernel in made.kernels}
+            of_rows, given = replace(program, plan=made, config=starts), self._given(kind)
+            if kind == "few":
+                _refuse_rows(starts, given, self._execution.options.config)
+            config, origin = with_caller_s(of_rows, given, self._target(shape.device))
+            ready = Ready(program=program, config=config, origin=origin)
+            ready = self._ready.setdefault(key, ready)
         return ready
+
+    def _given(self, kind: str) -> Configs:
+        """The caller's configuration, of a step what is said of steps alone first."""
+        given = self._execution.options.config
+        plain = {name: x for name, x in given.items() if not name.startswith(STEP)}
+        if kind == "few":
+            plain |= {n.removeprefix(STEP): x for n, x in given.items() if n.startswith(STEP)}
+        return plain
 
     def _program(self, shape: Shape, kind: str) -> Program:
         interpret = shape.device.type != "cuda"
         key = (shape.dtype, shape.device, shape.page, kind)
         with self._lock:
             if key not in self._programs:
-                target = self._execution.options.target
-                if target is None and not interpret:
-                    target = Target.current(shape.device.index)
-                self._programs[key] = self._compiler(
-                    self._execution.spec,
-                    target or Target.named(INTERPRETED_TARGET),
+                spec, target = self._execution.spec, self._target(shape.device)
+                program = self._compiler(
+                    spec,
+                    target,
                     shape.dtype,
                     interpret=interpret,
                     cached=plan.Cached(rows="few" if kind == "few" else "many", page=shape.page),
                 )
+                mine = [*program.config]
+                if kind == "few":
+                    mine += [f"{STEP}{name}" for name in program.config]
+                self._execution.check_names(mine, spec, target, shape.dtype)
+                self._programs[key] = program
             return self._programs[key]
+
+    def _target(self, device: torch.device) -> Target:
+        """The GPU of a cache."""
+        target = self._execution.options.target
+        if target is None and device.type == "cuda":
+            target = Target.current(device.index)
+        return target or Target.named(INTERPRETED_TARGET)
 
     def _refuse_capture(self, device: torch.device) -> None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -430,6 +504,21 @@ class Decoding:
         lse = [result.lse[name].to(torch.float32) for name in self._execution.branches]
         chosen = {level: each.indices for level, each in result.selection.items()}
         return _finished([o, *lse], chosen, problem, new_lens)
+
+
+def _refuse_rows(starts: Configs, given: Configs, said: Configs) -> None:
+    """Refuse a caller's values of what follows from the rows and the parts of a step."""
+    for name, start in starts.items():
+        for each, value in given.get(name, {}).items():
+            follows = each in OF_ROWS or each.startswith(OF_PARTS)
+            if follows and start.get(each, value) != value:
+                step = f"{STEP}{name}"
+                alone = "" if step in said else f"; {step!r} beside it is of steps alone"
+                raise ArgumentError(
+                    f"config: {step if step in said else name}: expected {each}={start[each]} in a step, "
+                    f"got {value}",
+                    help=f"a step's rows and parts say it{alone}",
+                )
 
 
 def _finished(

@@ -7,11 +7,12 @@ Compiles a program on the first call of its kind; never waits for the device, un
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Lock, RLock
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import networkx as nx
 import torch
@@ -38,9 +39,10 @@ from hsgen.configs import DType
 from hsgen.errors import ArgumentError, HsgenError, PlanError, Span
 from hsgen.flops import Work
 from hsgen.gates import Gate
-from hsgen.graph import Graph, tensor_inputs
+from hsgen.graph import Attend, Graph, tensor_inputs
 from hsgen.operators import Call
-from hsgen.plan import STREAMED, Plan
+from hsgen.plan import STREAMED, Cached, Plan
+from hsgen.plan import Kernel as PlannedKernel
 from hsgen.reference import Result, reference
 from hsgen.replay import Outputs, Replays
 from hsgen.schedule import Order, combining, part_of, schedule
@@ -71,6 +73,7 @@ PLANNED: Mapping[torch.dtype, DType] = {
     torch.float32: "fp32",
 }
 KNOWN_CALLS = 4096  # signatures of calls that one Execution remembers
+STEP = "step."  # before the name of a kernel: that of a step behind a cache, alone
 INTERPRETED_TARGET = "h100"  # whose plan the interpreter runs, unless one is named
 
 # the interpreter replaces functions of triton.language while it runs
@@ -700,28 +703,42 @@ class Execution:
                     backward=True,
                     apart=apart,
                 )
-                given = self.options.config
-                config = {name: {**x, **given.get(name, {})} for name, x in made.config.items()}
-                _refuse_values(made, config, given, target)
-                origin = {n: "caller" if n in given else x for n, x in made.origin.items()}
+                config, origin = with_caller_s(made, self.options.config, target)
                 self._gradients[binding] = replace(made, config=config, origin=origin)
             return self._gradients[binding]
 
-    def _recorded_kernels(
-        self, spec: Spec, target: Target, binding: Binding, orders: Mapping[str, Order]
-    ) -> tuple[str, ...]:
-        """The names of the kernels of a spec's gradients, and of a forward that autograd records for them;
-        none where it has none.
+    def check_names(
+        self, mine: Iterable[str], spec: Spec, target: Target, dtype: torch.dtype
+    ) -> None:
+        """Raise where a caller's configuration is of a kernel that no call of a spec has.
+
+        mine: Those of a program that was compiled; only for other names others are planned.
+        """
+        if self.options.config.keys() <= {*mine}:
+            return
+        names = dict.fromkeys((*mine, *self._other_kernels(spec, target, PLANNED[dtype])))
+        for name in self.options.config:
+            if name not in names:
+                raise ArgumentError(f"config: expected one of {', '.join(names)}, got {name!r}")
+
+    def _other_kernels(self, spec: Spec, target: Target, dtype: DType) -> list[str]:
+        """The names of the kernels of a spec's calls, as far as it has such calls: plain in every order,
+        that autograd records, gradients, chunks behind a cache, and steps.
         """
         graph = passes.run(planner.plan(spec))
-        if any(backward.lacking(graph, node) for node in graph.nodes()):
-            return ()
-        dtype = PLANNED[binding.dtype]
-        plans = [backward.plan(graph, target, dtype)]
-        if self.gated:
-            plans.insert(0, schedule(graph, target, dtype, orders, apart=True))
-            plans.append(backward.plan(graph, target, dtype, apart=True))
-        return tuple(dict.fromkeys(kernel.name for plan in plans for kernel in plan.kernels))
+        lacking = any(backward.lacking(graph, node) for node in graph.nodes())
+        branches = [x.op.branch for x in graph.nodes() if isinstance(x.op, Attend)]
+        each_order: list[dict[str, Order]] = [{}]
+        each_order += [{branch: order} for branch in branches for order in get_args(Order)]
+        plans: list[Callable[[], Plan]] = []
+        for apart in (False, True) if self.gated and not lacking else (False,):
+            plans += [partial(schedule, graph, target, dtype, x, apart=apart) for x in each_order]
+            if not lacking:
+                plans.append(partial(backward.plan, graph, target, dtype, apart=apart))
+        plans.append(partial(schedule, graph, target, dtype, cached=Cached(rows="many")))
+        names = [kernel.name for plan in plans for kernel in _kernels(plan)]
+        steps = _kernels(partial(schedule, graph, target, dtype, cached=Cached(rows="few")))
+        return [*names, *(x.name for x in steps), *(f"{STEP}{x.name}" for x in steps)]
 
     # --- checking
 
@@ -902,15 +919,8 @@ class Execution:
         if not interpret:
             found.tell()
         made = program(found.orders)
-        given = self.options.config
-        if not given.keys() <= made.config.keys():  # some may be of calls that autograd records
-            others = self._recorded_kernels(spec, target, binding, found.orders)
-            names = dict.fromkeys((*made.config, *others))
-            for name in given:
-                if name not in names:
-                    raise ArgumentError(f"config: expected one of {', '.join(names)}, got {name!r}")
-            given = {name: values for name, values in given.items() if name in made.config}
-        return _chosen(made, found, given, target)
+        self.check_names(made.config, spec, target, binding.dtype)
+        return _chosen(made, found, self.options.config, target)
 
     @functools.cached_property
     def _without_losses(self) -> Spec:
@@ -1309,6 +1319,32 @@ def _chosen(program: Program, found: tuned.Found, given: Configs, target: Target
         origin[name] = "caller" if name in given else said
     _refuse_values(program, config, given, target)
     return Choice(program=program, config=config, origin=origin, orders=found.orders)
+
+
+def with_caller_s(
+    program: Program, given: Configs, target: Target
+) -> tuple[Configs, Mapping[str, str]]:
+    """A program's configuration with the caller's values, and where each kernel's came from."""
+    config = {name: {**x, **given.get(name, {})} for name, x in program.config.items()}
+    _refuse_values(program, config, given, target)
+    return config, {n: "caller" if n in given else x for n, x in program.origin.items()}
+
+
+def config_lines(config: Configs, origin: Mapping[str, str], prefix: str = "") -> list[str]:
+    """By kernel, its values and where they came from."""
+    lines: list[str] = []
+    for name, values in config.items():
+        text = " ".join(f"{each}={value}" for each, value in values.items())
+        lines.append(f"  {prefix}{name}: {text}  ({origin[name]})")
+    return lines
+
+
+def _kernels(plan: Callable[[], Plan]) -> Sequence[PlannedKernel]:
+    """Those of a plan; none where a spec has none."""
+    try:
+        return plan().kernels
+    except PlanError:
+        return ()
 
 
 def _refuse_values(program: Program, config: Configs, given: Configs, target: Target) -> None:

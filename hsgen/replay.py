@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from hsgen import alike
 from hsgen.batch import Batch
 from hsgen.tiling import TensorDescriptor
 
@@ -82,8 +83,8 @@ class Replay:
     """A call of a driver.  Keeps no tensor.
 
     Attributes:
-        launches: in order.
-        inputs: numbers of the tensors that they read.
+        launches: in order; addresses are numbered: of all tensors that were given, of what is made, of the
+            other buffers.
         made: what is allocated by itself.
         outputs: numbers of these that a caller gets, None where the driver gives none.
         places: where other buffers begin in one allocation.
@@ -94,7 +95,6 @@ class Replay:
     """
 
     launches: tuple[Launch, ...]
-    inputs: tuple[int, ...]
     made: tuple[Made, ...]
     outputs: tuple[int | None, ...]
     places: tuple[int, ...]
@@ -110,17 +110,21 @@ class Replay:
             tensors: All that the driver was given and its batch's, like those that were recorded, but for
                 their values; of views what they are views of will do.
         """
-        device = self.device
-        made = [
-            torch.empty_strided(x.size, x.stride, dtype=x.dtype, device=device) for x in self.made
-        ]
-        zeros = [x for x, each in zip(made, self.made, strict=True) if each.zeros]
-        at = [tensors[i].data_ptr() for i in self.inputs]
-        at += [x.data_ptr() for x in made]
+        return self.at(alike.addresses(tensors))
+
+    def at(self, given: Sequence[int]) -> Outputs:
+        """The same by the addresses of the tensors, which must outlive the launches."""
+        device, made, zeros = self.device, list[Tensor](), list[Tensor]()
+        at = [*given]
+        for each in self.made:
+            x = torch.empty_strided(each.size, each.stride, dtype=each.dtype, device=device)
+            made.append(x)
+            at.append(x.data_ptr())
+            if each.zeros:
+                zeros.append(x)
         if self.bytes:
             room = torch.empty(self.bytes, dtype=torch.uint8, device=device)
-            first = room.data_ptr()
-            at += [first + place for place in self.places]
+            at += map(room.data_ptr().__add__, self.places)
             if self.zeros:
                 zeros.append(room[: self.zeros])
         if zeros:
@@ -303,18 +307,13 @@ class _Notes:
             places.append(end)
             end += -(-x.nbytes // BETWEEN) * BETWEEN
             zeros = end if zero else zeros
-        sources = {id(x): i for i, x in enumerate(tensors)}
-        read = [x for *_, values in self.launches for x in values] + [x for _, x in self.tiles]
-        inputs = sorted({sources[id(x)] for x in read if id(x) in sources})
-        order = [tensors[i] for i in inputs]
-        order += [self.buffers[i][0] for i in (*made, *scratch)]
-        addresses = {id(x): i for i, x in enumerate(order)}
-        launches = [self._launch(*each, addresses) for each in self.launches]
+        order = [*tensors, *(self.buffers[i][0] for i in (*made, *scratch))]
+        numbers_of = {id(x): i for i, x in enumerate(order)}
+        launches = [self._launch(*each, numbers_of) for each in self.launches]
         if self.why:
             return Refusal(why=self.why)
         return Replay(
             launches=tuple(launches),
-            inputs=tuple(inputs),
             made=tuple(made.values()),
             outputs=tuple(numbers),
             places=tuple(places),
@@ -329,17 +328,17 @@ class _Notes:
         kernel: Any,
         grid: tuple[int, ...],
         given: Sequence[object],
-        addresses: Mapping[int, int],
+        numbers_of: Mapping[int, int],
     ) -> Launch:
         run, between = _straight(kernel.run)
         no_hooks = (None, None, None)
         before = [*grid, 1, 1][:STREAM]
         before += [None, kernel.function, *between, kernel.packed_metadata, *no_hooks]
         values = [*before, *given]
-        tiled = {id(tile): addresses.get(id(x)) for tile, x in self.tiles}
+        tiled = {id(tile): numbers_of.get(id(x)) for tile, x in self.tiles}
         pointers, tiles = list[tuple[int, int]](), list[tuple[int, int, Any]]()
         for place, value in enumerate(given, len(before)):
-            if (address := addresses.get(id(value))) is not None:
+            if (address := numbers_of.get(id(value))) is not None:
                 pointers.append((place, address))
             elif (address := tiled.get(id(value))) is not None:
                 tiles.append((place, address, {**vars(value), "base": None}))

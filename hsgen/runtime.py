@@ -43,6 +43,7 @@ from hsgen.execution import (
     Options,
     Program,
     Stats,
+    config_lines,
     interpreting,
 )
 from hsgen.gates import Form, Gate, GateError
@@ -90,7 +91,9 @@ def load_kernel(
         dtype: what tensors must have; None takes what comes.
         target: the GPU to compile for; None is the one that the tensors are on.
         interpret: run CPU tensors through the emitted kernels, in Triton's interpreter.
-        config: by kernel, what replaces values of the tuned or starting configuration.
+        config: by kernel, what replaces values of the tuned or starting configuration.  Kernels of
+            steps behind a cache, whose tiles are of fewer rows than those of the same name in a call,
+            take `step.NAME` instead where that is there.
         check: look at the values of lengths and selections too, which waits for the device; None
             asks HSGEN_CHECK.
         gate: what short calls compute instead, dense or flat attention; see `Gate`.  "measured" takes
@@ -546,7 +549,7 @@ class Kernel:
     ) -> Stepped:
         lengths = (None, None, None, None, None)
         call = self._call(given, self._attending, layout, lengths, selection)
-        outputs, chosen = self._decoding.step(call, cache, new_lens, few=few)
+        outputs, chosen = self._decoding.step(call, cache, new_lens, returns, few=few)
         return_lse, return_selection = returns
         found = self._returned(outputs, return_lse=return_lse)
         if not return_selection:
@@ -641,10 +644,10 @@ class Kernel:
                 for (_, bucket), choice in choices.items():
                     if choice.program is program:
                         parts.append(f"calls of {bucket}{said}")
-                        parts += _config_lines(choice.config, choice.origin)
+                        parts += config_lines(choice.config, choice.origin)
         for binding, program in self._execution.gradients.items():
             parts += [f"gradients compiled for {binding}", str(program.plan)]
-            parts += _config_lines(program.config, program.origin)
+            parts += config_lines(program.config, program.origin)
         if repeated := self._execution.replays.explain():
             parts += ["repeated calls", *repeated]
         behind = self._decoding.explain()
@@ -787,12 +790,3 @@ class Kernel:
         if len(self._execution.branches) == 1:
             return outputs[0], outputs[1]
         return outputs[0], dict(zip(self._execution.branches, outputs[1:], strict=False))
-
-
-def _config_lines(config: Configs, origin: Mapping[str, str]) -> list[str]:
-    """By kernel, its values and where they came from."""
-    lines: list[str] = []
-    for name, values in config.items():
-        text = " ".join(f"{each}={value}" for each, value in values.items())
-        lines.append(f"  {name}: {text}  ({origin[name]})")
-    return lines

@@ -706,6 +706,14 @@ def test_steps_of_decoding_are_checked_and_written_up(tmp_path):
     assert "Nothing." in written
 
 
+@pytest.mark.parametrize("case", [(64, 262144), (256, 65536)])
+def test_what_of_long_contexts_fits_a_card_of_80_gb(case):
+    """As the script says: nsa keeps the keys and values of three branches."""
+    fits = {x: decode.needed_bytes(decode.spec_of(x), *case, 1) < 80e9 for x in decode.SYSTEMS}
+    assert fits == {"quest": True, "moba": True, "nsa": False}
+    assert decode.needed_bytes(decode.spec_of("nsa"), 64, 131072, 1) < 80e9
+
+
 # Gradients ------------------------------------------------------------------------------------------
 
 

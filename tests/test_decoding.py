@@ -226,6 +226,106 @@ def test_layouts_and_a_caller_s_choice(shares):
     torch.testing.assert_close(o.transpose(1, 2).double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_cache_whose_tensors_changed_is_noticed(shares):
+    """Given others, or laid out anew in place: kernels get the strides that are there."""
+    spec = shared()
+    x, rows = made(spec, 2, 12)
+    attn = load_kernel(spec, interpret=True)
+    cache = attn.new_cache(2, 12)
+    append(attn, cache, x, rows, 0, 8)
+
+    def padded(y):
+        wide = torch.full((*y.shape[:-1], y.shape[-1] + 16), float("nan"))
+        wide[..., : y.shape[-1]] = y
+        return wide[..., : y.shape[-1]]
+
+    for t in range(8, 12):
+        (q, k, v), _ = cut(x, rows, t, t + 1)
+        if t == 10:
+            cache.tensors["k"] = padded(cache.tensors["k"])
+        if t == 11:
+            cache.tensors["v"].data = padded(cache.tensors["v"])
+        o = attn.decode(q, k, v, cache)
+        expected = whole(spec, x, t + 1)[:, t:]
+        torch.testing.assert_close(o.double(), expected, rtol=1e-4, atol=1e-5)
+    assert len(attn._decoding._known) == 3
+
+
+# --- configurations
+
+
+def test_a_caller_s_configuration_reaches_steps(shares):
+    """By the plain name, and by that of steps alone instead where it is there; explaining says it."""
+    spec = shared()
+    x, rows = made(spec, 1, 9)
+    plain = {"attend_selected": {"num_warps": 2}, "score_block": {"num_warps": 1}}
+    config = {**plain, "step.attend_selected": {"num_stages": 2}, "store": {"num_warps": 8}}
+    attn = load_kernel(spec, interpret=True, config=config)
+    cache = attn.new_cache(1, 9)
+    append(attn, cache, x, rows, 0, 7)
+    (q, k, v), _ = cut(x, rows, 7, 8)
+    o = attn.decode(q, k, v, cache)
+    torch.testing.assert_close(o.double(), whole(spec, x, 8)[:, 7:], rtol=1e-4, atol=1e-5)
+    (q, k, v), _ = cut(x, rows, 8, 9)
+    attn.extend(q, k, v, cache)
+    few, many = (
+        next(ready.config for key, ready in attn._decoding.ready.items() if key[3:5] == said)
+        for said in (("few", 1), ("many", 0))
+    )
+    start = load_kernel(spec, interpret=True)
+    start.new_cache(1, 9)
+    warps = start._decoding.programs[torch.float32, q.device, 0, "few"].config["attend_selected"]
+    assert few["attend_selected"] == {**warps, "BLOCK_T": 1, "BLOCK_M": 16, "num_stages": 2}
+    assert many["attend_selected"]["num_warps"] == 2
+    assert (few["score_block"]["num_warps"], many["score_block"]["num_warps"]) == (1, 1)
+    assert (few["store"]["num_warps"], many["store"]["num_warps"]) == (8, 8)
+    told = attn.explain()
+    assert "steps of up to 1 tokens, 1 x 9\n" in told
+    of_steps, of_chunks = told.split("\nchunks of prefill\n")
+    line = next(x for x in of_steps.splitlines() if x.startswith("  step.attend_selected: "))
+    assert line.endswith("num_stages=2  (caller)")
+    assert "  step.rank_block: " in of_steps
+    assert "  attend_selected: " in of_chunks
+    assert of_chunks.count("(caller)") == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"atend": {}}, r"config: expected one of store, .*step\.store, .*, got 'atend'"),
+        ({"step.atend": {}}, r"config: expected one of .*, got 'step\.atend'"),
+        ({"step.index_selected": {}}, r"config: expected one of .*, got 'step\.index_selected'"),
+        ({"rank_block": {"BLOCK_X": 2}}, "config: rank_block: expected some of .*, got 'BLOCK_X'"),
+        (
+            {"attend_selected": {"BLOCK_T": 64}},
+            "config: attend_selected: expected BLOCK_T=1 in a step, got 64",
+        ),
+        (
+            {"step.merge_attend_selected": {"BLOCK_P": 2}},
+            r"config: step\.merge_attend_selected: expected BLOCK_P=64 in a step, got 2",
+        ),
+    ],
+)
+def test_configurations_of_steps_are_refused_by_name(config, words):
+    attn = load_kernel(shared(), interpret=True, config=config)
+    x, rows = made(shared(), 1, 1)
+    with pytest.raises(ArgumentError, match=words) as told:
+        attn.decode(*cut(x, rows, 0, 1)[0], attn.new_cache(1, 9))
+    if "attend_selected" in config:
+        assert "'step.attend_selected' beside it is of steps alone" in str(told.value)
+
+
+def test_names_of_steps_and_gradients_are_known_to_every_call():
+    """A configuration is of all calls of a kernel, whichever comes first."""
+    config = {"step.store": {}, "merge_attend_selected": {}, "index_selected": {}, "advance": {}}
+    for gradient in ({}, {"dq_selected": {}}):
+        attn = load_kernel(shared(), interpret=True, config={**config, **gradient})
+        x, rows = made(shared(), 1, 9)
+        attn(**x)
+        (q, k, v), _ = cut(x, rows, 0, 1)
+        attn.decode(q, k, v, attn.new_cache(1, 9))
+
+
 # --- what is refused
 
 
@@ -249,8 +349,8 @@ def test_wrong_calls_are_answered_by_name():
     x, rows = made(spec, 2, 9)
     (q, k, v), _ = cut(x, rows, 0, 1)
     other = load_kernel(parse(SHARED.replace("top_k: 3", "top_k: 2")))
-    few = torch.ones(1, dtype=torch.int32)
-    pool, wide = torch.zeros(3, 8, 1, 16), torch.zeros(3, 9, 1, 16)[:, :8]
+    few, wide = torch.ones(1, dtype=torch.int32), torch.ones(2, 2, dtype=torch.int32)[:, 0]
+    pool, uneven = torch.zeros(3, 8, 1, 16), torch.zeros(3, 9, 1, 16)[:, :8]
     table = torch.zeros(1, 2, dtype=torch.int32)
 
     def paged(pages, table=table):
@@ -267,6 +367,8 @@ def test_wrong_calls_are_answered_by_name():
         (lambda: attn.decode(x["q"], x["k"], x["v"], cache), "at most 8 new tokens of a sequence"),
         (lambda: attn.decode(q, x["k"], x["v"], cache), "k: expected the 1 new tokens that q has"),
         (lambda: attn.decode(q, k, v, cache, new_lens=few), r"new_lens: expected \[2\] int32 cpu"),
+        (lambda: attn.decode(q, k, v, cache, new_lens=[1, 1]), "new_lens: expected a tensor"),
+        (lambda: attn.decode(q, k, v, cache, new_lens=wide), "new_lens: expected stride 1, got 2"),
         (lambda: attn.decode(q, k, None, cache), "v: expected a tensor"),
         (lambda: cache.append(k), "v: expected a tensor, got NoneType"),
         (lambda: cache.append(k, v, gates=q), "gates: no cache of spec 'shared_keys' keeps such"),
@@ -279,7 +381,7 @@ def test_wrong_calls_are_answered_by_name():
         (lambda: attn.new_cache(1, 16, pages={"k": k}), "pages: expected `page` and `block_table`"),
         (lambda: paged({"k": pool}), "pages: expected those of k, v, got k"),
         (lambda: paged({"k": pool, "v": pool[..., :8]}), r"pages\['v'\]: expected \[3, 8, 1, 16\]"),
-        (lambda: paged({"k": pool, "v": wide}), r"pages\['v'\]: .* as many rows from one page"),
+        (lambda: paged({"k": pool, "v": uneven}), r"pages\['v'\]: .* as many rows from one page"),
         (lambda: paged({"k": pool, "v": pool}, table.long()), r"block_table: expected \[1, 2\]"),
         (lambda: paged({"k": pool, "v": pool}).fork(few.long() * 0), "block_table: expected where"),
         (lambda: attn.new_cache(1, 16, torch.int8), "dtype: expected one of fp16, bf16, fp32"),

@@ -164,7 +164,6 @@ def test_the_least_recently_made_goes_first(monkeypatch):
     replays = replay.Replays()
     again = replay.Replay(
         launches=(),
-        inputs=(),
         made=(),
         outputs=(),
         places=(),
