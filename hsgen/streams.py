@@ -23,6 +23,7 @@ from hsgen.target import Target
 
 GROUPS = 2  # of four warps, which share a tile's rows
 LEAST_ROWS = 64  # of a group: what its dots take
+MERGED = 16  # tokens whose candidates are read as one list
 SCORED_ROWS = 256  # that meet a tile of 64 keys
 REGISTERS = 240  # of a thread of a group
 STREAM_REGISTERS = 24  # of a thread of the stream's warp
@@ -457,6 +458,8 @@ def tiles(context: RowsContext, target: Target, *, most: int, block: int | None)
 def score_tiles(context: RowsContext, target: Target) -> Config | None:
     """As many rows as the registers of a group have room for, beside 64 keys that are read once for all."""
     tokens = 1 << (SCORED_ROWS // context.pitch).bit_length() - 1
+    if context.children:  # of candidates that are read for all rows, more are read the more rows there are
+        tokens = min(tokens, MERGED)
     dims = sum(c.width for c in context.qk_chunks)
     while tokens >= GROUPS:
         rows = tokens * context.pitch
