@@ -1,7 +1,9 @@
 """Kernels whose keys one warp streams: which do, their text, their binary; on a card, beside `rows`."""
 
+import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,6 +288,20 @@ def test_it_compiles_and_hardly_spills(tmp_path, monkeypatch, name, function):
     )  # two groups, and four that gather, or one that streams and counts as four
     assert found.cost.shared_bytes <= H100.smem_per_block
     assert found.blocks_per_sm == 1
+    if function.startswith("attend"):
+        assert widths_of_stores(found.cost.binary) == {128, 32}  # outputs, and log-sum-exps
+
+
+def widths_of_stores(binary):
+    """Bits a thread of what a cubin writes."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {int(found or 32) for found in re.findall(r"\bSTG\.E(?:\.(\d+))?\b", text)}
 
 
 # --- on a card

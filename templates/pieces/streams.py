@@ -19,12 +19,36 @@ def load_packed(base, token, t_stride, head, h_stride, mask, columns):
     return gl.load(base + row[:, None] + columns[None, :], mask=mask[:, None], other=0.0)
 
 
+@gluon.constexpr_function
+def lines(width, dtype):
+    """How 64 rows are laid out to be written: as a dot leaves them, but 16 bytes a thread."""
+    registers, threads = [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16]]
+    if dtype.primitive_bitwidth == 32:
+        registers, threads = [[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 8], [0, 4]]
+    registers += [[0, 1 << bit] for bit in range(5, width.bit_length() - 1)]
+    threads += [[1, 0], [2, 0], [4, 0]]
+    warps = [[16, 0], [32, 0]]
+    return gl.DistributedLinearLayout(registers, threads, warps, [], [64, width])
+
+
+@gluon.jit
+def laid_out_as(other, x):
+    """x: [64, columns], laid out as another is: one as a dot leaves it, the other in lines.
+
+    The four threads that have a row exchange it, first by pairs: two such steps are made by shuffles,
+    where one for both would go through shared memory.
+    """
+    x = gl.convert_layout(x, lines(x.shape[1], gl.float32))
+    return gl.convert_layout(x, other.type.layout)
+
+
 @gluon.jit
 def store_packed(base, token, t_stride, head, h_stride, mask, x, columns):
     """Rows x: [M, columns] to their (token, head) pairs, in the tensor's own precision."""
     row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
     address = base + row[:, None] + columns[None, :]
-    gl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
+    x = laid_out_as(address, x.to(base.dtype.element_ty))
+    gl.store(address, x, mask=mask[:, None])
 
 
 @gluon.jit
@@ -33,7 +57,9 @@ def add_packed(base, token, t_stride, head, h_stride, mask, x, columns):
     row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
     address = base + row[:, None] + columns[None, :]
     before = gl.load(address, mask=mask[:, None], other=0.0)
-    gl.store(address, (before.to(tl.float32) + x).to(base.dtype.element_ty), mask=mask[:, None])
+    x = laid_out_as(x, before).to(tl.float32) + x
+    x = laid_out_as(address, x.to(base.dtype.element_ty))
+    gl.store(address, x, mask=mask[:, None])
 
 
 @gluon.jit
@@ -198,7 +224,8 @@ def add_rows_of(weights, tile, total):
 def store_keys(base, row, mask, stride, x, columns):
     """Rows of keys x: [N, columns], in the tensor's own precision.  row, mask: [N]"""
     address = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
-    gl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
+    x = laid_out_as(address, x.to(base.dtype.element_ty))
+    gl.store(address, x, mask=mask[:, None])
 
 
 @gluon.jit
@@ -206,7 +233,9 @@ def add_keys(base, row, mask, stride, x, columns):
     """As store_keys, of x and what is there, added in float32.  No other program has these rows."""
     address = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
     before = gl.load(address, mask=mask[:, None], other=0.0)
-    gl.store(address, (before.to(tl.float32) + x).to(base.dtype.element_ty), mask=mask[:, None])
+    x = laid_out_as(x, before).to(tl.float32) + x
+    x = laid_out_as(address, x.to(base.dtype.element_ty))
+    gl.store(address, x, mask=mask[:, None])
 
 
 @gluon.jit

@@ -107,11 +107,35 @@ def add_rows_of(weights, tile, total):
     return warpgroup_mma(weights, rows, total, is_async=True)
 
 
+@gluon.constexpr_function
+def lines(width, dtype):
+    """How 64 rows are laid out to be written: as a dot leaves them, but 16 bytes a thread."""
+    registers, threads = [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16]]
+    if dtype.primitive_bitwidth == 32:
+        registers, threads = [[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 8], [0, 4]]
+    registers += [[0, 1 << bit] for bit in range(5, width.bit_length() - 1)]
+    threads += [[1, 0], [2, 0], [4, 0]]
+    warps = [[16, 0], [32, 0]]
+    return gl.DistributedLinearLayout(registers, threads, warps, [], [64, width])
+
+
+@gluon.jit
+def laid_out_as(other, x):
+    """x: [64, columns], laid out as another is: one as a dot leaves it, the other in lines.
+
+    The four threads that have a row exchange it, first by pairs: two such steps are made by shuffles,
+    where one for both would go through shared memory.
+    """
+    x = gl.convert_layout(x, lines(x.shape[1], gl.float32))
+    return gl.convert_layout(x, other.type.layout)
+
+
 @gluon.jit
 def store_keys(base, row, mask, stride, x, columns):
     """Rows of keys x: [N, columns], in the tensor's own precision.  row, mask: [N]"""
     address = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
-    gl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
+    x = laid_out_as(address, x.to(base.dtype.element_ty))
+    gl.store(address, x, mask=mask[:, None])
 
 
 @gluon.jit
@@ -436,14 +460,16 @@ def of_values(
             acc1 = warpgroup_mma_wait(0, deps=(acc1,))
 
         # store
+        out: gl.constexpr = lines(64, PART_V.dtype.element_ty)
+        own = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out))
         part = gl.program_id(1).to(tl.int64) * gl.num_programs(0) + gl.program_id(0)
         part = part * gl.num_programs(2) + gl.program_id(2)
-        row = part * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout))
-        inside = n >= 0
+        row = part * BLOCK_N + own
+        inside = own >= 0
         base = PART_V
-        columns = 0 + gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        columns = 0 + gl.arange(0, 64, layout=gl.SliceLayout(0, out))
         store_keys(base, row, inside, 128, acc0, columns)
-        columns = 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        columns = 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, out))
         store_keys(base, row, inside, 128, acc1, columns)
 
 
@@ -513,7 +539,6 @@ def of_keys(
         start += gl.program_id(2) * rows_of_chunk
         stop = tl.minimum(start + rows_of_chunk, stop)
         nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
-        n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout))
         n_in = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, load_layout))
         inside_in = n_in < keys
         base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
@@ -569,18 +594,20 @@ def of_keys(
             acc2 = warpgroup_mma_wait(0, deps=(acc2,))
 
         # store
+        out: gl.constexpr = lines(64, PART_K.dtype.element_ty)
+        own = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out))
         part = gl.program_id(1).to(tl.int64) * gl.num_programs(0) + gl.program_id(0)
         part = part * gl.num_programs(2) + gl.program_id(2)
-        row = part * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout))
-        inside = n >= 0
+        row = part * BLOCK_N + own
+        inside = own >= 0
         base = PART_K
-        columns = 0 + gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        columns = 0 + gl.arange(0, 64, layout=gl.SliceLayout(0, out))
         acc0 = acc0 * 0.07216878364870323
         store_keys(base, row, inside, 192, acc0, columns)
-        columns = 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        columns = 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, out))
         acc1 = acc1 * 0.07216878364870323
         store_keys(base, row, inside, 192, acc1, columns)
-        columns = 128 + gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        columns = 128 + gl.arange(0, 64, layout=gl.SliceLayout(0, out))
         acc2 = acc2 * 0.07216878364870323
         store_keys(base, row, inside, 192, acc2, columns)
 

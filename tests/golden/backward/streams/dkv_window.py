@@ -84,11 +84,35 @@ def add_rows_of(weights, tile, total):
     return warpgroup_mma(weights, rows, total, is_async=True)
 
 
+@gluon.constexpr_function
+def lines(width, dtype):
+    """How 64 rows are laid out to be written: as a dot leaves them, but 16 bytes a thread."""
+    registers, threads = [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16]]
+    if dtype.primitive_bitwidth == 32:
+        registers, threads = [[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 8], [0, 4]]
+    registers += [[0, 1 << bit] for bit in range(5, width.bit_length() - 1)]
+    threads += [[1, 0], [2, 0], [4, 0]]
+    warps = [[16, 0], [32, 0]]
+    return gl.DistributedLinearLayout(registers, threads, warps, [], [64, width])
+
+
+@gluon.jit
+def laid_out_as(other, x):
+    """x: [64, columns], laid out as another is: one as a dot leaves it, the other in lines.
+
+    The four threads that have a row exchange it, first by pairs: two such steps are made by shuffles,
+    where one for both would go through shared memory.
+    """
+    x = gl.convert_layout(x, lines(x.shape[1], gl.float32))
+    return gl.convert_layout(x, other.type.layout)
+
+
 @gluon.jit
 def store_keys(base, row, mask, stride, x, columns):
     """Rows of keys x: [N, columns], in the tensor's own precision.  row, mask: [N]"""
     address = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
-    gl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
+    x = laid_out_as(address, x.to(base.dtype.element_ty))
+    gl.store(address, x, mask=mask[:, None])
 
 
 @gluon.jit
@@ -424,12 +448,15 @@ def of_values(
             acc1 = warpgroup_mma_wait(0, deps=(acc1,))
 
         # store
-        row = k_first + n
-        inside = n < keys
+        out: gl.constexpr = lines(64, DV.dtype.element_ty)
+        own = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out))
+        n_out = n0 + own
+        row = k_first + n_out
+        inside = n_out < keys
         base = DV + z.to(tl.int64) * dv_b + head.to(tl.int64) * dv_h
-        columns = 0 + gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        columns = 0 + gl.arange(0, 64, layout=gl.SliceLayout(0, out))
         store_keys(base, row, inside, dv_t, acc0, columns)
-        columns = 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        columns = 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, out))
         store_keys(base, row, inside, dv_t, acc1, columns)
 
 
@@ -502,7 +529,6 @@ def of_keys(
         start = tl.maximum(n0 - q_offset, 0)
         stop = tl.minimum(n0 + BLOCK_N - 1 + 512 - q_offset, q_len)
         nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
-        n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout))
         n_in = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, load_layout))
         inside_in = n_in < keys
         base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
@@ -558,16 +584,19 @@ def of_keys(
             acc2 = warpgroup_mma_wait(0, deps=(acc2,))
 
         # store
-        row = k_first + n
-        inside = n < keys
+        out: gl.constexpr = lines(64, DK.dtype.element_ty)
+        own = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out))
+        n_out = n0 + own
+        row = k_first + n_out
+        inside = n_out < keys
         base = DK + z.to(tl.int64) * dk_b + head.to(tl.int64) * dk_h
-        columns = 0 + gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        columns = 0 + gl.arange(0, 64, layout=gl.SliceLayout(0, out))
         acc0 = acc0 * 0.07216878364870323
         store_keys(base, row, inside, dk_t, acc0, columns)
-        columns = 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        columns = 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, out))
         acc1 = acc1 * 0.07216878364870323
         store_keys(base, row, inside, dk_t, acc1, columns)
-        columns = 128 + gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        columns = 128 + gl.arange(0, 64, layout=gl.SliceLayout(0, out))
         acc2 = acc2 * 0.07216878364870323
         store_keys(base, row, inside, dk_t, acc2, columns)
 

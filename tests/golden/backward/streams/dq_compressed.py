@@ -52,6 +52,18 @@ def bring(tensor, sequence, row, head, column: gl.constexpr, full, buffer, slot)
     tma.async_copy_global_to_shared(tensor, place, full.index(slot), buffer.index(slot))
 
 
+@gluon.constexpr_function
+def lines(width, dtype):
+    """How 64 rows are laid out to be written: as a dot leaves them, but 16 bytes a thread."""
+    registers, threads = [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16]]
+    if dtype.primitive_bitwidth == 32:
+        registers, threads = [[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 8], [0, 4]]
+    registers += [[0, 1 << bit] for bit in range(5, width.bit_length() - 1)]
+    threads += [[1, 0], [2, 0], [4, 0]]
+    warps = [[16, 0], [32, 0]]
+    return gl.DistributedLinearLayout(registers, threads, warps, [], [64, width])
+
+
 @gluon.jit
 def load_packed(base, token, t_stride, head, h_stride, mask, columns):
     """Rows of packed (token, head) pairs: token, head, mask: [M] -> [M, columns], 0 where masked."""
@@ -103,11 +115,23 @@ def clear_rows(tile, first, stop, layout: gl.constexpr, ROWS: gl.constexpr, WIDT
 
 
 @gluon.jit
+def laid_out_as(other, x):
+    """x: [64, columns], laid out as another is: one as a dot leaves it, the other in lines.
+
+    The four threads that have a row exchange it, first by pairs: two such steps are made by shuffles,
+    where one for both would go through shared memory.
+    """
+    x = gl.convert_layout(x, lines(x.shape[1], gl.float32))
+    return gl.convert_layout(x, other.type.layout)
+
+
+@gluon.jit
 def store_packed(base, token, t_stride, head, h_stride, mask, x, columns):
     """Rows x: [M, columns] to their (token, head) pairs, in the tensor's own precision."""
     row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
     address = base + row[:, None] + columns[None, :]
-    gl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
+    x = laid_out_as(address, x.to(base.dtype.element_ty))
+    gl.store(address, x, mask=mask[:, None])
 
 
 @gluon.jit
@@ -261,8 +285,10 @@ def derive(
     by_key: gl.constexpr = gl.SliceLayout(0, s_layout)
     dq64_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ds64_layout: gl.constexpr = gl.DotOperandLayout(0, dq64_layout, 2)
+    dq64_lines: gl.constexpr = lines(64, DQ.dtype.element_ty)
     dq128_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     ds128_layout: gl.constexpr = gl.DotOperandLayout(0, dq128_layout, 2)
+    dq128_lines: gl.constexpr = lines(128, DQ.dtype.element_ty)
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     nothing = gl.zeros([HALF, BLOCK_N], gl.float32, s_layout)
     turn = 0
@@ -437,20 +463,20 @@ def derive(
 
             # store: the gradient of the queries
             dq_base = DQ + z.to(tl.int64) * dq_b
-            rows_out = GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, dq128_layout))
+            rows_out = GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, dq128_lines))
             token_out = t0 + rows_out // 16
             row_head_out = head * 16 + rows_out % 16
             alive_out = (token_out < q_len) & (rows_out < BLOCK_T * 16)
             q_token_out = q_first + token_out
-            columns = 0 + gl.arange(0, 128, layout=gl.SliceLayout(0, dq128_layout))
+            columns = 0 + gl.arange(0, 128, layout=gl.SliceLayout(0, dq128_lines))
             dq = dq0 * 0.07216878364870323
             store_packed(dq_base, q_token_out, dq_t, row_head_out, dq_h, alive_out, dq, columns)
-            rows_out = GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, dq64_layout))
+            rows_out = GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, dq64_lines))
             token_out = t0 + rows_out // 16
             row_head_out = head * 16 + rows_out % 16
             alive_out = (token_out < q_len) & (rows_out < BLOCK_T * 16)
             q_token_out = q_first + token_out
-            columns = 128 + gl.arange(0, 64, layout=gl.SliceLayout(0, dq64_layout))
+            columns = 128 + gl.arange(0, 64, layout=gl.SliceLayout(0, dq64_lines))
             dq = dq1 * 0.07216878364870323
             store_packed(dq_base, q_token_out, dq_t, row_head_out, dq_h, alive_out, dq, columns)
 

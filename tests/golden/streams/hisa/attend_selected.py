@@ -44,6 +44,18 @@ def gather(buffer, base, row, column: gl.constexpr, inside, layout: gl.constexpr
 
 
 @gluon.constexpr_function
+def lines(width, dtype):
+    """How 64 rows are laid out to be written: as a dot leaves them, but 16 bytes a thread."""
+    registers, threads = [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16]]
+    if dtype.primitive_bitwidth == 32:
+        registers, threads = [[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 8], [0, 4]]
+    registers += [[0, 1 << bit] for bit in range(5, width.bit_length() - 1)]
+    threads += [[1, 0], [2, 0], [4, 0]]
+    warps = [[16, 0], [32, 0]]
+    return gl.DistributedLinearLayout(registers, threads, warps, [], [64, width])
+
+
+@gluon.constexpr_function
 def room_for_queries(dims, keys, value_dims):
     """Whether registers have room for 64 rows' queries beside their scores, weights and sums."""
     return dims // 4 + keys // 2 + keys // 4 + value_dims // 2 <= 208
@@ -106,11 +118,23 @@ def by_rows(x, factor):
 
 
 @gluon.jit
+def laid_out_as(other, x):
+    """x: [64, columns], laid out as another is: one as a dot leaves it, the other in lines.
+
+    The four threads that have a row exchange it, first by pairs: two such steps are made by shuffles,
+    where one for both would go through shared memory.
+    """
+    x = gl.convert_layout(x, lines(x.shape[1], gl.float32))
+    return gl.convert_layout(x, other.type.layout)
+
+
+@gluon.jit
 def store_packed(base, token, t_stride, head, h_stride, mask, x, columns):
     """Rows x: [M, columns] to their (token, head) pairs, in the tensor's own precision."""
     row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
     address = base + row[:, None] + columns[None, :]
-    gl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
+    x = laid_out_as(address, x.to(base.dtype.element_ty))
+    gl.store(address, x, mask=mask[:, None])
 
 
 @triton.jit
@@ -258,6 +282,7 @@ def attend(
     by_key: gl.constexpr = gl.SliceLayout(0, s_layout)
     o128_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     p128_layout: gl.constexpr = gl.DotOperandLayout(0, o128_layout, 2)
+    o128_lines: gl.constexpr = lines(128, O.dtype.element_ty)
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     nothing = gl.zeros([HALF, BLOCK_N], gl.float32, s_layout)
     HELD: gl.constexpr = room_for_queries(128, BLOCK_N, 128)
@@ -361,12 +386,12 @@ def attend(
             # store: the output
             total = reciprocal_or_zero(l)
             o_base = O + z.to(tl.int64) * o_b
-            rows_out = GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, o128_layout))
+            rows_out = GROUP * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, o128_lines))
             token_out = t0 + rows_out // 4
             row_head_out = head * 4 + rows_out % 4
             alive_out = (token_out < q_len) & (rows_out < BLOCK_T * 4)
             q_token_out = q_first + token_out
-            columns = 0 + gl.arange(0, 128, layout=gl.SliceLayout(0, o128_layout))
+            columns = 0 + gl.arange(0, 128, layout=gl.SliceLayout(0, o128_lines))
             o = by_rows(acc0, total)
             store_packed(o_base, q_token_out, o_t, row_head_out, o_h, alive_out, o, columns)
 

@@ -42,6 +42,18 @@ def gather(buffer, base, row, column: gl.constexpr, inside, layout: gl.constexpr
     async_copy.async_copy_global_to_shared(buffer, address, mask=inside[:, None])
 
 
+@gluon.constexpr_function
+def lines(width, dtype):
+    """How 64 rows are laid out to be written: as a dot leaves them, but 16 bytes a thread."""
+    registers, threads = [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16]]
+    if dtype.primitive_bitwidth == 32:
+        registers, threads = [[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 8], [0, 4]]
+    registers += [[0, 1 << bit] for bit in range(5, width.bit_length() - 1)]
+    threads += [[1, 0], [2, 0], [4, 0]]
+    warps = [[16, 0], [32, 0]]
+    return gl.DistributedLinearLayout(registers, threads, warps, [], [64, width])
+
+
 @gluon.jit
 def load_packed(base, token, t_stride, head, h_stride, mask, columns):
     """Rows of packed (token, head) pairs: token, head, mask: [M] -> [M, columns], 0 where masked."""
@@ -93,11 +105,23 @@ def by_rows(x, factor):
 
 
 @gluon.jit
+def laid_out_as(other, x):
+    """x: [64, columns], laid out as another is: one as a dot leaves it, the other in lines.
+
+    The four threads that have a row exchange it, first by pairs: two such steps are made by shuffles,
+    where one for both would go through shared memory.
+    """
+    x = gl.convert_layout(x, lines(x.shape[1], gl.float32))
+    return gl.convert_layout(x, other.type.layout)
+
+
+@gluon.jit
 def store_packed(base, token, t_stride, head, h_stride, mask, x, columns):
     """Rows x: [M, columns] to their (token, head) pairs, in the tensor's own precision."""
     row = token.to(tl.int64) * t_stride + head.to(tl.int64) * h_stride
     address = base + row[:, None] + columns[None, :]
-    gl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
+    x = laid_out_as(address, x.to(base.dtype.element_ty))
+    gl.store(address, x, mask=mask[:, None])
 
 
 @triton.jit
@@ -232,6 +256,7 @@ def attend(
     """Four warps: scores, their softmax, and the sums of the first half of a value."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    o_lines: gl.constexpr = lines(256, O.dtype.element_ty)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -323,13 +348,13 @@ def attend(
             mbarrier.arrive(p_full, count=1)
             given += 1
             o_base = O + z.to(tl.int64) * o_b
-            rows_out = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, o_layout))
+            rows_out = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, o_lines))
             token_out = t0 + rows_out // BLOCK_H
             place_out = part * BLOCK_H + rows_out % BLOCK_H
             row_head_out = head * 128 + place_out
             alive_out = (token_out < q_len) & (rows_out < BLOCK_H) & (place_out < 128)
             q_token_out = q_first + token_out
-            columns = 0 + gl.arange(0, 256, layout=gl.SliceLayout(0, o_layout))
+            columns = 0 + gl.arange(0, 256, layout=gl.SliceLayout(0, o_lines))
             o = by_rows(acc, total)
             store_packed(o_base, q_token_out, o_t, row_head_out, o_h, alive_out, o, columns)
 
@@ -378,6 +403,7 @@ def add_up(
 ):
     """Four warps: the sums of the second half of a value, by the weights that the others found."""
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    o_lines: gl.constexpr = lines(256, O.dtype.element_ty)
     by_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     turn = 0
     given = 0
@@ -417,13 +443,13 @@ def add_up(
             mbarrier.arrive(p_free, count=1)
             given += 1
             o_base = O + z.to(tl.int64) * o_b
-            rows_out = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, o_layout))
+            rows_out = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, o_lines))
             token_out = t0 + rows_out // BLOCK_H
             place_out = part * BLOCK_H + rows_out % BLOCK_H
             row_head_out = head * 128 + place_out
             alive_out = (token_out < q_len) & (rows_out < BLOCK_H) & (place_out < 128)
             q_token_out = q_first + token_out
-            columns = 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, o_layout))
+            columns = 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, o_lines))
             o = by_rows(acc, total)
             store_packed(o_base, q_token_out, o_t, row_head_out, o_h, alive_out, o, columns)
 
