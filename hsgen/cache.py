@@ -279,7 +279,7 @@ class Cache:
         Raises:
             ArgumentError: some sequence has no room for them.
         """
-        if self.shape.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         if self._most + tokens > self.shape.capacity:
             self._most = int(self.lengths.max())  # a bound was too high, or there is no room

@@ -39,13 +39,13 @@ class Call(NamedTuple):
     tensors: list[Tensor]
     selection: list[Tensor]
     levels: str
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    max_seqlen_k: int | None
-    q_offset: Tensor | None
-    first: int | None
-    kv_lens: Tensor | None
-    length: int | None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_k: int | None = None
+    q_offset: Tensor | None = None
+    first: int | None = None
+    kv_lens: Tensor | None = None
+    length: int | None = None
 
 
 class Implementation(Protocol):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
 from types import FunctionType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +48,7 @@ Outputs = list[Any]  # tensors; of a driver of gradients some may be None
 Arranged = Callable[[Any, Sequence[Tensor], Batch], Outputs]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Launch:
+class Launch(NamedTuple):
     """One launch.
 
     Attributes:
@@ -130,14 +129,14 @@ class Replay:
         if zeros:
             torch._foreach_zero_(zeros)  # pyright: ignore[reportPrivateImportUsage]
         stream = drivers.active.get_current_stream(self.ordinal)
-        for each in self.launches:
-            values = each.values.copy()
+        for run, given_values, pointers, tiles in self.launches:
+            values = given_values.copy()
             values[STREAM] = stream
-            for place, which in each.pointers:
+            for place, which in pointers:
                 values[place] = at[which]
-            for place, which, described in each.tiles:
+            for place, which, described in tiles:
                 values[place] = _tiles(at[which], described)
-            each.run(*values)
+            run(*values)
         return [None if i is None else made[i] for i in self.outputs]
 
 

@@ -547,8 +547,7 @@ class Kernel:
         *,
         few: bool,
     ) -> Stepped:
-        lengths = (None, None, None, None, None)
-        call = self._call(given, self._attending, layout, lengths, selection)
+        call = Call(layout, *self._given(given, self._attending, selection))
         outputs, chosen = self._decoding.step(call, cache, new_lens, returns, few=few)
         return_lse, return_selection = returns
         found = self._returned(outputs, return_lse=return_lse)
@@ -695,20 +694,7 @@ class Kernel:
         selection: Mapping[str, Selection | Tensor] | None,
     ) -> Call:
         """The operator's arguments; of the tensors only names and types are looked at."""
-        tensors: list[Tensor] = []
-        for name in expected.names:
-            tensor = given.get(name)
-            if not isinstance(tensor, Tensor):
-                arguments.check_names(expected, given)
-                raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-            tensors.append(tensor)
-        if not self._known_names.issuperset(given):
-            arguments.check_names(self._attending, {**dict.fromkeys(self._known_names, 0), **given})
-        levels = ""
-        indices: list[Tensor] = []
-        if selection is not None or expected.brought:
-            chosen = arguments.listed_selection(self._attending, selection)
-            levels, indices = ",".join(chosen), list(chosen.values())
+        tensors, indices, levels = self._given(given, expected, selection)
         cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens = lengths
         for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if value is not None and not isinstance(value, Tensor):
@@ -728,6 +714,27 @@ class Kernel:
             kv_lens if lens_tensor else None,
             None if lens_tensor else kv_lens,
         )
+
+    def _given(
+        self,
+        given: Mapping[str, Tensor | None],
+        expected: Expected,
+        selection: Mapping[str, Selection | Tensor] | None,
+    ) -> tuple[list[Tensor], list[Tensor], str]:
+        """Tensors in the order of the spec, indices that the caller brings, and of which levels."""
+        tensors: list[Tensor] = []
+        for name in expected.names:
+            tensor = given.get(name)
+            if not isinstance(tensor, Tensor):
+                arguments.check_names(expected, given)
+                raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            tensors.append(tensor)
+        if not self._known_names.issuperset(given):
+            arguments.check_names(self._attending, {**dict.fromkeys(self._known_names, 0), **given})
+        if selection is None and not expected.brought:
+            return tensors, [], ""
+        chosen = arguments.listed_selection(self._attending, selection)
+        return tensors, list(chosen.values()), ",".join(chosen)
 
     def _as(self, form: Form, call: Call) -> Call:
         """The same call of another form, with the tensors that it reads."""
