@@ -279,7 +279,8 @@ def _of_rows(kernel: Kernel, tokens: int, keys: int) -> Config:
             width = next_power(keys // context.stride + 1)
             width *= 2 if context.sampled else 1  # whose text holds half of it in registers
             width = max(64, min(MOST_HELD, width))
-            values["BLOCK_N"], warps = width, max(1, width // SCORES)
+            values["BLOCK_N"] = width
+            warps = max(1, width // max(1, context.group) // SCORES)  # or the greatest of groups
     if isinstance(context, StoreContext):
         values["BLOCK_V"] = tokens
         warps = max(4, min(16, next_power(tokens * context.numbers) // STORED))

@@ -20,6 +20,7 @@ ROUNDED: tuple[RoundTo, ...] = get_args(RoundTo)
 
 LONG_TEXT = 1 << 17  # tokens
 GROUP = 8  # entries
+CHUNK = 1024  # scores that a warp of a step's row has in registers
 MOST_HELD = 8192  # scores of a row in registers
 MARKED_FROM = 1024  # slots of a row, which have room for three bits a score in registers
 
@@ -102,6 +103,26 @@ class RankContext:
         plain = self.width and self.counted and not self.children and not self.rows
         few = self.padded_width <= 64 and LONG_TEXT // self.stride >= self.grouped_from
         return GROUP if plain and few else 0
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the greatest scores of groups lie behind the scores of a row: so in a step."""
+        return bool(self.group) and self.alike
+
+    @property
+    def maxima(self) -> str:
+        """The arguments that say where they lie, and how many entries there are."""
+        return "maxima, n, " if self.chunked else ""
+
+    @property
+    def chunk(self) -> int:
+        """Entries of which they are found at a time."""
+        return CHUNK
+
+    @property
+    def whole(self) -> int:
+        """What the length of a row of scratch is a multiple of: with maxima, a ninth are these."""
+        return 4 + 4 * GROUP if self.chunked else 4
 
     @property
     def grouped_from(self) -> int:

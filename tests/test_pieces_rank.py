@@ -88,7 +88,9 @@ def check(
     generator = torch.Generator().manual_seed(seed)
     parents = parent_lists(c, sequences, generator) if c.children else None
     capacity = c.slots or (max(sequences.k_lens) // c.stride + 5) // 4 * 4
-    tiles = sequences.tiles(block_t)
+    if c.chunked:
+        capacity = (max(sequences.k_lens) // c.stride + 33) // 32 * 36
+    tiles = len(sequences) if c.alike else sequences.tiles(block_t)
     chunk = chunk or tiles
     scores = draw(kind, (tiles * block_t, c.heads, capacity), generator)
     out = torch.full((sequences.rows, c.heads, c.width), 7, dtype=torch.int32, device=device)
@@ -285,6 +287,18 @@ def test_groups(tmp_path, device, seed, kind, causal, first, last):
     assert c.group and c.grouped_from == 1024
     sequences = Sequences(q_lens=(3, 2), k_lens=(2404, 4093), offsets=(2390, 1500))
     check(tmp_path, device, seed, c, sequences, kind, block_n=1024)
+
+
+@pytest.mark.parametrize("kind", ["real", "plateau", "special", "bits", "alike", "nan"])
+@pytest.mark.parametrize(("heads", "k", "first", "last"), [(1, 3, 0, 0), (2, 9, 1, 2)])
+@pytest.mark.parametrize("block_n", [1024, 2048])
+def test_groups_of_a_step(tmp_path, device, seed, kind, heads, k, first, last, block_n):
+    """The greatest of groups by way of memory, over one chunk and several, and the ends of either."""
+    c = context(heads=heads, k=k, width=k, short=True, first=first, last=last, alike=True)
+    assert c.chunked
+    lengths = (4 * block_n, 4 * block_n - 31) if k == 3 else (4097 + block_n, 4096)
+    sequences = Sequences(q_lens=(2, 2), k_lens=lengths)
+    check(tmp_path, device, seed, c, sequences, kind, block_t=4, block_r=1, block_n=block_n)
 
 
 def test_groups_that_are_alike(tmp_path, device, seed):

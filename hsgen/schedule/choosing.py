@@ -94,9 +94,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         node.name,
         follows=scorer,
     )
-    capacity, row = f"capacity_{op.level}", f"max(1, batch.keys // {op.stride} + 1)"
-    if ranking.whole_fours:
-        row = f"(batch.keys // {op.stride} + 5) // 4 * 4"
+    capacity, row = f"capacity_{op.level}", _row_length(ranking, op.stride)
     scratch = f"scores_{op.level}"
     block_t = f'config["{scorer}"]["BLOCK_T"]'
     tiles, chunk = f"tiles_{op.level}", f"chunk_{op.level}"
@@ -191,6 +189,16 @@ def _walk(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> rows.
         parts = draft.parts_of(chain.lse)
         context = rows.with_logits_read(context, parts=parts is not None)
     return rows.with_split(context)
+
+
+def _row_length(ranking: RankContext, stride: int) -> str:
+    """From a row of the scratch to the next, if it has a slot for each entry."""
+    if ranking.chunked:
+        held = ranking.whole - 4
+        return f"(batch.keys // {stride} + {held + 1}) // {held} * {ranking.whole}"
+    if ranking.whole_fours:
+        return f"(batch.keys // {stride} + 5) // 4 * 4"
+    return f"max(1, batch.keys // {stride} + 1)"
 
 
 def _row_bytes(ranking: RankContext, level: str, planes: int) -> str:
