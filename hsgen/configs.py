@@ -16,6 +16,7 @@ from hsgen.graph import Pool
 from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
 from hsgen.plan import Config, Kernel, Plan
 from hsgen.rows import next_power
+from hsgen.splits import BesideContext
 from hsgen.target import Target
 
 DType = Literal["bf16", "fp16", "fp32"]
@@ -272,6 +273,11 @@ def _of_rows(kernel: Kernel, tokens: int, keys: int) -> Config:
         warps = 8 if block_m >= 128 else warps
     if isinstance(context, rows.RowsContext) and context.one_token:
         values["BLOCK_T"] = tokens  # rows of a sequence, of which a program takes one
+    if isinstance(context, BesideContext):
+        pitches = [branch.rows.pitch for branch in context.branches if not branch.rows.one_token]
+        block_m = max(rows.least_rows(tokens * pitch) for pitch in (1, *pitches))
+        values |= {"BLOCK_T": tokens, "BLOCK_M": block_m}
+        warps = 8 if block_m >= 128 else warps
     if kernel.skeleton == "rank":
         values["BLOCK_R"] = min(values["BLOCK_R"], tokens)
         assert isinstance(context, RankContext)
@@ -300,7 +306,7 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
     if kernel.skeleton == "rank" and kernel.follows:
         tokens = plan.kernel(kernel.follows).config["BLOCK_T"]
         values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
-    if kernel.skeleton in ("rows", "cols") and "BLOCK_N" in values:
+    if kernel.skeleton in ("rows", "beside", "cols") and "BLOCK_N" in values:
         values["BLOCK_N"] = min(values["BLOCK_N"], 32)
     if "BLOCK_R" in values and kernel.skeleton == "merge" and "BLOCK_P" not in values:
         values["BLOCK_R"] = 256

@@ -14,7 +14,16 @@ from hsgen.storage import Storage
 
 ParamKind = Literal["pointer", "tiles", "stride", "count", "constexpr"]
 Skeleton = Literal[
-    "rows", "streams", "latents", "cols", "cols_streams", "rank", "segments", "index", "merge"
+    "rows",
+    "beside",
+    "streams",
+    "latents",
+    "cols",
+    "cols_streams",
+    "rank",
+    "segments",
+    "index",
+    "merge",
 ]
 # in Gluon: texts of `rows`, and of `cols`
 STREAMED: tuple[Skeleton, ...] = ("streams", "latents", "cols_streams")

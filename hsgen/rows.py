@@ -456,6 +456,11 @@ def next_power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def least_rows(pitch: int) -> int:
+    """Rows of a tile of one token: a dot has sixteen."""
+    return max(16, next_power(pitch))
+
+
 def number(x: float) -> str:
     """A literal that reads back as the same float."""
     return repr(float(x))
@@ -518,17 +523,16 @@ def with_split(context: RowsContext) -> RowsContext:
     steps = keys if unit == "1" else f"({keys} + BLOCK_N - 1) // BLOCK_N"
     scale = "" if unit == "1" else " * BLOCK_N"
     setup = [
+        *WORKER,
         f"walked = {end}",
         f"steps = {steps}",
-        f"share = (steps + tl.num_programs(2) - 1) // tl.num_programs(2){scale}",
-        "share_first = " + ("" if begin == "0" else f"{begin} + ") + "tl.program_id(2) * share",
+        f"share = (steps + workers - 1) // workers{scale}",
+        "share_first = " + ("" if begin == "0" else f"{begin} + ") + "worker * share",
         "share_end = tl.minimum(share_first + share, walked)",
     ]
     params = context.params
     if context.acc != "score":
-        setup.append(
-            "item = (tl.load(SEQ + z * 6) + token) * tl.num_programs(2) + tl.program_id(2)"
-        )
+        setup.append("item = (tl.load(SEQ + z * 6) + token) * workers + worker")
         params = tuple(PARTS.get(p.name, p) for p in params)
     phases = tuple(
         replace(
@@ -549,6 +553,7 @@ def with_split(context: RowsContext) -> RowsContext:
     )
 
 
+WORKER = ("worker = tl.program_id(2)", "workers = tl.num_programs(2)")  # of those that share a row
 PARTS = {
     "O": pointer("O", "f32", "f32[Hq, items, Dv] parts of each row's output"),
     "LSE": pointer("LSE", "f32", "f32[Hq, items] and their log-sum-exps"),

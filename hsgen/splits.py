@@ -265,6 +265,115 @@ def merge(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """A branch in a launch of several: its loops, whose workers are told, and what calls them."""
+
+    rows: RowsContext
+    arguments: tuple[str, ...]  # names of the kernel's parameters, in the order of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BesideContext:
+    """Everything `beside.py.jinja` reads to walk the keys of several branches in one launch."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    branches: tuple[Beside, ...]
+    params: tuple[Param, ...]
+
+    @property
+    def by_row(self) -> bool:
+        """Whether some branch has a program a row, where others have one a sequence."""
+        return any(branch.rows.one_token for branch in self.branches)
+
+    @property
+    def summary(self) -> str:
+        return "branches whose workers lie side by side."
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+def _half(config: Config) -> Config:
+    """Steps of half the keys: the compiler gives the keys of each branch a place of their own."""
+    values = dict(config.constexprs)
+    values["BLOCK_N"] = max(16, values["BLOCK_N"] // 2)
+    return replace(config, constexprs=tuple(values.items()))
+
+
+def beside(kernels: tuple[Kernel, ...], steps: tuple[Step, ...]) -> tuple[Kernel, Step]:
+    """One launch in place of the last one of each step.  `kernels`: those that these launch.
+
+    Arguments that all have under one name are one; the number of a branch tells the others apart.
+    """
+    launches = tuple(step.launches[-1] for step in steps)
+    contexts: list[RowsContext] = []
+    for kernel in kernels:
+        assert isinstance(kernel.context, RowsContext)
+        contexts.append(kernel.context)
+    told = [
+        dict(
+            zip((p.name for p in x.params if p.kind != "constexpr"), launch.arguments, strict=True)
+        )
+        for x, launch in zip(contexts, launches, strict=True)
+    ]
+    params: dict[str, Param] = {}
+    arguments: dict[str, str] = {}
+    branches: list[Beside] = []
+    for i, context in enumerate(contexts):
+        names: list[str] = []
+        for p in context.params:
+            if p.kind == "constexpr":
+                alone = p.name == "BLOCK_M" and context.one_token
+                names.append(str(rows.least_rows(context.pitch)) if alone else p.name)
+                continue
+            alike = all(each.get(p.name, told[i][p.name]) == told[i][p.name] for each in told)
+            name = p.name if alike else f"{p.name}{i}"
+            names.append(name)
+            params[name] = replace(p, name=name)
+            arguments[name] = told[i][p.name]
+        workers = count(f"workers{i}", f"programs that share a row of {context.name}")
+        names += ["worker", workers.name]
+        params[workers.name] = workers
+        arguments[workers.name] = launches[i].grid[-1]
+        setup = tuple(line for line in context.setup if line not in rows.WORKER)
+        branches.append(Beside(rows=replace(context, setup=setup), arguments=tuple(names)))
+    params |= {p.name: p for x in contexts for p in x.params if p.kind == "constexpr"}
+    name = "_".join(("attend", *(x.name.removeprefix("attend_") for x in contexts)))
+    made = tuple(branches)
+    kernel = Kernel(
+        name=name,
+        skeleton="beside",
+        context=BesideContext(name=name, branches=made, params=tuple(params.values())),
+        config=_half(kernels[0].config),
+        operators=tuple(name for kernel in kernels for name in kernel.operators),
+        by_slot=any(kernel.by_slot for kernel in kernels),
+    )
+    by_row = [launch.grid for launch, x in zip(launches, contexts, strict=True) if x.one_token]
+    step = Step(
+        title=", ".join(step.title for step in steps),
+        needs=tuple(dict.fromkeys(name for step in steps for name in step.needs)),
+        makes=tuple(name for step in steps for name in step.makes),
+        buffers=tuple(buffer for step in steps for buffer in step.buffers),
+        sizes=tuple(size for step in steps for size in step.sizes),
+        launches=(
+            *(launch for step in steps for launch in step.launches[:-1]),
+            Launch(
+                kernel=kernel.name,
+                grid=(
+                    *(by_row or [launches[0].grid])[0][:-1],
+                    " + ".join(launch.grid[-1] for launch in launches),
+                ),
+                arguments=tuple(arguments.values()),
+            ),
+        ),
+    )
+    return kernel, step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Branch:
     """What the step needs to know of a branch: names in the driver, arguments, numbers of the spec."""
 

@@ -6,7 +6,7 @@ from hsgen import rows, splits
 from hsgen.errors import PlanError
 from hsgen.graph import Attend, Node, Normalise, Reduce, Score, SelectSet
 from hsgen.kernels import UniteContext
-from hsgen.plan import Buffer, Config, Kernel, Launch
+from hsgen.plan import Buffer, Config, Kernel, Launch, Step
 from hsgen.rows import RowsContext, next_power
 from hsgen.schedule import text
 from hsgen.schedule.draft import SORT_LIMIT, Draft, Turn
@@ -124,6 +124,7 @@ def _merge(draft: Draft, turn: Turn) -> None:
     assert turn.reads is not None
     if len(draft.parts) < turn.how.branches:
         return
+    _beside(draft)
     rows_of = ("in_q.shape[0]", "in_q.shape[1]", str(draft.shape.query_heads))
     o = Buffer(
         name=text.buffer(turn.total),
@@ -141,6 +142,27 @@ def _merge(draft: Draft, turn: Turn) -> None:
     )
     draft.kernels.append(kernel)
     draft.steps.append(step)
+
+
+def _beside(draft: Draft) -> None:
+    """Branches that no choice waits for walk their keys in one launch, if their tiles are alike."""
+    attends = {part.step: f"attend_{part.branch}" for part in draft.parts.values()}
+    found: list[tuple[Kernel, Step]] = []
+    for step in draft.steps:
+        kernel = next((k for k in draft.kernels if k.name == attends.get(step.makes[0])), None)
+        if kernel is None or not isinstance(kernel.context, RowsContext):
+            continue
+        first = found[0] if found else (kernel, step)
+        alike = kernel.config == first[0].config and kernel.context.alike
+        heads = step.launches[-1].grid[1] == first[1].launches[-1].grid[1]
+        if alike and heads and not kernel.context.logits:
+            found.append((kernel, step))
+    if len(found) < 2:
+        return
+    kernels, steps = zip(*found, strict=True)
+    kernel, step = splits.beside(kernels, steps)
+    draft.kernels = [*(x for x in draft.kernels if x not in kernels), kernel]
+    draft.steps = [*(x for x in draft.steps if x not in steps), step]
 
 
 def _walk(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsContext, str]:

@@ -152,12 +152,14 @@ def attend_compressed(
     stop = complete_limit(last, k_len, 32, 16, True, False)
     logit_row = (tl.load(SEQ + z * 6) + token).to(tl.int64) * tl.num_programs(1) + head
     logits = LOGITS + logit_row * logits_n * 16 + row_head - head * 16
+    worker = tl.program_id(2)
+    workers = tl.num_programs(2)
     walked = stop
     steps = (walked + BLOCK_N - 1) // BLOCK_N
-    share = (steps + tl.num_programs(2) - 1) // tl.num_programs(2) * BLOCK_N
-    share_first = tl.program_id(2) * share
+    share = (steps + workers - 1) // workers * BLOCK_N
+    share_first = worker * share
     share_end = tl.minimum(share_first + share, walked)
-    item = (tl.load(SEQ + z * 6) + token) * tl.num_programs(2) + tl.program_id(2)
+    item = (tl.load(SEQ + z * 6) + token) * workers + worker
 
     # accumulate: the running maximum, sum and output of the softmax
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -13,8 +13,7 @@ Keys, values and the entries of levels are those of a cache, of `keys` tokens a 
 import torch
 
 from .attend_compressed import attend_compressed
-from .attend_selected import attend_selected
-from .attend_window import attend_window
+from .attend_selected_window import attend_selected_window
 from .merge_branches import merge_branches
 from .pool_compressed_keys import pool_compressed_keys
 from .pool_compressed_values import pool_compressed_values
@@ -64,17 +63,10 @@ CONFIG = {
         "num_warps": 1,
         "num_stages": 1,
     },
-    "attend_selected": {
+    "attend_selected_window": {
         "BLOCK_T": 1,
         "BLOCK_M": 16,
-        "BLOCK_N": 64,
-        "num_warps": 4,
-        "num_stages": 3,
-    },
-    "attend_window": {
-        "BLOCK_T": 1,
-        "BLOCK_M": 16,
-        "BLOCK_N": 64,
+        "BLOCK_N": 32,
         "num_warps": 4,
         "num_stages": 3,
     },
@@ -314,66 +306,10 @@ def forward(tensors, batch, config, selection=None):
         batch.sequences,
         **config["attend_compressed"],
     )
-    # attend: window
-    there_attend_window = batch.sequences * 4
-    fills_attend_window = (264 + there_attend_window // 2) // there_attend_window
-    filled_attend_window = min(fills_attend_window, 512 // SHARE_KEYS)
-    turns_attend_window = min(2112 // there_attend_window, 512 // LONG_SHARE)
-    wanted_attend_window = max(filled_attend_window, turns_attend_window)
-    splits_attend_window = max(1, min(64, wanted_attend_window))
-    items_attend_window = batch.rows * splits_attend_window
-    padded_attend_window = 1 << (splits_attend_window - 1).bit_length()
-    part_o_attend_window = torch.empty(
-        (
-            64,
-            items_attend_window,
-            128,
-        ),
-        dtype=torch.float32,
-        device=in_q.device,
-    )
-    part_lse_attend_window = torch.empty(
-        (
-            64,
-            items_attend_window,
-        ),
-        dtype=torch.float32,
-        device=in_q.device,
-    )
-    grid = (
-        batch.sequences,
-        4,
-        splits_attend_window,
-    )
-    attend_window[grid](
-        in_q,
-        0 if batch.packed else in_q.stride(0),
-        in_q.stride(1),
-        in_q.stride(2),
-        in_k_window,
-        0 if batch.packed else in_k_window.stride(0),
-        in_k_window.stride(1),
-        in_k_window.stride(2),
-        in_v_window,
-        0 if batch.packed else in_v_window.stride(0),
-        in_v_window.stride(1),
-        in_v_window.stride(2),
-        part_o_attend_window,
-        0,
-        128,
-        items_attend_window * 128,
-        part_lse_attend_window,
-        0,
-        items_attend_window,
-        1,
-        batch.table,
-        batch.sequences,
-        **config["attend_window"],
-    )
 
     if selection is None:
         # choose: block
-        capacity_block = (batch.keys // 64 + 5) // 4 * 4
+        capacity_block = (batch.keys // 64 + 33) // 32 * 36
         tiles_block = batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
         chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
@@ -443,7 +379,7 @@ def forward(tensors, batch, config, selection=None):
     else:
         made_block_selection = in_order(selection["block"])
 
-    # attend: selected
+    # attend: selected, attend: window
     there_attend_selected = batch.rows * 4
     fills_attend_selected = (264 + there_attend_selected // 2) // there_attend_selected
     filled_attend_selected = min(fills_attend_selected, 1024 // SHARE_KEYS)
@@ -452,6 +388,14 @@ def forward(tensors, batch, config, selection=None):
     splits_attend_selected = max(1, min(64, wanted_attend_selected))
     items_attend_selected = batch.rows * splits_attend_selected
     padded_attend_selected = 1 << (splits_attend_selected - 1).bit_length()
+    there_attend_window = batch.sequences * 4
+    fills_attend_window = (264 + there_attend_window // 2) // there_attend_window
+    filled_attend_window = min(fills_attend_window, 512 // SHARE_KEYS)
+    turns_attend_window = min(2112 // there_attend_window, 512 // LONG_SHARE)
+    wanted_attend_window = max(filled_attend_window, turns_attend_window)
+    splits_attend_window = max(1, min(64, wanted_attend_window))
+    items_attend_window = batch.rows * splits_attend_window
+    padded_attend_window = 1 << (splits_attend_window - 1).bit_length()
     part_o_attend_selected = torch.empty(
         (
             64,
@@ -469,12 +413,29 @@ def forward(tensors, batch, config, selection=None):
         dtype=torch.float32,
         device=in_q.device,
     )
-    grid = (
-        batch.sequences * config["attend_selected"]["BLOCK_T"],
-        4,
-        splits_attend_selected,
+    part_o_attend_window = torch.empty(
+        (
+            64,
+            items_attend_window,
+            128,
+        ),
+        dtype=torch.float32,
+        device=in_q.device,
     )
-    attend_selected[grid](
+    part_lse_attend_window = torch.empty(
+        (
+            64,
+            items_attend_window,
+        ),
+        dtype=torch.float32,
+        device=in_q.device,
+    )
+    grid = (
+        batch.sequences * config["attend_selected_window"]["BLOCK_T"],
+        4,
+        splits_attend_selected + splits_attend_window,
+    )
+    attend_selected_window[grid](
         in_q,
         0 if batch.packed else in_q.stride(0),
         in_q.stride(1),
@@ -498,7 +459,21 @@ def forward(tensors, batch, config, selection=None):
         1,
         batch.table,
         batch.sequences,
-        **config["attend_selected"],
+        splits_attend_selected,
+        in_k_window,
+        0 if batch.packed else in_k_window.stride(0),
+        in_k_window.stride(1),
+        in_k_window.stride(2),
+        in_v_window,
+        0 if batch.packed else in_v_window.stride(0),
+        in_v_window.stride(1),
+        in_v_window.stride(2),
+        part_o_attend_window,
+        items_attend_window * 128,
+        part_lse_attend_window,
+        items_attend_window,
+        splits_attend_window,
+        **config["attend_selected_window"],
     )
     # merge branches
     widest = max(padded_attend_compressed, padded_attend_selected, padded_attend_window)

@@ -150,10 +150,12 @@ def score_block(
     score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head
     logit_row = (tl.load(SEQ + z * 6) + token).to(tl.int64) * tl.num_programs(1) + head
     logits = LOGITS + logit_row * logits_n * 16 + row_head - head * 16
+    worker = tl.program_id(2)
+    workers = tl.num_programs(2)
     walked = target_stop * 4
     steps = (walked + BLOCK_N - 1) // BLOCK_N
-    share = (steps + tl.num_programs(2) - 1) // tl.num_programs(2) * BLOCK_N
-    share_first = tl.program_id(2) * share
+    share = (steps + workers - 1) // workers * BLOCK_N
+    share_first = worker * share
     share_end = tl.minimum(share_first + share, walked)
 
     # sources that are complete for every row
