@@ -12,10 +12,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hsgen import rows
+from hsgen import rows, transposed
 from hsgen.kernels import tunables
 from hsgen.plan import Param
 from hsgen.rows import (
+    MARKED,
     SEQ,
     Chunk,
     Entries,
@@ -31,6 +32,7 @@ from hsgen.rows import (
     tensor,
 )
 
+LENGTH = transposed.LENGTH
 ListingHow = Literal["tally", "before", "chunks", "list"]
 PARTS = 16  # of all rows that see an entry, each for a program of its own, at most
 SPANS = 256  # parts of all rows that are counted each for itself
@@ -43,7 +45,6 @@ FIRSTS = pointer("FIRSTS", "i32", "[lists, buckets] its first chunk")
 CHUNKS = pointer("CHUNKS", "i32", "[lists, capacity, 2] block and first place of a chunk")
 CHUNK_COUNTS = pointer("CHUNK_COUNTS", "i32", "[lists] chunks")
 LIST = pointer("LIST", "i32", "[lists, items] rows, block by block, ascending")
-LENGTH = count("length", "of one sequence; packed: 0")
 BUCKETS = count("buckets", "blocks of all sequences")
 ITEMS = count("items", "places of a list")
 CAPACITY = count("capacity", "most chunks of a list")
@@ -247,6 +248,9 @@ class ColsContext(rows.InTurn):
     scale: str
     scale_log2: str
     precision: str
+    marked: int = (
+        0  # > 0: lists are of blocks of tokens, so many words a row say which ones it chose
+    )
     split: bool  # rows are those of several programs, whose sums are added later
     adds: tuple[bool, bool]  # keys', values': to gradients of other branches
     turn: rows.Turn | None = None
@@ -254,7 +258,8 @@ class ColsContext(rows.InTurn):
 
     def uses(self, name: str) -> bool:
         """Whether any statement reads the number `name`."""
-        text = " ".join((*self.setup, "position q_offset" if self.visible else ""))
+        text = " ".join((*self.setup, *self.visible))
+        text += " q_offset" if "position" in text else ""
         return re.search(rf"\b{name}\b", text) is not None
 
     @property
@@ -268,6 +273,16 @@ class ColsContext(rows.InTurn):
         if self.list_heads == 1:
             return "turn * 0"
         return f"head_first * {self.group} + turn" if self.per_head else "head_first + turn"
+
+    @property
+    def word(self) -> str:
+        """Where the word of a place in a list is."""
+        return f"place.to(tl.int64) * {self.marked}" if self.marked > 1 else "place"
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether a list's rows are those of several programs."""
+        return self.list_heads > 0 and not self.marked
 
     @property
     def lists(self) -> int:
@@ -297,11 +312,14 @@ class ColsContext(rows.InTurn):
                 *tensor("DV", "dv", f"{shape}Dv]", "bth"),
             )
         )
-        lists = (
-            (CHUNKS, CHUNK_COUNTS, ENDS, LIST, LENGTH, BUCKETS, ITEMS, CAPACITY)
-            if self.list_heads
-            else (LENGTH,)
-        )
+        lists: tuple[Param, ...] = (LENGTH,)
+        turn: tuple[Param, ...] = ()
+        if self.marked:
+            lists = (*transposed.lists(self.marked), LENGTH, transposed.CHUNK, transposed.TOKENS)
+            turn = (transposed.BUCKET_FIRST,)
+        elif self.list_heads:
+            lists = (CHUNKS, CHUNK_COUNTS, ENDS, LIST, LENGTH, BUCKETS, ITEMS, CAPACITY)
+            turn = (HEAD_FIRST,)
         return (
             *rows.QUERY,
             *tensor("K", "k", f"{shape}Dqk]", "bth"),
@@ -312,8 +330,8 @@ class ColsContext(rows.InTurn):
             *gradients,
             *lists,
             *SEQ,
-            *((HEAD_FIRST,) if self.list_heads else ()),
-            *tunables(*(("BLOCK_C",) if self.list_heads else ()), "BLOCK_T", "BLOCK_M", "BLOCK_N"),
+            *turn,
+            *tunables(*(("BLOCK_C",) if self.in_chunks else ()), "BLOCK_T", "BLOCK_M", "BLOCK_N"),
         )
 
     @property
@@ -402,6 +420,19 @@ def of_blocks(shape: Shape, branch: Branch, *, entries: Entries, list_heads: int
         stride=entries.stride,
         split=True,
         visible=("n[:, None] <= position[None, :]",) if shape.causal else (),
+    )
+
+
+def of_tokens(shape: Shape, branch: Branch, *, list_heads: int) -> ColsContext:
+    """The keys of a block of tokens for the rows that chose any of these."""
+    per_head = list_heads == shape.query_heads and shape.group > 1
+    return replace(
+        _of(shape, branch, heads=shape.group),
+        list_heads=shape.kv_heads if per_head else list_heads,
+        marked=shape.group if per_head else 1,
+        size=MARKED,
+        stride=MARKED,
+        visible=("marked_by(word, within)",),
     )
 
 

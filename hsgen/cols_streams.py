@@ -147,7 +147,7 @@ def config(context: ColsContext, target: Target, dtype: str) -> Config | None:
         and ROWS % context.heads == 0
         and qk % COLUMNS == v % COLUMNS == 0
         and max(qk // 2 + v // 4, v // 2 + qk // 4) <= MOST
-        and not (context.list_heads and context.size < ROWS)
+        and not (context.list_heads and (context.size < ROWS or context.marked))
     )
     if not possible:
         return None

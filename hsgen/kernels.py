@@ -364,6 +364,7 @@ class MarksContext:
     """Everything `index.py.jinja` reads where rows chose tokens.
 
     `marks`: by blocks of as many of them as a word has bits.  `picked`: each for itself, a bit a row.
+    `alone`: of a selection as it lies, in any order; no other kernel takes tiles whose union is dear.
     """
 
     name: str
@@ -373,6 +374,7 @@ class MarksContext:
     width: int  # slots of a row of the selection
     causal: bool
     how: Literal["marks", "picked"] = "marks"
+    alone: bool = False
 
     @property
     def summary(self) -> str:
@@ -384,13 +386,25 @@ class MarksContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
+        if self.alone:
+            shape = f"[B, T, {self.heads}, {self.width}] tokens, -1 anywhere"
+            selection = tensor("SELECTION", "s", shape, "bths", "i32")
+        else:
+            shape = f"[rows, {self.heads}, {self.width}] tokens, ascending"
+            selection = (pointer("SELECTION", "i32", shape),)
+        dear = () if self.alone else ("DEAR",)
         return (
-            pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}] tokens, ascending"),
+            *selection,
             *self._lists,
             *SEQ,
             count("tile_first", "the turn's first tile"),
-            *tunables("BLOCK_T", "BLOCK_K", "BLOCK_N", "DEAR"),
+            *tunables("BLOCK_T", "BLOCK_K", "BLOCK_N", *dear),
         )
+
+    @property
+    def slot(self) -> str:
+        """From the first slot of a row's list to another."""
+        return "slot * s_s" if self.alone else "slot"
 
     @property
     def words(self) -> str:
@@ -400,9 +414,10 @@ class MarksContext:
     @property
     def _lists(self) -> tuple[Param, ...]:
         tiles = f"[tiles, {self.heads}"
+        gather = "" if self.alone else "; -1: gather instead"
         if self.how == "picked":
             return (
-                pointer("COUNTS", "i32", f"{tiles}] tokens; -1: gather instead"),
+                pointer("COUNTS", "i32", f"{tiles}] tokens" + gather),
                 pointer("ENTRIES", "i32", f"{tiles}, capacity] tokens, ascending"),
                 pointer("MEMBERS", "i32", f"{tiles}, capacity] rows as bits"),
                 count("capacity", "tokens of the longest sequence"),

@@ -870,8 +870,13 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
     )
 
 
-def attend_picked(shape: Shape, *, name: str, scale: float, share: str) -> RowsContext:
-    """One softmax over the tokens that a tile's rows chose, each gathered once; only in a stream."""
+def attend_picked(
+    shape: Shape, *, name: str, scale: float, share: str, alone: bool = False
+) -> RowsContext:
+    """One softmax over the tokens that a tile's rows chose, each gathered once.
+
+    `alone`: in all tiles, by loops; else in a stream, which leaves out tiles whose union is dear.
+    """
     heads = heads_of(shape, per_head=share == "Hq")
     of_token, program = rows_a_token(heads), program_of(heads)
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
@@ -882,7 +887,7 @@ def attend_picked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
         params=(
             *QUERY,
             *keys_and_values(shape),
-            pointer("COUNTS", "i32", "[tiles, H] tokens; -1: none"),
+            pointer("COUNTS", "i32", "[tiles, H] tokens" + ("" if alone else "; -1: none")),
             pointer("ENTRIES", "i32", "[tiles, H, capacity] tokens"),
             pointer("MEMBERS", "i32", "[tiles, H, capacity] rows as bits"),
             count("capacity", "tokens of the longest sequence"),
@@ -898,8 +903,7 @@ def attend_picked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
         setup=(
             f"list_row = {program}.to(tl.int64) * {list_heads}{own}",
             "picked = tl.load(COUNTS + list_row)",
-            "if picked < 0:",
-            "    return",
+            *(() if alone else ("if picked < 0:", "    return")),
             "list_base = list_row * capacity",
             f"own_bit = 1 << tl.minimum(rows // {of_token}, BLOCK_T - 1)",
         ),
@@ -909,6 +913,7 @@ def attend_picked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
                 comment="tokens that any row chose",
                 start="0",
                 stop="(picked + BLOCK_N - 1) // BLOCK_N",
+                inside="(n >= 0) & (n < k_len)" if alone else "",
                 visible=("(members[None, :] & own_bit[:, None]) != 0",),
             ),
         ),

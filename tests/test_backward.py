@@ -31,7 +31,7 @@ UNIT = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
-GOLDEN = ("moba", "nsa")
+GOLDEN = ("moba", "nsa", "dsa_gqa")
 STREAMING = replace(H100, streams=True)
 BRANCHES = ("compressed", "selected", "window")  # of nsa
 STREAMED = {  # of each spec, what dk and dv come from by a stream of rows
@@ -100,6 +100,26 @@ causal: {causal}
 attend:
   - {{name: near, window: {window}}}
 """
+TOKENS = """
+hsgen: 1
+name: tokens
+heads: {{query: {query}, kv: {kv}}}
+head_dim: {{qk: {qk}, v: {v}}}
+causal: {causal}
+levels:
+  - name: token
+    partition: tokens
+    score: {{form: dot, {share}}}
+    select: {{top_k: {top}, force: {{first: 1, last: 2}}}}
+attend:
+  - {{name: selected, over: token}}
+"""
+GATED_TOKENS = (
+    TOKENS
+    + """  - {{name: near, window: {window}}}
+combine: {{gates: input}}
+"""
+)
 GROUP = "share: group, reduce: sum"
 MAPPED = "keys: linear, values: linear, position: learned"
 SMALL = {
@@ -111,6 +131,7 @@ SMALL = {
     "qk": 48,
     "v": 32,
     "share": GROUP,
+    "causal": "true",
 }
 
 
@@ -358,6 +379,54 @@ def test_gradients_go_back_through_pools(pool, seed):
             check(pooled, T=31, cu_seqlens_q=i32(0, 7, 30, 31), dtype=torch.float16)
 
 
+def test_tokens_that_rows_chose_have_gradients(seed, monkeypatch):
+    """A group of 3, documents of 1, of 0 and of odd tokens, each in several turns of tiles and of blocks."""
+    monkeypatch.setattr(backward, "SCRATCH_BYTES", 1)
+    chosen = spec(TOKENS, query=3, kv=1, qk=32, v=16, top=9)
+    config = {
+        "dq_selected": {"BLOCK_T": 4, "BLOCK_M": 16},
+        "dkv_selected": {"BLOCK_T": 4, "BLOCK_M": 16, "BLOCK_N": 32},
+        "mark_rows_selected": {"BLOCK_T": 8, "BLOCK_K": 4},
+        "front_rows_selected": {"BLOCK_N": 16},
+    }
+    with sanitizer.enabled(seed=seed):
+        check(chosen, T=150, cu_seqlens_q=i32(0, 70, 70, 71, 150), config=config)
+
+
+@pytest.mark.parametrize("causal", ["true", pytest.param("false", marks=pytest.mark.full)])
+def test_tokens_that_heads_chose_have_gradients(seed, causal):
+    """Each query head of a group for itself: rows of one list have a word a head."""
+    chosen = spec(TOKENS, query=6, kv=2, qk=16, v=32, top=7, share="share: head", causal=causal)
+    with sanitizer.enabled(seed=seed):
+        check(chosen, B=2, T=17, S=73, kv_lens=i32(73, 66))
+
+
+def test_chosen_tokens_under_a_gate_have_gradients_and_empty_rows_none(seed, monkeypatch):
+    """With outputs of branches and without; the first rows lie before all keys."""
+    gated = spec(GATED_TOKENS, query=4, kv=2, qk=16, v=32, top=9)
+    with sanitizer.enabled(seed=seed):
+        found = check(gated, B=2, T=19, S=83, dtype=torch.float16, q_offset=i32(64, -2))
+    assert not found["q"][1, :2].any()
+    monkeypatch.setattr(operators, "is_watched", lambda call: True)
+    check(gated, T=21, kept=False)
+
+
+def test_a_callers_tokens_may_repeat():
+    """And has -1 anywhere, tokens that no row sees, and any strides."""
+    chosen = spec(TOKENS, query=2, kv=1, qk=16, v=16, top=5)
+    x = tensors(chosen, 1, 70, 70, torch.float32)
+    attn = load_kernel(chosen, interpret=True)
+    clean = torch.stack([torch.tensor([0, t // 2, t, -1, -1]) for t in range(70)])
+    noisy = torch.stack([torch.tensor([t, -1, 0, t, t // 2]) for t in range(70)])
+    noisy[:60, 1] = 69
+    clean, noisy = (each.int()[None, :, None] for each in (clean, noisy))
+    noisy = noisy.transpose(1, 3).contiguous().transpose(1, 3)
+    o = [attn(**x, selection={"token": each}) for each in (clean, noisy)]
+    grads = [torch.autograd.grad(each.square().sum(), list(x.values())) for each in o]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.full
 def test_a_callers_selection_may_repeat_blocks():
     """And has -1 anywhere, and blocks that no row sees."""
@@ -406,7 +475,9 @@ def test_sources_of_gradients_are_formatted_and_obey_the_rules(tmp_path):
         spec(GATED, **wide | {"share": "share: head"}, query=6, kv=2),
         spec(POOLED, **wide, query=6, kv=2),
         spec(POOLED, **wide | {"pool": "keys: mean, values: mean"}, query=2, kv=2),
-        spec(WINDOW, **wide, query=2, kv=2, causal="false"),
+        spec(WINDOW, **wide | {"causal": "false"}, query=2, kv=2),
+        spec(GATED_TOKENS, **wide, query=6, kv=2),
+        spec(TOKENS, **wide | {"share": "share: head", "causal": "false"}, query=6, kv=2),
     ):
         apart = case.combine is not None and case.name == "pooled"
         plan = backward.plan(emitted.graph(case), H100, "fp32", apart=apart)
@@ -453,7 +524,7 @@ def test_sources_of_streams_are_formatted_and_obey_the_rules(tmp_path):
         spec(GATED, **wide, query=16, kv=1),
         spec(UNITED, **wide | {"qk": 64, "v": 192}, query=16, kv=2),
         spec(POOLED, **wide, query=64, kv=2),
-        spec(WINDOW, **wide, query=16, kv=2, causal="false"),
+        spec(WINDOW, **wide | {"causal": "false"}, query=16, kv=2),
     ):
         plan = backward.plan(emitted.graph(case), STREAMING)
         for made in (ColsStreamsContext, StreamsContext):
@@ -574,11 +645,12 @@ def test_streams_compile_and_spill_no_number_of_a_loop(tmp_path, monkeypatch):
 TRAINED = (
     *("moba", "flash_moba", "nsa", "nsa_fla", "nsa_xunhao", "fsa"),
     *("infllm_v2", "minimax_m3", "quest", "kinetics", "small_thinker", "sqa"),
+    *("dsa_gqa", "hisa"),
 )
-OF_TOKENS = "branch selected: no kernel has the gradient of attention over tokens yet"
 REFUSED = {
-    **dict.fromkeys(("dsa", "dsa_gqa", "hisa"), OF_TOKENS),
-    "glm_kpool": "branch selected: no kernel has the gradient of latents yet",
+    **dict.fromkeys(
+        ("dsa", "glm_kpool"), "branch selected: no kernel has the gradient of latents yet"
+    ),
     "qwen_qsa": "no kernel has the gradient of an output's gate yet",
     "deepseek_hca": "branch compressed: no kernel has the gradient of latents yet",
     "dhsa_released": "branch selected: no kernel has the gradient of lists that rows share yet",
@@ -622,6 +694,29 @@ LARGE = {"size": 64, "stride": 32, "top": 8, "window": 200, "qk": 192, "v": 128}
 def test_large_gradients_are_right(heads, share, dtype):
     gated = spec(GATED, **LARGE | {"share": share}, query=heads[0], kv=heads[1])
     check(gated, T=1500, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [
+        *(((2, 2), torch.bfloat16), ((8, 2), torch.bfloat16), ((16, 1), torch.bfloat16)),
+        *(((3, 1), torch.bfloat16), ((3, 1), torch.float16), ((3, 1), torch.float32)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("share", ["share: head", GROUP])
+def test_large_gradients_of_tokens_are_right(heads, share, dtype):
+    gated = spec(GATED_TOKENS, **LARGE | {"share": share, "top": 300}, query=heads[0], kv=heads[1])
+    check(gated, T=1500, dtype=dtype)
+
+
+@pytest.mark.gpu
+def test_large_documents_of_tokens_have_gradients(monkeypatch):
+    """In turns."""
+    monkeypatch.setattr(backward, "SCRATCH_BYTES", 1)
+    chosen = spec(TOKENS, **LARGE | {"top": 100, "qk": 128}, query=8, kv=2)
+    check(chosen, T=3000, dtype=torch.bfloat16, cu_seqlens_q=i32(0, 700, 701, 701, 2001, 3000))
 
 
 @pytest.mark.gpu
@@ -688,7 +783,7 @@ def same_gradients(case, heads):
 @pytest.mark.gpu
 def test_gradients_of_unaligned_tensors_are_right():
     """Queries and an output's gradient that begin where nothing can be brought from."""
-    made = spec(WINDOW, **LARGE, query=16, kv=2, causal="true")
+    made = spec(WINDOW, **LARGE, query=16, kv=2)
     x = tensors(made, 1, 500, 500, torch.bfloat16)
     attn = load_kernel(made)
     o = attn(**x)

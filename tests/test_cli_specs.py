@@ -197,13 +197,9 @@ def test_choice_needs_a_selection(entry):
 def test_phases_without_a_plan_are_left_out(entry):
     chosen = entry(TEXT)
     assert chosen.phases == ("prefill", "select", "decode", "gradients")
-    by_token = entry(
-        HEADER
-        + "levels: [{name: token, partition: tokens, score: {form: dot}, select: {top_k: 4}}]\n"
-        + "attend: [{name: selected, over: token}]\n"
-    )
-    assert by_token.plan
-    assert by_token.phases == ("prefill", "select", "decode")
+    capped = entry(f"{HEADER}{LEVEL}attend: [{{name: selected, over: chunk, softcap: 30.0}}]\n")
+    assert capped.plan
+    assert capped.phases == ("prefill", "select", "decode")
 
 
 def refuse(*_: object, **__: object):

@@ -27,7 +27,7 @@ plan
 gates                                   forms of a spec for short sequences
 rows  dryrun                            a kernel's loops · one call on paper
 kernels
-buckets  together                       rows that come to the blocks they chose · rows that share a list
+buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
 cols  unpool                            gradients of attention, and of pools
 streams  cols_streams                   rows whose keys one warp brings · keys whose rows two bring
 splits  appending                       a row's keys shared by programs · new tokens into a cache

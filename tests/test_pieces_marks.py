@@ -113,7 +113,18 @@ def test_nothing_chosen(tmp_path, device):
 # --- tokens, each for itself
 
 
-def check_picked(tmp_path, device, c, sequences, chosen, *, dear, block_t=4, turn=None, block_n=16):
+def selection(c, sequences, chosen, device):
+    """A selection, and where it lies if that is said."""
+    if not c.alone:
+        return (chosen.to(device),)
+    given = chosen.to(device) if device != "cpu" else chosen
+    s_b, *strides = given.stride()
+    return (given, 0 if sequences.packed else s_b, *strides)
+
+
+def check_picked(
+    tmp_path, device, c, sequences, chosen, *, dear=0, block_t=4, turn=None, block_n=16
+):
     """Every tile's tokens, count and rows, in turns of some tiles.  -> tiles whose union was dear"""
     index = kernel("index", c, tmp_path)
     tiles, capacity, cheap = sequences.tiles(block_t), max(sequences.k_lens), []
@@ -123,9 +134,9 @@ def check_picked(tmp_path, device, c, sequences, chosen, *, dear, block_t=4, tur
         counts = torch.full(shape, -5, dtype=torch.int32, device=device)
         entries, members = torch.full((2, *shape, capacity), -5, dtype=torch.int32, device=device)
         index[shape](
-            chosen.to(device), counts, entries, members, capacity,
+            *selection(c, sequences, chosen, device), counts, entries, members, capacity,
             sequences.table.to(device), len(sequences), first,
-            BLOCK_T=block_t, BLOCK_K=16, BLOCK_N=block_n, DEAR=dear,
+            BLOCK_T=block_t, BLOCK_K=16, BLOCK_N=block_n, **({} if c.alone else {"DEAR": dear}),
         )  # fmt: skip
         for tile in range(shape[0]):
             if sequences.tile(first + tile, block_t) is None:
@@ -153,6 +164,16 @@ def test_picked_tokens_and_rows(tmp_path, device, sequences, causal, block_n):
     assert all(
         check_picked(tmp_path, device, c, sequences, chosen, dear=0, turn=2, block_n=block_n)
     )
+
+
+@pytest.mark.parametrize("sequences", [DENSE, PACKED, AHEAD])
+def test_picked_tokens_of_lists_in_no_order(tmp_path, device, sequences):
+    """With repeats, as they lie: every second slot of a list whose heads lie outside of tokens."""
+    c = context(how="picked", alone=True, width=24)
+    chosen = lists(context(width=48), sequences).flip(-1)
+    chosen[..., ::6] = chosen[..., 2::6]
+    strided = chosen.transpose(1, 2).contiguous().transpose(1, 2)[..., ::2]
+    assert all(check_picked(tmp_path, device, c, sequences, strided))
 
 
 def test_picked_tokens_are_dear_where_rows_share_little(tmp_path, device):

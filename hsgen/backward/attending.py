@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsgen import cols, cols_streams, rows, streams
-from hsgen.backward import tiles
+from hsgen.backward import tiles, tokens
 from hsgen.backward.gathered import Gradients
 from hsgen.graph import Attend, Input, Node
 from hsgen.kernels import IndexContext
@@ -58,7 +58,8 @@ class _Branch:
     @property
     def chosen(self) -> Node | None:
         """The selection that is attended."""
-        return self.draft.graph[self.node.inputs[3]] if self.op.over == "blocks" else None
+        chooses = self.op.over in ("blocks", "tokens")
+        return self.draft.graph[self.node.inputs[3]] if chooses else None
 
     @property
     def width(self) -> int:
@@ -74,6 +75,20 @@ class _Branch:
         assert self.chosen is not None
         x = text.buffer(self.chosen.name)
         return (*text.strides(x), f"{x}.stride(3)")
+
+    @property
+    def tokens(self) -> tokens.Chosen | None:
+        """The same where single tokens are chosen."""
+        if self.op.over != "tokens":
+            return None
+        return tokens.Chosen(
+            branch=self.name,
+            node=self.node.name,
+            selection=self.selection,
+            heads=self.list_heads,
+            width=self.width,
+            keys=text.input_of(self.node.inputs[1]),
+        )
 
     # --- what rows have
 
@@ -142,25 +157,31 @@ class _Branch:
         forward = self._forward()
         buffers, adds = self.whole.buffer("q")
         dq = cols.query_gradient(forward, name=f"dq_{self.name}", scale=self.scale, adds=adds)
-        most = max(1, SORT_LIMIT // next_power(self.width))
-        block = self.op.size if self.chosen else None
+        chosen = self.tokens
+        most = tokens.TOGETHER if chosen else max(1, SORT_LIMIT // next_power(self.width))
+        block = self.op.size if self.chosen and not chosen else None
         config = self._tiles_of_rows(dq, most=most, block=block)
-        sizes: Sizes = ((f"tiles_{self.name}", text.tiles_of(dq.name)),)
-        launches: tuple[Launch, ...] = ()
-        lists: tuple[str, ...] = ()
-        if self.chosen:
-            made, sizes_of_lists, launch, lists = self._unions(dq, config)
-            buffers, sizes, launches = (*made, *buffers), (*sizes, *sizes_of_lists), (launch,)
-        tensors = (*self.draft.tensors(self.node, self.op), *lists)
-        grid = text.grid(self.shape, dq, f"tiles_{self.name}")
+        if chosen:
+            lists = tokens.unions(self.draft, chosen, dq.name, config)
+        elif self.chosen:
+            lists = self._unions(dq, config)
+        else:
+            sizes: Sizes = ((f"tiles_{self.name}", text.tiles_of(dq.name)),)
+            lists = tokens.Lists(buffers=(), sizes=sizes, launches=(), arguments=())
+        tensors = (*self.draft.tensors(self.node, self.op), *lists.arguments)
+        grid = text.grid(self.shape, dq, "count" if chosen else f"tiles_{self.name}")
+        seq = (*text.SEQ, "tile_first") if chosen else text.SEQ
+        buffers, launches = (*lists.buffers, *buffers), lists.launches
         if again:
             buffers = (*self.delta_buffers(), *self._gates_buffers(), *buffers)
-            launches += (self._delta_again(forward, dq, config, tensors, grid),)
+            launches += (self._delta_again(forward, dq, config, tensors, (grid, seq)),)
         self.draft.attend(dq, config, self.node.name)
         grad = text.strides(self.whole.buffers["q"])
-        arguments = (*tensors, *self.row_arguments, *self.gate_arguments, *grad, *text.SEQ)
+        arguments = (*tensors, *self.row_arguments, *self.gate_arguments, *grad, *seq)
         launches += (Launch(kernel=dq.name, grid=grid, arguments=arguments),)
-        self.step("queries", buffers=buffers, launches=launches, sizes=sizes)
+        self.step(
+            "queries", buffers=buffers, launches=launches, sizes=lists.sizes, turns=lists.turns
+        )
 
     def _tiles_of_rows(self, dq: RowsContext, *, most: int, block: int | None) -> Config:
         """Tiles of dq, whose keys come in a stream where they can."""
@@ -185,6 +206,12 @@ class _Branch:
                     width=self.width,
                     share=self.chosen.type.dims[2],
                 )
+            case "tokens":
+                assert self.chosen is not None
+                share = self.chosen.type.dims[2]
+                context = rows.attend_picked(
+                    self.shape, name=name, scale=self.scale, share=share, alone=True
+                )
             case "window":
                 window = self.op.window or 1
                 context = rows.attend_window(self.shape, name=name, scale=self.scale, window=window)
@@ -199,9 +226,7 @@ class _Branch:
                 raise AssertionError("refused")
         return rows.with_turn(context, self.draft.turn(self.node))
 
-    def _unions(
-        self, dq: RowsContext, config: Config
-    ) -> tuple[tuple[Buffer, ...], Sizes, Launch, tuple[str, ...]]:
+    def _unions(self, dq: RowsContext, config: Config) -> tokens.Lists:
         """The union of the blocks that a tile's rows chose, as the forward walks them."""
         name, heads, tiled = self.name, str(self.list_heads), f"tiles_{self.name}"
         index = IndexContext(
@@ -228,7 +253,8 @@ class _Branch:
             grid=(tiled, heads),
             arguments=(*self.selection, *lists, *text.SEQ),
         )
-        return buffers, ((slots, f"{block_t} * {self.width}"),), launch, lists
+        sizes = ((tiled, text.tiles_of(dq.name)), (slots, f"{block_t} * {self.width}"))
+        return tokens.Lists(buffers=buffers, sizes=sizes, launches=(launch,), arguments=lists)
 
     def _delta_of_output(self) -> None:
         """delta of an output that is there: a branch's own, or that of one softmax over all."""
@@ -277,9 +303,10 @@ class _Branch:
         dq: RowsContext,
         config: Config,
         tensors: tuple[str, ...],
-        grid: tuple[str, str],
+        tiled: tuple[tuple[str, str], tuple[str, ...]],
     ) -> Launch:
         """delta where branches add to one output, each times its gate: from the logits again."""
+        grid, seq = tiled
         context = cols.deltas(forward, name=f"delta_{self.name}")
         shared = Config(constexprs=(), num_warps=config.num_warps, num_stages=config.num_stages)
         kernel = Kernel(
@@ -300,7 +327,7 @@ class _Branch:
                 f"grad_{self.lse}",
                 *self.gate_arguments,
                 *self._gates_gradient(),
-                *text.SEQ,
+                *seq,
             ),
         )
 
@@ -318,6 +345,9 @@ class _Branch:
             turn=self.draft.turn(self.node),
             adds=(adds_k, adds_v),
         )
+        if chosen := self.tokens:
+            self._keys_of_tokens(branch, buffers, chosen)
+            return
         if self.chosen:
             self._keys_of_blocks(branch, buffers)
             return
@@ -404,6 +434,39 @@ class _Branch:
             ),
         )
         self.step("keys", buffers=(*grads, *buffers), launches=launches, sizes=sizes)
+
+    def _keys_of_tokens(
+        self, branch: cols.Branch, grads: tuple[Buffer, ...], chosen: tokens.Chosen
+    ) -> None:
+        """Of tokens that were chosen: of each block all rows that chose any, walked by one program."""
+        context = cols.of_tokens(self.shape, branch, list_heads=self.list_heads)
+        config = self._tiles_of_cols(context)
+        lists = tokens.by_block(self.draft, chosen, context)
+        self._cols(context, config)
+        tiles_a_block, block_n = f"block_tiles_{self.name}", f"block_n_{self.name}"
+        sizes = (
+            *lists.sizes,
+            (block_n, f'config["{context.name}"]["BLOCK_N"]'),
+            (tiles_a_block, f"({context.size - 1} + {block_n}) // {block_n}"),
+        )
+        launch = Launch(
+            kernel=context.name,
+            grid=(f"count * {tiles_a_block}", str(self.shape.kv_heads)),
+            arguments=(
+                *self._col_arguments(),
+                *self._grads(),
+                *lists.arguments,
+                *text.SEQ,
+                "tile_first",
+            ),
+        )
+        self.step(
+            "keys",
+            buffers=(*grads, *lists.buffers),
+            launches=(*lists.launches, launch),
+            sizes=sizes,
+            turns=lists.turns,
+        )
 
     def _keys_of_blocks(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
         """Of blocks that were chosen: lists of rows, parts by chunks of them, and the sums."""

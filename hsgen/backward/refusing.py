@@ -34,12 +34,18 @@ def lacking(graph: Graph, node: Node) -> str | None:
 
 def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     lacks = (
-        (op.over not in ("blocks", "window", "all", "pooled"), f"attention over {op.over}"),
+        (
+            op.over not in ("blocks", "tokens", "window", "all", "pooled"),
+            f"attention over {op.over}",
+        ),
         (bool(op.latent), "latents"),
         (op.softcap is not None, "capped logits"),
         (bool(op.sink), "a sink"),
         (op.size != op.stride and op.over == "blocks", "overlapping blocks"),
-        (op.over == "blocks" and not _by_row(graph, node), "lists that rows share"),
+        (
+            op.over in ("blocks", "tokens") and not _by_row(graph, node),
+            "lists that rows share",
+        ),
     )
     words = next((words for lacking, words in lacks if lacking), None)
     return words or (_of_pools(graph, node) if op.over == "pooled" else None)
@@ -59,6 +65,6 @@ def _of_pools(graph: Graph, node: Node) -> str | None:
 
 
 def _by_row(graph: Graph, node: Node) -> bool:
-    """Whether every row has chosen for itself, as many blocks as a number says."""
+    """Whether every row has chosen for itself, as many entries as a number says."""
     selection = graph[node.inputs[3]]
     return isinstance(selection.op, Select) and selection.type.dims[1] == "T"

@@ -47,7 +47,7 @@ def of_cols(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
         # of lists two programs a processor pay, for all that they spill; of ranges one with wide tiles
         wide = max(16, min(wide, 64, next_power(context.size)))
         limit = 16 if dtype != "fp32" and dims > WIDE else limit
-    chunk = (("BLOCK_C", CHUNK),) if context.list_heads else ()
+    chunk = (("BLOCK_C", CHUNK),) if context.in_chunks else ()
     tokens = 1 << max(1, limit // context.heads).bit_length() - 1
     for count in _halves(tokens, 1):
         block_m = max(16, next_power(count * context.heads))

@@ -84,3 +84,9 @@ def find_bucket(SEQ, num_sequences, bucket, length, STRIDE: tl.constexpr):
 def marked(word, column):
     """Which of a block's 64 tokens each row chose.  word: i64[M], column: [N] -> bool[M, N]"""
     return ((word[:, None] >> column.to(tl.int64)[None, :]) & 1) != 0
+
+
+@triton.jit
+def marked_by(word, column):
+    """The same, keys first.  word: i64[M], column: [N] -> bool[N, M]"""
+    return ((word[None, :] >> column.to(tl.int64)[:, None]) & 1) != 0

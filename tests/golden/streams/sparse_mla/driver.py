@@ -46,13 +46,13 @@ CONFIG = {
 
 
 def in_order(indices):
-    """A caller's lists as kernels walk them: ascending, each index once, -1 at the end.  [..., K]"""
+    """A caller's lists as kernels walk them: ascending, each index once, then -1, contiguous.  [..., K]"""
     last = torch.iinfo(torch.int32).max
     ordered = torch.where(indices < 0, last, indices).sort(-1).values
     repeated = torch.zeros_like(ordered, dtype=torch.bool)
     repeated[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
     ordered = torch.where(repeated, last, ordered).sort(-1).values
-    return torch.where(ordered == last, -1, ordered)
+    return torch.where(ordered == last, -1, ordered).contiguous()
 
 
 def forward(tensors, batch, config, selection=None):

@@ -1,0 +1,164 @@
+"""Lists of tokens that rows chose: for rows the union of a tile, for keys the rows of a block of 64 tokens.
+
+Both have room for the worst of choices, so they are made in turns: of tiles, or of blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hsgen.cols import ColsContext
+from hsgen.kernels import MarksContext
+from hsgen.plan import Buffer, Config, Launch
+from hsgen.rows import MARKED, next_power
+from hsgen.schedule import text
+from hsgen.schedule.draft import Draft
+from hsgen.transposed import TransposedContext
+
+TOGETHER = 32  # rows of a tile: a bit each in a word
+MARKING = 4096  # slots that a program looks at at a time
+LISTING = 1024  # rows, likewise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Tokens of a branch, and who chose them.
+
+    selection: the tensor and its strides.  keys: the tensor of keys.
+    """
+
+    branch: str
+    node: str
+    selection: tuple[str, ...]
+    heads: int
+    width: int
+    keys: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lists:
+    """What makes lists of a branch, and what its kernels read of them.
+
+    turns: the sizes that count what there is to do, and what is done at a time.
+    """
+
+    buffers: tuple[Buffer, ...]
+    sizes: tuple[tuple[str, str], ...]
+    launches: tuple[Launch, ...]
+    arguments: tuple[str, ...]
+    turns: tuple[str | None, str | None] = (None, None)
+
+
+def unions(draft: Draft, chosen: Chosen, leader: str, config: Config) -> Lists:
+    """The tokens that the rows of a tile chose, and which rows chose each; tiles are the leader's."""
+    name, heads = chosen.branch, str(chosen.heads)
+    index = MarksContext(
+        name=f"index_{name}",
+        heads=chosen.heads,
+        width=chosen.width,
+        causal=draft.shape.causal,
+        how="picked",
+        alone=True,
+    )
+    step = max(16, MARKING // config["BLOCK_T"])
+    values = (("BLOCK_K", min(step, next_power(chosen.width))), ("BLOCK_N", step))
+    marking = Config(constexprs=values, num_warps=8, num_stages=1)
+    draft.kernel("index", index, marking, chosen.node, follows=leader)
+    tiles, turn, capacity = f"tiles_{name}", f"tiles_at_once_{name}", f"capacity_{name}"
+    arguments = (f"counts_{name}", f"entries_{name}", f"members_{name}", capacity)
+    dims = ((turn, heads), (turn, heads, capacity), (turn, heads, capacity))
+    return Lists(
+        buffers=tuple(
+            Buffer(name=list_, dtype="i32", dims=of, role="list")
+            for list_, of in zip(arguments, dims, strict=False)
+        ),
+        sizes=(
+            (capacity, "max(1, batch.keys)"),
+            (tiles, text.tiles_of(leader)),
+            *_at_once(draft, name, f"{8 * chosen.heads} * {capacity}", tiles, turn),
+        ),
+        launches=(
+            Launch(
+                kernel=index.name,
+                grid=("count", heads),
+                arguments=(*chosen.selection, *arguments, *text.SEQ, "tile_first"),
+            ),
+        ),
+        arguments=arguments,
+        turns=(tiles, turn),
+    )
+
+
+def by_block(draft: Draft, chosen: Chosen, context: ColsContext) -> Lists:
+    """The rows that chose any token of each block of 64, and which tokens."""
+    name, own, lists = chosen.branch, context.marked, context.list_heads
+
+    def kernel(how: str, config: Config) -> str:
+        made = TransposedContext(
+            name=f"{how}_rows_{name}",
+            how=how,  # type: ignore[arg-type]  # one of two
+            heads=chosen.heads,
+            own=own,
+            width=chosen.width,
+            causal=draft.shape.causal,
+        )
+        return draft.kernel("index", made, config, chosen.node)
+
+    slots = min(256, next_power(chosen.width))
+    values = (("BLOCK_T", max(1, MARKING // slots)), ("BLOCK_K", slots))
+    mark = kernel("mark", Config(constexprs=values, num_warps=8, num_stages=1))
+    values = (("BLOCK_N", LISTING),)
+    front = kernel("front", Config(constexprs=values, num_warps=4, num_stages=1))
+    length, rows = f"length_{name}", f"rows_{name}"
+    blocks, turn = f"blocks_{name}", f"blocks_at_once_{name}"
+    of = f"{chosen.keys}.shape[1] // {MARKED}"
+    marks = (turn, rows, str(own)) if own > 1 else (turn, rows)
+    bits, arguments = f"bits_{name}", tuple(f"{x}_{name}" for x in ("counts", "list", "marks"))
+    sizes = (length, turn, rows)
+    return Lists(
+        buffers=(
+            Buffer(
+                name=bits,
+                dtype="i64",
+                dims=(str(chosen.heads), turn, rows),
+                role="scratch",
+                zeros=True,
+            ),
+            Buffer(name=arguments[0], dtype="i32", dims=(str(lists), turn), role="list"),
+            Buffer(name=arguments[1], dtype="i32", dims=(str(lists), turn, rows), role="list"),
+            Buffer(name=arguments[2], dtype="i64", dims=(str(lists), *marks), role="list"),
+        ),
+        sizes=(
+            (length, f"0 if batch.packed else {of}"),
+            (f"packed_{name}", f"{of} if batch.packed else 0"),
+            (blocks, f"batch.sequences * ({length} + 1) + packed_{name}"),
+            (rows, "in_q.shape[1]"),
+            *_at_once(draft, name, f"{16 * chosen.heads + 4 * lists} * {rows}", blocks, turn),
+        ),
+        launches=(
+            Launch(
+                kernel=mark,
+                grid=(text.TILES, str(chosen.heads)),
+                arguments=(*chosen.selection, bits, *sizes, *text.SEQ, "tile_first"),
+            ),
+            Launch(
+                kernel=front,
+                grid=("count", str(lists)),
+                arguments=(bits, *arguments, *sizes, *text.SEQ, "tile_first"),
+            ),
+        ),
+        arguments=(*arguments, *sizes),
+        turns=(blocks, turn),
+    )
+
+
+def _at_once(
+    draft: Draft, name: str, each: str, whole: str, turn: str
+) -> tuple[tuple[str, str], ...]:
+    """How many there is room for: long calls have lists of an eighth of the bytes of queries and outputs."""
+    share = draft.shape.query_heads * (draft.shape.qk + draft.shape.v) * 2 // 8
+    return (
+        (f"bytes_{name}", each),
+        (f"most_{name}", f"max(SCRATCH_BYTES, batch.rows * {share})"),
+        (turn, f"min({whole}, max(1, most_{name} // bytes_{name}))"),
+    )

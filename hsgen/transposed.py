@@ -1,0 +1,67 @@
+"""What fills the `index` skeleton to list, of blocks of 64 tokens, the rows that chose any of them.
+
+A row is marked at the blocks of its tokens, a bit each, in a table of a turn's blocks by all rows; of each
+block the rows that are marked then move to the front of a list, with their words.  Bits are set in any order
+and places are counted by one program, so lists ascend and have the same bits in every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hsgen import rows
+from hsgen.kernels import tunables
+from hsgen.plan import Param
+from hsgen.rows import SEQ, count, pointer, tensor
+
+BUCKET_FIRST = count("bucket_first", "the turn's first block")
+CHUNK = count("chunk", "blocks of a turn, at most")
+TOKENS = count("tokens", "rows of the longest sequence")
+LENGTH = count("length", "of one sequence; packed: 0")
+
+
+def lists(own: int) -> tuple[Param, ...]:
+    """What says of a turn's blocks which rows chose which tokens, `own` words a row."""
+    words = f"i64[lists, chunk, tokens, {own}]" if own > 1 else "i64[lists, chunk, tokens]"
+    return (
+        pointer("COUNTS", "i32", "[lists, chunk] rows of each block"),
+        pointer("LIST", "i32", "[lists, chunk, tokens] these, ascending, within their sequence"),
+        pointer("MARKS", "i64", f"{words} tokens that each chose, as bits"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransposedContext:
+    """Everything `index.py.jinja` reads to list, of each block, the rows that chose any of its tokens."""
+
+    name: str
+    how: Literal["mark", "front"]
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    own: int  # of these, those whose rows are in one list
+    width: int  # slots of a row of the selection
+    causal: bool
+
+    @property
+    def summary(self) -> str:
+        if self.how == "mark":
+            return "a bit for each token that a row chose, in words of 64."
+        return "the rows that chose any token of a block, in their order, and which tokens."
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        shape = f"[B, T, {self.heads}, {self.width}] tokens, -1 anywhere"
+        bits = pointer(
+            "BITS", "i64", f"[{self.heads}, chunk, tokens] tokens as bits; 0 between turns"
+        )
+        sizes = (LENGTH, CHUNK, TOKENS, *SEQ, BUCKET_FIRST)
+        if self.how == "mark":
+            selection = tensor("SELECTION", "s", shape, "bths", "i32")
+            return (*selection, bits, *sizes, *tunables("BLOCK_T", "BLOCK_K"))
+        return (bits, *lists(self.own), *sizes, *tunables("BLOCK_N"))
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
