@@ -248,9 +248,9 @@ class ColsContext(rows.InTurn):
     scale: str
     scale_log2: str
     precision: str
-    marked: int = (
-        0  # > 0: lists are of blocks of tokens, so many words a row say which ones it chose
-    )
+    parts: bool = False  # a token's heads are those of several steps, BLOCK_H of each
+    latent: bool = False  # values are the first channels of keys, and so are their gradients
+    marked: int = 0  # > 0: lists are of tokens, so many words a row say which of a block it chose
     split: bool  # rows are those of several programs, whose sums are added later
     adds: tuple[bool, bool]  # keys', values': to gradients of other branches
     turn: rows.Turn | None = None
@@ -294,6 +294,30 @@ class ColsContext(rows.InTurn):
         return f"(head // {self.group})" if self.per_head else "head"
 
     @property
+    def kept(self) -> tuple[tuple[str, tuple[Chunk, ...]], ...]:
+        """Tiles of keys, and of values where these are not in them."""
+        keys = ("k", self.qk_chunks)
+        return (keys,) if self.latent else (keys, ("v", self.v_chunks))
+
+    @property
+    def values(self) -> str:
+        """Tiles that gradients of outputs meet."""
+        return "k" if self.latent else "v"
+
+    @property
+    def rows_a_token(self) -> str:
+        """From one token's rows in the tile to the next one's."""
+        return "BLOCK_H" if self.parts else str(self.heads)
+
+    @property
+    def rows_comment(self) -> str:
+        """What a tile has of rows."""
+        if self.heads == 1:
+            return "BLOCK_T tokens"
+        of = "BLOCK_H of " if self.parts else ""
+        return f"BLOCK_T tokens x {of}{self.heads} heads (the group's), padded to BLOCK_M"
+
+    @property
     def stores(self) -> dict[str, str]:
         """The pieces that write the gradients of keys and of values."""
         return {x: "add_rows" if a else "store_rows" for x, a in zip("kv", self.adds, strict=True)}
@@ -301,17 +325,7 @@ class ColsContext(rows.InTurn):
     @property
     def params(self) -> tuple[Param, ...]:
         shape = f"[B, {self.entries}, Hkv, "
-        gradients = (
-            (
-                pointer("PART_K", "f32", "f32[parts, keys, Dqk]"),
-                pointer("PART_V", "f32", "f32[parts, keys, Dv]"),
-            )
-            if self.split
-            else (
-                *tensor("DK", "dk", f"{shape}Dqk]", "bth"),
-                *tensor("DV", "dv", f"{shape}Dv]", "bth"),
-            )
-        )
+        gradients = part_params(self) if self.split else gradient_params(self)
         lists: tuple[Param, ...] = (LENGTH,)
         turn: tuple[Param, ...] = ()
         if self.marked:
@@ -323,7 +337,7 @@ class ColsContext(rows.InTurn):
         return (
             *rows.QUERY,
             *tensor("K", "k", f"{shape}Dqk]", "bth"),
-            *tensor("V", "v", f"{shape}Dv]", "bth"),
+            *(() if self.latent else tensor("V", "v", f"{shape}Dv]", "bth")),
             *OUTPUT_GRADIENT,
             *SUMS,
             *rows.gates_of(self.turn),
@@ -332,11 +346,25 @@ class ColsContext(rows.InTurn):
             *SEQ,
             *turn,
             *tunables(*(("BLOCK_C",) if self.in_chunks else ()), "BLOCK_T", "BLOCK_M", "BLOCK_N"),
+            *tunables(*(("BLOCK_H",) if self.parts else ())),
         )
 
     @property
     def jit(self) -> str:
         return rows.jit(self.params)
+
+
+def part_params(of: ColsContext) -> tuple[Param, ...]:
+    """The gradients of keys and values, in parts."""
+    keys = pointer("PART_K", "f32", "f32[parts, keys, Dqk]")
+    return (keys,) if of.latent else (keys, pointer("PART_V", "f32", "f32[parts, keys, Dv]"))
+
+
+def gradient_params(of: ColsContext) -> tuple[Param, ...]:
+    """The same as wholes."""
+    shape = f"[B, {of.entries}, Hkv, "
+    keys = tensor("DK", "dk", f"{shape}Dqk]", "bth")
+    return keys if of.latent else (*keys, *tensor("DV", "dv", f"{shape}Dv]", "bth"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,19 +384,15 @@ class SumContext:
     @property
     def parts(self) -> tuple[tuple[str, int, tuple[Chunk, ...]], ...]:
         """Keys, then values: a letter, head dim and chunks."""
-        found = (("k", self.of.qk_chunks), ("v", self.of.v_chunks))
-        return tuple((letter, sum(c.width for c in cut), cut) for letter, cut in found)
+        return tuple((letter, sum(c.width for c in cut), cut) for letter, cut in self.of.kept)
 
     @property
     def params(self) -> tuple[Param, ...]:
         of = self.of
-        shape = f"[B, {of.entries}, Hkv, "
         lists = (STARTS, ENDS, FIRSTS, LENGTH, BUCKETS, CAPACITY) if of.list_heads else (LENGTH,)
         return (
-            pointer("PART_K", "f32", "f32[parts, keys, Dqk]"),
-            pointer("PART_V", "f32", "f32[parts, keys, Dv]"),
-            *tensor("DK", "dk", f"{shape}Dqk]", "bth"),
-            *tensor("DV", "dv", f"{shape}Dv]", "bth"),
+            *part_params(of),
+            *gradient_params(of),
             *lists,
             *(() if of.list_heads else (count("chunks", "of rows"),)),
             *SEQ,
@@ -397,7 +421,9 @@ def _of(shape: Shape, branch: Branch, *, heads: int) -> ColsContext:
         summary="the gradients of keys and values.",
         heads=heads,
         group=shape.group,
-        qk_chunks=chunks(shape.qk),
+        parts=shape.latent and heads > 1,
+        latent=shape.latent,
+        qk_chunks=rows.latent_chunks(shape.qk, shape.v) if shape.latent else chunks(shape.qk),
         v_chunks=chunks(shape.v),
         key_row="k_first",
         keys="k_len",

@@ -229,6 +229,12 @@ class RowsContext(InTurn):
         return "k" if self.latent else "v"
 
     @property
+    def loaded(self) -> tuple[tuple[str, tuple[Chunk, ...]], ...]:
+        """Tiles of a step: of keys, and of values where these are not in them."""
+        keys = ("k", self.qk_chunks)
+        return (keys,) if self.latent else (keys, ("v", self.v_chunks))
+
+    @property
     def one_token(self) -> bool:
         """Whether a program takes one of a tile's tokens: a list that is gathered is one row's."""
         return any(phase.kind == "gather" for phase in self.phases)

@@ -166,12 +166,13 @@ class _Branch:
         elif self.chosen:
             lists = self._unions(dq, config)
         else:
-            sizes: Sizes = ((f"tiles_{self.name}", text.tiles_of(dq.name)),)
-            lists = tokens.Lists(buffers=(), sizes=sizes, launches=(), arguments=())
+            tiled = ((f"tiles_{self.name}", text.tiles_of(dq.name)),)
+            lists = tokens.Lists(buffers=(), sizes=tiled, launches=(), arguments=())
         tensors = (*self.draft.tensors(self.node, self.op), *lists.arguments)
         grid = text.grid(self.shape, dq, "count" if chosen else f"tiles_{self.name}")
         seq = (*text.SEQ, "tile_first") if chosen else text.SEQ
         buffers, launches = (*lists.buffers, *buffers), lists.launches
+        sizes = (*lists.sizes, *text.parts(dq))
         if again:
             buffers = (*self.delta_buffers(), *self._gates_buffers(), *buffers)
             launches += (self._delta_again(forward, dq, config, tensors, (grid, seq)),)
@@ -179,9 +180,7 @@ class _Branch:
         grad = text.strides(self.whole.buffers["q"])
         arguments = (*tensors, *self.row_arguments, *self.gate_arguments, *grad, *seq)
         launches += (Launch(kernel=dq.name, grid=grid, arguments=arguments),)
-        self.step(
-            "queries", buffers=buffers, launches=launches, sizes=lists.sizes, turns=lists.turns
-        )
+        self.step("queries", buffers=buffers, launches=launches, sizes=sizes, turns=lists.turns)
 
     def _tiles_of_rows(self, dq: RowsContext, *, most: int, block: int | None) -> Config:
         """Tiles of dq, whose keys come in a stream where they can."""
@@ -337,7 +336,7 @@ class _Branch:
         """dk and dv."""
         k, v = self.node.inputs[1:3]
         of_keys, adds_k = self.whole.buffer(k)
-        of_values, adds_v = self.whole.buffer(v)
+        of_values, adds_v = ((), adds_k) if self.op.latent else self.whole.buffer(v)
         buffers = (*of_keys, *of_values)
         branch = cols.Branch(
             name=self.name,
@@ -395,7 +394,7 @@ class _Branch:
 
     def _grads(self) -> tuple[str, ...]:
         """The gradients of keys and values with their strides."""
-        names = self.node.inputs[1:3]
+        names = self.node.inputs[1 : 2 if self.op.latent else 3]
         return tuple(argument for name in names for argument in self.whole.grad(name))
 
     def _keys_of_pool(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
@@ -481,7 +480,8 @@ class _Branch:
         name, heads, lists = self.name, f"heads_{self.name}", context.lists
         block_n = f'config["{context.name}"]["BLOCK_N"]'
         turn, padded, capacity = f"turn_{name}", f"padded_{name}", f"capacity_{name}"
-        bytes_of_head = 4 * lists * (self.shape.qk + self.shape.v)
+        dims = (self.shape.qk,) if self.op.latent else (self.shape.qk, self.shape.v)
+        bytes_of_head = 4 * lists * sum(dims)
         sizes: Sizes = (
             (f"block_n_{name}", block_n),
             (f"block_tiles_{name}", f"({self.op.size - 1} + block_n_{name}) // block_n_{name}"),
@@ -490,13 +490,13 @@ class _Branch:
             (f"bytes_{name}", f"{capacity} * {padded} * {bytes_of_head}"),
             (turn, f"min({heads}, max(1, SCRATCH_BYTES // bytes_{name}))"),
         )
-        parts = (f"part_k_{name}", f"part_v_{name}")
+        parts = (f"part_k_{name}", f"part_v_{name}")[: len(dims)]
         per_turn = f"{turn} * {lists}" if lists > 1 else turn
         per_count = f"count * {lists}" if lists > 1 else "count"
         rows_of = f"{per_turn} * {capacity}"
         buffers = tuple(
             Buffer(name=part, dtype="f32", dims=(rows_of, padded, str(dim)), role="scratch")
-            for part, dim in zip(parts, (self.shape.qk, self.shape.v), strict=True)
+            for part, dim in zip(parts, dims, strict=True)
         )
         shared = (f"length_{name}", f"buckets_{name}")
         launches = (

@@ -38,7 +38,8 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
             op.over not in ("blocks", "tokens", "window", "all", "pooled"),
             f"attention over {op.over}",
         ),
-        (bool(op.latent), "latents"),
+        (bool(op.latent) and op.over == "pooled", "pooled latents"),
+        (bool(op.latent) and _apart(graph, node), "latents of which heads chose tokens apart"),
         (op.softcap is not None, "capped logits"),
         (bool(op.sink), "a sink"),
         (op.size != op.stride and op.over == "blocks", "overlapping blocks"),
@@ -49,6 +50,12 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     )
     words = next((words for lacking, words in lacks if lacking), None)
     return words or (_of_pools(graph, node) if op.over == "pooled" else None)
+
+
+def _apart(graph: Graph, node: Node) -> bool:
+    """Whether query heads of a group chose tokens each for itself."""
+    of_tokens = isinstance(node.op, Attend) and node.op.over == "tokens"
+    return of_tokens and graph[node.inputs[3]].type.dims[2] == "Hq"
 
 
 def _of_pools(graph: Graph, node: Node) -> str | None:

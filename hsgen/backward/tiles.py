@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hsgen import cols, rows
 from hsgen import unpool as unpool_
 from hsgen.configs import DType
@@ -12,6 +14,8 @@ from hsgen.target import Target
 
 WIDE = 256  # of a key and a value: accumulators beyond fill the registers
 MEASURED = 320  # of a key and a value: most that tiles of dk and dv were tried with
+LATENT = 768  # of a key and a value: more are gradients that fill the registers of eight warps
+SUMS = 1 << 14  # of an accumulator that four warps hold
 CHUNK = 1024  # rows of a block's list that one program takes
 
 
@@ -20,45 +24,65 @@ def of_rows(
 ) -> Config:
     """dq, or delta: rows and their gradients stay, and for dq an accumulator as wide as a key."""
     dims = _dims(context.qk_chunks, context.v_chunks)
+    streamed = _dims(context.qk_chunks) if context.latent else dims
     limit, wide = (64, 64 if dims <= WIDE else 32) if dtype != "fp32" else (32, 32)
     if dtype == "fp32" and dims > WIDE:
         limit = 16  # three-pass TF32 holds operands twice, in registers too
+    if dims > LATENT:
+        limit = min(limit, 32)
     if block and block == next_power(block):
         wide = max(16, min(wide, block))
-    tokens = 1 << max(1, min(most, limit // context.heads)).bit_length() - 1
-    for count in _halves(tokens, 1):
-        block_m = max(16, next_power(count * context.heads))
+    for count, heads in _packings(context, limit, most):
+        block_m = max(16, next_power(count * heads))
         for width in _halves(wide, 16):
             for stages in (3, 2, 1) if dims > WIDE else (2, 1):
-                numbers = block_m * dims + stages * width * dims + block_m * width
+                numbers = block_m * dims + stages * width * streamed + block_m * width
                 if numbers * _bytes(dtype, target) <= target.smem_per_block:
                     values = (("BLOCK_T", count), ("BLOCK_M", block_m), ("BLOCK_N", width))
-                    return Config(constexprs=values, num_warps=4, num_stages=stages)
+                    values += (("BLOCK_H", heads),) if context.parts else ()
+                    warps = 8 if dims > LATENT or block_m * _dims(context.qk_chunks) > SUMS else 4
+                    return Config(constexprs=values, num_warps=warps, num_stages=stages)
     raise _too_large(context.name, target)
 
 
 def of_cols(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
     """dk and dv: keys, values and both accumulators stay, rows stream."""
     dims = _dims(context.qk_chunks, context.v_chunks)
+    held = _dims(context.qk_chunks) if context.latent else dims
     wide, limit, deep = (32, 32, 2) if dtype == "fp32" else (128 if dims <= MEASURED else 64, 32, 3)
     if dtype == "fp32" and dims > WIDE:
         wide = 16
     if context.list_heads:
         # of lists two programs a processor pay, for all that they spill; of ranges one with wide tiles
         wide = max(16, min(wide, 64, next_power(context.size)))
-        limit = 16 if dtype != "fp32" and dims > WIDE else limit
+        limit = 16 if dtype != "fp32" and WIDE < dims <= LATENT else limit
+    if dims > LATENT:
+        wide = min(wide, 32)
     chunk = (("BLOCK_C", CHUNK),) if context.in_chunks else ()
-    tokens = 1 << max(1, limit // context.heads).bit_length() - 1
-    for count in _halves(tokens, 1):
-        block_m = max(16, next_power(count * context.heads))
+    for count, heads in _packings(context, limit, limit):
+        block_m = max(16, next_power(count * heads))
         for width in _halves(wide, 16):
             for stages in range(deep, 0, -1):
-                numbers = width * dims + stages * block_m * dims + block_m * width
+                numbers = width * held + stages * block_m * dims + block_m * width
                 if numbers * _bytes(dtype, target) <= target.smem_per_block:
                     values = (("BLOCK_T", count), ("BLOCK_M", block_m), ("BLOCK_N", width))
+                    values += (("BLOCK_H", heads),) if context.parts else ()
                     warps = 8 if width > 64 or dims > (WIDE if dtype == "fp32" else MEASURED) else 4
                     return Config(constexprs=(*chunk, *values), num_warps=warps, num_stages=stages)
     raise _too_large(context.name, target)
+
+
+def _packings(
+    context: RowsContext | cols.ColsContext, limit: int, most: int
+) -> Iterator[tuple[int, int]]:
+    """Tokens and heads of a tile of at most `limit` rows: fewer tokens, then fewer heads of one."""
+    heads = next_power(context.heads) if context.parts else context.heads
+    tokens = 1 << max(1, min(most, limit // heads)).bit_length() - 1
+    if not context.parts:
+        yield from ((count, heads) for count in _halves(tokens, 1))
+        return
+    yield from ((count, heads) for count in _halves(tokens, 2))
+    yield from ((1, count) for count in _halves(min(heads, limit), min(heads, 16)))
 
 
 def _halves(most: int, least: int) -> tuple[int, ...]:
