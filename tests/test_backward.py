@@ -304,7 +304,7 @@ def test_what_autograd_records_is_configured_and_explained():
         (line,) = (x for x in recorded.splitlines() if x.startswith(f"  {name}: "))
         assert line.endswith("  (caller)"), line
     unknown = load_kernel(gated, interpret=True, config={"weigh": {"BLOCK_R": 4}})
-    match = "config: expected one of .*attend_near.*, weigh_branches, .*delta_far.*, got 'weigh'"
+    match = "config: expected one of .*attend_near.*, delta_far.*, weigh_branches, .*, got 'weigh'"
     with pytest.raises(ArgumentError, match=match):
         unknown(**x)
 
