@@ -288,7 +288,7 @@ class IndexContext:
         sets = self.how == "sets"
         slots = "capacity" if sets else f"BLOCK_T * {self.width}"
         lists, words = f"[tiles, {self.heads}, {slots}", "ceil(BLOCK_T / 32)] member rows as bits"
-        marks = f"[programs, {self.heads}, capacity, {words} of each entry"
+        marks = f"[programs, {self.heads}, length, {words} of each entry"
         return (
             pointer("SELECTION", "i32", f"[B, T, {self.heads}, {self.width}], -1 anywhere"),
             *_strides("SELECTION", "s", "batch", "token", "head", "slot"),
@@ -296,9 +296,11 @@ class IndexContext:
             pointer("ENTRIES", "i32", f"{lists}] full ones ascending, then partial ones"),
             pointer("WORDS", "i32", f"{lists}, {words}"),
             *((pointer("MARKS", "i32", marks),) if sets else ()),
-            *((count("capacity", "entries of the longest sequence"),) if sets else ()),
-            *((count("tiles", "of all programs"),) if sets else ()),
+            *((count("capacity", "entries of a tile's list"),) if sets else ()),
+            *((count("length", "entries of the longest sequence"),) if sets else ()),
+            *((count("tiles", "of the turn"),) if sets else ()),
             *SEQ,
+            *((count("tile_first", "the turn's first tile"),) if sets else ()),
             *tunables("BLOCK_T", *(("BLOCK_K", "BLOCK_N") if sets else ())),
         )
 

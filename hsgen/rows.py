@@ -749,14 +749,15 @@ def attend_blocks(
 ) -> RowsContext:
     """One softmax over the tokens of selected blocks: the union lists of a tile, full ones first.
 
-    `sets`: with room for as many blocks as there are, which are fewer than a tile's rows choose.
+    `sets`: of some tiles at a time, with room for `capacity` blocks each.
     """
     size, stride = entries.size, entries.stride
     heads = heads_of(shape, per_head=share == "Hq")
+    program = program_of(heads) if sets else "tile"
     ragged = size < 16 or size != next_power(size)
     within = f"n < entry * {stride} + {size}"
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
-    list_row = f"tile.to(tl.int64) * {list_heads}" + (" + head" if list_heads > 1 else "")
+    list_row = f"{program}.to(tl.int64) * {list_heads}" + (" + head" if list_heads > 1 else "")
     member = (
         "words = WORDS + (list_base + i // TILES) * num_words",
         "member = tl.load(words + word) >> bit & 1",
@@ -774,12 +775,14 @@ def attend_blocks(
             pointer("COUNTS", "i32", "[tiles, H, 2] full, partial"),
             pointer("ENTRIES", "i32", f"[tiles, H, {slots}] blocks"),
             pointer("WORDS", "i32", f"[tiles, H, {slots}, words] members"),
-            *((count("capacity", "blocks of the longest sequence"),) if sets else ()),
+            *((count("capacity", "blocks of a tile's list"),) if sets else ()),
             *OUTPUTS,
             *SEQ,
+            *((count("tile_first", "the turn's first tile"),) if sets else ()),
             *blocks(heads),
         ),
         acc="softmax",
+        tile=f"{program} + tile_first" if sets else "",
         **heads,
         key_row="k_first",
         setup=(

@@ -69,7 +69,8 @@ def check(tmp_path, device, c, sequences, chosen, *, block_t=4):
     index = kernel("index", c, tmp_path)
     tiles, capacity, words = sequences.tiles(block_t), block_t * c.width, -(-block_t // 32)
     sets = c.how == "sets"
-    capacity = -(-max(sequences.k_lens) // c.stride) if sets else capacity
+    length = -(-max(sequences.k_lens) // c.stride)
+    capacity = min(capacity, length) if sets else capacity
     programs = min(tiles, 2) if sets else tiles
     shape = (tiles, c.heads)
     counts = torch.full((*shape, 2), -5, dtype=torch.int32, device=device)
@@ -77,13 +78,16 @@ def check(tmp_path, device, c, sequences, chosen, *, block_t=4):
     bits = torch.full((*shape, capacity, words), -5, dtype=torch.int32, device=device)
     given = chosen.to(device) if device != "cpu" else chosen
     s_b, *strides = given.stride()
-    marks = torch.full((programs, c.heads, capacity, words), -5, dtype=torch.int32, device=device)
-    index[(programs, c.heads)](
-        given, 0 if sequences.packed else s_b, *strides, counts, entries, bits,
-        *((marks, capacity, tiles) if sets else ()),
-        sequences.table.to(device), len(sequences), BLOCK_T=block_t,
-        **(dict(BLOCK_K=2, BLOCK_N=4) if sets else {}),
-    )  # fmt: skip
+    marks = torch.full((programs, c.heads, length, words), -5, dtype=torch.int32, device=device)
+    half = tiles // 2 if sets else 0  # in two turns
+    for first, turn in ((0, half), (half, tiles - half))[0 if half else 1 :]:
+        outs = (x[first:] for x in (counts, entries, bits))
+        index[(min(programs, turn), c.heads)](
+            given, 0 if sequences.packed else s_b, *strides, *outs,
+            *((marks, capacity, length, turn) if sets else ()),
+            sequences.table.to(device), len(sequences), *((first,) if sets else ()),
+            BLOCK_T=block_t, **(dict(BLOCK_K=2, BLOCK_N=4) if sets else {}),
+        )  # fmt: skip
     kinds = {"full": 0, "partial": 0}
     for tile in range(tiles):
         for head in range(c.heads):

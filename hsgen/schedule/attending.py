@@ -49,21 +49,21 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
         case "blocks":
             found = selected.attend_blocks(draft, node, op)
             context = found.context
-    more: tuple[str, ...] = ()
+    lists: selected.Lists | None = None
     if found:
         config = found.config
         lists = selected.index_blocks(draft, node, op, found)
         launches.append(lists.launch)
         buffers += lists.buffers
         sizes += lists.sizes
-        more = lists.arguments
     else:
         context = selected.as_branch(draft, context, node, op)
         if op.over != "pooled":
             context = rows.with_pages(context, draft.page)
         config = draft.tiles(context, limit=128)
     draft.attend(context, config, *draft.makes(node))
-    tiles = text.tiles()
+    turns = bool(lists and lists.turn)
+    tiles = "count" if turns else text.tiles()
     if context.parts:
         tiles = f"row_tiles_{op.branch}"
         sizes += [(tiles, text.tiles_of(name)), *text.parts(context)]
@@ -74,9 +74,10 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
                 grid=text.grid(shape, context, tiles),
                 arguments=(
                     *draft.tensors(node, op),
-                    *more,
+                    *(lists.arguments if lists else ()),
                     *draft.outputs(node),
                     *draft.seq(context),
+                    *(("tile_first",) if turns else ()),
                 ),
             )
         )
@@ -90,6 +91,8 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             buffers=tuple(buffers),
             launches=tuple(launches),
             sizes=tuple(sizes),
+            tiles=lists.tiles if lists else None,
+            chunk=lists.turn if lists else None,
         )
     )
 

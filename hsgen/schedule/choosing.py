@@ -230,14 +230,23 @@ def _chunk(draft: Draft, level: str, heads: int) -> tuple[tuple[str, str], ...]:
     has a sixteenth of the bytes of queries and outputs, and tiles that leave no processor idle in the last
     round.  Where rows are so long that these do not fill one, it has a round if that is at most a quarter of
     those bytes, or four scratches.  0: of another.
+
+    A short call has no more than an eighth of those bytes, or a quarter of a scratch.
     """
     bytes_, chunk = f"bytes_{level}", f"chunk_{level}"
+    shape, most = draft.shape, f"most_{level}"
+    held = shape.query_heads * (shape.qk + shape.v) * 2
+    short, scratch = f"short_{level}", f"scratch_{level}"
+    least = (short, f"max(SCRATCH_BYTES // 4, batch.rows * {held // 8})")
     if not heads:
-        return ((chunk, f"min(tiles_{level}, max(1, SCRATCH_BYTES // {bytes_}))"),)
-    shape, most, scratch = draft.shape, f"most_{level}", f"scratch_{level}"
-    share = shape.query_heads * (shape.qk + shape.v) * 2 // 16
+        return (
+            least,
+            (scratch, f"min(SCRATCH_BYTES, {short})"),
+            (chunk, f"min(tiles_{level}, max(1, {scratch} // {bytes_}))"),
+        )
     return (
-        (scratch, f"max(SCRATCH_BYTES, batch.rows * {share})"),
+        least,
+        (scratch, f"max(min(SCRATCH_BYTES, {short}), batch.rows * {held // 16})"),
         (most, f"max(1, {scratch} // {bytes_})"),
         (f"rounds_{level}", f"{most} * {heads} // batch.processors"),
         (f"least_{level}", f"min(4 * {scratch} // {bytes_}, batch.processors // {heads})"),

@@ -142,17 +142,23 @@ def attend_blocks(draft: Draft, node: Node, op: Attend) -> ByTiles:
 
     found = planned(sets=False)
     pairs = found.config["BLOCK_T"] * next_power(width)
-    return planned(sets=True) if pairs > SORTED else found
+    sets = pairs > SORTED and not found.context.parts
+    return planned(sets=True) if sets else found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lists:
-    """What makes the lists of a branch's tiles; `arguments`: of the kernel that walks them."""
+    """What makes the lists of a branch's tiles; `arguments`: of the kernel that walks them.
+
+    `turn`: the size that says of how many of `tiles` at a time; None: of all.
+    """
 
     launch: Launch
     arguments: tuple[str, ...]
     buffers: tuple[Buffer, ...]
     sizes: tuple[tuple[str, str], ...]
+    tiles: str | None = None
+    turn: str | None = None
 
 
 def index_blocks(draft: Draft, node: Node, op: Attend, found: ByTiles) -> Lists:
@@ -178,51 +184,49 @@ def index_blocks(draft: Draft, node: Node, op: Attend, found: ByTiles) -> Lists:
     else:
         listing = Config(constexprs=(), num_warps=4 if pairs <= 1024 else 8, num_stages=1)
     draft.kernel("index", index, listing, node.name, follows=name)
-    tiles, capacity = f"tiles_{op.branch}", f"capacity_{op.branch}"
+    tiles, turn = f"tiles_{op.branch}", f"turn_{op.branch}"
     block_t = f'config["{name}"]["BLOCK_T"]'
-    dims = (tiles, str(heads))
-    slots = capacity if sets else f"slots_{op.branch}"
+    dims = (turn if sets else tiles, str(heads))
+    slots = f"slots_{op.branch}"
     words = f"({block_t} + 31) // 32"
     chosen = text.buffer(selection.name)
     lists = (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
-    reads = lists  # what attends
+    given = (chosen, f"0 if batch.packed else {chosen}.stride(0)")
+    given += tuple(f"{chosen}.stride({dim})" for dim in (1, 2, 3))
     sizes = [(tiles, f"batch.rows // {block_t} + batch.sequences")]
-    buffers = [
+    buffers = (
         Buffer(name=f"counts_{op.branch}", dtype="i32", dims=(*dims, "2"), role="list"),
         Buffer(name=f"entries_{op.branch}", dtype="i32", dims=(*dims, slots), role="list"),
         Buffer(name=f"words_{op.branch}", dtype="i32", dims=(*dims, slots, words), role="list"),
-    ]
-    more: tuple[str, ...] = ()
-    programs = tiles
-    if sets:
-        programs, marks = f"programs_{op.branch}", f"marks_{op.branch}"
-        keys = f"(batch.keys + {op.stride} - 1) // {op.stride}"
-        sizes += [
-            (capacity, f"max(1, {keys})"),
-            (programs, f"min({tiles}, {ROUNDS} * batch.processors // {heads} + 1)"),
-        ]
-        dims = (programs, str(heads), capacity, words)
-        buffers.append(Buffer(name=marks, dtype="i32", dims=dims, role="list"))
-        reads = (*lists, capacity)
-        lists = (*lists, marks, capacity)
-        more = (tiles,)
-    else:
-        sizes.append((slots, f"{block_t} * {width}"))
-    launch = Launch(
-        kernel=index.name,
-        grid=(programs, str(heads)),
-        arguments=(
-            chosen,
-            f"0 if batch.packed else {chosen}.stride(0)",
-            f"{chosen}.stride(1)",
-            f"{chosen}.stride(2)",
-            f"{chosen}.stride(3)",
-            *lists,
-            *more,
-            *text.SEQ,
-        ),
     )
-    return Lists(launch=launch, arguments=reads, buffers=tuple(buffers), sizes=tuple(sizes))
+    if not sets:
+        sizes.append((slots, f"{block_t} * {width}"))
+        launch = Launch(kernel=index.name, grid=dims, arguments=(*given, *lists, *text.SEQ))
+        return Lists(launch=launch, arguments=lists, buffers=buffers, sizes=tuple(sizes))
+    shape, length = draft.shape, f"length_{op.branch}"
+    programs, marks, most = (f"{x}_{op.branch}" for x in ("programs", "marks", "most"))
+    share = shape.query_heads * (shape.qk + shape.v) * 2 // 8
+    sizes += [
+        (length, f"max(1, (batch.keys + {op.stride} - 1) // {op.stride})"),
+        (slots, f"min({length}, {block_t} * {width})"),
+        (f"bytes_{op.branch}", f"{4 * heads} * {slots} * (1 + {words})"),
+        (most, f"max(SCRATCH_BYTES, batch.rows * {share})"),
+        (turn, f"min({tiles}, max(1, {most} // bytes_{op.branch}))"),
+        (programs, f"min({turn}, {ROUNDS} * batch.processors // {heads} + 1)"),
+    ]
+    room = (programs, str(heads), length, words)
+    return Lists(
+        launch=Launch(
+            kernel=index.name,
+            grid=(f"min(count, {programs})", str(heads)),
+            arguments=(*given, *lists, marks, slots, length, "count", *text.SEQ, "tile_first"),
+        ),
+        arguments=(*lists, slots),
+        buffers=(*buffers, Buffer(name=marks, dtype="i32", dims=room, role="list")),
+        sizes=tuple(sizes),
+        tiles=tiles,
+        turn=turn,
+    )
 
 
 def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:

@@ -146,7 +146,9 @@ def forward(tensors, batch, config, selection=None, rows=True):
         capacity_block = max(1, batch.keys // 64 + 1)
         tiles_block = blocks_block // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 128 * capacity_block * config["score_block"]["BLOCK_T"]
-        chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
+        short_block = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+        scratch_block = min(SCRATCH_BYTES, short_block)
+        chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
             (
                 chunk_block * config["score_block"]["BLOCK_T"],
@@ -512,7 +514,9 @@ def select(tensors, batch, config):
     capacity_block = max(1, batch.keys // 64 + 1)
     tiles_block = blocks_block // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 128 * capacity_block * config["score_block"]["BLOCK_T"]
-    chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
+    short_block = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+    scratch_block = min(SCRATCH_BYTES, short_block)
+    chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
         (
             chunk_block * config["score_block"]["BLOCK_T"],

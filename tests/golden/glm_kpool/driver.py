@@ -102,7 +102,9 @@ def forward(tensors, batch, config, selection=None):
         capacity_pool = max(1, batch.keys // 16 + 1)
         tiles_pool = batch.rows // config["score_pool"]["BLOCK_T"] + batch.sequences
         bytes_pool = 4 * capacity_pool * config["score_pool"]["BLOCK_T"]
-        chunk_pool = min(tiles_pool, max(1, SCRATCH_BYTES // bytes_pool))
+        short_pool = max(SCRATCH_BYTES // 4, batch.rows * 16384)
+        scratch_pool = min(SCRATCH_BYTES, short_pool)
+        chunk_pool = min(tiles_pool, max(1, scratch_pool // bytes_pool))
         scores_pool = torch.empty(
             (
                 chunk_pool * config["score_pool"]["BLOCK_T"],
@@ -320,7 +322,9 @@ def select(tensors, batch, config):
     capacity_pool = max(1, batch.keys // 16 + 1)
     tiles_pool = batch.rows // config["score_pool"]["BLOCK_T"] + batch.sequences
     bytes_pool = 4 * capacity_pool * config["score_pool"]["BLOCK_T"]
-    chunk_pool = min(tiles_pool, max(1, SCRATCH_BYTES // bytes_pool))
+    short_pool = max(SCRATCH_BYTES // 4, batch.rows * 16384)
+    scratch_pool = min(SCRATCH_BYTES, short_pool)
+    chunk_pool = min(tiles_pool, max(1, scratch_pool // bytes_pool))
     scores_pool = torch.empty(
         (
             chunk_pool * config["score_pool"]["BLOCK_T"],

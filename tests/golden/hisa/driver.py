@@ -130,7 +130,9 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = max(1, batch.keys // 128 + 1)
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 4 * capacity_block * config["score_block"]["BLOCK_T"]
-        chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
+        short_block = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+        scratch_block = min(SCRATCH_BYTES, short_block)
+        chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
             (
                 chunk_block * config["score_block"]["BLOCK_T"],
@@ -192,7 +194,9 @@ def forward(tensors, batch, config, selection=None):
         capacity_token = 8192
         tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
         bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
-        chunk_token = min(tiles_token, max(1, SCRATCH_BYTES // bytes_token))
+        short_token = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+        scratch_token = min(SCRATCH_BYTES, short_token)
+        chunk_token = min(tiles_token, max(1, scratch_token // bytes_token))
         scores_token = torch.empty(
             (
                 chunk_token * config["score_token"]["BLOCK_T"],
@@ -443,7 +447,9 @@ def select(tensors, batch, config):
     capacity_block = max(1, batch.keys // 128 + 1)
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 4 * capacity_block * config["score_block"]["BLOCK_T"]
-    chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
+    short_block = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+    scratch_block = min(SCRATCH_BYTES, short_block)
+    chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
         (
             chunk_block * config["score_block"]["BLOCK_T"],
@@ -506,7 +512,9 @@ def select(tensors, batch, config):
     capacity_token = 8192
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
     bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
-    chunk_token = min(tiles_token, max(1, SCRATCH_BYTES // bytes_token))
+    short_token = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+    scratch_token = min(SCRATCH_BYTES, short_token)
+    chunk_token = min(tiles_token, max(1, scratch_token // bytes_token))
     scores_token = torch.empty(
         (
             chunk_token * config["score_token"]["BLOCK_T"],

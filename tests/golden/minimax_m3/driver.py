@@ -58,7 +58,9 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = (batch.keys // 128 + 5) // 4 * 4
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
-        chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
+        short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        scratch_block = min(SCRATCH_BYTES, short_block)
+        chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
             (
                 chunk_block * config["score_block"]["BLOCK_T"],
@@ -236,7 +238,9 @@ def select(tensors, batch, config):
     capacity_block = (batch.keys // 128 + 5) // 4 * 4
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
-    chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
+    short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    scratch_block = min(SCRATCH_BYTES, short_block)
+    chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
         (
             chunk_block * config["score_block"]["BLOCK_T"],

@@ -89,7 +89,7 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["capacity", "lse_b", "lse_h", "num_sequences"])
+@triton.jit(do_not_specialize=["capacity", "lse_b", "lse_h", "num_sequences", "tile_first"])
 def attend_selected(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -106,7 +106,7 @@ def attend_selected(
     COUNTS,  # [tiles, H, 2] full, partial
     ENTRIES,  # [tiles, H, capacity] blocks
     WORDS,  # [tiles, H, capacity, words] members
-    capacity,  # blocks of the longest sequence
+    capacity,  # blocks of a tile's list
     O,  # [B, T, Hq, Dv]
     o_b,  # O: batch stride
     o_t,  # O: token stride
@@ -117,12 +117,13 @@ def attend_selected(
     lse_t,  # LSE: token stride
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    tile_first,  # the turn's first tile
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_M: tl.constexpr,  # rows a tile
     BLOCK_N: tl.constexpr,  # keys a step
 ):
     # rows: BLOCK_T tokens
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) + tile_first
     head = tl.program_id(1)
     z, t0 = find_sequence(SEQ, num_sequences, tile, BLOCK_T, 0, 1)
     q_first = tl.load(SEQ + z * 6 + 1)
@@ -145,7 +146,7 @@ def attend_selected(
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     k_row = k_first
-    list_row = tile.to(tl.int64) * 32 + head
+    list_row = tl.program_id(0).to(tl.int64) * 32 + head
     list_base = list_row * capacity
     num_words: tl.constexpr = (BLOCK_T + 31) // 32
     TILES: tl.constexpr = (16 + BLOCK_N - 1) // BLOCK_N

@@ -94,7 +94,9 @@ def forward(tensors, batch, config, selection=None):
         capacity_page = (batch.keys // 16 + 5) // 4 * 4
         tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
         bytes_page = 128 * capacity_page * config["score_page"]["BLOCK_T"]
-        chunk_page = min(tiles_page, max(1, SCRATCH_BYTES // bytes_page))
+        short_page = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+        scratch_page = min(SCRATCH_BYTES, short_page)
+        chunk_page = min(tiles_page, max(1, scratch_page // bytes_page))
         scores_page = torch.empty(
             (
                 chunk_page * config["score_page"]["BLOCK_T"],
@@ -155,11 +157,15 @@ def forward(tensors, batch, config, selection=None):
 
     # attend: selected
     tiles_selected = batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences
-    capacity_selected = max(1, (batch.keys + 16 - 1) // 16)
-    programs_selected = min(tiles_selected, 4 * batch.processors // 32 + 1)
+    length_selected = max(1, (batch.keys + 16 - 1) // 16)
+    slots_selected = min(length_selected, config["attend_selected"]["BLOCK_T"] * 64)
+    bytes_selected = 128 * slots_selected * (1 + (config["attend_selected"]["BLOCK_T"] + 31) // 32)
+    most_selected = max(SCRATCH_BYTES, batch.rows * 2048)
+    turn_selected = min(tiles_selected, max(1, most_selected // bytes_selected))
+    programs_selected = min(turn_selected, 4 * batch.processors // 32 + 1)
     counts_selected = torch.empty(
         (
-            tiles_selected,
+            turn_selected,
             32,
             2,
         ),
@@ -168,18 +174,18 @@ def forward(tensors, batch, config, selection=None):
     )
     entries_selected = torch.empty(
         (
-            tiles_selected,
+            turn_selected,
             32,
-            capacity_selected,
+            slots_selected,
         ),
         dtype=torch.int32,
         device=in_q.device,
     )
     words_selected = torch.empty(
         (
-            tiles_selected,
+            turn_selected,
             32,
-            capacity_selected,
+            slots_selected,
             (config["attend_selected"]["BLOCK_T"] + 31) // 32,
         ),
         dtype=torch.int32,
@@ -189,7 +195,7 @@ def forward(tensors, batch, config, selection=None):
         (
             programs_selected,
             32,
-            capacity_selected,
+            length_selected,
             (config["attend_selected"]["BLOCK_T"] + 31) // 32,
         ),
         dtype=torch.int32,
@@ -214,60 +220,65 @@ def forward(tensors, batch, config, selection=None):
         dtype=torch.float32,
         device=in_q.device,
     )
-    grid = (
-        programs_selected,
-        32,
-    )
-    index_selected[grid](
-        made_page_selection,
-        0 if batch.packed else made_page_selection.stride(0),
-        made_page_selection.stride(1),
-        made_page_selection.stride(2),
-        made_page_selection.stride(3),
-        counts_selected,
-        entries_selected,
-        words_selected,
-        marks_selected,
-        capacity_selected,
-        tiles_selected,
-        batch.table,
-        batch.sequences,
-        **config["index_selected"],
-        BLOCK_T=config["attend_selected"]["BLOCK_T"],
-    )
-    grid = (
-        batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences,
-        32,
-    )
-    attend_selected[grid](
-        in_q,
-        0 if batch.packed else in_q.stride(0),
-        in_q.stride(1),
-        in_q.stride(2),
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        counts_selected,
-        entries_selected,
-        words_selected,
-        capacity_selected,
-        made_selected_o,
-        0 if batch.packed else made_selected_o.stride(0),
-        made_selected_o.stride(1),
-        made_selected_o.stride(2),
-        made_selected_lse,
-        0 if batch.packed else made_selected_lse.stride(0),
-        made_selected_lse.stride(1),
-        made_selected_lse.stride(2),
-        batch.table,
-        batch.sequences,
-        **config["attend_selected"],
-    )
+    for tile_first in range(0, tiles_selected, turn_selected):
+        count = min(turn_selected, tiles_selected - tile_first)
+        grid = (
+            min(count, programs_selected),
+            32,
+        )
+        index_selected[grid](
+            made_page_selection,
+            0 if batch.packed else made_page_selection.stride(0),
+            made_page_selection.stride(1),
+            made_page_selection.stride(2),
+            made_page_selection.stride(3),
+            counts_selected,
+            entries_selected,
+            words_selected,
+            marks_selected,
+            slots_selected,
+            length_selected,
+            count,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["index_selected"],
+            BLOCK_T=config["attend_selected"]["BLOCK_T"],
+        )
+        grid = (
+            count,
+            32,
+        )
+        attend_selected[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            counts_selected,
+            entries_selected,
+            words_selected,
+            slots_selected,
+            made_selected_o,
+            0 if batch.packed else made_selected_o.stride(0),
+            made_selected_o.stride(1),
+            made_selected_o.stride(2),
+            made_selected_lse,
+            0 if batch.packed else made_selected_lse.stride(0),
+            made_selected_lse.stride(1),
+            made_selected_lse.stride(2),
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["attend_selected"],
+        )
 
     lse = {
         "selected": made_selected_lse,
@@ -317,7 +328,9 @@ def select(tensors, batch, config):
     capacity_page = (batch.keys // 16 + 5) // 4 * 4
     tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
     bytes_page = 128 * capacity_page * config["score_page"]["BLOCK_T"]
-    chunk_page = min(tiles_page, max(1, SCRATCH_BYTES // bytes_page))
+    short_page = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+    scratch_page = min(SCRATCH_BYTES, short_page)
+    chunk_page = min(tiles_page, max(1, scratch_page // bytes_page))
     scores_page = torch.empty(
         (
             chunk_page * config["score_page"]["BLOCK_T"],

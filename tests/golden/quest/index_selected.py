@@ -52,7 +52,7 @@ def first_rows(count):
     return tl.where(count >= 32, -1, ~others)
 
 
-@triton.jit(do_not_specialize=["capacity", "tiles", "num_sequences"])
+@triton.jit(do_not_specialize=["capacity", "length", "tiles", "num_sequences", "tile_first"])
 def index_selected(
     SELECTION,  # [B, T, 32, 64], -1 anywhere
     s_b,  # SELECTION: batch stride
@@ -62,11 +62,13 @@ def index_selected(
     COUNTS,  # [tiles, 32, 2] of full entries, of partial ones
     ENTRIES,  # [tiles, 32, capacity] full ones ascending, then partial ones
     WORDS,  # [tiles, 32, capacity, ceil(BLOCK_T / 32)] member rows as bits
-    MARKS,  # [programs, 32, capacity, ceil(BLOCK_T / 32)] member rows as bits of each entry
-    capacity,  # entries of the longest sequence
-    tiles,  # of all programs
+    MARKS,  # [programs, 32, length, ceil(BLOCK_T / 32)] member rows as bits of each entry
+    capacity,  # entries of a tile's list
+    length,  # entries of the longest sequence
+    tiles,  # of the turn
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    tile_first,  # the turn's first tile
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_K: tl.constexpr,  # slots a step
     BLOCK_N: tl.constexpr,  # entries a step
@@ -74,12 +76,12 @@ def index_selected(
     head = tl.program_id(1)
     program = tl.program_id(0).to(tl.int64) * 32 + head
     num_words: tl.constexpr = (BLOCK_T + 31) // 32
-    marks = MARKS + program * capacity * num_words
+    marks = MARKS + program * length * num_words
     # one tile after the other: a program's marks are used again
     for first in range(0, tiles, tl.num_programs(0)):
         # rows; none behind the last tile
         tile = first + tl.program_id(0)
-        z, t0 = find_sequence(SEQ, num_sequences, tile, BLOCK_T, 0, 1)
+        z, t0 = find_sequence(SEQ, num_sequences, tile_first + tile, BLOCK_T, 0, 1)
         q_first = tl.load(SEQ + z * 6 + 1)
         q_len = tl.load(SEQ + z * 6 + 2)
         q_offset = tl.load(SEQ + z * 6 + 3)

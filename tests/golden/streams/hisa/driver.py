@@ -134,7 +134,9 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = max(1, batch.keys // 128 + 1)
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 4 * capacity_block * config["score_block"]["BLOCK_T"]
-        chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
+        short_block = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+        scratch_block = min(SCRATCH_BYTES, short_block)
+        chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
             (
                 chunk_block * config["score_block"]["BLOCK_T"],
@@ -196,7 +198,8 @@ def forward(tensors, batch, config, selection=None):
         capacity_token = 8192
         tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
         bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
-        scratch_token = max(SCRATCH_BYTES, batch.rows * 1024)
+        short_token = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+        scratch_token = max(min(SCRATCH_BYTES, short_token), batch.rows * 1024)
         most_token = max(1, scratch_token // bytes_token)
         rounds_token = most_token * 1 // batch.processors
         least_token = min(4 * scratch_token // bytes_token, batch.processors // 1)
@@ -450,7 +453,9 @@ def select(tensors, batch, config):
     capacity_block = max(1, batch.keys // 128 + 1)
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 4 * capacity_block * config["score_block"]["BLOCK_T"]
-    chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
+    short_block = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+    scratch_block = min(SCRATCH_BYTES, short_block)
+    chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
         (
             chunk_block * config["score_block"]["BLOCK_T"],
@@ -513,7 +518,8 @@ def select(tensors, batch, config):
     capacity_token = 8192
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
     bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
-    scratch_token = max(SCRATCH_BYTES, batch.rows * 1024)
+    short_token = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+    scratch_token = max(min(SCRATCH_BYTES, short_token), batch.rows * 1024)
     most_token = max(1, scratch_token // bytes_token)
     rounds_token = most_token * 1 // batch.processors
     least_token = min(4 * scratch_token // bytes_token, batch.processors // 1)
