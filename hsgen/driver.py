@@ -262,6 +262,7 @@ class Driver:
 
     def dtype(self, buffer: Buffer) -> str:
         names = {"f32": "torch.float32", "i32": "torch.int32", "i64": "torch.int64"}
+        names["e4m3"] = "torch.float8_e4m3fn"
         return names.get(buffer.dtype, "in_q.dtype")
 
 

@@ -108,9 +108,8 @@ def _dim(dim: str, known: Mapping[str, int]) -> int:
 
 
 def _itemsize(plan: Plan, dtype: ElementType) -> int:
-    if dtype == "i64":
-        return 8
-    return 2 if dtype == "input" and plan.dtype != "fp32" else 4
+    sizes = {"input": 4 if plan.dtype == "fp32" else 2, "e4m3": 1, "i64": 8}
+    return sizes.get(dtype, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -683,13 +683,20 @@ class RoundContext:
     dtype: RoundTo
     heads: int
     head_dim: int
+    as_bytes: bool = False  # e4m3 numbers are kept as such, and the power of two beside them
     how: Literal["round"] = "round"
 
     @property
     def summary(self) -> str:
         scaled = " times a power of two a vector" if self.dtype == "fp8" else ""
         kept = "bf16" if self.dtype == "bf16" else f"e4m3{scaled}"
-        return f"vectors rounded to {kept}, kept in the dtype that they came in."
+        how = "a byte a number" if self.as_bytes else "kept in the dtype that they came in"
+        return f"vectors rounded to {kept}, {how}."
+
+    @property
+    def scaled(self) -> bool:
+        """Whether each vector's power of two is kept apart."""
+        return self.as_bytes and self.dtype == "fp8"
 
     @property
     def padded_dim(self) -> int:
@@ -702,7 +709,12 @@ class RoundContext:
         return (
             pointer("X", "input", shape),
             *_strides("X", "x", "batch", "token", "head"),
-            pointer("ROUNDED", "input", shape),
+            pointer("ROUNDED", "e4m3" if self.as_bytes else "input", shape),
+            *(
+                (pointer("SCALE", "f32", shape.replace(f", {self.head_dim}]", "]")),)
+                if self.scaled
+                else ()
+            ),
             count("rows", "of one sequence, or all that are packed"),
             count("vectors", f"B * rows * {self.heads}"),
             *tunables("BLOCK_V"),

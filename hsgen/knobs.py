@@ -14,7 +14,15 @@ from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsConte
 from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.rows import MARKED, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
-from hsgen.streams import GROUPS, LATENT_STEP, LEAST_ROWS, SCORED_ROWS, WIDEST, StreamsContext
+from hsgen.streams import (
+    GROUPS,
+    LATENT_STEP,
+    LEAST_ROWS,
+    SCORED_ROWS,
+    WIDEST,
+    StreamsContext,
+    number_bytes,
+)
 from hsgen.target import Target
 from hsgen.together import ListsContext
 
@@ -265,7 +273,7 @@ def refused(
 
 
 def _least_shared(kernel: Kernel, values: Mapping[str, int]) -> int:
-    """Bytes of the tiles that a kernel which streams keeps, all in 16 bits: it needs a little more."""
+    """Bytes of the tiles that a kernel which streams keeps, in 16 bits or eight: it needs a little more."""
     match kernel.context:
         case ColsStreamsContext() as context:
             return shared_bytes(context.cols, values["STAGES"])
@@ -276,7 +284,7 @@ def _least_shared(kernel: Kernel, values: Mapping[str, int]) -> int:
             held = sum(keys.values()) + (values["BLOCK_N"] if context.latent else 0)
             if context.rows.derives:
                 held = sum(brought.values())
-            return 2 * (stages + values["BLOCK_M"] * held)
+            return number_bytes(context.rows) * (stages + values["BLOCK_M"] * held)
         case _:
             return 0
 

@@ -27,7 +27,7 @@ Skeleton = Literal[
 ]
 # in Gluon: texts of `rows`, and of `cols`
 STREAMED: tuple[Skeleton, ...] = ("streams", "latents", "cols_streams")
-ElementType = Literal["input", "f32", "i32", "i64"]
+ElementType = Literal["input", "e4m3", "f32", "i32", "i64"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -439,6 +439,8 @@ def _written(graph: Graph, plan: Plan, kernel: Kernel) -> list[str]:
 def math_type(kernel: Kernel, dtype: str) -> MathType:
     """The units that bound a kernel's arithmetic: those of its dots, else ordinary ones."""
     match kernel.context:
+        case RowsContext(eight=True) | StreamsContext(rows=RowsContext(eight=True)):
+            return "fp8"
         case (
             RowsContext(precision=precision) | StreamsContext(rows=RowsContext(precision=precision))
         ):

@@ -144,16 +144,23 @@ def _plan_job(plan: Plan, kernel: Kernel, module: Module, target: Target) -> Job
     )
 
 
+def _element(param: Param, dtype: str) -> str:
+    """What a parameter points to, as Triton calls it; `dtype`: of the caller's tensors."""
+    names = {None: dtype, "input": dtype, "e4m3": "fp8e4nv"}
+    return names.get(param.dtype) or str(param.dtype)
+
+
 def _plan_parameter(param: Param, dtype: str) -> Parameter:
     match param.kind:
         case "pointer":
-            element = dtype if param.dtype in {"input", None} else str(param.dtype)
-            return Parameter(name=param.name, kind="pointer", dtype=element, divisible=True)
+            return Parameter(
+                name=param.name, kind="pointer", dtype=_element(param, dtype), divisible=True
+            )
         case "tiles":
             return Parameter(
                 name=param.name,
                 kind="tiles",
-                dtype=dtype,
+                dtype=_element(param, dtype),
                 columns=param.columns,
                 heads=param.heads,
             )

@@ -196,6 +196,8 @@ class RowsContext(InTurn):
     logits: Literal["", "left", "read"] = (
         ""  # left for the scores of the same keys, or read by them
     )
+    eight: bool = False  # queries and keys are e4m3 numbers, a byte each
+    powers: bool = False  # each of which vectors is times a power of two of its own
 
     @property
     def derives(self) -> bool:
@@ -313,6 +315,11 @@ class RowsContext(InTurn):
     def program(self) -> str:
         """The number of a program among those of its heads: the parts of one token lie side by side."""
         return "program" if self.parts else "tl.program_id(0)"
+
+    @property
+    def scored(self) -> str:
+        """What becomes of a tile of scores; a key's power of two is that of all its heads."""
+        return f"{self.reduced} * k_power[:, None]" if self.powers else self.reduced
 
     @property
     def spread(self) -> bool:
@@ -451,6 +458,11 @@ SEQ = (
 )
 BLOCKS = constexprs("BLOCK_T", "BLOCK_M", "BLOCK_N")
 QUERY = tensor("Q", "q", "[B, T, Hq, Dqk]", "bth")
+# of vectors of e4m3 numbers
+POWERS = (
+    *tensor("Q_POWER", "qp", "f32[B, T, Hi] that queries are times", "bt", "f32"),
+    *tensor("K_POWER", "kp", "f32[B, S] that keys are times", "b", "f32"),
+)
 SINK = pointer("SINK", "input", "[Hq]")
 OUTPUTS = (
     *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
@@ -1216,6 +1228,8 @@ class Scoring:
     parent_heads: int = 1
     rows: int = 0  # > 0: queries are those of blocks of so many rows
     packed: bool = False  # a tile has a group's heads, each with scores of its own
+    eight: bool = False  # queries and keys are e4m3 numbers, a byte each
+    powers: bool = False  # each of which vectors is times a power of two of its own
 
     @property
     def by_index(self) -> bool:
@@ -1268,12 +1282,14 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
     asked = "[B, T, Hi, Di]" if scoring.by_index else "[B, T, Hq, Dqk]"
     if scoring.rows:
         asked = "f32[1, blocks, Hq, Dqk]"
+    vectors: ElementType = "e4m3" if scoring.eight else "input"
     return RowsContext(
         name=name,
         summary=_score_summary(scoring),
         params=(
-            *tensor("Q", "q", asked, "bth", "f32" if scoring.rows else "input"),
-            *tensor(*key),
+            *tensor("Q", "q", asked, "bth", "f32" if scoring.rows else vectors),
+            *tensor(*key, vectors),
+            *(POWERS if scoring.powers else ()),
             *(tensor("WEIGHT", "w", "[B, T, Hi]", "bt") if weighted else ()),
             *(lse() if scoring.normalise else ()),
             *(_parent_params() if scoring.parent_size else ()),
@@ -1322,6 +1338,8 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         planes=scoring.planes,
         together="blocks" if scoring.rows else "",
         rows_together=scoring.rows,
+        eight=scoring.eight,
+        powers=scoring.powers,
     )
 
 
@@ -1346,12 +1364,18 @@ def _parent_params() -> tuple[Param, ...]:
 
 
 def _row_values(scoring: Scoring, weighted: bool) -> tuple[str, ...]:
-    """What each row loads once: its index weight, its log-sum-exp."""
+    """What each row loads once: its index weight, times its power of two; its log-sum-exp."""
     lines: list[str] = []
     if weighted:
         lines += [
             "w_base = WEIGHT + z.to(tl.int64) * w_b + q_token.to(tl.int64) * w_t",
             "weight = tl.load(w_base + row_head, mask=alive, other=0.0).to(tl.float32)",
+        ]
+    if scoring.powers:
+        lines += [
+            "p_base = Q_POWER + z.to(tl.int64) * qp_b + q_token.to(tl.int64) * qp_t",
+            "q_power = tl.load(p_base + row_head, mask=alive, other=0.0)",
+            "weight *= q_power" if weighted else "weight = q_power",
         ]
     if scoring.normalise:
         lines += [
@@ -1496,7 +1520,8 @@ def _value(scoring: Scoring) -> str:
     """The score of one head before heads are reduced."""
     row = "[None, :]" if scoring.keys_first else "[:, None]"
     if scoring.sums:
-        weight = f" * weight{row}" if scoring.form == "relu_weighted" else ""
+        weighs = scoring.form == "relu_weighted" or scoring.powers
+        weight = f" * weight{row}" if weighs else ""
         scaled = "" if scoring.scale == 1.0 else f" * {number(scoring.scale)}"
         return f"tl.maximum(s, 0.0){weight}{scaled}"
     if scoring.normalise:

@@ -455,6 +455,11 @@ def tiles(context: RowsContext, target: Target, *, most: int, block: int | None)
     return None
 
 
+def number_bytes(context: RowsContext) -> int:
+    """Of a number of queries and keys."""
+    return 1 if context.eight else 2
+
+
 def score_tiles(context: RowsContext, target: Target) -> Config | None:
     """As many rows as the registers of a group have room for, beside 64 keys that are read once for all."""
     tokens = 1 << (SCORED_ROWS // context.pitch).bit_length() - 1
@@ -462,10 +467,10 @@ def score_tiles(context: RowsContext, target: Target) -> Config | None:
         context.children
     ):  # of candidates that are read for all rows, more are read the more rows there are
         tokens = min(tokens, MERGED)
-    dims = sum(c.width for c in context.qk_chunks)
+    dims = sum(c.width for c in context.qk_chunks) * number_bytes(context)
     while tokens >= GROUPS:
         rows = tokens * context.pitch
-        stages = (target.smem_per_block - rows * dims * 2 - 4096) // (LEAST_ROWS * dims * 2)
+        stages = (target.smem_per_block - rows * dims - 4096) // (LEAST_ROWS * dims)
         if stages >= 3 and rows >= LEAST_ROWS:
             values = (("BLOCK_T", tokens), ("BLOCK_M", rows), ("BLOCK_N", LEAST_ROWS))
             values += (("STAGES", min(6, stages)),)

@@ -82,6 +82,11 @@ class Target:
         return "tf32x3" if self.backend == "cuda" else "ieee"
 
     @property
+    def dots_of_e4m3(self) -> bool:
+        """Whether matrix units take e4m3 numbers as they are kept: AMD's have another range here."""
+        return self.backend == "cuda" and self.peak_fp8 > 0
+
+    @property
     def dots_read_shared(self) -> bool:
         """Whether matrix units take operands straight from shared memory."""
         return self.label in ("sm_90", "sm_100")

@@ -37,8 +37,9 @@ def tile_of(x: Tensor, rows: int, columns: int, heads: int = 1) -> Any:
 
 
 def type_of(dtype: str, rows: int, columns: int, heads: int) -> str:
-    """The type of such a parameter as Triton writes it; `dtype` as Triton does: bf16, fp16."""
-    return f"tensordesc<{dtype}[1, {rows}, {heads}, {columns}],{_layout(columns, 2)!r}>"
+    """The type of such a parameter as Triton writes it; `dtype` as Triton does: bf16, fp16, fp8e4nv."""
+    size = 1 if dtype.startswith("fp8") else 2
+    return f"tensordesc<{dtype}[1, {rows}, {heads}, {columns}],{_layout(columns, size)!r}>"
 
 
 @cache

@@ -43,6 +43,7 @@ MOST_KEYS = 1024
 KNOWN_CHOICES = 8  # that an examination remembers the reference of
 LSE_BOUND = 1e-5  # of 1 + its size
 SCORE_BOUND = 1e-4  # of a row's largest score: far above rounding, far below a wrong score
+EIGHT_BOUND = 2.0**-8  # likewise, where a card's units add products of e4m3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +321,7 @@ class Examination:
 
     def __init__(self, trial: Trial, device: str = "cpu") -> None:
         self.trial = trial
+        self._eight = device != "cpu" and Target.current().dots_of_e4m3
         self._tensors = _tensors(trial, device)
         self._known: dict[str, tuple[Result, Result]] = {}
         self._free: Result | None = None
@@ -344,7 +346,7 @@ class Examination:
             for level in trial.spec.levels
             if level.select and not tensors.brought
             for problem in _wrong_selection(
-                level, selection[level.name], forced, self._free, _step(trial, level)
+                level, selection[level.name], forced, self._free, self._apart(level)
             )
         ]
         if trial.exact and not tensors.brought:
@@ -354,6 +356,13 @@ class Examination:
         for (name, got), expected in zip(lse.items(), forced.lse.values(), strict=True):
             wrong += _wrong_lse(name, got, expected, self._step_of(name))
         return wrong
+
+    def _apart(self, level: Level) -> float:
+        """How far apart entries may be whose scores are right, as a part of the largest."""
+        index = self.trial.spec.index
+        kept = index is not None and level.score.by_index and index.dtype in ("fp8", "fp8_unscaled")
+        eight = self._eight and kept and self.trial.dtype != torch.float32
+        return max(_step(self.trial, level), EIGHT_BOUND if eight else SCORE_BOUND)
 
     def _step_of(self, branch: str) -> float:
         """Of the log-sum-exp of a branch, or of all of them."""
@@ -462,11 +471,11 @@ def _step(trial: Trial, level: Level) -> float:
 
 
 def _wrong_selection(
-    level: Level, chosen: ListSelection, given: Result, own: Result | None, step: float
+    level: Level, chosen: ListSelection, given: Result, own: Result | None, apart: float
 ) -> Iterator[str]:
     """Structure, and what scores say: no unselected entry may be clearly better than a selected one.
 
-    `step`: of what entries are kept in.
+    `apart`: by which part of a row's largest score it would be so.
     `given` is the reference on the kernels' own selections, so a child is judged by its own parent.
     `own`: the one that chooses, where rows differ in how many they keep, which no score decides.
     """
@@ -487,7 +496,7 @@ def _wrong_selection(
         ("selects what is no candidate", (mask & ~candidates).any(-1)),
         ("lacks a forced entry", (forced & ~mask).any(-1)),
         ("has not the size it should", count != torch.minimum(keep, candidates.sum(-1))),
-        ("leaves out a better entry", _left_out(scores, mask, candidates, forced, step)),
+        ("leaves out a better entry", _left_out(scores, mask, candidates, forced, apart)),
     ):
         if bad.any():
             yield f"{level.name}: {_row(bad)} {text}"
@@ -506,13 +515,13 @@ def _ascending(mask: Tensor, width: int) -> Tensor:
 
 
 def _left_out(
-    scores: Tensor, mask: Tensor, candidates: Tensor, forced: Tensor, step: float
+    scores: Tensor, mask: Tensor, candidates: Tensor, forced: Tensor, apart: float
 ) -> Tensor:
     """Rows whose lowest selected score is clearly below the highest unselected one.  -> bool[...]"""
     lowest = scores.masked_fill(~mask | forced, math.inf).amin(-1)
     highest = scores.masked_fill(mask | ~candidates, -math.inf).amax(-1)
     size = scores.masked_fill(~scores.isfinite(), 0.0).abs().amax(-1)
-    return highest - lowest > max(SCORE_BOUND, step) * size
+    return highest - lowest > apart * size
 
 
 def _other_sets(expected: Result, chosen: dict[str, ListSelection]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Plans and sources of specs as tests want them: a fixed target and provenance, small calls."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import sanitizer
@@ -13,6 +14,7 @@ from hsgen.reference import tensor_shapes
 from hsgen.target import H100
 
 SHIPPED = [*systems.KERNELS, "sparse_mla"]  # and an example that no shipped spec is like
+SIXTEEN = replace(H100, peak_fp8=0.0)  # a Hopper whose units take no bytes, as other cards' do not
 
 
 def graph(spec):

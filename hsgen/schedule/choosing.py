@@ -341,6 +341,8 @@ def _score_context(
         map_how=_fused(chain.map),
         rows=draft.block(node),
         packed=_packs(draft, chain, parent),
+        eight=all(draft.in_eight(x) for x in _scored(draft, chain)),
+        powers=all(draft.in_eight(x) and draft.power(x) for x in _scored(draft, chain)),
         target=draft.entries(chain.map, node.op.level) if chain.map else Entries(size=0, stride=0),
         taps=chain.map.taps if chain.map else (),
         **_parent(draft, node, parent),
@@ -350,6 +352,12 @@ def _score_context(
         heads = draft.shape.group
     dim = draft.graph.sizes["Di"] if scoring.by_index else draft.shape.qk
     return rows.score(draft.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
+
+
+def _scored(draft: Draft, chain: _Chain) -> tuple[Node, Node]:
+    """The queries and keys of a score."""
+    queries, keys, *_ = chain.score.inputs
+    return draft.graph[queries], draft.graph[keys]
 
 
 def _packs(draft: Draft, chain: _Chain, parent: Node | None) -> bool:
@@ -399,6 +407,7 @@ def _score_arguments(
     return (
         *draft.tensor(queries),
         *draft.tensor(keys)[: 3 if indexed else 4],
+        *(_powers(draft, chain) if context.powers else ()),
         *(draft.tensor(others[0])[:3] if weighted else ()),
         *(text.strides(text.buffer(chain.lse)) if chain.lse else ()),
         *((text.buffer(parent.name),) if parent else ()),
@@ -407,6 +416,12 @@ def _score_arguments(
         *draft.seq(context),
         "tile_first",
     )
+
+
+def _powers(draft: Draft, chain: _Chain) -> tuple[str, ...]:
+    """What the vectors of an index are times: of queries by batch and token, of keys by batch."""
+    queries, keys = (draft.power(node) for node in _scored(draft, chain))
+    return *text.strides(queries)[:3], *text.strides(keys)[:2]
 
 
 def _logit_arguments(draft: Draft, chain: _Chain, scratch: str) -> tuple[str, ...]:

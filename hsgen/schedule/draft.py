@@ -20,6 +20,7 @@ from hsgen.graph import (
     PoolRows,
     Recall,
     Rotate,
+    Round,
     Score,
     Select,
     SelectSet,
@@ -35,6 +36,7 @@ SCRATCH_BYTES = 128 << 20
 SORT_LIMIT = 4096  # pairs that the index kernel sorts in registers
 SORTED = 2048  # pairs up to which it does so sooner than rows set bits
 LATENT_DIMS = 1024  # of a key that holds its value
+LEAST_EIGHT = 32  # numbers of e4m3 that a dot takes at a time
 TILE_OF_HEADS = 64  # heads of a token that fill a tile: no other row is there to share a list with
 
 
@@ -200,6 +202,28 @@ class Draft:
             )
         )
         return context.name
+
+    def in_eight(self, node: Node) -> bool:
+        """Whether rounded vectors are kept and multiplied as e4m3 numbers, for units that take such.
+
+        Those that read them must be scores that sum heads, which a factor of a vector may follow, and dots
+        take 32 numbers at a time.  Tensors in float32 keep sums of 24 bits.
+        """
+        if not (isinstance(node.op, Round) and node.op.dtype in ("fp8", "fp8_unscaled")):
+            return False
+        summed = ("relu_weighted", "relu_sum")
+        users = [user.op for user in self.graph.users(node.name)]
+        return (
+            self.target.dots_of_e4m3
+            and self.dtype != "fp32"
+            and self.size(node.type.dims[-1]) % LEAST_EIGHT == 0
+            and all(isinstance(op, Score) and op.form in summed for op in users)
+        )
+
+    def power(self, node: Node) -> str:
+        """The buffer of powers of two that vectors in e4m3 are times; empty where there are none."""
+        assert isinstance(node.op, Round)
+        return f"{text.buffer(node.name)}_power" if node.op.dtype == "fp8" else ""
 
     def entries(self, op: Score | Select | Attend | Pool | Map, level: str) -> Entries:
         return Entries(size=op.size, stride=op.stride, short=self.short(level))

@@ -221,9 +221,18 @@ def round_(draft: Draft, node: Node, op: Round) -> None:
     x, name = text.input_of(source), text.safe(node.name)
     dims = [draft.size(dim) for dim in node.type.dims[2:]]
     heads = dims[0] if len(dims) == 2 else 1
+    eight = draft.in_eight(node)
     context = RoundContext(
-        name=f"round_{text.safe(source)}", dtype=op.dtype, heads=heads, head_dim=dims[-1]
+        name=f"round_{text.safe(source)}",
+        dtype=op.dtype,
+        heads=heads,
+        head_dim=dims[-1],
+        as_bytes=eight,
     )
+    shape = (f"{x}.shape[0]", f"{x}.shape[1]", *map(str, dims))
+    kept = [Buffer(name=buffer, dtype="e4m3" if eight else "input", dims=shape, role="level")]
+    if context.scaled:
+        kept.append(Buffer(name=draft.power(node), dtype="f32", dims=shape[:-1], role="level"))
     kernel = draft.kernel("segments", context, configs.rounding(dims[-1]), node.name)
     rows_of = f"{x}.shape[0] * {x}.shape[1]"
     draft.steps.append(
@@ -232,21 +241,14 @@ def round_(draft: Draft, node: Node, op: Round) -> None:
             needs=node.inputs,
             makes=(node.name,),
             sizes=((f"vectors_{name}", f"{rows_of} * {heads}"),),
-            buffers=(
-                Buffer(
-                    name=buffer,
-                    dtype="input",
-                    dims=(f"{x}.shape[0]", f"{x}.shape[1]", *map(str, dims)),
-                    role="level",
-                ),
-            ),
+            buffers=tuple(kept),
             launches=(
                 Launch(
                     kernel=kernel,
                     grid=(f"vectors_{name} // {{BLOCK_V}} + 1", "1"),
                     arguments=(
                         *draft.tensor(source),
-                        buffer,
+                        *(each.name for each in kept),
                         f"{x}.shape[1]",
                         f"vectors_{name}",
                     ),

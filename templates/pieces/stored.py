@@ -29,16 +29,34 @@ def round_e4m3(x):
 
 
 @triton.jit
-def round_fp8(x):
-    """To e4m3 times a power of two a vector: the least that keeps its greatest number at most 448.
+def power_fp8(x):
+    """The bits of the power of two that a vector is kept by: the least that keeps its greatest number
+    at most 448.
 
     No vector's greatest number counts as less than 1e-4, so that the power is a normal number.
-    x: f32[V, D], bf16 numbers
+    x: f32[V, D], bf16 numbers -> i32[V]
     """
     greatest = tl.maximum(tl.max(tl.abs(x), 1), 1e-4)
-    # [V]; up to the next power of two, then its reciprocal, both exact
+    # up to the next power of two
     bits = tl.div_rn(greatest, 448.0).to(tl.int32, bitcast=True)
-    power = ((bits + 0x7FFFFF) >> 23) << 23
-    down = (254 << 23) - power
-    scaled = round_e4m3(x * down.to(tl.float32, bitcast=True)[:, None])
-    return scaled * power.to(tl.float32, bitcast=True)[:, None]
+    return ((bits + 0x7FFFFF) >> 23) << 23
+
+
+@triton.jit
+def e4m3_of(x, power):
+    """The e4m3 numbers that are kept of vectors, without their power: f32[V, D], i32[V] -> f32[V, D]"""
+    down = (254 << 23) - power  # its reciprocal, exact
+    return round_e4m3(x * down.to(tl.float32, bitcast=True)[:, None])
+
+
+@triton.jit
+def byte_of_e4m3(x):
+    """How e4m3 numbers are kept.  x: f32 -> u8"""
+    size = tl.abs(x)
+    bits = size.to(tl.int32, bitcast=True)
+    # three bits of the fraction; the exponent's bias is 7, not 127
+    normal = (bits >> 20) - (120 << 3)
+    small = (size * 512.0).to(tl.int32)
+    kept = tl.where(size < 0.015625, small, normal)
+    kept |= tl.where(x < 0.0, 0x80, 0)
+    return tl.where(x == x, kept, 0x7F).to(tl.uint8)

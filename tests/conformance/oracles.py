@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from tolerances import UNITS, tolerance
+from tolerances import UNITS, in_eight, tolerance
 
 from conformance import systems
 from conformance.calls import value_side
@@ -350,7 +350,9 @@ def score_bounds(call, exact):
 
 def _form_bound(spec, level, limit):
     """Of a score's form, as a part of the same form of absolute values."""
-    return _terms(spec, level) * limit.arithmetic + (limit.stored if _rounds(level) else 0.0)
+    bound = _terms(spec, level) * limit.arithmetic + (limit.stored if _rounds(level) else 0.0)
+    eight = level.score.by_index and spec.index.dtype in ("fp8", "fp8_unscaled") and limit.eight
+    return bound + (in_eight(spec.index.dim) if eight else 0.0)
 
 
 def _rounds(level):

@@ -80,7 +80,15 @@ def forward(tensors, batch, config, selection=None):
                 in_k_index.shape[1],
                 128,
             ),
-            dtype=in_q.dtype,
+            dtype=torch.float8_e4m3fn,
+            device=in_q.device,
+        )
+        made_k_index_rounded_power = torch.empty(
+            (
+                in_k_index.shape[0],
+                in_k_index.shape[1],
+            ),
+            dtype=torch.float32,
             device=in_q.device,
         )
         grid = (
@@ -93,6 +101,7 @@ def forward(tensors, batch, config, selection=None):
             in_k_index.stride(1),
             0,
             made_k_index_rounded,
+            made_k_index_rounded_power,
             in_k_index.shape[1],
             vectors_k_index_rounded,
             **config["round_k_index"],
@@ -106,7 +115,16 @@ def forward(tensors, batch, config, selection=None):
                 64,
                 128,
             ),
-            dtype=in_q.dtype,
+            dtype=torch.float8_e4m3fn,
+            device=in_q.device,
+        )
+        made_q_index_rounded_power = torch.empty(
+            (
+                in_q_index.shape[0],
+                in_q_index.shape[1],
+                64,
+            ),
+            dtype=torch.float32,
             device=in_q.device,
         )
         grid = (
@@ -119,6 +137,7 @@ def forward(tensors, batch, config, selection=None):
             in_q_index.stride(1),
             in_q_index.stride(2),
             made_q_index_rounded,
+            made_q_index_rounded_power,
             in_q_index.shape[1],
             vectors_q_index_rounded,
             **config["round_q_index"],
@@ -174,6 +193,11 @@ def forward(tensors, batch, config, selection=None):
                 made_k_index_rounded,
                 0 if batch.packed else made_k_index_rounded.stride(0),
                 made_k_index_rounded.stride(1),
+                made_q_index_rounded_power,
+                0 if batch.packed else made_q_index_rounded_power.stride(0),
+                made_q_index_rounded_power.stride(1),
+                made_k_index_rounded_power,
+                0 if batch.packed else made_k_index_rounded_power.stride(0),
                 in_w_index,
                 0 if batch.packed else in_w_index.stride(0),
                 in_w_index.stride(1),
@@ -276,7 +300,15 @@ def select(tensors, batch, config):
             in_k_index.shape[1],
             128,
         ),
-        dtype=in_q.dtype,
+        dtype=torch.float8_e4m3fn,
+        device=in_q.device,
+    )
+    made_k_index_rounded_power = torch.empty(
+        (
+            in_k_index.shape[0],
+            in_k_index.shape[1],
+        ),
+        dtype=torch.float32,
         device=in_q.device,
     )
     grid = (
@@ -289,6 +321,7 @@ def select(tensors, batch, config):
         in_k_index.stride(1),
         0,
         made_k_index_rounded,
+        made_k_index_rounded_power,
         in_k_index.shape[1],
         vectors_k_index_rounded,
         **config["round_k_index"],
@@ -303,7 +336,16 @@ def select(tensors, batch, config):
             64,
             128,
         ),
-        dtype=in_q.dtype,
+        dtype=torch.float8_e4m3fn,
+        device=in_q.device,
+    )
+    made_q_index_rounded_power = torch.empty(
+        (
+            in_q_index.shape[0],
+            in_q_index.shape[1],
+            64,
+        ),
+        dtype=torch.float32,
         device=in_q.device,
     )
     grid = (
@@ -316,6 +358,7 @@ def select(tensors, batch, config):
         in_q_index.stride(1),
         in_q_index.stride(2),
         made_q_index_rounded,
+        made_q_index_rounded_power,
         in_q_index.shape[1],
         vectors_q_index_rounded,
         **config["round_q_index"],
@@ -372,6 +415,11 @@ def select(tensors, batch, config):
             made_k_index_rounded,
             0 if batch.packed else made_k_index_rounded.stride(0),
             made_k_index_rounded.stride(1),
+            made_q_index_rounded_power,
+            0 if batch.packed else made_q_index_rounded_power.stride(0),
+            made_q_index_rounded_power.stride(1),
+            made_k_index_rounded_power,
+            0 if batch.packed else made_k_index_rounded_power.stride(0),
             in_w_index,
             0 if batch.packed else in_w_index.stride(0),
             in_w_index.stride(1),

@@ -2,7 +2,7 @@
 # spec      dsa  sha256 000000000000
 # template  segments.py.jinja
 # target    sm_90
-"""round_k_index: vectors rounded to e4m3 times a power of two a vector, kept in the dtype that they came in."""
+"""round_k_index: vectors rounded to e4m3 times a power of two a vector, a byte a number."""
 
 import triton
 import triton.language as tl
@@ -15,6 +15,20 @@ def round_bf16(x):
     odd = (bits >> 16) & 1
     kept = ((bits + 0x7FFF + odd) >> 16) << 16
     return tl.where(x == x, kept.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def power_fp8(x):
+    """The bits of the power of two that a vector is kept by: the least that keeps its greatest number
+    at most 448.
+
+    No vector's greatest number counts as less than 1e-4, so that the power is a normal number.
+    x: f32[V, D], bf16 numbers -> i32[V]
+    """
+    greatest = tl.maximum(tl.max(tl.abs(x), 1), 1e-4)
+    # up to the next power of two
+    bits = tl.div_rn(greatest, 448.0).to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFFF) >> 23) << 23
 
 
 @triton.jit
@@ -31,31 +45,23 @@ def round_e4m3(x):
 
 
 @triton.jit
-def round_fp8(x):
-    """To e4m3 times a power of two a vector: the least that keeps its greatest number at most 448.
-
-    No vector's greatest number counts as less than 1e-4, so that the power is a normal number.
-    x: f32[V, D], bf16 numbers
-    """
-    greatest = tl.maximum(tl.max(tl.abs(x), 1), 1e-4)
-    # [V]; up to the next power of two, then its reciprocal, both exact
-    bits = tl.div_rn(greatest, 448.0).to(tl.int32, bitcast=True)
-    power = ((bits + 0x7FFFFF) >> 23) << 23
-    down = (254 << 23) - power
-    scaled = round_e4m3(x * down.to(tl.float32, bitcast=True)[:, None])
-    return scaled * power.to(tl.float32, bitcast=True)[:, None]
+def e4m3_of(x, power):
+    """The e4m3 numbers that are kept of vectors, without their power: f32[V, D], i32[V] -> f32[V, D]"""
+    down = (254 << 23) - power  # its reciprocal, exact
+    return round_e4m3(x * down.to(tl.float32, bitcast=True)[:, None])
 
 
 @triton.jit
-def store_entries(address, entries, live):
-    """Round to the dtype that is kept, once; float16 keeps its greatest number where it has no greater.
-
-    address, entries: [E, WIDTH]; live: [E, 1]
-    """
-    if address.dtype.element_ty == tl.float16:
-        entries = tl.where(entries > 65504.0, 65504.0, entries)
-        entries = tl.where(entries < -65504.0, -65504.0, entries)
-    tl.store(address, entries, mask=live)
+def byte_of_e4m3(x):
+    """How e4m3 numbers are kept.  x: f32 -> u8"""
+    size = tl.abs(x)
+    bits = size.to(tl.int32, bitcast=True)
+    # three bits of the fraction; the exponent's bias is 7, not 127
+    normal = (bits >> 20) - (120 << 3)
+    small = (size * 512.0).to(tl.int32)
+    kept = tl.where(size < 0.015625, small, normal)
+    kept |= tl.where(x < 0.0, 0x80, 0)
+    return tl.where(x == x, kept, 0x7F).to(tl.uint8)
 
 
 @triton.jit(do_not_specialize=["rows", "vectors"])
@@ -65,6 +71,7 @@ def round_k_index(
     x_t,  # X: token stride
     x_h,  # X: head stride
     ROUNDED,  # [B, rows, 1, 128]
+    SCALE,  # [B, rows, 1]
     rows,  # of one sequence, or all that are packed
     vectors,  # B * rows * 1
     BLOCK_V: tl.constexpr,  # vectors a program
@@ -82,7 +89,10 @@ def round_k_index(
     # round
     # [BLOCK_V, 128]
     x = round_bf16(x.to(tl.float32))
-    x = round_fp8(x)
+    power = power_fp8(x)
+    x = e4m3_of(x, power)
 
     # store
-    store_entries(ROUNDED + v.to(tl.int64)[:, None] * 128 + at[None, :], x, inside)
+    address = ROUNDED + v.to(tl.int64)[:, None] * 128 + at[None, :]
+    tl.store(address, byte_of_e4m3(x).to(tl.float8e4nv, bitcast=True), mask=inside)
+    tl.store(SCALE + v, power.to(tl.float32, bitcast=True), mask=v < vectors)

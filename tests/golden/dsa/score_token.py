@@ -104,6 +104,11 @@ def score_token(
     K,  # [B, S, Di]
     k_b,  # K: batch stride
     k_t,  # K: token stride
+    Q_POWER,  # f32[B, T, Hi] that queries are times
+    qp_b,  # Q_POWER: batch stride
+    qp_t,  # Q_POWER: token stride
+    K_POWER,  # f32[B, S] that keys are times
+    kp_b,  # K_POWER: batch stride
     WEIGHT,  # [B, T, Hi]
     w_b,  # WEIGHT: batch stride
     w_t,  # WEIGHT: token stride
@@ -141,6 +146,9 @@ def score_token(
     k_row = k_first
     w_base = WEIGHT + z.to(tl.int64) * w_b + q_token.to(tl.int64) * w_t
     weight = tl.load(w_base + row_head, mask=alive, other=0.0).to(tl.float32)
+    p_base = Q_POWER + z.to(tl.int64) * qp_b + q_token.to(tl.int64) * qp_t
+    q_power = tl.load(p_base + row_head, mask=alive, other=0.0)
+    weight *= q_power
     stop = complete_limit(last, k_len, 1, 1, True, False)
     tokens = token_at(tl.arange(0, BLOCK_M // 64), BLOCK_M // 64, 64)
     score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)
@@ -151,8 +159,9 @@ def score_token(
         n = n0 + tl.arange(0, BLOCK_N)
         inside = n < stop
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
+        k_power = tl.load(K_POWER + z.to(tl.int64) * kp_b + k_row + n, mask=inside, other=0.0)
         s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
         value = tl.maximum(s, 0.0) * weight[None, :]
         address = SCORES + score_row[None, :] * capacity + n[:, None]
         written = score_alive[None, :] & (inside)[:, None]
-        tl.store(address, sum_heads(value, BLOCK_M // 64, 64), mask=written)
+        tl.store(address, sum_heads(value, BLOCK_M // 64, 64) * k_power[:, None], mask=written)
