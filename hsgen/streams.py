@@ -239,7 +239,7 @@ class StreamsContext(Warped):
 
     @property
     def scores(self) -> bool:
-        """Whether it scores, so that of each two tiles of keys one's dots run beside the other's sums."""
+        """Whether it scores, so that one tile's dots run beside another's sums."""
         return self.rows.acc == "score"
 
     @property

@@ -240,53 +240,74 @@ def score(
             start_of = 0
             begin = 0
             end = tl.maximum(stop - start_of + BLOCK_N - 1, 0) // BLOCK_N
-            for i in range(0, end - 1, 2):
+            if end > 0:
+                i = 0
                 slot = (turn + i) % STAGES
                 mbarrier.wait(k_full.index(slot), (turn + i) // STAGES & 1)
                 s = dot_queries(k0.index(slot), q0, nothing, False)
-                slot_next = (turn + i + 1) % STAGES
-                mbarrier.wait(k_full.index(slot_next), (turn + i + 1) // STAGES & 1)
-                s_next = dot_queries(k0.index(slot_next), q0, nothing, False)
-                s = warpgroup_mma_wait(1, deps=(s,))
-                mbarrier.arrive(k_free.index(slot), count=1)
-                n0 = start_of + i * BLOCK_N
-                n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
-                value = tl.maximum(s, 0.0) * weight[None, :]
-                each = sum_heads(value, HALF // 64, 64)
-                at = n0 + gl.arange(0, BLOCK_N)
-                address = SCORES + score_row[None, :] * capacity + at[:, None]
-                written = score_alive[None, :] & (at < stop)[:, None]
-                address = gl.set_auto_layout(address, each.type.layout)
-                written = gl.set_auto_layout(written, each.type.layout)
-                tl.store(address, each, mask=written)
-                s_next = warpgroup_mma_wait(0, deps=(s_next,))
-                mbarrier.arrive(k_free.index(slot_next), count=1)
-                n0 = start_of + (i + 1) * BLOCK_N
-                n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
-                value = tl.maximum(s_next, 0.0) * weight[None, :]
-                each = sum_heads(value, HALF // 64, 64)
-                at = n0 + gl.arange(0, BLOCK_N)
-                address = SCORES + score_row[None, :] * capacity + at[:, None]
-                written = score_alive[None, :] & (at < stop)[:, None]
-                address = gl.set_auto_layout(address, each.type.layout)
-                written = gl.set_auto_layout(written, each.type.layout)
-                tl.store(address, each, mask=written)
-            for i in range(end // 2 * 2, end):
-                slot = (turn + i) % STAGES
-                mbarrier.wait(k_full.index(slot), (turn + i) // STAGES & 1)
-                s = dot_queries(k0.index(slot), q0, nothing, False)
-                s = warpgroup_mma_wait(0, deps=(s,))
-                mbarrier.arrive(k_free.index(slot), count=1)
-                n0 = start_of + i * BLOCK_N
-                n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
-                value = tl.maximum(s, 0.0) * weight[None, :]
-                each = sum_heads(value, HALF // 64, 64)
-                at = n0 + gl.arange(0, BLOCK_N)
-                address = SCORES + score_row[None, :] * capacity + at[:, None]
-                written = score_alive[None, :] & (at < stop)[:, None]
-                address = gl.set_auto_layout(address, each.type.layout)
-                written = gl.set_auto_layout(written, each.type.layout)
-                tl.store(address, each, mask=written)
+                for i in range(0, end - 2, 2):
+                    slot_next = (turn + i + 1) % STAGES
+                    mbarrier.wait(k_full.index(slot_next), (turn + i + 1) // STAGES & 1)
+                    s_next = dot_queries(k0.index(slot_next), q0, nothing, False)
+                    found = warpgroup_mma_wait(1, deps=(s,))
+                    mbarrier.arrive(k_free.index(slot), count=1)
+                    n0 = start_of + i * BLOCK_N
+                    n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
+                    value = tl.maximum(found, 0.0) * weight[None, :]
+                    each = sum_heads(value, HALF // 64, 64)
+                    at = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, each.type.layout))
+                    address = SCORES + score_row[None, :] * capacity + at[:, None]
+                    written = score_alive[None, :] & (at < stop)[:, None]
+                    tl.store(address, each, mask=written)
+                    slot = (turn + i + 2) % STAGES
+                    mbarrier.wait(k_full.index(slot), (turn + i + 2) // STAGES & 1)
+                    s = dot_queries(k0.index(slot), q0, nothing, False)
+                    found = warpgroup_mma_wait(1, deps=(s_next,))
+                    mbarrier.arrive(k_free.index(slot_next), count=1)
+                    n0 = start_of + (i + 1) * BLOCK_N
+                    n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
+                    value = tl.maximum(found, 0.0) * weight[None, :]
+                    each = sum_heads(value, HALF // 64, 64)
+                    at = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, each.type.layout))
+                    address = SCORES + score_row[None, :] * capacity + at[:, None]
+                    written = score_alive[None, :] & (at < stop)[:, None]
+                    tl.store(address, each, mask=written)
+                i = (end - 1) // 2 * 2
+                if i + 1 < end:
+                    slot_next = (turn + i + 1) % STAGES
+                    mbarrier.wait(k_full.index(slot_next), (turn + i + 1) // STAGES & 1)
+                    s_next = dot_queries(k0.index(slot_next), q0, nothing, False)
+                    found = warpgroup_mma_wait(1, deps=(s,))
+                    mbarrier.arrive(k_free.index(slot), count=1)
+                    n0 = start_of + i * BLOCK_N
+                    n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
+                    value = tl.maximum(found, 0.0) * weight[None, :]
+                    each = sum_heads(value, HALF // 64, 64)
+                    at = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, each.type.layout))
+                    address = SCORES + score_row[None, :] * capacity + at[:, None]
+                    written = score_alive[None, :] & (at < stop)[:, None]
+                    tl.store(address, each, mask=written)
+                    found = warpgroup_mma_wait(0, deps=(s_next,))
+                    mbarrier.arrive(k_free.index(slot_next), count=1)
+                    n0 = start_of + (i + 1) * BLOCK_N
+                    n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
+                    value = tl.maximum(found, 0.0) * weight[None, :]
+                    each = sum_heads(value, HALF // 64, 64)
+                    at = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, each.type.layout))
+                    address = SCORES + score_row[None, :] * capacity + at[:, None]
+                    written = score_alive[None, :] & (at < stop)[:, None]
+                    tl.store(address, each, mask=written)
+                else:
+                    found = warpgroup_mma_wait(0, deps=(s,))
+                    mbarrier.arrive(k_free.index(slot), count=1)
+                    n0 = start_of + i * BLOCK_N
+                    n = n0 + gl.arange(0, BLOCK_N, layout=by_key)
+                    value = tl.maximum(found, 0.0) * weight[None, :]
+                    each = sum_heads(value, HALF // 64, 64)
+                    at = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, each.type.layout))
+                    address = SCORES + score_row[None, :] * capacity + at[:, None]
+                    written = score_alive[None, :] & (at < stop)[:, None]
+                    tl.store(address, each, mask=written)
             turn += end
 
 
