@@ -303,7 +303,7 @@ def choose(monkeypatch):
         x = attended | {"q_index": q[None], "k_index": k[None], "w_index": w[None]}
         noting = Noting()
         monkeypatch.setattr(program.driver, "torch", noting)
-        monkeypatch.setattr(program.driver, "SCRATCH_BYTES", 1 << 30)
+        monkeypatch.setattr(program.driver, "SCRATCH_BYTES", 1 << 33)
         where = batch.dense(1, rows, keys, q.device)
         chosen = program.driver.select(x, where, program.config)["token"][0, :, 0]
         (scores,) = (
