@@ -5,8 +5,9 @@
     python -m benchmarks.training_run --report       # writes docs/training_run.md and docs/training_run.svg
 
 The model is examples/language_model.py.  A system whose gradients or losses no kernel makes is written down
-in the kernel's own words, and trained by the reference only where `--reference` says so.  On a CPU all
-attention is the reference's, unless `--interpret` asks for kernels.  Results are on disk after each training;
+in the kernel's own words, and trained by the reference only where `--reference` says so: attention too where
+its gradients are missing, else the loss alone.  On a CPU all attention is the reference's, unless
+`--interpret` asks for kernels.  Results are on disk after each training;
 a second call with the same settings and folder goes on from them.
 """
 
@@ -140,19 +141,20 @@ def sizes(spec: Spec) -> str:
     return "; ".join(words)
 
 
-def refusals(spec: Spec, device: str, *, interpret: bool) -> list[str]:
-    """What of a training no kernel does, in the words of the kernels: gradients, then losses."""
-    kernel, found = load_kernel(spec, interpret=interpret), list[str]()
+def refusals(spec: Spec, device: str, *, interpret: bool) -> dict[str, str]:
+    """What of a training no kernel does, `attention` or `losses`, in the words of the kernels."""
+    kernel, found = load_kernel(spec, interpret=interpret), dict[str, str]()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     tensors = {
         name: torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
         for name, shape in tensor_shapes(spec, 1, 64, 64).items()
     }
-    for call in (kernel, kernel.losses) if spec.loss else (kernel,):
+    calls = {"attention": kernel} | ({"losses": kernel.losses} if spec.loss else {})
+    for what, call in calls.items():
         try:
             call(**tensors)
         except HsgenError as error:
-            found.append(error.message)
+            found[what] = error.message
     return found
 
 
@@ -451,16 +453,19 @@ def _record(case: tuple[str, str, int], size: Size, task: Task, args: argparse.N
     steps = args.recall_steps or args.steps if what == "recall" else args.steps
     record: Json = dict(zip(("system", "task", "seed"), case, strict=True))
     spec = system(name, args.tokens, size)
-    path = "sdpa"
+    path, losses = "sdpa", "kernels"
     if spec is not None:
         record["sizes"] = sizes(spec)
         by_kernels = args.device == "cuda" or args.interpret
         path = "kernels" if by_kernels else "reference"
         if by_kernels and (words := refusals(spec, args.device, interpret=args.interpret)):
-            record["refused"] = words
+            record["refused"] = [*words.values()]
             if not args.reference:
                 return record
-            path = "reference"
+            if "attention" in words:
+                path = "reference"
+            else:
+                record["losses"] = losses = "reference"
     record["attention"] = path
     try:
         model = LanguageModel(
@@ -473,6 +478,7 @@ def _record(case: tuple[str, str, int], size: Size, task: Task, args: argparse.N
             ),
             spec,
             plain=path == "reference",
+            plain_losses=losses == "reference",
             interpret=args.interpret,
             seed=seed,
         ).to(args.device)
@@ -497,8 +503,9 @@ memory are of the training on text: forward, backward and optimizer, without eva
 Blocks, windows and budgets are shares of a text as their authors have them, but no block has fewer than 16
 tokens, and of hirouter's only the abstract is public.  hisa learns its index by KL against attention over the
 tokens that it looks into, hirouter its tree by dual entropy.  Where kernels lack a gradient or a loss the
-column *attention* says so: *none* was not trained; *reference* is plain PyTorch, whose rates and memory say
-nothing of kernels.  A run on a CPU is of a toy: it shows that all of them train, not how well.
+column *attention* says so: *none* was not trained; *reference* is plain PyTorch, for all of it or for the
+loss alone, whose rates and memory say nothing of kernels.  A run on a CPU is of a toy: it shows that all of
+them train, not how well.
 
 ![held-out bits by step, recall by pairs](training_run.svg)
 
@@ -555,6 +562,7 @@ def _row(name: str, found: Mapping[str, Json], dense: Json, numbers: Sequence[in
     text, recall = found.get("text", {}), found.get("recall", {})
     any_of = text or recall
     attention = "none" if "refused" in any_of and "attention" not in any_of else any_of["attention"]
+    attention += ", loss: reference" if "losses" in any_of else ""
     bits, beside = _last(text, "bits"), _last(dense, "bits")
     if text is dense or text.get("steps") != dense.get("steps"):  # one was cut short
         beside = None

@@ -60,10 +60,18 @@ class Attention(nn.Module):
     layer's input as a constant.
     """
 
-    def __init__(self, size: Size, spec: Spec | None, *, plain: bool, interpret: bool) -> None:
+    def __init__(
+        self,
+        size: Size,
+        spec: Spec | None,
+        *,
+        plain: bool,
+        plain_losses: bool,
+        interpret: bool,
+    ) -> None:
         super().__init__()
         query, kv = size.heads
-        self.spec, self.plain = spec, plain
+        self.spec, self.plain, self.plain_losses = spec, plain, plain_losses
         self.attend = hsgen.load_kernel(spec, interpret=interpret) if spec and not plain else None
         shapes = {"q": (1, 1, query, size.dim), "k": (1, 1, kv, size.dim)}
         shapes |= {"v": shapes["k"]} if spec is None else tensor_shapes(spec, 1, 1, 1)
@@ -109,7 +117,7 @@ class Attention(nn.Module):
             o, losses = self._plain(tensors)
         else:
             o = self.attend(**tensors)
-            losses = self.attend.losses(**tensors) if self.spec.loss and self.training else {}
+            losses = self._losses(tensors) if self.spec.loss and self.training else {}
         weighed = [WEIGHTS[name] * loss for name, loss in losses.items()]
         return self.out(o.flatten(-2)), sum(weighed, x.new_zeros((), dtype=torch.float32))
 
@@ -121,15 +129,25 @@ class Attention(nn.Module):
             found = reference(self.spec, wide, dtype=torch.float32, keep_scores=False)
         return found.o, found.loss
 
+    def _losses(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Beside attention on kernels; those of the reference are computed again in the backward."""
+        assert self.attend is not None, "the reference has losses beside outputs"
+        if not self.plain_losses:
+            return self.attend.losses(**tensors)
+        with torch.autocast(tensors["q"].device.type, enabled=False):
+            wide = {name: x.float() for name, x in tensors.items()}
+            make = partial(self.attend.reference_losses, dtype=torch.float32, **wide)
+            return checkpoint(make, use_reentrant=False)
+
 
 class Block(nn.Module):
     """Attention and SwiGLU, each behind a norm and beside what passes."""
 
-    def __init__(self, size: Size, spec: Spec | None, *, plain: bool, interpret: bool) -> None:
+    def __init__(self, size: Size, spec: Spec | None, **how: bool) -> None:
         super().__init__()
         wide = -(-size.width * 8 // 3 // 64) * 64
         self.norms = nn.ModuleList(nn.RMSNorm(size.width) for _ in range(2))
-        self.attention = Attention(size, spec, plain=plain, interpret=interpret)
+        self.attention = Attention(size, spec, **how)
         self.up = nn.Linear(size.width, 2 * wide, bias=False)
         self.down = nn.Linear(wide, size.width, bias=False)
 
@@ -148,6 +166,7 @@ class LanguageModel(nn.Module):
         size: Of the model; a spec must say the same of heads.
         spec: What every layer attends by; None is dense.
         plain: Attention is the reference, and activations are computed again in the backward.
+        plain_losses: The spec's losses are the reference's, beside attention on kernels.
         interpret: CPU tensors run the kernels, in Triton's interpreter.
         seed: Weights of one name are the same whatever the spec.
     """
@@ -158,13 +177,15 @@ class LanguageModel(nn.Module):
         spec: Spec | None = None,
         *,
         plain: bool = False,
+        plain_losses: bool = False,
         interpret: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.plain = plain
         self.embed = nn.Embedding(size.vocabulary, size.width)
-        make = partial(Block, size, spec, plain=plain, interpret=interpret)
+        how = {"plain": plain, "plain_losses": plain_losses, "interpret": interpret}
+        make = partial(Block, size, spec, **how)
         self.blocks = nn.ModuleList(make() for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.width)
         for name, weight in self.named_parameters():

@@ -63,7 +63,23 @@ def test_kernels_and_the_reference_have_the_same_gradients_of_a_model():
     tokens = torch.randint(64, (1, 32))
     by_kernels = LanguageModel(SIZE, spec, interpret=True)
     expected = gradients(LanguageModel(SIZE, spec, plain=True), tokens)
-    for name, grad in gradients(by_kernels, tokens).items():
+    assert_alike(gradients(by_kernels, tokens), expected)
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_attention_on_kernels_learns_beside_a_loss_of_the_reference():
+    """hisa: the index by KL, everything else by chosen tokens."""
+    spec = training_run.system("hisa", 64, SIZE)
+    tokens = torch.randint(64, (1, 64))
+    mixed = LanguageModel(SIZE, spec, plain_losses=True, interpret=True)
+    expected = gradients(LanguageModel(SIZE, spec, plain=True), tokens)
+    assert expected["blocks.0.attention.project.q_index.weight"].any()
+    assert_alike(gradients(mixed, tokens), expected)
+
+
+def assert_alike(found, expected):
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
@@ -82,7 +98,7 @@ def test_a_model_says_nothing_of_tokens_ahead():
 
 def test_what_no_kernel_trains_is_said_by_name():
     words = training_run.refusals(training_run.system("hisa", 4096, Size()), "cpu", interpret=True)
-    assert words == ["hisa: no kernel computes the loss kl yet"]
+    assert words == {"losses": "hisa: no kernel computes the loss kl yet"}
 
 
 def test_sizes_are_the_authors_shares():
@@ -137,7 +153,7 @@ def test_trainings_lower_losses_go_on_and_are_written_up(tmp_path, monkeypatch):
         assert last < first - 0.5, record["system"]
         assert record["measured"][-1][1]["bits"] < first
 
-    # again: what is there stays; hisa is refused by kernels; recall of one system
+    # again: what is there stays; kernels refuse hisa's loss; recall of one system
     old = result["records"]
     assert training_run.main([*argv, *some, "--tasks", "text"]) == 0
     assert training_run.main([*argv, "--systems", "hisa", "--tasks", "text", "--interpret"]) == 0
