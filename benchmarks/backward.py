@@ -35,7 +35,7 @@ from hsgen.selection import ListSelection
 from hsgen.spec import Spec
 from hsgen.target import Target
 
-SYSTEMS = ("moba", "nsa")
+SYSTEMS = ("moba", "nsa", "hisa", "dsa_gqa")
 STAGES = ("hsgen", "dense", "tiles")
 SECONDS = 1.0  # of timing, a measurement
 SMALL = 2500  # tokens of the check of all rows, which holds all logits in float64

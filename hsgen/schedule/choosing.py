@@ -123,7 +123,12 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                     f"bytes_{op.level}",
                     f"{_row_bytes(ranking, op.level, context.planes)} * {block_t}",
                 ),
-                *_chunk(draft, op.level, programs if "STAGES" in dict(config.constexprs) else 0),
+                *_chunk(
+                    draft,
+                    op.level,
+                    programs if "STAGES" in dict(config.constexprs) else 0,
+                    children=bool(context.children),
+                ),
                 *by_shares,
             ),
             buffers=(
@@ -223,7 +228,7 @@ def _kept(ranking: RankContext, level: str, rows_: str) -> tuple[Buffer, ...]:
     return (Buffer(name=f"kept_{level}", dtype="i32", dims=dims, role="scratch"),)
 
 
-def _chunk(draft: Draft, level: str, heads: int) -> tuple[tuple[str, str], ...]:
+def _chunk(draft: Draft, level: str, heads: int, *, children: bool) -> tuple[tuple[str, str], ...]:
     """How many tiles of rows a scratch holds.
 
     `heads`: of a kernel that runs one program a processor, tile after tile, and starts and ends slowly: it
@@ -231,13 +236,15 @@ def _chunk(draft: Draft, level: str, heads: int) -> tuple[tuple[str, str], ...]:
     round.  Where rows are so long that these do not fill one, it has a round if that is at most a quarter of
     those bytes, or four scratches.  0: of another.
 
-    A short call has no more than an eighth of those bytes, or a quarter of a scratch.
+    A short call has no more than a quarter of those bytes, or an eighth where entries that all rows see come
+    in a stream, but a quarter of a scratch.
     """
     bytes_, chunk = f"bytes_{level}", f"chunk_{level}"
     shape, most = draft.shape, f"most_{level}"
+    part = 8 if heads and not children else 4
     held = shape.query_heads * (shape.qk + shape.v) * 2
     short, scratch = f"short_{level}", f"scratch_{level}"
-    least = (short, f"max(SCRATCH_BYTES // 4, batch.rows * {held // 8})")
+    least = (short, f"max(SCRATCH_BYTES // 4, batch.rows * {held // part})")
     if not heads:
         return (
             least,

@@ -147,7 +147,7 @@ def forward(tensors, batch, config, selection=None):
         room_token = config["rank_token"]["BLOCK_N"]
         tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
         bytes_token = (4 * capacity_token + 8 * room_token) * config["score_token"]["BLOCK_T"]
-        short_token = max(SCRATCH_BYTES // 4, batch.rows * 34816)
+        short_token = max(SCRATCH_BYTES // 4, batch.rows * 69632)
         scratch_token = min(SCRATCH_BYTES, short_token)
         chunk_token = min(tiles_token, max(1, scratch_token // bytes_token))
         scores_token = torch.empty(
@@ -369,7 +369,7 @@ def select(tensors, batch, config):
     room_token = config["rank_token"]["BLOCK_N"]
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
     bytes_token = (4 * capacity_token + 8 * room_token) * config["score_token"]["BLOCK_T"]
-    short_token = max(SCRATCH_BYTES // 4, batch.rows * 34816)
+    short_token = max(SCRATCH_BYTES // 4, batch.rows * 69632)
     scratch_token = min(SCRATCH_BYTES, short_token)
     chunk_token = min(tiles_token, max(1, scratch_token // bytes_token))
     scores_token = torch.empty(

@@ -102,7 +102,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_pool = max(1, batch.keys // 16 + 1)
         tiles_pool = batch.rows // config["score_pool"]["BLOCK_T"] + batch.sequences
         bytes_pool = 4 * capacity_pool * config["score_pool"]["BLOCK_T"]
-        short_pool = max(SCRATCH_BYTES // 4, batch.rows * 16384)
+        short_pool = max(SCRATCH_BYTES // 4, batch.rows * 32768)
         scratch_pool = min(SCRATCH_BYTES, short_pool)
         chunk_pool = min(tiles_pool, max(1, scratch_pool // bytes_pool))
         scores_pool = torch.empty(
@@ -322,7 +322,7 @@ def select(tensors, batch, config):
     capacity_pool = max(1, batch.keys // 16 + 1)
     tiles_pool = batch.rows // config["score_pool"]["BLOCK_T"] + batch.sequences
     bytes_pool = 4 * capacity_pool * config["score_pool"]["BLOCK_T"]
-    short_pool = max(SCRATCH_BYTES // 4, batch.rows * 16384)
+    short_pool = max(SCRATCH_BYTES // 4, batch.rows * 32768)
     scratch_pool = min(SCRATCH_BYTES, short_pool)
     chunk_pool = min(tiles_pool, max(1, scratch_pool // bytes_pool))
     scores_pool = torch.empty(

@@ -92,7 +92,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_page = (batch.keys // 16 + 5) // 4 * 4
         tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
         bytes_page = 32 * capacity_page * config["score_page"]["BLOCK_T"]
-        short_page = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+        short_page = max(SCRATCH_BYTES // 4, batch.rows * 4096)
         scratch_page = min(SCRATCH_BYTES, short_page)
         chunk_page = min(tiles_page, max(1, scratch_page // bytes_page))
         scores_page = torch.empty(
@@ -302,7 +302,7 @@ def select(tensors, batch, config):
     capacity_page = (batch.keys // 16 + 5) // 4 * 4
     tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
     bytes_page = 32 * capacity_page * config["score_page"]["BLOCK_T"]
-    short_page = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+    short_page = max(SCRATCH_BYTES // 4, batch.rows * 4096)
     scratch_page = min(SCRATCH_BYTES, short_page)
     chunk_page = min(tiles_page, max(1, scratch_page // bytes_page))
     scores_page = torch.empty(

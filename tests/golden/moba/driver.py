@@ -121,7 +121,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_chunk = max(1, batch.keys // 512 + 1)
         tiles_chunk = batch.rows // config["score_chunk"]["BLOCK_T"] + batch.sequences
         bytes_chunk = 128 * capacity_chunk * config["score_chunk"]["BLOCK_T"]
-        short_chunk = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+        short_chunk = max(SCRATCH_BYTES // 4, batch.rows * 4096)
         scratch_chunk = min(SCRATCH_BYTES, short_chunk)
         chunk_chunk = min(tiles_chunk, max(1, scratch_chunk // bytes_chunk))
         scores_chunk = torch.empty(
@@ -434,7 +434,7 @@ def select(tensors, batch, config):
     capacity_chunk = max(1, batch.keys // 512 + 1)
     tiles_chunk = batch.rows // config["score_chunk"]["BLOCK_T"] + batch.sequences
     bytes_chunk = 128 * capacity_chunk * config["score_chunk"]["BLOCK_T"]
-    short_chunk = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+    short_chunk = max(SCRATCH_BYTES // 4, batch.rows * 4096)
     scratch_chunk = min(SCRATCH_BYTES, short_chunk)
     chunk_chunk = min(tiles_chunk, max(1, scratch_chunk // bytes_chunk))
     scores_chunk = torch.empty(

@@ -200,7 +200,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = (batch.keys // 64 + 5) // 4 * 4
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
-        short_block = max(SCRATCH_BYTES // 4, batch.rows * 1024)
+        short_block = max(SCRATCH_BYTES // 4, batch.rows * 2048)
         scratch_block = min(SCRATCH_BYTES, short_block)
         chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
@@ -542,7 +542,7 @@ def select(tensors, batch, config):
     capacity_block = (batch.keys // 64 + 5) // 4 * 4
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
-    short_block = max(SCRATCH_BYTES // 4, batch.rows * 1024)
+    short_block = max(SCRATCH_BYTES // 4, batch.rows * 2048)
     scratch_block = min(SCRATCH_BYTES, short_block)
     chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
