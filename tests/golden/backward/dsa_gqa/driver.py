@@ -52,7 +52,7 @@ CONFIG = {
         "BLOCK_M": 32,
         "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2,
     },
 }
 
