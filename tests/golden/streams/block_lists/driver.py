@@ -146,7 +146,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         capacity_block = max(1, batch.keys // 64 + 1)
         tiles_block = blocks_block // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
-        short_block = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+        short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
         scratch_block = min(SCRATCH_BYTES, short_block)
         chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
@@ -498,7 +498,7 @@ def select(tensors, batch, config):
     capacity_block = max(1, batch.keys // 64 + 1)
     tiles_block = blocks_block // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
-    short_block = max(SCRATCH_BYTES // 4, batch.rows * 2048)
+    short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
     scratch_block = min(SCRATCH_BYTES, short_block)
     chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
