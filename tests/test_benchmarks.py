@@ -18,6 +18,7 @@ from benchmarks import (
     common,
     decode,
     groups,
+    headline,
     independent,
     independent_blocks,
     independent_odd,
@@ -383,6 +384,87 @@ def test_curves_lie_where_the_numbers_say():
     assert f'cx="{plots.WIDE / 2:g}" cy="{plots.HIGH / 2:g}" r="3.5"' in drawn
     for word in ("1K", "4K", "title", "about", "across", "up", ">a<", ">b<"):
         assert word in drawn
+
+
+# Claims of authors ----------------------------------------------------------------------------------
+
+
+def test_claims_stand_beside_the_kept_results():
+    written = (common.ROOT / "docs" / "headline.md").read_text()
+    assert written == headline.page(headline.kept()), "run python -m benchmarks.headline"
+
+
+def _timed(**steps):
+    return {name: {"status": "ok", "ms": {"median": ms}} for name, ms in steps.items()}
+
+
+def _bench(spec, date, **steps):
+    limits = {"attend_selected": {"flops": 4e12}}
+    made = {"spec": spec, "card": "NVIDIA X", "date": date, "inputs": "real"}
+    made |= {"heads": [4, 2], "head_dim": [64, 32]}
+    off = {"dense off": {"status": "failed", "reason": "no"}}
+    case = {"tokens": 32768, "steps": _timed(**steps) | off, "limits": limits}
+    return made | {"cases": [case]}
+
+
+def test_the_newest_time_stands_beside_its_claim():
+    dense = {"dense a": 40.0, "dense b": 30.0}
+    results = {
+        "bench_hisa_y": _bench("hisa", "2026-02-01", total=20.0, select=4.0, attend=16.0, **dense),
+        "bench_hisa_x": _bench("hisa", "2026-02-02", total=10.0, select=4.0, attend=6.0, **dense),
+        "bench_dsa_gqa_x": _bench("dsa_gqa", "2026-02-02", total=60.0, select=10.0),
+        "bench_dsa_x": _bench("dsa", "2026-02-02", total=60.0, attend=10.0),
+        "profiles_x": {"cases": "of no interest"},
+    }
+    page = headline.page(results)
+    place = "4/2 heads of 64/32, X, 2026-02-02:<br>32,768:"
+    choosing = "choosing 4 (2.50× dsa_gqa)"
+    (row,) = (line for line in page.splitlines() if line.startswith("| hisa |"))
+    assert f"| {place} 10 (3.00× b), {choosing} | – | – |" in row
+    assert "over the flat index" in row
+    assert f"{place} 60 (no dense ran), attending 10, 400 TFLOP/s |" in page
+    assert "bench_hisa_x.json" in page
+    assert "bench_hisa_y" not in page
+    for missing in ("- nsa: forward\n", "- nsa: a step of decoding\n", "- quest: forward\n"):
+        assert missing in page
+
+
+def test_a_day_s_later_step_counts_and_others_heads_only_where_there_is_nothing_else():
+    run = {"card": "NVIDIA X", "date": "2026-02-02"}
+    step = {"system": "quest", "batch": 64, "context": 8192, "page": None, "status": "ok"}
+
+    def decoded(us):
+        slow = {"status": "ok", "us": {"median": 3 * us}}
+        of = step | {"us": {"step": {"median": us}}, "dense": {"cuDNN": slow}}
+        return {"runs": [run], "cases": {"a": of}}
+
+    def grouped(spec):
+        cases = {}
+        for query in (8, 4):
+            report = _bench(spec, "2026-02-03", total=float(query)) | {"heads": [query, 2]}
+            cases[f"{spec}/{query}"] = {"status": "ok", "report": report}
+        return {"runs": [run], "cases": cases}
+
+    results = {"decode_later_x": decoded(100.0), "decode_x": decoded(120.0)}
+    results |= {"groups_a": grouped("moba"), "groups_b": grouped("infllm_v2")}
+    results["bench_moba_x"] = _bench("moba", "2026-02-01", total=5.0)
+    page = headline.page(results)
+    assert "32/8 heads of 128, X, 2026-02-02:<br>64 × 8,192: 100 (3.00× cuDNN) |" in page
+    assert "| 4/2 heads of 64/32, X, 2026-02-01:<br>32,768: 5 (no dense ran) |" in page
+    assert "| 8/2 heads of 64/32, X, 2026-02-03:<br>32,768: 8 (no dense ran) |" in page
+    assert "groups_a" not in page
+
+
+def test_the_fastest_kernel_of_others_stands_beside_ours():
+    run = {"card": "NVIDIA X", "date": "2026-02-02"}
+    steps = _timed(**{"hsgen whole": 2.0, "xunhao whole": 9.0, "fla whole": 5.0})
+    case = {"system": "nsa_fla", "inputs": "real", "heads": [64, 4], "steps": steps}
+    cases = {str(tokens): case | {"tokens": tokens} for tokens in (8192, 16384)}
+    off = case | {"tokens": 32768, "inputs": "random"}
+    results = {"peers_x": {"runs": [run], "cases": cases | {"off": off}}}
+    said = headline.independent(results, "peers")
+    assert said == "nsa_fla, 16,384, X, 2026-02-02: fla 5, ours 2 (2.50×)"
+    assert headline.independent(results, "token_lists") == common.MISSING
 
 
 # From group to group --------------------------------------------------------------------------------
