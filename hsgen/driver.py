@@ -64,6 +64,11 @@ class Driver:
         return any(kernel.skeleton in STREAMED for kernel in self.kernels)
 
     @property
+    def processors(self) -> bool:
+        """Whether some size is a share of the GPU's processors."""
+        return any("batch.processors" in x for step in self.plan.steps for _, x in step.sizes)
+
+    @property
     def scratch_bytes(self) -> int:
         return self.plan.scratch_bytes
 

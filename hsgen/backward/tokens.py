@@ -156,9 +156,8 @@ def _at_once(
     draft: Draft, name: str, each: str, whole: str, turn: str
 ) -> tuple[tuple[str, str], ...]:
     """How many there is room for: long calls have lists of an eighth of the bytes of queries and outputs."""
-    share = draft.shape.query_heads * (draft.shape.qk + draft.shape.v) * 2 // 8
     return (
         (f"bytes_{name}", each),
-        (f"most_{name}", f"max(SCRATCH_BYTES, batch.rows * {share})"),
+        (f"most_{name}", f"max(SCRATCH_BYTES, batch.rows * {draft.held // 8})"),
         (turn, f"min({whole}, max(1, most_{name} // bytes_{name}))"),
     )

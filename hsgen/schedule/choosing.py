@@ -236,15 +236,15 @@ def _chunk(draft: Draft, level: str, heads: int, *, children: bool) -> tuple[tup
     round.  Where rows are so long that these do not fill one, it has a round if that is at most a quarter of
     those bytes, or four scratches.  0: of another.
 
-    A short call has no more than a quarter of those bytes, or an eighth where entries that all rows see come
-    in a stream, but a quarter of a scratch.
+    A short call has a quarter of those bytes, or an eighth where entries that all rows see come in a stream;
+    at least a quarter of a scratch.  Few rows behind a cache may see many keys: they have a whole one.
     """
-    bytes_, chunk = f"bytes_{level}", f"chunk_{level}"
-    shape, most = draft.shape, f"most_{level}"
+    bytes_, chunk, most = f"bytes_{level}", f"chunk_{level}", f"most_{level}"
+    if draft.cached is not None:
+        return ((chunk, f"min(tiles_{level}, max(1, SCRATCH_BYTES // {bytes_}))"),)
     part = 8 if heads and not children else 4
-    held = shape.query_heads * (shape.qk + shape.v) * 2
     short, scratch = f"short_{level}", f"scratch_{level}"
-    least = (short, f"max(SCRATCH_BYTES // 4, batch.rows * {held // part})")
+    least = (short, f"max(SCRATCH_BYTES // 4, batch.rows * {draft.held // part})")
     if not heads:
         return (
             least,
@@ -253,7 +253,7 @@ def _chunk(draft: Draft, level: str, heads: int, *, children: bool) -> tuple[tup
         )
     return (
         least,
-        (scratch, f"max(min(SCRATCH_BYTES, {short}), batch.rows * {held // 16})"),
+        (scratch, f"max(min(SCRATCH_BYTES, {short}), batch.rows * {draft.held // 16})"),
         (most, f"max(1, {scratch} // {bytes_})"),
         (f"rounds_{level}", f"{most} * {heads} // batch.processors"),
         (f"least_{level}", f"min(4 * {scratch} // {bytes_}, batch.processors // {heads})"),

@@ -178,6 +178,11 @@ class Draft:
             precision=self.target.dot_precision,
         )
 
+    @property
+    def held(self) -> int:
+        """Bytes of a row of queries and outputs, as if of 16 bits: what scratch and lists are a share of."""
+        return self.shape.query_heads * (self.shape.qk + self.shape.v) * 2
+
     def shape_of(self, op: Attend) -> rows.Shape:
         return replace(self.shape, latent=bool(op.latent))
 

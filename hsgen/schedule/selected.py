@@ -17,7 +17,7 @@ from hsgen.kernels import (
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries, next_power
 from hsgen.schedule import text
-from hsgen.schedule.draft import SORTED, TILE_OF_HEADS, Draft, Order
+from hsgen.schedule.draft import SORT_LIMIT, SORTED, TILE_OF_HEADS, Draft, Order
 
 LEAST_STEP = 32  # tokens of blocks of which rows share more than they lose to each other's
 ROUNDS = 4  # programs a processor, of an index whose rows set bits
@@ -125,7 +125,7 @@ def attend_blocks(draft: Draft, node: Node, op: Attend) -> ByTiles:
     selection = draft.graph[node.inputs[3]]
     width = draft.width(selection)
 
-    def planned(*, sets: bool) -> ByTiles:
+    def planned(*, sets: bool, most: int) -> ByTiles:
         context = rows.attend_blocks(
             draft.shape_of(op),
             name=f"attend_{op.branch}",
@@ -136,14 +136,17 @@ def attend_blocks(draft: Draft, node: Node, op: Attend) -> ByTiles:
             sets=sets,
         )
         context = rows.with_pages(as_branch(draft, context, node, op), draft.page)
-        most = max(1, 64 // context.heads) if op.size < LEAST_STEP else 128
+        if op.size < LEAST_STEP:
+            most = min(most, max(1, 64 // context.heads))
         config = draft.tiles(context, limit=64, most=most, block=op.size)
         return ByTiles(context=context, config=config, sets=sets)
 
-    found = planned(sets=False)
-    pairs = found.config["BLOCK_T"] * next_power(width)
-    sets = pairs > SORTED and not found.context.parts
-    return planned(sets=True) if sets else found
+    found = planned(sets=False, most=128)
+    if found.config["BLOCK_T"] * next_power(width) <= SORTED:
+        return found
+    if found.context.parts:  # whose programs are not one a tile and head
+        return planned(sets=False, most=max(1, SORT_LIMIT // next_power(width)))
+    return planned(sets=True, most=128)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,16 +206,17 @@ def index_blocks(draft: Draft, node: Node, op: Attend, found: ByTiles) -> Lists:
         sizes.append((slots, f"{block_t} * {width}"))
         launch = Launch(kernel=index.name, grid=dims, arguments=(*given, *lists, *text.SEQ))
         return Lists(launch=launch, arguments=lists, buffers=buffers, sizes=tuple(sizes))
-    shape, length = draft.shape, f"length_{op.branch}"
+    length, each, room_for = (f"{x}_{op.branch}" for x in ("length", "marked", "room_for"))
     programs, marks, most = (f"{x}_{op.branch}" for x in ("programs", "marks", "most"))
-    share = shape.query_heads * (shape.qk + shape.v) * 2 // 8
     sizes += [
         (length, f"max(1, (batch.keys + {op.stride} - 1) // {op.stride})"),
         (slots, f"min({length}, {block_t} * {width})"),
         (f"bytes_{op.branch}", f"{4 * heads} * {slots} * (1 + {words})"),
-        (most, f"max(SCRATCH_BYTES, batch.rows * {share})"),
+        (most, f"max(SCRATCH_BYTES, batch.rows * {draft.held // 8})"),
         (turn, f"min({tiles}, max(1, {most} // bytes_{op.branch}))"),
-        (programs, f"min({turn}, {ROUNDS} * batch.processors // {heads} + 1)"),
+        (each, f"{4 * heads} * {length} * ({words})"),
+        (room_for, f"max(1, {most} // {each})"),
+        (programs, f"min({turn}, {ROUNDS} * batch.processors // {heads} + 1, {room_for})"),
     ]
     room = (programs, str(heads), length, words)
     return Lists(
@@ -274,9 +278,8 @@ def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
     fewest: tuple[tuple[str, str], ...] = ()
     if picked:  # a tile's lists have room for all keys, and lists an eighth of what rows have
         words = (chunk, str(heads), capacity)
-        share_of = shape.query_heads * (shape.qk + shape.v) * 2 // 8
         keys, bytes_, most = "batch.keys", f"{8 * heads} * {capacity}", f"most_{op.branch}"
-        fewest = ((most, f"max(SCRATCH_BYTES, batch.rows * {share_of})"),)
+        fewest = ((most, f"max(SCRATCH_BYTES, batch.rows * {draft.held // 8})"),)
     tensors = draft.tensors(node, op)
     draft.steps.append(
         Step(

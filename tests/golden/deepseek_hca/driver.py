@@ -15,7 +15,7 @@ from .attend_compressed import attend_compressed
 from .attend_window import attend_window
 from .pool_entry_keys import pool_entry_keys
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "pool_entry_keys": {
         "BLOCK_E": 1,

@@ -20,7 +20,7 @@ from .rank_block import rank_block
 from .score_block import score_block
 from .spread_block import spread_block
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "pool_block_keys": {
         "BLOCK_E": 4,

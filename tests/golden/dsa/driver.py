@@ -17,7 +17,7 @@ from .round_k_index import round_k_index
 from .round_q_index import round_q_index
 from .score_token import score_token
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "round_k_index": {
         "BLOCK_V": 32,

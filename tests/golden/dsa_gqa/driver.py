@@ -17,7 +17,7 @@ from .index_selected import index_selected
 from .rank_token import rank_token
 from .score_token import score_token
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "score_token": {
         "BLOCK_T": 2,

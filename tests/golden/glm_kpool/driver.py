@@ -17,7 +17,7 @@ from .pool_pool_keys import pool_pool_keys
 from .rank_pool import rank_pool
 from .score_pool import score_pool
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "pool_pool_keys": {
         "BLOCK_E": 1,

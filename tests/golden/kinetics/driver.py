@@ -17,7 +17,7 @@ from .pool_page_keys import pool_page_keys
 from .rank_page import rank_page
 from .score_page import score_page
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "pool_page_keys": {
         "BLOCK_E": 4,

@@ -16,7 +16,7 @@ from .index_selected import index_selected
 from .rank_block import rank_block
 from .score_block import score_block
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "score_block": {
         "BLOCK_T": 128,

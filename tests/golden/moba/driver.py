@@ -20,7 +20,7 @@ from .pool_chunk_keys import pool_chunk_keys
 from .rank_chunk import rank_chunk
 from .score_chunk import score_chunk
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "pool_chunk_keys": {
         "BLOCK_E": 1,

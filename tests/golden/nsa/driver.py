@@ -20,7 +20,7 @@ from .pool_compressed_values import pool_compressed_values
 from .rank_block import rank_block
 from .score_block import score_block
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "pool_compressed_keys": {
         "BLOCK_E": 64,

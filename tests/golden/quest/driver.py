@@ -7,6 +7,7 @@
 `batch` says where every sequence lies: `table` i32[Z, 6] on the device (q_start, q_first, q_len,
 q_offset, k_first, k_len), `sequences` Z, `rows` of all queries, `keys` of the longest sequence,
 `packed`.  Tensors are [B, T, H, D]; packed ones [1, total, H, D].
+`batch.processors` are the GPU's.
 """
 
 import torch
@@ -17,7 +18,7 @@ from .pool_page_keys import pool_page_keys
 from .rank_page import rank_page
 from .score_page import score_page
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "pool_page_keys": {
         "BLOCK_E": 4,
@@ -162,7 +163,9 @@ def forward(tensors, batch, config, selection=None):
     bytes_selected = 128 * slots_selected * (1 + (config["attend_selected"]["BLOCK_T"] + 31) // 32)
     most_selected = max(SCRATCH_BYTES, batch.rows * 2048)
     turn_selected = min(tiles_selected, max(1, most_selected // bytes_selected))
-    programs_selected = min(turn_selected, 4 * batch.processors // 32 + 1)
+    marked_selected = 128 * length_selected * ((config["attend_selected"]["BLOCK_T"] + 31) // 32)
+    room_for_selected = max(1, most_selected // marked_selected)
+    programs_selected = min(turn_selected, 4 * batch.processors // 32 + 1, room_for_selected)
     counts_selected = torch.empty(
         (
             turn_selected,

@@ -13,7 +13,7 @@ import torch
 
 from .attend_sliding import attend_sliding
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
     "attend_sliding": {
         "BLOCK_T": 16,

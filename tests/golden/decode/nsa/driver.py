@@ -21,7 +21,7 @@ from .rank_block import rank_block
 from .score_block import score_block
 from .store import store
 
-SCRATCH_BYTES = 134217728  # of scores, whatever the length
+SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 SHARE_KEYS = 128  # that a program walks, at least, where several share those of a row
 LONG_SHARE = 2048  # the same where there are enough programs without, and parts are merged
 CONFIG = {
@@ -312,9 +312,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = (batch.keys // 64 + 33) // 32 * 36
         tiles_block = batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
-        short_block = max(SCRATCH_BYTES // 4, batch.rows * 10240)
-        scratch_block = min(SCRATCH_BYTES, short_block)
-        chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
+        chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
         there_score_block = batch.sequences * 4
         fills_score_block = (264 + there_score_block // 2) // there_score_block
         filled_score_block = min(fills_score_block, batch.keys // 16 // SHARE_KEYS)
