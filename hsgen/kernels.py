@@ -406,7 +406,7 @@ class MarksContext:
     @property
     def slot(self) -> str:
         """From the first slot of a row's list to another."""
-        return "slot * s_s" if self.alone else "slot"
+        return "slot.to(tl.int64) * s_s" if self.alone else "slot"
 
     @property
     def words(self) -> str:

@@ -14,8 +14,9 @@ GLUON_NAMES = frozenset(
 EXACT_ATOMICS = frozenset({"atomic_or", "atomic_and", "atomic_xor", "atomic_min", "atomic_max"})
 # Pointers to whole numbers, whose sums have the same bits in any order.
 WHOLE_NUMBERS = frozenset({"counts"})
-# Strides over batch, tokens and heads.  LSE is the driver's own, with its rows innermost.
-WIDE_STRIDE = re.compile(r"^\w+_[bth]$|^stride$|^capacity$")
+# Strides over batch, tokens and heads, and over slots of lists, as a caller lays them.  LSE is the driver's
+# own, with its rows innermost.
+WIDE_STRIDE = re.compile(r"^\w+_[bth]$|^s_s$|^stride$|^capacity$")
 NARROW_BY_LAYOUT = frozenset({"lse_t"})
 
 

@@ -39,6 +39,7 @@ BROKEN = {
     "tl.atomic_add depends on": "tl.atomic_add(X, 1.0)",
     "tl.multiple_of is a promise": "n = tl.multiple_of(n, 16)",
     "row * x_t is not computed in int64": "row = tl.program_id(0) * 4\nx = tl.load(X + row * x_t)",
+    "slot * s_s is not computed in int64": "slot = tl.arange(0, 4)\nx = tl.load(X + slot * s_s)",
     "x_b * z is not computed in int64": "z = tl.program_id(0)\nx = tl.load(X + x_b * z)",
     "mixes a scalar and a block mask": "z = tl.program_id(0)\nn = tl.arange(0, 4)\nm = (z < 3) & (n < 2)",
     "import not allowed: import os": "import os",

@@ -111,7 +111,7 @@ def members_selected(
     lists = SELECTION + z.to(tl.int64) * s_b + token * s_t + head.to(tl.int64) * s_h
     for i in range(0, width, BLOCK_K):
         slot = i + tl.arange(0, BLOCK_K)[None, :]
-        entry = tl.load(lists + slot * s_s, mask=live & (slot < width), other=-1)
+        entry = tl.load(lists + slot.to(tl.int64) * s_s, mask=live & (slot < width), other=-1)
         inside = (entry >= 0) & (entry < limit)
         bits = tl.broadcast_to(bit, [BLOCK_T, BLOCK_K]).to(tl.int32, bitcast=True)
         tl.atomic_or(words + entry * num_words + rows // 32, bits, mask=inside, sem="relaxed")

@@ -107,7 +107,7 @@ def index_selected(
     slot = place % 16
     t = t0 + row
     base = SELECTION + z.to(tl.int64) * s_b + head.to(tl.int64) * s_h
-    address = base + (q_first + t).to(tl.int64) * s_t + slot * s_s
+    address = base + (q_first + t).to(tl.int64) * s_t + slot.to(tl.int64) * s_s
     entry = tl.load(address, mask=(t < q_len) & (slot < 16), other=-1)
     limit = entry_limit(q_offset + t, k_len, 64, True)
     entry = tl.where((entry >= 0) & (entry < limit), entry, -1)

@@ -106,7 +106,7 @@ def index_selected(
         for i in range(0, 64, BLOCK_K):
             slot = i + tl.arange(0, BLOCK_K)[None, :]
             inside = (row < live) & (slot < 64)
-            entry = tl.load(lists + slot * s_s, mask=inside, other=-1)
+            entry = tl.load(lists + slot.to(tl.int64) * s_s, mask=inside, other=-1)
             inside = (entry >= 0) & (entry < limit)
             bit = tl.full([BLOCK_T, BLOCK_K], 1, tl.int32) << (row % 32)
             word = tl.where(inside, entry, 0) * num_words + row // 32

@@ -70,7 +70,7 @@ def mark_rows_selected(
     # mark: bits are set in any order, so the words do not depend on it
     for i in range(0, 2048, BLOCK_K):
         slot = i + tl.arange(0, BLOCK_K)[None, :]
-        n = tl.load(lists + slot * s_s, mask=live & (slot < 2048), other=-1)
+        n = tl.load(lists + slot.to(tl.int64) * s_s, mask=live & (slot < 2048), other=-1)
         number = first + n // 64
         inside = (n >= 0) & (n < seen) & (number >= 0) & (number < chunk)
         bit = tl.full([BLOCK_T, BLOCK_K], 1, tl.int64) << (n % 64).to(tl.int64)

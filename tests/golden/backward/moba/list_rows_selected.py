@@ -79,7 +79,7 @@ def list_rows_selected(
         # load: the tile's choices
         t = t0 + row
         base = SELECTION + z.to(tl.int64) * s_b + head.to(tl.int64) * s_h
-        address = base + (q_first + t).to(tl.int64) * s_t + slot * s_s
+        address = base + (q_first + t).to(tl.int64) * s_t + slot.to(tl.int64) * s_s
         entry = tl.load(address, mask=(t < q_len) & (slot < 3), other=-1)
         limit = entry_limit(q_offset + t, k_len, 512, True)
         valid = (entry >= 0) & (entry < limit)
