@@ -76,10 +76,15 @@ def _check_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """What PyTorch itself compares by, before it runs what it compiled."""
     kind: Any = _guards()
     if kind is None:
-        before = parts(tensors)
-        return lambda *others: parts(others) == before
+        before = _with_grad(tensors)
+        return lambda *others: _with_grad(others) == before
     sizes, strides = ([[*f(x)] for x in tensors] for f in (Tensor.size, Tensor.stride))
     return kind(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def _with_grad(tensors: Sequence[Tensor]) -> list[object]:
+    """Parts, and whether each requires grad, which PyTorch's own comparison looks at too."""
+    return [*parts(tensors), *(x.requires_grad for x in tensors)]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from hsgen.buckets import BucketsContext, PartsContext
 from hsgen.cols_streams import ColsStreamsContext, shared_bytes
 from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsContext, UniteContext
 from hsgen.plan import STREAMED, Kernel, Plan
-from hsgen.rows import MARKED, RowsContext, next_power
+from hsgen.rows import MARKED, PICKING, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
 from hsgen.streams import (
     GROUPS,
@@ -144,6 +144,8 @@ def _row_ranges(context: RowsContext, kernel: Kernel, plan: Plan) -> dict[str, t
     tokens = 1 << tokens.bit_length() - 1
     if context.together == "part":
         tokens = min(tokens, next_power(context.rows_together))
+    if _picks(kernel, plan):
+        tokens = min(tokens, PICKING)
     wide = 128
     if (block := _block(kernel, plan)) is not None:
         wide = max(LEAST_DOT, min(wide, block))
@@ -172,6 +174,24 @@ def _stream_ranges(
         least = max(GROUPS, LEAST_ROWS // pitch)  # a token a group
         return {"BLOCK_T": (least, most), "STAGES": (2, 8)}
     return {"BLOCK_N": (32, min(128, _block(kernel, plan) or 128)), "STAGES": (2, 8)}
+
+
+def _picks(kernel: Kernel, plan: Plan) -> bool:
+    """Whether what follows gives each row of its tile a bit of one word."""
+    return any(
+        other.follows == kernel.name
+        and isinstance(other.context, MarksContext)
+        and other.context.how == "picked"
+        for other in plan.kernels
+    )
+
+
+def _too_many_rows(kernel: Kernel, values: Mapping[str, int], plan: Plan) -> str:
+    """That a tile has rows without a bit, whose gradients would be wrong; empty if it has none."""
+    tokens = values.get("BLOCK_T", 1)
+    if tokens > PICKING and _picks(kernel, plan):
+        return f"expected BLOCK_T of at most {PICKING}, the bits of a word, got {tokens}"
+    return ""
 
 
 def _block(kernel: Kernel, plan: Plan) -> int | None:
@@ -217,6 +237,8 @@ def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
     """The rules that a kernel's values break, those of the tile that it shares included."""
     if values["num_warps"] > target.max_warps_per_block:
         yield f"{values['num_warps']} warps, {target.name} has {target.max_warps_per_block} a block"
+    if wrong := _too_many_rows(kernel, values, plan):
+        yield wrong
     largest = _elements(kernel, values)
     if largest > MOST_ELEMENTS:
         yield f"a tile of {largest:,} elements, Triton takes {MOST_ELEMENTS:,}"
@@ -242,7 +264,8 @@ def refused(
 ) -> str:
     """What is wrong with a caller's values of a kernel, and what is allowed; empty where nothing is.
 
-    Of loops of Triton's own only names are looked at.  Of a kernel that streams most values are layouts
+    Of loops of Triton's own only names are looked at, and that each row has a bit where bits say which
+    rows picked a token.  Of a kernel that streams most values are layouts
     that its groups of warps share, so that others would not compile, or wait for ever.
 
     given: what the caller says, part of `values`, which the kernel runs with.
@@ -252,6 +275,8 @@ def refused(
         if name not in start:
             leader = f"; others are those of {kernel.follows}" if shares(kernel) else ""
             return f"expected some of {', '.join(start)}, got {name!r}{leader}"
+    if wrong := _too_many_rows(kernel, values, plan):
+        return wrong
     if kernel.skeleton not in STREAMED:
         return ""
     known = {knob.name: knob for knob in knobs_of(kernel, plan)}

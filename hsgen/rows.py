@@ -17,6 +17,7 @@ LOG2_E = 1.4426950408889634
 FEW_TOKENS = 16
 LINE = 100  # characters of an emitted line
 MARKED = 64  # tokens of a block whose choice is one word
+PICKING = 32  # rows of a tile, at most, that pick tokens: a bit each in a word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

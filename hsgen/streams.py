@@ -463,9 +463,8 @@ def number_bytes(context: RowsContext) -> int:
 def score_tiles(context: RowsContext, target: Target) -> Config | None:
     """As many rows as the registers of a group have room for, beside 64 keys that are read once for all."""
     tokens = 1 << (SCORED_ROWS // context.pitch).bit_length() - 1
-    if (
-        context.children
-    ):  # of candidates that are read for all rows, more are read the more rows there are
+    # of candidates that are read for all rows, more are read the more rows there are
+    if context.children:
         tokens = min(tokens, MERGED)
     dims = sum(c.width for c in context.qk_chunks) * number_bytes(context)
     while tokens >= GROUPS:

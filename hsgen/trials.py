@@ -25,13 +25,16 @@ from hsgen import batch, drawn
 from hsgen.arguments import SHORT_NAMES
 from hsgen.batch import Batch
 from hsgen.errors import HsgenError
-from hsgen.execution import Configs, Driver, Program, compute_integers_once, interpreting
+from hsgen.execution import Configs, Program, compute_integers_once, interpreting
+from hsgen.plan import Plan
 from hsgen.reference import Result, reference, tensor_kinds, tensor_shapes
+from hsgen.rows import RowsContext
 from hsgen.runtime import compile_program
 from hsgen.schedule import TILE_OF_HEADS
 from hsgen.selection import ListSelection, members
 from hsgen.spec import Attend, Blocks, HeadDim, Heads, Level, Spec, parse
 from hsgen.spec import verify as verify_spec
+from hsgen.streams import StreamsContext
 from hsgen.target import Target
 
 Numbers = Literal["real", "integers", "plateau"]
@@ -310,7 +313,7 @@ class _Tensors:
 def judge(trial: Trial, target: Target) -> list[str]:
     """Run one trial in the interpreter.  -> what is wrong, nothing if all is well"""
     program = _program(trial.spec, target, trial.dtype)
-    return Examination(trial).problems(program.driver, program.config)
+    return Examination(trial).problems(program, program.config)
 
 
 class Examination:
@@ -321,15 +324,15 @@ class Examination:
 
     def __init__(self, trial: Trial, device: str = "cpu") -> None:
         self.trial = trial
-        self._eight = device != "cpu" and Target.current().dots_of_e4m3
+        self._on_card = device != "cpu"
         self._tensors = _tensors(trial, device)
         self._known: dict[str, tuple[Result, Result]] = {}
         self._free: Result | None = None
 
-    def problems(self, driver: Driver, config: Configs) -> list[str]:
-        """Run the kernels.  -> what is wrong, nothing if all is well"""
+    def problems(self, program: Program, config: Configs) -> list[str]:
+        """Run a program's kernels.  -> what is wrong, nothing if all is well"""
         trial, tensors = self.trial, self._tensors
-        o, lse, own = driver.forward(tensors.driver, tensors.batch, config, tensors.brought)
+        o, lse, own = program.driver.forward(tensors.driver, tensors.batch, config, tensors.brought)
         chosen = tensors.brought or own
         if trial.packed:
             o, lse = o[0], {name: each[0] for name, each in lse.items()}
@@ -346,7 +349,7 @@ class Examination:
             for level in trial.spec.levels
             if level.select and not tensors.brought
             for problem in _wrong_selection(
-                level, selection[level.name], forced, self._free, self._apart(level)
+                level, selection[level.name], forced, self._free, self._apart(level, program.plan)
             )
         ]
         if trial.exact and not tensors.brought:
@@ -357,11 +360,9 @@ class Examination:
             wrong += _wrong_lse(name, got, expected, self._step_of(name))
         return wrong
 
-    def _apart(self, level: Level) -> float:
+    def _apart(self, level: Level, plan: Plan) -> float:
         """How far apart entries may be whose scores are right, as a part of the largest."""
-        index = self.trial.spec.index
-        kept = index is not None and level.score.by_index and index.dtype in ("fp8", "fp8_unscaled")
-        eight = self._eight and kept and self.trial.dtype != torch.float32
+        eight = self._on_card and _scored_in_eight(level, plan)
         return max(_step(self.trial, level), EIGHT_BOUND if eight else SCORE_BOUND)
 
     def _step_of(self, branch: str) -> float:
@@ -457,6 +458,17 @@ def _numbers(trial: Trial, name: str, shape: tuple[int, ...], generator: torch.G
 
 
 # --- judgement
+
+
+def _scored_in_eight(level: Level, plan: Plan) -> bool:
+    """Whether the kernel that scores a level reads e4m3 numbers, as the plan says it."""
+    for kernel in plan.kernels:
+        context = (
+            kernel.context.rows if isinstance(kernel.context, StreamsContext) else kernel.context
+        )
+        if kernel.name == f"score_{level.name}" and isinstance(context, RowsContext):
+            return context.eight
+    return False
 
 
 def _step(trial: Trial, level: Level) -> float:

@@ -179,7 +179,7 @@ class Bench:
         self._checks = self._checks or [Examination(t, self.device) for t in self._trials()]
         with trials.poisoned():
             for check in self._checks:
-                if problems := check.problems(program.driver, configs):
+                if problems := check.problems(program, configs):
                     raise _WrongError(f"{check.trial.name}: {'; '.join(problems)}")
         return {"trials": len(self._checks), "exact": any(c.trial.exact for c in self._checks)}
 

@@ -644,6 +644,32 @@ def test_values_that_a_gradient_in_a_stream_cannot_have_are_told(kernel, given, 
     assert knobs.refused(made, given, values, plan, STREAMING) == message
 
 
+def test_rows_of_a_tile_that_picks_tokens_have_a_bit_each():
+    """Loops take as many rows as a word has bits; more would have gradients that are silently wrong."""
+    one = {"causal": "true", "share": "share: head", "qk": 64, "v": 64}
+    plan = backward.plan(emitted.graph(spec(TOKENS, query=2, kv=2, **one)), H100)
+    dq = plan.kernel("dq_selected")
+    assert max(k.value(k.codes[-1]) for k in knobs.knobs_of(dq, plan) if k.name == "BLOCK_T") == 32
+    for tokens, message in (
+        (32, ""),
+        (64, "expected BLOCK_T of at most 32, the bits of a word, got 64"),
+    ):
+        given = {"BLOCK_T": tokens}
+        values = dq.config.keywords() | given
+        knobs.derive(dq, values)
+        assert knobs.refused(dq, given, values, plan, H100) == message
+        assert (message in knobs.broken(dq, values, H100, plan)) == bool(message)
+
+
+def test_a_gradient_of_more_rows_than_bits_is_refused():
+    chosen = spec(TOKENS, query=2, kv=2, causal="true", share="share: head", qk=16, v=16)
+    config = {"dq_selected": {"BLOCK_T": 64, "BLOCK_M": 64}}
+    attn = load_kernel(chosen, interpret=True, config=config)
+    o = attn(**tensors(chosen, 1, 5, 5, torch.float32))
+    with pytest.raises(ArgumentError, match="config: dq_selected: expected BLOCK_T of at most 32"):
+        o.sum().backward()
+
+
 def test_a_backward_with_such_values_is_refused():
     """By the plan of a card that streams, of which a CPU has no call of its own."""
     window = spec(WINDOW, query=16, kv=2, causal="true", qk=64, v=64)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conformance import systems
 
-from hsgen import schedule, splits
+from hsgen import alike, schedule, splits
 from hsgen.cache import Cache
 from hsgen.errors import ArgumentError, HsgenError, PlanError
 from hsgen.gates import Gate, GateError
@@ -392,6 +392,31 @@ def test_wrong_calls_are_answered_by_name():
     with pytest.raises(HsgenError, match="calls with a cache have no derivative"):
         attn.decode(q.requires_grad_(), k, v, cache)
     assert cache.lengths.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("first", ["plain", "wanted"])
+@pytest.mark.parametrize("public", [False, True], ids=["as PyTorch compares", "by parts"])
+def test_a_step_that_requires_grad_is_told_from_one_that_does_not(public, first, monkeypatch):
+    """Whichever was first; each case has a kernel of its own, which remembers no step of another."""
+    if public:
+        monkeypatch.setattr(alike, "_guards", lambda: None)
+    spec = parse(SHARED.replace("shared_keys", f"grad_{first}_{public}".lower()))
+    attn = load_kernel(spec)
+    cache = attn.new_cache(2, 16)
+    x, rows = made(spec, 2, 9)
+    (plain, k, v), _ = cut(x, rows, 0, 1)
+    plain = plain.clone()
+    wanted = plain.clone().requires_grad_()  # which lies alike
+    with torch.no_grad():
+        for _ in range(2):  # the first one of a cache also makes room
+            attn.decode(wanted if first == "wanted" else plain, k, v, cache)
+    attn.decode(plain, k, v, cache)
+    with pytest.raises(HsgenError, match="calls with a cache have no derivative"):
+        attn.decode(wanted, k, v, cache)
+    with torch.no_grad():
+        attn.decode(wanted, k, v, cache)
+    attn.decode(plain, k, v, cache)
+    assert cache.lengths.tolist() == [5, 5]
 
 
 def test_a_cache_says_what_a_token_takes():

@@ -373,7 +373,30 @@ def test_a_search_holds_them_to_their_own_bound(numbers):
         name="bytes", spec=spec, dtype=torch.bfloat16, queries=rows, keys=rows, numbers=numbers
     )
     program = runtime.compile_program(spec, Target.current(), torch.bfloat16, interpret=False)
-    assert trials.Examination(trial, "cuda").problems(program.driver, program.config) == []
+    assert trials.Examination(trial, "cuda").problems(program, program.config) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "dtype", "bound"),
+    [
+        ({}, H100, "bf16", trials.EIGHT_BOUND),
+        ({}, with_streams(H100, "3.6"), "bf16", trials.EIGHT_BOUND),
+        ({"dim": 48}, H100, "bf16", trials.SCORE_BOUND),
+        ({"dtype": "bf16"}, H100, "bf16", trials.SCORE_BOUND),
+        ({}, A100, "bf16", trials.SCORE_BOUND),
+        ({}, H100, "fp32", trials.SCORE_BOUND),
+    ],
+)
+def test_a_search_asks_the_plan_for_the_bound(changes, target, dtype, bound):
+    """A card's units add e4m3 products only where a score kernel has any."""
+    spec = of(**changes)
+    trial = trials.trials(spec)[0]
+    (level,) = spec.levels
+    plan = plan_of(spec, target, dtype)
+    examination = trials.Examination(trial)
+    assert examination._apart(level, plan) == trials.SCORE_BOUND  # the interpreter adds in float32
+    examination._on_card = True
+    assert examination._apart(level, plan) == bound
 
 
 @pytest.mark.gpu

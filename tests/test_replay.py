@@ -227,6 +227,7 @@ def test_tensors_lie_alike(public, monkeypatch):
         assert not like([y, x.int()])
     assert not like([x])
     assert not like([x, x.int(), x])
+    assert not like([x.clone().requires_grad_(), x.int()])
     y = x.clone()
     twice = alike.Likeness([x, y, x])
     assert twice([y, x, y])

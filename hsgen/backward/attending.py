@@ -158,7 +158,7 @@ class _Branch:
         buffers, adds = self.whole.buffer("q")
         dq = cols.query_gradient(forward, name=f"dq_{self.name}", scale=self.scale, adds=adds)
         chosen = self.tokens
-        most = tokens.TOGETHER if chosen else max(1, SORT_LIMIT // next_power(self.width))
+        most = rows.PICKING if chosen else max(1, SORT_LIMIT // next_power(self.width))
         block = self.op.size if self.chosen and not chosen else None
         config = self._tiles_of_rows(dq, most=most, block=block)
         if chosen:

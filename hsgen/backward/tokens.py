@@ -6,6 +6,7 @@ Both have room for the worst of choices, so they are made in turns: of tiles, or
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hsgen.cols import ColsContext
 from hsgen.kernels import MarksContext
@@ -15,7 +16,6 @@ from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
 from hsgen.transposed import TransposedContext
 
-TOGETHER = 32  # rows of a tile: a bit each in a word
 MARKING = 4096  # slots that a program looks at at a time
 LISTING = 1024  # rows, likewise
 
@@ -93,10 +93,10 @@ def by_block(draft: Draft, chosen: Chosen, context: ColsContext) -> Lists:
     """The rows that chose any token of each block of 64, and which tokens."""
     name, own, lists = chosen.branch, context.marked, context.list_heads
 
-    def kernel(how: str, config: Config) -> str:
+    def kernel(how: Literal["mark", "front"], config: Config) -> str:
         made = TransposedContext(
             name=f"{how}_rows_{name}",
-            how=how,  # type: ignore[arg-type]  # one of two
+            how=how,
             heads=chosen.heads,
             own=own,
             width=chosen.width,
