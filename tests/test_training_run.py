@@ -97,7 +97,7 @@ def test_a_model_says_nothing_of_tokens_ahead():
 
 
 def test_what_no_kernel_trains_is_said_by_name():
-    words = training_run.refusals(training_run.system("hisa", 4096, Size()), "cpu", interpret=True)
+    words = training_run.refusals(training_run.system("hisa", 512, Size()), "cpu", interpret=True)
     assert words == {"losses": "hisa: no kernel computes the loss kl yet"}
 
 

@@ -109,7 +109,7 @@ class Draft:
         """Whether picked tokens can be gathered for tiles of no more rows than a word has bits."""
         if self.cached is not None or not streams.possible(context, self.target, self.dtype):
             return False
-        return streams.tiles(context, self.target, most=32, block=rows.MARKED) is not None
+        return streams.tiles(context, self.target, most=rows.PICKING, block=rows.MARKED) is not None
 
     def score_tiles(self, context: rows.RowsContext) -> Config:
         """Tiles of a score, whose keys come in a stream where they can."""
