@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -370,14 +369,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write results, or write the page from results."""
-    args = arguments(argv)
-    if args.report is None:
-        path = run(args, sys.argv[1:] if argv is None else argv)
-        print(page([common.read_json(path)]))
-        return 0
-    results = [common.read_json(path) for path in common.found(args.report, "backward")]
-    (args.docs / "backward.md").write_text(page(results))
-    return 0
+    return common.written(arguments(argv), argv, "backward", run, page)
 
 
 if __name__ == "__main__":

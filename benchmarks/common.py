@@ -5,9 +5,11 @@ Measures nothing.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hsgen import machine
@@ -113,6 +115,22 @@ def read_json(path: Path) -> Json:
 def found(paths: Sequence[Path], kind: str) -> list[Path]:
     """The results to write up: those named, else all that are kept, by name."""
     return list(paths) or sorted(RESULTS.glob(f"{kind}_*.json"))
+
+
+def written(
+    args: argparse.Namespace,
+    argv: Sequence[str] | None,
+    kind: str,
+    run: Callable[[argparse.Namespace, Sequence[str]], Path],
+    page: Callable[[Sequence[Json]], str],
+) -> int:
+    """Measure and print the page of that, or with --report write the page of what is kept."""
+    if args.report is None:
+        print(page([read_json(run(args, sys.argv[1:] if argv is None else argv))]))
+        return 0
+    results = [read_json(path) for path in found(args.report, kind)]
+    (args.docs / f"{kind}.md").write_text(page(results))
+    return 0
 
 
 def number(value: float | None) -> str:

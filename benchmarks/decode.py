@@ -17,7 +17,6 @@ import argparse
 import gc
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -485,14 +484,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write results, or write the page from results."""
-    args = arguments(argv)
-    if args.report is None:
-        path = run(args, sys.argv[1:] if argv is None else argv)
-        print(page([common.read_json(path)]))
-        return 0
-    results = [common.read_json(path) for path in common.found(args.report, "decode")]
-    (args.docs / "decode.md").write_text(page(results))
-    return 0
+    return common.written(arguments(argv), argv, "decode", run, page)
 
 
 if __name__ == "__main__":

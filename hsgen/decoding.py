@@ -41,11 +41,8 @@ from hsgen.target import Target
 
 MOST_PAGE = 1024  # tokens
 INTERPRETED_TARGET = "h100"
-OF_ROWS = (
-    "BLOCK_T",
-    "BLOCK_M",
-    "BLOCK_V",
-)  # of a kernel of a step: its rows, tokens, numbers of a token
+# of a kernel of a step: its rows, tokens, numbers of a token
+OF_ROWS = ("BLOCK_T", "BLOCK_M", "BLOCK_V")
 OF_PARTS = "BLOCK_P"
 
 

@@ -17,7 +17,7 @@ from hsgen.rows import SEQ, count, pointer, tensor
 
 BUCKET_FIRST = count("bucket_first", "the turn's first block")
 CHUNK = count("chunk", "blocks of a turn, at most")
-TOKENS = count("tokens", "rows of the longest sequence")
+TOKENS = count("tokens", "rows of a sequence; packed: of all")
 LENGTH = count("length", "of one sequence; packed: 0")
 
 

@@ -115,7 +115,7 @@ def dkv_selected(
     MARKS,  # i64[lists, chunk, tokens] tokens that each chose, as bits
     length,  # of one sequence; packed: 0
     chunk,  # blocks of a turn, at most
-    tokens,  # rows of the longest sequence
+    tokens,  # rows of a sequence; packed: of all
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     bucket_first,  # the turn's first block

@@ -41,7 +41,7 @@ def mark_rows_selected(
     BITS,  # [1, chunk, tokens] tokens as bits; 0 between turns
     length,  # of one sequence; packed: 0
     chunk,  # blocks of a turn, at most
-    tokens,  # rows of the longest sequence
+    tokens,  # rows of a sequence; packed: of all
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     bucket_first,  # the turn's first block
