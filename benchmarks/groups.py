@@ -145,7 +145,7 @@ def plot(results: Sequence[Json]) -> str:
 
 def _cases(results: Sequence[Json]) -> Iterator[tuple[Json, Json]]:
     for result in results:
-        for case in result["cases"].values():
+        for case in sorted(result["cases"].values(), key=lambda x: (x["system"], x["group"])):
             if case["status"] != "skipped":  # for want of time; another run may have it
                 yield result, case
 

@@ -332,6 +332,10 @@ def test_only_what_the_sanitizer_finds_clean_is_clean(said, status, clean, monke
     assert sanitizer.examine("nsa", "memcheck", 1.0)["clean"] is clean
 
 
+def test_what_runs_under_the_sanitizer_runs():
+    assert sanitizer.child("moba", device="cpu") == 0
+
+
 def test_kept_runs_of_the_sanitizer_are_clean():
     (path, *_) = sorted(common.RESULTS.glob("sanitizer_*.json"))
     kept = common.read_json(path)["specs"]
