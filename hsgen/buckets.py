@@ -18,6 +18,7 @@ from hsgen.plan import Buffer, Config, Kernel, Launch, Param, Step
 from hsgen.rows import SEQ, Chunk, RowsContext, Shape, chunks, count, next_power, pointer
 
 MOST_SLOTS = 16  # of a row: each is a part, written and read again
+MOST_TURNS = 8  # of heads in a short call, to hold less
 LEAST_BLOCK = 128  # tokens: a part of fewer keys costs more to merge than to compute
 
 
@@ -284,6 +285,23 @@ def plan(
     return kernels, _step(shape, branch, context.name)
 
 
+def turns(name: str, heads: str, short: str) -> tuple[tuple[str, str], ...]:
+    """The sizes that say how many heads have a turn, about as many in each: `turn_NAME`.
+
+    A scratch holds their parts, `bytes_NAME` of each.  Those of a short call have `short` bytes, or a quarter
+    of a scratch, but no more than MOST_TURNS turns for that.
+    """
+    bytes_, room, least = f"bytes_{name}", f"short_{name}", f"least_{name}"
+    fit, number = f"fit_{name}", f"turns_{name}"
+    return (
+        (room, f"max(SCRATCH_BYTES // 4, {short})"),
+        (least, f"max({room} // {bytes_}, ({heads} + {MOST_TURNS - 1}) // {MOST_TURNS})"),
+        (fit, f"max(1, min(SCRATCH_BYTES // {bytes_}, {least}))"),
+        (number, f"({heads} + {fit} - 1) // {fit}"),
+        (f"turn_{name}", f"({heads} + {number} - 1) // {number}"),
+    )
+
+
 def _step(shape: Shape, branch: Branch, attending: str) -> Step:
     name, heads, stride = branch.name, str(shape.query_heads), branch.entries.stride
     length, buckets, items = f"length_{name}", f"buckets_{name}", f"items_{name}"
@@ -294,7 +312,8 @@ def _step(shape: Shape, branch: Branch, attending: str) -> Step:
     packed = f"packed_{name}"
     row_tiles = "batch.rows // {BLOCK_T} + batch.sequences"
     block_t = f'config["{attending}"]["BLOCK_T"]'
-    part_bytes = 4 * shape.v + 12  # of a slot: an output, as if of float32, its sum and its place
+    held = shape.query_heads * (shape.qk + shape.v) * 2  # bytes of a row of queries and outputs
+    part_bytes = 2 * shape.v + 12  # of a slot: an output, as if of 16 bits, its sum and its place
     sizes = (
         (packed, f"{branch.keys}.shape[1] // {stride} if batch.packed else 0"),
         (length, f"0 if batch.packed else {branch.keys}.shape[1] // {stride}"),
@@ -303,7 +322,7 @@ def _step(shape: Shape, branch: Branch, attending: str) -> Step:
         (capacity, f"{items} // {block_t} + {buckets}"),
         (f"heads_{name}", heads),
         (f"bytes_{name}", f"{items} * {part_bytes}"),
-        (turn, f"min({heads}, max(1, SCRATCH_BYTES // bytes_{name}))"),
+        *turns(name, heads, f"batch.rows * {held * 2} // 5"),
     )
     buffers = (
         Buffer(name=counts, dtype="i32", dims=(heads, buckets), role="list", zeros=True),

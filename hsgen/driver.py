@@ -250,6 +250,10 @@ class Driver:
         any_will_do = f"in_{gates} = in_q  # of as many rows: no choice depends on an output"
         return tuple(any_will_do if line == given else line for line in lines)
 
+    def passing(self, step: Step) -> tuple[str, ...]:
+        """What is let go behind a step."""
+        return self.plan.passing(step)
+
     def calls(self, step: Step) -> tuple[Call, ...]:
         return tuple(self._call(launch) for launch in step.launches)
 

@@ -43,19 +43,53 @@ class Launched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
-    """What one call allocates and launches; `others`: what one with a selection launches instead."""
+    """What one call allocates and launches; `others`: what one with a selection launches instead.
+
+    `given`: bytes of what the caller brings.  `peak`: the most bytes that the buffers have at a time.
+    """
 
     buffers: tuple[tuple[Buffer, Array], ...]
     launches: tuple[Launched, ...]
+    given: int
+    peak: int
     others: tuple[Launched, ...] = ()
 
     def launch(self, kernel: str) -> Launched:
         return next(x for x in (*self.launches, *self.others) if x.kernel == kernel)
 
+    def of(self, *roles: str) -> int:
+        """Bytes of all buffers of some roles."""
+        return sum(array.bytes for buffer, array in self.buffers if buffer.role in roles)
+
 
 def run(plan: Plan, *, tokens: int, batch: int = 1) -> DryRun:
     """One call with `batch` sequences of `tokens` queries on as many keys, all tensors contiguous."""
-    return _Run(plan=plan, names=_call(plan, batch, tokens)).run()
+    names = _call(plan, batch, tokens)
+    return _Run(plan=plan, names=names, given=_bytes(names)).run()
+
+
+def gradients(plan: Plan, forward: Plan, *, tokens: int, batch: int = 1) -> DryRun:
+    """One backward of such a call; `given` is what autograd kept of `forward`, and the output's gradient."""
+    names = _call(plan, batch, tokens)
+    made = {
+        buffer.name: array for buffer, array in run(forward, tokens=tokens, batch=batch).buffers
+    }
+    o = made[forward.output]
+    kept = {plan.output: o, "grad_o": o}
+    for branch, name in plan.lse.items():
+        kept[name] = made[forward.lse[branch]]
+    for level, name in plan.selection.items():
+        kept[name] = made[forward.selection[level]]
+    for name in plan.apart.values():
+        kept[name] = replace(o, itemsize=4)
+    given = _bytes(names) + _bytes(kept)
+    names |= kept | {f"grad_{name}": kept[name] for name in plan.lse.values()}
+    return _Run(plan=plan, names=names, given=given).run()
+
+
+def _bytes(names: Mapping[str, Value]) -> int:
+    """Of all that is a tensor."""
+    return sum(x.bytes for x in names.values() if isinstance(x, Array))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,18 +152,30 @@ class _Run:
 
     plan: Plan
     names: dict[str, Value]
+    given: int
     buffers: list[tuple[Buffer, Array]] = field(default_factory=list[tuple[Buffer, Array]])
     launches: list[Launched] = field(default_factory=list[Launched])
 
     def run(self) -> DryRun:
         for step in self.plan.usual:
             self._step(step)
-        found = DryRun(buffers=tuple(self.buffers), launches=tuple(self.launches))
+        found = DryRun(
+            buffers=tuple(self.buffers),
+            launches=tuple(self.launches),
+            given=self.given,
+            peak=self._peak(),
+        )
         self.launches.clear()
         for step in self.plan.steps:
             if step.of == "given":
                 self._step(step)
         return replace(found, others=tuple(self.launches))
+
+    def _peak(self) -> int:
+        """What stays to the end, and what the step has beside it that has most."""
+        sizes = {buffer.name: array.bytes for buffer, array in self.buffers}
+        passing = [sum(sizes[name] for name in self.plan.passing(step)) for step in self.plan.usual]
+        return sum(sizes.values()) - sum(passing) + max(passing, default=0)
 
     def _step(self, step: Step) -> None:
         for name, text in step.sizes:

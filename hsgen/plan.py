@@ -149,6 +149,16 @@ class Step:
     chunk: str | None = None
     of: Literal["own", "given", "rows"] | None = None
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """Every name in the step's expressions that it does not bring to life itself."""
+        texts = [text for _, text in self.sizes]
+        texts += [dim for buffer in self.buffers for dim in buffer.dims]
+        for launch in self.launches:
+            texts += (*launch.grid, *launch.arguments, *(text for _, text in launch.given))
+        names = {name for text in texts for name in re.findall(r"[A-Za-z_]\w*", text)}
+        return frozenset(names - {buffer.name for buffer in self.buffers})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cached:
@@ -200,6 +210,16 @@ class Plan:
     def usual(self) -> tuple[Step, ...]:
         """The steps of a call that chooses for itself."""
         return tuple(step for step in self.steps if step.of != "given")
+
+    def passing(self, step: Step) -> tuple[str, ...]:
+        """Buffers that a step makes and that no other one reads: what comes behind may have their memory."""
+        others = (x for x in (*self.appends, *self.steps) if x is not step)
+        read = {name for other in others for name in other.reads}
+        return tuple(
+            buffer.name
+            for buffer in step.buffers
+            if buffer.role in ("list", "scratch") and buffer.name not in read
+        )
 
     def kernel(self, name: str) -> Kernel:
         return {kernel.name: kernel for kernel in self.kernels}[name]

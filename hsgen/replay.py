@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -40,9 +40,7 @@ except ImportError:  # the reference runs without
 KEPT = 512  # calls of one kernel, each with some 2 KB a launch; the least recently made goes first
 MOST_LAUNCHES = 64  # of a call; a longer one hides what its launches cost
 BETWEEN = 256  # bytes; where buffers begin in what is allocated for several
-ALONE = (
-    2**24
-)  # bytes of a buffer that is allocated by itself: one piece for all would be hard to find
+ALONE = 2**24  # bytes of a buffer that has a piece of its own: one for all would be hard to find
 
 Outputs = list[Any]  # tensors; of a driver of gradients some may be None
 Arranged = Callable[[Any, Sequence[Tensor], Batch], Outputs]
@@ -69,7 +67,7 @@ STREAM: Final = 3  # its place, behind a grid
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Made:
-    """A tensor that is allocated by itself, because a caller gets it or it is large."""
+    """A tensor that is allocated by itself, because a caller gets it or it is large and has to be 0."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -86,9 +84,9 @@ class Replay:
             other buffers.
         made: what is allocated by itself.
         outputs: numbers of these that a caller gets, None where the driver gives none.
-        places: where other buffers begin in one allocation.
-        zeros: bytes of it, at its beginning, that have to be 0.
-        bytes: all of it.
+        rooms: bytes of what is allocated for other buffers.
+        places: in which of these each of them begins, and where.
+        zeros: bytes of the first, at its beginning, that have to be 0.
         device: where.
         ordinal: of the device, as Triton counts.
     """
@@ -96,9 +94,9 @@ class Replay:
     launches: tuple[Launch, ...]
     made: tuple[Made, ...]
     outputs: tuple[int | None, ...]
-    places: tuple[int, ...]
+    rooms: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
     zeros: int
-    bytes: int
     device: torch.device
     ordinal: int
 
@@ -121,11 +119,11 @@ class Replay:
             at.append(x.data_ptr())
             if each.zeros:
                 zeros.append(x)
-        if self.bytes:
-            room = torch.empty(self.bytes, dtype=torch.uint8, device=device)
-            at += map(room.data_ptr().__add__, self.places)
-            if self.zeros:
-                zeros.append(room[: self.zeros])
+        rooms = [torch.empty(size, dtype=torch.uint8, device=device) for size in self.rooms]
+        starts = [room.data_ptr() for room in rooms]
+        at += [starts[room] + place for room, place in self.places]
+        if self.zeros:
+            zeros.append(rooms[0][: self.zeros])
         if zeros:
             torch._foreach_zero_(zeros)  # pyright: ignore[reportPrivateImportUsage]
         stream = drivers.active.get_current_stream(self.ordinal)
@@ -296,16 +294,13 @@ class _Notes:
             self.refuse(f"of {len(self.launches)} launches, more than {MOST_LAUNCHES}")
         numbers, made = self._given(outputs)
         for i, (x, zeros) in enumerate(self.buffers):
-            if i not in made and x.nbytes >= ALONE:
-                made[i] = Made(size=x.shape, stride=x.stride(), dtype=x.dtype, zeros=zeros)
+            if i not in made and zeros and x.nbytes >= ALONE:
+                made[i] = Made(size=x.shape, stride=x.stride(), dtype=x.dtype, zeros=True)
+        lives = self._lives()
         scratch = [i for i in range(len(self.buffers)) if i not in made]
-        scratch.sort(key=lambda i: not self.buffers[i][1])  # zeros first
-        places, zeros, end = list[int](), 0, 0
-        for i in scratch:
-            x, zero = self.buffers[i]
-            places.append(end)
-            end += -(-x.nbytes // BETWEEN) * BETWEEN
-            zeros = end if zero else zeros
+        scratch.sort(key=lambda i: (not self.buffers[i][1], -self.buffers[i][0].nbytes))
+        zeros = sum(_whole(self.buffers[i][0].nbytes) for i in scratch if self.buffers[i][1])
+        rooms, places = placed((self.buffers[i][0].nbytes, lives[i]) for i in scratch)
         order = [*tensors, *(self.buffers[i][0] for i in (*made, *scratch))]
         numbers_of = {id(x): i for i, x in enumerate(order)}
         launches = [self._launch(*each, numbers_of) for each in self.launches]
@@ -315,12 +310,23 @@ class _Notes:
             launches=tuple(launches),
             made=tuple(made.values()),
             outputs=tuple(numbers),
+            rooms=tuple(rooms),
             places=tuple(places),
             zeros=zeros,
-            bytes=end,
             device=device,
             ordinal=drivers.active.get_current_device(),
         )
+
+    def _lives(self) -> list[range]:
+        """By buffer the launches that need it, the first to the last; what has to be 0, from the start."""
+        numbers = {id(x): i for i, (x, _) in enumerate(self.buffers)}
+        numbers |= {id(tile): numbers[id(x)] for tile, x in self.tiles if id(x) in numbers}
+        lives = [range(0)] * len(self.buffers)
+        for launch, (_, _, given) in enumerate(self.launches):
+            for i in {numbers[id(value)] for value in given if id(value) in numbers}:
+                first = lives[i].start if lives[i] else launch
+                lives[i] = range(0 if self.buffers[i][1] else first, launch + 1)
+        return lives
 
     def _launch(
         self,
@@ -374,6 +380,49 @@ class _Notes:
                 self.refuse("it gives one buffer in two ways")
             numbers.append([*made].index(owner))
         return numbers, made
+
+
+def placed(buffers: Iterable[tuple[int, range]]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Where buffers lie, those of different launches in the same memory: bytes of rooms, and by buffer which
+    room it is in and where.
+
+    A large one has a room of its own, or is in that of a larger one which is needed at other times; the first
+    room has the others, one after the other where they are needed together.
+
+    Args:
+        buffers: Bytes, and which launches need them; those that have to be 0 first, then the largest.
+    """
+    rooms, taken, places = [0], [list[tuple[int, int, range]]()], list[tuple[int, int]]()
+    for bytes_, life in buffers:
+        size = _whole(bytes_)
+        ways = ((room, _free(taken[room], size, life)) for room in range(1, len(rooms)))
+        room, at = next((x for x in ways if x[1] + size <= rooms[x[0]]), (0, 0))
+        if room == 0 and size >= ALONE:
+            room = len(rooms)
+            rooms.append(size)
+            taken.append([])
+        elif room == 0:
+            at = _free(taken[0], size, life)
+            rooms[0] = max(rooms[0], at + size)
+        taken[room].append((at, at + size, life))
+        places.append((room, at))
+    return rooms, places
+
+
+def _free(taken: Iterable[tuple[int, int, range]], size: int, life: range) -> int:
+    """The first place for so many bytes beside what is needed by some of the same launches."""
+    at = 0
+    for start, end, other in sorted(taken, key=lambda x: x[0]):
+        if max(life.start, other.start) < min(life.stop, other.stop):
+            if at + size <= start:
+                break
+            at = max(at, end)
+    return at
+
+
+def _whole(size: int) -> int:
+    """Bytes up to where the next buffer may begin."""
+    return -(-size // BETWEEN) * BETWEEN
 
 
 def _straight(launcher: Any) -> tuple[Callable[..., None], tuple[object, ...]]:

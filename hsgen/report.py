@@ -69,14 +69,12 @@ ROLES = ("output", "level", "selection", "list", "scratch")
 
 
 def _memory_text(plan: Plan) -> str:
-    """What one call allocates, by what it is for."""
-    rows: list[tuple[str, ...]] = [("  T", *ROLES)]
+    """What one call allocates, by what it is for, and the most that is there at a time."""
+    rows: list[tuple[str, ...]] = [("  T", *ROLES, "at a time")]
     for tokens in analysis.LENGTHS:
         run = dryrun.run(plan, tokens=tokens)
-        total = dict.fromkeys(ROLES, 0)
-        for buffer, array in run.buffers:
-            total[buffer.role] += array.bytes
-        rows.append((f"  {tokens}", *(quantity(total[role]) for role in ROLES)))
+        total = (*(run.of(role) for role in ROLES), run.peak)
+        rows.append((f"  {tokens}", *map(quantity, total)))
     return "\n".join(["bytes that one call allocates, batch 1, S = T", *align(rows)]) + "\n"
 
 

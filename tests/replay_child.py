@@ -7,6 +7,7 @@ With kernels that stream keys, what is encoded of tiles for the device is compar
 """
 
 import ctypes
+import itertools
 import json
 import sys
 import time
@@ -125,12 +126,15 @@ def own(f):
 def same(again, plain, given):
     """How many launches there are, and tiles of tensors that were given and of those that were made.
 
-    Launches have to be alike: addresses that a caller gave are the same, others go by one renaming.
+    Launches have to be alike: addresses that a caller gave are the same, others go by one renaming, and share
+    memory where no launch needs both.
     """
     assert len(again) == len(plain) > 0
-    renamed, sizes = {}, {}
+    renamed, places = {}, {}
     tiles, tiles_made = 0, 0
-    for (head, values), (wanted_head, wanted) in zip(again, plain, strict=True):
+    for launch, ((head, values), (wanted_head, wanted)) in enumerate(
+        zip(again, plain, strict=True)
+    ):
         assert head == wanted_head
         for value, want in zip(values, wanted, strict=True):
             if not (isinstance(want, tuple) and want[0] in ("tensor", "tile")):
@@ -150,9 +154,10 @@ def same(again, plain, given):
                 assert renamed.setdefault(pointer, value) == value
                 assert value % 16 == 0
                 assert kind == "tile" or content(value, size) == more
-                sizes[value] = size
-    ends = [0, *(first + size for first, size in sorted(sizes.items()))]
-    assert all(end <= first for end, first in zip(ends[:-1], sorted(sizes), strict=True))
+                places.setdefault((value, pointer), (size, []))[1].append(launch)
+    for (value, (size, life)), (other, (more, beside)) in itertools.combinations(places.items(), 2):
+        apart = life[-1] < beside[0] or beside[-1] < life[0]
+        assert apart or value[0] + size <= other[0] or other[0] + more <= value[0]
     return [len(again), tiles, tiles_made]
 
 

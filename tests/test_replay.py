@@ -1,5 +1,6 @@
 """Repeated calls launch what the driver would, and take less time; on a GPU that is not there."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -155,6 +156,31 @@ def test_notes_of_what_no_driver_does_are_no_replay(strange, said, monkeypatch):
     assert said in found.why
 
 
+def test_buffers_of_different_launches_lie_in_the_same_memory():
+    """Those of one launch never; what has to be 0 at the beginning; a large one leaves others its room."""
+    large = replay.ALONE
+    buffers = [
+        (300, range(3)),  # has to be 0
+        (10, range(1)),  # that too
+        (2 * large, range(2, 4)),
+        (large, range(2)),
+        (large, range(1, 3)),
+        (600, range(4, 6)),
+        (600, range(3, 6)),
+        (500, range(1, 2)),
+    ]
+    rooms, places = replay.placed(buffers)
+    assert rooms == [768, 2 * large, large]
+    assert places[:2] == [(0, 0), (0, 512)]
+    assert places[2:] == [(1, 0), (1, 0), (2, 0), (1, 0), (2, 0), (1, large)]
+    spans = [
+        (room, at, at + size, set(life))
+        for (room, at), (size, life) in zip(places, buffers, strict=True)
+    ]
+    for (room, start, end, life), (other, first, last, beside) in itertools.combinations(spans, 2):
+        assert room != other or end <= first or last <= start or not life & beside
+
+
 def kept(replays):
     return [*replays._kept]
 
@@ -166,9 +192,9 @@ def test_the_least_recently_made_goes_first(monkeypatch):
         launches=(),
         made=(),
         outputs=(),
+        rooms=(),
         places=(),
         zeros=0,
-        bytes=0,
         device=torch.device("cpu"),
         ordinal=0,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hsgen import cols, cols_streams, rows, streams
+from hsgen import buckets, cols, cols_streams, rows, streams
 from hsgen.backward import tiles, tokens
 from hsgen.backward.gathered import Gradients
 from hsgen.graph import Attend, Input, Node
@@ -488,7 +488,7 @@ class _Branch:
             (padded, f"block_tiles_{name} * block_n_{name}"),
             (heads, str(self.shape.kv_heads)),
             (f"bytes_{name}", f"{capacity} * {padded} * {bytes_of_head}"),
-            (turn, f"min({heads}, max(1, SCRATCH_BYTES // bytes_{name}))"),
+            *buckets.turns(name, heads, f"batch.rows * {self.draft.held // 2}"),
         )
         parts = (f"part_k_{name}", f"part_v_{name}")[: len(dims)]
         per_turn = f"{turn} * {lists}" if lists > 1 else turn

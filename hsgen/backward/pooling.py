@@ -88,7 +88,8 @@ def _unpool(made: Gradients, node: Node, op: Pool) -> None:
         buffers += of_weight
         at = tuple(text.input_of(each) for each in position)
         tile = f'{dim} // config["weights_{name}"]["BLOCK_D"]'
-        sizes += ((f"map_tiles_{name}", f"({tile}) ** 2"),)
+        sizes += ((f"map_tile_{name}", tile),)
+        sizes += ((f"map_tiles_{name}", f"map_tile_{name} * map_tile_{name}"),)
         launches.append(
             Launch(
                 kernel=kernel("weights"),

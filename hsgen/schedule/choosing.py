@@ -237,14 +237,14 @@ def _chunk(draft: Draft, level: str, heads: int, *, children: bool) -> tuple[tup
     those bytes, or four scratches.  0: of another.
 
     A short call has a quarter of those bytes, or an eighth where entries that all rows see come in a stream;
-    at least a quarter of a scratch.  Few rows behind a cache may see many keys: they have a whole one.
+    at least three sixteenths of a scratch.  Few rows behind a cache may see many keys: they have a whole one.
     """
     bytes_, chunk, most = f"bytes_{level}", f"chunk_{level}", f"most_{level}"
     if draft.cached is not None:
         return ((chunk, f"min(tiles_{level}, max(1, SCRATCH_BYTES // {bytes_}))"),)
     part = 8 if heads and not children else 4
     short, scratch = f"short_{level}", f"scratch_{level}"
-    least = (short, f"max(SCRATCH_BYTES // 4, batch.rows * {draft.held // part})")
+    least = (short, f"max(3 * SCRATCH_BYTES // 16, batch.rows * {draft.held // part})")
     if not heads:
         return (
             least,

@@ -80,7 +80,7 @@ def forward(tensors, batch, config, selection=None):
         room_token = config["rank_token"]["BLOCK_N"]
         tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
         bytes_token = (4 * capacity_token + 8 * room_token) * config["score_token"]["BLOCK_T"]
-        short_token = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_token = min(SCRATCH_BYTES, short_token)
         chunk_token = min(tiles_token, max(1, scratch_token // bytes_token))
         scores_token = torch.empty(
@@ -151,6 +151,8 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_token"],
                 BLOCK_T=config["score_token"]["BLOCK_T"],
             )
+        scores_token = None  # what comes next may have its memory
+        kept_token = None
     else:
         made_token_selection = in_order(selection["token"])
 
@@ -289,6 +291,9 @@ def forward(tensors, batch, config, selection=None):
             **config["gather_selected"],
             BLOCK_T=config["attend_selected"]["BLOCK_T"],
         )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    marks_selected = None
 
     lse = {
         "selected": made_selected_lse,
@@ -311,7 +316,7 @@ def select(tensors, batch, config):
     room_token = config["rank_token"]["BLOCK_N"]
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
     bytes_token = (4 * capacity_token + 8 * room_token) * config["score_token"]["BLOCK_T"]
-    short_token = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_token = min(SCRATCH_BYTES, short_token)
     chunk_token = min(tiles_token, max(1, scratch_token // bytes_token))
     scores_token = torch.empty(
@@ -382,6 +387,8 @@ def select(tensors, batch, config):
             **config["rank_token"],
             BLOCK_T=config["score_token"]["BLOCK_T"],
         )
+    scores_token = None  # what comes next may have its memory
+    kept_token = None
 
     return {
         "token": made_token_selection,

@@ -102,7 +102,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_pool = max(1, batch.keys // 16 + 1)
         tiles_pool = batch.rows // config["score_pool"]["BLOCK_T"] + batch.sequences
         bytes_pool = 4 * capacity_pool * config["score_pool"]["BLOCK_T"]
-        short_pool = max(SCRATCH_BYTES // 4, batch.rows * 32768)
+        short_pool = max(3 * SCRATCH_BYTES // 16, batch.rows * 32768)
         scratch_pool = min(SCRATCH_BYTES, short_pool)
         chunk_pool = min(tiles_pool, max(1, scratch_pool // bytes_pool))
         scores_pool = torch.empty(
@@ -162,6 +162,7 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_pool"],
                 BLOCK_T=config["score_pool"]["BLOCK_T"],
             )
+        scores_pool = None  # what comes next may have its memory
     else:
         made_pool_selection = selection["pool"]
 
@@ -264,6 +265,9 @@ def forward(tensors, batch, config, selection=None):
         batch.sequences,
         **config["attend_selected"],
     )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    words_selected = None
 
     lse = {
         "selected": made_selected_lse,
@@ -322,7 +326,7 @@ def select(tensors, batch, config):
     capacity_pool = max(1, batch.keys // 16 + 1)
     tiles_pool = batch.rows // config["score_pool"]["BLOCK_T"] + batch.sequences
     bytes_pool = 4 * capacity_pool * config["score_pool"]["BLOCK_T"]
-    short_pool = max(SCRATCH_BYTES // 4, batch.rows * 32768)
+    short_pool = max(3 * SCRATCH_BYTES // 16, batch.rows * 32768)
     scratch_pool = min(SCRATCH_BYTES, short_pool)
     chunk_pool = min(tiles_pool, max(1, scratch_pool // bytes_pool))
     scores_pool = torch.empty(
@@ -382,6 +386,7 @@ def select(tensors, batch, config):
             **config["rank_pool"],
             BLOCK_T=config["score_pool"]["BLOCK_T"],
         )
+    scores_pool = None  # what comes next may have its memory
 
     return {
         "pool": made_pool_selection,

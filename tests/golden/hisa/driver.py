@@ -130,7 +130,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = max(1, batch.keys // 128 + 1)
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 4 * capacity_block * config["score_block"]["BLOCK_T"]
-        short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_block = min(SCRATCH_BYTES, short_block)
         chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
@@ -190,11 +190,12 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_block"],
                 BLOCK_T=config["score_block"]["BLOCK_T"],
             )
+        scores_block = None  # what comes next may have its memory
         # choose: token
         capacity_token = 8192
         tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
         bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
-        short_token = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_token = min(SCRATCH_BYTES, short_token)
         chunk_token = min(tiles_token, max(1, scratch_token // bytes_token))
         scores_token = torch.empty(
@@ -256,6 +257,7 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_token"],
                 BLOCK_T=config["score_token"]["BLOCK_T"],
             )
+        scores_token = None  # what comes next may have its memory
     else:
         made_token_selection = in_order(selection["token"])
         made_block_selection = selection.get("block")
@@ -395,6 +397,9 @@ def forward(tensors, batch, config, selection=None):
             **config["gather_selected"],
             BLOCK_T=config["attend_selected"]["BLOCK_T"],
         )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    marks_selected = None
 
     lse = {
         "selected": made_selected_lse,
@@ -447,7 +452,7 @@ def select(tensors, batch, config):
     capacity_block = max(1, batch.keys // 128 + 1)
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 4 * capacity_block * config["score_block"]["BLOCK_T"]
-    short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_block = min(SCRATCH_BYTES, short_block)
     chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
@@ -507,12 +512,13 @@ def select(tensors, batch, config):
             **config["rank_block"],
             BLOCK_T=config["score_block"]["BLOCK_T"],
         )
+    scores_block = None  # what comes next may have its memory
 
     # choose: token
     capacity_token = 8192
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
     bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
-    short_token = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_token = min(SCRATCH_BYTES, short_token)
     chunk_token = min(tiles_token, max(1, scratch_token // bytes_token))
     scores_token = torch.empty(
@@ -574,6 +580,7 @@ def select(tensors, batch, config):
             **config["rank_token"],
             BLOCK_T=config["score_token"]["BLOCK_T"],
         )
+    scores_token = None  # what comes next may have its memory
 
     return {
         "block": made_block_selection,

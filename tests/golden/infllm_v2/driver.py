@@ -167,7 +167,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = (batch.keys // 64 + 5) // 4 * 4
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
-        short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_block = min(SCRATCH_BYTES, short_block)
         chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
@@ -230,6 +230,7 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_block"],
                 BLOCK_T=config["score_block"]["BLOCK_T"],
             )
+        scores_block = None  # what comes next may have its memory
     else:
         made_block_selection = selection["block"]
 
@@ -333,6 +334,9 @@ def forward(tensors, batch, config, selection=None):
         batch.sequences,
         **config["attend_selected"],
     )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    words_selected = None
 
     lse = {
         "selected": made_selected_lse,
@@ -444,7 +448,7 @@ def select(tensors, batch, config):
     capacity_block = (batch.keys // 64 + 5) // 4 * 4
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
-    short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_block = min(SCRATCH_BYTES, short_block)
     chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
@@ -507,6 +511,7 @@ def select(tensors, batch, config):
             **config["rank_block"],
             BLOCK_T=config["score_block"]["BLOCK_T"],
         )
+    scores_block = None  # what comes next may have its memory
 
     return {
         "block": made_block_selection,

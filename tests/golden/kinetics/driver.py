@@ -92,7 +92,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_page = (batch.keys // 16 + 5) // 4 * 4
         tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
         bytes_page = 32 * capacity_page * config["score_page"]["BLOCK_T"]
-        short_page = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        short_page = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_page = min(SCRATCH_BYTES, short_page)
         chunk_page = min(tiles_page, max(1, scratch_page // bytes_page))
         scores_page = torch.empty(
@@ -150,6 +150,7 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_page"],
                 BLOCK_T=config["score_page"]["BLOCK_T"],
             )
+        scores_page = None  # what comes next may have its memory
     else:
         made_page_selection = selection["page"]
 
@@ -253,6 +254,9 @@ def forward(tensors, batch, config, selection=None):
         batch.sequences,
         **config["attend_selected"],
     )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    words_selected = None
 
     lse = {
         "selected": made_selected_lse,
@@ -302,7 +306,7 @@ def select(tensors, batch, config):
     capacity_page = (batch.keys // 16 + 5) // 4 * 4
     tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
     bytes_page = 32 * capacity_page * config["score_page"]["BLOCK_T"]
-    short_page = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    short_page = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_page = min(SCRATCH_BYTES, short_page)
     chunk_page = min(tiles_page, max(1, scratch_page // bytes_page))
     scores_page = torch.empty(
@@ -360,6 +364,7 @@ def select(tensors, batch, config):
             **config["rank_page"],
             BLOCK_T=config["score_page"]["BLOCK_T"],
         )
+    scores_page = None  # what comes next may have its memory
 
     return {
         "page": made_page_selection,

@@ -58,7 +58,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = (batch.keys // 128 + 5) // 4 * 4
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
-        short_block = max(SCRATCH_BYTES // 4, batch.rows * 8192)
+        short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 8192)
         scratch_block = min(SCRATCH_BYTES, short_block)
         chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
@@ -115,6 +115,7 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_block"],
                 BLOCK_T=config["score_block"]["BLOCK_T"],
             )
+        scores_block = None  # what comes next may have its memory
     else:
         made_block_selection = selection["block"]
 
@@ -218,6 +219,9 @@ def forward(tensors, batch, config, selection=None):
         batch.sequences,
         **config["attend_selected"],
     )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    words_selected = None
 
     lse = {
         "selected": made_selected_lse,
@@ -238,7 +242,7 @@ def select(tensors, batch, config):
     capacity_block = (batch.keys // 128 + 5) // 4 * 4
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 16 * capacity_block * config["score_block"]["BLOCK_T"]
-    short_block = max(SCRATCH_BYTES // 4, batch.rows * 8192)
+    short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 8192)
     scratch_block = min(SCRATCH_BYTES, short_block)
     chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
@@ -295,6 +299,7 @@ def select(tensors, batch, config):
             **config["rank_block"],
             BLOCK_T=config["score_block"]["BLOCK_T"],
         )
+    scores_block = None  # what comes next may have its memory
 
     return {
         "block": made_block_selection,

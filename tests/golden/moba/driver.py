@@ -121,7 +121,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_chunk = max(1, batch.keys // 512 + 1)
         tiles_chunk = batch.rows // config["score_chunk"]["BLOCK_T"] + batch.sequences
         bytes_chunk = 128 * capacity_chunk * config["score_chunk"]["BLOCK_T"]
-        short_chunk = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        short_chunk = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_chunk = min(SCRATCH_BYTES, short_chunk)
         chunk_chunk = min(tiles_chunk, max(1, scratch_chunk // bytes_chunk))
         scores_chunk = torch.empty(
@@ -179,6 +179,7 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_chunk"],
                 BLOCK_T=config["score_chunk"]["BLOCK_T"],
             )
+        scores_chunk = None  # what comes next may have its memory
     else:
         made_chunk_selection = in_order(selection["chunk"])
 
@@ -189,8 +190,12 @@ def forward(tensors, batch, config, selection=None):
     items_selected = batch.rows * 3
     capacity_selected = items_selected // config["attend_selected"]["BLOCK_T"] + buckets_selected
     heads_selected = 32
-    bytes_selected = items_selected * 524
-    turn_selected = min(32, max(1, SCRATCH_BYTES // bytes_selected))
+    bytes_selected = items_selected * 268
+    short_selected = max(SCRATCH_BYTES // 4, batch.rows * 32768 // 5)
+    least_selected = max(short_selected // bytes_selected, (32 + 7) // 8)
+    fit_selected = max(1, min(SCRATCH_BYTES // bytes_selected, least_selected))
+    turns_selected = (32 + fit_selected - 1) // fit_selected
+    turn_selected = (32 + turns_selected - 1) // turns_selected
     counts_selected = torch.zeros(
         (
             32,
@@ -385,6 +390,14 @@ def forward(tensors, batch, config, selection=None):
             tile_first,
             **config["merge_selected"],
         )
+    counts_selected = None  # what comes next may have its memory
+    starts_selected = None
+    ends_selected = None
+    tiles_selected = None
+    tile_counts_selected = None
+    list_selected = None
+    part_o_selected = None
+    part_lse_selected = None
 
     lse = {
         "selected": made_selected_lse,
@@ -434,7 +447,7 @@ def select(tensors, batch, config):
     capacity_chunk = max(1, batch.keys // 512 + 1)
     tiles_chunk = batch.rows // config["score_chunk"]["BLOCK_T"] + batch.sequences
     bytes_chunk = 128 * capacity_chunk * config["score_chunk"]["BLOCK_T"]
-    short_chunk = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    short_chunk = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_chunk = min(SCRATCH_BYTES, short_chunk)
     chunk_chunk = min(tiles_chunk, max(1, scratch_chunk // bytes_chunk))
     scores_chunk = torch.empty(
@@ -492,6 +505,7 @@ def select(tensors, batch, config):
             **config["rank_chunk"],
             BLOCK_T=config["score_chunk"]["BLOCK_T"],
         )
+    scores_chunk = None  # what comes next may have its memory
 
     return {
         "chunk": made_chunk_selection,

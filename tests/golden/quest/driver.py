@@ -95,7 +95,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_page = (batch.keys // 16 + 5) // 4 * 4
         tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
         bytes_page = 128 * capacity_page * config["score_page"]["BLOCK_T"]
-        short_page = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        short_page = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_page = min(SCRATCH_BYTES, short_page)
         chunk_page = min(tiles_page, max(1, scratch_page // bytes_page))
         scores_page = torch.empty(
@@ -153,6 +153,7 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_page"],
                 BLOCK_T=config["score_page"]["BLOCK_T"],
             )
+        scores_page = None  # what comes next may have its memory
     else:
         made_page_selection = selection["page"]
 
@@ -282,6 +283,10 @@ def forward(tensors, batch, config, selection=None):
             tile_first,
             **config["attend_selected"],
         )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    words_selected = None
+    marks_selected = None
 
     lse = {
         "selected": made_selected_lse,
@@ -331,7 +336,7 @@ def select(tensors, batch, config):
     capacity_page = (batch.keys // 16 + 5) // 4 * 4
     tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
     bytes_page = 128 * capacity_page * config["score_page"]["BLOCK_T"]
-    short_page = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    short_page = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_page = min(SCRATCH_BYTES, short_page)
     chunk_page = min(tiles_page, max(1, scratch_page // bytes_page))
     scores_page = torch.empty(
@@ -389,6 +394,7 @@ def select(tensors, batch, config):
             **config["rank_page"],
             BLOCK_T=config["score_page"]["BLOCK_T"],
         )
+    scores_page = None  # what comes next may have its memory
 
     return {
         "page": made_page_selection,

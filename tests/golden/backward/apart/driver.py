@@ -480,6 +480,8 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse, apa
         **config["sum_compressed"],
         BLOCK_N=config["dkv_compressed"]["BLOCK_N"],
     )
+    part_k_compressed = None  # what comes next may have its memory
+    part_v_compressed = None
 
     # delta: selected
     delta_made_selected_lse = torch.empty(
@@ -615,6 +617,9 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse, apa
         batch.sequences,
         **config["dq_selected"],
     )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    words_selected = None
 
     # rows by block: selected
     packed_selected = in_k.shape[1] // 64 if batch.packed else 0
@@ -760,6 +765,8 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse, apa
         **config["list_rows_selected"],
         BLOCK_T=config["tally_rows_selected"]["BLOCK_T"],
     )
+    tally_selected = None  # what comes next may have its memory
+    totals_selected = None
 
     # keys: selected
     block_n_selected = config["dkv_selected"]["BLOCK_N"]
@@ -767,7 +774,11 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse, apa
     padded_selected = block_tiles_selected * block_n_selected
     heads_selected = 4
     bytes_selected = capacity_selected * padded_selected * 1280
-    turn_selected = min(heads_selected, max(1, SCRATCH_BYTES // bytes_selected))
+    short_selected = max(SCRATCH_BYTES // 4, batch.rows * 20480)
+    least_selected = max(short_selected // bytes_selected, (heads_selected + 7) // 8)
+    fit_selected = max(1, min(SCRATCH_BYTES // bytes_selected, least_selected))
+    turns_selected = (heads_selected + fit_selected - 1) // fit_selected
+    turn_selected = (heads_selected + turns_selected - 1) // turns_selected
     grad_k = torch.zeros(
         (
             in_k.shape[0],
@@ -882,6 +893,8 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse, apa
             BLOCK_C=config["dkv_selected"]["BLOCK_C"],
             BLOCK_N=config["dkv_selected"]["BLOCK_N"],
         )
+    part_k_selected = None  # what comes next may have its memory
+    part_v_selected = None
 
     # delta: window
     delta_made_window_lse = torch.empty(
@@ -1041,7 +1054,8 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse, apa
     tokens_compressed_keys = 1 if batch.packed else steps_compressed_keys
     token_rows_compressed_keys = in_k_compressed.shape[0] * steps_compressed_keys
     block_e_compressed_keys = config["unmap_compressed_keys"]["BLOCK_E"]
-    map_tiles_compressed_keys = (192 // config["weights_compressed_keys"]["BLOCK_D"]) ** 2
+    map_tile_compressed_keys = 192 // config["weights_compressed_keys"]["BLOCK_D"]
+    map_tiles_compressed_keys = map_tile_compressed_keys * map_tile_compressed_keys
     grad_k_compressed = torch.zeros(
         (
             in_k_compressed.shape[0],
@@ -1126,7 +1140,8 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse, apa
     tokens_compressed_values = 1 if batch.packed else steps_compressed_values
     token_rows_compressed_values = in_v_compressed.shape[0] * steps_compressed_values
     block_e_compressed_values = config["unmap_compressed_values"]["BLOCK_E"]
-    map_tiles_compressed_values = (128 // config["weights_compressed_values"]["BLOCK_D"]) ** 2
+    map_tile_compressed_values = 128 // config["weights_compressed_values"]["BLOCK_D"]
+    map_tiles_compressed_values = map_tile_compressed_values * map_tile_compressed_values
     grad_v_compressed = torch.zeros(
         (
             in_v_compressed.shape[0],

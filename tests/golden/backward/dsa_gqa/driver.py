@@ -207,6 +207,9 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
             tile_first,
             **config["dq_selected"],
         )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    members_selected = None
 
     # keys: selected
     length_selected = 0 if batch.packed else in_k.shape[1] // 64
@@ -356,6 +359,10 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
             tile_first,
             **config["dkv_selected"],
         )
+    bits_selected = None  # what comes next may have its memory
+    counts_selected = None
+    list_selected = None
+    marks_selected = None
 
     return {
         "q": grad_q,

@@ -215,6 +215,9 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         batch.sequences,
         **config["dq_selected"],
     )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    words_selected = None
 
     # rows by block: selected
     packed_selected = in_k.shape[1] // 512 if batch.packed else 0
@@ -360,6 +363,8 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         **config["list_rows_selected"],
         BLOCK_T=config["tally_rows_selected"]["BLOCK_T"],
     )
+    tally_selected = None  # what comes next may have its memory
+    totals_selected = None
 
     # keys: selected
     block_n_selected = config["dkv_selected"]["BLOCK_N"]
@@ -367,7 +372,11 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
     padded_selected = block_tiles_selected * block_n_selected
     heads_selected = 32
     bytes_selected = capacity_selected * padded_selected * 1024
-    turn_selected = min(heads_selected, max(1, SCRATCH_BYTES // bytes_selected))
+    short_selected = max(SCRATCH_BYTES // 4, batch.rows * 8192)
+    least_selected = max(short_selected // bytes_selected, (heads_selected + 7) // 8)
+    fit_selected = max(1, min(SCRATCH_BYTES // bytes_selected, least_selected))
+    turns_selected = (heads_selected + fit_selected - 1) // fit_selected
+    turn_selected = (heads_selected + turns_selected - 1) // turns_selected
     grad_k = torch.zeros(
         (
             in_k.shape[0],
@@ -477,6 +486,8 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
             BLOCK_C=config["dkv_selected"]["BLOCK_C"],
             BLOCK_N=config["dkv_selected"]["BLOCK_N"],
         )
+    part_k_selected = None  # what comes next may have its memory
+    part_v_selected = None
 
     return {
         "q": grad_q,

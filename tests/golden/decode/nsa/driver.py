@@ -376,6 +376,7 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_block"],
                 BLOCK_T=config["score_block"]["BLOCK_T"],
             )
+        scores_block = None  # what comes next may have its memory
     else:
         made_block_selection = in_order(selection["block"])
 

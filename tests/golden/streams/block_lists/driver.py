@@ -146,7 +146,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         capacity_block = max(1, batch.keys // 64 + 1)
         tiles_block = blocks_block // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
-        short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_block = min(SCRATCH_BYTES, short_block)
         chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
@@ -203,6 +203,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 **config["rank_block"],
                 BLOCK_T=config["score_block"]["BLOCK_T"],
             )
+        scores_block = None  # what comes next may have its memory
         if rows:
             # lists of rows: block
             made_block_selection = torch.empty(
@@ -313,6 +314,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
             0,
             **config["attend_selected"],
         )
+        counts_selected = None  # what comes next may have its memory
+        entries_selected = None
     else:
         made_block_selection = selection["block"]
         # attend: selected, over a selection of the caller's
@@ -422,6 +425,9 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 tile_first,
                 **config["attend_selected"],
             )
+        given_counts_selected = None  # what comes next may have its memory
+        given_entries_selected = None
+        given_words_selected = None
 
     lse = {
         "selected": made_selected_lse,
@@ -498,7 +504,7 @@ def select(tensors, batch, config):
     capacity_block = max(1, batch.keys // 64 + 1)
     tiles_block = blocks_block // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
-    short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_block = min(SCRATCH_BYTES, short_block)
     chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
@@ -555,6 +561,7 @@ def select(tensors, batch, config):
             **config["rank_block"],
             BLOCK_T=config["score_block"]["BLOCK_T"],
         )
+    scores_block = None  # what comes next may have its memory
 
     # lists of rows: block
     made_block_selection = torch.empty(

@@ -134,7 +134,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = max(1, batch.keys // 128 + 1)
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 4 * capacity_block * config["score_block"]["BLOCK_T"]
-        short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_block = min(SCRATCH_BYTES, short_block)
         chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
         scores_block = torch.empty(
@@ -194,11 +194,12 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_block"],
                 BLOCK_T=config["score_block"]["BLOCK_T"],
             )
+        scores_block = None  # what comes next may have its memory
         # choose: token
         capacity_token = 8192
         tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
         bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
-        short_token = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+        short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_token = max(min(SCRATCH_BYTES, short_token), batch.rows * 1024)
         most_token = max(1, scratch_token // bytes_token)
         rounds_token = most_token * 1 // batch.processors
@@ -262,6 +263,7 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_token"],
                 BLOCK_T=config["score_token"]["BLOCK_T"],
             )
+        scores_token = None  # what comes next may have its memory
     else:
         made_token_selection = in_order(selection["token"])
         made_block_selection = selection.get("block")
@@ -401,6 +403,9 @@ def forward(tensors, batch, config, selection=None):
             **config["gather_selected"],
             BLOCK_T=config["attend_selected"]["BLOCK_T"],
         )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    members_selected = None
 
     lse = {
         "selected": made_selected_lse,
@@ -453,7 +458,7 @@ def select(tensors, batch, config):
     capacity_block = max(1, batch.keys // 128 + 1)
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 4 * capacity_block * config["score_block"]["BLOCK_T"]
-    short_block = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_block = min(SCRATCH_BYTES, short_block)
     chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     scores_block = torch.empty(
@@ -513,12 +518,13 @@ def select(tensors, batch, config):
             **config["rank_block"],
             BLOCK_T=config["score_block"]["BLOCK_T"],
         )
+    scores_block = None  # what comes next may have its memory
 
     # choose: token
     capacity_token = 8192
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
     bytes_token = 4 * capacity_token * config["score_token"]["BLOCK_T"]
-    short_token = max(SCRATCH_BYTES // 4, batch.rows * 4096)
+    short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_token = max(min(SCRATCH_BYTES, short_token), batch.rows * 1024)
     most_token = max(1, scratch_token // bytes_token)
     rounds_token = most_token * 1 // batch.processors
@@ -582,6 +588,7 @@ def select(tensors, batch, config):
             **config["rank_token"],
             BLOCK_T=config["score_token"]["BLOCK_T"],
         )
+    scores_token = None  # what comes next may have its memory
 
     return {
         "block": made_block_selection,

@@ -213,7 +213,7 @@ def forward(tensors, batch, config, selection=None):
         capacity_block = (batch.keys // 64 + 5) // 4 * 4
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
-        short_block = max(SCRATCH_BYTES // 4, batch.rows * 5120)
+        short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 5120)
         scratch_block = max(min(SCRATCH_BYTES, short_block), batch.rows * 2560)
         most_block = max(1, scratch_block // bytes_block)
         rounds_block = most_block * 4 // batch.processors
@@ -278,6 +278,7 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_block"],
                 BLOCK_T=config["score_block"]["BLOCK_T"],
             )
+        scores_block = None  # what comes next may have its memory
     else:
         made_block_selection = selection["block"]
 
@@ -371,6 +372,9 @@ def forward(tensors, batch, config, selection=None):
         (batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences) * 4,
         **config["attend_selected"],
     )
+    counts_selected = None  # what comes next may have its memory
+    entries_selected = None
+    words_selected = None
     # attend: window
     made_window_lse = torch.empty(
         (
@@ -551,7 +555,7 @@ def select(tensors, batch, config):
     capacity_block = (batch.keys // 64 + 5) // 4 * 4
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
-    short_block = max(SCRATCH_BYTES // 4, batch.rows * 5120)
+    short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 5120)
     scratch_block = max(min(SCRATCH_BYTES, short_block), batch.rows * 2560)
     most_block = max(1, scratch_block // bytes_block)
     rounds_block = most_block * 4 // batch.processors
@@ -616,6 +620,7 @@ def select(tensors, batch, config):
             **config["rank_block"],
             BLOCK_T=config["score_block"]["BLOCK_T"],
         )
+    scores_block = None  # what comes next may have its memory
 
     return {
         "block": made_block_selection,

@@ -69,7 +69,7 @@ def forward(tensors, batch, config, selection=None):
         room_token = config["rank_token"]["BLOCK_N"]
         tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
         bytes_token = (4 * capacity_token + 8 * room_token) * config["score_token"]["BLOCK_T"]
-        short_token = max(SCRATCH_BYTES // 4, batch.rows * 34816)
+        short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 34816)
         scratch_token = max(min(SCRATCH_BYTES, short_token), batch.rows * 17408)
         most_token = max(1, scratch_token // bytes_token)
         rounds_token = most_token * 1 // batch.processors
@@ -142,6 +142,8 @@ def forward(tensors, batch, config, selection=None):
                 **config["rank_token"],
                 BLOCK_T=config["score_token"]["BLOCK_T"],
             )
+        scores_token = None  # what comes next may have its memory
+        kept_token = None
     else:
         made_token_selection = in_order(selection["token"])
 
@@ -215,7 +217,7 @@ def select(tensors, batch, config):
     room_token = config["rank_token"]["BLOCK_N"]
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
     bytes_token = (4 * capacity_token + 8 * room_token) * config["score_token"]["BLOCK_T"]
-    short_token = max(SCRATCH_BYTES // 4, batch.rows * 34816)
+    short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 34816)
     scratch_token = max(min(SCRATCH_BYTES, short_token), batch.rows * 17408)
     most_token = max(1, scratch_token // bytes_token)
     rounds_token = most_token * 1 // batch.processors
@@ -288,6 +290,8 @@ def select(tensors, batch, config):
             **config["rank_token"],
             BLOCK_T=config["score_token"]["BLOCK_T"],
         )
+    scores_token = None  # what comes next may have its memory
+    kept_token = None
 
     return {
         "token": made_token_selection,
