@@ -308,6 +308,10 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
         values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
     if kernel.skeleton in ("rows", "beside", "cols") and "BLOCK_N" in values:
         values["BLOCK_N"] = min(values["BLOCK_N"], 32)
+    if kernel.skeleton == "learn":
+        values |= {"BLOCK_N": min(values["BLOCK_N"], 32)} | (
+            {x: 32 for x in ("BLOCK_T", "BLOCK_R") if x in values}
+        )
     if "BLOCK_R" in values and kernel.skeleton == "merge" and "BLOCK_P" not in values:
         values["BLOCK_R"] = 256
     return replace(kernel.config, constexprs=tuple(values.items()))

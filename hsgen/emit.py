@@ -41,7 +41,7 @@ class Provenance:
 def render(plan: Plan, provenance: Provenance) -> dict[str, str]:
     """File name -> text of every module of a compiled spec."""
     sources = {f"{k.name}.py": render_kernel(k, provenance) for k in plan.kernels}
-    template = "backward" if plan.gradients else "driver"
+    template = "losses" if plan.losses else "backward" if plan.gradients else "driver"
     driver = Driver(plan=plan, header=provenance.header(template))
     sources["driver.py"] = _template(template).render(d=driver)
     sources["__init__.py"] = f'"""Kernels of {provenance.spec}, emitted by hsgen."""\n'

@@ -27,6 +27,7 @@ from hsgen import (
     batch,
     flops,
     knobs,
+    losses,
     operators,
     passes,
     paths,
@@ -120,6 +121,16 @@ class Driver(Protocol):
         """Of a program of gradients: those of some tensors, by name; others have none."""
         ...
 
+    def losses(
+        self,
+        tensors: Mapping[str, Tensor],
+        batch: Batch,
+        config: Configs,
+        selection: Mapping[str, Tensor],
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Of a program of losses: f32[rows, 2] by loss, and gradients of sums of the first by tensor."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Program:
@@ -172,6 +183,7 @@ class Compiler(Protocol):
         orders: Mapping[str, Order],
         backward: bool = False,
         apart: bool = False,
+        losses: Literal["values", "gradients"] | None = None,
     ) -> Program: ...
 
 
@@ -303,6 +315,7 @@ class Execution:
         self.replays = Replays()
         self._recorded: dict[tuple[Binding, tuned.Bucket], Choice] = {}
         self._gradients: dict[Binding, Program] = {}
+        self._losing: dict[tuple[Binding, str], Program] = {}
         self._bound_graphs: dict[Binding, Graph] = {}
         self._calls = self._launches = self._bytes = 0
 
@@ -526,13 +539,17 @@ class Execution:
 
     def losses(self, call: Call) -> list[Tensor]:
         """Every loss of the spec, f32[] each."""
-        problem = self._check_losses(call)
+        problem = self.check(call, self.attending)
+        if self._on_kernels(problem.device):
+            return self._losses_on_kernels(call, problem)
         result = self.result(call, problem, exact_dtype(problem.dtype), self.attending)
         return [result.loss[name].to(torch.float32) for name in self.named_losses]
 
     def losses_backward(self, call: Call, grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of tensors; 0 of those that no loss teaches."""
-        problem = self._check_losses(call)
+        problem = self.check(call, self.attending)
+        if self._on_kernels(problem.device):
+            return self._losses_backward_on_kernels(call, problem, grads)
         with torch.enable_grad(), operators.autograd_again():
             tensors = [tensor.detach() for tensor in call.tensors]
             leaves = [each.requires_grad_() for each in tensors if each.is_floating_point()]
@@ -550,17 +567,99 @@ class Execution:
         derived = iter(found)
         return [(next(derived) if x.requires_grad else _zeros(x)).contiguous() for x in tensors]
 
-    def _check_losses(self, call: Call) -> Problem:
-        """Refused by name where kernels would have to make them."""
+    def _losses_on_kernels(self, call: Call, problem: Problem) -> list[Tensor]:
+        if problem.empty:
+            return [call.tensors[0].new_zeros((), dtype=torch.float32) for _ in self.named_losses]
+        found, _ = self._drive_losses(call, problem, "values")
+        return [_mean(found[name])[0] for name in self.named_losses]
+
+    def _losses_backward_on_kernels(
+        self, call: Call, problem: Problem, grads: Sequence[Tensor]
+    ) -> list[Tensor]:
+        _, share, made = self._learn(call, problem)
+        share = grads[0] * share
+        return [
+            _zeros(x) if grad is None else grad.mul_(share).to(x.dtype)
+            for x, grad in zip(call.tensors, made, strict=True)
+        ]
+
+    def record_losses(self, call: Call) -> tuple[list[Tensor], Tensor, list[Tensor | None]] | None:
+        """Losses, a number, and by tensor what its gradient is times that; None: not by kernels."""
         problem = self.check(call, self.attending)
-        if self._on_kernels(problem.device):
-            name = self.named_losses[0]
-            raise PlanError(
-                f"{self.spec.name}: no kernel computes the loss {name} yet",
-                span=self.spec.span("loss", name),
-                help="`reference_losses` computes it on any device, in plain PyTorch",
+        if not self._on_kernels(problem.device):
+            return None
+        return self._learn(call, problem)
+
+    def _learn(
+        self, call: Call, problem: Problem
+    ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+        """The same by kernels: gradients are of the sum over rows, and how many count is known at the end."""
+        if problem.empty:
+            nothing = call.tensors[0].new_zeros((), dtype=torch.float32)
+            return [nothing for _ in self.named_losses], nothing, [None for _ in call.tensors]
+        found, derived = self._drive_losses(call, problem, "gradients")
+        (name,) = self.named_losses
+        value, count = _mean(found[name])
+        made: list[Tensor | None] = []
+        for each in self.attending.inputs:
+            grad = derived.get(each.name)
+            if grad is not None:
+                grad = grad.sum(0) if grad.ndim > len(each.type.dims) else grad
+                packed = problem.packed and each.type.dims[0] == "B"
+                grad = grad[0] if packed else _swapped(grad, each.type.dims, problem)
+            made.append(grad if grad is None else grad.contiguous())
+        return [value], 1.0 / count, made
+
+    def _drive_losses(
+        self, call: Call, problem: Problem, of: Literal["values", "gradients"]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """What the driver of losses gives, on what the call brings of selections or on the kernels' own."""
+        program = self._loss_program(problem, of)
+        where = _batch(call, problem)
+        if self.options.check:
+            self._check_values(call, problem, where)
+        chosen = self.padded_selection(call, problem)
+        if program.plan.selection.keys() - chosen.keys():
+            named = dict(zip(self.attending.names, call.tensors, strict=True))
+            asked = call._replace(
+                tensors=[named[name] for name in self.choosing.names], selection=[], levels=""
             )
-        return problem
+            own = call._replace(selection=self.select(asked), levels=",".join(self.levels))
+            chosen = {**self.padded_selection(own, problem), **chosen}
+        call = call._replace(tensors=[*map(_in_rows, call.tensors)])
+        self._launches += program.launches
+        with running(problem.device):
+            return program.driver.losses(
+                uniform(self.attending, problem, call), where, program.config, chosen
+            )
+
+    def _loss_program(self, problem: Problem, of: Literal["values", "gradients"]) -> Program:
+        """The program of losses for these tensors, compiled once."""
+        binding = replace(_binding(problem), aligned=False)
+        with self._lock:
+            if (binding, of) not in self._losing:
+                self._refuse_capture(problem.device)
+                _, target, interpret = self._bound(binding)
+                heads = (binding.query_heads, binding.kv_heads)
+                spec = self.spec.bind(heads=heads, head_dim=(binding.qk, binding.v))
+                try:
+                    made = self._compiler(
+                        spec,
+                        target,
+                        binding.dtype,
+                        interpret=interpret,
+                        orders={},
+                        losses=of,
+                    )
+                except PlanError as error:
+                    raise PlanError(
+                        f"{self.spec.name}: {error.message}",
+                        span=error.span,
+                        help="`reference_losses` computes it on any device, in plain PyTorch",
+                    ) from error
+                config, origin = with_caller_s(made, self.options.config, target)
+                self._losing[binding, of] = replace(made, config=config, origin=origin)
+            return self._losing[binding, of]
 
     def flops(self, call: Call, work: Work) -> float:
         """Operations of a call as PyTorch counts them; lengths are read where there are numbers."""
@@ -736,6 +835,10 @@ class Execution:
             if not lacking:
                 plans.append(partial(backward.plan, graph, target, dtype, apart=apart))
         plans.append(partial(schedule, graph, target, dtype, cached=Cached(rows="many")))
+        if self.named_losses:
+            bound = self.spec.bind(heads=spec.heads, head_dim=spec.head_dim)
+            losing = passes.run(planner.plan(bound))
+            plans.append(partial(losses.plan, losing, target, dtype, gradients=True))
         names = [kernel.name for plan in plans for kernel in _kernels(plan)]
         steps = _kernels(partial(schedule, graph, target, dtype, cached=Cached(rows="few")))
         return [*names, *(x.name for x in steps), *(f"{STEP}{x.name}" for x in steps)]
@@ -1282,6 +1385,13 @@ def _whole(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> list[Te
     if absent and absent[-1]:
         zeros |= dict.fromkeys(absent[bool(zeros) :], _zeros(outputs[absent[-1]]))
     return [zeros[number] if grad is None else grad for number, grad in enumerate(grads)]
+
+
+def _mean(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of what rows add, and how many do, at least 1.  f32[rows, 2] -> f32[] each"""
+    total, count = rows.sum(0, dtype=torch.float64).unbind()
+    count = count.clamp(min=1)
+    return (total / count).float(), count.float()
 
 
 def _zeros(like: Tensor) -> Tensor:

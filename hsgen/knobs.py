@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hsgen.buckets import BucketsContext, PartsContext
 from hsgen.cols_streams import ColsStreamsContext, shared_bytes
 from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsContext, UniteContext
+from hsgen.learn import LINE, LearnContext
 from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.rows import MARKED, PICKING, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
@@ -264,9 +265,9 @@ def refused(
 ) -> str:
     """What is wrong with a caller's values of a kernel, and what is allowed; empty where nothing is.
 
-    Of loops of Triton's own only names are looked at, and that each row has a bit where bits say which
-    rows picked a token.  Of a kernel that streams most values are layouts
-    that its groups of warps share, so that others would not compile, or wait for ever.
+    Of loops of Triton's own only names are looked at, that each row has a bit where bits say which
+    rows picked a token, and that tiles of a scratch end where its lines do.  Of a kernel that streams most
+    values are layouts that its groups of warps share, so that others would not compile, or wait for ever.
 
     given: what the caller says, part of `values`, which the kernel runs with.
     """
@@ -275,7 +276,7 @@ def refused(
         if name not in start:
             leader = f"; others are those of {kernel.follows}" if shares(kernel) else ""
             return f"expected some of {', '.join(start)}, got {name!r}{leader}"
-    if wrong := _too_many_rows(kernel, values, plan):
+    if wrong := _too_many_rows(kernel, values, plan) or _past_a_line(kernel, values):
         return wrong
     if kernel.skeleton not in STREAMED:
         return ""
@@ -295,6 +296,15 @@ def refused(
         told = f"STAGES={values['STAGES']} needs {needed:,} bytes of shared memory"
         return f"{told}, {target.name} has {target.smem_per_block:,} a block"
     return ""
+
+
+def _past_a_line(kernel: Kernel, values: Mapping[str, int]) -> str:
+    """Tiles of scores are read and written whole, so none may reach beyond a row of the scratch."""
+    match kernel.context:
+        case LearnContext(how=how) if how != "rows" and LINE % values["BLOCK_N"]:
+            return f"expected BLOCK_N to divide {LINE}, got {values['BLOCK_N']}"
+        case _:
+            return ""
 
 
 def _least_shared(kernel: Kernel, values: Mapping[str, int]) -> int:

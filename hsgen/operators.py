@@ -106,6 +106,10 @@ class Implementation(Protocol):
         """Gradients of `call.tensors`; grads are those of the losses."""
         ...
 
+    def record_losses(self, call: Call) -> tuple[list[Tensor], Tensor, list[Tensor | None]] | None:
+        """Losses, a number, and by tensor what its gradient is times that; None: call `losses`."""
+        ...
+
     def flops(self, call: Call, work: Work) -> float:
         """Multiplications and additions of one operator."""
         ...
@@ -138,17 +142,19 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _requires_grad = attrgetter("requires_grad")
 
 
-def is_watched(call: Call) -> bool:
+def is_watched(call: Call, *, casts: bool = True) -> bool:
     """Whether PyTorch would do more with a call than pass it on, or differentiate it.
 
     Something traces, transforms, casts or profiles, or a tensor is of a class of its own: then the
     operator has to be called.  PyTorch has no public way to ask most of this.
+
+    casts: Count it that something does nothing but cast, which `cast` does too.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
-        or torch._C._is_any_autocast_enabled()
+        or (casts and torch._C._is_any_autocast_enabled())
         or _functorch.peek_interpreter_stack() is not None
         or torch.autograd.profiler._is_profiler_enabled
     ):
@@ -262,14 +268,26 @@ def _casting(operator: Callable[..., list[Tensor]], device: str) -> Callable[...
 
     def cast(name: str, *arguments: object) -> list[Tensor]:
         call, dtype = Call(*arguments), torch.get_autocast_dtype(device)  # type: ignore[arg-type]
-        tensors = [
-            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in call.tensors
-        ]
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return operator(name, *call._replace(tensors=tensors))
+            return operator(name, *_in_dtype(call, dtype))
 
     return cast
+
+
+def _in_dtype(call: Call, dtype: torch.dtype) -> Call:
+    tensors = [
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in call.tensors
+    ]
+    return call._replace(tensors=tensors)
+
+
+def cast(call: Call) -> Call:
+    """As the operators have it in a region of autocast."""
+    device = call.tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    return _in_dtype(call, torch.get_autocast_dtype(device))
 
 
 for _device in ("cpu", "cuda"):
@@ -402,6 +420,46 @@ def record(key: str, call: Call) -> Sequence[Tensor]:
     # `Function.apply` looks at transforms first, of which there are none here: 5 us for 12 tensors
     apply = super(torch.autograd.Function, _Recorded).apply  # pyright: ignore[reportAttributeAccessIssue]
     return apply(key, call, *call.tensors)
+
+
+class _RecordedLosses(torch.autograd.Function):
+    """`losses` and its gradient in one go, where nothing else watches: what is made of scores is kept, in
+    place of the tensors, and scores are made once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, key: str, made: tuple[list[Tensor], Tensor, list[Tensor | None]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        values, share, grads = made
+        ctx.key, ctx.there = key, [grad is not None for grad in grads]
+        ctx.dtypes = [x.dtype for x in tensors]
+        ctx.save_for_backward(share, *(grad for grad in grads if grad is not None))
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise HsgenError(
+                "a loss on kernels can be differentiated once, not twice",
+                help="leave out create_graph=True; `Kernel.reference_losses` has all derivatives",
+            )
+        share, *made = ctx.saved_tensors
+        left, share = iter(made), share * grads[0]
+        found = [
+            (next(left) * share).to(dtype) if there else None
+            for there, dtype in zip(ctx.there, ctx.dtypes, strict=True)
+        ]
+        return (None, None, *found)
+
+
+def record_losses(key: str, call: Call) -> Sequence[Tensor]:
+    """Call `losses` so that autograd knows of it, where nothing else has to."""
+    with torch.no_grad():
+        made = implementation(key).record_losses(call)
+    if made is None:
+        return losses(key, *call)
+    return _RecordedLosses.apply(key, made, *call.tensors)
 
 
 # --- what FlopCounterMode counts

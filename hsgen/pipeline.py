@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
-from hsgen import backward, build, emit, passes, planner, schedule
+from hsgen import backward, build, emit, losses, passes, planner, schedule
 from hsgen.configs import DType
 from hsgen.graph import Graph
 from hsgen.plan import Cached, Plan
@@ -107,6 +107,30 @@ def compile_backward(
         **({"streams": True} if target.streams else {}),
     }
     module = build.build(f"{spec.name}_backward", sources, key)
+    return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)
+
+
+def compile_losses(
+    spec: Spec, target: Target, dtype: DType = "bf16", *, gradients: bool = False
+) -> Artifact:
+    """Compile the losses of one spec for one GPU, or their gradients beside them: a module of their own.
+
+    Raises:
+        PlanError: a loss that no kernel computes yet.
+        BuildError: the emitted files cannot be kept.
+    """
+    graph = passes.run(planner.plan(spec))
+    plan = losses.plan(graph, target, dtype, gradients=gradients)
+    sources = emit.render(plan, provenance(spec, target))
+    key = {
+        "hsgen": hsgen_version(),
+        "spec": spec.digest,
+        "graph": hashlib.sha256(str(graph).encode()).hexdigest(),
+        "target": target.name,
+        "dtype": dtype,
+        "of": "losses and gradients" if gradients else "losses",
+    }
+    module = build.build(f"{spec.name}_losses", sources, key)
     return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)
 
 

@@ -24,6 +24,7 @@ Skeleton = Literal[
     "segments",
     "index",
     "merge",
+    "learn",
 ]
 # in Gluon: texts of `rows`, and of `cols`
 STREAMED: tuple[Skeleton, ...] = ("streams", "latents", "cols_streams")
@@ -194,6 +195,9 @@ class Plan:
     gradients: Mapping[str, str] = field(
         default_factory=dict
     )  # of a backward: by tensor, its buffer
+    losses: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of a plan of losses: by name, the buffer of what each row adds
     # by branch, the buffer of its own output, which its gradient is made from
     apart: Mapping[str, str] = field(default_factory=dict)
     cached: Cached | None = None

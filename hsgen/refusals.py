@@ -86,8 +86,11 @@ def lacking(graph: Graph, node: Node) -> str | None:
             changes = isinstance(op, Delta)
             words = "reads keys from their changes" if changes else "gates branches by channel"
             return f"no kernel {words} yet"
-        case Divergence() | Distance() | Entropies():
-            return f"no kernel computes the loss {node.name.removeprefix('loss.')} yet"
+        case Divergence() | Distance() | Entropies() as op:
+            words = _of_divergence(graph, node) if isinstance(op, Divergence) else ""
+            return (
+                None if words is None else f"no kernel computes the loss {_loss(node)}{words} yet"
+            )
         case Pool() | PoolRows() | PoolHeads() | Norm() | Rotate() as op:
             words = _of_entries(graph, node, op)
             return words and f"level {op.level}: no kernel {words} yet"
@@ -102,6 +105,48 @@ def lacking(graph: Graph, node: Node) -> str | None:
             return words and f"level {op.level}: no kernel {words} yet"
         case _:
             return None
+
+
+def _loss(node: Node) -> str:
+    return node.name.removeprefix("loss.")
+
+
+def _of_divergence(graph: Graph, node: Node) -> str | None:
+    """Of which levels it is one that no kernel has: behind the name of the loss; None where one has it."""
+    score = graph[node.inputs[0]]
+    if not isinstance(score.op, Score):
+        return " of scores that are mapped, normalised or carried"
+    chosen = [graph[name] for name in node.inputs[3:]]
+    chosen += [x for x in graph.operands(score) if isinstance(x.op, Select | SelectSet | Recall)]
+    lacks = (
+        (score.op.form not in ("relu_weighted", "relu_sum"), f" of scores of form {score.op.form}"),
+        (score.op.size != 1 or score.op.stride != 1, " of entries of several tokens"),
+        (score.type.dims[1] != "T", " of rows that choose together"),
+        (score.type.dims[2] != "1", " of heads that choose apart"),
+        (not all(_plain(x) for x in chosen), " over a selection that is no list of each row"),
+        (
+            any(not _given(graph, x) for x in graph.operands(score)[:2]),
+            " of an index that is pooled, normed or rotated",
+        ),
+        (
+            any(not isinstance(graph[name].op, Input) for name in node.inputs[1:3]),
+            " of keys that are made",
+        ),
+    )
+    return next((words for lacking, words in lacks if lacking), None)
+
+
+def _plain(selection: Node) -> bool:
+    """Whether every row has a list of its own, of entries side by side."""
+    op, dims = selection.op, selection.type.dims
+    return isinstance(op, Select) and dims[1:3] == ("T", "1") and op.size == op.stride
+
+
+def _given(graph: Graph, node: Node) -> bool:
+    """Whether vectors are the caller's, or these in fewer bits."""
+    if isinstance(node.op, Round):
+        return node.op.dtype in ROUNDED and isinstance(graph[node.inputs[0]].op, Input)
+    return isinstance(node.op, Input)
 
 
 def _of_stored(graph: Graph, node: Node, op: Round) -> str | None:

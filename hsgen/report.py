@@ -12,7 +12,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from hsgen import analysis, dryrun, passes, pipeline, planner, resources, schedule, verify
+from hsgen import (
+    analysis,
+    dryrun,
+    losses,
+    passes,
+    pipeline,
+    planner,
+    resources,
+    schedule,
+    verify,
+)
 from hsgen.analysis import Cost, quantity
 from hsgen.buckets import PartsContext
 from hsgen.configs import DType
@@ -40,17 +50,20 @@ class Shown:
     graph: Graph
     plan: Plan | None
     problem: str
+    losses: Plan | None = None  # of a spec that has some, with their gradients
 
     def __str__(self) -> str:
         if self.plan is None:
             return f"{analysis.describe(self.graph)}\nno plan: {self.problem}\n"
-        return f"{analysis.describe(self.graph)}\n{self.plan}\n{_memory_text(self.plan)}"
+        text = f"{analysis.describe(self.graph)}\n{self.plan}\n{_memory_text(self.plan)}"
+        return f"{text}\n{self.losses}" if self.losses else text
 
     def record(self) -> dict[str, object]:
         """The same for machines."""
         return {
             "graph": _graph_record(self.graph),
             "plan": _plan_record(self.plan) if self.plan else None,
+            **({"losses": _plan_record(self.losses)} if self.losses else {}),
             "problem": self.problem or None,
         }
 
@@ -59,7 +72,10 @@ def show(spec: Spec, target: Target, dtype: DType = "bf16") -> Shown:
     """Plan a spec without emitting anything."""
     graph = passes.run(planner.plan(spec))
     try:
-        return Shown(graph=graph, plan=schedule.schedule(graph, target, dtype), problem="")
+        plan = schedule.schedule(graph, target, dtype)
+        teaches = bool(graph.outputs.loss)
+        learnt = losses.plan(graph, target, dtype, gradients=True) if teaches else None
+        return Shown(graph=graph, plan=plan, problem="", losses=learnt)
     except PlanError as error:
         where = f" ({error.span})" if error.span else ""
         return Shown(graph=graph, plan=None, problem=f"{error.message}{where}")

@@ -1135,6 +1135,24 @@ def attend_all(shape: Shape, *, name: str, scale: float) -> RowsContext:
     )
 
 
+def log_sum_exp_of_all(shape: Shape, *, name: str, scale: float) -> RowsContext:
+    """The log-sum-exp alone of dense attention."""
+    context = attend_all(shape, name=name, scale=scale)
+    return replace(
+        context,
+        summary="log-sum-exp over all tokens.",
+        params=(
+            *QUERY,
+            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
+            *lse(),
+            *SEQ,
+            *(p for p in context.params if p.kind == "constexpr"),
+        ),
+        acc="lse",
+        v_chunks=(),
+    )
+
+
 def attend_pooled(
     shape: Shape, *, name: str, scale: float, entries: Entries, values: bool
 ) -> RowsContext:

@@ -147,13 +147,18 @@ def compile_program(
     backward: bool = False,
     cached: Cached | None = None,
     apart: bool = False,
+    losses: Literal["values", "gradients"] | None = None,
 ) -> Program:
     """Compile a bound spec for a GPU, or its gradients, and import what was emitted.
 
     apart: The outputs of gated branches are kept for the gradients.
+    losses: Those of the spec instead, or their gradients too.
     """
     build.triton_version()  # refuses one that is too old, before its own errors
-    if backward:
+    if losses:
+        derived = losses == "gradients"
+        artifact = pipeline.compile_losses(spec, target, PLANNED[dtype], gradients=derived)
+    elif backward:
         artifact = pipeline.compile_backward(spec, target, PLANNED[dtype], apart=apart)
     else:
         artifact = pipeline.compile_spec(spec, target, PLANNED[dtype], orders, cached, apart=apart)
@@ -371,7 +376,10 @@ class Kernel:
         """
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
         call = self._losing({"q": q, "k": k, "v": v, **tensors}, layout, lengths, selection)
-        found = operators.losses(self._key, *call)
+        if operators.is_watched(call, casts=False) or not operators.is_recorded(call):
+            found = operators.losses(self._key, *call)
+        else:
+            found = operators.record_losses(self._key, operators.cast(call))
         return dict(zip(self._execution.named_losses, found, strict=True))
 
     def reference_losses(

@@ -28,12 +28,12 @@ gates                                   forms of a spec for short sequences
 rows  dryrun                            a kernel's loops · one call on paper
 kernels
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
-cols  unpool                            gradients of attention, and of pools
+cols  unpool  learn                     gradients of attention, of pools and of losses
 streams  cols_streams                   rows whose keys one warp brings · keys whose rows two bring
 splits  appending                       a row's keys shared by programs · new tokens into a cache
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
 schedule  driver                        Graph, Target -> Plan
-backward                                the same of gradients
+backward  losses                        the same of gradients, and of losses
 knobs                                   what tuning may vary of a kernel, and rules
 space                                   the same of a whole spec
 emit                                    Plan -> source text
@@ -87,9 +87,9 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels buckets "
-    "together splits appending cols unpool configs refusals schedule driver backward knobs space "
-    "emit allowlist store workers build resources pipeline tuned catalogue verify dryrun report measurer "
-    "pruning lanes compare progress cli svg layout drawing"
+    "together splits appending cols unpool learn configs refusals schedule driver backward losses knobs "
+    "space emit allowlist store workers build resources pipeline tuned catalogue verify dryrun report "
+    "measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.

@@ -67,11 +67,12 @@ def test_kernels_and_the_reference_have_the_same_gradients_of_a_model():
 
 
 @pytest.mark.usefixtures("sanitized")
-def test_attention_on_kernels_learns_beside_a_loss_of_the_reference():
+@pytest.mark.parametrize("plain", [False, True], ids=["on kernels", "of the reference"])
+def test_attention_on_kernels_learns_beside_a_loss(plain):
     """hisa: the index by KL, everything else by chosen tokens."""
     spec = training_run.system("hisa", 64, SIZE)
     tokens = torch.randint(64, (1, 64))
-    mixed = LanguageModel(SIZE, spec, plain_losses=True, interpret=True)
+    mixed = LanguageModel(SIZE, spec, plain_losses=plain, interpret=True)
     expected = gradients(LanguageModel(SIZE, spec, plain=True), tokens)
     assert expected["blocks.0.attention.project.q_index.weight"].any()
     assert_alike(gradients(mixed, tokens), expected)
@@ -97,8 +98,13 @@ def test_a_model_says_nothing_of_tokens_ahead():
 
 
 def test_what_no_kernel_trains_is_said_by_name():
-    words = training_run.refusals(training_run.system("hisa", 512, Size()), "cpu", interpret=True)
-    assert words == {"losses": "hisa: no kernel computes the loss kl yet"}
+    words = training_run.refusals(
+        training_run.system("hirouter", 512, Size()), "cpu", interpret=True
+    )
+    assert words == {
+        "attention": "level branch: no kernel pools by centroid yet",
+        "losses": "hirouter: no kernel computes the loss dual_entropy yet",
+    }
 
 
 def test_sizes_are_the_authors_shares():
@@ -153,10 +159,12 @@ def test_trainings_lower_losses_go_on_and_are_written_up(tmp_path, monkeypatch):
         assert last < first - 0.5, record["system"]
         assert record["measured"][-1][1]["bits"] < first
 
-    # again: what is there stays; kernels refuse hisa's loss; recall of one system
+    # again: what is there stays; kernels refuse hirouter; recall of one system
     old = result["records"]
     assert training_run.main([*argv, *some, "--tasks", "text"]) == 0
-    assert training_run.main([*argv, "--systems", "hisa", "--tasks", "text", "--interpret"]) == 0
+    assert (
+        training_run.main([*argv, "--systems", "hirouter", "--tasks", "text", "--interpret"]) == 0
+    )
     assert training_run.main([*argv, "--systems", "dense", "--tasks", "recall"]) == 0
     result = common.read_json(path)
     assert result["records"][:3] == old
@@ -166,8 +174,8 @@ def test_trainings_lower_losses_go_on_and_are_written_up(tmp_path, monkeypatch):
 
     assert training_run.main(["--report", "-o", str(tmp_path), "--docs", str(tmp_path)]) == 0
     text = (tmp_path / "training_run.md").read_text()
-    assert "| hisa | none | – | – | – | – | – | – |" in text
-    assert "- on kernels: hisa: no kernel computes the loss kl yet" in text
+    assert "| hirouter | none | – | – | – | – | – | – |" in text
+    assert "- on kernels: level branch: no kernel pools by centroid yet" in text
     assert "| nsa | reference | 12 |" in text
     assert "Python's language reference" in text
     picture = (tmp_path / "training_run.svg").read_text()

@@ -154,15 +154,15 @@ def _launches(draft: Draft) -> None:
                 Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate() | Union()
             ):
                 pass  # fused into the launch that reads them
-            case Norm() | Rotate() | OutputGate():
-                pass  # fused into the launch that makes what they read; behind all launches
+            case Norm() | Rotate() | OutputGate() | Divergence():
+                pass  # fused into the launch that makes what they read; behind all; a call of its own
             case Recall(width=int()):
                 pass  # the caller's
             case Route() | Switch() | Unlike():
                 raise AssertionError("refused")
             case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolHeads():
                 raise AssertionError("refused")
-            case Recall() | Carry() | Divergence() | Distance() | Entropies() | ReduceRows():
+            case Recall() | Carry() | Distance() | Entropies() | ReduceRows():
                 raise AssertionError("refused")
 
 

@@ -68,6 +68,9 @@ class Draft:
         default_factory=dict[str, Turn]
     )  # by branch, where gates or one softmax combine
     kept: bool = False  # the outputs of gated branches, which are weighed at the end
+    whole: bool = (
+        False  # rounded vectors are kept as the caller's are, for gradients to be made of them
+    )
     cached: Cached | None = None
     appends: list[Step] = field(default_factory=list[Step])  # to the cache
     parts: dict[str, splits.Part] = field(
@@ -219,7 +222,8 @@ class Draft:
         summed = ("relu_weighted", "relu_sum")
         users = [user.op for user in self.graph.users(node.name)]
         return (
-            self.target.dots_of_e4m3
+            not self.whole
+            and self.target.dots_of_e4m3
             and self.dtype != "fp32"
             and self.size(node.type.dims[-1]) % LEAST_EIGHT == 0
             and all(isinstance(op, Score) and op.form in summed for op in users)

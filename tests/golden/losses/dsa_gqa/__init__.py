@@ -1,0 +1,1 @@
+"""Kernels of dsa_gqa_kl_losses, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of hisa_kl_losses, emitted by hsgen."""
