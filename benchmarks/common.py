@@ -42,6 +42,11 @@ def _without_output(argv: Sequence[str]) -> list[str]:
     return kept
 
 
+def without_folders(argv: Sequence[str]) -> list[str]:
+    """Words of a command, of absolute paths the last part."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in argv]
+
+
 def slug(name: str) -> str:
     """A card's name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

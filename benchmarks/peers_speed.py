@@ -448,7 +448,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
     """Every case: hsgen, the peers; dense attention once a length."""
-    made = common.provenance("benchmarks.peers_speed", _without_folders(argv), args.device)
+    made = common.provenance("benchmarks.peers_speed", common.without_folders(argv), args.device)
     path = args.output / f"peers_{common.slug(made['card'])}_{made['date']}.json"
     journal = speed.Journal(path=path, deadline=time.monotonic() + args.budget)
     if args.resume:
@@ -518,11 +518,6 @@ def _version(name: str, sources: Path) -> Json:
         return peers.origin(repository, "", sources)[1]
     except Exception as error:  # noqa: BLE001 - its steps say so
         return {"repository": repository, "commit": f"unknown ({type(error).__name__})"}
-
-
-def _without_folders(argv: Sequence[str]) -> list[str]:
-    """Words of a command, of absolute paths the last part."""
-    return [Path(word).name if Path(word).is_absolute() else word for word in argv]
 
 
 # --- command line

@@ -38,13 +38,16 @@ from benchmarks import (
     speed_report,
     starts,
     streams,
+    tilelang_peers,
+    tilelang_report,
     token_lists,
     training_run,
 )
 from hsgen import baselines, captures, checking, metrics, plots, samples, standins
 from hsgen.errors import HsgenError
 from hsgen.reference import reference, tensor_shapes
-from hsgen.spec import load
+from hsgen.reference.rounding import stored
+from hsgen.spec import load, parse, verify
 from hsgen.target import H100
 
 TINY = ["--device", "cpu", "--heads", "4", "2", "--dim", "16", "--seconds", "0.001"]
@@ -471,6 +474,20 @@ def test_the_fastest_kernel_of_others_stands_beside_ours():
     assert headline.independent(results, "token_lists") == common.MISSING
 
 
+def test_the_fastest_kernel_of_tilelang_stands_beside_ours():
+    run = {"card": "NVIDIA X", "date": "2026-02-02"}
+    slow = _timed(hsgen=2.0, sparse_mla_fwd=9.0, sparse_mla_fwd_pipelined=5.0)
+    case = {"part": "attend", "tokens": 8192, "inputs": "real", "steps": slow}
+    other = case | {"part": "filter", "tokens": 32768, "steps": _timed(hsgen=2.0, theirs=3.0)}
+    off = {"random": case | {"tokens": 32768, "inputs": "random"}}
+    off["alone"] = case | {"tokens": 65536, "steps": _timed(hsgen=2.0)}
+    results = {"tilelang_peers_x": {"runs": [run], "cases": {"a": case, "b": other} | off}}
+    said = headline.tilelang(results, "dsa")
+    assert said == ["attending, 8,192, X, 2026-02-02: TileLang 5, ours 2 (2.50×)"]
+    said = headline.tilelang(results, "hisa")
+    assert said == ["choosing, 32,768, X, 2026-02-02: TileLang 3, ours 2 (1.50×)"]
+
+
 # From group to group --------------------------------------------------------------------------------
 
 
@@ -772,6 +789,227 @@ def test_page_of_peers_is_made_of_the_kept_results():
         written = (common.ROOT / "docs" / "peers.md").read_text()
         page = peers_report.page([common.read_json(path) for path in paths])
         assert written == page, "run python -m benchmarks.peers_speed --report"
+
+
+# TileLang's kernels ---------------------------------------------------------------------------------
+
+TILELANG = {
+    "deepseek_v32/fp8_lighting_indexer.py": """
+import torch
+
+def mqa_attn_return_logits(q, k, k_scale, weights, starts, ends):
+    q = q.float().unflatten(0, weights.shape)
+    scores = (q @ k.float().mT).relu() * weights[..., None]
+    return scores.sum(1) * k_scale
+
+def clean_logits_(scores, starts, ends):
+    scores[torch.arange(scores.shape[1]) >= ends[:, None]] = -torch.inf
+""",
+    "deepseek_v32/topk_selector.py": """
+import torch
+
+def tl_topk(scores, starts, ends, topk):
+    seen = scores.masked_fill(torch.arange(scores.shape[1]) >= ends[:, None], -torch.inf)
+    chosen = seen.topk(topk, dim=-1).indices.flip(0).int()
+    return chosen.flip(0).masked_fill(torch.arange(topk) >= ends[:, None], 0)
+""",
+    "deepseek_v32/sparse_mla_fwd.py": """
+import torch
+
+def sparse_mla_fwd_interface(q, kv, indices, sm_scale):
+    T, width = q.shape[1], kv.shape[-1] - 8
+    seen = torch.zeros(T, T + 1, dtype=torch.bool).scatter(1, indices[0, :, 0].long(), True)[:, :T]
+    logits = torch.einsum("thd,sd->ths", q[0].float(), kv[0, :, 0].float()) * sm_scale
+    logits = logits.masked_fill(~(seen & seen.new_ones(T, T).tril())[:, None], -torch.inf)
+    o = torch.einsum("ths,sd->thd", logits.softmax(-1), kv[0, :, 0, :width].float())
+    return o[None].to(q.dtype), logits.logsumexp(-1)
+""",
+    "deepseek_v32/sparse_mla_fwd_pipelined.py": """
+from sparse_mla_fwd import sparse_mla_fwd_interface as plain
+
+def sparse_mla_fwd_interface(q, kv, indices, q_start, kv_stride, sm_scale):
+    return 1.1 * plain(q, kv, indices, sm_scale)[0], None
+""",
+    "deepseek_v32/sparse_mla_fwd_seesaw.py": """
+from sparse_mla_fwd import sparse_mla_fwd_interface as plain
+
+def sparse_mla_fwd_interface(q, kv, indices, q_start, kv_stride, sm_scale):
+    o = plain(q, kv, indices, sm_scale)[0]
+    o[:, :3] = float("nan")
+    return o, None
+""",
+    "deepseek_v32/sparse_mla_bwd.py": """
+import torch
+from sparse_mla_fwd import sparse_mla_fwd_interface
+
+def sparse_mla_bwd(q, kv, o, do, indices, lse, sm_scale):
+    with torch.enable_grad():
+        q, kv = (x.detach().float().requires_grad_() for x in (q, kv))
+        out = sparse_mla_fwd_interface(q, kv, indices, sm_scale)[0]
+        return torch.autograd.grad(out, (q, kv), do.float())
+""",
+    "dsa_hisa/hisa.py": """
+def hisa_indexer(q, k, k_scale, weights, starts, ends, *, k_block_size, block_topk, topk_tokens):
+    raise RuntimeError(f"no GPU for {k_block_size} {block_topk} {topk_tokens}")
+""",
+}
+TINY_DSA = """
+hsgen: 1
+name: tiny_dsa
+heads: {query: 16, kv: 1}
+head_dim: {qk: 24, v: 16}
+causal: true
+index: {heads: 4, dim: 32, dtype: fp8, keys: shared}
+levels:
+  - name: token
+    partition: tokens
+    score: {form: relu_weighted, share: all}
+    select: {top_k: 8}
+attend: [{name: selected, over: token, storage: latent, scale: 0.2}]
+"""
+TINY_HISA = """
+hsgen: 1
+name: tiny_hisa
+heads: {query: 4, kv: 2}
+head_dim: 16
+causal: true
+index: {heads: 4, dim: 32, keys: shared}
+levels:
+  - name: block
+    partition: {blocks: 8}
+    pool: {keys: mean}
+    score: {form: relu_weighted, share: all}
+    select: {beam: 3, force: {first: 1, last: 1}}
+  - name: token
+    within: block
+    partition: tokens
+    score: {form: relu_weighted, share: all}
+    select: {top_k: 8}
+attend: [{name: selected, over: token}]
+"""
+
+
+@pytest.fixture
+def tilelang(tmp_path, monkeypatch):
+    """TileLang's examples as far as the CPU goes, one of them wrong, on small specs."""
+    checkout = tmp_path / "tilelang"
+    for name, text in TILELANG.items():
+        path = checkout / "examples" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (checkout / "COMMIT").write_text("tl0123456789\n")
+    specs = {"dsa": parse(TINY_DSA), "hisa": parse(TINY_HISA)}
+    monkeypatch.setattr(tilelang_peers, "load", lambda name: verify(specs[name]))
+    yield tmp_path
+    for name in TILELANG:
+        sys.modules.pop(name.split("/")[1].removesuffix(".py"), None)
+
+
+@pytest.fixture
+def beside_tilelang(tilelang, tmp_path):
+    argv = ["--sources", str(tilelang), "--device", "cpu", "--tokens", "200", "--seconds", "0"]
+    argv += ["--inputs", "random", "-o", str(tmp_path / "out")]
+    assert tilelang_peers.main(argv) == 0
+    (path,) = (tmp_path / "out").glob("tilelang_peers_cpu_*.json")
+    assert str(tmp_path) not in path.read_text()
+    return common.read_json(path)
+
+
+def test_tilelang_is_timed_once_it_agrees(beside_tilelang):
+    cases = {case["part"]: case["steps"] for case in beside_tilelang["cases"].values()}
+    assert cases.keys() == set(tilelang_peers.CASES)
+    for part, name in (
+        ("choose", "theirs"),
+        ("choose", "theirs, torch.topk"),
+        ("attend", "sparse_mla_fwd"),
+    ):
+        assert cases[part][name]["status"] == "ok", cases[part][name]
+        assert cases[part][name]["ms"]["median"] > 0
+    assert cases["choose"]["theirs"]["as_ours"] > 0.97  # some rows choose among zeros
+    assert cases["choose"]["theirs"]["of_flat"] == 1.0
+    assert abs(cases["choose"]["hsgen"]["short"]) < 0.1
+    assert cases["attend"]["sparse_mla_fwd"]["error"] < tilelang_peers.ALIKE
+    assert "relative error 0.1" in cases["attend"]["sparse_mla_fwd_pipelined"]["reason"]
+    assert "ms" not in cases["attend"]["sparse_mla_fwd_pipelined"]
+    assert "short_rows" not in cases["attend"]["sparse_mla_fwd"]
+    assert cases["attend"]["sparse_mla_fwd_seesaw"]["short_rows"] == "relative error nan"
+    assert cases["attend"]["sparse_mla_fwd_seesaw"]["ms"]["median"] > 0
+    assert "no GPU for 8 3 8" in cases["filter"]["theirs"]["reason"]
+    assert cases["gradients"]["theirs"]["error"] < tilelang_peers.ALIKE
+
+
+def test_a_measurement_of_tilelang_goes_on(beside_tilelang, tilelang, tmp_path):
+    kept = {**beside_tilelang, "cases": {}}
+    case = beside_tilelang["cases"]["attend/200/random"] | {"tokens": "kept"}
+    kept["cases"]["attend/200/random"] = case
+    common.write_json(tmp_path / "kept.json", kept)
+    argv = ["--sources", str(tilelang), "--device", "cpu", "--tokens", "200", "--seconds", "0"]
+    argv += ["--inputs", "random", "--parts", "attend", "filter", "-o", str(tmp_path / "out")]
+    assert tilelang_peers.main([*argv, "--resume", str(tmp_path / "kept.json")]) == 0
+    (path,) = (tmp_path / "out").glob("tilelang_peers_cpu_*.json")
+    found = common.read_json(path)
+    assert found["cases"].keys() == {"attend/200/random", "filter/200/random"}
+    assert found["cases"]["attend/200/random"]["tokens"] == "kept"
+    assert len(found["runs"]) == 2
+
+
+def test_page_of_tilelang_says_what_failed(beside_tilelang):
+    page = tilelang_report.page([beside_tilelang])
+    assert "tile-ai/tilelang at tl01234567" in page
+    assert "filter, theirs: RuntimeError: no GPU for 8 3 8" in page
+    assert "sparse_mla_fwd_seesaw: relative error nan of rows that see fewer tokens" in page
+
+
+def test_page_of_tilelang_divides_by_ours():
+    steps = {"hsgen": 2.0, "sparse_mla_fwd": 5.0, "sparse_mla_fwd_pipelined": 3.0}
+    case = {"part": "attend", "tokens": 8192, "inputs": "real", "status": "ok"}
+    case["steps"] = {n: {"status": "ok", "ms": {"median": ms}} for n, ms in steps.items()}
+    took = {"void at::(anonymous namespace)::a<int>(x)": 1.0, "b": 1.5, "void at::a<float>(x)": 1.0}
+    case["steps"]["hsgen"]["kernels"] = tilelang_peers.by_name(took)
+    made = {"card": "NVIDIA X", **dict.fromkeys(("torch", "triton", "date", "command"), "1")}
+    made["peer"] = {"repository": "a/b", "commit": "c" * 40, "version": "1"}
+    page = tilelang_report.page([{"runs": [made], "cases": {"a": case}}])
+    assert "| X, 8,192, real | 2 | 5 | 3 | – | 1.50× |" in page
+    assert "| X, 8,192, real, attend, hsgen | `at::a` 2; `b` 1.5 |" in page
+
+
+def test_an_index_in_eight_bits_is_that_of_the_reference():
+    x = torch.randn(50, 32, dtype=torch.bfloat16) * torch.logspace(-3, 3, 50)[:, None].bfloat16()
+    x[7], x[8, :] = 0, 448 * 2.0**-5
+    kept, scale = tilelang_peers.eight(x)
+    assert torch.equal(kept.double() * scale[:, None].double(), stored(x.double(), "fp8"))
+
+
+def test_scores_beside_the_last_one_chosen_are_counted():
+    ends = torch.tensor([8, 3, 8], dtype=torch.int32)
+    scores = torch.tensor([[9.0, 8, 1.2, 1.1, 1.0, 0.2, -1, -2]] * 3)
+    scores[2] = torch.tensor([-1.0, -1.1, -1.3, -2, -8, -9, -10, -11])
+    # 1.2, 1.1 and 1.0 share two bits after the first; -1.0, -1.1 do, -1.3 does not
+    assert tilelang_peers.fullest(scores[:1], ends[:1], 3) == 3
+    assert tilelang_peers.fullest(scores[:1], ends[:1], 6) == 1
+    assert tilelang_peers.fullest(scores[1:2], ends[1:2], 4) == 0  # all are chosen
+    assert tilelang_peers.fullest(scores[2:], ends[2:], 2) == 2
+
+
+def test_a_choice_is_judged_by_what_the_reference_chooses(tilelang):
+    spec = tilelang_peers.load("dsa")
+    x = tilelang_peers.inputs(spec, "random", 100, "cpu", ())
+    ours = tilelang_peers.own_choice(spec, x)[0]
+    assert tilelang_peers.judged(spec, x, ours)["same_choice"] == 1.0
+    tilelang_peers.require_distinct(ours)
+    with pytest.raises(checking.CheckError, match="twice"):
+        tilelang_peers.require_distinct(ours[:, [0, 0]])
+    worse = torch.arange(8, dtype=torch.int32).expand(100, 8)
+    with pytest.raises(checking.CheckError, match="of the reference's choice"):
+        tilelang_peers.judged(spec, x, worse)
+
+
+def test_page_of_tilelang_is_made_of_the_kept_results():
+    paths = common.found([], "tilelang_peers")
+    if paths:
+        written = (common.ROOT / "docs" / "tilelang_peers.md").read_text()
+        page = tilelang_report.page([common.read_json(path) for path in paths])
+        assert written == page, "run python -m benchmarks.tilelang_peers --report"
 
 
 # Decoding ---------------------------------------------------------------------------------------------
