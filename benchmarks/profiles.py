@@ -1,6 +1,7 @@
 """What limits kernels, by NVIDIA's ncu: pipes, memory, occupancy and stalls of one call on real-like input.
 
     python -m benchmarks.profiles --spec nsa --tokens 32768 --capture FILE -o OUT
+    python -m benchmarks.profiles --lists 64 4 --kernels attend ...    # the lists of tokens of token_lists.py
     python -m benchmarks.profiles --report                   # writes docs/profiles.md
 
 Clocks are not pinned, and ncu runs a kernel many times over, so its durations are no benchmark.
@@ -18,10 +19,10 @@ from pathlib import Path
 import torch
 
 import hsgen
-from benchmarks import common
+from benchmarks import common, token_lists
 from benchmarks.common import Json
 from hsgen import captures, samples
-from hsgen.spec import load
+from hsgen.spec import Spec, load
 
 # By heading of the page: what ncu calls it, and its unit there.
 METRICS = {
@@ -47,9 +48,14 @@ ncu measures under its own clocks: durations are for comparison within this page
 """
 
 
+def spec_of(args: argparse.Namespace) -> Spec:
+    """What is profiled."""
+    return token_lists.of_heads(*args.lists) if args.lists else load(args.spec)
+
+
 def child(args: argparse.Namespace) -> None:
     """The call that is profiled, after one that compiles."""
-    spec = load(args.spec)
+    spec = spec_of(args)
     x = samples.make(spec, "real", args.tokens, "cuda", 0, captures.load(args.capture))
     kernel = hsgen.load_kernel(spec)
     with torch.no_grad():
@@ -66,7 +72,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
     made = common.provenance("benchmarks.profiles", argv, "cuda")
     report = args.output / REPORT
     args.output.mkdir(parents=True, exist_ok=True)
-    words = ["--spec", args.spec, "--tokens", str(args.tokens), "--capture", str(args.capture)]
+    lists = [*map(str, args.lists or ())]
+    name = "_".join(("lists", *lists)) if lists else args.spec
+    of = ["--lists", *lists] if lists else ["--spec", args.spec]
+    words = [*of, "--tokens", str(args.tokens), "--capture", str(args.capture)]
     ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--set", "full", "-f"]
     ncu += ["-k", f"regex:{args.kernels}", "-o", str(report)]
     subprocess.run(
@@ -79,8 +88,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
         text=True,
     ).stdout
     report.unlink()
-    data = {"runs": [made], "spec": args.spec, "tokens": args.tokens, "kernels": parsed(said)}
-    path = args.output / f"profiles_{args.spec}_{common.slug(made['card'])}_{made['date']}.json"
+    data = {"runs": [made], "spec": name, "tokens": args.tokens, "kernels": parsed(said)}
+    path = args.output / f"profiles_{name}_{common.slug(made['card'])}_{made['date']}.json"
     common.write_json(path, data)
     return path
 
@@ -147,6 +156,9 @@ def page(results: Sequence[Json]) -> str:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Profile a spec's kernels by ncu.")
     parser.add_argument("--spec", default="nsa")
+    parser.add_argument(
+        "--lists", type=int, nargs=2, help="query and key heads of lists of tokens, not a spec"
+    )
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument(
         "--kernels", default="attend|score|rank|index|pool", help="a regular expression"

@@ -23,7 +23,7 @@ from typing import Never
 import torch
 from torch import Tensor
 
-from benchmarks import common, speed_report
+from benchmarks import common, front, speed_report
 from hsgen import baselines, captures, checking, measure, samples, standins
 from hsgen.measure import Setting, Step, Tensors
 from hsgen.quality import Json
@@ -308,7 +308,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Time the shipped specs against dense attention.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--systems", nargs="+", choices=front.SYSTEMS, default=SYSTEMS)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument(
         "--inputs", nargs="+", choices=("random", "real"), default=["random", "real"]

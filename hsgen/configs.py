@@ -20,6 +20,7 @@ from hsgen.splits import BesideContext
 from hsgen.target import Target
 
 DType = Literal["bf16", "fp16", "fp32"]
+Work = Literal["forward", "gradients"]  # a call, or the gradients of one
 
 
 WIDE_DIMS = 256  # of a key and a value

@@ -314,7 +314,8 @@ class Execution:
         self._last: dict[str, _Known] = {}  # which come again in a loop
         self.replays = Replays()
         self._recorded: dict[tuple[Binding, tuned.Bucket], Choice] = {}
-        self._gradients: dict[Binding, Program] = {}
+        self._gradients: dict[tuple[Binding, tuned.Bucket], Program] = {}
+        self._differentiated: dict[Binding, Program] = {}  # as compiled, whatever the size
         self._losing: dict[tuple[Binding, str], Program] = {}
         self._bound_graphs: dict[Binding, Graph] = {}
         self._calls = self._launches = self._bytes = 0
@@ -338,8 +339,8 @@ class Execution:
             return dict(self._recorded)
 
     @property
-    def gradients(self) -> Mapping[Binding, Program]:
-        """Programs of gradients that were compiled so far, oldest first."""
+    def gradients(self) -> Mapping[tuple[Binding, tuned.Bucket], Program]:
+        """Programs of gradients that calls got so far, oldest first."""
         with self._lock:
             return dict(self._gradients)
 
@@ -786,25 +787,48 @@ class Execution:
         return known
 
     def _gradient_program(self, problem: Problem, call: Call, *, apart: bool) -> Program:
-        """The program of gradients for these tensors, compiled once."""
+        """The program of gradients for these tensors, and the configuration of calls as large as this one."""
         even = self._aligned(call) and _aligned(call.tensors[self.attending.names.index("q")])
         binding = replace(_binding(problem), aligned=even, apart=apart)
+        bucket = _bucket(problem, call)
         with self._lock:
-            if binding not in self._gradients:
+            if (binding, bucket) not in self._gradients:
                 self._refuse_capture(problem.device)
-                spec, target, interpret = self._bound(binding)
-                made = self._compiler(
-                    spec,
-                    target,
-                    binding.dtype,
-                    interpret=interpret,
-                    orders={},
-                    backward=True,
-                    apart=apart,
-                )
-                config, origin = with_caller_s(made, self.options.config, target)
-                self._gradients[binding] = replace(made, config=config, origin=origin)
-            return self._gradients[binding]
+                self._gradients[binding, bucket] = self._choose_gradients(binding, bucket)
+            return self._gradients[binding, bucket]
+
+    def _choose_gradients(self, binding: Binding, bucket: tuned.Bucket) -> Program:
+        """Look up what is tuned, and compile once for all sizes."""
+        spec, target, interpret = self._bound(binding)
+        if binding not in self._differentiated:
+            self._differentiated[binding] = self._compiler(
+                spec,
+                target,
+                binding.dtype,
+                interpret=interpret,
+                orders={},
+                backward=True,
+                apart=binding.apart,
+            )
+        made = self._differentiated[binding]
+        compiled = tuned.Compiled(plan=made.plan, target=target, texts=made.texts)
+        found = tuned.look_up(
+            tuned.Problem.of(spec, PLANNED[binding.dtype], "gradients"),
+            bucket,
+            tuned.environment(target, interpreted=interpret),
+            lambda _: compiled,
+        )
+        self._tell(found, interpret=interpret)
+        choice = _chosen(made, found, self.options.config, target)
+        return replace(made, config=choice.config, origin=choice.origin)
+
+    @staticmethod
+    def _tell(found: tuned.Found, *, interpret: bool) -> None:
+        """Say what a call lacks that could be measured, or refuse it."""
+        if paths.requires_tuned():
+            found.require()
+        if not interpret:
+            found.tell()
 
     def check_names(
         self, mine: Iterable[str], spec: Spec, target: Target, dtype: torch.dtype
@@ -1017,10 +1041,7 @@ class Execution:
             tuned.environment(target, interpreted=interpret),
             compiled,
         )
-        if paths.requires_tuned():
-            found.require()
-        if not interpret:
-            found.tell()
+        self._tell(found, interpret=interpret)
         made = program(found.orders)
         self.check_names(made.config, spec, target, binding.dtype)
         return _chosen(made, found, self.options.config, target)

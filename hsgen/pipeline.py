@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import cast
 
-from hsgen import backward, build, emit, losses, passes, planner, schedule
-from hsgen.configs import DType
+from hsgen import backward, build, emit, losses, passes, planner, resources, schedule
+from hsgen.configs import DType, Work
+from hsgen.errors import ArgumentError
 from hsgen.graph import Graph
 from hsgen.plan import Cached, Plan
+from hsgen.resources import Job
 from hsgen.schedule import Order
 from hsgen.spec import Spec
 from hsgen.target import Target
@@ -132,6 +135,38 @@ def compile_losses(
     }
     module = build.build(f"{spec.name}_losses", sources, key)
     return Artifact(spec=spec, target=target, graph=graph, plan=plan, module=module)
+
+
+def compile_work(
+    spec: Spec,
+    target: Target,
+    dtype: DType = "bf16",
+    work: Work = "forward",
+    orders: Mapping[str, Order] | None = None,
+) -> Artifact:
+    """A call's kernels, or those of its gradients, as a call that autograd records gets them.
+
+    Raises:
+        ArgumentError: orders of gradients, which have but one.
+        PlanError: no kernel can do it.
+        BuildError: the emitted files cannot be kept.
+    """
+    if work == "forward":
+        return compile_spec(spec, target, dtype, orders)
+    if orders:
+        raise ArgumentError(f"orders: expected none of {work}, got {dict(orders)}")
+    apart = backward.keeps_branches(passes.run(planner.plan(spec)))
+    return compile_backward(spec, target, dtype, apart=apart)
+
+
+def call_jobs(artifact: Artifact) -> tuple[Job, ...]:
+    """What to cross-compile of it, one a kernel, as `resources.call_jobs` says."""
+    before = None
+    if artifact.plan.gradients and not artifact.plan.losses:
+        graph, target, dtype = artifact.graph, artifact.target, cast("DType", artifact.plan.dtype)
+        apart = backward.keeps_branches(graph)
+        before = schedule.schedule(graph, target, dtype, apart=apart)
+    return resources.call_jobs(artifact.plan, artifact.module, artifact.target, before)
 
 
 def provenance(spec: Spec, target: Target) -> emit.Provenance:

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from hsgen import passes, pipeline, planner, report, resources
-from hsgen.configs import DType
+from hsgen.configs import DType, Work
 from hsgen.measurer import Failure
 from hsgen.pipeline import Artifact
 from hsgen.plan import Kernel
@@ -115,8 +115,9 @@ class Compiler:
     def artifact(self, orders: Orders) -> Artifact:
         """The emitted module of a variant."""
         if orders not in self.programs:
-            self.programs[orders] = pipeline.compile_spec(
-                self.spec, self.space.target, self.space.dtype, dict(orders)
+            space = self.space
+            self.programs[orders] = pipeline.compile_work(
+                self.spec, space.target, space.dtype, space.work, dict(orders)
             )
         return self.programs[orders]
 
@@ -318,6 +319,7 @@ def dry_run(
     spec: Spec,
     target: Target,
     dtype: DType = "bf16",
+    work: Work = "forward",
     *,
     only: Sequence[str] = (),
     budget: float = 300.0,
@@ -330,7 +332,7 @@ def dry_run(
         BuildError: Triton is not installed, or too old.
     """
     began = time.monotonic()
-    whole = space(passes.run(planner.plan(spec)), target, dtype)
+    whole = space(passes.run(planner.plan(spec)), target, dtype, work)
     whole = whole.only(only) if only else whole
     parts = [(variant, part) for variant in whole.variants for part in variant.parts]
     found: list[Pruned] = []

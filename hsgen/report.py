@@ -340,7 +340,7 @@ def _measure(artifact: Artifact, progress: Progress) -> tuple[Resources, ...]:
 
 def jobs(artifact: Artifact) -> tuple[Job, ...]:
     """One job a kernel, specialised as the runtime does it for contiguous tensors of TOKENS tokens."""
-    return resources.call_jobs(artifact.plan, artifact.module, artifact.target)
+    return pipeline.call_jobs(artifact)
 
 
 def _fitting(kernel: Kernel, job: Job, outcome: Outcome) -> Resources:

@@ -101,9 +101,16 @@ def plan_jobs(plan: Plan, module: Module, target: Target) -> tuple[Job, ...]:
     return tuple(_plan_job(plan, kernel, module, target) for kernel in plan.kernels)
 
 
-def call_jobs(plan: Plan, module: Module, target: Target) -> tuple[Job, ...]:
-    """The same jobs, specialised as the runtime does it for contiguous tensors of TOKENS tokens."""
-    run = dryrun.run(plan, tokens=TOKENS)
+def call_jobs(
+    plan: Plan, module: Module, target: Target, before: Plan | None = None
+) -> tuple[Job, ...]:
+    """The same jobs, specialised as the runtime does it for contiguous tensors of TOKENS tokens.
+
+    before: Of gradients, the plan of the calls that they are of.
+    """
+    run = (
+        dryrun.gradients(plan, before, tokens=TOKENS) if before else dryrun.run(plan, tokens=TOKENS)
+    )
     return tuple(
         _specialised(job, kernel, run.launch(kernel.name).arguments)
         for job, kernel in zip(plan_jobs(plan, module, target), plan.kernels, strict=True)

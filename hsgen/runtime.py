@@ -37,6 +37,7 @@ from hsgen.decoding import Decoding
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
     PLANNED,
+    Binding,
     Compiler,
     Configs,
     Execution,
@@ -652,8 +653,12 @@ class Kernel:
                     if choice.program is program:
                         parts.append(f"calls of {bucket}{said}")
                         parts += config_lines(choice.config, choice.origin)
-        for binding, program in self._execution.gradients.items():
-            parts += [f"gradients compiled for {binding}", str(program.plan)]
+        told = set[Binding]()
+        for (binding, bucket), program in self._execution.gradients.items():
+            if binding not in told:
+                parts += [f"gradients compiled for {binding}", str(program.plan)]
+                told.add(binding)
+            parts.append(f"gradients of calls of {bucket}")
             parts += config_lines(program.config, program.origin)
         if repeated := self._execution.replays.explain():
             parts += ["repeated calls", *repeated]

@@ -12,8 +12,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from hsgen import schedule
-from hsgen.configs import DType
+from hsgen import backward, schedule
+from hsgen.configs import DType, Work
 from hsgen.errors import ArgumentError, PlanError, nearest
 from hsgen.graph import Attend, Graph
 from hsgen.knobs import VERSION, Knob, Values, broken, derive, knobs_of, shares
@@ -223,12 +223,13 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """All that may be tuned of a spec on a GPU; the plan's own orders come first."""
+    """All that may be tuned of a spec's calls, or of their gradients; the plan's own orders come first."""
 
     name: str
     target: Target = field(repr=False)
     dtype: DType
     variants: tuple[Variant, ...]
+    work: Work = "forward"
 
     @property
     def start(self) -> Point:
@@ -245,7 +246,8 @@ class Space:
             ]
             for v in self.variants
         ]
-        text = json.dumps([VERSION, self.name, self.target.name, self.dtype, knobs])
+        work = [] if self.work == "forward" else [self.work]
+        text = json.dumps([VERSION, self.name, self.target.name, self.dtype, knobs, *work])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def variant(self, point: Point) -> Variant | None:
@@ -339,19 +341,24 @@ class Space:
 
     def __str__(self) -> str:
         total = sum(variant.size for variant in self.variants)
+        of = self.name if self.work == "forward" else f"{self.name}'s {self.work}"
         head = (
-            f"space of {self.name} on {self.target.name} ({self.target.label}), {self.dtype}: "
+            f"space of {of} on {self.target.name} ({self.target.label}), {self.dtype}: "
             f"{total:.3g} combinations before rules"
         )
         return "\n".join([head, *(str(variant) for variant in self.variants)]) + "\n"
 
 
-def space(graph: Graph, target: Target, dtype: DType = "bf16") -> Space:
-    """What may be tuned of a spec.
+def space(graph: Graph, target: Target, dtype: DType = "bf16", work: Work = "forward") -> Space:
+    """What may be tuned of a spec's calls, or of the gradients of calls that autograd records.
 
     Raises:
         PlanError: no kernel can do it.
     """
+    if work == "gradients":
+        made = backward.plan(graph, target, dtype, apart=backward.keeps_branches(graph))
+        variants = (_variant(made, (), target),)
+        return Space(name=made.name, target=target, dtype=dtype, variants=variants, work=work)
     own = schedule.schedule(graph, target, dtype)
     variants = [_variant(own, (), target)]
     branches = [n.op.branch for n in graph.nodes() if isinstance(n.op, Attend)]

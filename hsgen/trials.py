@@ -300,7 +300,7 @@ def _power_of_two(n: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Tensors:
+class Tensors:
     """A trial's tensors as the driver takes them, and as the reference does; lists of another layer."""
 
     driver: dict[str, Tensor]
@@ -325,7 +325,7 @@ class Examination:
     def __init__(self, trial: Trial, device: str = "cpu") -> None:
         self.trial = trial
         self._on_card = device != "cpu"
-        self._tensors = _tensors(trial, device)
+        self._tensors = tensors_of(trial, device)
         self._known: dict[str, tuple[Result, Result]] = {}
         self._free: Result | None = None
 
@@ -397,7 +397,7 @@ def _program(spec: Spec, target: Target, dtype: torch.dtype) -> Program:
 
 
 def _reference(
-    trial: Trial, tensors: _Tensors, dtype: torch.dtype, selection: dict[str, ListSelection] | None
+    trial: Trial, tensors: Tensors, dtype: torch.dtype, selection: dict[str, ListSelection] | None
 ) -> Result:
     lengths = tensors.lengths
     return reference(
@@ -411,7 +411,7 @@ def _reference(
     )
 
 
-def _tensors(trial: Trial, device: str) -> _Tensors:
+def tensors_of(trial: Trial, device: str) -> Tensors:
     """Tensors and lengths of a trial; the same each time, whatever the device."""
     generator = torch.Generator().manual_seed(zlib.crc32(trial.name.encode()))
     kinds = tensor_kinds(trial.spec)
@@ -427,12 +427,12 @@ def _tensors(trial: Trial, device: str) -> _Tensors:
     if not trial.packed:
         lens = torch.tensor(trial.keys, dtype=torch.int32, device=device)
         where = batch.dense(sequences, rows, keys, lens.device, kv_lens=lens)
-        return _Tensors(
+        return Tensors(
             driver=made, reference=made, batch=where, lengths={"kv_lens": lens}, brought=brought
         )
     cu_q, cu_k = (_cumulative(each).to(device) for each in (trial.queries, trial.keys))
     flat = {name: x if kinds[name] == "parameter" else x[0] for name, x in made.items()}
-    return _Tensors(
+    return Tensors(
         driver=made,
         reference=flat,
         batch=batch.packed(cu_q, cu_k, rows, keys),

@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,8 +27,20 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from hsgen import batch, captures, checking, drawn, machine, measurer, samples, timing, trials
+from hsgen import (
+    batch,
+    captures,
+    checking,
+    drawn,
+    gradients,
+    machine,
+    measurer,
+    samples,
+    timing,
+    trials,
+)
 from hsgen.batch import Batch
+from hsgen.configs import Work
 from hsgen.errors import HsgenError
 from hsgen.execution import PLANNED, Program, compute_integers_once, interpreting
 from hsgen.measurer import Failure, Kind, Result, Shape
@@ -61,6 +73,7 @@ def take(call: timing.Call, device: str, count: int) -> list[float]:
 class Problem:
     """What is tuned: a bound spec, tensors, shapes; and the capture that inputs are made of, if any.
 
+    `work`: its calls, or their gradients.
     `seconds` of timing a shape, and never fewer calls than `fewest`.
     """
 
@@ -68,6 +81,7 @@ class Problem:
     dtype: str
     target: str  # as JSON; empty: that of the GPU that is here
     shapes: tuple[str, ...]
+    work: Work = "forward"
     capture: str = ""
     seconds: float = SECONDS
     fewest: int = FEWEST
@@ -88,12 +102,19 @@ class Bench:
     target: Target = field(init=False)
     dtype: torch.dtype = field(init=False)
     _programs: dict[str, Program] = field(default_factory=dict[str, Program])
+    _both: gradients.Programs | None = None
     _checks: list[Examination] = field(default_factory=list[Examination])
+    _gradient_checks: list[gradients.Examination] = field(
+        default_factory=list[gradients.Examination]
+    )
     _inputs: dict[str, list[dict[str, Tensor]]] = field(
         default_factory=dict[str, "list[dict[str, Tensor]]"]
     )
     _handed: dict[str, list[dict[str, Tensor]]] = field(
         default_factory=dict[str, "list[dict[str, Tensor]]"]
+    )
+    _left: dict[str, list[gradients.Left]] = field(
+        default_factory=dict[str, "list[gradients.Left]"]
     )
 
     def __post_init__(self) -> None:
@@ -116,6 +137,8 @@ class Bench:
 
     def prove(self, request: JsonObject) -> Result:
         """Hold rows of every shape, at its full length, against the reference."""
+        if self.problem.work == "gradients":
+            return self._prove_gradients(request["configs"])
         program, found = self._program(request["orders"]), 0.0
         for name in self.problem.shapes:
             shape = measurer.shape_of(name)
@@ -160,9 +183,50 @@ class Bench:
                 found[which].append(statistics.median(sampled))
         return {"samples": found}
 
+    def _prove_gradients(self, configs: Mapping[str, Any]) -> Result:
+        """Hold them at full length against those of the start: no reference follows dk and dv there."""
+        program, found = self._programs_of_gradients.backward, 0.0
+        for name in self.problem.shapes:
+            tensors, where = self._sets(name)[0], self._batch(measurer.shape_of(name))
+            left = self._left_by(name)[0]
+            theirs, start = (
+                gradients.run(program, each, tensors, where, left)
+                for each in (configs, program.config)
+            )
+            for tensor, apart in gradients.differences(theirs, start):
+                if not apart <= gradients.AT_LENGTH:
+                    raise _WrongError(
+                        f"{name}: gradient of {tensor} is {apart:.3g} from the start's, "
+                        f"at most {gradients.AT_LENGTH:.3g}"
+                    )
+                found = max(found, apart)
+        return Result(check={"error_at_length": found})
+
     # --- steps
 
+    @property
+    def _programs_of_gradients(self) -> gradients.Programs:
+        if self._both is None:
+            self._both = gradients.Programs.of(
+                self.spec, self.target, self.dtype, interpret=self.device == "cpu"
+            )
+        return self._both
+
+    def _left_by(self, name: str) -> list[gradients.Left]:
+        """What calls left for their gradients, for each set of inputs."""
+        if name not in self._left:
+            forward = self._programs_of_gradients.forward
+            where = self._batch(measurer.shape_of(name))
+            given = self._given(name)
+            self._left[name] = [
+                gradients.left_by(forward, tensors, where, given[number], number)
+                for number, tensors in enumerate(self._sets(name))
+            ]
+        return self._left[name]
+
     def _program(self, orders: Mapping[str, Any]) -> Program:
+        if self.problem.work == "gradients":
+            return self._programs_of_gradients.backward
         key = json.dumps(orders, sort_keys=True)
         if key not in self._programs:
             self._programs[key] = compile_program(
@@ -176,12 +240,28 @@ class Bench:
         Raises:
             _WrongError: what the reference says otherwise.
         """
+        if self.problem.work == "gradients":
+            return self._verify_gradients(configs)
         self._checks = self._checks or [Examination(t, self.device) for t in self._trials()]
         with trials.poisoned():
             for check in self._checks:
                 if problems := check.problems(program, configs):
                     raise _WrongError(f"{check.trial.name}: {'; '.join(problems)}")
         return {"trials": len(self._checks), "exact": any(c.trial.exact for c in self._checks)}
+
+    def _verify_gradients(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same of gradients: poisoned, held against the float64 reference's."""
+        self._gradient_checks = self._gradient_checks or [
+            gradients.Examination(
+                replace(trial, numbers="real"), self._programs_of_gradients, self.device
+            )
+            for trial in self._trials()
+        ]
+        with trials.poisoned():
+            for check in self._gradient_checks:
+                if problems := check.problems(configs):
+                    raise _WrongError(f"{check.trial.name}: {'; '.join(problems)}")
+        return {"trials": len(self._gradient_checks), "gradients": True}
 
     def _trials(self) -> tuple[Trial, ...]:
         long, short = LENGTHS[self.device]
@@ -219,6 +299,14 @@ class Bench:
     def _call(self, program: Program, configs: Mapping[str, Any], name: str) -> timing.Call:
         sets, where = self._sets(name), self._batch(measurer.shape_of(name))
         given = self._given(name)
+        if self.problem.work == "gradients":
+            left = self._left_by(name)
+
+            def call_backward(number: int) -> object:
+                turn = number % len(sets)
+                return gradients.run(program, configs, sets[turn], where, left[turn])
+
+            return call_backward
 
         def call(number: int) -> object:
             turn = number % len(sets)

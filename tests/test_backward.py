@@ -361,7 +361,7 @@ def test_gradients_are_by_the_program_for_tensors_that_lie_as_those_that_come_ba
     def drivers():
         """By whether it is for tensors that a stream can bring, how often each one ran."""
         programs = kernel._execution.gradients
-        return {bound.aligned: len(program.driver.calls) for bound, program in programs.items()}
+        return {bound.aligned: len(x.driver.calls) for (bound, _), x in programs.items()}
 
     def uneven(y):
         """Rows that begin at no multiple of 16 bytes."""

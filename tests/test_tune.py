@@ -25,8 +25,8 @@ from hsgen.pruning import Compiler
 from hsgen.resources import Compilers, Resources
 from hsgen.space import space
 from hsgen.spec import dump, load, parse
-from hsgen.target import H100
-from hsgen.tune import Options, attempt, tune
+from hsgen.target import H100, with_streams
+from hsgen.tune import Options, attempt, least_us, tune
 from hsgen.tune.journal import Journal
 from hsgen.tune.search import Limits, Search
 from hsgen.tune.storages import mend, storage_at
@@ -433,6 +433,17 @@ def test_tune_keeps_what_won(tmp_path, monkeypatch):
     assert again.measured == found.measured
     assert not again.records  # what is used is the best still
     assert "nothing is surely faster" in str(again)
+
+
+@pytest.mark.parametrize("name", ["nsa", "moba", "hisa", "dsa"])
+def test_gradients_need_no_longer_than_their_calls(name):
+    """What the card needs at least is arithmetic that gradients really have."""
+    graph, target = passes.run(planner.plan(load(name))), with_streams(H100)
+    calls, gradients = (
+        least_us(graph, space(graph, target, "bf16", work), (shape_of("8K"),))["8K"]
+        for work in ("forward", "gradients")
+    )
+    assert 0 < gradients <= calls
 
 
 def test_winners_before_a_crash_in_the_finals_are_kept(tmp_path, monkeypatch):

@@ -635,6 +635,46 @@ def test_a_record_changes_what_a_call_runs():
     assert kernel.stats().compiles == 1
 
 
+def test_a_record_of_gradients_changes_what_gradients_run():
+    """And a call's own record says nothing of them."""
+    spec = named("small_gradients")
+    program = runtime.compile_program(spec, H100, torch.float32, interpret=True, backward=True)
+    start = program.config["dkv_near"]
+    tile = {"num_warps": 2 * start["num_warps"]}
+    kernels = {
+        kernel.name: tuned.KernelChoice(
+            text=program.texts[kernel.name],
+            config=kernel.config.keywords() | (tile if kernel.name == "dkv_near" else {}),
+            shared=0,
+            registers=0,
+        )
+        for kernel in program.plan.kernels
+    }
+    own = interpreted(spec)
+    of_gradients = replace(
+        own, problem=tuned.Problem.of(spec, "fp32", "gradients"), kernels=kernels
+    )
+    assert of_gradients.key != own.key
+    assert tuned.read(tuned.dump(of_gradients)) == of_gradients
+    assert '"work": "gradients"' in tuned.dump(of_gradients)
+    assert "work" not in tuned.dump(own)
+    tuned.publish(of_gradients)
+    kernel = runtime.load_kernel(spec, interpret=True)
+    for tokens, expected in ((7, start | tile), (6, start | tile)):
+        x = {name: t.requires_grad_() for name, t in inputs(spec, tokens).items()}
+        kernel(**x).sum().backward()
+        assert all(
+            found.config["dkv_near"] == expected for found in kernel._execution.gradients.values()
+        )
+    (choice,) = kernel._execution.choices.values()
+    assert choice.origin == dict.fromkeys(choice.origin, "for the interpreter")
+    assert re.search(r"dkv_near: .*\(tuned; cache small_gradients-\w+\.json\)", kernel.explain())
+    x = {name: t.requires_grad_() for name, t in inputs(spec, 20).items()}
+    kernel(**x).sum().backward()
+    assert "gradients of calls of 32 queries" in kernel.explain()
+    assert "tuned, nearest bucket: 8 queries" in kernel.explain()
+
+
 def test_a_caller_s_configuration_comes_before_a_record():
     spec = named("small_given")
     tuned.publish(interpreted(spec, attend_near={"num_warps": 8, "num_stages": 4}))

@@ -120,6 +120,72 @@ def test_points_are_compared_in_turn(spec, small):
     assert len({a < b for a, b in rounds}) == 2  # not always in the same order
 
 
+@pytest.fixture(scope="module")
+def differentiable():
+    """A spec whose gates weigh branches, which then keep their outputs."""
+    return trials.shrink(load("nsa"))
+
+
+@pytest.fixture(scope="module")
+def of_gradients(differentiable):
+    return space(passes.run(planner.plan(differentiable)), H100, "fp32", "gradients")
+
+
+def asked(spec, point, do="measure", **more):
+    made = request(spec, point, do, **more)
+    return {**made, "problem": {**made["problem"], "work": "gradients", "shapes": ["24"]}}
+
+
+def test_gradients_have_a_space_of_their_own(of_gradients, differentiable):
+    kernels = {name for part in of_gradients.variants[0].parts for name in part.kernels}
+    assert {"dq_selected", "dkv_selected", "unmap_compressed_keys"} <= kernels
+    calls = space(passes.run(planner.plan(differentiable)), H100, "fp32")
+    assert of_gradients.digest != calls.digest
+    assert str(of_gradients).startswith("space of nsa's gradients")
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_gradients_are_verified_timed_and_proven(child, differentiable, of_gradients):
+    start = of_gradients.start
+    moved = next(
+        point
+        for point in of_gradients.neighbours(start)
+        if "dkv_window.BLOCK" in point.changes(start)
+    )
+    for point in (start, moved):
+        result = result_of(child.answer(asked(differentiable, point)))
+        assert result.failure is None, result.failure
+        assert result.times["24"].median_us == 100.0
+        assert result.check == {"trials": 2, "gradients": True}
+        proven = result_of(child.answer(asked(differentiable, point, "prove")))
+        assert proven.failure is None
+        assert proven.check["error_at_length"] < 1e-4
+    assert proven.check["error_at_length"] > 0
+
+
+def test_wrong_gradients_are_not_timed(child, differentiable, of_gradients, monkeypatch):
+    """A driver whose gradients are off, or not finite, or of which one is forgotten."""
+    bench = child._of(asked(differentiable, of_gradients.start))
+    driver = bench._programs_of_gradients.backward.driver
+    backward = driver.backward
+    for name, how, kind in (
+        ("v", lambda x: x * 1.001, "WRONG_NUMERIC"),
+        ("gates", lambda x: x.masked_fill(x == x.flatten()[-1], float("nan")), "NAN"),
+        ("compressed_key_weight", torch.zeros_like, "WRONG_NUMERIC"),
+    ):
+
+        def spoiled(*arguments, name=name, how=how, **named):
+            found = backward(*arguments, **named)
+            return {**found, name: how(found[name])}
+
+        monkeypatch.setattr(driver, "backward", spoiled)
+        result = result_of(child.answer(asked(differentiable, of_gradients.start)))
+        assert result.failure is not None, name
+        assert result.failure.kind == kind
+        assert f"gradient of {name}" in result.failure.message
+        assert not result.times
+
+
 def test_what_is_asked_wrongly_is_said(child, spec, small):
     assert "unknown request" in child.answer(request(spec, small.start, "dance"))["error"]
     assert child.answer(request(spec, small.start, "shares")) == {"ms": {}}

@@ -18,9 +18,14 @@ from hsgen.schedule import SCRATCH_BYTES, combining, text
 from hsgen.schedule.draft import Draft
 from hsgen.target import Target
 
-__all__ = ["lacking", "plan"]
+__all__ = ["keeps_branches", "lacking", "plan"]
 
 lacking = refusing.lacking
+
+
+def keeps_branches(graph: Graph) -> bool:
+    """Whether a forward that autograd records keeps the outputs of its branches: where gates weigh them."""
+    return combining.gates(graph) is not None
 
 
 def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = False) -> Plan:

@@ -33,6 +33,13 @@ class DType(StrEnum):
     fp32 = "fp32"
 
 
+class Work(StrEnum):
+    """What is tuned, as the command line has it."""
+
+    forward = "forward"
+    gradients = "gradients"
+
+
 class Device(StrEnum):
     """Where a spec is timed."""
 

@@ -17,6 +17,7 @@ from hsgen.cli.options import (
     SpecFile,
     TargetName,
     TensorType,
+    Work,
     lengths_of,
     pair,
 )
@@ -41,6 +42,7 @@ def explain(
     target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
     dtype: TensorType = DType.bf16,
     tokens: Annotated[str, typer.Option(metavar="8K,32K", help="T and S of one sequence.")] = "8K",
+    work: Annotated[Work, typer.Option(help="Of calls, or of their gradients.")] = Work.forward,
     heads: HeadCounts = None,
     head_dim: HeadDims = None,
     layer: OfRoute = None,
@@ -51,7 +53,9 @@ def explain(
 
     bound = load(spec).bind(heads=pair(heads), head_dim=pair(head_dim), layer=layer)
     ladders = [
-        tuned.explain(bound, target, dtype.value, tuned.Bucket.of(n, n, 1, packed=False))
+        tuned.explain(
+            bound, target, dtype.value, tuned.Bucket.of(n, n, 1, packed=False), work.value
+        )
         for n in lengths_of(tokens)
     ]
     found = tuned.crossovers(tuned.Problem.of(bound, dtype.value), tuned.environment(target))

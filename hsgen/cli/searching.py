@@ -21,6 +21,7 @@ from hsgen.cli.options import (
     Storage,
     TargetName,
     TensorType,
+    Work,
     lengths_of,
     numbers_of,
     pair,
@@ -63,6 +64,9 @@ def tune(
         Path | None,
         typer.Option(metavar="DIR", help="Write records there too, as tuned/ has them."),
     ] = None,
+    work: Annotated[
+        Work, typer.Option(help="What is tuned: calls, or the gradients of calls.")
+    ] = Work.forward,
     point: Annotated[
         str | None, typer.Option("--try", metavar="POINT", help="Measure one point alone.")
     ] = None,
@@ -92,13 +96,20 @@ def tune(
     if dry_run:
         with progress.bar() as told:
             found = pruning.dry_run(
-                bound, target, dtype.value, only=kernels, budget=budget, progress=told
+                bound,
+                target,
+                dtype.value,
+                work.value,
+                only=kernels,
+                budget=budget,
+                progress=told,
             )
         typer.echo(json_text(found.record()) if as_json else str(found), nl=False)
         return
     words = {
         "shapes": [shapes],
         "dtype": [dtype] if dtype != DType.bf16 else [],
+        "work": [work.value] if work != Work.forward else [],
         "heads": [heads] if heads else [],
         "head-dim": [head_dim] if head_dim else [],
         "layer": [layer] if layer is not None else [],
@@ -109,6 +120,7 @@ def tune(
 
     options = tune.Options(
         dtype=dtype.value,
+        work=work.value,
         shapes=calls,
         limits=tune.Limits(trials=math.inf if trials is None else trials, seconds=budget),
         gpus=tune.present_gpus() if gpus == "all" else tuple(map(str, numbers_of(gpus))),

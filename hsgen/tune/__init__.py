@@ -15,18 +15,19 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from hsgen import passes, paths, planner, report, resources, store, tuned
-from hsgen.configs import DType
+from hsgen import backward, passes, paths, planner, report, resources, store, tuned
+from hsgen.configs import DType, Work
 from hsgen.errors import HsgenError
 from hsgen.graph import Graph
 from hsgen.lanes import ANY, INTERPRETED, Lanes, Patience
 from hsgen.measurer import Failure, Result, Shape
-from hsgen.pipeline import Artifact, compile_spec, hsgen_version
+from hsgen.pipeline import Artifact, call_jobs, compile_spec, compile_work, hsgen_version
 from hsgen.pruning import Compiler, least_registers
 from hsgen.resources import Compilers, Outcome, Resources
 from hsgen.space import Orders, Point, Space, space
@@ -38,7 +39,9 @@ from hsgen.tune.search import Judge, Lenient, Limits, Search, Status, Tell, stat
 from hsgen.tune.storages import reached, shown, storage_at
 from hsgen.workers import JsonObject
 
-__all__ = ["Limits", "Options", "Patience", "Report", "Status", "attempt", "present_gpus", "tune"]
+__all__ = [
+    "Limits", "Options", "Patience", "Report", "Status", "attempt", "least_us", "present_gpus", "tune",
+]  # fmt: skip
 
 FINALISTS = 8
 ROUNDS = 15
@@ -55,6 +58,7 @@ class Options:
 
     Attributes:
         dtype: of the tensors.
+        work: what is tuned: calls, or the gradients of calls that autograd records.
         shapes: one search for all, a winner for each.
         limits: of trials and seconds.
         gpus: as CUDA numbers them; `interpreter` for tests.
@@ -69,6 +73,7 @@ class Options:
     """
 
     dtype: DType = "bf16"
+    work: Work = "forward"
     shapes: tuple[Shape, ...] = (Shape(queries=8192, keys=8192), Shape(queries=32768, keys=32768))
     limits: Limits = field(default_factory=lambda: Limits(seconds=300.0))
     gpus: tuple[str, ...] = ("0",)
@@ -204,6 +209,28 @@ def attempt(spec: Spec, options: Options, text: str) -> Result:
         return Result(failure=failure) if failure else work.lanes.measure(point)
 
 
+def least_us(graph: Graph, space: Space, shapes: Sequence[Shape]) -> dict[str, float]:
+    """By shape, microseconds that the arithmetic takes at the card's peak; of gradients that of their calls,
+    each operator once: theirs is more.
+    """
+    plan, target, found = space.variants[0].plan, space.target, dict[str, float]()
+    for shape in shapes:
+        if shape.queries != shape.keys:
+            continue
+        seconds, seen = 0.0, set[str]()
+        for kernel in plan.kernels:
+            if plan.gradients and seen.issuperset(kernel.operators):
+                continue
+            seen.update(kernel.operators)
+            flops, _ = report.work(graph, plan, kernel, shape.keys)
+            units = report.math_type(kernel, plan.dtype)
+            if plan.gradients:  # of which most kernels have dots
+                units = "tf32x3" if space.dtype == "fp32" else space.dtype
+            seconds += resources.roofline(flops, 0.0, target, units).compute_seconds
+        found[shape.name] = seconds * shape.sequences * 1e6 * PEAK
+    return found
+
+
 class _Tuning:
     """Everything that one run needs; leaving the block ends its processes."""
 
@@ -229,14 +256,14 @@ class _Tuning:
             self.made: JsonObject = told["made"]
             self.target = Target.named("h100") if self.interpreted else Target(**told["target"])
             self.graph: Graph = passes.run(planner.plan(spec))
-            whole = space(self.graph, self.target, options.dtype)
+            whole = space(self.graph, self.target, options.dtype, options.work)
             self.space: Space = whole.only(options.only) if options.only else whole
         except BaseException:
             self.close()
             raise
         self.compiler = Compiler(spec, self.space, self._compilers)
         self.judge: Judge = Lenient() if self.interpreted else self.compiler
-        self.problem = tuned.Problem.of(spec, options.dtype)
+        self.problem = tuned.Problem.of(spec, options.dtype, options.work)
         self.environment = tuned.environment(self.target, interpreted=self.interpreted)
         self._artifacts: dict[Orders, Artifact] = {}
 
@@ -255,6 +282,7 @@ class _Tuning:
         return {
             "spec": dump(self.spec),
             "dtype": self.options.dtype,
+            "work": self.options.work,
             "target": json.dumps(asdict(target)) if target else "",
             "shapes": [shape.name for shape in self.options.shapes],
             "capture": str(self.options.capture.resolve()) if self.options.capture else "",
@@ -264,6 +292,7 @@ class _Tuning:
 
     def run(self, tell: Tell) -> Report:
         place = self.options.storage or paths.cache_dir() / "studies" / f"{self.name}.journal"
+        self._compile_first()
         storage = storage_at(place)
         with reached(place):
             journal = Journal(storage, self.name, self.space)
@@ -274,7 +303,9 @@ class _Tuning:
             judge=self.judge,
             limits=self.options.limits,
             seed=self.options.seed,
-            floor_us=self._floors(),
+            floor_us={}
+            if self.interpreted
+            else least_us(self.graph, self.space, self.options.shapes),
             weights=self.lanes.shares(self.space.start),
             tell=tell,
         )
@@ -305,31 +336,18 @@ class _Tuning:
         shapes = [shape.name for shape in self.options.shapes]
         capture = self.options.capture
         inputs = hashlib.sha256(capture.read_bytes()).hexdigest() if capture else "drifting"
-        parts = [asdict(self.problem), asdict(self.environment), shapes, self.space.digest, texts]
+        parts = [self.problem.said(), asdict(self.environment), shapes, self.space.digest, texts]
         parts.append(inputs)
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.spec.name}-{digest}"
 
     def _artifact(self, orders: Orders) -> Artifact:
         if orders not in self._artifacts:
-            self._artifacts[orders] = compile_spec(
-                self.spec, self.target, self.options.dtype, dict(orders)
+            options = self.options
+            self._artifacts[orders] = compile_work(
+                self.spec, self.target, options.dtype, options.work, dict(orders)
             )
         return self._artifacts[orders]
-
-    def _floors(self) -> dict[str, float]:
-        """By shape, microseconds that the arithmetic takes at the card's peak."""
-        plan, found = self.space.variants[0].plan, dict[str, float]()
-        for shape in self.options.shapes:
-            if self.interpreted or shape.queries != shape.keys:
-                continue
-            seconds = 0.0
-            for kernel in plan.kernels:
-                flops, _ = report.work(self.graph, plan, kernel, shape.keys)
-                units = report.math_type(kernel, plan.dtype)
-                seconds += resources.roofline(flops, 0.0, self.target, units).compute_seconds
-            found[shape.name] = seconds * shape.sequences * 1e6 * PEAK
-        return found
 
     # --- what is known already
 
@@ -351,6 +369,20 @@ class _Tuning:
             except HsgenError:
                 continue
         return found
+
+    def _compile_first(self) -> None:
+        """What the GPU's process runs before any point, which by itself it compiles one by one: the start,
+        and of gradients the calls that they are of.
+        """
+        if self.interpreted:
+            return
+        waiting = []
+        if self.options.work == "gradients":
+            apart = backward.keeps_branches(self.graph)
+            calls = compile_spec(self.spec, self.target, self.options.dtype, apart=apart)
+            waiting = [self._compilers.submit(job) for job in call_jobs(calls)]
+        self.compiler.outcomes(self.space.start)
+        wait(waiting)
 
     def _incumbent(self, shape: Shape) -> Point:
         """What a call of this shape gets now."""

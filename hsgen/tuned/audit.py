@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -17,6 +17,7 @@ from hsgen.gates import forms
 from hsgen.plan import Config
 from hsgen.resources import CompileFailure, Job, Outcome
 from hsgen.spec import Spec, load
+from hsgen.target import with_streams
 from hsgen.tuned.files import Content, Flaw, Kept, environment, known_gpus, target_of
 from hsgen.tuned.gates import GatesContent, KeptGates
 from hsgen.tuned.ladder import Compiled, unusable
@@ -176,8 +177,9 @@ def _judge(kept: Kept) -> _Judged:
         if spec is None:
             one.stale.append(f"no shipped {record.problem.spec} means the same")
             return one
-        target = target_of(record.environment)
-        artifact = pipeline.compile_spec(spec, target, record.problem.dtype, record.orders)
+        target = with_streams(target_of(record.environment))
+        dtype, work = record.problem.dtype, record.problem.work
+        artifact = pipeline.compile_work(spec, target, dtype, work, record.orders)
     except HsgenError as error:
         one.broken.append(error.message)
         return one
@@ -192,7 +194,7 @@ def _judge(kept: Kept) -> _Judged:
             if kernel.name not in why
         }
     )
-    jobs = zip(plan.kernels, resources.call_jobs(plan, artifact.module, target), strict=True)
+    jobs = zip(plan.kernels, pipeline.call_jobs(replace(artifact, plan=plan)), strict=True)
     one.jobs = tuple((kernel.name, job) for kernel, job in jobs if kernel.name not in why)
     return one
 

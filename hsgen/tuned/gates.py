@@ -92,7 +92,7 @@ class Gates(Closed):
     @property
     def key(self) -> str:
         """24 hex digits of problem and environment."""
-        parts = [asdict(part) for part in (self.problem, self.environment)]
+        parts = [self.problem.said(), asdict(self.environment)]
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -120,6 +120,7 @@ def dump_gates(record: Gates) -> str:
         RecordError: a value that no line may have.
     """
     values = asdict(record)
+    values["problem"] = record.problem.said()
     try:
         text = json.dumps({name: values[name] for name in ORDER}, allow_nan=False)
     except ValueError as error:

@@ -121,7 +121,8 @@ class Found:
         if self.tuned:
             return ""
         name, record = self.problem.spec, self.record
-        command = f"hsgen tune {name} --shapes {_tokens(self.bucket.keys)}"
+        work = "" if self.problem.work == "forward" else f" --work {self.problem.work}"
+        command = f"hsgen tune {name}{work} --shapes {_tokens(self.bucket.keys)}"
         if record is None:
             used = "no tuned configuration, so kernels start with tiles that are known to fit"
         elif self.rung in ("other Triton", "other GPU"):
@@ -132,7 +133,8 @@ class Found:
             used = f"changed since it was tuned: {', '.join(started)}"
         gain = f" (what it was tuned with was {record.speedup:.2f} times as fast)" if record else ""
         where = f"{self.environment.gpu}, Triton {self.environment.triton}"
-        return f"{name} on {where}, {self.bucket}: {used}{gain}; {command}"
+        of = f"{name}'s gradients" if work else name
+        return f"{of} on {where}, {self.bucket}: {used}{gain}; {command}"
 
     def tell(self) -> None:
         """Log the note, once for a problem and an environment."""

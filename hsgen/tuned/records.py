@@ -25,6 +25,7 @@ LAUNCH = ("num_warps", "num_stages")  # of every config, beside its constexprs
 
 R = TypeVar("R")
 DType = Literal["bf16", "fp16", "fp32"]
+Work = Literal["forward", "gradients"]
 Order = Literal["rows", "keys"]
 Policy = Literal["eager", "graph"]
 L2 = Literal["warm", "cold"]
@@ -90,7 +91,8 @@ class Closed:
 class Problem(Closed):
     """What is computed: a spec's name and canonical meaning, bound, and the tensors' dtype.
 
-    `heads` are of queries and of keys, `head_dim` of q and k, and of v.
+    `heads` are of queries and of keys, `head_dim` of q and k, and of v.  `work`: a call, or its gradients,
+    which a line says where it is these.
     """
 
     spec: SpecName
@@ -98,9 +100,10 @@ class Problem(Closed):
     dtype: DType
     heads: tuple[Count, Count]
     head_dim: tuple[Count, Count]
+    work: Work = "forward"
 
     @classmethod
-    def of(cls, spec: Spec, dtype: DType) -> Problem:
+    def of(cls, spec: Spec, dtype: DType, work: Work = "forward") -> Problem:
         """The problem of a spec whose heads and head dims are bound."""
         assert spec.heads, f"{spec.name}: heads are not bound"
         assert spec.head_dim, f"{spec.name}: head dims are not bound"
@@ -110,11 +113,18 @@ class Problem(Closed):
             dtype=dtype,
             heads=(spec.heads.query, spec.heads.kv),
             head_dim=(spec.head_dim.qk, spec.head_dim.v),
+            work=work,
         )
+
+    def said(self) -> dict[str, object]:
+        """The same for JSON, without what a line leaves out."""
+        values = asdict(self)
+        return {name: x for name, x in values.items() if (name, x) != ("work", "forward")}
 
     def __str__(self) -> str:
         heads, dims = ("/".join(map(str, pair)) for pair in (self.heads, self.head_dim))
-        return f"{self.spec} {self.digest[:12]} {self.dtype}, heads {heads}, head dim {dims}"
+        work = "" if self.work == "forward" else f", {self.work}"
+        return f"{self.spec} {self.digest[:12]} {self.dtype}, heads {heads}, head dim {dims}{work}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +277,7 @@ class Tuned(Closed):
     @property
     def key(self) -> str:
         """24 hex digits of problem, bucket and environment."""
-        parts = [asdict(part) for part in (self.problem, self.bucket, self.environment)]
+        parts = [self.problem.said(), asdict(self.bucket), asdict(self.environment)]
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -277,7 +287,7 @@ class Tuned(Closed):
         problem, bucket, environment = self.problem, self.bucket, self.environment
         sizes = (bucket.packed, bucket.keys, bucket.queries, bucket.sequences)
         versions = (environment.triton_numbers, environment.policy, environment.l2)
-        tensors = (problem.heads, problem.head_dim, problem.dtype, problem.digest)
+        tensors = (problem.work, problem.heads, problem.head_dim, problem.dtype, problem.digest)
         return *tensors, *sizes, *versions, *environment.card
 
     @property
@@ -315,6 +325,7 @@ def dump(record: Tuned) -> str:
         RecordError: a value that no line may have.
     """
     values = asdict(record)
+    values["problem"] = record.problem.said()
     values["kernels"] = dict(sorted(values["kernels"].items()))
     try:
         text = json.dumps({name: values[name] for name in ORDER}, allow_nan=False)

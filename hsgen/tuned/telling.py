@@ -9,11 +9,11 @@ from hsgen import pipeline
 from hsgen.errors import HsgenError
 from hsgen.schedule import Order
 from hsgen.spec import Spec
-from hsgen.target import Target
+from hsgen.target import Target, with_streams
 from hsgen.tuned import files
 from hsgen.tuned.files import Kept
 from hsgen.tuned.ladder import RUNGS, Candidate, Compiled, Found, look_up, ranked, unusable
-from hsgen.tuned.records import Bucket, DType, Problem
+from hsgen.tuned.records import Bucket, DType, Problem, Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,22 +114,25 @@ class Ladder:
         return "\n".join(lines) + "\n"
 
 
-def explain(spec: Spec, target: Target, dtype: DType, bucket: Bucket) -> Ladder:
-    """The ladder of a call of a bound spec.
+def explain(
+    spec: Spec, target: Target, dtype: DType, bucket: Bucket, work: Work = "forward"
+) -> Ladder:
+    """The ladder of a call of a bound spec, or of its gradients, on tensors that can come in a stream.
 
     Raises:
         HsgenError: the spec has no kernels.
     """
     compiled: dict[str, Compiled] = {}
+    target = with_streams(target)
 
     def compile_with(orders: Mapping[str, Order]) -> Compiled:
         key = str(sorted(orders.items()))
         if key not in compiled:
-            artifact = pipeline.compile_spec(spec, target, dtype, orders)
+            artifact = pipeline.compile_work(spec, target, dtype, work, orders)
             compiled[key] = Compiled(plan=artifact.plan, target=target, texts=artifact.module.texts)
         return compiled[key]
 
-    problem, environment = Problem.of(spec, dtype), files.environment(target)
+    problem, environment = Problem.of(spec, dtype, work), files.environment(target)
     steps: list[Step] = []
     for candidate in ranked(problem, bucket, environment):
         try:
