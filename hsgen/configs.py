@@ -24,7 +24,11 @@ Work = Literal["forward", "gradients"]  # a call, or the gradients of one
 
 
 WIDE_DIMS = 256  # of a key and a value
-SCORES = 512  # of a warp that ranks a few rows
+SCORES = 1024  # of a warp that ranks a few rows
+SCORED = 128  # of a warp that scores them first: four of each head a thread
+SCORING = 4  # warps that do so, of rows that are not short
+SHORT_ROW = 256  # scores
+FEW_PROGRAMS = 128  # which a GPU runs at once, whatever their registers
 STORED = 4096  # numbers of a warp that puts a few tokens into a cache
 SUMS = 1 << 15  # numbers that a tile of outputs may have: half of a processor's registers
 
@@ -237,32 +241,35 @@ def _sampled(kept: int) -> Config:
     return Config(constexprs=(("BLOCK_R", 1), ("BLOCK_N", width)), num_warps=4, num_stages=1)
 
 
-def of_logits(*, parts: bool) -> Config:
-    """Of scores whose logits are there: they are read once, and nothing is multiplied."""
-    values = (("BLOCK_T", 1), ("BLOCK_M", 16), ("BLOCK_N", 128))
-    values += (("BLOCK_P", splits.MOST),) if parts else ()
-    return Config(constexprs=values, num_warps=4, num_stages=1)
+def rank_steps(
+    slots: int, stride: int, *, grouped: bool, kept: int = 0, scores: bool = False
+) -> Config:
+    """Of a few rows, whose programs find room: longer rows in registers, of more warps.
 
-
-def rank_steps(slots: int, stride: int, *, grouped: bool, kept: int = 0) -> Config:
-    """Of a few rows, whose programs find room: longer rows in registers, of more warps."""
+    `scores`: it makes them too, of what an attend left.
+    """
     if kept:
         return _sampled(kept)
     width = max(64, min(8192 if slots else 4096, next_power(slots or LONG_TEXT // stride)))
     warps = 1 if grouped or width <= 1024 else 4 if width <= 2048 else 8
-    return Config(constexprs=(("BLOCK_R", 1), ("BLOCK_N", width)), num_warps=warps, num_stages=1)
+    values = (("BLOCK_R", 1), ("BLOCK_N", width))
+    if scores:
+        warps = max(SCORING, warps)
+        values = (("BLOCK_T", 1), *values, ("BLOCK_W", SCORED * warps), ("BLOCK_P", splits.MOST))
+    return Config(constexprs=values, num_warps=warps, num_stages=1)
 
 
-def for_rows(plan: Plan, tokens: int, keys: int) -> Plan:
+def for_rows(plan: Plan, tokens: int, keys: int, batch: int = 1) -> Plan:
     """The same plan of a few rows for so many of a sequence: one tile has all of them.
 
     A kernel that walks a row's own list, or scores below it, takes one row, however many there are.
     `keys`: most of a sequence; all scores of a row are then in registers, of as few warps as hold them.
     """
-    return plan.with_config({k.name: _of_rows(k, next_power(tokens), keys) for k in plan.kernels})
+    of = next_power(tokens)
+    return plan.with_config({k.name: _of_rows(k, of, keys, batch * tokens) for k in plan.kernels})
 
 
-def _of_rows(kernel: Kernel, tokens: int, keys: int) -> Config:
+def _of_rows(kernel: Kernel, tokens: int, keys: int, all_rows: int) -> Config:
     values, warps = dict(kernel.config.constexprs), kernel.config.num_warps
     context = kernel.context
     alone = isinstance(context, rows.RowsContext) and (
@@ -284,14 +291,28 @@ def _of_rows(kernel: Kernel, tokens: int, keys: int) -> Config:
         assert isinstance(context, RankContext)
         if not context.children:
             width = next_power(keys // context.stride + 1)
-            width *= 2 if context.sampled else 1  # whose text holds half of it in registers
-            width = max(64, min(MOST_HELD, width))
+            width = _sampled_width(context, width, all_rows) if context.sampled else width
+            width = max(64, min(2 * MOST_HELD if context.sampled else MOST_HELD, width))
             values["BLOCK_N"] = width
             warps = max(1, width // max(1, context.group) // SCORES)  # or the greatest of groups
+        if context.summed:
+            warps = 1 if values["BLOCK_N"] <= SHORT_ROW else max(SCORING, warps)
+            values |= {"BLOCK_T": tokens, "BLOCK_W": SCORED * warps}
     if isinstance(context, StoreContext):
         values["BLOCK_V"] = tokens
         warps = max(4, min(16, next_power(tokens * context.numbers) // STORED))
     return replace(kernel.config, constexprs=tuple(values.items()), num_warps=warps)
+
+
+def _sampled_width(context: RankContext, width: int, all_rows: int) -> int:
+    """Of a text that holds half of it in registers, else copies what a sample says, up to the whole.
+
+    All of a row where programs are so few that none waits for another; room for four times what is kept
+    where there are many, of one warp each.
+    """
+    if all_rows * context.heads <= FEW_PROGRAMS and width <= MOST_HELD:
+        return 2 * width
+    return min(2 * width, MOST_HELD, max(1024, 4 * next_power(context.kept)))
 
 
 def for_interpreter(plan: Plan) -> Plan:
@@ -304,8 +325,8 @@ def for_interpreter(plan: Plan) -> Plan:
 
 def _interpreted(plan: Plan, kernel: Kernel) -> Config:
     values = dict(kernel.config.constexprs)
-    if kernel.skeleton == "rank" and kernel.follows:
-        tokens = plan.kernel(kernel.follows).config["BLOCK_T"]
+    if kernel.skeleton == "rank":
+        tokens = plan.kernel(kernel.follows or kernel.name).config["BLOCK_T"]
         values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
     if kernel.skeleton in ("rows", "beside", "cols") and "BLOCK_N" in values:
         values["BLOCK_N"] = min(values["BLOCK_N"], 32)

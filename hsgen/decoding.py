@@ -418,7 +418,7 @@ class Decoding:
             program = self._program(shape, kind)
             made = program.plan
             if kind == "few":
-                made = configs.for_rows(made, tokens, longest)
+                made = configs.for_rows(made, tokens, longest, batch)
             starts = {kernel.name: kernel.config.keywords() for kernel in made.kernels}
             of_rows, given = replace(program, plan=made, config=starts), self._given(kind)
             if kind == "few":

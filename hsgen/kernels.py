@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hsgen.plan import Param
-from hsgen.rows import SEQ, Chunk, chunks, count, jit, next_power, pages_of, pointer, tensor
+from hsgen.rows import (
+    LOGITS,
+    SEQ,
+    Chunk,
+    chunks,
+    count,
+    jit,
+    next_power,
+    pages_of,
+    pointer,
+    tensor,
+)
 
 PoolHow = Literal["mean", "max", "minmax", "sum_rsqrt", "linear", "gated", "max_min_mean", "first"]
 POOLS: tuple[PoolHow, ...] = get_args(PoolHow)
@@ -20,6 +31,7 @@ ROUNDED: tuple[RoundTo, ...] = get_args(RoundTo)
 
 LONG_TEXT = 1 << 17  # tokens
 GROUP = 8  # entries
+SORTED_PAIRS = 128  # of heads and what they chose, that a warp sorts
 CHUNK = 1024  # scores that a warp of a step's row has in registers
 MOST_HELD = 8192  # scores of a row in registers
 MARKED_FROM = 1024  # slots of a row, which have room for three bits a score in registers
@@ -31,6 +43,7 @@ TUNABLES = {
     "BLOCK_H": "heads of a row",
     "BLOCK_N": "entries a step",
     "BLOCK_K": "slots a step",
+    "BLOCK_W": "weights that are summed at a time",
     "DEAR": "times a key of the union costs one of a row's list",
     "BLOCK_E": "entries a tile",
     "BLOCK_J": "tokens of an entry a step",
@@ -82,9 +95,12 @@ class RankContext:
     parent_group: int = 1
     carried: Literal["", "sum", "max"] = ""  # how a slot takes in what the slot before hands on
     alike: bool = False  # as `RowsContext.alike` of what scored
+    fours: bool = False  # scores are there up to a multiple of four
     rows: int = 0  # > 0: what ranks are blocks of so many rows
     part: int = 0  # > 0: in place of k, the part of the candidates that is kept, in units of 2^-30
     of_all: bool = False  # of all entries of the keys instead
+    summed: int = 0  # > 0: scores are made here, of what an attend left of so many heads each
+    planes: int = 0  # of that: 2 where an entry also counts in the slot after its own
 
     @property
     def summary(self) -> str:
@@ -111,8 +127,8 @@ class RankContext:
 
     @property
     def maxima(self) -> str:
-        """The arguments that say where they lie, and how many entries there are."""
-        return "maxima, n, " if self.chunked else ""
+        """The arguments that say where they lie and how many entries there are, as far as it asks."""
+        return "maxima, n, " if self.chunked else "n, " if self.reread else ""
 
     @property
     def chunk(self) -> int:
@@ -126,19 +142,34 @@ class RankContext:
 
     @property
     def grouped_from(self) -> int:
-        """Entries of a row from which on groups pay: so many more than those of the groups kept."""
-        return max(1024, 4 * GROUP * self.padded_width)
+        """Entries of a row from which on groups pay: so many more than those of the groups kept.
+
+        Where scores are made here, by several warps, a pass over more of them is not much longer.
+        """
+        return max(4096 if self.summed else 1024, 4 * GROUP * self.padded_width)
 
     @property
     def step(self) -> str:
         """Entries a step where a row does not fit."""
-        return "STEP" if self.group or self.sampled else "BLOCK_N"
+        return "STEP" if self.group or self.sampled or self.narrowed else "BLOCK_N"
 
     @property
     def sampled(self) -> bool:
         """Whether a sample of a row that does not fit tells about where its best keys begin."""
         plain = self.counted and not self.part and not self.children and not self.rows
-        return plain and not self.group and LONG_TEXT // self.stride > MOST_HELD
+        longest = LONG_TEXT // self.stride
+        beyond = longest >= MOST_HELD if self.alike else longest > MOST_HELD
+        return plain and not self.group and beyond
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the keys of a step's row say where to seek: passes, of several warps, take longer."""
+        return self.alike and not self.children
+
+    @property
+    def reread(self) -> bool:
+        """Whether the keys of a row are read again to be placed."""
+        return self.narrowed and not self.group
 
     @property
     def kept(self) -> int:
@@ -148,7 +179,7 @@ class RankContext:
     @property
     def whole_fours(self) -> bool:
         """Whether rows of the scratch begin at multiples of 16 bytes, with room after the last entry."""
-        return bool(self.group or self.carried or self.sampled)
+        return bool(self.group or self.carried or self.sampled or self.narrowed)
 
     @property
     def slots(self) -> int:
@@ -232,6 +263,7 @@ class RankContext:
     def params(self) -> tuple[Param, ...]:
         parent = pointer("PARENT", "i32", f"[rows, {self.parent_heads}, {self.parent_width}]")
         return (
+            *(self._left if self.summed else ()),
             pointer(
                 "SCORES",
                 "f32",
@@ -249,7 +281,23 @@ class RankContext:
             count("capacity", "row length of the scratch"),
             *((count("width", "slots of a row"),) if self.part else ()),
             *tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
+            *(tunables("BLOCK_W", "BLOCK_P") if self.summed else ()),
         )
+
+    @property
+    def _left(self) -> tuple[Param, ...]:
+        """What an attend left: the parts of log-sum-exps, and logarithms of weights."""
+        return (
+            pointer("PART_LSE", "f32", "f32[Hq, items]"),
+            count("items", "rows * splits"),
+            count("splits", "parts of a row"),
+            *LOGITS,
+        )
+
+    @property
+    def padded_summed(self) -> int:
+        """`summed` as a tile."""
+        return next_power(self.summed)
 
     @property
     def jit(self) -> str:
@@ -334,6 +382,16 @@ class UniteContext:
         return next_power(self.width)
 
     @property
+    def marked(self) -> bool:
+        """Whether heads set bytes, which are as many as a word has."""
+        return self.pairs > SORTED_PAIRS and self.group <= 4
+
+    @property
+    def step(self) -> int:
+        """Entries that are read at a time."""
+        return 2048
+
+    @property
     def padded_group(self) -> int:
         return next_power(self.group)
 
@@ -353,8 +411,14 @@ class UniteContext:
                 "i32",
                 f"[rows, {self.kv_heads}, {1 + self.group * self.width}] count, blocks and members",
             ),
+            *(self._marks if self.marked else ()),
             *SEQ[:1],
         )
+
+    @property
+    def _marks(self) -> tuple[Param, ...]:
+        marks = pointer("MARKS", "i32", f"[rows, {self.kv_heads}, length] scratch: a byte a head")
+        return marks, count("length", "of entries, a multiple of 4")
 
     @property
     def jit(self) -> str:
@@ -475,6 +539,7 @@ class SegmentsContext:
         False  # those of several sequences are a tile, and a program has some columns of it
     )
     page: int = 0  # > 0: tokens lie in pages of so many
+    columns_of: str = "tl.program_id(2)"  # which columns a program of a pool across sequences has
 
     @property
     def k_first(self) -> str:
@@ -597,6 +662,35 @@ class SegmentsContext:
             for name in ("COS", "SIN")
         )
         return (*norm, *(param for table in tables for param in table))
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled:
+    """A pool in a launch of several: what calls it, and how many programs have columns of it."""
+
+    pool: SegmentsContext
+    arguments: tuple[str, ...]  # names of the kernel's parameters, in the order of its own
+    programs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolsContext:
+    """Everything `segments.py.jinja` reads to make the entries of several pools of one step in one launch."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    how: str = "pools"
+    pools: tuple[Pooled, ...]
+    params: tuple[Param, ...]
+
+    @property
+    def summary(self) -> str:
+        return "the entries that new tokens complete, of pools whose programs lie side by side."
 
     @property
     def jit(self) -> str:

@@ -194,9 +194,7 @@ class RowsContext(InTurn):
     page: int = 0  # > 0: keys lie in pages of so many tokens
     scale: str = ""  # of logits, in a gradient
     adds: bool = False  # to the gradient of other branches
-    logits: Literal["", "left", "read"] = (
-        ""  # left for the scores of the same keys, or read by them
-    )
+    leaves: bool = False  # logarithms of weights, for the choice that is made of them
     eight: bool = False  # queries and keys are e4m3 numbers, a byte each
     powers: bool = False  # each of which vectors is times a power of two of its own
 
@@ -579,56 +577,49 @@ PARTS = {
 }
 
 
+def with_fours(context: RowsContext) -> RowsContext:
+    """The same scores of a step; behind the last one of a row, up to a multiple of four, is something too.
+
+    What it is does not matter: who reads four at once takes no key from it.
+    """
+    (phase,) = context.phases
+    return replace(context, phases=(replace(phase, written="n < (stop + 3) // 4 * 4"),))
+
+
 # --- attend
 
 
 LOGITS = (
-    pointer("LOGITS", "f32", "f32[rows, Hkv, N, group] as dots left them"),
-    count("logits_n", "N"),
+    pointer("LOGITS", "f32", "f32[rows, Hkv, group, length] in base 2, see `log_of`"),
+    count("length", "of a row, a multiple of 4"),
 )
 
 
-def with_logits_left(context: RowsContext) -> RowsContext:
-    """The same attend, which leaves its logits for scores of the same keys."""
+def with_logits_left(context: RowsContext, scoring: Scoring, *, causal: bool) -> RowsContext:
+    """The same attend, which leaves for a choice what each entry of the target has of every head's weights.
+
+    As logarithms, of which the choice takes the log-sum-exp: weights of entries that count in one of the
+    target are added here, so that a step writes and reads a number for some entries, not for each.
+    """
     at = [p.name for p in context.params].index("SEQ")
-    params = (*context.params[:at], *LOGITS, *context.params[at:])
+    row = "logit_row = (tl.load(SEQ + z * 6) + token).to(tl.int64) * tl.num_programs(1) + head"
+    heads = context.heads
+    base = f"logits = LOGITS + (logit_row * {heads} + row_head - head * {heads}) * length"
+    target = scoring.target if scoring.folded else scoring.entries
     return replace(
-        context, params=params, logits="left", setup=(*context.setup, *_logit_rows(context))
-    )
-
-
-def with_logits_read(context: RowsContext, *, parts: bool) -> RowsContext:
-    """The same scores, of logits that an attend left.  `parts`: log-sum-exps are those of its parts."""
-    kept = [p for p in context.params if not re.fullmatch("Q|q_.|K|k_.", p.name)]
-    at = [p.name for p in kept].index("SCORES")
-    setup = context.setup
-    if parts:
-        kept = [p for p in kept if p.name != "LSE" and not p.name.startswith("lse_")]
-        at = [p.name for p in kept].index("SCORES")
-        kept[at:at] = [
-            pointer("PART_LSE", "f32", "f32[Hq, items]"),
-            count("items", "rows * splits"),
-            count("splits", "parts of a row"),
-        ]
-        at += 3
-        kept.append(Param(name="BLOCK_P", kind="constexpr", comment="parts of a row, at most"))
-        begin = next(i for i, line in enumerate(setup) if line.startswith("lse_base"))
-        setup = (
-            *setup[:begin],
-            "item = row_head.to(tl.int64) * items + (tl.load(SEQ + z * 6) + token) * splits",
-            "lse = merged_lse(PART_LSE, item, splits, alive, BLOCK_P)",
-            *setup[begin + 2 :],
-        )
-    setup = (*setup, *_logit_rows(context))
-    params = (*kept[:at], *LOGITS, *kept[at:])
-    return replace(context, params=tuple(params), logits="read", setup=setup)
-
-
-def _logit_rows(context: RowsContext) -> tuple[str, ...]:
-    """Where the logits of each row of a tile begin: those of a key head's queries lie side by side."""
-    return (
-        "logit_row = (tl.load(SEQ + z * 6) + token).to(tl.int64) * tl.num_programs(1) + head",
-        f"logits = LOGITS + logit_row * logits_n * {context.heads} + row_head - head * {context.heads}",
+        context,
+        params=(*context.params[:at], *LOGITS, *context.params[at:]),
+        leaves=True,
+        folded=scoring.folded,
+        ratio=scoring.ratio,
+        planes=scoring.planes,
+        setup=(
+            *context.setup,
+            row,
+            base,
+            f"target_stop = {complete('last', target, causal)}",
+            *(_taps(scoring) if scoring.folded else ()),
+        ),
     )
 
 
@@ -1480,8 +1471,7 @@ def _folded_phases(
     shape: Shape, scoring: Scoring, stop: str
 ) -> tuple[tuple[Phase, ...], tuple[str, ...]]:
     """All sources of the target entries that are complete for the tile's last row, in their order."""
-    ratio, first = scoring.ratio, scoring.taps[0][0]
-    weight = _tap_weight(scoring)
+    ratio = scoring.ratio
     phases = (
         Phase(
             kind="range",
@@ -1509,9 +1499,18 @@ def _folded_phases(
         f"everyone = {everyone}",
         f"full = tl.minimum(everyone, target_stop * {ratio}) // BLOCK_N * BLOCK_N",
         *_complete_rows(shape, scoring.entries),
+        *_taps(scoring),
+    )
+
+
+def _taps(scoring: Scoring) -> tuple[str, ...]:
+    """How often the source entries of a slot count in it, and in the next one."""
+    ratio, weight = scoring.ratio, _tap_weight(scoring)
+    own, handed = weight.format(offset="tap"), weight.format(offset=f"tap - {ratio}")
+    return (
         f"tap = tl.arange(0, {ratio})",
-        f"own_weight = {weight.format(offset='tap')}",
-        *((f"next_weight = {weight.format(offset=f'tap - {ratio}')}",) if first < 0 else ()),
+        f"own_weight = {own}",
+        *((f"next_weight = {handed}",) if scoring.planes > 1 else ()),
     )
 
 

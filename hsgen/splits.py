@@ -6,7 +6,7 @@ part of the softmax; shares follow from the shapes of a call, so equal calls hav
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hsgen import rows
@@ -303,6 +303,35 @@ def _half(config: Config) -> Config:
     return replace(config, constexprs=tuple(values.items()))
 
 
+def side_by_side(
+    kernels: Sequence[Sequence[Param]], launches: Sequence[Launch]
+) -> tuple[dict[str, Param], dict[str, str], list[list[str]]]:
+    """Parameters of one kernel that does what several do, and what its launch gives.
+
+    What all call by one name and get alike is one; the number of a kernel tells the others apart.  The
+    last are the names of each kernel's own, in their order, its tunables among them, which stay behind.
+    """
+    told = [
+        dict(zip((p.name for p in own if p.kind != "constexpr"), launch.arguments, strict=True))
+        for own, launch in zip(kernels, launches, strict=True)
+    ]
+    params: dict[str, Param] = {}
+    arguments: dict[str, str] = {}
+    names: list[list[str]] = []
+    for i, own in enumerate(kernels):
+        names.append([])
+        for p in own:
+            alike = p.kind == "constexpr" or all(
+                each.get(p.name, told[i][p.name]) == told[i][p.name] for each in told
+            )
+            name = p.name if alike else f"{p.name}{i}"
+            names[-1].append(name)
+            if p.kind != "constexpr":
+                params[name] = replace(p, name=name)
+                arguments[name] = told[i][p.name]
+    return params, arguments, names
+
+
 def beside(kernels: tuple[Kernel, ...], steps: tuple[Step, ...]) -> tuple[Kernel, Step]:
     """One launch in place of the last one of each step.  `kernels`: those that these launch.
 
@@ -313,33 +342,18 @@ def beside(kernels: tuple[Kernel, ...], steps: tuple[Step, ...]) -> tuple[Kernel
     for kernel in kernels:
         assert isinstance(kernel.context, RowsContext)
         contexts.append(kernel.context)
-    told = [
-        dict(
-            zip((p.name for p in x.params if p.kind != "constexpr"), launch.arguments, strict=True)
-        )
-        for x, launch in zip(contexts, launches, strict=True)
-    ]
-    params: dict[str, Param] = {}
-    arguments: dict[str, str] = {}
+    params, arguments, names = side_by_side([x.params for x in contexts], launches)
     branches: list[Beside] = []
     for i, context in enumerate(contexts):
-        names: list[str] = []
-        for p in context.params:
-            if p.kind == "constexpr":
-                alone = p.name == "BLOCK_M" and context.one_token
-                names.append(str(rows.least_rows(context.pitch)) if alone else p.name)
-                continue
-            alike = all(each.get(p.name, told[i][p.name]) == told[i][p.name] for each in told)
-            name = p.name if alike else f"{p.name}{i}"
-            names.append(name)
-            params[name] = replace(p, name=name)
-            arguments[name] = told[i][p.name]
+        if context.one_token:
+            alone = [p.name for p in context.params].index("BLOCK_M")
+            names[i][alone] = str(rows.least_rows(context.pitch))
         workers = count(f"workers{i}", f"programs that share a row of {context.name}")
-        names += ["worker", workers.name]
         params[workers.name] = workers
         arguments[workers.name] = launches[i].grid[-1]
         setup = tuple(line for line in context.setup if line not in rows.WORKER)
-        branches.append(Beside(rows=replace(context, setup=setup), arguments=tuple(names)))
+        called = (*names[i], "worker", workers.name)
+        branches.append(Beside(rows=replace(context, setup=setup), arguments=called))
     params |= {p.name: p for x in contexts for p in x.params if p.kind == "constexpr"}
     name = "_".join(("attend", *(x.name.removeprefix("attend_") for x in contexts)))
     made = tuple(branches)
@@ -395,7 +409,9 @@ class Branch:
     sms: int
     sink: bool
     turn: rows.Turn | None
-    lists: tuple[tuple[Kernel, Launch, Buffer], ...] = ()  # what makes the list that is walked
+    lists: tuple[
+        tuple[Kernel, Launch, tuple[Buffer, ...]], ...
+    ] = ()  # what makes the list that is walked, the first of the buffers
     apart: bool = False  # its parts are merged with those of others, elsewhere
     computes: tuple[str, ...] = ()  # the nodes, where they are not what it makes
     logits: tuple[Buffer, ...] = ()  # that it leaves
@@ -438,7 +454,7 @@ def plan(
             (f"padded_{name}", f"1 << ({splits} - 1).bit_length()"),
         ),
         buffers=(
-            *(buffer for _, _, buffer in branch.lists),
+            *(buffer for _, _, buffers in branch.lists for buffer in buffers),
             *((found,) if width else ()),
             Buffer(name=part_lse, dtype="f32", dims=(heads, items), role="list"),
             *branch.logits,

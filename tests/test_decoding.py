@@ -63,6 +63,7 @@ def append(attn, cache, x, rows, begin, end):
 
 
 FULL = (
+    "fsa",
     "moba",
     "infllm_v2",
     "hisa",
@@ -76,15 +77,21 @@ PAGED = ("nsa", "moba", "hisa", "minimax_m3", "deepseek_hca", "glm_kpool", "qwen
 
 
 @pytest.mark.parametrize(
-    "name", ["nsa", "quest", *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
+    "name",
+    ["nsa", "nsa_fla", "quest", *(pytest.param(name, marks=pytest.mark.full) for name in FULL)],
 )
 def test_steps_are_rows_of_prefill(name, shares):
     """Choices are the same sets, outputs of either are those of the reference; pages change nothing."""
     kv = 2 if name == "minimax_m3" else 1  # whose index has one all the same
-    spec = systems.small(name, group=2, kv=kv, dims=(32, 16))
+    group = 3 if name == "fsa" else 2
+    spec = systems.small(name, group=group, kv=kv, dims=(32, 16))
     B, T = 2, 18
     x, rows = made(spec, B, T)
-    if name == "nsa":  # 512 weights a channel: of a size as if they were learned
+    if name in (
+        "nsa",
+        "nsa_fla",
+        "fsa",
+    ):  # 512 weights a channel: of a size as if they were learned
         x = {n: y * 0.05 if n.endswith("weight") else y for n, y in x.items()}
     attn = load_kernel(spec, interpret=True)
     cache = attn.new_cache(B, 24, page=8 if name in PAGED else None)
@@ -108,6 +115,29 @@ def test_steps_are_rows_of_prefill(name, shares):
         torch.testing.assert_close(
             torch.cat(ours, 2).double(), lse[..., seen], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("name", ["nsa", "nsa_fla", pytest.param("fsa", marks=pytest.mark.full)])
+def test_steps_choose_by_what_an_attend_leaves(name, shares):
+    """As the reference chooses, some of many: of entries mapped and not, groups padded, over two shares."""
+    spec = systems.small(name, group=3 if name == "fsa" else 2, kv=2, dims=(16, 16))
+    spec = systems.with_budgets(spec, lambda _: 6)
+    B, T = 2, 131
+    x, rows = made(spec, B, T)
+    x = {n: y * 0.05 if n.endswith("weight") else y for n, y in x.items()}
+    attn = load_kernel(spec, interpret=True)
+    cache = attn.new_cache(B, T + 1)
+    append(attn, cache, x, rows, 0, T - 4)
+    found = []
+    for begin, end in ((T - 4, T - 3), (T - 3, T)):
+        qkv, others = cut(x, rows, begin, end)
+        found.append(attn.decode(*qkv, cache, return_selection=True, **others)[1])
+    (program,) = {ready.program for key, ready in attn._decoding.ready.items() if "few" in key}
+    assert "score_block" not in {kernel.name for kernel in program.plan.kernels}
+    expected = reference(spec, x, dtype=torch.float64)
+    for level, chosen in expected.selection.items():
+        ours = torch.cat([each[level].indices for each in found], 1)
+        assert torch.equal(ours, chosen.indices[:, T - 4 :]), level
 
 
 def shared():

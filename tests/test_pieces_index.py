@@ -167,7 +167,7 @@ def test_overlapping_entries(tmp_path, device, how):
 
 
 @pytest.mark.parametrize("sequences", [DENSE, PACKED, AHEAD])
-@pytest.mark.parametrize(("group", "width"), [(2, 1), (3, 5), (4, 4)])
+@pytest.mark.parametrize(("group", "width"), [(2, 1), (3, 5), (4, 4), (4, 33), (3, 43)])
 def test_heads_of_a_group_share_a_list(tmp_path, device, sequences, group, width):
     """Each entry once, ascending, with the heads that chose it; what no row sees is not among them."""
     kv = 2
@@ -178,9 +178,13 @@ def test_heads_of_a_group_share_a_list(tmp_path, device, sequences, group, width
     lists = torch.full((total, kv, length), -5, dtype=torch.int32, device=device)
     given = chosen.to(device) if device != "cpu" else chosen
     s_b, *strides = given.stride()
+    most = (max(sequences.k_lens) // c.size + 4) // 4 * 4
+    marks = torch.empty((total, kv, most), dtype=torch.int32, device=device)
     kernel("index", c, tmp_path)[(len(sequences), kv, max(sequences.q_lens))](
-        given, 0 if sequences.packed else s_b, *strides, lists, sequences.table.to(device)
-    )
+        given, 0 if sequences.packed else s_b, *strides, lists,
+        *((marks, most) if c.marked else ()), sequences.table.to(device),
+    )  # fmt: skip
+    assert c.marked == (width > 32)
     shared = 0
     for tile in range(sequences.tiles(1)):
         if (found := sequences.tile(tile, 1)) is None:

@@ -301,6 +301,25 @@ def test_groups_of_a_step(tmp_path, device, seed, kind, heads, k, first, last, b
     check(tmp_path, device, seed, c, sequences, kind, block_t=4, block_r=1, block_n=block_n)
 
 
+@pytest.mark.parametrize("kind", ["real", "plateau", "special", "bits", "alike", "nan"])
+@pytest.mark.parametrize(("first", "last", "fours"), [(0, 1, True), (1, 2, False)])
+@pytest.mark.parametrize("stride", [16, 32])
+def test_steps_that_keep_many(tmp_path, device, seed, kind, first, last, fours, stride):
+    """Keys are read again to be placed: of every width in registers, in one step and in more, and beyond,
+    where keys are few enough to look at all, and where a sample tells about them.
+    """
+    c = context(
+        heads=2, k=80, width=80, size=stride, stride=stride, first=first, last=last, alike=True, fours=fours
+    )  # fmt: skip
+    assert c.reread
+    assert c.sampled == (stride == 16)
+    entries = (70, 127, 129, 512, 1021, 2050)
+    lengths = tuple(n * stride - 3 * (n % 2) for n in entries)
+    sequences = Sequences(q_lens=(2,) * len(lengths), k_lens=lengths)
+    # of so many rows that tiles are numbered by sequences in either way
+    check(tmp_path, device, seed, c, sequences, kind, block_t=16, block_r=1, block_n=1024)
+
+
 def test_groups_that_are_alike(tmp_path, device, seed):
     """As many groups as wanted hold the greatest key, and more."""
     c = context(k=3, width=3, causal=False, short=True)

@@ -104,6 +104,7 @@ def _plan(draft: Draft) -> Plan:
     draft.turns = {} if draft.kept else combining.turns(draft.graph)
     _append(draft, storage)
     _launches(draft)
+    vectors.pools_beside(draft)
     kept = combining.weigh(draft) if draft.kept else {}
     combining.gate_output(draft)
     outputs = draft.graph.outputs

@@ -29,8 +29,12 @@ from hsgen.schedule.draft import Draft
 
 
 def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
-    """Score into a bounded scratch and rank it, chunk of rows by chunk of rows."""
+    """Score into a bounded scratch and rank it, chunk of rows by chunk of rows.
+
+    Of a step whose scores an attend has left all but done, one launch does both.
+    """
     chain = _chain(draft, node)
+    left = draft.left.get(node.name)
     heads = draft.size(node.type.dims[2])
     kept = op if isinstance(op, Select) else None
     parent = draft.graph[node.inputs[1]] if kept and kept.within else None
@@ -43,16 +47,15 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     programs = heads // (context.heads if _packs(draft, chain, parent) else 1)
     shares: tuple[str, ...] = ()
     by_shares: tuple[tuple[str, str], ...] = ()
-    parts = draft.parts_of(chain.lse)
-    if draft.steps_alone:
+    if draft.steps_alone and left is None:
         by_shares = _shares(draft, context, chain, parent, programs)
         shares = (by_shares[-1][0],)
     tiling = draft.row_tiles_of_blocks if block else draft.row_tiles
     tiles = tiling.step if shares else tiling.score if block else draft.score_tiles
-    read = context.logits == "read"
-    config = configs.of_logits(parts=parts is not None) if read else tiles(context)
-    draft.attend(context, config, *chain.names)
-    scorer = context.name
+    config = tiles(context)
+    if left is None:
+        draft.attend(context, config, *chain.names)
+    planes = 1 if left else context.planes
     children, slots, parent_heads, parent_group = 0, 0, 1, 1
     if parent is not None:
         assert isinstance(parent.op, Select)
@@ -77,26 +80,37 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         parent_width=draft.width(parent) if parent else 0,
         parent_heads=parent_heads,
         parent_group=parent_group,
-        carried=context.folded if context.planes > 1 else "",
+        carried=context.folded if planes > 1 else "",
         alike=context.alike,
+        fours=_by_fours(context),
         rows=block,
         part=part.units if part else 0,
         of_all=isinstance(op, SelectSet) and op.of == "all",
+        summed=draft.shape.group if left else 0,
+        planes=left.planes if left else 0,
     )
     grouped = ranking.group > 0
     ranks = configs.rank(slots, op.stride, config["BLOCK_T"], grouped=grouped, kept=ranking.kept)
     if draft.steps_alone:
-        ranks = configs.rank_steps(slots, op.stride, grouped=grouped, kept=ranking.kept)
+        ranks = configs.rank_steps(
+            slots, op.stride, grouped=grouped, kept=ranking.kept, scores=left is not None
+        )
     ranker = draft.kernel(
         "rank",
         ranking,
         ranks,
+        *(chain.names if left else ()),
         node.name,
-        follows=scorer,
+        follows=None if left else context.name,
     )
     capacity, row = f"capacity_{op.level}", _row_length(ranking, op.stride)
     scratch = f"scores_{op.level}"
-    block_t = f'config["{scorer}"]["BLOCK_T"]'
+    scores = Launch(
+        kernel=context.name,
+        grid=("count", str(programs), *shares),
+        arguments=_score_arguments(draft, chain, parent, context, scratch),
+    )
+    block_t = f'config["{ranking.name if left else context.name}"]["BLOCK_T"]'
     tiles, chunk = f"tiles_{op.level}", f"chunk_{op.level}"
     choosing, listed = "batch.rows", ("in_q.shape[0]", "in_q.shape[1]")
     made = node.name
@@ -106,7 +120,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     draft.steps.append(
         Step(
             title=f"choose: {op.level}",
-            needs=(*_needs(chain, parts, read=read), *((parent.name,) if parent else ())),
+            needs=(*((left.step,) if left else chain.needs), *((parent.name,) if parent else ())),
             makes=(made,),
             sizes=(
                 *(((choosing, together.blocks_of(block)),) if block else ()),
@@ -121,7 +135,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 ),
                 (
                     f"bytes_{op.level}",
-                    f"{_row_bytes(ranking, op.level, context.planes)} * {block_t}",
+                    f"{_row_bytes(ranking, op.level, planes)} * {block_t}",
                 ),
                 *_chunk(
                     draft,
@@ -138,7 +152,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                     dims=(
                         f"{chunk} * {block_t}",
                         str(heads),
-                        *(("2",) if context.planes > 1 else ()),
+                        *(("2",) if planes > 1 else ()),
                         capacity,
                     ),
                     role="scratch",
@@ -152,18 +166,12 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 ),
             ),
             launches=(
-                draft.launch(
-                    Launch(
-                        kernel=scorer,
-                        grid=("count", str(programs), *shares),
-                        arguments=_score_arguments(draft, chain, parent, context, scratch),
-                        given=(("BLOCK_P", f"padded_{parts.name}"),) if read and parts else (),
-                    )
-                ),
+                *((draft.launch(scores),) if left is None else ()),
                 Launch(
                     kernel=ranker,
                     grid=(f"count * ({block_t} // {{BLOCK_R}})", str(heads)),
                     arguments=(
+                        *((*left.lse, left.buffer, left.length) if left else ()),
                         scratch,
                         text.buffer(made),
                         *((text.buffer(parent.name),) if parent else ()),
@@ -173,6 +181,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                         capacity,
                         *((slots_of,) if part else ()),
                     ),
+                    given=(("BLOCK_P", f"padded_{left.kernel}"),) if left else (),
                 ),
             ),
             tiles=tiles,
@@ -190,10 +199,13 @@ def _walk(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> rows.
         context = rows.with_pages(context, draft.page)
     if not draft.steps_alone:
         return context
-    if chain.score.name in draft.logits:
-        parts = draft.parts_of(chain.lse)
-        context = rows.with_logits_read(context, parts=parts is not None)
-    return rows.with_split(context)
+    context = rows.with_split(context)
+    return rows.with_fours(context) if _by_fours(context) else context
+
+
+def _by_fours(context: rows.RowsContext) -> bool:
+    """Whether scores of a step may be there up to a multiple of four: entries that are scored in order."""
+    return context.alike and [x.kind for x in context.phases] == ["range"] and not context.folded
 
 
 def _row_length(ranking: RankContext, stride: int) -> str:
@@ -265,10 +277,7 @@ def _chunk(draft: Draft, level: str, heads: int, *, children: bool) -> tuple[tup
 def _shares(
     draft: Draft, context: rows.RowsContext, chain: _Chain, parent: Node | None, heads: int
 ) -> tuple[tuple[str, str], ...]:
-    """The sizes that say how many programs share the entries of a row of scores.
-
-    Those whose logits are there have little to do, so there are many: each waits for memory.
-    """
+    """The sizes that say how many programs share the entries of a row of scores."""
     score = chain.score.op
     assert isinstance(score, Score)
     keys = text.per_stride("batch.keys", score.stride)
@@ -276,7 +285,7 @@ def _shares(
         assert isinstance(parent.op, Select)
         keys = str(draft.width(parent) * parent.op.size // score.size)
     sms = draft.target.sms
-    long = "SHARE_KEYS" if context.logits == "read" else f"({splits.SCORED} * SHARE_KEYS)"
+    long = f"({splits.SCORED} * SHARE_KEYS)"
     return splits.shares(
         context.name, sms=sms, rows_of="batch.sequences", heads=heads, keys=keys, long=long
     )
@@ -320,8 +329,6 @@ def _score_context(
     score = chain.score.op
     assert isinstance(score, Score)
     assert isinstance(node.op, Select | SelectSet)
-    refused = ("code_match", "pooling_error", "bias", "given", "cosine")
-    assert score.form not in refused, "refused"
     weighted = score.form in ("relu_weighted", "relu_sum")
     if chain.reduce is not None and chain.reduce.share == "all":
         raise PlanError(
@@ -335,8 +342,44 @@ def _score_context(
     share: Literal["head", "group", "all"] = (
         "all" if weighted else chain.reduce.share if chain.reduce else "head"
     )
+    heads = {"head": 1, "group": draft.shape.group, "all": draft.graph.sizes.get("Hi", 1)}[share]
+    scoring = _scoring(draft, node, chain, parent, share)
+    if scoring.packed:
+        heads = draft.shape.group
+    dim = draft.graph.sizes["Di"] if scoring.by_index else draft.shape.qk
+    return rows.score(draft.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
+
+
+def summed_scores(draft: Draft, normalised: Node) -> list[tuple[Node, rows.Scoring]]:
+    """The selections made of weights that are summed over a group's heads, and how they come of these."""
+    graph, found = draft.graph, list[tuple[Node, rows.Scoring]]()
+    for reduced in graph.users(normalised.name):
+        if not isinstance(reduced.op, Reduce) or reduced.op.share != "group":
+            continue
+        for user in graph.users(reduced.name):
+            for node in graph.users(user.name) if isinstance(user.op, Map) else (user,):
+                if isinstance(node.op, Select) and not node.op.within:
+                    chain = _chain(draft, node)
+                    found.append((node, _scoring(draft, node, chain, None, "group")))
+    return found
+
+
+def _scoring(
+    draft: Draft,
+    node: Node,
+    chain: _Chain,
+    parent: Node | None,
+    share: Literal["head", "group", "all"],
+) -> rows.Scoring:
+    """A level's score as steps."""
+    score = chain.score.op
+    assert isinstance(score, Score)
+    assert isinstance(node.op, Select | SelectSet)
+    refused = ("code_match", "pooling_error", "bias", "given", "cosine")
+    assert score.form not in refused, "refused"
+    weighted = score.form in ("relu_weighted", "relu_sum")
     pooled = draft.pool_of(chain.score.inputs[1]) is not None
-    scoring = rows.Scoring(
+    return rows.Scoring(
         form=score.form,
         scale=score.scale if score.scale is not None else 1.0,
         entries=draft.entries(score, score.level),
@@ -354,11 +397,6 @@ def _score_context(
         taps=chain.map.taps if chain.map else (),
         **_parent(draft, node, parent),
     )
-    heads = {"head": 1, "group": draft.shape.group, "all": draft.graph.sizes.get("Hi", 1)}[share]
-    if scoring.packed:
-        heads = draft.shape.group
-    dim = draft.graph.sizes["Di"] if scoring.by_index else draft.shape.qk
-    return rows.score(draft.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
 
 
 def _scored(draft: Draft, chain: _Chain) -> tuple[Node, Node]:
@@ -406,8 +444,6 @@ def _parent(draft: Draft, node: Node, parent: Node | None) -> _Parent:
 def _score_arguments(
     draft: Draft, chain: _Chain, parent: Node | None, context: rows.RowsContext, scratch: str
 ) -> tuple[str, ...]:
-    if context.logits == "read":
-        return _logit_arguments(draft, chain, scratch)
     queries, keys, *others = chain.score.inputs
     weighted = bool(others) and isinstance(draft.graph[others[0]].op, Input)
     indexed = draft.graph[queries].type.dims[-1] == "Di"
@@ -429,30 +465,6 @@ def _powers(draft: Draft, chain: _Chain) -> tuple[str, ...]:
     """What the vectors of an index are times: of queries by batch and token, of keys by batch."""
     queries, keys = (draft.power(node) for node in _scored(draft, chain))
     return *text.strides(queries)[:3], *text.strides(keys)[:2]
-
-
-def _logit_arguments(draft: Draft, chain: _Chain, scratch: str) -> tuple[str, ...]:
-    """The same of scores whose logits an attend has left."""
-    score = chain.score
-    assert isinstance(score.op, Score)
-    assert chain.lse is not None
-    parts = draft.parts_of(chain.lse)
-    return (
-        *(parts.lse if parts else text.strides(text.buffer(chain.lse))),
-        draft.logits[score.name],
-        text.per_stride("batch.keys", score.op.stride),
-        scratch,
-        scratch.replace("scores_", "capacity_", 1),
-        *text.SEQ,
-        "tile_first",
-    )
-
-
-def _needs(chain: _Chain, parts: splits.Part | None, *, read: bool) -> tuple[str, ...]:
-    """What scores are made of: with logits that are there, the log-sum-exp or its parts alone."""
-    if not read or chain.lse is None:
-        return chain.needs
-    return (parts.step,) if parts else (chain.lse,)
 
 
 def _fused(op: Map | None) -> Literal["overlap_sum", "sum", "max"] | None:

@@ -54,6 +54,22 @@ class Turn:
     how: rows.Turn
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """What a branch of a step leaves for a choice, by the driver's names."""
+
+    kernel: str  # that leaves it
+    step: str  # what makes it
+    buffer: str
+    length: str  # of a row
+    planes: int
+
+    @property
+    def lse(self) -> tuple[str, str, str]:
+        """The log-sum-exps of its parts: where they are, items, and parts of a row."""
+        return f"part_lse_{self.kernel}", f"items_{self.kernel}", f"splits_{self.kernel}"
+
+
 @dataclass(slots=True)
 class Draft:
     """The plan while it grows."""
@@ -76,9 +92,9 @@ class Draft:
     parts: dict[str, splits.Part] = field(
         default_factory=dict[str, splits.Part]
     )  # by branch, those of steps that one launch merges
-    logits: dict[str, str] = field(
-        default_factory=dict[str, str]
-    )  # by score, what a branch over the same keys leaves of it
+    left: dict[str, Left] = field(
+        default_factory=dict[str, "Left"]
+    )  # by selection, what a branch leaves of the scores it is made of
 
     @property
     def steps_alone(self) -> bool:
@@ -159,10 +175,6 @@ class Draft:
                 return cols_streams.launch(launch, context)
             case _:
                 return launch
-
-    def parts_of(self, lse: str | None) -> splits.Part | None:
-        """The branch of which a log-sum-exp is, where it is in parts when a choice reads it."""
-        return self.parts.get(self.graph[lse].inputs[0]) if lse else None
 
     @property
     def row_tiles_of_blocks(self) -> configs.RowTiles:

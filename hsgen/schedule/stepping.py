@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from hsgen import rows, splits
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Node, Normalise, Reduce, Score, SelectSet
+from hsgen.graph import Attend, Node, Normalise, Score, SelectSet
 from hsgen.kernels import UniteContext
 from hsgen.plan import Buffer, Config, Kernel, Launch, Step
 from hsgen.rows import RowsContext, next_power
-from hsgen.schedule import text
-from hsgen.schedule.draft import SORT_LIMIT, Draft, Turn
+from hsgen.schedule import choosing, text
+from hsgen.schedule.draft import SORT_LIMIT, Draft, Left, Turn
 
 MOST_MEMBERS = 8  # heads of a group whose lists are walked as one: bits of an entry
 
@@ -24,19 +24,24 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     lists = ()
     if context.united:
         lists = (_united(draft, node, op),)
-        selection = (lists[0][2].name,)
-    scored = scores_of(draft, node)
-    if scored:
-        context = rows.with_logits_left(context)
-    tiles, sizes = text.step_tiles(rows.with_split(context)), ()
+        selection = (lists[0][2][0].name,)
+    chosen = choice_of(draft, node)
+    sizes: tuple[tuple[str, str], ...] = ()
+    apart, logits, more = _apart(draft), (), draft.seq(context)
+    if chosen is not None:
+        left, scoring = _left(draft, node, op, *chosen, apart=apart)
+        context = rows.with_logits_left(context, scoring, causal=draft.shape.causal)
+        entries = scoring.target if scoring.folded else scoring.entries
+        most = f"({text.per_stride('batch.keys', entries.stride)} + 4) // 4 * 4"
+        sizes = ((left.length, f"{most} * {left.planes}" if left.planes > 1 else most),)
+        dims = ("batch.rows", *map(str, (draft.shape.kv_heads, draft.shape.group)))
+        logits = (Buffer(name=left.buffer, dtype="f32", dims=(*dims, left.length), role="list"),)
+        more = (left.buffer, left.length, *more)
+    tiles = text.step_tiles(rows.with_split(context))
     if context.parts:
         there, tiles = tiles, f"row_tiles_{op.branch}"
-        sizes = ((tiles, text.tiles_of(context.name, there)), *text.parts(context))
+        sizes += ((tiles, text.tiles_of(context.name, there)), *text.parts(context))
     turn = draft.turns.get(node.name)
-    apart = _apart(draft)
-    left, heads = f"logits_{op.branch}", (draft.shape.kv_heads, draft.shape.group)
-    rows_of = ("batch.rows", str(heads[0]), keys, str(heads[1]))
-    draft.logits |= dict.fromkeys(scored, left)
     _share(
         draft,
         context,
@@ -47,10 +52,10 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             makes=(parts_of(node),) if apart else draft.makes(node),
             computes=(node.name, *draft.lse_of(node)),
             apart=apart,
-            logits=(Buffer(name=left, dtype="f32", dims=rows_of, role="list"),) if scored else (),
+            logits=logits,
             buffers=() if apart else draft.output_buffers(node),
             arguments=(*draft.tensors(node, op), *selection),
-            more=(*((left, keys) if scored else ()), *draft.seq(context)),
+            more=more,
             outputs=draft.outputs(node),
             query_heads=draft.shape.query_heads,
             grid=text.grid(draft.shape, context, tiles),
@@ -73,7 +78,8 @@ def _apart(draft: Draft) -> bool:
     for name, turn in draft.turns.items():
         node = draft.graph[name]
         readers = {x.name for lse in draft.lse_of(node) for x in draft.graph.users(lse)}
-        if not isinstance(turn.how, rows.Gated) or len(readers) > len(scores_of(draft, node)):
+        chosen = choice_of(draft, node)
+        if not isinstance(turn.how, rows.Gated) or len(readers) > (chosen is not None):
             return False
     return bool(draft.turns)
 
@@ -83,21 +89,41 @@ def parts_of(node: Node) -> str:
     return f"{node.name}.parts"
 
 
-def scores_of(draft: Draft, node: Node) -> tuple[str, ...]:
-    """Scores of the keys that a branch attends to, made weights by its log-sum-exp, of a group's heads."""
-    graph, found = draft.graph, []
+def choice_of(draft: Draft, node: Node) -> tuple[Node, rows.Scoring] | None:
+    """The one selection that is made of what a branch attends by, and how its scores come of that.
+
+    They are weights by the branch's own log-sum-exp, summed over a group's heads, as they are or summed
+    into entries that are no shorter: then whichever is complete has an own source that is.
+    """
+    graph, found = draft.graph, list[tuple[Node, rows.Scoring]]()
     for lse in draft.lse_of(node):
         for user in graph.users(lse):
             score = graph[user.inputs[0]]
-            if not isinstance(user.op, Normalise) or not isinstance(score.op, Score):
-                continue
-            by_group = all(
-                isinstance(x.op, Reduce) and x.op.share == "group" for x in graph.users(user.name)
-            )
-            same = score.inputs[:2] == node.inputs[:2] and score.op.form == "dot"
-            if by_group and same and draft.pool_of(score.inputs[1]) is not None:
-                found.append(score.name)
-    return tuple(found)
+            alike = isinstance(score.op, Score) and score.op.form == "dot"
+            if isinstance(user.op, Normalise) and alike and score.inputs[:2] == node.inputs[:2]:
+                found += choosing.summed_scores(draft, user)
+    if len(found) != 1 or draft.pool_of(node.inputs[1]) is None:
+        return None
+    scoring = found[0][1]
+    folds = scoring.folded and scoring.entries.size <= scoring.target.stride
+    summed = scoring.reduce == "sum" and scoring.map_how != "max"
+    as_it_is = not scoring.map_how or (scoring.taps == ((0, 1),) and scoring.ratio == 1)
+    return found[0] if summed and (folds or as_it_is) else None
+
+
+def _left(
+    draft: Draft, node: Node, op: Attend, selection: Node, scoring: rows.Scoring, *, apart: bool
+) -> tuple[Left, rows.Scoring]:
+    """What a branch leaves for a selection, which is told of it."""
+    left = Left(
+        kernel=f"attend_{op.branch}",
+        step=parts_of(node) if apart else draft.lse_of(node)[0],
+        buffer=f"logits_{op.branch}",
+        length=f"length_{op.branch}",
+        planes=scoring.planes,
+    )
+    draft.left[selection.name] = left
+    return left, scoring
 
 
 def _part(draft: Draft, node: Node, turn: Turn) -> splits.Part:
@@ -155,7 +181,7 @@ def _beside(draft: Draft) -> None:
         first = found[0] if found else (kernel, step)
         alike = kernel.config == first[0].config and kernel.context.alike
         heads = step.launches[-1].grid[1] == first[1].launches[-1].grid[1]
-        if alike and heads and not kernel.context.logits:
+        if alike and heads and not kernel.context.leaves:
             found.append((kernel, step))
     if len(found) < 2:
         return
@@ -220,8 +246,8 @@ def _lists(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsCont
     return rows.with_pages(context, draft.page), str(width * size)
 
 
-def _united(draft: Draft, node: Node, op: Attend) -> tuple[Kernel, Launch, Buffer]:
-    """What makes one list of those that the heads of a group have."""
+def _united(draft: Draft, node: Node, op: Attend) -> tuple[Kernel, Launch, tuple[Buffer, ...]]:
+    """What makes one list of those that the heads of a group have: the first of the buffers."""
     selection, shape = draft.graph[node.inputs[3]], draft.shape_of(op)
     width, chosen = draft.width(selection), text.buffer(selection.name)
     context = UniteContext(
@@ -246,6 +272,9 @@ def _united(draft: Draft, node: Node, op: Attend) -> tuple[Kernel, Launch, Buffe
         dims=("batch.rows", str(shape.kv_heads), str(1 + width * shape.group)),
         role="list",
     )
+    length = f"({text.per_stride('batch.keys', op.size)} + 4) // 4 * 4"
+    dims = ("batch.rows", str(shape.kv_heads), length)
+    marks = Buffer(name=f"marks_{op.branch}", dtype="i32", dims=dims, role="list")
     launch = Launch(
         kernel=context.name,
         grid=("batch.sequences", str(shape.kv_heads), text.STEP_ROWS),
@@ -253,10 +282,11 @@ def _united(draft: Draft, node: Node, op: Attend) -> tuple[Kernel, Launch, Buffe
             *text.strides(chosen),
             f"{chosen}.stride(3)",
             lists.name,
+            *((marks.name, length) if context.marked else ()),
             *text.SEQ[:1],
         ),
     )
-    return kernel, launch, lists
+    return kernel, launch, (lists, marks) if context.marked else (lists,)
 
 
 def log_sum_exp(draft: Draft, node: Node, score: Node) -> None:

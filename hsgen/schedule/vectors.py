@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from hsgen import appending, configs, rows, together
+from hsgen import appending, configs, rows, splits, together
 from hsgen.graph import (
     Node,
     Norm,
@@ -16,11 +17,13 @@ from hsgen.graph import (
 from hsgen.kernels import (
     POOLS,
     ROUNDED,
+    Pooled,
+    PoolsContext,
     RoundContext,
     SegmentsContext,
     Turn,
 )
-from hsgen.plan import Buffer, Launch, Step
+from hsgen.plan import Buffer, Kernel, Launch, Step
 from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
 
@@ -167,6 +170,65 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
             ),
         )
     )
+
+
+def pools_beside(draft: Draft) -> None:
+    """Pools of a step whose tiles are alike have one launch: one waits for weights beside the other."""
+    of = {kernel.name: kernel for kernel in draft.kernels}
+    found: list[tuple[Kernel, SegmentsContext, Step]] = []
+    for step in draft.appends:
+        kernel = of[step.launches[0].kernel]
+        context = kernel.context
+        if not isinstance(context, SegmentsContext) or not context.across:
+            continue
+        _, first, before = found[0] if found else (kernel, context, step)
+        alike = (first.stride, first.heads) == (context.stride, context.heads)
+        if alike and not set(step.needs) & set(before.makes):
+            found.append((kernel, context, step))
+    if len(found) < 2:
+        return
+    kernels, contexts, steps = zip(*found, strict=True)
+    most = steps[0].sizes
+    first, *others = (step.launches[0] for step in steps)
+    renamed = tuple(
+        replace(x, arguments=tuple(most[0][0] if a == step.sizes[0][0] else a for a in x.arguments))
+        for x, step in zip(others, steps[1:], strict=True)
+    )
+    launches = (first, *renamed)
+    params, arguments, names = splits.side_by_side([x.params for x in contexts], launches)
+    pools = tuple(
+        Pooled(
+            pool=replace(x, columns_of="part"),
+            arguments=tuple(own),
+            programs=int(launch.grid[2]),
+        )
+        for x, own, launch in zip(contexts, names, launches, strict=True)
+    )
+    tunables = {p.name: p for x in contexts for p in x.params if p.kind == "constexpr"}
+    name = "pools"
+    kernel = Kernel(
+        name=name,
+        skeleton="segments",
+        context=PoolsContext(name=name, pools=pools, params=(*params.values(), *tunables.values())),
+        config=configs.pool_across(min(x.slice for x in contexts), draft.dtype),
+        operators=tuple(x for each in kernels for x in each.operators),
+    )
+    step = Step(
+        title=", ".join(step.title for step in steps),
+        needs=tuple(dict.fromkeys(x for step in steps for x in step.needs)),
+        makes=tuple(x for step in steps for x in step.makes),
+        sizes=most,
+        buffers=(),
+        launches=(
+            Launch(
+                kernel=name,
+                grid=(*first.grid[:2], str(sum(each.programs for each in pools))),
+                arguments=tuple(arguments.values()),
+            ),
+        ),
+    )
+    draft.kernels = [*(x for x in draft.kernels if x not in kernels), kernel]
+    draft.appends = [*(x for x in draft.appends if x not in steps), step]
 
 
 def _gates(draft: Draft, name: str, op: Pool) -> tuple[str, ...]:

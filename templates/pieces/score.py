@@ -92,3 +92,40 @@ def fold_max(x, weight):
     ratio: tl.constexpr = weight.shape[0]
     parts = tl.reshape(x, [x.shape[0] // ratio, ratio, x.shape[1]])
     return tl.max(tl.where(weight[None, :, None] > 0.0, parts, float("-inf")), 1)
+
+
+@triton.jit
+def fold_log(p, m, weight):
+    """Logarithms in base 2 of weighted sums of neighbours, p times 2^m.
+
+    p: [M, N * R], m: [M], weight: [R] -> [M, N], -inf of a sum that is 0
+    """
+    ratio: tl.constexpr = weight.shape[0]
+    parts = tl.reshape(p, [p.shape[0], p.shape[1] // ratio, ratio])
+    return log_of(tl.sum(parts * weight[None, None, :], 2), m)
+
+
+@triton.jit
+def log_of(total, m):
+    """Base-2 logarithms of sums [M, N], times 2^m; -inf of 0, where m may be that too.  m: [M]"""
+    return tl.log2(total) + m[:, None]
+
+
+@triton.jit
+def fold_pairs(p, m, own, handed):
+    """As fold_log, by two weights, whose results lie side by side.  -> [M, 2 * N]"""
+    ratio: tl.constexpr = own.shape[0]
+    parts = tl.reshape(p, [p.shape[0], p.shape[1] // ratio, ratio])
+    both = tl.join(tl.sum(parts * own[None, None, :], 2), tl.sum(parts * handed[None, None, :], 2))
+    return log_of(tl.reshape(both, [p.shape[0], p.shape[1] // ratio * 2]), m)
+
+
+@triton.jit
+def summed_heads(logits, lse, at, mask, ROWS: tl.constexpr):
+    """Weights, 2^(logits - lse), summed over the heads of a row.
+
+    logits: [ROWS * H, 1] where rows begin, lse: [ROWS * H] in base 2, at: [1, N] -> [ROWS, N]
+    """
+    x = tl.load(logits + at, mask=mask, other=float("-inf"))
+    weight = tl.exp2(x - lse[:, None])
+    return tl.sum(tl.reshape(weight, [ROWS, weight.shape[0] // ROWS, weight.shape[1]]), 1)

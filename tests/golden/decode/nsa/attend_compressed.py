@@ -33,6 +33,18 @@ def complete_limit(
 
 
 @triton.jit
+def overlap_weight(offset, SOURCE: tl.constexpr, TARGET: tl.constexpr):
+    """How often source entry j * TARGET + offset counts in target entry j (NSA, eq. 9).
+
+    The convolution of SOURCE ones (source size / stride) with TARGET ones (target size / stride),
+    starting at offset 1 - SOURCE: a trapezoid, 0 beside it.
+    """
+    rise = offset + SOURCE
+    fall = TARGET - offset
+    return tl.maximum(tl.minimum(tl.minimum(rise, fall), min(SOURCE, TARGET)), 0).to(tl.float32)
+
+
+@triton.jit
 def load_tile(base, rows, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
     """Rows [N] of one head, columns [OFFSET, OFFSET + WIDTH).  -> [N, WIDTH]"""
     columns = OFFSET + tl.arange(0, WIDTH)
@@ -52,6 +64,21 @@ def softmax_step(s, m, l, SCALE: tl.constexpr):
     p = tl.exp2(s * SCALE - m_safe[:, None])
     rescale = tl.exp2(m - m_safe)
     return p, m_new, l * rescale + tl.sum(p, 1), rescale
+
+
+@triton.jit
+def log_of(total, m):
+    """Base-2 logarithms of sums [M, N], times 2^m; -inf of 0, where m may be that too.  m: [M]"""
+    return tl.log2(total) + m[:, None]
+
+
+@triton.jit
+def fold_pairs(p, m, own, handed):
+    """As fold_log, by two weights, whose results lie side by side.  -> [M, 2 * N]"""
+    ratio: tl.constexpr = own.shape[0]
+    parts = tl.reshape(p, [p.shape[0], p.shape[1] // ratio, ratio])
+    both = tl.join(tl.sum(parts * own[None, None, :], 2), tl.sum(parts * handed[None, None, :], 2))
+    return log_of(tl.reshape(both, [p.shape[0], p.shape[1] // ratio * 2]), m)
 
 
 @triton.jit
@@ -89,7 +116,7 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["lse_b", "lse_h", "logits_n", "num_sequences"])
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "length", "num_sequences"])
 def attend_compressed(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -111,8 +138,8 @@ def attend_compressed(
     lse_b,  # LSE: batch stride
     lse_h,  # LSE: head stride
     lse_t,  # LSE: token stride
-    LOGITS,  # f32[rows, Hkv, N, group] as dots left them
-    logits_n,  # N
+    LOGITS,  # f32[rows, Hkv, group, length] in base 2, see `log_of`
+    length,  # of a row, a multiple of 4
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     BLOCK_T: tl.constexpr,  # tokens a tile
@@ -151,7 +178,11 @@ def attend_compressed(
     full = complete_limit(first, k_len, 32, 16, True, False) // BLOCK_N * BLOCK_N
     stop = complete_limit(last, k_len, 32, 16, True, False)
     logit_row = (tl.load(SEQ + z * 6) + token).to(tl.int64) * tl.num_programs(1) + head
-    logits = LOGITS + logit_row * logits_n * 16 + row_head - head * 16
+    logits = LOGITS + (logit_row * 16 + row_head - head * 16) * length
+    target_stop = complete_limit(last, k_len, 64, 64, True, False)
+    tap = tl.arange(0, 4)
+    own_weight = overlap_weight(tap, 2, 4)
+    next_weight = overlap_weight(tap - 4, 2, 4)
     worker = tl.program_id(2)
     workers = tl.num_programs(2)
     walked = stop
@@ -173,9 +204,11 @@ def attend_compressed(
         k1 = load_tile(k_base, k_row + n, k_t, 128, 64)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
         s = tl.dot(q1, tl.trans(k1), s, input_precision="tf32x3")
-        left = alive[:, None]
-        tl.store(logits[:, None] + n[None, :] * 16, s, mask=left)
         p, m, l, rescale = softmax_step(s, m, l, 0.10411754627697266)
+        at = n0 // 4 * 2 + 1 + tl.arange(0, BLOCK_N // 4 * 2)
+        left = alive[:, None] & (at < target_stop * 2)[None, :]
+        both = fold_pairs(p, m, own_weight, next_weight)
+        tl.store(logits[:, None] + at[None, :], both, mask=left)
         v0 = load_tile(v_base, k_row + n, v_t, 0, 128)
         acc0 = acc0 * rescale[:, None]
         p0 = p.to(v0.dtype)
@@ -189,11 +222,13 @@ def attend_compressed(
         k1 = load_tile_masked(k_base, k_row + n, inside, k_t, 128, 64)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
         s = tl.dot(q1, tl.trans(k1), s, input_precision="tf32x3")
-        left = alive[:, None] & inside[None, :]
-        tl.store(logits[:, None] + n[None, :] * 16, s, mask=left)
         visible = n[None, :] < complete[:, None]
         s = tl.where(visible, s, float("-inf"))
         p, m, l, rescale = softmax_step(s, m, l, 0.10411754627697266)
+        at = n0 // 4 * 2 + 1 + tl.arange(0, BLOCK_N // 4 * 2)
+        left = alive[:, None] & (at < target_stop * 2)[None, :]
+        both = fold_pairs(p, m, own_weight, next_weight)
+        tl.store(logits[:, None] + at[None, :], both, mask=left)
         v0 = load_tile_masked(v_base, k_row + n, inside, v_t, 0, 128)
         acc0 = acc0 * rescale[:, None]
         p0 = p.to(v0.dtype)

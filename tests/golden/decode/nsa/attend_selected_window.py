@@ -277,7 +277,7 @@ def attend_window(
 
 
 @triton.jit(
-    do_not_specialize=["lse_b", "lse_h0", "num_sequences", "workers0", "lse_h1", "workers1"]
+    do_not_specialize=["lse_b", "lse_h0", "num_sequences", "lse_h1", "workers0", "workers1"]
 )
 def attend_selected_window(
     Q,  # [B, T, Hq, Dqk]
@@ -303,7 +303,6 @@ def attend_selected_window(
     lse_t,  # LSE: token stride
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
-    workers0,  # programs that share a row of attend_selected
     K1,  # [B, S, Hkv, Dqk]
     k_b1,  # K: batch stride
     k_t1,  # K: token stride
@@ -316,6 +315,7 @@ def attend_selected_window(
     o_h1,  # O: head stride
     LSE1,  # f32[Hq, items] and their log-sum-exps
     lse_h1,  # LSE: head stride
+    workers0,  # programs that share a row of attend_selected
     workers1,  # programs that share a row of attend_window
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_M: tl.constexpr,  # rows a tile

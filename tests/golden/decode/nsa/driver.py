@@ -15,10 +15,8 @@ import torch
 from .attend_compressed import attend_compressed
 from .attend_selected_window import attend_selected_window
 from .merge_branches import merge_branches
-from .pool_compressed_keys import pool_compressed_keys
-from .pool_compressed_values import pool_compressed_values
+from .pools import pools
 from .rank_block import rank_block
-from .score_block import score_block
 from .store import store
 
 SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
@@ -30,18 +28,6 @@ CONFIG = {
         "num_warps": 4,
         "num_stages": 1,
     },
-    "pool_compressed_keys": {
-        "BLOCK_E": 16,
-        "BLOCK_D": 64,
-        "num_warps": 4,
-        "num_stages": 4,
-    },
-    "pool_compressed_values": {
-        "BLOCK_E": 16,
-        "BLOCK_D": 64,
-        "num_warps": 4,
-        "num_stages": 4,
-    },
     "attend_compressed": {
         "BLOCK_T": 1,
         "BLOCK_M": 16,
@@ -49,18 +35,13 @@ CONFIG = {
         "num_warps": 4,
         "num_stages": 3,
     },
-    "score_block": {
-        "BLOCK_T": 1,
-        "BLOCK_M": 16,
-        "BLOCK_N": 128,
-        "BLOCK_P": 64,
-        "num_warps": 4,
-        "num_stages": 1,
-    },
     "rank_block": {
+        "BLOCK_T": 1,
         "BLOCK_R": 1,
         "BLOCK_N": 2048,
-        "num_warps": 1,
+        "BLOCK_W": 512,
+        "BLOCK_P": 64,
+        "num_warps": 4,
         "num_stages": 1,
     },
     "attend_selected_window": {
@@ -77,6 +58,12 @@ CONFIG = {
         "BLOCK_P2": 64,
         "num_warps": 4,
         "num_stages": 1,
+    },
+    "pools": {
+        "BLOCK_E": 16,
+        "BLOCK_D": 64,
+        "num_warps": 4,
+        "num_stages": 4,
     },
 }
 
@@ -180,14 +167,14 @@ def append(tensors, cache, lengths, new, batch, config):
         **config["store"],
     )
 
-    # pool: compressed.keys
+    # pool: compressed.keys, pool: compressed.values
     most_compressed_keys = (tokens + 15) // 16
     grid = (
-        batch.sequences * most_compressed_keys // config["pool_compressed_keys"]["BLOCK_E"] + 1,
+        batch.sequences * most_compressed_keys // config["pools"]["BLOCK_E"] + 1,
         4,
-        3,
+        5,
     )
-    pool_compressed_keys[grid](
+    pools[grid](
         in_k_compressed,
         0 if batch.packed else in_k_compressed.stride(0),
         in_k_compressed.stride(1),
@@ -199,17 +186,6 @@ def append(tensors, cache, lengths, new, batch, config):
         most_compressed_keys,
         batch.table,
         batch.sequences,
-        **config["pool_compressed_keys"],
-    )
-
-    # pool: compressed.values
-    most_compressed_values = (tokens + 15) // 16
-    grid = (
-        batch.sequences * most_compressed_values // config["pool_compressed_values"]["BLOCK_E"] + 1,
-        4,
-        2,
-    )
-    pool_compressed_values[grid](
         in_v_compressed,
         0 if batch.packed else in_v_compressed.stride(0),
         in_v_compressed.stride(1),
@@ -218,10 +194,7 @@ def append(tensors, cache, lengths, new, batch, config):
         in_compressed_value_position,
         made_compressed_values,
         count_compressed_values,
-        most_compressed_values,
-        batch.table,
-        batch.sequences,
-        **config["pool_compressed_values"],
+        **config["pools"],
     )
 
 
@@ -239,6 +212,7 @@ def forward(tensors, batch, config, selection=None):
     count_compressed_values = made_compressed_values.shape[1]
 
     # attend: compressed
+    length_compressed = (batch.keys // 64 + 4) // 4 * 4 * 2
     there_attend_compressed = batch.sequences * 4
     fills_attend_compressed = (264 + there_attend_compressed // 2) // there_attend_compressed
     filled_attend_compressed = min(fills_attend_compressed, batch.keys // 16 // SHARE_KEYS)
@@ -268,8 +242,8 @@ def forward(tensors, batch, config, selection=None):
         (
             batch.rows,
             4,
-            batch.keys // 16,
             16,
+            length_compressed,
         ),
         dtype=torch.float32,
         device=in_q.device,
@@ -301,7 +275,7 @@ def forward(tensors, batch, config, selection=None):
         items_attend_compressed,
         1,
         logits_compressed,
-        batch.keys // 16,
+        length_compressed,
         batch.table,
         batch.sequences,
         **config["attend_compressed"],
@@ -309,21 +283,14 @@ def forward(tensors, batch, config, selection=None):
 
     if selection is None:
         # choose: block
-        capacity_block = (batch.keys // 64 + 33) // 32 * 36
+        capacity_block = (batch.keys // 64 + 5) // 4 * 4
         tiles_block = batch.sequences
-        bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
+        bytes_block = 16 * capacity_block * config["rank_block"]["BLOCK_T"]
         chunk_block = min(tiles_block, max(1, SCRATCH_BYTES // bytes_block))
-        there_score_block = batch.sequences * 4
-        fills_score_block = (264 + there_score_block // 2) // there_score_block
-        filled_score_block = min(fills_score_block, batch.keys // 16 // SHARE_KEYS)
-        turns_score_block = min(2112 // there_score_block, batch.keys // 16 // SHARE_KEYS)
-        wanted_score_block = max(filled_score_block, turns_score_block)
-        splits_score_block = max(1, min(64, wanted_score_block))
         scores_block = torch.empty(
             (
-                chunk_block * config["score_block"]["BLOCK_T"],
+                chunk_block * config["rank_block"]["BLOCK_T"],
                 4,
-                2,
                 capacity_block,
             ),
             dtype=torch.float32,
@@ -342,39 +309,25 @@ def forward(tensors, batch, config, selection=None):
         for tile_first in range(0, tiles_block, chunk_block):
             count = min(chunk_block, tiles_block - tile_first)
             grid = (
-                count,
+                count * (config["rank_block"]["BLOCK_T"] // config["rank_block"]["BLOCK_R"]),
                 4,
-                splits_score_block,
             )
-            score_block[grid](
+            rank_block[grid](
                 part_lse_attend_compressed,
                 items_attend_compressed,
                 splits_attend_compressed,
                 logits_compressed,
-                batch.keys // 16,
-                scores_block,
-                capacity_block,
-                batch.table,
-                batch.sequences,
-                tile_first,
-                **config["score_block"]
-                | {
-                    "BLOCK_P": padded_attend_compressed,
-                },
-            )
-            grid = (
-                count * (config["score_block"]["BLOCK_T"] // config["rank_block"]["BLOCK_R"]),
-                4,
-            )
-            rank_block[grid](
+                length_compressed,
                 scores_block,
                 made_block_selection,
                 batch.table,
                 batch.sequences,
                 tile_first,
                 capacity_block,
-                **config["rank_block"],
-                BLOCK_T=config["score_block"]["BLOCK_T"],
+                **config["rank_block"]
+                | {
+                    "BLOCK_P": padded_attend_compressed,
+                },
             )
         scores_block = None  # what comes next may have its memory
     else:
@@ -460,7 +413,6 @@ def forward(tensors, batch, config, selection=None):
         1,
         batch.table,
         batch.sequences,
-        splits_attend_selected,
         in_k_window,
         0 if batch.packed else in_k_window.stride(0),
         in_k_window.stride(1),
@@ -473,6 +425,7 @@ def forward(tensors, batch, config, selection=None):
         items_attend_window * 128,
         part_lse_attend_window,
         items_attend_window,
+        splits_attend_selected,
         splits_attend_window,
         **config["attend_selected_window"],
     )

@@ -65,21 +65,10 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
-def forced_group(
-    e,
-    p,
-    k_len,
-    GROUP: tl.constexpr,
-    STRIDE: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """Whether one of the GROUP entries from e on is forced: the first, or the nearest to the LAST ones."""
-    oldest = tl.maximum(p + STRIDE, 0) // STRIDE - LAST
-    near = tl.minimum(tl.maximum(e, oldest), e + GROUP - 1)
-    forced = is_forced(e, p, k_len, STRIDE, FIRST, LAST, CAUSAL)
-    return forced | is_forced(near, p, k_len, STRIDE, FIRST, LAST, CAUSAL)
+def count_keys(key):
+    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
+    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
+    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
 
 
 @triton.jit
@@ -141,13 +130,6 @@ def place_keys(key, low, high, ties, above_before, ties_before):
 
 
 @triton.jit
-def count_keys(key):
-    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
-    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
-    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
-
-
-@triton.jit
 def quarters(low, high):
     """The middle of an interval and those of its halves: what two steps can ask for.  -> three [R]"""
     middle = bisect_middle(low, high)
@@ -164,52 +146,56 @@ def quarter_step(low, high, above, first, middle, counts_first, counts_middle, c
 
 
 @triton.jit
-def row_scores(scores, capacity, e, there):
+def merged_lse(PART_LSE, item, splits, mask, PARTS: tl.constexpr):
+    """The log-sum-exp of rows whose parts lie side by side.  item, mask: [M] -> f32[M], inf where masked"""
+    part = tl.arange(0, PARTS)[None, :]
+    there = mask[:, None] & (part < splits)
+    each = tl.load(PART_LSE + item[:, None] + part, mask=there, other=float("-inf"))
+    m = tl.max(each, 1)
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
+    l = tl.sum(tl.exp(each - m_safe[:, None]), 1)
+    lse = tl.where(l == 0.0, float("-inf"), m_safe + tl.log(tl.where(l == 0.0, 1.0, l)))
+    return tl.where(mask, lse, float("inf"))
+
+
+@triton.jit
+def summed_heads(logits, lse, at, mask, ROWS: tl.constexpr):
+    """Weights, 2^(logits - lse), summed over the heads of a row.
+
+    logits: [ROWS * H, 1] where rows begin, lse: [ROWS * H] in base 2, at: [1, N] -> [ROWS, N]
+    """
+    x = tl.load(logits + at, mask=mask, other=float("-inf"))
+    weight = tl.exp2(x - lse[:, None])
+    return tl.sum(tl.reshape(weight, [ROWS, weight.shape[0] // ROWS, weight.shape[1]]), 1)
+
+
+@triton.jit
+def row_scores(scores, e, there):
     """Scores of the entries that are in scratch."""
     score = tl.load(scores + e, mask=there, other=0.0)
-    before = scores + capacity + e
-    before = tl.load(before, mask=there & (e > 0), other=0.0)
-    score = score + before
     return score
 
 
 @triton.jit
-def row_keys(scores, capacity, e, p, k_len):
+def row_keys(scores, e, p, k_len):
     """Keys of the entries.  Only complete ones have a score in scratch, so only those are read."""
     forced = is_forced(e, p, k_len, 64, 1, 2, True)
     limit = complete_limit(p, k_len, 64, 64, True, False)
     complete = e < limit
-    score = row_scores(scores, capacity, e, complete & (forced == 0))
+    score = row_scores(scores, e, complete & (forced == 0))
     return rank_key(score, complete, forced)
 
 
 @triton.jit
-def group_keys(scores, capacity, maxima, n, p, k_len, WIDTH: tl.constexpr):
-    """The greatest key of every 8 entries: of the greatest score, unless one is forced.
+def keep_best(scores, n, chosen, p, k_len, WIDTH: tl.constexpr):
+    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept
 
-    Chunk by chunk, by way of memory: then few registers hold a long row, and many rows are there at once.
+    Their places are found with few keys in registers, so that a processor has room for more rows.
     """
-    limit = complete_limit(p, k_len, 64, 64, True, False)
-    CHUNK: tl.constexpr = min(WIDTH, 1024)
-    for start in range(0, n, CHUNK):
-        e = start + tl.arange(0, CHUNK)[None, :]
-        score = row_scores(scores, capacity, e, e < limit)
-        # a maximum passes over this NaN, not over each that could be read
-        score = tl.where((e < limit) & (score == score), score, float("nan"))
-        score = tl.max(tl.reshape(score, [score.shape[0], CHUNK // 8, 8]), 2)
-        group = start // 8 + tl.arange(0, CHUNK // 8)[None, :]
-        tl.store(maxima + group, score, mask=group * 8 < limit)
-    tl.debug_barrier()
-    group = tl.arange(0, WIDTH // 8)[None, :]
-    e = group * 8
-    score = tl.load(maxima + group, mask=e < limit, other=0.0)
-    forced = forced_group(e, p, k_len, 8, 64, 1, 2, True)
-    return rank_key(score, e < limit, forced)
-
-
-@triton.jit
-def keep_keys(key, columns, chosen, candidates, forced, wanted):
-    """Store the columns of the best keys, ascending.  key, columns: [R, N] -> [R] of them kept"""
+    STEP: tl.constexpr = min(WIDTH, max(WIDTH // 4, 256))
+    key = row_keys(scores, tl.arange(0, WIDTH)[None, :], p, k_len)
+    candidates, forced = count_keys(key)
+    wanted = 16
     low, high, above = bisect_start(candidates, forced, wanted)
     low, high = narrow(low, high, key)
     middle = bisect_middle(low, high)
@@ -218,51 +204,34 @@ def keep_keys(key, columns, chosen, candidates, forced, wanted):
         low, high, above = bisect_step(low, high, above, middle, count, wanted)
         middle = bisect_middle(low, high)
     ties = missing_ties(low, high, above, wanted)
-    none = tl.zeros_like(above)
-    taken, slot, _, _ = place_keys(key, low, high, ties, none, none)
-    entry = columns
-    tl.store(chosen + slot, entry, mask=taken & (slot < 16))
+    columns = tl.arange(0, STEP)[None, :]
+    above_before = tl.zeros_like(above)
+    ties_before = tl.zeros_like(above)
+    for start in range(0, n, STEP):
+        again = row_keys(scores, start + columns, p, k_len)
+        taken, slot, above_before, ties_before = place_keys(
+            again, low, high, ties, above_before, ties_before
+        )
+        entry = start + columns
+        tl.store(chosen + slot, entry, mask=taken & (slot < 16))
     return above + ties
 
 
 @triton.jit
-def keep_best(scores, capacity, maxima, n, chosen, p, k_len, WIDTH: tl.constexpr):
-    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
-    wanted = 16
-    if WIDTH >= 1024:
-        # the best keys are in the groups whose greatest keys are best
-        columns = tl.arange(0, WIDTH // 8)[None, :]
-        key = group_keys(scores, capacity, maxima, n, p, k_len, WIDTH)
-        candidates, forced = count_keys(key)
-        groups = keep_keys(key, columns, chosen, candidates, forced, wanted)
-        tl.debug_barrier()
-        columns = tl.arange(0, 128)[None, :]
-        inside = columns // 8 < groups[:, None]
-        group = tl.load(chosen + columns // 8, mask=inside, other=1 << 24)
-        columns = group * 8 + columns % 8
-        tl.debug_barrier()
-    else:
-        columns = tl.arange(0, WIDTH)[None, :]
-    key = row_keys(scores, capacity, columns, p, k_len)
-    candidates, forced = count_keys(key)
-    return keep_keys(key, columns, chosen, candidates, forced, wanted)
-
-
-@triton.jit
-def keep_long(scores, capacity, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
+def keep_long(scores, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
     """The selection of rows that do not fit in registers.  -> [R] entries kept
 
     Every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection.
     """
     BLOCK_R: tl.constexpr = p.shape[0]
-    STEP: tl.constexpr = max(BLOCK_N // 16, 2)  # a key has three counts, in a group it had none
+    STEP: tl.constexpr = max(BLOCK_N // 4, 2)  # a key has three counts, in a group it had none
     columns = tl.arange(0, STEP)[None, :]
     above_before = tl.zeros([BLOCK_R], tl.int32)
     ties_before = tl.zeros([BLOCK_R], tl.int32)
     candidates = tl.zeros([BLOCK_R], tl.int32)
     forced = tl.zeros([BLOCK_R], tl.int32)
     for start in range(0, n, STEP):
-        key = row_keys(scores, capacity, start + columns, p, k_len)
+        key = row_keys(scores, start + columns, p, k_len)
         more_candidates, more_forced = count_keys(key)
         candidates += more_candidates
         forced += more_forced
@@ -274,7 +243,7 @@ def keep_long(scores, capacity, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
         b = tl.zeros([BLOCK_R, STEP], tl.int32)
         c = tl.zeros([BLOCK_R, STEP], tl.int32)
         for start in range(0, n, STEP):
-            key = row_keys(scores, capacity, start + columns, p, k_len)
+            key = row_keys(scores, start + columns, p, k_len)
             a += (key >= first_quarter[:, None]).to(tl.int32)
             b += (key >= middle[:, None]).to(tl.int32)
             c += (key >= last_quarter[:, None]).to(tl.int32)
@@ -283,7 +252,7 @@ def keep_long(scores, capacity, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
         first_quarter, middle, last_quarter = quarters(low, high)
     ties = missing_ties(low, high, above, wanted)
     for start in range(0, n, STEP):
-        key = row_keys(scores, capacity, start + columns, p, k_len)
+        key = row_keys(scores, start + columns, p, k_len)
         taken, slot, above_before, ties_before = place_keys(
             key, low, high, ties, above_before, ties_before
         )
@@ -292,9 +261,16 @@ def keep_long(scores, capacity, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
     return above + ties
 
 
-@triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity"])
+@triton.jit(
+    do_not_specialize=["items", "splits", "length", "num_sequences", "tile_first", "capacity"]
+)
 def rank_block(
-    SCORES,  # f32[chunk rows, 4, 2, capacity]
+    PART_LSE,  # f32[Hq, items]
+    items,  # rows * splits
+    splits,  # parts of a row
+    LOGITS,  # f32[rows, Hkv, group, length] in base 2, see `log_of`
+    length,  # of a row, a multiple of 4
+    SCORES,  # f32[chunk rows, 4, capacity]
     SELECTION,  # [rows, 4, 16]
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
@@ -303,6 +279,8 @@ def rank_block(
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_R: tl.constexpr,  # rows a program
     BLOCK_N: tl.constexpr,  # entries a step
+    BLOCK_W: tl.constexpr,  # weights that are summed at a time
+    BLOCK_P: tl.constexpr,  # parts of a row, at most
 ):
     # rows: BLOCK_R of one tile, so all of one sequence
     first = tl.program_id(0) * BLOCK_R
@@ -319,23 +297,44 @@ def rank_block(
     live = t0 + rows < q_len
     k_len = tl.where(live, tl.load(SEQ + z * 6 + 5), 0)
     p = q_offset + t0 + rows
-    capacity = capacity // 36 * 36  # which it is: so four neighbours of a row go to one thread
-    scores = SCORES + ((first + rows).to(tl.int64) * 4 + head) * (2 * capacity)
-    maxima = scores + capacity // 9 * 8
+    capacity = capacity // 4 * 4  # which it is: so four neighbours of a row go to one thread
+    scores = SCORES + ((first + rows).to(tl.int64) * 4 + head) * capacity
     row = (q_start + t0 + rows).to(tl.int64)
     chosen = SELECTION + (row * 4 + head) * 16
     n = tl.max(entry_limit(p, k_len, 64, True))
+    # score: what an attend left of each head, times the rest of its softmax, summed
+    pair = tl.arange(0, BLOCK_R * 16)
+    token = t0 + pair // 16
+    member = pair % 16
+    asked = token < q_len
+    pair_row = (q_start + token).to(tl.int64)
+    item = (head * 16 + member).to(tl.int64) * items + pair_row * splits
+    lse = merged_lse(PART_LSE, item, splits, asked, BLOCK_P)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    length = length // 4 * 4  # which it is
+    logits = LOGITS + ((pair_row * 4 + head) * 16 + member) * length
+    stop = tl.max(complete_limit(p, k_len, 64, 64, True, False))
+    for start in range(0, stop, BLOCK_W):
+        slot = start + tl.arange(0, BLOCK_W)[None, :]
+        # four at once: a row has room for them
+        at = start * 2 + tl.arange(0, BLOCK_W * 2)[None, :]
+        there = asked[:, None] & (at // 4 * 4 < stop * 2)
+        both = summed_heads(logits[:, None], lse, at, there, BLOCK_R)
+        both = tl.where(at > 0, both, 0.0)  # nothing is handed to the first
+        score = tl.sum(tl.reshape(both, [BLOCK_R, BLOCK_W, 2]), 2)
+        tl.store(scores + slot, score, mask=slot // 4 * 4 < stop)
+    tl.debug_barrier()
     # select: the keys stay in registers, the fewest that hold all of a row
     if n <= max(BLOCK_N // 8, 2):
-        total = keep_best(scores, capacity, maxima, n, chosen, p, k_len, max(BLOCK_N // 8, 2))
+        total = keep_best(scores, n, chosen, p, k_len, max(BLOCK_N // 8, 2))
     elif n <= max(BLOCK_N // 4, 2):
-        total = keep_best(scores, capacity, maxima, n, chosen, p, k_len, max(BLOCK_N // 4, 2))
+        total = keep_best(scores, n, chosen, p, k_len, max(BLOCK_N // 4, 2))
     elif n <= max(BLOCK_N // 2, 2):
-        total = keep_best(scores, capacity, maxima, n, chosen, p, k_len, max(BLOCK_N // 2, 2))
+        total = keep_best(scores, n, chosen, p, k_len, max(BLOCK_N // 2, 2))
     elif n <= BLOCK_N:
-        total = keep_best(scores, capacity, maxima, n, chosen, p, k_len, BLOCK_N)
+        total = keep_best(scores, n, chosen, p, k_len, BLOCK_N)
     else:
-        total = keep_long(scores, capacity, chosen, p, k_len, n, BLOCK_N)
+        total = keep_long(scores, chosen, p, k_len, n, BLOCK_N)
     # store: -1 after the last one
     slot = tl.arange(0, 16)[None, :]
     empty = (slot >= total[:, None]) & (slot < 16) & live
