@@ -17,6 +17,7 @@ from benchmarks import (
     block_lists,
     common,
     decode,
+    front,
     groups,
     headline,
     independent,
@@ -399,6 +400,44 @@ def test_curves_lie_where_the_numbers_say():
 def test_claims_stand_beside_the_kept_results():
     written = (common.ROOT / "docs" / "headline.md").read_text()
     assert written == headline.page(headline.kept()), "run python -m benchmarks.headline"
+    readme = (common.ROOT / "README.md").read_text()
+    assert readme == front.written(readme, headline.kept()), "run python -m benchmarks.headline"
+    assert sum(f"| {name} |" in readme for name in (*front.SYSTEMS, *front.BESIDE_AUTHORS)) == 10
+
+
+def test_the_front_takes_the_fastest_other_of_the_same_heads():
+    run = {"card": "X", "date": "2026-01-01"}
+
+    def ok(ms):
+        return {"status": "ok", "ms": {"median": ms}}
+
+    def case(system, heads, **steps):
+        facts = {
+            "system": system,
+            "tokens": 8,
+            "inputs": "real",
+            "heads": heads,
+            "head_dim": [4, 4],
+        }
+        return {**facts, "steps": {name.replace("_", " "): entry for name, entry in steps.items()}}
+
+    ours = case("moba", [4, 4], total=ok(2.0)) | {"head_dim": 4}
+    others = {
+        "a": case("hisa", [4, 4], dense_cuDNN=ok(6.0), dense_flash={"status": "failed"}),
+        "b": case("hisa", [4, 2], dense_cuDNN=ok(1.0)),  # other heads
+    }
+    theirs = case("nsa_fla", [4, 2], hsgen_whole=ok(0.5), fla_whole=ok(0.8))
+    results = {
+        "speed_ten_x": {"runs": [run], "cases": {"c": ours}},
+        "speed_x": {"runs": [run], "cases": others},
+        "speed_y": {"runs": [run | {"date": "2025-01-01"}], "cases": {"d": case("hisa", [4, 4])}},
+        "peers_x": {"runs": [run], "cases": {"e": theirs}},
+    }
+    said = front.table(results)
+    assert "| moba | arXiv:2502.13189 | 4/4 of 4 | 2 (3.00× cuDNN) |" in said
+    assert "0.5 (1.60× fla)" in said
+    results["speed_x"]["cases"].clear()
+    assert "| 2 (–) |" in front.table(results)
 
 
 def _timed(**steps):
