@@ -51,6 +51,24 @@ TIERS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """The kinds of layers of a spec that is another by layer, and the plans of those with kernels."""
+
+    kinds: int
+    plans: tuple[Plan, ...]
+    phases: tuple[str, ...]  # that every kind has
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer has kernels."""
+        return len(self.plans) == self.kinds
+
+    def __str__(self) -> str:
+        counts = " and ".join(str(len(plan.kernels)) for plan in self.plans)
+        return f"{counts} kernels by layer" if self.complete else f"{counts} kernels of some layers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One spec.  Without a plan, `problem` says why; without a graph, neither cost nor causality."""
 
@@ -59,7 +77,7 @@ class Entry:
     graph: Graph | None
     plan: Plan | None
     problem: str
-    taking: Plan | None = None  # of layers that take over, where only those have kernels
+    layers: Layers | None = None  # where the spec as a whole has no plan, but layers differ
     more: tuple[str, ...] = ()  # phases that have plans of their own
 
     @property
@@ -75,7 +93,7 @@ class Entry:
     def phases(self) -> tuple[str, ...]:
         """What can be launched: a whole call, the choice alone, steps behind a cache, gradients."""
         if self.plan is None:
-            return ()
+            return self.layers.phases if self.layers else ()
         select = ("select",) if self.plan.selection else ()
         return ("prefill", *select, *self.more)
 
@@ -107,9 +125,10 @@ class Entry:
         """Of its kernels."""
         if self.plan:
             return f"{len(self.plan.kernels)} kernels"
-        if self.taking is None:
-            return f"none: {self.problem}"
-        return f"none: {self.problem}; {len(self.taking.kernels)} kernels of layers that take over"
+        if self.layers and self.layers.complete:
+            return str(self.layers)
+        of_some = f"; {self.layers}" if self.layers and self.layers.plans else ""
+        return f"none: {self.problem}{of_some}"
 
     def record(self) -> dict[str, object]:
         """The same for machines."""
@@ -127,6 +146,11 @@ class Entry:
             "of_dense": self.of_dense,
             "at_most": self.at_most,
             "kernels": [kernel.name for kernel in self.plan.kernels] if self.plan else None,
+            "kernels_by_layer": [
+                [kernel.name for kernel in plan.kernels]
+                for plan in (self.layers.plans if self.layers else ())
+            ]
+            or None,
             "problem": self.problem or None,
         }
 
@@ -191,7 +215,7 @@ def entry(path: Path, target: Target) -> Entry:
     bound = spec.bind(
         heads=None if spec.heads else HEADS, head_dim=None if spec.head_dim else HEAD_DIM
     )
-    graph = plan = taking = None
+    graph = plan = layers = None
     problem, more = "", ()
     try:
         graph = passes.run(planner.plan(bound))
@@ -199,14 +223,14 @@ def entry(path: Path, target: Target) -> Entry:
         more = _more(graph, target)
     except PlanError as error:
         problem = _one_line(error)
-        taking = _taking(bound, target)
+        layers = _layers(bound, target)
     return Entry(
         spec=spec,
         essence=essence(text.decode()),
         graph=graph,
         plan=plan,
         problem=problem,
-        taking=taking,
+        layers=layers,
         more=more,
     )
 
@@ -227,16 +251,28 @@ def _more(graph: Graph, target: Target) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _taking(spec: Spec, target: Target) -> Plan | None:
-    """The plan of the first layer that only attends what another one chose, if there is one."""
-    layers = (spec.bind(layer=layer) for layer in range(LAYERS if spec.reuse else 0))
-    made = next((each for each in layers if each.brought), None)
-    if made is None:
+def _layers(spec: Spec, target: Target) -> Layers | None:
+    """Each kind of layer of a spec whose layers differ, attending as if it had no loss; None of any other."""
+    if not spec.reuse and spec.route is None:
         return None
-    try:
-        return schedule.schedule(passes.run(planner.plan(made)), target)
-    except PlanError:
+    alone = spec.model_copy(update={"loss": None})
+    kinds = {made.digest: made for made in (alone.bind(layer=layer) for layer in range(LAYERS))}
+    if len(kinds) < 2:  # what it goes by is no layer
         return None
+    plans, phases = list[Plan](), list[set[str]]()
+    for made in kinds.values():
+        try:
+            graph = passes.run(planner.plan(made))
+            plan = schedule.schedule(graph, target)
+        except PlanError:
+            phases.append(set())
+            continue
+        plans.append(plan)
+        chosen = set(plan.selection.values()) - plan.brought.keys()
+        phases.append({"prefill", *(("select",) if chosen else ()), *_more(graph, target)})
+    common = set[str].intersection(*phases)
+    ordered = tuple(x for x in ("prefill", "select", "decode", "gradients") if x in common)
+    return Layers(kinds=len(kinds), plans=tuple(plans), phases=ordered)
 
 
 def tier(name: str) -> str | None:
@@ -338,13 +374,22 @@ def _cells(entry: Entry) -> tuple[str, ...]:
         entry.causality or "-",
         ", ".join(entry.phases) or "-",
         _of_dense(entry) or "-",
-        str(len(entry.plan.kernels)) if entry.plan else "none",
+        str(len(entry.plan.kernels)) if entry.plan else _by_layer(entry) or "none",
     )
 
 
 def _below(entry: Entry) -> list[str]:
-    lines = [entry.essence, f"FLOPs {_flops(entry)}" if entry.flops else ""]
-    return [f"  {line}" for line in (*lines, entry.problem) if line]
+    why = "" if entry.plan or _by_layer(entry) else entry.status.removeprefix("none: ")
+    lines = (entry.essence, f"FLOPs {_flops(entry)}" if entry.flops else "", why)
+    return [f"  {line}" for line in lines if line]
+
+
+def _by_layer(entry: Entry) -> str:
+    """How many kernels each kind of layer has, where all have some."""
+    layers = entry.layers
+    return (
+        " + ".join(str(len(x.kernels)) for x in layers.plans) if layers and layers.complete else ""
+    )
 
 
 def _flops(entry: Entry) -> str:

@@ -218,6 +218,31 @@ def test_graph_without_a_plan_says_why(entry, monkeypatch: pytest.MonkeyPatch):
     assert one.problem == one.record()["problem"] == "line 7: no kernel does it yet"
 
 
+def test_layers_that_differ_are_planned_each(listed: catalogue.Catalogue):
+    """Whole systems where every kind of layer has kernels, parts of one where some kind has none."""
+    by_name = {one.spec.name: one for one in listed.entries}
+    for name, counts, phases in (
+        ("index_cache", [5, 3], ("prefill", "decode")),  # one kind chooses, one takes over
+        ("small_thinker", [1, 1], ("prefill", "decode", "gradients")),
+    ):
+        one = by_name[name]
+        plans = [
+            schedule.schedule(passes.run(planner.plan(made)), H100)
+            for made in (
+                load(name).model_copy(update={"loss": None}).bind(layer=layer) for layer in (0, 2)
+            )
+        ]
+        assert [len(plan.kernels) for plan in plans] == counts
+        assert one.status == f"{counts[0]} and {counts[1]} kernels by layer"
+        assert one.phases == phases
+        assert [len(names) for names in one.record()["kernels_by_layer"]] == counts
+        assert f"{counts[0]} + {counts[1]}" in str(listed)
+    assert by_name["hylra"].phases == ()
+    assert by_name["hylra"].status.endswith("; 3 kernels of some layers")
+    assert by_name["minference"].layers is None  # its heads differ
+    assert by_name["nsa"].record()["kernels_by_layer"] is None
+
+
 def test_spec_without_a_graph_says_why(entry, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(planner, "plan", refuse)
     one = entry(TEXT)
