@@ -17,7 +17,7 @@ from benchmarks import common, peer_kernels, speed_report
 from hsgen.quality import Json
 from hsgen.spec import load
 
-SPEED, PEERS = "speed_ten_", "peers_"  # how files of results begin
+SPEED, PEERS, BACKWARD = "speed_ten_", "peers_", "backward_"  # how files of results begin
 SYSTEMS = ("nsa", "moba", "flash_moba", "infllm_v2", "minimax_m3", "quest", "hisa", "dsa_gqa")
 BESIDE_AUTHORS = ("nsa_xunhao", "nsa_fla")  # their kernels run at heads of 128, without a window
 PLACE = re.compile(r"(<!-- speed:begin -->\n).*?(<!-- speed:end -->\n)", re.DOTALL)
@@ -52,7 +52,7 @@ def table(results: Mapping[str, Json]) -> str:
     speed = max((x for file, x in results.items() if file.startswith(SPEED)), key=_made)
     made, card = _made(speed)
     same = {file: x for file, x in results.items() if _made(x) == (made, card)}
-    dense = _dense(same.values())
+    dense = _dense(x for file, x in same.items() if not file.startswith(BACKWARD))
     peers = [result for file, result in same.items() if file.startswith(PEERS)]
     lengths: dict[int, None] = {}
     rows: list[tuple[str, str, dict[int, Cell]]] = []

@@ -1048,11 +1048,7 @@ class Execution:
 
     @functools.cached_property
     def _without_losses(self) -> Spec:
-        """The spec as if it had no loss, unless a loss has a choice of its own."""
-        alone = self.spec.model_copy(update={"loss": None})
-        if self.spec.loss is None or planner.plan(alone).outputs.selection.keys() != {*self.levels}:
-            return self.spec
-        return alone
+        return planner.without_losses(self.spec)
 
     def _bound(self, binding: Binding) -> tuple[Spec, Target, bool]:
         """The spec of a program, its GPU as far as it is for these tensors, and whether it is interpreted."""

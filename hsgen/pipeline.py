@@ -144,13 +144,14 @@ def compile_work(
     work: Work = "forward",
     orders: Mapping[str, Order] | None = None,
 ) -> Artifact:
-    """A call's kernels, or those of its gradients, as a call that autograd records gets them.
+    """A call's kernels, or those of its gradients, as a call that autograd records gets them; of no loss.
 
     Raises:
         ArgumentError: orders of gradients, which have but one.
         PlanError: no kernel can do it.
         BuildError: the emitted files cannot be kept.
     """
+    spec = planner.without_losses(spec)
     if work == "forward":
         return compile_spec(spec, target, dtype, orders)
     if orders:

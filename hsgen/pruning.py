@@ -332,6 +332,7 @@ def dry_run(
         BuildError: Triton is not installed, or too old.
     """
     began = time.monotonic()
+    spec = planner.without_losses(spec)
     whole = space(passes.run(planner.plan(spec)), target, dtype, work)
     whole = whole.only(only) if only else whole
     parts = [(variant, part) for variant in whole.variants for part in variant.parts]

@@ -431,6 +431,7 @@ def test_the_front_takes_the_fastest_other_of_the_same_heads():
         "speed_ten_x": {"runs": [run], "cases": {"c": ours}},
         "speed_x": {"runs": [run], "cases": others},
         "speed_y": {"runs": [run | {"date": "2025-01-01"}], "cases": {"d": case("hisa", [4, 4])}},
+        "backward_x": {"runs": [run], "cases": {"f": case("moba", [4, 4], dense_fused=ok(5.0))}},
         "peers_x": {"runs": [run], "cases": {"e": theirs}},
     }
     said = front.table(results)

@@ -635,6 +635,35 @@ def test_a_record_changes_what_a_call_runs():
     assert kernel.stats().compiles == 1
 
 
+def test_a_spec_with_a_loss_gets_what_is_tuned():
+    """Calls compute no loss: records are of what they compute, with one or without."""
+    taught = parse("""
+hsgen: 1
+name: small_taught
+heads: {query: 2, kv: 1}
+head_dim: 16
+levels:
+  - name: block
+    partition: {blocks: 4}
+    pool: {keys: mean}
+    score: {form: dot, share: group, reduce: sum}
+    select: {top_k: 3, force: {last: 1}}
+attend:
+  - {name: selected, over: block}
+loss: {kl: {level: block}}
+""")
+    alone = taught.model_copy(update={"loss": None})
+    assert taught.digest != alone.digest
+    assert tuned.Problem.of(taught, "fp32") == tuned.Problem.of(alone, "fp32")
+    tuned.publish(interpreted(alone))
+    kernel = runtime.load_kernel(taught, interpret=True)
+    kernel(**inputs(alone, 7))
+    (choice,) = kernel._execution.choices.values()
+    assert all(origin.startswith("tuned; cache") for origin in choice.origin.values())
+    ladder = tuned.explain(taught, H100, "fp32", tuned.Bucket.of(8, 8, 1, packed=False))
+    assert ladder.found.problem == tuned.Problem.of(alone, "fp32")
+
+
 def test_a_record_of_gradients_changes_what_gradients_run():
     """And a call's own record says nothing of them."""
     spec = named("small_gradients")
@@ -708,6 +737,18 @@ def test_calls_of_a_bucket_are_looked_up_once(monkeypatch: pytest.MonkeyPatch):
     for tokens in (3, 4, 5):
         kernel(**inputs(spec, tokens))
     assert asked == [tuned.Bucket.of(4, 4, 1, False), tuned.Bucket.of(8, 8, 1, False)]
+
+
+def test_untuned_gradients_may_be_an_error(monkeypatch: pytest.MonkeyPatch):
+    spec = named("small_required_gradients")
+    tuned.publish(interpreted(spec))
+    monkeypatch.setenv("HSGEN_REQUIRE_TUNED", "1")
+    x = {name: t.requires_grad_() for name, t in inputs(spec, 5).items()}
+    o = runtime.load_kernel(spec, interpret=True)(**x)
+    words = "these gradients are not tuned\n.*problem.work: expected 'gradients'"
+    with pytest.raises(tuned.UntunedError, match=words) as caught:
+        o.sum().backward()
+    assert "--work gradients" in str(caught.value)
 
 
 def test_an_untuned_call_may_be_an_error(monkeypatch: pytest.MonkeyPatch):

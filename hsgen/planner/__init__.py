@@ -7,8 +7,9 @@ graph cannot say is a PlanError.
 
 from __future__ import annotations
 
-from hsgen.planner.plan import plan
+from hsgen.planner.plan import plan, without_losses
 
 __all__ = [
     "plan",
+    "without_losses",
 ]

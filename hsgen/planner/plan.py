@@ -45,6 +45,15 @@ def plan(spec: language.Spec) -> Graph:
     return verify(graph)
 
 
+def without_losses(spec: language.Spec) -> language.Spec:
+    """The spec as if it had no loss, which no call computes, unless a loss has a choice of its own."""
+    if spec.loss is None:
+        return spec
+    alone = spec.model_copy(update={"loss": None})
+    same = plan(alone).outputs.selection.keys() == plan(spec).outputs.selection.keys()
+    return alone if same else spec
+
+
 def _levels(spec: language.Spec) -> frozenset[str]:
     """The levels that a call has to do with: what is brought needs no level of its own."""
     given = {reuse.level for reuse in spec.reuse if reuse.brought}

@@ -235,7 +235,7 @@ class _Tuning:
     """Everything that one run needs; leaving the block ends its processes."""
 
     def __init__(self, spec: Spec, options: Options) -> None:
-        self.spec, self.options = spec, options
+        self.spec, self.options = planner.without_losses(spec), options
         self.interpreted = options.gpus == (INTERPRETED,)
         # Of this run alone: Triton never checks what it reads back.  What pruning compiles is what a
         # launch would, so the GPU's process finds it there.
@@ -255,15 +255,15 @@ class _Tuning:
             told = self.lanes.describe()
             self.made: JsonObject = told["made"]
             self.target = Target.named("h100") if self.interpreted else Target(**told["target"])
-            self.graph: Graph = passes.run(planner.plan(spec))
+            self.graph: Graph = passes.run(planner.plan(self.spec))
             whole = space(self.graph, self.target, options.dtype, options.work)
             self.space: Space = whole.only(options.only) if options.only else whole
         except BaseException:
             self.close()
             raise
-        self.compiler = Compiler(spec, self.space, self._compilers)
+        self.compiler = Compiler(self.spec, self.space, self._compilers)
         self.judge: Judge = Lenient() if self.interpreted else self.compiler
-        self.problem = tuned.Problem.of(spec, options.dtype, options.work)
+        self.problem = tuned.Problem.of(self.spec, options.dtype, options.work)
         self.environment = tuned.environment(self.target, interpreted=self.interpreted)
         self._artifacts: dict[Orders, Artifact] = {}
 

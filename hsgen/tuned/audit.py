@@ -210,7 +210,9 @@ def _spec(problem: Problem) -> Spec | None:
         bound = (
             spec.bind(heads=problem.heads, head_dim=problem.head_dim, layer=way) for way in ways
         )
-        return next((each for each in bound if each.digest == problem.digest), None)
+        return next(
+            (x for x in bound if Problem.of(x, problem.dtype).digest == problem.digest), None
+        )
     except ArgumentError:  # other heads by now
         return None
 

@@ -33,7 +33,7 @@ MOST_RANKED = 64  # candidates that are looked at, nearest first
 
 
 class UntunedError(HsgenError):
-    """HSGEN_REQUIRE_TUNED is set, and a kernel would start untuned."""
+    """HSGEN_REQUIRE_TUNED is set, and a kernel would start untuned, of a call or of its gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +151,9 @@ class Found:
             UntunedError: it is not; says what the nearest record has otherwise.
         """
         if not self.tuned:
+            what = "this call is" if self.problem.work == "forward" else "these gradients are"
             raise UntunedError(
-                f"{self.problem.spec}: HSGEN_REQUIRE_TUNED is set, and this call is not tuned\n"
+                f"{self.problem.spec}: HSGEN_REQUIRE_TUNED is set, and {what} not tuned\n"
                 + "\n".join(f"  {line}" for line in self._lacking()),
                 help=self.note.rpartition("; ")[2],
             )

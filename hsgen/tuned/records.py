@@ -14,6 +14,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from hsgen import planner
 from hsgen.errors import HsgenError
 from hsgen.spec import Spec
 
@@ -104,7 +105,8 @@ class Problem(Closed):
 
     @classmethod
     def of(cls, spec: Spec, dtype: DType, work: Work = "forward") -> Problem:
-        """The problem of a spec whose heads and head dims are bound."""
+        """The problem of a spec whose heads and head dims are bound; its losses are no part of a call."""
+        spec = planner.without_losses(spec)
         assert spec.heads, f"{spec.name}: heads are not bound"
         assert spec.head_dim, f"{spec.name}: head dims are not bound"
         return cls(
