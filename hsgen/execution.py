@@ -578,7 +578,7 @@ class Execution:
         self, call: Call, problem: Problem, grads: Sequence[Tensor]
     ) -> list[Tensor]:
         _, share, made = self._learn(call, problem)
-        share = grads[0] * share
+        share = (grads[0] * share).reshape(1)  # a number would be rounded to the gradient's dtype
         return [
             _zeros(x) if grad is None else grad.mul_(share).to(x.dtype)
             for x, grad in zip(call.tensors, made, strict=True)
@@ -1482,3 +1482,6 @@ def _refuse_values(program: Program, config: Configs, given: Configs, target: Ta
             wrong := knobs.refused(kernel, given[name], config[name], program.plan, target)
         ):
             raise ArgumentError(f"config: {name}: {wrong}")
+    for kernel in program.plan.kernels if given else ():  # a caller may change either of two
+        if wrong := knobs.past_a_tile(kernel, config):
+            raise ArgumentError(f"config: {kernel.name}: {wrong}")

@@ -307,6 +307,22 @@ def _past_a_line(kernel: Kernel, values: Mapping[str, int]) -> str:
             return ""
 
 
+def past_a_tile(kernel: Kernel, config: Mapping[str, Mapping[str, int]]) -> str:
+    """That a step of rows leaves the tiles of the kernel whose rows they are, so that some count twice; empty
+    if none does.
+
+    config: By kernel, of the whole plan.
+    """
+    match kernel.context:
+        case LearnContext(how="keys"):
+            assert kernel.follows is not None, "its rows are those of scores"
+            step, tile = config[kernel.name]["BLOCK_R"], config[kernel.follows]["BLOCK_T"]
+            beside = f"expected BLOCK_R to divide BLOCK_T={tile} of {kernel.follows}"
+            return f"{beside}, got {step}" if tile % step else ""
+        case _:
+            return ""
+
+
 def _least_shared(kernel: Kernel, values: Mapping[str, int]) -> int:
     """Bytes of the tiles that a kernel which streams keeps, in 16 bits or eight: it needs a little more."""
     match kernel.context:

@@ -27,6 +27,7 @@ from hsgen.rows import (
 
 How = Literal["scores", "rows", "queries", "keys"]
 GAIN = 4096.0  # of gradients of scores, so that those of long rows are no subnormal fp16 numbers
+LEAST = 2.0**-126  # of attention, that a row learns from: the reciprocal of less may be infinite
 LINE = 128  # numbers: rows of the scratch are so many, or some times as many, so that tiles are read whole
 WIDEST = 128  # columns of a head that a dot takes at a time
 
@@ -123,6 +124,10 @@ class LearnContext:
     @property
     def gain(self) -> str:
         return number(GAIN)
+
+    @property
+    def least(self) -> str:
+        return number(LEAST)
 
     @property
     def share(self) -> str:

@@ -445,12 +445,17 @@ class _RecordedLosses(torch.autograd.Function):
                 help="leave out create_graph=True; `Kernel.reference_losses` has all derivatives",
             )
         share, *made = ctx.saved_tensors
-        left, share = iter(made), share * grads[0]
+        # of one dimension: a number would be rounded to the gradient's dtype, where 1 / rows may be 0
+        left, share = iter(made), (share * grads[0]).reshape(1)
         found = [
-            (next(left) * share).to(dtype) if there else None
+            _times(next(left), share, dtype) if there else None
             for there, dtype in zip(ctx.there, ctx.dtypes, strict=True)
         ]
         return (None, None, *found)
+
+
+def _times(grad: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(grad, share, out=torch.empty_like(grad, dtype=dtype))
 
 
 def record_losses(key: str, call: Call) -> Sequence[Tensor]:

@@ -397,7 +397,7 @@ def placed(buffers: Iterable[tuple[int, range]]) -> tuple[list[int], list[tuple[
         size = _whole(bytes_)
         ways = ((room, _free(taken[room], size, life)) for room in range(1, len(rooms)))
         room, at = next((x for x in ways if x[1] + size <= rooms[x[0]]), (0, 0))
-        if room == 0 and size >= ALONE:
+        if room == 0 and bytes_ >= ALONE:
             room = len(rooms)
             rooms.append(size)
             taken.append([])

@@ -267,6 +267,25 @@ def test_rows_that_see_nothing_learn_nothing():
 
 @pytest.mark.skipif(GPU, reason="interpreted")
 @pytest.mark.usefixtures("sanitized")
+def test_rows_whose_choice_attention_hardly_reads_learn_nothing():
+    """Their share of it is no float32 number, nor is what it would be divided by."""
+    spec = taught(name="hardly", over="selected", query=1, kv=1)
+    kernel, x = load_kernel(spec, interpret=True), leaves(spec, T=4)
+    with torch.no_grad():
+        x["q"].zero_()[..., 0] = 4.0
+        x["k"].zero_()[:, 1:, :, 0] = -95.0  # tokens behind the first: exp(-95) of it
+    chosen = torch.full((1, 4, 1, 9), -1, dtype=torch.int32)
+    chosen[0, :, 0, :2] = torch.tensor(((0, -1), (1, -1), (1, 2), (0, 3)))
+    loss, grads = learn(kernel, x, selection={"token": chosen})
+    assert 0 < loss < 100
+    for name in ("q_index", "w_index"):
+        assert grads[name].isfinite().all(), name
+        assert grads[name][:, 3].any() and not grads[name][:, :3].any(), name
+    assert grads["k_index"].isfinite().all()
+
+
+@pytest.mark.skipif(GPU, reason="interpreted")
+@pytest.mark.usefixtures("sanitized")
 def test_turns_of_rows_add_up_to_the_same_bits(monkeypatch):
     """So do two runs; by a scratch of one tile of rows, keys are summed in another order."""
     torch.manual_seed(0)
@@ -389,6 +408,24 @@ def test_large_losses_are_right(dtype, over):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "operator"])
+def test_what_a_loss_is_times_is_not_rounded_as_its_gradients_are(recorded):
+    """2e-6 of 64 rows is half of the least fp16 number; what that is multiplied with makes it more."""
+    device = "cuda" if GPU else "cpu"
+    spec = taught(name="weighed")
+    kernel, x = load_kernel(spec, interpret=not GPU), leaves(spec, T=64, dtype=torch.float16)
+    with torch.no_grad():
+        x["q_index"] *= 100
+    x = {name: each.detach().to(device).requires_grad_() for name, each in x.items()}
+    call = kernel._call(x, kernel._attending, "bthd", (None,) * 5, None)
+    loss = kernel.losses(**x)["kl"] if recorded else operators.losses(kernel._key, *call)[0]
+    (whole,) = torch.autograd.grad(loss, [x["w_index"]], retain_graph=True)
+    (less,) = torch.autograd.grad(2e-6 * loss, [x["w_index"]])
+    assert less.any()
+    torch.testing.assert_close(less.double(), 2e-6 * whole.double(), rtol=2**-9, atol=2**-24)
+
+
+@pytest.mark.gpu
 def test_large_documents_and_latents_learn(monkeypatch):
     """In turns."""
     monkeypatch.setattr(losses, "SCRATCH_BYTES", 1)
@@ -403,5 +440,8 @@ def test_a_callers_tiles_end_where_lines_of_the_scratch_do():
     kernel = load_kernel(spec, interpret=True, config={"dq_kl": {"BLOCK_N": 256}})
     with pytest.raises(ArgumentError, match="dq_kl: expected BLOCK_N to divide 128, got 256"):
         kernel.losses(**leaves(spec))
+    for config in ({"dk_kl": {"BLOCK_R": 64}}, {"scores_kl": {"BLOCK_T": 16}}):
+        with pytest.raises(ArgumentError, match="dk_kl: expected BLOCK_R to divide BLOCK_T"):
+            load_kernel(spec, interpret=True, config=config).losses(**leaves(spec))
     narrow = {name: {"BLOCK_N": 16} for name in ("scores_kl", "rows_kl", "dq_kl", "dk_kl")}
     check(taught(name="narrow"), config=narrow)

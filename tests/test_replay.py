@@ -181,6 +181,13 @@ def test_buffers_of_different_launches_lie_in_the_same_memory():
         assert room != other or end <= first or last <= start or not life & beside
 
 
+def test_what_has_to_be_0_lies_where_it_is_filled():
+    """Of the first room, even where the next place behind it is beyond a large buffer's least bytes."""
+    rooms, places = replay.placed([(replay.ALONE - 4, range(2)), (8, range(1))])
+    assert rooms == [replay.ALONE + replay.BETWEEN]
+    assert places == [(0, 0), (0, replay.ALONE)]
+
+
 def kept(replays):
     return [*replays._kept]
 

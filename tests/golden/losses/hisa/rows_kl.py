@@ -98,7 +98,7 @@ def rows_kl(
     safe = tl.where(greatest == float("-inf"), 0.0, greatest)
     l = tl.sum(l * tl.exp(m - safe), 0)
     total = tl.sum(mass, 0)
-    counts = total > 0.0
+    counts = total >= 1.1754943508222875e-38  # of less no share is a number
     lse = safe + tl.log(tl.where(counts, l, 1.0))
     share = 1.0 / tl.where(counts, total, 1.0)
     less = (tl.sum(entropy, 0) - tl.sum(cross, 0)) * share
