@@ -811,12 +811,17 @@ class Execution:
                 apart=binding.apart,
             )
         made = self._differentiated[binding]
-        compiled = tuned.Compiled(plan=made.plan, target=target, texts=made.texts)
+
+        def compiled_with(orders: Mapping[str, Order]) -> tuned.Compiled:
+            if orders:  # of a record that somebody wrote by hand
+                raise ArgumentError(f"orders: expected none of gradients, got {dict(orders)}")
+            return tuned.Compiled(plan=made.plan, target=target, texts=made.texts)
+
         found = tuned.look_up(
             tuned.Problem.of(spec, PLANNED[binding.dtype], "gradients"),
             bucket,
             tuned.environment(target, interpreted=interpret),
-            lambda _: compiled,
+            compiled_with,
         )
         self._tell(found, interpret=interpret)
         choice = _chosen(made, found, self.options.config, target)

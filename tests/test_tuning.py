@@ -7,7 +7,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from hsgen import passes, planner, trials, tuning
+from hsgen import gradients, passes, planner, trials, tuning
 from hsgen.lanes import Lanes, Patience
 from hsgen.measurer import result_of
 from hsgen.space import space
@@ -184,6 +184,18 @@ def test_wrong_gradients_are_not_timed(child, differentiable, of_gradients, monk
         assert result.failure.kind == kind
         assert f"gradient of {name}" in result.failure.message
         assert not result.times
+
+
+def test_one_wrong_row_of_many_is_seen_at_length():
+    start = {"q": torch.randn(1, 32768, 2, 4), "w": torch.randn(8, 8)}
+    rounded = {name: x + x.abs() * 2.0**-9 for name, x in start.items()}
+    assert all(apart < gradients.AT_LENGTH for _, apart in gradients.differences(rounded, start))
+    wrong = {**rounded, "q": rounded["q"].clone()}
+    wrong["q"][0, 777] = -wrong["q"][0, 777]
+    found = dict(gradients.differences(wrong, start))
+    assert found["q"] > gradients.AT_LENGTH > found["w"]
+    nothing = dict.fromkeys(start, torch.zeros(3))
+    assert all(apart == 0 for _, apart in gradients.differences(nothing, nothing))
 
 
 def test_what_is_asked_wrongly_is_said(child, spec, small):
