@@ -102,7 +102,8 @@ def seen(x, encoded):
 
 def content(pointer, size):
     """Whether what is there is 0; without a launch nothing else gets there."""
-    return not any(ctypes.string_at(pointer, size))
+    found = ctypes.string_at(pointer, size)
+    return found.count(0) == len(found)
 
 
 def notes(f):

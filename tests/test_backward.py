@@ -320,7 +320,7 @@ def test_gates_have_gradients_where_outputs_of_branches_were_not_kept(monkeypatc
     check(gated, T=21, kept=False)
     check(gated, T=21, dtype=torch.float16, kept=False)
     again = load_kernel(gated, interpret=True)._execution._gradients
-    assert any(not binding.apart for binding in again)
+    assert any(not binding.apart for binding, _ in again)
 
 
 def test_gradients_are_of_what_hooks_give_back_however_it_lies():
