@@ -102,19 +102,12 @@ class Bench:
     target: Target = field(init=False)
     dtype: torch.dtype = field(init=False)
     _programs: dict[str, Program] = field(default_factory=dict[str, Program])
-    _both: gradients.Programs | None = None
     _checks: list[Examination] = field(default_factory=list[Examination])
-    _gradient_checks: list[gradients.Examination] = field(
-        default_factory=list[gradients.Examination]
-    )
     _inputs: dict[str, list[dict[str, Tensor]]] = field(
         default_factory=dict[str, "list[dict[str, Tensor]]"]
     )
     _handed: dict[str, list[dict[str, Tensor]]] = field(
         default_factory=dict[str, "list[dict[str, Tensor]]"]
-    )
-    _left: dict[str, list[gradients.Left]] = field(
-        default_factory=dict[str, "list[gradients.Left]"]
     )
 
     def __post_init__(self) -> None:
@@ -137,8 +130,6 @@ class Bench:
 
     def prove(self, request: JsonObject) -> Result:
         """Hold rows of every shape, at its full length, against the reference."""
-        if self.problem.work == "gradients":
-            return self._prove_gradients(request["configs"])
         program, found = self._program(request["orders"]), 0.0
         for name in self.problem.shapes:
             shape = measurer.shape_of(name)
@@ -183,8 +174,116 @@ class Bench:
                 found[which].append(statistics.median(sampled))
         return {"samples": found}
 
-    def _prove_gradients(self, configs: Mapping[str, Any]) -> Result:
+    # --- steps
+
+    def _program(self, orders: Mapping[str, Any]) -> Program:
+        key = json.dumps(orders, sort_keys=True)
+        if key not in self._programs:
+            self._programs[key] = compile_program(
+                self.spec, self.target, self.dtype, interpret=self.device == "cpu", orders=orders
+            )
+        return self._programs[key]
+
+    def _verify(self, program: Program, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """Poisoned outputs, exact scores, odd and empty sequences.
+
+        Raises:
+            _WrongError: what the reference says otherwise.
+        """
+        self._checks = self._checks or [Examination(t, self.device) for t in self._trials()]
+        with trials.poisoned():
+            for check in self._checks:
+                if problems := check.problems(program, configs):
+                    raise _WrongError(f"{check.trial.name}: {'; '.join(problems)}")
+        return {"trials": len(self._checks), "exact": any(c.trial.exact for c in self._checks)}
+
+    def _trials(self) -> tuple[Trial, ...]:
+        long, short = LENGTHS[self.device]
+        whole = Trial(
+            name="one sequence",
+            spec=self.spec,
+            dtype=self.dtype,
+            queries=(long,),
+            keys=(long,),
+            numbers="integers",
+        )
+        documents = Trial(
+            name="documents, one empty",
+            spec=self.spec,
+            dtype=self.dtype,
+            queries=(1, 0, short),
+            keys=(1, 0, short + 4),
+            packed=True,
+        )
+        return whole, documents
+
+    def _time(
+        self, program: Program, configs: Mapping[str, Any], shape: str, limit: float | None
+    ) -> Time:
+        """The median of many calls; of few, where the first are far above the limit."""
+        call = self._call(program, configs, shape)
+        self.take(call, self.device, 1)  # compiles
+        first = self.take(call, self.device, FEW)
+        if limit is not None and min(first) > SLOW * limit:
+            return _summary(first)
+        count = round(self.problem.seconds * 1e6 / max(statistics.median(first), 1.0))
+        count = max(self.problem.fewest, min(MOST, count))
+        return _summary(self.take(call, self.device, count))
+
+    def _call(self, program: Program, configs: Mapping[str, Any], name: str) -> timing.Call:
+        sets, where = self._sets(name), self._batch(measurer.shape_of(name))
+        given = self._given(name)
+
+        def call(number: int) -> object:
+            turn = number % len(sets)
+            return program.driver.forward(sets[turn], where, configs, given[turn])
+
+        return call
+
+    def _given(self, name: str) -> list[dict[str, Tensor] | None]:
+        """What another layer could have chosen, for each set of inputs; None where this one chooses."""
+        count = len(self._sets(name))
+        if not self.spec.brought:
+            return [None] * count
+        if name not in self._handed:
+            shape = measurer.shape_of(name)
+            sizes = (shape.sequences, shape.queries, shape.keys)
+            seeds = (torch.Generator(self.device).manual_seed(n) for n in range(count))
+            self._handed[name] = [drawn.lists(self.spec, *sizes, each) for each in seeds]
+        return list(self._handed[name])
+
+    def _batch(self, shape: Shape) -> Batch:
+        device = torch.device(self.device)
+        return batch.dense(shape.sequences, shape.queries, shape.keys, device)
+
+    def _sets(self, name: str) -> list[dict[str, Tensor]]:
+        """Inputs enough that no call finds its own in the cache."""
+        if name not in self._inputs:
+            shape = measurer.shape_of(name)
+            groups = captures.load(Path(self.problem.capture)) if self.problem.capture else ()
+            make = functools.partial(samples.for_shape, self.spec, shape, groups, dtype=self.dtype)
+            first = make(device=self.device, seed=0)
+            few = samples.size_in_bytes(first) >= samples.ROTATED or self.device == "cpu"
+            others = range(1, 1 if few else samples.SETS)
+            self._inputs[name] = [first, *(make(device=self.device, seed=n) for n in others)]
+        return self._inputs[name]
+
+
+@dataclass(slots=True, eq=False)
+class GradientBench(Bench):
+    """The same of the gradients of calls, which are made once for each set of inputs."""
+
+    _both: gradients.Programs | None = None
+    _gradient_checks: list[gradients.Examination] = field(
+        default_factory=list[gradients.Examination]
+    )
+    _left: dict[str, list[gradients.Left]] = field(
+        default_factory=dict[str, "list[gradients.Left]"]
+    )
+
+    def prove(self, request: JsonObject) -> Result:
         """Hold them at full length against those of the start: no reference follows dk and dv there."""
+        configs = request["configs"]
         program, found = self._programs_of_gradients.backward, 0.0
         for name in self.problem.shapes:
             tensors, where = self._sets(name)[0], self._batch(measurer.shape_of(name))
@@ -224,32 +323,10 @@ class Bench:
             ]
         return self._left[name]
 
-    def _program(self, orders: Mapping[str, Any]) -> Program:
-        if self.problem.work == "gradients":
-            return self._programs_of_gradients.backward
-        key = json.dumps(orders, sort_keys=True)
-        if key not in self._programs:
-            self._programs[key] = compile_program(
-                self.spec, self.target, self.dtype, interpret=self.device == "cpu", orders=orders
-            )
-        return self._programs[key]
+    def _program(self, orders: Mapping[str, Any]) -> Program:  # noqa: ARG002 - they have but one
+        return self._programs_of_gradients.backward
 
-    def _verify(self, program: Program, configs: Mapping[str, Any]) -> dict[str, Any]:
-        """Poisoned outputs, exact scores, odd and empty sequences.
-
-        Raises:
-            _WrongError: what the reference says otherwise.
-        """
-        if self.problem.work == "gradients":
-            return self._verify_gradients(configs)
-        self._checks = self._checks or [Examination(t, self.device) for t in self._trials()]
-        with trials.poisoned():
-            for check in self._checks:
-                if problems := check.problems(program, configs):
-                    raise _WrongError(f"{check.trial.name}: {'; '.join(problems)}")
-        return {"trials": len(self._checks), "exact": any(c.trial.exact for c in self._checks)}
-
-    def _verify_gradients(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+    def _verify(self, program: Program, configs: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         """The same of gradients: poisoned, held against the float64 reference's."""
         self._gradient_checks = self._gradient_checks or [
             gradients.Examination(
@@ -263,84 +340,15 @@ class Bench:
                     raise _WrongError(f"{check.trial.name}: {'; '.join(problems)}")
         return {"trials": len(self._gradient_checks), "gradients": True}
 
-    def _trials(self) -> tuple[Trial, ...]:
-        long, short = LENGTHS[self.device]
-        whole = Trial(
-            name="one sequence",
-            spec=self.spec,
-            dtype=self.dtype,
-            queries=(long,),
-            keys=(long,),
-            numbers="integers",
-        )
-        documents = Trial(
-            name="documents, one empty",
-            spec=self.spec,
-            dtype=self.dtype,
-            queries=(1, 0, short),
-            keys=(1, 0, short + 4),
-            packed=True,
-        )
-        return whole, documents
-
-    def _time(
-        self, program: Program, configs: Mapping[str, Any], shape: str, limit: float | None
-    ) -> Time:
-        """The median of many calls; of few, where the first are far above the limit."""
-        call = self._call(program, configs, shape)
-        self.take(call, self.device, 1)  # compiles
-        first = self.take(call, self.device, FEW)
-        if limit is not None and min(first) > SLOW * limit:
-            return _summary(first)
-        count = round(self.problem.seconds * 1e6 / max(statistics.median(first), 1.0))
-        count = max(self.problem.fewest, min(MOST, count))
-        return _summary(self.take(call, self.device, count))
-
     def _call(self, program: Program, configs: Mapping[str, Any], name: str) -> timing.Call:
         sets, where = self._sets(name), self._batch(measurer.shape_of(name))
-        given = self._given(name)
-        if self.problem.work == "gradients":
-            left = self._left_by(name)
-
-            def call_backward(number: int) -> object:
-                turn = number % len(sets)
-                return gradients.run(program, configs, sets[turn], where, left[turn])
-
-            return call_backward
+        left = self._left_by(name)
 
         def call(number: int) -> object:
             turn = number % len(sets)
-            return program.driver.forward(sets[turn], where, configs, given[turn])
+            return gradients.run(program, configs, sets[turn], where, left[turn])
 
         return call
-
-    def _given(self, name: str) -> list[dict[str, Tensor] | None]:
-        """What another layer could have chosen, for each set of inputs; None where this one chooses."""
-        count = len(self._sets(name))
-        if not self.spec.brought:
-            return [None] * count
-        if name not in self._handed:
-            shape = measurer.shape_of(name)
-            sizes = (shape.sequences, shape.queries, shape.keys)
-            seeds = (torch.Generator(self.device).manual_seed(n) for n in range(count))
-            self._handed[name] = [drawn.lists(self.spec, *sizes, each) for each in seeds]
-        return list(self._handed[name])
-
-    def _batch(self, shape: Shape) -> Batch:
-        device = torch.device(self.device)
-        return batch.dense(shape.sequences, shape.queries, shape.keys, device)
-
-    def _sets(self, name: str) -> list[dict[str, Tensor]]:
-        """Inputs enough that no call finds its own in the cache."""
-        if name not in self._inputs:
-            shape = measurer.shape_of(name)
-            groups = captures.load(Path(self.problem.capture)) if self.problem.capture else ()
-            make = functools.partial(samples.for_shape, self.spec, shape, groups, dtype=self.dtype)
-            first = make(device=self.device, seed=0)
-            few = samples.size_in_bytes(first) >= samples.ROTATED or self.device == "cpu"
-            others = range(1, 1 if few else samples.SETS)
-            self._inputs[name] = [first, *(make(device=self.device, seed=n) for n in others)]
-        return self._inputs[name]
 
 
 class _WrongError(Exception):
@@ -414,7 +422,8 @@ class Child:
     def _of(self, request: JsonObject) -> Bench:
         problem = Problem.of(request)
         if self._bench is None or self._bench.problem != problem:
-            self._bench = Bench(problem, self._clock)
+            made = GradientBench if problem.work == "gradients" else Bench
+            self._bench = made(problem, self._clock)
         return self._bench
 
 

@@ -27,10 +27,10 @@ from hsgen.errors import HsgenError
 from hsgen.graph import Graph
 from hsgen.lanes import ANY, INTERPRETED, Lanes, Patience
 from hsgen.measurer import Failure, Result, Shape
-from hsgen.pipeline import Artifact, call_jobs, compile_spec, compile_work, hsgen_version
+from hsgen.pipeline import call_jobs, compile_spec, hsgen_version
 from hsgen.pruning import Compiler, least_registers
 from hsgen.resources import Compilers, Outcome, Resources
-from hsgen.space import Orders, Point, Space, space
+from hsgen.space import Point, Space, space
 from hsgen.spec import Spec, dump
 from hsgen.target import Target
 from hsgen.tune.finals import Entrant, Verdict, confirmed, decide
@@ -265,7 +265,6 @@ class _Tuning:
         self.judge: Judge = Lenient() if self.interpreted else self.compiler
         self.problem = tuned.Problem.of(self.spec, options.dtype, options.work)
         self.environment = tuned.environment(self.target, interpreted=self.interpreted)
-        self._artifacts: dict[Orders, Artifact] = {}
 
     def __enter__(self) -> _Tuning:
         return self
@@ -332,7 +331,10 @@ class _Tuning:
     @property
     def name(self) -> str:
         """Of the study: another space, text, GPU or shape makes another."""
-        texts = [sorted(self._artifact(v.orders).module.texts.items()) for v in self.space.variants]
+        texts = [
+            sorted(self.compiler.artifact(v.orders).module.texts.items())
+            for v in self.space.variants
+        ]
         shapes = [shape.name for shape in self.options.shapes]
         capture = self.options.capture
         inputs = hashlib.sha256(capture.read_bytes()).hexdigest() if capture else "drifting"
@@ -340,14 +342,6 @@ class _Tuning:
         parts.append(inputs)
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.spec.name}-{digest}"
-
-    def _artifact(self, orders: Orders) -> Artifact:
-        if orders not in self._artifacts:
-            options = self.options
-            self._artifacts[orders] = compile_work(
-                self.spec, self.target, options.dtype, options.work, dict(orders)
-            )
-        return self._artifacts[orders]
 
     # --- what is known already
 
@@ -448,7 +442,7 @@ class _Tuning:
         start = next((e for e in entrants if e.point == self.space.start and e.runs), winner)
         result = search.journal.results.get(winner.point.key, Result())
         texts, outcomes = (
-            self._artifact(winner.point.orders).module.texts,
+            self.compiler.artifact(winner.point.orders).module.texts,
             self._outcomes(winner.point),
         )
         return tuned.Tuned(
