@@ -72,6 +72,28 @@ def test_shipped_capture_is_small_and_says_where_it_is_from():
     assert "capture_smollm2" in said
 
 
+def test_repeated_choices_are_sets_of_what_rows_see():
+    period, tokens, kept = 256, 1024, 3
+    once = torch.full((1, period, 1, kept), -1, dtype=torch.int32)
+    for row in range(period):  # the first block and the two before the row's end, ascending
+        blocks = sorted({0, max(0, row // 64 - 1), row // 64})
+        once[0, row, 0, : len(blocks)] = torch.tensor(blocks)
+    found = token_lists.repeated(once, tokens)
+    assert torch.equal(found[:, :period], once)
+    for row in range(period, tokens):
+        blocks = found[0, row, 0].tolist()
+        assert len(set(blocks)) == kept, blocks
+        assert blocks[0] == 0, blocks
+        assert all(0 <= block <= row // 64 for block in blocks), blocks
+        assert row // 64 in blocks
+    assert found[0, period, 0].tolist() == [
+        0,
+        3,
+        4,
+    ]  # own block 4, and the one before the repetition
+    assert found[0, period + 255, 0].tolist() == [0, 6, 7]
+
+
 def test_shipped_capture_loads(group):
     assert (group.layer, group.kv_head, group.query_head(2)) == (5, 1, 5)
     shapes = [list(x.shape) for x in (group.q, group.k, group.v)]
