@@ -250,7 +250,8 @@ def _figures(entry: Json) -> list[str]:
     ms = own.get("ms")
     others = [entry["steps"].get(name, {}).get("ms") for name in peer_kernels.PEERS]
     best = min((other for other in others if other), default=None)
-    found = [f"{entry['union']:.1f} of {entry['together']}", common.number(own.get("choosing"))]
+    choosing = own.get("choosing") or None  # 0: the choice was given
+    found = [f"{entry['union']:.1f} of {entry['together']}", common.number(choosing)]
     found += [common.number(ms), common.number(entry["flops"] / ms / 1e9 if ms else None)]
     found += [common.number(other) for other in others]
     return [*found, f"{best / ms:.2f}×" if ms and best else common.MISSING]
