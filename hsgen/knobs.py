@@ -265,9 +265,10 @@ def refused(
 ) -> str:
     """What is wrong with a caller's values of a kernel, and what is allowed; empty where nothing is.
 
-    Of loops of Triton's own only names are looked at, that each row has a bit where bits say which
-    rows picked a token, and that tiles of a scratch end where its lines do.  Of a kernel that streams most
-    values are layouts that its groups of warps share, so that others would not compile, or wait for ever.
+    Of loops of Triton's own only names are looked at, that sizes are powers of two, that each row has a bit
+    where bits say which rows picked a token, and that tiles of a scratch end where its lines do.  Of a kernel
+    that streams most values are layouts that its groups of warps share, so that others would not compile, or
+    wait for ever.
 
     given: what the caller says, part of `values`, which the kernel runs with.
     """
@@ -276,6 +277,9 @@ def refused(
         if name not in start:
             leader = f"; others are those of {kernel.follows}" if shares(kernel) else ""
             return f"expected some of {', '.join(start)}, got {name!r}{leader}"
+    for name, value in given.items():
+        if wrong := _no_size(name, value):
+            return wrong
     if wrong := _too_many_rows(kernel, values, plan) or _past_a_line(kernel, values):
         return wrong
     if kernel.skeleton not in STREAMED:
@@ -296,6 +300,15 @@ def refused(
         told = f"STAGES={values['STAGES']} needs {needed:,} bytes of shared memory"
         return f"{told}, {target.name} has {target.smem_per_block:,} a block"
     return ""
+
+
+def _no_size(name: str, value: object) -> str:
+    """That a value is no number of stages, of warps or of a tile's rows or columns; empty where it is one."""
+    number = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    if name in ("num_stages", "STAGES"):
+        return "" if number >= 1 else f"expected {name} of at least 1, got {value!r}"
+    power = number >= 1 and next_power(number) == number
+    return "" if power else f"expected {name} to be a power of two, got {value!r}"
 
 
 def _past_a_line(kernel: Kernel, values: Mapping[str, int]) -> str:

@@ -58,6 +58,8 @@ def refuse(graph: Graph) -> None:
                 help = (
                     "layers that take over have kernels: give `layer` to load_kernel, or `--layer`"
                 )
+                if any(isinstance(other.op, Divergence) for other in graph.nodes()):
+                    help = "layers that take over have kernels where the spec has no `loss`"
             raise PlanError(words, span=node.span, help=help)
 
 

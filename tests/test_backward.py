@@ -628,6 +628,8 @@ NO_ROOM = "STAGES=5 needs 234,240 bytes of shared memory, h100 has 232,448 a blo
         ("dkv_window", {"STAGES": 1}, "expected one of STAGES 2 3 4 5 6 7 8, got 1"),
         ("dkv_window", {"STAGES": 5}, NO_ROOM),
         ("dkv_window", {"num_warps": 8}, "expected num_warps=4, got 8"),
+        ("delta_selected", {"num_warps": 3}, "expected num_warps to be a power of two, got 3"),
+        ("delta_selected", {"num_stages": 0}, "expected num_stages of at least 1, got 0"),
         ("dq_selected", {"BLOCK_N": 32, "STAGES": 4}, ""),
         ("dq_selected", {"BLOCK_N": 128}, "expected one of BLOCK_N 32 64, got 128"),
         ("dq_selected", {"BLOCK_T": 4, "BLOCK_M": 64}, "expected BLOCK_T=8, got 4"),

@@ -465,6 +465,17 @@ def test_such_a_layer_compiles_unverified(capsys: pytest.CaptureFixture[str]) ->
     assert "attend_selected" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [("compile", "--no-verify"), ("tuned", "explain")])
+def test_commands_leave_out_what_such_a_layer_learns(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loss would need the index, which a layer that takes over has none of."""
+    assert main([*command, "index_cache", "--layer", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "attend_selected" in said
+    assert "score_token" not in said
+
+
 def test_refusals_name_what_they_lack() -> None:
     beam = HEAD + NESTED.replace("level: token, over", "level: block, over")
     two = beam + "  - {level: token, over: layers, as: final, every: 2}\n"

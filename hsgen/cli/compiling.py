@@ -17,10 +17,9 @@ from hsgen.cli.options import (
     SpecFile,
     TargetName,
     TensorType,
-    pair,
+    attended,
 )
 from hsgen.cli.output import print_json
-from hsgen.spec import load
 
 
 @app.command(name="compile", epilog="Example: hsgen compile nsa --target h100 -o build")
@@ -39,7 +38,7 @@ def compile_(
     """Compile a spec for a GPU that need not be there: hsgen compile nsa --target h100 -o build."""
     from hsgen import progress, report  # noqa: PLC0415
 
-    bound = load(spec).bind(heads=pair(heads), head_dim=pair(head_dim), layer=layer)
+    bound = attended(spec, heads, head_dim, layer)
     with progress.bar() as told:
         done = report.report(
             bound, target, dtype.value, output=output, verified=verify, progress=told

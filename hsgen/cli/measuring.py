@@ -23,13 +23,12 @@ from hsgen.cli.options import (
     Peer,
     SpecFile,
     TensorType,
+    attended,
     lengths_of,
-    pair,
     place,
     words_of,
 )
 from hsgen.cli.output import check_suffix, json_text
-from hsgen.spec import load
 
 
 @app.command(epilog="Example: hsgen bench nsa --tokens 8K,32K --against dense --against flex")
@@ -54,7 +53,7 @@ def bench(
     if output:
         check_suffix(output, ".json")
     lengths, peers = lengths_of(tokens), against or [Peer.dense]
-    bound = load(spec).bind(heads=pair(heads), head_dim=pair(head_dim), layer=layer)
+    bound = attended(spec, heads, head_dim, layer)
     words = words_of(
         {
             "against": peers,
@@ -114,7 +113,7 @@ def gate(
 
     What was found is kept in the cache, where `load_kernel(spec, gate="measured")` takes it from.
     """
-    bound = load(spec).bind(heads=pair(heads), head_dim=pair(head_dim), layer=layer)
+    bound = attended(spec, heads, head_dim, layer)
     lengths = lengths_of(tokens)
     words = words_of(
         {

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hsgen.errors import ArgumentError
 from hsgen.target import Target
+
+if TYPE_CHECKING:
+    from hsgen.spec import Spec
 
 SpecFiles = Annotated[
     list[str], typer.Argument(metavar="SPEC...", help="Files, or names of shipped specs.")
@@ -70,6 +73,19 @@ def pair(text: str | None) -> tuple[int, int] | None:
     if not (1 <= len(parts) <= 2 and all(part.isdecimal() for part in parts)):
         raise typer.BadParameter(f"expected one or two numbers, as in 32/8, got {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def attended(spec: str, heads: str | None, head_dim: str | None, layer: int | None = None) -> Spec:
+    """A spec, bound, of whose calls a command says something: where layers differ, as if it had no loss.
+
+    A layer that learns by what it takes over would need its index for that.
+    """
+    from hsgen import planner  # noqa: PLC0415
+    from hsgen.spec import load  # noqa: PLC0415
+
+    found = load(spec)
+    found = found if layer is None else planner.without_losses(found)
+    return found.bind(heads=pair(heads), head_dim=pair(head_dim), layer=layer)
 
 
 def name_of(text: str) -> str:

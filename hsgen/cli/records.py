@@ -18,12 +18,11 @@ from hsgen.cli.options import (
     TargetName,
     TensorType,
     Work,
+    attended,
     lengths_of,
-    pair,
 )
 from hsgen.cli.output import complain, counted, print_json
 from hsgen.errors import HsgenError
-from hsgen.spec import load
 
 if TYPE_CHECKING:
     from hsgen.tuned import Content, GatesContent
@@ -51,7 +50,7 @@ def explain(
     """Show which records a call could get, in order, and what it gets."""
     from hsgen import tuned  # noqa: PLC0415
 
-    bound = load(spec).bind(heads=pair(heads), head_dim=pair(head_dim), layer=layer)
+    bound = attended(spec, heads, head_dim, layer)
     ladders = [
         tuned.explain(
             bound, target, dtype.value, tuned.Bucket.of(n, n, 1, packed=False), work.value

@@ -22,6 +22,7 @@ from hsgen.cli.options import (
     TargetName,
     TensorType,
     Work,
+    attended,
     lengths_of,
     numbers_of,
     pair,
@@ -88,7 +89,7 @@ def tune(
 
     What is measured is kept at once: the same command goes on where it was stopped.
     """
-    bound = load(spec).bind(heads=pair(heads), head_dim=pair(head_dim), layer=layer)
+    bound = attended(spec, heads, head_dim, layer)
     kernels = tuple(filter(None, (only or "").split(",")))
     from hsgen import measurer, progress, pruning  # noqa: PLC0415  load networkx
 
