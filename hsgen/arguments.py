@@ -332,6 +332,15 @@ def check_lengths(lengths: Lengths, problem: Problem) -> None:
         raise ArgumentError(f"max_seqlen_k: expected an int of at least 0, got {most!r}")
 
 
+def check_places(places: int, problem: Problem) -> None:
+    """Keys of a sequence against what its axes have a place for; of packed ones the device knows."""
+    if not problem.packed and problem.keys > places:
+        raise ArgumentError(
+            f"k: expected at most {places} tokens, as many as `axes` have places, got {problem.keys}",
+            help="give `axes=` to Spec.bind",
+        )
+
+
 def _check_cu_seqlens(lengths: Lengths, problem: Problem) -> int:
     """The pair of cumulative lengths.  -> number of sequences"""
     q, k = lengths.cu_seqlens_q, lengths.cu_seqlens_k

@@ -35,6 +35,7 @@ from hsgen import (
     tuned,
 )
 from hsgen.arguments import Expected, Lengths, Problem
+from hsgen.axes import tiling_of
 from hsgen.batch import Batch
 from hsgen.configs import DType
 from hsgen.errors import ArgumentError, HsgenError, PlanError, Span
@@ -886,6 +887,8 @@ class Execution:
             got = arguments.SHORT_NAMES[problem.dtype]
             raise ArgumentError(f"q: expected {wanted}, as load_kernel was told, got {got}")
         arguments.check_lengths(lengths, problem)
+        if (tiling := tiling_of(self.graph)) is not None:
+            arguments.check_places(tiling.places, problem)
         arguments.check_selections(expected, problem, brought(call))
         return problem
 

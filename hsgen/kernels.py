@@ -5,9 +5,10 @@ Every field that a template reads is computed here.  Knows no GPU; tile sizes ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from hsgen import axes
 from hsgen.plan import Param
 from hsgen.rows import (
     LOGITS,
@@ -16,6 +17,7 @@ from hsgen.rows import (
     chunks,
     count,
     jit,
+    lse,
     next_power,
     pages_of,
     pointer,
@@ -707,6 +709,11 @@ class WeighContext:
     head_dim: int  # of a value
     branches: int
     how: Literal["weigh"] = "weigh"
+    each: Literal["head", "channel"] = "head"  # what has a gate of its own
+    kept: bool = True  # branches are in float32
+    slots: int = 0  # > 0: rows are slots of tiles, so many each
+    coarse: tuple[int, ...] = ()  # branches of which a tile has one output, and one log-sum-exp
+    heads: int = 0  # of these
 
     @property
     def summary(self) -> str:
@@ -718,13 +725,30 @@ class WeighContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        of = "f32[B, T, Hq, Dv], as O"
+        channels = ", Dv" if self.each == "channel" else ""
         return (
-            *(pointer(f"O{i}", "f32", of) for i in range(self.branches)),
-            *tensor("GATES", "g", f"[B, T, Hq, {self.branches}]", "bthc"),
+            *(self._branch(i) for i in range(self.branches)),
+            *tensor("GATES", "g", f"[B, T, Hq, {self.branches}{channels}]", "bthc"),
             *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
+            *(param for i in self.coarse for param in self._log_sum_exp(i)),
+            *((axes.ORDER, axes.TOKENS) if self.slots else ()),
             *SEQ,
             *tunables("BLOCK_R"),
+        )
+
+    def _branch(self, i: int) -> Param:
+        if i in self.coarse:
+            return pointer(f"O{i}", "f32", f"f32[tiles, {self.heads}, {self.head_dim}]")
+        shape = "[B, T, Hq, Dv], as O"
+        return pointer(f"O{i}", "f32" if self.kept else "input", f"{'f32' * self.kept}{shape}")
+
+    def _log_sum_exp(self, i: int) -> tuple[Param, ...]:
+        """Of a tile, and of each of its rows."""
+        made = (replace(p, name=p.name.replace("lse", f"lse{i}")) for p in lse(f"LSE{i}"))
+        return (
+            pointer(f"TILE_LSE{i}", "f32", "f32[Hq, tiles]"),
+            count("tiles", "from one head to the next"),
+            *made,
         )
 
     @property

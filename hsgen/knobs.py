@@ -230,7 +230,8 @@ def derive(kernel: Kernel, values: Values) -> None:
         and not kernel.context.latent
     ):
         rows = values["BLOCK_T"] * kernel.context.rows.pitch
-        least = LEAST_ROWS if kernel.context.scores else GROUPS * LEAST_ROWS
+        one = kernel.context.scores or kernel.context.apart
+        least = LEAST_ROWS if one else GROUPS * LEAST_ROWS
         values["BLOCK_M"] = max(least, next_power(rows))
 
 
@@ -348,7 +349,8 @@ def _least_shared(kernel: Kernel, values: Mapping[str, int]) -> int:
             held = sum(keys.values()) + (values["BLOCK_N"] if context.latent else 0)
             if context.rows.derives:
                 held = sum(brought.values())
-            return number_bytes(context.rows) * (stages + values["BLOCK_M"] * held)
+            each = GROUPS if context.apart else 1
+            return each * number_bytes(context.rows) * (stages + values["BLOCK_M"] * held)
         case _:
             return 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+from hsgen import axes
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Assign,
@@ -20,6 +21,7 @@ from hsgen.graph import (
     Gate,
     Graph,
     Input,
+    LogSumExp,
     Map,
     Node,
     Norm,
@@ -84,10 +86,8 @@ def lacking(graph: Graph, node: Node) -> str | None:
         case Round():
             words = _of_stored(graph, node, node.op)
             return words and f"%{node.name}: no kernel {words} yet"
-        case Delta() | Gate(each="channel") as op:
-            changes = isinstance(op, Delta)
-            words = "reads keys from their changes" if changes else "gates branches by channel"
-            return f"no kernel {words} yet"
+        case Delta():
+            return "no kernel reads keys from their changes yet"
         case Divergence() | Distance() | Entropies() as op:
             words = _of_divergence(graph, node) if isinstance(op, Divergence) else ""
             return (
@@ -216,8 +216,8 @@ def _of_entries(
 
 
 def _of_rows(op: PoolRows) -> str | None:
-    if op.tiles or op.clusters is not None:
-        return f"chooses for {'tiles of axes' if op.tiles else 'clusters of rows'}"
+    if op.clusters is not None:
+        return "chooses for clusters of rows"
     if op.last is not None:
         return "chooses by the last rows for all"
     return None if op.how in ("mean", "max") else f"pools rows by {op.how}"
@@ -283,8 +283,16 @@ def _of_set(op: SelectSet, *, in_blocks: bool) -> str | None:
 
 
 def _of_pooled_query(graph: Graph, node: Node) -> str | None:
-    pooled = isinstance(graph.operands(node)[0].op, PoolRows)
-    return "attends by the query of rows together" if pooled else None
+    """Tiles of axes have one output, which gates of channels give to their rows."""
+    query, op = graph.operands(node)[0].op, node.op
+    if not isinstance(query, PoolRows):
+        return None
+    assert isinstance(op, Attend)
+    users = [x.op for x in graph.users(node.name) if not isinstance(x.op, LogSumExp)]
+    gated = all(isinstance(x, Gate) and x.each == "channel" for x in users)
+    if query.tiles and gated and len(node.inputs) == 3 and op.softcap is None:
+        return None
+    return "attends by the query of rows together"
 
 
 def _of_brought(graph: Graph, node: Node) -> str | None:
@@ -308,8 +316,10 @@ def _of_keys(
             return _of_brought(graph, node)
         case Cluster(of="queries"):
             return "clusters queries"
-        case Cluster(tiles=tiles):
-            return "cuts tiles of axes" if tiles else "clusters keys"
+        case Cluster(tiles=None):
+            return "clusters keys"
+        case Cluster():
+            return axes.lacking(graph)
         case Permute():
             return "puts keys in another order"
         case Assign():

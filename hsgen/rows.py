@@ -197,6 +197,9 @@ class RowsContext(InTurn):
     leaves: bool = False  # logarithms of weights, for the choice that is made of them
     eight: bool = False  # queries and keys are e4m3 numbers, a byte each
     powers: bool = False  # each of which vectors is times a power of two of its own
+    slotted: bool = (
+        False  # rows are slots of tiles, and an order says which row of a tensor each is
+    )
 
     @property
     def derives(self) -> bool:

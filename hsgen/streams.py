@@ -81,6 +81,28 @@ class StreamsContext(Warped):
         return self.rows.latent
 
     @property
+    def apart(self) -> bool:
+        """Whether each group has tiles of its own: rows that share a list are no more than it has."""
+        return apart(self.rows)
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        """What tells buffers of keys apart: those of one stream, or of each group's."""
+        return self.suffixes if self.apart else ("",)
+
+    @property
+    def half(self) -> str:
+        """The rows of a group."""
+        return "BLOCK_M" if self.apart else "BLOCK_M // 2"
+
+    @property
+    def items(self) -> str:
+        """Which items a program's groups take, or one of them."""
+        if self.apart:
+            return f"gl.program_id(0) * {GROUPS} + GROUP, items, gl.num_programs(0) * {GROUPS}"
+        return "gl.program_id(0), items, gl.num_programs(0)"
+
+    @property
     def keys(self) -> tuple[Tile, ...]:
         if self.latent:
             return tuple(Tile(chunk=chunk, of="K") for chunk in latent_tiles(self.rows))
@@ -237,6 +259,11 @@ class StreamsContext(Warped):
             *(f"{of}_{state}" for of in self.streams for state in ("full", "free")),
         )
 
+    def shared_of(self, group: int) -> tuple[str, ...]:
+        """The same, as a group or its stream is given them."""
+        own = self.suffixes[group] if self.apart else ""
+        return tuple(f"{name}{own}" for name in self.shared)
+
     @property
     def scores(self) -> bool:
         """Whether it scores, so that one tile's dots run beside another's sums."""
@@ -375,6 +402,12 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
     )
 
 
+def apart(context: RowsContext) -> bool:
+    """Whether rows share a list, and are so few that one group has all of them."""
+    shared = context.rows_together * context.heads
+    return context.together == "part" and shared < GROUPS * LEAST_ROWS
+
+
 def picks(context: RowsContext) -> bool:
     """Whether keys are tokens that a tile's rows picked, of any place."""
     return any(phase.kind == "picked" for phase in context.phases)
@@ -431,8 +464,10 @@ def streamed(context: RowsContext) -> StreamsContext:
 
 
 def tiles(context: RowsContext, target: Target, *, most: int, block: int | None) -> Config | None:
-    """Rows of two groups, and the widest steps of which two or more are in flight."""
-    tokens = 1 << (GROUPS * LEAST_ROWS // context.heads).bit_length() - 1
+    """Rows of two groups, or of each with a stream, and the widest steps of which two or more fit."""
+    rings = GROUPS if apart(context) else 1
+    group_rows = GROUPS * LEAST_ROWS // rings
+    tokens = 1 << (group_rows // context.heads).bit_length() - 1
     keys, values = (sum(c.width for c in cut) for cut in (context.qk_chunks, context.v_chunks))
     dims = keys + values
     rows = GROUPS * LEAST_ROWS * (dims if context.derives else keys) * 2
@@ -443,11 +478,11 @@ def tiles(context: RowsContext, target: Target, *, most: int, block: int | None)
             continue
         if context.derives and keys // 2 + width // 2 * 2 + width // 4 > MOST_DERIVED:
             continue
-        stages = (target.smem_per_block - rows - 2048) // (width * dims * 2)
+        stages = (target.smem_per_block - rows - 2048) // (rings * width * dims * 2)
         if stages >= 2:
             values = (
                 ("BLOCK_T", tokens),
-                ("BLOCK_M", GROUPS * LEAST_ROWS),
+                ("BLOCK_M", group_rows),
                 ("BLOCK_N", width),
                 ("STAGES", min(4, stages)),
             )

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hsgen import rows
+from hsgen import axes, rows
+from hsgen.axes import Tiling
 from hsgen.kernels import tunables
 from hsgen.plan import Buffer, Config, Kernel, Launch, Param, Step
 from hsgen.rows import SEQ, Entries, RowsContext, Shape, count, pointer
@@ -38,6 +39,7 @@ class ListsContext:
     size: int
     stride: int
     causal: bool
+    slotted: bool = False  # rows and keys are slots of tiles of axes
 
     @property
     def summary(self) -> str:
@@ -57,10 +59,12 @@ class ListsContext:
         counts = pointer(
             "COUNTS", "i32", f"[tiles, {self.heads}, 2] of full entries, of partial ones"
         )
+        slots = (axes.ORDER, axes.TOKENS) if self.slotted else ()
         match self.how:
             case "lists":
                 entries = pointer("ENTRIES", "i32", f"[tiles, {self.heads}, width] full ones first")
-                return (lists, counts, entries, WIDTH, *SEQ, *tunables("BLOCK_T", "BLOCK_N"))
+                tiles = tunables("BLOCK_T", "BLOCK_N")
+                return (lists, counts, entries, WIDTH, *slots, *SEQ, *tiles)
             case "members":
                 listed = f"[tiles, {self.heads}, capacity"
                 return (
@@ -76,13 +80,18 @@ class ListsContext:
                     ),
                     WIDTH,
                     CAPACITY,
+                    *slots,
                     *SEQ,
                     TILE_FIRST,
                     *tunables("BLOCK_T", "BLOCK_K", "BLOCK_N"),
                 )
             case "spread":
                 made = pointer("SELECTION", "i32", f"[rows, {self.heads}, width]")
-                return (lists, made, WIDTH, *SEQ, *tunables("BLOCK_T", "BLOCK_N"))
+                tiles = tunables("BLOCK_T", "BLOCK_N")
+                if not self.slotted:
+                    return (lists, made, WIDTH, *SEQ, *tiles)
+                stride = Param(name="s_b", kind="stride", comment="SELECTION: batch stride")
+                return (lists, made, stride, WIDTH, *slots, *SEQ, *tiles)
 
     @property
     def jit(self) -> str:
@@ -90,7 +99,14 @@ class ListsContext:
 
 
 def attend(
-    shape: Shape, *, name: str, scale: float, entries: Entries, share: str, block: int
+    shape: Shape,
+    *,
+    name: str,
+    scale: float,
+    entries: Entries,
+    share: str,
+    block: int,
+    slotted: bool = False,
 ) -> RowsContext:
     """One softmax over the blocks that the rows of a tile chose together, full ones first."""
     usual = rows.attend_blocks(shape, name=name, scale=scale, entries=entries, width=1, share=share)
@@ -99,8 +115,10 @@ def attend(
         " + head" if list_heads > 1 else ""
     )
     seen = "seen" if shape.causal else "k_len"
+    if slotted:
+        seen = f"entry * {entries.stride} + tl.load(TOKENS + k_first // {entries.stride} + entry)"
     full, partial = usual.phases
-    return replace(
+    context = replace(
         usual,
         summary="attention over the blocks that rows chose together: a tile's rows share a list.",
         params=(
@@ -138,6 +156,7 @@ def attend(
             ),
         ),
     )
+    return axes.with_slots(context) if slotted else context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +167,7 @@ class Part:
     stride: int
     forced: int  # at most
     counted: bool
+    tiling: Tiling | None = None  # entries are its tiles, of which a slab begun has all
 
     @staticmethod
     def units_of(fraction: float) -> int:
@@ -156,7 +176,10 @@ class Part:
 
     def entries(self, keys: int) -> int:
         """How many there are to keep."""
-        return max(1, (keys + self.stride - 1) // self.stride)
+        return max(1, (self._slots(keys) + self.stride - 1) // self.stride)
+
+    def _slots(self, keys: int) -> int:
+        return self.tiling.held(keys) if self.tiling else keys
 
     def sizes(self, level: str) -> tuple[tuple[str, str], ...]:
         """As expressions of the keys of the longest sequence."""
@@ -170,7 +193,7 @@ class Part:
 
     def slots(self, keys: int) -> int:
         """The number itself."""
-        entries = (keys + self.stride - 1) // self.stride
+        entries = (self._slots(keys) + self.stride - 1) // self.stride
         part = (entries * self.units + (1 << 30) - 1) // (1 << 30)
         most = max(part, self.forced) if self.counted else part + self.forced
         return max(1, min(entries, most))
@@ -197,6 +220,12 @@ class Branch:
     softcap: float | None
     sink: bool
     turn: rows.Turn | None
+    slotted: bool = False  # rows and keys are slots of tiles of axes
+
+    @property
+    def seq(self) -> tuple[str, ...]:
+        """What says where sequences lie, and their slots."""
+        return (*(axes.ARGUMENTS if self.slotted else ()), *_SEQ)
 
 
 def plan(
@@ -210,6 +239,7 @@ def plan(
         entries=branch.entries,
         share=branch.share,
         block=branch.block,
+        slotted=branch.slotted,
     )
     context = rows.with_logits(
         context, scale=branch.scale, softcap=branch.softcap, sink=branch.sink
@@ -226,6 +256,7 @@ def plan(
             size=branch.entries.size,
             stride=branch.entries.stride,
             causal=shape.causal,
+            slotted=branch.slotted,
         )
         values = Config(constexprs=tuple(tuned.items()), num_warps=4, num_stages=1)
         return Kernel(
@@ -287,7 +318,7 @@ def _own(branch: Branch, programs: str) -> Step:
             Launch(
                 kernel=f"index_{name}",
                 grid=(tiles, heads),
-                arguments=(branch.lists, counts, entries, branch.width, *_SEQ),
+                arguments=(branch.lists, counts, entries, branch.width, *branch.seq),
             ),
             Launch(
                 kernel=f"attend_{name}",
@@ -300,7 +331,7 @@ def _own(branch: Branch, programs: str) -> Step:
                     branch.width,
                     "0",
                     *branch.outputs,
-                    *_SEQ,
+                    *branch.seq,
                     "0",
                 ),
             ),
@@ -346,7 +377,7 @@ def _given(branch: Branch, programs: str) -> Step:
                     words,
                     f"{chosen}.shape[3]",
                     capacity,
-                    *_SEQ,
+                    *branch.seq,
                     "tile_first",
                 ),
             ),
@@ -361,7 +392,7 @@ def _given(branch: Branch, programs: str) -> Step:
                     capacity,
                     num_words,
                     *branch.outputs,
-                    *_SEQ,
+                    *branch.seq,
                     "tile_first",
                 ),
             ),
@@ -372,7 +403,7 @@ def _given(branch: Branch, programs: str) -> Step:
 
 
 def spread(
-    level: str, selection: str, *, lists: str, width: str, heads: int, block: int
+    level: str, selection: str, *, lists: str, width: str, heads: int, block: int, slotted: bool
 ) -> tuple[Kernel, Step]:
     """The kernel and the step that give each row the list of its block."""
     context = ListsContext(
@@ -383,6 +414,7 @@ def spread(
         size=1,
         stride=1,
         causal=True,
+        slotted=slotted,
     )
     values = (("BLOCK_T", 16), ("BLOCK_N", 64))
     kernel = Kernel(
@@ -393,6 +425,8 @@ def spread(
         operators=(selection,),
     )
     made = f"made_{selection.replace('.', '_')}"
+    stride = (f"0 if batch.packed else {made}.stride(0)",) if slotted else ()
+    slots = axes.ARGUMENTS if slotted else ()
     step = Step(
         title=f"lists of rows: {level}",
         needs=(f"{selection}.blocks",),
@@ -410,7 +444,7 @@ def spread(
             Launch(
                 kernel=context.name,
                 grid=("batch.rows // {BLOCK_T} + batch.sequences", str(heads)),
-                arguments=(lists, made, width, *_SEQ),
+                arguments=(lists, made, *stride, width, *slots, *_SEQ),
             ),
         ),
     )

@@ -384,3 +384,10 @@ def test_nothing_to_attend_to_gives_empty_rows(shape, interpret):
 def test_bitmaps_of_another_level_are_refused(kernel):
     given = BitmapSelection(level="other", words=i32(1), entries=1)
     assert "got one of 'other'" in says(kernel, tensors(), selection={"block": given})
+
+
+def test_more_keys_than_axes_have_places():
+    nothing = torch.zeros(128)
+    q, gates = nothing.expand(1, 32761, 12, 128), nothing.expand(1, 32761, 12, 2, 128)
+    text = says(load_kernel("vsa"), {"q": q, "k": q, "v": q, "gates": gates})
+    assert "k: expected at most 32760 tokens, as many as `axes` have places, got 32761" in text

@@ -719,6 +719,7 @@ TRAINED = (
 REFUSED = {
     "qwen_qsa": "no kernel has the gradient of an output's gate yet",
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
+    "vsa": "branch coarse: no kernel has the gradient of queries that stand for several rows yet",
     "dhsa_released": "branch selected: no kernel has the gradient of lists that rows share yet",
 }
 

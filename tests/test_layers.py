@@ -26,6 +26,7 @@ storage                                 what a cache keeps of a spec
 plan
 gates                                   forms of a spec for short sequences
 rows  dryrun                            a kernel's loops · one call on paper
+axes                                    tokens in the order of tiles
 kernels
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
 cols  unpool  learn                     gradients of attention, of pools and of losses
@@ -87,9 +88,9 @@ families
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels buckets "
-    "together splits appending cols unpool learn configs refusals schedule driver backward losses knobs "
-    "space emit allowlist store workers build resources pipeline tuned catalogue verify dryrun report "
+    "errors paths target spec graph analysis planner passes flops storage plan gates rows axes kernels "
+    "buckets together splits appending cols unpool learn configs refusals schedule driver backward losses "
+    "knobs space emit allowlist store workers build resources pipeline tuned catalogue verify dryrun report "
     "measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}

@@ -41,6 +41,7 @@ STREAMED = {
     "dsa_gqa": {"score_token", "attend_selected"},  # tokens that rows picked
     "hisa": {"score_token", "attend_selected"},
     "moba": set(),  # rows come to blocks
+    "vsa": {"attend_fine"},  # a stream for each of two tiles
     "sparse_mla": {"score_token", "attend_selected"},  # its latents are gathered
 }
 since_3_6 = pytest.mark.skipif(

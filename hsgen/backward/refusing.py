@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Graph, Node, OutputGate, Pool, Select, Union
+from hsgen.graph import Attend, Gate, Graph, Node, OutputGate, Pool, PoolRows, Select, Union
 from hsgen.unpool import DERIVED
 
 
@@ -26,6 +26,8 @@ def lacking(graph: Graph, node: Node) -> str | None:
             return words and f"branch {branch}: no kernel has the gradient of {words} yet"
         case Union(sink=sink) if sink:
             return "no kernel has the gradient of a sink yet"
+        case Gate(each="channel"):
+            return "no kernel has the gradient of gates by channel yet"
         case OutputGate():
             return "no kernel has the gradient of an output's gate yet"
         case _:
@@ -33,7 +35,9 @@ def lacking(graph: Graph, node: Node) -> str | None:
 
 
 def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
+    asked = isinstance(graph.operands(node)[0].op, PoolRows)
     lacks = (
+        (asked, "queries that stand for several rows"),
         (
             op.over not in ("blocks", "tokens", "window", "all", "pooled"),
             f"attention over {op.over}",

@@ -46,7 +46,7 @@ from hsgen.graph import (
     Unlike,
 )
 from hsgen.plan import Cached, Plan
-from hsgen.schedule import attending, choosing, combining, text, vectors
+from hsgen.schedule import attending, choosing, combining, laid, text, vectors
 from hsgen.schedule.choosing import part_of
 from hsgen.schedule.draft import (
     LATENT_DIMS,
@@ -101,11 +101,13 @@ def _plan(draft: Draft) -> Plan:
     storage = storage_of(draft.graph) if draft.cached else None
     _refuse(draft)
     _require_branches(draft)
+    laid.begin(draft)
     draft.turns = {} if draft.kept else combining.turns(draft.graph)
     _append(draft, storage)
     _launches(draft)
     vectors.pools_beside(draft)
-    kept = combining.weigh(draft) if draft.kept else {}
+    laid.in_slots(draft)
+    kept = combining.weigh(draft) if draft.kept or combining.by_channel(draft.graph) else {}
     combining.gate_output(draft)
     outputs = draft.graph.outputs
     return Plan(
@@ -130,7 +132,7 @@ def _plan(draft: Draft) -> Plan:
         },
         gates=combining.gates(draft.graph),
         sizes=dict(draft.graph.sizes),
-        apart=kept,
+        apart=kept if draft.kept else {},
         cached=draft.cached,
         storage=storage,
         appends=tuple(draft.appends),
@@ -140,6 +142,8 @@ def _plan(draft: Draft) -> Plan:
 def _launches(draft: Draft) -> None:
     """What each node needs; of what combines branches only that which they do themselves."""
     for node in draft.graph.nodes():
+        if laid.launched(draft, node):
+            continue
         match node.op:
             case Pool() | PoolRows():
                 vectors.pool(draft, node, node.op)
@@ -159,11 +163,22 @@ def _launches(draft: Draft) -> None:
                 pass  # fused into the launch that makes what they read; behind all; a call of its own
             case Recall(width=int()):
                 pass  # the caller's
-            case Route() | Switch() | Unlike():
-                raise AssertionError("refused")
-            case Cluster() | Permute() | Assign() | Runs() | Delta() | PoolHeads():
-                raise AssertionError("refused")
-            case Recall() | Carry() | Distance() | Entropies() | ReduceRows():
+            case (
+                Route()
+                | Switch()
+                | Unlike()
+                | Cluster()
+                | Permute()
+                | Assign()
+                | Runs()
+                | Delta()
+                | PoolHeads()
+                | Recall()
+                | Carry()
+                | Distance()
+                | Entropies()
+                | ReduceRows()
+            ):
                 raise AssertionError("refused")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from hsgen import configs, refusals, rows, splits, together
+from hsgen import axes, configs, refusals, rows, splits, together
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Graph,
@@ -90,7 +90,8 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         planes=left.planes if left else 0,
     )
     grouped = ranking.group > 0
-    ranks = configs.rank(slots, op.stride, config["BLOCK_T"], grouped=grouped, kept=ranking.kept)
+    longest = draft.tiling.tiles if draft.tiling else slots
+    ranks = configs.rank(longest, op.stride, config["BLOCK_T"], grouped=grouped, kept=ranking.kept)
     if draft.steps_alone:
         ranks = configs.rank_steps(
             slots, op.stride, grouped=grouped, kept=ranking.kept, scores=left is not None
@@ -300,6 +301,7 @@ def spread(draft: Draft, node: Node, op: Select | SelectSet, heads: int, block: 
         width=draft.slots(node),
         heads=heads,
         block=block,
+        slotted=draft.tiling is not None,
     )
     draft.kernels.append(kernel)
     draft.steps.append(step)
@@ -504,9 +506,11 @@ def part_of(graph: Graph, selection: Node) -> together.Part | None:
     if not isinstance(op, SelectSet) or refusals.lacking(graph, selection):
         return None
     own = own_entries(selection.type.dims[1], op.stride) - 1
+    tiling = axes.tiling_of(graph)
     return together.Part(
         units=together.Part.units_of(op.value),
-        stride=op.stride,
+        stride=tiling.slots if tiling else op.stride,
+        tiling=tiling,
         forced=op.first + (op.last + own if op.last else 0),
         counted=op.counted,
     )

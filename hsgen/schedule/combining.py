@@ -24,7 +24,7 @@ from hsgen.graph import (
 )
 from hsgen.kernels import OutputGateContext, WeighContext
 from hsgen.plan import Buffer, Config, Launch, Step
-from hsgen.schedule import text
+from hsgen.schedule import laid, text
 from hsgen.schedule.draft import Draft, Turn
 
 LAST = 3  # stage of what all branches come before
@@ -33,7 +33,7 @@ LAST = 3  # stage of what all branches come before
 def turns(graph: Graph) -> Mapping[str, Turn]:
     """By branch, its turn in the sum or the union; empty where neither gates nor one softmax combine."""
     total = _total(graph)
-    if total is None:
+    if total is None or by_channel(graph):
         return {}
     branches = [x.name for x in graph.operands(total) if isinstance(x.op, Attend)]
     known = [node.name for node in graph.nodes() if node.name in branches]
@@ -62,10 +62,22 @@ def weigh(draft: Draft) -> Mapping[str, str]:
     assert total is not None, "asked of gated branches only"
     branches = [x for x in draft.graph.operands(total) if isinstance(x.op, Attend)]
     made = tuple(text.buffer(node.name) for node in branches)
-    context = WeighContext(name="weigh_branches", head_dim=draft.shape.v, branches=len(branches))
+    coarse = tuple(i for i, node in enumerate(branches) if laid.is_coarse(draft, node))
+    context = WeighContext(
+        name="weigh_branches",
+        head_dim=draft.shape.v,
+        branches=len(branches),
+        each="channel" if by_channel(draft.graph) else "head",
+        kept=draft.kept,
+        slots=draft.tiling.slots if draft.tiling else 0,
+        coarse=coarse,
+        heads=draft.shape.query_heads if coarse else 0,
+    )
     given = text.input_of(total.inputs[0])
     read = (*made, *text.strides(given), f"{given}.stride(3)")
     _over_rows(draft, total, "weigh", context, read)
+    if draft.tiling is not None:
+        draft.steps.append(laid.over_slots(draft, draft.steps.pop(), [branches[i] for i in coarse]))
     names = [x.op.branch for x in branches if isinstance(x.op, Attend)]
     return dict(zip(names, made, strict=True))
 
@@ -108,6 +120,12 @@ def _over_rows(
             launches=(launch,),
         )
     )
+
+
+def by_channel(graph: Graph) -> bool:
+    """Whether branches are weighed channel by channel, which is done at the end."""
+    total = _total(graph)
+    return total is not None and isinstance(total.op, Gate) and total.op.each == "channel"
 
 
 def gates(graph: Graph) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hsgen import cols_streams, configs, rows, splits, streams
+from hsgen.axes import Tiling
 from hsgen.configs import DType
 from hsgen.graph import (
     Attend,
@@ -16,6 +17,7 @@ from hsgen.graph import (
     Map,
     Node,
     Norm,
+    Permute,
     Pool,
     PoolRows,
     Recall,
@@ -92,6 +94,10 @@ class Draft:
     parts: dict[str, splits.Part] = field(
         default_factory=dict[str, splits.Part]
     )  # by branch, those of steps that one launch merges
+    tiling: Tiling | None = None  # entries are its tiles, which the graph then has in slots
+    merged: Mapping[str, str] = field(
+        default_factory=dict[str, str]
+    )  # nodes that the graph then has not, and which each is one with
     left: dict[str, Left] = field(
         default_factory=dict[str, "Left"]
     )  # by selection, what a branch leaves of the scores it is made of
@@ -372,6 +378,9 @@ class Draft:
     def tensor(self, name: str) -> tuple[str, ...]:
         """A tensor and its batch, token and head strides."""
         node = self.graph[name]
+        if isinstance(node.op, Permute):
+            x = text.buffer(name)
+            return x, "0", f"{x}.stride(1)", f"{x}.stride(2)"
         if isinstance(node.op, PoolRows):
             heads, dim = (self.size(of) for of in node.type.dims[2:])
             return text.buffer(name), "0", str(heads * dim), str(dim)

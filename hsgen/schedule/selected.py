@@ -66,6 +66,7 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
         softcap=op.softcap,
         sink=draft.sink(node) is not None,
         turn=draft.turn(node),
+        slotted=draft.tiling is not None,
     )
     kernels, steps = together.plan(
         draft.shape,

@@ -10,7 +10,8 @@ from hsgen import spec as language
 @check(applies=lambda spec: lab.laws(spec).dense_when_all_selected)
 def everything_selected_is_dense_attention(lab):
     """Budgets as large as the sequence leave ordinary attention."""
-    spec = systems.with_budgets(lab.spec(), lambda level: systems.entries(level, lab.T))
+    spec = lab.spec()
+    spec = systems.with_budgets(spec, lambda level: systems.entries(spec, level, lab.T))
     call = lab.make(spec)
     outcome = lab.run(call)
     plain = _dense(call, torch.float32).to(call.dtype)
@@ -24,7 +25,7 @@ def endless_beam_is_exhaustive(lab):
     spec = lab.spec(dims=(64, 32))
     parents = {level.within for level in spec.levels if level.within}
     wide = systems.with_budgets(
-        spec, lambda level: systems.entries(level, lab.T) if level.name in parents else None
+        spec, lambda level: systems.entries(spec, level, lab.T) if level.name in parents else None
     )
     levels = tuple(
         level.model_copy(update={"within": None})
@@ -160,7 +161,7 @@ def any_selection_is_attended(lab):
     generator = torch.Generator().manual_seed(12)
     chosen = {}
     for level in systems.selecting(call.spec):
-        N = systems.entries(level, call.keys)
+        N = systems.entries(call.spec, level, call.keys)
         heads = systems.selection_heads(call.spec, level)
         shape = (2, lab.short, heads, systems.slots(call.spec, level, call.keys))
         picks = torch.randint(-2, N + 2, shape, generator=generator).clamp(min=-1)
@@ -231,7 +232,7 @@ def given_offsets_place_queries(lab):
         lab.checked(lab.make(T=13, S=37).with_options(q_offset=offset))
 
 
-@check()
+@check(applies=lambda spec: not spec.axes)  # no tile is the first, or a row's last
 def uncounted_entries_come_on_top(lab):
     """`counted: false` in every level that forces."""
     spec = lab.spec()

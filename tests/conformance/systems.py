@@ -16,6 +16,7 @@ from hsgen.spec import (
     LearnedTree,
     Parts,
     SortInSegment,
+    Tile,
 )
 
 SPECS = Path(__file__).parents[2] / "specs"
@@ -60,11 +61,10 @@ REFUSED: dict[str, str] = {
     "delta_llm": "no kernel reads keys from their changes yet",
     "token_sparse": "level all_mass: no kernel reduces the scores of rows together yet",
     "sparse_d": "level block: no kernel takes over a selection yet",
-    "draft_attention": "level box: no kernel chooses for tiles of axes yet",
-    "draft_attention_head": "level box: no kernel chooses for tiles of axes yet",
-    "vsa": "level coarse: no kernel chooses for tiles of axes yet",
-    "biformer": "level region: no kernel chooses for tiles of axes yet",
-    "biformer_released": "level region: no kernel chooses for tiles of axes yet",
+    "draft_attention": "level box: no kernel normalises scores of blocks of rows yet",
+    "draft_attention_head": "level box: no kernel normalises scores of blocks of rows yet",
+    "biformer": "level region: no kernel reduces a dot score over all heads yet",
+    "biformer_released": "level region: no kernel reduces a dot score over all heads yet",
     "spatten": "level token: no kernel takes over a selection yet",
     "spt": "level token: no kernel compares codes yet",
     "delta": "level page: no kernel takes over a selection yet",
@@ -96,6 +96,7 @@ ALIKE: dict[str, str] = {
     "qwen_qsa": "moba",
     "small_thinker": "nsa",
     "sqa": "nsa",
+    "vsa": "block_lists",
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
@@ -121,8 +122,14 @@ def shrink(spec, *, block=16):
     levels = []
     for level in spec.levels:
         levels.append(_shrunk_level(spec, level, factor, {one.name: one.select for one in levels}))
-    attend = tuple(_shrunk_branch(branch) for branch in spec.attend)
-    return language.verify(spec.model_copy(update={"levels": tuple(levels), "attend": attend}))
+    changes = {"levels": tuple(levels)}
+    changes["attend"] = tuple(_shrunk_branch(branch) for branch in spec.attend)
+    if spec.axes and any(level.permute for level in spec.levels):
+        changes["axes"] = (
+            64,
+            *(3, 5)[-len(spec.axes) + 1 :],
+        )  # the last tiles of an axis are cut off
+    return language.verify(spec.model_copy(update=changes))
 
 
 def _shrunk_branch(branch):
@@ -159,6 +166,9 @@ def _shrunk_level(spec, level, factor, above):
         )
     if level.query and level.query.last:
         changes["query"] = level.query.model_copy(update={"last": min(level.query.last, 8)})
+    if level.query and level.query.tile:
+        few = tuple(min(steps, 2) for steps in level.query.tile)
+        changes["query"] = level.query.model_copy(update={"tile": few})
     if level.permute:
         changes["permute"] = _shrunk_orders(level.permute, factor)
     if isinstance(level.partition, Parts):
@@ -200,6 +210,8 @@ def _shrunk_orders(permute, factor):
                     "last": order.last and min(order.last, 8),
                 }
             )
+        if isinstance(order, Tile):
+            made[side] = order.model_copy(update={"tile": tuple(min(x, 2) for x in order.tile)})
         if isinstance(order, KMeans):
             made[side] = order.model_copy(
                 update={"clusters": min(order.clusters, 7), "iterations": 2}
@@ -306,12 +318,18 @@ def slots(spec, level, keys):
     select = level.select
     if not select.fraction:
         return spec.width(level)
-    part = math.ceil(Fraction(math.floor(select.fraction * 2**30), 2**30) * entries(level, keys))
+    part = math.ceil(
+        Fraction(math.floor(select.fraction * 2**30), 2**30) * entries(spec, level, keys)
+    )
     forced = spec.most_forced(level)
     most = max(part, forced) if select.force.counted else part + forced
-    return max(1, min(entries(level, keys), most))
+    return max(1, min(entries(spec, level, keys), most))
 
 
-def entries(level, keys):
-    """Entries of a level that have a token."""
-    return math.ceil(keys / level.partition.stride)
+def entries(spec, level, keys):
+    """Entries of a level that may have a token: of tiles all of a slab that has any."""
+    order = level.permute and level.permute.keys
+    if not isinstance(order, Tile):
+        return math.ceil(keys / level.partition.stride)
+    across = math.prod(math.ceil(n / t) for n, t in zip(spec.axes[1:], order.tile[1:], strict=True))
+    return math.ceil(keys / (order.tile[0] * math.prod(spec.axes[1:]))) * across

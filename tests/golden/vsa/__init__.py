@@ -1,0 +1,1 @@
+"""Kernels of vsa, emitted by hsgen."""
