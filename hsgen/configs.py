@@ -14,6 +14,7 @@ from hsgen.appending import StoreContext
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
 from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
+from hsgen.maps import MapsContext
 from hsgen.plan import Config, Kernel, Plan
 from hsgen.rows import next_power
 from hsgen.splits import BesideContext
@@ -233,6 +234,33 @@ def rank(slots: int, stride: int, tokens: int, *, grouped: bool, kept: int = 0) 
     values = (("BLOCK_R", max(1, min(tokens, 256 // width))), ("BLOCK_N", width))
     warps = 4 if width > 1024 and not grouped else 1
     return Config(constexprs=values, num_warps=warps, num_stages=1)
+
+
+def rank_by_mass(stride: int) -> Config:
+    """A key and a mass of each entry in registers, of texts up to 128K tokens where a warp has room."""
+    width = max(64, min(1024, next_power(LONG_TEXT // stride)))
+    return Config(constexprs=(("BLOCK_R", 1), ("BLOCK_N", width)), num_warps=1, num_stages=1)
+
+
+def maps(context: MapsContext, target: Target, dtype: DType) -> Config:
+    """Tiles of products, as large as their sums leave registers for, then as many stages as have room."""
+    size, rows_of, wide, step = (4, 64, 64, 16) if dtype == "fp32" else (2, 128, 256, 64)
+    tokens = max(1, rows_of // context.per_row)
+    step = min(step, context.most_channels)
+    deepest = {
+        columns: (target.smem_per_block - 8192)
+        // ((tokens * context.per_row + columns) * step * size)
+        for columns in (max(width, context.per_entry) for width in _halves(wide, 32))
+    }
+    columns = next((each for each, stages in deepest.items() if stages >= 2), min(deepest))
+    values = (("BLOCK_T", tokens), ("BLOCK_N", columns), ("BLOCK_D", step))
+    return Config(constexprs=values, num_warps=8, num_stages=max(1, min(4, deepest[columns])))
+
+
+def sums(context: MapsContext) -> Config:
+    """Blocks of entries a step, of all rows of a block."""
+    step = max(16, 2048 // context.per_row)
+    return Config(constexprs=(("BLOCK_N", step),), num_warps=4, num_stages=1)
 
 
 def _sampled(kept: int) -> Config:

@@ -101,11 +101,15 @@ class RankContext:
     rows: int = 0  # > 0: what ranks are blocks of so many rows
     part: int = 0  # > 0: in place of k, the part of the candidates that is kept, in units of 2^-30
     of_all: bool = False  # of all entries of the keys instead
+    mass: int = 0  # > 0: in place of k, the part of all masses that is reached, in units of 2^-30
+    least: int = 0  # of a mass: entries that are kept whatever they weigh
     summed: int = 0  # > 0: scores are made here, of what an attend left of so many heads each
     planes: int = 0  # of that: 2 where an entry also counts in the slot after its own
 
     @property
     def summary(self) -> str:
+        if self.mass:
+            return "the best entries of each block of rows, until their masses reach a part of all."
         if self.part:
             return f"the best entries of each {'block of rows' if self.rows else 'row'}, a part of them."
         return f"the {self.k} best {'children' if self.children else 'entries'} of each row."
@@ -211,19 +215,24 @@ class RankContext:
         return f"{self.k}{tails}"
 
     @property
+    def varies(self) -> bool:
+        """Whether how many slots a row has is a number of the call."""
+        return bool(self.part or self.mass)
+
+    @property
     def lists(self) -> str:
         """The leading arguments of `keep_keys`: what `row_entries` reads."""
         return "parents, live, " if self.children else ""
 
     @property
     def row_width(self) -> str:
-        """Slots of a row: known, or as many as a part of the longest sequence."""
-        return "width" if self.part else str(self.width)
+        """Slots of a row: known, or as many as the longest sequence has use for."""
+        return "width" if self.varies else str(self.width)
 
     @property
     def places(self) -> str:
         """The argument of `keep_best` that says how many slots there are, where it is not known."""
-        return "width, " if self.part else ""
+        return "width, " if self.varies else ""
 
     @property
     def forced(self) -> str:
@@ -281,7 +290,7 @@ class RankContext:
             *SEQ,
             count("tile_first", "the tile of rows at which the scratch begins"),
             count("capacity", "row length of the scratch"),
-            *((count("width", "slots of a row"),) if self.part else ()),
+            *((count("width", "slots of a row"),) if self.varies else ()),
             *tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
             *(tunables("BLOCK_W", "BLOCK_P") if self.summed else ()),
         )

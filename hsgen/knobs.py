@@ -12,6 +12,7 @@ from hsgen.buckets import BucketsContext, PartsContext
 from hsgen.cols_streams import ColsStreamsContext, shared_bytes
 from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsContext, UniteContext
 from hsgen.learn import LINE, LearnContext
+from hsgen.maps import MapsContext
 from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.rows import MARKED, PICKING, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
@@ -103,11 +104,10 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return {**_marking(context), "num_warps": (1, 16)}
         case IndexContext() | UniteContext():
             return {"num_warps": (1, 16)}
-        case BucketsContext(how="offsets"):
-            return {"BLOCK_N": (64, 1024), "num_warps": (1, 8)}
         case BucketsContext():
-            most = max(1, SORT_LIMIT // next_power(context.width))
-            return {"BLOCK_T": (1, most), "num_warps": (1, 8)}
+            return _bucket_ranges(context)
+        case MapsContext():
+            return _map_ranges(context)
         case ListsContext():
             return _list_ranges(context)
         case SegmentsContext(how="linear"):
@@ -128,6 +128,25 @@ def _marking(context: IndexContext | MarksContext) -> dict[str, tuple[int, int]]
     """Slots of a row's list a step, and entries a step, where rows set bits."""
     dear = {"DEAR": (1, 8)} if isinstance(context, MarksContext) else {}
     return {"BLOCK_K": (16, max(16, next_power(context.width))), "BLOCK_N": (16, 1024), **dear}
+
+
+def _bucket_ranges(context: BucketsContext) -> dict[str, tuple[int, int]]:
+    if context.how == "offsets":
+        return {"BLOCK_N": (64, 1024), "num_warps": (1, 8)}
+    most = max(1, SORT_LIMIT // next_power(context.width))
+    return {"BLOCK_T": (1, most), "num_warps": (1, 8)}
+
+
+def _map_ranges(context: MapsContext) -> dict[str, tuple[int, int]]:
+    if context.how == "sums":
+        return {"BLOCK_N": (16, 1024), "num_warps": (1, 8)}
+    return {
+        "BLOCK_T": (max(1, LEAST_DOT // context.per_row), max(1, MOST_ROWS // context.per_row)),
+        "BLOCK_N": (max(LEAST_DOT, context.per_entry), max(256, context.per_entry)),
+        "BLOCK_D": (LEAST_DOT, context.most_channels),
+        "num_warps": (1, 8),
+        "num_stages": (1, 5),
+    }
 
 
 def _list_ranges(context: ListsContext) -> dict[str, tuple[int, int]]:
@@ -253,6 +272,11 @@ def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
             each = largest // (values["num_warps"] * target.warp_size)
             if each > MOST_SCORES:
                 yield f"{each} scores a thread, at most {MOST_SCORES}"
+        case MapsContext(how="tiles") as context:
+            rows, wide = values["BLOCK_T"] * context.per_row, values["BLOCK_N"]
+            each = rows * wide // (values["num_warps"] * target.warp_size)
+            if each > ACCUMULATORS and not target.tensor_columns:
+                yield f"{each} accumulators a thread, at most {ACCUMULATORS}"
         case IndexContext(width=width, how="union"):
             pairs = values["BLOCK_T"] * next_power(width)
             if pairs > SORT_LIMIT and pairs > next_power(width):
@@ -281,7 +305,11 @@ def refused(
     for name, value in given.items():
         if wrong := _no_size(name, value):
             return wrong
-    if wrong := _too_many_rows(kernel, values, plan) or _past_a_line(kernel, values):
+    if wrong := (
+        _too_many_rows(kernel, values, plan)
+        or _past_a_line(kernel, values)
+        or _no_tile(kernel, values)
+    ):
         return wrong
     if kernel.skeleton not in STREAMED:
         return ""
@@ -317,6 +345,21 @@ def _past_a_line(kernel: Kernel, values: Mapping[str, int]) -> str:
     match kernel.context:
         case LearnContext(how=how) if how != "rows" and LINE % values["BLOCK_N"]:
             return f"expected BLOCK_N to divide {LINE}, got {values['BLOCK_N']}"
+        case _:
+            return ""
+
+
+def _no_tile(kernel: Kernel, values: Mapping[str, int]) -> str:
+    """Tiles of products have whole blocks of entries, and steps whole parts of a head."""
+    match kernel.context:
+        case MapsContext(how="tiles", dim=dim, per_entry=entries, per_row=rows):
+            wide, step, tall = values["BLOCK_N"], values["BLOCK_D"], values["BLOCK_T"] * rows
+            if wide % entries or wide < LEAST_DOT:
+                least = max(LEAST_DOT, entries)
+                return f"expected BLOCK_N of whole blocks of {entries} entries, at least {least}, got {wide}"
+            if tall < LEAST_DOT:
+                return f"expected BLOCK_T of at least {LEAST_DOT // rows}, got {values['BLOCK_T']}"
+            return f"expected BLOCK_D to divide {dim}, got {step}" if dim % step else ""
         case _:
             return ""
 

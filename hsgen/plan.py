@@ -21,6 +21,7 @@ Skeleton = Literal[
     "cols",
     "cols_streams",
     "rank",
+    "maps",
     "segments",
     "index",
     "merge",

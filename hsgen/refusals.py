@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from hsgen import axes
+from hsgen import axes, maps
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Assign,
@@ -72,6 +72,8 @@ def _taken_whole(op: Recall) -> bool:
 
 def lacking(graph: Graph, node: Node) -> str | None:
     """What of one operator no kernel does yet; None where some kernel does it."""
+    if not isinstance(node.op, SelectSet) and maps.way_to(graph, node.name):
+        return None
     if node.name in graph.outputs.streams.values():
         return "no kernel puts out branches apart yet: `combine: {streams: branches}`"
     match node.op:
@@ -248,7 +250,7 @@ def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) ->
     """Of a level whose rows choose together, what that is in the way of; of any, what its operators are."""
     in_blocks = _in_blocks(graph, node)
     if isinstance(op, SelectSet):
-        return _of_set(op, in_blocks=in_blocks)
+        return _of_set(op, in_blocks=in_blocks, weighed=_weighed(graph, node))
     return (_of_blocks(op) if in_blocks else None) or _of_choice(op)
 
 
@@ -266,8 +268,28 @@ def _of_blocks(op: Score | Map | Select) -> str | None:
             return None
 
 
-def _of_set(op: SelectSet, *, in_blocks: bool) -> str | None:
-    """A part of the entries is kept where rows choose together: their lists may then be long."""
+def _weighed(graph: Graph, node: Node) -> bool:
+    """Whether the scores of a selection are sums of masses."""
+    return maps.way_to(graph, node.inputs[0]) is not None
+
+
+def _of_set(op: SelectSet, *, in_blocks: bool, weighed: bool) -> str | None:
+    """A part of the entries, or of masses, is kept where rows choose together: lists may then be long."""
+    by_mass = SelectSet(
+        level=op.level,
+        size=op.size,
+        stride=op.stride,
+        rule="top_p",
+        value=op.value,
+        first=op.first,
+        last=op.last,
+        counted=op.counted,
+        boundary="keep",
+        scope="row",
+        least=op.least,
+    )
+    if weighed and op == by_mass:
+        return None
     plain = SelectSet(
         level=op.level,
         size=op.size,

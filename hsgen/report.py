@@ -29,6 +29,7 @@ from hsgen.configs import DType
 from hsgen.errors import BuildError, PlanError
 from hsgen.graph import Gate, Graph, Node, Select, Union, align, op_text, tensor_inputs
 from hsgen.kernels import SegmentsContext
+from hsgen.maps import MapsContext
 from hsgen.pipeline import Artifact
 from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.resources import TOKENS, Job, Outcome, Resources, Roofline
@@ -459,7 +460,10 @@ def math_type(kernel: Kernel, dtype: str) -> MathType:
             RowsContext(precision=precision) | StreamsContext(rows=RowsContext(precision=precision))
         ):
             return _dot_type(dtype, precision)
-        case SegmentsContext(how="linear", precision=precision):
+        case (
+            SegmentsContext(how="linear", precision=precision)
+            | MapsContext(how="tiles", precision=precision)
+        ):
             return _dot_type(dtype, precision)
         case _:
             return "fp32"

@@ -190,6 +190,12 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
             part = max(level.select.fraction, 0.4)  # more than is forced
             changes["select"] = level.select.model_copy(update={"fraction": part, "force": force})
             return level.model_copy(update=changes)
+        if level.select.top_p:
+            top_p = level.select.top_p.model_copy(
+                update={"mass": min(level.select.top_p.mass, 0.6)}
+            )
+            changes["select"] = level.select.model_copy(update={"top_p": top_p, "force": force})
+            return level.model_copy(update=changes)
         kept = "top_k" if level.select.top_k else "beam"
         forced = force.first + force.last + (spec.own_entries(level) - 1 if force.last else 0)
         budget = min(level.select.budget, max(forced + 1, 3 if blocks else 6))
@@ -260,6 +266,8 @@ def _level_text(level: Level) -> str:
     size = f"{level.partition.size}/{level.partition.stride}"
     if level.select and level.select.fraction:
         return f"{size} a part of {level.select.fraction:g}"
+    if level.select and level.select.top_p:
+        return f"{size} {level.select.top_p.mass:g} of the mass"
     return f"{size} top {level.select.budget}" if level.select else size
 
 

@@ -30,6 +30,7 @@ axes                                    tokens in the order of tiles
 kernels
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
 cols  unpool  learn                     gradients of attention, of pools and of losses
+maps                                    what blocks of rows give blocks of entries
 streams  cols_streams                   rows whose keys one warp brings · keys whose rows two bring
 splits  appending                       a row's keys shared by programs · new tokens into a cache
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
@@ -89,8 +90,9 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows axes kernels "
-    "buckets together splits appending cols unpool learn configs refusals schedule driver backward losses "
-    "knobs space emit allowlist store workers build resources pipeline tuned catalogue verify dryrun report "
+    "buckets together splits appending cols unpool learn maps configs refusals schedule driver backward "
+    "losses knobs space emit allowlist store workers build resources pipeline tuned catalogue verify dryrun "
+    "report "
     "measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}

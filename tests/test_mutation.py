@@ -30,6 +30,7 @@ SPECS = {
     "pools": lambda: spec_of("gates_finished"),
     "sparse_mla": lambda: systems.small("sparse_mla", group=65, dims=(64, 32)),
     "dhsa_released": lambda: systems.small("dhsa_released", group=1, block=16, dims=(32, 32)),
+    "xattention": lambda: systems.small("xattention", group=1, dims=(16, 16)),
 }
 ORDERS = {name: {"selected": "keys"} for name in ("moba_keys", "logits_keys")}
 TILE = 16

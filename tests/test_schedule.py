@@ -234,9 +234,11 @@ MEASURED = (
     "vsa",
     "dsa_gqa",
     "glm_kpool",
+    "xattention",
 )
 # What a call holds of its inputs, outputs and choice: keys and values are copied into slots of tiles.
 HOLDS = {"vsa": 1.5}
+UNTRAINED = ("vsa", "xattention")  # whose gradients no kernel has
 
 
 @functools.cache
@@ -268,7 +270,7 @@ def test_a_call_holds_little_beside_inputs_outputs_and_selection(name):
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["again", "kept"])
-@pytest.mark.parametrize("name", [name for name in MEASURED if name not in HOLDS])
+@pytest.mark.parametrize("name", [name for name in MEASURED if name not in UNTRAINED])
 def test_gradients_hold_little_beside_what_is_saved_lists_and_themselves(name, apart):
     graph, target = measured_graph(name), replace(H100, streams=True)
     forward = schedule.schedule(graph, target)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hsgen import appending, refusals
+from hsgen import appending, maps, refusals
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -24,6 +24,7 @@ from hsgen.graph import (
     Input,
     LogSumExp,
     Map,
+    Node,
     Norm,
     Normalise,
     OutputGate,
@@ -46,7 +47,7 @@ from hsgen.graph import (
     Unlike,
 )
 from hsgen.plan import Cached, Plan
-from hsgen.schedule import attending, choosing, combining, laid, text, vectors
+from hsgen.schedule import attending, choosing, combining, laid, mapping, text, vectors
 from hsgen.schedule.choosing import part_of
 from hsgen.schedule.draft import (
     LATENT_DIMS,
@@ -142,7 +143,7 @@ def _plan(draft: Draft) -> Plan:
 def _launches(draft: Draft) -> None:
     """What each node needs; of what combines branches only that which they do themselves."""
     for node in draft.graph.nodes():
-        if laid.launched(draft, node):
+        if laid.launched(draft, node) or maps.way_to(draft.graph, node.name):
             continue
         match node.op:
             case Pool() | PoolRows():
@@ -152,7 +153,7 @@ def _launches(draft: Draft) -> None:
             case Attend():
                 attending.attend(draft, node, node.op)
             case Select() | SelectSet():
-                choosing.select(draft, node, node.op)
+                _choose(draft, node, node.op)
             case LogSumExp() if isinstance(draft.graph[node.inputs[0]].op, Score):
                 attending.log_sum_exp(draft, node)
             case (
@@ -180,6 +181,14 @@ def _launches(draft: Draft) -> None:
                 | ReduceRows()
             ):
                 raise AssertionError("refused")
+
+
+def _choose(draft: Draft, node: Node, op: Select | SelectSet) -> None:
+    """The launches of a choice."""
+    if way := maps.way_to(draft.graph, node.inputs[0]):
+        mapping.select(draft, node, op, way)
+    else:
+        choosing.select(draft, node, op)
 
 
 def _append(draft: Draft, storage: Storage | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 from hsgen import axes, configs, refusals, rows, splits, together
@@ -63,19 +63,8 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         slots = draft.width(parent) * children
         parent_heads = draft.size(parent.type.dims[2])
         parent_group = heads // parent_heads
-    ranking = RankContext(
-        name=f"rank_{op.level}",
-        heads=heads,
-        k=kept.k if kept else 0,
-        width=kept.width if kept else 0,
-        size=op.size,
-        stride=op.stride,
-        short=draft.short(op.level),
-        causal=draft.shape.causal,
-        first=op.first,
-        last=op.last,
-        counted=op.counted,
-        tail=bool(op.tail),
+    rank = replace(
+        ranking(draft, node, op, short=draft.short(op.level)),
         children=children,
         parent_width=draft.width(parent) if parent else 0,
         parent_heads=parent_heads,
@@ -83,35 +72,32 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         carried=context.folded if planes > 1 else "",
         alike=context.alike,
         fours=_by_fours(context),
-        rows=block,
-        part=part.units if part else 0,
-        of_all=isinstance(op, SelectSet) and op.of == "all",
         summed=draft.shape.group if left else 0,
         planes=left.planes if left else 0,
     )
-    grouped = ranking.group > 0
+    grouped = rank.group > 0
     longest = draft.tiling.tiles if draft.tiling else slots
-    ranks = configs.rank(longest, op.stride, config["BLOCK_T"], grouped=grouped, kept=ranking.kept)
+    ranks = configs.rank(longest, op.stride, config["BLOCK_T"], grouped=grouped, kept=rank.kept)
     if draft.steps_alone:
         ranks = configs.rank_steps(
-            slots, op.stride, grouped=grouped, kept=ranking.kept, scores=left is not None
+            slots, op.stride, grouped=grouped, kept=rank.kept, scores=left is not None
         )
     ranker = draft.kernel(
         "rank",
-        ranking,
+        rank,
         ranks,
         *(chain.names if left else ()),
         node.name,
         follows=None if left else context.name,
     )
-    capacity, row = f"capacity_{op.level}", _row_length(ranking, op.stride)
+    capacity, row = f"capacity_{op.level}", _row_length(rank, op.stride)
     scratch = f"scores_{op.level}"
     scores = Launch(
         kernel=context.name,
         grid=("count", str(programs), *shares),
         arguments=_score_arguments(draft, chain, parent, context, scratch),
     )
-    block_t = f'config["{ranking.name if left else context.name}"]["BLOCK_T"]'
+    block_t = f'config["{rank.name if left else context.name}"]["BLOCK_T"]'
     tiles, chunk = f"tiles_{op.level}", f"chunk_{op.level}"
     choosing, listed = "batch.rows", ("in_q.shape[0]", "in_q.shape[1]")
     made = node.name
@@ -127,7 +113,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 *(((choosing, together.blocks_of(block)),) if block else ()),
                 *(part.sizes(op.level) if part else ()),
                 (capacity, str(slots) if slots else row),
-                *_room(ranking, op.level),
+                *_room(rank, op.level),
                 (
                     tiles,
                     "batch.sequences"
@@ -136,9 +122,9 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 ),
                 (
                     f"bytes_{op.level}",
-                    f"{_row_bytes(ranking, op.level, planes)} * {block_t}",
+                    f"{_row_bytes(rank, op.level, planes)} * {block_t}",
                 ),
-                *_chunk(
+                *chunk_of(
                     draft,
                     op.level,
                     programs if "STAGES" in dict(config.constexprs) else 0,
@@ -158,7 +144,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                     ),
                     role="scratch",
                 ),
-                *_kept(ranking, op.level, f"{chunk} * {block_t}"),
+                *_kept(rank, op.level, f"{chunk} * {block_t}"),
                 Buffer(
                     name=text.buffer(made),
                     dtype="i32",
@@ -176,7 +162,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                         scratch,
                         text.buffer(made),
                         *((text.buffer(parent.name),) if parent else ()),
-                        *((f"kept_{op.level}",) if ranking.sampled else ()),
+                        *((f"kept_{op.level}",) if rank.sampled else ()),
                         *text.SEQ,
                         "tile_first",
                         capacity,
@@ -191,6 +177,32 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     )
     if block:
         spread(draft, node, op, heads, block)
+
+
+def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) -> RankContext:
+    """Which entries of a row are kept, whatever made their scores."""
+    kept = op if isinstance(op, Select) else None
+    found = part_of(draft.graph, node)
+    by_mass = op if isinstance(op, SelectSet) and op.rule == "top_p" else None
+    return RankContext(
+        name=f"rank_{op.level}",
+        heads=draft.size(node.type.dims[2]),
+        k=kept.k if kept else 0,
+        width=kept.width if kept else 0,
+        size=op.size,
+        stride=op.stride,
+        short=short,
+        causal=draft.shape.causal,
+        first=op.first,
+        last=op.last,
+        counted=op.counted,
+        tail=bool(op.tail),
+        rows=draft.block(node),
+        part=found.units if found and not by_mass else 0,
+        of_all=isinstance(op, SelectSet) and op.of == "all",
+        mass=together.Part.units_of(by_mass.value) if by_mass else 0,
+        least=(by_mass and by_mass.least) or 0,
+    )
 
 
 def _walk(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> rows.RowsContext:
@@ -241,7 +253,9 @@ def _kept(ranking: RankContext, level: str, rows_: str) -> tuple[Buffer, ...]:
     return (Buffer(name=f"kept_{level}", dtype="i32", dims=dims, role="scratch"),)
 
 
-def _chunk(draft: Draft, level: str, heads: int, *, children: bool) -> tuple[tuple[str, str], ...]:
+def chunk_of(
+    draft: Draft, level: str, heads: int, *, children: bool
+) -> tuple[tuple[str, str], ...]:
     """How many tiles of rows a scratch holds.
 
     `heads`: of a kernel that runs one program a processor, tile after tile, and starts and ends slowly: it
@@ -508,7 +522,7 @@ def part_of(graph: Graph, selection: Node) -> together.Part | None:
     own = own_entries(selection.type.dims[1], op.stride) - 1
     tiling = axes.tiling_of(graph)
     return together.Part(
-        units=together.Part.units_of(op.value),
+        units=together.Part.units_of(op.value if op.rule == "fraction" else 1.0),
         stride=tiling.slots if tiling else op.stride,
         tiling=tiling,
         forced=op.first + (op.last + own if op.last else 0),

@@ -106,6 +106,21 @@ def fold_log(p, m, weight):
 
 
 @triton.jit
+def log_sum_of(x, WIDTH: tl.constexpr):
+    """Base-2 logarithms of sums of 2^x over WIDTH neighbours, -inf of none.  [M, N] -> [M, N // WIDTH]"""
+    parts = tl.reshape(x, [x.shape[0], x.shape[1] // WIDTH, WIDTH])
+    m = tl.max(parts, 2)
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
+    return m + tl.log2(tl.sum(tl.exp2(parts - m_safe[:, :, None]), 2))
+
+
+@triton.jit
+def greatest_of(x, WIDTH: tl.constexpr):
+    """The greatest of WIDTH neighbours.  [M, N] -> [M, N // WIDTH]"""
+    return tl.max(tl.reshape(x, [x.shape[0], x.shape[1] // WIDTH, WIDTH]), 2)
+
+
+@triton.jit
 def log_of(total, m):
     """Base-2 logarithms of sums [M, N], times 2^m; -inf of 0, where m may be that too.  m: [M]"""
     return tl.log2(total) + m[:, None]

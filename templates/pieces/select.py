@@ -22,6 +22,33 @@ def part_of(whole, UNITS: tl.constexpr):
 
 
 @triton.jit
+def mass_of(score):
+    """Scores as whole numbers of 2^-30: the nearest, of two the even one; none below 0, NaN is 0.  -> i64"""
+    units = score * 1073741824.0  # exact: a power of two
+    units = tl.where(units > 0.0, tl.minimum(units, 17592186044416.0), 0.0)
+    whole = units.to(tl.int64)
+    rest = units - whole.to(tl.float32)
+    up = (rest > 0.5) | ((rest == 0.5) & (whole % 2 == 1))
+    return whole + up.to(tl.int64)
+
+
+@triton.jit
+def share_of(whole, UNITS: tl.constexpr):
+    """UNITS / 2^30 of whole numbers, rounded up, also of those whose product has more than 64 bits.  i64"""
+    return (whole >> 30) * UNITS + (((whole & 0x3FFFFFFF) * UNITS + 0x3FFFFFFF) >> 30)
+
+
+@triton.jit
+def mass_step(low, high, above, middle, reached, wanted):
+    """Halve the interval, knowing what keys >= middle weigh: at low what is wanted, at high less.  All [R]"""
+    unfinished = middle != low
+    enough = reached >= wanted
+    low = tl.where(unfinished & enough, middle, low)
+    less = unfinished & (reached < wanted)
+    return low, tl.where(less, middle, high), tl.where(less, reached, above)
+
+
+@triton.jit
 def bisect_start(candidates, forced, k):
     """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
     few = candidates <= k

@@ -257,12 +257,16 @@ def selection_findings(call, outcome, exact):
         name = level.name
         state = (exact.scores[name], exact.candidates[name], exact.forced[name])
         width, kept = systems.slots(call.spec, level, call.keys), None
-        if level.select.counts_vary:  # by positions alone
+        if level.select.top_p:  # by masses, see below
+            kept = (indices >= 0).sum(-1)
+        elif level.select.counts_vary:  # by positions alone
             own = call.reference().selection[name]
             kept = _spread(own.indices, state[0].shape[-1]).sum(-1)
         found += structure_findings(level, indices, *state[1:], width=width, kept=kept)
         if not found:
             found += gap_findings(level, indices, *state, bounds[name])
+            if level.select.top_p:
+                found += mass_findings(level, indices, *state, bounds[name])
     return found
 
 
@@ -310,6 +314,32 @@ def gap_findings(level, indices, scores, candidates, forced, bound):
     at = _where(wrong)
     detail = f"{level.name} at {at}: {highest[at]:.9g} is left out, {lowest[at]:.9g} is in"
     return [Finding(rule="gap", detail=detail)]
+
+
+def mass_findings(level, indices, scores, candidates, forced, bound):
+    """What is chosen reaches its part of the mass, and without its lowest entry does not; within errors."""
+    top_p = level.select.top_p
+    assert top_p.boundary == "keep" and not top_p.max and top_p.of is None, "another rule"
+    chosen = _spread(indices, scores.shape[-1])
+    if not scores.numel():
+        return []
+    mass = torch.where(candidates, scores, 0.0).clamp(min=0.0)
+    error = torch.where(candidates, bound, 0.0).sum(-1) + 2.0**-28
+    wanted, reached = top_p.mass * mass.sum(-1), torch.where(chosen, mass, 0.0).sum(-1)
+    ranked = chosen & ~forced
+    counted = chosen if level.select.force.counted else ranked
+    lowest = torch.where(ranked, mass, math.inf).amin(-1)
+    before = torch.where(counted, mass, 0.0).sum(-1) - lowest
+    enough = ranked.sum(-1) <= top_p.min  # as many as there must be, whatever they weigh
+    rules = {
+        f"reaches {top_p.mass} of the mass": reached + error >= wanted,
+        "ends there": (before - error < wanted) | enough,
+    }
+    return [
+        Finding(rule="mass", detail=f"{level.name} {rule}: not at {_where(~holds)}")
+        for rule, holds in rules.items()
+        if not holds.all()
+    ]
 
 
 def _spread(indices, N):
@@ -396,6 +426,8 @@ def _weighs(spec, name):
 def _terms(spec, level):
     """Roundings on the way to one score: of its pooled key, of its dot, of what comes after."""
     dim = spec.index.dim if level.score.by_index else spec.head_dim.qk
+    if level.pool and level.pool.keys == "antidiagonal":
+        dim *= level.partition.size
     heads = spec.index.heads if level.score.form in ("relu_weighted", "relu_sum") else 0
     pooled = level.partition.size if level.pool and level.pool.keys else 0
     if level.pool and level.pool.keys == "linear":
@@ -420,6 +452,11 @@ def _map_bound(call, level, exact, bound, unit):
     source = call.spec.level(level.score.source)
     scores = exact.scores[source.name]
     target = exact.scores[level.name]
+    if level.query and level.query.reduce:  # masses of several rows: no worse than the worst part
+        there = scores > 2.0**-100
+        part = torch.where(there, bound / scores.clamp(min=2.0**-100), 0.0)
+        worst = part.max() if part.numel() else 0.0
+        return torch.where(target.isfinite(), target, 0.0).abs() * (worst + 64 * unit) + ZERO
     bound = _reduce_bound(level, target, bound, scores.abs(), unit)
     scores = torch.where(scores.isfinite(), scores, 0.0).abs()
     bound = (

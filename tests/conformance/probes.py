@@ -234,7 +234,7 @@ def _avoiding(call, muted):
     chosen = {}
     for level in systems.selecting(call.spec):
         stride, size = level.partition.stride, level.partition.size
-        N = systems.entries(level, call.keys)
+        N = systems.entries(call.spec, level, call.keys)
         starts = torch.arange(N) * stride
         allowed = starts[(starts + size <= muted.start) | (starts >= muted.stop)] // stride
         shape = (

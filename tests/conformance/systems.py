@@ -34,10 +34,9 @@ REFUSED: dict[str, str] = {
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
     "svg2": "level cluster: no kernel clusters keys yet",
     "svg_ear": "level error: no kernel clusters keys yet",
-    "xattention": "level tile: no kernel pools by antidiagonal yet",
     "s2o": "no kernel puts keys in another order yet",
-    "psa": "level sample: no kernel pools rows by first yet",
-    "psa_mass": "level sample: no kernel pools rows by first yet",
+    "psa": "level block: no kernel selects by quota yet",
+    "psa_mass": "level block: no kernel selects by quota yet",
     "pbs_attn": "level block: no kernel puts keys in another order yet",
     "flux_attention": "no kernel takes a route by sample yet",
     "minference": "no kernel takes a route by head yet",
@@ -97,6 +96,7 @@ ALIKE: dict[str, str] = {
     "small_thinker": "nsa",
     "sqa": "nsa",
     "vsa": "block_lists",
+    "xattention": "block_lists",  # but for its scores, which test_pieces_mass has beside
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
@@ -288,6 +288,10 @@ def with_budgets(spec, budget):
         if number and level.select.fraction:
             select = level.select.model_copy(update={"fraction": 1.0})
             level = level.model_copy(update={"select": select})
+        elif number and level.select.top_p:
+            top_p = level.select.top_p.model_copy(update={"min": number})
+            select = level.select.model_copy(update={"top_p": top_p})
+            level = level.model_copy(update={"select": select})
         elif number:
             key = "top_k" if level.select.top_k else "beam"
             select = level.select.model_copy(update={key: number})
@@ -316,6 +320,8 @@ def selection_heads(spec, level):
 def slots(spec, level, keys):
     """Slots of a row of a level's selection: of a part of the entries as many as the keys have use for."""
     select = level.select
+    if select.top_p:
+        return max(1, entries(spec, level, keys))
     if not select.fraction:
         return spec.width(level)
     part = math.ceil(

@@ -1,0 +1,1 @@
+"""Kernels of xattention, emitted by hsgen."""
