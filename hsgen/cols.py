@@ -14,7 +14,7 @@ from typing import Literal
 
 from hsgen import rows, transposed
 from hsgen.kernels import tunables
-from hsgen.plan import Param
+from hsgen.plan import ElementType, Param
 from hsgen.rows import (
     MARKED,
     SEQ,
@@ -56,6 +56,18 @@ SUMS = (
 OUTPUT = tensor("O", "o", "[B, T, Hq, Dv]", "bth")
 KEPT_OUTPUT = tensor("O", "o", "f32[B, T, Hq, Dv]", "bth", "f32")  # of a branch under a gate
 OUTPUT_GRADIENT = tensor("DO", "do", "[B, T, Hq, Dv]", "bth")
+OF_KEYS = (
+    pointer("SLOT_OF", "i32", "[Hkv, keys, chunk] 1 + the slot of a key in a tile's list; 0: none"),
+    count("chunk", "tiles of a turn, at most"),
+    count("slots", "of a tile's list, at most"),
+    count("keys", "of all sequences"),
+)
+
+
+def part_k(dtype: ElementType) -> Param:
+    """What tiles of rows give each key of their lists."""
+    comment = "[Hkv, parts, chunk, slots, Dqk] what a tile gives the keys of its list"
+    return pointer("PART_K", dtype, comment)
 
 
 # --- rows by block
@@ -190,18 +202,29 @@ def _gates_gradient(gate: Gated) -> tuple[Param, ...]:
 DELTAS = "the gradient of a branch's gates, and delta, from logits that are computed again."
 
 
-def query_gradient(forward: RowsContext, *, name: str, scale: float, adds: bool) -> RowsContext:
-    """dq over the keys that the forward attends, in the loops of the forward."""
+def query_gradient(
+    forward: RowsContext,
+    *,
+    name: str,
+    scale: float,
+    adds: bool,
+    leaves: ElementType | None = None,
+) -> RowsContext:
+    """dq over the keys that the forward attends, in the loops of the forward.
+
+    leaves: In what a tile of rows leaves, of each key of its list, what it gives the key's gradient.
+    """
     outputs = (
         *OUTPUT_GRADIENT,
         *SUMS,
         *rows.gates_of(forward.gate),
         *tensor("DQ", "dq", "[B, T, Hq, Dqk]", "bth"),
+        *((part_k(leaves), *OF_KEYS, LENGTH) if leaves else ()),
     )
-    made = _without_outputs(
-        forward, outputs, acc="dq", name=name, summary="the gradient of queries."
-    )
-    return replace(made, scale=number(scale), adds=adds)
+    more = ", and what they give those of keys" if leaves else ""
+    summary = f"the gradient of queries{more}."
+    made = _without_outputs(forward, outputs, acc="dq", name=name, summary=summary)
+    return replace(made, scale=number(scale), adds=adds, gives=leaves is not None)
 
 
 def _without_outputs(
@@ -398,6 +421,52 @@ class SumContext:
             *SEQ,
             *((HEAD_FIRST,) if of.list_heads else ()),
             *tunables(*(("BLOCK_C",) if of.list_heads else ()), "BLOCK_N"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeContext:
+    """Everything `merge.py.jinja` reads to add up what the rows that chose a key left for it.
+
+    A program has one key.  Between turns its sum is in float32; the last one writes the gradient.
+    """
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    of: RowsContext
+    dtype: ElementType  # of what was left
+    kv_heads: int
+    adds: bool  # to the gradient of other branches
+    how: Literal["take"] = "take"
+
+    @property
+    def summary(self) -> str:
+        return "the gradient of latents from what each tile of rows left, in their order."
+
+    @property
+    def head_dim(self) -> int:
+        return sum(c.width for c in self.of.qk_chunks)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return self.of.qk_chunks
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return (
+            part_k(self.dtype),
+            *OF_KEYS,
+            pointer("SUM_K", "f32", "f32[keys, Hkv, Dqk] of the turns before"),
+            *tensor("DK", "dk", "[B, S, Hkv, Dqk]", "bth"),
+            count("tokens", "keys of a tensor's sequence"),
+            count("count", "tiles of the turn"),
+            count("left", "tiles behind it"),
+            *tunables("BLOCK_H", "BLOCK_T", "BLOCK_E"),
         )
 
     @property

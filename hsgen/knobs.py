@@ -24,6 +24,7 @@ from hsgen.streams import (
     WIDEST,
     StreamsContext,
     number_bytes,
+    shared_bytes_of_latents,
 )
 from hsgen.target import Target
 from hsgen.together import ListsContext
@@ -186,6 +187,8 @@ def _stream_ranges(
     context: StreamsContext, kernel: Kernel, plan: Plan
 ) -> dict[str, tuple[int, int]]:
     """Rows are those of two groups; of a score they vary, and its steps are as long as a dot's tile."""
+    if context.latent and context.rows.derives:
+        return {}  # what there is fills shared memory
     if context.latent:
         return {"BLOCK_N": (32, LATENT_STEP), "STAGES": (2, 4)}
     if context.scores:
@@ -385,6 +388,8 @@ def _least_shared(kernel: Kernel, values: Mapping[str, int]) -> int:
     match kernel.context:
         case ColsStreamsContext() as context:
             return shared_bytes(context.cols, values["STAGES"])
+        case StreamsContext() as context if context.latent and context.rows.derives:
+            return shared_bytes_of_latents(context.rows)
         case StreamsContext() as context if "BLOCK_N" in values:  # else it is its leader's to fit
             brought = {tile.name: tile.chunk.width for tile in (*context.keys, *context.values)}
             stages = values["STAGES"] * values["BLOCK_N"] * sum(brought.values())

@@ -18,6 +18,7 @@ Skeleton = Literal[
     "beside",
     "streams",
     "latents",
+    "latents_gradient",
     "cols",
     "cols_streams",
     "rank",
@@ -28,7 +29,7 @@ Skeleton = Literal[
     "learn",
 ]
 # in Gluon: texts of `rows`, and of `cols`
-STREAMED: tuple[Skeleton, ...] = ("streams", "latents", "cols_streams")
+STREAMED: tuple[Skeleton, ...] = ("streams", "latents", "latents_gradient", "cols_streams")
 ElementType = Literal["input", "e4m3", "f32", "i32", "i64"]
 
 

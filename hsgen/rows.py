@@ -194,6 +194,7 @@ class RowsContext(InTurn):
     page: int = 0  # > 0: keys lie in pages of so many tokens
     scale: str = ""  # of logits, in a gradient
     adds: bool = False  # to the gradient of other branches
+    gives: bool = False  # of a gradient: a tile also leaves what it gives those of its list's keys
     leaves: bool = False  # logarithms of weights, for the choice that is made of them
     eight: bool = False  # queries and keys are e4m3 numbers, a byte each
     powers: bool = False  # each of which vectors is times a power of two of its own

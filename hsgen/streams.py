@@ -5,7 +5,9 @@ their keys and values: a dot of one group runs beside the exponentials of the ot
 scores of one step beside the sums of the step before.  Triton's own loops do neither, so these are in Gluon.
 
 Of latents (`latents.py.jinja`) a token's heads are the rows of both groups, each of which has half of the
-value: one scores, and gives the other its weights.  Four warps gather the tokens of the list.
+value: one scores, and gives the other its weights.  Four warps gather the tokens of the list.  Of their
+gradients (`latents_gradient.py.jinja`) one group scores, the other finds what weights are to change by, and
+each sums about half of the columns of dq and of what the token gives its keys.
 
 Decides what a rows kernel needs to be written so.  Loops, addresses and masks stay those of `rows`.
 """
@@ -13,7 +15,7 @@ Decides what a rows kernel needs to be written so.  Loops, addresses and masks s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,6 +33,11 @@ LATENT_REGISTERS = 208
 GATHER_REGISTERS = 72  # of a thread of the four warps that gather
 LATENT_STEP = 64  # keys
 HANDED = ("p_shared", "rescale_shared", "full", "free", "p_full", "p_free")
+COLUMNS = 64  # of a tile where gradients of latents are made
+MOST_COLUMNS = 5  # such tiles of dq that a group's registers hold
+LATENT_GRADIENT = ("q_shared", "do_shared", "k_shared", "p_shared", "ds_shared")
+# barriers, and who arrives at them: groups, but threads of a gather
+ARRIVALS = {"rows_full": 2, "full": 128, "free": 2, "p_full": 1, "p_free": 2, "ds_full": 1}
 # registers of a thread for a gradient, scores, what they change by and its operand
 MOST_DERIVED = 208
 NARROWEST = 64  # columns that one swizzled row of shared memory holds
@@ -101,6 +108,35 @@ class StreamsContext(Warped):
         if self.apart:
             return f"gl.program_id(0) * {GROUPS} + GROUP, items, gl.num_programs(0) * {GROUPS}"
         return "gl.program_id(0), items, gl.num_programs(0)"
+
+    @property
+    def key_columns(self) -> range:
+        """Tiles of COLUMNS columns that a latent has."""
+        return range(sum(c.width for c in self.rows.qk_chunks) // COLUMNS)
+
+    @property
+    def value_columns(self) -> range:
+        """Those of them that are a value too."""
+        return range(sum(c.width for c in self.rows.v_chunks) // COLUMNS)
+
+    def own_columns(self, group: int, made: Literal["dq", "given"]) -> tuple[int, ...]:
+        """Tiles that a group sums: half of the value each; the first, which has one step less to do, dq's
+        other columns, the second those of what keys are given.
+        """
+        half = (len(self.value_columns) + 1) // 2
+        rest = self.key_columns[len(self.value_columns) :] if made == "dq" else ()
+        first = (*range(half), *rest)
+        return first if group == 0 else tuple(i for i in self.key_columns if i not in first)
+
+    @property
+    def barriers(self) -> Mapping[str, int]:
+        """Of a gradient of latents: who arrives at each."""
+        return ARRIVALS
+
+    @property
+    def listing(self) -> tuple[str, ...]:
+        """Where a token's list is; no word says which of a tile's rows chose what: there is one."""
+        return tuple(x for x in map(self._of_program, self.rows.setup) if "own_bit" not in x)
 
     @property
     def keys(self) -> tuple[Tile, ...]:
@@ -252,6 +288,8 @@ class StreamsContext(Warped):
     @property
     def shared(self) -> tuple[str, ...]:
         """Names of what groups and stream share in shared memory."""
+        if self.latent and self.rows.derives:
+            return (*LATENT_GRADIENT, *self.barriers)
         if self.latent:
             return (*(tile.name for tile in self.keys), *HANDED)
         return (
@@ -352,6 +390,35 @@ def gathered(context: RowsContext, target: Target, dtype: str) -> bool:
         and WIDEST <= widest // GROUPS <= 256
         and all(NARROWEST <= width <= 256 for width in more)
     )
+
+
+def gives(context: RowsContext, target: Target, dtype: str) -> bool:
+    """Whether gradients of latents can be made so: of one token's heads, in tiles of 64 columns."""
+    keys, values = (sum(c.width for c in cut) for cut in (context.qk_chunks, context.v_chunks))
+    return (
+        target.streams
+        and dtype != "fp32"
+        and context.gives
+        and context.latent
+        and context.parts
+        and context.gate is None
+        and keys % COLUMNS == values % COLUMNS == 0
+        and (values // COLUMNS + 1) // 2 + (keys - values) // COLUMNS <= MOST_COLUMNS
+        and shared_bytes_of_latents(context) <= target.smem_per_block
+    )
+
+
+def shared_bytes_of_latents(context: RowsContext) -> int:
+    """Of queries, outputs' gradients, one step of keys, weights and what they are to change by."""
+    keys, values = (sum(c.width for c in cut) for cut in (context.qk_chunks, context.v_chunks))
+    return 2 * LEAST_ROWS * (2 * keys + values + 2 * LATENT_STEP) + 1024
+
+
+def latent_gradient_config(context: RowsContext) -> Config:
+    """One token's heads, and a step of 64 keys."""
+    heads = min(LEAST_ROWS, context.pitch)
+    values = (("BLOCK_T", 1), ("BLOCK_M", LEAST_ROWS), ("BLOCK_N", LATENT_STEP), ("BLOCK_H", heads))
+    return Config(constexprs=(*values, ("STAGES", 1)), num_warps=4, num_stages=1)
 
 
 def latent_tiles(context: RowsContext) -> tuple[Chunk, ...]:
@@ -518,7 +585,9 @@ def of_tiles(kernel: Kernel, leader: Config | None = None) -> Kernel:
     tiles = leader or kernel.config
     if "STAGES" not in dict(tiles.constexprs) or not isinstance(kernel.context, RowsContext):
         return kernel
-    skeleton = "latents" if kernel.context.latent else "streams"
+    skeleton = "streams"
+    if kernel.context.latent:
+        skeleton = "latents_gradient" if kernel.context.derives else "latents"
     return replace(kernel, skeleton=skeleton, context=streamed(kernel.context))
 
 

@@ -31,7 +31,7 @@ UNIT = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
-GOLDEN = ("moba", "nsa", "dsa_gqa")
+GOLDEN = ("moba", "nsa", "dsa_gqa", "dsa")
 STREAMING = replace(H100, streams=True)
 BRANCHES = ("compressed", "selected", "window")  # of nsa
 STREAMED = {  # of each spec, what dk and dv come from by a stream of rows
@@ -40,6 +40,7 @@ STREAMED = {  # of each spec, what dk and dv come from by a stream of rows
     "moba": set(),  # each query head chooses: a tile would have a row of a token
     "infllm_v2": {"dkv_selected"},
     "nsa_fla": set(),  # head dim 32
+    "dsa": set(),  # no rows are walked again
 }
 DERIVED = {  # and dq by one of keys
     "nsa": {f"{made}_{branch}" for made in ("delta", "dq") for branch in BRANCHES},
@@ -47,6 +48,7 @@ DERIVED = {  # and dq by one of keys
     "moba": {"dq_selected"},
     "infllm_v2": {"dq_selected"},
     "nsa_fla": set(),
+    "dsa": {"dq_selected"},
 }
 
 CHOSEN = """
@@ -466,6 +468,16 @@ def test_latents_of_many_heads_have_gradients(seed, of):
         check(latent, T=21, config={"dkv_selected": {"BLOCK_H": 16, "BLOCK_M": 16}})
 
 
+def test_latents_of_heads_that_fill_a_tile_have_gradients(seed, monkeypatch):
+    """Rows leave what they give each key, in turns of a row; of documents, and of more than two programs."""
+    monkeypatch.setattr(backward, "SCRATCH_BYTES", 1)
+    latent = spec(LATENT, **SMALL | OF_TOKENS | {"top": 3}, query=65, kv=1)
+    tiles = {"dq_selected": {"BLOCK_H": 32, "BLOCK_M": 32}}
+    options = {"dtype": torch.float16, "config": tiles, "cu_seqlens_q": i32(0, 2, 8)}
+    with sanitizer.enabled(seed=seed):
+        check(latent, T=8, **options)
+
+
 @pytest.mark.full
 def test_a_callers_selection_may_repeat_blocks():
     """And has -1 anywhere, and blocks that no row sees."""
@@ -711,6 +723,52 @@ def test_streams_compile_and_spill_no_number_of_a_loop(tmp_path, monkeypatch):
         assert found.blocks_per_sm == 1
 
 
+def test_sources_of_streams_of_latents_are_golden(golden):
+    artifact = pipeline.compile_backward(systems.load("dsa"), STREAMING)
+    golden("backward/latents/plan.txt", str(artifact.plan))
+    golden("backward/latents/dq_selected.py", emitted.sources(artifact.plan)["dq_selected.py"])
+    jobs = resources.plan_jobs(artifact.plan, artifact.module, STREAMING)
+    (job,) = (job for job in jobs if job.signature.function == "dq_selected")
+    (found,) = resources.measure([job])
+    assert isinstance(found, resources.Resources), found
+    assert found.cost.spill_bytes <= 192  # of what is known of a token, not of a step's tiles
+    assert found.cost.warps == 12
+    assert found.blocks_per_sm == 1
+
+
+@pytest.mark.parametrize(
+    ("query", "numbers", "dtype", "made"),
+    [
+        (128, {}, "bf16", {"dk_selected"}),
+        (64, {}, "fp16", {"dk_selected"}),
+        (63, {}, "bf16", {"dkv_selected"}),  # a token's heads leave a tile half empty
+        (128, {}, "fp32", {"dkv_selected"}),
+        (128, OF_BLOCKS, "bf16", {"dkv_selected", "sum_selected"}),
+    ],
+)
+def test_keys_are_given_by_rows_whose_heads_fill_a_tile(query, numbers, dtype, made):
+    latent = spec(LATENT, **SMALL | OF_TOKENS | numbers, query=query, kv=1)
+    plan = backward.plan(emitted.graph(latent), H100, dtype)
+    names = {"dk_selected", "dkv_selected", "sum_selected"}
+    assert names & {kernel.name for kernel in plan.kernels} == made
+
+
+@pytest.mark.parametrize(
+    ("numbers", "query", "kv", "streams"),
+    [
+        ({"qk": 576, "v": 512}, 128, 1, True),
+        ({"qk": 512, "v": 512}, 160, 2, True),
+        ({"qk": 640, "v": 512}, 128, 1, False),  # registers hold nine tiles of columns
+        ({"qk": 576, "v": 480}, 128, 1, False),
+        ({"qk": 576, "v": 512}, 32, 1, False),
+    ],
+)
+def test_which_gradients_of_latents_stream(numbers, query, kv, streams):
+    latent = spec(LATENT, **SMALL | OF_TOKENS | numbers, query=query, kv=kv)
+    plan = backward.plan(emitted.graph(latent), STREAMING)
+    assert (plan.kernel("dq_selected").skeleton == "latents_gradient") is streams
+
+
 TRAINED = (
     *("moba", "flash_moba", "nsa", "nsa_fla", "nsa_xunhao", "fsa"),
     *("infllm_v2", "minimax_m3", "quest", "kinetics", "small_thinker", "sqa"),
@@ -794,6 +852,19 @@ def test_large_latents_have_gradients(heads, of):
     wide = LARGE | of | {"qk": 576, "v": 512, "top": 100 if of == OF_TOKENS else 8}
     latent = spec(TWO_LATENTS, **wide, query=heads[0], kv=heads[1])
     check(latent, T=600, dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "qk", "turns"), [((128, 1), 576, False), ((160, 2), 576, True), ((96, 1), 512, True)]
+)
+def test_large_latents_whose_heads_fill_tiles_have_gradients(heads, qk, turns, dtype, monkeypatch):
+    if turns:
+        monkeypatch.setattr(backward, "SCRATCH_BYTES", 1)
+    numbers = LARGE | OF_TOKENS | {"qk": qk, "v": 512, "top": 100}
+    latent = spec(LATENT, **numbers, query=heads[0], kv=heads[1])
+    check(latent, T=300, dtype=dtype, cu_seqlens_q=i32(0, 70, 71, 300))
 
 
 @pytest.mark.gpu

@@ -9,10 +9,10 @@ from hsgen.backward import tiles, tokens
 from hsgen.backward.gathered import Gradients
 from hsgen.graph import Attend, Input, Node
 from hsgen.kernels import IndexContext
-from hsgen.plan import Buffer, Config, Kernel, Launch, Step
+from hsgen.plan import Buffer, Config, ElementType, Kernel, Launch, Step
 from hsgen.rows import Entries, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT, text
-from hsgen.schedule.draft import Draft
+from hsgen.schedule.draft import TILE_OF_HEADS, Draft
 
 GRAD_O = "grad_o"
 Sizes = tuple[tuple[str, str], ...]
@@ -156,12 +156,17 @@ class _Branch:
             self._delta_of_output()
         forward = self._forward()
         buffers, adds = self.whole.buffer("q")
-        dq = cols.query_gradient(forward, name=f"dq_{self.name}", scale=self.scale, adds=adds)
         chosen = self.tokens
+        leaves = self.left if self.gives else None
+        dq = cols.query_gradient(
+            forward, name=f"dq_{self.name}", scale=self.scale, adds=adds, leaves=leaves
+        )
         most = rows.PICKING if chosen else max(1, SORT_LIMIT // next_power(self.width))
         block = self.op.size if self.chosen and not chosen else None
         config = self._tiles_of_rows(dq, most=most, block=block)
-        if chosen:
+        if chosen and self.gives:
+            lists = tokens.given(self.draft, chosen, dq, config, leaves=self.left)
+        elif chosen:
             lists = tokens.unions(self.draft, chosen, dq.name, config)
         elif self.chosen:
             lists = self._unions(dq, config)
@@ -172,19 +177,68 @@ class _Branch:
         grid = text.grid(self.shape, dq, "count" if chosen else f"tiles_{self.name}")
         seq = (*text.SEQ, "tile_first") if chosen else text.SEQ
         buffers, launches = (*lists.buffers, *buffers), lists.launches
-        sizes = (*lists.sizes, *text.parts(dq))
+        sizes = lists.sizes if self.gives else (*lists.sizes, *text.parts(dq))
         if again:
             buffers = (*self.delta_buffers(), *self._gates_buffers(), *buffers)
             launches += (self._delta_again(forward, dq, config, tensors, (grid, seq)),)
         self.draft.attend(dq, config, self.node.name)
         grad = text.strides(self.whole.buffers["q"])
-        arguments = (*tensors, *self.row_arguments, *self.gate_arguments, *grad, *seq)
+        arguments = (*tensors, *self.row_arguments, *self.gate_arguments, *grad, *lists.left, *seq)
         launches += (Launch(kernel=dq.name, grid=grid, arguments=arguments),)
+        if chosen and self.gives:
+            taken, brought = self._taken(dq, lists)
+            buffers, launches = (*buffers, *brought), (*launches, taken)
         self.step("queries", buffers=buffers, launches=launches, sizes=sizes, turns=lists.turns)
+
+    @property
+    def gives(self) -> bool:
+        """Whether rows that make dq leave what they give their keys: a token's heads fill a tile of dots.
+
+        In fp32 such tiles have no room beside these.
+        """
+        of_tokens = self.op.over == "tokens" and bool(self.op.latent)
+        full = self.shape.group >= TILE_OF_HEADS
+        return of_tokens and full and self.draft.dtype != "fp32"
+
+    @property
+    def left(self) -> ElementType:
+        """In what: fp16 has no room for small ones."""
+        return "input" if self.draft.dtype == "bf16" else "f32"
+
+    def _taken(self, dq: RowsContext, lists: tokens.Lists) -> tuple[Launch, tuple[Buffer, ...]]:
+        """What adds up, key by key, what the rows of a turn left; and what it brings to life."""
+        k = self.node.inputs[1]
+        buffers, adds = self.whole.buffer(k)
+        take = cols.TakeContext(
+            name=f"dk_{self.name}",
+            of=dq,
+            dtype=self.left,
+            kv_heads=self.shape.kv_heads,
+            adds=adds,
+        )
+        self.draft.kernel("merge", take, tiles.take(), self.node.name, follows=dq.name)
+        total, keys = f"sum_k_{self.name}", f"keys_{self.name}"
+        dims = (keys, str(self.shape.kv_heads), str(self.shape.qk))
+        summed = Buffer(name=total, dtype="f32", dims=dims, role="scratch", zeros=True)
+        launch = Launch(
+            kernel=take.name,
+            grid=(keys, str(self.shape.kv_heads)),
+            arguments=(
+                *lists.left[:-1],
+                total,
+                *self.whole.grad(k),
+                f"{text.input_of(k)}.shape[1]",
+                "count",
+                f"tiles_{self.name} - tile_first - count",
+            ),
+        )
+        return launch, (*buffers, summed)
 
     def _tiles_of_rows(self, dq: RowsContext, *, most: int, block: int | None) -> Config:
         """Tiles of dq, whose keys come in a stream where they can."""
         target, dtype = self.draft.target, self.draft.dtype
+        if streams.gives(dq, target, dtype):
+            return streams.latent_gradient_config(dq)
         if streams.possible(dq, target, dtype):
             config = streams.tiles(dq, target, most=most, block=block)
             if config is not None:
@@ -334,6 +388,8 @@ class _Branch:
 
     def keys(self) -> None:
         """dk and dv."""
+        if self.gives:
+            return  # made where dq was
         k, v = self.node.inputs[1:3]
         of_keys, adds_k = self.whole.buffer(k)
         of_values, adds_v = ((), adds_k) if self.op.latent else self.whole.buffer(v)

@@ -5,19 +5,20 @@ Both have room for the worst of choices, so they are made in turns: of tiles, or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hsgen.cols import ColsContext
 from hsgen.kernels import MarksContext
-from hsgen.plan import Buffer, Config, Launch
-from hsgen.rows import MARKED, next_power
+from hsgen.plan import Buffer, Config, ElementType, Launch
+from hsgen.rows import MARKED, RowsContext, next_power
 from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
 from hsgen.transposed import TransposedContext
 
 MARKING = 4096  # slots that a program looks at at a time
 LISTING = 1024  # rows, likewise
+STEP = 64  # keys that a walk writes whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class Chosen:
 class Lists:
     """What makes lists of a branch, and what its kernels read of them.
 
+    left: what tells where rows leave what they give keys.
     turns: the sizes that count what there is to do, and what is done at a time.
     """
 
@@ -46,6 +48,7 @@ class Lists:
     sizes: tuple[tuple[str, str], ...]
     launches: tuple[Launch, ...]
     arguments: tuple[str, ...]
+    left: tuple[str, ...] = ()
     turns: tuple[str | None, str | None] = (None, None)
 
 
@@ -86,6 +89,62 @@ def unions(draft: Draft, chosen: Chosen, leader: str, config: Config) -> Lists:
         ),
         arguments=arguments,
         turns=(tiles, turn),
+    )
+
+
+def given(
+    draft: Draft, chosen: Chosen, dq: RowsContext, config: Config, *, leaves: ElementType
+) -> Lists:
+    """The same lists where tiles leave, of each token, what they give it: as many at a time as have room.
+
+    Room is a third of the bytes of queries and outputs, and what a row of 128 heads leaves is 17 times
+    its own.  In a turn each of the GPU's processors has as many programs as any other.
+    """
+    name, shape = chosen.branch, draft.shape
+    lists = unions(draft, chosen, dq.name, config)
+    tiles, turn = lists.turns
+    assert tiles is not None
+    assert turn is not None
+    capacity, slots, keys = f"capacity_{name}", f"slots_{name}", f"keys_{name}"
+    length, listed, room = f"length_{name}", f"listed_{name}", f"room_{name}"
+    round_ = f"round_{name}"
+    parts, heads = f"parts_{dq.name}", shape.kv_heads
+    of = chosen.keys
+    size = 2 if leaves == "input" else 4
+    block_t = f'config["{dq.name}"]["BLOCK_T"]'
+    made = (f"part_k_{name}", f"slot_of_{name}")
+    sizes = (
+        (capacity, "max(1, batch.keys)"),
+        (tiles, text.tiles_of(dq.name)),
+        *text.parts(dq),
+        (listed, f"min({block_t} * {chosen.width}, {capacity})"),
+        (slots, f"({listed} + {STEP - 1}) // {STEP} * {STEP}"),
+        (keys, f"{of}.shape[0] * {of}.shape[1]"),
+        (length, f"0 if batch.packed else {of}.shape[1]"),
+        (f"left_{name}", f"{heads * size * shape.qk} * {parts} * {slots}"),
+        (f"lists_{name}", f"{8 * chosen.heads} * {capacity} + {4 * heads} * {keys}"),
+        (f"bytes_{name}", f"left_{name} + lists_{name}"),
+        (f"most_{name}", f"max(SCRATCH_BYTES, batch.rows * {draft.held // 3})"),
+        (room, f"max(1, most_{name} // bytes_{name})"),
+        (round_, f"min({room}, max(1, batch.processors // ({heads} * {parts})))"),
+        (turn, f"min({tiles}, {room} // {round_} * {round_})"),
+    )
+    buffers = (
+        Buffer(
+            name=made[0],
+            dtype=leaves,
+            dims=(f"{heads} * {parts}", turn, slots, str(shape.qk)),
+            role="scratch",
+        ),
+        Buffer(
+            name=made[1], dtype="i32", dims=(str(heads), keys, turn), role="scratch", zeros=True
+        ),
+    )
+    return replace(
+        lists,
+        buffers=(*lists.buffers, *buffers),
+        sizes=sizes,
+        left=(*made, turn, slots, keys, length),
     )
 
 

@@ -130,6 +130,19 @@ def dot_gathered(p, tile, total):
 
 
 @gluon.jit
+def give_keys(weights, rows, total, ADD: gl.constexpr):
+    """Begins total + weights' . rows, or weights' . rows.  weights: [M, N], rows: [M, D], total: [N, D]"""
+    return warpgroup_mma(weights.permute((1, 0)), rows, total, use_acc=ADD, is_async=True)
+
+
+@gluon.jit
+def leave(base, row, STRIDE: gl.constexpr, x, columns):
+    """Rows x: [N, columns] to rows of a scratch that has room for all of them, in its precision."""
+    address = base + row.to(tl.int64)[:, None] * STRIDE + columns[None, :]
+    gl.store(address, laid_out_as(address, x.to(base.dtype.element_ty)))
+
+
+@gluon.jit
 def give(weights_to, weights, rescale_to, rescale, full, free, given):
     """Weights [M, N] of a step to the other group, and what its sums are to be rescaled by: [M]."""
     mbarrier.wait(free, (given & 1) ^ 1)
