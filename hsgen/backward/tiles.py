@@ -136,7 +136,7 @@ def sums() -> Config:
 
 def take() -> Config:
     """Tiles whose places are looked at at a time, and whose parts are summed beside each other."""
-    return Config(constexprs=(("BLOCK_T", 128), ("BLOCK_E", 8)), num_warps=4, num_stages=1)
+    return Config(constexprs=(("BLOCK_T", 128), ("BLOCK_E", 4)), num_warps=4, num_stages=1)
 
 
 def _dims(*cuts: tuple[rows.Chunk, ...]) -> int:

@@ -37,7 +37,7 @@ CONFIG = {
     },
     "dk_selected": {
         "BLOCK_T": 128,
-        "BLOCK_E": 8,
+        "BLOCK_E": 4,
         "num_warps": 4,
         "num_stages": 1,
     },
