@@ -779,6 +779,7 @@ REFUSED = {
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
     "vsa": "branch coarse: no kernel has the gradient of queries that stand for several rows yet",
     "dhsa_released": "branch selected: no kernel has the gradient of lists that rows share yet",
+    "xattention": "branch selected: no kernel has the gradient of lists that rows share yet",
 }
 
 
