@@ -221,16 +221,19 @@ def rounding(dim: int) -> Config:
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
-def rank(slots: int, stride: int, tokens: int, *, grouped: bool, kept: int = 0) -> Config:
+def rank(
+    slots: int, stride: int, tokens: int, *, grouped: bool, chunked: bool = False, kept: int = 0
+) -> Config:
     """Scores of a row in registers, for up to 128K tokens; longer rows are read in each pass.
 
     Every pass ends in a sum over the row: within one warp that is cheap, between warps it waits.
-    `grouped`: passes see few keys of a long row.  `kept`: of a row that a sample tells about.
+    `grouped`: passes see few keys of a long row, `chunked`: which few registers hold.  `kept`: of a row
+    that a sample tells about.
     """
     if kept:
         return _sampled(kept)
     longest = slots or LONG_TEXT // stride
-    width = max(64, min(8192 if slots else 2048, next_power(longest)))
+    width = max(64, min(MOST_HELD if slots or chunked else 2048, next_power(longest)))
     values = (("BLOCK_R", max(1, min(tokens, 256 // width))), ("BLOCK_N", width))
     warps = 4 if width > 1024 and not grouped else 1
     return Config(constexprs=values, num_warps=warps, num_stages=1)

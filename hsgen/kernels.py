@@ -128,8 +128,8 @@ class RankContext:
 
     @property
     def chunked(self) -> bool:
-        """Whether the greatest scores of groups lie behind the scores of a row: so in a step."""
-        return bool(self.group) and self.alike
+        """Whether the greatest scores of groups lie behind the scores of a row: of a step, or a long one."""
+        return bool(self.group) and (self.alike or LONG_TEXT // self.stride >= MOST_HELD)
 
     @property
     def maxima(self) -> str:
@@ -138,8 +138,8 @@ class RankContext:
 
     @property
     def chunk(self) -> int:
-        """Entries of which they are found at a time."""
-        return CHUNK
+        """Entries of which they are found at a time; fewer in a call, whose rows are many."""
+        return CHUNK if self.alike else CHUNK // 2
 
     @property
     def whole(self) -> int:

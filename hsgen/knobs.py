@@ -305,9 +305,6 @@ def refused(
         if name not in start:
             leader = f"; others are those of {kernel.follows}" if shares(kernel) else ""
             return f"expected some of {', '.join(start)}, got {name!r}{leader}"
-    for name, value in given.items():
-        if wrong := _no_size(name, value):
-            return wrong
     if wrong := (
         _too_many_rows(kernel, values, plan)
         or _past_a_line(kernel, values)
@@ -315,7 +312,7 @@ def refused(
     ):
         return wrong
     if kernel.skeleton not in STREAMED:
-        return ""
+        return next(filter(None, (_no_size(name, value) for name, value in given.items())), "")
     known = {knob.name: knob for knob in knobs_of(kernel, plan)}
     fixed = {name: value for name, value in start.items() if name not in known}
     derive(kernel, derived := {name: values[name] for name in known})

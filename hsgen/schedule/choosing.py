@@ -76,8 +76,14 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         planes=left.planes if left else 0,
     )
     grouped = rank.group > 0
-    longest = draft.tiling.tiles if draft.tiling else slots
-    ranks = configs.rank(longest, op.stride, config["BLOCK_T"], grouped=grouped, kept=rank.kept)
+    ranks = configs.rank(
+        draft.tiling.tiles if draft.tiling else slots,
+        op.stride,
+        config["BLOCK_T"],
+        grouped=grouped,
+        chunked=rank.chunked,
+        kept=rank.kept,
+    )
     if draft.steps_alone:
         ranks = configs.rank_steps(
             slots, op.stride, grouped=grouped, kept=rank.kept, scores=left is not None

@@ -35,7 +35,7 @@ CONFIG = {
     },
     "rank_page": {
         "BLOCK_R": 1,
-        "BLOCK_N": 2048,
+        "BLOCK_N": 8192,
         "num_warps": 1,
         "num_stages": 1,
     },
@@ -92,7 +92,7 @@ def forward(tensors, batch, config, selection=None):
             **config["pool_page_keys"],
         )
         # choose: page
-        capacity_page = (batch.keys // 16 + 5) // 4 * 4
+        capacity_page = (batch.keys // 16 + 33) // 32 * 36
         tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
         bytes_page = 128 * capacity_page * config["score_page"]["BLOCK_T"]
         short_page = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
@@ -333,7 +333,7 @@ def select(tensors, batch, config):
     )
 
     # choose: page
-    capacity_page = (batch.keys // 16 + 5) // 4 * 4
+    capacity_page = (batch.keys // 16 + 33) // 32 * 36
     tiles_page = batch.rows // config["score_page"]["BLOCK_T"] + batch.sequences
     bytes_page = 128 * capacity_page * config["score_page"]["BLOCK_T"]
     short_page = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
