@@ -478,6 +478,19 @@ def test_latents_of_heads_that_fill_a_tile_have_gradients(seed, monkeypatch):
         check(latent, T=8, **options)
 
 
+def test_a_latent_that_a_caller_lists_twice_is_given_once():
+    latent = spec(LATENT, **SMALL | OF_TOKENS | {"top": 4}, query=64, kv=1)
+    x = tensors(latent, 1, 5, 5, torch.float16)
+    attn = load_kernel(latent, interpret=True)
+    clean = [[0, -1, -1, -1], [0, 1, -1, -1], [1, 2, -1, -1], [0, 3, -1, -1], [2, 4, -1, -1]]
+    noisy = [[-1, 0, 4, 0], [1, 0, 1, 0], [2, 2, 1, 3], [3, -1, 3, 0], [4, 2, 2, 4]]
+    lists = (torch.tensor(each, dtype=torch.int32)[None, :, None] for each in (clean, noisy))
+    o = [attn(**x, selection={"entry": each}) for each in lists]
+    grads = [torch.autograd.grad(each.square().sum(), list(x.values())) for each in o]
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.full
 def test_a_callers_selection_may_repeat_blocks():
     """And has -1 anywhere, and blocks that no row sees."""
@@ -734,6 +747,16 @@ def test_sources_of_streams_of_latents_are_golden(golden):
     assert found.cost.spill_bytes <= 192  # of what is known of a token, not of a step's tiles
     assert found.cost.warps == 12
     assert found.blocks_per_sm == 1
+
+
+def test_tiles_of_streams_of_latents_are_not_a_callers_to_choose():
+    plan = backward.plan(emitted.graph(systems.load("dsa")), STREAMING)
+    kernel = plan.kernel("dq_selected")
+    said = knobs.refused(
+        kernel, {"BLOCK_N": 32}, kernel.config.keywords() | {"BLOCK_N": 32}, plan, H100
+    )
+    assert said == "expected BLOCK_N=64, got 32"
+    assert list(knobs.knobs_of(kernel, plan)) == []
 
 
 @pytest.mark.parametrize(
