@@ -52,6 +52,7 @@ CHUNK = 64 << 20  # bytes of one tensor that fills a cache
 ROUNDS, REPLAYS = 9, 5
 APPENDS = 16  # a graph has so many at least: one alone takes less than the graph around it
 TOLERANCE = 2e-2
+LEARNED = ("weight", "position", "norm")  # ends of names of what pools of keys read
 
 DENSE = """
 hsgen: 1
@@ -125,7 +126,7 @@ class Layers:
         streams = cache.storage.streams
         most = max(batch * stream.numbers * self.dtype.itemsize for stream in streams)
         step = max(1, min(context, CHUNK // most))
-        learned = {n: x for n, x in self.others.items() if n.endswith(("weight", "position"))}
+        learned = {n: x for n, x in self.others.items() if n.endswith(LEARNED)}
         for first in range(0, context, step):
             tokens = min(step, context - first)
             new = {x.name: self._random((batch, tokens, *x.dims)) for x in streams}
@@ -139,11 +140,7 @@ class Layers:
     def append(self, cache: Cache) -> None:
         """What a step appends, alone."""
         streams = {x.name for x in cache.storage.streams}
-        ours = {
-            n: x
-            for n, x in self.others.items()
-            if n in streams or n.endswith(("weight", "position"))
-        }
+        ours = {n: x for n, x in self.others.items() if n in streams or n.endswith(LEARNED)}
         cache.append(self.k, self.v, **ours)
 
 

@@ -215,9 +215,24 @@ def pool_tokens(size: int) -> Config:
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
+def pool_rows(block: int, *, turns: bool) -> Config:
+    """Of blocks of rows, each one query; `turns`: which is rotated, so that mates are pooled beside it."""
+    found = pool_tokens(block)
+    if not turns:
+        return found
+    values = (("BLOCK_E", 1), ("BLOCK_J", min(16, next_power(block))))
+    return Config(constexprs=values, num_warps=found.num_warps, num_stages=1)
+
+
 def rounding(dim: int) -> Config:
     """Vectors a program: as many as fill its registers."""
     values = (("BLOCK_V", max(1, 4096 // next_power(dim))),)
+    return Config(constexprs=values, num_warps=4, num_stages=1)
+
+
+def turning(dim: int) -> Config:
+    """Rows a program, each read twice."""
+    values = (("BLOCK_T", max(1, 4096 // next_power(dim))),)
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
 

@@ -525,6 +525,18 @@ class Turn:
         end = chunk.offset + chunk.width
         return chunk.offset < self.start + self.dims and self.start < end
 
+    @property
+    def tables(self) -> tuple[Param, ...]:
+        """Those of the caller, and where their rows lie."""
+        if self.frequency:
+            return ()
+        shape = f"[B, S, {self.dims // 2}]"
+        tables = (
+            (pointer(name, "input", shape), *_strides(name, name[0].lower(), "batch", "token"))
+            for name in ("COS", "SIN")
+        )
+        return tuple(param for table in tables for param in table)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentsContext:
@@ -580,7 +592,8 @@ class SegmentsContext:
     @property
     def summary(self) -> str:
         if self.rows:
-            return f"one query a block of rows: {self.how} of its rows' queries."
+            turned = ", rotated" if self.turn else ""
+            return f"one query a block of rows: {self.how} of its rows' queries{turned}."
         if self.how == "minmax":
             return "two vectors an entry: the least and the greatest of its tokens."
         if self.append:
@@ -622,6 +635,7 @@ class SegmentsContext:
             return (
                 pointer("X", "input", f"[B, T, {shape}"),
                 *_strides("X", "x", "batch", "token", "head"),
+                *self._finishing,
                 pointer("POOLED", "f32", f"f32[blocks, {shape}"),
                 *SEQ,
                 *tunables("BLOCK_E", "BLOCK_J"),
@@ -665,14 +679,7 @@ class SegmentsContext:
     def _finishing(self) -> tuple[Param, ...]:
         """What a norm and a rotation read."""
         norm = (pointer("NORM", "input", f"[{self.head_dim}]"),) if self.normed else ()
-        if self.turn is None or self.turn.frequency:
-            return norm
-        shape = f"[B, S, {self.turn.dims // 2}]"
-        tables = (
-            (pointer(name, "input", shape), *_strides(name, name[0].lower(), "batch", "token"))
-            for name in ("COS", "SIN")
-        )
-        return (*norm, *(param for table in tables for param in table))
+        return (*norm, *(self.turn.tables if self.turn else ()))
 
     @property
     def jit(self) -> str:
@@ -793,6 +800,44 @@ class OutputGateContext:
             *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
             *SEQ,
             *tunables("BLOCK_R"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnContext:
+    """Everything `segments.py.jinja` reads where queries are turned, each by its own position."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    heads: int
+    head_dim: int
+    turn: Turn
+    page: int = 0  # > 0: tokens, and what tables have of them, lie in pages of so many
+    how: Literal["turn"] = "turn"
+
+    @property
+    def summary(self) -> str:
+        return "queries rotated by their positions, rounded once."
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        shape = f"[B, T, {self.heads}, {self.head_dim}]"
+        return (
+            *tensor("X", "x", shape, "bth"),
+            *self.turn.tables,
+            pointer("TURNED", "input", shape),
+            *(() if self.turn.frequency else pages_of(self.page)),
+            *SEQ,
+            *tunables("BLOCK_T"),
         )
 
     @property

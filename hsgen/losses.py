@@ -82,7 +82,7 @@ def _divergence(draft: Draft, node: Node, op: Divergence, *, gradients: bool) ->
     assert isinstance(score.op, Score), "refused"
     for name in score.inputs[:2]:
         if isinstance(rounded := graph[name].op, Round):
-            vectors.round_(draft, graph[name], rounded)
+            vectors.make(draft, graph[name], rounded)
     lse = _log_sum_exp(draft, node, op)
     index = _index(draft, node, op, score.op)
     loss = index.loss

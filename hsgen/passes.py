@@ -46,12 +46,16 @@ def share_log_sum_exp(graph: Graph) -> Graph:
     changed = [
         replace(node, inputs=(node.inputs[0], shared.name))
         for node in graph.nodes()
-        if isinstance(node.op, Normalise)
-        and node.op.by is None
-        and graph[node.inputs[1]].inputs == node.inputs[:1]  # a sum of its own scores
+        if _by_own_sum(graph, node)
         and (shared := _log_sum_exp_of_branch(graph, graph[node.inputs[0]])) is not None
     ]
     return graph.replacing(*changed)
+
+
+def _by_own_sum(graph: Graph, node: Node) -> bool:
+    """Whether it is a softmax of scores: they are normalised by their own sum."""
+    softmax = isinstance(node.op, Normalise) and node.op.by is None
+    return softmax and graph[node.inputs[1]].inputs == node.inputs[:1]
 
 
 def _log_sum_exp_of_branch(graph: Graph, score: Node) -> Node | None:
@@ -78,6 +82,19 @@ def _attends_all(graph: Graph, attend: Node, op: Attend) -> bool:
     return op.over == "pooled" and not (chosen or changed)
 
 
+def rank_logits(graph: Graph) -> Graph:
+    """Rank the logits where their softmax would only be ranked: a row's sum changes no order.
+
+    Logits that are too far below the greatest for their masses to be told apart keep their order.
+    """
+    changed = [
+        replace(node, inputs=(graph[node.inputs[0]].inputs[0], *node.inputs[1:]))
+        for node in graph.nodes()
+        if isinstance(node.op, Select) and _by_own_sum(graph, graph[node.inputs[0]])
+    ]
+    return graph.replacing(*changed)
+
+
 def drop_dead(graph: Graph) -> Graph:
     """Drop what no output reads, directly or not."""
     live: set[str] = set(graph.outputs.names())
@@ -86,4 +103,11 @@ def drop_dead(graph: Graph) -> Graph:
     return graph.with_nodes(node for node in graph.nodes() if node.name in live)
 
 
-PASSES: tuple[Pass, ...] = (share_log_sum_exp, drop_dead)
+def without_losses(graph: Graph) -> Graph:
+    """What attends and chooses, as if there were no loss: losses are calls of their own."""
+    if not graph.outputs.loss:
+        return graph
+    return drop_dead(graph.with_nodes(graph.nodes(), outputs=replace(graph.outputs, loss={})))
+
+
+PASSES: tuple[Pass, ...] = (rank_logits, share_log_sum_exp, drop_dead)

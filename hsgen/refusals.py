@@ -105,7 +105,7 @@ def lacking(graph: Graph, node: Node) -> str | None:
             words = _of_keys(graph, node, op)
             return words and f"level {op.level}: no kernel {words} yet"
         case Score() | Map() | Select() | SelectSet() as op:
-            words = _of_queries(graph, node) or _of_level(graph, node, op)
+            words = _of_level(graph, node, op)
             return words and f"level {op.level}: no kernel {words} yet"
         case _:
             return None
@@ -205,7 +205,8 @@ def _of_entries(
         case Pool():
             return None
         case Rotate(rows=int()):
-            return "rotates queries"
+            pooled = isinstance(graph.operands(node)[0].op, PoolHeads)
+            return "rotates queries of heads together" if pooled else None
         case Rotate(at="token"):
             return "rotates keys before it pools them"
         case Norm() | Rotate():
@@ -231,13 +232,6 @@ def _of_scores(graph: Graph, node: Node, op: Normalise | ReduceRows) -> str | No
     if _in_blocks(graph, node):
         return "normalises scores of blocks of rows"
     return "normalises by the greatest score" if op.by == "max" else None
-
-
-def _of_queries(graph: Graph, node: Node) -> str | None:
-    """Of a level that scores by other queries of attention than those that attend."""
-    first = graph.operands(node)[0]
-    own = isinstance(first.op, Input) and first.op.role == "query" and first.name != "q"
-    return "scores by queries of its own" if own else None
 
 
 def _in_blocks(graph: Graph, node: Node) -> bool:

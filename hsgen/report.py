@@ -46,7 +46,7 @@ MOST_WORKERS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """A spec's graph and its plan for one GPU; without a plan, why there is none."""
+    """A spec's graph and its plan for one GPU; without a plan, or one of its losses, why there is none."""
 
     graph: Graph
     plan: Plan | None
@@ -57,6 +57,8 @@ class Shown:
         if self.plan is None:
             return f"{analysis.describe(self.graph)}\nno plan: {self.problem}\n"
         text = f"{analysis.describe(self.graph)}\n{self.plan}\n{_memory_text(self.plan)}"
+        if self.problem:
+            return f"{text}\nno plan of losses: {self.problem}\n"
         return f"{text}\n{self.losses}" if self.losses else text
 
     def record(self) -> dict[str, object]:
@@ -72,6 +74,7 @@ class Shown:
 def show(spec: Spec, target: Target, dtype: DType = "bf16") -> Shown:
     """Plan a spec without emitting anything."""
     graph = passes.run(planner.plan(spec))
+    plan: Plan | None = None
     try:
         plan = schedule.schedule(graph, target, dtype)
         teaches = bool(graph.outputs.loss)
@@ -79,7 +82,7 @@ def show(spec: Spec, target: Target, dtype: DType = "bf16") -> Shown:
         return Shown(graph=graph, plan=plan, problem="", losses=learnt)
     except PlanError as error:
         where = f" ({error.span})" if error.span else ""
-        return Shown(graph=graph, plan=None, problem=f"{error.message}{where}")
+        return Shown(graph=graph, plan=plan, problem=f"{error.message}{where}")
 
 
 ROLES = ("output", "level", "selection", "list", "scratch")

@@ -1232,6 +1232,7 @@ class Scoring:
     normalise: bool
     share: Literal["head", "group", "all"]
     reduce: Literal["sum", "mean", "max"] | None
+    asking: str = "Hq"  # the dimension of the heads of queries
     borrowed: bool = False  # by the log-sum-exp of another level, which may have no entry yet
     map_how: Literal["overlap_sum", "sum", "max"] | None = None
     target: Entries = Entries(size=0, stride=0)
@@ -1293,9 +1294,9 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
     value = _value(scoring)
     identity = _identity(scoring)
     key = "K", "k", _key_comment(scoring), "bt" if scoring.by_index else "bth"
-    asked = "[B, T, Hi, Di]" if scoring.by_index else "[B, T, Hq, Dqk]"
+    asked = "[B, T, Hi, Di]" if scoring.by_index else f"[B, T, {scoring.asking}, Dqk]"
     if scoring.rows:
-        asked = "f32[1, blocks, Hq, Dqk]"
+        asked = f"f32[1, blocks, {scoring.asking}, Dqk]"
     vectors: ElementType = "e4m3" if scoring.eight else "input"
     return RowsContext(
         name=name,

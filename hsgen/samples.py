@@ -21,6 +21,7 @@ Kind = Literal["random", "real"]
 
 ROTATED = 256 << 20  # inputs below this many bytes are rotated, so that no cache keeps them
 SETS = 3
+ROPE_BASE = 1e6
 NOISE = 0.05  # of the standard deviation, so that repeated text is not the same text
 
 
@@ -83,8 +84,10 @@ def size_in_bytes(tensors: dict[str, Tensor]) -> int:
 def _random(
     name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
 ) -> Tensor:
-    """Normal numbers; gates between 0 and 1; learned maps that keep the size of what they map."""
+    """Normal numbers; gates between 0 and 1; maps that keep the size of what they map; angles of RoPE."""
     x = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+    if name.startswith(("cos_", "sin_")):
+        return x.copy_(_angles(shape, generator.device)[name[:3]])
     if name == "gates":
         return x.sigmoid_()
     if name == "w_index":
@@ -92,6 +95,14 @@ def _random(
     if name.endswith("_weight"):
         return x.mul_((shape[1] * shape[2]) ** -0.5)
     return x
+
+
+def _angles(shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    """cos and sin of every position, of a base as models have.  [B, S, D / 2]"""
+    position = torch.arange(shape[1], device=device, dtype=torch.float64)
+    pair = torch.arange(shape[2], device=device, dtype=torch.float64) / shape[2]
+    angle = position[:, None] * ROPE_BASE**-pair
+    return {"cos": angle.cos(), "sin": angle.sin()}
 
 
 def _mean(weight: Tensor) -> Tensor:

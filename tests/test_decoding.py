@@ -72,8 +72,12 @@ FULL = (
     "deepseek_hca",
     "glm_kpool",
     "qwen_qsa",
+    "seer_attention_r",
 )
-PAGED = ("nsa", "moba", "hisa", "minimax_m3", "deepseek_hca", "glm_kpool", "qwen_qsa")
+PAGED = (
+    *("nsa", "moba", "hisa", "minimax_m3", "deepseek_hca", "glm_kpool", "qwen_qsa"),
+    "seer_attention_r",
+)
 
 
 @pytest.mark.parametrize(

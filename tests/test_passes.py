@@ -12,12 +12,27 @@ from plan_cases import spec as make
 
 from hsgen import passes
 from hsgen import spec as language
-from hsgen.graph import Graph, GraphError, Select
+from hsgen.graph import Graph, GraphError, Normalise, Select
 from hsgen.planner import plan
 from hsgen.spec import Attend, Level, Pool, Score, Spec
 
 SHARING = {"nsa", "nsa_wide", "nsa_not_causal", "nsa_union"}  # nsa_scale scores by another scale
 
+BORROWING = """
+hsgen: 1
+name: borrowing
+levels:
+  - name: coarse
+    partition: {blocks: 8}
+    pool: {keys: mean}
+    score: {form: dot}
+  - name: block
+    partition: {blocks: 4}
+    pool: {keys: mean}
+    score: {form: dot, normalise: softmax, lse_from: coarse}
+    select: {top_k: 3}
+attend: [{name: selected, over: block}]
+"""
 SELECTED_UPPER = Attend(name="selected", over="upper")
 
 each_case = pytest.mark.parametrize("spec", CASES, ids=lambda spec: spec.name)
@@ -55,6 +70,26 @@ def test_log_sum_exp_is_shared_exactly_where_it_is_the_same(spec: Spec) -> None:
         shared = graph["compressed.mass"].inputs[1] == "compressed.lse"
         assert shared == (spec.name in SHARING)
         assert shared != ("compressed.score_lse" in graph)
+
+
+def test_logits_are_ranked_where_their_own_softmax_alone_would_be() -> None:
+    """A loss may want the masses all the same; sums over heads do."""
+    graph = passes.run(plan(language.load("seer_attention_r")))
+    assert graph["block.selection"].inputs[0] == "block.score"
+    assert "block.mass" in graph
+    assert not {"block.mass", "block.score_lse"} & {
+        x.name for x in passes.without_losses(graph).nodes()
+    }
+    nsa = passes.run(plan(language.load("nsa")))
+    assert any(isinstance(node.op, Normalise) for node in nsa.nodes())
+
+
+def test_masses_by_another_sum_are_ranked_as_they_are() -> None:
+    """It may be of nothing, and then all of them are alike."""
+    graph = plan(language.parse(BORROWING))
+    borrowed = graph["block.mass"].inputs
+    assert borrowed == ("block.score", "coarse.score_lse")
+    assert passes.rank_logits(graph) == graph
 
 
 def test_a_branch_with_other_keys_shares_nothing() -> None:

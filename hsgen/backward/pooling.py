@@ -26,7 +26,7 @@ def pool_again(draft: Draft) -> None:
     """The entries, computed again: they are a small part of what the branch costs."""
     for node in attended(draft.graph):
         assert isinstance(node.op, Pool), "refused"
-        vectors.pool(draft, node, node.op)
+        vectors.make(draft, node, node.op)
 
 
 def unpool(made: Gradients) -> None:

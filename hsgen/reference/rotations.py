@@ -11,11 +11,17 @@ from hsgen.spec import Rotate
 
 
 def rotated(name: str, rotate: Rotate, y: Tensor, at: Tensor, x: Mapping[str, Tensor]) -> Tensor:
-    """Turn pairs of channels by their positions.  y: [N, ..., D], at: [N]"""
+    """Turn pairs of channels by their positions.  y: [N, ..., D], at: [N]
+
+    Tables have positions of keys: what lies behind the last one is turned as that is.
+    """
     n = rotate.dims
     start = 0 if rotate.channels == "first" else y.shape[-1] - n
     if rotate.base is None:
-        cos, sin = x[f"cos_{name}"][at], x[f"sin_{name}"][at]
+        cos, sin = x[f"cos_{name}"], x[f"sin_{name}"]
+        if not len(cos):  # no key, so nothing is scored
+            return y
+        cos, sin = (z[at.clamp(max=len(z) - 1)] for z in (cos, sin))
     else:
         pair = torch.arange(n // 2, device=y.device, dtype=y.dtype)
         angle = at.to(y.dtype)[:, None] * rotate.base ** (-2 * pair / n)

@@ -29,6 +29,7 @@ class Rows:
         taken: Place of each query head's way in `route.ways`, [Hq]; None without a route.
         given: By level: the selection to take instead of the level's own, [T, Hs, K].
         reused: By reused level: what this call does with it.
+        stored: What turned queries are kept in, and pooled entries.
     """
 
     spec: Spec
@@ -40,6 +41,7 @@ class Rows:
     taken: Tensor | None
     given: dict[str, Tensor]
     reused: dict[str, Taken]
+    stored: torch.dtype
 
     @property
     def S(self) -> int:

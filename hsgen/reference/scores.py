@@ -16,7 +16,7 @@ from hsgen.reference.partitions import anchors
 from hsgen.reference.pyramids import log_counts
 from hsgen.reference.queries import Together, groups_of, pooled_queries, reduced
 from hsgen.reference.rotations import rotated
-from hsgen.reference.rounding import stored
+from hsgen.reference.rounding import kept, stored
 from hsgen.reference.rows import Rows, Scored, spread
 from hsgen.reference.searches import halved
 from hsgen.spec import Halving, Level, Ragged, Stripes
@@ -142,7 +142,7 @@ def _turned(level: Level, rows: Rows, groups: Together, q: Tensor) -> Tensor:
     if at is None or turn is None:
         return pooled_queries(level, q, groups, rows.Hkv)
     if at == "token":
-        q = rotated(level.name, turn, q, rows.p.clamp(min=0), rows.x)
+        q = kept(rotated(level.name, turn, q, rows.p.clamp(min=0), rows.x), rows.stored)
         return pooled_queries(level, q, groups, rows.Hkv)
     q = pooled_queries(level, q, groups, rows.Hkv)
     place = groups.first if at == "first" else (groups.first + groups.last) / 2

@@ -104,7 +104,7 @@ def one_sequence(
 ) -> Result:
     """All rows of one sequence, some at a time.
 
-    x: [T, H, D] and [S, H, D]; p: positions [T]; stored: what pooled entries are kept in.
+    x: [T, H, D] and [S, H, D]; p: positions [T]; stored: what pooled entries and turned queries are kept in.
     """
     keys = some_keys(spec, x)
     group = x["q"].shape[1] // keys.shape[1]
@@ -130,6 +130,7 @@ def one_sequence(
             taken=taken,
             given={name: indices[a:b] for name, indices in given.items()},
             reused={name: rows_of(each, a, b) for name, each in reused.items()},
+            stored=stored,
         )
         parts.append(_compute(rows, keep=keep))
     return concatenate(parts)

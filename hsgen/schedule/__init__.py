@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hsgen import appending, maps, refusals
+from hsgen import appending, maps, passes, refusals
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -95,6 +95,7 @@ def schedule(
         PlanError: an operator that no kernel does yet, a size that none can hold, or an order of a branch
             that has but one.
     """
+    graph = passes.without_losses(graph)
     return _plan(Draft(graph, target, dtype, orders or {}, kept=apart, cached=cached))
 
 
@@ -146,10 +147,8 @@ def _launches(draft: Draft) -> None:
         if laid.launched(draft, node) or maps.way_to(draft.graph, node.name):
             continue
         match node.op:
-            case Pool() | PoolRows():
-                vectors.pool(draft, node, node.op)
-            case Round():
-                vectors.round_(draft, node, node.op)
+            case Pool() | PoolRows() | Rotate() | Round():
+                vectors.make(draft, node, node.op)
             case Attend():
                 attending.attend(draft, node, node.op)
             case Select() | SelectSet():
@@ -160,7 +159,7 @@ def _launches(draft: Draft) -> None:
                 Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate() | Union()
             ):
                 pass  # fused into the launch that reads them
-            case Norm() | Rotate() | OutputGate() | Divergence():
+            case Norm() | OutputGate() | Divergence():
                 pass  # fused into the launch that makes what they read; behind all; a call of its own
             case Recall(width=int()):
                 pass  # the caller's

@@ -364,12 +364,22 @@ def _score_context(
     share: Literal["head", "group", "all"] = (
         "all" if weighted else chain.reduce.share if chain.reduce else "head"
     )
-    heads = {"head": 1, "group": draft.shape.group, "all": draft.graph.sizes.get("Hi", 1)}[share]
+    shape = _asking(draft, chain)
+    heads = {"head": 1, "group": shape.group, "all": draft.graph.sizes.get("Hi", 1)}[share]
     scoring = _scoring(draft, node, chain, parent, share)
     if scoring.packed:
-        heads = draft.shape.group
-    dim = draft.graph.sizes["Di"] if scoring.by_index else draft.shape.qk
-    return rows.score(draft.shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
+        heads = shape.group
+    dim = draft.graph.sizes["Di"] if scoring.by_index else shape.qk
+    return rows.score(shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
+
+
+def _asking(draft: Draft, chain: _Chain) -> rows.Shape:
+    """Heads of the queries that score: those of attention, or as few as there are of keys."""
+    return replace(draft.shape, query_heads=draft.size(_heads_asking(draft, chain)))
+
+
+def _heads_asking(draft: Draft, chain: _Chain) -> str:
+    return "Hkv" if "Hkv" in _scored(draft, chain)[0].type.dims else "Hq"
 
 
 def summed_scores(draft: Draft, normalised: Node) -> list[tuple[Node, rows.Scoring]]:
@@ -409,6 +419,7 @@ def _scoring(
         normalise=chain.lse is not None,
         borrowed=_is_borrowed(draft, chain),
         share=share,
+        asking=_heads_asking(draft, chain),
         reduce="sum" if weighted else chain.reduce.how if chain.reduce else None,
         map_how=_fused(chain.map),
         rows=draft.block(node),
@@ -432,7 +443,8 @@ def _packs(draft: Draft, chain: _Chain, parent: Node | None) -> bool:
     score = chain.score.op
     assert isinstance(score, Score)
     apart = chain.reduce is None and chain.map is None and parent is None
-    return draft.steps_alone and apart and score.form in ("dot", "bound") and draft.shape.group > 1
+    several = _asking(draft, chain).group > 1
+    return draft.steps_alone and apart and score.form in ("dot", "bound") and several
 
 
 def _is_borrowed(draft: Draft, chain: _Chain) -> bool:

@@ -381,7 +381,8 @@ class Draft:
         if isinstance(node.op, Permute):
             x = text.buffer(name)
             return x, "0", f"{x}.stride(1)", f"{x}.stride(2)"
-        if isinstance(node.op, PoolRows):
+        turned = isinstance(node.op, Rotate) and block_of(node.type.dims[1])
+        if turned or isinstance(node.op, PoolRows):
             heads, dim = (self.size(of) for of in node.type.dims[2:])
             return text.buffer(name), "0", str(heads * dim), str(dim)
         if pool := self.pool_of(name):

@@ -22,17 +22,23 @@ from hsgen.kernels import (
     RoundContext,
     SegmentsContext,
     Turn,
+    TurnContext,
 )
 from hsgen.plan import Buffer, Kernel, Launch, Step
 from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
 
 
-def pool(draft: Draft, node: Node, op: Pool | PoolRows) -> None:
-    if isinstance(op, PoolRows):
-        _pool_rows(draft, node, op)
-    else:
-        _pool_keys(draft, node, op)
+def make(draft: Draft, node: Node, op: Pool | PoolRows | Rotate | Round) -> None:
+    match op:
+        case PoolRows():
+            _pool_rows(draft, node, op)
+        case Pool():
+            _pool_keys(draft, node, op)
+        case Rotate():
+            _turn_rows(draft, node, op)
+        case Round():
+            _round(draft, node, op)
 
 
 def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
@@ -42,7 +48,7 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     turns = tuple(x for x in chain if isinstance(x.op, Rotate))
     dims = [draft.size(dim) for dim in source.type.dims[2:]]
     heads, dim = (dims[0], dims[1]) if len(dims) == 2 else (1, dims[0])
-    turn = next((_turn(x.op, dim) for x in chain if isinstance(x.op, Rotate)), None)
+    turn = next((_turn(x.op, dim, "e") for x in chain if isinstance(x.op, Rotate)), None)
     short = draft.entries(op, op.level).short
     assert op.how in POOLS, "refused"
     context = SegmentsContext(
@@ -242,8 +248,11 @@ def _pool_rows(draft: Draft, node: Node, op: PoolRows) -> None:
     """One query for the rows of a block, kept in float32."""
     assert op.block is not None, "refused"
     assert op.how in ("mean", "max"), "refused"
-    source = draft.graph[node.inputs[0]]
+    source, chain = draft.graph[node.inputs[0]], draft.finished(node)
     heads, dim = (draft.size(name) for name in source.type.dims[2:])
+    turns = tuple(x for x in chain if isinstance(x.op, Rotate))
+    turn = next((_turn(x.op, dim, "p") for x in turns if isinstance(x.op, Rotate)), None)
+    tables = tuple(name for x in turns for name in x.inputs[1:])
     context = SegmentsContext(
         name=f"pool_{text.safe(node.name)}",
         heads=heads,
@@ -253,14 +262,17 @@ def _pool_rows(draft: Draft, node: Node, op: PoolRows) -> None:
         how=op.how,
         rows=op.block,
         precision=draft.target.dot_precision,
+        turn=turn,
     )
-    kernel = draft.kernel("segments", context, configs.pool_tokens(op.block), node.name)
-    count, buffer = f"blocks_{text.safe(node.name)}", text.buffer(node.name)
+    names, made = tuple(x.name for x in chain), chain[-1].name
+    config = configs.pool_rows(op.block, turns=turn is not None)
+    kernel = draft.kernel("segments", context, config, *names)
+    count, buffer = f"blocks_{text.safe(node.name)}", text.buffer(made)
     draft.steps.append(
         Step(
             title=f"pool: {node.name}",
-            needs=node.inputs,
-            makes=(node.name,),
+            needs=(*node.inputs, *tables),
+            makes=names,
             sizes=((count, together.blocks_of(op.block)),),
             buffers=(
                 Buffer(name=buffer, dtype="f32", dims=(count, str(heads), str(dim)), role="level"),
@@ -269,14 +281,62 @@ def _pool_rows(draft: Draft, node: Node, op: PoolRows) -> None:
                 Launch(
                     kernel=kernel,
                     grid=(f"{count} // {{BLOCK_E}} + batch.sequences", str(heads)),
-                    arguments=(*draft.tensor(source.name), buffer, *text.SEQ),
+                    arguments=(
+                        *draft.tensor(source.name),
+                        *(x for name in tables for x in draft.tensor(name)[:3]),
+                        buffer,
+                        *text.SEQ,
+                    ),
                 ),
             ),
         )
     )
 
 
-def round_(draft: Draft, node: Node, op: Round) -> None:
+def _turn_rows(draft: Draft, node: Node, op: Rotate) -> None:
+    """Queries that score row by row, each turned by its position.
+
+    Keys, and queries of blocks, are turned where they are pooled.
+    """
+    source, buffer = draft.graph[node.inputs[0]], text.buffer(node.name)
+    if op.rows is None or op.at != "token":
+        return
+    heads, dim = (draft.size(name) for name in source.type.dims[2:])
+    context = TurnContext(
+        name=f"turn_{text.safe(source.name)}",
+        heads=heads,
+        head_dim=dim,
+        turn=_turn(op, dim, "p"),
+        page=draft.page if op.base is None else 0,
+    )
+    kernel = draft.kernel("segments", context, configs.turning(dim), node.name)
+    x = text.input_of(source.name)
+    shape = (f"{x}.shape[0]", f"{x}.shape[1]", str(heads), str(dim))
+    draft.steps.append(
+        Step(
+            title=f"turn: {source.name}",
+            needs=node.inputs,
+            makes=(node.name,),
+            sizes=(),
+            buffers=(Buffer(name=buffer, dtype="input", dims=shape, role="level"),),
+            launches=(
+                Launch(
+                    kernel=kernel,
+                    grid=(text.tiles(), str(heads)),
+                    arguments=(
+                        *draft.tensor(source.name),
+                        *(x for name in node.inputs[1:] for x in draft.tensor(name)[:3]),
+                        buffer,
+                        *rows.page_arguments(context.page),
+                        *text.SEQ,
+                    ),
+                ),
+            ),
+        )
+    )
+
+
+def _round(draft: Draft, node: Node, op: Round) -> None:
     """Vectors of the caller, each kept in fewer bits; by rows, whatever sequences they are of."""
     assert op.dtype in ROUNDED, "refused"
     source, buffer = node.inputs[0], text.buffer(node.name)
@@ -320,13 +380,13 @@ def round_(draft: Draft, node: Node, op: Round) -> None:
     )
 
 
-def _turn(op: Rotate, dim: int) -> Turn:
-    """Where RoPE turns which channels of pooled keys."""
-    first = f"e * {op.stride}"
+def _turn(op: Rotate, dim: int, of: str) -> Turn:
+    """Where RoPE turns which channels of entries `e`, or of queries at places that have a name."""
+    first = of if op.rows is not None else f"{of} * {op.stride}"
     return Turn(
         start=0 if op.channels == "first" else dim - op.dims,
         dims=op.dims,
         halves=op.pairs == "halves",
-        position=first if op.at == "first" else f"({first} + {(op.size - 1) / 2})",
+        position=f"({first} + {(op.size - 1) / 2})" if op.at == "centre" else first,
         frequency="" if op.base is None else rows.number(-2 / op.dims * math.log2(op.base)),
     )

@@ -29,8 +29,7 @@ EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "proxy_attn": "level mass: no kernel reduces the scores of rows together yet",
-    "seer_attention": "level block: no kernel rotates queries yet",
-    "seer_attention_r": "level block: no kernel rotates queries yet",
+    "seer_attention": "level block: no kernel normalises scores of blocks of rows yet",
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
     "svg2": "level cluster: no kernel clusters keys yet",
     "svg_ear": "level error: no kernel clusters keys yet",
@@ -51,7 +50,7 @@ REFUSED: dict[str, str] = {
     "hip": "level chunk: no kernel searches halved intervals yet",
     "hirouter": "level branch: no kernel pools by centroid yet",
     "routing_transformer": "no kernel takes a route by head yet",
-    "superlinear": "level anchor: no kernel scores by queries of its own yet",
+    "superlinear": "level anchor: no kernel scores anchors behind each row yet",
     "hydra": "tokens of branches selected and window may coincide, and no kernel counts them once yet",
     "moa": "branch elastic: no kernel attends a static pattern yet",
     "power_attention": "no kernel takes a route by layer yet",

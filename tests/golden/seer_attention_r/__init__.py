@@ -1,0 +1,1 @@
+"""Kernels of seer_attention_r, emitted by hsgen."""
