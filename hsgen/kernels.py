@@ -526,6 +526,21 @@ class Turn:
         return chunk.offset < self.start + self.dims and self.start < end
 
     @property
+    def half(self) -> int:
+        return self.dims // 2
+
+    @property
+    def pairs(self) -> tuple[Chunk, ...]:
+        """Pairs of channels that are turned at a time."""
+        return chunks(self.half)
+
+    def rest(self, dim: int) -> tuple[tuple[int, int], ...]:
+        """Offsets and widths of the channels of a head that stay what they are."""
+        end = self.start + self.dims
+        behind = ((end + c.offset, c.width) for c in chunks(dim - end))
+        return (*((c.offset, c.width) for c in chunks(self.start)), *behind)
+
+    @property
     def tables(self) -> tuple[Param, ...]:
         """Those of the caller, and where their rows lie."""
         if self.frequency:
@@ -614,7 +629,26 @@ class SegmentsContext:
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
-        return chunks(self.head_dim)
+        return self._halved if self.paired else chunks(self.head_dim)
+
+    @property
+    def paired(self) -> bool:
+        """Whether all mates of a chunk are another one, so that none is made again; dots want 16 columns."""
+        if self.turn is None or not self.turn.halves:
+            return False
+        maps = self.how == "max_min_mean" and all(c.width >= 16 for c in self._halved)
+        return maps or bool(self.rows)
+
+    @property
+    def _halved(self) -> tuple[Chunk, ...]:
+        """First halves of pairs and second halves in turn, then channels that do not turn."""
+        assert self.turn is not None
+        first = [(self.turn.start + c.offset, c.width) for c in self.turn.pairs]
+        both = [(at + half, width) for at, width in first for half in (0, self.turn.half)]
+        cut = (*both, *self.turn.rest(self.head_dim))
+        return tuple(
+            Chunk(index=i, offset=at, width=width, source=at) for i, (at, width) in enumerate(cut)
+        )
 
     @property
     def params(self) -> tuple[Param, ...]:
@@ -823,10 +857,6 @@ class TurnContext:
     @property
     def summary(self) -> str:
         return "queries rotated by their positions, rounded once."
-
-    @property
-    def chunks(self) -> tuple[Chunk, ...]:
-        return chunks(self.head_dim)
 
     @property
     def params(self) -> tuple[Param, ...]:

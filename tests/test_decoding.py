@@ -1,5 +1,7 @@
 """Caches, and rows behind them: as rows of prefill, on kernels in the interpreter and by the reference."""
 
+import re
+
 import emitted
 import pytest
 import torch
@@ -521,6 +523,20 @@ def test_chunks_of_prefill_have_the_kernels_of_prefill():
     theirs, ours = emitted.sources(chunks), emitted.sources(emitted.shipped_plan("infllm_v2"))
     new = {"driver.py", "advance.py", "store.py", "pool_coarse_keys.py", "pool_compressed_keys.py"}
     assert {name for name in theirs if theirs[name] != ours.get(name)} == new
+
+
+@pytest.mark.parametrize("name", ["seer_attention_r", "hisa"])
+def test_what_few_heads_store_has_names_of_its_own(name):
+    """A name keeps its shape in a branch, and streams have rows of any width: compilers refuse others."""
+    chunks = schedule.schedule(
+        emitted.graph(systems.load(name)), H100, "bf16", None, Cached(rows="many")
+    )
+    every, *few = emitted.sources(chunks)["store.py"].split("    if head < ")
+    assert few
+    loaded = [re.findall(r"(\w+) = load_tile_masked", text) for text in (every, *few)]
+    names = [made for some in loaded[1:] for made in some]
+    assert len(names) == len(set(names)) >= len(few)
+    assert not set(names) & set(loaded[0])
 
 
 # --- on a card, at real head dims

@@ -62,26 +62,6 @@ def normed(x, size, NORM, columns):
 
 
 @triton.jit
-def mates(at, START: tl.constexpr, DIMS: tl.constexpr, HALVES: tl.constexpr):
-    """Of a channel its mate, their pair, whether it is the first of the two, and whether it turns.
-
-    Pairs are of the DIMS channels from START on: neighbours, or one of either half.
-    """
-    c = at - START
-    turned = (c >= 0) & (c < DIMS)
-    inner = tl.where(turned, c, 0)
-    if HALVES:
-        early = inner < DIMS // 2
-        pair = inner % (DIMS // 2)
-        mate = tl.where(early, at + DIMS // 2, at - DIMS // 2)
-    else:
-        early = inner % 2 == 0
-        pair = inner // 2
-        mate = tl.where(early, at + 1, at - 1)
-    return tl.where(turned, mate, at), pair, early, turned
-
-
-@triton.jit
 def store_entries(address, entries, live):
     """Round to the dtype that is kept, once; float16 keeps its greatest number where it has no greater.
 
@@ -131,10 +111,11 @@ def pool_block_keys(
 
     # tokens of an entry: the last one of a sequence may have fewer
     tokens = tl.minimum(64, k_len - e * 64)
-    # accumulate
-    # [BLOCK_E, 128]
-    at0 = 0 + tl.arange(0, 128)
-    acc0 = tl.zeros([BLOCK_E, 128], tl.float32)
+    # accumulate: all channels at once
+    at0 = 0 + tl.arange(0, 64)
+    acc0 = tl.zeros([BLOCK_E, 64], tl.float32)
+    at1 = 64 + tl.arange(0, 64)
+    acc1 = tl.zeros([BLOCK_E, 64], tl.float32)
     for d0 in range(0, 128, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         most = tl.full([BLOCK_E, BLOCK_D], float("-inf"), tl.float32)
@@ -159,49 +140,31 @@ def pool_block_keys(
         acc0 = tl.dot(most, for_most, acc0, input_precision="tf32x3")
         acc0 = tl.dot(least, for_least, acc0, input_precision="tf32x3")
         acc0 = tl.dot(mean, for_mean, acc0, input_precision="tf32x3")
+        weights = WEIGHT + (head * 3 * 128 + d)[:, None] * 128 + at1[None, :]
+        for_most = tl.load(weights).to(tl.float32)
+        for_least = tl.load(weights + 16384).to(tl.float32)
+        for_mean = tl.load(weights + 32768).to(tl.float32)
+        acc1 = tl.dot(most, for_most, acc1, input_precision="tf32x3")
+        acc1 = tl.dot(least, for_least, acc1, input_precision="tf32x3")
+        acc1 = tl.dot(mean, for_mean, acc1, input_precision="tf32x3")
 
     # norm
     squares = tl.zeros([BLOCK_E], tl.float32)
     squares += tl.sum(acc0 * acc0, 1)
+    squares += tl.sum(acc1 * acc1, 1)
     size = tl.sqrt_rn(squares / 128.0 + 1e-6)
     acc0 = normed(acc0, size, NORM, at0)
+    acc1 = normed(acc1, size, NORM, at1)
 
-    # rotate: each channel with its mate, by the position of the entry
-    mate, pair, early, turned = mates(at0, 0, 128, True)
-    other = tl.zeros([BLOCK_E, 128], tl.float32)
-    for d0 in range(0, 128, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        most = tl.full([BLOCK_E, BLOCK_D], float("-inf"), tl.float32)
-        least = tl.full([BLOCK_E, BLOCK_D], float("-inf"), tl.float32)
-        mean = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
-        for j0 in range(0, 64, BLOCK_J):
-            j = j0 + tl.arange(0, BLOCK_J)
-            token = k_first + e[:, None] * 64 + j[None, :]
-            inside = (j[None, :] < tokens[:, None]) & live[:, None]
-            x = load_columns(base, token, inside, x_t, d)
-            most = max_tokens(most, x, inside)
-            least = max_tokens(least, -x, inside)
-            mean += tl.sum(x, 1)
-        mean = tl.div_rn(mean, tl.maximum(tokens, 1).to(tl.float32)[:, None])
-        # what no entry has must not be infinite: it meets others in a dot
-        most = tl.where(live[:, None], most, 0.0)
-        least = tl.where(live[:, None], -least, 0.0)
-        weights = WEIGHT + (head * 3 * 128 + d)[:, None] * 128 + mate[None, :]
-        for_most = tl.load(weights).to(tl.float32)
-        for_least = tl.load(weights + 16384).to(tl.float32)
-        for_mean = tl.load(weights + 32768).to(tl.float32)
-        other = tl.dot(most, for_most, other, input_precision="tf32x3")
-        other = tl.dot(least, for_least, other, input_precision="tf32x3")
-        other = tl.dot(mean, for_mean, other, input_precision="tf32x3")
-    other = normed(other, size, NORM, mate)
+    # rotate: first halves and second halves, by the position of the entry
+    pair = 0 + tl.arange(0, 64)
     place = (k_first + e * 64).to(tl.int64)
-    there = live[:, None] & turned[None, :]
     cos = COS + z.to(tl.int64) * c_b + place[:, None] * c_t + pair[None, :]
-    cos = tl.load(cos, mask=there, other=1.0).to(tl.float32)
+    cos = tl.load(cos, mask=live[:, None], other=1.0).to(tl.float32)
     sin = SIN + z.to(tl.int64) * s_b + place[:, None] * s_t + pair[None, :]
-    sin = tl.load(sin, mask=there, other=0.0).to(tl.float32)
-    across = acc0 * cos + tl.where(early[None, :], -other, other) * sin
-    acc0 = tl.where(turned[None, :], across, acc0)
+    sin = tl.load(sin, mask=live[:, None], other=0.0).to(tl.float32)
+    acc0, acc1 = acc0 * cos - acc1 * sin, acc1 * cos + acc0 * sin
 
     # store
     store_entries(pooled[:, None] + at0[None, :], acc0, live[:, None])
+    store_entries(pooled[:, None] + at1[None, :], acc1, live[:, None])

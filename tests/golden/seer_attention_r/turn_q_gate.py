@@ -23,26 +23,6 @@ def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR
 
 
 @triton.jit
-def mates(at, START: tl.constexpr, DIMS: tl.constexpr, HALVES: tl.constexpr):
-    """Of a channel its mate, their pair, whether it is the first of the two, and whether it turns.
-
-    Pairs are of the DIMS channels from START on: neighbours, or one of either half.
-    """
-    c = at - START
-    turned = (c >= 0) & (c < DIMS)
-    inner = tl.where(turned, c, 0)
-    if HALVES:
-        early = inner < DIMS // 2
-        pair = inner % (DIMS // 2)
-        mate = tl.where(early, at + DIMS // 2, at - DIMS // 2)
-    else:
-        early = inner % 2 == 0
-        pair = inner // 2
-        mate = tl.where(early, at + 1, at - 1)
-    return tl.where(turned, mate, at), pair, early, turned
-
-
-@triton.jit
 def store_entries(address, entries, live):
     """Round to the dtype that is kept, once; float16 keeps its greatest number where it has no greater.
 
@@ -89,17 +69,16 @@ def turn_q_gate(
     row = (tl.load(SEQ + z * 6) + t).to(tl.int64)
     made = TURNED + (row[:, None] * 8 + head) * 128
 
-    # [BLOCK_T, 128]
-    at = 0 + tl.arange(0, 128)
-    acc = tl.load(base + at[None, :], mask=live[:, None], other=0.0).to(tl.float32)
-    mate, pair, early, turned = mates(at, 0, 128, True)
-    other = tl.load(base + mate[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    # [BLOCK_T, 64] of each side of pairs
+    pair = 0 + tl.arange(0, 64)
     place = (k_first + p).to(tl.int64)
-    there = placed[:, None] & turned[None, :]
     cos = COS + z.to(tl.int64) * c_b + place[:, None] * c_t + pair[None, :]
-    cos = tl.load(cos, mask=there, other=1.0).to(tl.float32)
+    cos = tl.load(cos, mask=placed[:, None], other=1.0).to(tl.float32)
     sin = SIN + z.to(tl.int64) * s_b + place[:, None] * s_t + pair[None, :]
-    sin = tl.load(sin, mask=there, other=0.0).to(tl.float32)
-    across = acc * cos + tl.where(early[None, :], -other, other) * sin
-    acc = tl.where(turned[None, :], across, acc)
-    store_entries(made + at[None, :], acc, live[:, None])
+    sin = tl.load(sin, mask=placed[:, None], other=0.0).to(tl.float32)
+    first = 0 + pair
+    second = 64 + pair
+    a = tl.load(base + first[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    b = tl.load(base + second[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    store_entries(made + first[None, :], a * cos - b * sin, live[:, None])
+    store_entries(made + second[None, :], b * cos + a * sin, live[:, None])
