@@ -231,7 +231,7 @@ def rounding(dim: int) -> Config:
 
 
 def turning(dim: int) -> Config:
-    """Rows a program, each read twice."""
+    """Rows a program: as many as fill its registers."""
     values = (("BLOCK_T", max(1, 4096 // next_power(dim))),)
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
@@ -285,6 +285,13 @@ def _sampled(kept: int) -> Config:
     """Room for twice the keys that are kept, so that an estimate of where they begin may be off."""
     width = max(2048, min(8192, next_power(2 * kept)))
     return Config(constexprs=(("BLOCK_R", 1), ("BLOCK_N", width)), num_warps=4, num_stages=1)
+
+
+def threshold(stride: int) -> Config:
+    """A row a program: scores are read twice, a tile of them at a time."""
+    width = max(64, min(1024, next_power(LONG_TEXT // stride)))
+    values = (("BLOCK_R", 1), ("BLOCK_N", width))
+    return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
 def rank_steps(

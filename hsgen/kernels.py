@@ -105,6 +105,7 @@ class RankContext:
     least: int = 0  # of a mass: entries that are kept whatever they weigh
     summed: int = 0  # > 0: scores are made here, of what an attend left of so many heads each
     planes: int = 0  # of that: 2 where an entry also counts in the slot after its own
+    how: Literal["best"] = "best"
 
     @property
     def summary(self) -> str:
@@ -309,6 +310,66 @@ class RankContext:
     def padded_summed(self) -> int:
         """`summed` as a tile."""
         return next_power(self.summed)
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdContext:
+    """Everything `rank.py.jinja` reads where blocks of rows keep entries whose masses are above a threshold.
+
+    Entries are as in a RankContext; a mass is a part of those of all entries that a block may choose.
+    """
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    rows: int  # of a block
+    size: int
+    stride: int
+    short: bool
+    causal: bool
+    first: int
+    last: int
+    threshold: float
+    how: Literal["threshold"] = "threshold"
+
+    @property
+    def summary(self) -> str:
+        return f"entries that a block of rows gives a mass above {self.threshold:g}."
+
+    @property
+    def forced(self) -> str:
+        """Which entries a block is forced to take."""
+        rest = f"{self.rows}, {self.stride}, {self.first}, {self.last}, {self.causal}"
+        return f"is_forced_of_block(e, p, k_len, {rest})"
+
+    @property
+    def limit(self) -> str:
+        """Where the entries end that have a score."""
+        rest = f"{self.rows}, {self.size}, {self.stride}, {self.causal}, {self.short}"
+        return f"begun_limit(p, k_len, {rest})"
+
+    @property
+    def candidates(self) -> str:
+        """Where the entries end that a block may take, forced ones too."""
+        own = f"{self.rows}, {self.stride}, {self.stride}, {self.causal}, True"
+        return f"begun_limit(p, k_len, {own})"
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return (
+            pointer("SCORES", "f32", f"f32[chunk rows, {self.heads}, capacity]"),
+            pointer("SELECTION", "i32", f"[rows, {self.heads}, width]"),
+            *SEQ,
+            count("tile_first", "the tile of rows at which the scratch begins"),
+            count("capacity", "row length of the scratch"),
+            count("width", "slots of a row"),
+            *tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
+        )
 
     @property
     def jit(self) -> str:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from hsgen.buckets import BucketsContext, PartsContext
 from hsgen.cols_streams import ColsStreamsContext, shared_bytes
-from hsgen.kernels import IndexContext, MarksContext, RankContext, SegmentsContext, UniteContext
+from hsgen.kernels import (
+    IndexContext,
+    MarksContext,
+    RankContext,
+    SegmentsContext,
+    ThresholdContext,
+    UniteContext,
+)
 from hsgen.learn import LINE, LearnContext
 from hsgen.maps import MapsContext
 from hsgen.plan import STREAMED, Kernel, Plan
@@ -98,8 +105,8 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return _stream_ranges(context, kernel, plan)
         case ColsStreamsContext():  # tiles are of 64 keys and rows, whatever the head dims
             return {"BLOCK_C": (16, 8192), "STAGES": (2, 8)}
-        case RankContext():
-            most = next_power(context.slots) if context.children else 8192
+        case RankContext() | ThresholdContext():
+            most = _most_scores(context)
             return {"BLOCK_R": (1, 32), "BLOCK_N": (64, max(64, most)), "num_warps": (1, 16)}
         case IndexContext(how="sets") | MarksContext():
             return {**_marking(context), "num_warps": (1, 16)}
@@ -123,6 +130,13 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
         case _:  # of a skeleton that nothing is known of, what is near its start
             near = {n: (max(1, v // 8), v * 8) for n, v in kernel.config.constexprs}
             return {**near, "num_warps": (1, 8)}
+
+
+def _most_scores(context: RankContext | ThresholdContext) -> int:
+    """Scores of a row in registers."""
+    if isinstance(context, RankContext) and context.children:
+        return next_power(context.slots)
+    return 8192
 
 
 def _marking(context: IndexContext | MarksContext) -> dict[str, tuple[int, int]]:
@@ -269,7 +283,7 @@ def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
     match kernel.context:
         case RowsContext() as context:
             yield from _broken_rows(context, kernel, values, target, plan)
-        case RankContext():
+        case RankContext() | ThresholdContext():
             if values["BLOCK_R"] > values["BLOCK_T"]:
                 yield f"BLOCK_R {values['BLOCK_R']} must divide BLOCK_T {values['BLOCK_T']}"
             each = largest // (values["num_warps"] * target.warp_size)
@@ -429,7 +443,7 @@ def _elements(kernel: Kernel, values: Mapping[str, int]) -> int:
             return max(rows * width, rows * widest, width * widest)
         case StreamsContext():
             return values["BLOCK_M"] * max(values["BLOCK_N"], WIDEST)
-        case RankContext():
+        case RankContext() | ThresholdContext():
             return values["BLOCK_R"] * values["BLOCK_N"]
         case IndexContext(how="sets") | MarksContext():
             return values["BLOCK_T"] * max(values["BLOCK_K"], values["BLOCK_N"])

@@ -229,9 +229,23 @@ def _of_rows(op: PoolRows) -> str | None:
 def _of_scores(graph: Graph, node: Node, op: Normalise | ReduceRows) -> str | None:
     if isinstance(op, ReduceRows):
         return "reduces the scores of rows together"
+    if held_masses(graph, node):
+        return None
     if _in_blocks(graph, node):
         return "normalises scores of blocks of rows"
     return "normalises by the greatest score" if op.by == "max" else None
+
+
+def held_masses(graph: Graph, node: Node) -> bool:
+    """Whether scores of blocks of rows are softmaxed to be held against a threshold alone: one launch."""
+    if not isinstance(node.op, Normalise) or node.op.by is not None or not _in_blocks(graph, node):
+        return False
+    if axes.tiling_of(graph):
+        return False
+    score, total = graph.operands(node)
+    held = [x.op for x in graph.users(node.name) if not isinstance(x.op, Divergence)]  # a loss
+    rules = all(isinstance(op, SelectSet) and op.rule == "threshold" for op in held)
+    return rules and isinstance(score.op, Score) and total.inputs == (score.name,)
 
 
 def _in_blocks(graph: Graph, node: Node) -> bool:
@@ -244,6 +258,8 @@ def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) ->
     """Of a level whose rows choose together, what that is in the way of; of any, what its operators are."""
     in_blocks = _in_blocks(graph, node)
     if isinstance(op, SelectSet):
+        if held_masses(graph, graph.operands(node)[0]):
+            return _of_threshold(op)
         return _of_set(op, in_blocks=in_blocks, weighed=_weighed(graph, node))
     return (_of_blocks(op) if in_blocks else None) or _of_choice(op)
 
@@ -260,6 +276,21 @@ def _of_blocks(op: Score | Map | Select) -> str | None:
             return "forces the tails of blocks of rows"
         case _:
             return None
+
+
+def _of_threshold(op: SelectSet) -> str | None:
+    """Masses above a threshold, and forced entries; no more is said of the rule."""
+    plain = SelectSet(
+        level=op.level,
+        size=op.size,
+        stride=op.stride,
+        rule="threshold",
+        value=op.value,
+        first=op.first,
+        last=op.last,
+        counted=op.counted,
+    )
+    return None if op == plain else "holds masses against a threshold, and more"
 
 
 def _weighed(graph: Graph, node: Node) -> bool:

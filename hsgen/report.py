@@ -52,13 +52,14 @@ class Shown:
     plan: Plan | None
     problem: str
     losses: Plan | None = None  # of a spec that has some, with their gradients
+    unlearnt: str = ""  # why there is no such plan
 
     def __str__(self) -> str:
         if self.plan is None:
             return f"{analysis.describe(self.graph)}\nno plan: {self.problem}\n"
         text = f"{analysis.describe(self.graph)}\n{self.plan}\n{_memory_text(self.plan)}"
-        if self.problem:
-            return f"{text}\nno plan of losses: {self.problem}\n"
+        if self.unlearnt:
+            return f"{text}\nno plan of losses: {self.unlearnt}\n"
         return f"{text}\n{self.losses}" if self.losses else text
 
     def record(self) -> dict[str, object]:
@@ -67,6 +68,7 @@ class Shown:
             "graph": _graph_record(self.graph),
             "plan": _plan_record(self.plan) if self.plan else None,
             **({"losses": _plan_record(self.losses)} if self.losses else {}),
+            **({"losses_problem": self.unlearnt} if self.unlearnt else {}),
             "problem": self.problem or None,
         }
 
@@ -74,15 +76,21 @@ class Shown:
 def show(spec: Spec, target: Target, dtype: DType = "bf16") -> Shown:
     """Plan a spec without emitting anything."""
     graph = passes.run(planner.plan(spec))
-    plan: Plan | None = None
     try:
         plan = schedule.schedule(graph, target, dtype)
-        teaches = bool(graph.outputs.loss)
-        learnt = losses.plan(graph, target, dtype, gradients=True) if teaches else None
-        return Shown(graph=graph, plan=plan, problem="", losses=learnt)
     except PlanError as error:
-        where = f" ({error.span})" if error.span else ""
-        return Shown(graph=graph, plan=plan, problem=f"{error.message}{where}")
+        return Shown(graph=graph, plan=None, problem=_with_place(error))
+    if not graph.outputs.loss:
+        return Shown(graph=graph, plan=plan, problem="")
+    try:
+        learnt = losses.plan(graph, target, dtype, gradients=True)
+    except PlanError as error:
+        return Shown(graph=graph, plan=plan, problem="", unlearnt=_with_place(error))
+    return Shown(graph=graph, plan=plan, problem="", losses=learnt)
+
+
+def _with_place(error: PlanError) -> str:
+    return f"{error.message} ({error.span})" if error.span else error.message
 
 
 ROLES = ("output", "level", "selection", "list", "scratch")

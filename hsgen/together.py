@@ -168,6 +168,7 @@ class Part:
     forced: int  # at most
     counted: bool
     tiling: Tiling | None = None  # entries are its tiles, of which a slab begun has all
+    most: int | None = None  # slots that any row has use for
 
     @staticmethod
     def units_of(fraction: float) -> int:
@@ -185,6 +186,8 @@ class Part:
         """As expressions of the keys of the longest sequence."""
         entries, part = f"entries_{level}", f"part_{level}"
         most = f"max({part}, {self.forced})" if self.counted else f"{part} + {self.forced}"
+        if self.most is not None:
+            most = f"{most}, {self.most}"
         return (
             (entries, f"(batch.keys + {self.stride - 1}) // {self.stride}"),
             (part, f"({entries} * {self.units} + {(1 << 30) - 1}) // {1 << 30}"),
@@ -196,7 +199,7 @@ class Part:
         entries = (self._slots(keys) + self.stride - 1) // self.stride
         part = (entries * self.units + (1 << 30) - 1) // (1 << 30)
         most = max(part, self.forced) if self.counted else part + self.forced
-        return max(1, min(entries, most))
+        return max(1, min(entries, most, entries if self.most is None else self.most))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

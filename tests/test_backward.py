@@ -803,6 +803,7 @@ REFUSED = {
     "vsa": "branch coarse: no kernel has the gradient of queries that stand for several rows yet",
     "dhsa_released": "branch selected: no kernel has the gradient of lists that rows share yet",
     "xattention": "branch selected: no kernel has the gradient of lists that rows share yet",
+    "seer_attention": "branch selected: no kernel has the gradient of lists that rows share yet",
 }
 
 

@@ -153,7 +153,7 @@ def _launches(draft: Draft) -> None:
                 attending.attend(draft, node, node.op)
             case Select() | SelectSet():
                 _choose(draft, node, node.op)
-            case LogSumExp() if isinstance(draft.graph[node.inputs[0]].op, Score):
+            case LogSumExp() if _summed_apart(draft.graph, node):
                 attending.log_sum_exp(draft, node)
             case (
                 Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate() | Union()
@@ -188,6 +188,12 @@ def _choose(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         mapping.select(draft, node, op, way)
     else:
         choosing.select(draft, node, op)
+
+
+def _summed_apart(graph: Graph, node: Node) -> bool:
+    """Whether a log-sum-exp is of scores, and not made where masses are held against a threshold."""
+    held = all(refusals.held_masses(graph, user) for user in graph.users(node.name))
+    return isinstance(graph[node.inputs[0]].op, Score) and not held
 
 
 def _append(draft: Draft, storage: Storage | None) -> None:

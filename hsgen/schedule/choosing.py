@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
@@ -21,6 +22,7 @@ from hsgen.graph import (
 )
 from hsgen.kernels import (
     RankContext,
+    ThresholdContext,
 )
 from hsgen.plan import Buffer, Launch, Step
 from hsgen.rows import Entries
@@ -33,6 +35,9 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
 
     Of a step whose scores an attend has left all but done, one launch does both.
     """
+    if isinstance(op, SelectSet) and op.rule == "threshold":
+        _select_above(draft, node, op)
+        return
     chain = _chain(draft, node)
     left = draft.left.get(node.name)
     heads = draft.size(node.type.dims[2])
@@ -211,6 +216,77 @@ def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) ->
     )
 
 
+def _select_above(draft: Draft, node: Node, op: SelectSet) -> None:
+    """Score blocks of rows into a bounded scratch, and keep what has enough of a row's softmax."""
+    chain, heads, block = _chain(draft, node), draft.size(node.type.dims[2]), draft.block(node)
+    part = part_of(draft.graph, node)
+    assert part is not None, "refused"
+    context = _walk(draft, node, chain, None)
+    draft.attend(context, draft.row_tiles_of_blocks.score(context), *chain.names)
+    ranking = ThresholdContext(
+        name=f"rank_{op.level}",
+        heads=heads,
+        rows=block,
+        size=op.size,
+        stride=op.stride,
+        short=draft.short(op.level),
+        causal=draft.shape.causal,
+        first=op.first,
+        last=op.last,
+        threshold=op.value,
+    )
+    config = configs.threshold(op.stride)
+    ranker = draft.kernel("rank", ranking, config, node.name, follows=context.name)
+    blocks, tiles, chunk = (f"{of}_{op.level}" for of in ("blocks", "tiles", "chunk"))
+    capacity, scratch = f"capacity_{op.level}", f"scores_{op.level}"
+    block_t = f'config["{context.name}"]["BLOCK_T"]'
+    lists = Buffer(
+        name=text.buffer(f"{node.name}.blocks"),
+        dtype="i32",
+        dims=(blocks, str(heads), draft.slots(node)),
+        role="list",
+    )
+    dims = (f"{chunk} * {block_t}", str(heads), capacity)
+    draft.steps.append(
+        Step(
+            title=f"choose: {op.level}",
+            needs=chain.needs,
+            makes=(f"{node.name}.blocks",),
+            sizes=(
+                (blocks, together.blocks_of(block)),
+                *part.sizes(op.level),
+                (capacity, f"max(1, batch.keys // {op.stride} + 1)"),
+                (tiles, f"{blocks} // {block_t} + batch.sequences"),
+                (f"bytes_{op.level}", f"{4 * heads} * {capacity} * {block_t}"),
+                *chunk_of(draft, op.level, 0, children=False),
+            ),
+            buffers=(Buffer(name=scratch, dtype="f32", dims=dims, role="scratch"), lists),
+            launches=(
+                Launch(
+                    kernel=context.name,
+                    grid=("count", str(heads)),
+                    arguments=_score_arguments(draft, chain, None, context, scratch),
+                ),
+                Launch(
+                    kernel=ranker,
+                    grid=(f"count * ({block_t} // {{BLOCK_R}})", str(heads)),
+                    arguments=(
+                        scratch,
+                        lists.name,
+                        *text.SEQ,
+                        "tile_first",
+                        capacity,
+                        draft.slots(node),
+                    ),
+                ),
+            ),
+            tiles=tiles,
+            chunk=chunk,
+        )
+    )
+    spread(draft, node, op, heads, block)
+
+
 def _walk(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> rows.RowsContext:
     """The loops of the scores, as those of a step share them."""
     context = _score_context(draft, node, chain, parent)
@@ -336,10 +412,12 @@ def _chain(draft: Draft, node: Node) -> _Chain:
             raise PlanError(f"no kernel chooses from %{current.name}", span=node.span)
         passed.insert(0, current)
         current = draft.graph[current.inputs[0]]
+    lse = next((n.inputs[1] for n in passed if isinstance(n.op, Normalise)), None)
+    held = bool(passed) and refusals.held_masses(draft.graph, passed[0])
     return _Chain(
         score=current,
-        names=(current.name, *(n.name for n in passed)),
-        lse=next((n.inputs[1] for n in passed if isinstance(n.op, Normalise)), None),
+        names=(current.name, *((lse,) if held and lse else ()), *(n.name for n in passed)),
+        lse=None if held else lse,  # which is summed where masses are held against it
         reduce=next((n.op for n in passed if isinstance(n.op, Reduce)), None),
         map=next((n.op for n in passed if isinstance(n.op, Map)), None),
     )
@@ -538,11 +616,14 @@ def part_of(graph: Graph, selection: Node) -> together.Part | None:
     if not isinstance(op, SelectSet) or refusals.lacking(graph, selection):
         return None
     own = own_entries(selection.type.dims[1], op.stride) - 1
-    tiling = axes.tiling_of(graph)
+    forced = op.first + (op.last + own if op.last else 0)
+    above, tiling = op.rule == "threshold", axes.tiling_of(graph)
     return together.Part(
         units=together.Part.units_of(op.value if op.rule == "fraction" else 1.0),
         stride=tiling.slots if tiling else op.stride,
         tiling=tiling,
-        forced=op.first + (op.last + own if op.last else 0),
+        forced=forced,
         counted=op.counted,
+        # masses add up to 1, or a little more as they are rounded
+        most=math.floor(1 / op.value) + 1 + forced if above and op.value > 0 else None,
     )

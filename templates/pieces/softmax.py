@@ -82,3 +82,19 @@ def merged_lse(PART_LSE, item, splits, mask, PARTS: tl.constexpr):
     l = tl.sum(tl.exp(each - m_safe[:, None]), 1)
     lse = tl.where(l == 0.0, float("-inf"), m_safe + tl.log(tl.where(l == 0.0, 1.0, l)))
     return tl.where(mask, lse, float("inf"))
+
+
+@triton.jit
+def logit_step(s, m, l):
+    """One tile of natural logits.  s: [M, N], m, l: [M] -> new m, new l; a count where all are alike"""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    rescale = tl.exp2((m - m_safe) * 1.4426950408889634)
+    return m_new, l * rescale + tl.sum(tl.exp2((s - m_safe[:, None]) * 1.4426950408889634), 1)
+
+
+@triton.jit
+def softmax_mass(s, m, l):
+    """What logits weigh, by the greatest and the sum that steps gave; NaN of a row without any.  -> [M, N]"""
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
+    return tl.div_rn(tl.exp2((s - m_safe[:, None]) * 1.4426950408889634), l[:, None])

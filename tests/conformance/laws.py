@@ -50,7 +50,7 @@ def groups_are_repeated_heads(lab):
         name: t.repeat_interleave(spec.heads.group, 2) if t.ndim == 4 else t
         for name, t in calls.key_side(call).items()
     }
-    learned = (f"{level.name}_key_position" for level in spec.levels)
+    learned = (f"{level.name}_key_{x}" for level in spec.levels for x in ("position", "weight"))
     repeated |= {
         name: call.tensors[name].repeat_interleave(spec.heads.group, 0)
         for name in learned

@@ -257,7 +257,7 @@ def selection_findings(call, outcome, exact):
         name = level.name
         state = (exact.scores[name], exact.candidates[name], exact.forced[name])
         width, kept = systems.slots(call.spec, level, call.keys), None
-        if level.select.top_p:  # by masses, see below
+        if level.select.top_p or level.select.threshold:  # by masses, see below
             kept = (indices >= 0).sum(-1)
         elif level.select.counts_vary:  # by positions alone
             own = call.reference().selection[name]
@@ -267,6 +267,8 @@ def selection_findings(call, outcome, exact):
             found += gap_findings(level, indices, *state, bounds[name])
             if level.select.top_p:
                 found += mass_findings(level, indices, *state, bounds[name])
+            if level.select.threshold:
+                found += threshold_findings(level, indices, *state, bounds[name])
     return found
 
 
@@ -339,6 +341,24 @@ def mass_findings(level, indices, scores, candidates, forced, bound):
         Finding(rule="mass", detail=f"{level.name} {rule}: not at {_where(~holds)}")
         for rule, holds in rules.items()
         if not holds.all()
+    ]
+
+
+def threshold_findings(level, indices, scores, candidates, forced, bound):
+    """What is above the threshold by more than its error is in, what is as far below is not."""
+    chosen, threshold = _spread(indices, scores.shape[-1]), level.select.threshold
+    free = candidates & ~forced
+    rules = {
+        "left out": free & ~chosen & (scores - bound > threshold),
+        "in": free & chosen & (scores + bound <= threshold),
+    }
+    return [
+        Finding(
+            rule="threshold",
+            detail=f"{level.name} at {_where(wrong)}: {scores[wrong][0]} is {what}",
+        )
+        for what, wrong in rules.items()
+        if wrong.any()
     ]
 
 

@@ -29,7 +29,6 @@ EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "proxy_attn": "level mass: no kernel reduces the scores of rows together yet",
-    "seer_attention": "level block: no kernel normalises scores of blocks of rows yet",
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
     "svg2": "level cluster: no kernel clusters keys yet",
     "svg_ear": "level error: no kernel clusters keys yet",
@@ -92,6 +91,8 @@ ALIKE: dict[str, str] = {
     "nsa_xunhao": "nsa",
     "quest": "moba",
     "qwen_qsa": "moba",
+    "seer_attention": "block_lists",
+    "seer_attention_r": "moba",
     "small_thinker": "nsa",
     "sqa": "nsa",
     "vsa": "block_lists",
@@ -230,6 +231,8 @@ def _shrunk_set(select):
         changes["top_k"] = min(select.budget, 13)
     if select.tokens:
         changes["tokens"] = min(select.tokens, 11)
+    if select.threshold:
+        changes["threshold"] = max(select.threshold, 0.1)  # of few entries
     if select.top_p:
         top_p = select.top_p
         less = {"mass": min(top_p.mass, 0.6), "min": min(top_p.min, 2)}  # of few entries
@@ -291,6 +294,9 @@ def with_budgets(spec, budget):
             top_p = level.select.top_p.model_copy(update={"min": number})
             select = level.select.model_copy(update={"top_p": top_p})
             level = level.model_copy(update={"select": select})
+        elif number and level.select.threshold:
+            select = level.select.model_copy(update={"threshold": 1e-30 if number > 1 else 1.0})
+            level = level.model_copy(update={"select": select})
         elif number:
             key = "top_k" if level.select.top_k else "beam"
             select = level.select.model_copy(update={key: number})
@@ -321,6 +327,9 @@ def slots(spec, level, keys):
     select = level.select
     if select.top_p:
         return max(1, entries(spec, level, keys))
+    if select.threshold:  # of which there are no more than that many in a whole
+        most = math.floor(1 / select.threshold) + 1 + spec.most_forced(level)
+        return max(1, min(entries(spec, level, keys), most))
     if not select.fraction:
         return spec.width(level)
     part = math.ceil(

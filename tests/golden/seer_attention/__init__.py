@@ -1,0 +1,1 @@
+"""Kernels of seer_attention, emitted by hsgen."""
