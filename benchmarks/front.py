@@ -19,6 +19,13 @@ from hsgen.spec import load
 
 SPEED, PEERS, BACKWARD = "speed_ten_", "peers_", "backward_"  # how files of results begin
 SYSTEMS = ("nsa", "moba", "flash_moba", "infllm_v2", "minimax_m3", "quest", "hisa", "dsa_gqa")
+OTHERS = (
+    "seer_attention_r",
+    "seer_attention",
+    "xattention",
+    "hip",
+    "hirouter",
+)  # timed likewise, no rows
 BESIDE_AUTHORS = ("nsa_xunhao", "nsa_fla")  # their kernels run at heads of 128, without a window
 PLACE = re.compile(r"(<!-- speed:begin -->\n).*?(<!-- speed:end -->\n)", re.DOTALL)
 

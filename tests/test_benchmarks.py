@@ -43,8 +43,9 @@ from benchmarks import (
     tilelang_report,
     token_lists,
     training_run,
+    video,
 )
-from hsgen import baselines, captures, checking, metrics, plots, samples, standins
+from hsgen import baselines, captures, checking, load_kernel, metrics, plots, samples, standins
 from hsgen.errors import HsgenError
 from hsgen.reference import reference, tensor_shapes
 from hsgen.reference.rounding import stored
@@ -70,6 +71,18 @@ def test_shipped_capture_is_small_and_says_where_it_is_from():
     assert "Apache-2.0" in said
     assert "PSF-2.0" in said
     assert "capture_smollm2" in said
+
+
+def test_rows_of_a_video_are_checked_before_they_are_timed():
+    spec = verify(load("vsa").model_copy(update={"axes": (4, 5, 8)}))
+    x = video.tensors(spec, "cpu")
+    attend = load_kernel(spec)
+    o, chosen = attend(**x), attend.select(q=x["q"], k=x["k"])["tile"].indices
+    assert video.check_rows(spec, x, o, chosen)["tiles"] == 4
+    with pytest.raises(checking.CheckError, match="relative error"):
+        video.check_rows(spec, x, -o, chosen)
+    with pytest.raises(checking.CheckError, match="not among the best"):
+        video.check_rows(spec, x, o, (chosen + 1) % 4)
 
 
 def test_repeated_choices_are_sets_of_what_rows_see():
