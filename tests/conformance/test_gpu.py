@@ -45,9 +45,10 @@ def test_long_documents_are_right(name, seed):
 
 @pytest.mark.parametrize("name", systems.STRUCTURES)
 def test_long_integers_select_the_same(name):
-    spec = scaled_exactly(as_shipped(name)).model_copy(
-        update={"head_dim": systems.load(name).head_dim.model_copy(update={"qk": 64, "v": 64})}
-    )
+    spec = scaled_exactly(as_shipped(name))
+    dims = systems.load(name).head_dim.model_copy(update={"qk": 64, "v": 64})
+    levels = systems.turned_less(spec, dims.qk)
+    spec = spec.model_copy(update={"head_dim": dims, "levels": levels})
     call = calls.make(spec, T=4099, dtype=torch.bfloat16, device="cuda", integers=True, seed=5)
     outcome, exact = backends.cuda(call), call.reference(keep_scores=False)
     for level in systems.selecting(spec):

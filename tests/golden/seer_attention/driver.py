@@ -31,7 +31,7 @@ CONFIG = {
     },
     "pool_block_queries": {
         "BLOCK_E": 1,
-        "BLOCK_J": 16,
+        "BLOCK_J": 64,
         "num_warps": 4,
         "num_stages": 1,
     },
