@@ -12,7 +12,7 @@ from test_tuned import interpreted
 from hsgen import baselines, bench, checking, machine, measure, standins, timing, trials, tuned
 from hsgen.cli import main
 from hsgen.reference import reference
-from hsgen.selection import ListSelection
+from hsgen.selection import ListSelection, to_list
 from hsgen.spec import load, parse
 
 CAPTURE = Path(__file__).parent / "data" / "smollm2_layer05.safetensors"
@@ -147,6 +147,17 @@ def test_rows_are_checked_where_nothing_is_causal():
     assert checked["error"] < 1e-6
     assert checked["rows"] == 2 * checking.SAMPLED
     assert standins.rows_of(spec, x, 8, 16)["k"].shape[1] == 40
+
+
+@pytest.mark.parametrize("name", ["xattention", "dhsa_released"])
+def test_choices_whose_counts_vary_are_checked(name):
+    spec = standins.bind(load(name), query=2, kv=1, dim=16)
+    x = {name: torch.randn(1, 300, 1 + (name == "q"), 16) for name in "qkv"}
+    found = reference(spec, x)
+    chosen = {level: to_list(each) for level, each in found.selection.items()}
+    checked = checking.compare(spec, x, found.o, chosen, checking.sampled(spec, 300))
+    assert checked["error"] < 1e-6
+    assert checked["same_choice"] == 1.0
 
 
 def test_rows_that_choose_together_are_checked_together():
