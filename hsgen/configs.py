@@ -266,6 +266,8 @@ def rank_by_mass(stride: int) -> Config:
 def maps(context: MapsContext, target: Target, dtype: DType) -> Config:
     """Tiles of products, as large as their sums leave registers for, then as many stages as have room."""
     size, rows_of, wide, step = (4, 64, 64, 16) if dtype == "fp32" else (2, 128, 256, 64)
+    if not target.dots_read_shared:  # operands are in registers too
+        wide = min(wide, 128)
     tokens = max(1, rows_of // context.per_row)
     step = min(step, context.most_channels)
     deepest = {
