@@ -1,9 +1,10 @@
-"""The README's table: ten systems beside the best that ran on such a card that day.  Needs no GPU.
+"""The README's table: systems beside the best that ran on such a card that day.  Needs no GPU.
 
     python -m benchmarks.headline      # writes it, with docs/headline.md
 
-Eight are of `benchmarks.speed --systems ...`, kept as speed_ten_CARD_DATE.json; two of
-`benchmarks.peers_speed`.
+Eight are of `benchmarks.speed --systems ...`, kept as speed_ten_CARD_DATE.json, two of
+`benchmarks.peers_speed`.  What a later run of the same day has, kept as speed_others_CARD_DATE.json, comes
+before it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from benchmarks import common, peer_kernels, speed_report
 from hsgen.quality import Json
 from hsgen.spec import load
 
-SPEED, PEERS, BACKWARD = "speed_ten_", "peers_", "backward_"  # how files of results begin
+SPEED, LATER, PEERS, BACKWARD = (
+    "speed_ten_",
+    "speed_others_",
+    "peers_",
+    "backward_",
+)  # how files begin
 SYSTEMS = ("nsa", "moba", "flash_moba", "infllm_v2", "minimax_m3", "quest", "hisa", "dsa_gqa")
 OTHERS = (
     "seer_attention_r",
@@ -25,7 +31,7 @@ OTHERS = (
     "xattention",
     "hip",
     "hirouter",
-)  # timed likewise, no rows
+)
 BESIDE_AUTHORS = ("nsa_xunhao", "nsa_fla")  # their kernels run at heads of 128, without a window
 PLACE = re.compile(r"(<!-- speed:begin -->\n).*?(<!-- speed:end -->\n)", re.DOTALL)
 
@@ -61,12 +67,13 @@ def table(results: Mapping[str, Json]) -> str:
     same = {file: x for file, x in results.items() if _made(x) == (made, card)}
     dense = _dense(x for file, x in same.items() if not file.startswith(BACKWARD))
     peers = [result for file, result in same.items() if file.startswith(PEERS)]
+    later = [result for file, result in same.items() if file.startswith(LATER)]
     lengths: dict[int, None] = {}
     rows: list[tuple[str, str, dict[int, Cell]]] = []
-    for system in (*SYSTEMS, *BESIDE_AUTHORS):
+    for system in (*SYSTEMS, *OTHERS, *BESIDE_AUTHORS):
         cases = [
             case
-            for result in (peers if system in BESIDE_AUTHORS else [speed])
+            for result in (peers if system in BESIDE_AUTHORS else [speed, *later])
             for case in result["cases"].values()
             if (case["system"], case["inputs"]) == (system, "real")
         ]

@@ -474,6 +474,11 @@ def test_the_front_takes_the_fastest_other_of_the_same_heads():
     assert "0.5 (1.60× fla)" in said
     results["speed_x"]["cases"].clear()
     assert "| 2 (–) |" in front.table(results)
+    again = case("moba", [4, 4], total=ok(1.5)), case("hip", [4, 4], total=ok(7.0))
+    results["speed_others_x"] = {"runs": [run], "cases": dict(enumerate(again))}
+    said = front.table(results)
+    assert "4/4 of 4 | 1.5 (–) |" in said
+    assert "| hip | arXiv:2502.08910 | 4/4 of 4 | 7 (–) |" in said
 
 
 def _timed(**steps):
