@@ -13,12 +13,14 @@ from hsgen import rows, splits
 from hsgen.appending import StoreContext
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
+from hsgen.halved import HalvedContext
 from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
 from hsgen.maps import MapsContext
 from hsgen.plan import Config, Kernel, Plan
 from hsgen.rows import next_power
 from hsgen.splits import BesideContext
 from hsgen.target import Target
+from hsgen.trees import How
 
 DType = Literal["bf16", "fp16", "fp32"]
 Work = Literal["forward", "gradients"]  # a call, or the gradients of one
@@ -286,6 +288,32 @@ def sums(context: MapsContext) -> Config:
     return Config(constexprs=(("BLOCK_N", step),), num_warps=4, num_stages=1)
 
 
+def halved(dtype: DType, context: HalvedContext) -> Config:
+    """Intervals a program: as many as a warpgroup's dot has rows; three-pass TF32 holds keys twice.
+
+    Where all tokens of an interval are looked at, steps of so many tokens, one after another.
+    """
+    tokens = 32 if dtype == "fp32" else 64
+    values = (("BLOCK_T", 1), ("BLOCK_N", tokens))
+    if context.whole:
+        values = (("BLOCK_T", 1), ("BLOCK_N", max(1, tokens // context.size)), ("BLOCK_S", 16))
+    stages = 1 if not context.whole or dtype == "fp32" else 3
+    return Config(constexprs=values, num_warps=4, num_stages=stages)
+
+
+def trees(how: How, dtype: DType) -> Config:
+    """Of a learned tree: tokens and nodes a step, rows a tile, candidates that are looked at at a time."""
+    narrow = dtype == "fp32"
+    values: dict[How, tuple[tuple[str, int], ...]] = {
+        "unit": (("BLOCK_E", 16),),
+        "assign": (("BLOCK_N", 64), ("BLOCK_E", 32)),
+        "descend": (("BLOCK_T", 16),),
+        "sift": (("BLOCK_N", 32 if narrow else 64), ("BLOCK_K", 1024)),
+    }
+    warps = 8 if how == "descend" else 4  # all nodes of a level are a row's in registers
+    return Config(constexprs=values.get(how, ()), num_warps=warps, num_stages=1)
+
+
 def _sampled(kept: int) -> Config:
     """Room for twice the keys that are kept, so that an estimate of where they begin may be off."""
     width = max(2048, min(8192, next_power(2 * kept)))
@@ -386,6 +414,10 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
     if kernel.skeleton == "rank":
         tokens = plan.kernel(kernel.follows or kernel.name).config["BLOCK_T"]
         values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
+    if kernel.skeleton == "trees" and "BLOCK_N" in values:
+        values |= {"BLOCK_N": 16} | {name: 64 for name in ("BLOCK_K",) if name in values}
+    if isinstance(kernel.context, HalvedContext):
+        values["BLOCK_N"] = max(1, 16 // (kernel.context.size if kernel.context.whole else 1))
     if kernel.skeleton in ("rows", "beside", "cols") and "BLOCK_N" in values:
         values["BLOCK_N"] = min(values["BLOCK_N"], 32)
     if kernel.skeleton == "learn":

@@ -52,7 +52,7 @@ TUNABLES = {
     "BLOCK_V": "vectors a program",
     "BLOCK_D": "channels a step, a divisor of the head dim",
     "BLOCK_C": "rows a chunk of a block's list",
-    "BLOCK_S": "spans a program",
+    "BLOCK_S": "spans, or steps, a program",
     "BLOCK_M": "rows a tile",
 }
 
@@ -105,6 +105,8 @@ class RankContext:
     least: int = 0  # of a mass: entries that are kept whatever they weigh
     summed: int = 0  # > 0: scores are made here, of what an attend left of so many heads each
     planes: int = 0  # of that: 2 where an entry also counts in the slot after its own
+    parts: int = 1  # of heads, whose scores of an entry become one here
+    parts_how: Literal["sum", "max"] = "max"
     how: Literal["best"] = "best"
 
     @property
@@ -267,9 +269,29 @@ class RankContext:
     @property
     def row(self) -> str:
         """The leading arguments of `row_keys`."""
-        if self.children:
-            return "scores, parents, live, complete"
-        return "scores, capacity" if self.carried else "scores"
+        row = "scores, capacity" if self.carried else "scores"
+        return f"{row}, parents, live, complete" if self.children else row
+
+    @property
+    def with_part(self) -> str:
+        """A score with that of one more part of the heads."""
+        return "tl.maximum(score, other)" if self.parts_how == "max" else "score + other"
+
+    @property
+    def row_length(self) -> str:
+        """From one row of the scratch to the next."""
+        rows = self.parts * (2 if self.carried else 1)
+        return f"({rows} * capacity)" if rows > 1 else "capacity"
+
+    @property
+    def _of_row(self) -> str:
+        """What a row of the scratch has several of."""
+        return "2, " if self.carried else ""
+
+    @property
+    def _of_entry(self) -> str:
+        """What an entry has several of."""
+        return f", {self.parts}" if self.parts > 1 else ""
 
     @property
     def params(self) -> tuple[Param, ...]:
@@ -279,7 +301,7 @@ class RankContext:
             pointer(
                 "SCORES",
                 "f32",
-                f"f32[chunk rows, {self.heads}, {'2, ' if self.carried else ''}capacity]",
+                f"f32[chunk rows, {self.heads}, {self._of_row}capacity{self._of_entry}]",
             ),
             pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.row_width}]"),
             *((parent,) if self.children else ()),

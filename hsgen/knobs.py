@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hsgen.buckets import BucketsContext, PartsContext
 from hsgen.cols_streams import ColsStreamsContext, shared_bytes
+from hsgen.halved import HalvedContext
 from hsgen.kernels import (
     IndexContext,
     MarksContext,
@@ -20,6 +21,7 @@ from hsgen.kernels import (
 )
 from hsgen.learn import LINE, LearnContext
 from hsgen.maps import MapsContext
+from hsgen.picked import PickedContext
 from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.rows import MARKED, PICKING, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
@@ -35,6 +37,7 @@ from hsgen.streams import (
 )
 from hsgen.target import Target
 from hsgen.together import ListsContext
+from hsgen.trees import TreesContext
 
 VERSION = 2  # of ranges and rules: a change makes other studies
 MOST_ELEMENTS = 1 << 20  # of a tile, Triton's own limit
@@ -44,6 +47,8 @@ MOST_SCORES = 128  # a thread, of rows that are ranked: twice as many compile fo
 LEAST_DOT = 16
 
 Values = dict[str, int]  # of one kernel: constexprs, num_warps, num_stages
+# tokens and nodes a step, rows a tile, and candidates that are looked at at a time, of learned trees
+TREES = {"BLOCK_E": (16, 128), "BLOCK_N": (16, 128), "BLOCK_T": (16, 64), "BLOCK_K": (64, 4096)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +121,7 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return _bucket_ranges(context)
         case MapsContext():
             return _map_ranges(context)
-        case ListsContext():
+        case ListsContext() | PickedContext() | HalvedContext() | TreesContext():
             return _list_ranges(context)
         case SegmentsContext(how="linear"):
             lowest = context.head_dim & -context.head_dim
@@ -164,14 +169,27 @@ def _map_ranges(context: MapsContext) -> dict[str, tuple[int, int]]:
     }
 
 
-def _list_ranges(context: ListsContext) -> dict[str, tuple[int, int]]:
-    match context.how:
-        case "lists":
+def _list_ranges(
+    context: ListsContext | PickedContext | HalvedContext | TreesContext,
+) -> dict[str, tuple[int, int]]:
+    match context:
+        case ListsContext(how="lists"):
             return {"BLOCK_N": (32, 512), "num_warps": (1, 4)}
-        case "members":
+        case ListsContext(how="members"):
             return {"BLOCK_K": (16, 512), "BLOCK_N": (32, 1024), "num_warps": (1, 8)}
-        case "spread":
+        case ListsContext():
             return {"BLOCK_T": (1, 64), "BLOCK_N": (16, 256), "num_warps": (1, 8)}
+        case PickedContext(width=width):
+            slots = (16, max(16, next_power(width)))
+            return {"BLOCK_K": slots, "BLOCK_N": (32, 1024), "num_warps": (1, 8)}
+        case HalvedContext(whole=True, size=size):
+            steps = {"BLOCK_N": (max(1, LEAST_DOT // size), 128 // size), "BLOCK_S": (1, 128)}
+            return {**steps, "num_warps": (1, 8), "num_stages": (1, 5)}
+        case HalvedContext():
+            return {"BLOCK_N": (LEAST_DOT, 128), "num_warps": (1, 8)}
+        case TreesContext(params=params):
+            own = (p.name for p in params if p.kind == "constexpr")
+            return {**{name: TREES[name] for name in own}, "num_warps": (1, 16)}
 
 
 def _row_ranges(context: RowsContext, kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
@@ -217,8 +235,10 @@ def _picks(kernel: Kernel, plan: Plan) -> bool:
     """Whether what follows gives each row of its tile a bit of one word."""
     return any(
         other.follows == kernel.name
-        and isinstance(other.context, MarksContext)
-        and other.context.how == "picked"
+        and (
+            isinstance(other.context, PickedContext)
+            or (isinstance(other.context, MarksContext) and other.context.how == "picked")
+        )
         for other in plan.kernels
     )
 
@@ -242,7 +262,9 @@ def _block(kernel: Kernel, plan: Plan) -> int | None:
     for other in plan.kernels:
         if other.follows == kernel.name:
             match other.context:
-                case MarksContext():  # of picked tokens, as many as a dot's tile has
+                case (
+                    MarksContext() | PickedContext()
+                ):  # of picked tokens, as many as a dot's tile has
                     return MARKED
                 case IndexContext(size=size) | ListsContext(size=size):
                     if size == next_power(size) and size >= LEAST_DOT:
@@ -445,7 +467,7 @@ def _elements(kernel: Kernel, values: Mapping[str, int]) -> int:
             return values["BLOCK_M"] * max(values["BLOCK_N"], WIDEST)
         case RankContext() | ThresholdContext():
             return values["BLOCK_R"] * values["BLOCK_N"]
-        case IndexContext(how="sets") | MarksContext():
+        case IndexContext(how="sets") | MarksContext() | PickedContext():
             return values["BLOCK_T"] * max(values["BLOCK_K"], values["BLOCK_N"])
         case SegmentsContext() as context:
             widest = max((c.width for c in context.chunks), default=1)

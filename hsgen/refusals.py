@@ -20,6 +20,7 @@ from hsgen.graph import (
     Entropies,
     Gate,
     Graph,
+    Halves,
     Input,
     LogSumExp,
     Map,
@@ -42,8 +43,10 @@ from hsgen.graph import (
     Union,
     Unlike,
     block_of,
+    coincide,
 )
 from hsgen.kernels import POOLS, ROUNDED, UNFINISHED
+from hsgen.trees import tree_of
 
 
 def refuse(graph: Graph) -> None:
@@ -53,6 +56,8 @@ def refuse(graph: Graph) -> None:
         PlanError: one that they do not; routes first, since a bound layer may have none of the rest.
     """
     for node in sorted(graph.nodes(), key=lambda node: not isinstance(node.op, Route)):
+        if isinstance(node.op, Entropies):
+            continue  # a call of its own, which says so: no output depends on it
         if words := lacking(graph, node):
             by_layer = isinstance(node.op, Route) and node.op.by == "layer"
             help = "give `layer` to load_kernel, or `--layer`" if by_layer else None
@@ -72,7 +77,7 @@ def _taken_whole(op: Recall) -> bool:
 
 def lacking(graph: Graph, node: Node) -> str | None:
     """What of one operator no kernel does yet; None where some kernel does it."""
-    if not isinstance(node.op, SelectSet) and maps.way_to(graph, node.name):
+    if _whole(graph, node):
         return None
     if node.name in graph.outputs.streams.values():
         return "no kernel puts out branches apart yet: `combine: {streams: branches}`"
@@ -109,6 +114,12 @@ def lacking(graph: Graph, node: Node) -> str | None:
             return words and f"level {op.level}: no kernel {words} yet"
         case _:
             return None
+
+
+def _whole(graph: Graph, node: Node) -> bool:
+    """Whether it is part of something that kernels do as a whole: a learned tree, or a map of blocks."""
+    mapped = not isinstance(node.op, SelectSet) and maps.way_to(graph, node.name)
+    return tree_of(graph, node) is not None or bool(mapped)
 
 
 def _loss(node: Node) -> str:
@@ -163,6 +174,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     chosen = any(isinstance(x.op, Select | SelectSet | Recall) for x in graph.operands(node))
     lacks = (
         (op.over == "static", "attends a static pattern"),
+        (op.cut in ("nodes", "runs"), f"attends {op.cut}"),
         (op.over == "pooled" and chosen, "attends pooled entries of a selection"),
         (op.biased, "adds a learned bias to logits"),
         (op.over == "tiers", "attends tiers of a pyramid"),
@@ -175,10 +187,13 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
 
 
 def _of_union(graph: Graph, node: Node) -> str | None:
-    """A branch goes on from what those before have left, which knows no keys: none may be seen twice."""
+    """A branch goes on from what those before have left, which knows no keys: none may be seen twice.
+
+    What is chosen leaves a window beside it the tokens that it has.
+    """
     branches = [(x, x.op) for x in graph.operands(node) if isinstance(x.op, Attend)]
     for (a, one), (b, other) in combinations(branches, 2):
-        if a.inputs[1:3] == b.inputs[1:3]:
+        if coincide(graph, a, b):
             what = "entries" if one.over == "pooled" else "tokens"
             names = f"{what} of branches {one.branch} and {other.branch}"
             return f"{names} may coincide, and no kernel counts them once yet"
@@ -268,7 +283,7 @@ def _of_blocks(op: Score | Map | Select) -> str | None:
     match op:
         case Score(form=form) if form not in ("dot", "bound"):
             return f"scores blocks of rows by {form}"
-        case Score(within=str()) | Select(within=str()):
+        case Score(within=str()):
             return "chooses for blocks of rows inside a beam"
         case Map():
             return "maps scores of blocks of rows"
@@ -386,7 +401,7 @@ def _of_choice(op: Score | Map | Select) -> str | None:
         case Score(anchors=found) if found:
             return "scores anchors behind each row"
         case Score(halves=found) if found:
-            return "searches halved intervals"
+            return _of_halves(found) or _of_score(op)
         case Score():
             return _of_score(op)
         case Select(diagonal=True):
@@ -397,6 +412,13 @@ def _of_choice(op: Score | Map | Select) -> str | None:
             return "forces another selection"
         case _:
             return None
+
+
+def _of_halves(halves: Halves) -> str | None:
+    together = halves.rows
+    if together is None or together.block is None:
+        return "searches halved intervals but for blocks of rows"
+    return None if together.how == "max" else f"searches by the {together.how} of rows"
 
 
 def _of_score(op: Score) -> str | None:

@@ -948,10 +948,12 @@ def attend_tokens(
     share: str,
     alone: bool = False,
     size: int = 1,
+    window: int = 0,
 ) -> RowsContext:
     """One softmax over a query's own list of tokens, gathered, in tiles whose union costs more.
 
     `alone`: in all tiles, without counts.  `size`: of a list's entries, blocks of so many tokens.
+    `window`: the last so many tokens are those of another branch.
     """
     heads = heads_of(shape, per_head=share == "Hq")
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
@@ -965,7 +967,8 @@ def attend_tokens(
         "    return",
     )
     seen = "last + 1" if shape.causal else "k_len"
-    causal = " & (n <= last)" if shape.causal else ""
+    before = f"last - {window}" if window else "last"
+    causal = f" & (n <= {before})" if shape.causal else ""
     what = "tokens" if size == 1 else "blocks"
     used = seen if size == 1 else f"({seen} + {size - 1}) // {size} * {size}"
     return RowsContext(
@@ -1008,14 +1011,23 @@ def attend_tokens(
     )
 
 
-def attend_united(shape: Shape, *, name: str, scale: float, width: int, size: int) -> RowsContext:
+def attend_united(
+    shape: Shape, *, name: str, scale: float, width: int, size: int, window: int = 0
+) -> RowsContext:
     """The same where every query head has a list of blocks: those of a key head's are walked as one.
 
     What the heads of a group chose between them is read once, whatever each of them chose.
     """
     group = shape.group
     context = attend_tokens(
-        shape, name=name, scale=scale, width=width * group, share="Hkv", alone=True, size=size
+        shape,
+        name=name,
+        scale=scale,
+        width=width * group,
+        share="Hkv",
+        alone=True,
+        size=size,
+        window=window,
     )
     (phase,) = context.phases
     lists = pointer(

@@ -795,7 +795,7 @@ def test_which_gradients_of_latents_stream(numbers, query, kv, streams):
 TRAINED = (
     *("moba", "flash_moba", "nsa", "nsa_fla", "nsa_xunhao", "fsa"),
     *("infllm_v2", "minimax_m3", "quest", "kinetics", "small_thinker", "sqa"),
-    *("dsa", "dsa_gqa", "glm_kpool", "hisa", "seer_attention_r"),
+    *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r"),
 )
 REFUSED = {
     "qwen_qsa": "no kernel has the gradient of an output's gate yet",
@@ -804,6 +804,8 @@ REFUSED = {
     "dhsa_released": "branch selected: no kernel has the gradient of lists that rows share yet",
     "xattention": "branch selected: no kernel has the gradient of lists that rows share yet",
     "seer_attention": "branch selected: no kernel has the gradient of lists that rows share yet",
+    "hip": "branch selected: no kernel has the gradient of lists that rows share yet",
+    "hydra": "branch selected: no kernel has the gradient of what a window beside it leaves yet",
 }
 
 

@@ -203,8 +203,8 @@ def test_errors(tiny, argv, status, said, capsys):
 
 
 def test_a_spec_without_kernels_names_the_line(capsys):
-    assert main(["bench", "hip", "--device", "cpu"]) == 1
-    assert "no kernel searches halved intervals yet" in capsys.readouterr().err
+    assert main(["bench", "spt", "--device", "cpu"]) == 1
+    assert "no kernel compares codes yet" in capsys.readouterr().err
 
 
 # --- what a GPU's figures look like

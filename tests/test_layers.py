@@ -29,6 +29,7 @@ rows  dryrun                            a kernel's loops · one call on paper
 axes                                    tokens in the order of tiles
 kernels
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
+halved  picked  trees                   intervals that are searched · tokens a tile picked · learned trees
 cols  unpool  learn                     gradients of attention, of pools and of losses
 maps                                    what blocks of rows give blocks of entries
 streams  cols_streams                   rows whose keys one warp brings · keys whose rows two bring
@@ -89,11 +90,10 @@ families
 drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
-    "errors paths target spec graph analysis planner passes flops storage plan gates rows axes kernels "
-    "buckets together splits appending cols unpool learn maps configs refusals schedule driver backward "
-    "losses knobs space emit allowlist store workers build resources pipeline tuned catalogue verify dryrun "
-    "report "
-    "measurer pruning lanes compare progress cli svg layout drawing"
+    "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
+    "buckets together halved picked trees splits appending cols unpool learn configs refusals schedule "
+    "driver backward losses knobs space emit allowlist store workers build resources pipeline tuned "
+    "catalogue verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.

@@ -25,7 +25,7 @@ from hsgen import (
     standins,
 )
 from hsgen.errors import PlanError
-from hsgen.graph import Input
+from hsgen.graph import Entropies, Input
 from hsgen.rows import next_power
 from hsgen.spec import Attend, Combine, HeadDim, Heads, load, verify
 from hsgen.target import A100, B200, H100, MI300X, RTX4090
@@ -54,7 +54,8 @@ def test_every_operator_has_a_kernel_and_every_value_is_made_before_it_is_read(n
     plan = emitted.shipped_plan(name)
     graph = passes.without_losses(emitted.graph(systems.load(name)))
     done = {operator for kernel in plan.kernels for operator in kernel.operators}
-    assert done == {node.name for node in graph.nodes() if not isinstance(node.op, Input)}
+    apart = (Input, Entropies)  # the loss of a tree is no call's
+    assert done == {node.name for node in graph.nodes() if not isinstance(node.op, apart)}
     known = {name for name, _ in plan.inputs}
     for step in plan.steps:
         assert set(step.needs) <= known, step.title
@@ -85,8 +86,7 @@ def test_every_tunable_has_a_value_of_its_own_or_of_the_kernel_it_follows(name):
 
 
 REFUSED = {
-    "nsa_union": "tokens of branches selected and window may coincide",
-    "union_own_keys": "tokens of branches selected and window may coincide",
+    "nsa_union": "no kernel tells the log-sum-exp of branch compressed in a union yet",
     "moba_all": "over all heads",
     "overlapping": "overlapping blocks",
     "tokens": "over all heads|normalises",
@@ -225,6 +225,8 @@ def test_branches_add_to_one_output_in_turn(spec, turns):
 # Of tier A those that have kernels, and what they are measured beside; of open heads those of `catalogue`.
 MEASURED = (
     "dsa",
+    "hip",
+    "hirouter",
     "hisa",
     "infllm_v2",
     "minimax_m3",
@@ -238,9 +240,10 @@ MEASURED = (
     "xattention",
 )
 # What a call holds of its inputs, outputs and choice: keys and values are copied into slots of tiles; lists
-# of blocks of 64 rows, and those of their tiles, have a slot for nearly every block of keys.
-HOLDS = {"vsa": 1.5, "seer_attention": 1.3}
-UNTRAINED = ("seer_attention", "vsa", "xattention")  # whose gradients no kernel has
+# of blocks of 64 rows, and those of their tiles, have a slot for nearly every block of keys; every key head
+# has lists of its own, which have room for all keys.
+HOLDS = {"vsa": 1.5, "seer_attention": 1.3, "hirouter": 1.35}
+UNTRAINED = ("hip", "seer_attention", "vsa", "xattention")  # whose gradients no kernel has
 
 
 @functools.cache
@@ -314,7 +317,8 @@ def test_scratch_is_bounded_whatever_the_length():
             if buffer.role == "scratch":
                 by_level.setdefault(buffer.name.partition("_")[2], []).append(array)
         for level, arrays in by_level.items():
-            one = plan.kernel(f"score_{level}").config["BLOCK_T"]
+            scorers = [k for k in plan.kernels if k.name == f"score_{level}"]
+            one = scorers[0].config["BLOCK_T"] if scorers else 1  # or a program a row
             assert {array.shape[0] for array in arrays} == {arrays[0].shape[0]}
             held = sum(array.bytes for array in arrays)
             assert held <= schedule.SCRATCH_BYTES or arrays[0].shape[0] == one

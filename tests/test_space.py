@@ -201,4 +201,4 @@ def test_a_space_prints(nsa):
 
 def test_what_has_no_plan_has_no_space():
     with pytest.raises(PlanError):
-        space_of("hip")
+        space_of("spt")

@@ -101,10 +101,7 @@ def test_what_no_kernel_trains_is_said_by_name():
     words = training_run.refusals(
         training_run.system("hirouter", 512, Size()), "cpu", interpret=True
     )
-    assert words == {
-        "attention": "level branch: no kernel pools by centroid yet",
-        "losses": "hirouter: no kernel computes the loss dual_entropy yet",
-    }
+    assert words == {"losses": "hirouter: no kernel computes the loss dual_entropy yet"}
 
 
 def test_sizes_are_the_authors_shares():

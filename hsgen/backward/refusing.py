@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Gate, Graph, Node, OutputGate, Pool, PoolRows, Select, Union
+from hsgen.graph import (
+    Attend,
+    Gate,
+    Graph,
+    Node,
+    OutputGate,
+    Pool,
+    PoolRows,
+    Select,
+    Union,
+    left_to_window,
+)
 from hsgen.unpool import DERIVED
 
 
@@ -51,6 +62,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
             op.over in ("blocks", "tokens") and not _by_row(graph, node),
             "lists that rows share",
         ),
+        (left_to_window(graph, node) > 0, "what a window beside it leaves"),
     )
     words = next((words for lacking, words in lacks if lacking), None)
     return words or (_of_pools(graph, node) if op.over == "pooled" else None)

@@ -65,6 +65,7 @@ from hsgen.graph.rows import block_of, own_entries
 from hsgen.graph.signature import TensorInput, tensor_inputs
 from hsgen.graph.text import align, op_fields, op_text
 from hsgen.graph.types import result_type
+from hsgen.graph.unions import coincide, left_to_window
 
 __all__ = [
     "Anchors",
@@ -126,7 +127,9 @@ __all__ = [
     "assigned",
     "befores",
     "block_of",
+    "coincide",
     "dump",
+    "left_to_window",
     "op_fields",
     "op_text",
     "own_entries",

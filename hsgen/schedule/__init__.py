@@ -47,7 +47,16 @@ from hsgen.graph import (
     Unlike,
 )
 from hsgen.plan import Cached, Plan
-from hsgen.schedule import attending, choosing, combining, laid, mapping, text, vectors
+from hsgen.schedule import (
+    attending,
+    choosing,
+    combining,
+    descending,
+    laid,
+    mapping,
+    text,
+    vectors,
+)
 from hsgen.schedule.choosing import part_of
 from hsgen.schedule.draft import (
     LATENT_DIMS,
@@ -146,6 +155,8 @@ def _launches(draft: Draft) -> None:
     for node in draft.graph.nodes():
         if laid.launched(draft, node) or maps.way_to(draft.graph, node.name):
             continue
+        if descending.launched(draft, node):
+            continue
         match node.op:
             case Pool() | PoolRows() | Rotate() | Round():
                 vectors.make(draft, node, node.op)
@@ -159,7 +170,7 @@ def _launches(draft: Draft) -> None:
                 Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate() | Union()
             ):
                 pass  # fused into the launch that reads them
-            case Norm() | OutputGate() | Divergence():
+            case Norm() | OutputGate() | Divergence() | Entropies():
                 pass  # fused into the launch that makes what they read; behind all; a call of its own
             case Recall(width=int()):
                 pass  # the caller's
@@ -176,7 +187,6 @@ def _launches(draft: Draft) -> None:
                 | Recall()
                 | Carry()
                 | Distance()
-                | Entropies()
                 | ReduceRows()
             ):
                 raise AssertionError("refused")

@@ -8,6 +8,7 @@ from hsgen.graph import (
     Attend,
     Node,
     Score,
+    left_to_window,
 )
 from hsgen.plan import Buffer, Launch, Step
 from hsgen.schedule import selected, stepping, text
@@ -15,8 +16,9 @@ from hsgen.schedule.draft import Draft
 
 
 def attend(draft: Draft, node: Node, op: Attend) -> None:
-    if draft.steps_alone:
-        stepping.attend(draft, node, op)
+    if draft.steps_alone or left_to_window(draft.graph, node):
+        by = stepping.attend if draft.steps_alone else selected.attend_beside_window
+        by(draft, node, op)
         return
     name = f"attend_{op.branch}"
     shape = draft.shape_of(op)

@@ -20,11 +20,9 @@ from hsgen.graph import (
     SelectSet,
     own_entries,
 )
-from hsgen.kernels import (
-    RankContext,
-    ThresholdContext,
-)
-from hsgen.plan import Buffer, Launch, Step
+from hsgen.halved import HalvedContext
+from hsgen.kernels import RankContext, ThresholdContext
+from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries
 from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
@@ -48,18 +46,10 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         part_of(draft.graph, node),
         draft.slots(node) if block else str(kept and kept.width),
     )
-    context = _walk(draft, node, chain, parent)
-    programs = heads // (context.heads if _packs(draft, chain, parent) else 1)
-    shares: tuple[str, ...] = ()
-    by_shares: tuple[tuple[str, str], ...] = ()
-    if draft.steps_alone and left is None:
-        by_shares = _shares(draft, context, chain, parent, programs)
-        shares = (by_shares[-1][0],)
-    tiling = draft.row_tiles_of_blocks if block else draft.row_tiles
-    tiles = tiling.step if shares else tiling.score if block else draft.score_tiles
-    config = tiles(context)
+    scorer = _scorer(draft, node, chain, parent)
+    context, config, programs = scorer.context, scorer.config, scorer.programs
     if left is None:
-        draft.attend(context, config, *chain.names)
+        scorer.add(draft, *chain.names)
     planes = 1 if left else context.planes
     children, slots, parent_heads, parent_group = 0, 0, 1, 1
     if parent is not None:
@@ -79,6 +69,8 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         fours=_by_fours(context),
         summed=draft.shape.group if left else 0,
         planes=left.planes if left else 0,
+        parts=scorer.parts,
+        parts_how="max" if chain.reduce and chain.reduce.how == "max" else "sum",
     )
     grouped = rank.group > 0
     ranks = configs.rank(
@@ -105,7 +97,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     scratch = f"scores_{op.level}"
     scores = Launch(
         kernel=context.name,
-        grid=("count", str(programs), *shares),
+        grid=(scorer.count, str(programs), *scorer.shares),
         arguments=_score_arguments(draft, chain, parent, context, scratch),
     )
     block_t = f'config["{rank.name if left else context.name}"]["BLOCK_T"]'
@@ -118,7 +110,10 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     draft.steps.append(
         Step(
             title=f"choose: {op.level}",
-            needs=(*((left.step,) if left else chain.needs), *((parent.name,) if parent else ())),
+            needs=(
+                *((left.step,) if left else chain.needs),
+                *((_listed(draft, parent),) if parent else ()),
+            ),
             makes=(made,),
             sizes=(
                 *(((choosing, together.blocks_of(block)),) if block else ()),
@@ -133,7 +128,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 ),
                 (
                     f"bytes_{op.level}",
-                    f"{_row_bytes(rank, op.level, planes)} * {block_t}",
+                    f"{_row_bytes(rank, op.level, planes * scorer.parts)} * {block_t}",
                 ),
                 *chunk_of(
                     draft,
@@ -141,7 +136,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                     programs if "STAGES" in dict(config.constexprs) else 0,
                     children=bool(context.children),
                 ),
-                *by_shares,
+                *scorer.by_shares,
             ),
             buffers=(
                 Buffer(
@@ -152,6 +147,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                         str(heads),
                         *(("2",) if planes > 1 else ()),
                         capacity,
+                        *((str(scorer.parts),) if scorer.parts > 1 else ()),
                     ),
                     role="scratch",
                 ),
@@ -172,7 +168,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                         *((*left.lse, left.buffer, left.length) if left else ()),
                         scratch,
                         text.buffer(made),
-                        *((text.buffer(parent.name),) if parent else ()),
+                        *((_list_of(draft, parent),) if parent else ()),
                         *((f"kept_{op.level}",) if rank.sampled else ()),
                         *text.SEQ,
                         "tile_first",
@@ -287,6 +283,101 @@ def _select_above(draft: Draft, node: Node, op: SelectSet) -> None:
     spread(draft, node, op, heads, block)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scorer:
+    """The kernel that scores, its tiles and its programs: `count` of tiles, heads, and shares of entries."""
+
+    context: rows.RowsContext | HalvedContext
+    config: Config
+    programs: int
+    count: str = "count"
+    shares: tuple[str, ...] = ()
+    by_shares: tuple[tuple[str, str], ...] = ()
+    parts: int = 1  # of the heads that agree, which the rank puts together
+
+    def add(self, draft: Draft, *nodes: str) -> None:
+        if isinstance(self.context, HalvedContext):
+            draft.kernel("halved", self.context, self.config, *nodes)
+        else:
+            draft.attend(self.context, self.config, *nodes)
+
+
+def _scorer(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> _Scorer:
+    """What makes the scores that a selection is made of."""
+    heads = draft.size(node.type.dims[2])
+    score = chain.score.op
+    if isinstance(score, Score) and score.halves is not None:
+        context = _halved(draft, node, chain, parent)
+        step, programs = f"step_{score.level}", f"shares_{score.level}"
+        return _Scorer(
+            context=context,
+            config=configs.halved(draft.dtype, context),
+            programs=heads * context.parts,
+            count="count * {BLOCK_T}",
+            shares=(programs,),
+            by_shares=(
+                (step, " * ".join(f'config["{context.name}"]["{x}"]' for x in context.steps)),
+                (programs, f"(capacity_{score.level} + {step} - 1) // {step}"),
+            ),
+            parts=context.parts,
+        )
+    context = _walk(draft, node, chain, parent)
+    programs = heads // (context.heads if _packs(draft, chain, parent) else 1)
+    shares: tuple[str, ...] = ()
+    by_shares: tuple[tuple[str, str], ...] = ()
+    block = draft.block(node)
+    if draft.steps_alone and node.name not in draft.left:
+        by_shares = _shares(draft, context, chain, parent, programs)
+        shares = (by_shares[-1][0],)
+    tiling = draft.row_tiles_of_blocks if block else draft.row_tiles
+    tiles = tiling.step if shares else tiling.score if block else draft.score_tiles
+    return _Scorer(
+        context=context,
+        config=tiles(context),
+        programs=programs,
+        shares=shares,
+        by_shares=by_shares,
+    )
+
+
+def _halved(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> HalvedContext:
+    """The search of a level's intervals by blocks of rows."""
+    score = chain.score.op
+    assert isinstance(score, Score)
+    assert score.halves is not None
+    share = chain.reduce.share if chain.reduce else "head"
+    below = _parent(draft, node, parent)
+    width = below.get("parent_width", 0)
+    return HalvedContext(
+        name=f"score_{score.level}",
+        heads={"head": 1, "group": draft.shape.group, "all": draft.shape.query_heads}[share],
+        group=draft.shape.group,
+        qk_chunks=rows.chunks(draft.shape.qk),
+        rows=draft.block(node),
+        size=score.size,
+        until=score.halves.until,
+        short=draft.short(score.level),
+        causal=draft.shape.causal,
+        scale=score.scale if score.scale is not None else 1.0,
+        reduce=chain.reduce.how if chain.reduce else "max",
+        precision=draft.shape.precision,
+        children=below["parent_size"] // score.size if "parent_size" in below else 0,
+        parent_width=width,
+        parent_heads=below.get("parent_heads", 1),
+        parent_head=below.get("parent_head", "head"),
+    )
+
+
+def _listed(draft: Draft, parent: Node) -> str:
+    """What is made of survivors: of blocks of rows a list each."""
+    return f"{parent.name}.blocks" if draft.block(parent) else parent.name
+
+
+def _list_of(draft: Draft, parent: Node) -> str:
+    """The same, in the driver."""
+    return text.buffer(_listed(draft, parent))
+
+
 def _walk(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> rows.RowsContext:
     """The loops of the scores, as those of a step share them."""
     context = _score_context(draft, node, chain, parent)
@@ -298,8 +389,10 @@ def _walk(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> rows.
     return rows.with_fours(context) if _by_fours(context) else context
 
 
-def _by_fours(context: rows.RowsContext) -> bool:
+def _by_fours(context: rows.RowsContext | HalvedContext) -> bool:
     """Whether scores of a step may be there up to a multiple of four: entries that are scored in order."""
+    if isinstance(context, HalvedContext):
+        return False
     return context.alike and [x.kind for x in context.phases] == ["range"] and not context.folded
 
 
@@ -554,8 +647,17 @@ def _parent(draft: Draft, node: Node, parent: Node | None) -> _Parent:
 
 
 def _score_arguments(
-    draft: Draft, chain: _Chain, parent: Node | None, context: rows.RowsContext, scratch: str
+    draft: Draft,
+    chain: _Chain,
+    parent: Node | None,
+    context: rows.RowsContext | HalvedContext,
+    scratch: str,
 ) -> tuple[str, ...]:
+    below = (_list_of(draft, parent),) if parent else ()
+    behind = (scratch, scratch.replace("scores_", "capacity_", 1))
+    if isinstance(context, HalvedContext):
+        read = (*draft.tensor(chain.score.inputs[0]), *draft.tensor(chain.score.inputs[1]))
+        return (*read, *below, *behind, *text.SEQ, "tile_first")
     queries, keys, *others = chain.score.inputs
     weighted = bool(others) and isinstance(draft.graph[others[0]].op, Input)
     indexed = draft.graph[queries].type.dims[-1] == "Di"
@@ -565,9 +667,8 @@ def _score_arguments(
         *(_powers(draft, chain) if context.powers else ()),
         *(draft.tensor(others[0])[:3] if weighted else ()),
         *(text.strides(text.buffer(chain.lse)) if chain.lse else ()),
-        *((text.buffer(parent.name),) if parent else ()),
-        scratch,
-        scratch.replace("scores_", "capacity_", 1),
+        *below,
+        *behind,
         *draft.seq(context),
         "tile_first",
     )

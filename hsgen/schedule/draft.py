@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from hsgen import cols_streams, configs, rows, splits, streams
 from hsgen.axes import Tiling
@@ -17,6 +17,7 @@ from hsgen.graph import (
     Map,
     Node,
     Norm,
+    Op,
     Permute,
     Pool,
     PoolRows,
@@ -257,7 +258,7 @@ class Draft:
 
     def short(self, level: str) -> bool:
         """Whether the level's last entry may be short: also if causal, where rows choose together."""
-        asks = any(isinstance(n.op, PoolRows) and n.op.level == level for n in self.graph.nodes())
+        asks = any(_asks(n.op) and n.op.level == level for n in self.graph.nodes())
         return short_last(self.graph, level, causal=asks is False and self.shape.causal)
 
     def finished(self, node: Node) -> tuple[Node, ...]:
@@ -398,3 +399,9 @@ class Draft:
         if len(node.type.dims) == 3:
             return x, f"0 if batch.packed else {x}.stride(0)", f"{x}.stride(1)", "0"
         return text.strides(x)
+
+
+def _asks(op: Op) -> TypeGuard[PoolRows | Score]:
+    """Whether it makes one of rows that choose together."""
+    halves = op.halves if isinstance(op, Score) else None
+    return isinstance(op, PoolRows) or (halves is not None and halves.rows is not None)

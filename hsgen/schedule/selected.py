@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hsgen import buckets, rows, together
+from hsgen import buckets, picked, rows, together
 from hsgen.errors import PlanError
-from hsgen.graph import (
-    Attend,
-    Node,
-)
+from hsgen.graph import Attend, Node, left_to_window
 from hsgen.kernels import (
     IndexContext,
     MarksContext,
@@ -109,6 +106,54 @@ def attend_by_blocks(draft: Draft, node: Node, op: Attend) -> None:
     )
     draft.kernels += kernels
     draft.steps.append(step)
+
+
+def attend_beside_window(draft: Draft, node: Node, op: Attend) -> None:
+    """Entries of a selection under one softmax with a window, without what the window has."""
+    order = draft.orders.get(op.branch)
+    if order == "keys":
+        raise PlanError(
+            f"branch {op.branch}: rows come to blocks only where no window has some of their tokens",
+            span=node.span,
+        )
+    _require_disjoint(node, op)
+    selection = draft.graph[node.inputs[3]]
+    share, shape = selection.type.dims[2], draft.shape_of(op)
+
+    def planned(*, alone: bool) -> rows.RowsContext:
+        context = rows.attend_picked(
+            shape, name=f"attend_{op.branch}", scale=op.scale or 1.0, share=share, alone=alone
+        )
+        return rows.with_pages(as_branch(draft, context, node, op), draft.page)
+
+    context = planned(alone=False)
+    if draft.picks(context):
+        config = draft.tiles(context, limit=64, most=rows.PICKING, block=rows.MARKED)
+    else:
+        context = planned(alone=True)
+        config = draft.row_tiles.attend(context, limit=64, most=rows.PICKING)
+    branch = picked.Branch(
+        name=op.branch,
+        needs=draft.needs(node, *node.inputs[:3]),
+        makes=draft.makes(node),
+        selection=selection.name,
+        buffers=draft.output_buffers(node),
+        tensors=draft.tensors(node, op),
+        outputs=draft.outputs(node),
+        block=draft.block(selection),
+        heads=draft.size(share),
+        width=draft.width(selection),
+        size=op.size if op.over == "blocks" else 1,
+        window=left_to_window(draft.graph, node),
+        causal=shape.causal,
+        held=draft.held,
+        programs=str(shape.query_heads // context.heads),
+        seq=draft.seq(context),
+    )
+    for listing in picked.listings(branch, config["BLOCK_T"]):
+        draft.kernel("index", listing.context, listing.config, node.name, follows=context.name)
+    draft.attend(context, config, *draft.makes(node))
+    draft.add((), picked.steps(branch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

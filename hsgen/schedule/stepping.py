@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hsgen import rows, splits
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Node, Normalise, Score, SelectSet
+from hsgen.graph import Attend, Node, Normalise, Score, SelectSet, left_to_window
 from hsgen.kernels import UniteContext
 from hsgen.plan import Buffer, Config, Kernel, Launch, Step
 from hsgen.rows import RowsContext, next_power
@@ -222,7 +222,7 @@ def _lists(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsCont
         raise PlanError(f"branch {op.branch}: no kernel decodes {what} yet", span=node.span)
     size = op.size if op.over == "blocks" else 1
     width, shape = draft.width(selection), draft.shape_of(op)
-    share = selection.type.dims[2]
+    share, window = selection.type.dims[2], left_to_window(draft.graph, node)
     pairs = next_power(shape.group) * next_power(width)
     if (
         share == "Hq"
@@ -231,7 +231,12 @@ def _lists(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsCont
         and pairs <= SORT_LIMIT
     ):
         context = rows.attend_united(
-            shape, name=f"attend_{op.branch}", scale=scale, width=width, size=size
+            shape,
+            name=f"attend_{op.branch}",
+            scale=scale,
+            width=width,
+            size=size,
+            window=window,
         )
         return rows.with_pages(context, draft.page), str(width * shape.group * size)
     context = rows.attend_tokens(
@@ -242,6 +247,7 @@ def _lists(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsCont
         share=share,
         alone=True,
         size=size,
+        window=window,
     )
     return rows.with_pages(context, draft.page), str(width * size)
 

@@ -233,7 +233,10 @@ def _avoiding(call, muted):
     B = call.tensors["q"].shape[0]
     chosen = {}
     for level in systems.selecting(call.spec):
-        stride, size = level.partition.stride, level.partition.size
+        stride, size = (
+            level.partition.stride or 1,
+            level.partition.size,
+        )  # of nodes any may be chosen
         N = systems.entries(call.spec, level, call.keys)
         starts = torch.arange(N) * stride
         allowed = starts[(starts + size <= muted.start) | (starts >= muted.stop)] // stride

@@ -46,11 +46,8 @@ REFUSED: dict[str, str] = {
     "deepseek_csa": "level entry: no kernel has entries that begin before their place yet",
     "step_csa": "%region.keys.rounded: no kernel rounds pooled keys yet",
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
-    "hip": "level chunk: no kernel searches halved intervals yet",
-    "hirouter": "level branch: no kernel pools by centroid yet",
     "routing_transformer": "no kernel takes a route by head yet",
     "superlinear": "level anchor: no kernel scores anchors behind each row yet",
-    "hydra": "tokens of branches selected and window may coincide, and no kernel counts them once yet",
     "moa": "branch elastic: no kernel attends a static pattern yet",
     "power_attention": "no kernel takes a route by layer yet",
     "s2_attention": "no kernel takes a route by layer yet",
@@ -79,6 +76,9 @@ PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
 # every sixth probe and every eighth law; the other specs have two thirds of the probes and laws, and half of
 # the cases.  `-m "not gpu"` and a GPU have all.
 ALIKE: dict[str, str] = {
+    "hip": "block_lists",
+    "hirouter": "hisa",
+    "hydra": "moba",
     "deepseek_hca": "nsa",
     "dsa": "sparse_mla",
     "dhsa_released": "block_lists",
@@ -152,8 +152,9 @@ def _shrunk_level(spec, level, factor, above):
     if isinstance(level.partition, Blocks):
         size, stride = (_part(n, factor) for n in (level.partition.size, level.partition.stride))
         changes["partition"] = Blocks(size=size, stride=stride)
-    if isinstance(level.partition, LearnedTree) and level.partition.takes:
-        few = {"branching": min(level.partition.branching, 5), "takes": 17}
+    if isinstance(level.partition, LearnedTree):
+        few = {"branching": min(level.partition.branching, 5)}
+        few |= {"takes": 17} if level.partition.takes else {}
         changes["partition"] = level.partition.model_copy(update=few)
     if isinstance(level.partition, Diagonals):
         changes["partition"] = Diagonals(size=_part(level.partition.size, factor))
@@ -342,6 +343,8 @@ def slots(spec, level, keys):
 
 def entries(spec, level, keys):
     """Entries of a level that may have a token: of tiles all of a slab that has any."""
+    if isinstance(level.partition, LearnedTree):  # nodes, of trees of one or two levels
+        return level.partition.branching ** (2 if level.within else 1)
     order = level.permute and level.permute.keys
     if not isinstance(order, Tile):
         return math.ceil(keys / level.partition.stride)

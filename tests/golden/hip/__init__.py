@@ -1,0 +1,1 @@
+"""Kernels of hip, emitted by hsgen."""

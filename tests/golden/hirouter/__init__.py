@@ -1,0 +1,1 @@
+"""Kernels of hirouter, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of hydra, emitted by hsgen."""
