@@ -123,10 +123,8 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return _map_ranges(context)
         case ListsContext() | PickedContext() | HalvedContext() | TreesContext():
             return _list_ranges(context)
-        case SegmentsContext(how="linear"):
-            lowest = context.head_dim & -context.head_dim
-            blocks = {"BLOCK_E": (LEAST_DOT, 128), "BLOCK_D": (LEAST_DOT, min(128, lowest))}
-            return {**blocks, "num_warps": (1, 8), "num_stages": (1, 4)}
+        case SegmentsContext(how="linear" | "max_min_mean"):
+            return _mapping(context)
         case SegmentsContext():
             most = next_power(context.size)
             return {"BLOCK_E": (1, 64), "BLOCK_J": (1, most), "num_warps": (1, 8)}
@@ -135,6 +133,15 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
         case _:  # of a skeleton that nothing is known of, what is near its start
             near = {n: (max(1, v // 8), v * 8) for n, v in kernel.config.constexprs}
             return {**near, "num_warps": (1, 8)}
+
+
+def _mapping(context: SegmentsContext) -> dict[str, tuple[int, int]]:
+    """Entries and channels of a dot, where entries are mapped: slot by slot, or what sums them up."""
+    lowest = context.head_dim & -context.head_dim
+    blocks = {"BLOCK_E": (LEAST_DOT, 128), "BLOCK_D": (LEAST_DOT, min(128, lowest))}
+    if context.how == "linear":
+        return {**blocks, "num_warps": (1, 8), "num_stages": (1, 4)}
+    return {**blocks, "BLOCK_J": (1, next_power(context.size)), "num_warps": (1, 8)}
 
 
 def _most_scores(context: RankContext | ThresholdContext) -> int:
@@ -471,8 +478,8 @@ def _elements(kernel: Kernel, values: Mapping[str, int]) -> int:
             return values["BLOCK_T"] * max(values["BLOCK_K"], values["BLOCK_N"])
         case SegmentsContext() as context:
             widest = max((c.width for c in context.chunks), default=1)
-            inner = values.get("BLOCK_J", 1) * widest
-            return values["BLOCK_E"] * max(inner, values.get("BLOCK_D", 1))
+            read = values.get("BLOCK_J", 1) * values.get("BLOCK_D", widest)
+            return values["BLOCK_E"] * max(read, widest)
         case _:
             return 1
 

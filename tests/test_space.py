@@ -98,6 +98,13 @@ def test_rows_of_a_tile_are_derived(nsa):
                 )
 
 
+def test_maps_of_what_sums_up_an_entry_move_in_tiles_that_dots_take():
+    found = part_of(space_of("seer_attention_r"), "pool_block_keys")
+    ranges = {knob.name: [knob.value(code) for code in knob.codes] for knob in found.knobs}
+    assert {min(ranges[name]) for name in ("BLOCK_E", "BLOCK_D")} == {16}
+    assert max(ranges["BLOCK_J"]) == 64
+
+
 def test_orders_are_an_outer_choice():
     found = space_of("moba")
     assert [variant.name for variant in found.variants] == ["own", "selected_rows"]
