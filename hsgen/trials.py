@@ -32,7 +32,7 @@ from hsgen.rows import RowsContext
 from hsgen.runtime import compile_program
 from hsgen.schedule import TILE_OF_HEADS
 from hsgen.selection import ListSelection, members
-from hsgen.spec import Attend, Blocks, HeadDim, Heads, Level, Spec, parse
+from hsgen.spec import Attend, Blocks, HeadDim, Heads, Level, Select, Spec, parse
 from hsgen.spec import verify as verify_spec
 from hsgen.streams import StreamsContext
 from hsgen.target import Target
@@ -186,21 +186,25 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
             "last": min(level.select.force.last, 2)
         }  # a long window would leave nothing to choose
         force = level.select.force.model_copy(update=few)
-        if level.select.fraction:
-            part = max(level.select.fraction, 0.4)  # more than is forced
-            changes["select"] = level.select.model_copy(update={"fraction": part, "force": force})
-            return level.model_copy(update=changes)
-        if level.select.top_p:
-            top_p = level.select.top_p.model_copy(
-                update={"mass": min(level.select.top_p.mass, 0.6)}
-            )
-            changes["select"] = level.select.model_copy(update={"top_p": top_p, "force": force})
+        if rule := _of_few_entries(level.select):
+            changes["select"] = level.select.model_copy(update={**rule, "force": force})
             return level.model_copy(update=changes)
         kept = "top_k" if level.select.top_k else "beam"
         forced = force.first + force.last + (spec.own_entries(level) - 1 if force.last else 0)
         budget = min(level.select.budget, max(forced + 1, 3 if blocks else 6))
         changes["select"] = level.select.model_copy(update={kept: budget, "force": force})
     return level.model_copy(update=changes)
+
+
+def _of_few_entries(select: Select) -> dict[str, object]:
+    """A rule that lets counts vary, so that of few entries some are kept; empty of another."""
+    if select.fraction:
+        return {"fraction": max(select.fraction, 0.4)}  # more than is forced
+    if select.threshold:
+        return {"threshold": max(select.threshold, 0.1)}
+    if select.top_p:
+        return {"top_p": select.top_p.model_copy(update={"mass": min(select.top_p.mass, 0.6)})}
+    return {}
 
 
 def _shrunk_branch(branch: Attend) -> Attend:
@@ -266,6 +270,8 @@ def _level_text(level: Level) -> str:
     size = f"{level.partition.size}/{level.partition.stride}"
     if level.select and level.select.fraction:
         return f"{size} a part of {level.select.fraction:g}"
+    if level.select and level.select.threshold:
+        return f"{size} masses above {level.select.threshold:g}"
     if level.select and level.select.top_p:
         return f"{size} {level.select.top_p.mass:g} of the mass"
     return f"{size} top {level.select.budget}" if level.select else size

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conformance import systems
 from reference_driver import compiler
 
 from hsgen import trials, verify
@@ -157,9 +158,19 @@ def test_budgets_of_shrunk_copies_bite():
                 assert level.select.budget < entries, (spec.name, level.name)
 
 
+@pytest.mark.parametrize("name", systems.KERNELS)
+def test_every_spec_with_kernels_shrinks(name):
+    """Whatever rule it chooses by."""
+    copy = trials.shrink(systems.load(name))
+    assert max((x.partition.size for x in copy.levels), default=1) <= 2 * trials.BLOCK
+
+
 def test_differences_are_stated():
     assert trials.differences(load("moba")) == (
         "chunk 512/512 top 3 -> 8/8 top 3, heads 2/2, head dim 16/16"
+    )
+    assert "block 64/64 masses above 0.0005 -> 8/8 masses above 0.1" in trials.differences(
+        load("seer_attention")
     )
 
 
