@@ -312,10 +312,13 @@ def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
     match kernel.context:
         case RowsContext() as context:
             yield from _broken_rows(context, kernel, values, target, plan)
-        case RankContext() | ThresholdContext():
+        case RankContext() | ThresholdContext() as context:
             if values["BLOCK_R"] > values["BLOCK_T"]:
                 yield f"BLOCK_R {values['BLOCK_R']} must divide BLOCK_T {values['BLOCK_T']}"
-            each = largest // (values["num_warps"] * target.warp_size)
+            held = largest
+            if isinstance(context, RankContext) and context.chunked:  # a part of a row at a time
+                held = values["BLOCK_R"] * max(context.chunk, values["BLOCK_N"] // context.group)
+            each = held // (values["num_warps"] * target.warp_size)
             if each > MOST_SCORES:
                 yield f"{each} scores a thread, at most {MOST_SCORES}"
         case MapsContext(how="tiles") as context:
