@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hsgen.axes import Tiling
 from hsgen.batch import Batch
 from hsgen.errors import ArgumentError, nearest
 from hsgen.graph import TensorInput
@@ -484,7 +485,9 @@ def check_selections(
             )
 
 
-def check_selection_values(level: str, indices: Tensor, batch: Batch, *, stride: int) -> None:
+def check_selection_values(
+    level: str, indices: Tensor, batch: Batch, *, stride: int, tiling: Tiling | None = None
+) -> None:
     """Indices that are -1 or of an entry of their sequence; waits for the device.
 
     Args:
@@ -492,10 +495,11 @@ def check_selection_values(level: str, indices: Tensor, batch: Batch, *, stride:
         indices: i32[B, T, Hs, K] or packed.
         batch: Where the sequences are.
         stride: Tokens from one entry of the level to the next.
+        tiling: Of entries that are its tiles, wherever they lie.
     """
     flat = indices.reshape(batch.rows, -1)
     for z, (start, _, length, _, _, k_len) in enumerate(batch.table.tolist()):
-        limit = -(-k_len // stride)
+        limit = tiling.begun(k_len) if tiling else -(-k_len // stride)
         mine = flat[start : start + length]
         wrong = mine[(mine < -1) | (mine >= limit)]
         if wrong.numel():

@@ -85,6 +85,17 @@ class Tiling:
         lengths = (str(axis.length) for axis in rest)
         return ", ".join((*lengths, *(str(axis.tile) for axis in (first, *rest))))
 
+    def begun(self, keys: int) -> int:
+        """How many tiles have one of so many keys: they come before the others."""
+        _, second, third = self._three
+        lines = -(-third.length // third.tile)
+        planes, rest = divmod(keys, second.length * third.length)
+        line, rest = divmod(rest, third.length)
+        of_slab = line // second.tile * lines
+        of_slab += lines if line % second.tile else -(-rest // third.tile)
+        slab, some = divmod(planes, self.axes[0].tile)
+        return slab * self.across + (self.across if some else of_slab)
+
     def held(self, keys: int) -> int:
         """Slots that so many keys are given: those of whole slabs."""
         return -(-keys // self.slab) * self.slab_slots
@@ -205,6 +216,7 @@ class OrderContext:
     header: str = ""
     pieces: str = ""
     tiling: Tiling
+    whole: bool = False  # sequences of tiles are told as well
     how: str = "order"
 
     @property
@@ -222,6 +234,7 @@ class OrderContext:
             pointer("KEY_ORDER", "i32", "[key slots] the same of keys"),
             TOKENS,
             pointer("SLOTS", "i32", "[Z, 6] sequences as their slots lie"),
+            *((pointer("TILES", "i32", "[Z, 6] and as their tiles do"),) if self.whole else ()),
             *rows.SEQ,
             count("slabs", "of keys, from one sequence to the next; 1 where they lie in one"),
             Param(name="BLOCK_E", kind="constexpr", comment="tiles a program"),
@@ -248,6 +261,8 @@ class CopyContext:
     copies: bool = False
     pools: bool = False
     rows: bool = False
+    wide: bool = False  # means of keys are in float32 too, rounded all the same
+    group: int = 1  # heads of X whose means are added
     how: str = "copy"
 
     @property
@@ -266,11 +281,12 @@ class CopyContext:
     @property
     def params(self) -> tuple[Param, ...]:
         shape = f"{self.heads}, {self.head_dim}]"
-        copied = pointer("COPIED", "input", f"[1, key slots, {shape}")
+        of_x = f"{self.heads * self.group}, {self.head_dim}]"
+        copied = pointer("COPIED", "input", f"[1, slots, {shape}")
         means = f"[blocks, {shape}" if self.rows else f"[1, tiles, {shape}"
-        pooled = pointer("POOLED", "f32" if self.rows else "input", means)
+        pooled = pointer("POOLED", "f32" if self.rows or self.wide else "input", means)
         return (
-            *rows.tensor("X", "x", f"[B, {'T' if self.rows else 'S'}, {shape}", "bth"),
+            *rows.tensor("X", "x", f"[B, {'T' if self.rows else 'S'}, {of_x}", "bth"),
             *((copied,) if self.copies else ()),
             *((pooled,) if self.pools else ()),
             pointer("ORDER", "i32", "[slots] the token of each slot, -1 of none"),
@@ -280,3 +296,170 @@ class CopyContext:
     @property
     def jit(self) -> str:
         return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceContext:
+    """Everything `segments.py.jinja` reads to give tokens gradients: those of slots, and of a tile's mean.
+
+    `group`: gradients of a slot and head, which are added: those that each query head gave.
+    """
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    tiling: Tiling
+    heads: int
+    head_dim: int
+    group: int = 1
+    slots: bool = False
+    means: bool = False
+    rows: bool = False
+    how: str = "place"
+
+    @property
+    def summary(self) -> str:
+        found = ["of their slots"] * self.slots + ["of their tile's mean"] * self.means
+        return f"gradients of {'queries' if self.rows else 'tokens'}: {' and '.join(found)}."
+
+    @property
+    def padded_slots(self) -> int:
+        return next_power(self.tiling.slots)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        slots = pointer("GRADS", "input", f"[slots, {self.heads * self.group}, {self.head_dim}]")
+        means = pointer("MEANS", "f32", f"f32[tiles, {self.heads}, {self.head_dim}]")
+        return (
+            *((slots,) if self.slots else ()),
+            *((means,) if self.means else ()),
+            *rows.tensor("DX", "dx", f"[B, T, {self.heads}, {self.head_dim}]", "bth"),
+            pointer("ORDER", "i32", "[slots] the token of each slot, -1 of none"),
+            *rows.SEQ[:1],
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UndoContext:
+    """Everything `merge.py.jinja` reads to go back from an output's gradient to those of branches, in slots.
+
+    `fine`, `coarse`: columns of gates; -1: without gates, or no such branch.
+    """
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    tiling: Tiling
+    heads: int
+    head_dim: int  # of a value
+    branches: int = 0  # under gates of channels; 0: one without
+    fine: int = -1
+    coarse: int = -1
+    again: bool = False  # the branch's output was made again, in slots
+    how: str = "undo"
+
+    @property
+    def summary(self) -> str:
+        return "the output's gradient as branches of tiles have it, in slots, and delta."
+
+    @property
+    def padded_slots(self) -> int:
+        return next_power(self.tiling.slots)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        kept = "f32" if self.branches else "input"
+        gates = f"[B, T, Hq, {self.branches}, Dv]"
+        of = "[1, slots, Hq, Dv]" if self.again else "[B, T, Hq, Dv] of the branch"
+        by_tile, by_head = f"f32[tiles, {self.heads}, Dv]", f"f32[{self.heads}, tiles]"
+        return (
+            *rows.tensor("O", "o", of, "bth", kept),
+            *rows.tensor("DO", "do", "[B, T, Hq, Dv]", "bth"),
+            *rows.lse(),
+            pointer("DLSE", "f32", "f32[B, Hq, T], as LSE"),
+            pointer("SLOT_DO", "input", f"[slots, {self.heads}, Dv]"),
+            pointer("SLOT_LSE", "f32", f"f32[{self.heads}, slots]"),
+            pointer("SLOT_DELTA", "f32", "f32, as SLOT_LSE"),
+            count("slots", "from one head to the next"),
+            *(rows.tensor("GATES", "g", gates, "bthc") if self.branches else ()),
+            *(rows.tensor("DGATES", "dg", gates, "bthc") if self.branches else ()),
+            *(
+                (
+                    pointer("TILE_O", "f32", by_tile),
+                    pointer("COARSE_LSE", "f32", "f32[B, Hq, T], as LSE"),
+                    pointer("COARSE_DLSE", "f32", "f32[B, Hq, T], as LSE"),
+                    pointer("TILE_DO", "f32", by_tile),
+                    pointer("TILE_LSE", "f32", by_head),
+                    pointer("TILE_DELTA", "f32", by_head),
+                    count("tiles", "from one head to the next"),
+                )
+                if self.coarse >= 0
+                else ()
+            ),
+            ORDER,
+            *rows.SEQ[:1],
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoosersContext:
+    """Everything `index.py.jinja` reads to list the tiles of rows of which any chose each tile of keys."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    tiling: Tiling
+    heads: int  # selection heads
+    how: str = "choosers"
+
+    @property
+    def summary(self) -> str:
+        return "the tiles of rows of which any chose each tile of keys."
+
+    @property
+    def words(self) -> int:
+        """Of a tile's rows, as bits."""
+        return words_of(self.tiling)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        words = f"[tiles of rows, {self.heads}, capacity, {self.words}] rows as bits, by entry"
+        return (
+            pointer("WORDS", "i32", words),
+            pointer("COUNTS", "i32", f"[{self.heads}, tiles] tiles of rows"),
+            pointer("LIST", "i32", f"[{self.heads}, tiles, most] these, ascending"),
+            CAPACITY,
+            count("tiles", "of keys, of all sequences"),
+            MOST,
+            *rows.SEQ[:1],
+            Param(name="BLOCK_N", kind="constexpr", comment="tiles of rows a step"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+CAPACITY = count("capacity", "entries of a tile of rows")
+MOST = count("most", "tiles of rows of a list")
+
+
+def words_of(tiling: Tiling) -> int:
+    """Words that have a bit for each row of a tile."""
+    return (next_power(tiling.slots) + 31) // 32

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hsgen import rows, transposed
+from hsgen import axes, rows, transposed
 from hsgen.kernels import tunables
 from hsgen.plan import ElementType, Param
 from hsgen.rows import (
@@ -278,6 +278,11 @@ class ColsContext(rows.InTurn):
     adds: tuple[bool, bool]  # keys', values': to gradients of other branches
     turn: rows.Turn | None = None
     entries: str = "S"
+    tiled: int = 0  # > 0: rows are those of tiles, so many slots each, that chose a tile of keys
+    words: int = 0  # of these a row's bit says whether it did
+    list_of: str = ""  # which list of a tile's a query head reads
+    list_stride: int = 0  # of so many
+    wide: bool = False  # all tensors are in float32
 
     def uses(self, name: str) -> bool:
         """Whether any statement reads the number `name`."""
@@ -351,13 +356,22 @@ class ColsContext(rows.InTurn):
         gradients = part_params(self) if self.split else gradient_params(self)
         lists: tuple[Param, ...] = (LENGTH,)
         turn: tuple[Param, ...] = ()
-        if self.marked:
+        if self.tiled:
+            lists = (
+                pointer("COUNTS", "i32", "[lists, tiles] tiles of rows"),
+                pointer("LIST", "i32", "[lists, tiles, most] these, ascending"),
+                pointer("WORDS", "i32", "[tiles of rows, lists, capacity, words] rows as bits"),
+                count("tiles", "of keys, of all sequences"),
+                axes.MOST,
+                axes.CAPACITY,
+            )
+        elif self.marked:
             lists = (*transposed.lists(self.marked), LENGTH, transposed.CHUNK, transposed.TOKENS)
             turn = (transposed.BUCKET_FIRST,)
         elif self.list_heads:
             lists = (CHUNKS, CHUNK_COUNTS, ENDS, LIST, LENGTH, BUCKETS, ITEMS, CAPACITY)
             turn = (HEAD_FIRST,)
-        return (
+        found = (
             *rows.QUERY,
             *tensor("K", "k", f"{shape}Dqk]", "bth"),
             *(() if self.latent else tensor("V", "v", f"{shape}Dv]", "bth")),
@@ -371,6 +385,7 @@ class ColsContext(rows.InTurn):
             *tunables(*(("BLOCK_C",) if self.in_chunks else ()), "BLOCK_T", "BLOCK_M", "BLOCK_N"),
             *tunables(*(("BLOCK_H",) if self.parts else ())),
         )
+        return rows.in_float32(found) if self.wide else found
 
     @property
     def jit(self) -> str:
@@ -528,6 +543,21 @@ def of_tokens(shape: Shape, branch: Branch, *, list_heads: int) -> ColsContext:
         size=MARKED,
         stride=MARKED,
         visible=("marked_by(word, within)",),
+    )
+
+
+def of_tiles(shape: Shape, branch: Branch, *, tiling: axes.Tiling, list_heads: int) -> ColsContext:
+    """The keys of a tile for the tiles of rows that chose it, for one query head at a time."""
+    own = {shape.query_heads: "head", shape.kv_heads: f"(head // {shape.group})"}
+    return replace(
+        _of(shape, branch, heads=1),
+        tiled=tiling.slots,
+        words=axes.words_of(tiling),
+        list_of=own.get(list_heads, "0") if list_heads > 1 else "0",
+        list_stride=list_heads,
+        visible=("member[None, :] != 0",),
+        size=tiling.slots,
+        stride=tiling.slots,
     )
 
 

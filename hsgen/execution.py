@@ -952,7 +952,9 @@ class Execution:
         arguments.check_values(_lengths(call), where, problem)
         for level, indices in brought(call):
             stride = self.spec.level(level).partition.stride
-            arguments.check_selection_values(level, indices, where, stride=stride)
+            arguments.check_selection_values(
+                level, indices, where, stride=stride, tiling=tiling_of(self.graph)
+            )
 
     def _refuse_capture(self, device: torch.device) -> None:
         """A first call compiles, which would spoil a CUDA graph that is being captured."""

@@ -17,6 +17,7 @@ from hsgen.graph import (
     LogSumExp,
     Node,
     Normalise,
+    Op,
     Score,
     Select,
     SelectSet,
@@ -90,9 +91,16 @@ def rank_logits(graph: Graph) -> Graph:
     changed = [
         replace(node, inputs=(graph[node.inputs[0]].inputs[0], *node.inputs[1:]))
         for node in graph.nodes()
-        if isinstance(node.op, Select) and _by_own_sum(graph, graph[node.inputs[0]])
+        if _ranks(node.op) and _by_own_sum(graph, graph[node.inputs[0]])
     ]
     return graph.replacing(*changed)
+
+
+def _ranks(op: Op) -> bool:
+    """Whether each row keeps a number of its best entries, or a part of all."""
+    if isinstance(op, SelectSet):
+        return op.rule == "fraction" and op.scope is None
+    return isinstance(op, Select)
 
 
 def drop_dead(graph: Graph) -> Graph:

@@ -451,6 +451,14 @@ def constexprs(*names: str) -> tuple[Param, ...]:
     return tuple(Param(name=n, kind="constexpr", comment=comments[n]) for n in names)
 
 
+def in_float32(params: tuple[Param, ...]) -> tuple[Param, ...]:
+    """The same where all that is in the dtype of the caller's tensors is in float32 instead."""
+    return tuple(
+        replace(p, dtype="f32", comment=f"f32{p.comment}") if p.dtype == "input" else p
+        for p in params
+    )
+
+
 def count(name: str, comment: str) -> Param:
     return Param(name=name, kind="count", comment=comment)
 

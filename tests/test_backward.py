@@ -382,6 +382,22 @@ def test_gradients_are_by_the_program_for_tensors_that_lie_as_those_that_come_ba
     torch.testing.assert_close(again, expected)
 
 
+@pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_tiles_of_axes_have_gradients(kept, monkeypatch, seed):
+    """Tiles that are cut off, rows that end in one; outputs of both branches kept, or made again."""
+    tiled = systems.small("vsa", group=3, kv=1, dims=(32, 16))
+    if not kept:
+        monkeypatch.setattr(operators, "is_watched", lambda call: True)
+    with sanitizer.enabled(seed=seed):
+        check(tiled, T=37, dtype=torch.float32 if kept else torch.float16, kept=kept)
+
+
+def test_documents_of_tiles_have_gradients(seed):
+    tiled = systems.small("vsa", group=2, kv=1, dims=(32, 32))
+    with sanitizer.enabled(seed=seed):
+        check(tiled, T=24, cu_seqlens_q=i32(0, 9, 9, 10, 24))
+
+
 @pytest.mark.full
 def test_branches_under_one_softmax_have_gradients():
     check(spec(UNITED, query=3, kv=1, qk=16, v=16), T=19)
@@ -795,12 +811,12 @@ def test_which_gradients_of_latents_stream(numbers, query, kv, streams):
 TRAINED = (
     *("moba", "flash_moba", "nsa", "nsa_fla", "nsa_xunhao", "fsa"),
     *("infllm_v2", "minimax_m3", "quest", "kinetics", "small_thinker", "sqa"),
-    *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r"),
+    *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
+    *("draft_attention", "biformer", "biformer_released"),
 )
 REFUSED = {
     "qwen_qsa": "no kernel has the gradient of an output's gate yet",
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
-    "vsa": "branch coarse: no kernel has the gradient of queries that stand for several rows yet",
     "dhsa_released": "branch selected: no kernel has the gradient of lists that rows share yet",
     "xattention": "branch selected: no kernel has the gradient of lists that rows share yet",
     "seer_attention": "branch selected: no kernel has the gradient of lists that rows share yet",

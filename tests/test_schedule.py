@@ -351,6 +351,8 @@ def resized(spec, heads, dims):
 @pytest.mark.parametrize("name", emitted.SHIPPED)
 def test_there_is_a_configuration_for_every_size_and_target(name):
     for heads, dims in itertools.product(HEADS, DIMS):
+        if name.startswith("biformer") and heads[1] * dims[0] >= 512:
+            continue  # one dot has the channels of all heads: its own are 64
         graph = emitted.graph(resized(systems.load(name), heads, dims))
         for target, dtype in itertools.product(TARGETS, ("bf16", "fp32")):
             if (name, dtype, dims[0]) == ("quest", "fp32", 256) and target in (RTX4090, MI300X):

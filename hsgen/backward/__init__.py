@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hsgen import passes, refusals
-from hsgen.backward import attending, pooling, refusing
+from hsgen.backward import attending, laid, pooling, refusing
 from hsgen.backward.gathered import Gradients
 from hsgen.configs import DType
 from hsgen.graph import Attend, Graph, Input
 from hsgen.plan import Plan
 from hsgen.schedule import SCRATCH_BYTES, combining, text
+from hsgen.schedule import laid as scheduled
 from hsgen.schedule.draft import Draft
 from hsgen.target import Target
 
@@ -46,11 +47,15 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
     draft = Draft(graph, target, dtype)
     draft.turns = combining.turns(graph)
     made = Gradients(draft, apart=apart)
-    pooling.pool_again(draft)
-    for node in graph.nodes():
-        if isinstance(node.op, Attend):
-            attending.attend(made, node, node.op)
-    pooling.unpool(made)
+    scheduled.begin(draft)
+    if draft.tiling is not None:
+        laid.plan(made)
+    else:
+        pooling.pool_again(draft)
+        for node in graph.nodes():
+            if isinstance(node.op, Attend):
+                attending.attend(made, node, node.op)
+        pooling.unpool(made)
     outputs = graph.outputs
     return Plan(
         name=graph.meta.name,

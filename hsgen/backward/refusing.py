@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hsgen import axes
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
@@ -37,7 +38,7 @@ def lacking(graph: Graph, node: Node) -> str | None:
             return words and f"branch {branch}: no kernel has the gradient of {words} yet"
         case Union(sink=sink) if sink:
             return "no kernel has the gradient of a sink yet"
-        case Gate(each="channel"):
+        case Gate(each="channel") if axes.tiling_of(graph) is None:
             return "no kernel has the gradient of gates by channel yet"
         case OutputGate():
             return "no kernel has the gradient of an output's gate yet"
@@ -46,9 +47,9 @@ def lacking(graph: Graph, node: Node) -> str | None:
 
 
 def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
-    asked = isinstance(graph.operands(node)[0].op, PoolRows)
+    if axes.tiling_of(graph) is not None:
+        return _of_tiles(graph, op)
     lacks = (
-        (asked, "queries that stand for several rows"),
         (
             op.over not in ("blocks", "tokens", "window", "all", "pooled"),
             f"attention over {op.over}",
@@ -66,6 +67,17 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     )
     words = next((words for lacking, words in lacks if lacking), None)
     return words or (_of_pools(graph, node) if op.over == "pooled" else None)
+
+
+def _of_tiles(graph: Graph, op: Attend) -> str | None:
+    """Of branches of tiles: one over what rows chose, and perhaps one over means, under gates of channels."""
+    attends = [node for node in graph.nodes() if isinstance(node.op, Attend)]
+    coarse = [x for x in attends if isinstance(graph.operands(x)[0].op, PoolRows)]
+    if len(attends) - len(coarse) != 1 or len(coarse) > 1:
+        return "several branches of tiles"
+    if len(attends) > 1 and not coarse:
+        return "several branches of tiles"
+    return "capped logits" if op.softcap is not None else "a sink" if op.sink else None
 
 
 def _apart(graph: Graph, node: Node) -> bool:

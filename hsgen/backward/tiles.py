@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hsgen import cols, rows
 from hsgen import unpool as unpool_
@@ -71,6 +72,15 @@ def of_cols(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
                     warps = 8 if width > 64 or dims > (WIDE if dtype == "fp32" else MEASURED) else 4
                     return Config(constexprs=(*chunk, *values), num_warps=warps, num_stages=stages)
     raise _too_large(context.name, target)
+
+
+def of_tiles(context: cols.ColsContext, target: Target, dtype: DType) -> Config:
+    """dk and dv of a tile of axes: as of lists, of rows that lie side by side."""
+    config = of_cols(replace(context, heads=1, group=1), target, dtype)
+    least = max(16, next_power(context.size))
+    rows_, width = (min(least, config[name]) for name in ("BLOCK_M", "BLOCK_N"))
+    values = (("BLOCK_T", rows_), ("BLOCK_M", rows_), ("BLOCK_N", min(64, width)))
+    return replace(config, constexprs=values, num_warps=4)
 
 
 def _packings(

@@ -24,7 +24,7 @@ from hsgen.halved import HalvedContext
 from hsgen.kernels import RankContext, ThresholdContext
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries
-from hsgen.schedule import text
+from hsgen.schedule import laid, text
 from hsgen.schedule.draft import Draft
 
 
@@ -523,6 +523,11 @@ def _score_context(
     assert isinstance(score, Score)
     assert isinstance(node.op, Select | SelectSet)
     weighted = score.form in ("relu_weighted", "relu_sum")
+    if _of_all_heads(draft, chain):
+        scoring = _scoring(draft, node, replace(chain, reduce=None), parent, "head")
+        whole = draft.shape.kv_heads * draft.shape.qk
+        shape = replace(draft.shape, query_heads=1, kv_heads=1, qk=whole)
+        return rows.score(shape, scoring, name=f"score_{node.op.level}", heads=1, dim=whole)
     if chain.reduce is not None and chain.reduce.share == "all":
         raise PlanError(
             f"level {node.op.level}: no kernel reduces a dot score over all heads yet; "
@@ -609,6 +614,11 @@ def _scored(draft: Draft, chain: _Chain) -> tuple[Node, Node]:
     return draft.graph[queries], draft.graph[keys]
 
 
+def _of_all_heads(draft: Draft, chain: _Chain) -> bool:
+    """Whether a score is one dot of what all heads of a tile have, side by side."""
+    return draft.tiling is not None and laid.of_all_heads(draft, draft.graph[chain.score.inputs[0]])
+
+
 def _packs(draft: Draft, chain: _Chain, parent: Node | None) -> bool:
     """Whether a step's tile has all heads that score the same entries, each for itself: one read of them."""
     score = chain.score.op
@@ -661,8 +671,13 @@ def _score_arguments(
     queries, keys, *others = chain.score.inputs
     weighted = bool(others) and isinstance(draft.graph[others[0]].op, Input)
     indexed = draft.graph[queries].type.dims[-1] == "Di"
+    if _of_all_heads(draft, chain):
+        row = str(draft.shape.kv_heads * draft.shape.qk)
+        asked = (draft.tensor(queries)[0], "0", row, row)
+    else:
+        asked = draft.tensor(queries)
     return (
-        *draft.tensor(queries),
+        *asked,
         *draft.tensor(keys)[: 3 if indexed else 4],
         *(_powers(draft, chain) if context.powers else ()),
         *(draft.tensor(others[0])[:3] if weighted else ()),

@@ -12,13 +12,12 @@ from dataclasses import replace
 from hsgen import axes, rows, together
 from hsgen.axes import CopyContext, OrderContext
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Cluster, Node, Permute, Pool, PoolRows
+from hsgen.graph import Attend, Cluster, Node, Permute, Pool, PoolRows, Reduce, Score
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import next_power
 from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
 
-TILE_NUMBERS = 8192  # of a program that copies
 SLOTTED: Mapping[str, str] = {
     "batch.table": "made_slots",
     "batch.rows": "row_slots",
@@ -54,10 +53,10 @@ def launched(draft: Draft, node: Node) -> bool:
     return True
 
 
-def order(draft: Draft, node: Node) -> None:
-    """Where the tokens of every tile are, which all other launches read."""
+def order(draft: Draft, node: Node, *, whole: bool = False) -> None:
+    """Where the tokens of every tile are, which all other launches read; `whole`: and where the tiles are."""
     tiling = _tiling(draft)
-    context = OrderContext(name="order_tiles", tiling=tiling)
+    context = OrderContext(name="order_tiles", tiling=tiling, whole=whole)
     padded = next_power(tiling.slots)
     values = Config(constexprs=(("BLOCK_E", max(1, 1024 // padded)),), num_warps=4, num_stages=1)
     draft.kernel("index", context, values, *_all_of(draft, node))
@@ -74,7 +73,7 @@ def order(draft: Draft, node: Node) -> None:
             makes=(node.name,),
             sizes=(
                 ("key_slabs", f"(batch.keys + {slab - 1}) // {slab}"),
-                ("row_slabs", f"batch.rows // {slab} + 2"),
+                ("row_slabs", f"in_q.shape[1] // {slab} + 2"),
                 ("slabs", f"{packed} if batch.packed else batch.sequences * key_slabs"),
                 ("keys_slots", f"key_slabs * {slots}"),
                 ("row_slots", f"(batch.rows // {slab} + 2 * batch.sequences) * {slots}"),
@@ -85,6 +84,7 @@ def order(draft: Draft, node: Node) -> None:
                 made("key_order", "key_slots"),
                 made("tokens", f"key_slots // {tiling.slots}"),
                 made("slots", "batch.sequences", "6"),
+                *((made("tiles", "batch.sequences", "6"),) if whole else ()),
             ),
             launches=(
                 Launch(
@@ -98,6 +98,7 @@ def order(draft: Draft, node: Node) -> None:
                         "made_key_order",
                         "made_tokens",
                         "made_slots",
+                        *(("made_tiles",) if whole else ()),
                         *text.SEQ,
                         "1 if batch.packed else key_slabs",
                     ),
@@ -122,65 +123,85 @@ def pool(draft: Draft, node: Node, op: Pool | PoolRows) -> None:
 
 def _tiles(draft: Draft, copied: Node | None, pooled: Node | None) -> None:
     """Tokens of tiles copied into slots, or one mean a tile, or both."""
+    (source, *_) = (node.inputs[0] for node in (copied, pooled) if node is not None)
+    done = _all_of(draft, pooled) if pooled is not None else (order_of(draft),)
+    of_rows = pooled is not None and isinstance(pooled.op, PoolRows)
+    tiles(
+        draft,
+        source,
+        copied=text.buffer(copied.name) if copied else "",
+        pooled=pooled.name if pooled else "",
+        of_rows=of_rows,
+        makes=tuple(node.name for node in (copied, pooled) if node is not None),
+        operators=done,
+        summed=of_rows and pooled is not None and of_all_heads(draft, pooled),
+    )
+
+
+def tiles(
+    draft: Draft,
+    source: str,
+    *,
+    copied: str,
+    pooled: str,
+    of_rows: bool,
+    makes: tuple[str, ...],
+    operators: tuple[str, ...],
+    wide: bool = False,
+    summed: bool = False,
+) -> None:
+    """One launch that reads a tensor tile by tile.
+
+    copied: the buffer of its slots.  pooled: the node of its means.  Both empty where they are not made.
+    summed: means of the heads that share a key head are added.
+    """
     tiling = _tiling(draft)
-    nodes = [node for node in (copied, pooled) if node is not None]
-    source = draft.graph[nodes[0].inputs[0]]
-    heads, dim = (draft.size(name) for name in source.type.dims[2:])
-    of_rows = isinstance(nodes[-1].op, PoolRows)
+    heads, dim = (draft.size(name) for name in draft.graph[source].type.dims[2:])
+    group = draft.shape.group if summed else 1
+    heads //= group
     context = CopyContext(
-        name=f"tiles_of_{text.safe(source.name)}",
+        name=f"tiles_of_{text.safe(source)}",
         tiling=tiling,
         heads=heads,
         head_dim=dim,
-        copies=copied is not None,
-        pools=pooled is not None,
+        copies=bool(copied),
+        pools=bool(pooled),
         rows=of_rows,
+        wide=wide,
+        group=group,
     )
-    warps = max(1, min(8, next_power(tiling.slots) * next_power(dim) // 2048))
-    values = Config(constexprs=(), num_warps=warps, num_stages=1)
-    done = _all_of(draft, pooled) if pooled is not None else (_order_of(draft),)
-    draft.kernel("segments", context, values, *done)
-    x = text.input_of(source.name)
+    draft.kernel("segments", context, of_tile(tiling, dim), *operators)
     shape = (str(heads), str(dim))
     buffers: list[Buffer] = []
     sizes: list[tuple[str, str]] = []
-    if copied is not None:
+    if copied:
+        dims = ("1", "row_slots" if of_rows else "key_slots", *shape)
+        buffers.append(Buffer(name=copied, dtype="input", dims=dims, role="level"))
+    if pooled:
+        number = f"{'blocks' if of_rows else 'count'}_{text.safe(pooled)}"
+        means = together.blocks_of(tiling.slots) if of_rows else f"key_slots // {tiling.slots}"
+        sizes.append((number, means if of_rows else "0"))  # tiles of all sequences lie in one
         buffers.append(
             Buffer(
-                name=text.buffer(copied.name),
-                dtype="input",
-                dims=("1", "key_slots", *shape),
+                name=text.buffer(pooled),
+                dtype="f32" if of_rows or wide else "input",
+                dims=(number, *shape) if of_rows else ("1", means, *shape),
                 role="level",
             )
         )
-    if pooled is not None:
-        counted = "count" if not of_rows else "blocks"
-        number = f"{counted}_{text.safe(pooled.name)}"
-        blocks = together.blocks_of(tiling.slots)
-        tiles = blocks if of_rows else f"key_slots // {tiling.slots}"
-        sizes.append((number, tiles if of_rows else "0"))  # tiles of all sequences lie in one
-        buffers.append(
-            Buffer(
-                name=text.buffer(pooled.name),
-                dtype="f32" if of_rows else "input",
-                dims=(number, *shape) if of_rows else ("1", tiles, *shape),
-                role="level",
-            )
-        )
-    slabs = "row_slabs" if of_rows else "key_slabs"
     draft.steps.append(
         Step(
-            title=f"tiles: {', '.join(node.name for node in nodes)}",
-            needs=nodes[0].inputs,
-            makes=tuple(node.name for node in nodes),
+            title=f"tiles: {', '.join(makes)}",
+            needs=(source,),
+            makes=makes,
             sizes=tuple(sizes),
             buffers=tuple(buffers),
             launches=(
                 Launch(
                     kernel=context.name,
-                    grid=(f"{slabs} * {tiling.across}", str(heads), "batch.sequences"),
+                    grid=(*programs(tiling, heads, of_rows=of_rows),),
                     arguments=(
-                        *text.strides(x),
+                        *text.strides(text.input_of(source)),
                         *(buffer.name for buffer in buffers),
                         "made_order" if of_rows else "made_key_order",
                         text.SEQ[0],
@@ -189,6 +210,25 @@ def _tiles(draft: Draft, copied: Node | None, pooled: Node | None) -> None:
             ),
         )
     )
+
+
+def of_all_heads(draft: Draft, queries: Node) -> bool:
+    """Whether tiles choose by what all heads score between them, which is a dot of vectors of all heads."""
+    scores = [x for x in draft.graph.users(queries.name) if isinstance(x.op, Score)]
+    reduced = [y.op for x in scores for y in draft.graph.users(x.name) if isinstance(y.op, Reduce)]
+    return any(op.share == "all" and op.how in ("sum", "mean") for op in reduced)
+
+
+def of_tile(tiling: axes.Tiling, dim: int) -> Config:
+    """A program that has a tile of one head."""
+    warps = max(1, min(8, next_power(tiling.slots) * next_power(dim) // 2048))
+    return Config(constexprs=(), num_warps=warps, num_stages=1)
+
+
+def programs(tiling: axes.Tiling, heads: int, *, of_rows: bool) -> tuple[str, str, str]:
+    """One a tile, head and sequence."""
+    slabs = "row_slabs" if of_rows else "key_slabs"
+    return f"{slabs} * {tiling.across}", str(heads), "batch.sequences"
 
 
 def is_coarse(draft: Draft, node: Node) -> bool:
@@ -279,14 +319,14 @@ def over_slots(draft: Draft, step: Step, coarse: Sequence[Node]) -> Step:
             buffers=tuple(buffers),
             launches=(replace(launch, arguments=arguments),),
         ),
-        _order_of(draft),
+        order_of(draft),
     )
 
 
 def in_slots(draft: Draft) -> None:
     """Steps so far, but the one that lays tokens out, walk slots."""
     if draft.tiling is not None:
-        order = _order_of(draft)
+        order = order_of(draft)
         draft.steps = [x if order in x.makes else _slotted(x, order) for x in draft.steps]
 
 
@@ -320,7 +360,8 @@ def _all_of(draft: Draft, node: Node) -> tuple[str, ...]:
     return (node.name, *(name for name, one in draft.merged.items() if one == node.name))
 
 
-def _order_of(draft: Draft) -> str:
+def order_of(draft: Draft) -> str:
+    """The node that says where tokens are."""
     return next(node.name for node in draft.graph.nodes() if isinstance(node.op, Cluster))
 
 

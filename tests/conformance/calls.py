@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from hsgen.reference import reference, tensor_kinds, tensor_shapes
+from hsgen.reference.grids import tile_of
 
 HUGE = {torch.float16: 3e4, torch.bfloat16: 1e30, torch.float32: 1e30}
 WHOLE = 840  # divided by each number of rows up to 8, so that their mean is whole
@@ -148,7 +149,11 @@ def _two_valued(call):
         ratio = max([2, *strides])
         name = f"k_{level.kv}" if level.kv else "k"
         keys = torch.zeros_like(call.tensors[name])
-        entry = torch.arange(keys.shape[1]) // level.partition.stride
+        entry = torch.arange(keys.shape[1])
+        if call.spec.axes:
+            entry = tile_of(entry, call.spec.axes, level.permute.keys.tile)
+        else:
+            entry //= level.partition.stride
         for head in range(keys.shape[2]):
             favoured = entry % (2 * ratio) == (1 + head * (ratio - 2)) % ratio
             keys[:, :, head, 0] = torch.where(favoured, 0.0, -240.0).to(keys)

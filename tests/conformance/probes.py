@@ -11,6 +11,7 @@ from tolerances import tolerance
 
 from conformance import calls, lab, oracles, systems
 from conformance.lab import assert_same_bits, check, same
+from hsgen.reference.grids import tile_of
 
 
 def _values_as_they_are(spec):
@@ -238,8 +239,13 @@ def _avoiding(call, muted):
             level.partition.size,
         )  # of nodes any may be chosen
         N = systems.entries(call.spec, level, call.keys)
-        starts = torch.arange(N) * stride
-        allowed = starts[(starts + size <= muted.start) | (starts >= muted.stop)] // stride
+        if call.spec.axes:
+            tokens = torch.arange(muted.start, muted.stop)
+            held = tile_of(tokens, call.spec.axes, level.permute.keys.tile)
+            allowed = torch.tensor([e for e in range(N) if e not in held])
+        else:
+            starts = torch.arange(N) * stride
+            allowed = starts[(starts + size <= muted.start) | (starts >= muted.stop)] // stride
         shape = (
             B,
             call.tokens,

@@ -55,10 +55,7 @@ REFUSED: dict[str, str] = {
     "delta_llm": "no kernel reads keys from their changes yet",
     "token_sparse": "level all_mass: no kernel reduces the scores of rows together yet",
     "sparse_d": "level block: no kernel takes over a selection yet",
-    "draft_attention": "level box: no kernel normalises scores of blocks of rows yet",
     "draft_attention_head": "level box: no kernel normalises scores of blocks of rows yet",
-    "biformer": "level region: no kernel reduces a dot score over all heads yet",
-    "biformer_released": "level region: no kernel reduces a dot score over all heads yet",
     "spatten": "level token: no kernel takes over a selection yet",
     "spt": "level token: no kernel compares codes yet",
     "delta": "level page: no kernel takes over a selection yet",
@@ -71,7 +68,10 @@ LAYERS: dict[str, int] = {"small_thinker": 1, "token_sparse": 15}
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 # `dsa` is an example that has tests of its own, and rounds the index as test_stored has it.
-PRESETS: dict[str, str] = {"flash_moba": "moba", "fsa": "nsa_xunhao"}
+PRESETS: dict[str, str] = {
+    "flash_moba": "moba",
+    "fsa": "nsa_xunhao",
+}
 # Specs put together from loops that another has too: on the CPU each run has two of the covering cases,
 # every sixth probe and every eighth law; the other specs have two thirds of the probes and laws, and half of
 # the cases.  `-m "not gpu"` and a GPU have all.
@@ -97,6 +97,9 @@ ALIKE: dict[str, str] = {
     "sqa": "nsa",
     "vsa": "block_lists",
     "xattention": "block_lists",  # but for its scores, which test_pieces_mass has beside
+    "draft_attention": "block_lists",
+    "biformer": "block_lists",
+    "biformer_released": "block_lists",
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]

@@ -107,7 +107,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
 
     # order: tiles
     key_slabs = (batch.keys + 6239) // 6240
-    row_slabs = batch.rows // 6240 + 2
+    row_slabs = in_q.shape[1] // 6240 + 2
     slabs = in_k.shape[1] // 6240 + batch.sequences if batch.packed else batch.sequences * key_slabs
     keys_slots = key_slabs * 6656
     row_slots = (batch.rows // 6240 + 2 * batch.sequences) * 6656
@@ -682,7 +682,7 @@ def select(tensors, batch, config):
 
     # order: tiles
     key_slabs = (batch.keys + 6239) // 6240
-    row_slabs = batch.rows // 6240 + 2
+    row_slabs = in_q.shape[1] // 6240 + 2
     slabs = in_k.shape[1] // 6240 + batch.sequences if batch.packed else batch.sequences * key_slabs
     keys_slots = key_slabs * 6656
     row_slots = (batch.rows // 6240 + 2 * batch.sequences) * 6656

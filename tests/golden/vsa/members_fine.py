@@ -84,7 +84,7 @@ def members_fine(
     live &= token >= 0
     limit = entry_limit(q_offset + t0 + rows, k_len, 64, False)
     limit = tl.where(live, limit, 0)
-    most = tl.max(limit)
+    most = entry_limit(q_offset, k_len, 64, False)  # a tile without rows has words too
     num_words: tl.constexpr = (BLOCK_T + 31) // 32
     region = tl.program_id(0).to(tl.int64) * 12 + head
     words = WORDS + region * capacity * num_words
@@ -120,6 +120,7 @@ def members_fine(
         bits = tl.load(address, mask=(entry < most)[:, None], other=0, cache_modifier=".cg")
         whole = (tl.min((bits == everyone).to(tl.int32), 1) > 0) & (entry < most)
         whole &= tl.load(tokens + entry, mask=entry < most, other=0) == 64
+        whole &= tl.max(limit) > 0
         place = full + tl.cumsum(whole.to(tl.int32), 0) - 1
         tl.store(ENTRIES + region * capacity + place, entry, mask=whole)
         full += tl.sum(whole.to(tl.int32), 0)

@@ -41,7 +41,7 @@ def tiles_of_k(
     x_b,  # X: batch stride
     x_t,  # X: token stride
     x_h,  # X: head stride
-    COPIED,  # [1, key slots, 12, 128]
+    COPIED,  # [1, slots, 12, 128]
     POOLED,  # [1, tiles, 12, 128]
     ORDER,  # [slots] the token of each slot, -1 of none
     SEQ,  # [Z, 6] sequences

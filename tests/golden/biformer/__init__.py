@@ -1,0 +1,1 @@
+"""Kernels of biformer, emitted by hsgen."""

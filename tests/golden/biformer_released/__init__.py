@@ -1,0 +1,1 @@
+"""Kernels of biformer_released, emitted by hsgen."""
