@@ -334,12 +334,23 @@ def check_lengths(lengths: Lengths, problem: Problem) -> None:
 
 
 def check_places(places: int, problem: Problem) -> None:
-    """Keys of a sequence against what its axes have a place for; of packed ones the device knows."""
+    """Keys of a sequence against what its axes have a place for; lengths of packed ones are values."""
     if not problem.packed and problem.keys > places:
         raise ArgumentError(
             f"k: expected at most {places} tokens, as many as `axes` have places, got {problem.keys}",
             help="give `axes=` to Spec.bind",
         )
+
+
+def check_packed_places(places: int, batch: Batch) -> None:
+    """The same of every sequence of a batch; waits for the device."""
+    for z, row in enumerate(batch.table.tolist()):
+        if row[5] > places:
+            raise ArgumentError(
+                f"k: expected at most {places} tokens a sequence, as many as `axes` have places, "
+                f"got {row[5]} of sequence {z}",
+                help="give `axes=` to Spec.bind",
+            )
 
 
 def _check_cu_seqlens(lengths: Lengths, problem: Problem) -> int:

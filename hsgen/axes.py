@@ -30,10 +30,10 @@ from hsgen.plan import Param
 from hsgen.rows import Chunk, chunks, count, jit, next_power, pointer
 
 MOST_AXES = 3
-# What a call of tiles has for every kernel: by slot, and by tile.
+# What a call of tiles has for kernels: by slot, and by tile.
 ORDER = pointer("ORDER", "i32", "[row slots] the row of each slot, -1 of none")
 TOKENS = pointer("TOKENS", "i32", "[tiles] how many tokens each tile of keys has")
-ARGUMENTS = ("made_order", "made_tokens")
+MADE_ORDER, MADE_TOKENS = "made_order", "made_tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

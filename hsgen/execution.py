@@ -950,6 +950,8 @@ class Execution:
     def _check_values(self, call: Call, problem: Problem, where: Batch) -> None:
         """Lengths and indices themselves; waits for the device."""
         arguments.check_values(_lengths(call), where, problem)
+        if (tiling := tiling_of(self.graph)) is not None:
+            arguments.check_packed_places(tiling.places, where)
         for level, indices in brought(call):
             stride = self.spec.level(level).partition.stride
             arguments.check_selection_values(

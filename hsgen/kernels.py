@@ -864,7 +864,7 @@ class WeighContext:
             *tensor("GATES", "g", f"[B, T, Hq, {self.branches}{channels}]", "bthc"),
             *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
             *(param for i in self.coarse for param in self._log_sum_exp(i)),
-            *((axes.ORDER, axes.TOKENS) if self.slots else ()),
+            *((axes.ORDER,) if self.slots else ()),
             *SEQ,
             *tunables("BLOCK_R"),
         )

@@ -59,12 +59,12 @@ class ListsContext:
         counts = pointer(
             "COUNTS", "i32", f"[tiles, {self.heads}, 2] of full entries, of partial ones"
         )
-        slots = (axes.ORDER, axes.TOKENS) if self.slotted else ()
+        order, tokens = ((axes.ORDER,), (axes.TOKENS,)) if self.slotted else ((), ())
         match self.how:
             case "lists":
                 entries = pointer("ENTRIES", "i32", f"[tiles, {self.heads}, width] full ones first")
                 tiles = tunables("BLOCK_T", "BLOCK_N")
-                return (lists, counts, entries, WIDTH, *slots, *SEQ, *tiles)
+                return (lists, counts, entries, WIDTH, *tokens, *SEQ, *tiles)
             case "members":
                 listed = f"[tiles, {self.heads}, capacity"
                 return (
@@ -80,7 +80,8 @@ class ListsContext:
                     ),
                     WIDTH,
                     CAPACITY,
-                    *slots,
+                    *order,
+                    *tokens,
                     *SEQ,
                     TILE_FIRST,
                     *tunables("BLOCK_T", "BLOCK_K", "BLOCK_N"),
@@ -91,7 +92,7 @@ class ListsContext:
                 if not self.slotted:
                     return (lists, made, WIDTH, *SEQ, *tiles)
                 stride = Param(name="s_b", kind="stride", comment="SELECTION: batch stride")
-                return (lists, made, stride, WIDTH, *slots, *SEQ, *tiles)
+                return (lists, made, stride, WIDTH, *order, *SEQ, *tiles)
 
     @property
     def jit(self) -> str:
@@ -228,7 +229,7 @@ class Branch:
     @property
     def seq(self) -> tuple[str, ...]:
         """What says where sequences lie, and their slots."""
-        return (*(axes.ARGUMENTS if self.slotted else ()), *_SEQ)
+        return (*((axes.MADE_ORDER, axes.MADE_TOKENS) if self.slotted else ()), *_SEQ)
 
 
 def plan(
@@ -306,6 +307,7 @@ def _own(branch: Branch, programs: str) -> Step:
     """Every tile walks the list of its block."""
     name, heads = branch.name, str(branch.heads)
     tiles, counts, entries = f"tiles_{name}", f"counts_{name}", f"entries_{name}"
+    tokens = (axes.MADE_TOKENS,) if branch.slotted else ()
     return Step(
         title=f"attend: {name}",
         needs=(*branch.needs, f"{branch.selection}.blocks"),
@@ -321,7 +323,7 @@ def _own(branch: Branch, programs: str) -> Step:
             Launch(
                 kernel=f"index_{name}",
                 grid=(tiles, heads),
-                arguments=(branch.lists, counts, entries, branch.width, *branch.seq),
+                arguments=(branch.lists, counts, entries, branch.width, *tokens, *_SEQ),
             ),
             Launch(
                 kernel=f"attend_{name}",
@@ -429,7 +431,7 @@ def spread(
     )
     made = f"made_{selection.replace('.', '_')}"
     stride = (f"0 if batch.packed else {made}.stride(0)",) if slotted else ()
-    slots = axes.ARGUMENTS if slotted else ()
+    slots = (axes.MADE_ORDER,) if slotted else ()
     step = Step(
         title=f"lists of rows: {level}",
         needs=(f"{selection}.blocks",),

@@ -9,7 +9,7 @@ from hsgen.execution import Options
 from hsgen.reference import tensor_shapes
 from hsgen.runtime import Kernel, load_kernel
 from hsgen.selection import BitmapSelection, ListSelection, to_bitmap
-from hsgen.spec import parse
+from hsgen.spec import load, parse
 
 TEXT = """\
 hsgen: 1
@@ -391,3 +391,13 @@ def test_more_keys_than_axes_have_places():
     q, gates = nothing.expand(1, 32761, 12, 128), nothing.expand(1, 32761, 12, 2, 128)
     text = says(load_kernel("vsa"), {"q": q, "k": q, "v": q, "gates": gates})
     assert "k: expected at most 32760 tokens, as many as `axes` have places, got 32761" in text
+
+
+def test_more_keys_of_a_document_than_axes_have_places():
+    small = load("vsa").model_copy(update={"axes": (1, 2, 3)})
+    nothing = torch.zeros(128)
+    q, gates = nothing.expand(9, 12, 128), nothing.expand(9, 12, 2, 128)
+    given = {"q": q, "k": q, "v": q, "gates": gates, "cu_seqlens_q": i32(0, 2, 9)}
+    text = says(load_kernel(small, interpret=True, check=True), given)
+    assert "k: expected at most 6 tokens a sequence, as many as `axes` have places" in text
+    assert "got 7 of sequence 1" in text

@@ -309,7 +309,7 @@ def over_slots(draft: Draft, step: Step, coarse: Sequence[Node]) -> Step:
         buffers.append(Buffer(name=text.buffer(lse), dtype="f32", dims=dims, role="output"))
         makes.append(lse)
     read = len(launch.arguments) - len(text.SEQ)
-    arguments = (*launch.arguments[:read], *spread, *axes.ARGUMENTS, *launch.arguments[read:])
+    arguments = (*launch.arguments[:read], *spread, axes.MADE_ORDER, *launch.arguments[read:])
     lses = [f"{lse}.tiles" for node in coarse for lse in draft.lse_of(node)]
     return _slotted(
         replace(

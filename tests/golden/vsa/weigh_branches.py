@@ -64,7 +64,6 @@ def weigh_branches(
     lse0_h,  # LSE0: head stride
     lse0_t,  # LSE0: token stride
     ORDER,  # [row slots] the row of each slot, -1 of none
-    TOKENS,  # [tiles] how many tokens each tile of keys has
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     BLOCK_R: tl.constexpr,  # rows a program
