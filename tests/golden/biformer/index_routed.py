@@ -49,7 +49,6 @@ def index_routed(
     COUNTS,  # [tiles, 1, 2] of full entries, of partial ones
     ENTRIES,  # [tiles, 1, width] full ones first
     width,  # slots of a list
-    ORDER,  # [row slots] the row of each slot, -1 of none
     TOKENS,  # [tiles] how many tokens each tile of keys has
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z

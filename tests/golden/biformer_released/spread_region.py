@@ -41,7 +41,6 @@ def spread_region(
     s_b,  # SELECTION: batch stride
     width,  # slots of a list
     ORDER,  # [row slots] the row of each slot, -1 of none
-    TOKENS,  # [tiles] how many tokens each tile of keys has
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     BLOCK_T: tl.constexpr,  # tokens a tile
