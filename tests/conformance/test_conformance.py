@@ -1,6 +1,7 @@
 """Every spec in specs/ on the emitted kernels: on CPU through the interpreter, with -m gpu on a GPU."""
 
 import functools
+from collections import Counter
 
 import pytest
 import torch
@@ -44,7 +45,9 @@ def marks(lane, *, every):
 
 
 def takes(name, number, often):
-    """Whether it is a spec's turn at a check: others with the same loops take it at their turns."""
+    """Whether it is a spec's turn at the check of that number of its own: others with the same loops take it
+    at their turns.
+    """
     alike = list(systems.ALIKE)
     if name in alike:
         return (number + alike.index(name)) % often == 0
@@ -53,10 +56,11 @@ def takes(name, number, often):
 
 def laws_of_each():
     """(spec, law, dtype, lane): each pair in one dtype."""
-    words = list(DTYPES)
+    words, turns = list(DTYPES), Counter()
     for i, pair in enumerate(applicable(laws.CHECKS)):
         name, law = pair.values
-        every = takes(name, laws.CHECKS.index(law), 8)
+        every = takes(name, turns[name], 8)
+        turns[name] += 1
         for lane in LANES:
             word = words[i % len(words)]
             values = (*pair.values, word, *lane.values)
@@ -66,10 +70,11 @@ def laws_of_each():
 
 def probes_of_each():
     """(spec, probe, dtype, lane); on the CPU each pair in one dtype."""
-    words = [word for word in DTYPES if word != "bf16"]
+    words, turns = [word for word in DTYPES if word != "bf16"], Counter()
     for i, pair in enumerate(applicable(probes.CHECKS)):
         name, probe = pair.values
-        every = takes(name, probes.CHECKS.index(probe), 6)
+        every = takes(name, turns[name], 6)
+        turns[name] += 1
         for lane in LANES_AND_DTYPES:
             device, word = lane.values
             if device == "cuda" or word == words[i % 2]:
