@@ -13,7 +13,6 @@ from hsgen import rows, splits
 from hsgen.appending import StoreContext
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
-from hsgen.halved import HalvedContext
 from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
 from hsgen.maps import MapsContext
 from hsgen.plan import Config, Kernel, Plan
@@ -288,17 +287,10 @@ def sums(context: MapsContext) -> Config:
     return Config(constexprs=(("BLOCK_N", step),), num_warps=4, num_stages=1)
 
 
-def halved(dtype: DType, context: HalvedContext) -> Config:
-    """Intervals a program: as many as a warpgroup's dot has rows; three-pass TF32 holds keys twice.
-
-    Where all tokens of an interval are looked at, steps of so many tokens, one after another.
-    """
-    tokens = 32 if dtype == "fp32" else 64
-    values = (("BLOCK_T", 1), ("BLOCK_N", tokens))
-    if context.whole:
-        values = (("BLOCK_T", 1), ("BLOCK_N", max(1, tokens // context.size)), ("BLOCK_S", 16))
-    stages = 1 if not context.whole or dtype == "fp32" else 3
-    return Config(constexprs=values, num_warps=4, num_stages=stages)
+def halved(dtype: DType) -> Config:
+    """Intervals a program: as many as a warpgroup's dot has rows; three-pass TF32 holds keys twice."""
+    values = (("BLOCK_T", 1), ("BLOCK_N", 32 if dtype == "fp32" else 64))
+    return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
 def trees(how: How, dtype: DType) -> Config:
@@ -416,8 +408,8 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
         values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
     if kernel.skeleton == "trees" and "BLOCK_N" in values:
         values |= {"BLOCK_N": 16} | {name: 64 for name in ("BLOCK_K",) if name in values}
-    if isinstance(kernel.context, HalvedContext):
-        values["BLOCK_N"] = max(1, 16 // (kernel.context.size if kernel.context.whole else 1))
+    if kernel.skeleton == "halved":
+        values["BLOCK_N"] = 16
     if kernel.skeleton in ("rows", "beside", "cols") and "BLOCK_N" in values:
         values["BLOCK_N"] = min(values["BLOCK_N"], 32)
     if kernel.skeleton == "learn":

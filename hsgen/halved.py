@@ -15,9 +15,6 @@ from hsgen.kernels import tunables
 from hsgen.plan import Param
 from hsgen.rows import QUERY, SEQ, Chunk, count, jit, next_power, number, pointer, tensor
 
-WHOLE = 16  # tokens of an interval that are all looked at: hardly more than a search meets
-MOST_QUERIES = 1 << 15  # numbers of those that stay
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HalvedContext:
@@ -71,34 +68,9 @@ class HalvedContext:
         return f" * {self.parts} + part" if self.parts > 1 else ""
 
     @property
-    def whole(self) -> bool:
-        """Whether all tokens of an interval meet the rows, which stay, and what came out is searched."""
-        queries = self.members * self.padded_rows * sum(c.width for c in self.qk_chunks)
-        return self.size <= WHOLE and queries <= MOST_QUERIES
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What a program's number of intervals is the product of."""
-        return ("BLOCK_N", "BLOCK_S") if self.whole else ("BLOCK_N",)
-
-    @property
     def members(self) -> int:
         """Heads of a program."""
         return self.heads // self.parts
-
-    @property
-    def rounds(self) -> tuple[int, ...]:
-        """Tokens of each half, round by round."""
-        found, width = list[int](), self.size
-        while width > self.until:
-            width //= 2
-            found.append(width)
-        return tuple(found)
-
-    @property
-    def padded_parents(self) -> int:
-        """`parent_width` as a tile."""
-        return next_power(self.parent_width)
 
     @property
     def slots(self) -> int:
@@ -138,7 +110,7 @@ class HalvedContext:
             count("capacity", "row length of the scratch"),
             *SEQ,
             count("tile_first", "the chunk's first tile of blocks"),
-            *tunables("BLOCK_T", *self.steps),
+            *tunables("BLOCK_T", "BLOCK_N"),
         )
 
     @property

@@ -52,7 +52,7 @@ TUNABLES = {
     "BLOCK_V": "vectors a program",
     "BLOCK_D": "channels a step, a divisor of the head dim",
     "BLOCK_C": "rows a chunk of a block's list",
-    "BLOCK_S": "spans, or steps, a program",
+    "BLOCK_S": "spans a program",
     "BLOCK_M": "rows a tile",
 }
 

@@ -189,9 +189,6 @@ def _list_ranges(
         case PickedContext(width=width):
             slots = (16, max(16, next_power(width)))
             return {"BLOCK_K": slots, "BLOCK_N": (32, 1024), "num_warps": (1, 8)}
-        case HalvedContext(whole=True, size=size):
-            steps = {"BLOCK_N": (max(1, LEAST_DOT // size), 128 // size), "BLOCK_S": (1, 128)}
-            return {**steps, "num_warps": (1, 8), "num_stages": (1, 5)}
         case HalvedContext():
             return {"BLOCK_N": (LEAST_DOT, 128), "num_warps": (1, 8)}
         case TreesContext(params=params):

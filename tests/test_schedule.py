@@ -317,8 +317,7 @@ def test_scratch_is_bounded_whatever_the_length():
             if buffer.role == "scratch":
                 by_level.setdefault(buffer.name.partition("_")[2], []).append(array)
         for level, arrays in by_level.items():
-            scorers = [k for k in plan.kernels if k.name == f"score_{level}"]
-            one = scorers[0].config["BLOCK_T"] if scorers else 1  # or a program a row
+            one = plan.kernel(f"score_{level}").config["BLOCK_T"]
             assert {array.shape[0] for array in arrays} == {arrays[0].shape[0]}
             held = sum(array.bytes for array in arrays)
             assert held <= schedule.SCRATCH_BYTES or arrays[0].shape[0] == one

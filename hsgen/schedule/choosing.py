@@ -311,12 +311,12 @@ def _scorer(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> _Sc
         step, programs = f"step_{score.level}", f"shares_{score.level}"
         return _Scorer(
             context=context,
-            config=configs.halved(draft.dtype, context),
+            config=configs.halved(draft.dtype),
             programs=heads * context.parts,
             count="count * {BLOCK_T}",
             shares=(programs,),
             by_shares=(
-                (step, " * ".join(f'config["{context.name}"]["{x}"]' for x in context.steps)),
+                (step, f'config["{context.name}"]["BLOCK_N"]'),
                 (programs, f"(capacity_{score.level} + {step} - 1) // {step}"),
             ),
             parts=context.parts,

@@ -189,11 +189,14 @@ def _sift(draft: Draft, node: Node, tree: Tree) -> None:
             sizes=(
                 (items, f"(batch.rows + batch.sequences) * {heads}"),
                 (room, "max(1, batch.keys)"),
-                (most, f"max(1, SCRATCH_BYTES // (8 * {room}))"),
+                (
+                    most,
+                    f"max(1, max(SCRATCH_BYTES, batch.rows * {draft.held // 4}) // (8 * {room}))",
+                ),
                 (programs, f"min({items}, {PROGRAMS} * batch.processors, {most})"),
             ),
             buffers=(
-                Buffer(name=scratch, dtype="i32", dims=(programs, "2", room), role="scratch"),
+                Buffer(name=scratch, dtype="i32", dims=(programs, "2", room), role="list"),
                 _chosen(draft, node),
             ),
             launches=(

@@ -85,10 +85,3 @@ def is_forced_of_block(
         forced = forced | ((e > first_own - LAST) & (e <= last_own))
     limit = begun_limit(block, k_len, ROWS, STRIDE, STRIDE, CAUSAL, True)
     return forced & (e >= 0) & (e < limit)
-
-
-@triton.jit
-def at_place(x, place):
-    """Of each row the number at its place, -inf of none.  x: [N, M], place: [N] -> [N]"""
-    column = tl.arange(0, x.shape[1])
-    return tl.max(tl.where(column[None, :] == place[:, None], x, float("-inf")), 1)

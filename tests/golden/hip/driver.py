@@ -65,10 +65,9 @@ CONFIG = {
     },
     "score_block": {
         "BLOCK_T": 1,
-        "BLOCK_N": 8,
-        "BLOCK_S": 16,
+        "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 1,
     },
     "rank_block": {
         "BLOCK_R": 1,
@@ -317,7 +316,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
         scratch_block = min(SCRATCH_BYTES, short_block)
         chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
-        step_block = config["score_block"]["BLOCK_N"] * config["score_block"]["BLOCK_S"]
+        step_block = config["score_block"]["BLOCK_N"]
         shares_block = (capacity_block + step_block - 1) // step_block
         scores_block = torch.empty(
             (
@@ -894,7 +893,7 @@ def select(tensors, batch, config):
     short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
     scratch_block = min(SCRATCH_BYTES, short_block)
     chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
-    step_block = config["score_block"]["BLOCK_N"] * config["score_block"]["BLOCK_S"]
+    step_block = config["score_block"]["BLOCK_N"]
     shares_block = (capacity_block + step_block - 1) // step_block
     scores_block = torch.empty(
         (

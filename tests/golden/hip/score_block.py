@@ -80,13 +80,6 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
     return tl.load(address, mask=mask[:, None], other=0.0)
 
 
-@triton.jit
-def at_place(x, place):
-    """Of each row the number at its place, -inf of none.  x: [N, M], place: [N] -> [N]"""
-    column = tl.arange(0, x.shape[1])
-    return tl.max(tl.where(column[None, :] == place[:, None], x, float("-inf")), 1)
-
-
 @triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
 def score_block(
     Q,  # [B, T, Hq, Dqk]
@@ -105,7 +98,6 @@ def score_block(
     tile_first,  # the chunk's first tile of blocks
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_N: tl.constexpr,  # entries a step
-    BLOCK_S: tl.constexpr,  # spans, or steps, a program
 ):
     # rows: those of one block that are there; one of them stands for each that is not
     head = tl.program_id(1) // 8
@@ -132,107 +124,45 @@ def score_block(
     score_row = tl.program_id(0).to(tl.int64) * (tl.num_programs(1) // 8) + head
     scores = SCORES + score_row * (8 * capacity)
 
-    # the queries of all heads
-    k_base = K + z.to(tl.int64) * k_b + (own // 4).to(tl.int64) * k_h
-    q_base = Q + z.to(tl.int64) * q_b + (own + 0).to(tl.int64) * q_h
-    q0_0 = load_tile(q_base, token, q_t, 0, 128)
-    q_base = Q + z.to(tl.int64) * q_b + (own + 1).to(tl.int64) * q_h
-    q1_0 = load_tile(q_base, token, q_t, 0, 128)
-    q_base = Q + z.to(tl.int64) * q_b + (own + 2).to(tl.int64) * q_h
-    q2_0 = load_tile(q_base, token, q_t, 0, 128)
-    q_base = Q + z.to(tl.int64) * q_b + (own + 3).to(tl.int64) * q_h
-    q3_0 = load_tile(q_base, token, q_t, 0, 128)
+    # intervals
+    slot = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    parent = tl.load(parents + slot // 4, mask=slot < 1056, other=-1)
+    entry = tl.where(parent >= 0, parent * 4 + slot % 4, limit)
+    there = entry < limit
+    furthest = tl.max(tl.where(there, entry, -1), 0)
+    if furthest < 0:
+        return
+    near = furthest * 8 + 7 > first  # some token may be after some row
 
-    # intervals, some at a time
-    begin = tl.program_id(2) * BLOCK_S * BLOCK_N
-    i = tl.arange(0, 512)
-    many = tl.sum((tl.load(parents + i, mask=i < 264, other=-1) >= 0).to(tl.int32), 0)
-    end = tl.minimum(begin + BLOCK_S * BLOCK_N, many * 4)
-    token_of = tl.arange(0, BLOCK_N * 8) % 8
-    for first_slot in range(begin, end, BLOCK_N):
-        slot = first_slot + tl.arange(0, BLOCK_N * 8) // 8
-        parent = tl.load(parents + slot // 4, mask=slot < end, other=-1)
-        entry = tl.where(parent >= 0, parent * 4 + slot % 4, limit)
-        n = entry * 8 + token_of
-        there = (entry < limit) & (n < k_len)
-        k0 = load_tile_masked(k_base, k_row + n, there, k_t, 0, 128)
-        near = tl.max(tl.where(there, n, -1), 0) > first  # some token may be after some row
-        total = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        s = tl.dot(k0, tl.trans(q0_0), input_precision="tf32x3")
-        if near:
-            s = tl.where(n[:, None] <= position[None, :], s, float("-inf"))
-        x = tl.reshape(tl.where(there, tl.max(s, 1), float("-inf")), [BLOCK_N, 8])
-        left = tl.zeros([BLOCK_N], tl.int32)
+    # search, head by head
+    total = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    for i in range(0, 4):
+        row_head = (own + i).to(tl.int64)
+        q_base = Q + z.to(tl.int64) * q_b + row_head * q_h
+        k_base = K + z.to(tl.int64) * k_b + row_head // 4 * k_h
+        q0 = load_tile(q_base, token, q_t, 0, 128)
         best = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        one = at_place(x, left + 2)
-        other = at_place(x, left + 6)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 4)
-        one = at_place(x, left + 1)
-        other = at_place(x, left + 3)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 2)
-        one = at_place(x, left + 0)
-        other = at_place(x, left + 1)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 1)
+        left = entry * 8
+        width = 8
+        while width > 1:
+            width = width // 2
+            earlier = left + width // 2
+            later = earlier + width
+            one_there = there & (earlier < k_len)
+            one0 = load_tile_masked(k_base, k_row + earlier, one_there, k_t, 0, 128)
+            other_there = there & (later < k_len)
+            other0 = load_tile_masked(k_base, k_row + later, other_there, k_t, 0, 128)
+            s = tl.dot(one0, tl.trans(q0), input_precision="tf32x3")
+            if near:
+                s = tl.where(earlier[:, None] <= position[None, :], s, float("-inf"))
+            one = tl.where(one_there, tl.max(s, 1), float("-inf"))
+            s = tl.dot(other0, tl.trans(q0), input_precision="tf32x3")
+            if near:
+                s = tl.where(later[:, None] <= position[None, :], s, float("-inf"))
+            other = tl.where(other_there, tl.max(s, 1), float("-inf"))
+            best = tl.maximum(best, tl.maximum(one, other))
+            left = tl.where(one > other, left, left + width)
         total = tl.maximum(total, best)
-        s = tl.dot(k0, tl.trans(q1_0), input_precision="tf32x3")
-        if near:
-            s = tl.where(n[:, None] <= position[None, :], s, float("-inf"))
-        x = tl.reshape(tl.where(there, tl.max(s, 1), float("-inf")), [BLOCK_N, 8])
-        left = tl.zeros([BLOCK_N], tl.int32)
-        best = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        one = at_place(x, left + 2)
-        other = at_place(x, left + 6)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 4)
-        one = at_place(x, left + 1)
-        other = at_place(x, left + 3)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 2)
-        one = at_place(x, left + 0)
-        other = at_place(x, left + 1)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 1)
-        total = tl.maximum(total, best)
-        s = tl.dot(k0, tl.trans(q2_0), input_precision="tf32x3")
-        if near:
-            s = tl.where(n[:, None] <= position[None, :], s, float("-inf"))
-        x = tl.reshape(tl.where(there, tl.max(s, 1), float("-inf")), [BLOCK_N, 8])
-        left = tl.zeros([BLOCK_N], tl.int32)
-        best = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        one = at_place(x, left + 2)
-        other = at_place(x, left + 6)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 4)
-        one = at_place(x, left + 1)
-        other = at_place(x, left + 3)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 2)
-        one = at_place(x, left + 0)
-        other = at_place(x, left + 1)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 1)
-        total = tl.maximum(total, best)
-        s = tl.dot(k0, tl.trans(q3_0), input_precision="tf32x3")
-        if near:
-            s = tl.where(n[:, None] <= position[None, :], s, float("-inf"))
-        x = tl.reshape(tl.where(there, tl.max(s, 1), float("-inf")), [BLOCK_N, 8])
-        left = tl.zeros([BLOCK_N], tl.int32)
-        best = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        one = at_place(x, left + 2)
-        other = at_place(x, left + 6)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 4)
-        one = at_place(x, left + 1)
-        other = at_place(x, left + 3)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 2)
-        one = at_place(x, left + 0)
-        other = at_place(x, left + 1)
-        best = tl.maximum(best, tl.maximum(one, other))
-        left = tl.where(one > other, left, left + 1)
-        total = tl.maximum(total, best)
-        interval = first_slot + tl.arange(0, BLOCK_N)
-        tl.store(scores + interval * 8 + part, total * 0.08838834764831843, mask=interval < end)
+
+    # store
+    tl.store(scores + slot * 8 + part, total * 0.08838834764831843, mask=there)

@@ -347,7 +347,7 @@ def forward(tensors, batch, config, selection=None):
         # choose: token
         items_token = (batch.rows + batch.sequences) * 8
         room_token = max(1, batch.keys)
-        most_token = max(1, SCRATCH_BYTES // (8 * room_token))
+        most_token = max(1, max(SCRATCH_BYTES, batch.rows * 4096) // (8 * room_token))
         programs_token = min(items_token, 4 * batch.processors, most_token)
         scratch_token = torch.empty(
             (
@@ -784,7 +784,7 @@ def select(tensors, batch, config):
     # choose: token
     items_token = (batch.rows + batch.sequences) * 8
     room_token = max(1, batch.keys)
-    most_token = max(1, SCRATCH_BYTES // (8 * room_token))
+    most_token = max(1, max(SCRATCH_BYTES, batch.rows * 4096) // (8 * room_token))
     programs_token = min(items_token, 4 * batch.processors, most_token)
     scratch_token = torch.empty(
         (

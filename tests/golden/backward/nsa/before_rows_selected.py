@@ -14,7 +14,7 @@ def before_rows_selected(
     TOTALS,  # [lists, buckets] rows that chose each block
     buckets,  # blocks of all sequences
     spans,  # of rows
-    BLOCK_S: tl.constexpr,  # spans, or steps, a program
+    BLOCK_S: tl.constexpr,  # spans a program
     BLOCK_N: tl.constexpr,  # entries a step
 ):
     head = tl.program_id(1)
