@@ -309,6 +309,7 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
         ("decode", decode.page, []),
         ("groups", groups.page, []),
         ("token_lists", token_lists.page, []),
+        ("video", video.page, []),
         ("profiles", profiles.page, []),
         ("training_run", training_run.page, []),
         ("independent", independent.page, ["odd", "trained", "blocks", "pooled", "transformers"]),
