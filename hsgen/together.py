@@ -115,9 +115,10 @@ def attend(
     list_row = f"tl.program_id(0).to(tl.int64) * {list_heads}" + (
         " + head" if list_heads > 1 else ""
     )
-    seen = "seen" if shape.causal else "k_len"
+    seen, found = "seen" if shape.causal else "k_len", tuple[str, ...]()
     if slotted:
-        seen = f"entry * {entries.stride} + tl.load(TOKENS + k_first // {entries.stride} + entry)"
+        seen = f"entry * {entries.stride} + tokens"
+        found = (f"tokens = tl.load(TOKENS + k_first // {entries.stride} + entry)",)
     full, partial = usual.phases
     context = replace(
         usual,
@@ -152,6 +153,7 @@ def attend(
                 body=(
                     "words = WORDS + (list_base + entry) * num_words + word",
                     "member = tl.load(words, mask=word < members, other=-1) >> bit & 1",
+                    *found,
                     f"limit = tl.where(member != 0, {seen}, 0)",
                 ),
             ),

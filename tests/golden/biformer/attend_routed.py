@@ -206,7 +206,8 @@ def attend_routed(
         n = entry * 64 + i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         words = WORDS + (list_base + entry) * num_words + word
         member = tl.load(words, mask=word < members, other=-1) >> bit & 1
-        limit = tl.where(member != 0, entry * 64 + tl.load(TOKENS + k_first // 64 + entry), 0)
+        tokens = tl.load(TOKENS + k_first // 64 + entry)
+        limit = tl.where(member != 0, entry * 64 + tokens, 0)
         inside = n < k_len
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 32)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
