@@ -24,6 +24,7 @@ from hsgen import (
     measure,
     passes,
     planner,
+    refusals,
     report,
     resources,
     runtime,
@@ -168,6 +169,7 @@ def bench(
     dtype = dtype or ("bf16" if device == "cuda" else "fp32")
     shrunk = None
     if device == "cpu":
+        refusals.refuse(passes.run(planner.plan(spec)))  # by its own line, not by that of a copy
         spec, shrunk = trials.shrink(spec), trials.differences(spec)
     graph = passes.run(planner.plan(spec))
     plan = schedule.schedule(graph, target, dtype)

@@ -314,7 +314,9 @@ def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
                 yield f"BLOCK_R {values['BLOCK_R']} must divide BLOCK_T {values['BLOCK_T']}"
             held = largest
             if isinstance(context, RankContext) and context.chunked:  # a part of a row at a time
-                held = values["BLOCK_R"] * max(context.chunk, values["BLOCK_N"] // context.group)
+                held = values["BLOCK_R"] * max(
+                    min(context.chunk, values["BLOCK_N"]), values["BLOCK_N"] // context.group
+                )
             each = held // (values["num_warps"] * target.warp_size)
             if each > MOST_SCORES:
                 yield f"{each} scores a thread, at most {MOST_SCORES}"

@@ -172,7 +172,7 @@ def test_trainings_lower_losses_go_on_and_are_written_up(tmp_path, monkeypatch):
     assert training_run.main(["--report", "-o", str(tmp_path), "--docs", str(tmp_path)]) == 0
     text = (tmp_path / "training_run.md").read_text()
     assert "| hirouter | none | – | – | – | – | – | – |" in text
-    assert "- on kernels: level branch: no kernel pools by centroid yet" in text
+    assert "no kernel computes the loss dual_entropy yet" in text, text
     assert "| nsa | reference | 12 |" in text
     assert "Python's language reference" in text
     picture = (tmp_path / "training_run.svg").read_text()

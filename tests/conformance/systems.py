@@ -73,8 +73,8 @@ PRESETS: dict[str, str] = {
     "fsa": "nsa_xunhao",
 }
 # Specs put together from loops that another has too: on the CPU each run has two of the covering cases,
-# every sixth probe and every eighth law; the other specs have two thirds of the probes and laws, and half of
-# the cases.  `-m "not gpu"` and a GPU have all.
+# every tenth probe and every fourteenth law, one at least; the other specs have half of the probes, laws and
+# cases.  `-m "not gpu"` and a GPU have all.
 ALIKE: dict[str, str] = {
     "hip": "block_lists",
     "hirouter": "hisa",

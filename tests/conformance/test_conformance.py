@@ -1,7 +1,6 @@
 """Every spec in specs/ on the emitted kernels: on CPU through the interpreter, with -m gpu on a GPU."""
 
 import functools
-from collections import Counter
 
 import pytest
 import torch
@@ -44,44 +43,48 @@ def marks(lane, *, every):
     return lane.marks if every or lane.values[0] == "cuda" else (*lane.marks, FULL)
 
 
-def takes(name, number, often):
-    """Whether it is a spec's turn at the check of that number of its own: others with the same loops take it
-    at their turns.
+def always_taken(pairs, often):
+    """Of (spec, check) those that every run has on the CPU: every second of a spec's own; of a spec with the
+    loops of others one in so many, at least one; and of each check one spec that has it.
     """
-    alike = list(systems.ALIKE)
-    if name in alike:
-        return (number + alike.index(name)) % often == 0
-    return (number + MAIN.index(name)) % 3 != 0
+    alike, taken = list(systems.ALIKE), set()
+    for name in systems.STRUCTURES:
+        own = [pair for pair in pairs if pair[0] == name]
+        step = min(often, len(own)) if name in alike else 2
+        turn = alike.index(name) if name in alike else MAIN.index(name)
+        taken |= {pair for number, pair in enumerate(own) if (number + turn) % step == 0}
+    for number, asked in enumerate(dict.fromkeys(pair[1] for pair in pairs)):
+        holders = [pair for pair in pairs if pair[1] == asked]
+        if not taken & {*holders}:
+            taken.add(holders[number % len(holders)])
+    return taken
 
 
 def laws_of_each():
     """(spec, law, dtype, lane): each pair in one dtype."""
-    words, turns = list(DTYPES), Counter()
-    for i, pair in enumerate(applicable(laws.CHECKS)):
-        name, law = pair.values
-        every = takes(name, turns[name], 8)
-        turns[name] += 1
+    words, pairs = list(DTYPES), applicable(laws.CHECKS)
+    taken = always_taken([pair.values for pair in pairs], 14)
+    for i, pair in enumerate(pairs):
         for lane in LANES:
             word = words[i % len(words)]
             values = (*pair.values, word, *lane.values)
             words_of_it = f"{pair.id}-{word}-{lane.id}"
-            yield pytest.param(*values, id=words_of_it, marks=marks(lane, every=every))
+            some = marks(lane, every=pair.values in taken)
+            yield pytest.param(*values, id=words_of_it, marks=some)
 
 
 def probes_of_each():
     """(spec, probe, dtype, lane); on the CPU each pair in one dtype."""
-    words, turns = [word for word in DTYPES if word != "bf16"], Counter()
-    for i, pair in enumerate(applicable(probes.CHECKS)):
-        name, probe = pair.values
-        every = takes(name, turns[name], 6)
-        turns[name] += 1
+    words = [word for word in DTYPES if word != "bf16"]
+    pairs = applicable(probes.CHECKS)
+    taken = always_taken([pair.values for pair in pairs], 10)
+    for i, pair in enumerate(pairs):
         for lane in LANES_AND_DTYPES:
             device, word = lane.values
             if device == "cuda" or word == words[i % 2]:
                 values = (*pair.values, word, device)
-                yield pytest.param(
-                    *values, id=f"{pair.id}-{lane.id}", marks=marks(lane, every=every)
-                )
+                some = marks(lane, every=pair.values in taken)
+                yield pytest.param(*values, id=f"{pair.id}-{lane.id}", marks=some)
 
 
 def cases_of_each():
