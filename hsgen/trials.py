@@ -32,7 +32,7 @@ from hsgen.rows import RowsContext
 from hsgen.runtime import compile_program
 from hsgen.schedule import TILE_OF_HEADS
 from hsgen.selection import ListSelection, members
-from hsgen.spec import Attend, Blocks, HeadDim, Heads, Level, Select, Spec, parse
+from hsgen.spec import Attend, Blocks, Halving, HeadDim, Heads, Level, Select, Spec, parse
 from hsgen.spec import verify as verify_spec
 from hsgen.streams import StreamsContext
 from hsgen.target import Target
@@ -175,6 +175,8 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
         changes["partition"] = Blocks(
             size=level.partition.size // divisor, stride=level.partition.stride // divisor
         )
+    if isinstance(level.partition, Halving):
+        changes["partition"] = _searched_less(level.partition)
     if level.pool and level.pool.rotate:
         turn = level.pool.rotate.model_copy(update={"dims": min(level.pool.rotate.dims, 16)})
         changes["pool"] = level.pool.model_copy(update={"rotate": turn})
@@ -185,6 +187,8 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
         few = {
             "last": min(level.select.force.last, 2)
         }  # a long window would leave nothing to choose
+        if isinstance(level.partition, Halving):
+            few["first"] = min(level.select.force.first, 2)  # of long intervals' tokens, as many
         force = level.select.force.model_copy(update=few)
         if rule := _of_few_entries(level.select):
             changes["select"] = level.select.model_copy(update={**rule, "force": force})
@@ -194,6 +198,12 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
         budget = min(level.select.budget, max(forced + 1, 3 if blocks else 6))
         changes["select"] = level.select.model_copy(update={kept: budget, "force": force})
     return level.model_copy(update=changes)
+
+
+def _searched_less(halving: Halving) -> Halving:
+    """Half of the rounds, rounded up: of intervals inside one another each stays inside the next."""
+    rounds = (halving.interval // halving.until).bit_length() - 1
+    return halving.model_copy(update={"interval": halving.until << (rounds + 1) // 2})
 
 
 def _of_few_entries(select: Select) -> dict[str, object]:

@@ -165,5 +165,7 @@ def test_what_calls_hand_on_lies_in_place(more: dict[str, object]) -> None:
 
 @each_case
 def test_kernels_refuse_them_in_words(spec: Spec) -> None:
-    with pytest.raises(PlanError, match=r"no kernel .* yet|head dim Dqk: expected"):
+    halved = spec.name == "halved_rows"  # of which kernels lack but the size of its heads
+    words = "head dim Dqk: expected a multiple of 16" if halved else r"no kernel .* yet"
+    with pytest.raises(PlanError, match=words):
         schedule(passes.run(plan(spec)), H100)

@@ -9,7 +9,7 @@ from reference_driver import compiler
 
 from hsgen import trials, verify
 from hsgen.errors import HsgenError
-from hsgen.spec import Halving, load, parse
+from hsgen.spec import load, parse
 from hsgen.target import H100
 from hsgen.verify import Case, Report
 from hsgen.workers import WorkerError
@@ -162,8 +162,7 @@ def test_budgets_of_shrunk_copies_bite():
 def test_every_spec_with_kernels_shrinks(name):
     """Whatever rule it chooses by."""
     copy = trials.shrink(systems.load(name))
-    sizes = [x.partition.size for x in copy.levels if not isinstance(x.partition, Halving)]
-    assert max(sizes, default=1) <= 2 * trials.BLOCK
+    assert max((x.partition.size for x in copy.levels), default=1) <= 2 * trials.BLOCK
 
 
 def test_differences_are_stated():
