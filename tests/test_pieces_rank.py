@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from shares import covering
 from skeletons import PROVENANCE, Sequences, complete, forced, kernel
 
 from hsgen import build, emit, resources
@@ -289,9 +290,13 @@ def test_groups(tmp_path, device, seed, kind, causal, first, last):
     check(tmp_path, device, seed, c, sequences, kind, block_n=1024)
 
 
-@pytest.mark.parametrize("kind", ["real", "plateau", "special", "bits", "alike", "nan"])
-@pytest.mark.parametrize(("heads", "k", "first", "last"), [(1, 3, 0, 0), (2, 9, 1, 2)])
-@pytest.mark.parametrize("block_n", [1024, 2048])
+MANY_KINDS = ["real", "plateau", "special", "bits", "alike", "nan"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "k", "first", "last", "block_n"),
+    covering(MANY_KINDS, [(1, 3, 0, 0), (2, 9, 1, 2)], [1024, 2048]),
+)
 def test_groups_of_a_step(tmp_path, device, seed, kind, heads, k, first, last, block_n):
     """The greatest of groups by way of memory, over one chunk and several, and the ends of either."""
     c = context(heads=heads, k=k, width=k, short=True, first=first, last=last, alike=True)
@@ -301,9 +306,10 @@ def test_groups_of_a_step(tmp_path, device, seed, kind, heads, k, first, last, b
     check(tmp_path, device, seed, c, sequences, kind, block_t=4, block_r=1, block_n=block_n)
 
 
-@pytest.mark.parametrize("kind", ["real", "plateau", "special", "bits", "alike", "nan"])
-@pytest.mark.parametrize(("first", "last", "fours"), [(0, 1, True), (1, 2, False)])
-@pytest.mark.parametrize("stride", [16, 32])
+@pytest.mark.parametrize(
+    ("kind", "first", "last", "fours", "stride"),
+    covering(MANY_KINDS, [(0, 1, True), (1, 2, False)], [16, 32]),
+)
 def test_steps_that_keep_many(tmp_path, device, seed, kind, first, last, fours, stride):
     """Keys are read again to be placed: of every width in registers, in one step and in more, and beyond,
     where keys are few enough to look at all, and where a sample tells about them.
@@ -339,8 +345,7 @@ KINDS = [
 EDGES = (1, 63, 64, 65, 95, 96, 97, 127, 128, 129, 1023, 1024, 1025, 1300)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block_r", [1, 2])
+@pytest.mark.parametrize(("kind", "block_r"), covering(KINDS, [1, 2]))
 def test_sampled(tmp_path, device, seed, kind, block_r):
     """Rows that do not fit and keep many: whatever the sample says, the choice is exact."""
     c = context(k=96, width=96, size=1, stride=1, first=1, last=2)
@@ -374,7 +379,8 @@ def test_sampled_entries_that_are_not_tokens(tmp_path, device, seed, kind):
 
 
 @pytest.mark.parametrize(
-    ("k", "last", "block_n"), [(96, 2, 128), (100, 1, 128), (2048, 1, 4096), (2048, 1, 1024)]
+    ("k", "last", "block_n"),
+    covering([(96, 2, 128), (100, 1, 128), (2048, 1, 1024), (2048, 1, 4096)]),
 )
 def test_sampled_compiles_with_room_and_without(tmp_path, monkeypatch, k, last, block_n):
     """Triton compiles no branch that it knows not to be taken, which the interpreter does not see."""

@@ -5,6 +5,7 @@ import functools
 import pytest
 import sanitizer
 import torch
+from shares import covering
 
 from conformance import backends, calls, systems
 from conformance.lab import same
@@ -25,6 +26,9 @@ WAYS = {
 }
 # A window whose turn is before that of `selected`, and one after; a choice of blocks of rows comes first.
 WINDOWS = ("near", "window")
+TURNS = {"last": ("near",), "first": ("window",), "between": WINDOWS}
+# another test has each of these
+BETWEEN = [pytest.param(way, "between", marks=pytest.mark.full) for way in WAYS]
 
 
 @functools.cache
@@ -43,21 +47,12 @@ def run(way, lane, call):
 
 
 @pytest.mark.parametrize("lane", LANES)
-@pytest.mark.parametrize(
-    "windows",
-    [
-        pytest.param(WINDOWS[0], id="last"),
-        pytest.param(WINDOWS[1], id="first"),
-        pytest.param(WINDOWS, id="between", marks=pytest.mark.full),  # as in the test below
-    ],
-)
-@pytest.mark.parametrize("way", WAYS)
-def test_sums_are_right_whatever_memory_held(way, windows, lane, seed):
+@pytest.mark.parametrize(("way", "turn"), [*covering([*WAYS], ["last", "first"]), *BETWEEN])
+def test_sums_are_right_whatever_memory_held(way, turn, lane, seed):
     """Documents of which one is empty, rows before the first key, and outputs that start as NaN."""
-    windows = (windows,) if isinstance(windows, str) else windows
     dtype = torch.float16 if lane == "cpu" else torch.bfloat16
     call, _ = calls.pack(
-        spec_of(way, *windows),
+        spec_of(way, *TURNS[turn]),
         [9, 0, 14],
         key_lengths=[11, 4, 8],
         dtype=dtype,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from shares import covering
 
 from conformance import backends, calls, systems
 from conformance.lab import same
@@ -40,9 +41,8 @@ def test_tiles_that_are_sorted_can_be(name):
         assert not [*knobs.broken(kernel, values, H100, plan)]
 
 
-@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("lane", LANES)
-@pytest.mark.parametrize("name", ["quest", "infllm_v2"])
+@pytest.mark.parametrize(("name", "turns"), covering(["quest", "infllm_v2"], [False, True]))
 def test_outputs_are_right_and_the_same_twice(name, lane, turns, seed, monkeypatch):
     """Documents of which one is empty, and rows before the first key; a tile at a time too."""
     dtype = torch.float16 if lane == "cpu" else torch.bfloat16

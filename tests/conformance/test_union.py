@@ -6,6 +6,7 @@ import math
 import pytest
 import sanitizer
 import torch
+from shares import covering
 
 from conformance import calls, systems
 from conformance.lab import same
@@ -16,6 +17,8 @@ from conformance.test_logits import RUN
 from hsgen import spec as language
 from hsgen.spec import Attend, Combine
 
+# another test has most of these
+BETWEEN = [pytest.param(way, "between", marks=pytest.mark.full) for way in ("pooled", *WAYS)]
 TURNS = {"last": ("window",), "first": ("near",), "between": ("near", "window")}
 POOLED = """
 hsgen: 1
@@ -57,9 +60,8 @@ def packed(spec, lane, seed):
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize(
-    "turn", ["last", "first", pytest.param("between", marks=pytest.mark.full)]
-)  # of which another test has one choice, and the others each turn
-@pytest.mark.parametrize("way", ["pooled", *WAYS])
+    ("way", "turn"), [*covering(["pooled", *WAYS], ["last", "first"]), *BETWEEN]
+)
 def test_unions_are_right_whatever_memory_held(way, turn, lane, seed):
     call = packed(spec_of(way, TURNS[turn]), lane, seed)
     outcomes = []

@@ -156,7 +156,7 @@ def _launch(executor, *args, **kwargs):
     session.kernel = executor.fn.__name__
     session.launches[session.kernel] = session.launches.get(session.kernel, 0) + 1
     session.names = _tensor_names(executor, args, kwargs)
-    session.views, session.program, session.tick = [], None, 0
+    session.views, session.program, session.tick = [], None, memory.MANY
     session.patched = set()
     try:
         return _original_launch(executor, *args, **kwargs)
@@ -284,20 +284,23 @@ def _load(self, ptrs, mask, other, *rest, **named):
     session = _active
     dtype = ptrs.get_element_ty()
     active = _spread(mask.data, ptrs.data)
-    tracked = _access(ptrs, active, _itemsize(dtype), "load")
+    lanes = np.count_nonzero(active)
+    _access(ptrs, active, lanes, _itemsize(dtype), "load")
     loaded = _original_load(self, _untagged(ptrs), mask, other, *rest, **named)
-    if tracked:
+    if lanes:
         found = is_poison(loaded.data, active)
         if found:
             session.fault("uninitialised read", f"{found} lanes hold what torch.empty left there")
-    if other is None and not session.zero_filled and not active.all():
+    if other is None and not session.zero_filled and lanes < active.size:
         loaded = Handle(poison_masked_lanes(loaded.data, active, dtype), loaded.dtype)
     return loaded
 
 
 def _store(self, ptrs, value, mask, *rest, **named):
     active = _spread(mask.data, ptrs.data)
-    if not _access(ptrs, active, _itemsize(ptrs.get_element_ty()), "store"):
+    lanes = np.count_nonzero(active)
+    _access(ptrs, active, lanes, _itemsize(ptrs.get_element_ty()), "store")
+    if not lanes:
         return None
     raw = _untagged(ptrs)
     result = _original_store(self, raw, value, mask, *rest, **named)
@@ -307,7 +310,7 @@ def _store(self, ptrs, value, mask, *rest, **named):
         back = interpreter._interpreter.load(raw.data, flags, np.zeros_like(data), data.dtype)
         bits = f"u{data.dtype.itemsize}"
         differ = np.ascontiguousarray(data).view(bits) != back.view(bits)
-        lanes = int((differ & active).sum())
+        lanes = np.count_nonzero(differ & active)
         if lanes:
             detail = f"{lanes} lanes store another value to an address than a later lane does"
             _active.fault("conflicting stores", detail)
@@ -318,12 +321,13 @@ def _atomic_rmw(self, op, ptr, value, mask, *rest, **named):
     active = np.broadcast_to(np.asarray(mask.data), ptr.data.shape)
     if op == interpreter._ir.ATOMIC_OP.FADD:
         _active.fault("float atomic", "the sum depends on the order of the programs")
-    _access(ptr, active, _itemsize(value.dtype.scalar), "atomic")
+    _access(ptr, active, np.count_nonzero(active), _itemsize(value.dtype.scalar), "atomic")
     return _original_rmw(self, op, _untagged(ptr), value, mask, *rest, **named)
 
 
 def _atomic_cas(self, ptr, *rest, **named):
-    _access(ptr, np.ones(ptr.data.shape, bool), _itemsize(ptr.get_element_ty()), "atomic")
+    lanes, size = ptr.data.size, _itemsize(ptr.get_element_ty())
+    _access(ptr, np.ones(ptr.data.shape, bool), lanes, size, "atomic")
     return _original_cas(self, _untagged(ptr), *rest, **named)
 
 
@@ -341,20 +345,22 @@ def _untagged(ptrs):
     return Handle(ptrs.data & memory.ADDRESS_MASK, ptrs.dtype)
 
 
-def _access(ptrs, active, size, what):
-    """Check and note one operation; the number of lanes that took part."""
-    pointers = ptrs.data.reshape(-1) if active.all() else ptrs.data[active]
-    if pointers.size == 0:
-        return 0
+def _access(ptrs, active, lanes, size, what):
+    """Check and note one operation, in which so many lanes take part."""
+    if not lanes:
+        return
+    pointers = ptrs.data.reshape(-1) if lanes == active.size else ptrs.data[active]
+    first = int(pointers[0]) >> memory.TAG_SHIFT
+    if 1 <= first <= len(_active.views):
+        view = _active.views[first - 1]
+        offsets = memory.offsets_inside(view, pointers, first, size)
+        if offsets is not None:
+            _note(view, offsets, size, what)
+            return
     tags = pointers >> np.uint64(memory.TAG_SHIFT)
     addresses = (pointers & memory.ADDRESS_MASK).astype(np.int64)
-    first = tags[0]
-    if (tags == first).all():
-        _access_view(int(first), addresses, size, what)
-    else:
-        for tag in np.unique(tags):
-            _access_view(int(tag), addresses[tags == tag], size, what)
-    return pointers.size
+    for tag in np.unique(tags):
+        _access_view(int(tag), addresses[tags == tag], size, what)
 
 
 def _access_view(tag, addresses, size, what):
@@ -372,12 +378,17 @@ def _access_view(tag, addresses, size, what):
             f"{int(wrong.sum())} lanes outside {view.describe()}, the first at element {element}"
         )
         session.fault(f"out of bounds {what}", detail)
-    region = view.region
+    _note(view, offsets, size, what)
+
+
+def _note(view, offsets, size, what):
+    """Hold an operation inside of a view against those before it."""
+    session, region = _active, view.region
+    index = region.locate(offsets + (view.start - region.start), size)
     action = {"load": region.load, "store": region.store, "atomic": region.update}[what]
-    for problem in action(region.locate(addresses, size), session.first, session.tick):
-        if problem.lanes:
-            text = f"{what} of {view.describe()}, {problem.lanes} lanes: {problem.detail}"
-            session.fault(problem.kind, text)
+    for problem in action(index, session.first, session.tick):
+        text = f"{what} of {view.describe()}, {problem.lanes} lanes: {problem.detail}"
+        session.fault(problem.kind, text)
 
 
 def _descriptor_load(self, *args, **kwargs):
@@ -403,7 +414,7 @@ def _binary(self, lhs, rhs, op):
     if op in OVERFLOWING and lhs.data.dtype == rhs.data.dtype == np.int32:
         exact = op(lhs.data, rhs.data, dtype=np.int64)
         kept = exact.astype(np.int32)
-        if (exact != kept).any():
+        if np.count_nonzero(exact != kept):
             _check_int32(op.__name__, exact)
         return Handle(kept, dtype)
     return _original_binary(self, lhs, rhs, op)
@@ -572,7 +583,7 @@ PATCHES = (
         {
             "_implicit_cvt": _convert_argument,
             "_get_np_dtype": fast.numpy_type,
-            "_patch_attr": fast.patch_attribute,
+            "_patch_builtin": fast.patch_builtins,
             "_patch_lang_tensor": _patch_tensor,
             "_validate_np_data_size": fast.fits,
         },
@@ -609,7 +620,10 @@ PATCHES = (
         {
             "set_grid_dim": _set_grid_dim,
             "set_grid_idx": _set_grid_idx,
+            "create_addptr": fast.add_pointer,
             "create_barrier": _barrier,
+            "create_broadcast": fast.spread,
+            "create_expand_dims": fast.expand_dims,
             "create_masked_load": _load,
             "create_masked_store": _store,
             "create_atomic_rmw": _atomic_rmw,

@@ -1,12 +1,14 @@
 """Shortcuts that leave every result as it is: the interpreter spends its time on types, not on numbers.
 
 Descriptions of equal tensors are made once; what two types of operands become is asked once, and numpy
-broadcasts them; functions of one text are rewritten once; integers are sorted by numpy; combine
-functions of reductions and scans see whole arrays, in a tree in the order of the elements.
+broadcasts them; what an operator asks of the builder is seen once for each pair of types; the language's
+functions are looked for once; functions of one text are rewritten once; integers are sorted by numpy;
+combine functions of reductions and scans see whole arrays, in a tree in the order of the elements.
 """
 
 import ast
 import functools
+import inspect
 import linecache
 import numbers
 import textwrap
@@ -25,9 +27,15 @@ _elements: dict[tuple, tl.block_type] = {}
 _shapes: dict[tuple, tl.core.tuple] = {}
 _operands: dict[tuple, tuple] = {}
 _widths: dict[str, int] = {}
+_steps: dict[str, np.uint64] = {}
+_operators: dict[str, dict] = {}
+_casts: dict[tuple, tuple] = {}
+_false: dict[tuple, np.ndarray] = {}
+_builtins: dict[int, list] = {}
 MANY = 1 << 16  # pairs of operands that are remembered; constants are among them
 
 Handle = interpreter.TensorHandle
+Tensor = tl.core.tensor
 Rewriter = interpreter.FunctionRewriter
 
 original_block_type = tl.core.block_type.__init__
@@ -40,6 +48,7 @@ original_to_tensor = TritonSemantic.to_tensor
 original_cast = TritonSemantic.cast
 original_operands = TritonSemantic.binary_op_type_checking_impl
 original_broadcast = TritonSemantic.broadcast_impl_value
+original_create_broadcast = interpreter.InterpreterBuilder.create_broadcast
 original_rewrite = Rewriter.rewrite_ast
 
 
@@ -121,10 +130,25 @@ def to_tensor(self, x, check_type=True):
 
 
 def cast(self, value, dtype, fp_downcast_rounding=None):
-    """As TritonSemantic.cast."""
+    """As TritonSemantic.cast; what it asks of the builder is seen once for each pair of types."""
     if value.type.scalar is dtype.scalar:
         return value
-    return original_cast(self, value, dtype, fp_downcast_rounding)
+    key = (value.type.name, dtype.name)
+    step = _casts.get(key)
+    if step is None and fp_downcast_rounding is None:
+        asked, made = _watched(self, lambda x, _semantic: original_cast(_semantic, x, dtype), value)
+        single = len(asked) == 1 and asked[0][0] == "cast_impl"
+        if single and asked[0][1][0] is value.handle and asked[0][-1] is made.handle:
+            step = (asked[0][1][1], _fields(made))
+        _casts[key] = step = step or ()
+    if not step or fp_downcast_rounding is not None:
+        return original_cast(self, value, dtype, fp_downcast_rounding)
+    wanted, fields = step
+    made = object.__new__(Tensor)
+    own = vars(made)
+    own.update(fields)
+    own["handle"] = self.builder.cast_impl(value.handle, wanted)
+    return made
 
 
 # operands
@@ -181,17 +205,178 @@ def broadcast(self, lhs, rhs):
 _wrapper = tl.core.builtin(lambda: None).__code__
 
 
-def patch_attribute(owner, name, member, builder, *scope):
-    """As _patch_attr, without the wrapper that only asks for `_semantic`."""
+def patch_builtins(owner, builder, scope):
+    """As _patch_builtin; which members are the language's own is asked once, before any is replaced."""
+    if id(owner) not in _builtins:
+        found = [(n, x) for n, x in inspect.getmembers(owner) if tl.core.is_builtin(x)]
+        if not found:  # replaced by somebody who does not put them back
+            return
+        semantic = TritonSemantic(builder)
+        _builtins[id(owner)] = [(n, x, _bound(owner, n, x, semantic)) for n, x in found]
+    for name, member, call in _builtins[id(owner)]:
+        if getattr(owner, name) is member:
+            scope.set_attr(owner, name, call)
+
+
+def _bound(owner, name, member, semantic):
+    """A function of the language without the wrapper that only asks for `_semantic`."""
     function = member.__wrapped__ if getattr(member, "__code__", None) is _wrapper else member
-    semantic = TritonSemantic(builder)
+    if owner is tl.core.tensor and name in OPERATORS:
+        return _operator(name, function, semantic)
 
     def call(*args, **kwargs):
         kwargs["_semantic"] = semantic
         return function(*args, **kwargs)
 
-    put = scope[0].set_attr if scope else setattr  # older versions restore nothing
-    put(owner, name, call)
+    return _index(call) if owner is tl.core.tensor and name == "__getitem__" else call
+
+
+# operators
+
+OPERATORS = frozenset(
+    f"__{side}{name}__"
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor"),
+        *("lt", "le", "gt", "ge", "eq", "ne"),
+    )
+    for side in ("", "r")
+)
+WATCHED = ("binary_op", "create_addptr", "create_idiv", "cast_impl")
+FIRST, SECOND = "first", "second"  # whose handle an operation takes
+
+
+def _operator(name, function, semantic):
+    """One of two operands.  Where it casts them at most and then asks one thing of the builder, that is
+    asked at once the next time that operands of these types come; a number is part of its type.
+    """
+    known, builder = _operators.setdefault(name, {}), semantic.builder
+    new, constexpr = object.__new__, tl.core.constexpr
+
+    def call(self, other):
+        kind = type(other)
+        if kind is constexpr:
+            other = other.value
+            kind = type(other)
+        key = (self.type.name, other.type.name if kind is Tensor else (kind, other))
+        step = known.get(key)
+        if step is None:
+            step = known[key] = _seen(function, semantic, self, other) if len(known) < MANY else ()
+        if not step:
+            return function(self, other, _semantic=semantic)
+        ask, rest, left, left_type, right, right_type, fields = step
+        left = self.handle if left is FIRST else other.handle if left is SECOND else left
+        right = self.handle if right is FIRST else other.handle if right is SECOND else right
+        if left_type is not None:
+            left = builder.cast_impl(left, left_type)
+        if right_type is not None:
+            right = builder.cast_impl(right, right_type)
+        made = new(Tensor)
+        own = vars(made)
+        own.update(fields)
+        own["handle"] = ask(builder, left, right, *rest)
+        return made
+
+    return call
+
+
+def _seen(function, semantic, one, other):
+    """What an operator asks of the builder: (method, its last arguments, whose handle or a constant's and
+    the type that it is cast to, twice, fields of the tensor that is made), or () where it asks for more.
+    """
+    if type(other) is Tensor:  # so that each has a handle of its own
+        other = Tensor(Handle(other.handle.data, other.handle.dtype), other.type)
+    asked, result = _watched(semantic, function, one, other)
+    own = {id(x.handle): side for x, side in ((one, FIRST), (other, SECOND)) if type(x) is Tensor}
+    cast = {}
+    for name, (handle, *rest), out in asked[:-1]:
+        if name != "cast_impl" or id(handle) in cast:
+            return ()
+        cast[id(out)] = (own.get(id(handle), out), *rest) if id(handle) in own else (out, None)
+    if not asked or asked[-1][0] == "cast_impl" or asked[-1][-1] is not result.handle:
+        return ()
+    name, (left, right, *rest), _ = asked[-1]
+    sides = [cast.get(id(x), (own.get(id(x), x), None)) for x in (left, right)]
+    tensors = [side for side, _ in sides if isinstance(side, str)]
+    if sorted(tensors) != sorted(own.values()):
+        return ()
+    return getattr(type(semantic.builder), name), rest, *sides[0], *sides[1], _fields(result)
+
+
+def _watched(semantic, function, *operands):
+    """What a function of the language asks of the builder, (method, arguments, handle that is made) each
+    time, and what it returns.
+    """
+    builder, asked = semantic.builder, []
+    function(*operands, _semantic=semantic)  # after which `operands` knows the types
+
+    def watch(name):
+        method = getattr(type(builder), name)
+
+        def watched(*arguments):
+            out = method(builder, *arguments)
+            asked.append((name, arguments, out))
+            return out
+
+        return watched
+
+    for name in WATCHED:
+        setattr(builder, name, watch(name))
+    try:
+        return asked, function(*operands, _semantic=semantic)
+    finally:
+        for name in WATCHED:
+            delattr(builder, name)
+
+
+def _fields(made):
+    """What tensors of its type have beside their handle."""
+    return {**vars(made), "handle": None}
+
+
+def _index(original):
+    """x[:, None] and the like, by numpy."""
+    fields, new, whole = {}, object.__new__, slice(None)
+
+    def call(self, slices):
+        if type(slices) is not tuple or any(x is not None and x != whole for x in slices):
+            return original(self, slices)
+        key = (self.type.name, *[x is None for x in slices])
+        if key not in fields:
+            fields[key] = _fields(original(self, slices))
+        made = new(Tensor)
+        own = vars(made)
+        own.update(fields[key])
+        own["handle"] = Handle(self.handle.data[slices], self.handle.dtype.scalar)
+        return made
+
+    return call
+
+
+def expand_dims(self, arg, axis):
+    """As create_expand_dims."""
+    shape = list(arg.data.shape)
+    shape.insert(axis if axis >= 0 else axis + len(shape) + 1, 1)
+    return Handle(arg.data.reshape(shape), arg.dtype.scalar)
+
+
+def spread(self, arg, shape):
+    """As create_broadcast; numpy's own looks at views for long."""
+    if arg.data.dtype != np.bool_:
+        return original_create_broadcast(self, arg, shape)
+    shape = tuple(shape)
+    if shape not in _false:
+        _false[shape] = np.zeros(shape, bool)
+    return Handle(arg.data | _false[shape], arg.dtype.scalar)
+
+
+def add_pointer(self, ptr, offset):
+    """As create_addptr."""
+    name = ptr.dtype.scalar.element_ty.name
+    if name not in _steps:
+        _steps[name] = np.uint64(max(1, ptr.get_element_ty().primitive_bitwidth // 8))
+    moved = offset.data.astype(np.uint64)
+    moved *= _steps[name]
+    return Handle(ptr.data + moved, ptr.dtype)
 
 
 def rewrite(self):

@@ -10,7 +10,7 @@ import numpy as np
 
 TAG_SHIFT = 56
 ADDRESS_MASK = np.uint64((1 << TAG_SHIFT) - 1)
-MANY = np.int32(-1)
+MANY = 1  # ticks are above it
 PAGE_BITS = 14
 DENSE_LIMIT = 1 << 22
 
@@ -98,17 +98,30 @@ def outside(view, offsets, size):
     return wrong | (rest != 0)
 
 
+def offsets_inside(view, pointers, tag, size):
+    """Byte offsets of pointers that all have the tag and name elements of a view; None where one does not."""
+    start = np.uint64((tag << TAG_SHIFT) | view.start)
+    offsets = pointers - start  # of what lies before it, huge
+    if size > view.extent or np.count_nonzero(offsets > np.uint64(view.extent - size)):
+        return None
+    offsets = offsets.view(np.int64)
+    if view.levels and np.count_nonzero(outside(view, offsets, size)):
+        return None
+    return offsets
+
+
 class Region:
     """Bytes that one or several overlapping views cover, with a shadow of who touched what.
 
     The shadow holds ticks: every program, and every barrier in it, starts a new one.  0 is nobody,
-    MANY is more than one program.  Large regions are paged, since a test of 64-bit offsets views far
-    more memory than it touches.
+    MANY, which is less than any, is more than one program.  Large regions are paged, since a test of
+    64-bit offsets views far more memory than it touches.
     """
 
     def __init__(self, start, end, granule):
         """Cover [start, end) in granules of so many bytes."""
         self.start, self.end, self.granule = start, end, granule
+        self.shift = granule.bit_length() - 1
         count = -(-(end - start) // granule)
         self.pages = None if count <= DENSE_LIMIT else np.zeros((count >> PAGE_BITS) + 1, np.int32)
         size = count if self.pages is None else 1 << PAGE_BITS
@@ -117,9 +130,9 @@ class Region:
         self.updated = np.zeros(size, np.int32)
         self.has_writes = self.has_updates = self.has_reads = False
 
-    def locate(self, addresses, size):
-        """Byte addresses -> positions in the shadow."""
-        index = (addresses - self.start) // self.granule
+    def locate(self, offsets, size):
+        """Offsets in bytes from the start -> positions in the shadow."""
+        index = offsets >> self.shift
         if size > self.granule:
             index = (index[:, None] + np.arange(size // self.granule)).reshape(-1)
         if self.pages is None:
@@ -139,53 +152,64 @@ class Region:
         self.updated = np.concatenate([self.updated, more])
 
     def load(self, index, first, tick):
-        """A program reads.  Its ticks are >= first, the present one is `tick`."""
+        """A program reads.  Its ticks are >= first, the present one is `tick`.  -> problems"""
+        found = []
         if self.has_writes:
-            yield _others("read-write race", self.written[index], first)
-            yield _unsynchronised(self.written[index], tick)
+            marks = self.written[index]
+            found += [*_others("read-write race", marks, first), *_unsynchronised(marks, tick)]
         if self.has_updates:
-            yield _others("atomic race", self.updated[index], first)
-            yield _unsynchronised(self.updated[index], tick)
+            marks = self.updated[index]
+            found += [*_others("atomic race", marks, first), *_unsynchronised(marks, tick)]
         _mark(self.read, index, first, tick)
         self.has_reads = True
+        return found
 
     def store(self, index, first, tick):
-        """A program writes."""
+        """A program writes.  -> problems"""
+        found = []
         if self.has_writes:
-            yield _others("write-write race", self.written[index], first)
+            found += _others("write-write race", self.written[index], first)
         if self.has_reads:
-            yield _others("read-write race", self.read[index], first)
+            found += _others("read-write race", self.read[index], first)
         if self.has_updates:
-            yield _others("atomic race", self.updated[index], first)
-            yield _unsynchronised(self.updated[index], tick)
+            marks = self.updated[index]
+            found += [*_others("atomic race", marks, first), *_unsynchronised(marks, tick)]
         self.written[index] = tick
         self.has_writes = True
+        return found
 
     def update(self, index, first, tick):
-        """A program changes memory atomically: no conflict with other atomics."""
+        """A program changes memory atomically: no conflict with other atomics.  -> problems"""
+        found = []
         if self.has_writes:
-            yield _others("atomic race", self.written[index], first)
-            yield _unsynchronised(self.written[index], tick)
+            marks = self.written[index]
+            found += [*_others("atomic race", marks, first), *_unsynchronised(marks, tick)]
         if self.has_reads:
-            yield _others("atomic race", self.read[index], first)
+            found += _others("atomic race", self.read[index], first)
         _mark(self.updated, index, first, tick)
         self.has_updates = True
+        return found
+
+
+def _foreign(marks, first):
+    """Which were made by another program, or by several: 0 < mark < first.  int32[N] -> bool[N]"""
+    return (marks - np.int32(1)).view(np.uint32) < np.uint32(first - 1)
 
 
 def _mark(shadow, index, first, tick):
-    old = shadow[index]
-    shadow[index] = np.where((old == 0) | (old >= first), np.int32(tick), MANY)
+    foreign = _foreign(shadow[index], first)
+    shadow[index] = np.where(foreign, np.int32(MANY), np.int32(tick)) if foreign.any() else tick
 
 
 def _others(kind, marks, first):
-    count = int(((marks == MANY) | ((marks > 0) & (marks < first))).sum())
-    return Problem(kind, "another program touches the same address", count)
+    count = np.count_nonzero(_foreign(marks, first))
+    return [Problem(kind, "another program touches the same address", count)] if count else []
 
 
 def _unsynchronised(marks, tick):
-    count = int((marks == tick).sum())
+    count = np.count_nonzero(marks == tick)
     detail = "this program changed the address and no tl.debug_barrier lies between"
-    return Problem("missing barrier", detail, count)
+    return [Problem("missing barrier", detail, count)] if count else []
 
 
 def assign_regions(views):

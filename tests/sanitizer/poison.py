@@ -73,7 +73,7 @@ def is_poison(data, active):
     if not _recognised or size == 1 or (size == 2 and data.dtype == np.int16):
         return 0
     hits = data.view(f"u{size}") == PATTERNS[size]
-    return int((hits & active).sum()) if hits.any() else 0
+    return np.count_nonzero(hits & active) if np.count_nonzero(hits) else 0
 
 
 def poison_masked_lanes(data, active, dtype):
