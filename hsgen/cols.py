@@ -48,6 +48,8 @@ LIST = pointer("LIST", "i32", "[lists, items] rows, block by block, ascending")
 BUCKETS = count("buckets", "blocks of all sequences")
 ITEMS = count("items", "places of a list")
 CAPACITY = count("capacity", "most chunks of a list")
+WORDS = pointer("WORDS", "i32", "[blocks of rows, H, capacity, words] rows as bits, by entry")
+LEAST_KEYS = 16  # of a tile of dots
 HEAD_FIRST = count("head_first", "the turn's first key head")
 SUMS = (
     *lse(),
@@ -128,6 +130,56 @@ class ListingContext:
             case "list":
                 counts = (LENGTH, BUCKETS, ITEMS, *spans)
                 return (*selection, TALLY, STARTS, LIST, *counts, *SEQ, *tunables("BLOCK_T"))
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+# --- blocks of rows by block
+
+
+def words_of(block: int) -> int:
+    """Words that have a bit for each row of a block."""
+    return (next_power(block) + 31) // 32
+
+
+def _takers(lists: int) -> tuple[Param, ...]:
+    """Of each block of keys the blocks of rows of which any chose it."""
+    which = f"{lists} * these + which list of a key head's" if lists > 1 else "these"
+    return (
+        pointer("COUNTS", "i32", "[lists, buckets] blocks of rows"),
+        pointer("LIST", "i32", f"[lists, buckets, most] {which}, ascending"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakersContext:
+    """Everything `index.py.jinja` reads to list the blocks of rows of which any chose a block of keys."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    lists: int  # of these, those of a key head, which are listed one after the other
+    rows: int  # of a block of rows
+    size: int  # keys of an entry
+    several: int  # entries of a block of keys
+    causal: bool
+    how: Literal["takers"] = "takers"
+
+    @property
+    def summary(self) -> str:
+        return "the blocks of rows of which any chose each block of keys."
+
+    @property
+    def words(self) -> int:
+        return words_of(self.rows)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        sizes = (LENGTH, BUCKETS, axes.MOST, axes.CAPACITY)
+        return (WORDS, *_takers(self.lists), *sizes, *SEQ, *tunables("BLOCK_N"))
 
     @property
     def jit(self) -> str:
@@ -283,11 +335,16 @@ class ColsContext(rows.InTurn):
     list_of: str = ""  # which list of a tile's a query head reads
     list_stride: int = 0  # of so many
     wide: bool = False  # all tensors are in float32
+    together: int = (
+        0  # > 0: rows are those of blocks, so many each, of which any chose a block of keys
+    )
+    several: int = 1  # entries of that block
 
     def uses(self, name: str) -> bool:
         """Whether any statement reads the number `name`."""
         text = " ".join((*self.setup, *self.visible))
         text += " q_offset" if "position" in text else ""
+        text += " q_len q_offset" if self.together else ""
         return re.search(rf"\b{name}\b", text) is not None
 
     @property
@@ -313,13 +370,19 @@ class ColsContext(rows.InTurn):
         return self.list_heads > 0 and not self.marked
 
     @property
+    def entry_size(self) -> int:
+        """Keys of an entry, where blocks of rows chose any."""
+        return self.size // self.several
+
+    @property
     def lists(self) -> int:
         """How many lists a key head has."""
         return self.group if self.per_head else 1
 
     @property
     def key_head(self) -> str:
-        return f"(head // {self.group})" if self.per_head else "head"
+        of_queries = self.per_head and not self.together
+        return f"(head // {self.group})" if of_queries else "head"
 
     @property
     def kept(self) -> tuple[tuple[str, tuple[Chunk, ...]], ...]:
@@ -365,6 +428,8 @@ class ColsContext(rows.InTurn):
                 axes.MOST,
                 axes.CAPACITY,
             )
+        elif self.together:
+            lists = (*_takers(self.lists), WORDS, LENGTH, BUCKETS, axes.MOST, axes.CAPACITY)
         elif self.marked:
             lists = (*transposed.lists(self.marked), LENGTH, transposed.CHUNK, transposed.TOKENS)
             turn = (transposed.BUCKET_FIRST,)
@@ -520,7 +585,9 @@ def _of(shape: Shape, branch: Branch, *, heads: int) -> ColsContext:
     )
 
 
-def of_blocks(shape: Shape, branch: Branch, *, entries: Entries, list_heads: int) -> ColsContext:
+def of_blocks(
+    shape: Shape, branch: Branch, *, entries: Entries, list_heads: int, left: int = 0
+) -> ColsContext:
     """The keys of a block for a chunk of the rows that chose it."""
     per_head = list_heads == shape.query_heads and shape.group > 1
     return replace(
@@ -529,7 +596,7 @@ def of_blocks(shape: Shape, branch: Branch, *, entries: Entries, list_heads: int
         size=entries.size,
         stride=entries.stride,
         split=True,
-        visible=("n[:, None] <= position[None, :]",) if shape.causal else (),
+        visible=_behind(shape, left),
     )
 
 
@@ -544,6 +611,37 @@ def of_tokens(shape: Shape, branch: Branch, *, list_heads: int) -> ColsContext:
         stride=MARKED,
         visible=("marked_by(word, within)",),
     )
+
+
+def of_together(
+    shape: Shape, branch: Branch, *, entries: Entries, list_heads: int, block: int, left: int
+) -> ColsContext:
+    """The keys of a block for a part of the blocks of rows that chose it; short entries lie side by side.
+
+    left: tokens of a window beside it, which has those of its rows.
+    """
+    several = max(1, MARKED // entries.size) if entries.size < LEAST_KEYS else 1
+    per_head = list_heads == shape.query_heads and shape.group > 1
+    own = {shape.query_heads: "row_head" if per_head else "head", shape.kv_heads: "head"}
+    return replace(
+        _of(shape, branch, heads=1 if per_head else shape.group),
+        together=block,
+        several=several,
+        size=several * entries.size,
+        stride=several * entries.size,
+        words=words_of(block),
+        list_of=own[list_heads] if list_heads > 1 else "0",
+        list_stride=list_heads,
+        visible=("member != 0" if several > 1 else "member[None, :] != 0", *_behind(shape, left)),
+        split=True,
+    )
+
+
+def _behind(shape: Shape, left: int) -> tuple[str, ...]:
+    """Which keys a row sees that no window beside has."""
+    if not shape.causal:
+        return ()
+    return (f"n[:, None] <= position[None, :]{f' - {left}' if left else ''}",)
 
 
 def of_tiles(shape: Shape, branch: Branch, *, tiling: axes.Tiling, list_heads: int) -> ColsContext:

@@ -415,6 +415,7 @@ class IndexContext:
     stride: int
     causal: bool
     how: Literal["union", "sets"] = "union"
+    left: int = 0  # tokens of a window beside it, which has those of its rows
 
     @property
     def summary(self) -> str:

@@ -263,6 +263,8 @@ def _block(kernel: Kernel, plan: Plan) -> int | None:
     assert isinstance(context, RowsContext), "of the rows skeleton"
     if context.children:
         return next_power(context.children)
+    if context.together == "part" and context.stride >= LEAST_DOT:
+        return context.stride if context.stride == next_power(context.stride) else None
     for other in plan.kernels:
         if other.follows == kernel.name:
             match other.context:

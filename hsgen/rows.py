@@ -743,9 +743,10 @@ def rows_a_token(heads: Heads) -> str:
     return "BLOCK_H" if heads["parts"] else str(heads["pitch"])
 
 
-def _seen_rows(shape: Shape) -> tuple[str, ...]:
+def _seen_rows(shape: Shape, left: int = 0) -> tuple[str, ...]:
     """Where what each row sees ends: one comparison for the sequence's end and the row's position."""
-    return ("seen = tl.minimum(position + 1, k_len)",) if shape.causal else ()
+    after = f"- {left - 1}" if left > 1 else f"+ {1 - left}"
+    return (f"seen = tl.minimum(position {after}, k_len)",) if shape.causal else ()
 
 
 def _seen(shape: Shape, *more: str) -> tuple[str, ...]:
@@ -762,10 +763,12 @@ def attend_blocks(
     width: int,
     share: str,
     sets: bool = False,
+    left: int = 0,
 ) -> RowsContext:
     """One softmax over the tokens of selected blocks: the union lists of a tile, full ones first.
 
     `sets`: of some tiles at a time, with room for `capacity` blocks each.
+    `left`: without the tokens of a window beside it, so many.
     """
     size, stride = entries.size, entries.stride
     heads = heads_of(shape, per_head=share == "Hq")
@@ -812,7 +815,7 @@ def attend_blocks(
             "partial = tl.load(COUNTS + list_row * 2 + 1)",
             f"word = tl.minimum(rows // {rows_a_token(heads)}, BLOCK_T - 1) // 32",
             f"bit = rows // {rows_a_token(heads)} % 32",
-            *_seen_rows(shape),
+            *_seen_rows(shape, left),
         ),
         phases=(
             Phase(

@@ -17,7 +17,7 @@ from hsgen import axes, rows
 from hsgen.axes import Tiling
 from hsgen.kernels import tunables
 from hsgen.plan import Buffer, Config, Kernel, Launch, Param, Step
-from hsgen.rows import SEQ, Entries, RowsContext, Shape, count, pointer
+from hsgen.rows import SEQ, Entries, RowsContext, Shape, count, next_power, pointer
 
 TILE_FIRST = count("tile_first", "the turn's first tile")
 WIDTH = count("width", "slots of a list")
@@ -40,6 +40,7 @@ class ListsContext:
     stride: int
     causal: bool
     slotted: bool = False  # rows and keys are slots of tiles of axes
+    left: int = 0  # tokens of a window beside it, which has those of its rows
 
     @property
     def summary(self) -> str:
@@ -108,9 +109,12 @@ def attend(
     share: str,
     block: int,
     slotted: bool = False,
+    left: int = 0,
 ) -> RowsContext:
     """One softmax over the blocks that the rows of a tile chose together, full ones first."""
-    usual = rows.attend_blocks(shape, name=name, scale=scale, entries=entries, width=1, share=share)
+    usual = rows.attend_blocks(
+        shape, name=name, scale=scale, entries=entries, width=1, share=share, left=left
+    )
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
     list_row = f"tl.program_id(0).to(tl.int64) * {list_heads}" + (
         " + head" if list_heads > 1 else ""
@@ -160,6 +164,19 @@ def attend(
         ),
     )
     return axes.with_slots(context) if slotted else context
+
+
+def of_whole(context: RowsContext, *, block: int, heads: int) -> RowsContext:
+    """The same over lists of whole blocks of rows: a program has a part of a block's rows, and its bits."""
+    own = " + head" if heads > 1 else ""
+    changed = {
+        "list_row": f"list_row = (tile // parts).to(tl.int64) * {heads}{own}",
+        "num_words: tl.constexpr": f"num_words: tl.constexpr = {(next_power(block) + 31) // 32}",
+        "word": f"word = tl.minimum(token - block_start, {block - 1}) // 32",
+        "bit": "bit = (token - block_start) % 32",
+    }
+    setup = tuple(changed.get(line.split(" = ")[0], line) for line in context.setup)
+    return replace(context, setup=setup)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

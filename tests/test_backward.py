@@ -32,7 +32,7 @@ UNIT = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
-GOLDEN = ("moba", "nsa", "dsa_gqa", "dsa")
+GOLDEN = ("moba", "nsa", "dsa_gqa", "dsa", "seer_attention", "hip")
 STREAMING = replace(H100, streams=True)
 BRANCHES = ("compressed", "selected", "window")  # of nsa
 STREAMED = {  # of each spec, what dk and dv come from by a stream of rows
@@ -79,6 +79,25 @@ UNITED = (
 combine: {{softmax: union}}
 """
 )
+SHARED = """
+hsgen: 1
+name: shared
+heads: {{query: {query}, kv: {kv}}}
+head_dim: {{qk: {qk}, v: {v}}}
+causal: {causal}
+levels:
+  - name: block
+    partition: {{blocks: {size}}}
+    pool: {{keys: mean}}
+    query: {{block: {rows}, pool: mean}}
+    score: {{form: dot, {share}}}
+    select: {{top_k: {top}, force: {{last: 1}}}}
+attend:
+  - {{name: selected, over: block}}
+"""
+BESIDE = """  - {{name: near, window: {window}}}
+combine: {{{combine}}}
+"""
 POOLED = """
 hsgen: 1
 name: pooled
@@ -157,6 +176,8 @@ SMALL = {
     "v": 32,
     "share": GROUP,
     "causal": "true",
+    "rows": 12,
+    "combine": "softmax: union",
 }
 
 
@@ -435,6 +456,59 @@ def test_tokens_that_rows_chose_have_gradients(seed, monkeypatch):
         check(chosen, T=150, cu_seqlens_q=i32(0, 70, 70, 71, 150), config=config)
 
 
+def test_blocks_of_rows_have_gradients(seed):
+    """That chose blocks of keys for a group of 3; documents of 1, of 0 and of odd tokens, rows in parts."""
+    shared = spec(SHARED, query=3, kv=1, qk=32, v=16, size=16, top=2)
+    config = {"dq_selected": {"BLOCK_T": 4, "BLOCK_M": 16}, "takers_selected": {"BLOCK_N": 2}}
+    with sanitizer.enabled(seed=seed):
+        check(shared, T=50, cu_seqlens_q=i32(0, 11, 11, 12, 50), config=config)
+
+
+@pytest.mark.parametrize("causal", ["true", pytest.param("false", marks=pytest.mark.full)])
+def test_blocks_of_rows_of_which_heads_chose_have_gradients(seed, causal):
+    """Each query head for itself: keys are walked by the lists of all heads that share them."""
+    numbers = {"share": "share: head", "rows": 40, "top": 6, "causal": causal}
+    shared = spec(SHARED, **numbers, query=4, kv=2)
+    with sanitizer.enabled(seed=seed):
+        check(shared, B=2, T=50, S=61, kv_lens=i32(61, 33))
+
+
+@pytest.mark.parametrize("combine", ["softmax: union", "gates: input"])
+def test_blocks_of_rows_beside_a_window_have_gradients_and_empty_rows_none(seed, combine):
+    """One softmax leaves a window what it has, gates do not; the first rows lie before all keys."""
+    shared = spec(SHARED + BESIDE, window=9, qk=16, v=16, query=2, kv=1, combine=combine)
+    with sanitizer.enabled(seed=seed):
+        found = check(shared, B=2, T=30, S=35, q_offset=i32(5, -2), dtype=torch.float16)
+    assert not found["q"][1, :2].any()
+
+
+def test_what_a_window_leaves_of_blocks_that_rows_chose_has_gradients(seed):
+    united = spec(CHOSEN + BESIDE, window=9, top=4, query=3, kv=1)
+    with sanitizer.enabled(seed=seed):
+        check(united, T=45)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+def test_rows_of_a_block_may_be_told_lists_of_their_own(apart):
+    """A caller's repeat, have -1 anywhere and blocks that no row sees, and differ by row or by block."""
+    shared = spec(SHARED, query=2, kv=1, qk=16, v=16, size=8, top=4)
+    x = tensors(shared, 1, 40, 40, torch.float32)
+    attn = load_kernel(shared, interpret=True)
+    of = [t // 12 if apart else t // 24 for t in range(40)]
+    clean = torch.stack([torch.tensor([0, i, t // 8, -1]) for t, i in enumerate(of)])
+    noisy = torch.stack([torch.tensor([i, t // 8, 0, i]) for t, i in enumerate(of)])
+    if apart:
+        clean[::3, 0], noisy[::3, 2] = -1, -1
+    wide = {"selection": {"block": clean.int()[None, :, None]}, "dtype": torch.float64}
+    exact = attn.reference(**{n: y.double() for n, y in x.items()}, **wide)
+    exact = torch.autograd.grad(exact.square().sum(), list(x.values()))
+    for lists in (clean, noisy):
+        o = attn(**x, selection={"block": lists.int()[None, :, None]})
+        found = torch.autograd.grad(o.square().sum(), list(x.values()))
+        for a, b in zip(found, exact, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("causal", ["true", pytest.param("false", marks=pytest.mark.full)])
 def test_tokens_that_heads_chose_have_gradients(seed, causal):
     """Each query head of a group for itself: rows of one list have a word a head."""
@@ -561,6 +635,10 @@ def test_sources_of_gradients_are_formatted_and_obey_the_rules(tmp_path):
         spec(TOKENS, **wide | {"share": "share: head", "causal": "false"}, query=6, kv=2),
         spec(TWO_LATENTS, **wide | OF_TOKENS | {"qk": 176}, query=6, kv=2),
         spec(LATENT, **wide | OF_BLOCKS | {"share": "share: head"}, query=40, kv=1),
+        spec(SHARED, **wide | {"causal": "false"}, query=6, kv=2),
+        spec(SHARED, **wide | {"share": "share: head", "rows": 128, "top": 12}, query=6, kv=2),
+        spec(SHARED + BESIDE, **wide, query=6, kv=2),
+        spec(CHOSEN + BESIDE, **wide, query=6, kv=2),
     ):
         apart = case.combine is not None and case.name == "pooled"
         plan = backward.plan(emitted.graph(case), H100, "fp32", apart=apart)
@@ -608,6 +686,7 @@ def test_sources_of_streams_are_formatted_and_obey_the_rules(tmp_path):
         spec(UNITED, **wide | {"qk": 64, "v": 192}, query=16, kv=2),
         spec(POOLED, **wide, query=64, kv=2),
         spec(WINDOW, **wide | {"causal": "false"}, query=16, kv=2),
+        spec(SHARED + BESIDE, **wide, query=16, kv=2),
     ):
         plan = backward.plan(emitted.graph(case), STREAMING)
         for made in (ColsStreamsContext, StreamsContext):
@@ -815,15 +894,11 @@ TRAINED = (
     *("infllm_v2", "minimax_m3", "quest", "kinetics", "small_thinker", "sqa"),
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "biformer", "biformer_released"),
+    *("dhsa_released", "hip", "hydra", "seer_attention", "xattention"),
 )
 REFUSED = {
     "qwen_qsa": "no kernel has the gradient of an output's gate yet",
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
-    "dhsa_released": "branch selected: no kernel has the gradient of lists that rows share yet",
-    "xattention": "branch selected: no kernel has the gradient of lists that rows share yet",
-    "seer_attention": "branch selected: no kernel has the gradient of lists that rows share yet",
-    "hip": "branch selected: no kernel has the gradient of lists that rows share yet",
-    "hydra": "branch selected: no kernel has the gradient of what a window beside it leaves yet",
 }
 
 
@@ -891,6 +966,23 @@ def test_large_gradients_of_tokens_are_right(heads, share, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [
+        *(((2, 2), torch.bfloat16), ((6, 2), torch.bfloat16), ((16, 1), torch.bfloat16)),
+        *(((6, 2), torch.float16), ((6, 2), torch.float32)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("share", ["share: head", GROUP])
+@pytest.mark.parametrize("size", [8, 64, 128])
+def test_large_gradients_of_blocks_of_rows_are_right(heads, share, size, dtype):
+    numbers = {"share": share, "size": size, "rows": 64 if size == 8 else 128}
+    shared = spec(SHARED + BESIDE, **LARGE | numbers, query=heads[0], kv=heads[1])
+    check(shared, T=1500, dtype=dtype, cu_seqlens_q=i32(0, 500, 501, 501, 1500))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(6, 2), (16, 1), (64, 1)], ids=str)
 @pytest.mark.parametrize("of", [OF_TOKENS, OF_BLOCKS], ids=["tokens", "blocks"])
 def test_large_latents_have_gradients(heads, of):
@@ -940,6 +1032,7 @@ ALIKE = {
     "pooled": (POOLED, {}, {}),
     "seen from both sides": (WINDOW, {"causal": "false"}, {"kv_lens": i32(1411, 333)}),
     "documents": (GATED, {"qk": 128}, {"cu_seqlens_q": i32(0, 700, 701, 701, 1500)}),
+    "blocks of rows": (SHARED + BESIDE, {"qk": 128, "rows": 128}, {}),
 }
 
 

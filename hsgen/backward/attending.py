@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsgen import buckets, cols, cols_streams, rows, streams
-from hsgen.backward import tiles, tokens
+from hsgen.backward import tiles, together, tokens
 from hsgen.backward.gathered import Gradients
-from hsgen.graph import Attend, Input, Node
+from hsgen.graph import Attend, Input, Node, left_to_window
 from hsgen.kernels import IndexContext
 from hsgen.plan import Buffer, Config, ElementType, Kernel, Launch, Step
 from hsgen.rows import Entries, RowsContext, next_power
@@ -63,7 +63,12 @@ class _Branch:
 
     @property
     def width(self) -> int:
-        return self.draft.width(self.chosen) if self.chosen else 1
+        return self.draft.width(self.chosen) if self.chosen and not self.together else 1
+
+    @property
+    def beside(self) -> int:
+        """Tokens of a window beside it, which has those of its rows."""
+        return left_to_window(self.draft.graph, self.node)
 
     @property
     def list_heads(self) -> int:
@@ -88,6 +93,25 @@ class _Branch:
             heads=self.list_heads,
             width=self.width,
             keys=text.input_of(self.node.inputs[1]),
+        )
+
+    @property
+    def together(self) -> together.Chosen | None:
+        """The same where blocks of rows chose."""
+        block = self.draft.block(self.chosen) if self.chosen else 0
+        if not block:
+            return None
+        assert self.chosen is not None
+        return together.Chosen(
+            branch=self.name,
+            node=self.node.name,
+            selection=self.selection,
+            heads=self.list_heads,
+            share=self.chosen.type.dims[2],
+            block=block,
+            entries=self.entries,
+            keys=text.input_of(self.node.inputs[1]),
+            left=self.beside,
         )
 
     # --- what rows have
@@ -161,13 +185,17 @@ class _Branch:
         dq = cols.query_gradient(
             forward, name=f"dq_{self.name}", scale=self.scale, adds=adds, leaves=leaves
         )
+        by_block = self.together
         most = rows.PICKING if chosen else max(1, SORT_LIMIT // next_power(self.width))
+        most = by_block.block if by_block else most
         block = self.op.size if self.chosen and not chosen else None
         config = self._tiles_of_rows(dq, most=most, block=block)
         if chosen and self.gives:
             lists = tokens.given(self.draft, chosen, dq, config, leaves=self.left)
         elif chosen:
             lists = tokens.unions(self.draft, chosen, dq.name, config)
+        elif by_block:
+            lists = together.listed(self.draft, by_block, dq.name)
         elif self.chosen:
             lists = self._unions(dq, config)
         else:
@@ -175,7 +203,7 @@ class _Branch:
             lists = tokens.Lists(buffers=(), sizes=tiled, launches=(), arguments=())
         tensors = (*self.draft.tensors(self.node, self.op), *lists.arguments)
         grid = text.grid(self.shape, dq, "count" if chosen else f"tiles_{self.name}")
-        seq = (*text.SEQ, "tile_first") if chosen else text.SEQ
+        seq = (*text.SEQ, "tile_first") if chosen else (*text.SEQ, "0") if by_block else text.SEQ
         buffers, launches = (*lists.buffers, *buffers), lists.launches
         sizes = lists.sizes if self.gives else (*lists.sizes, *text.parts(dq))
         if again:
@@ -249,6 +277,8 @@ class _Branch:
         """The loops over the keys that a row sees."""
         name = f"attend_{self.name}"
         match self.op.over:
+            case "blocks" if self.together:
+                context = together.forward(self.shape, self.together, scale=self.scale)
             case "blocks":
                 assert self.chosen is not None
                 context = rows.attend_blocks(
@@ -258,6 +288,7 @@ class _Branch:
                     entries=self.entries,
                     width=self.width,
                     share=self.chosen.type.dims[2],
+                    left=self.beside,
                 )
             case "tokens":
                 assert self.chosen is not None
@@ -289,6 +320,7 @@ class _Branch:
             size=self.op.size,
             stride=self.op.stride,
             causal=self.shape.causal,
+            left=self.beside,
         )
         pairs = config["BLOCK_T"] * next_power(self.width)
         listing = Config(constexprs=(), num_warps=4 if pairs <= 1024 else 8, num_stages=1)
@@ -402,6 +434,9 @@ class _Branch:
         )
         if chosen := self.tokens:
             self._keys_of_tokens(branch, buffers, chosen)
+            return
+        if of_blocks := self.together:
+            self._keys_of_together(branch, buffers, of_blocks)
             return
         if self.chosen:
             self._keys_of_blocks(branch, buffers)
@@ -523,10 +558,31 @@ class _Branch:
             turns=lists.turns,
         )
 
+    def _keys_of_together(
+        self, branch: cols.Branch, grads: tuple[Buffer, ...], chosen: together.Chosen
+    ) -> None:
+        """Of entries that blocks of rows chose: of each all blocks that did, and the sums of parts."""
+        context = cols.of_together(
+            self.shape,
+            branch,
+            entries=chosen.entries,
+            list_heads=chosen.heads,
+            block=chosen.block,
+            left=chosen.left,
+        )
+        self._cols(context, self._tiles_of_cols(context))
+        read = self._col_arguments()
+        made = together.parts(self.draft, chosen, context, read, self._grads())
+        self.step("keys", buffers=(*grads, *made.buffers), launches=made.launches, sizes=made.sizes)
+
     def _keys_of_blocks(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
         """Of blocks that were chosen: lists of rows, parts by chunks of them, and the sums."""
         context = cols.of_blocks(
-            self.shape, branch, entries=self.entries, list_heads=self.list_heads
+            self.shape,
+            branch,
+            entries=self.entries,
+            list_heads=self.list_heads,
+            left=self.beside,
         )
         config = self._tiles_of_cols(context)
         self._rows_by_block(context)

@@ -507,12 +507,5 @@ def _by_tile(context: rows.RowsContext, *, slots: int, heads: int) -> rows.RowsC
     kept = tuple(p for p in context.params if p not in (axes.ORDER, axes.TOKENS))
     at = [p.name for p in kept].index("SEQ")
     params = (*kept[:at], axes.TOKENS, *kept[at:])
-    own = " + head" if heads > 1 else ""
-    changed = {
-        "list_row": f"list_row = (tile // parts).to(tl.int64) * {heads}{own}",
-        "num_words: tl.constexpr": f"num_words: tl.constexpr = {(next_power(slots) + 31) // 32}",
-        "word": f"word = tl.minimum(token - block_start, {slots - 1}) // 32",
-        "bit": "bit = (token - block_start) % 32",
-    }
-    setup = tuple(changed.get(line.split(" = ")[0], line) for line in context.setup)
-    return replace(context, params=params, setup=setup, slotted=False)
+    context = together.of_whole(context, block=slots, heads=heads)
+    return replace(context, params=params, slotted=False)

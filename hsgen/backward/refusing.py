@@ -13,7 +13,9 @@ from hsgen.graph import (
     Pool,
     PoolRows,
     Select,
+    SelectSet,
     Union,
+    block_of,
     left_to_window,
 )
 from hsgen.unpool import DERIVED
@@ -60,10 +62,15 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (bool(op.sink), "a sink"),
         (op.size != op.stride and op.over == "blocks", "overlapping blocks"),
         (
-            op.over in ("blocks", "tokens") and not _by_row(graph, node),
+            op.over in ("blocks", "tokens")
+            and not _by_row(graph, node)
+            and not _by_block(graph, node, op),
             "lists that rows share",
         ),
-        (left_to_window(graph, node) > 0, "what a window beside it leaves"),
+        (
+            left_to_window(graph, node) > 0 and (op.over == "tokens" or not graph.meta.causal),
+            "what a window beside it leaves",
+        ),
     )
     words = next((words for lacking, words in lacks if lacking), None)
     return words or (_of_pools(graph, node) if op.over == "pooled" else None)
@@ -97,6 +104,13 @@ def _of_pools(graph: Graph, node: Node) -> str | None:
             case _:
                 return "entries that are normed or rotated"
     return None
+
+
+def _by_block(graph: Graph, node: Node, op: Attend) -> bool:
+    """Whether blocks of rows have chosen blocks of keys."""
+    selection = graph[node.inputs[3]]
+    chosen = isinstance(selection.op, Select | SelectSet)
+    return chosen and op.over == "blocks" and bool(block_of(selection.type.dims[1]))
 
 
 def _by_row(graph: Graph, node: Node) -> bool:

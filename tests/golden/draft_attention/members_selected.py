@@ -96,14 +96,37 @@ def members_selected(
         tl.store(words + place, tl.zeros([BLOCK_N], tl.int32), mask=place < most * num_words)
     tl.debug_barrier()
 
-    # mark: bits are set in any order, so the words do not depend on it
-    lists = SELECTION + z.to(tl.int64) * s_b + token * s_t + head.to(tl.int64) * s_h
+    # compare: rows of a block that chose together have one list
+    lists = SELECTION + z.to(tl.int64) * s_b + head.to(tl.int64) * s_h
+    first_list = lists + tl.min(tl.where(live, token, 0x3FFFFFFF)) * s_t
+    lists += token * s_t
+    differs = 0
     for i in range(0, width, BLOCK_K):
         slot = i + tl.arange(0, BLOCK_K)[None, :]
-        entry = tl.load(lists + slot.to(tl.int64) * s_s, mask=live & (slot < width), other=-1)
-        inside = (entry >= 0) & (entry < limit)
-        bits = tl.broadcast_to(bit, [BLOCK_T, BLOCK_K]).to(tl.int32, bitcast=True)
-        tl.atomic_or(words + entry * num_words + rows // 32, bits, mask=inside, sem="relaxed")
+        there = live & (slot < width)
+        entry = tl.load(lists + slot.to(tl.int64) * s_s, mask=there, other=-1)
+        same = entry == tl.load(first_list + slot.to(tl.int64) * s_s, mask=there, other=-1)
+        differs = tl.maximum(differs, tl.max(tl.where(same, 0, 1)))
+
+    # mark: that list's entries, or each row's: bits are set in any order, so the words do not depend on it
+    if differs == 0:
+        some = most > 0
+        for i in range(0, width, BLOCK_K):
+            slot = i + tl.arange(0, BLOCK_K)
+            there = some & (slot < width)
+            entry = tl.load(first_list + slot.to(tl.int64) * s_s, mask=there, other=-1)
+            inside = (entry >= 0)[None, :] & (entry[None, :] < limit)
+            for own in tl.static_range(num_words):
+                bits = tl.sum(tl.where(inside & (rows // 32 == own), bit, 0).to(tl.uint32), 0)
+                bits = bits.to(tl.int32, bitcast=True)
+                tl.store(words + entry * num_words + own, bits, mask=(entry >= 0) & (entry < most))
+    else:
+        for i in range(0, width, BLOCK_K):
+            slot = i + tl.arange(0, BLOCK_K)[None, :]
+            entry = tl.load(lists + slot.to(tl.int64) * s_s, mask=live & (slot < width), other=-1)
+            inside = (entry >= 0) & (entry < limit)
+            bits = tl.broadcast_to(bit, [BLOCK_T, BLOCK_K]).to(tl.int32, bitcast=True)
+            tl.atomic_or(words + entry * num_words + rows // 32, bits, mask=inside, sem="relaxed")
     tl.debug_barrier()
 
     # split: full entries are chosen by every row, and every row sees all of them; words are read past

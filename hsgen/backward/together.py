@@ -1,0 +1,206 @@
+"""Lists that blocks of rows chose: for rows their block's own, for keys the blocks of rows that chose them.
+
+A call brings what single rows chose, so a block of rows has a bit for each of its rows by entry.  Both loops
+read these: of rows that share a list all bits are set, up to what each may see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hsgen import cols, together
+from hsgen.backward import tiles
+from hsgen.backward.tokens import Lists
+from hsgen.plan import Buffer, Config, Launch
+from hsgen.rows import Entries, RowsContext, Shape, next_power
+from hsgen.schedule import text
+from hsgen.schedule.draft import Draft
+
+MARKING = 4096  # slots of rows that a program looks at at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Entries of a branch, and who chose them.
+
+    selection: the tensor and its strides.  keys: the tensor of keys.
+    left: tokens of a window beside it, which has those of its rows.
+    """
+
+    branch: str
+    node: str
+    selection: tuple[str, ...]
+    heads: int
+    share: str
+    block: int  # of rows
+    entries: Entries
+    keys: str
+    left: int
+
+    def of(self, *names: str) -> tuple[str, ...]:
+        """Names in the driver."""
+        return tuple(f"{name}_{self.branch}" for name in names)
+
+
+def forward(shape: Shape, chosen: Chosen, *, scale: float) -> RowsContext:
+    """The loops over the list of a block of rows."""
+    context = together.attend(
+        shape,
+        name=f"attend_{chosen.branch}",
+        scale=scale,
+        entries=chosen.entries,
+        share=chosen.share,
+        block=chosen.block,
+        left=chosen.left,
+    )
+    return together.of_whole(context, block=chosen.block, heads=chosen.heads)
+
+
+def listed(draft: Draft, chosen: Chosen, leader: str) -> Lists:
+    """The entries of each block of rows, and which of its rows chose them; tiles are the leader's."""
+    name, heads = chosen.branch, str(chosen.heads)
+    members = together.ListsContext(
+        name=f"members_{name}",
+        how="members",
+        heads=chosen.heads,
+        rows=chosen.block,
+        size=chosen.entries.size,
+        stride=chosen.entries.stride,
+        causal=draft.shape.causal,
+        left=chosen.left,
+    )
+    tile, words = next_power(chosen.block), cols.words_of(chosen.block)
+    values = (("BLOCK_T", tile), ("BLOCK_K", max(16, MARKING // tile)), ("BLOCK_N", 512))
+    config = Config(constexprs=values, num_warps=4, num_stages=1)
+    draft.kernel("index", members, config, chosen.node)
+    made = chosen.of("counts", "entries", "words")
+    blocks, capacity, tokens, parts, tiled = chosen.of(
+        "row_blocks", "capacity", "tokens", "parts", "tiles"
+    )
+    shapes = (("2",), (capacity,), (capacity, str(words)))
+    selection = chosen.selection
+    return Lists(
+        buffers=tuple(
+            Buffer(name=x, dtype="i32", dims=(blocks, heads, *dims), role="list")
+            for x, dims in zip(made, shapes, strict=True)
+        ),
+        sizes=(
+            (blocks, f"batch.rows // {chosen.block} + 3 * {text.SEQ[1]}"),
+            (
+                capacity,
+                f"max(1, (batch.keys + {chosen.entries.stride - 1}) // {chosen.entries.stride})",
+            ),
+            (tokens, f'config["{leader}"]["BLOCK_T"]'),
+            (parts, f"({chosen.block} + {tokens} - 1) // {tokens}"),
+            (tiled, f"{blocks} * {parts}"),
+        ),
+        launches=(
+            Launch(
+                kernel=members.name,
+                grid=(blocks, heads),
+                arguments=(
+                    *selection,
+                    *made,
+                    f"{selection[0]}.shape[3]",
+                    capacity,
+                    *text.SEQ,
+                    "0",
+                ),
+            ),
+        ),
+        arguments=(*made, capacity, str(words)),
+    )
+
+
+def takers(draft: Draft, chosen: Chosen, context: cols.ColsContext) -> Lists:
+    """The blocks of rows that chose any entry of each block of keys."""
+    name, lists = chosen.branch, chosen.heads // context.lists
+    made = cols.TakersContext(
+        name=f"takers_{name}",
+        heads=chosen.heads,
+        lists=context.lists,
+        rows=chosen.block,
+        size=chosen.entries.size,
+        several=context.several,
+        causal=draft.shape.causal,
+    )
+    stepping = Config(constexprs=(("BLOCK_N", 256),), num_warps=4, num_stages=1)
+    draft.kernel("index", made, stepping, chosen.node)
+    words, counts, listed, length, buckets, most, capacity = chosen.of(
+        "words", "row_counts", "row_lists", "length", "buckets", "most", "capacity"
+    )
+    of = f"{chosen.keys}.shape[1] // {context.stride}"
+    sizes = (length, buckets, most, capacity)
+    return Lists(
+        buffers=(
+            Buffer(name=counts, dtype="i32", dims=(str(lists), buckets), role="list"),
+            Buffer(name=listed, dtype="i32", dims=(str(lists), buckets, most), role="list"),
+        ),
+        sizes=(
+            (f"packed_{name}", f"{of} if batch.packed else 0"),
+            (length, f"0 if batch.packed else {of}"),
+            (buckets, f"{text.SEQ[1]} * ({length} + 1) + packed_{name}"),
+            (most, f"(in_q.shape[1] // {chosen.block} + 2) * {context.lists}"),
+        ),
+        launches=(
+            Launch(
+                kernel=made.name,
+                grid=(buckets, str(lists)),
+                arguments=(words, counts, listed, *sizes, *text.SEQ),
+            ),
+        ),
+        arguments=(counts, listed, words, *sizes),
+    )
+
+
+def parts(
+    draft: Draft,
+    chosen: Chosen,
+    context: cols.ColsContext,
+    read: tuple[str, ...],
+    grads: tuple[str, ...],
+) -> Lists:
+    """dk and dv over these, rows in a few parts where there are few keys, and the sums of the parts."""
+    name, shape = chosen.branch, draft.shape
+    total = cols.SumContext(name=f"sum_{name}", of=context)
+    draft.kernel("merge", total, tiles.sums(), chosen.node, follows=context.name)
+    heads, dims = str(shape.kv_heads), (shape.qk, shape.v)
+    block_n, programs, room, number = chosen.of("block_n", "key_tiles", "room", "key_parts")
+    made = chosen.of("part_k", "part_v")
+    lists = takers(draft, chosen, context)
+    return Lists(
+        buffers=(
+            *lists.buffers,
+            *(
+                Buffer(
+                    name=part,
+                    dtype="f32",
+                    dims=(f"{heads} * {programs} * {number}", block_n, str(dim)),
+                    role="scratch",
+                )
+                for part, dim in zip(made, dims, strict=True)
+            ),
+        ),
+        sizes=(
+            *lists.sizes,
+            (block_n, f'config["{context.name}"]["BLOCK_N"]'),
+            (programs, f"buckets_{name} * (({context.size - 1} + {block_n}) // {block_n})"),
+            (f"bytes_{name}", f"{programs} * {block_n} * {4 * shape.kv_heads * sum(dims)}"),
+            (room, f"max(SCRATCH_BYTES // 4, min(SCRATCH_BYTES, batch.rows * {draft.held // 4}))"),
+            (number, f"max(1, min({cols.PARTS}, {room} // bytes_{name}))"),
+        ),
+        launches=(
+            *lists.launches,
+            Launch(
+                kernel=context.name,
+                grid=(programs, heads, number),
+                arguments=(*read, *made, *lists.arguments, *text.SEQ),
+            ),
+            Launch(
+                kernel=total.name,
+                grid=(programs, heads),
+                arguments=(*made, *grads, f"length_{name}", number, *text.SEQ),
+            ),
+        ),
+        arguments=(),
+    )
