@@ -35,6 +35,8 @@ import pytest  # noqa: E402
 import sanitizer  # noqa: E402
 import torch  # noqa: E402
 
+if not GPU_LANE:
+    sanitizer.fast.install()  # of all kernels, those without a sanitizer too
 # the sanitizer is of the interpreter, which the GPU lane does not load
 collect_ignore = ["test_sanitizer.py", "test_mutation.py"] if GPU_LANE else []
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,7 +16,7 @@ import inspect
 import linecache
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,6 @@ class Session:
     tick: int = 0
     first: int = 0
     zero_filled: bool = False
-    patched: set[int] = field(default_factory=set)
 
     def fault(self, kind, detail):
         """Raise a Fault for the operation under way."""
@@ -121,15 +120,11 @@ def _check_environment():
 @contextlib.contextmanager
 def _patched():
     """Put our methods in place of the interpreter's; the old ones come back however we leave."""
-    builder = interpreter.interpreter_builder
     with contextlib.ExitStack() as stack:
-        for owner, table in PATCHES:
+        stack.enter_context(fast.checked())
+        for owner, table in (*fast.PATCHES, *PATCHES):
             for name, value in table.items():
                 stack.enter_context(_replaced(owner, name, value))
-        # The interpreter computes each integer operation a second time for an assertion that it
-        # never raises.  Ours replaces it.
-        options = replace(builder.options, sanitize_overflow=False)
-        stack.enter_context(_replaced(builder, "options", options))
         stack.enter_context(np.errstate(all="ignore"))
         yield
 
@@ -157,9 +152,8 @@ def _launch(executor, *args, **kwargs):
     session.launches[session.kernel] = session.launches.get(session.kernel, 0) + 1
     session.names = _tensor_names(executor, args, kwargs)
     session.views, session.program, session.tick = [], None, memory.MANY
-    session.patched = set()
     try:
-        return _original_launch(executor, *args, **kwargs)
+        return fast.launch(executor, *args, **kwargs)
     except interpreter.InterpreterError as error:
         fault = _find_fault(error)
         if fault is None:
@@ -227,28 +221,6 @@ def _arguments_to_device(self, args, host_args, kwargs, host_kwargs):
     # What lies in host memory was changed in place; copying it onto itself would touch all of it.
     if host_kwargs is not kwargs:
         _original_to_device(self, args, host_args, kwargs, host_kwargs)
-
-
-def _call_helper(self, *args, **kwargs):
-    """As the interpreter's, but a module's language is patched once a launch, not at each call."""
-    done = fast.sorted_integers(self, args, kwargs)
-    if done is not None:
-        return done
-    place = id(self.fn.__globals__)
-    if place not in _active.patched:
-        _active.patched.add(place)
-        interpreter._patch_lang(self.fn)
-    fn = self.rewrite()
-    try:
-        return fn(*args, **kwargs)
-    except Exception as error:
-        raise interpreter.InterpreterError(repr(error)) from error
-
-
-def _patch_tensor(tensor, *scope):
-    """As the interpreter's, with an index that numpy does not warn about."""
-    _original_patch_tensor(tensor, *scope)
-    tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
 
 
 def _set_grid_dim(self, nx, ny, nz):
@@ -555,11 +527,10 @@ def _kernel_line():
     return "", ""
 
 
-_original_launch = interpreter.GridExecutor.__call__
+_original_launch = fast.original_launch
 _original_convert = interpreter._implicit_cvt
 _original_to_host = interpreter.GridExecutor._init_args_hst
 _original_to_device = interpreter.GridExecutor._restore_args_dev
-_original_patch_tensor = interpreter._patch_lang_tensor
 _original_set_grid_dim = Builder.set_grid_dim
 _original_set_grid_idx = Builder.set_grid_idx
 _original_load = Builder.create_masked_load
@@ -578,35 +549,10 @@ _original_cumsum = interpreter.ScanOps.cumsum
 _original_reduce = interpreter.ReduceScanOpInterface.apply
 
 PATCHES = (
-    (
-        interpreter,
-        {
-            "_implicit_cvt": _convert_argument,
-            "_get_np_dtype": fast.numpy_type,
-            "_patch_builtin": fast.patch_builtins,
-            "_patch_lang_tensor": _patch_tensor,
-            "_validate_np_data_size": fast.fits,
-        },
-    ),
-    (interpreter.TensorHandle, {"__init__": fast.handle}),
-    (interpreter.FunctionRewriter, {"rewrite_ast": fast.rewrite}),
-    (
-        fast.TritonSemantic,
-        {
-            "binary_op_type_checking_impl": fast.operands,
-            "broadcast_impl_value": fast.broadcast,
-            "cast": fast.cast,
-            "to_tensor": fast.to_tensor,
-        },
-    ),
-    (interpreter.InterpretedFunction, {"__call__": _call_helper}),
-    (tl.core, {"_unwrap_if_constexpr": fast.unwrap}),
-    (tl.core.block_type, {"__init__": fast.block_type, "with_element_ty": fast.with_element}),
-    (tl.core.dtype, {"__eq__": fast.same_type}),
-    (tl.core.tensor, {"__init__": fast.tensor}),
+    (interpreter, {"_implicit_cvt": _convert_argument}),
     (interpreter.ReduceScanOpInterface, {"apply": _reduce}),
-    (interpreter.ReduceOps, {"generic_reduce": fast.tree_reduce, "sum": _sum}),
-    (interpreter.ScanOps, {"generic_scan": fast.tree_scan, "cumsum": _cumsum}),
+    (interpreter.ReduceOps, {"sum": _sum}),
+    (interpreter.ScanOps, {"cumsum": _cumsum}),
     (
         interpreter.GridExecutor,
         {
@@ -620,10 +566,7 @@ PATCHES = (
         {
             "set_grid_dim": _set_grid_dim,
             "set_grid_idx": _set_grid_idx,
-            "create_addptr": fast.add_pointer,
             "create_barrier": _barrier,
-            "create_broadcast": fast.spread,
-            "create_expand_dims": fast.expand_dims,
             "create_masked_load": _load,
             "create_masked_store": _store,
             "create_atomic_rmw": _atomic_rmw,

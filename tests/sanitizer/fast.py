@@ -7,11 +7,14 @@ combine functions of reductions and scans see whole arrays, in a tree in the ord
 """
 
 import ast
+import collections
+import contextlib
 import functools
 import inspect
 import linecache
 import numbers
 import textwrap
+from dataclasses import replace
 from types import CodeType
 
 import numpy as np
@@ -25,13 +28,15 @@ _tensors: dict[str, dict] = {}
 _numpy: dict[str, np.dtype] = {}
 _elements: dict[tuple, tl.block_type] = {}
 _shapes: dict[tuple, tl.core.tuple] = {}
-_operands: dict[tuple, tuple] = {}
 _widths: dict[str, int] = {}
 _steps: dict[str, np.uint64] = {}
-_operators: dict[str, dict] = {}
-_casts: dict[tuple, tuple] = {}
 _false: dict[tuple, np.ndarray] = {}
 _builtins: dict[int, list] = {}
+# what was seen with the interpreter's own methods, and with those of a sanitizer, by what it is about
+OWN: dict[str, dict] = collections.defaultdict(dict)
+CHECKED: dict[str, dict] = collections.defaultdict(dict)
+seen = OWN
+_patched: set[int] = set()  # modules whose language a launch has replaced
 MANY = 1 << 16  # pairs of operands that are remembered; constants are among them
 
 Handle = interpreter.TensorHandle
@@ -49,6 +54,8 @@ original_cast = TritonSemantic.cast
 original_operands = TritonSemantic.binary_op_type_checking_impl
 original_broadcast = TritonSemantic.broadcast_impl_value
 original_create_broadcast = interpreter.InterpreterBuilder.create_broadcast
+original_launch = interpreter.GridExecutor.__call__
+original_patch_tensor = interpreter._patch_lang_tensor
 original_rewrite = Rewriter.rewrite_ast
 
 
@@ -134,13 +141,13 @@ def cast(self, value, dtype, fp_downcast_rounding=None):
     if value.type.scalar is dtype.scalar:
         return value
     key = (value.type.name, dtype.name)
-    step = _casts.get(key)
+    step = seen["cast"].get(key)
     if step is None and fp_downcast_rounding is None:
         asked, made = _watched(self, lambda x, _semantic: original_cast(_semantic, x, dtype), value)
         single = len(asked) == 1 and asked[0][0] == "cast_impl"
         if single and asked[0][1][0] is value.handle and asked[0][-1] is made.handle:
             step = (asked[0][1][1], _fields(made))
-        _casts[key] = step = step or ()
+        seen["cast"][key] = step = step or ()
     if not step or fp_downcast_rounding is not None:
         return original_cast(self, value, dtype, fp_downcast_rounding)
     wanted, fields = step
@@ -164,7 +171,7 @@ def operands(self, lhs, rhs, *rules, **named):
     left = lhs.type.name if type(lhs) is tl.core.tensor else (type(lhs), lhs)
     right = rhs.type.name if type(rhs) is tl.core.tensor else (type(rhs), rhs)
     key = (left, right, rules)
-    known = _operands.get(key)
+    known = seen["operands"].get(key)
     if known is not None:
         (left_type, left_array), (right_type, right_array) = known
         if left != left_type.name:
@@ -173,9 +180,9 @@ def operands(self, lhs, rhs, *rules, **named):
             rhs = _as_known(self, rhs, right_type, right_array)
         return lhs, rhs
     found = original_operands(self, lhs, rhs, *rules)
-    if len(_operands) < MANY:
+    if len(seen["operands"]) < MANY:
         pairs = zip((lhs, rhs), found, strict=True)
-        _operands[key] = tuple((x.type, _constant(given, x)) for given, x in pairs)
+        seen["operands"][key] = tuple((x.type, _constant(given, x)) for given, x in pairs)
     return found
 
 
@@ -231,6 +238,12 @@ def _bound(owner, name, member, semantic):
     return _index(call) if owner is tl.core.tensor and name == "__getitem__" else call
 
 
+def patch_tensor(tensor, *scope):
+    """As _patch_lang_tensor, with an index that numpy does not warn about."""
+    original_patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
+
+
 # operators
 
 OPERATORS = frozenset(
@@ -249,7 +262,7 @@ def _operator(name, function, semantic):
     """One of two operands.  Where it casts them at most and then asks one thing of the builder, that is
     asked at once the next time that operands of these types come; a number is part of its type.
     """
-    known, builder = _operators.setdefault(name, {}), semantic.builder
+    builder = semantic.builder
     new, constexpr = object.__new__, tl.core.constexpr
 
     def call(self, other):
@@ -258,6 +271,7 @@ def _operator(name, function, semantic):
             other = other.value
             kind = type(other)
         key = (self.type.name, other.type.name if kind is Tensor else (kind, other))
+        known = seen[name]
         step = known.get(key)
         if step is None:
             step = known[key] = _seen(function, semantic, self, other) if len(known) < MANY else ()
@@ -443,6 +457,31 @@ def _moved(code, filename, lines):
     )
 
 
+# launches
+
+
+def launch(executor, *args, **kwargs):
+    """As GridExecutor.__call__."""
+    _patched.clear()
+    return original_launch(executor, *args, **kwargs)
+
+
+def helper(self, *args, **kwargs):
+    """As InterpretedFunction.__call__, but a module's language is patched once a launch, not at each call."""
+    done = sorted_integers(self, args, kwargs)
+    if done is not None:
+        return done
+    place = id(self.fn.__globals__)
+    if place not in _patched:
+        _patched.add(place)
+        interpreter._patch_lang(self.fn)
+    fn = self.rewrite()
+    try:
+        return fn(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
 # reductions
 
 
@@ -506,3 +545,68 @@ def _combine(self, left, right, dtypes):
     out = self.combine_fn.fn(*first, *second)
     out = out if isinstance(out, tuple | tl.core.tuple) else (out,)
     return [x.handle.data for x in out]
+
+
+# all of them
+
+PATCHES = (
+    (
+        interpreter,
+        {
+            "_get_np_dtype": numpy_type,
+            "_patch_builtin": patch_builtins,
+            "_patch_lang_tensor": patch_tensor,
+            "_validate_np_data_size": fits,
+        },
+    ),
+    (Handle, {"__init__": handle}),
+    (Rewriter, {"rewrite_ast": rewrite}),
+    (
+        TritonSemantic,
+        {
+            "binary_op_type_checking_impl": operands,
+            "broadcast_impl_value": broadcast,
+            "cast": cast,
+            "to_tensor": to_tensor,
+        },
+    ),
+    (interpreter.InterpretedFunction, {"__call__": helper}),
+    (interpreter.GridExecutor, {"__call__": launch}),
+    (tl.core, {"_unwrap_if_constexpr": unwrap}),
+    (tl.core.block_type, {"__init__": block_type, "with_element_ty": with_element}),
+    (tl.core.dtype, {"__eq__": same_type}),
+    (tl.core.tensor, {"__init__": tensor}),
+    (interpreter.ReduceOps, {"generic_reduce": tree_reduce}),
+    (interpreter.ScanOps, {"generic_scan": tree_scan}),
+    (
+        interpreter.InterpreterBuilder,
+        {
+            "create_addptr": add_pointer,
+            "create_broadcast": spread,
+            "create_expand_dims": expand_dims,
+        },
+    ),
+    # The interpreter computes each integer operation a second time for an assertion that it never raises.
+    (
+        interpreter.interpreter_builder,
+        {"options": replace(interpreter.interpreter_builder.options, sanitize_overflow=False)},
+    ),
+)
+
+
+def install():
+    """From now on, for all launches of the process."""
+    for owner, table in PATCHES:
+        for name, value in table.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def checked():
+    """Inside, methods are a sanitizer's."""
+    global seen
+    before, seen = seen, CHECKED
+    try:
+        yield
+    finally:
+        seen = before
