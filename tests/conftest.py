@@ -48,9 +48,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` run in the GPU lane only."""
+    """Tests marked `gpu` run in the GPU lane only; those marked `slow` first: a worker would wait for one."""
     if GPU_LANE:
         return
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     skip = pytest.mark.skip(reason="GPU lane: pytest -m gpu")
     for item in items:
         if item.get_closest_marker("gpu"):

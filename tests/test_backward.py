@@ -509,10 +509,13 @@ def test_rows_of_a_block_may_be_told_lists_of_their_own(apart):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("causal", ["true", pytest.param("false", marks=pytest.mark.full)])
-def test_tokens_that_heads_chose_have_gradients(seed, causal):
+@pytest.mark.parametrize(
+    ("causal", "kv"), [("true", 1), pytest.param("false", 2, marks=pytest.mark.full)]
+)
+def test_tokens_that_heads_chose_have_gradients(seed, causal, kv):
     """Each query head of a group for itself: rows of one list have a word a head."""
-    chosen = spec(TOKENS, query=6, kv=2, qk=16, v=32, top=7, share="share: head", causal=causal)
+    heads = {"query": 3 * kv, "kv": kv}
+    chosen = spec(TOKENS, **heads, qk=16, v=32, top=7, share="share: head", causal=causal)
     with sanitizer.enabled(seed=seed):
         check(chosen, B=2, T=17, S=73, kv_lens=i32(73, 66))
 

@@ -21,7 +21,13 @@ SCRATCH = {"moba": 2**27, "nsa": 1}  # bytes of scores, of which nsa then has se
 LAYOUTS = ("bthd", "bhtd", "packed", "many", "few")  # the last two by how many keys there are
 
 
-@pytest.fixture(scope="module", params=["nsa", pytest.param("moba", marks=pytest.mark.full)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("nsa", marks=pytest.mark.slow),
+        pytest.param("moba", marks=pytest.mark.full),
+    ],
+)
 def told(request):
     """What the child says: by what was called the launches, tiles that were given, others; microseconds."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}

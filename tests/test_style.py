@@ -16,7 +16,7 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", ["lint", "format", pytest.param("types", marks=pytest.mark.slow)])
 def test_style(name: str):
     module, *arguments = CHECKS[name]
     command = [sys.executable, "-m", module, *arguments]

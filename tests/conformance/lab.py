@@ -1,5 +1,6 @@
 """Where a check works: a backend, a spec, a dtype and a device.  And what a check is."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -93,6 +94,7 @@ def collect(namespace):
     return tuple(value for value in namespace.values() if isinstance(value, Check))
 
 
+@functools.cache
 def laws(spec):
     """Which laws the graph of a spec says hold."""
     return analysis.laws(passes.run(planner.plan(spec)))

@@ -30,11 +30,12 @@ LANES_AND_DTYPES = [
 
 def applicable(checks):
     """(spec, check) wherever the check's precondition holds for the spec."""
+    specs = {name: systems.small(name) for name in systems.STRUCTURES}
     return [
         pytest.param(name, check, id=f"{name}-{check.name}")
-        for name in systems.STRUCTURES
+        for name, spec in specs.items()
         for check in checks
-        if check.applies(systems.small(name))
+        if check.applies(spec)
     ]
 
 

@@ -31,9 +31,10 @@ def pairs():
     asked = {
         (c.name, s) for some in (laws_of_each(), probes_of_each()) for s, c, *_ in always(some)
     }
+    small = {spec: systems.small(spec) for spec in systems.STRUCTURES}
     for name in (ERRORS, *CHECKS):
         for spec in systems.STRUCTURES:
-            if name == ERRORS or CHECKS[name].applies(systems.small(spec)):
+            if name == ERRORS or CHECKS[name].applies(small[spec]):
                 every = (name, spec) in asked or (name == ERRORS and spec in MAIN)
                 yield pytest.param(name, spec, marks=() if every else pytest.mark.full)
 
