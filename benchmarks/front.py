@@ -29,6 +29,8 @@ OTHERS = (
     "seer_attention_r",
     "seer_attention",
     "xattention",
+    "psa",
+    "psa_mass",
     "hip",
     "hirouter",
 )

@@ -103,6 +103,8 @@ class RankContext:
     of_all: bool = False  # of all entries of the keys instead
     mass: int = 0  # > 0: in place of k, the part of all masses that is reached, in units of 2^-30
     least: int = 0  # of a mass: entries that are kept whatever they weigh
+    # of a pyramid, up to each tier: the part of all masses, and of the candidates, in units of 2^-30
+    tiers: tuple[tuple[int, int], ...] = ()
     summed: int = 0  # > 0: scores are made here, of what an attend left of so many heads each
     planes: int = 0  # of that: 2 where an entry also counts in the slot after its own
     parts: int = 1  # of heads, whose scores of an entry become one here
@@ -111,6 +113,8 @@ class RankContext:
 
     @property
     def summary(self) -> str:
+        if self.tiers:
+            return "the tier of every entry of each block of rows: the best ones have the first."
         if self.mass:
             return "the best entries of each block of rows, until their masses reach a part of all."
         if self.part:
@@ -220,7 +224,27 @@ class RankContext:
     @property
     def varies(self) -> bool:
         """Whether how many slots a row has is a number of the call."""
-        return bool(self.part or self.mass)
+        return bool(self.part or self.edged)
+
+    @property
+    def edged(self) -> bool:
+        """Whether the best entries end where masses, or parts of all, are reached."""
+        return bool(self.mass or self.tiers)
+
+    @property
+    def by_mass(self) -> bool:
+        """Whether some such end is one of masses."""
+        return bool(self.mass) or any(units for units, _ in self.tiers)
+
+    @property
+    def by_count(self) -> bool:
+        """Whether some is one of numbers of entries."""
+        return bool(self.least) or any(least for _, least in self.tiers)
+
+    @property
+    def keep(self) -> str:
+        """The function that finds and writes them."""
+        return "keep_tiers" if self.tiers else "keep_mass"
 
     @property
     def lists(self) -> str:
@@ -303,7 +327,11 @@ class RankContext:
                 "f32",
                 f"f32[chunk rows, {self.heads}, {self._of_row}capacity{self._of_entry}]",
             ),
-            pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.row_width}]"),
+            pointer(
+                "SELECTION",
+                "i32",
+                f"[rows, {self.heads}, {self.row_width}]{' tier of each entry' if self.tiers else ''}",
+            ),
             *((parent,) if self.children else ()),
             *(
                 (pointer("KEPT", "i32", f"[chunk rows, {self.heads}, 2, BLOCK_N]"),)

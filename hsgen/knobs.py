@@ -23,6 +23,7 @@ from hsgen.learn import LINE, LearnContext
 from hsgen.maps import MapsContext
 from hsgen.picked import PickedContext
 from hsgen.plan import STREAMED, Kernel, Plan
+from hsgen.pyramids import TiersContext
 from hsgen.rows import MARKED, PICKING, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
 from hsgen.streams import (
@@ -121,7 +122,7 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return _bucket_ranges(context)
         case MapsContext():
             return _map_ranges(context)
-        case ListsContext() | PickedContext() | HalvedContext() | TreesContext():
+        case ListsContext() | TiersContext() | PickedContext() | HalvedContext() | TreesContext():
             return _list_ranges(context)
         case SegmentsContext(how="linear" | "max_min_mean"):
             return _mapping(context)
@@ -177,12 +178,12 @@ def _map_ranges(context: MapsContext) -> dict[str, tuple[int, int]]:
 
 
 def _list_ranges(
-    context: ListsContext | PickedContext | HalvedContext | TreesContext,
+    context: ListsContext | TiersContext | PickedContext | HalvedContext | TreesContext,
 ) -> dict[str, tuple[int, int]]:
     match context:
-        case ListsContext(how="lists"):
+        case ListsContext(how="lists") | TiersContext(given=False):
             return {"BLOCK_N": (32, 512), "num_warps": (1, 4)}
-        case ListsContext(how="members"):
+        case ListsContext(how="members") | TiersContext():
             return {"BLOCK_K": (16, 512), "BLOCK_N": (32, 1024), "num_warps": (1, 8)}
         case ListsContext():
             return {"BLOCK_T": (1, 64), "BLOCK_N": (16, 256), "num_warps": (1, 8)}
@@ -272,7 +273,7 @@ def _block(kernel: Kernel, plan: Plan) -> int | None:
                     MarksContext() | PickedContext()
                 ):  # of picked tokens, as many as a dot's tile has
                     return MARKED
-                case IndexContext(size=size) | ListsContext(size=size):
+                case IndexContext(size=size) | ListsContext(size=size) | TiersContext(size=size):
                     if size == next_power(size) and size >= LEAST_DOT:
                         return size
                 case _:

@@ -5,6 +5,7 @@ A size or a combination that a loop cannot have is refused where that loop is pl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 from hsgen import axes, maps
@@ -177,8 +178,9 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.cut in ("nodes", "runs"), f"attends {op.cut}"),
         (op.over == "pooled" and chosen, "attends pooled entries of a selection"),
         (op.biased, "adds a learned bias to logits"),
-        (op.over == "tiers", "attends tiers of a pyramid"),
-        (op.counted, "weighs pooled keys by their tokens"),
+        (op.over == "tiers" and bool(op.latent), "attends latents in tiers"),
+        (op.over == "tiers" and op.cut is not None, "attends tiers of another order of keys"),
+        (op.over != "tiers" and op.counted, "weighs pooled keys by their tokens"),
         (op.rows is not None, "leaves out rows"),
         (op.spans is not None, "attends spans before anchors"),
         (op.softmax is not None, "has a softmax for every entry"),
@@ -192,6 +194,8 @@ def _of_union(graph: Graph, node: Node) -> str | None:
     What is chosen leaves a window beside it the tokens that it has.
     """
     branches = [(x, x.op) for x in graph.operands(node) if isinstance(x.op, Attend)]
+    if pyramid := next((op.branch for _, op in branches if op.over == "tiers"), None):
+        return f"no kernel counts tokens of branch {pyramid} once with others yet"
     for (a, one), (b, other) in combinations(branches, 2):
         if coincide(graph, a, b):
             what = "entries" if one.over == "pooled" else "tokens"
@@ -341,6 +345,10 @@ def _of_set(op: SelectSet, *, in_blocks: bool, weighed: bool) -> str | None:
         counted=op.counted,
         of="all" if op.of == "all" else None,
     )
+    tiers = op.tiers
+    if tiers is not None and in_blocks and (weighed or tiers.by == "fraction"):
+        by_tier = replace(plain, rule="quota", tiers=tiers, of=None)
+        return None if op == by_tier else "selects by a quota, and more"
     return None if in_blocks and op == plain else f"selects by {op.rule}"
 
 

@@ -27,7 +27,7 @@ from hsgen.analysis import Cost, quantity
 from hsgen.buckets import PartsContext
 from hsgen.configs import DType
 from hsgen.errors import BuildError, PlanError
-from hsgen.graph import Gate, Graph, Node, Select, Union, align, op_text, tensor_inputs
+from hsgen.graph import Attend, Gate, Graph, Node, Select, Union, align, op_text, tensor_inputs
 from hsgen.kernels import SegmentsContext
 from hsgen.maps import MapsContext
 from hsgen.pipeline import Artifact
@@ -419,6 +419,10 @@ def work(graph: Graph, plan: Plan, kernel: Kernel, tokens: int = TOKENS) -> tupl
         operands = graph.operands(graph[kernel.operators[0]])
         read = [node.name for node in operands if isinstance(node.op, Select)]
         return 0.0, analysis.moved(graph, read).evaluate(tokens)
+    made = graph[kernel.operators[0]]
+    if kernel.skeleton == "segments" and isinstance(made.op, Attend):  # means of a tier
+        read = made.inputs[2 if "values" in kernel.name else 1]
+        return 0.0, analysis.moved(graph, (read,), input_bytes=input_bytes).evaluate(tokens)
     costs = analysis.costs(graph)
     flops = sum(costs[name].flops.evaluate(tokens) for name in kernel.operators)
     operands = {name for node in kernel.operators for name in _operands(graph[node])}

@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 from hsgen.plan import ElementType, Param
 
 Accumulator = Literal["softmax", "lse", "score", "dq", "delta"]
-PhaseKind = Literal["range", "list", "picked", "gather", "children", "mapped"]
+PhaseKind = Literal["range", "list", "picked", "gather", "children", "mapped", "slots"]
 LOG2_E = 1.4426950408889634
 FEW_TOKENS = 16
 LINE = 100  # characters of an emitted line
@@ -83,6 +83,10 @@ class Phase:
     members: bool = False  # WORDS says of each step of a list which rows chose it
     slot: str = "n"  # where a score goes
     written: str = ""
+    keys: str = "k"  # names of the keys and of the values that it walks begin so
+    values: str = "v"
+    slots: int = 0  # of an entry of a list, side by side
+    counts: int = 0  # > 0: keys are means of so many tokens, whose logarithm is added to logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,10 +289,9 @@ class RowsContext(InTurn):
         """Where a walk over slots begins, as what is added to the place in a tile."""
         return "share_first + " if self.split else ""
 
-    @property
-    def key_rows(self) -> str:
-        """Rows of the keys `n` in their tensor."""
-        return "k_at" if self.page else "k_row + n"
+    def rows_of(self, keys: str) -> str:
+        """Rows of the keys `n` in their tensor, whose names begin so."""
+        return f"{keys}_at" if self.page else f"{keys}_row + n"
 
     @property
     def out_head(self) -> str:

@@ -41,6 +41,7 @@ class ListsContext:
     causal: bool
     slotted: bool = False  # rows and keys are slots of tiles of axes
     left: int = 0  # tokens of a window beside it, which has those of its rows
+    tiers: bool = False  # a block says the tier of every entry, and has no list
 
     @property
     def summary(self) -> str:
@@ -69,16 +70,10 @@ class ListsContext:
             case "members":
                 listed = f"[tiles, {self.heads}, capacity"
                 return (
-                    pointer("SELECTION", "i32", f"[B, T, {self.heads}, width], -1 anywhere"),
-                    *(
-                        Param(name=f"s_{dim[0]}", kind="stride", comment=f"SELECTION: {dim} stride")
-                        for dim in ("batch", "token", "head", "slot")
-                    ),
+                    *brought(self.heads),
                     counts,
                     pointer("ENTRIES", "i32", f"{listed}] full ones, then partial ones"),
-                    pointer(
-                        "WORDS", "i32", f"{listed}, ceil(BLOCK_T / 32)] rows as bits, by entry"
-                    ),
+                    members_of(self.heads),
                     WIDTH,
                     CAPACITY,
                     *order,
@@ -90,6 +85,10 @@ class ListsContext:
             case "spread":
                 made = pointer("SELECTION", "i32", f"[rows, {self.heads}, width]")
                 tiles = tunables("BLOCK_T", "BLOCK_N")
+                if self.tiers:
+                    entries = count("entries", "of the longest sequence")
+                    tiers = pointer("LISTS", "i32", f"[blocks, {self.heads}, entries] tiers")
+                    return (tiers, made, entries, WIDTH, *SEQ, *tiles)
                 if not self.slotted:
                     return (lists, made, WIDTH, *SEQ, *tiles)
                 stride = Param(name="s_b", kind="stride", comment="SELECTION: batch stride")
@@ -98,6 +97,30 @@ class ListsContext:
     @property
     def jit(self) -> str:
         return rows.jit(self.params)
+
+
+def brought(heads: int) -> tuple[Param, ...]:
+    """A selection of the caller's, and its strides."""
+    dims = ("batch", "token", "head", "slot")
+    return (
+        pointer("SELECTION", "i32", f"[B, T, {heads}, width], -1 anywhere"),
+        *(
+            Param(name=f"s_{dim[0]}", kind="stride", comment=f"SELECTION: {dim} stride")
+            for dim in dims
+        ),
+    )
+
+
+def given_of(selection: str) -> tuple[str, ...]:
+    """The same, as a driver has them."""
+    strides = tuple(f"{selection}.stride({i})" for i in (1, 2, 3))
+    return (selection, f"0 if batch.packed else {selection}.stride(0)", *strides)
+
+
+def members_of(heads: int) -> Param:
+    """Which rows of a tile chose an entry."""
+    shape = f"[tiles, {heads}, capacity, ceil(BLOCK_T / 32)]"
+    return pointer("WORDS", "i32", f"{shape} rows as bits, by entry")
 
 
 def attend(
@@ -312,7 +335,7 @@ def blocks_of(rows_of_block: int) -> str:
     return f"batch.rows // {rows_of_block} + 2 * batch.sequences"
 
 
-def _tiles(branch: Branch, tiles: str) -> tuple[tuple[str, str], ...]:
+def tiles_of(branch: Branch, tiles: str) -> tuple[tuple[str, str], ...]:
     """How many tiles a call has at most, and how many rows one has."""
     tokens, parts = f"tokens_{branch.name}", f"parts_{branch.name}"
     return (
@@ -332,7 +355,7 @@ def _own(branch: Branch, programs: str) -> Step:
         needs=(*branch.needs, f"{branch.selection}.blocks"),
         makes=branch.makes,
         of="own",
-        sizes=_tiles(branch, tiles),
+        sizes=tiles_of(branch, tiles),
         buffers=(
             Buffer(name=counts, dtype="i32", dims=(tiles, heads, "2"), role="list"),
             Buffer(name=entries, dtype="i32", dims=(tiles, heads, branch.width), role="list"),
@@ -376,7 +399,7 @@ def _given(branch: Branch, programs: str) -> Step:
         makes=branch.makes,
         of="given",
         sizes=(
-            *_tiles(branch, tiles),
+            *tiles_of(branch, tiles),
             (num_words, f"(tokens_{name} + 31) // 32"),
             (capacity, f"max(1, (batch.keys + {stride} - 1) // {stride})"),
             (f"bytes_{name}", f"{4 * branch.heads} * {capacity} * ({num_words} + 1)"),
@@ -393,9 +416,7 @@ def _given(branch: Branch, programs: str) -> Step:
                 kernel=f"members_{name}",
                 grid=("count", heads),
                 arguments=(
-                    chosen,
-                    f"0 if batch.packed else {chosen}.stride(0)",
-                    *(f"{chosen}.stride({i})" for i in (1, 2, 3)),
+                    *given_of(chosen),
                     counts,
                     entries,
                     words,
@@ -427,9 +448,20 @@ def _given(branch: Branch, programs: str) -> Step:
 
 
 def spread(
-    level: str, selection: str, *, lists: str, width: str, heads: int, block: int, slotted: bool
+    level: str,
+    selection: str,
+    *,
+    chosen: str,
+    width: str,
+    heads: int,
+    block: int,
+    slotted: bool,
+    entries: str | None = None,
 ) -> tuple[Kernel, Step]:
-    """The kernel and the step that give each row the list of its block."""
+    """The kernel and the step that give each row the list of its block.
+
+    chosen: the node of the lists, or of the tiers of so many `entries`.
+    """
     context = ListsContext(
         name=f"spread_{level}",
         how="spread",
@@ -439,6 +471,7 @@ def spread(
         stride=1,
         causal=True,
         slotted=slotted,
+        tiers=entries is not None,
     )
     values = (("BLOCK_T", 16), ("BLOCK_N", 64))
     kernel = Kernel(
@@ -451,9 +484,10 @@ def spread(
     made = f"made_{selection.replace('.', '_')}"
     stride = (f"0 if batch.packed else {made}.stride(0)",) if slotted else ()
     slots = (axes.MADE_ORDER,) if slotted else ()
+    many, lists = (entries,) if entries else (), f"made_{chosen.replace('.', '_')}"
     step = Step(
         title=f"lists of rows: {level}",
-        needs=(f"{selection}.blocks",),
+        needs=(chosen,),
         makes=(selection,),
         of="rows",
         buffers=(
@@ -468,7 +502,7 @@ def spread(
             Launch(
                 kernel=context.name,
                 grid=("batch.rows // {BLOCK_T} + batch.sequences", str(heads)),
-                arguments=(lists, made, *stride, width, *slots, *_SEQ),
+                arguments=(lists, made, *stride, *many, width, *slots, *_SEQ),
             ),
         ),
     )

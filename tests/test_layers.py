@@ -30,6 +30,7 @@ axes                                    tokens in the order of tiles
 kernels
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
 halved  picked  trees                   intervals that are searched · tokens a tile picked · learned trees
+pyramids                                entries that rows read in tiers
 cols  unpool  learn                     gradients of attention, of pools and of losses
 maps                                    what blocks of rows give blocks of entries
 streams  cols_streams                   rows whose keys one warp brings · keys whose rows two bring
@@ -91,8 +92,8 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
-    "buckets together halved picked trees splits appending cols unpool learn configs refusals schedule "
-    "driver backward losses knobs space emit allowlist store workers build resources pipeline tuned "
+    "buckets together halved picked trees pyramids splits appending cols unpool learn configs refusals "
+    "schedule driver backward losses knobs space emit allowlist store workers build resources pipeline tuned "
     "catalogue verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}

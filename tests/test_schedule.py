@@ -233,6 +233,7 @@ MEASURED = (
     "minimax_m3",
     "moba",
     "nsa",
+    "psa",
     "quest",
     "seer_attention",
     "vsa",
@@ -242,9 +243,10 @@ MEASURED = (
 )
 # What a call holds of its inputs, outputs and choice: keys and values are copied into slots of tiles; lists
 # of blocks of 64 rows, and those of their tiles, have a slot for nearly every block of keys; every key head
-# has lists of its own, which have room for all keys.
-HOLDS = {"vsa": 1.5, "seer_attention": 1.3, "hirouter": 1.35}
+# has lists of its own, which have room for all keys; keys and values also lie as means of 2 and of 8.
+HOLDS = {"vsa": 1.5, "psa": 1.4, "seer_attention": 1.3, "hirouter": 1.35}
 IN_SLOTS = ("vsa",)  # whose gradients have copies of all tensors
+UNTRAINED = ("psa",)  # whose gradients no kernel has
 
 
 @functools.cache
@@ -276,7 +278,7 @@ def test_a_call_holds_little_beside_inputs_outputs_and_selection(name):
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["again", "kept"])
-@pytest.mark.parametrize("name", [name for name in MEASURED if name not in IN_SLOTS])
+@pytest.mark.parametrize("name", [x for x in MEASURED if x not in IN_SLOTS + UNTRAINED])
 def test_gradients_hold_little_beside_what_is_saved_lists_and_themselves(name, apart):
     graph, target = measured_graph(name), replace(H100, streams=True)
     forward = schedule.schedule(graph, target)
@@ -385,7 +387,7 @@ def check_tile(kernel):
     """Tiles are powers of two, and hold what they must."""
     config = dict(kernel.config.constexprs)
     assert all(value == next_power(value) for value in config.values()), kernel.name
-    if kernel.skeleton == "rows":
+    if kernel.skeleton == "rows" and "BLOCK_M" in config:  # else it has the tiles of another
         heads = config.get("BLOCK_H", kernel.context.pitch)
         assert config["BLOCK_M"] >= max(16, config.get("BLOCK_T", 1) * heads)
         assert config["BLOCK_N"] >= 16

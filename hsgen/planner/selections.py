@@ -64,7 +64,7 @@ def select_set(level: language.Level, select: language.Select, cut: Assigned | N
         apart=select.apart,
         before=before_of(level),
         parts=parts_of(level),
-        tiers=_tiers(select.quota) if select.quota else None,
+        tiers=tiers_of(select.quota) if select.quota else None,
         step=stop.entries if stop else None,
         sink=select.force.sink,
         cut=cut or (cut_of(level) if select.force.sink or stop else None),
@@ -110,7 +110,7 @@ def unlike(builder: Builder, level: language.Level) -> tuple[Node, ...]:
     return (builder.add(f"{level.name}.unlike", op, *operands, at=at),)
 
 
-def _tiers(quota: tuple[language.Tier, ...]) -> Tiers:
+def tiers_of(quota: tuple[language.Tier, ...]) -> Tiers:
     """Parts of all tiers up to each, in units of 2^-30."""
     fraction = mass = least = 0.0
     steps: list[tuple[int, int, int]] = []

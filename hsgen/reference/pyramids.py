@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hsgen.reference.layouts import Layout, tokens_of
+from hsgen.reference.rounding import kept
 from hsgen.reference.rows import Rows, spread
 from hsgen.spec import Level
 
@@ -28,7 +29,7 @@ class Means:
 def means_of(rows: Rows, level: Level, merge: int, chosen: Tensor, k: Tensor, v: Tensor) -> Means:
     """The chosen entries as means of `merge` tokens.  chosen: bool[T, Hs, N]
 
-    A mean is seen once all of its tokens are.
+    A mean is seen once all of its tokens are; it is rounded once, as all that is pooled.
     """
     layout = rows.layouts[level.name]
     H, _, M = layout.slots.shape
@@ -43,8 +44,8 @@ def means_of(rows: Rows, level: Level, merge: int, chosen: Tensor, k: Tensor, v:
     taken = chosen.repeat_interleave(parts, -1)
     heads = max(H, chosen.shape[1])
     return Means(
-        k=_mean(slots, k),
-        v=_mean(slots, v),
+        k=kept(_mean(slots, k), rows.stored),
+        v=kept(_mean(slots, v), rows.stored),
         visible=spread(taken, heads) & spread(seen, heads),
         count=(slots >= 0).sum(-1).T,
     )

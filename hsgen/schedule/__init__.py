@@ -113,6 +113,7 @@ def _plan(draft: Draft) -> Plan:
     _refuse(draft)
     _require_branches(draft)
     laid.begin(draft)
+    vectors.means_of_tiers(draft)
     draft.turns = {} if draft.kept else combining.turns(draft.graph)
     _append(draft, storage)
     _launches(draft)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hsgen import rows
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -16,8 +18,7 @@ from hsgen.schedule.draft import Draft
 
 
 def attend(draft: Draft, node: Node, op: Attend) -> None:
-    if draft.steps_alone or left_to_window(draft.graph, node):
-        by = stepping.attend if draft.steps_alone else selected.attend_beside_window
+    if by := _own_way(draft, node, op):
         by(draft, node, op)
         return
     name = f"attend_{op.branch}"
@@ -37,17 +38,8 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             context = rows.attend_pooled(
                 shape, name=name, scale=scale, entries=entries, values=True
             )
-        case "tokens":
-            selected.attend_tokens(draft, node, op, scale)
-            return
-        case "static" | "tiers" | "spans":
-            raise AssertionError("refused")
-        case "blocks" if draft.block(draft.graph[node.inputs[3]]):
-            selected.attend_together(draft, node, op)
-            return
-        case "blocks" if selected.order_of(draft, node, op) == "keys":
-            selected.attend_by_blocks(draft, node, op)
-            return
+        case "tokens" | "static" | "tiers" | "spans":
+            raise AssertionError("refused, or planned in its own way")
         case "blocks":
             found = selected.attend_blocks(draft, node, op)
             context = found.context
@@ -97,6 +89,25 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             chunk=lists.turn if lists else None,
         )
     )
+
+
+def _own_way(draft: Draft, node: Node, op: Attend) -> Callable[[Draft, Node, Attend], None] | None:
+    """What plans a branch of several kernels; None: one walks its keys, perhaps behind an index."""
+    if draft.steps_alone:
+        return stepping.attend
+    if left_to_window(draft.graph, node):
+        return selected.attend_beside_window
+    match op.over:
+        case "tokens":
+            return selected.attend_tokens
+        case "tiers":
+            return selected.attend_tiers
+        case "blocks" if draft.block(draft.graph[node.inputs[3]]):
+            return selected.attend_together
+        case "blocks" if selected.order_of(draft, node, op) == "keys":
+            return selected.attend_by_blocks
+        case _:
+            return None
 
 
 def log_sum_exp(draft: Draft, node: Node) -> None:

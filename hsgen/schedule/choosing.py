@@ -18,6 +18,7 @@ from hsgen.graph import (
     Score,
     Select,
     SelectSet,
+    Tiers,
     own_entries,
 )
 from hsgen.halved import HalvedContext
@@ -42,9 +43,9 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     kept = op if isinstance(op, Select) else None
     parent = draft.graph[node.inputs[1]] if kept and kept.within else None
     block = draft.block(node)
-    part, slots_of = (
+    part, held = (
         part_of(draft.graph, node),
-        draft.slots(node) if block else str(kept and kept.width),
+        slots_of(draft, node) if block else str(kept and kept.width),
     )
     scorer = _scorer(draft, node, chain, parent)
     context, config, programs = scorer.context, scorer.config, scorer.programs
@@ -105,7 +106,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     choosing, listed = "batch.rows", ("in_q.shape[0]", "in_q.shape[1]")
     made = node.name
     if block:
-        choosing, made = f"blocks_{op.level}", f"{node.name}.blocks"
+        choosing, made = f"blocks_{op.level}", chosen_of(node)
         listed = (choosing,)
     draft.steps.append(
         Step(
@@ -155,7 +156,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 Buffer(
                     name=text.buffer(made),
                     dtype="i32",
-                    dims=(*listed, str(heads), slots_of),
+                    dims=(*listed, str(heads), held),
                     role="list" if block else "selection",
                 ),
             ),
@@ -173,7 +174,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                         *text.SEQ,
                         "tile_first",
                         capacity,
-                        *((slots_of,) if part else ()),
+                        *((held,) if part else ()),
                     ),
                     given=(("BLOCK_P", f"padded_{left.kernel}"),) if left else (),
                 ),
@@ -191,6 +192,7 @@ def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) ->
     kept = op if isinstance(op, Select) else None
     found = part_of(draft.graph, node)
     by_mass = op if isinstance(op, SelectSet) and op.rule == "top_p" else None
+    tiers = tiers_of(op)
     return RankContext(
         name=f"rank_{op.level}",
         heads=draft.size(node.type.dims[2]),
@@ -205,11 +207,19 @@ def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) ->
         counted=op.counted,
         tail=bool(op.tail),
         rows=draft.block(node),
-        part=found.units if found and not by_mass else 0,
+        part=found.units if found and not (by_mass or tiers) else 0,
         of_all=isinstance(op, SelectSet) and op.of == "all",
         mass=together.Part.units_of(by_mass.value) if by_mass else 0,
         least=(by_mass and by_mass.least) or 0,
+        tiers=ends_of(tiers) if tiers else (),
     )
+
+
+def ends_of(tiers: Tiers) -> tuple[tuple[int, int], ...]:
+    """Up to each tier, the part of all masses and of the candidates."""
+    if tiers.by == "mass":
+        return tuple((part, least) for _, part, least in tiers.steps)
+    return tuple((0, max(part, least)) for _, part, least in tiers.steps)
 
 
 def _select_above(draft: Draft, node: Node, op: SelectSet) -> None:
@@ -481,16 +491,39 @@ def _shares(
     )
 
 
+def tiers_of(op: Select | SelectSet) -> Tiers | None:
+    """The tiers of a pyramid."""
+    return op.tiers if isinstance(op, SelectSet) else None
+
+
+def chosen_of(selection: Node) -> str:
+    """What is made for blocks of rows: of each a list, or the tier of every entry.
+
+    Tiers are made also where a caller brings a selection, which has none.
+    """
+    assert isinstance(selection.op, Select | SelectSet)
+    return f"{selection.name}.{'tiers' if tiers_of(selection.op) else 'blocks'}"
+
+
+def slots_of(draft: Draft, selection: Node) -> str:
+    """How long a row of that is, as an expression."""
+    assert isinstance(selection.op, Select | SelectSet)
+    if tiers_of(selection.op):
+        return f"max(1, entries_{selection.op.level})"
+    return draft.slots(selection)
+
+
 def spread(draft: Draft, node: Node, op: Select | SelectSet, heads: int, block: int) -> None:
     """Every row's copy of the list of its block."""
     kernel, step = together.spread(
         op.level,
         node.name,
-        lists=text.buffer(f"{node.name}.blocks"),
+        chosen=chosen_of(node),
         width=draft.slots(node),
         heads=heads,
         block=block,
         slotted=draft.tiling is not None,
+        entries=slots_of(draft, node) if tiers_of(op) else None,
     )
     draft.kernels.append(kernel)
     draft.steps.append(step)
@@ -735,7 +768,7 @@ def part_of(graph: Graph, selection: Node) -> together.Part | None:
     forced = op.first + (op.last + own if op.last else 0)
     above, tiling = op.rule == "threshold", axes.tiling_of(graph)
     return together.Part(
-        units=together.Part.units_of(op.value if op.rule == "fraction" else 1.0),
+        units=_units(op),
         stride=tiling.slots if tiling else op.stride,
         tiling=tiling,
         forced=forced,
@@ -743,3 +776,10 @@ def part_of(graph: Graph, selection: Node) -> together.Part | None:
         # masses add up to 1, or a little more as they are rounded
         most=math.floor(1 / op.value) + 1 + forced if above and op.value > 0 else None,
     )
+
+
+def _units(op: SelectSet) -> int:
+    """The part of the entries that a list has slots for, in units of 2^-30."""
+    if op.tiers is not None and op.tiers.by == "fraction":
+        return op.tiers.steps[-1][1]
+    return together.Part.units_of(op.value if op.rule == "fraction" else 1.0)

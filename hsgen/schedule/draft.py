@@ -258,6 +258,9 @@ class Draft:
 
     def short(self, level: str) -> bool:
         """Whether the level's last entry may be short: also if causal, where rows choose together."""
+        pools = (n for n in self.graph.nodes() if isinstance(n.op, Pool) and n.op.level == level)
+        if any(self.tiers_of(pool) for pool in pools):
+            return True
         asks = any(_asks(n.op) and n.op.level == level for n in self.graph.nodes())
         return short_last(self.graph, level, causal=asks is False and self.shape.causal)
 
@@ -270,6 +273,11 @@ class Draft:
             assert len(nexts) == len(self.graph.users(chain[-1].name)) == 1, "keys end in one way"
             chain.append(nexts[0])
         return tuple(chain)
+
+    def tiers_of(self, pool: Node) -> tuple[str, ...]:
+        """The branches that read its means in a tier: a row may see one of fewer tokens."""
+        users = self.graph.users(pool.name)
+        return tuple(x.name for x in users if isinstance(x.op, Attend) and x.op.over == "tiers")
 
     def pool_of(self, name: str) -> Node | None:
         """The pool behind a level's keys, if they are pooled."""

@@ -20,17 +20,17 @@ def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
     draft.kernel("maps", sums, configs.sums(sums), way.together.name, follows=products.name)
     ranking = choosing.ranking(draft, node, op, short=True)
     by_count = configs.rank(0, op.stride, config["BLOCK_T"], grouped=False)
-    ranks = configs.rank_by_mass(op.stride) if ranking.mass else by_count
+    ranks = configs.rank_by_mass(op.stride) if ranking.edged else by_count
     draft.kernel("rank", ranking, ranks, node.name, follows=products.name)
     level, block, heads = op.level, draft.block(node), str(products.heads)
     part = choosing.part_of(draft.graph, node)
-    slots = draft.slots(node)
+    slots = choosing.slots_of(draft, node)
     capacity, parts, scratch = f"capacity_{level}", f"parts_{level}", f"scores_{level}"
     blocks, tiles, chunk = f"blocks_{level}", f"tiles_{level}", f"chunk_{level}"
     block_t = f'config["{products.name}"]["BLOCK_T"]'
     per_row = products.per_row
     row = 4 * products.heads * (per_row + 1)
-    made = f"{node.name}.blocks"
+    made = choosing.chosen_of(node)
     lists = text.buffer(made)
     seq = (*text.SEQ, "tile_first")
     held = (f"{chunk} * {block_t}", heads)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hsgen import buckets, picked, rows, together
+from hsgen import buckets, picked, pyramids, rows, together
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Node, left_to_window
+from hsgen.graph import Attend, Node, Pool, left_to_window
 from hsgen.kernels import (
     IndexContext,
     MarksContext,
 )
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries, next_power
-from hsgen.schedule import text
+from hsgen.schedule import choosing, text
 from hsgen.schedule.draft import SORT_LIMIT, SORTED, TILE_OF_HEADS, Draft, Order
 
 LEAST_STEP = 32  # tokens of blocks of which rows share more than they lose to each other's
@@ -43,18 +43,28 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
     if op.latent:
         message = f"branch {op.branch}: no kernel attends latents by blocks of rows yet"
         raise PlanError(message, span=node.span)
+    branch = _together(draft, node, op)
+    kernels, steps = together.plan(
+        draft.shape,
+        branch,
+        lambda context: draft.tiles(context, limit=128, most=branch.block, block=op.size),
+    )
+    draft.add(kernels, steps)
+
+
+def _together(draft: Draft, node: Node, op: Attend) -> together.Branch:
+    """A branch over what rows chose together."""
     selection = draft.graph[node.inputs[3]]
-    block = draft.block(selection)
-    branch = together.Branch(
+    return together.Branch(
         name=op.branch,
-        needs=draft.needs(node, *node.inputs[:3]),
+        needs=draft.needs(node, *node.inputs[:3], *node.inputs[4:]),
         makes=draft.makes(node),
         selection=selection.name,
-        lists=text.buffer(f"{selection.name}.blocks"),
+        lists=text.buffer(choosing.chosen_of(selection)),
         buffers=draft.output_buffers(node),
         tensors=draft.tensors(node, op),
         outputs=draft.outputs(node),
-        block=block,
+        block=draft.block(selection),
         width=draft.slots(selection),
         heads=draft.size(selection.type.dims[2]),
         share=selection.type.dims[2],
@@ -65,10 +75,26 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
         turn=draft.turn(node),
         slotted=draft.tiling is not None,
     )
-    kernels, steps = together.plan(
+
+
+def attend_tiers(draft: Draft, node: Node, op: Attend) -> None:
+    """Entries that rows chose together, tier by tier: their tokens, or means of some of them."""
+    assert op.merges is not None, "tiers are attended by merges"
+    selection = draft.graph[node.inputs[3]]
+    branch = _together(draft, node, op)
+    means = tuple(x.name for x in draft.graph.operands(node) if isinstance(x.op, Pool))
+    tensors = (*branch.tensors, *(x for name in means for x in draft.tensor(name)))
+    branch = replace(branch, tensors=tensors)
+    kernels, steps = pyramids.plan(
         draft.shape,
-        branch,
-        lambda context: draft.tiles(context, limit=128, most=block, block=op.size),
+        pyramids.Branch(
+            of=branch,
+            merges=op.merges,
+            counted=bool(op.counted),
+            tiers=choosing.chosen_of(selection),
+            capacity=choosing.slots_of(draft, selection),
+        ),
+        lambda context: draft.tiles(context, limit=128, most=branch.block, block=op.size),
     )
     draft.add(kernels, steps)
 
@@ -279,8 +305,9 @@ def index_blocks(draft: Draft, node: Node, op: Attend, found: ByTiles) -> Lists:
     )
 
 
-def attend_tokens(draft: Draft, node: Node, op: Attend, scale: float) -> None:
+def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
     """Tokens of a selection: by tile over the union of blocks, or by row where that is dear."""
+    scale = op.scale if op.scale is not None else 1.0
     name, gather = f"attend_{op.branch}", f"gather_{op.branch}"
     shape, selection = draft.shape_of(op), draft.graph[node.inputs[3]]
     width, heads = draft.width(selection), draft.size(selection.type.dims[2])

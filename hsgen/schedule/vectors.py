@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hsgen import appending, configs, rows, splits, together
 from hsgen.graph import (
+    Attend,
     Node,
     Norm,
     Pool,
@@ -39,6 +40,38 @@ def make(draft: Draft, node: Node, op: Pool | PoolRows | Rotate | Round) -> None
             _turn_rows(draft, node, op)
         case Round():
             _round(draft, node, op)
+
+
+def means_of_tiers(draft: Draft) -> None:
+    """From here on the graph has the means of each tier, of keys and values, as pools that it reads."""
+    made: list[Node] = []
+    for node in draft.graph.nodes():
+        if not isinstance(node.op, Attend) or node.op.merges is None:
+            continue
+        of = [
+            _means(draft.graph[source], f"{node.op.branch}.{side}_{merge}", merge)
+            for merge in node.op.merges
+            if merge > 1
+            for side, source in zip(("keys", "values"), node.inputs[1:3], strict=True)
+        ]
+        inputs = (*node.inputs[:4], *(pool.name for pool in of), *node.inputs[4:])
+        made += (*of, replace(node, inputs=inputs))
+    if made:
+        others = {node.name: node for node in (*draft.graph.nodes(), *made)}
+        draft.graph = draft.graph.with_nodes(others.values())
+
+
+def _means(source: Node, name: str, merge: int) -> Node:
+    """Means of so many tokens."""
+    op = Pool(level=name, how="mean", size=merge, stride=merge, position=False)
+    batch, _, *rest = source.type.dims
+    return Node(
+        name=name,
+        op=op,
+        inputs=(source.name,),
+        type=replace(source.type, dims=(batch, f"S/{merge}", *rest)),
+        span=source.span,
+    )
 
 
 def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
@@ -80,7 +113,7 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     if context.across:
         config = configs.pool_across(context.slice, draft.dtype)
     names = tuple(x.name for x in chain)
-    kernel = draft.kernel("segments", context, config, *names)
+    kernel = draft.kernel("segments", context, config, *(draft.tiers_of(node) or names))
     tables = tuple(name for x in turns for name in x.inputs[1:])
     gates = node.inputs[1:2] if op.how == "gated" else ()
     arguments = (

@@ -49,6 +49,17 @@ def mass_step(low, high, above, middle, reached, wanted):
 
 
 @triton.jit
+def inside_edge(key, low, high, ties, before):
+    """Keys >= high, and of those that are low the first `ties`, `before` of them in steps before.
+
+    key: [R, N], others: [R] -> bool[R, N], [R]
+    """
+    tie = (key == low[:, None]) & (key < high[:, None])
+    place = before[:, None] + tl.cumsum(tie.to(tl.int32), 1)
+    return (key >= high[:, None]) | (tie & (place <= ties[:, None])), tl.max(place, 1)
+
+
+@triton.jit
 def bisect_start(candidates, forced, k):
     """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
     few = candidates <= k

@@ -65,6 +65,16 @@ def capped(s, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
+def counted_logits(s, n, k_len, MERGE: tl.constexpr, SCALE: tl.constexpr):
+    """Logits of means of MERGE tokens, and the logarithm of how many each stands for: the last has fewer.
+
+    s: [M, N], as `softmax_step` takes it, n: [N]
+    """
+    count = tl.minimum(tl.maximum(k_len - n * MERGE, 1), MERGE)
+    return s + (tl.log2(count.to(tl.float32)) / SCALE)[None, :]
+
+
+@triton.jit
 def load_lse(address, mask):
     """Log-sum-exps in base 2; of a row that saw no key, or is none, +inf: its weights are 0."""
     lse = tl.load(address, mask=mask, other=float("-inf")) * 1.4426950408889634

@@ -257,7 +257,7 @@ def selection_findings(call, outcome, exact):
         name = level.name
         state = (exact.scores[name], exact.candidates[name], exact.forced[name])
         width, kept = systems.slots(call.spec, level, call.keys), None
-        if level.select.top_p or level.select.threshold:  # by masses, see below
+        if _by_mass(level.select):  # see below
             kept = (indices >= 0).sum(-1)
         elif level.select.counts_vary:  # by positions alone
             own = call.reference().selection[name]
@@ -266,10 +266,27 @@ def selection_findings(call, outcome, exact):
         if not found:
             found += gap_findings(level, indices, *state, bounds[name])
             if level.select.top_p:
-                found += mass_findings(level, indices, *state, bounds[name])
+                top_p = level.select.top_p
+                assert top_p.boundary == "keep" and not top_p.max and top_p.of is None, "another"
+                found += mass_findings(
+                    level, indices, *state, bounds[name], part=top_p.mass, least=top_p.min
+                )
+            if level.select.quota and _by_mass(level.select):
+                parts = sum(tier.mass for tier in level.select.quota)
+                fewest = max(tier.least or 0.0 for tier in level.select.quota)
+                least = torch.ceil(fewest * state[1].sum(-1))
+                found += mass_findings(
+                    level, indices, *state, bounds[name], part=parts, least=least
+                )
             if level.select.threshold:
                 found += threshold_findings(level, indices, *state, bounds[name])
     return found
+
+
+def _by_mass(select):
+    """Whether how many entries a row keeps depends on what they weigh."""
+    tiers = select.quota and select.quota[0].fraction is None
+    return bool(select.top_p or select.threshold or tiers)
 
 
 def structure_findings(level, indices, candidates, forced, *, width, kept=None):
@@ -318,23 +335,21 @@ def gap_findings(level, indices, scores, candidates, forced, bound):
     return [Finding(rule="gap", detail=detail)]
 
 
-def mass_findings(level, indices, scores, candidates, forced, bound):
+def mass_findings(level, indices, scores, candidates, forced, bound, *, part, least):
     """What is chosen reaches its part of the mass, and without its lowest entry does not; within errors."""
-    top_p = level.select.top_p
-    assert top_p.boundary == "keep" and not top_p.max and top_p.of is None, "another rule"
     chosen = _spread(indices, scores.shape[-1])
     if not scores.numel():
         return []
     mass = torch.where(candidates, scores, 0.0).clamp(min=0.0)
     error = torch.where(candidates, bound, 0.0).sum(-1) + 2.0**-28
-    wanted, reached = top_p.mass * mass.sum(-1), torch.where(chosen, mass, 0.0).sum(-1)
+    wanted, reached = part * mass.sum(-1), torch.where(chosen, mass, 0.0).sum(-1)
     ranked = chosen & ~forced
     counted = chosen if level.select.force.counted else ranked
     lowest = torch.where(ranked, mass, math.inf).amin(-1)
     before = torch.where(counted, mass, 0.0).sum(-1) - lowest
-    enough = ranked.sum(-1) <= top_p.min  # as many as there must be, whatever they weigh
+    enough = ranked.sum(-1) <= least  # as many as there must be, whatever they weigh
     rules = {
-        f"reaches {top_p.mass} of the mass": reached + error >= wanted,
+        f"reaches {part} of the mass": reached + error >= wanted,
         "ends there": (before - error < wanted) | enough,
     }
     return [

@@ -33,8 +33,6 @@ REFUSED: dict[str, str] = {
     "svg2": "level cluster: no kernel clusters keys yet",
     "svg_ear": "level error: no kernel clusters keys yet",
     "s2o": "no kernel puts keys in another order yet",
-    "psa": "level block: no kernel selects by quota yet",
-    "psa_mass": "level block: no kernel selects by quota yet",
     "pbs_attn": "level block: no kernel puts keys in another order yet",
     "flux_attention": "no kernel takes a route by sample yet",
     "minference": "no kernel takes a route by head yet",
@@ -96,6 +94,7 @@ ALIKE: dict[str, str] = {
     "small_thinker": "nsa",
     "sqa": "nsa",
     "vsa": "block_lists",
+    "psa": "psa_mass",
     "xattention": "block_lists",  # but for its scores, which test_pieces_mass has beside
     "draft_attention": "block_lists",
     "biformer": "block_lists",
@@ -298,6 +297,8 @@ def with_budgets(spec, budget):
             top_p = level.select.top_p.model_copy(update={"min": number})
             select = level.select.model_copy(update={"top_p": top_p})
             level = level.model_copy(update={"select": select})
+        elif number and level.select.quota:
+            level = level.model_copy(update={"select": _whole(level.select)})
         elif number and level.select.threshold:
             select = level.select.model_copy(update={"threshold": 1e-30 if number > 1 else 1.0})
             level = level.model_copy(update={"select": select})
@@ -307,6 +308,14 @@ def with_budgets(spec, budget):
             level = level.model_copy(update={"select": select})
         changed.append(level)
     return language.verify(spec.model_copy(update={"levels": tuple(changed)}))
+
+
+def _whole(select):
+    """A quota whose last tier has all that others leave."""
+    *others, last = select.quota
+    key = "mass" if last.fraction is None else "fraction"
+    rest = 1.0 - sum(getattr(tier, key) for tier in others)
+    return select.model_copy(update={"quota": (*others, last.model_copy(update={key: rest}))})
 
 
 def selecting(spec):
@@ -334,11 +343,14 @@ def slots(spec, level, keys):
     if select.threshold:  # of which there are no more than that many in a whole
         most = math.floor(1 / select.threshold) + 1 + spec.most_forced(level)
         return max(1, min(entries(spec, level, keys), most))
-    if not select.fraction:
+    fraction = select.fraction
+    if select.quota:
+        if select.quota[0].fraction is None:  # by masses, so perhaps of all
+            return max(1, entries(spec, level, keys))
+        fraction = sum(tier.fraction for tier in select.quota)
+    if not fraction:
         return spec.width(level)
-    part = math.ceil(
-        Fraction(math.floor(select.fraction * 2**30), 2**30) * entries(spec, level, keys)
-    )
+    part = math.ceil(Fraction(math.floor(fraction * 2**30), 2**30) * entries(spec, level, keys))
     forced = spec.most_forced(level)
     most = max(part, forced) if select.force.counted else part + forced
     return max(1, min(entries(spec, level, keys), most))

@@ -110,6 +110,17 @@ def mass_step(low, high, above, middle, reached, wanted):
 
 
 @triton.jit
+def inside_edge(key, low, high, ties, before):
+    """Keys >= high, and of those that are low the first `ties`, `before` of them in steps before.
+
+    key: [R, N], others: [R] -> bool[R, N], [R]
+    """
+    tie = (key == low[:, None]) & (key < high[:, None])
+    place = before[:, None] + tl.cumsum(tie.to(tl.int32), 1)
+    return (key >= high[:, None]) | (tie & (place <= ties[:, None])), tl.max(place, 1)
+
+
+@triton.jit
 def first_block(SEQ, z, ROWS: tl.constexpr):
     """The number of a sequence's first block among those of all."""
     return tl.load(SEQ + z * 6) // ROWS + 2 * z
@@ -153,7 +164,9 @@ def row_keys(scores, e, p, k_len):
 
 
 @triton.jit
-def mass_edge(scores, key, mass, p, k_len, n, WIDTH: tl.constexpr, LONG: tl.constexpr):
+def mass_edge(
+    scores, key, mass, p, k_len, n, UNITS: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr
+):
     """Where the best entries end: all keys >= high, and so many of those that are low.  -> three [R]"""
     BLOCK_R: tl.constexpr = p.shape[0]
     columns = tl.arange(0, WIDTH)[None, :]
@@ -162,7 +175,7 @@ def mass_edge(scores, key, mass, p, k_len, n, WIDTH: tl.constexpr, LONG: tl.cons
         if LONG:
             key, mass = row_keys(scores, start + columns, p, k_len)
         total += tl.sum(mass, 1)
-    wanted = share_of(total, 966367641)
+    wanted = share_of(total, UNITS)
     above = tl.zeros([BLOCK_R], tl.int64)
     high = tl.full([BLOCK_R], 0x7FFFFFFF, tl.int32)
     low = -high
@@ -190,20 +203,17 @@ def keep_mass(scores, chosen, width, p, k_len, n, WIDTH: tl.constexpr, LONG: tl.
     BLOCK_R: tl.constexpr = p.shape[0]
     columns = tl.arange(0, WIDTH)[None, :]
     key, mass = row_keys(scores, columns, p, k_len)
-    low, high, ties = mass_edge(scores, key, mass, p, k_len, n, WIDTH, LONG)
+    low, high, ties = mass_edge(scores, key, mass, p, k_len, n, 966367641, WIDTH, LONG)
     total = tl.zeros([BLOCK_R], tl.int32)
     ties_before = tl.zeros([BLOCK_R], tl.int32)
     for start in range(0, n, WIDTH):
         if LONG:
             key, mass = row_keys(scores, start + columns, p, k_len)
         e = start + columns
-        tie = (key == low[:, None]) & (key < high[:, None])
-        tie_place = ties_before[:, None] + tl.cumsum(tie.to(tl.int32), 1)
-        taken = (key >= high[:, None]) | (tie & (tie_place <= ties[:, None]))
+        taken, ties_before = inside_edge(key, low, high, ties, ties_before)
         place = total[:, None] + tl.cumsum(taken.to(tl.int32), 1)
         tl.store(chosen + place - 1, e, mask=taken & (place <= width))
         total = tl.max(place, 1)
-        ties_before = tl.max(tie_place, 1)
     return total
 
 

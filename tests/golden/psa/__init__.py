@@ -1,0 +1,1 @@
+"""Kernels of psa, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of psa_mass, emitted by hsgen."""
