@@ -333,7 +333,7 @@ def _case(system: str, batch: int, context: int, device: str, page: int | None) 
                 f"caches and a check need {needs / 1e9:.1f} GB, {free / 1e9:.1f} are free"
             )
     ready = Layers(spec, batch, context, device, layers=layers, page=page)
-    read, error = _checked(ready)
+    read, error = checked(ready)
     found: Json = {"layers": layers, "bytes_read": read, "error": error, "dense": {}}
     found["bytes_per_token"] = sum(ready.caches[0].bytes_per_token.values())
     step = graphed(lambda: [ready.step(cache) for cache in ready.caches], device)
@@ -372,7 +372,7 @@ def needed_bytes(spec: Spec, batch: int, context: int, layers: int) -> int:
     return round(numbers * (2 * layers * batch * (context + ROOM) + 2 * 4 * context))
 
 
-def _checked(ready: Layers) -> tuple[int, float]:
+def checked(ready: Layers) -> tuple[int, float]:
     """What a step must read, and its greatest error in the first and the last sequence, which lies farthest,
     against the reference on the same choice.
     """

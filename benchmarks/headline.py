@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks import (
+    authors_report,
     block_lists,
     common,
     decode,
@@ -32,7 +33,8 @@ heads, card and date that stand with it, whatever the claim's are.
 A part of a call stands with its time where the claim is of that part; a system after a factor is one whose
 part was timed on such a card on the same day.  *Independent* is the fastest kernel of others beside ours in
 one run, at the greatest length of it ([peers.md](peers.md), where nsa goes without its window,
-[token_lists.md](token_lists.md), [block_lists.md](block_lists.md), [tilelang_peers.md](tilelang_peers.md)).
+[token_lists.md](token_lists.md), [block_lists.md](block_lists.md), [tilelang_peers.md](tilelang_peers.md),
+[authors.md](authors.md)).
 *Real heads*: the attention mass that is recalled, of an oracle's, and the error of the output, with blocks of
 {} tokens and {:.0%} of the input ([quality.md](quality.md)): not the sizes of the times.  – is what was not
 measured, or not claimed.
@@ -208,6 +210,16 @@ def tilelang(results: Mapping[str, Json], system: str) -> list[str]:
     return lines
 
 
+def authored(results: Mapping[str, Json], system: str) -> list[str]:
+    """Kernels of a system's authors beside ours, a line each."""
+    kept = [result for file, result in results.items() if file.startswith("authors_")]
+    lines = []
+    for word, tokens, run, theirs, own in authors_report.longest(kept, system):
+        figures = f"{common.number(theirs)}, ours {common.number(own)}"
+        lines.append(f"{word}, {tokens:,}, {_where(run)}: {figures} ({theirs / own:.2f}×)")
+    return lines
+
+
 def recalled(results: Mapping[str, Json], system: str) -> str:
     """Mass and error on real heads, means over layers and heads."""
     file = max((file for file in results if file.startswith("quality_")), default=None)
@@ -260,7 +272,7 @@ def page(results: Mapping[str, Json]) -> str:
             row = [system, *claim[:3], ours(chosen, claim, newest(found, (claim.over, what)))]
             kinds = ("peers", "token_lists") if forward and system == "nsa" else ()
             others = [independent(results, kind) for kind in kinds]
-            others += tilelang(results, system) if forward else []
+            others += tilelang(results, system) + authored(results, system) if forward else []
             beside = "<br>".join(others) or common.MISSING
             rows.append([*row, beside, recalled(results, system) if forward else common.MISSING])
         if forward:

@@ -6,12 +6,13 @@ here is stood in for.  Compares nothing.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
@@ -69,8 +70,7 @@ def modules(
     made: dict[str, ModuleType] = {}
     for file in files:
         found = {name: module for name, module in made.items() if "." in name}
-        for name, instead in missing.items():
-            found[name] = instead if isinstance(instead, ModuleType) else empty(name, instead)
+        found |= stand_ins(missing)
         with OnCPU():
             module = read(checkout / file, _packages(found) | found)
         parts = file.removesuffix(".py").split("/")
@@ -78,22 +78,30 @@ def modules(
     return made
 
 
-def imported(checkout: Path, name: str, bare: Sequence[str] = ()) -> ModuleType:
+def imported(
+    checkout: Path,
+    name: str,
+    bare: Sequence[str] = (),
+    missing: Mapping[str, Missing] | None = None,
+) -> ModuleType:
     """A module of a peer by Python's own import, asserts and all: for kernels that are timed.
 
     Args:
         checkout: the folder that its packages are in.
         name: of the module.
         bare: packages above it that are entered without their `__init__`, which would import everything.
+        missing: what it imports; stood in for while it is imported, where it cannot be had.
     """
+    sys.path.insert(0, str(checkout))
     for package in bare:
         module = ModuleType(package)
         module.__path__ = [str(checkout / package.replace(".", "/"))]
         module.__version__ = "0"  # type: ignore[attr-defined]  # some ask for it
         sys.modules.setdefault(package, module)
-    sys.path.insert(0, str(checkout))
     try:
-        return importlib.import_module(name)
+        absent = {each: instead for each, instead in (missing or {}).items() if _absent(each)}
+        with _there(stand_ins(absent)):
+            return importlib.import_module(name)
     finally:
         sys.path.remove(str(checkout))
 
@@ -104,18 +112,41 @@ def read(path: Path, found: Mapping[str, ModuleType]) -> ModuleType:
         importlib.util.spec_from_loader(f"peer_{path.stem}", loader=None)
     )
     made.__package__ = path.parent.name  # for what they import from beside it
-    there = {**found, made.__name__: made}  # dataclasses look for their module
-    replaced = {name: sys.modules.get(name) for name in there}
-    sys.modules.update(there)
-    try:
+    with _there({**found, made.__name__: made}):  # dataclasses look for their module
         exec(compile(path.read_text(), str(path), "exec", optimize=1), made.__dict__)
+    return made
+
+
+def _absent(name: str) -> bool:
+    """Whether a module cannot be had."""
+    try:
+        return importlib.util.find_spec(name) is None
+    except (ModuleNotFoundError, ValueError):  # of a package above it; of what has no spec
+        return True
+
+
+@contextlib.contextmanager
+def _there(found: Mapping[str, ModuleType]) -> Iterator[None]:
+    """Modules that can be imported within."""
+    replaced = {name: sys.modules.get(name) for name in found}
+    sys.modules.update(found)
+    try:
+        yield
     finally:
         for name, old in replaced.items():
             if old is None:
                 del sys.modules[name]
             else:
                 sys.modules[name] = old
-    return made
+
+
+def stand_ins(missing: Mapping[str, Missing]) -> dict[str, ModuleType]:
+    """Modules that do nothing, or what is given, by name, and the packages that they are in."""
+    found = {
+        name: instead if isinstance(instead, ModuleType) else empty(name, instead)
+        for name, instead in missing.items()
+    }
+    return _packages(found) | found
 
 
 def empty(name: str, names: Iterable[str]) -> ModuleType:

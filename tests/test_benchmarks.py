@@ -1,5 +1,6 @@
 """The measurements measure what they say: baselines by brute force, failures kept, pages made."""
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -11,6 +12,8 @@ from safetensors import safe_open
 from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks import (
+    authors,
+    authors_report,
     backward,
     beam_structures,
     beams,
@@ -569,6 +572,21 @@ def test_the_fastest_kernel_of_tilelang_stands_beside_ours():
     assert said == ["choosing, 32,768, X, 2026-02-02: TileLang 3, ours 2 (1.50×)"]
 
 
+def test_the_kernels_of_authors_stand_beside_ours():
+    run = {"card": "NVIDIA X", "date": "2026-02-02"}
+    whole = {"author": "moa", "tokens": 8192, "steps": _timed(hsgen=2.0, whole=5.0, dense=9.0)}
+    short = whole | {"tokens": 4096, "steps": _timed(hsgen=2.0, whole=1.0)}
+    parts = {"author": "xattention", "tokens": 8192, "steps": _timed(hsgen=2.0, choose=5.0)}
+    parts["steps"]["hsgen"]["kernels"] = {"score_block": 0.5, "attend_selected": 1.5}
+    parts["steps"]["choose"]["device_ms"] = 4.0
+    results = {"authors_x": {"runs": [run], "cases": {"a": whole, "b": short, "c": parts}}}
+    said = headline.authored(results, "moa")
+    assert said == ["MoA, 8,192, X, 2026-02-02: 5, ours 2 (2.50×)"]
+    said = headline.authored(results, "xattention")
+    assert said == ["XAttention, choosing, 8,192, X, 2026-02-02: 4, ours 0.5 (8.00×)"]
+    assert headline.authored(results, "hip") == []
+
+
 # From group to group --------------------------------------------------------------------------------
 
 
@@ -1091,6 +1109,118 @@ def test_page_of_tilelang_is_made_of_the_kept_results():
         written = (common.ROOT / "docs" / "tilelang_peers.md").read_text()
         page = tilelang_report.page([common.read_json(path) for path in paths])
         assert written == page, "run python -m benchmarks.tilelang_peers --report"
+
+
+# Authors' kernels -------------------------------------------------------------------------------------
+
+MINFERENCE = {
+    "block_sparse_flash_attention": """
+import torch
+
+def _build_block_index(q, k, top_k, rows, size):
+    means = [x.float().unflatten(2, (-1, size)).mean(3) for x in (q, k)]
+    scores = means[0] @ means[1].mT
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return scores.where(seen, -torch.inf).topk(top_k).indices.int().sort(-1).values
+
+def _triton_block_sparse_attention(q, k, v, lengths, lists, scale, rows, size):
+    T = q.shape[2]
+    blocks = torch.zeros(*lists.shape[:3], T // size, dtype=torch.bool)
+    blocks = blocks.scatter(-1, lists.long(), True)
+    seen = blocks.repeat_interleave(rows, 2).repeat_interleave(size, 3).tril()
+    logits = (q.float() @ k.float().mT * scale).masked_fill(~seen, -torch.inf)
+    return (logits.softmax(-1) @ v.float()).to(q.dtype)
+""",
+    "streaming_kernel": """
+def a_shape_kernel(q, k, v, config):
+    assert config == {"attn_forward_config": {"n_init": 128, "n_local": 3968}}
+    return v
+""",
+}
+
+
+@pytest.fixture
+def beside_authors(tmp_path, monkeypatch):
+    """Two of MInference's kernels as far as the CPU goes, one of them wrong; MoA's are not there."""
+    checkout = tmp_path / "MInference"
+    (checkout / "minference" / "ops").mkdir(parents=True)
+    for name, text in MINFERENCE.items():
+        (checkout / "minference" / "ops" / f"{name}.py").write_text(text)
+    (checkout / "COMMIT").write_text("mi0123456789\n")
+    small = standins.bind(load("minference"), query=2, kv=1, dim=16)
+    monkeypatch.setattr(authors, "load", lambda _: verify(common.with_budget(small, "block", 2)))
+    argv = ["--sources", str(tmp_path), "--device", "cpu", "--tokens", "256", "--seconds", "0"]
+    argv += ["--inputs", "random", "-o", str(tmp_path / "out")]
+    argv += ["--authors", "minference_blocks", "minference_a_shape", "moa"]
+    assert authors.main(argv) == 0
+    (path,) = (tmp_path / "out").glob("authors_cpu_*.json")
+    yield common.read_json(path)
+    for name in [each for each in sys.modules if each.partition(".")[0] == "minference"]:
+        del sys.modules[name]
+
+
+def test_authors_kernels_are_timed_once_they_agree(beside_authors):
+    cases = {case["author"]: case for case in beside_authors["cases"].values()}
+    steps = cases["minference_blocks"]["steps"]
+    for name in ("hsgen", "choose", "attend", "whole", "dense"):
+        assert steps[name]["status"] == "ok", steps[name]
+        assert steps[name]["ms"]["median"] > 0
+    assert steps["choose"]["as_ours"] == steps["choose"]["more"] == 1.0
+    assert steps["choose"]["same_choice"] == 1.0
+    assert 0 < steps["attend"]["error"] < 1e-2
+    assert 0 < steps["whole"]["error"] < 1e-2
+    wrong = cases["minference_a_shape"]["steps"]["whole"]
+    assert "relative error" in wrong["reason"]
+    assert "ms" not in wrong
+
+
+def test_authors_that_are_not_there_are_named_with_what_to_fetch(beside_authors):
+    missing = beside_authors["cases"]["moa/256/random"]
+    assert missing["status"] == "failed"
+    assert "git clone https://github.com/thu-nics/MoA" in missing["reason"]
+    page = authors_report.page([beside_authors])
+    assert "https://github.com/microsoft/MInference) at mi01234567" in page
+    assert "- MInference, A shape, cpu, 256, whole: CheckError: relative error" in page
+
+
+def test_a_choice_of_authors_that_differs_is_told(beside_authors):
+    del beside_authors
+    spec = verify(common.with_budget(authors.load("minference"), "block", 2))
+    x = samples.make(spec, "random", 256, "cpu", 0, [])
+    x["route"] = torch.ones(2, dtype=torch.int32)
+    ours = authors.Ours.made(spec, x, "block")
+    mask = ours.mask("block", 4)
+    assert mask.sum(-1).tolist() == [[1, 2, 2, 2]] * 2
+    mask[0, 3] = ~mask[0, 3]
+    found = authors.judged(ours, "block", mask)
+    assert found["as_ours"] == pytest.approx(12 / 14)
+    assert found["more"] == 1.0
+    assert found["same_choice"] == 0.5  # of the last block of rows, head 0 has none, head 1 both
+    back = authors.rows_of("block", mask, ours.of)
+    assert back.indices.shape == (1, 256, 2, 2)
+    assert (dataclasses.replace(ours, chosen={"block": back}).mask("block", 4) == mask).all()
+
+
+def test_page_of_authors_divides_by_ours():
+    case = {"author": "xattention", "tokens": 8192, "inputs": "real", "status": "ok"}
+    steps = {"hsgen": 2.0, "choose": 5.0, "dense": 3.0}
+    case["steps"] = {n: {"status": "ok", "ms": {"median": ms}} for n, ms in steps.items()}
+    case["steps"]["hsgen"]["kernels"] = {"score_block": 0.5, "rank_block": 0.5, "attend_a": 0.8}
+    case["steps"]["choose"] |= {"device_ms": 4.0, "as_ours": 0.5, "kept": [0.9, 0.95]}
+    made = {"card": "NVIDIA X", **dict.fromkeys(("torch", "triton", "date", "command"), "1")}
+    made["peers"] = {"xattention": {"repository": "a/b", "commit": "c" * 40}}
+    page = authors_report.page([{"runs": [made], "cases": {"a": case}}])
+    assert "| XAttention, X, 8,192 | 2 | – | – | 3 | 1.50× |" in page
+    assert "| XAttention, X, 8,192 | 1 | 4 | 4.00× |" in page
+    assert "| XAttention, X, 8,192, choose | – | 50.00 % | – | – | 0.900, 0.950 |" in page
+
+
+def test_page_of_authors_is_made_of_the_kept_results():
+    paths = common.found([], "authors")
+    if paths:
+        written = (common.ROOT / "docs" / "authors.md").read_text()
+        page = authors_report.page([common.read_json(path) for path in paths])
+        assert written == page, "run python -m benchmarks.authors --report"
 
 
 # Decoding ---------------------------------------------------------------------------------------------
