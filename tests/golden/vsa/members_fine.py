@@ -110,7 +110,7 @@ def members_fine(
 
     # mark: that list's entries, or each row's: bits are set in any order, so the words do not depend on it
     if differs == 0:
-        some = most > 0
+        some = tl.max(live.to(tl.int32)) > 0
         for i in range(0, width, BLOCK_K):
             slot = i + tl.arange(0, BLOCK_K)
             there = some & (slot < width)
