@@ -50,6 +50,7 @@ ITEMS = count("items", "places of a list")
 CAPACITY = count("capacity", "most chunks of a list")
 WORDS = pointer("WORDS", "i32", "[blocks of rows, H, capacity, words] rows as bits, by entry")
 LEAST_KEYS = 16  # of a tile of dots
+HEAVY = 256  # first keys of a sequence, which most blocks of rows choose
 HEAD_FIRST = count("head_first", "the turn's first key head")
 SUMS = (
     *lse(),
@@ -368,6 +369,11 @@ class ColsContext(rows.InTurn):
     def in_chunks(self) -> bool:
         """Whether a list's rows are those of several programs."""
         return self.list_heads > 0 and not self.marked
+
+    @property
+    def heavy(self) -> int:
+        """First blocks of keys of a sequence, whose rows are those of several programs."""
+        return max(1, HEAVY // self.size)
 
     @property
     def entry_size(self) -> int:

@@ -17,6 +17,7 @@ from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
 
 MARKING = 4096  # slots of rows that a program looks at at a time
+LEAST_ROOM = 1 << 20  # bytes of parts of dk and dv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,12 +161,14 @@ def parts(
     read: tuple[str, ...],
     grads: tuple[str, ...],
 ) -> Lists:
-    """dk and dv over these, rows in a few parts where there are few keys, and the sums of the parts."""
+    """dk and dv over these, the rows of a sequence's first keys in parts, and the sums of all parts."""
     name, shape = chosen.branch, draft.shape
     total = cols.SumContext(name=f"sum_{name}", of=context)
     draft.kernel("merge", total, tiles.sums(), chosen.node, follows=context.name)
     heads, dims = str(shape.kv_heads), (shape.qk, shape.v)
-    block_n, programs, room, number = chosen.of("block_n", "key_tiles", "room", "key_parts")
+    block_n, of_block, programs, heavy, room, number = chosen.of(
+        "block_n", "block_tiles", "key_tiles", "heavy_tiles", "room", "key_parts"
+    )
     made = chosen.of("part_k", "part_v")
     lists = takers(draft, chosen, context)
     return Lists(
@@ -175,7 +178,7 @@ def parts(
                 Buffer(
                     name=part,
                     dtype="f32",
-                    dims=(f"{heads} * {programs} * {number}", block_n, str(dim)),
+                    dims=(f"{heads} * ({programs} + {heavy} * ({number} - 1))", block_n, str(dim)),
                     role="scratch",
                 )
                 for part, dim in zip(made, dims, strict=True)
@@ -184,10 +187,12 @@ def parts(
         sizes=(
             *lists.sizes,
             (block_n, f'config["{context.name}"]["BLOCK_N"]'),
-            (programs, f"buckets_{name} * (({context.size - 1} + {block_n}) // {block_n})"),
-            (f"bytes_{name}", f"{programs} * {block_n} * {4 * shape.kv_heads * sum(dims)}"),
-            (room, f"max(SCRATCH_BYTES // 4, min(SCRATCH_BYTES, batch.rows * {draft.held // 4}))"),
-            (number, f"max(1, min({cols.PARTS}, {room} // bytes_{name}))"),
+            (of_block, f"({context.size - 1} + {block_n}) // {block_n}"),
+            (programs, f"buckets_{name} * {of_block}"),
+            (heavy, f"{text.SEQ[1]} * {context.heavy} * {of_block}"),
+            (f"bytes_{name}", f"{heavy} * {block_n} * {4 * shape.kv_heads * sum(dims)}"),
+            (room, f"max({LEAST_ROOM}, min(SCRATCH_BYTES // 4, batch.rows * {draft.held // 8}))"),
+            (number, f"1 + min({cols.PARTS - 1}, {room} // bytes_{name})"),
         ),
         launches=(
             *lists.launches,

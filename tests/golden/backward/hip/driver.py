@@ -44,7 +44,7 @@ CONFIG = {
         "BLOCK_M": 32,
         "BLOCK_N": 64,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2,
     },
     "sum_selected": {
         "num_warps": 4,
@@ -232,10 +232,12 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
     buckets_selected = batch.sequences * (length_selected + 1) + packed_selected
     most_selected = (in_q.shape[1] // 64 + 2) * 1
     block_n_selected = config["dkv_selected"]["BLOCK_N"]
-    key_tiles_selected = buckets_selected * ((63 + block_n_selected) // block_n_selected)
-    bytes_selected = key_tiles_selected * block_n_selected * 8192
-    room_selected = max(SCRATCH_BYTES // 4, min(SCRATCH_BYTES, batch.rows * 4096))
-    key_parts_selected = max(1, min(16, room_selected // bytes_selected))
+    block_tiles_selected = (63 + block_n_selected) // block_n_selected
+    key_tiles_selected = buckets_selected * block_tiles_selected
+    heavy_tiles_selected = batch.sequences * 4 * block_tiles_selected
+    bytes_selected = heavy_tiles_selected * block_n_selected * 8192
+    room_selected = max(1048576, min(SCRATCH_BYTES // 4, batch.rows * 2048))
+    key_parts_selected = 1 + min(15, room_selected // bytes_selected)
     grad_k = torch.zeros(
         (
             in_k.shape[0],
@@ -275,7 +277,7 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
     )
     part_k_selected = torch.empty(
         (
-            8 * key_tiles_selected * key_parts_selected,
+            8 * (key_tiles_selected + heavy_tiles_selected * (key_parts_selected - 1)),
             block_n_selected,
             128,
         ),
@@ -284,7 +286,7 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
     )
     part_v_selected = torch.empty(
         (
-            8 * key_tiles_selected * key_parts_selected,
+            8 * (key_tiles_selected + heavy_tiles_selected * (key_parts_selected - 1)),
             block_n_selected,
             128,
         ),

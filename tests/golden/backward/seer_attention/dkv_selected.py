@@ -121,10 +121,14 @@ def dkv_selected(
     steps: tl.constexpr = (64 + BLOCK_T - 1) // BLOCK_T
     bucket = tl.program_id(0) // tiles
     z, entry = find_bucket(SEQ, num_sequences, bucket, length, 64)
+    # programs that come first have parts of first blocks, which most rows choose
+    number = tl.num_programs(2) - 1 - tl.program_id(2)
+    parts = tl.where(entry < 4, tl.num_programs(2), 1)
+    if number >= parts:
+        return
     within = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     n = entry * 64 + within
     list_row = head * buckets + bucket
-    start = 0
     stop = tl.load(COUNTS + list_row) * steps
     list_base = list_row.to(tl.int64) * most
     q_first = tl.load(SEQ + z * 6 + 1)
@@ -142,10 +146,10 @@ def dkv_selected(
     q_base = Q + z.to(tl.int64) * q_b
     do_base = DO + z.to(tl.int64) * do_b
     sums = z.to(tl.int64) * lse_b
-    # the rows of this chunk
-    rows_of_chunk = (stop - start + tl.num_programs(2) - 1) // tl.num_programs(2)
-    start += tl.program_id(2) * rows_of_chunk
-    stop = tl.minimum(start + rows_of_chunk, stop)
+    # the rows of this part
+    rows_of_part = (stop + parts - 1) // parts
+    start = number * rows_of_part
+    stop = tl.minimum(start + rows_of_part, stop)
     first_row = block_at(q_offset, 64) * 64 - q_offset
     first_tile = first_block(SEQ, z, 64) + z
     words = WORDS + entry.to(tl.int64) * 2
@@ -187,8 +191,12 @@ def dkv_selected(
         dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision="tf32x3")
 
     # store
-    part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    part = (part * tl.num_programs(2) + tl.program_id(2)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    whole = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    heavy = ((z * tl.num_programs(1) + head) * 4 + entry) * tiles
+    heavy += tl.program_id(0) % tiles
+    heavy = heavy.to(tl.int64) * (tl.num_programs(2) - 1) + number - 1
+    heavy += tl.num_programs(1).to(tl.int64) * tl.num_programs(0)
+    part = tl.where(number > 0, heavy, whole) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = tl.arange(0, BLOCK_N) < BLOCK_N
     dk0 = dk0 * 0.08838834764831843
     store_rows(PART_K, part, there, 128, dk0, 0, 128)

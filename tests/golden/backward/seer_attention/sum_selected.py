@@ -71,6 +71,11 @@ def sum_selected(
     place = tl.arange(0, BLOCK_N)
     within = tl.program_id(0) % tiles * BLOCK_N + place
     n = entry * 64 + within
+    whole = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    heavy = ((z * tl.num_programs(1) + head) * 4 + entry) * tiles
+    heavy += tl.program_id(0) % tiles
+    heavy = heavy.to(tl.int64) * (chunks - 1) + tl.num_programs(1).to(tl.int64) * tl.num_programs(0)
+    parts = tl.where(entry < 4, chunks, 1)
     k_first = tl.load(SEQ + z * 6 + 4)
     k_len = tl.load(SEQ + z * 6 + 5)
     inside = (n < k_len) & (within < 64)
@@ -80,9 +85,9 @@ def sum_selected(
     # accumulate, store
     # [BLOCK_N, 128]
     acc = tl.zeros([BLOCK_N, 128], tl.float32)
-    first = (head.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * chunks
-    for chunk in range(0, chunks):
-        part = (first + chunk) * BLOCK_N + place
+    acc += load_tile_masked(PART_K, whole * BLOCK_N + place, inside, 128, 0, 128)
+    for number in range(1, parts):
+        part = (heavy + number - 1) * BLOCK_N + place
         acc += load_tile_masked(PART_K, part, inside, 128, 0, 128)
     store_rows(dk_base, k_row + n, inside, dk_t, acc, 0, 128)
     dv_base = DV + z.to(tl.int64) * dv_b + head.to(tl.int64) * dv_h
@@ -90,8 +95,8 @@ def sum_selected(
     # accumulate, store
     # [BLOCK_N, 128]
     acc = tl.zeros([BLOCK_N, 128], tl.float32)
-    first = (head.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * chunks
-    for chunk in range(0, chunks):
-        part = (first + chunk) * BLOCK_N + place
+    acc += load_tile_masked(PART_V, whole * BLOCK_N + place, inside, 128, 0, 128)
+    for number in range(1, parts):
+        part = (heavy + number - 1) * BLOCK_N + place
         acc += load_tile_masked(PART_V, part, inside, 128, 0, 128)
     store_rows(dv_base, k_row + n, inside, dv_t, acc, 0, 128)
