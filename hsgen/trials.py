@@ -156,32 +156,45 @@ def shrink(spec: Spec) -> Spec:
 
 
 def _divisor(spec: Spec) -> int:
-    """The largest power of two that makes no block smaller than needed, and divides all."""
+    """The largest power of two that makes no block smaller than needed, and divides all but the smallest."""
     blocks = [x.partition for x in spec.levels if isinstance(x.partition, Blocks)]
     numbers = [n for x in blocks for n in (x.size, x.stride)]
     numbers += [x.query.block for x in spec.levels if x.query and x.query.block]
+    numbers = [n for n in numbers if n >= BLOCK]  # others become 2
+    tiers = [  # means of a tier divide what they are of
+        (x.partition.size, tier.merge)
+        for x in spec.levels
+        if x.select and isinstance(x.partition, Blocks)
+        for tier in x.select.quota or ()
+    ]
     divisor = 1
-    while max(numbers, default=1) // (divisor * 2) >= BLOCK and all(
-        n % (divisor * 2) == 0 for n in numbers
+    while (
+        max(numbers, default=1) // (divisor * 2) >= BLOCK
+        and all(n % (divisor * 2) == 0 for n in numbers)
+        and all(n // (divisor * 2) % merge == 0 for n, merge in tiers)
     ):
         divisor *= 2
     return divisor
+
+
+def _part(n: int, divisor: int) -> int:
+    """Of the size of a block, or of one of few tokens as many as 2."""
+    return n // divisor if n >= BLOCK else max(min(n, 2), n // divisor)
 
 
 def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
     changes: dict[str, object] = {}
     blocks = isinstance(level.partition, Blocks)
     if blocks:
-        changes["partition"] = Blocks(
-            size=level.partition.size // divisor, stride=level.partition.stride // divisor
-        )
+        size, stride = (_part(n, divisor) for n in (level.partition.size, level.partition.stride))
+        changes["partition"] = Blocks(size=size, stride=stride)
     if isinstance(level.partition, Halving):
         changes["partition"] = _searched_less(level.partition)
     if level.pool and level.pool.rotate:
         turn = level.pool.rotate.model_copy(update={"dims": min(level.pool.rotate.dims, 16)})
         changes["pool"] = level.pool.model_copy(update={"rotate": turn})
     if level.query and level.query.block:
-        rows = level.query.block // divisor
+        rows = _part(level.query.block, divisor)
         changes["query"] = level.query.model_copy(update={"block": rows})
     if level.select:
         few = {
@@ -214,6 +227,8 @@ def _of_few_entries(select: Select) -> dict[str, object]:
         return {"threshold": max(select.threshold, 0.1)}
     if select.top_p:
         return {"top_p": select.top_p.model_copy(update={"mass": min(select.top_p.mass, 0.6)})}
+    if select.quota:
+        return {"quota": select.quota}
     return {}
 
 
@@ -284,6 +299,8 @@ def _level_text(level: Level) -> str:
         return f"{size} masses above {level.select.threshold:g}"
     if level.select and level.select.top_p:
         return f"{size} {level.select.top_p.mass:g} of the mass"
+    if level.select and level.select.quota:
+        return f"{size} in {len(level.select.quota)} tiers"
     return f"{size} top {level.select.budget}" if level.select else size
 
 
