@@ -443,10 +443,10 @@ AUTHORS = {
         missing={"block_sparse_attn": ("block_sparse_attn_func",)},
         level="block",
         make=xattention,
-        notes="It attends with a kernel in CUDA, which is not here; its choice alone is timed.  Logits and "
-        "masses of a block are kept in bf16.  One block more than the mass needs is taken, and in the first "
-        "chunk of rows the first block is not forced.  Its kernels are left for PyTorch where the card's "
-        "name has no 100 in it, as on an H200: here it is told another name.",
+        notes="It attends with a kernel in CUDA, which is not here; its choice alone is timed.  Logits of "
+        "all tiles go through memory, in bf16, as masses of blocks.  One block more than the mass needs is "
+        "taken, and in the first chunk of rows the first block is not forced.  Its kernels are left for "
+        "PyTorch where the card's name has no 100 in it, as on an H200: here it is told another name.",
     ),
     "seer_attention": Author(
         title="SeerAttention",
@@ -542,6 +542,9 @@ AUTHORS = {
         loose=True,
         make=hip,
         notes="Version 1.2.4, which needs least beside Triton.  Every fourth row asks in its first two "
-        "stages; it searches what lies before the last 768 tokens; the sink is no part of its choice.",
+        "stages.  It searches neither the sink nor a row's last 768 tokens, so that all that it keeps lies "
+        "beyond what is seen anyhow; ours searches all that a row sees: of the 288 blocks that a row of "
+        "8,192 tokens keeps 32 are the sink, and about 100 in the window.  The shares say little more than "
+        "that, and theirs comes nearer to dense attention.",
     ),
 }

@@ -181,8 +181,13 @@ def off(ours: Ours, o: Tensor, given: Callable[[Tensor], Mapping[str, ListSelect
         right = ours.kernel(**ours.x, selection=given(ours.of))
         assert isinstance(right, Tensor)
         return near(o, right)
-    error = 0.0
-    for a, b in checking.sampled(ours.spec, o.shape[1]):
+    error, runs = 0.0, checking.sampled(ours.spec, o.shape[1])
+    spans = [
+        span for branch in ours.spec.attend if branch.static for span in branch.static.per_head
+    ]
+    if any(span.grow for span in spans):  # a window that grows is known at the whole length alone
+        runs = runs[-1:]
+    for a, b in runs:
         part = checking.standins.rows_of(ours.spec, ours.x, a, b)
         chosen = given(ours.of[a:b]) or None
         right = reference(ours.spec, part, selection=chosen, q_offset=a, keep_scores=False)
