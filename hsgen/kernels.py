@@ -36,6 +36,7 @@ GROUP = 8  # entries
 SORTED_PAIRS = 128  # of heads and what they chose, that a warp sorts
 CHUNK = 1024  # scores that a warp of a step's row has in registers
 MOST_HELD = 8192  # scores of a row in registers
+BY_MEMORY = 2048  # entries of a long row from which the greatest of groups go by way of memory
 MARKED_FROM = 1024  # slots of a row, which have room for three bits a score in registers
 
 TUNABLES = {
@@ -136,7 +137,7 @@ class RankContext:
     @property
     def chunked(self) -> bool:
         """Whether the greatest scores of groups lie behind the scores of a row: of a step, or a long one."""
-        return bool(self.group) and (self.alike or LONG_TEXT // self.stride >= MOST_HELD)
+        return bool(self.group) and (self.alike or LONG_TEXT // self.stride >= BY_MEMORY)
 
     @property
     def maxima(self) -> str:
@@ -193,6 +194,11 @@ class RankContext:
     def whole_fours(self) -> bool:
         """Whether rows of the scratch begin at multiples of 16 bytes, with room after the last entry."""
         return bool(self.group or self.carried or self.sampled or self.narrowed)
+
+    @property
+    def by_fours(self) -> bool:
+        """Whether entries are read four at once, past a row's last one if need be."""
+        return bool(self.fours or self.sampled or self.group or self.carried)
 
     @property
     def slots(self) -> int:

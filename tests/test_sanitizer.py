@@ -27,6 +27,13 @@ def copy_rows(X, OUT, rows, width, x_stride, out_stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def copy_fours(X, OUT, width, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    x = tl.load(X + columns, mask=columns // 4 * 4 < width, other=0.0)  # four at once
+    tl.store(OUT + columns, x)
+
+
+@triton.jit
 def gather_rows(X, INDEX, OUT, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -341,6 +348,14 @@ def test_masked_lanes_without_other_are_poison(dtype):
 def test_reading_what_nobody_wrote_is_found(dtype):
     x, out = torch.empty(2, 16, dtype=dtype), torch.zeros(2, 16)
     run_fault("uninitialised read", copy_rows, (2,), x, out, 2, 16, 16, 16, BLOCK=16)
+
+
+def test_neighbours_that_a_load_takes_along_are_poison():
+    x, out = torch.empty(16), torch.zeros(16)
+    x[:5] = 1
+    run_clean(copy_fours, (1,), x, out, 5, BLOCK=16)
+    assert torch.isnan(out).tolist() == [5 <= i < 8 for i in range(16)]
+    run_fault("out of bounds load", copy_fours, (1,), x[:6], out, 5, BLOCK=16)
 
 
 @pytest.mark.parametrize("fill", ["nan", "seven"])

@@ -444,9 +444,9 @@ def chunk_of(
     """How many tiles of rows a scratch holds.
 
     `heads`: of a kernel that runs one program a processor, tile after tile, and starts and ends slowly: it
-    has a sixteenth of the bytes of queries and outputs, and tiles that leave no processor idle in the last
-    round.  Where rows are so long that these do not fill one, it has a round if that is at most a quarter of
-    those bytes, or four scratches.  0: of another.
+    has an eighth of the bytes of queries and outputs, and tiles that leave no processor idle in the last
+    round.  Where rows are so long that these do not fill one, it has a round if that is at most a quarter
+    of those bytes, or four scratches.  0: of another.
 
     A short call has a quarter of those bytes, or an eighth where entries that all rows see come in a stream;
     at least three sixteenths of a scratch.  Few rows behind a cache may see many keys: they have a whole one.
@@ -456,6 +456,7 @@ def chunk_of(
         return ((chunk, f"min(tiles_{level}, max(1, SCRATCH_BYTES // {bytes_}))"),)
     part = 8 if heads and not children else 4
     short, scratch = f"short_{level}", f"scratch_{level}"
+    usual, round_ = f"usual_{level}", f"round_{level}"
     least = (short, f"max(3 * SCRATCH_BYTES // 16, batch.rows * {draft.held // part})")
     if not heads:
         return (
@@ -465,10 +466,12 @@ def chunk_of(
         )
     return (
         least,
-        (scratch, f"max(min(SCRATCH_BYTES, {short}), batch.rows * {draft.held // 16})"),
+        (usual, f"min(SCRATCH_BYTES, {short})"),
+        (scratch, f"max({usual}, batch.rows * {draft.held // 8})"),
         (most, f"max(1, {scratch} // {bytes_})"),
         (f"rounds_{level}", f"{most} * {heads} // batch.processors"),
-        (f"least_{level}", f"min(4 * {scratch} // {bytes_}, batch.processors // {heads})"),
+        (round_, f"4 * max({usual}, {scratch} // 2) // {bytes_}"),
+        (f"least_{level}", f"min({round_}, batch.processors // {heads})"),
         (f"whole_{level}", f"max(rounds_{level} * batch.processors // {heads}, least_{level})"),
         (chunk, f"min(tiles_{level}, max(1, whole_{level}))"),
     )

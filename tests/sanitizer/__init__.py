@@ -39,6 +39,7 @@ TRITON_ROOT = str(Path(triton.__file__).parent)
 BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 OVERFLOWING = (np.add, np.subtract, np.multiply)
 INT32 = np.iinfo(np.int32)
+FOUR_AT_ONCE = "# four at once"  # a load that says so reads neighbours of what it asks for
 
 
 class Fault(AssertionError):
@@ -261,7 +262,8 @@ def _load(self, ptrs, mask, other, *rest, **named):
     loaded = _original_load(self, _untagged(ptrs), mask, other, *rest, **named)
     if lanes:
         found = is_poison(loaded.data, active)
-        if found:
+        # one that reads neighbours of what it asks for keeps the poison: what comes of it is wrong
+        if found and FOUR_AT_ONCE not in _kernel_line()[1]:
             session.fault("uninitialised read", f"{found} lanes hold what torch.empty left there")
     if other is None and not session.zero_filled and lanes < active.size:
         loaded = Handle(poison_masked_lanes(loaded.data, active, dtype), loaded.dtype)

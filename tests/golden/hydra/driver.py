@@ -99,7 +99,7 @@ def forward(tensors, batch, config, selection=None):
             **config["pool_chunk_keys"],
         )
         # choose: chunk
-        capacity_chunk = (batch.keys // 64 + 5) // 4 * 4
+        capacity_chunk = (batch.keys // 64 + 33) // 32 * 36
         tiles_chunk = batch.rows // config["score_chunk"]["BLOCK_T"] + batch.sequences
         bytes_chunk = 64 * capacity_chunk * config["score_chunk"]["BLOCK_T"]
         short_chunk = max(3 * SCRATCH_BYTES // 16, batch.rows * 2048)
@@ -364,7 +364,7 @@ def select(tensors, batch, config):
     )
 
     # choose: chunk
-    capacity_chunk = (batch.keys // 64 + 5) // 4 * 4
+    capacity_chunk = (batch.keys // 64 + 33) // 32 * 36
     tiles_chunk = batch.rows // config["score_chunk"]["BLOCK_T"] + batch.sequences
     bytes_chunk = 64 * capacity_chunk * config["score_chunk"]["BLOCK_T"]
     short_chunk = max(3 * SCRATCH_BYTES // 16, batch.rows * 2048)

@@ -153,8 +153,9 @@ def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR
 def row_scores(scores, capacity, e, there):
     """Scores of the entries that are in scratch."""
     score = tl.load(scores + e, mask=there, other=0.0)
-    before = scores + capacity + e
-    before = tl.load(before, mask=there & (e > 0), other=float("-inf"))
+    # nothing is before the first entry, which its neighbours' load does not ask
+    before = tl.load(scores + capacity + e, mask=there, other=0.0)
+    before = tl.where(e > 0, before, float("-inf"))
     score = tl.maximum(score, before)
     return score
 
@@ -165,7 +166,8 @@ def row_keys(scores, capacity, e, p, k_len):
     forced = is_forced(e, p, k_len, 64, 1, 33, True)
     limit = complete_limit(p, k_len, 64, 64, True, False)
     complete = e < limit
-    score = row_scores(scores, capacity, e, complete & (forced == 0))
+    # four at once: there is room after the last one, and the key of an incomplete one has no score
+    score = row_scores(scores, capacity, e, e // 4 * 4 < limit)
     return rank_key(score, complete, forced)
 
 

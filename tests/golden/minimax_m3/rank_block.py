@@ -190,7 +190,8 @@ def row_keys(scores, e, p, k_len):
     forced = is_forced(e, p, k_len, 128, 0, 1, True)
     limit = complete_limit(p, k_len, 128, 128, True, False)
     complete = e < limit
-    score = row_scores(scores, e, complete & (forced == 0))
+    # four at once: there is room after the last one, and the key of an incomplete one has no score
+    score = row_scores(scores, e, e // 4 * 4 < limit)
     return rank_key(score, complete, forced)
 
 
@@ -199,7 +200,7 @@ def group_keys(scores, p, k_len, WIDTH: tl.constexpr):
     """The greatest key of every 8 entries: of the greatest score, unless one is forced."""
     e = tl.arange(0, WIDTH)[None, :]
     limit = complete_limit(p, k_len, 128, 128, True, False)
-    score = row_scores(scores, e, e < limit)
+    score = row_scores(scores, e, e // 4 * 4 < limit)
     # a maximum passes over this NaN, not over each that could be read
     score = tl.where((e < limit) & (score == score), score, float("nan"))
     score = tl.max(tl.reshape(score, [score.shape[0], WIDTH // 8, 8]), 2)

@@ -209,7 +209,7 @@ def forward(tensors, batch, config, selection=None):
 
     if selection is None:
         # choose: block
-        capacity_block = (batch.keys // 64 + 5) // 4 * 4
+        capacity_block = (batch.keys // 64 + 33) // 32 * 36
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
         short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 10240)
@@ -564,7 +564,7 @@ def select(tensors, batch, config):
     )
 
     # choose: block
-    capacity_block = (batch.keys // 64 + 5) // 4 * 4
+    capacity_block = (batch.keys // 64 + 33) // 32 * 36
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
     short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 10240)

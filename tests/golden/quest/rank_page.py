@@ -190,7 +190,8 @@ def row_keys(scores, e, p, k_len):
     forced = is_forced(e, p, k_len, 16, 0, 1, True)
     limit = complete_limit(p, k_len, 16, 16, True, False)
     complete = e < limit
-    score = row_scores(scores, e, complete & (forced == 0))
+    # four at once: there is room after the last one, and the key of an incomplete one has no score
+    score = row_scores(scores, e, e // 4 * 4 < limit)
     return rank_key(score, complete, forced)
 
 
@@ -204,7 +205,7 @@ def group_keys(scores, maxima, n, p, k_len, WIDTH: tl.constexpr):
     CHUNK: tl.constexpr = min(WIDTH, 512)
     for start in range(0, n, CHUNK):
         e = start + tl.arange(0, CHUNK)[None, :]
-        score = row_scores(scores, e, e < limit)
+        score = row_scores(scores, e, e // 4 * 4 < limit)
         # a maximum passes over this NaN, not over each that could be read
         score = tl.where((e < limit) & (score == score), score, float("nan"))
         score = tl.max(tl.reshape(score, [score.shape[0], CHUNK // 8, 8]), 2)

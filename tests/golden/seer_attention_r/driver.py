@@ -141,7 +141,7 @@ def forward(tensors, batch, config, selection=None):
             **config["turn_q_gate"],
         )
         # choose: block
-        capacity_block = (batch.keys // 64 + 5) // 4 * 4
+        capacity_block = (batch.keys // 64 + 33) // 32 * 36
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
         short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
@@ -400,7 +400,7 @@ def select(tensors, batch, config):
     )
 
     # choose: block
-    capacity_block = (batch.keys // 64 + 5) // 4 * 4
+    capacity_block = (batch.keys // 64 + 33) // 32 * 36
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
     short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)

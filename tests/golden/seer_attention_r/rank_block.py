@@ -190,20 +190,31 @@ def row_keys(scores, e, p, k_len):
     forced = is_forced(e, p, k_len, 64, 0, 1, True)
     limit = complete_limit(p, k_len, 64, 64, True, False)
     complete = e < limit
-    score = row_scores(scores, e, complete & (forced == 0))
+    # four at once: there is room after the last one, and the key of an incomplete one has no score
+    score = row_scores(scores, e, e // 4 * 4 < limit)
     return rank_key(score, complete, forced)
 
 
 @triton.jit
-def group_keys(scores, p, k_len, WIDTH: tl.constexpr):
-    """The greatest key of every 8 entries: of the greatest score, unless one is forced."""
-    e = tl.arange(0, WIDTH)[None, :]
+def group_keys(scores, maxima, n, p, k_len, WIDTH: tl.constexpr):
+    """The greatest key of every 8 entries: of the greatest score, unless one is forced.
+
+    Chunk by chunk, by way of memory: then few registers hold a long row, and many rows are there at once.
+    """
     limit = complete_limit(p, k_len, 64, 64, True, False)
-    score = row_scores(scores, e, e < limit)
-    # a maximum passes over this NaN, not over each that could be read
-    score = tl.where((e < limit) & (score == score), score, float("nan"))
-    score = tl.max(tl.reshape(score, [score.shape[0], WIDTH // 8, 8]), 2)
-    e = tl.arange(0, WIDTH // 8)[None, :] * 8
+    CHUNK: tl.constexpr = min(WIDTH, 512)
+    for start in range(0, n, CHUNK):
+        e = start + tl.arange(0, CHUNK)[None, :]
+        score = row_scores(scores, e, e // 4 * 4 < limit)
+        # a maximum passes over this NaN, not over each that could be read
+        score = tl.where((e < limit) & (score == score), score, float("nan"))
+        score = tl.max(tl.reshape(score, [score.shape[0], CHUNK // 8, 8]), 2)
+        group = start // 8 + tl.arange(0, CHUNK // 8)[None, :]
+        tl.store(maxima + group, score, mask=group * 8 < limit)
+    tl.debug_barrier()
+    group = tl.arange(0, WIDTH // 8)[None, :]
+    e = group * 8
+    score = tl.load(maxima + group, mask=e < limit, other=0.0)
     forced = forced_group(e, p, k_len, 8, 64, 0, 1, True)
     return rank_key(score, e < limit, forced)
 
@@ -227,13 +238,13 @@ def keep_keys(key, columns, chosen, candidates, forced, wanted):
 
 
 @triton.jit
-def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
+def keep_best(scores, maxima, n, chosen, p, k_len, WIDTH: tl.constexpr):
     """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
     wanted = 64
     if WIDTH >= 2048:
         # the best keys are in the groups whose greatest keys are best
         columns = tl.arange(0, WIDTH // 8)[None, :]
-        key = group_keys(scores, p, k_len, WIDTH)
+        key = group_keys(scores, maxima, n, p, k_len, WIDTH)
         candidates, forced = count_keys(key)
         groups = keep_keys(key, columns, chosen, candidates, forced, wanted)
         tl.debug_barrier()
@@ -256,7 +267,7 @@ def keep_long(scores, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
     Every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection.
     """
     BLOCK_R: tl.constexpr = p.shape[0]
-    STEP: tl.constexpr = max(BLOCK_N // 4, 2)  # a key has three counts, in a group it had none
+    STEP: tl.constexpr = max(BLOCK_N // 16, 2)  # a key has three counts, in a group it had none
     columns = tl.arange(0, STEP)[None, :]
     above_before = tl.zeros([BLOCK_R], tl.int32)
     ties_before = tl.zeros([BLOCK_R], tl.int32)
@@ -320,20 +331,23 @@ def rank_block(
     live = t0 + rows < q_len
     k_len = tl.where(live, tl.load(SEQ + z * 6 + 5), 0)
     p = q_offset + t0 + rows
-    capacity = capacity // 4 * 4  # which it is: so four neighbours of a row go to one thread
+    capacity = capacity // 36 * 36  # which it is: so four neighbours of a row go to one thread
     scores = SCORES + ((first + rows).to(tl.int64) * 8 + head) * capacity
+    maxima = scores + capacity // 9 * 8
     row = (q_start + t0 + rows).to(tl.int64)
     chosen = SELECTION + (row * 8 + head) * 64
     n = tl.max(entry_limit(p, k_len, 64, True))
     # select: the keys stay in registers, the fewest that hold all of a row
-    if n <= max(BLOCK_N // 8, 2):
-        total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 8, 2))
+    if n <= max(BLOCK_N // 16, 2):
+        total = keep_best(scores, maxima, n, chosen, p, k_len, max(BLOCK_N // 16, 2))
+    elif n <= max(BLOCK_N // 8, 2):
+        total = keep_best(scores, maxima, n, chosen, p, k_len, max(BLOCK_N // 8, 2))
     elif n <= max(BLOCK_N // 4, 2):
-        total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 4, 2))
+        total = keep_best(scores, maxima, n, chosen, p, k_len, max(BLOCK_N // 4, 2))
     elif n <= max(BLOCK_N // 2, 2):
-        total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 2, 2))
+        total = keep_best(scores, maxima, n, chosen, p, k_len, max(BLOCK_N // 2, 2))
     elif n <= BLOCK_N:
-        total = keep_best(scores, chosen, p, k_len, BLOCK_N)
+        total = keep_best(scores, maxima, n, chosen, p, k_len, BLOCK_N)
     else:
         total = keep_long(scores, chosen, p, k_len, n, BLOCK_N)
     # store: -1 after the last one

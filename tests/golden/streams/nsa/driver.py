@@ -210,14 +210,16 @@ def forward(tensors, batch, config, selection=None):
 
     if selection is None:
         # choose: block
-        capacity_block = (batch.keys // 64 + 5) // 4 * 4
+        capacity_block = (batch.keys // 64 + 33) // 32 * 36
         tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
         bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
         short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 5120)
-        scratch_block = max(min(SCRATCH_BYTES, short_block), batch.rows * 2560)
+        usual_block = min(SCRATCH_BYTES, short_block)
+        scratch_block = max(usual_block, batch.rows * 5120)
         most_block = max(1, scratch_block // bytes_block)
         rounds_block = most_block * 4 // batch.processors
-        least_block = min(4 * scratch_block // bytes_block, batch.processors // 4)
+        round_block = 4 * max(usual_block, scratch_block // 2) // bytes_block
+        least_block = min(round_block, batch.processors // 4)
         whole_block = max(rounds_block * batch.processors // 4, least_block)
         chunk_block = min(tiles_block, max(1, whole_block))
         scores_block = torch.empty(
@@ -552,14 +554,16 @@ def select(tensors, batch, config):
     )
 
     # choose: block
-    capacity_block = (batch.keys // 64 + 5) // 4 * 4
+    capacity_block = (batch.keys // 64 + 33) // 32 * 36
     tiles_block = batch.rows // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 32 * capacity_block * config["score_block"]["BLOCK_T"]
     short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 5120)
-    scratch_block = max(min(SCRATCH_BYTES, short_block), batch.rows * 2560)
+    usual_block = min(SCRATCH_BYTES, short_block)
+    scratch_block = max(usual_block, batch.rows * 5120)
     most_block = max(1, scratch_block // bytes_block)
     rounds_block = most_block * 4 // batch.processors
-    least_block = min(4 * scratch_block // bytes_block, batch.processors // 4)
+    round_block = 4 * max(usual_block, scratch_block // 2) // bytes_block
+    least_block = min(round_block, batch.processors // 4)
     whole_block = max(rounds_block * batch.processors // 4, least_block)
     chunk_block = min(tiles_block, max(1, whole_block))
     scores_block = torch.empty(
