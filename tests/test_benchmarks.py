@@ -400,7 +400,7 @@ def test_limits_are_made_of_the_kept_results(tmp_path):
 
 
 def test_limits_want_the_times_of_the_kernels_that_there_are(tmp_path):
-    (path,) = (path for path in common.found([], "speed") if "h100" in path.name)
+    path = next(path for path in common.found([], "speed") if "h100" in path.name)
     result = common.read_json(path)
     for case in result["cases"].values():
         case["steps"]["kernels"]["ms"].pop("attend_selected")
@@ -410,7 +410,7 @@ def test_limits_want_the_times_of_the_kernels_that_there_are(tmp_path):
 
 
 def test_kernels_of_one_operator_are_one_line():
-    (path,) = (path for path in common.found([], "speed") if "h100" in path.name)
+    path = next(path for path in common.found([], "speed") if "h100" in path.name)
     case = common.read_json(path)["cases"]["hisa/32768/real"]
     found = {each.title: each for each in limits.operators(case, H100)}
     attend, times = found["attend_selected"], case["steps"]["kernels"]["ms"]
