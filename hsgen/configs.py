@@ -19,7 +19,7 @@ from hsgen.plan import Config, Kernel, Plan
 from hsgen.rows import next_power
 from hsgen.splits import BesideContext
 from hsgen.target import Target
-from hsgen.trees import How
+from hsgen.trees import How, TreesContext
 
 DType = Literal["bf16", "fp16", "fp32"]
 Work = Literal["forward", "gradients"]  # a call, or the gradients of one
@@ -293,17 +293,20 @@ def halved(dtype: DType) -> Config:
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
-def trees(how: How, dtype: DType) -> Config:
-    """Of a learned tree: tokens and nodes a step, rows a tile, candidates that are looked at at a time."""
-    narrow = dtype == "fp32"
+def trees(context: TreesContext, dtype: DType) -> Config:
+    """Of a learned tree: tokens and nodes a step, rows a tile, tokens that are looked at at a time."""
+    step = 32 if dtype == "fp32" else 64
+    few = context.padded_nodes <= 64  # that many rows have no more scores than 16 of a level of 256
     values: dict[How, tuple[tuple[str, int], ...]] = {
         "unit": (("BLOCK_E", 16),),
         "assign": (("BLOCK_N", 64), ("BLOCK_E", 32)),
-        "descend": (("BLOCK_T", 16),),
-        "sift": (("BLOCK_N", 32 if narrow else 64), ("BLOCK_K", 1024)),
+        "descend": (("BLOCK_T", 64 if few else 16),),
+        "keep": (("BLOCK_T", 32), ("BLOCK_N", 64), ("BLOCK_K", 1024)),
+        "sift": (("BLOCK_N", step), ("BLOCK_K", 1024), ("BLOCK_R", context.best_rows)),
     }
-    warps = 8 if how == "descend" else 4  # all nodes of a level are a row's in registers
-    return Config(constexprs=values.get(how, ()), num_warps=warps, num_stages=1)
+    # all nodes are in registers, of a row or a chunk, and all rows' bits of a step
+    wide = context.how in ("tally", "keep") or (context.how == "descend" and not few)
+    return Config(constexprs=values.get(context.how, ()), num_warps=8 if wide else 4, num_stages=1)
 
 
 def _sampled(kept: int) -> Config:
@@ -407,7 +410,8 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
         tokens = plan.kernel(kernel.follows or kernel.name).config["BLOCK_T"]
         values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
     if kernel.skeleton == "trees" and "BLOCK_N" in values:
-        values |= {"BLOCK_N": 16} | {name: 64 for name in ("BLOCK_K",) if name in values}
+        small = {"BLOCK_T": 16, "BLOCK_N": 16, "BLOCK_K": 64}
+        values |= {name: value for name, value in small.items() if name in values}
     if kernel.skeleton == "halved":
         values["BLOCK_N"] = 16
     if kernel.skeleton in ("rows", "beside", "cols") and "BLOCK_N" in values:

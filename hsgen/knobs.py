@@ -38,7 +38,7 @@ from hsgen.streams import (
 )
 from hsgen.target import Target
 from hsgen.together import ListsContext
-from hsgen.trees import TreesContext
+from hsgen.trees import MOST_ROOM, MOST_STEP, WORD, TreesContext
 
 VERSION = 2  # of ranges and rules: a change makes other studies
 MOST_ELEMENTS = 1 << 20  # of a tile, Triton's own limit
@@ -48,8 +48,13 @@ MOST_SCORES = 128  # a thread, of rows that are ranked: twice as many compile fo
 LEAST_DOT = 16
 
 Values = dict[str, int]  # of one kernel: constexprs, num_warps, num_stages
-# tokens and nodes a step, rows a tile, and candidates that are looked at at a time, of learned trees
-TREES = {"BLOCK_E": (16, 128), "BLOCK_N": (16, 128), "BLOCK_T": (16, 64), "BLOCK_K": (64, 4096)}
+# tokens and nodes a step, rows a tile, and tokens whose leaves are looked at at a time, of learned trees
+TREES = {
+    "BLOCK_E": (16, 128),
+    "BLOCK_N": (16, MOST_STEP),
+    "BLOCK_T": (16, 64),
+    "BLOCK_K": (MOST_STEP, 4096),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +198,11 @@ def _list_ranges(
         case HalvedContext():
             return {"BLOCK_N": (LEAST_DOT, 128), "num_warps": (1, 8)}
         case TreesContext(params=params):
-            own = (p.name for p in params if p.kind == "constexpr")
-            return {**{name: TREES[name] for name in own}, "num_warps": (1, 16)}
+            own = [p.name for p in params if p.kind == "constexpr"]
+            ranges = TREES | {"BLOCK_R": (1, min(LEAST_DOT, 2 * MOST_ROOM // context.room))}
+            if "BLOCK_N" in own and "BLOCK_T" in own:
+                ranges["BLOCK_T"] = (LEAST_DOT, WORD)
+            return {**{name: ranges[name] for name in own}, "num_warps": (1, 16)}
 
 
 def _row_ranges(context: RowsContext, kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:

@@ -1,10 +1,12 @@
 """What fills the `trees` skeleton: tokens by leaf of a learned tree, and rows that find their best by it.
 
-Centroids at unit length are entries and judges alike.  Keys go down level by level; a counting sort then
-lists the tokens of each leaf, in order, so that a row's candidates are a few runs of its key head's list.
-Rows go down by scores of all nodes of a level, as trees are small beside texts.  At the bottom a program
-scores the tokens of a row's leaves and keeps the best: how many there are is known on the device alone, so it
-has a scratch for as many as there are keys, and takes one row after the other.
+Centroids at unit length are entries and judges alike.  Keys go down level by level; then it is counted how
+many tokens each leaf has before each chunk of them, and where its first one is.  Rows go down by scores of
+all nodes of a level, as trees are small beside texts.  At the bottom neighbouring rows look together: they
+choose nearly the same leaves, and a tile of them walks the tokens that any row's leaves have, in order, each
+with a bit a row.  Where no row has more tokens than it keeps, as the counts say, it keeps them unscored.
+Otherwise the tokens meet the rows in a dot, and each row has room for some more than it keeps; when it is
+full the best stay, and of those that come later only what is better enters.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from hsgen.rows import (
     chunks,
     count,
     jit,
-    least_rows,
     next_power,
     number,
     pointer,
@@ -32,15 +33,20 @@ from hsgen.rows import (
 CHUNK = 128  # tokens whose leaves are counted together
 MOST_NODES = 4096  # of a level, whose scores are a row's in registers
 
-How = Literal["unit", "assign", "tally", "before", "place", "descend", "sift"]
+MOST_ROOM = 8192  # tokens of a row that keeps the best of them, whose keys are in registers
+WORD = 32  # rows of a tile, each a bit
+SLICE = 32  # columns that rows and all nodes of a level meet in at a time
+MOST_STEP = 128  # tokens of a step
+
+How = Literal["unit", "assign", "tally", "before", "descend", "keep", "sift"]
 SUMMARIES: dict[How, str] = {
     "unit": "centroids at unit length.",
     "assign": "the node of every token: of its own node's children the nearest by cosine.",
     "tally": "how many tokens of a chunk are in each leaf.",
-    "before": "how many are before each chunk, and where each leaf's list begins.",
-    "place": "the tokens of each leaf, ascending.",
+    "before": "how many are before each chunk.",
     "descend": "the best nodes of each row, of those that have a token it sees.",
-    "sift": "the best tokens of each row, of those in its leaves.",
+    "keep": "the tokens in each row's leaves, of tiles of rows that keep all of them.",
+    "sift": "the best tokens in each row's leaves, of all other tiles of rows.",
 }
 
 
@@ -72,6 +78,7 @@ class TreesContext:
     causal: bool = True
     above: bool = False  # nodes have parents
     precision: str = "tf32x3"
+    cuts: int = 3  # numbers of the keys' type that have all bits of one of 32
 
     @property
     def summary(self) -> str:
@@ -80,6 +87,10 @@ class TreesContext:
     @property
     def chunks(self) -> tuple[Chunk, ...]:
         return chunks(self.head_dim)
+
+    def slice(self, chunk: Chunk) -> int:
+        """Columns in which rows and all nodes of a level meet at a time."""
+        return min(SLICE, chunk.width)
 
     @property
     def chunk(self) -> int:
@@ -111,9 +122,29 @@ class TreesContext:
         return str(self.k) if self.counted else f"{self.k} + forced"
 
     @property
-    def padded_group(self) -> int:
-        """Rows of a tile that has a group's heads."""
-        return least_rows(self.group)
+    def by_head(self) -> bool:
+        """Whether keys meet each head's query: no more of them than a sum of them is cut into."""
+        return self.group <= self.cuts
+
+    @property
+    def parts(self) -> range:
+        """Of the queries of a token, which meet keys one after the other."""
+        return range(self.group if self.by_head else self.cuts)
+
+    @property
+    def room(self) -> int:
+        """Tokens that a row has room for, of which it keeps the best."""
+        return room_of(self.width)
+
+    @property
+    def some_leaves(self) -> int:
+        """Leaves whose words are made together."""
+        return min(self.padded_leaves, 64)
+
+    @property
+    def best_rows(self) -> int:
+        """Rows whose best are kept together, as a start."""
+        return max(1, min(16, 2048 // self.room))
 
     @property
     def ratio(self) -> int:
@@ -130,13 +161,18 @@ class TreesContext:
         heads, dim = self.heads, self.head_dim
         unit = pointer("UNIT", "f32", f"f32[{heads}, {self.nodes}, {dim}] centroids at unit length")
         keys = tensor("K", "k", "[B, S, Hkv, Dqk]", "bth")
-        nodes = pointer("NODES", "i32", f"[key rows, {heads}] the node of each token")
-        counts = pointer("COUNTS", "i32", f"[Z, {heads}, chunks, {self.padded_leaves}]")
+        key_rows = count("key_rows", "of all sequences")
+        nodes = pointer("NODES", "i32", f"[{heads}, key rows] the node of each token")
+        counts = pointer(
+            "COUNTS", "i32", f"[Z, {heads}, chunks + 1, {self.padded_leaves}] tokens of leaves"
+        )
+        first = pointer(
+            "FIRST",
+            "i32",
+            f"[Z, {heads}, {self.padded_leaves}] the first of each, from 2^31 - 1 down",
+        )
         chunked = count("chunks", f"of {CHUNK} tokens, of the longest sequence")
         length = count("length", "rows of keys from one sequence to the next; packed: 0")
-        offsets = pointer("OFFSETS", "i32", f"[Z, {heads}, {self.padded_leaves + 1}]")
-        listed = pointer("LIST", "i32", f"[{heads}, key rows] tokens of leaves, one after another")
-        key_rows = count("key_rows", "of all sequences")
         parents = pointer("PARENT", "i32", f"[rows, {heads}, {self.beam}] surviving parents")
         chosen = pointer("SELECTION", "i32", f"[rows, {heads}, {self.width}]")
         match self.how:
@@ -148,48 +184,51 @@ class TreesContext:
                 )
                 return (*centroids, unit, *tunables("BLOCK_E"))
             case "assign":
-                above = pointer("ABOVE", "i32", f"[key rows, {heads}] the parent of each")
+                above = pointer("ABOVE", "i32", f"[{heads}, key rows] the parent of each")
                 more = (above,) if self.above else ()
                 return (
                     *keys,
                     unit,
                     *more,
                     nodes,
+                    key_rows,
                     length,
                     *SEQ[:1],
                     *tunables("BLOCK_N", "BLOCK_E"),
                 )
             case "tally":
-                return (nodes, counts, chunked, length, *SEQ[:1])
+                return (nodes, counts, first, key_rows, chunked, length, *SEQ[:1])
             case "before":
-                return (counts, offsets, chunked, *SEQ[:1])
-            case "place":
-                return (nodes, counts, offsets, listed, key_rows, chunked, length, *SEQ[:1])
+                return (counts, chunked, *SEQ[:1])
             case "descend":
                 more = (parents,) if self.beam else ()
-                lists = (offsets, listed, key_rows, length)
-                return (*QUERY, unit, *more, *lists, chosen, *SEQ, *tunables("BLOCK_T"))
-            case "sift":
-                scratch = pointer("SCRATCH", "i32", "[programs, 2, room] keys, and their tokens")
+                return (*QUERY, unit, *more, first, chosen, *SEQ, *tunables("BLOCK_T"))
+            case "keep" | "sift":
+                vectors, rows = ((*QUERY, *keys), ("BLOCK_R",)) if self.how == "sift" else ((), ())
                 return (
-                    *QUERY,
-                    *keys,
+                    *vectors,
                     parents,
-                    offsets,
-                    listed,
+                    nodes,
+                    counts,
                     key_rows,
                     length,
-                    scratch,
-                    count("room", "keys of the longest sequence, at least"),
+                    chunked,
+                    pointer("SCRATCH", "i32", "[programs, room]"),
+                    count("room", "of a program's words"),
                     chosen,
-                    count("items", "rows of all sequences and one more each, times heads"),
+                    count("tiles", "of rows of all sequences"),
                     *SEQ,
-                    *tunables("BLOCK_N", "BLOCK_K"),
+                    *tunables("BLOCK_T", "BLOCK_N", "BLOCK_K", *rows),
                 )
 
     @property
     def jit(self) -> str:
         return jit(self.params)
+
+
+def room_of(width: int) -> int:
+    """Tokens that a row has room for: as many as it keeps, and those of the widest step."""
+    return next_power(width + MOST_STEP)
 
 
 # --- which trees kernels go down
@@ -268,6 +307,9 @@ def _ending(graph: Graph, last: Node) -> Tree | None:
     assert isinstance(score.op, Score)
     tokens = score.op.size == 1 and isinstance(graph[score.inputs[1]].op, Input)
     if not tokens or score.inputs[1] != last.inputs[0]:
+        return None
+    assert isinstance(select.op, Select)
+    if select.op.width is None or room_of(select.op.width) > MOST_ROOM:
         return None
     return Tree(stages=tuple(stages), score=score, reduce=reduce, select=select)
 

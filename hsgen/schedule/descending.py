@@ -1,4 +1,4 @@
-"""Launches of learned trees: tokens by leaf, rows down the levels, and the best tokens of their leaves."""
+"""Launches of learned trees: leaves of tokens, rows down the levels, and the best tokens of their leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
 from hsgen.trees import How, Stage, Tree, TreesContext
 
-PROGRAMS = 4  # a processor, of those that sift, each with a scratch
+PROGRAMS = (
+    4  # a processor, of those that sift, each with a scratch; twice as many where none scores
+)
 
 
 def launched(draft: Draft, node: Node) -> bool:
@@ -56,7 +58,7 @@ def _build(draft: Draft, tree: Tree) -> None:
         )
         centroids = text.input_of(stage.assign.inputs[1])
         made = _context(draft, tree, f"unit_{level}", "unit", stage)
-        draft.kernel("trees", made, configs.trees("unit", draft.dtype), stage.keys.name)
+        draft.kernel("trees", made, configs.trees(made, draft.dtype), stage.keys.name)
         buffers.append(
             Buffer(
                 name=unit,
@@ -73,8 +75,8 @@ def _build(draft: Draft, tree: Tree) -> None:
             )
         )
         made = _context(draft, tree, f"assign_{level}", "assign", stage)
-        draft.kernel("trees", made, configs.trees("assign", draft.dtype), stage.assign.name)
-        buffers.append(Buffer(name=nodes, dtype="i32", dims=(rows_of, heads), role="list"))
+        draft.kernel("trees", made, configs.trees(made, draft.dtype), stage.assign.name)
+        buffers.append(Buffer(name=nodes, dtype="i32", dims=(heads, rows_of), role="list"))
         launches.append(
             Launch(
                 kernel=made.name,
@@ -84,6 +86,7 @@ def _build(draft: Draft, tree: Tree) -> None:
                     unit,
                     *((above,) if above else ()),
                     nodes,
+                    rows_of,
                     length,
                     text.SEQ[0],
                 ),
@@ -91,35 +94,26 @@ def _build(draft: Draft, tree: Tree) -> None:
         )
         above = nodes
     assert above is not None, "a tree has a level"
-    counts, offsets, listed = (f"{x}_{name}" for x in ("counts", "offsets", "tokens"))
+    counts, first = f"counts_{name}", f"first_{name}"
     padded = _context(draft, tree, "", "tally", tree.stages[-1]).padded_leaves
+    of = ("batch.sequences", heads)
     buffers += (
-        Buffer(
-            name=counts,
-            dtype="i32",
-            dims=("batch.sequences", heads, chunks, str(padded)),
-            role="list",
-        ),
-        Buffer(
-            name=offsets, dtype="i32", dims=("batch.sequences", heads, str(padded + 1)), role="list"
-        ),
-        Buffer(name=listed, dtype="i32", dims=(heads, rows_of), role="list"),
+        Buffer(name=counts, dtype="i32", dims=(*of, f"{chunks} + 1", str(padded)), role="list"),
+        Buffer(name=first, dtype="i32", dims=(*of, str(padded)), role="list", zeros=True),
     )
-    by_chunk = (chunks, heads, "batch.sequences")
     listing: tuple[tuple[How, tuple[str, ...], tuple[str, ...]], ...] = (
-        ("tally", by_chunk, (above, counts, chunks, length)),
-        ("before", (heads, "batch.sequences"), (counts, offsets, chunks)),
-        ("place", by_chunk, (above, counts, offsets, listed, rows_of, chunks, length)),
+        ("tally", (chunks, *reversed(of)), (above, counts, first, rows_of, chunks, length)),
+        ("before", tuple(reversed(of)), (counts, chunks)),
     )
     for how, grid, arguments in listing:
         made = _context(draft, tree, f"{how}_{name}", how, tree.stages[-1])
-        draft.kernel("trees", made, configs.trees(how, draft.dtype), leaf.name)
+        draft.kernel("trees", made, configs.trees(made, draft.dtype), leaf.name)
         launches.append(Launch(kernel=made.name, grid=grid, arguments=(*arguments, text.SEQ[0])))
     nodes_made = [x.name for stage in tree.stages for x in (stage.keys, stage.assign)]
     inputs = [keys, *(stage.assign.inputs[1] for stage in tree.stages)]
     draft.steps.append(
         Step(
-            title=f"tokens by leaf: {name}",
+            title=f"leaves of tokens: {name}",
             needs=tuple(inputs),
             makes=tuple(nodes_made),
             sizes=tuple(sizes),
@@ -135,7 +129,7 @@ def _descend(draft: Draft, node: Node, tree: Tree, stage: Stage) -> None:
     parent = _parent(stage)
     context = _context(draft, tree, f"descend_{level}", "descend", stage)
     nodes = (stage.score.name, stage.reduce.name, node.name)
-    draft.kernel("trees", context, configs.trees("descend", draft.dtype), *nodes)
+    draft.kernel("trees", context, configs.trees(context, draft.dtype), *nodes)
     leaf = tree.stages[-1].assign.name
     draft.steps.append(
         Step(
@@ -151,10 +145,7 @@ def _descend(draft: Draft, node: Node, tree: Tree, stage: Stage) -> None:
                         *draft.tensor("q"),
                         text.buffer(stage.keys.name),
                         *((text.buffer(parent),) if parent else ()),
-                        f"offsets_{name}",
-                        f"tokens_{name}",
-                        f"key_rows_{name}",
-                        f"length_{name}",
+                        f"first_{name}",
                         text.buffer(node.name),
                         *text.SEQ,
                     ),
@@ -165,60 +156,70 @@ def _descend(draft: Draft, node: Node, tree: Tree, stage: Stage) -> None:
 
 
 def _sift(draft: Draft, node: Node, tree: Tree) -> None:
-    """Scores of the tokens of each row's leaves, and the best of them."""
+    """The tokens of each row's leaves where it keeps all, and where it does not the best by their scores."""
     name, heads = _tree(tree), draft.shape.kv_heads
     last = tree.stages[-1]
     assert isinstance(node.op, Select)
     level, parent, keys = node.op.level, last.select.name, tree.score.inputs[1]
-    context = _context(draft, tree, f"sift_{level}", "sift", None)
-    draft.kernel(
-        "trees",
-        context,
-        configs.trees("sift", draft.dtype),
-        tree.score.name,
-        tree.reduce.name,
-        node.name,
-    )
-    scratch, items, programs = f"scratch_{level}", f"items_{level}", f"programs_{level}"
-    room, most = f"room_{level}", f"most_{level}"
+    keep = _context(draft, tree, f"keep_{level}", "keep", None)
+    sift = _context(draft, tree, f"sift_{level}", "sift", None)
+    draft.kernel("trees", keep, configs.trees(keep, draft.dtype), node.name)
+    nodes = (tree.score.name, tree.reduce.name, node.name)
+    draft.kernel("trees", sift, configs.trees(sift, draft.dtype), *nodes, follows=keep.name)
+    tiles, most = f"tiles_{level}", f"most_{level}"
+    block_t = f'config["{keep.name}"]["BLOCK_T"]'
+    sizes: list[tuple[str, str]] = [
+        (tiles, text.tiles_of(keep.name)),
+        (most, f"max(SCRATCH_BYTES // 4, batch.rows * {draft.held // 4}) // 4"),
+    ]
+    buffers, launches = list[Buffer](), list[Launch]()
+    for made, programs, of_rows, vectors in (
+        (keep, 2 * PROGRAMS, "", ()),
+        (
+            sift,
+            PROGRAMS,
+            f" + {2 * sift.room + trees.MOST_STEP + 2} * {block_t}",
+            (*draft.tensor("q"), *draft.tensor(keys)),
+        ),
+    ):
+        room, count, scratch = (f"{x}_{made.name}" for x in ("room", "programs", "scratch"))
+        ring = f'4 * config["{made.name}"]["BLOCK_K"]'
+        sizes += (
+            (room, f"{made.padded_leaves} + {ring}{of_rows}"),
+            (
+                count,
+                f"max(1, min({tiles} * {heads}, {programs} * batch.processors, {most} // {room}))",
+            ),
+        )
+        buffers.append(Buffer(name=scratch, dtype="i32", dims=(count, room), role="scratch"))
+        launches.append(
+            Launch(
+                kernel=made.name,
+                grid=(count,),
+                arguments=(
+                    *vectors,
+                    text.buffer(parent),
+                    text.buffer(last.assign.name),
+                    f"counts_{name}",
+                    f"key_rows_{name}",
+                    f"length_{name}",
+                    f"chunks_{name}",
+                    scratch,
+                    room,
+                    text.buffer(node.name),
+                    tiles,
+                    *text.SEQ,
+                ),
+            )
+        )
     draft.steps.append(
         Step(
             title=f"choose: {level}",
             needs=("q", keys, last.assign.name, parent),
             makes=(node.name,),
-            sizes=(
-                (items, f"(batch.rows + batch.sequences) * {heads}"),
-                (room, "max(1, batch.keys)"),
-                (
-                    most,
-                    f"max(1, max(SCRATCH_BYTES, batch.rows * {draft.held // 4}) // (8 * {room}))",
-                ),
-                (programs, f"min({items}, {PROGRAMS} * batch.processors, {most})"),
-            ),
-            buffers=(
-                Buffer(name=scratch, dtype="i32", dims=(programs, "2", room), role="list"),
-                _chosen(draft, node),
-            ),
-            launches=(
-                Launch(
-                    kernel=context.name,
-                    grid=(programs,),
-                    arguments=(
-                        *draft.tensor("q"),
-                        *draft.tensor(keys),
-                        text.buffer(parent),
-                        f"offsets_{name}",
-                        f"tokens_{name}",
-                        f"key_rows_{name}",
-                        f"length_{name}",
-                        scratch,
-                        room,
-                        text.buffer(node.name),
-                        items,
-                        *text.SEQ,
-                    ),
-                ),
-            ),
+            sizes=tuple(sizes),
+            buffers=(*buffers, _chosen(draft, node)),
+            launches=tuple(launches),
         )
     )
 
@@ -264,6 +265,7 @@ def _context(draft: Draft, tree: Tree, name: str, how: How, stage: Stage | None)
         causal=shape.causal,
         above=len(of.assign.inputs) > 2,
         precision=shape.precision,
+        cuts=1 if draft.dtype == "fp32" else 3,
     )
 
 

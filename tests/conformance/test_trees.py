@@ -64,10 +64,22 @@ def test_trees_of_other_depths_are_right(name, lane, seed):
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_of_equal_tokens_the_earlier_are_kept(lane):
+@pytest.mark.parametrize("group", [1, 5])
+def test_rows_keep_the_best_of_more_than_they_have_room_for(lane, group, seed):
+    """Rows of a tile whose leaves have hundreds of tokens, beside rows that keep all of theirs."""
+    dtype = torch.float16 if lane == "cpu" else torch.bfloat16
+    spec = other(tree=((2, 2), (3, 5)), k=20, group=group, kv=1, dims=(16, 16))
+    lengths = {"key_lengths": [700, 30], "dtype": dtype, "device": lane, "seed": seed}
+    packed, _ = calls.pack(spec, [21, 30], **lengths)
+    check(packed, RUN[lane](packed))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("keys", [24, 600])
+def test_of_equal_tokens_the_earlier_are_kept(lane, keys):
     """Whatever leaves they are in: keys of one direction in two lengths, which all rows score alike."""
     spec = other(tree=((2, 2), (2, 4)), k=5, group=1, kv=1, dims=(16, 16))
-    call = calls.make(spec, T=24, dtype=torch.float32, device=lane, seed=1)
+    call = calls.make(spec, T=24, S=keys, dtype=torch.float32, device=lane, seed=1)
     k = call.tensors["k"]
     ones = torch.zeros_like(k)
     ones[..., 0] = 1.0

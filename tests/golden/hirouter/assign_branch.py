@@ -16,14 +16,15 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
     return tl.load(address, mask=mask[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["key_rows", "length"])
 def assign_branch(
     K,  # [B, S, Hkv, Dqk]
     k_b,  # K: batch stride
     k_t,  # K: token stride
     k_h,  # K: head stride
     UNIT,  # f32[8, 16, 128] centroids at unit length
-    NODES,  # [key rows, 8] the node of each token
+    NODES,  # [8, key rows] the node of each token
+    key_rows,  # of all sequences
     length,  # rows of keys from one sequence to the next; packed: 0
     SEQ,  # [Z, 6] sequences
     BLOCK_N: tl.constexpr,  # entries a step
@@ -38,7 +39,7 @@ def assign_branch(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < k_len
     keys = z.to(tl.int64) * length + k_row
-    at = (keys + n) * 8 + head
+    at = head.to(tl.int64) * key_rows + keys + n
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128).to(tl.float32)
     node = tl.zeros([BLOCK_N], tl.int32)

@@ -16,15 +16,16 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
     return tl.load(address, mask=mask[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["key_rows", "length"])
 def assign_leaf(
     K,  # [B, S, Hkv, Dqk]
     k_b,  # K: batch stride
     k_t,  # K: token stride
     k_h,  # K: head stride
     UNIT,  # f32[8, 256, 128] centroids at unit length
-    ABOVE,  # [key rows, 8] the parent of each
-    NODES,  # [key rows, 8] the node of each token
+    ABOVE,  # [8, key rows] the parent of each
+    NODES,  # [8, key rows] the node of each token
+    key_rows,  # of all sequences
     length,  # rows of keys from one sequence to the next; packed: 0
     SEQ,  # [Z, 6] sequences
     BLOCK_N: tl.constexpr,  # entries a step
@@ -39,7 +40,7 @@ def assign_leaf(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < k_len
     keys = z.to(tl.int64) * length + k_row
-    at = (keys + n) * 8 + head
+    at = head.to(tl.int64) * key_rows + keys + n
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128).to(tl.float32)
     above = tl.load(ABOVE + at, mask=inside, other=0)

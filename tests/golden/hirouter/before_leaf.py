@@ -2,7 +2,7 @@
 # spec      hirouter  sha256 000000000000
 # template  trees.py.jinja
 # target    sm_90
-"""before_leaf: how many are before each chunk, and where each leaf's list begins."""
+"""before_leaf: how many are before each chunk."""
 
 import triton
 import triton.language as tl
@@ -10,8 +10,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["chunks"])
 def before_leaf(
-    COUNTS,  # [Z, 8, chunks, 256]
-    OFFSETS,  # [Z, 8, 257]
+    COUNTS,  # [Z, 8, chunks + 1, 256] tokens of leaves
     chunks,  # of 128 tokens, of the longest sequence
     SEQ,  # [Z, 6] sequences
 ):
@@ -20,16 +19,13 @@ def before_leaf(
     k_len = tl.load(SEQ + z * 6 + 5)
     of = z.to(tl.int64) * 8 + head
     e = tl.arange(0, 256)
-    counts = COUNTS + of * chunks * 256 + e[None, :]
+    counts = COUNTS + of * (chunks + 1) * 256 + e[None, :]
     total = tl.zeros([256], tl.int32)
     used = (k_len + 127) // 128
-    for c0 in range(0, used, 16):
+    # behind the last chunk: all of them
+    for c0 in range(0, used + 1, 16):
         c = c0 + tl.arange(0, 16)[:, None]
         found = tl.load(counts + c * 256, mask=c < used, other=0)
         through = tl.cumsum(found, 0)
-        tl.store(counts + c * 256, total[None, :] + through - found, mask=c < used)
+        tl.store(counts + c * 256, total[None, :] + through - found, mask=c <= used)
         total += tl.sum(found, 0)
-    offsets = OFFSETS + of * 257
-    through = tl.cumsum(total, 0)
-    tl.store(offsets + e, through - total)
-    tl.store(offsets + 256, tl.sum(total, 0))

@@ -122,7 +122,7 @@ def place_keys(key, low, high, ties, above_before, ties_before):
     return taken, slot, above_before + (total & 0xFFFF), ties_before + (total >> 16)
 
 
-@triton.jit(do_not_specialize=["key_rows", "length", "num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences"])
 def descend_leaf(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -130,10 +130,7 @@ def descend_leaf(
     q_h,  # Q: head stride
     UNIT,  # f32[8, 256, 128] centroids at unit length
     PARENT,  # [rows, 8, 4] surviving parents
-    OFFSETS,  # [Z, 8, 257]
-    LIST,  # [8, key rows] tokens of leaves, one after another
-    key_rows,  # of all sequences
-    length,  # rows of keys from one sequence to the next; packed: 0
+    FIRST,  # [Z, 8, 256] the first of each, from 2^31 - 1 down
     SELECTION,  # [rows, 8, 8]
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
@@ -153,27 +150,27 @@ def descend_leaf(
     token = t0 + tl.arange(0, BLOCK_T)
     alive = token < q_len
     q_base = Q + z.to(tl.int64) * q_b
-    q0 = tl.zeros([BLOCK_T, 128], tl.float32)
-    for i in range(0, 4):
-        row_head = head * 4 + i + token * 0
-        q0 += load_queries(q_base, q_first + token, q_t, row_head, q_h, alive, 0, 128)
 
     # nodes, and the first token of each
     e = tl.arange(0, 256)
     inside = e < 256
-    offsets = OFFSETS + (z.to(tl.int64) * 8 + head) * 257
-    tokens = LIST + head.to(tl.int64) * key_rows + z.to(tl.int64) * length + k_row
-    first = tl.full([256], 0x7FFFFFFF, tl.int32)
+    firsts = FIRST + (z.to(tl.int64) * 8 + head) * 256
+    first = tl.zeros([256], tl.int32)
     for i in range(0, 1):
-        leaf = e * 1 + i
-        begin = tl.load(offsets + leaf, mask=inside, other=0)
-        end = tl.load(offsets + leaf + 1, mask=inside, other=0)
-        first = tl.minimum(first, tl.load(tokens + begin, mask=begin < end, other=0x7FFFFFFF))
+        first = tl.maximum(first, tl.load(firsts + e * 1 + i, mask=inside, other=0))
+    first = 0x7FFFFFFF - first
 
     # score, of the nodes that have a token which the row sees
     unit = UNIT + head.to(tl.int64) * 32768
-    u0 = load_tile_masked(unit, e, inside, 128, 0, 128)
-    s = tl.dot(q0, tl.trans(u0), input_precision="tf32x3")
+    s = tl.zeros([BLOCK_T, 256], tl.float32)
+    # few columns at a time, for a thread to hold little of all nodes
+    for d in range(0, 128, 32):
+        q = tl.zeros([BLOCK_T, 32], tl.float32)
+        for i in range(0, 4):
+            row_head = head * 4 + i + token * 0
+            q += load_queries(q_base + d, q_first + token, q_t, row_head, q_h, alive, 0, 32)
+        u = load_tile_masked(unit + d, e, inside, 128, 0, 32)
+        s = tl.dot(q, tl.trans(u), s, input_precision="tf32x3")
     seen = tl.where(alive, tl.minimum(q_offset + token + 1, k_len), 0)
     there = first[None, :] < seen[:, None]
     row = (q_start + token).to(tl.int64) * 8 + head

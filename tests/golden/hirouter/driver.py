@@ -20,7 +20,7 @@ from .descend_branch import descend_branch
 from .descend_leaf import descend_leaf
 from .gather_selected import gather_selected
 from .index_selected import index_selected
-from .place_leaf import place_leaf
+from .keep_token import keep_token
 from .sift_token import sift_token
 from .tally_leaf import tally_leaf
 from .unit_branch import unit_branch
@@ -51,20 +51,16 @@ CONFIG = {
         "num_stages": 1,
     },
     "tally_leaf": {
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 1,
     },
     "before_leaf": {
         "num_warps": 4,
         "num_stages": 1,
     },
-    "place_leaf": {
-        "num_warps": 4,
-        "num_stages": 1,
-    },
     "descend_branch": {
-        "BLOCK_T": 16,
-        "num_warps": 8,
+        "BLOCK_T": 64,
+        "num_warps": 4,
         "num_stages": 1,
     },
     "descend_leaf": {
@@ -72,9 +68,17 @@ CONFIG = {
         "num_warps": 8,
         "num_stages": 1,
     },
+    "keep_token": {
+        "BLOCK_T": 32,
+        "BLOCK_N": 64,
+        "BLOCK_K": 1024,
+        "num_warps": 8,
+        "num_stages": 1,
+    },
     "sift_token": {
         "BLOCK_N": 64,
         "BLOCK_K": 1024,
+        "BLOCK_R": 1,
         "num_warps": 4,
         "num_stages": 1,
     },
@@ -120,7 +124,7 @@ def forward(tensors, batch, config, selection=None):
     in_leaf_centroids = tensors["leaf_centroids"]
 
     if selection is None:
-        # tokens by leaf: leaf
+        # leaves of tokens: leaf
         key_rows_leaf = in_k.shape[0] * in_k.shape[1]
         length_leaf = 0 if batch.packed else in_k.shape[1]
         chunks_leaf = max(1, (batch.keys + 127) // 128)
@@ -135,8 +139,8 @@ def forward(tensors, batch, config, selection=None):
         )
         made_branch_nodes = torch.empty(
             (
-                key_rows_leaf,
                 8,
+                key_rows_leaf,
             ),
             dtype=torch.int32,
             device=in_q.device,
@@ -152,8 +156,8 @@ def forward(tensors, batch, config, selection=None):
         )
         made_leaf_nodes = torch.empty(
             (
-                key_rows_leaf,
                 8,
+                key_rows_leaf,
             ),
             dtype=torch.int32,
             device=in_q.device,
@@ -162,25 +166,17 @@ def forward(tensors, batch, config, selection=None):
             (
                 batch.sequences,
                 8,
-                chunks_leaf,
+                chunks_leaf + 1,
                 256,
             ),
             dtype=torch.int32,
             device=in_q.device,
         )
-        offsets_leaf = torch.empty(
+        first_leaf = torch.zeros(
             (
                 batch.sequences,
                 8,
-                257,
-            ),
-            dtype=torch.int32,
-            device=in_q.device,
-        )
-        tokens_leaf = torch.empty(
-            (
-                8,
-                key_rows_leaf,
+                256,
             ),
             dtype=torch.int32,
             device=in_q.device,
@@ -208,6 +204,7 @@ def forward(tensors, batch, config, selection=None):
             in_k.stride(2),
             made_branch_keys,
             made_branch_nodes,
+            key_rows_leaf,
             length_leaf,
             batch.table,
             **config["assign_branch"],
@@ -236,6 +233,7 @@ def forward(tensors, batch, config, selection=None):
             made_leaf_keys,
             made_branch_nodes,
             made_leaf_nodes,
+            key_rows_leaf,
             length_leaf,
             batch.table,
             **config["assign_leaf"],
@@ -248,6 +246,8 @@ def forward(tensors, batch, config, selection=None):
         tally_leaf[grid](
             made_leaf_nodes,
             counts_leaf,
+            first_leaf,
+            key_rows_leaf,
             chunks_leaf,
             length_leaf,
             batch.table,
@@ -259,30 +259,11 @@ def forward(tensors, batch, config, selection=None):
         )
         before_leaf[grid](
             counts_leaf,
-            offsets_leaf,
             chunks_leaf,
             batch.table,
             **config["before_leaf"],
         )
-        grid = (
-            chunks_leaf,
-            8,
-            batch.sequences,
-        )
-        place_leaf[grid](
-            made_leaf_nodes,
-            counts_leaf,
-            offsets_leaf,
-            tokens_leaf,
-            key_rows_leaf,
-            chunks_leaf,
-            length_leaf,
-            batch.table,
-            **config["place_leaf"],
-        )
         made_branch_nodes = None  # what comes next may have its memory
-        made_leaf_nodes = None
-        counts_leaf = None
         # choose: branch
         made_branch_selection = torch.empty(
             (
@@ -304,10 +285,7 @@ def forward(tensors, batch, config, selection=None):
             in_q.stride(1),
             in_q.stride(2),
             made_branch_keys,
-            offsets_leaf,
-            tokens_leaf,
-            key_rows_leaf,
-            length_leaf,
+            first_leaf,
             made_branch_selection,
             batch.table,
             batch.sequences,
@@ -335,25 +313,31 @@ def forward(tensors, batch, config, selection=None):
             in_q.stride(2),
             made_leaf_keys,
             made_branch_selection,
-            offsets_leaf,
-            tokens_leaf,
-            key_rows_leaf,
-            length_leaf,
+            first_leaf,
             made_leaf_selection,
             batch.table,
             batch.sequences,
             **config["descend_leaf"],
         )
         # choose: token
-        items_token = (batch.rows + batch.sequences) * 8
-        room_token = max(1, batch.keys)
-        most_token = max(1, max(SCRATCH_BYTES, batch.rows * 4096) // (8 * room_token))
-        programs_token = min(items_token, 4 * batch.processors, most_token)
-        scratch_token = torch.empty(
+        tiles_token = batch.rows // config["keep_token"]["BLOCK_T"] + batch.sequences
+        most_token = max(SCRATCH_BYTES // 4, batch.rows * 4096) // 4
+        room_keep_token = 256 + 4 * config["keep_token"]["BLOCK_K"]
+        programs_keep_token = max(1, min(tiles_token * 8, 8 * batch.processors, most_token // room_keep_token))
+        room_sift_token = 256 + 4 * config["sift_token"]["BLOCK_K"] + 4226 * config["keep_token"]["BLOCK_T"]
+        programs_sift_token = max(1, min(tiles_token * 8, 4 * batch.processors, most_token // room_sift_token))
+        scratch_keep_token = torch.empty(
             (
-                programs_token,
-                2,
-                room_token,
+                programs_keep_token,
+                room_keep_token,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        scratch_sift_token = torch.empty(
+            (
+                programs_sift_token,
+                room_sift_token,
             ),
             dtype=torch.int32,
             device=in_q.device,
@@ -368,7 +352,23 @@ def forward(tensors, batch, config, selection=None):
             dtype=torch.int32,
             device=in_q.device,
         )
-        grid = (programs_token,)
+        grid = (programs_keep_token,)
+        keep_token[grid](
+            made_leaf_selection,
+            made_leaf_nodes,
+            counts_leaf,
+            key_rows_leaf,
+            length_leaf,
+            chunks_leaf,
+            scratch_keep_token,
+            room_keep_token,
+            made_token_selection,
+            tiles_token,
+            batch.table,
+            batch.sequences,
+            **config["keep_token"],
+        )
+        grid = (programs_sift_token,)
         sift_token[grid](
             in_q,
             0 if batch.packed else in_q.stride(0),
@@ -379,19 +379,22 @@ def forward(tensors, batch, config, selection=None):
             in_k.stride(1),
             in_k.stride(2),
             made_leaf_selection,
-            offsets_leaf,
-            tokens_leaf,
+            made_leaf_nodes,
+            counts_leaf,
             key_rows_leaf,
             length_leaf,
-            scratch_token,
-            room_token,
+            chunks_leaf,
+            scratch_sift_token,
+            room_sift_token,
             made_token_selection,
-            items_token,
+            tiles_token,
             batch.table,
             batch.sequences,
             **config["sift_token"],
+            BLOCK_T=config["keep_token"]["BLOCK_T"],
         )
-        scratch_token = None  # what comes next may have its memory
+        scratch_keep_token = None  # what comes next may have its memory
+        scratch_sift_token = None
     else:
         made_token_selection = in_order(selection["token"])
         made_branch_selection = selection.get("branch")
@@ -554,7 +557,7 @@ def select(tensors, batch, config):
     in_branch_centroids = tensors["branch_centroids"]
     in_leaf_centroids = tensors["leaf_centroids"]
 
-    # tokens by leaf: leaf
+    # leaves of tokens: leaf
     key_rows_leaf = in_k.shape[0] * in_k.shape[1]
     length_leaf = 0 if batch.packed else in_k.shape[1]
     chunks_leaf = max(1, (batch.keys + 127) // 128)
@@ -569,8 +572,8 @@ def select(tensors, batch, config):
     )
     made_branch_nodes = torch.empty(
         (
-            key_rows_leaf,
             8,
+            key_rows_leaf,
         ),
         dtype=torch.int32,
         device=in_q.device,
@@ -586,8 +589,8 @@ def select(tensors, batch, config):
     )
     made_leaf_nodes = torch.empty(
         (
-            key_rows_leaf,
             8,
+            key_rows_leaf,
         ),
         dtype=torch.int32,
         device=in_q.device,
@@ -596,25 +599,17 @@ def select(tensors, batch, config):
         (
             batch.sequences,
             8,
-            chunks_leaf,
+            chunks_leaf + 1,
             256,
         ),
         dtype=torch.int32,
         device=in_q.device,
     )
-    offsets_leaf = torch.empty(
+    first_leaf = torch.zeros(
         (
             batch.sequences,
             8,
-            257,
-        ),
-        dtype=torch.int32,
-        device=in_q.device,
-    )
-    tokens_leaf = torch.empty(
-        (
-            8,
-            key_rows_leaf,
+            256,
         ),
         dtype=torch.int32,
         device=in_q.device,
@@ -642,6 +637,7 @@ def select(tensors, batch, config):
         in_k.stride(2),
         made_branch_keys,
         made_branch_nodes,
+        key_rows_leaf,
         length_leaf,
         batch.table,
         **config["assign_branch"],
@@ -670,6 +666,7 @@ def select(tensors, batch, config):
         made_leaf_keys,
         made_branch_nodes,
         made_leaf_nodes,
+        key_rows_leaf,
         length_leaf,
         batch.table,
         **config["assign_leaf"],
@@ -682,6 +679,8 @@ def select(tensors, batch, config):
     tally_leaf[grid](
         made_leaf_nodes,
         counts_leaf,
+        first_leaf,
+        key_rows_leaf,
         chunks_leaf,
         length_leaf,
         batch.table,
@@ -693,30 +692,11 @@ def select(tensors, batch, config):
     )
     before_leaf[grid](
         counts_leaf,
-        offsets_leaf,
         chunks_leaf,
         batch.table,
         **config["before_leaf"],
     )
-    grid = (
-        chunks_leaf,
-        8,
-        batch.sequences,
-    )
-    place_leaf[grid](
-        made_leaf_nodes,
-        counts_leaf,
-        offsets_leaf,
-        tokens_leaf,
-        key_rows_leaf,
-        chunks_leaf,
-        length_leaf,
-        batch.table,
-        **config["place_leaf"],
-    )
     made_branch_nodes = None  # what comes next may have its memory
-    made_leaf_nodes = None
-    counts_leaf = None
 
     # choose: branch
     made_branch_selection = torch.empty(
@@ -739,10 +719,7 @@ def select(tensors, batch, config):
         in_q.stride(1),
         in_q.stride(2),
         made_branch_keys,
-        offsets_leaf,
-        tokens_leaf,
-        key_rows_leaf,
-        length_leaf,
+        first_leaf,
         made_branch_selection,
         batch.table,
         batch.sequences,
@@ -771,10 +748,7 @@ def select(tensors, batch, config):
         in_q.stride(2),
         made_leaf_keys,
         made_branch_selection,
-        offsets_leaf,
-        tokens_leaf,
-        key_rows_leaf,
-        length_leaf,
+        first_leaf,
         made_leaf_selection,
         batch.table,
         batch.sequences,
@@ -782,15 +756,24 @@ def select(tensors, batch, config):
     )
 
     # choose: token
-    items_token = (batch.rows + batch.sequences) * 8
-    room_token = max(1, batch.keys)
-    most_token = max(1, max(SCRATCH_BYTES, batch.rows * 4096) // (8 * room_token))
-    programs_token = min(items_token, 4 * batch.processors, most_token)
-    scratch_token = torch.empty(
+    tiles_token = batch.rows // config["keep_token"]["BLOCK_T"] + batch.sequences
+    most_token = max(SCRATCH_BYTES // 4, batch.rows * 4096) // 4
+    room_keep_token = 256 + 4 * config["keep_token"]["BLOCK_K"]
+    programs_keep_token = max(1, min(tiles_token * 8, 8 * batch.processors, most_token // room_keep_token))
+    room_sift_token = 256 + 4 * config["sift_token"]["BLOCK_K"] + 4226 * config["keep_token"]["BLOCK_T"]
+    programs_sift_token = max(1, min(tiles_token * 8, 4 * batch.processors, most_token // room_sift_token))
+    scratch_keep_token = torch.empty(
         (
-            programs_token,
-            2,
-            room_token,
+            programs_keep_token,
+            room_keep_token,
+        ),
+        dtype=torch.int32,
+        device=in_q.device,
+    )
+    scratch_sift_token = torch.empty(
+        (
+            programs_sift_token,
+            room_sift_token,
         ),
         dtype=torch.int32,
         device=in_q.device,
@@ -805,7 +788,23 @@ def select(tensors, batch, config):
         dtype=torch.int32,
         device=in_q.device,
     )
-    grid = (programs_token,)
+    grid = (programs_keep_token,)
+    keep_token[grid](
+        made_leaf_selection,
+        made_leaf_nodes,
+        counts_leaf,
+        key_rows_leaf,
+        length_leaf,
+        chunks_leaf,
+        scratch_keep_token,
+        room_keep_token,
+        made_token_selection,
+        tiles_token,
+        batch.table,
+        batch.sequences,
+        **config["keep_token"],
+    )
+    grid = (programs_sift_token,)
     sift_token[grid](
         in_q,
         0 if batch.packed else in_q.stride(0),
@@ -816,19 +815,22 @@ def select(tensors, batch, config):
         in_k.stride(1),
         in_k.stride(2),
         made_leaf_selection,
-        offsets_leaf,
-        tokens_leaf,
+        made_leaf_nodes,
+        counts_leaf,
         key_rows_leaf,
         length_leaf,
-        scratch_token,
-        room_token,
+        chunks_leaf,
+        scratch_sift_token,
+        room_sift_token,
         made_token_selection,
-        items_token,
+        tiles_token,
         batch.table,
         batch.sequences,
         **config["sift_token"],
+        BLOCK_T=config["keep_token"]["BLOCK_T"],
     )
-    scratch_token = None  # what comes next may have its memory
+    scratch_keep_token = None  # what comes next may have its memory
+    scratch_sift_token = None
 
     return {
         "branch": made_branch_selection,

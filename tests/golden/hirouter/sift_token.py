@@ -2,10 +2,68 @@
 # spec      hirouter  sha256 000000000000
 # template  trees.py.jinja
 # target    sm_90
-"""sift_token: the best tokens of each row, of those in its leaves."""
+"""sift_token: the best tokens in each row's leaves, of all other tiles of rows."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def bisect_start(candidates, forced, k):
+    """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
+    few = candidates <= k
+    low = tl.zeros_like(candidates) - 0x7FFFFFFF
+    high = tl.where(few, low, 0x7FFFFFFF)
+    return low, high, tl.where(few, candidates, forced)
+
+
+@triton.jit
+def narrow(low, high, key):
+    """The interval without what lies outside of the keys of candidates that are not forced.  -> low, high"""
+    least = tl.min(tl.where(key < -0x7FFFFFFF, 0x7FFFFFFF, key), 1)
+    greatest = tl.max(tl.where(key == 0x7FFFFFFF, -0x7FFFFFFF - 1, key), 1)
+    least = tl.maximum(tl.minimum(least, greatest), -0x7FFFFFFF)
+    done = low == high
+    return tl.where(done, low, least), tl.where(done, high, greatest + 1)
+
+
+@triton.jit
+def bisect_middle(low, high):
+    """Halfway, rounded down, without overflow; `low` itself: the row is done."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def bisect_step(low, high, above, middle, count, k):
+    """Halve the interval, knowing the count of keys >= middle.  All [R]"""
+    unfinished = middle != low
+    lower = unfinished & (count <= k)
+    low = tl.where(unfinished & (count >= k), middle, low)
+    high = tl.where(lower, middle, high)
+    return low, high, tl.where(lower, count, above)
+
+
+@triton.jit
+def missing_ties(low, high, above, k):
+    """How many keys equal to low are taken.  -> [R]"""
+    return tl.where(low < high, tl.maximum(k - above, 0), 0)
+
+
+@triton.jit
+def place_keys(key, low, high, ties, above_before, ties_before):
+    """Which keys are taken, and into which slot.  key: [R, N] -> taken, slot: [R, N], the two counts: [R]
+
+    `ties`: keys equal to low that are taken.  One scan counts both kinds, 16 bits each: N < 32768.
+    """
+    above = (key >= high[:, None]).to(tl.int32)
+    tie = (key == low[:, None]).to(tl.int32) * (1 - above)
+    both = tl.cumsum(above + (tie << 16), 1)
+    above_through = above_before[:, None] + (both & 0xFFFF)
+    ties_through = ties_before[:, None] + (both >> 16)
+    slot = above_through + tl.minimum(ties_through, ties[:, None]) - 1
+    taken = (above + tie * (ties_through <= ties[:, None]).to(tl.int32)) > 0
+    total = tl.max(both, 1)
+    return taken, slot, above_before + (total & 0xFFFF), ties_before + (total >> 16)
 
 
 @triton.jit
@@ -51,37 +109,43 @@ def order_key(score):
 
 
 @triton.jit
-def bisect_start(candidates, forced, k):
-    """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
-    few = candidates <= k
-    low = tl.zeros_like(candidates) - 0x7FFFFFFF
-    high = tl.where(few, low, 0x7FFFFFFF)
-    return low, high, tl.where(few, candidates, forced)
+def keep_best(state, keys, tokens, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The best of each row to the front, ascending as they were.
+
+    state: [2, BLOCK_T] how many each row has, which becomes how many it keeps, and the key that whatever comes
+    later must be greater than; in memory, since what is best for a dot is not for long rows.
+    """
+    slot = tl.arange(0, 2048)[None, :]
+    tl.debug_barrier()
+    for r0 in range(0, BLOCK_T, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        found = tl.load(state + r)
+        place = r[:, None] * 2048 + slot
+        key = tl.load(keys + place, mask=slot < found[:, None], other=-0x7FFFFFFF - 1)
+        forced = tl.zeros_like(found)
+        wanted = 1024
+        low, high, above = bisect_start(found, forced, wanted)
+        low, high = narrow(low, high, key)
+        middle = bisect_middle(low, high)
+        while tl.max((middle != low).to(tl.int32), 0) > 0:
+            count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+            low, high, above = bisect_step(low, high, above, middle, count, wanted)
+            middle = bisect_middle(low, high)
+        ties = missing_ties(low, high, above, wanted)
+        none = tl.zeros_like(above)
+        taken, to, _, _ = place_keys(key, low, high, ties, none, none)
+        n = tl.load(tokens + place, mask=taken, other=0)
+        tl.debug_barrier()
+        tl.store(keys + r[:, None] * 2048 + to, key, mask=taken)
+        tl.store(tokens + r[:, None] * 2048 + to, n, mask=taken)
+        tl.store(state + r, above + ties)
+        least = tl.where(above + ties < wanted, -0x7FFFFFFF - 1, low)
+        tl.store(state + BLOCK_T + r, least)
+    tl.debug_barrier()
 
 
-@triton.jit
-def bisect_middle(low, high):
-    """Halfway, rounded down, without overflow; `low` itself: the row is done."""
-    return (low & high) + ((low ^ high) >> 1)
 
-
-@triton.jit
-def bisect_step(low, high, above, middle, count, k):
-    """Halve the interval, knowing the count of keys >= middle.  All [R]"""
-    unfinished = middle != low
-    lower = unfinished & (count <= k)
-    low = tl.where(unfinished & (count >= k), middle, low)
-    high = tl.where(lower, middle, high)
-    return low, high, tl.where(lower, count, above)
-
-
-@triton.jit
-def missing_ties(low, high, above, k):
-    """How many keys equal to low are taken.  -> [R]"""
-    return tl.where(low < high, tl.maximum(k - above, 0), 0)
-
-
-@triton.jit(do_not_specialize=["key_rows", "length", "room", "items", "num_sequences"])
+@triton.jit(do_not_specialize=["key_rows", "length", "chunks", "room", "tiles", "num_sequences"])
 def sift_token(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -92,108 +156,129 @@ def sift_token(
     k_t,  # K: token stride
     k_h,  # K: head stride
     PARENT,  # [rows, 8, 8] surviving parents
-    OFFSETS,  # [Z, 8, 257]
-    LIST,  # [8, key rows] tokens of leaves, one after another
+    NODES,  # [8, key rows] the node of each token
+    COUNTS,  # [Z, 8, chunks + 1, 256] tokens of leaves
     key_rows,  # of all sequences
     length,  # rows of keys from one sequence to the next; packed: 0
-    SCRATCH,  # [programs, 2, room] keys, and their tokens
-    room,  # keys of the longest sequence, at least
+    chunks,  # of 128 tokens, of the longest sequence
+    SCRATCH,  # [programs, room]
+    room,  # of a program's words
     SELECTION,  # [rows, 8, 1024]
-    items,  # rows of all sequences and one more each, times heads
+    tiles,  # of rows of all sequences
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_N: tl.constexpr,  # entries a step
     BLOCK_K: tl.constexpr,  # slots a step
+    BLOCK_R: tl.constexpr,  # rows a program
 ):
-    # one row of one key head after the other, by a scratch of its own
-    keys = SCRATCH + tl.program_id(0).to(tl.int64) * 2 * room
-    tokens = keys + room
-    steps = tl.arange(0, BLOCK_K)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        head = item % 8
-        z, t = find_sequence(SEQ, num_sequences, item // 8, 1, 0, 1)
+    # what a program has for itself: a word for each leaf, tokens that a tile's rows have, and the words of these
+    words = SCRATCH + tl.program_id(0).to(tl.int64) * room
+    listed = words + 256
+    bits = listed + 2 * BLOCK_K
+    t = tl.arange(0, BLOCK_T)
+    for item in range(tl.program_id(0), tiles * 8, tl.num_programs(0)):
+        # rows: BLOCK_T tokens of one key head
+        head = item // tiles
+        z, t0 = find_sequence(SEQ, num_sequences, item % tiles, BLOCK_T, 0, 1)
         q_start = tl.load(SEQ + z * 6)
         q_first = tl.load(SEQ + z * 6 + 1)
         q_len = tl.load(SEQ + z * 6 + 2)
         q_offset = tl.load(SEQ + z * 6 + 3)
         k_row = tl.load(SEQ + z * 6 + 4)
         k_len = tl.load(SEQ + z * 6 + 5)
-        there = t < q_len
-        seen = tl.where(there, tl.minimum(q_offset + t + 1, k_len), 0)
-        row = (q_start + t).to(tl.int64) * 8 + head
+        alive = t0 + t < q_len
+        seen = tl.where(alive, tl.maximum(tl.minimum(q_offset + t0 + t + 1, k_len), 0), 0)
+        last = tl.max(seen, 0)
+        row = (q_start + t0 + t).to(tl.int64) * 8 + head
 
-        # score: the row's leaves, one after the other, up to the last token that it sees
-        rows = tl.arange(0, 16)
-        asked = rows < tl.where(there, 4, 0)
-        q_base = Q + z.to(tl.int64) * q_b
-        q_token = q_first + t + rows * 0
-        q0 = load_queries(q_base, q_token, q_t, head * 4 + rows, q_h, asked, 0, 128)
-        k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
-        offsets = OFFSETS + (z.to(tl.int64) * 8 + head) * 257
-        listed = LIST + head.to(tl.int64) * key_rows + z.to(tl.int64) * length + k_row
-        found = tl.zeros([], tl.int32)
-        forced = tl.zeros([], tl.int32)
-        tl.debug_barrier()  # the row before has read all that is written over
+        # no row has more tokens than its leaves have up to the end of the last one's chunk
+        chunk = (z.to(tl.int64) * 8 + head) * (chunks + 1) + (last + 127) // 128
+        most = tl.zeros([BLOCK_T], tl.int32)
         for j in range(0, 8):
-            leaf = tl.load(PARENT + row * 8 + j, mask=there, other=-1)
-            i = tl.load(offsets + leaf, mask=leaf >= 0, other=0)
-            end = tl.load(offsets + leaf + 1, mask=leaf >= 0, other=0)
-            while i < end:
-                at = i + tl.arange(0, BLOCK_N)
-                n = tl.load(listed + at, mask=at < end, other=1 << 30)
-                inside = n < seen
-                k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-                s = tl.dot(k0, tl.trans(q0), input_precision="tf32x3")
-                s = tl.sum(s, 1)
-                place = found + tl.arange(0, BLOCK_N)
-                tl.store(keys + place, order_key(s * 0.08838834764831843), mask=inside)
-                tl.store(tokens + place, n, mask=inside)
-                many = tl.sum(inside.to(tl.int32), 0)
-                found += many
-                i = tl.where(many == BLOCK_N, i + BLOCK_N, end)
-        tl.debug_barrier()
-
-        # select: where the best keys begin, and of those equal to that the last token
-        wanted = 1024
-        low, high, above = bisect_start(found, forced, wanted)
-        middle = bisect_middle(low, high)
-        while middle != low:
-            count = tl.zeros([], tl.int32)
-            for n0 in range(0, found, BLOCK_K):
-                key = tl.load(keys + n0 + steps, mask=n0 + steps < found, other=-0x7FFFFFFF - 1)
-                count += tl.sum((key >= middle).to(tl.int32), 0)
-            low, high, above = bisect_step(low, high, above, middle, count, wanted)
-            middle = bisect_middle(low, high)
-        ties = missing_ties(low, high, above, wanted)
-        until = tl.full([], -1, tl.int32)
-        if ties > 0:
-            after = seen - 1
-            while until + 1 < after:
-                middle = (until + after) // 2
-                count = tl.zeros([], tl.int32)
-                for n0 in range(0, found, BLOCK_K):
-                    inside = n0 + steps < found
-                    key = tl.load(keys + n0 + steps, mask=inside, other=-0x7FFFFFFF - 1)
-                    n = tl.load(tokens + n0 + steps, mask=inside, other=0x7FFFFFFF)
-                    count += tl.sum(((key == low) & (n <= middle)).to(tl.int32), 0)
-                until = tl.where(count < ties, middle, until)
-                after = tl.where(count < ties, after, middle)
-            until = after
-
-        # the tokens move to the front, behind those that are read, and are put in order
-        kept = tl.zeros([], tl.int32)
-        for n0 in range(0, found, BLOCK_K):
-            inside = n0 + steps < found
-            key = tl.load(keys + n0 + steps, mask=inside, other=-0x7FFFFFFF - 1)
-            n = tl.load(tokens + n0 + steps, mask=inside, other=0x7FFFFFFF)
-            taken = inside & ((key >= high) | ((key == low) & (n <= until)))
-            place = kept + tl.cumsum(taken.to(tl.int32), 0) - 1
-            kept += tl.sum(taken.to(tl.int32), 0)
+            leaf = tl.load(PARENT + row * 8 + j, mask=alive, other=-1)
+            most += tl.load(COUNTS + chunk * 256 + leaf, mask=leaf >= 0, other=0)
+        if tl.max(most, 0) > 1024:
+            chosen = SELECTION + ((q_start + t0).to(tl.int64) * 8 + head) * 1024
+            # queries: a dot of keys with all heads of a group is one with their sum
+            q_base = Q + z.to(tl.int64) * q_b
+            q_token = q_first + t0 + t
+            q0 = tl.zeros([BLOCK_T, 128], tl.float32)
+            for i in range(0, 4):
+                row_head = head * 4 + i + t * 0
+                q0 += load_queries(q_base, q_token, q_t, row_head, q_h, alive, 0, 128)
+            # which is as many numbers of the keys' type as have all its bits
+            q0_0 = q0.to(K.dtype.element_ty)
+            q0 -= q0_0.to(tl.float32)
+            q0_1 = q0.to(K.dtype.element_ty)
+            q0 -= q0_1.to(tl.float32)
+            q0_2 = q0.to(K.dtype.element_ty)
+            k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
+            state = bits + 2 * BLOCK_K
+            scored = state + 2 * BLOCK_T
+            keys = scored + BLOCK_T * BLOCK_N
+            tokens = keys + BLOCK_T * 2048
+            least = tl.full([BLOCK_T], -0x7FFFFFFF - 1, tl.int32)
+            # a bit for each row that has the leaf
+            for e0 in range(0, 256, 64):
+                e = e0 + tl.arange(0, 64)
+                have = tl.zeros([64], tl.uint32)
+                for j in range(0, 8):
+                    leaf = tl.load(PARENT + row * 8 + j, mask=alive, other=-1)
+                    bit = tl.full([BLOCK_T], 1, tl.uint32) << t.to(tl.uint32)
+                    have |= tl.sum(tl.where(leaf[:, None] == e[None, :], bit[:, None], 0), 0)
+                tl.store(words + e, have.to(tl.int32, bitcast=True))
             tl.debug_barrier()
-            tl.store(tokens + place, n, mask=taken)
-        tl.debug_barrier()
-        slot = tl.arange(0, 1024)
-        n = tl.load(tokens + slot, mask=slot < kept, other=0x7FFFFFFF)
-        n = tl.sort(n)
-        stored = slot < tl.where(there, 1024, 0)
-        tl.store(SELECTION + row * 1024 + slot, tl.where(slot < kept, n, -1), mask=stored)
+
+            nodes = NODES + head.to(tl.int64) * key_rows + z.to(tl.int64) * length + k_row
+            many = tl.zeros([], tl.int32)
+            done = tl.zeros([], tl.int32)
+            found = tl.zeros([BLOCK_T], tl.int32)
+            for n0 in range(0, last, BLOCK_K):
+                x = n0 + tl.arange(0, BLOCK_K)
+                node = tl.load(nodes + x, mask=x < last, other=-1)
+                mark = tl.load(words + node, mask=node >= 0, other=0)
+                some = (mark != 0).to(tl.int32)
+                to = (many + tl.cumsum(some, 0) - 1) & (2 * BLOCK_K - 1)
+                tl.store(listed + to, x, mask=mark != 0)
+                tl.store(bits + to, mark, mask=mark != 0)
+                many += tl.sum(some, 0)
+                tl.debug_barrier()
+                until = tl.where(n0 + BLOCK_K < last, many - BLOCK_N, many)
+                while done < until:
+                    at = done + tl.arange(0, BLOCK_N)
+                    inside = at < many
+                    n = tl.load(listed + (at & (2 * BLOCK_K - 1)), mask=inside, other=0)
+                    word = tl.load(bits + (at & (2 * BLOCK_K - 1)), mask=inside, other=0)
+                    k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
+                    s = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+                    s = tl.dot(k0, tl.trans(q0_0), s, input_precision="tf32x3")
+                    s = tl.dot(k0, tl.trans(q0_1), s, input_precision="tf32x3")
+                    s = tl.dot(k0, tl.trans(q0_2), s, input_precision="tf32x3")
+                    # by way of memory, since what is best for a dot is not for counting along rows
+                    tl.store(scored + t[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None], order_key(s * 0.08838834764831843))
+                    tl.debug_barrier()
+                    key = tl.load(scored + t[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :])
+                    has = ((word[None, :] >> t[:, None]) & 1) != 0
+                    has &= n[None, :] < seen[:, None]
+                    # what is no better than the last of as many as are kept comes after it
+                    has &= key > least[:, None]
+                    place = t[:, None] * 2048 + found[:, None] + tl.cumsum(has.to(tl.int32), 1) - 1
+                    tl.store(keys + place, key, mask=has)
+                    tl.store(tokens + place, place - place + n[None, :], mask=has)
+                    found += tl.sum(has.to(tl.int32), 1)
+                    # the best stay where there may be no room for another step, and behind the last one
+                    ended = (n0 + BLOCK_K >= last) & (done + BLOCK_N >= many)
+                    if ended | (tl.max(found, 0) > 2048 - BLOCK_N):
+                        tl.store(state + t, found)
+                        keep_best(state, keys, tokens, BLOCK_T, BLOCK_R)
+                        found = tl.load(state + t)
+                        least = tl.load(state + BLOCK_T + t)
+                    tl.debug_barrier()
+                    done += BLOCK_N
+                tl.debug_barrier()
+            for s0 in range(0, 1024, 64):
+                slot = s0 + tl.arange(0, 64)[None, :]
+                there = alive[:, None] & (slot < 1024)
+                kept = tl.load(tokens + t[:, None] * 2048 + slot, mask=slot < found[:, None], other=-1)
+                tl.store(chosen + t[:, None] * 8192 + slot, kept, mask=there)

@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["chunks", "length"])
+@triton.jit(do_not_specialize=["key_rows", "chunks", "length"])
 def tally_leaf(
-    NODES,  # [key rows, 8] the node of each token
-    COUNTS,  # [Z, 8, chunks, 256]
+    NODES,  # [8, key rows] the node of each token
+    COUNTS,  # [Z, 8, chunks + 1, 256] tokens of leaves
+    FIRST,  # [Z, 8, 256] the first of each, from 2^31 - 1 down
+    key_rows,  # of all sequences
     chunks,  # of 128 tokens, of the longest sequence
     length,  # rows of keys from one sequence to the next; packed: 0
     SEQ,  # [Z, 6] sequences
@@ -25,8 +27,13 @@ def tally_leaf(
     n = tl.program_id(0) * 128 + tl.arange(0, 128)
     inside = n < k_len
     keys = z.to(tl.int64) * length + k_row
-    node = tl.load(NODES + (keys + n) * 8 + head, mask=inside, other=-1)
+    node = tl.load(NODES + head.to(tl.int64) * key_rows + keys + n, mask=inside, other=-1)
     e = tl.arange(0, 256)
-    found = tl.sum((node[:, None] == e[None, :]).to(tl.int32), 0)
-    row = (z.to(tl.int64) * 8 + head) * chunks + tl.program_id(0)
+    same = node[:, None] == e[None, :]
+    found = tl.sum(same.to(tl.int32), 0)
+    of = z.to(tl.int64) * 8 + head
+    row = of * (chunks + 1) + tl.program_id(0)
     tl.store(COUNTS + row * 256 + e, found)
+    # how far before the last number the first token is: 0 where a leaf has none
+    first = tl.max(tl.where(same, 0x7FFFFFFF - n[:, None], 0), 0)
+    tl.atomic_max(FIRST + of * 256 + e, first, mask=found > 0, sem="relaxed")
