@@ -86,8 +86,8 @@ def measure(
     kept = known.apart or choice  # what a call with gradients runs
     rows_apart = choice.program.rows_apart
     find = of_kernel.replays.find
-    forward = find(("forward", known, False, where.keys, rows_apart, True))
-    whole = find(("forward", known, kept is known.apart, where.keys, False, True))
+    forward = find(("forward", known, False, where.sizes, rows_apart, True))
+    whole = find(("forward", known, kept is known.apart, where.sizes, False, True))
     left_out = {"rows": False} if rows_apart else {}  # where nobody asks for gradients
     with torch.no_grad():
         outputs, apart, _ = of_kernel.record(call)

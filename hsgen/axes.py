@@ -33,7 +33,8 @@ MOST_AXES = 3
 # What a call of tiles has for kernels: by slot, and by tile.
 ORDER = pointer("ORDER", "i32", "[row slots] the row of each slot, -1 of none")
 TOKENS = pointer("TOKENS", "i32", "[tiles] how many tokens each tile of keys has")
-MADE_ORDER, MADE_TOKENS = "made_order", "made_tokens"
+MADE_ORDER, MADE_TOKENS, MADE_SLOTS = "made_order", "made_tokens", "made_slots"
+HEAD_FIRST = count("head_first", "the turn's first head")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,12 @@ class Tiling:
         return self.axes[0].tile * math.prod(axis.length for axis in self.axes[1:])
 
     @property
-    def slab_slots(self) -> int:
-        return self.across * self.slots
+    def strip(self) -> tuple[int, int]:
+        """Tiles that lie side by side along the last axis, and tokens of which no fewer begin their like."""
+        _, second, third = self._three
+        strips = -(-second.length // second.tile)  # of a slab, whose first step has one of each
+        tokens = min(second.tile * third.length, self.slab // strips)
+        return tokens, -(-third.length // third.tile)
 
     @property
     def places(self) -> int:
@@ -96,9 +101,26 @@ class Tiling:
         slab, some = divmod(planes, self.axes[0].tile)
         return slab * self.across + (self.across if some else of_slab)
 
+    def room(self, tokens: int, sequences: int = 1) -> int:
+        """No fewer tiles than have one of so many tokens, of sequences that begin at the first place."""
+        of = tokens - sequences
+        (strip, line), slab = self.strip, self.slab
+        room = (of // slab + sequences) * self.across
+        return max(1, min(room, (of // strip + sequences) * line))
+
+    def rooms(self, name: str, tokens: str, sequences: str) -> tuple[tuple[str, str], ...]:
+        """The same as sizes: `NAME_tiles`, and what it follows from."""
+        of, (strip, line) = f"({tokens} - {sequences})", self.strip
+        slabs, strips = f"{name}_slabs", f"{name}_strips"
+        return (
+            (slabs, f"{of} // {self.slab} + {sequences}"),
+            (strips, f"{of} // {strip} + {sequences}"),
+            (f"{name}_tiles", f"max(1, min({slabs} * {self.across}, {strips} * {line}))"),
+        )
+
     def held(self, keys: int) -> int:
-        """Slots that so many keys are given: those of whole slabs."""
-        return -(-keys // self.slab) * self.slab_slots
+        """Slots that so many keys of a sequence are given."""
+        return self.room(keys) * self.slots
 
     def __str__(self) -> str:
         return " x ".join(map(str, self.axes))
@@ -176,8 +198,7 @@ def in_slots(graph: Graph) -> tuple[Graph, Mapping[str, str]]:
                 alike[same] = node.name
                 if isinstance(op, Pool):
                     op = replace(op, size=tiling.slots, stride=tiling.slots)
-                    copy = copied.get(inputs[0])
-                    inputs = (inputs[0], copy.name if copy else first)
+                    inputs = (inputs[0], first)
                 else:
                     op, inputs = replace(op, block=tiling.slots), (*inputs, first)
             case Score() | Select() | SelectSet():
@@ -201,11 +222,48 @@ def _copy(source: Node, tiles: str) -> Node:
 # --- kernels
 
 
-def with_slots(context: rows.RowsContext) -> rows.RowsContext:
-    """The same loops whose rows are slots of tiles."""
-    at = [p.name for p in context.params].index("SEQ")
-    params = (*context.params[:at], ORDER, TOKENS, *context.params[at:])
-    return replace(context, params=params, slotted=True)
+def in_turns(context: rows.RowsContext, shape: rows.Shape, *, per_head: bool) -> rows.RowsContext:
+    """The same loops over slots for rows that are tokens, of a turn's heads, which keys and lists are of."""
+    names = [p.name for p in context.params]
+    before, after = names.index("TOKENS"), names.index("num_sequences") + 1
+    params = context.params
+    return replace(
+        context,
+        params=(*params[:before], ORDER, *params[before:after], HEAD_FIRST, *params[after:]),
+        key_head=rows.kv_head("k_h", shape, per_head=per_head, head="turn_head"),
+        value_head=rows.kv_head("v_h", shape, per_head=per_head, head="turn_head"),
+        slotted=True,
+        by_turns=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoomsContext:
+    """Everything `index.py.jinja` reads to tell where sequences lie among slots, one behind another."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    tiling: Tiling
+    whole: bool = False  # among tiles as well
+    how: str = "rooms"
+
+    @property
+    def summary(self) -> str:
+        return f"where sequences lie among the slots of tiles of {self.tiling}."
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return (
+            pointer("SLOTS", "i32", "[Z, 6] sequences as their slots lie"),
+            *((pointer("TILES", "i32", "[Z, 6] and as their tiles do"),) if self.whole else ()),
+            *rows.SEQ,
+            Param(name="BLOCK_N", kind="constexpr", comment="sequences a step"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +274,6 @@ class OrderContext:
     header: str = ""
     pieces: str = ""
     tiling: Tiling
-    whole: bool = False  # sequences of tiles are told as well
     how: str = "order"
 
     @property
@@ -234,10 +291,8 @@ class OrderContext:
             pointer("KEY_ORDER", "i32", "[key slots] the same of keys"),
             TOKENS,
             pointer("SLOTS", "i32", "[Z, 6] sequences as their slots lie"),
-            *((pointer("TILES", "i32", "[Z, 6] and as their tiles do"),) if self.whole else ()),
             *rows.SEQ,
-            count("slabs", "of keys, from one sequence to the next; 1 where they lie in one"),
-            Param(name="BLOCK_E", kind="constexpr", comment="tiles a program"),
+            count("row_tiles", "that there is room for; behind them come tiles of keys"),
         )
 
     @property
@@ -249,7 +304,8 @@ class OrderContext:
 class CopyContext:
     """Everything `segments.py.jinja` reads to put the tokens of tiles into their slots, or to pool them.
 
-    `rows`: they are queries, of which each tile gets the mean in float32.
+    `copies`: into the slots of a turn of heads.  `pools`: each tile gets a mean.
+    `rows`: they are queries, of which that is in float32.
     """
 
     name: str
@@ -282,15 +338,19 @@ class CopyContext:
     def params(self) -> tuple[Param, ...]:
         shape = f"{self.heads}, {self.head_dim}]"
         of_x = f"{self.heads * self.group}, {self.head_dim}]"
-        copied = pointer("COPIED", "input", f"[1, slots, {shape}")
+        copied = (
+            pointer("COPIED", "input", f"[1, slots, heads of a turn, {self.head_dim}]"),
+            Param(name="copied_t", kind="stride", comment="COPIED: slot stride"),
+        )
         means = f"[blocks, {shape}" if self.rows else f"[1, tiles, {shape}"
         pooled = pointer("POOLED", "f32" if self.rows or self.wide else "input", means)
         return (
             *rows.tensor("X", "x", f"[B, {'T' if self.rows else 'S'}, {of_x}", "bth"),
-            *((copied,) if self.copies else ()),
+            *(copied if self.copies else ()),
             *((pooled,) if self.pools else ()),
             pointer("ORDER", "i32", "[slots] the token of each slot, -1 of none"),
-            *rows.SEQ[:1],
+            *rows.SEQ,
+            *((HEAD_FIRST,) if self.copies else ()),
         )
 
     @property
@@ -302,6 +362,7 @@ class CopyContext:
 class PlaceContext:
     """Everything `segments.py.jinja` reads to give tokens gradients: those of slots, and of a tile's mean.
 
+    Slots are those of a turn of heads.
     `group`: gradients of a slot and head, which are added: those that each query head gave.
     """
 
@@ -312,14 +373,13 @@ class PlaceContext:
     heads: int
     head_dim: int
     group: int = 1
-    slots: bool = False
     means: bool = False
     rows: bool = False
     how: str = "place"
 
     @property
     def summary(self) -> str:
-        found = ["of their slots"] * self.slots + ["of their tile's mean"] * self.means
+        found = ["of their slots"] + ["of their tile's mean"] * self.means
         return f"gradients of {'queries' if self.rows else 'tokens'}: {' and '.join(found)}."
 
     @property
@@ -332,14 +392,16 @@ class PlaceContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        slots = pointer("GRADS", "input", f"[slots, {self.heads * self.group}, {self.head_dim}]")
+        of = f"{self.group} x heads of a turn" if self.group > 1 else "heads of a turn"
         means = pointer("MEANS", "f32", f"f32[tiles, {self.heads}, {self.head_dim}]")
         return (
-            *((slots,) if self.slots else ()),
+            pointer("GRADS", "input", f"[slots, {of}, {self.head_dim}]"),
+            Param(name="grads_t", kind="stride", comment="GRADS: slot stride"),
             *((means,) if self.means else ()),
             *rows.tensor("DX", "dx", f"[B, T, {self.heads}, {self.head_dim}]", "bth"),
             pointer("ORDER", "i32", "[slots] the token of each slot, -1 of none"),
-            *rows.SEQ[:1],
+            *rows.SEQ,
+            HEAD_FIRST,
         )
 
     @property
@@ -349,9 +411,8 @@ class PlaceContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UndoContext:
-    """Everything `merge.py.jinja` reads to go back from an output's gradient to those of branches, in slots.
-
-    `fine`, `coarse`: columns of gates; -1: without gates, or no such branch.
+    """Everything `merge.py.jinja` reads to go back from an output's gradient to that of a branch of tiles: of
+    a turn's heads in slots, or where its queries are those of tiles, of a tile.
     """
 
     name: str
@@ -361,14 +422,15 @@ class UndoContext:
     heads: int
     head_dim: int  # of a value
     branches: int = 0  # under gates of channels; 0: one without
-    fine: int = -1
-    coarse: int = -1
-    again: bool = False  # the branch's output was made again, in slots
+    column: int = 0  # of its gates
+    coarse: bool = False  # it has one output a tile
+    again: bool = False  # its output was made again, in slots
     how: str = "undo"
 
     @property
     def summary(self) -> str:
-        return "the output's gradient as branches of tiles have it, in slots, and delta."
+        of = "a tile's branch has it" if self.coarse else "a branch of tiles has it, in slots"
+        return f"the output's gradient as {of}, and delta."
 
     @property
     def padded_slots(self) -> int:
@@ -380,36 +442,44 @@ class UndoContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        kept = "f32" if self.branches else "input"
         gates = f"[B, T, Hq, {self.branches}, Dv]"
-        of = "[1, slots, Hq, Dv]" if self.again else "[B, T, Hq, Dv] of the branch"
-        by_tile, by_head = f"f32[tiles, {self.heads}, Dv]", f"f32[{self.heads}, tiles]"
+        gated = (
+            *rows.tensor("GATES", "g", gates, "bthc"),
+            *rows.tensor("DGATES", "dg", gates, "bthc"),
+        )
         return (
-            *rows.tensor("O", "o", of, "bth", kept),
+            *(self._of_tiles if self.coarse else self._in_slots),
             *rows.tensor("DO", "do", "[B, T, Hq, Dv]", "bth"),
             *rows.lse(),
             pointer("DLSE", "f32", "f32[B, Hq, T], as LSE"),
-            pointer("SLOT_DO", "input", f"[slots, {self.heads}, Dv]"),
-            pointer("SLOT_LSE", "f32", f"f32[{self.heads}, slots]"),
+            *(gated if self.branches else ()),
+            ORDER,
+            *rows.SEQ,
+            *(() if self.coarse else (HEAD_FIRST,)),
+        )
+
+    @property
+    def _of_tiles(self) -> tuple[Param, ...]:
+        by_tile, by_head = f"f32[tiles, {self.heads}, Dv]", f"f32[{self.heads}, tiles]"
+        return (
+            pointer("TILE_O", "f32", by_tile),
+            pointer("TILE_DO", "f32", by_tile),
+            pointer("TILE_LSE", "f32", by_head),
+            pointer("TILE_DELTA", "f32", by_head),
+            count("tiles", "from one head to the next"),
+        )
+
+    @property
+    def _in_slots(self) -> tuple[Param, ...]:
+        kept = "f32" if self.branches else "input"
+        of = "[1, slots, heads of a turn, Dv]" if self.again else "[B, T, Hq, Dv] of the branch"
+        return (
+            *rows.tensor("O", "o", of, "bth", kept),
+            pointer("SLOT_DO", "input", "[slots, heads of a turn, Dv]"),
+            Param(name="slot_t", kind="stride", comment="SLOT_DO: slot stride"),
+            pointer("SLOT_LSE", "f32", "f32[heads of a turn, slots]"),
             pointer("SLOT_DELTA", "f32", "f32, as SLOT_LSE"),
             count("slots", "from one head to the next"),
-            *(rows.tensor("GATES", "g", gates, "bthc") if self.branches else ()),
-            *(rows.tensor("DGATES", "dg", gates, "bthc") if self.branches else ()),
-            *(
-                (
-                    pointer("TILE_O", "f32", by_tile),
-                    pointer("COARSE_LSE", "f32", "f32[B, Hq, T], as LSE"),
-                    pointer("COARSE_DLSE", "f32", "f32[B, Hq, T], as LSE"),
-                    pointer("TILE_DO", "f32", by_tile),
-                    pointer("TILE_LSE", "f32", by_head),
-                    pointer("TILE_DELTA", "f32", by_head),
-                    count("tiles", "from one head to the next"),
-                )
-                if self.coarse >= 0
-                else ()
-            ),
-            ORDER,
-            *rows.SEQ[:1],
         )
 
     @property
@@ -425,7 +495,6 @@ class ChoosersContext:
     header: str = ""
     pieces: str = ""
     tiling: Tiling
-    heads: int  # selection heads
     how: str = "choosers"
 
     @property
@@ -439,15 +508,15 @@ class ChoosersContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        words = f"[tiles of rows, {self.heads}, capacity, {self.words}] rows as bits, by entry"
+        words = f"[tiles of rows, lists, capacity, {self.words}] rows as bits, by entry"
         return (
             pointer("WORDS", "i32", words),
-            pointer("COUNTS", "i32", f"[{self.heads}, tiles] tiles of rows"),
-            pointer("LIST", "i32", f"[{self.heads}, tiles, most] these, ascending"),
+            pointer("COUNTS", "i32", "[lists, tiles] tiles of rows"),
+            pointer("LIST", "i32", "[lists, tiles, most] these, ascending"),
             CAPACITY,
             count("tiles", "of keys, of all sequences"),
             MOST,
-            *rows.SEQ[:1],
+            *rows.SEQ,
             Param(name="BLOCK_N", kind="constexpr", comment="tiles of rows a step"),
         )
 

@@ -32,6 +32,7 @@ class Batch:
         rows: query rows of all sequences.
         keys: no sequence has more keys.
         packed: the sequences share one [1, total, H, D] tensor.
+        from_start: it is known that no sequence has a query before its position 0 or behind a prefix.
     """
 
     table: Tensor
@@ -39,6 +40,12 @@ class Batch:
     rows: int
     keys: int
     packed: bool
+    from_start: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, bool]:
+        """What a driver decides by, beside shapes."""
+        return self.keys, self.from_start
 
     @property
     def processors(self) -> int:
@@ -47,6 +54,10 @@ class Batch:
         Interpreted programs run one after the other: few of them, with several tiles each.
         """
         return _processors(self.table.device)
+
+    def laid(self, table: Tensor, rows: int, keys: int) -> Batch:
+        """The same sequences where their tokens lie in another order, of which a driver made the table."""
+        return replace(self, table=table, rows=rows, keys=keys)
 
     def tile_of(self, x: Tensor, rows: int, columns: int, heads: int = 1) -> object:
         """As `tiling.tile_of`, for drivers."""
@@ -97,7 +108,7 @@ def dense(
     equal = _equal_sequences(batch, tokens, offset, length, device)
     if not isinstance(kv_lens, Tensor) and not isinstance(q_offset, Tensor):
         return equal
-    table = equal.table.clone()
+    equal, table = replace(equal, from_start=False), equal.table.clone()
     if isinstance(kv_lens, Tensor):
         table[:, K_LEN] = kv_lens
     if isinstance(q_offset, Tensor):
@@ -137,8 +148,17 @@ def packed(
     if offset is None:
         offset = k_len - q_len
     table = torch.stack((q_first, q_first, q_len, offset, k_first, k_len), 1)
+    alike = cu_seqlens_q is cu_seqlens_k and kv_lens is None
+    from_start = alike if q_offset is None else isinstance(q_offset, int) and q_offset == 0
     longest = keys if max_seqlen_k is None else min(keys, max_seqlen_k)
-    return Batch(table=table, sequences=len(q_first), rows=rows, keys=longest, packed=True)
+    return Batch(
+        table=table,
+        sequences=len(q_first),
+        rows=rows,
+        keys=longest,
+        packed=True,
+        from_start=from_start,
+    )
 
 
 def _column(value: int | Tensor | None, like: Tensor) -> Tensor | None:
@@ -183,7 +203,14 @@ def _equal_sequences(
 
 def _new_batch(batch: int, tokens: int, offset: int, length: int, device: torch.device) -> Batch:
     table = _fill_table(batch, tokens, offset, length, device)
-    return Batch(table=table, sequences=batch, rows=batch * tokens, keys=length, packed=False)
+    return Batch(
+        table=table,
+        sequences=batch,
+        rows=batch * tokens,
+        keys=length,
+        packed=False,
+        from_start=offset == 0,
+    )
 
 
 def _fill_table(batch: int, tokens: int, offset: int, length: int, device: torch.device) -> Tensor:

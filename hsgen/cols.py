@@ -334,7 +334,7 @@ class ColsContext(rows.InTurn):
     tiled: int = 0  # > 0: rows are those of tiles, so many slots each, that chose a tile of keys
     words: int = 0  # of these a row's bit says whether it did
     list_of: str = ""  # which list of a tile's a query head reads
-    list_stride: int = 0  # of so many
+    list_stride: str = ""  # of so many
     wide: bool = False  # all tensors are in float32
     together: int = (
         0  # > 0: rows are those of blocks, so many each, of which any chose a block of keys
@@ -658,7 +658,9 @@ def of_tiles(shape: Shape, branch: Branch, *, tiling: axes.Tiling, list_heads: i
         tiled=tiling.slots,
         words=axes.words_of(tiling),
         list_of=own.get(list_heads, "0") if list_heads > 1 else "0",
-        list_stride=list_heads,
+        list_stride=f"(tl.num_programs(1) // {shape.query_heads // list_heads})"
+        if list_heads > 1
+        else "1",
         visible=("member[None, :] != 0",),
         size=tiling.slots,
         stride=tiling.slots,

@@ -62,9 +62,12 @@ class DryRun:
         return sum(array.bytes for buffer, array in self.buffers if buffer.role in roles)
 
 
-def run(plan: Plan, *, tokens: int, batch: int = 1) -> DryRun:
-    """One call with `batch` sequences of `tokens` queries on as many keys, all tensors contiguous."""
-    names = _call(plan, batch, tokens)
+def run(plan: Plan, *, tokens: int, batch: int = 1, packed: bool = False) -> DryRun:
+    """One call with `batch` sequences of `tokens` queries on as many keys, all tensors contiguous.
+
+    `packed`: they are documents that lie one behind another, and how long the longest is, is known.
+    """
+    names = _call(plan, batch, tokens, packed=packed)
     return _Run(plan=plan, names=names, given=_bytes(names)).run()
 
 
@@ -101,16 +104,21 @@ class _Batch:
     rows: int
     keys: int
     packed: bool = False
+    from_start: bool = True
     processors: int = 0
+
+    def laid(self, table: Array, rows: int, keys: int) -> _Batch:
+        return replace(self, table=table, rows=rows, keys=keys)
 
     def tile_of(self, x: Array, *_: int) -> Array:
         """A tile is of the tensor that it is cut from."""
         return x
 
 
-def _call(plan: Plan, batch: int, tokens: int) -> dict[str, Value]:
+def _call(plan: Plan, batch: int, tokens: int, *, packed: bool = False) -> dict[str, Value]:
     """The names that the driver's expressions start from."""
-    known = {**plan.sizes, "B": batch, "T": tokens, "S": tokens}
+    total = batch * tokens if packed else tokens
+    known = {**plan.sizes, "B": 1 if packed else batch, "T": total, "S": total}
     size = _itemsize(plan, "input")
     inputs = {
         f"in_{name}": Array(shape=tuple(_dim(dim, known) for dim in dims), itemsize=size)
@@ -129,6 +137,7 @@ def _call(plan: Plan, batch: int, tokens: int) -> dict[str, Value]:
             sequences=batch,
             rows=batch * tokens,
             keys=tokens,
+            packed=packed,
             processors=PROCESSORS,
         ),
         "config": {kernel.name: kernel.config.keywords() for kernel in plan.kernels},
@@ -225,8 +234,8 @@ ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
 FUNCTIONS: Mapping[str, Callable[..., int]] = {"min": min, "max": max}
 PROCESSORS = 132  # of an H100, for kernels that run one program on each
 READABLE = (
-    *("shape", "stride", "table", "sequences", "rows", "keys", "packed"),
-    *("pages", "page_rows", "pool", "processors", "tile_of"),
+    *("shape", "stride", "table", "sequences", "rows", "keys", "packed", "from_start"),
+    *("pages", "page_rows", "pool", "processors", "tile_of", "laid"),
 )  # attributes
 
 

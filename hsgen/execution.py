@@ -400,7 +400,7 @@ class Execution:
         without = choice.program.rows_apart and not selections
         brought = self.padded_selection(call, problem) if call.selection else {}
         even = alike.even([*brought.values()]) if brought else True
-        key = ("forward", known, apart, where.keys, without, even)
+        key = ("forward", known, apart, where.sizes, without, even)
         with running(problem.device):
             again = self.replays.find(key)
             if again is not None:
@@ -460,7 +460,7 @@ class Execution:
         if choice is None:
             result = self.result(call, problem, exact_dtype(problem.dtype), self.choosing)
             return self._lists(call, problem, result, self.levels)
-        key = ("select", known, where.keys)
+        key = ("select", known, where.sizes)
 
         def arranged(driver: Driver, tensors: Sequence[Tensor], where: Batch) -> Outputs:
             named = dict(zip(known.expected.names, tensors, strict=True))
@@ -693,7 +693,7 @@ class Execution:
         where = _batch(call, problem)
         came = [*call.tensors, *outputs, *grads, *call.selection, *apart]
         last, again = known.last_grads, None
-        if last is not None and last.key[2:4] == (where.keys, len(apart)) and last.like(came):
+        if last is not None and last.key[2:4] == (where.sizes, len(apart)) and last.like(came):
             again = self.replays.find(last.key)
         if again is None:
             found = self._drive_backward(call, known, grads, outputs, apart, where)
@@ -744,7 +744,7 @@ class Execution:
             assert known.apart is not None
             kept = tuple(known.apart.program.plan.apart)
         given = [*call.tensors, o, *lse, grad_o, *grad_lse, *brought.values(), *apart]
-        key = ("backward", known, where.keys, len(apart), *alike.parts(given), alike.even(given))
+        key = ("backward", known, where.sizes, len(apart), *alike.parts(given), alike.even(given))
         if all(x.data_ptr() == y.data_ptr() for x, y in zip(given, came, strict=True)):
             known.last_grads = _Grads(like=alike.Likeness(came), key=key, program=program)
 

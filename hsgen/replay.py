@@ -521,6 +521,9 @@ class _Where:
         self._tensors = tensors
         self._notes = notes
 
+    def laid(self, table: Tensor, rows: int, keys: int) -> _Where:
+        return _Where(self._where.laid(table, rows, keys), {}, self._notes)
+
     def tile_of(self, x: Tensor, rows: int, columns: int, heads: int = 1) -> object:
         made: Any = self._where.tile_of(x, rows, columns, heads)
         if not x.numel():  # of a tensor that nothing reads, but of which tiles can be described

@@ -205,6 +205,7 @@ class RowsContext(InTurn):
     slotted: bool = (
         False  # rows are slots of tiles, and an order says which row of a tensor each is
     )
+    by_turns: bool = False  # heads have turns: keys, values and lists are those of a turn's heads
 
     @property
     def derives(self) -> bool:
@@ -1234,13 +1235,13 @@ def _packing(heads: int, what: str) -> str:
     )
 
 
-def kv_head(stride: str, shape: Shape, *, per_head: bool) -> str:
+def kv_head(stride: str, shape: Shape, *, per_head: bool, head: str = "head") -> str:
     """The address term of the key/value head of a program."""
     own = per_head and shape.group > 1
     return (
-        f" + (head // {shape.group}).to(tl.int64) * {stride}"
+        f" + ({head} // {shape.group}).to(tl.int64) * {stride}"
         if own
-        else f" + head.to(tl.int64) * {stride}"
+        else f" + {head}.to(tl.int64) * {stride}"
     )
 
 

@@ -159,7 +159,7 @@ class StreamsContext(Warped):
         """The key/value head of a tile's rows; keys of an index have but one."""
         if not self.rows.key_head:
             return "0"
-        found = re.search(r"\+ \(?(head(?: // \d+)?)\)?\.to", self.rows.key_head)
+        found = re.search(r"\+ \(?((?:turn_)?head(?: // \d+)?)\)?\.to", self.rows.key_head)
         assert found is not None
         return found[1]
 
@@ -603,7 +603,8 @@ def launch(launch: Launch, context: StreamsContext, leader: str) -> Launch:
             rows = f'config["{leader}"]["BLOCK_N"]'
             made.append(f"batch.tile_of({given[param.name[0]]}, {rows}, {param.columns})")
         elif param.name == "whose":
-            made.append("0 if batch.packed else 1")
+            alone = given["k_b"] == "0"  # of one sequence alone, or of all that a batch has
+            made.append("0" if alone else "0 if batch.packed else 1")
         elif param.name == "tiles":
             made.append(tiles_)
         elif param.name == "items":

@@ -62,11 +62,13 @@ class ListsContext:
             "COUNTS", "i32", f"[tiles, {self.heads}, 2] of full entries, of partial ones"
         )
         order, tokens = ((axes.ORDER,), (axes.TOKENS,)) if self.slotted else ((), ())
+        turn = axes.HEAD_FIRST if self.slotted else TILE_FIRST
         match self.how:
             case "lists":
                 entries = pointer("ENTRIES", "i32", f"[tiles, {self.heads}, width] full ones first")
                 tiles = tunables("BLOCK_T", "BLOCK_N")
-                return (lists, counts, entries, WIDTH, *tokens, *SEQ, *tiles)
+                head = (axes.HEAD_FIRST,) if self.slotted else ()
+                return (lists, counts, entries, WIDTH, *tokens, *SEQ, *head, *tiles)
             case "members":
                 listed = f"[tiles, {self.heads}, capacity"
                 return (
@@ -79,7 +81,7 @@ class ListsContext:
                     *order,
                     *tokens,
                     *SEQ,
-                    TILE_FIRST,
+                    turn,
                     *tunables("BLOCK_T", "BLOCK_K", "BLOCK_N"),
                 )
             case "spread":
@@ -132,9 +134,13 @@ def attend(
     share: str,
     block: int,
     slotted: bool = False,
+    by_turns: bool = False,
     left: int = 0,
 ) -> RowsContext:
-    """One softmax over the blocks that the rows of a tile chose together, full ones first."""
+    """One softmax over the blocks that the rows of a tile chose together, full ones first.
+
+    slotted: keys are slots of tiles of axes.  by_turns: and rows are tokens, whose heads have turns.
+    """
     usual = rows.attend_blocks(
         shape, name=name, scale=scale, entries=entries, width=1, share=share, left=left
     )
@@ -144,6 +150,7 @@ def attend(
     )
     seen, found = "seen" if shape.causal else "k_len", tuple[str, ...]()
     if slotted:
+        list_row = list_of_turn("tl.program_id(0)", list_heads, by_turns=by_turns)
         seen = f"entry * {entries.stride} + tokens"
         found = (f"tokens = tl.load(TOKENS + k_first // {entries.stride} + entry)",)
     full, partial = usual.phases
@@ -159,11 +166,12 @@ def attend(
             CAPACITY,
             count("members", "words of a block; 0: every row is a member"),
             *rows.OUTPUTS,
+            *((axes.TOKENS,) if slotted else ()),
             *SEQ,
-            TILE_FIRST,
+            *(() if slotted else (TILE_FIRST,)),
             *rows.BLOCKS,
         ),
-        tile="tl.program_id(0) + tile_first",
+        tile="" if slotted else "tl.program_id(0) + tile_first",
         together="part",
         rows_together=block,
         setup=(
@@ -186,14 +194,27 @@ def attend(
             ),
         ),
     )
-    return axes.with_slots(context) if slotted else context
+    return axes.in_turns(context, shape, per_head=share == "Hq") if by_turns else context
 
 
-def of_whole(context: RowsContext, *, block: int, heads: int) -> RowsContext:
-    """The same over lists of whole blocks of rows: a program has a part of a block's rows, and its bits."""
+def list_of_turn(tile: str, list_heads: int, *, by_turns: bool) -> str:
+    """Which list a tile has of those of a turn's heads; one of a single head is all heads'."""
+    row = f"({tile}).to(tl.int64)" if " " in tile else f"{tile}.to(tl.int64)"
+    head = "turn_head" if by_turns else "head"
+    return f"{row} * tl.num_programs(1) + {head}" if list_heads > 1 else row
+
+
+def of_whole(context: RowsContext, *, block: int, heads: int, in_turn: bool = False) -> RowsContext:
+    """The same over lists of whole blocks of rows: a program has a part of a block's rows, and its bits.
+
+    in_turn: lists are those of a turn's heads.
+    """
     own = " + head" if heads > 1 else ""
+    row = f"(tile // parts).to(tl.int64) * {heads}{own}"
+    if in_turn:
+        row = list_of_turn("tile // parts", heads, by_turns=False)
     changed = {
-        "list_row": f"list_row = (tile // parts).to(tl.int64) * {heads}{own}",
+        "list_row": f"list_row = {row}",
         "num_words: tl.constexpr": f"num_words: tl.constexpr = {(next_power(block) + 31) // 32}",
         "word": f"word = tl.minimum(token - block_start, {block - 1}) // 32",
         "bit": "bit = (token - block_start) % 32",
@@ -246,6 +267,27 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """Heads of a branch over tiles of axes in turns: what copies keys and values of a turn's into slots."""
+
+    heads: int  # of keys
+    sizes: tuple[tuple[str, str], ...]  # `turn`, and what it follows from
+    turn: str
+    buffers: tuple[Buffer, ...]
+    launches: tuple[Launch, ...]
+    makes: tuple[str, ...]  # means that are left on the way
+
+    def of(self, heads: int, count: str) -> str:
+        """How many of so many heads as many heads of keys have; what is of one head, is of all."""
+        each = heads // self.heads
+        return "1" if heads == 1 else count if each == 1 else f"{count} * {each}"
+
+    def first(self, heads: int) -> str:
+        """The first of them."""
+        return "0" if heads == 1 else self.of(heads, "tile_first")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Branch:
     """What the steps need to know of a branch: names in the driver, arguments, numbers of the spec."""
 
@@ -266,12 +308,12 @@ class Branch:
     softcap: float | None
     sink: bool
     turn: rows.Turn | None
-    slotted: bool = False  # rows and keys are slots of tiles of axes
+    turns: Turns | None = None  # rows and keys are slots of tiles of axes
 
     @property
     def seq(self) -> tuple[str, ...]:
         """What says where sequences lie, and their slots."""
-        return (*((axes.MADE_ORDER, axes.MADE_TOKENS) if self.slotted else ()), *_SEQ)
+        return (*((axes.MADE_ORDER, axes.MADE_TOKENS) if self.turns else ()), *_SEQ)
 
 
 def plan(
@@ -285,7 +327,8 @@ def plan(
         entries=branch.entries,
         share=branch.share,
         block=branch.block,
-        slotted=branch.slotted,
+        slotted=branch.turns is not None,
+        by_turns=branch.turns is not None,
     )
     context = rows.with_logits(
         context, scale=branch.scale, softcap=branch.softcap, sink=branch.sink
@@ -302,7 +345,7 @@ def plan(
             size=branch.entries.size,
             stride=branch.entries.stride,
             causal=shape.causal,
-            slotted=branch.slotted,
+            slotted=branch.turns is not None,
         )
         values = Config(constexprs=tuple(tuned.items()), num_warps=4, num_stages=1)
         return Kernel(
@@ -326,7 +369,7 @@ def plan(
             operators=branch.makes,
         ),
     )
-    programs = str(shape.query_heads // context.heads)
+    programs = shape.query_heads // context.heads
     return kernels, (_own(branch, programs), _given(branch, programs))
 
 
@@ -345,31 +388,61 @@ def tiles_of(branch: Branch, tiles: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _own(branch: Branch, programs: str) -> Step:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Heads:
+    """How many heads have a turn, and which is the first: all of them where no turns are."""
+
+    held: str  # lists that there is room for
+    lists: str
+    programs: str
+    list_first: tuple[str, ...] = ()
+    first: str = ""
+
+
+def _heads(branch: Branch, programs: int) -> _Heads:
+    turns = branch.turns
+    if turns is None:
+        heads = str(branch.heads)
+        return _Heads(held=heads, lists=heads, programs=str(programs))
+    return _Heads(
+        held=turns.of(branch.heads, turns.turn),
+        lists=turns.of(branch.heads, "count"),
+        programs=turns.of(programs, "count"),
+        list_first=(turns.first(branch.heads),),
+        first=turns.first(programs),
+    )
+
+
+def _own(branch: Branch, programs: int) -> Step:
     """Every tile walks the list of its block."""
-    name, heads = branch.name, str(branch.heads)
+    name, of, turns = branch.name, _heads(branch, programs), branch.turns
     tiles, counts, entries = f"tiles_{name}", f"counts_{name}", f"entries_{name}"
-    tokens = (axes.MADE_TOKENS,) if branch.slotted else ()
+    tokens = (axes.MADE_TOKENS,) if turns else ()
     return Step(
         title=f"attend: {name}",
         needs=(*branch.needs, f"{branch.selection}.blocks"),
-        makes=branch.makes,
+        makes=(*branch.makes, *(turns.makes if turns else ())),
         of="own",
-        sizes=tiles_of(branch, tiles),
+        sizes=(*tiles_of(branch, tiles), *(turns.sizes if turns else ())),
         buffers=(
-            Buffer(name=counts, dtype="i32", dims=(tiles, heads, "2"), role="list"),
-            Buffer(name=entries, dtype="i32", dims=(tiles, heads, branch.width), role="list"),
+            *(turns.buffers if turns else ()),
+            Buffer(name=counts, dtype="i32", dims=(tiles, of.held, "2"), role="list"),
+            Buffer(name=entries, dtype="i32", dims=(tiles, of.held, branch.width), role="list"),
             *branch.buffers,
         ),
         launches=(
+            *(turns.launches if turns else ()),
             Launch(
                 kernel=f"index_{name}",
-                grid=(tiles, heads),
-                arguments=(branch.lists, counts, entries, branch.width, *tokens, *_SEQ),
+                grid=(tiles, of.lists),
+                arguments=(
+                    *(branch.lists, counts, entries, branch.width, *tokens, *_SEQ),
+                    *of.list_first,
+                ),
             ),
             Launch(
                 kernel=f"attend_{name}",
-                grid=(tiles, programs),
+                grid=(tiles, of.programs),
                 arguments=(
                     *branch.tensors,
                     counts,
@@ -379,42 +452,47 @@ def _own(branch: Branch, programs: str) -> Step:
                     "0",
                     *branch.outputs,
                     *branch.seq,
-                    "0",
+                    of.first or "0",
                 ),
             ),
         ),
+        tiles=str(turns.heads) if turns else None,
+        chunk=turns.turn if turns else None,
     )
 
 
-def _given(branch: Branch, programs: str) -> Step:
-    """Every tile walks what its rows chose between them."""
-    name, heads, stride = branch.name, str(branch.heads), branch.entries.stride
+def _given(branch: Branch, programs: int) -> Step:
+    """Every tile walks what its rows chose between them: in turns of tiles, or where there are, of heads."""
+    name, stride = branch.name, branch.entries.stride
+    of, turns = _heads(branch, programs), branch.turns
     chosen = f"made_{branch.selection.replace('.', '_')}"
     tiles, counts, entries = f"tiles_of_{name}", f"given_counts_{name}", f"given_entries_{name}"
     words, capacity, chunk = f"given_words_{name}", f"capacity_{name}", f"chunk_{name}"
     num_words = f"num_words_{name}"
+    held, walked = (tiles, tiles) if turns else (chunk, "count")
     return Step(
         title=f"attend: {name}, over a selection of the caller's",
         needs=(*branch.needs, branch.selection),
-        makes=branch.makes,
+        makes=(*branch.makes, *(turns.makes if turns else ())),
         of="given",
         sizes=(
             *tiles_of(branch, tiles),
             (num_words, f"(tokens_{name} + 31) // 32"),
             (capacity, f"max(1, (batch.keys + {stride} - 1) // {stride})"),
-            (f"bytes_{name}", f"{4 * branch.heads} * {capacity} * ({num_words} + 1)"),
-            (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{name}))"),
+            *(turns.sizes if turns else _tiles_of_turn(branch, tiles)),
         ),
         buffers=(
-            Buffer(name=counts, dtype="i32", dims=(chunk, heads, "2"), role="list"),
-            Buffer(name=entries, dtype="i32", dims=(chunk, heads, capacity), role="list"),
-            Buffer(name=words, dtype="i32", dims=(chunk, heads, capacity, num_words), role="list"),
+            *(turns.buffers if turns else ()),
+            Buffer(name=counts, dtype="i32", dims=(held, of.held, "2"), role="list"),
+            Buffer(name=entries, dtype="i32", dims=(held, of.held, capacity), role="list"),
+            Buffer(name=words, dtype="i32", dims=(held, of.held, capacity, num_words), role="list"),
             *branch.buffers,
         ),
         launches=(
+            *(turns.launches if turns else ()),
             Launch(
                 kernel=f"members_{name}",
-                grid=("count", heads),
+                grid=(walked, of.lists),
                 arguments=(
                     *given_of(chosen),
                     counts,
@@ -423,12 +501,12 @@ def _given(branch: Branch, programs: str) -> Step:
                     f"{chosen}.shape[3]",
                     capacity,
                     *branch.seq,
-                    "tile_first",
+                    *(of.list_first or ("tile_first",)),
                 ),
             ),
             Launch(
                 kernel=f"attend_{name}",
-                grid=("count", programs),
+                grid=(walked, of.programs),
                 arguments=(
                     *branch.tensors,
                     counts,
@@ -438,12 +516,22 @@ def _given(branch: Branch, programs: str) -> Step:
                     num_words,
                     *branch.outputs,
                     *branch.seq,
-                    "tile_first",
+                    of.first or "tile_first",
                 ),
             ),
         ),
-        tiles=tiles,
-        chunk=chunk,
+        tiles=str(turns.heads) if turns else tiles,
+        chunk=turns.turn if turns else chunk,
+    )
+
+
+def _tiles_of_turn(branch: Branch, tiles: str) -> tuple[tuple[str, str], ...]:
+    """How many tiles have a turn: as many as a scratch holds the lists of."""
+    name = branch.name
+    words = f"(num_words_{name} + 1)"
+    return (
+        (f"bytes_{name}", f"{4 * branch.heads} * capacity_{name} * {words}"),
+        (f"chunk_{name}", f"min({tiles}, max(1, SCRATCH_BYTES // bytes_{name}))"),
     )
 
 

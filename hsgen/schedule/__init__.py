@@ -115,6 +115,7 @@ def _plan(draft: Draft) -> Plan:
     laid.begin(draft)
     vectors.means_of_tiers(draft)
     draft.turns = {} if draft.kept else combining.turns(draft.graph)
+    draft.becomes = {} if draft.kept else combining.becomes(draft)
     _append(draft, storage)
     _launches(draft)
     vectors.pools_beside(draft)

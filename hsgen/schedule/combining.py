@@ -56,12 +56,22 @@ def turns(graph: Graph) -> Mapping[str, Turn]:
     return found
 
 
+def becomes(draft: Draft) -> Mapping[str, str]:
+    """The branch of those weighed at the end that becomes their sum where it lies: no other reads it."""
+    total = _total(draft.graph)
+    if total is None or not by_channel(draft.graph):
+        return {}
+    branches = [x for x in draft.graph.operands(total) if isinstance(x.op, Attend)]
+    by_row = [node.name for node in branches if not laid.is_coarse(draft, node)]
+    return dict.fromkeys(by_row[:1], total.name)
+
+
 def weigh(draft: Draft) -> Mapping[str, str]:
     """Branches that each wrote its own output become one at the end.  -> those outputs, by branch"""
     total = _total(draft.graph)
     assert total is not None, "asked of gated branches only"
     branches = [x for x in draft.graph.operands(total) if isinstance(x.op, Attend)]
-    made = tuple(text.buffer(node.name) for node in branches)
+    made = tuple(draft.output(node) for node in branches)
     coarse = tuple(i for i, node in enumerate(branches) if laid.is_coarse(draft, node))
     context = WeighContext(
         name="weigh_branches",
@@ -91,6 +101,7 @@ def gate_output(draft: Draft) -> None:
     context = OutputGateContext(name="gate_output", head_dim=draft.shape.v, each=node.op.each)
     read = (*text.strides(text.buffer(made)), *text.strides(text.input_of(gate)))
     _over_rows(draft, node, "gate the output", context, read)
+    laid.of_tokens(draft)
 
 
 def _over_rows(
@@ -106,6 +117,7 @@ def _over_rows(
     draft.kernel("merge", context, config, node.name)
     dims = ("in_q.shape[0]", "in_q.shape[1]", heads, str(draft.shape.v))
     o = Buffer(name=text.buffer(node.name), dtype="input", dims=dims, role="output")
+    there = o.name in read  # a branch brought it to life
     launch = Launch(
         kernel=context.name,
         grid=("batch.rows // {BLOCK_R} + batch.sequences", heads),
@@ -116,7 +128,7 @@ def _over_rows(
             title=title,
             needs=node.inputs,
             makes=(node.name,),
-            buffers=(o,),
+            buffers=() if there else (o,),
             launches=(launch,),
         )
     )

@@ -87,6 +87,9 @@ class Draft:
         default_factory=dict[str, Turn]
     )  # by branch, where gates or one softmax combine
     kept: bool = False  # the outputs of gated branches, which are weighed at the end
+    becomes: Mapping[str, str] = field(
+        default_factory=dict[str, str]
+    )  # by branch that is weighed where it lies, the sum that it becomes
     whole: bool = (
         False  # rounded vectors are kept as the caller's are, for gradients to be made of them
     )
@@ -326,7 +329,7 @@ class Draft:
     def output(self, node: Node) -> str:
         """The buffer that an attend writes: its own, or that of the total."""
         turn = self.turns.get(node.name)
-        return text.buffer(turn.total if turn else node.name)
+        return text.buffer(turn.total if turn else self.becomes.get(node.name, node.name))
 
     def log_sum_exp(self, node: Node) -> str:
         """The buffer of the log-sum-exp that an attend writes: its own, or that of a union."""

@@ -1,28 +1,40 @@
 """Launches of a graph whose entries are tiles of axes: where tokens are, keys in slots, and means of tiles.
 
-Steps are written as if slots were all there is, and then told of slots in place of rows and keys: `in_slots`.
+Steps are written as if slots were all there is: behind the order of slots the driver's `batch` says where
+sequences lie among these.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 from hsgen import axes, rows, together
-from hsgen.axes import CopyContext, OrderContext
+from hsgen.axes import CopyContext, OrderContext, RoomsContext
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Cluster, Node, Permute, Pool, PoolRows, Reduce, Score
+from hsgen.graph import (
+    Attend,
+    Cluster,
+    Input,
+    Node,
+    OutputGate,
+    Permute,
+    Pool,
+    PoolRows,
+    Reduce,
+    Score,
+)
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import next_power
 from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
 
-SLOTTED: Mapping[str, str] = {
-    "batch.table": "made_slots",
-    "batch.rows": "row_slots",
-    "batch.keys": "keys_slots",
-}
+KEYS_SHARE = Fraction(1, 6)  # of what a call is given, that a turn's keys and values may have
+MOST_TURNS = 8
+TOKENS = "of_tokens"  # the batch as it came
+SLOTS = "from here on: rows and keys are slots"
 
 
 def begin(draft: Draft) -> None:
@@ -43,11 +55,21 @@ def launched(draft: Draft, node: Node) -> bool:
         case Cluster():
             order(draft, node)
         case Permute():
-            copy(draft, node)
+            pass  # launched by what attends, in turns of heads
+        case Pool() if _left_by_copies(draft, node):
+            pass
         case Pool() | PoolRows():
-            pool(draft, node, node.op)
+            means(
+                draft,
+                node.inputs[0],
+                node.name,
+                of_rows=isinstance(node.op, PoolRows),
+                operators=_all_of(draft, node),
+                summed=isinstance(node.op, PoolRows) and of_all_heads(draft, node),
+            )
         case Attend() if is_coarse(draft, node):
-            attend(draft, node, node.op)
+            if not _left_by_copies(draft, draft.graph[node.inputs[2]]):
+                attend(draft, node, node.op)
         case _:
             return False
     return True
@@ -56,12 +78,14 @@ def launched(draft: Draft, node: Node) -> bool:
 def order(draft: Draft, node: Node, *, whole: bool = False) -> None:
     """Where the tokens of every tile are, which all other launches read; `whole`: and where the tiles are."""
     tiling = _tiling(draft)
-    context = OrderContext(name="order_tiles", tiling=tiling, whole=whole)
+    rooms = RoomsContext(name="rooms_of_tiles", tiling=tiling, whole=whole)
+    values = Config(constexprs=(("BLOCK_N", 256),), num_warps=4, num_stages=1)
+    draft.kernel("index", rooms, values, *_all_of(draft, node))
+    context = OrderContext(name="order_tiles", tiling=tiling)
     padded = next_power(tiling.slots)
-    values = Config(constexprs=(("BLOCK_E", max(1, 1024 // padded)),), num_warps=4, num_stages=1)
-    draft.kernel("index", context, values, *_all_of(draft, node))
-    slab, slots = tiling.slab, tiling.slab_slots
-    packed = f"in_k.shape[1] // {slab} + batch.sequences"
+    alone = Config(constexprs=(), num_warps=max(1, min(4, padded // 64)), num_stages=1)
+    draft.kernel("index", context, alone, *_all_of(draft, node))
+    slots, sequences = tiling.slots, "batch.sequences"
 
     def made(name: str, *dims: str) -> Buffer:
         return Buffer(name=f"made_{name}", dtype="i32", dims=dims, role="list")
@@ -72,87 +96,205 @@ def order(draft: Draft, node: Node, *, whole: bool = False) -> None:
             needs=node.inputs,
             makes=(node.name,),
             sizes=(
-                ("key_slabs", f"(batch.keys + {slab - 1}) // {slab}"),
-                ("row_slabs", f"in_q.shape[1] // {slab} + 2"),
-                ("slabs", f"{packed} if batch.packed else batch.sequences * key_slabs"),
-                ("keys_slots", f"key_slabs * {slots}"),
-                ("row_slots", f"(batch.rows // {slab} + 2 * batch.sequences) * {slots}"),
-                ("key_slots", f"max(1, slabs) * {slots}"),
+                *tiling.rooms("longest", "batch.keys", "1"),
+                *tiling.rooms("packed", "in_k.shape[1]", sequences),
+                *tiling.rooms("first", "batch.rows", sequences),
+                # rows that begin in the middle of a slab have one more
+                ("whole_tiles", f"max(1, first_slabs + {sequences}) * {tiling.across}"),
+                ("row_tiles", "first_tiles if batch.from_start else whole_tiles"),
+                ("key_tiles", f"packed_tiles if batch.packed else {sequences} * longest_tiles"),
+                ("all_tiles", "row_tiles + key_tiles"),
+                ("keys_slots", f"longest_tiles * {slots}"),
+                ("key_slots", f"key_tiles * {slots}"),
+                ("row_slots", f"row_tiles * {slots}"),
             ),
             buffers=(
                 made("order", "row_slots"),
                 made("key_order", "key_slots"),
-                made("tokens", f"key_slots // {tiling.slots}"),
-                made("slots", "batch.sequences", "6"),
-                *((made("tiles", "batch.sequences", "6"),) if whole else ()),
+                made("tokens", "key_tiles"),
+                made("slots", sequences, "6"),
+                *((made("tiles", sequences, "6"),) if whole else ()),
             ),
             launches=(
                 Launch(
-                    kernel=context.name,
-                    grid=(
-                        f"max(row_slabs, key_slabs) * {tiling.across} // {{BLOCK_E}} + 1",
-                        "batch.sequences",
-                    ),
+                    kernel=rooms.name,
+                    grid=("1",),
                     arguments=(
-                        "made_order",
-                        "made_key_order",
-                        "made_tokens",
-                        "made_slots",
+                        axes.MADE_SLOTS,
                         *(("made_tiles",) if whole else ()),
                         *text.SEQ,
-                        "1 if batch.packed else key_slabs",
+                    ),
+                ),
+                Launch(
+                    kernel=context.name,
+                    grid=("all_tiles",),
+                    arguments=(
+                        *("made_order", "made_key_order", "made_tokens", axes.MADE_SLOTS),
+                        *text.SEQ,
+                        "row_tiles",
                     ),
                 ),
             ),
         )
     )
-
-
-def copy(draft: Draft, node: Node) -> None:
-    """Keys or values in their slots, and their means where these are asked for: one read of them."""
-    (pooled,) = _pools_of(draft, node.inputs[0]) or (None,)
-    _tiles(draft, node, pooled)
-
-
-def pool(draft: Draft, node: Node, op: Pool | PoolRows) -> None:
-    """Means of tiles of rows, or of keys that nobody copies."""
-    if isinstance(op, Pool) and _copies_of(draft, node.inputs[0]):
-        return
-    _tiles(draft, None, node)
-
-
-def _tiles(draft: Draft, copied: Node | None, pooled: Node | None) -> None:
-    """Tokens of tiles copied into slots, or one mean a tile, or both."""
-    (source, *_) = (node.inputs[0] for node in (copied, pooled) if node is not None)
-    done = _all_of(draft, pooled) if pooled is not None else (order_of(draft),)
-    of_rows = pooled is not None and isinstance(pooled.op, PoolRows)
-    tiles(
-        draft,
-        source,
-        copied=text.buffer(copied.name) if copied else "",
-        pooled=pooled.name if pooled else "",
-        of_rows=of_rows,
-        makes=tuple(node.name for node in (copied, pooled) if node is not None),
-        operators=done,
-        summed=of_rows and pooled is not None and of_all_heads(draft, pooled),
+    gated = isinstance(draft.graph[draft.graph.outputs.o].op, OutputGate)  # which walks tokens
+    laid = f"batch.laid({axes.MADE_SLOTS}, row_slots, keys_slots)"
+    draft.steps.append(
+        Step(
+            title=SLOTS,
+            needs=(node.name,),
+            makes=(_slots_of(node.name),),
+            sizes=(*(((TOKENS, "batch"),) if gated else ()), ("batch", laid)),
+            buffers=(),
+            launches=(),
+        )
     )
 
 
-def tiles(
+def source_of(draft: Draft, name: str) -> str:
+    """What is copied into slots, where a node is a copy."""
+    node = draft.graph[name]
+    return node.inputs[0] if isinstance(node.op, Permute) else name
+
+
+def _left_by_copies(draft: Draft, pool: Node) -> bool:
+    """Whether means are left by the copies of a turn's heads: of values, which no choice waits for."""
+    users = draft.graph.users(pool.name)
+    copied = any(isinstance(x.op, Permute) for x in draft.graph.users(pool.inputs[0]))
+    return copied and all(is_coarse(draft, x) and x.inputs[1] != pool.name for x in users)
+
+
+def attend_means(draft: Draft, means: tuple[str, ...]) -> None:
+    """Branches over means that are there now."""
+    for node in draft.graph.nodes():
+        if isinstance(node.op, Attend) and is_coarse(draft, node) and node.inputs[2] in means:
+            attend(draft, node, node.op)
+
+
+def turns(draft: Draft, node: Node) -> together.Turns | None:
+    """How heads of a branch over tiles have turns, and what copies the keys of a turn's into slots."""
+    if draft.tiling is None:
+        return None
+    assert isinstance(node.op, Attend)
+    name, heads = node.op.branch, draft.shape.kv_heads
+    turn = f"turn_{name}"
+    copies: list[tuple[tuple[Buffer, ...], Launch]] = []
+    sizes: list[tuple[str, str]] = []
+    left: list[str] = []
+    for x in node.inputs[1:3]:
+        users = draft.graph.users(source_of(draft, x))
+        pools = [y for y in users if isinstance(y.op, Pool) and _left_by_copies(draft, y)]
+        (pooled,) = [y.name for y in pools] or ("",)
+        if pooled:
+            sizes.append((f"count_{text.safe(pooled)}", "0"))  # those of all sequences lie in one
+            left.append(pooled)
+        copies.append(
+            copied(
+                draft,
+                source_of(draft, x),
+                into=text.buffer(x),
+                pooled=pooled,
+                turn=turn,
+                of_rows=False,
+                operators=(node.name, *(name for y in pools for name in _all_of(draft, y))),
+            )
+        )
+    held = 2 * (draft.shape.qk + draft.shape.v)  # bytes of a slot of a head, as if of 16 bits
+    return together.Turns(
+        heads=heads,
+        sizes=(*sizes, *of_heads(draft, name, f"key_slots * {held}", KEYS_SHARE)),
+        turn=turn,
+        buffers=tuple(buffer for buffers, _ in copies for buffer in buffers),
+        launches=tuple(launch for _, launch in copies),
+        makes=tuple(left),
+    )
+
+
+def of_heads(draft: Draft, name: str, held: str, share: Fraction) -> tuple[tuple[str, str], ...]:
+    """The sizes that say how many heads of keys have a turn, about as many in each: `turn_NAME`.
+
+    What is held of a turn's heads, `held` bytes of each, is a share of what a call is given, but there are
+    no more than MOST_TURNS turns for that.
+    """
+    heads = draft.shape.kv_heads
+    room, bytes_ = f"room_{name}", f"bytes_{name}"
+    fit, number = f"fit_{name}", f"turns_{name}"
+    least = -(-heads // MOST_TURNS)
+    return (
+        (room, f"in_q.shape[0] * in_q.shape[1] * {int(_given(draft) * share)}"),
+        (bytes_, held),
+        (fit, f"max({least}, min({heads}, {room} // max(1, {bytes_})))"),
+        (number, f"({heads} + {fit} - 1) // {fit}"),
+        (f"turn_{name}", f"({heads} + {number} - 1) // {number}"),
+    )
+
+
+def _given(draft: Draft) -> int:
+    """Bytes of a token of what a call is given, as if of 16 bits."""
+    inputs = (node for node in draft.graph.nodes() if isinstance(node.op, Input))
+    tokens = (x.type.dims for x in inputs if x.type.dims[:1] == ("B",))
+    return 2 * sum(math.prod(map(draft.size, dims[2:])) for dims in tokens)
+
+
+def copied(
     draft: Draft,
     source: str,
     *,
-    copied: str,
-    pooled: str,
+    into: str,
+    turn: str,
     of_rows: bool,
-    makes: tuple[str, ...],
+    operators: tuple[str, ...],
+    pooled: str = "",
+) -> tuple[tuple[Buffer, ...], Launch]:
+    """A turn's heads of a tensor in slots: where they are, and what copies them.
+
+    turn: how many heads of keys have one at most.  pooled: a node of means that are left on the way.
+    """
+    tiling = _tiling(draft)
+    heads, dim = (draft.size(name) for name in draft.graph[source].type.dims[2:])
+    context = CopyContext(
+        name=f"slots_of_{text.safe(source)}",
+        tiling=tiling,
+        heads=heads,
+        head_dim=dim,
+        copies=True,
+        pools=bool(pooled),
+        rows=of_rows,
+    )
+    draft.kernel("segments", context, of_tile(tiling, dim), *operators)
+    each = heads // draft.shape.kv_heads
+    of = "{}" if each == 1 else f"{{}} * {each}"
+    dims = ("1", "row_slots" if of_rows else "key_slots", of.format(turn), str(dim))
+    made = [Buffer(name=into, dtype="input", dims=dims, role="list")]
+    if pooled:
+        shape = ("1", "key_tiles", str(heads), str(dim))
+        made.append(Buffer(name=text.buffer(pooled), dtype="input", dims=shape, role="level"))
+    return tuple(made), Launch(
+        kernel=context.name,
+        grid=(programs(of_rows=of_rows), of.format("count")),
+        arguments=(
+            *text.strides(text.input_of(source)),
+            *(into, f"{into}.stride(1)"),
+            *(buffer.name for buffer in made[1:]),
+            "made_order" if of_rows else "made_key_order",
+            *text.SEQ,
+            of.format("tile_first"),
+        ),
+    )
+
+
+def means(
+    draft: Draft,
+    source: str,
+    pooled: str,
+    *,
+    of_rows: bool,
     operators: tuple[str, ...],
     wide: bool = False,
     summed: bool = False,
 ) -> None:
-    """One launch that reads a tensor tile by tile.
+    """One launch that leaves the means of tiles, of a node `pooled`.
 
-    copied: the buffer of its slots.  pooled: the node of its means.  Both empty where they are not made.
     summed: means of the heads that share a key head are added.
     """
     tiling = _tiling(draft)
@@ -164,47 +306,37 @@ def tiles(
         tiling=tiling,
         heads=heads,
         head_dim=dim,
-        copies=bool(copied),
-        pools=bool(pooled),
+        pools=True,
         rows=of_rows,
         wide=wide,
         group=group,
     )
     draft.kernel("segments", context, of_tile(tiling, dim), *operators)
     shape = (str(heads), str(dim))
-    buffers: list[Buffer] = []
-    sizes: list[tuple[str, str]] = []
-    if copied:
-        dims = ("1", "row_slots" if of_rows else "key_slots", *shape)
-        buffers.append(Buffer(name=copied, dtype="input", dims=dims, role="level"))
-    if pooled:
-        number = f"{'blocks' if of_rows else 'count'}_{text.safe(pooled)}"
-        means = together.blocks_of(tiling.slots) if of_rows else f"key_slots // {tiling.slots}"
-        sizes.append((number, means if of_rows else "0"))  # tiles of all sequences lie in one
-        buffers.append(
-            Buffer(
-                name=text.buffer(pooled),
-                dtype="f32" if of_rows or wide else "input",
-                dims=(number, *shape) if of_rows else ("1", means, *shape),
-                role="level",
-            )
-        )
+    number = f"{'blocks' if of_rows else 'count'}_{text.safe(pooled)}"
+    tiles = together.blocks_of(tiling.slots) if of_rows else "key_tiles"
+    made = Buffer(
+        name=text.buffer(pooled),
+        dtype="f32" if of_rows or wide else "input",
+        dims=(number, *shape) if of_rows else ("1", tiles, *shape),
+        role="level",
+    )
     draft.steps.append(
         Step(
-            title=f"tiles: {', '.join(makes)}",
+            title=f"tiles: {pooled}",
             needs=(source,),
-            makes=makes,
-            sizes=tuple(sizes),
-            buffers=tuple(buffers),
+            makes=(pooled,),
+            sizes=((number, tiles if of_rows else "0"),),  # tiles of all sequences lie in one
+            buffers=(made,),
             launches=(
                 Launch(
                     kernel=context.name,
-                    grid=(*programs(tiling, heads, of_rows=of_rows),),
+                    grid=(programs(of_rows=of_rows), str(heads)),
                     arguments=(
                         *text.strides(text.input_of(source)),
-                        *(buffer.name for buffer in buffers),
+                        made.name,
                         "made_order" if of_rows else "made_key_order",
-                        text.SEQ[0],
+                        *text.SEQ,
                     ),
                 ),
             ),
@@ -225,10 +357,9 @@ def of_tile(tiling: axes.Tiling, dim: int) -> Config:
     return Config(constexprs=(), num_warps=warps, num_stages=1)
 
 
-def programs(tiling: axes.Tiling, heads: int, *, of_rows: bool) -> tuple[str, str, str]:
-    """One a tile, head and sequence."""
-    slabs = "row_slabs" if of_rows else "key_slabs"
-    return f"{slabs} * {tiling.across}", str(heads), "batch.sequences"
+def programs(*, of_rows: bool) -> str:
+    """One a tile."""
+    return "row_tiles" if of_rows else "key_tiles"
 
 
 def is_coarse(draft: Draft, node: Node) -> bool:
@@ -311,48 +442,39 @@ def over_slots(draft: Draft, step: Step, coarse: Sequence[Node]) -> Step:
     read = len(launch.arguments) - len(text.SEQ)
     arguments = (*launch.arguments[:read], *spread, axes.MADE_ORDER, *launch.arguments[read:])
     lses = [f"{lse}.tiles" for node in coarse for lse in draft.lse_of(node)]
-    return _slotted(
-        replace(
-            step,
-            needs=(*step.needs, *lses),
-            makes=tuple(makes),
-            buffers=tuple(buffers),
-            launches=(replace(launch, arguments=arguments),),
-        ),
-        order_of(draft),
+    return replace(
+        step,
+        needs=(*step.needs, *lses, _slots_of(order_of(draft))),
+        makes=tuple(makes),
+        buffers=tuple(buffers),
+        launches=(replace(launch, arguments=arguments),),
     )
 
 
 def in_slots(draft: Draft) -> None:
     """Steps so far, but the one that lays tokens out, walk slots."""
+    if draft.tiling is None:
+        return
+    order = order_of(draft)
+    for i, step in enumerate(draft.steps):
+        if order not in step.makes and step.title != SLOTS:
+            draft.steps[i] = _behind(step, _slots_of(order))
+
+
+def of_tokens(draft: Draft) -> None:
+    """The last step walks tokens again."""
     if draft.tiling is not None:
-        order = order_of(draft)
-        draft.steps = [x if order in x.makes else _slotted(x, order) for x in draft.steps]
+        step = _behind(draft.steps[-1], _slots_of(order_of(draft)))
+        draft.steps[-1] = replace(step, sizes=(("batch", TOKENS), *step.sizes))
 
 
-def _slotted(step: Step, order: str) -> Step:
-    """The same step of slots in place of rows and keys, which lie in one, whatever a caller packs."""
+def _behind(step: Step, name: str) -> Step:
+    """The same step, which needs something else too."""
+    return replace(step, needs=tuple(dict.fromkeys((*step.needs, name))))
 
-    def told(said: str) -> str:
-        if said == "0 if batch.packed else 1":
-            return "0"
-        return re.sub(r"batch\.\w+", lambda found: SLOTTED.get(found[0], found[0]), said)
 
-    return replace(
-        step,
-        needs=tuple(dict.fromkeys((*step.needs, order))),
-        sizes=tuple((name, told(value)) for name, value in step.sizes),
-        buffers=tuple(replace(x, dims=tuple(map(told, x.dims))) for x in step.buffers),
-        launches=tuple(
-            replace(
-                x,
-                grid=tuple(map(told, x.grid)),
-                arguments=tuple(map(told, x.arguments)),
-                given=tuple((name, told(value)) for name, value in x.given),
-            )
-            for x in step.launches
-        ),
-    )
+def _slots_of(order: str) -> str:
+    return f"{order}.slots"
 
 
 def _all_of(draft: Draft, node: Node) -> tuple[str, ...]:
@@ -368,11 +490,3 @@ def order_of(draft: Draft) -> str:
 def _tiling(draft: Draft) -> axes.Tiling:
     assert draft.tiling is not None, "asked of tiles"
     return draft.tiling
-
-
-def _pools_of(draft: Draft, source: str) -> tuple[Node, ...]:
-    return tuple(x for x in draft.graph.users(source) if isinstance(x.op, Pool))
-
-
-def _copies_of(draft: Draft, source: str) -> tuple[Node, ...]:
-    return tuple(x for x in draft.graph.users(source) if isinstance(x.op, Permute))

@@ -13,7 +13,7 @@ from hsgen.kernels import (
 )
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries, next_power
-from hsgen.schedule import choosing, text
+from hsgen.schedule import choosing, laid, text
 from hsgen.schedule.draft import SORT_LIMIT, SORTED, TILE_OF_HEADS, Draft, Order
 
 LEAST_STEP = 32  # tokens of blocks of which rows share more than they lose to each other's
@@ -50,6 +50,8 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
         lambda context: draft.tiles(context, limit=128, most=branch.block, block=op.size),
     )
     draft.add(kernels, steps)
+    if branch.turns is not None:
+        laid.attend_means(draft, branch.turns.makes)
 
 
 def _together(draft: Draft, node: Node, op: Attend) -> together.Branch:
@@ -57,7 +59,9 @@ def _together(draft: Draft, node: Node, op: Attend) -> together.Branch:
     selection = draft.graph[node.inputs[3]]
     return together.Branch(
         name=op.branch,
-        needs=draft.needs(node, *node.inputs[:3], *node.inputs[4:]),
+        needs=draft.needs(
+            node, *(laid.source_of(draft, name) for name in node.inputs[:3]), *node.inputs[4:]
+        ),
         makes=draft.makes(node),
         selection=selection.name,
         lists=text.buffer(choosing.chosen_of(selection)),
@@ -73,7 +77,7 @@ def _together(draft: Draft, node: Node, op: Attend) -> together.Branch:
         softcap=op.softcap,
         sink=draft.sink(node) is not None,
         turn=draft.turn(node),
-        slotted=draft.tiling is not None,
+        turns=laid.turns(draft, node),
     )
 
 

@@ -1,4 +1,4 @@
-"""Tokens along three axes in the order of tiles: the token of a slot, and how many tiles have one.
+"""Tokens along three axes in the order of tiles: the token of a slot, how many tiles have one, whose one is.
 
 A tile has T0 by T1 by T2 steps, and as many slots; its tokens come in their order.  The last tiles of the
 second and third axis, of L1 and L2 steps, are cut off; the first axis has no end here, the sequence has.
@@ -49,3 +49,19 @@ def tiles_begun(
     begun = line // T1 * across
     begun += tl.where(line % T1 > 0, across, (rest + T2 - 1) // T2)
     return plane // T0 * slab + tl.where(plane % T0 > 0, slab, begun)
+
+
+@triton.jit
+def find_tile(SLOTS, num_sequences, tile, COLUMN: tl.constexpr, SIZE: tl.constexpr):
+    """The sequence of one of the tiles of SIZE slots that lie one behind another, and its number within it.
+
+    SLOTS is int32[Z, 6], of which COLUMN says where slots of each begin.  A tile behind all is the last's.
+    """
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(SLOTS + middle * 6 + COLUMN) <= tile * SIZE
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, tile - tl.load(SLOTS + low * 6 + COLUMN) // SIZE

@@ -357,11 +357,18 @@ def slots(spec, level, keys):
 
 
 def entries(spec, level, keys):
-    """Entries of a level that may have a token: of tiles all of a slab that has any."""
+    """Entries of a level that may have a token: of tiles all of a slab that has any, or of the strips of two
+    axes that have, where these are fewer.
+    """
     if isinstance(level.partition, LearnedTree):  # nodes, of trees of one or two levels
         return level.partition.branching ** (2 if level.within else 1)
     order = level.permute and level.permute.keys
     if not isinstance(order, Tile):
         return math.ceil(keys / level.partition.stride)
     across = math.prod(math.ceil(n / t) for n, t in zip(spec.axes[1:], order.tile[1:], strict=True))
-    return math.ceil(keys / (order.tile[0] * math.prod(spec.axes[1:]))) * across
+    slabs = math.ceil(keys / (order.tile[0] * math.prod(spec.axes[1:]))) * across
+    line, side = (spec.axes[-1], order.tile[-1]) if len(spec.axes) > 1 else (1, 1)
+    high, long = (order.tile[1], spec.axes[1]) if len(spec.axes) > 2 else (1, 1)
+    slab = order.tile[0] * math.prod(spec.axes[1:])
+    strip = min(high * line, slab // math.ceil(long / high))
+    return min(slabs, math.ceil(keys / strip) * math.ceil(line / side))

@@ -256,7 +256,7 @@ def _barrier(self):
 def _load(self, ptrs, mask, other, *rest, **named):
     session = _active
     dtype = ptrs.get_element_ty()
-    active = _spread(mask.data, ptrs.data)
+    active = _spread(_as_mask(mask.data), ptrs.data)
     lanes = np.count_nonzero(active)
     _access(ptrs, active, lanes, _itemsize(dtype), "load")
     loaded = _original_load(self, _untagged(ptrs), mask, other, *rest, **named)
@@ -271,7 +271,7 @@ def _load(self, ptrs, mask, other, *rest, **named):
 
 
 def _store(self, ptrs, value, mask, *rest, **named):
-    active = _spread(mask.data, ptrs.data)
+    active = _spread(_as_mask(mask.data), ptrs.data)
     lanes = np.count_nonzero(active)
     _access(ptrs, active, lanes, _itemsize(ptrs.get_element_ty()), "store")
     if not lanes:
@@ -303,6 +303,11 @@ def _atomic_cas(self, ptr, *rest, **named):
     lanes, size = ptr.data.size, _itemsize(ptr.get_element_ty())
     _access(ptr, np.ones(ptr.data.shape, bool), lanes, size, "atomic")
     return _original_cas(self, _untagged(ptr), *rest, **named)
+
+
+def _as_mask(data):
+    """A mask as bools: the interpreter widens some to numbers."""
+    return data if data.dtype == bool else data != 0
 
 
 def _spread(data, other):

@@ -16,17 +16,23 @@ from .index_routed import index_routed
 from .members_routed import members_routed
 from .order_tiles import order_tiles
 from .rank_region import rank_region
+from .rooms_of_tiles import rooms_of_tiles
 from .score_region import score_region
+from .slots_of_k import slots_of_k
+from .slots_of_v import slots_of_v
 from .spread_region import spread_region
 from .tiles_of_k import tiles_of_k
 from .tiles_of_q import tiles_of_q
-from .tiles_of_v import tiles_of_v
 
 SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
-    "order_tiles": {
-        "BLOCK_E": 16,
+    "rooms_of_tiles": {
+        "BLOCK_N": 256,
         "num_warps": 4,
+        "num_stages": 1,
+    },
+    "order_tiles": {
+        "num_warps": 1,
         "num_stages": 1,
     },
     "tiles_of_k": {
@@ -56,7 +62,11 @@ CONFIG = {
         "num_warps": 4,
         "num_stages": 1,
     },
-    "tiles_of_v": {
+    "slots_of_k": {
+        "num_warps": 1,
+        "num_stages": 1,
+    },
+    "slots_of_v": {
         "num_warps": 1,
         "num_stages": 1,
     },
@@ -91,12 +101,22 @@ def forward(tensors, batch, config, selection=None, rows=True):
     in_v = tensors["v"]
 
     # order: tiles
-    key_slabs = (batch.keys + 447) // 448
-    row_slabs = in_q.shape[1] // 448 + 2
-    slabs = in_k.shape[1] // 448 + batch.sequences if batch.packed else batch.sequences * key_slabs
-    keys_slots = key_slabs * 448
-    row_slots = (batch.rows // 448 + 2 * batch.sequences) * 448
-    key_slots = max(1, slabs) * 448
+    longest_slabs = (batch.keys - 1) // 448 + 1
+    longest_strips = (batch.keys - 1) // 56 + 1
+    longest_tiles = max(1, min(longest_slabs * 7, longest_strips * 7))
+    packed_slabs = (in_k.shape[1] - batch.sequences) // 448 + batch.sequences
+    packed_strips = (in_k.shape[1] - batch.sequences) // 56 + batch.sequences
+    packed_tiles = max(1, min(packed_slabs * 7, packed_strips * 7))
+    first_slabs = (batch.rows - batch.sequences) // 448 + batch.sequences
+    first_strips = (batch.rows - batch.sequences) // 56 + batch.sequences
+    first_tiles = max(1, min(first_slabs * 7, first_strips * 7))
+    whole_tiles = max(1, first_slabs + batch.sequences) * 7
+    row_tiles = first_tiles if batch.from_start else whole_tiles
+    key_tiles = packed_tiles if batch.packed else batch.sequences * longest_tiles
+    all_tiles = row_tiles + key_tiles
+    keys_slots = longest_tiles * 64
+    key_slots = key_tiles * 64
+    row_slots = row_tiles * 64
     made_order = torch.empty(
         (row_slots,),
         dtype=torch.int32,
@@ -108,7 +128,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         device=in_q.device,
     )
     made_tokens = torch.empty(
-        (key_slots // 64,),
+        (key_tiles,),
         dtype=torch.int32,
         device=in_q.device,
     )
@@ -120,10 +140,14 @@ def forward(tensors, batch, config, selection=None, rows=True):
         dtype=torch.int32,
         device=in_q.device,
     )
-    grid = (
-        max(row_slabs, key_slabs) * 7 // config["order_tiles"]["BLOCK_E"] + 1,
+    grid = (1,)
+    rooms_of_tiles[grid](
+        made_slots,
+        batch.table,
         batch.sequences,
+        **config["rooms_of_tiles"],
     )
+    grid = (all_tiles,)
     order_tiles[grid](
         made_order,
         made_key_order,
@@ -131,77 +155,42 @@ def forward(tensors, batch, config, selection=None, rows=True):
         made_slots,
         batch.table,
         batch.sequences,
-        1 if batch.packed else key_slabs,
+        row_tiles,
         **config["order_tiles"],
     )
-    # tiles: k.slots, region.keys
-    count_region_keys = 0
-    made_k_slots = torch.empty(
-        (
-            1,
-            key_slots,
-            2,
-            32,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    made_region_keys = torch.empty(
-        (
-            1,
-            key_slots // 64,
-            2,
-            32,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        key_slabs * 7,
-        2,
-        batch.sequences,
-    )
-    tiles_of_k[grid](
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        made_k_slots,
-        made_region_keys,
-        made_key_order,
-        made_slots,
-        **config["tiles_of_k"],
-    )
-    # tiles: v.slots
-    made_v_slots = torch.empty(
-        (
-            1,
-            key_slots,
-            2,
-            32,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        key_slabs * 7,
-        2,
-        batch.sequences,
-    )
-    tiles_of_v[grid](
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        made_v_slots,
-        made_key_order,
-        made_slots,
-        **config["tiles_of_v"],
-    )
+    # from here on: rows and keys are slots
+    batch = batch.laid(made_slots, row_slots, keys_slots)
 
     if selection is None:
+        # tiles: region.keys
+        count_region_keys = 0
+        made_region_keys = torch.empty(
+            (
+                1,
+                key_tiles,
+                2,
+                32,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        grid = (
+            key_tiles,
+            2,
+        )
+        tiles_of_k[grid](
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            made_region_keys,
+            made_key_order,
+            batch.table,
+            batch.sequences,
+            **config["tiles_of_k"],
+        )
         # tiles: region.queries
-        blocks_region_queries = row_slots // 64 + 2 * batch.sequences
+        blocks_region_queries = batch.rows // 64 + 2 * batch.sequences
         made_region_queries = torch.empty(
             (
                 blocks_region_queries,
@@ -212,9 +201,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
             device=in_q.device,
         )
         grid = (
-            row_slabs * 7,
+            row_tiles,
             2,
-            batch.sequences,
         )
         tiles_of_q[grid](
             in_q,
@@ -223,15 +211,16 @@ def forward(tensors, batch, config, selection=None, rows=True):
             in_q.stride(2),
             made_region_queries,
             made_order,
-            made_slots,
+            batch.table,
+            batch.sequences,
             **config["tiles_of_q"],
         )
         # choose: region
-        blocks_region = row_slots // 64 + 2 * batch.sequences
-        capacity_region = max(1, keys_slots // 64 + 1)
+        blocks_region = batch.rows // 64 + 2 * batch.sequences
+        capacity_region = max(1, batch.keys // 64 + 1)
         tiles_region = blocks_region // config["score_region"]["BLOCK_T"] + batch.sequences
         bytes_region = 4 * capacity_region * config["score_region"]["BLOCK_T"]
-        short_region = max(3 * SCRATCH_BYTES // 16, row_slots * 64)
+        short_region = max(3 * SCRATCH_BYTES // 16, batch.rows * 64)
         scratch_region = min(SCRATCH_BYTES, short_region)
         chunk_region = min(tiles_region, max(1, scratch_region // bytes_region))
         scores_region = torch.empty(
@@ -269,7 +258,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 32,
                 scores_region,
                 capacity_region,
-                made_slots,
+                batch.table,
                 batch.sequences,
                 tile_first,
                 **config["score_region"],
@@ -281,7 +270,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
             rank_region[grid](
                 scores_region,
                 made_region_selection_blocks,
-                made_slots,
+                batch.table,
                 batch.sequences,
                 tile_first,
                 capacity_region,
@@ -302,7 +291,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 device=in_q.device,
             )
             grid = (
-                row_slots // config["spread_region"]["BLOCK_T"] + batch.sequences,
+                batch.rows // config["spread_region"]["BLOCK_T"] + batch.sequences,
                 1,
             )
             spread_region[grid](
@@ -311,7 +300,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 0 if batch.packed else made_region_selection.stride(0),
                 4,
                 made_order,
-                made_slots,
+                batch.table,
                 batch.sequences,
                 **config["spread_region"],
             )
@@ -320,7 +309,32 @@ def forward(tensors, batch, config, selection=None, rows=True):
         # attend: routed
         tokens_routed = config["attend_routed"]["BLOCK_T"]
         parts_routed = (64 + tokens_routed - 1) // tokens_routed
-        tiles_routed = (row_slots // 64 + 3 * batch.sequences) * parts_routed
+        tiles_routed = (batch.rows // 64 + 3 * batch.sequences) * parts_routed
+        room_routed = in_q.shape[0] * in_q.shape[1] * 64
+        bytes_routed = key_slots * 128
+        fit_routed = max(1, min(2, room_routed // max(1, bytes_routed)))
+        turns_routed = (2 + fit_routed - 1) // fit_routed
+        turn_routed = (2 + turns_routed - 1) // turns_routed
+        made_k_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_routed,
+                32,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_v_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_routed,
+                32,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
         counts_routed = torch.empty(
             (
                 tiles_routed,
@@ -358,73 +372,135 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.float32,
             device=in_q.device,
         )
-        grid = (
-            tiles_routed,
-            1,
-        )
-        index_routed[grid](
-            made_region_selection_blocks,
-            counts_routed,
-            entries_routed,
-            4,
-            made_tokens,
-            made_slots,
-            batch.sequences,
-            **config["index_routed"],
-            BLOCK_T=config["attend_routed"]["BLOCK_T"],
-        )
-        grid = (
-            tiles_routed,
-            2,
-        )
-        attend_routed[grid](
-            in_q,
-            0 if batch.packed else in_q.stride(0),
-            in_q.stride(1),
-            in_q.stride(2),
-            made_k_slots,
-            0,
-            made_k_slots.stride(1),
-            made_k_slots.stride(2),
-            made_v_slots,
-            0,
-            made_v_slots.stride(1),
-            made_v_slots.stride(2),
-            counts_routed,
-            entries_routed,
-            entries_routed,
-            4,
-            0,
-            made_routed_o,
-            0 if batch.packed else made_routed_o.stride(0),
-            made_routed_o.stride(1),
-            made_routed_o.stride(2),
-            made_routed_lse,
-            0 if batch.packed else made_routed_lse.stride(0),
-            made_routed_lse.stride(1),
-            made_routed_lse.stride(2),
-            made_order,
-            made_tokens,
-            made_slots,
-            batch.sequences,
-            0,
-            **config["attend_routed"],
-        )
-        counts_routed = None  # what comes next may have its memory
+        for tile_first in range(0, 2, turn_routed):
+            count = min(turn_routed, 2 - tile_first)
+            grid = (
+                key_tiles,
+                count,
+            )
+            slots_of_k[grid](
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                made_k_slots,
+                made_k_slots.stride(1),
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_k"],
+            )
+            grid = (
+                key_tiles,
+                count,
+            )
+            slots_of_v[grid](
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                made_v_slots,
+                made_v_slots.stride(1),
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_v"],
+            )
+            grid = (
+                tiles_routed,
+                1,
+            )
+            index_routed[grid](
+                made_region_selection_blocks,
+                counts_routed,
+                entries_routed,
+                4,
+                made_tokens,
+                batch.table,
+                batch.sequences,
+                0,
+                **config["index_routed"],
+                BLOCK_T=config["attend_routed"]["BLOCK_T"],
+            )
+            grid = (
+                tiles_routed,
+                count,
+            )
+            attend_routed[grid](
+                in_q,
+                0 if batch.packed else in_q.stride(0),
+                in_q.stride(1),
+                in_q.stride(2),
+                made_k_slots,
+                0,
+                made_k_slots.stride(1),
+                made_k_slots.stride(2),
+                made_v_slots,
+                0,
+                made_v_slots.stride(1),
+                made_v_slots.stride(2),
+                counts_routed,
+                entries_routed,
+                entries_routed,
+                4,
+                0,
+                made_routed_o,
+                0 if batch.packed else made_routed_o.stride(0),
+                made_routed_o.stride(1),
+                made_routed_o.stride(2),
+                made_routed_lse,
+                0 if batch.packed else made_routed_lse.stride(0),
+                made_routed_lse.stride(1),
+                made_routed_lse.stride(2),
+                made_order,
+                made_tokens,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["attend_routed"],
+            )
+        made_k_slots = None  # what comes next may have its memory
+        made_v_slots = None
+        counts_routed = None
         entries_routed = None
     else:
         made_region_selection = selection["region"]
         # attend: routed, over a selection of the caller's
         tokens_routed = config["attend_routed"]["BLOCK_T"]
         parts_routed = (64 + tokens_routed - 1) // tokens_routed
-        tiles_of_routed = (row_slots // 64 + 3 * batch.sequences) * parts_routed
+        tiles_of_routed = (batch.rows // 64 + 3 * batch.sequences) * parts_routed
         num_words_routed = (tokens_routed + 31) // 32
-        capacity_routed = max(1, (keys_slots + 64 - 1) // 64)
-        bytes_routed = 4 * capacity_routed * (num_words_routed + 1)
-        chunk_routed = min(tiles_of_routed, max(1, SCRATCH_BYTES // bytes_routed))
+        capacity_routed = max(1, (batch.keys + 64 - 1) // 64)
+        room_routed = in_q.shape[0] * in_q.shape[1] * 64
+        bytes_routed = key_slots * 128
+        fit_routed = max(1, min(2, room_routed // max(1, bytes_routed)))
+        turns_routed = (2 + fit_routed - 1) // fit_routed
+        turn_routed = (2 + turns_routed - 1) // turns_routed
+        made_k_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_routed,
+                32,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_v_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_routed,
+                32,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
         given_counts_routed = torch.empty(
             (
-                chunk_routed,
+                tiles_of_routed,
                 1,
                 2,
             ),
@@ -433,7 +509,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         )
         given_entries_routed = torch.empty(
             (
-                chunk_routed,
+                tiles_of_routed,
                 1,
                 capacity_routed,
             ),
@@ -442,7 +518,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         )
         given_words_routed = torch.empty(
             (
-                chunk_routed,
+                tiles_of_routed,
                 1,
                 capacity_routed,
                 num_words_routed,
@@ -469,10 +545,44 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.float32,
             device=in_q.device,
         )
-        for tile_first in range(0, tiles_of_routed, chunk_routed):
-            count = min(chunk_routed, tiles_of_routed - tile_first)
+        for tile_first in range(0, 2, turn_routed):
+            count = min(turn_routed, 2 - tile_first)
             grid = (
+                key_tiles,
                 count,
+            )
+            slots_of_k[grid](
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                made_k_slots,
+                made_k_slots.stride(1),
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_k"],
+            )
+            grid = (
+                key_tiles,
+                count,
+            )
+            slots_of_v[grid](
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                made_v_slots,
+                made_v_slots.stride(1),
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_v"],
+            )
+            grid = (
+                tiles_of_routed,
                 1,
             )
             members_routed[grid](
@@ -488,15 +598,15 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 capacity_routed,
                 made_order,
                 made_tokens,
-                made_slots,
+                batch.table,
                 batch.sequences,
-                tile_first,
+                0,
                 **config["members_routed"],
                 BLOCK_T=config["attend_routed"]["BLOCK_T"],
             )
             grid = (
+                tiles_of_routed,
                 count,
-                2,
             )
             attend_routed[grid](
                 in_q,
@@ -526,12 +636,14 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 made_routed_lse.stride(2),
                 made_order,
                 made_tokens,
-                made_slots,
+                batch.table,
                 batch.sequences,
                 tile_first,
                 **config["attend_routed"],
             )
-        given_counts_routed = None  # what comes next may have its memory
+        made_k_slots = None  # what comes next may have its memory
+        made_v_slots = None
+        given_counts_routed = None
         given_entries_routed = None
         given_words_routed = None
 
@@ -550,12 +662,22 @@ def select(tensors, batch, config):
     in_k = tensors["k"]
 
     # order: tiles
-    key_slabs = (batch.keys + 447) // 448
-    row_slabs = in_q.shape[1] // 448 + 2
-    slabs = in_k.shape[1] // 448 + batch.sequences if batch.packed else batch.sequences * key_slabs
-    keys_slots = key_slabs * 448
-    row_slots = (batch.rows // 448 + 2 * batch.sequences) * 448
-    key_slots = max(1, slabs) * 448
+    longest_slabs = (batch.keys - 1) // 448 + 1
+    longest_strips = (batch.keys - 1) // 56 + 1
+    longest_tiles = max(1, min(longest_slabs * 7, longest_strips * 7))
+    packed_slabs = (in_k.shape[1] - batch.sequences) // 448 + batch.sequences
+    packed_strips = (in_k.shape[1] - batch.sequences) // 56 + batch.sequences
+    packed_tiles = max(1, min(packed_slabs * 7, packed_strips * 7))
+    first_slabs = (batch.rows - batch.sequences) // 448 + batch.sequences
+    first_strips = (batch.rows - batch.sequences) // 56 + batch.sequences
+    first_tiles = max(1, min(first_slabs * 7, first_strips * 7))
+    whole_tiles = max(1, first_slabs + batch.sequences) * 7
+    row_tiles = first_tiles if batch.from_start else whole_tiles
+    key_tiles = packed_tiles if batch.packed else batch.sequences * longest_tiles
+    all_tiles = row_tiles + key_tiles
+    keys_slots = longest_tiles * 64
+    key_slots = key_tiles * 64
+    row_slots = row_tiles * 64
     made_order = torch.empty(
         (row_slots,),
         dtype=torch.int32,
@@ -567,7 +689,7 @@ def select(tensors, batch, config):
         device=in_q.device,
     )
     made_tokens = torch.empty(
-        (key_slots // 64,),
+        (key_tiles,),
         dtype=torch.int32,
         device=in_q.device,
     )
@@ -579,10 +701,14 @@ def select(tensors, batch, config):
         dtype=torch.int32,
         device=in_q.device,
     )
-    grid = (
-        max(row_slabs, key_slabs) * 7 // config["order_tiles"]["BLOCK_E"] + 1,
+    grid = (1,)
+    rooms_of_tiles[grid](
+        made_slots,
+        batch.table,
         batch.sequences,
+        **config["rooms_of_tiles"],
     )
+    grid = (all_tiles,)
     order_tiles[grid](
         made_order,
         made_key_order,
@@ -590,26 +716,19 @@ def select(tensors, batch, config):
         made_slots,
         batch.table,
         batch.sequences,
-        1 if batch.packed else key_slabs,
+        row_tiles,
         **config["order_tiles"],
     )
 
-    # tiles: k.slots, region.keys
+    # from here on: rows and keys are slots
+    batch = batch.laid(made_slots, row_slots, keys_slots)
+
+    # tiles: region.keys
     count_region_keys = 0
-    made_k_slots = torch.empty(
-        (
-            1,
-            key_slots,
-            2,
-            32,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
     made_region_keys = torch.empty(
         (
             1,
-            key_slots // 64,
+            key_tiles,
             2,
             32,
         ),
@@ -617,24 +736,23 @@ def select(tensors, batch, config):
         device=in_q.device,
     )
     grid = (
-        key_slabs * 7,
+        key_tiles,
         2,
-        batch.sequences,
     )
     tiles_of_k[grid](
         in_k,
         0 if batch.packed else in_k.stride(0),
         in_k.stride(1),
         in_k.stride(2),
-        made_k_slots,
         made_region_keys,
         made_key_order,
-        made_slots,
+        batch.table,
+        batch.sequences,
         **config["tiles_of_k"],
     )
 
     # tiles: region.queries
-    blocks_region_queries = row_slots // 64 + 2 * batch.sequences
+    blocks_region_queries = batch.rows // 64 + 2 * batch.sequences
     made_region_queries = torch.empty(
         (
             blocks_region_queries,
@@ -645,9 +763,8 @@ def select(tensors, batch, config):
         device=in_q.device,
     )
     grid = (
-        row_slabs * 7,
+        row_tiles,
         2,
-        batch.sequences,
     )
     tiles_of_q[grid](
         in_q,
@@ -656,16 +773,17 @@ def select(tensors, batch, config):
         in_q.stride(2),
         made_region_queries,
         made_order,
-        made_slots,
+        batch.table,
+        batch.sequences,
         **config["tiles_of_q"],
     )
 
     # choose: region
-    blocks_region = row_slots // 64 + 2 * batch.sequences
-    capacity_region = max(1, keys_slots // 64 + 1)
+    blocks_region = batch.rows // 64 + 2 * batch.sequences
+    capacity_region = max(1, batch.keys // 64 + 1)
     tiles_region = blocks_region // config["score_region"]["BLOCK_T"] + batch.sequences
     bytes_region = 4 * capacity_region * config["score_region"]["BLOCK_T"]
-    short_region = max(3 * SCRATCH_BYTES // 16, row_slots * 64)
+    short_region = max(3 * SCRATCH_BYTES // 16, batch.rows * 64)
     scratch_region = min(SCRATCH_BYTES, short_region)
     chunk_region = min(tiles_region, max(1, scratch_region // bytes_region))
     scores_region = torch.empty(
@@ -703,7 +821,7 @@ def select(tensors, batch, config):
             32,
             scores_region,
             capacity_region,
-            made_slots,
+            batch.table,
             batch.sequences,
             tile_first,
             **config["score_region"],
@@ -715,7 +833,7 @@ def select(tensors, batch, config):
         rank_region[grid](
             scores_region,
             made_region_selection_blocks,
-            made_slots,
+            batch.table,
             batch.sequences,
             tile_first,
             capacity_region,
@@ -736,7 +854,7 @@ def select(tensors, batch, config):
         device=in_q.device,
     )
     grid = (
-        row_slots // config["spread_region"]["BLOCK_T"] + batch.sequences,
+        batch.rows // config["spread_region"]["BLOCK_T"] + batch.sequences,
         1,
     )
     spread_region[grid](
@@ -745,7 +863,7 @@ def select(tensors, batch, config):
         0 if batch.packed else made_region_selection.stride(0),
         4,
         made_order,
-        made_slots,
+        batch.table,
         batch.sequences,
         **config["spread_region"],
     )

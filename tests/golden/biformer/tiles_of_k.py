@@ -2,10 +2,26 @@
 # spec      biformer  sha256 000000000000
 # template  segments.py.jinja
 # target    sm_90
-"""tiles_of_k: tokens of tiles, copied into their slots and as one mean a tile."""
+"""tiles_of_k: tokens of tiles, as one mean a tile."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def find_tile(SLOTS, num_sequences, tile, COLUMN: tl.constexpr, SIZE: tl.constexpr):
+    """The sequence of one of the tiles of SIZE slots that lie one behind another, and its number within it.
+
+    SLOTS is int32[Z, 6], of which COLUMN says where slots of each begin.  A tile behind all is the last's.
+    """
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(SLOTS + middle * 6 + COLUMN) <= tile * SIZE
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, tile - tl.load(SLOTS + low * 6 + COLUMN) // SIZE
 
 
 @triton.jit
@@ -14,13 +30,6 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
     columns = OFFSET + tl.arange(0, WIDTH)
     address = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(address, mask=mask[:, None], other=0.0)
-
-
-@triton.jit
-def store_tile(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
-    """The inverse of load_tile_masked, bit by bit.  x: [N, WIDTH]"""
-    columns = OFFSET + tl.arange(0, WIDTH)
-    tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], x, mask=mask[:, None])
 
 
 @triton.jit
@@ -35,23 +44,22 @@ def store_entries(address, entries, live):
     tl.store(address, entries, mask=live)
 
 
-@triton.jit(do_not_specialize=[])
+@triton.jit(do_not_specialize=["num_sequences"])
 def tiles_of_k(
     X,  # [B, S, 2, 32]
     x_b,  # X: batch stride
     x_t,  # X: token stride
     x_h,  # X: head stride
-    COPIED,  # [1, slots, 2, 32]
     POOLED,  # [1, tiles, 2, 32]
     ORDER,  # [slots] the token of each slot, -1 of none
     SEQ,  # [Z, 6] sequences
+    num_sequences,  # Z
 ):
     # tile: of one sequence
-    z = tl.program_id(2)
     head = tl.program_id(1)
+    z, e = find_tile(SEQ, num_sequences, tl.program_id(0), 4, 64)
     first = tl.load(SEQ + z * 6 + 4)
     length = tl.load(SEQ + z * 6 + 5)
-    e = tl.program_id(0)
     if e * 64 >= length:
         return
     # [64]
@@ -67,8 +75,6 @@ def tiles_of_k(
 
     # load, store
     x0 = load_tile_masked(base, token, there, x_t, 0, 32)
-    copied = COPIED + head.to(tl.int64) * 32
-    store_tile(copied, at, inside, 64, x0, 0, 32)
     mean = tl.div_rn(tl.sum(x0.to(tl.float32), 0), tokens)
     columns = 0 + tl.arange(0, 32)
     store_entries(pooled + columns, mean, columns >= 0)

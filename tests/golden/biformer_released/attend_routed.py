@@ -102,7 +102,7 @@ def natural_lse(m, l):
 
 
 @triton.jit(
-    do_not_specialize=["capacity", "members", "lse_b", "lse_h", "num_sequences", "tile_first"]
+    do_not_specialize=["capacity", "members", "lse_b", "lse_h", "num_sequences", "head_first"]
 )
 def attend_routed(
     Q,  # [B, T, Hq, Dqk]
@@ -134,14 +134,15 @@ def attend_routed(
     TOKENS,  # [tiles] how many tokens each tile of keys has
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
-    tile_first,  # the turn's first tile
+    head_first,  # the turn's first head
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_M: tl.constexpr,  # rows a tile
     BLOCK_N: tl.constexpr,  # keys a step
 ):
     # rows: BLOCK_T tokens
-    tile = tl.program_id(0) + tile_first
-    head = tl.program_id(1)
+    tile = tl.program_id(0)
+    turn_head = tl.program_id(1)
+    head = turn_head + head_first
     parts: tl.constexpr = (64 + BLOCK_T - 1) // BLOCK_T
     z, block = find_blocks(SEQ, num_sequences, tile // parts, 1, 64)
     q_offset = tl.load(SEQ + z * 6 + 3)
@@ -163,10 +164,10 @@ def attend_routed(
     # load: the queries in [BLOCK_M, width] columns, and where the keys begin
     q_base = Q + z.to(tl.int64) * q_b
     q0 = load_queries(q_base, q_token, q_t, row_head, q_h, alive, 0, 32)
-    k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
-    v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
+    k_base = K + z.to(tl.int64) * k_b + turn_head.to(tl.int64) * k_h
+    v_base = V + z.to(tl.int64) * v_b + turn_head.to(tl.int64) * v_h
     k_row = k_first
-    list_row = tl.program_id(0).to(tl.int64) * 1
+    list_row = tl.program_id(0).to(tl.int64)
     list_base = list_row * capacity
     num_words: tl.constexpr = (BLOCK_T + 31) // 32
     TILES: tl.constexpr = (64 + BLOCK_N - 1) // BLOCK_N

@@ -16,24 +16,30 @@ from .index_selected import index_selected
 from .members_selected import members_selected
 from .order_tiles import order_tiles
 from .rank_box import rank_box
+from .rooms_of_tiles import rooms_of_tiles
 from .score_box import score_box
+from .slots_of_k import slots_of_k
+from .slots_of_v import slots_of_v
 from .spread_box import spread_box
 from .tiles_of_k import tiles_of_k
 from .tiles_of_q import tiles_of_q
-from .tiles_of_v import tiles_of_v
 
 SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
-    "order_tiles": {
-        "BLOCK_E": 8,
+    "rooms_of_tiles": {
+        "BLOCK_N": 256,
         "num_warps": 4,
         "num_stages": 1,
     },
-    "tiles_of_q": {
-        "num_warps": 8,
+    "order_tiles": {
+        "num_warps": 2,
         "num_stages": 1,
     },
     "tiles_of_k": {
+        "num_warps": 8,
+        "num_stages": 1,
+    },
+    "tiles_of_q": {
         "num_warps": 8,
         "num_stages": 1,
     },
@@ -56,7 +62,11 @@ CONFIG = {
         "num_warps": 4,
         "num_stages": 1,
     },
-    "tiles_of_v": {
+    "slots_of_k": {
+        "num_warps": 8,
+        "num_stages": 1,
+    },
+    "slots_of_v": {
         "num_warps": 8,
         "num_stages": 1,
     },
@@ -91,12 +101,22 @@ def forward(tensors, batch, config, selection=None, rows=True):
     in_v = tensors["v"]
 
     # order: tiles
-    key_slabs = (batch.keys + 3839) // 3840
-    row_slabs = in_q.shape[1] // 3840 + 2
-    slabs = in_k.shape[1] // 3840 + batch.sequences if batch.packed else batch.sequences * key_slabs
-    keys_slots = key_slabs * 3840
-    row_slots = (batch.rows // 3840 + 2 * batch.sequences) * 3840
-    key_slots = max(1, slabs) * 3840
+    longest_slabs = (batch.keys - 1) // 3840 + 1
+    longest_strips = (batch.keys - 1) // 640 + 1
+    longest_tiles = max(1, min(longest_slabs * 30, longest_strips * 5))
+    packed_slabs = (in_k.shape[1] - batch.sequences) // 3840 + batch.sequences
+    packed_strips = (in_k.shape[1] - batch.sequences) // 640 + batch.sequences
+    packed_tiles = max(1, min(packed_slabs * 30, packed_strips * 5))
+    first_slabs = (batch.rows - batch.sequences) // 3840 + batch.sequences
+    first_strips = (batch.rows - batch.sequences) // 640 + batch.sequences
+    first_tiles = max(1, min(first_slabs * 30, first_strips * 5))
+    whole_tiles = max(1, first_slabs + batch.sequences) * 30
+    row_tiles = first_tiles if batch.from_start else whole_tiles
+    key_tiles = packed_tiles if batch.packed else batch.sequences * longest_tiles
+    all_tiles = row_tiles + key_tiles
+    keys_slots = longest_tiles * 128
+    key_slots = key_tiles * 128
+    row_slots = row_tiles * 128
     made_order = torch.empty(
         (row_slots,),
         dtype=torch.int32,
@@ -108,7 +128,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         device=in_q.device,
     )
     made_tokens = torch.empty(
-        (key_slots // 128,),
+        (key_tiles,),
         dtype=torch.int32,
         device=in_q.device,
     )
@@ -120,10 +140,14 @@ def forward(tensors, batch, config, selection=None, rows=True):
         dtype=torch.int32,
         device=in_q.device,
     )
-    grid = (
-        max(row_slabs, key_slabs) * 30 // config["order_tiles"]["BLOCK_E"] + 1,
+    grid = (1,)
+    rooms_of_tiles[grid](
+        made_slots,
+        batch.table,
         batch.sequences,
+        **config["rooms_of_tiles"],
     )
+    grid = (all_tiles,)
     order_tiles[grid](
         made_order,
         made_key_order,
@@ -131,77 +155,42 @@ def forward(tensors, batch, config, selection=None, rows=True):
         made_slots,
         batch.table,
         batch.sequences,
-        1 if batch.packed else key_slabs,
+        row_tiles,
         **config["order_tiles"],
     )
-    # tiles: k.slots, box.keys
-    count_box_keys = 0
-    made_k_slots = torch.empty(
-        (
-            1,
-            key_slots,
-            24,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    made_box_keys = torch.empty(
-        (
-            1,
-            key_slots // 128,
-            24,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        key_slabs * 30,
-        24,
-        batch.sequences,
-    )
-    tiles_of_k[grid](
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        made_k_slots,
-        made_box_keys,
-        made_key_order,
-        made_slots,
-        **config["tiles_of_k"],
-    )
-    # tiles: v.slots
-    made_v_slots = torch.empty(
-        (
-            1,
-            key_slots,
-            24,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        key_slabs * 30,
-        24,
-        batch.sequences,
-    )
-    tiles_of_v[grid](
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        made_v_slots,
-        made_key_order,
-        made_slots,
-        **config["tiles_of_v"],
-    )
+    # from here on: rows and keys are slots
+    batch = batch.laid(made_slots, row_slots, keys_slots)
 
     if selection is None:
+        # tiles: box.keys
+        count_box_keys = 0
+        made_box_keys = torch.empty(
+            (
+                1,
+                key_tiles,
+                24,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        grid = (
+            key_tiles,
+            24,
+        )
+        tiles_of_k[grid](
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            made_box_keys,
+            made_key_order,
+            batch.table,
+            batch.sequences,
+            **config["tiles_of_k"],
+        )
         # tiles: box.queries
-        blocks_box_queries = row_slots // 128 + 2 * batch.sequences
+        blocks_box_queries = batch.rows // 128 + 2 * batch.sequences
         made_box_queries = torch.empty(
             (
                 blocks_box_queries,
@@ -212,9 +201,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
             device=in_q.device,
         )
         grid = (
-            row_slabs * 30,
+            row_tiles,
             24,
-            batch.sequences,
         )
         tiles_of_q[grid](
             in_q,
@@ -223,18 +211,19 @@ def forward(tensors, batch, config, selection=None, rows=True):
             in_q.stride(2),
             made_box_queries,
             made_order,
-            made_slots,
+            batch.table,
+            batch.sequences,
             **config["tiles_of_q"],
         )
         # choose: box
-        blocks_box = row_slots // 128 + 2 * batch.sequences
-        entries_box = (keys_slots + 127) // 128
+        blocks_box = batch.rows // 128 + 2 * batch.sequences
+        entries_box = (batch.keys + 127) // 128
         part_box = (entries_box * 107374182 + 1073741823) // 1073741824
         width_box = max(1, min(entries_box, max(part_box, 0)))
-        capacity_box = max(1, keys_slots // 128 + 1)
+        capacity_box = max(1, batch.keys // 128 + 1)
         tiles_box = blocks_box // config["score_box"]["BLOCK_T"] + batch.sequences
         bytes_box = 96 * capacity_box * config["score_box"]["BLOCK_T"]
-        short_box = max(3 * SCRATCH_BYTES // 16, row_slots * 3072)
+        short_box = max(3 * SCRATCH_BYTES // 16, batch.rows * 3072)
         scratch_box = min(SCRATCH_BYTES, short_box)
         chunk_box = min(tiles_box, max(1, scratch_box // bytes_box))
         scores_box = torch.empty(
@@ -272,7 +261,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 128,
                 scores_box,
                 capacity_box,
-                made_slots,
+                batch.table,
                 batch.sequences,
                 tile_first,
                 **config["score_box"],
@@ -284,7 +273,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
             rank_box[grid](
                 scores_box,
                 made_box_selection_blocks,
-                made_slots,
+                batch.table,
                 batch.sequences,
                 tile_first,
                 capacity_box,
@@ -306,7 +295,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 device=in_q.device,
             )
             grid = (
-                row_slots // config["spread_box"]["BLOCK_T"] + batch.sequences,
+                batch.rows // config["spread_box"]["BLOCK_T"] + batch.sequences,
                 24,
             )
             spread_box[grid](
@@ -315,7 +304,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 0 if batch.packed else made_box_selection.stride(0),
                 width_box,
                 made_order,
-                made_slots,
+                batch.table,
                 batch.sequences,
                 **config["spread_box"],
             )
@@ -324,11 +313,36 @@ def forward(tensors, batch, config, selection=None, rows=True):
         # attend: selected
         tokens_selected = config["attend_selected"]["BLOCK_T"]
         parts_selected = (128 + tokens_selected - 1) // tokens_selected
-        tiles_selected = (row_slots // 128 + 3 * batch.sequences) * parts_selected
+        tiles_selected = (batch.rows // 128 + 3 * batch.sequences) * parts_selected
+        room_selected = in_q.shape[0] * in_q.shape[1] * 3072
+        bytes_selected = key_slots * 512
+        fit_selected = max(3, min(24, room_selected // max(1, bytes_selected)))
+        turns_selected = (24 + fit_selected - 1) // fit_selected
+        turn_selected = (24 + turns_selected - 1) // turns_selected
+        made_k_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_selected,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_v_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_selected,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
         counts_selected = torch.empty(
             (
                 tiles_selected,
-                24,
+                turn_selected,
                 2,
             ),
             dtype=torch.int32,
@@ -337,7 +351,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         entries_selected = torch.empty(
             (
                 tiles_selected,
-                24,
+                turn_selected,
                 width_box,
             ),
             dtype=torch.int32,
@@ -362,74 +376,136 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.float32,
             device=in_q.device,
         )
-        grid = (
-            tiles_selected,
-            24,
-        )
-        index_selected[grid](
-            made_box_selection_blocks,
-            counts_selected,
-            entries_selected,
-            width_box,
-            made_tokens,
-            made_slots,
-            batch.sequences,
-            **config["index_selected"],
-            BLOCK_T=config["attend_selected"]["BLOCK_T"],
-        )
-        grid = (
-            tiles_selected,
-            24,
-        )
-        attend_selected[grid](
-            in_q,
-            0 if batch.packed else in_q.stride(0),
-            in_q.stride(1),
-            in_q.stride(2),
-            made_k_slots,
-            0,
-            made_k_slots.stride(1),
-            made_k_slots.stride(2),
-            made_v_slots,
-            0,
-            made_v_slots.stride(1),
-            made_v_slots.stride(2),
-            counts_selected,
-            entries_selected,
-            entries_selected,
-            width_box,
-            0,
-            made_selected_o,
-            0 if batch.packed else made_selected_o.stride(0),
-            made_selected_o.stride(1),
-            made_selected_o.stride(2),
-            made_selected_lse,
-            0 if batch.packed else made_selected_lse.stride(0),
-            made_selected_lse.stride(1),
-            made_selected_lse.stride(2),
-            made_order,
-            made_tokens,
-            made_slots,
-            batch.sequences,
-            0,
-            **config["attend_selected"],
-        )
-        counts_selected = None  # what comes next may have its memory
+        for tile_first in range(0, 24, turn_selected):
+            count = min(turn_selected, 24 - tile_first)
+            grid = (
+                key_tiles,
+                count,
+            )
+            slots_of_k[grid](
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                made_k_slots,
+                made_k_slots.stride(1),
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_k"],
+            )
+            grid = (
+                key_tiles,
+                count,
+            )
+            slots_of_v[grid](
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                made_v_slots,
+                made_v_slots.stride(1),
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_v"],
+            )
+            grid = (
+                tiles_selected,
+                count,
+            )
+            index_selected[grid](
+                made_box_selection_blocks,
+                counts_selected,
+                entries_selected,
+                width_box,
+                made_tokens,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["index_selected"],
+                BLOCK_T=config["attend_selected"]["BLOCK_T"],
+            )
+            grid = (
+                tiles_selected,
+                count,
+            )
+            attend_selected[grid](
+                in_q,
+                0 if batch.packed else in_q.stride(0),
+                in_q.stride(1),
+                in_q.stride(2),
+                made_k_slots,
+                0,
+                made_k_slots.stride(1),
+                made_k_slots.stride(2),
+                made_v_slots,
+                0,
+                made_v_slots.stride(1),
+                made_v_slots.stride(2),
+                counts_selected,
+                entries_selected,
+                entries_selected,
+                width_box,
+                0,
+                made_selected_o,
+                0 if batch.packed else made_selected_o.stride(0),
+                made_selected_o.stride(1),
+                made_selected_o.stride(2),
+                made_selected_lse,
+                0 if batch.packed else made_selected_lse.stride(0),
+                made_selected_lse.stride(1),
+                made_selected_lse.stride(2),
+                made_order,
+                made_tokens,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["attend_selected"],
+            )
+        made_k_slots = None  # what comes next may have its memory
+        made_v_slots = None
+        counts_selected = None
         entries_selected = None
     else:
         made_box_selection = selection["box"]
         # attend: selected, over a selection of the caller's
         tokens_selected = config["attend_selected"]["BLOCK_T"]
         parts_selected = (128 + tokens_selected - 1) // tokens_selected
-        tiles_of_selected = (row_slots // 128 + 3 * batch.sequences) * parts_selected
+        tiles_of_selected = (batch.rows // 128 + 3 * batch.sequences) * parts_selected
         num_words_selected = (tokens_selected + 31) // 32
-        capacity_selected = max(1, (keys_slots + 128 - 1) // 128)
-        bytes_selected = 96 * capacity_selected * (num_words_selected + 1)
-        chunk_selected = min(tiles_of_selected, max(1, SCRATCH_BYTES // bytes_selected))
+        capacity_selected = max(1, (batch.keys + 128 - 1) // 128)
+        room_selected = in_q.shape[0] * in_q.shape[1] * 3072
+        bytes_selected = key_slots * 512
+        fit_selected = max(3, min(24, room_selected // max(1, bytes_selected)))
+        turns_selected = (24 + fit_selected - 1) // fit_selected
+        turn_selected = (24 + turns_selected - 1) // turns_selected
+        made_k_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_selected,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_v_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_selected,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
         given_counts_selected = torch.empty(
             (
-                chunk_selected,
-                24,
+                tiles_of_selected,
+                turn_selected,
                 2,
             ),
             dtype=torch.int32,
@@ -437,8 +513,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
         )
         given_entries_selected = torch.empty(
             (
-                chunk_selected,
-                24,
+                tiles_of_selected,
+                turn_selected,
                 capacity_selected,
             ),
             dtype=torch.int32,
@@ -446,8 +522,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
         )
         given_words_selected = torch.empty(
             (
-                chunk_selected,
-                24,
+                tiles_of_selected,
+                turn_selected,
                 capacity_selected,
                 num_words_selected,
             ),
@@ -473,11 +549,45 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.float32,
             device=in_q.device,
         )
-        for tile_first in range(0, tiles_of_selected, chunk_selected):
-            count = min(chunk_selected, tiles_of_selected - tile_first)
+        for tile_first in range(0, 24, turn_selected):
+            count = min(turn_selected, 24 - tile_first)
             grid = (
+                key_tiles,
                 count,
-                24,
+            )
+            slots_of_k[grid](
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                made_k_slots,
+                made_k_slots.stride(1),
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_k"],
+            )
+            grid = (
+                key_tiles,
+                count,
+            )
+            slots_of_v[grid](
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                made_v_slots,
+                made_v_slots.stride(1),
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_v"],
+            )
+            grid = (
+                tiles_of_selected,
+                count,
             )
             members_selected[grid](
                 made_box_selection,
@@ -492,15 +602,15 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 capacity_selected,
                 made_order,
                 made_tokens,
-                made_slots,
+                batch.table,
                 batch.sequences,
                 tile_first,
                 **config["members_selected"],
                 BLOCK_T=config["attend_selected"]["BLOCK_T"],
             )
             grid = (
+                tiles_of_selected,
                 count,
-                24,
             )
             attend_selected[grid](
                 in_q,
@@ -530,12 +640,14 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 made_selected_lse.stride(2),
                 made_order,
                 made_tokens,
-                made_slots,
+                batch.table,
                 batch.sequences,
                 tile_first,
                 **config["attend_selected"],
             )
-        given_counts_selected = None  # what comes next may have its memory
+        made_k_slots = None  # what comes next may have its memory
+        made_v_slots = None
+        given_counts_selected = None
         given_entries_selected = None
         given_words_selected = None
 
@@ -554,12 +666,22 @@ def select(tensors, batch, config):
     in_k = tensors["k"]
 
     # order: tiles
-    key_slabs = (batch.keys + 3839) // 3840
-    row_slabs = in_q.shape[1] // 3840 + 2
-    slabs = in_k.shape[1] // 3840 + batch.sequences if batch.packed else batch.sequences * key_slabs
-    keys_slots = key_slabs * 3840
-    row_slots = (batch.rows // 3840 + 2 * batch.sequences) * 3840
-    key_slots = max(1, slabs) * 3840
+    longest_slabs = (batch.keys - 1) // 3840 + 1
+    longest_strips = (batch.keys - 1) // 640 + 1
+    longest_tiles = max(1, min(longest_slabs * 30, longest_strips * 5))
+    packed_slabs = (in_k.shape[1] - batch.sequences) // 3840 + batch.sequences
+    packed_strips = (in_k.shape[1] - batch.sequences) // 640 + batch.sequences
+    packed_tiles = max(1, min(packed_slabs * 30, packed_strips * 5))
+    first_slabs = (batch.rows - batch.sequences) // 3840 + batch.sequences
+    first_strips = (batch.rows - batch.sequences) // 640 + batch.sequences
+    first_tiles = max(1, min(first_slabs * 30, first_strips * 5))
+    whole_tiles = max(1, first_slabs + batch.sequences) * 30
+    row_tiles = first_tiles if batch.from_start else whole_tiles
+    key_tiles = packed_tiles if batch.packed else batch.sequences * longest_tiles
+    all_tiles = row_tiles + key_tiles
+    keys_slots = longest_tiles * 128
+    key_slots = key_tiles * 128
+    row_slots = row_tiles * 128
     made_order = torch.empty(
         (row_slots,),
         dtype=torch.int32,
@@ -571,7 +693,7 @@ def select(tensors, batch, config):
         device=in_q.device,
     )
     made_tokens = torch.empty(
-        (key_slots // 128,),
+        (key_tiles,),
         dtype=torch.int32,
         device=in_q.device,
     )
@@ -583,10 +705,14 @@ def select(tensors, batch, config):
         dtype=torch.int32,
         device=in_q.device,
     )
-    grid = (
-        max(row_slabs, key_slabs) * 30 // config["order_tiles"]["BLOCK_E"] + 1,
+    grid = (1,)
+    rooms_of_tiles[grid](
+        made_slots,
+        batch.table,
         batch.sequences,
+        **config["rooms_of_tiles"],
     )
+    grid = (all_tiles,)
     order_tiles[grid](
         made_order,
         made_key_order,
@@ -594,12 +720,43 @@ def select(tensors, batch, config):
         made_slots,
         batch.table,
         batch.sequences,
-        1 if batch.packed else key_slabs,
+        row_tiles,
         **config["order_tiles"],
     )
 
+    # from here on: rows and keys are slots
+    batch = batch.laid(made_slots, row_slots, keys_slots)
+
+    # tiles: box.keys
+    count_box_keys = 0
+    made_box_keys = torch.empty(
+        (
+            1,
+            key_tiles,
+            24,
+            128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
+    grid = (
+        key_tiles,
+        24,
+    )
+    tiles_of_k[grid](
+        in_k,
+        0 if batch.packed else in_k.stride(0),
+        in_k.stride(1),
+        in_k.stride(2),
+        made_box_keys,
+        made_key_order,
+        batch.table,
+        batch.sequences,
+        **config["tiles_of_k"],
+    )
+
     # tiles: box.queries
-    blocks_box_queries = row_slots // 128 + 2 * batch.sequences
+    blocks_box_queries = batch.rows // 128 + 2 * batch.sequences
     made_box_queries = torch.empty(
         (
             blocks_box_queries,
@@ -610,9 +767,8 @@ def select(tensors, batch, config):
         device=in_q.device,
     )
     grid = (
-        row_slabs * 30,
+        row_tiles,
         24,
-        batch.sequences,
     )
     tiles_of_q[grid](
         in_q,
@@ -621,58 +777,20 @@ def select(tensors, batch, config):
         in_q.stride(2),
         made_box_queries,
         made_order,
-        made_slots,
+        batch.table,
+        batch.sequences,
         **config["tiles_of_q"],
     )
 
-    # tiles: k.slots, box.keys
-    count_box_keys = 0
-    made_k_slots = torch.empty(
-        (
-            1,
-            key_slots,
-            24,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    made_box_keys = torch.empty(
-        (
-            1,
-            key_slots // 128,
-            24,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        key_slabs * 30,
-        24,
-        batch.sequences,
-    )
-    tiles_of_k[grid](
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        made_k_slots,
-        made_box_keys,
-        made_key_order,
-        made_slots,
-        **config["tiles_of_k"],
-    )
-
     # choose: box
-    blocks_box = row_slots // 128 + 2 * batch.sequences
-    entries_box = (keys_slots + 127) // 128
+    blocks_box = batch.rows // 128 + 2 * batch.sequences
+    entries_box = (batch.keys + 127) // 128
     part_box = (entries_box * 107374182 + 1073741823) // 1073741824
     width_box = max(1, min(entries_box, max(part_box, 0)))
-    capacity_box = max(1, keys_slots // 128 + 1)
+    capacity_box = max(1, batch.keys // 128 + 1)
     tiles_box = blocks_box // config["score_box"]["BLOCK_T"] + batch.sequences
     bytes_box = 96 * capacity_box * config["score_box"]["BLOCK_T"]
-    short_box = max(3 * SCRATCH_BYTES // 16, row_slots * 3072)
+    short_box = max(3 * SCRATCH_BYTES // 16, batch.rows * 3072)
     scratch_box = min(SCRATCH_BYTES, short_box)
     chunk_box = min(tiles_box, max(1, scratch_box // bytes_box))
     scores_box = torch.empty(
@@ -710,7 +828,7 @@ def select(tensors, batch, config):
             128,
             scores_box,
             capacity_box,
-            made_slots,
+            batch.table,
             batch.sequences,
             tile_first,
             **config["score_box"],
@@ -722,7 +840,7 @@ def select(tensors, batch, config):
         rank_box[grid](
             scores_box,
             made_box_selection_blocks,
-            made_slots,
+            batch.table,
             batch.sequences,
             tile_first,
             capacity_box,
@@ -744,7 +862,7 @@ def select(tensors, batch, config):
         device=in_q.device,
     )
     grid = (
-        row_slots // config["spread_box"]["BLOCK_T"] + batch.sequences,
+        batch.rows // config["spread_box"]["BLOCK_T"] + batch.sequences,
         24,
     )
     spread_box[grid](
@@ -753,7 +871,7 @@ def select(tensors, batch, config):
         0 if batch.packed else made_box_selection.stride(0),
         width_box,
         made_order,
-        made_slots,
+        batch.table,
         batch.sequences,
         **config["spread_box"],
     )

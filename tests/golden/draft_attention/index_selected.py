@@ -43,7 +43,7 @@ def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     return limit
 
 
-@triton.jit(do_not_specialize=["width", "num_sequences"])
+@triton.jit(do_not_specialize=["width", "num_sequences", "head_first"])
 def index_selected(
     LISTS,  # [blocks, 24, width] ascending, then -1
     COUNTS,  # [tiles, 24, 2] of full entries, of partial ones
@@ -52,12 +52,13 @@ def index_selected(
     TOKENS,  # [tiles] how many tokens each tile of keys has
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    head_first,  # the turn's first head
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_N: tl.constexpr,  # entries a step
 ):
     # rows
     tile = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1) + head_first
     parts: tl.constexpr = (128 + BLOCK_T - 1) // BLOCK_T
     z, block = find_blocks(SEQ, num_sequences, tile // parts, 1, 128)
     q_offset = tl.load(SEQ + z * 6 + 3)
@@ -73,7 +74,7 @@ def index_selected(
     # split, store
     row = first_block(SEQ, z, 128) + block
     source = LISTS + (row.to(tl.int64) * 24 + head) * width
-    region = tile.to(tl.int64) * 24 + head
+    region = tile.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     # tiles that have a token in every slot come first
     tokens = TOKENS + tl.load(SEQ + z * 6 + 4) // 128
     full = 0

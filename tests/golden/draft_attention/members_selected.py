@@ -43,7 +43,7 @@ def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     return limit
 
 
-@triton.jit(do_not_specialize=["width", "capacity", "num_sequences", "tile_first"])
+@triton.jit(do_not_specialize=["width", "capacity", "num_sequences", "head_first"])
 def members_selected(
     SELECTION,  # [B, T, 24, width], -1 anywhere
     s_b,  # SELECTION: batch stride
@@ -59,14 +59,14 @@ def members_selected(
     TOKENS,  # [tiles] how many tokens each tile of keys has
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
-    tile_first,  # the turn's first tile
+    head_first,  # the turn's first head
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_K: tl.constexpr,  # slots a step
     BLOCK_N: tl.constexpr,  # entries a step
 ):
     # rows
-    tile = tl.program_id(0) + tile_first
-    head = tl.program_id(1)
+    tile = tl.program_id(0)
+    head = tl.program_id(1) + head_first
     parts: tl.constexpr = (128 + BLOCK_T - 1) // BLOCK_T
     z, block = find_blocks(SEQ, num_sequences, tile // parts, 1, 128)
     q_offset = tl.load(SEQ + z * 6 + 3)
@@ -86,7 +86,7 @@ def members_selected(
     limit = tl.where(live, limit, 0)
     most = entry_limit(q_offset, k_len, 128, False)  # a tile without rows has words too
     num_words: tl.constexpr = (BLOCK_T + 31) // 32
-    region = tl.program_id(0).to(tl.int64) * 24 + head
+    region = tile.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     words = WORDS + region * capacity * num_words
     bit = tl.full([BLOCK_T, 1], 1, tl.uint32) << (rows % 32).to(tl.uint32)
 

@@ -9,6 +9,22 @@ import triton.language as tl
 
 
 @triton.jit
+def find_tile(SLOTS, num_sequences, tile, COLUMN: tl.constexpr, SIZE: tl.constexpr):
+    """The sequence of one of the tiles of SIZE slots that lie one behind another, and its number within it.
+
+    SLOTS is int32[Z, 6], of which COLUMN says where slots of each begin.  A tile behind all is the last's.
+    """
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(SLOTS + middle * 6 + COLUMN) <= tile * SIZE
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, tile - tl.load(SLOTS + low * 6 + COLUMN) // SIZE
+
+
+@triton.jit
 def first_block(SEQ, z, ROWS: tl.constexpr):
     """The number of a sequence's first block among those of all."""
     return tl.load(SEQ + z * 6) // ROWS + 2 * z
@@ -34,7 +50,7 @@ def store_entries(address, entries, live):
     tl.store(address, entries, mask=live)
 
 
-@triton.jit(do_not_specialize=[])
+@triton.jit(do_not_specialize=["num_sequences"])
 def tiles_of_q(
     X,  # [B, T, 24, 128]
     x_b,  # X: batch stride
@@ -43,13 +59,13 @@ def tiles_of_q(
     POOLED,  # [blocks, 24, 128]
     ORDER,  # [slots] the token of each slot, -1 of none
     SEQ,  # [Z, 6] sequences
+    num_sequences,  # Z
 ):
     # tile: of one sequence
-    z = tl.program_id(2)
     head = tl.program_id(1)
+    z, e = find_tile(SEQ, num_sequences, tl.program_id(0), 1, 128)
     first = tl.load(SEQ + z * 6 + 1)
     length = tl.load(SEQ + z * 6 + 2)
-    e = tl.program_id(0)
     if e * 128 >= length:
         return
     # [128]

@@ -17,25 +17,31 @@ from .index_fine import index_fine
 from .members_fine import members_fine
 from .order_tiles import order_tiles
 from .rank_tile import rank_tile
+from .rooms_of_tiles import rooms_of_tiles
 from .score_tile import score_tile
+from .slots_of_k import slots_of_k
+from .slots_of_v import slots_of_v
 from .spread_tile import spread_tile
 from .tiles_of_k import tiles_of_k
 from .tiles_of_q import tiles_of_q
-from .tiles_of_v import tiles_of_v
 from .weigh_branches import weigh_branches
 
 SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
+    "rooms_of_tiles": {
+        "BLOCK_N": 256,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
     "order_tiles": {
-        "BLOCK_E": 16,
+        "num_warps": 1,
+        "num_stages": 1,
+    },
+    "tiles_of_k": {
         "num_warps": 4,
         "num_stages": 1,
     },
     "tiles_of_q": {
-        "num_warps": 4,
-        "num_stages": 1,
-    },
-    "tiles_of_k": {
         "num_warps": 4,
         "num_stages": 1,
     },
@@ -58,16 +64,13 @@ CONFIG = {
         "num_warps": 4,
         "num_stages": 1,
     },
-    "tiles_of_v": {
+    "slots_of_k": {
         "num_warps": 4,
         "num_stages": 1,
     },
-    "attend_coarse": {
-        "BLOCK_T": 32,
-        "BLOCK_M": 32,
-        "BLOCK_N": 32,
+    "slots_of_v": {
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 1,
     },
     "index_fine": {
         "BLOCK_N": 128,
@@ -86,6 +89,13 @@ CONFIG = {
         "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
+    },
+    "attend_coarse": {
+        "BLOCK_T": 32,
+        "BLOCK_M": 32,
+        "BLOCK_N": 32,
+        "num_warps": 4,
+        "num_stages": 2,
     },
     "weigh_branches": {
         "BLOCK_R": 32,
@@ -106,12 +116,22 @@ def forward(tensors, batch, config, selection=None, rows=True):
     in_gates = tensors["gates"]
 
     # order: tiles
-    key_slabs = (batch.keys + 6239) // 6240
-    row_slabs = in_q.shape[1] // 6240 + 2
-    slabs = in_k.shape[1] // 6240 + batch.sequences if batch.packed else batch.sequences * key_slabs
-    keys_slots = key_slabs * 6656
-    row_slots = (batch.rows // 6240 + 2 * batch.sequences) * 6656
-    key_slots = max(1, slabs) * 6656
+    longest_slabs = (batch.keys - 1) // 6240 + 1
+    longest_strips = (batch.keys - 1) // 208 + 1
+    longest_tiles = max(1, min(longest_slabs * 104, longest_strips * 13))
+    packed_slabs = (in_k.shape[1] - batch.sequences) // 6240 + batch.sequences
+    packed_strips = (in_k.shape[1] - batch.sequences) // 208 + batch.sequences
+    packed_tiles = max(1, min(packed_slabs * 104, packed_strips * 13))
+    first_slabs = (batch.rows - batch.sequences) // 6240 + batch.sequences
+    first_strips = (batch.rows - batch.sequences) // 208 + batch.sequences
+    first_tiles = max(1, min(first_slabs * 104, first_strips * 13))
+    whole_tiles = max(1, first_slabs + batch.sequences) * 104
+    row_tiles = first_tiles if batch.from_start else whole_tiles
+    key_tiles = packed_tiles if batch.packed else batch.sequences * longest_tiles
+    all_tiles = row_tiles + key_tiles
+    keys_slots = longest_tiles * 64
+    key_slots = key_tiles * 64
+    row_slots = row_tiles * 64
     made_order = torch.empty(
         (row_slots,),
         dtype=torch.int32,
@@ -123,7 +143,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         device=in_q.device,
     )
     made_tokens = torch.empty(
-        (key_slots // 64,),
+        (key_tiles,),
         dtype=torch.int32,
         device=in_q.device,
     )
@@ -135,10 +155,14 @@ def forward(tensors, batch, config, selection=None, rows=True):
         dtype=torch.int32,
         device=in_q.device,
     )
-    grid = (
-        max(row_slabs, key_slabs) * 104 // config["order_tiles"]["BLOCK_E"] + 1,
+    grid = (1,)
+    rooms_of_tiles[grid](
+        made_slots,
+        batch.table,
         batch.sequences,
+        **config["rooms_of_tiles"],
     )
+    grid = (all_tiles,)
     order_tiles[grid](
         made_order,
         made_key_order,
@@ -146,11 +170,40 @@ def forward(tensors, batch, config, selection=None, rows=True):
         made_slots,
         batch.table,
         batch.sequences,
-        1 if batch.packed else key_slabs,
+        row_tiles,
         **config["order_tiles"],
     )
+    # from here on: rows and keys are slots
+    batch = batch.laid(made_slots, row_slots, keys_slots)
+    # tiles: coarse.keys
+    count_coarse_keys = 0
+    made_coarse_keys = torch.empty(
+        (
+            1,
+            key_tiles,
+            12,
+            128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
+    grid = (
+        key_tiles,
+        12,
+    )
+    tiles_of_k[grid](
+        in_k,
+        0 if batch.packed else in_k.stride(0),
+        in_k.stride(1),
+        in_k.stride(2),
+        made_coarse_keys,
+        made_key_order,
+        batch.table,
+        batch.sequences,
+        **config["tiles_of_k"],
+    )
     # tiles: coarse.queries
-    blocks_coarse_queries = row_slots // 64 + 2 * batch.sequences
+    blocks_coarse_queries = batch.rows // 64 + 2 * batch.sequences
     made_coarse_queries = torch.empty(
         (
             blocks_coarse_queries,
@@ -161,9 +214,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
         device=in_q.device,
     )
     grid = (
-        row_slabs * 104,
+        row_tiles,
         12,
-        batch.sequences,
     )
     tiles_of_q[grid](
         in_q,
@@ -172,87 +224,474 @@ def forward(tensors, batch, config, selection=None, rows=True):
         in_q.stride(2),
         made_coarse_queries,
         made_order,
-        made_slots,
+        batch.table,
+        batch.sequences,
         **config["tiles_of_q"],
     )
-    # tiles: k.slots, coarse.keys
-    count_coarse_keys = 0
-    made_k_slots = torch.empty(
-        (
-            1,
-            key_slots,
-            12,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    made_coarse_keys = torch.empty(
-        (
-            1,
-            key_slots // 64,
-            12,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        key_slabs * 104,
-        12,
-        batch.sequences,
-    )
-    tiles_of_k[grid](
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        made_k_slots,
-        made_coarse_keys,
-        made_key_order,
-        made_slots,
-        **config["tiles_of_k"],
-    )
-    # tiles: v.slots, coarse.values
-    count_coarse_values = 0
-    made_v_slots = torch.empty(
-        (
-            1,
-            key_slots,
-            12,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    made_coarse_values = torch.empty(
-        (
-            1,
-            key_slots // 64,
-            12,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        key_slabs * 104,
-        12,
-        batch.sequences,
-    )
-    tiles_of_v[grid](
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        made_v_slots,
-        made_coarse_values,
-        made_key_order,
-        made_slots,
-        **config["tiles_of_v"],
-    )
+
+    if selection is None:
+        # choose: tile
+        blocks_tile = batch.rows // 64 + 2 * batch.sequences
+        entries_tile = (batch.keys + 63) // 64
+        part_tile = (entries_tile * 134217728 + 1073741823) // 1073741824
+        width_tile = max(1, min(entries_tile, max(part_tile, 0)))
+        capacity_tile = max(1, batch.keys // 64 + 1)
+        tiles_tile = blocks_tile // config["score_tile"]["BLOCK_T"] + batch.sequences
+        bytes_tile = 48 * capacity_tile * config["score_tile"]["BLOCK_T"]
+        short_tile = max(3 * SCRATCH_BYTES // 16, batch.rows * 1536)
+        scratch_tile = min(SCRATCH_BYTES, short_tile)
+        chunk_tile = min(tiles_tile, max(1, scratch_tile // bytes_tile))
+        scores_tile = torch.empty(
+            (
+                chunk_tile * config["score_tile"]["BLOCK_T"],
+                12,
+                capacity_tile,
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        made_tile_selection_blocks = torch.empty(
+            (
+                blocks_tile,
+                12,
+                width_tile,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        for tile_first in range(0, tiles_tile, chunk_tile):
+            count = min(chunk_tile, tiles_tile - tile_first)
+            grid = (
+                count,
+                12,
+            )
+            score_tile[grid](
+                made_coarse_queries,
+                0,
+                1536,
+                128,
+                made_coarse_keys,
+                count_coarse_keys * 1536,
+                1536,
+                128,
+                scores_tile,
+                capacity_tile,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["score_tile"],
+            )
+            grid = (
+                count * (config["score_tile"]["BLOCK_T"] // config["rank_tile"]["BLOCK_R"]),
+                12,
+            )
+            rank_tile[grid](
+                scores_tile,
+                made_tile_selection_blocks,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                capacity_tile,
+                width_tile,
+                **config["rank_tile"],
+                BLOCK_T=config["score_tile"]["BLOCK_T"],
+            )
+        scores_tile = None  # what comes next may have its memory
+        if rows:
+            # lists of rows: tile
+            made_tile_selection = torch.empty(
+                (
+                    in_q.shape[0],
+                    in_q.shape[1],
+                    12,
+                    width_tile,
+                ),
+                dtype=torch.int32,
+                device=in_q.device,
+            )
+            grid = (
+                batch.rows // config["spread_tile"]["BLOCK_T"] + batch.sequences,
+                12,
+            )
+            spread_tile[grid](
+                made_tile_selection_blocks,
+                made_tile_selection,
+                0 if batch.packed else made_tile_selection.stride(0),
+                width_tile,
+                made_order,
+                batch.table,
+                batch.sequences,
+                **config["spread_tile"],
+            )
+        else:
+            made_tile_selection = None
+        # attend: fine
+        tokens_fine = config["attend_fine"]["BLOCK_T"]
+        parts_fine = (64 + tokens_fine - 1) // tokens_fine
+        tiles_fine = (batch.rows // 64 + 3 * batch.sequences) * parts_fine
+        count_coarse_values = 0
+        room_fine = in_q.shape[0] * in_q.shape[1] * 2560
+        bytes_fine = key_slots * 512
+        fit_fine = max(2, min(12, room_fine // max(1, bytes_fine)))
+        turns_fine = (12 + fit_fine - 1) // fit_fine
+        turn_fine = (12 + turns_fine - 1) // turns_fine
+        made_k_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_fine,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_v_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_fine,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_coarse_values = torch.empty(
+            (
+                1,
+                key_tiles,
+                12,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        counts_fine = torch.empty(
+            (
+                tiles_fine,
+                turn_fine,
+                2,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        entries_fine = torch.empty(
+            (
+                tiles_fine,
+                turn_fine,
+                width_tile,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        made_o = torch.empty(
+            (
+                in_q.shape[0],
+                in_q.shape[1],
+                12,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_fine_lse = torch.empty(
+            (
+                in_q.shape[0],
+                12,
+                in_q.shape[1],
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        for tile_first in range(0, 12, turn_fine):
+            count = min(turn_fine, 12 - tile_first)
+            grid = (
+                key_tiles,
+                count,
+            )
+            slots_of_k[grid](
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                made_k_slots,
+                made_k_slots.stride(1),
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_k"],
+            )
+            grid = (
+                key_tiles,
+                count,
+            )
+            slots_of_v[grid](
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                made_v_slots,
+                made_v_slots.stride(1),
+                made_coarse_values,
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_v"],
+            )
+            grid = (
+                tiles_fine,
+                count,
+            )
+            index_fine[grid](
+                made_tile_selection_blocks,
+                counts_fine,
+                entries_fine,
+                width_tile,
+                made_tokens,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["index_fine"],
+                BLOCK_T=config["attend_fine"]["BLOCK_T"],
+            )
+            grid = (
+                tiles_fine,
+                count,
+            )
+            attend_fine[grid](
+                in_q,
+                0 if batch.packed else in_q.stride(0),
+                in_q.stride(1),
+                in_q.stride(2),
+                made_k_slots,
+                0,
+                made_k_slots.stride(1),
+                made_k_slots.stride(2),
+                made_v_slots,
+                0,
+                made_v_slots.stride(1),
+                made_v_slots.stride(2),
+                counts_fine,
+                entries_fine,
+                entries_fine,
+                width_tile,
+                0,
+                made_o,
+                0 if batch.packed else made_o.stride(0),
+                made_o.stride(1),
+                made_o.stride(2),
+                made_fine_lse,
+                0 if batch.packed else made_fine_lse.stride(0),
+                made_fine_lse.stride(1),
+                made_fine_lse.stride(2),
+                made_order,
+                made_tokens,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["attend_fine"],
+            )
+        made_k_slots = None  # what comes next may have its memory
+        made_v_slots = None
+        counts_fine = None
+        entries_fine = None
+    else:
+        made_tile_selection = selection["tile"]
+        # attend: fine, over a selection of the caller's
+        tokens_fine = config["attend_fine"]["BLOCK_T"]
+        parts_fine = (64 + tokens_fine - 1) // tokens_fine
+        tiles_of_fine = (batch.rows // 64 + 3 * batch.sequences) * parts_fine
+        num_words_fine = (tokens_fine + 31) // 32
+        capacity_fine = max(1, (batch.keys + 64 - 1) // 64)
+        count_coarse_values = 0
+        room_fine = in_q.shape[0] * in_q.shape[1] * 2560
+        bytes_fine = key_slots * 512
+        fit_fine = max(2, min(12, room_fine // max(1, bytes_fine)))
+        turns_fine = (12 + fit_fine - 1) // fit_fine
+        turn_fine = (12 + turns_fine - 1) // turns_fine
+        made_k_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_fine,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_v_slots = torch.empty(
+            (
+                1,
+                key_slots,
+                turn_fine,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_coarse_values = torch.empty(
+            (
+                1,
+                key_tiles,
+                12,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        given_counts_fine = torch.empty(
+            (
+                tiles_of_fine,
+                turn_fine,
+                2,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        given_entries_fine = torch.empty(
+            (
+                tiles_of_fine,
+                turn_fine,
+                capacity_fine,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        given_words_fine = torch.empty(
+            (
+                tiles_of_fine,
+                turn_fine,
+                capacity_fine,
+                num_words_fine,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        made_o = torch.empty(
+            (
+                in_q.shape[0],
+                in_q.shape[1],
+                12,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_fine_lse = torch.empty(
+            (
+                in_q.shape[0],
+                12,
+                in_q.shape[1],
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        for tile_first in range(0, 12, turn_fine):
+            count = min(turn_fine, 12 - tile_first)
+            grid = (
+                key_tiles,
+                count,
+            )
+            slots_of_k[grid](
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                made_k_slots,
+                made_k_slots.stride(1),
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_k"],
+            )
+            grid = (
+                key_tiles,
+                count,
+            )
+            slots_of_v[grid](
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                made_v_slots,
+                made_v_slots.stride(1),
+                made_coarse_values,
+                made_key_order,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["slots_of_v"],
+            )
+            grid = (
+                tiles_of_fine,
+                count,
+            )
+            members_fine[grid](
+                made_tile_selection,
+                0 if batch.packed else made_tile_selection.stride(0),
+                made_tile_selection.stride(1),
+                made_tile_selection.stride(2),
+                made_tile_selection.stride(3),
+                given_counts_fine,
+                given_entries_fine,
+                given_words_fine,
+                made_tile_selection.shape[3],
+                capacity_fine,
+                made_order,
+                made_tokens,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["members_fine"],
+                BLOCK_T=config["attend_fine"]["BLOCK_T"],
+            )
+            grid = (
+                tiles_of_fine,
+                count,
+            )
+            attend_fine[grid](
+                in_q,
+                0 if batch.packed else in_q.stride(0),
+                in_q.stride(1),
+                in_q.stride(2),
+                made_k_slots,
+                0,
+                made_k_slots.stride(1),
+                made_k_slots.stride(2),
+                made_v_slots,
+                0,
+                made_v_slots.stride(1),
+                made_v_slots.stride(2),
+                given_counts_fine,
+                given_entries_fine,
+                given_words_fine,
+                capacity_fine,
+                num_words_fine,
+                made_o,
+                0 if batch.packed else made_o.stride(0),
+                made_o.stride(1),
+                made_o.stride(2),
+                made_fine_lse,
+                0 if batch.packed else made_fine_lse.stride(0),
+                made_fine_lse.stride(1),
+                made_fine_lse.stride(2),
+                made_order,
+                made_tokens,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["attend_fine"],
+            )
+        made_k_slots = None  # what comes next may have its memory
+        made_v_slots = None
+        given_counts_fine = None
+        given_entries_fine = None
+        given_words_fine = None
+
     # attend: coarse
-    tiles_of_coarse = row_slots // 64 + 2 * batch.sequences
+    tiles_of_coarse = batch.rows // 64 + 2 * batch.sequences
     made_coarse_o = torch.empty(
         (
             tiles_of_coarse,
@@ -295,336 +734,11 @@ def forward(tensors, batch, config, selection=None, rows=True):
         0,
         tiles_of_coarse,
         1,
-        made_slots,
+        batch.table,
         batch.sequences,
         **config["attend_coarse"],
     )
-
-    if selection is None:
-        # choose: tile
-        blocks_tile = row_slots // 64 + 2 * batch.sequences
-        entries_tile = (keys_slots + 63) // 64
-        part_tile = (entries_tile * 134217728 + 1073741823) // 1073741824
-        width_tile = max(1, min(entries_tile, max(part_tile, 0)))
-        capacity_tile = max(1, keys_slots // 64 + 1)
-        tiles_tile = blocks_tile // config["score_tile"]["BLOCK_T"] + batch.sequences
-        bytes_tile = 48 * capacity_tile * config["score_tile"]["BLOCK_T"]
-        short_tile = max(3 * SCRATCH_BYTES // 16, row_slots * 1536)
-        scratch_tile = min(SCRATCH_BYTES, short_tile)
-        chunk_tile = min(tiles_tile, max(1, scratch_tile // bytes_tile))
-        scores_tile = torch.empty(
-            (
-                chunk_tile * config["score_tile"]["BLOCK_T"],
-                12,
-                capacity_tile,
-            ),
-            dtype=torch.float32,
-            device=in_q.device,
-        )
-        made_tile_selection_blocks = torch.empty(
-            (
-                blocks_tile,
-                12,
-                width_tile,
-            ),
-            dtype=torch.int32,
-            device=in_q.device,
-        )
-        for tile_first in range(0, tiles_tile, chunk_tile):
-            count = min(chunk_tile, tiles_tile - tile_first)
-            grid = (
-                count,
-                12,
-            )
-            score_tile[grid](
-                made_coarse_queries,
-                0,
-                1536,
-                128,
-                made_coarse_keys,
-                count_coarse_keys * 1536,
-                1536,
-                128,
-                scores_tile,
-                capacity_tile,
-                made_slots,
-                batch.sequences,
-                tile_first,
-                **config["score_tile"],
-            )
-            grid = (
-                count * (config["score_tile"]["BLOCK_T"] // config["rank_tile"]["BLOCK_R"]),
-                12,
-            )
-            rank_tile[grid](
-                scores_tile,
-                made_tile_selection_blocks,
-                made_slots,
-                batch.sequences,
-                tile_first,
-                capacity_tile,
-                width_tile,
-                **config["rank_tile"],
-                BLOCK_T=config["score_tile"]["BLOCK_T"],
-            )
-        scores_tile = None  # what comes next may have its memory
-        if rows:
-            # lists of rows: tile
-            made_tile_selection = torch.empty(
-                (
-                    in_q.shape[0],
-                    in_q.shape[1],
-                    12,
-                    width_tile,
-                ),
-                dtype=torch.int32,
-                device=in_q.device,
-            )
-            grid = (
-                row_slots // config["spread_tile"]["BLOCK_T"] + batch.sequences,
-                12,
-            )
-            spread_tile[grid](
-                made_tile_selection_blocks,
-                made_tile_selection,
-                0 if batch.packed else made_tile_selection.stride(0),
-                width_tile,
-                made_order,
-                made_slots,
-                batch.sequences,
-                **config["spread_tile"],
-            )
-        else:
-            made_tile_selection = None
-        # attend: fine
-        tokens_fine = config["attend_fine"]["BLOCK_T"]
-        parts_fine = (64 + tokens_fine - 1) // tokens_fine
-        tiles_fine = (row_slots // 64 + 3 * batch.sequences) * parts_fine
-        counts_fine = torch.empty(
-            (
-                tiles_fine,
-                12,
-                2,
-            ),
-            dtype=torch.int32,
-            device=in_q.device,
-        )
-        entries_fine = torch.empty(
-            (
-                tiles_fine,
-                12,
-                width_tile,
-            ),
-            dtype=torch.int32,
-            device=in_q.device,
-        )
-        made_fine_o = torch.empty(
-            (
-                in_q.shape[0],
-                in_q.shape[1],
-                12,
-                128,
-            ),
-            dtype=in_q.dtype,
-            device=in_q.device,
-        )
-        made_fine_lse = torch.empty(
-            (
-                in_q.shape[0],
-                12,
-                in_q.shape[1],
-            ),
-            dtype=torch.float32,
-            device=in_q.device,
-        )
-        grid = (
-            tiles_fine,
-            12,
-        )
-        index_fine[grid](
-            made_tile_selection_blocks,
-            counts_fine,
-            entries_fine,
-            width_tile,
-            made_tokens,
-            made_slots,
-            batch.sequences,
-            **config["index_fine"],
-            BLOCK_T=config["attend_fine"]["BLOCK_T"],
-        )
-        grid = (
-            tiles_fine,
-            12,
-        )
-        attend_fine[grid](
-            in_q,
-            0 if batch.packed else in_q.stride(0),
-            in_q.stride(1),
-            in_q.stride(2),
-            made_k_slots,
-            0,
-            made_k_slots.stride(1),
-            made_k_slots.stride(2),
-            made_v_slots,
-            0,
-            made_v_slots.stride(1),
-            made_v_slots.stride(2),
-            counts_fine,
-            entries_fine,
-            entries_fine,
-            width_tile,
-            0,
-            made_fine_o,
-            0 if batch.packed else made_fine_o.stride(0),
-            made_fine_o.stride(1),
-            made_fine_o.stride(2),
-            made_fine_lse,
-            0 if batch.packed else made_fine_lse.stride(0),
-            made_fine_lse.stride(1),
-            made_fine_lse.stride(2),
-            made_order,
-            made_tokens,
-            made_slots,
-            batch.sequences,
-            0,
-            **config["attend_fine"],
-        )
-        counts_fine = None  # what comes next may have its memory
-        entries_fine = None
-    else:
-        made_tile_selection = selection["tile"]
-        # attend: fine, over a selection of the caller's
-        tokens_fine = config["attend_fine"]["BLOCK_T"]
-        parts_fine = (64 + tokens_fine - 1) // tokens_fine
-        tiles_of_fine = (row_slots // 64 + 3 * batch.sequences) * parts_fine
-        num_words_fine = (tokens_fine + 31) // 32
-        capacity_fine = max(1, (keys_slots + 64 - 1) // 64)
-        bytes_fine = 48 * capacity_fine * (num_words_fine + 1)
-        chunk_fine = min(tiles_of_fine, max(1, SCRATCH_BYTES // bytes_fine))
-        given_counts_fine = torch.empty(
-            (
-                chunk_fine,
-                12,
-                2,
-            ),
-            dtype=torch.int32,
-            device=in_q.device,
-        )
-        given_entries_fine = torch.empty(
-            (
-                chunk_fine,
-                12,
-                capacity_fine,
-            ),
-            dtype=torch.int32,
-            device=in_q.device,
-        )
-        given_words_fine = torch.empty(
-            (
-                chunk_fine,
-                12,
-                capacity_fine,
-                num_words_fine,
-            ),
-            dtype=torch.int32,
-            device=in_q.device,
-        )
-        made_fine_o = torch.empty(
-            (
-                in_q.shape[0],
-                in_q.shape[1],
-                12,
-                128,
-            ),
-            dtype=in_q.dtype,
-            device=in_q.device,
-        )
-        made_fine_lse = torch.empty(
-            (
-                in_q.shape[0],
-                12,
-                in_q.shape[1],
-            ),
-            dtype=torch.float32,
-            device=in_q.device,
-        )
-        for tile_first in range(0, tiles_of_fine, chunk_fine):
-            count = min(chunk_fine, tiles_of_fine - tile_first)
-            grid = (
-                count,
-                12,
-            )
-            members_fine[grid](
-                made_tile_selection,
-                0 if batch.packed else made_tile_selection.stride(0),
-                made_tile_selection.stride(1),
-                made_tile_selection.stride(2),
-                made_tile_selection.stride(3),
-                given_counts_fine,
-                given_entries_fine,
-                given_words_fine,
-                made_tile_selection.shape[3],
-                capacity_fine,
-                made_order,
-                made_tokens,
-                made_slots,
-                batch.sequences,
-                tile_first,
-                **config["members_fine"],
-                BLOCK_T=config["attend_fine"]["BLOCK_T"],
-            )
-            grid = (
-                count,
-                12,
-            )
-            attend_fine[grid](
-                in_q,
-                0 if batch.packed else in_q.stride(0),
-                in_q.stride(1),
-                in_q.stride(2),
-                made_k_slots,
-                0,
-                made_k_slots.stride(1),
-                made_k_slots.stride(2),
-                made_v_slots,
-                0,
-                made_v_slots.stride(1),
-                made_v_slots.stride(2),
-                given_counts_fine,
-                given_entries_fine,
-                given_words_fine,
-                capacity_fine,
-                num_words_fine,
-                made_fine_o,
-                0 if batch.packed else made_fine_o.stride(0),
-                made_fine_o.stride(1),
-                made_fine_o.stride(2),
-                made_fine_lse,
-                0 if batch.packed else made_fine_lse.stride(0),
-                made_fine_lse.stride(1),
-                made_fine_lse.stride(2),
-                made_order,
-                made_tokens,
-                made_slots,
-                batch.sequences,
-                tile_first,
-                **config["attend_fine"],
-            )
-        given_counts_fine = None  # what comes next may have its memory
-        given_entries_fine = None
-        given_words_fine = None
-
     # weigh
-    made_o = torch.empty(
-        (
-            in_q.shape[0],
-            in_q.shape[1],
-            12,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
     made_coarse_lse = torch.empty(
         (
             in_q.shape[0],
@@ -635,12 +749,12 @@ def forward(tensors, batch, config, selection=None, rows=True):
         device=in_q.device,
     )
     grid = (
-        row_slots // config["weigh_branches"]["BLOCK_R"] + batch.sequences,
+        batch.rows // config["weigh_branches"]["BLOCK_R"] + batch.sequences,
         12,
     )
     weigh_branches[grid](
         made_coarse_o,
-        made_fine_o,
+        made_o,
         in_gates,
         0 if batch.packed else in_gates.stride(0),
         in_gates.stride(1),
@@ -657,7 +771,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         made_coarse_lse.stride(1),
         made_coarse_lse.stride(2),
         made_order,
-        made_slots,
+        batch.table,
         batch.sequences,
         **config["weigh_branches"],
     )
@@ -678,12 +792,22 @@ def select(tensors, batch, config):
     in_k = tensors["k"]
 
     # order: tiles
-    key_slabs = (batch.keys + 6239) // 6240
-    row_slabs = in_q.shape[1] // 6240 + 2
-    slabs = in_k.shape[1] // 6240 + batch.sequences if batch.packed else batch.sequences * key_slabs
-    keys_slots = key_slabs * 6656
-    row_slots = (batch.rows // 6240 + 2 * batch.sequences) * 6656
-    key_slots = max(1, slabs) * 6656
+    longest_slabs = (batch.keys - 1) // 6240 + 1
+    longest_strips = (batch.keys - 1) // 208 + 1
+    longest_tiles = max(1, min(longest_slabs * 104, longest_strips * 13))
+    packed_slabs = (in_k.shape[1] - batch.sequences) // 6240 + batch.sequences
+    packed_strips = (in_k.shape[1] - batch.sequences) // 208 + batch.sequences
+    packed_tiles = max(1, min(packed_slabs * 104, packed_strips * 13))
+    first_slabs = (batch.rows - batch.sequences) // 6240 + batch.sequences
+    first_strips = (batch.rows - batch.sequences) // 208 + batch.sequences
+    first_tiles = max(1, min(first_slabs * 104, first_strips * 13))
+    whole_tiles = max(1, first_slabs + batch.sequences) * 104
+    row_tiles = first_tiles if batch.from_start else whole_tiles
+    key_tiles = packed_tiles if batch.packed else batch.sequences * longest_tiles
+    all_tiles = row_tiles + key_tiles
+    keys_slots = longest_tiles * 64
+    key_slots = key_tiles * 64
+    row_slots = row_tiles * 64
     made_order = torch.empty(
         (row_slots,),
         dtype=torch.int32,
@@ -695,7 +819,7 @@ def select(tensors, batch, config):
         device=in_q.device,
     )
     made_tokens = torch.empty(
-        (key_slots // 64,),
+        (key_tiles,),
         dtype=torch.int32,
         device=in_q.device,
     )
@@ -707,10 +831,14 @@ def select(tensors, batch, config):
         dtype=torch.int32,
         device=in_q.device,
     )
-    grid = (
-        max(row_slabs, key_slabs) * 104 // config["order_tiles"]["BLOCK_E"] + 1,
+    grid = (1,)
+    rooms_of_tiles[grid](
+        made_slots,
+        batch.table,
         batch.sequences,
+        **config["rooms_of_tiles"],
     )
+    grid = (all_tiles,)
     order_tiles[grid](
         made_order,
         made_key_order,
@@ -718,12 +846,43 @@ def select(tensors, batch, config):
         made_slots,
         batch.table,
         batch.sequences,
-        1 if batch.packed else key_slabs,
+        row_tiles,
         **config["order_tiles"],
     )
 
+    # from here on: rows and keys are slots
+    batch = batch.laid(made_slots, row_slots, keys_slots)
+
+    # tiles: coarse.keys
+    count_coarse_keys = 0
+    made_coarse_keys = torch.empty(
+        (
+            1,
+            key_tiles,
+            12,
+            128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
+    grid = (
+        key_tiles,
+        12,
+    )
+    tiles_of_k[grid](
+        in_k,
+        0 if batch.packed else in_k.stride(0),
+        in_k.stride(1),
+        in_k.stride(2),
+        made_coarse_keys,
+        made_key_order,
+        batch.table,
+        batch.sequences,
+        **config["tiles_of_k"],
+    )
+
     # tiles: coarse.queries
-    blocks_coarse_queries = row_slots // 64 + 2 * batch.sequences
+    blocks_coarse_queries = batch.rows // 64 + 2 * batch.sequences
     made_coarse_queries = torch.empty(
         (
             blocks_coarse_queries,
@@ -734,9 +893,8 @@ def select(tensors, batch, config):
         device=in_q.device,
     )
     grid = (
-        row_slabs * 104,
+        row_tiles,
         12,
-        batch.sequences,
     )
     tiles_of_q[grid](
         in_q,
@@ -745,58 +903,20 @@ def select(tensors, batch, config):
         in_q.stride(2),
         made_coarse_queries,
         made_order,
-        made_slots,
+        batch.table,
+        batch.sequences,
         **config["tiles_of_q"],
     )
 
-    # tiles: k.slots, coarse.keys
-    count_coarse_keys = 0
-    made_k_slots = torch.empty(
-        (
-            1,
-            key_slots,
-            12,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    made_coarse_keys = torch.empty(
-        (
-            1,
-            key_slots // 64,
-            12,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        key_slabs * 104,
-        12,
-        batch.sequences,
-    )
-    tiles_of_k[grid](
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        made_k_slots,
-        made_coarse_keys,
-        made_key_order,
-        made_slots,
-        **config["tiles_of_k"],
-    )
-
     # choose: tile
-    blocks_tile = row_slots // 64 + 2 * batch.sequences
-    entries_tile = (keys_slots + 63) // 64
+    blocks_tile = batch.rows // 64 + 2 * batch.sequences
+    entries_tile = (batch.keys + 63) // 64
     part_tile = (entries_tile * 134217728 + 1073741823) // 1073741824
     width_tile = max(1, min(entries_tile, max(part_tile, 0)))
-    capacity_tile = max(1, keys_slots // 64 + 1)
+    capacity_tile = max(1, batch.keys // 64 + 1)
     tiles_tile = blocks_tile // config["score_tile"]["BLOCK_T"] + batch.sequences
     bytes_tile = 48 * capacity_tile * config["score_tile"]["BLOCK_T"]
-    short_tile = max(3 * SCRATCH_BYTES // 16, row_slots * 1536)
+    short_tile = max(3 * SCRATCH_BYTES // 16, batch.rows * 1536)
     scratch_tile = min(SCRATCH_BYTES, short_tile)
     chunk_tile = min(tiles_tile, max(1, scratch_tile // bytes_tile))
     scores_tile = torch.empty(
@@ -834,7 +954,7 @@ def select(tensors, batch, config):
             128,
             scores_tile,
             capacity_tile,
-            made_slots,
+            batch.table,
             batch.sequences,
             tile_first,
             **config["score_tile"],
@@ -846,7 +966,7 @@ def select(tensors, batch, config):
         rank_tile[grid](
             scores_tile,
             made_tile_selection_blocks,
-            made_slots,
+            batch.table,
             batch.sequences,
             tile_first,
             capacity_tile,
@@ -868,7 +988,7 @@ def select(tensors, batch, config):
         device=in_q.device,
     )
     grid = (
-        row_slots // config["spread_tile"]["BLOCK_T"] + batch.sequences,
+        batch.rows // config["spread_tile"]["BLOCK_T"] + batch.sequences,
         12,
     )
     spread_tile[grid](
@@ -877,7 +997,7 @@ def select(tensors, batch, config):
         0 if batch.packed else made_tile_selection.stride(0),
         width_tile,
         made_order,
-        made_slots,
+        batch.table,
         batch.sequences,
         **config["spread_tile"],
     )

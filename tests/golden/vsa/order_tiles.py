@@ -9,36 +9,19 @@ import triton.language as tl
 
 
 @triton.jit
-def block_at(p, ROWS: tl.constexpr):
-    """The block of position p, which may be negative."""
-    return (p - tl.where(p < 0, ROWS - 1, 0)) // ROWS
+def find_tile(SLOTS, num_sequences, tile, COLUMN: tl.constexpr, SIZE: tl.constexpr):
+    """The sequence of one of the tiles of SIZE slots that lie one behind another, and its number within it.
 
-
-@triton.jit
-def count_blocks(q_offset, q_len, ROWS: tl.constexpr):
-    """How many blocks have one of a sequence's rows."""
-    last = block_at(q_offset + q_len - 1, ROWS)
-    return tl.where(q_len > 0, last - block_at(q_offset, ROWS) + 1, 0)
-
-
-@triton.jit
-def tiles_begun(
-    tokens,
-    L1: tl.constexpr,
-    L2: tl.constexpr,
-    T0: tl.constexpr,
-    T1: tl.constexpr,
-    T2: tl.constexpr,
-):
-    """How many tiles have one of the first tokens: they come before the others."""
-    across: tl.constexpr = (L2 + T2 - 1) // T2
-    slab: tl.constexpr = (L1 + T1 - 1) // T1 * across
-    plane = tokens // (L1 * L2)
-    line = tokens % (L1 * L2) // L2
-    rest = tokens % L2
-    begun = line // T1 * across
-    begun += tl.where(line % T1 > 0, across, (rest + T2 - 1) // T2)
-    return plane // T0 * slab + tl.where(plane % T0 > 0, slab, begun)
+    SLOTS is int32[Z, 6], of which COLUMN says where slots of each begin.  A tile behind all is the last's.
+    """
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(SLOTS + middle * 6 + COLUMN) <= tile * SIZE
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, tile - tl.load(SLOTS + low * 6 + COLUMN) // SIZE
 
 
 @triton.jit
@@ -64,7 +47,13 @@ def slot_token(
     return tl.where(i < T0, token, -1)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "slabs"])
+@triton.jit
+def block_at(p, ROWS: tl.constexpr):
+    """The block of position p, which may be negative."""
+    return (p - tl.where(p < 0, ROWS - 1, 0)) // ROWS
+
+
+@triton.jit(do_not_specialize=["num_sequences", "row_tiles"])
 def order_tiles(
     ORDER,  # [row slots] the row of each slot, -1 of none
     KEY_ORDER,  # [key slots] the same of keys
@@ -72,42 +61,33 @@ def order_tiles(
     SLOTS,  # [Z, 6] sequences as their slots lie
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
-    slabs,  # of keys, from one sequence to the next; 1 where they lie in one
-    BLOCK_E: tl.constexpr,  # tiles a program
+    row_tiles,  # that there is room for; behind them come tiles of keys
 ):
-    # tiles: BLOCK_E of one sequence, which has room for whole slabs of 6240 tokens
-    z = tl.program_id(1)
-    q_start = tl.load(SEQ + z * 6)
-    q_first = tl.load(SEQ + z * 6 + 1)
-    q_len = tl.load(SEQ + z * 6 + 2)
-    q_offset = tl.load(SEQ + z * 6 + 3)
-    k_first = tl.load(SEQ + z * 6 + 4)
-    k_len = tl.load(SEQ + z * 6 + 5)
-    row_base = (q_start // 6240 + 2 * z) * 6656
-    key_base = (k_first // 6240 + z * slabs) * 6656
-    first_slab = block_at(q_offset, 6240)
-    row_slots = count_blocks(q_offset, q_len, 6240) * 6656
-    key_slots = tiles_begun(k_len, 30, 52, 4, 4, 4) * 64
-    # [BLOCK_E], [1, 64]
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    slot = tl.arange(0, 64)[None, :]
-    at = e[:, None] * 64 + slot
-    token = slot_token(e[:, None], slot, 30, 52, 4, 4, 4)
-
-    # store: rows of the tile that many slabs later, keys, and how many these are
-    row = token + first_slab * 6240 - q_offset
-    there = (token >= 0) & (row >= 0) & (row < q_len)
-    inside = (slot < 64) & (at < row_slots)
-    tl.store(ORDER + row_base + at, tl.where(there, q_first + row, -1), mask=inside)
-    there = (token >= 0) & (token < k_len) & (slot < 64)
-    inside = (slot < 64) & (at < key_slots)
-    tl.store(KEY_ORDER + key_base + at, tl.where(there, k_first + token, -1), mask=inside)
-    tokens = tl.sum(there.to(tl.int32), 1)
-    tl.store(TOKENS + key_base // 64 + e, tokens, mask=e * 64 < key_slots)
-    if tl.program_id(0) == 0:
-        tl.store(SLOTS + z * 6, row_base)
-        tl.store(SLOTS + z * 6 + 1, row_base)
-        tl.store(SLOTS + z * 6 + 2, row_slots)
-        tl.store(SLOTS + z * 6 + 3, 0)
-        tl.store(SLOTS + z * 6 + 4, key_base)
-        tl.store(SLOTS + z * 6 + 5, key_slots)
+    tile = tl.program_id(0)
+    # [64]
+    slot = tl.arange(0, 64)
+    inside = slot < 64
+    if tile < row_tiles:
+        # store: rows of the tile that many slabs later
+        z, e = find_tile(SLOTS, num_sequences, tile, 1, 64)
+        q_first = tl.load(SEQ + z * 6 + 1)
+        q_len = tl.load(SEQ + z * 6 + 2)
+        q_offset = tl.load(SEQ + z * 6 + 3)
+        if e * 64 < tl.load(SLOTS + z * 6 + 2):
+            token = slot_token(e, slot, 30, 52, 4, 4, 4)
+            row = token + block_at(q_offset, 6240) * 6240 - q_offset
+            there = (token >= 0) & (row >= 0) & (row < q_len)
+            at = tile * 64 + slot
+            tl.store(ORDER + at, tl.where(there, q_first + row, -1), mask=inside)
+    else:
+        # store: keys, and how many these are
+        tile -= row_tiles
+        z, e = find_tile(SLOTS, num_sequences, tile, 4, 64)
+        k_first = tl.load(SEQ + z * 6 + 4)
+        k_len = tl.load(SEQ + z * 6 + 5)
+        if e * 64 < tl.load(SLOTS + z * 6 + 5):
+            token = slot_token(e, slot, 30, 52, 4, 4, 4)
+            there = (token >= 0) & (token < k_len) & inside
+            at = tile * 64 + slot
+            tl.store(KEY_ORDER + at, tl.where(there, k_first + token, -1), mask=inside)
+            tl.store(TOKENS + tile, tl.sum(there.to(tl.int32), 0))

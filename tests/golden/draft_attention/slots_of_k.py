@@ -2,10 +2,26 @@
 # spec      draft_attention  sha256 000000000000
 # template  segments.py.jinja
 # target    sm_90
-"""tiles_of_v: tokens of tiles, copied into their slots."""
+"""slots_of_k: tokens of tiles, copied into their slots."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def find_tile(SLOTS, num_sequences, tile, COLUMN: tl.constexpr, SIZE: tl.constexpr):
+    """The sequence of one of the tiles of SIZE slots that lie one behind another, and its number within it.
+
+    SLOTS is int32[Z, 6], of which COLUMN says where slots of each begin.  A tile behind all is the last's.
+    """
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(SLOTS + middle * 6 + COLUMN) <= tile * SIZE
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, tile - tl.load(SLOTS + low * 6 + COLUMN) // SIZE
 
 
 @triton.jit
@@ -23,22 +39,25 @@ def store_tile(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.cons
     tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], x, mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=[])
-def tiles_of_v(
+@triton.jit(do_not_specialize=["num_sequences", "head_first"])
+def slots_of_k(
     X,  # [B, S, 24, 128]
     x_b,  # X: batch stride
     x_t,  # X: token stride
     x_h,  # X: head stride
-    COPIED,  # [1, slots, 24, 128]
+    COPIED,  # [1, slots, heads of a turn, 128]
+    copied_t,  # COPIED: slot stride
     ORDER,  # [slots] the token of each slot, -1 of none
     SEQ,  # [Z, 6] sequences
+    num_sequences,  # Z
+    head_first,  # the turn's first head
 ):
     # tile: of one sequence
-    z = tl.program_id(2)
-    head = tl.program_id(1)
+    turn_head = tl.program_id(1)
+    head = turn_head + head_first
+    z, e = find_tile(SEQ, num_sequences, tl.program_id(0), 4, 128)
     first = tl.load(SEQ + z * 6 + 4)
     length = tl.load(SEQ + z * 6 + 5)
-    e = tl.program_id(0)
     if e * 128 >= length:
         return
     # [128]
@@ -51,5 +70,5 @@ def tiles_of_v(
 
     # load, store
     x0 = load_tile_masked(base, token, there, x_t, 0, 128)
-    copied = COPIED + head.to(tl.int64) * 128
-    store_tile(copied, at, inside, 3072, x0, 0, 128)
+    copied = COPIED + turn_head.to(tl.int64) * 128
+    store_tile(copied, at, inside, copied_t, x0, 0, 128)
