@@ -315,7 +315,9 @@ class Kernel:
         """Choose without attending; arguments as of a call, but those that choosing needs suffice.
 
         Returns:
-            By level, i32[B, T, Hs, K] in every layout; may be passed back as `selection`.
+            By level, i32[B, T, Hs, K] in every layout; may be passed back as `selection`.  Of rows that
+            choose together each has its block's list, T lists in all: a call that is given none keeps one
+            a block.
 
         Raises:
             ArgumentError: argument, expected and got; another layer chose.

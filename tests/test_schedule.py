@@ -347,6 +347,28 @@ def test_tiles_of_short_documents_have_no_whole_slabs():
         assert math.prod(run.launch(kernel).grid) <= 2 * tiles * 12, kernel
 
 
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        *((name, 1.2) for name in ("dhsa_released", "draft_attention", "hip", "vsa")),
+        ("xattention", 1.25),
+        ("seer_attention", 1.3),
+        ("psa", 1.45),
+    ],
+)
+def test_where_rows_choose_together_no_row_has_a_list_unless_a_caller_asks(name, most):
+    """Beside inputs and outputs alone; lists of rows were up to 34 GB, ten times as much."""
+    plan = schedule.schedule(measured_graph(name), replace(H100, streams=True))
+    asked = {buffer.name for step in plan.steps if step.of == "rows" for buffer in step.buffers}
+    assert asked
+    others = [step for step in plan.steps if step.of not in ("rows", "given")]
+    assert asked.isdisjoint(name for step in others for name in step.reads)
+    for tokens in (8192, 32768, 131072):
+        run = dryrun.run(plan, tokens=tokens)
+        given = run.given + run.of("output")
+        assert run.given + run.peak - run.of("selection") <= most * given, tokens
+
+
 def test_what_no_later_step_reads_passes():
     """Scores behind a choice, lists and parts behind what walks them; never what a call gives or needs."""
     plan = schedule.schedule(emitted.graph(systems.load("moba")), H100)
