@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hsgen import batch, drawn
 from hsgen.arguments import SHORT_NAMES
@@ -578,9 +579,12 @@ def _left_out(
 
 
 def _other_sets(expected: Result, chosen: dict[str, ListSelection]) -> Iterator[str]:
-    """Where arithmetic is exact, the sets are those of the reference, ties included."""
+    """Where arithmetic is exact, the sets are those of the reference, ties included; lists may be longer."""
     for name, selection in expected.selection.items():
-        differs = (selection.indices != chosen[name].indices).any(-1)
+        wanted, got = selection.indices, chosen[name].indices
+        width = max(wanted.shape[-1], got.shape[-1])
+        wanted, got = (F.pad(x, (0, width - x.shape[-1]), value=-1) for x in (wanted, got))
+        differs = (wanted != got).any(-1)
         if differs.any():
             yield f"{name}: {_row(differs)} is not the exact choice"
 

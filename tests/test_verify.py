@@ -1,6 +1,7 @@
 """Verification: the judge finds planted mistakes and passes right kernels; the child is bounded."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from reference_driver import compiler
 
 from hsgen import trials, verify
 from hsgen.errors import HsgenError
+from hsgen.selection import ListSelection
 from hsgen.spec import load, parse
 from hsgen.target import H100
 from hsgen.verify import Case, Report
@@ -274,3 +276,15 @@ def test_emitted_kernels_are_verified(tmp_path, monkeypatch):
     report = verify.verify(SPECS[0], budget=400.0)
     assert report.passed, str(report)
     assert all(case.outcome == "passed" for case in report.cases), str(report)
+
+
+def test_sets_are_compared_whatever_room_their_lists_have():
+    """A kernel's list may have room for more; the reference's is as long as its largest set."""
+
+    def chosen(*rows):
+        return {"tile": ListSelection(level="tile", indices=torch.tensor([[rows]]))}
+
+    wanted = SimpleNamespace(selection=chosen((0, 2), (1, -1)))
+    assert not [*trials._other_sets(wanted, chosen((0, 2, -1), (1, -1, -1)))]
+    assert [*trials._other_sets(wanted, chosen((0, 2, -1), (1, 2, -1)))]
+    assert [*trials._other_sets(wanted, chosen((0,), (1,)))]
