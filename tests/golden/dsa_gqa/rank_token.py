@@ -171,7 +171,7 @@ def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR
 @triton.jit
 def row_scores(scores, e, there):
     """Scores of the entries that are in scratch."""
-    score = tl.load(scores + e, mask=there, other=0.0)
+    score = tl.load(scores + e, mask=there, other=0.0)  # four at once
     return score
 
 

@@ -152,9 +152,9 @@ def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR
 @triton.jit
 def row_scores(scores, capacity, e, there):
     """Scores of the entries that are in scratch."""
-    score = tl.load(scores + e, mask=there, other=0.0)
+    score = tl.load(scores + e, mask=there, other=0.0)  # four at once
     # nothing is before the first entry, which its neighbours' load does not ask
-    before = tl.load(scores + capacity + e, mask=there, other=0.0)
+    before = tl.load(scores + capacity + e, mask=there, other=0.0)  # four at once
     before = tl.where(e > 0, before, float("-inf"))
     score = tl.maximum(score, before)
     return score
