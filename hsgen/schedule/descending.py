@@ -178,18 +178,19 @@ def _sift(draft: Draft, node: Node, tree: Tree) -> None:
         (
             sift,
             PROGRAMS,
-            f" + {2 * sift.room + trees.MOST_STEP + 2} * {block_t}",
+            f"{2 * sift.room + trees.MOST_STEP + 2} * {block_t}",
             (*draft.tensor("q"), *draft.tensor(keys)),
         ),
     ):
         room, count, scratch = (f"{x}_{made.name}" for x in ("room", "programs", "scratch"))
-        ring = f'4 * config["{made.name}"]["BLOCK_K"]'
+        turns, rows = f"turns_{made.name}", f"rows_{made.name}"
+        ring = f'{made.padded_leaves} + 4 * config["{made.name}"]["BLOCK_K"]'
+        if of_rows:
+            sizes.append((rows, of_rows))
         sizes += (
-            (room, f"{made.padded_leaves} + {ring}{of_rows}"),
-            (
-                count,
-                f"max(1, min({tiles} * {heads}, {programs} * batch.processors, {most} // {room}))",
-            ),
+            (room, f"{ring} + {rows}" if of_rows else ring),
+            (turns, f"min({tiles} * {heads}, {programs} * batch.processors)"),
+            (count, f"max(1, min({turns}, {most} // {room}))"),
         )
         buffers.append(Buffer(name=scratch, dtype="i32", dims=(count, room), role="scratch"))
         launches.append(

@@ -323,9 +323,12 @@ def forward(tensors, batch, config, selection=None):
         tiles_token = batch.rows // config["keep_token"]["BLOCK_T"] + batch.sequences
         most_token = max(SCRATCH_BYTES // 4, batch.rows * 4096) // 4
         room_keep_token = 256 + 4 * config["keep_token"]["BLOCK_K"]
-        programs_keep_token = max(1, min(tiles_token * 8, 8 * batch.processors, most_token // room_keep_token))
-        room_sift_token = 256 + 4 * config["sift_token"]["BLOCK_K"] + 4226 * config["keep_token"]["BLOCK_T"]
-        programs_sift_token = max(1, min(tiles_token * 8, 4 * batch.processors, most_token // room_sift_token))
+        turns_keep_token = min(tiles_token * 8, 8 * batch.processors)
+        programs_keep_token = max(1, min(turns_keep_token, most_token // room_keep_token))
+        rows_sift_token = 4226 * config["keep_token"]["BLOCK_T"]
+        room_sift_token = 256 + 4 * config["sift_token"]["BLOCK_K"] + rows_sift_token
+        turns_sift_token = min(tiles_token * 8, 4 * batch.processors)
+        programs_sift_token = max(1, min(turns_sift_token, most_token // room_sift_token))
         scratch_keep_token = torch.empty(
             (
                 programs_keep_token,
@@ -759,9 +762,12 @@ def select(tensors, batch, config):
     tiles_token = batch.rows // config["keep_token"]["BLOCK_T"] + batch.sequences
     most_token = max(SCRATCH_BYTES // 4, batch.rows * 4096) // 4
     room_keep_token = 256 + 4 * config["keep_token"]["BLOCK_K"]
-    programs_keep_token = max(1, min(tiles_token * 8, 8 * batch.processors, most_token // room_keep_token))
-    room_sift_token = 256 + 4 * config["sift_token"]["BLOCK_K"] + 4226 * config["keep_token"]["BLOCK_T"]
-    programs_sift_token = max(1, min(tiles_token * 8, 4 * batch.processors, most_token // room_sift_token))
+    turns_keep_token = min(tiles_token * 8, 8 * batch.processors)
+    programs_keep_token = max(1, min(turns_keep_token, most_token // room_keep_token))
+    rows_sift_token = 4226 * config["keep_token"]["BLOCK_T"]
+    room_sift_token = 256 + 4 * config["sift_token"]["BLOCK_K"] + rows_sift_token
+    turns_sift_token = min(tiles_token * 8, 4 * batch.processors)
+    programs_sift_token = max(1, min(turns_sift_token, most_token // room_sift_token))
     scratch_keep_token = torch.empty(
         (
             programs_keep_token,
