@@ -142,7 +142,6 @@ def descend_branch(
     q_first = tl.load(SEQ + z * 6 + 1)
     q_len = tl.load(SEQ + z * 6 + 2)
     q_offset = tl.load(SEQ + z * 6 + 3)
-    k_row = tl.load(SEQ + z * 6 + 4)
     k_len = tl.load(SEQ + z * 6 + 5)
     if t0 >= q_len:
         return

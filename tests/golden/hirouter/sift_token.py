@@ -144,7 +144,6 @@ def keep_best(state, keys, tokens, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr)
     tl.debug_barrier()
 
 
-
 @triton.jit(do_not_specialize=["key_rows", "length", "chunks", "room", "tiles", "num_sequences"])
 def sift_token(
     Q,  # [B, T, Hq, Dqk]
@@ -256,7 +255,8 @@ def sift_token(
                     s = tl.dot(k0, tl.trans(q0_1), s, input_precision="tf32x3")
                     s = tl.dot(k0, tl.trans(q0_2), s, input_precision="tf32x3")
                     # by way of memory, since what is best for a dot is not for counting along rows
-                    tl.store(scored + t[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None], order_key(s * 0.08838834764831843))
+                    scores = scored + t[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+                    tl.store(scores, order_key(s * 0.08838834764831843))
                     tl.debug_barrier()
                     key = tl.load(scored + t[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :])
                     has = ((word[None, :] >> t[:, None]) & 1) != 0
@@ -280,5 +280,6 @@ def sift_token(
             for s0 in range(0, 1024, 64):
                 slot = s0 + tl.arange(0, 64)[None, :]
                 there = alive[:, None] & (slot < 1024)
-                kept = tl.load(tokens + t[:, None] * 2048 + slot, mask=slot < found[:, None], other=-1)
+                filled = slot < found[:, None]
+                kept = tl.load(tokens + t[:, None] * 2048 + slot, mask=filled, other=-1)
                 tl.store(chosen + t[:, None] * 8192 + slot, kept, mask=there)

@@ -172,7 +172,18 @@ def row_keys(scores, e, p, k_len):
 
 @triton.jit
 def count_edge(
-    scores, key, mass, p, k_len, n, low, high, ties, LEAST: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr
+    scores,
+    key,
+    mass,
+    p,
+    k_len,
+    n,
+    low,
+    high,
+    ties,
+    LEAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """The same, of a part of the entries where there are fewer above it.  -> three [R]"""
     BLOCK_R: tl.constexpr = p.shape[0]

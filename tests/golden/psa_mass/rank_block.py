@@ -212,7 +212,18 @@ def mass_edge(
 
 @triton.jit
 def count_edge(
-    scores, key, mass, p, k_len, n, low, high, ties, LEAST: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr
+    scores,
+    key,
+    mass,
+    p,
+    k_len,
+    n,
+    low,
+    high,
+    ties,
+    LEAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """The same, of a part of the entries where there are fewer above it.  -> three [R]"""
     BLOCK_R: tl.constexpr = p.shape[0]
@@ -253,30 +264,22 @@ def keep_tiers(scores, chosen, width, live, p, k_len, n, WIDTH: tl.constexpr, LO
     none = tl.full([BLOCK_R], 0x7FFFFFFF, tl.int32)
     nothing = tl.zeros([BLOCK_R], tl.int32)
     key, mass = row_keys(scores, columns, p, k_len)
-    low0, high0, ties0 = mass_edge(
-        scores, key, mass, p, k_len, n, 429496729, WIDTH, LONG
-    )
+    low0, high0, ties0 = mass_edge(scores, key, mass, p, k_len, n, 429496729, WIDTH, LONG)
     low0, high0, ties0 = count_edge(
         scores, key, mass, p, k_len, n, low0, high0, ties0, 64424509, WIDTH, LONG
     )
     before0 = nothing
-    low1, high1, ties1 = mass_edge(
-        scores, key, mass, p, k_len, n, 536870912, WIDTH, LONG
-    )
+    low1, high1, ties1 = mass_edge(scores, key, mass, p, k_len, n, 536870912, WIDTH, LONG)
     low1, high1, ties1 = count_edge(
         scores, key, mass, p, k_len, n, low1, high1, ties1, 64424509, WIDTH, LONG
     )
     before1 = nothing
-    low2, high2, ties2 = mass_edge(
-        scores, key, mass, p, k_len, n, 644245094, WIDTH, LONG
-    )
+    low2, high2, ties2 = mass_edge(scores, key, mass, p, k_len, n, 644245094, WIDTH, LONG)
     low2, high2, ties2 = count_edge(
         scores, key, mass, p, k_len, n, low2, high2, ties2, 64424509, WIDTH, LONG
     )
     before2 = nothing
-    low3, high3, ties3 = mass_edge(
-        scores, key, mass, p, k_len, n, 858993459, WIDTH, LONG
-    )
+    low3, high3, ties3 = mass_edge(scores, key, mass, p, k_len, n, 858993459, WIDTH, LONG)
     low3, high3, ties3 = count_edge(
         scores, key, mass, p, k_len, n, low3, high3, ties3, 64424509, WIDTH, LONG
     )
