@@ -50,7 +50,6 @@ def keep_token(
         head = item // tiles
         z, t0 = find_sequence(SEQ, num_sequences, item % tiles, BLOCK_T, 0, 1)
         q_start = tl.load(SEQ + z * 6)
-        q_first = tl.load(SEQ + z * 6 + 1)
         q_len = tl.load(SEQ + z * 6 + 2)
         q_offset = tl.load(SEQ + z * 6 + 3)
         k_row = tl.load(SEQ + z * 6 + 4)
