@@ -221,19 +221,21 @@ def keep_tiers(scores, chosen, width, live, p, k_len, n, WIDTH: tl.constexpr, LO
     """The tier of every entry of rows, -1 of what is left out.  -> [R] entries, all of them"""
     BLOCK_R: tl.constexpr = p.shape[0]
     columns = tl.arange(0, WIDTH)[None, :]
-    none = tl.full([BLOCK_R], 0x7FFFFFFF, tl.int32)
     nothing = tl.zeros([BLOCK_R], tl.int32)
     key, mass = row_keys(scores, columns, p, k_len)
+    none = tl.full([BLOCK_R], 0x7FFFFFFF, tl.int32)
     low0, high0, ties0 = none, none, nothing
     low0, high0, ties0 = count_edge(
         scores, key, mass, p, k_len, n, low0, high0, ties0, 107374182, WIDTH, LONG
     )
     before0 = nothing
+    none = tl.full([BLOCK_R], 0x7FFFFFFF, tl.int32)
     low1, high1, ties1 = none, none, nothing
     low1, high1, ties1 = count_edge(
         scores, key, mass, p, k_len, n, low1, high1, ties1, 161061273, WIDTH, LONG
     )
     before1 = nothing
+    none = tl.full([BLOCK_R], 0x7FFFFFFF, tl.int32)
     low2, high2, ties2 = none, none, nothing
     low2, high2, ties2 = count_edge(
         scores, key, mass, p, k_len, n, low2, high2, ties2, 375809638, WIDTH, LONG

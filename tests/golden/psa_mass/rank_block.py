@@ -261,7 +261,6 @@ def keep_tiers(scores, chosen, width, live, p, k_len, n, WIDTH: tl.constexpr, LO
     """The tier of every entry of rows, -1 of what is left out.  -> [R] entries, all of them"""
     BLOCK_R: tl.constexpr = p.shape[0]
     columns = tl.arange(0, WIDTH)[None, :]
-    none = tl.full([BLOCK_R], 0x7FFFFFFF, tl.int32)
     nothing = tl.zeros([BLOCK_R], tl.int32)
     key, mass = row_keys(scores, columns, p, k_len)
     low0, high0, ties0 = mass_edge(scores, key, mass, p, k_len, n, 429496729, WIDTH, LONG)
