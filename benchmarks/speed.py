@@ -206,12 +206,16 @@ def check_sampled(setting: Setting, case: Case, tensors: Tensors) -> Json:
 
 
 def _density(case: Case, indices: Tensor) -> float:
-    """Tokens attended in the selected branch over all causal pairs.  i32[T, Hs, K]"""
+    """Tokens of the entries that rows chose, in the selected branch, over all pairs.  i32[T, Hs, K]
+
+    Of a causal spec those up to the row.
+    """
     T, Hs, _ = indices.shape
     position = torch.arange(T, device=indices.device)[:, None, None]
+    seen = position + 1 if case.spec.causal else torch.full_like(position, T)
     start = indices.long() * case.size
-    kept = (position + 1 - start).clamp(max=case.size) * (indices >= 0)
-    return float(kept.sum() / (Hs * T * (T + 1) / 2))
+    kept = (seen - start).clamp(0, case.size) * (indices >= 0)
+    return float(kept.sum() / (Hs * seen.sum()))
 
 
 # Baselines ------------------------------------------------------------------------------------------
