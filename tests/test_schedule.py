@@ -400,10 +400,15 @@ def test_scratch_is_bounded_whatever_the_length():
         for buffer, array in dryrun.run(plan, tokens=tokens).buffers:
             if buffer.role == "scratch":
                 by_level.setdefault(buffer.name.partition("_")[2], []).append(array)
+        scored = {kernel.name for kernel in plan.kernels}
         for level, arrays in by_level.items():
+            held = sum(array.bytes for array in arrays)
+            if f"score_{level}" not in scored:  # of trees, whose programs are a few a processor
+                given = 4 * tokens * plan.sizes["Hq"] * plan.sizes["Dqk"]  # queries and outputs
+                assert held <= max(schedule.SCRATCH_BYTES, given) // 4
+                continue
             one = plan.kernel(f"score_{level}").config["BLOCK_T"]
             assert {array.shape[0] for array in arrays} == {arrays[0].shape[0]}
-            held = sum(array.bytes for array in arrays)
             assert held <= schedule.SCRATCH_BYTES or arrays[0].shape[0] == one
 
 
