@@ -365,6 +365,7 @@ def refused(
         _too_many_rows(kernel, values, plan)
         or _past_a_line(kernel, values)
         or _no_tile(kernel, values)
+        or _past_a_block(kernel, values, plan)
     ):
         return wrong
     if kernel.skeleton not in STREAMED:
@@ -416,8 +417,27 @@ def _no_tile(kernel: Kernel, values: Mapping[str, int]) -> str:
             if tall < LEAST_DOT:
                 return f"expected BLOCK_T of at least {LEAST_DOT // rows}, got {values['BLOCK_T']}"
             return f"expected BLOCK_D to divide {dim}, got {step}" if dim % step else ""
+        case TreesContext(how="keep" | "sift"):
+            rows, most = values.get("BLOCK_T", LEAST_DOT), min(MOST_STEP, values["BLOCK_K"])
+            if not LEAST_DOT <= rows <= WORD:
+                return f"expected BLOCK_T of {LEAST_DOT} to {WORD}, the bits of a word, got {rows}"
+            if values["BLOCK_N"] > most:
+                return f"expected BLOCK_N of at most {most}, got {values['BLOCK_N']}"
+            if rows % values.get("BLOCK_R", 1):
+                return f"expected BLOCK_R to divide BLOCK_T {rows}, got {values['BLOCK_R']}"
+            return ""
         case _:
             return ""
+
+
+def _past_a_block(kernel: Kernel, values: Mapping[str, int], plan: Plan) -> str:
+    """A step of a loop over blocks masks no keys of the next one."""
+    if not isinstance(kernel.context, RowsContext):
+        return ""
+    block = _block(kernel, plan)
+    if block is None or values.get("BLOCK_N", 0) <= max(LEAST_DOT, block):
+        return ""
+    return f"expected BLOCK_N of at most {max(LEAST_DOT, block)}, keys of a block, got {values['BLOCK_N']}"
 
 
 def past_a_tile(kernel: Kernel, config: Mapping[str, Mapping[str, int]]) -> str:

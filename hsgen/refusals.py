@@ -45,6 +45,7 @@ from hsgen.graph import (
     Unlike,
     block_of,
     coincide,
+    left_to_window,
 )
 from hsgen.kernels import POOLS, ROUNDED, UNFINISHED
 from hsgen.trees import tree_of
@@ -202,6 +203,9 @@ def _of_union(graph: Graph, node: Node) -> str | None:
             names = f"{what} of branches {one.branch} and {other.branch}"
             return f"{names} may coincide, and no kernel counts them once yet"
     for branch, op in branches:
+        left = left_to_window(graph, branch) > 0
+        if left and isinstance(graph[branch.inputs[3]].op, SelectSet):
+            return f"no kernel leaves a window what branch {op.branch} chose by a rule yet"
         if len(graph.users(branch.name)) > 1:
             return f"no kernel tells the log-sum-exp of branch {op.branch} in a union yet"
     return None

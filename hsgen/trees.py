@@ -78,7 +78,7 @@ class TreesContext:
     causal: bool = True
     above: bool = False  # nodes have parents
     precision: str = "tf32x3"
-    cuts: int = 3  # numbers of the keys' type that have all bits of one of 32
+    cuts: int = 3  # numbers of the keys' type that make one of 32 bits; 0: it may be beyond them
 
     @property
     def summary(self) -> str:
@@ -124,7 +124,7 @@ class TreesContext:
     @property
     def by_head(self) -> bool:
         """Whether keys meet each head's query: no more of them than a sum of them is cut into."""
-        return self.group <= self.cuts
+        return not self.cuts or self.group <= self.cuts
 
     @property
     def parts(self) -> range:

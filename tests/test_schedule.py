@@ -30,7 +30,7 @@ from hsgen import (
 from hsgen.errors import PlanError
 from hsgen.graph import AxisTile, Entropies, Input
 from hsgen.rows import next_power
-from hsgen.spec import Attend, Combine, HeadDim, Heads, load, verify
+from hsgen.spec import Attend, Combine, HeadDim, Heads, load, parse, verify
 from hsgen.target import A100, B200, H100, MI300X, RTX4090
 
 TARGETS = (H100, A100, RTX4090, B200, MI300X)
@@ -122,6 +122,30 @@ def test_sizes_no_kernel_holds_are_refused(change, words):
     spec = load("moba").model_copy(update=change)
     with pytest.raises(PlanError, match=words):
         schedule.schedule(emitted.graph(spec), H100)
+
+
+BY_RULE = """
+hsgen: 1
+name: by_rule
+heads: {query: 4, kv: 2}
+head_dim: 32
+causal: true
+levels:
+  - name: block
+    partition: {blocks: 16}
+    pool: {keys: mean}
+    query: {block: 24, pool: mean}
+    score: {form: dot, share: group, reduce: sum}
+    select: {fraction: 0.4, force: {last: 1}}
+attend: [{name: selected, over: block}, {name: window, window: 20}]
+combine: {softmax: union}
+"""
+
+
+def test_what_a_rule_chose_leaves_no_window_anything():
+    message = "no kernel leaves a window what branch selected chose by a rule yet"
+    with pytest.raises(PlanError, match=message):
+        schedule.schedule(emitted.graph(parse(BY_RULE, "by_rule")), H100)
 
 
 def test_entries_that_two_branches_of_a_union_reach_are_refused():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hsgen import passes, paths, planner
+from hsgen import knobs, passes, paths, planner
 from hsgen.errors import ArgumentError, PlanError
 from hsgen.kernels import IndexContext
 from hsgen.rows import RowsContext, next_power
@@ -28,6 +28,46 @@ def space_of(name, target=H100, dtype="bf16") -> Space:
 @pytest.fixture(scope="module")
 def nsa():
     return space_of("nsa")
+
+
+OF_A_WORD = "expected BLOCK_T of 16 to 32, the bits of a word, got 64"
+OF_A_BLOCK = "expected BLOCK_N of at most 64, keys of a block, got 128"
+
+
+def plan_of(name):
+    return space_of(name).variants[0].plan
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "given", "message"),
+    [
+        ("hirouter", "keep_token", {"BLOCK_T": 16}, ""),
+        ("hirouter", "keep_token", {"BLOCK_T": 64}, OF_A_WORD),
+        ("hirouter", "keep_token", {"BLOCK_K": 16}, "expected BLOCK_N of at most 16, got 64"),
+        ("hirouter", "sift_token", {"BLOCK_N": 128}, ""),
+        ("hirouter", "sift_token", {"BLOCK_N": 256}, "expected BLOCK_N of at most 128, got 256"),
+        ("psa", "attend_pyramid", {"BLOCK_N": 32}, ""),
+        ("psa", "attend_pyramid", {"BLOCK_N": 128}, OF_A_BLOCK),
+        ("infllm_v2", "attend_selected", {"BLOCK_N": 128}, OF_A_BLOCK),
+    ],
+)  # fmt: skip
+def test_a_caller_s_values_that_would_compute_something_else_are_refused(
+    name, kernel, given, message
+):
+    plan = plan_of(name)
+    made = plan.kernel(kernel)
+    assert knobs.refused(made, given, made.config.keywords() | given, plan, H100) == message
+
+
+def test_what_is_shipped_is_what_a_caller_may_say():
+    for path in sorted(paths.data_dir("specs").glob("*.yaml")):
+        try:
+            plan = plan_of(path.stem)
+        except PlanError:
+            continue
+        for kernel in plan.kernels:
+            start = kernel.config.keywords()
+            assert not knobs.refused(kernel, start, start, plan, H100), (path.stem, kernel.name)
 
 
 def part_of(found: Space, name: str):

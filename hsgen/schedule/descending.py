@@ -266,7 +266,7 @@ def _context(draft: Draft, tree: Tree, name: str, how: How, stage: Stage | None)
         causal=shape.causal,
         above=len(of.assign.inputs) > 2,
         precision=shape.precision,
-        cuts=1 if draft.dtype == "fp32" else 3,
+        cuts={"fp32": 1, "fp16": 0}.get(draft.dtype, 3),  # a sum of heads may be beyond fp16
     )
 
 

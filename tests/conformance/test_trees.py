@@ -75,6 +75,17 @@ def test_rows_keep_the_best_of_more_than_they_have_room_for(lane, group, seed):
 
 
 @pytest.mark.parametrize("lane", LANES)
+def test_queries_whose_sum_is_beyond_their_type_are_right(lane, seed):
+    """Four heads of fp16 below its greatest number, whose sum is not."""
+    spec = other(tree=((2, 2), (3, 5)), k=20, group=4, kv=1, dims=(16, 16))
+    call = calls.make(spec, T=40, S=300, dtype=torch.float16, device=lane, seed=seed)
+    q, k = (call.tensors[name] for name in "qk")
+    call = call.with_tensors(q=(q * 12800).clamp(-60000, 60000), k=k * 0.001)
+    assert call.tensors["q"].float().sum(2).abs().max() > 65504
+    check(call, RUN[lane](call))
+
+
+@pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("keys", [24, 600])
 def test_of_equal_tokens_the_earlier_are_kept(lane, keys):
     """Whatever leaves they are in: keys of one direction in two lengths, which all rows score alike."""
