@@ -20,6 +20,7 @@ from hsgen.plan import Cached
 from hsgen.reference import reference
 from hsgen.spec import HeadDim, dump, load, parse
 from hsgen.target import A100, H100, MI300X
+from hsgen.trees import TreesContext
 
 CACHED = ("nsa", "quest", "hisa", "minimax_m3", "glm_kpool", "deepseek_hca")
 RUFF = [sys.executable, "-m", "ruff"]
@@ -173,14 +174,15 @@ def test_only_identifiers_are_names(name):
 
 @pytest.mark.parametrize("name", emitted.SHIPPED)
 def test_tuning_and_target_change_no_kernel(name):
-    """But for units of e4m3, which A100 has not."""
+    """But for units of e4m3, which A100 has not, and sums of heads, which may be beyond fp16."""
     graph = emitted.graph(systems.load(name))
     ours = emitted.sources(schedule.schedule(graph, emitted.SIXTEEN, "bf16"))
     plan = schedule.schedule(graph, A100, "fp16")
     theirs = emitted.sources(plan)
     for kernel in plan.kernels:
         file = f"{kernel.name}.py"
-        assert emitted.body(ours[file]) == emitted.body(theirs[file])
+        sums = isinstance(kernel.context, TreesContext) and kernel.context.how == "sift"
+        assert (emitted.body(ours[file]) == emitted.body(theirs[file])) != sums
 
 
 @pytest.mark.parametrize("name", emitted.SHIPPED)
