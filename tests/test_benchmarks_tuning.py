@@ -189,7 +189,7 @@ def judges(folder):
     """What a search is judged by, by name, and of how many seeds."""
     files = sorted(folder.glob("space_*.json"))
     if len(files) >= 2:
-        return {file.stem: (functools.partial(read_table, file), 8) for file in files}
+        return {file.stem: (functools.partial(read_table, file), 20) for file in files}
     cases = {"nsa": 0, "moba": 1}
     return {
         f"synthetic_{name}": (lambda n=name, v=v: space_and_table(n, "attend_selected", v)[1], 3)
@@ -222,7 +222,7 @@ def test_two_measured_tables_are_the_judges(tmp_path, merge):
     found = judges(tmp_path)
     assert list(found) == ["space_a", "space_b"]
     assert found["space_a"][0]() == merge[1]
-    assert found["space_a"][1] == 8
+    assert found["space_a"][1] == 20
 
 
 def test_what_pruning_drops_is_not_among_the_best():
