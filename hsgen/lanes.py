@@ -9,7 +9,8 @@ import fcntl
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import LifoQueue
@@ -40,6 +41,9 @@ class _Lane:
 
     gpu: str
     worker: Worker
+    turns: (
+        int | None
+    )  # a descriptor that is locked while the GPU is ours; None where no other may want it
     fresh: bool = True
 
 
@@ -68,9 +72,12 @@ class Lanes:
         self.lanes = len(gpus)
         self.deaths = 0
         self._patience = patience or Patience()
-        self._locks = [_claim(gpu) for gpu in gpus if gpu not in (INTERPRETED, ANY)]
         self._all = [
-            _Lane(gpu=gpu, worker=Worker(command, lambda _, gpu=gpu: _environment(gpu, cache)))
+            _Lane(
+                gpu=gpu,
+                worker=Worker(command, lambda _, gpu=gpu: _environment(gpu, cache)),
+                turns=None if gpu in (INTERPRETED, ANY) else _lock_of(gpu),
+            )
             for gpu in gpus
         ]
         self._idle = LifoQueue[_Lane]()
@@ -89,8 +96,9 @@ class Lanes:
         for lane in self._all:
             lane.worker.stop()
             lane.worker.close()
-        for lock in self._locks:
-            os.close(lock)
+            if lane.turns is not None:
+                os.close(lane.turns)
+                lane.turns = None
 
     def interrupt(self) -> None:
         """Kill what runs; threads that wait for it learn that at once."""
@@ -172,7 +180,8 @@ class Lanes:
         lane = self._idle.get()
         patience = self._patience.first if lane.fresh else self._patience.later
         try:
-            answer = lane.worker.ask({**request, "problem": self.problem}, patience)
+            with _turn(lane):
+                answer = lane.worker.ask({**request, "problem": self.problem}, patience)
             lane.fresh = False
             failure = answer.get("failure")
             deadly = failure is not None and Failure(**failure).deadly
@@ -211,18 +220,21 @@ def _environment(gpu: str, cache: Path | None) -> dict[str, str]:
     return paths.child_environment(remove=("TRITON_INTERPRET",), add=add)
 
 
-def _claim(gpu: str) -> int:
-    """A lock of this host's GPU, which ends with this process however that ends.
-
-    Raises:
-        HsgenError: another process tunes on it, and times of both would mean nothing.
-    """
+def _lock_of(gpu: str) -> int:
+    """What processes of this host that tune on a GPU take turns by; a lock ends with its process."""
     folder = paths.cache_dir() / "studies"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(folder / f"{socket.gethostname()}-gpu{gpu}.lock", os.O_WRONLY | os.O_CREAT)
+    return os.open(folder / f"{socket.gethostname()}-gpu{gpu}.lock", os.O_WRONLY | os.O_CREAT)
+
+
+@contextmanager
+def _turn(lane: _Lane) -> Generator[None, None, None]:
+    """One request at a time has the GPU: while another process measures, this one only compiles."""
+    if lane.turns is None:
+        yield
+        return
+    fcntl.flock(lane.turns, fcntl.LOCK_EX)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise HsgenError(f"GPU {gpu}: another hsgen tunes on it") from error
-    return descriptor
+        yield
+    finally:
+        fcntl.flock(lane.turns, fcntl.LOCK_UN)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -54,9 +55,10 @@ from hsgen.workers import JsonObject
 
 FEW = 3  # samples after which a slow point is given up
 SLOW = 3.0  # times the limit
-FEWEST, MOST = 20, 100
+FEWEST, MOST = 8, 100
 SECONDS = 0.25  # of timing, a shape
-CALLS = 3  # a sample of a comparison
+CALLS = 3  # a sample of a comparison, and of long calls fewer:
+LONG = 10_000.0  # microseconds that are a sample
 LENGTHS = {"cuda": (1537, 301), "cpu": (37, 9)}  # of checks: no multiple of anything
 MESSAGE = 1500
 PR_SET_PDEATHSIG = 1
@@ -165,12 +167,14 @@ class Bench:
         ]
         for call in calls:  # compiles
             self.take(call, self.device, 1)
+        least = min(self.take(calls[0], self.device, 1))
+        count = max(1, min(CALLS, math.ceil(LONG / max(least, 1.0))))
         order, generator = list(range(len(calls))), random.Random(request["seed"])
         found: list[list[float]] = [[] for _ in calls]
         for _ in range(request["rounds"]):
             generator.shuffle(order)
             for which in order:
-                sampled = self.take(calls[which], self.device, CALLS)
+                sampled = self.take(calls[which], self.device, count)
                 found[which].append(statistics.median(sampled))
         return {"samples": found}
 

@@ -1,11 +1,14 @@
 """The search: regret on tables, journals that survive, processes that misbehave, the whole of `tune`."""
 
+import contextlib
 import functools
 import json
 import math
 import shlex
 import signal
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import tuning_runs
 from synthetic_tables import table
 from test_space import space_of
 
+from hsgen import lanes as lanes_module
 from hsgen import passes, planner, tuned
 from hsgen import tune as tuning
 from hsgen.cli import main
@@ -31,6 +35,7 @@ from hsgen.tune.journal import Journal
 from hsgen.tune.search import Limits, Search
 from hsgen.tune.storages import mend, storage_at
 from hsgen.tuned import Time
+from hsgen.workers import Worker
 
 CHILD = str(Path(tuning_runs.__file__).with_name("tuning_child.py"))
 
@@ -387,13 +392,35 @@ def test_kills_of_parent_and_child_lose_nothing(tmp_path):
     assert "none lost" in said[0]
 
 
-def test_a_lane_of_a_gpu_is_one_tuners(tmp_path, monkeypatch):
+def test_who_tunes_on_one_gpu_takes_turns(tmp_path, monkeypatch):
+    """While one process measures the other waits; a hang is its own, not that of the wait."""
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
-    command = (CHILD, json.dumps({"bad": {}}))
-    with Lanes(problem(), ["7"], command=command):
-        with pytest.raises(HsgenError, match="GPU 7: another hsgen tunes on it"):
-            Lanes(problem(), ["7"], command=command)
-    Lanes(problem(), ["7"], command=command).close()
+    point = tuning_runs.small_space().start
+    slow = (CHILD, json.dumps({"bad": {}, "seconds": 0.6}))
+    took: list[tuple[float, float]] = []
+
+    class Watched(Worker):
+        def ask(self, request, timeout):
+            began = time.monotonic()
+            answer = super().ask(request, timeout)
+            took.append((began, time.monotonic()))
+            return answer
+
+    monkeypatch.setattr(lanes_module, "Worker", Watched)
+    with contextlib.ExitStack() as stack:
+        tuners = [
+            stack.enter_context(Lanes(problem(), ["7"], command=slow, patience=Patience(later=1.0)))
+            for _ in range(2)
+        ]
+        for each in tuners:
+            each.describe()
+        took.clear()
+        with ThreadPoolExecutor(2) as threads:
+            results = list(threads.map(lambda each: each.measure(point), tuners))
+    assert [result.failure for result in results] == [None, None]
+    (_, first_ends), (second_begins, second_ends) = sorted(took)
+    assert first_ends <= second_begins
+    assert second_ends - second_begins >= 0.6
 
 
 # --- the whole

@@ -265,6 +265,7 @@ class _Tuning:
         self.judge: Judge = Lenient() if self.interpreted else self.compiler
         self.problem = tuned.Problem.of(self.spec, options.dtype, options.work)
         self.environment = tuned.environment(self.target, interpreted=self.interpreted)
+        self._proven: dict[Point, Failure | None] = {}
 
     def __enter__(self) -> _Tuning:
         return self
@@ -407,7 +408,10 @@ class _Tuning:
 
     def _entrants(self, points: Sequence[Point], shape: Shape) -> list[Entrant]:
         """Right at full length, then timed in turn."""
-        proven = {point: self.lanes.prove(point).failure for point in points}
+        for point in points:  # of all shapes at once, so once
+            if point not in self._proven:
+                self._proven[point] = self.lanes.prove(point).failure
+        proven = {point: self._proven[point] for point in points}
         right = [point for point in points if proven[point] is None]
         wrong = [
             Entrant(point=point, samples=(), failure=failure)
