@@ -696,6 +696,7 @@ class SegmentsContext:
     )
     page: int = 0  # > 0: tokens lie in pages of so many
     columns_of: str = "tl.program_id(2)"  # which columns a program of a pool across sequences has
+    by_turns: bool = False  # heads have turns, and entries are those of a turn's heads
 
     @property
     def k_first(self) -> str:
@@ -802,6 +803,7 @@ class SegmentsContext:
             *self._place(made),
             *pages_of(self.page),
             *SEQ,
+            *((axes.HEAD_FIRST,) if self.by_turns else ()),
             *tunables("BLOCK_E", *self._tunables),
         )
 

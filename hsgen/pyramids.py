@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hsgen import rows, together
+from hsgen import axes, rows, together
 from hsgen.kernels import tunables
 from hsgen.plan import Buffer, Config, Kernel, Launch, Param, Step
 from hsgen.rows import SEQ, Phase, RowsContext, Shape, count, next_power, pointer
-from hsgen.together import TILE_FIRST, WIDTH
+from hsgen.together import WIDTH
 
 CAPACITY = count("capacity", "entries of the longest sequence")
 LEAST_BLOCK = 16  # tokens that a dot takes at a time
@@ -36,6 +36,7 @@ class TiersContext:
     whole: bool  # of the first tier, entries of which every row sees all come first
     given: bool  # rows chose each for itself
     slotted: bool = False  # as those of `together.ListsContext`
+    by_turns: bool = True
 
     @property
     def stride(self) -> int:
@@ -49,13 +50,13 @@ class TiersContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        listed = f"[tiles, {self.heads}"
+        listed = "[tiles, heads of a turn"
         tiers = pointer("TIERS", "i32", f"[blocks, {self.heads}, capacity] of each entry, -1: none")
         counts = pointer("COUNTS", "i32", f"{listed}, {self.tiers + 1}] whole ones, tiers")
         entries = pointer("ENTRIES", "i32", f"{listed}, capacity] tier by tier")
         if not self.given:
             blocks = tunables("BLOCK_T", "BLOCK_N")
-            return (tiers, counts, entries, CAPACITY, *SEQ, *blocks)
+            return (tiers, counts, entries, CAPACITY, *SEQ, axes.HEAD_FIRST, *blocks)
         return (
             *together.brought(self.heads),
             tiers,
@@ -65,7 +66,7 @@ class TiersContext:
             WIDTH,
             CAPACITY,
             *SEQ,
-            TILE_FIRST,
+            axes.HEAD_FIRST,
             *tunables("BLOCK_T", "BLOCK_K", "BLOCK_N"),
         )
 
@@ -88,18 +89,21 @@ def attend(
 ) -> RowsContext:
     """One softmax over what each tier has: tokens of entries of `size`, means of `merges` of them.
 
+    Heads have turns: means and lists are those of a turn's heads.
     `given`: of entries that each row chose for itself; else all rows of the tile take all.
     """
     heads = rows.heads_of(shape, per_head=share == "Hq")
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
-    own = " + head" if list_heads > 1 else ""
     means = tuple(merge for merge in merges if merge > 1)
     starts = [f"tier_{i}" for i in range(len(merges) + 1)]
     counts = [
         f"{start} = {before} + tl.load(counts + {i + 1})"
         for i, (before, start) in enumerate(zip(["whole", *starts[1:]], starts[1:], strict=False))
     ]
-    kv = {x: rows.kv_head(f"{x}_h", shape, per_head=share == "Hq") for x in names(means)}
+    kv = {
+        x: rows.kv_head(f"{x}_h", shape, per_head=share == "Hq", head="turn_head")
+        for x in names(means)
+    }
     bases = [f"{x}_base = {x.upper()} + z.to(tl.int64) * {x}_b{kv[x]}" for x in names(means)]
     tensors = [
         param
@@ -126,11 +130,11 @@ def attend(
             CAPACITY,
             *rows.OUTPUTS,
             *SEQ,
-            TILE_FIRST,
+            axes.HEAD_FIRST,
             *rows.BLOCKS,
         ),
         acc="softmax",
-        tile="tl.program_id(0) + tile_first",
+        by_turns=True,
         together="part",
         rows_together=block,
         **heads,
@@ -138,7 +142,7 @@ def attend(
         setup=(
             *bases,
             *(f"k{merge}_row = k_first // {merge}" for merge in means),
-            f"list_row = tl.program_id(0).to(tl.int64) * {list_heads}{own}",
+            f"list_row = {together.list_of_turn('tl.program_id(0)', list_heads, by_turns=True)}",
             "list_base = list_row * capacity",
             f"counts = COUNTS + list_row * {len(merges) + 1}",
             "whole = tl.load(counts)",
@@ -265,9 +269,15 @@ class Branch:
 
 
 def plan(
-    shape: Shape, branch: Branch, tiles: Callable[[RowsContext], Config]
+    shape: Shape,
+    branch: Branch,
+    tiles: Callable[[RowsContext], Config],
+    turns: Callable[[str], together.Turns],
 ) -> tuple[tuple[Kernel, ...], tuple[Step, ...]]:
-    """The kernels of one branch, the step over its own choice, and the one over a caller's."""
+    """The kernels of one branch, the step over its own choice, and the one over a caller's.
+
+    turns: of heads, whose lists have so many bytes a head of keys, and what makes the means of a turn's.
+    """
     of, size = branch.of, branch.of.entries.size
 
     def attended(*, given: bool) -> RowsContext:
@@ -322,79 +332,89 @@ def plan(
             follows=own.name,
         ),
     )
-    programs = str(shape.query_heads // own.heads)
-    return kernels, (_own(branch, programs), _given(branch, programs))
+    programs = shape.query_heads // own.heads
+    return kernels, (_own(branch, turns, programs), _given(branch, turns, programs))
 
 
-def _lists(branch: Branch, prefix: str, tiles: str, capacity: str) -> tuple[Buffer, Buffer]:
+def _lists(branch: Branch, turns: together.Turns, prefix: str, tiles: str) -> tuple[Buffer, Buffer]:
     """The entries of each tile, and how many each tier has."""
-    name, heads = branch.of.name, str(branch.of.heads)
-    dims = (tiles, heads, str(len(branch.merges) + 1))
+    name, heads = branch.of.name, turns.of(branch.of.heads, turns.turn)
+    counts, entries = (tiles, heads, str(len(branch.merges) + 1)), (tiles, heads, branch.capacity)
     return (
-        Buffer(name=f"{prefix}counts_{name}", dtype="i32", dims=dims, role="list"),
-        Buffer(
-            name=f"{prefix}entries_{name}", dtype="i32", dims=(tiles, heads, capacity), role="list"
-        ),
+        Buffer(name=f"{prefix}counts_{name}", dtype="i32", dims=counts, role="list"),
+        Buffer(name=f"{prefix}entries_{name}", dtype="i32", dims=entries, role="list"),
     )
 
 
-def _own(branch: Branch, programs: str) -> Step:
+def _own(branch: Branch, turns_of: Callable[[str], together.Turns], programs: int) -> Step:
     """Every tile walks the entries of its block."""
     of, tiles = branch.of, f"tiles_{branch.of.name}"
-    counts, entries = _lists(branch, "", tiles, branch.capacity)
+    turns = turns_of(f"{tiles} * {branch.capacity}")
+    counts, entries = _lists(branch, turns, "", tiles)
     lists = (counts.name, entries.name)
     return Step(
         title=f"attend: {of.name}",
         needs=(*of.needs, branch.tiers),
-        makes=of.makes,
+        makes=(*turns.makes, *of.makes),
         of="own",
-        sizes=together.tiles_of(of, tiles),
-        buffers=(counts, entries, *of.buffers),
+        sizes=(*together.tiles_of(of, tiles), *turns.sizes),
+        buffers=(*turns.buffers, counts, entries, *of.buffers),
         launches=(
+            *turns.launches,
             Launch(
                 kernel=f"index_{of.name}",
-                grid=(tiles, str(of.heads)),
-                arguments=(of.lists, *lists, branch.capacity, *of.seq),
+                grid=(tiles, turns.of(of.heads, "count")),
+                arguments=(of.lists, *lists, branch.capacity, *of.seq, turns.first(of.heads)),
             ),
             Launch(
                 kernel=f"attend_{of.name}",
-                grid=(tiles, programs),
-                arguments=(*of.tensors, *lists, branch.capacity, *of.outputs, *of.seq, "0"),
+                grid=(tiles, turns.of(programs, "count")),
+                arguments=(
+                    *of.tensors,
+                    *lists,
+                    branch.capacity,
+                    *of.outputs,
+                    *of.seq,
+                    turns.first(programs),
+                ),
             ),
         ),
+        tiles=str(turns.heads),
+        chunk=turns.turn,
     )
 
 
-def _given(branch: Branch, programs: str) -> Step:
+def _given(branch: Branch, turns_of: Callable[[str], together.Turns], programs: int) -> Step:
     """Every tile walks what its rows chose between them."""
     of, name = branch.of, branch.of.name
     chosen = f"made_{of.selection.replace('.', '_')}"
-    tiles, words, chunk = f"tiles_of_{name}", f"given_words_{name}", f"chunk_{name}"
-    num_words, bytes_ = f"num_words_{name}", f"bytes_{name}"
-    counts, entries = _lists(branch, "given_", chunk, branch.capacity)
+    tiles, words, num_words = f"tiles_of_{name}", f"given_words_{name}", f"num_words_{name}"
+    turns = turns_of(f"{tiles} * {branch.capacity} * ({num_words} + 1)")
+    counts, entries = _lists(branch, turns, "given_", tiles)
     lists = (counts.name, entries.name, words)
-    dims = (chunk, str(of.heads), branch.capacity, num_words)
+    dims = (*entries.dims, num_words)
     return Step(
         title=f"attend: {name}, over a selection of the caller's",
         needs=(*of.needs, branch.tiers, of.selection),
-        makes=of.makes,
+        makes=(*turns.makes, *of.makes),
         of="given",
         sizes=(
             *together.tiles_of(of, tiles),
             (num_words, f"(tokens_{name} + 31) // 32"),
-            (bytes_, f"{4 * of.heads} * {branch.capacity} * ({num_words} + 1)"),
-            (chunk, f"min({tiles}, max(1, SCRATCH_BYTES // {bytes_}))"),
+            *turns.sizes,
         ),
         buffers=(
+            *turns.buffers,
             counts,
             entries,
             Buffer(name=words, dtype="i32", dims=dims, role="list"),
             *of.buffers,
         ),
         launches=(
+            *turns.launches,
             Launch(
                 kernel=f"members_{name}",
-                grid=("count", str(of.heads)),
+                grid=(tiles, turns.of(of.heads, "count")),
                 arguments=(
                     *together.given_of(chosen),
                     of.lists,
@@ -402,22 +422,22 @@ def _given(branch: Branch, programs: str) -> Step:
                     f"{chosen}.shape[3]",
                     branch.capacity,
                     *of.seq,
-                    "tile_first",
+                    turns.first(of.heads),
                 ),
             ),
             Launch(
                 kernel=f"given_{name}",
-                grid=("count", programs),
+                grid=(tiles, turns.of(programs, "count")),
                 arguments=(
                     *of.tensors,
                     *lists,
                     branch.capacity,
                     *of.outputs,
                     *of.seq,
-                    "tile_first",
+                    turns.first(programs),
                 ),
             ),
         ),
-        tiles=tiles,
-        chunk=chunk,
+        tiles=str(turns.heads),
+        chunk=turns.turn,
     )

@@ -44,6 +44,11 @@ class ListsContext:
     tiers: bool = False  # a block says the tier of every entry, and has no list
 
     @property
+    def by_turns(self) -> bool:
+        """Whether lists are those of a turn's heads, not of a turn's tiles."""
+        return self.slotted
+
+    @property
     def summary(self) -> str:
         match self.how:
             case "lists":
@@ -67,8 +72,7 @@ class ListsContext:
             case "lists":
                 entries = pointer("ENTRIES", "i32", f"[tiles, {self.heads}, width] full ones first")
                 tiles = tunables("BLOCK_T", "BLOCK_N")
-                head = (axes.HEAD_FIRST,) if self.slotted else ()
-                return (lists, counts, entries, WIDTH, *tokens, *SEQ, *head, *tiles)
+                return (lists, counts, entries, WIDTH, *tokens, *SEQ, turn, *tiles)
             case "members":
                 listed = f"[tiles, {self.heads}, capacity"
                 return (
@@ -414,35 +418,40 @@ def _heads(branch: Branch, programs: int) -> _Heads:
 
 
 def _own(branch: Branch, programs: int) -> Step:
-    """Every tile walks the list of its block."""
+    """Every tile walks the list of its block: in turns of tiles, or where there are, of heads."""
     name, of, turns = branch.name, _heads(branch, programs), branch.turns
     tiles, counts, entries = f"tiles_{name}", f"counts_{name}", f"entries_{name}"
-    tokens = (axes.MADE_TOKENS,) if turns else ()
+    tokens, chunk = (axes.MADE_TOKENS,) if turns else (), f"chunk_{name}"
+    held, walked = (tiles, tiles) if turns else (chunk, "count")
+    room = f"max(1, SCRATCH_BYTES // ({4 * branch.heads} * {branch.width}))"
     return Step(
         title=f"attend: {name}",
         needs=(*branch.needs, f"{branch.selection}.blocks"),
         makes=(*branch.makes, *(turns.makes if turns else ())),
         of="own",
-        sizes=(*tiles_of(branch, tiles), *(turns.sizes if turns else ())),
+        sizes=(
+            *tiles_of(branch, tiles),
+            *(turns.sizes if turns else ((chunk, f"min({tiles}, {room})"),)),
+        ),
         buffers=(
             *(turns.buffers if turns else ()),
-            Buffer(name=counts, dtype="i32", dims=(tiles, of.held, "2"), role="list"),
-            Buffer(name=entries, dtype="i32", dims=(tiles, of.held, branch.width), role="list"),
+            Buffer(name=counts, dtype="i32", dims=(held, of.held, "2"), role="list"),
+            Buffer(name=entries, dtype="i32", dims=(held, of.held, branch.width), role="list"),
             *branch.buffers,
         ),
         launches=(
             *(turns.launches if turns else ()),
             Launch(
                 kernel=f"index_{name}",
-                grid=(tiles, of.lists),
+                grid=(walked, of.lists),
                 arguments=(
                     *(branch.lists, counts, entries, branch.width, *tokens, *_SEQ),
-                    *of.list_first,
+                    *(of.list_first or ("tile_first",)),
                 ),
             ),
             Launch(
                 kernel=f"attend_{name}",
-                grid=(tiles, of.programs),
+                grid=(walked, of.programs),
                 arguments=(
                     *branch.tensors,
                     counts,
@@ -452,12 +461,12 @@ def _own(branch: Branch, programs: int) -> Step:
                     "0",
                     *branch.outputs,
                     *branch.seq,
-                    of.first or "0",
+                    of.first or "tile_first",
                 ),
             ),
         ),
-        tiles=str(turns.heads) if turns else None,
-        chunk=turns.turn if turns else None,
+        tiles=str(turns.heads) if turns else tiles,
+        chunk=turns.turn if turns else chunk,
     )
 
 

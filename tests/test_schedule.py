@@ -267,10 +267,8 @@ MEASURED = (
     "glm_kpool",
     "xattention",
 )
-# What a call holds of its inputs, outputs and choice: lists of blocks of 64 rows, and those of their tiles,
-# have a slot for nearly every block of keys; every key head has lists of its own, with room for all keys;
-# keys and values also lie as means of 2 and of 8.
-HOLDS = {"psa": 1.4, "seer_attention": 1.3, "hirouter": 1.35}
+# What a call holds of its inputs, outputs and choice: every key head has lists of its own, with room for all keys.
+HOLDS = {"hirouter": 1.35}
 UNTRAINED = ("psa",)  # whose gradients no kernel has
 
 
@@ -372,25 +370,20 @@ def test_tiles_of_short_documents_have_no_whole_slabs():
 
 
 @pytest.mark.parametrize(
-    ("name", "most"),
-    [
-        *((name, 1.2) for name in ("dhsa_released", "draft_attention", "hip", "vsa")),
-        ("xattention", 1.25),
-        ("seer_attention", 1.3),
-        ("psa", 1.45),
-    ],
+    "name",
+    ["dhsa_released", "draft_attention", "hip", "psa", "seer_attention", "vsa", "xattention"],
 )
-def test_where_rows_choose_together_no_row_has_a_list_unless_a_caller_asks(name, most):
+def test_where_rows_choose_together_no_row_has_a_list_unless_a_caller_asks(name):
     """Beside inputs and outputs alone; lists of rows were up to 34 GB, ten times as much."""
     plan = schedule.schedule(measured_graph(name), replace(H100, streams=True))
     asked = {buffer.name for step in plan.steps if step.of == "rows" for buffer in step.buffers}
     assert asked
     others = [step for step in plan.steps if step.of not in ("rows", "given")]
     assert asked.isdisjoint(name for step in others for name in step.reads)
-    for tokens in (8192, 32768, 131072):
+    for tokens in (4096, 8192, 32768, 131072):
         run = dryrun.run(plan, tokens=tokens)
         given = run.given + run.of("output")
-        assert run.given + run.peak - run.of("selection") <= most * given, tokens
+        assert run.given + run.peak - run.of("selection") <= 1.2 * given, tokens
 
 
 def test_what_no_later_step_reads_passes():

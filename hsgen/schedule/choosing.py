@@ -439,7 +439,7 @@ def _kept(ranking: RankContext, level: str, rows_: str) -> tuple[Buffer, ...]:
 
 
 def chunk_of(
-    draft: Draft, level: str, heads: int, *, children: bool
+    draft: Draft, level: str, heads: int, *, children: bool, part: int | None = None
 ) -> tuple[tuple[str, str], ...]:
     """How many tiles of rows a scratch holds.
 
@@ -448,13 +448,14 @@ def chunk_of(
     round.  Where rows are so long that these do not fill one, it has a round if that is at most a quarter
     of those bytes, or four scratches.  0: of another.
 
-    A short call has a quarter of those bytes, or an eighth where entries that all rows see come in a stream;
-    at least three sixteenths of a scratch.  Few rows behind a cache may see many keys: they have a whole one.
+    A short call has a quarter of those bytes, or an eighth where entries that all rows see come in a stream,
+    or one of so many parts as is said; at least three sixteenths of a scratch.  Few rows behind a cache may
+    see many keys: they have a whole one.
     """
     bytes_, chunk, most = f"bytes_{level}", f"chunk_{level}", f"most_{level}"
     if draft.cached is not None:
         return ((chunk, f"min(tiles_{level}, max(1, SCRATCH_BYTES // {bytes_}))"),)
-    part = 8 if heads and not children else 4
+    part = part or (8 if heads and not children else 4)
     short, scratch = f"short_{level}", f"scratch_{level}"
     usual, round_ = f"usual_{level}", f"round_{level}"
     least = (short, f"max(3 * SCRATCH_BYTES // 16, batch.rows * {draft.held // part})")

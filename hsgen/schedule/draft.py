@@ -402,6 +402,9 @@ class Draft:
             buffer, source = text.buffer(name), self.graph[pool.inputs[0]]
             heads = self.size(source.type.dims[2]) if len(source.type.dims) == 4 else 1
             dim = self.size(source.type.dims[-1]) * (2 if pool.op.how == "minmax" else 1)
+            if self.tiers_of(pool):  # which has a turn's heads
+                row = f"count * {dim}"
+                return buffer, f"count_{text.safe(name)} * {row}", row, str(dim)
             row = heads * dim
             return buffer, f"count_{text.safe(name)} * {row}", str(row), str(dim)
         x = text.input_of(name) if isinstance(node.op, Input) else text.buffer(name)

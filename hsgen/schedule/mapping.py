@@ -46,7 +46,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
                 (capacity, f"batch.keys // {op.stride} + 1"),
                 (tiles, f"{blocks} // {block_t} + batch.sequences"),
                 (f"bytes_{level}", f"{row} * {capacity} * {block_t}"),
-                *choosing.chunk_of(draft, level, 0, children=False),
+                *choosing.chunk_of(draft, level, 0, children=False, part=8),
             ),
             buffers=(
                 Buffer(

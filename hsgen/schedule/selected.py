@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from hsgen import buckets, picked, pyramids, rows, together
 from hsgen.errors import PlanError
@@ -13,10 +15,11 @@ from hsgen.kernels import (
 )
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries, next_power
-from hsgen.schedule import choosing, laid, text
+from hsgen.schedule import choosing, laid, text, vectors
 from hsgen.schedule.draft import SORT_LIMIT, SORTED, TILE_OF_HEADS, Draft, Order
 
 LEAST_STEP = 32  # tokens of blocks of which rows share more than they lose to each other's
+MEANS_SHARE = Fraction(2, 9)  # of what a call is given, that a turn's means and lists may have
 ROUNDS = 4  # programs a processor, of an index whose rows set bits
 
 
@@ -88,7 +91,16 @@ def attend_tiers(draft: Draft, node: Node, op: Attend) -> None:
     branch = _together(draft, node, op)
     means = tuple(x.name for x in draft.graph.operands(node) if isinstance(x.op, Pool))
     tensors = (*branch.tensors, *(x for name in means for x in draft.tensor(name)))
-    branch = replace(branch, tensors=tensors)
+    needs = tuple(name for name in branch.needs if name not in means)  # which it makes on the way
+    branch = replace(branch, tensors=tensors, needs=needs)
+
+    def turns(lists: str) -> together.Turns:
+        each = draft.size(selection.type.dims[2]) // draft.shape.kv_heads
+        return _turns_of_means(draft, op.branch, made, f"{lists} * {4 * max(1, each)}")
+
+    made = {
+        name: vectors.means_of_turn(draft, draft.graph[name], f"turn_{op.branch}") for name in means
+    }
     kernels, steps = pyramids.plan(
         draft.shape,
         pyramids.Branch(
@@ -99,8 +111,31 @@ def attend_tiers(draft: Draft, node: Node, op: Attend) -> None:
             capacity=choosing.slots_of(draft, selection),
         ),
         lambda context: draft.tiles(context, limit=128, most=branch.block, block=op.size),
+        turns,
     )
     draft.add(kernels, steps)
+
+
+def _turns_of_means(
+    draft: Draft, name: str, made: Mapping[str, vectors.Made], lists: str
+) -> together.Turns:
+    """How heads of a branch in tiers have turns, each of which makes its means; `lists`: a head's bytes."""
+    means, held = f"means_{name}", f"lists_{name}"
+    sums = [(means, "0")]
+    for each, of in made.items():
+        sums += [*of.sizes, (means, f"{means} + rows_{text.safe(each)} * {of.bytes}")]
+    return together.Turns(
+        heads=draft.shape.kv_heads,
+        sizes=(
+            *sums,
+            (held, lists),
+            *laid.of_heads(draft, name, f"{means} + {held}", MEANS_SHARE),
+        ),
+        turn=f"turn_{name}",
+        buffers=tuple(of.buffer for of in made.values()),
+        launches=tuple(of.launch for of in made.values()),
+        makes=tuple(made),
+    )
 
 
 def _require_disjoint(node: Node, op: Attend) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hsgen import appending, configs, rows, splits, together
 from hsgen.graph import (
@@ -34,6 +34,8 @@ def make(draft: Draft, node: Node, op: Pool | PoolRows | Rotate | Round) -> None
     match op:
         case PoolRows():
             _pool_rows(draft, node, op)
+        case Pool() if draft.tiers_of(node):
+            pass  # launched by what attends, in turns of heads
         case Pool():
             _pool_keys(draft, node, op)
         case Rotate():
@@ -103,17 +105,11 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     )
     count = f"count_{text.safe(made)}"
     buffer = text.buffer(made)
-    rows_of = f"{text.input_of(source.name)}.shape[1]"
-    length = (
-        f"({rows_of} + {op.stride - 1}) // {op.stride} + batch.packed * batch.sequences"
-        if short
-        else f"{rows_of} // {op.stride}"
-    )
     config = configs.pool(op, dim, draft.dtype, finishes=len(chain) > 1)
     if context.across:
         config = configs.pool_across(context.slice, draft.dtype)
     names = tuple(x.name for x in chain)
-    kernel = draft.kernel("segments", context, config, *(draft.tiers_of(node) or names))
+    kernel = draft.kernel("segments", context, config, *names)
     tables = tuple(name for x in turns for name in x.inputs[1:])
     gates = node.inputs[1:2] if op.how == "gated" else ()
     arguments = (
@@ -171,44 +167,93 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
             )
         )
         return
+    entries = _whole(source, made, context, arguments)
     draft.steps.append(
         Step(
             title=f"pool: {node.name}",
             needs=(*node.inputs, *norms, *tables),
             makes=names,
-            sizes=(
-                (f"length_{text.safe(made)}", length),
-                (count, f"{int(short)} if batch.packed else length_{text.safe(made)}"),
-                (
-                    f"rows_{text.safe(made)}",
-                    f"{text.input_of(source.name)}.shape[0] * length_{text.safe(made)}",
-                ),
-            ),
-            buffers=(
-                Buffer(
-                    name=buffer,
-                    dtype="input",
-                    dims=(
-                        f"{text.input_of(source.name)}.shape[0]",
-                        f"length_{text.safe(made)}",
-                        str(heads),
-                        str(context.width),
-                    ),
-                    role="level",
-                ),
-            ),
-            launches=(
-                Launch(
-                    kernel=kernel,
-                    grid=(
-                        f"rows_{text.safe(made)} // {{BLOCK_E}} + batch.sequences",
-                        str(heads),
-                    ),
-                    arguments=(*arguments, *text.SEQ),
-                ),
-            ),
+            sizes=entries.sizes,
+            buffers=(entries.buffer,),
+            launches=(entries.launch,),
         )
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """Entries: the sizes that say how many, where they are, and what makes them."""
+
+    sizes: tuple[tuple[str, str], ...]
+    buffer: Buffer
+    launch: Launch
+
+    @property
+    def bytes(self) -> int:
+        """Of an entry of one head, as if of 16 bits."""
+        return 2 * int(self.buffer.dims[-1])
+
+
+def _whole(
+    source: Node, made: str, context: SegmentsContext, arguments: tuple[str, ...], turn: str = ""
+) -> Made:
+    """The entries of all that a call is given, or of a turn's heads.
+
+    turn: how many heads have one at most.
+    """
+    x, name, stride = text.input_of(source.name), text.safe(made), context.stride
+    length, count, pooled = f"length_{name}", f"count_{name}", f"rows_{name}"
+    entries = f"{x}.shape[1] // {stride}"
+    if context.short:
+        most = f"({x}.shape[1] + {stride - 1}) // {stride}"
+        entries = f"{most} + batch.packed * batch.sequences"
+    heads = str(context.heads)
+    sizes = (
+        (length, entries),
+        (count, f"{int(context.short)} if batch.packed else {length}"),
+        (pooled, f"{x}.shape[0] * {length}"),
+    )
+    buffer = Buffer(
+        name=text.buffer(made),
+        dtype="input",
+        dims=(f"{x}.shape[0]", length, turn or heads, str(context.width)),
+        role="list" if turn else "level",
+    )
+    block_e = "{BLOCK_E}"
+    if turn:
+        block_e = f"step_{name}"
+        sizes += ((block_e, f'config["{context.name}"]["BLOCK_E"]'),)
+    launch = Launch(
+        kernel=context.name,
+        grid=(f"{pooled} // {block_e} + batch.sequences", "count" if turn else heads),
+        arguments=(*arguments, *text.SEQ, *(("tile_first",) if turn else ())),
+    )
+    return Made(sizes=sizes, buffer=buffer, launch=launch)
+
+
+def means_of_turn(draft: Draft, node: Node, turn: str) -> Made:
+    """The means that a branch reads in a tier, of a turn's heads, `turn` at most."""
+    assert isinstance(node.op, Pool)
+    op, source = node.op, draft.graph[node.inputs[0]]
+    heads, dim = (draft.size(name) for name in source.type.dims[2:])
+    context = SegmentsContext(
+        name=f"pool_{text.safe(node.name)}",
+        how="mean",
+        heads=heads,
+        head_dim=dim,
+        size=op.size,
+        stride=op.stride,
+        short=True,
+        by_turns=True,
+    )
+    config = configs.pool(op, dim, draft.dtype)
+    draft.kernel("segments", context, config, *draft.tiers_of(node))
+    arguments = (
+        *draft.tensor(source.name),
+        text.buffer(node.name),
+        f"count_{text.safe(node.name)}",
+    )
+    return _whole(source, node.name, context, arguments, turn)
 
 
 def pools_beside(draft: Draft) -> None:

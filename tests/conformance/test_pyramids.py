@@ -94,7 +94,7 @@ def test_rows_of_one_block_may_bring_lists_of_their_own(lane, seed):
 
 @pytest.mark.parametrize("lane", LANES)
 def test_many_turns_make_what_one_does(lane, seed, monkeypatch):
-    """Tiers of a chunk of blocks at a time, and members of a chunk of tiles."""
+    """Tiers of a chunk of blocks at a time; means and lists are always those of some of the heads."""
     spec = weighed("psa_mass", group=1, dims=(32, 32))
     call = calls.make(spec, T=67, device=lane, seed=seed)
     at_once = RUN[lane](call)

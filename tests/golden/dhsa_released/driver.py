@@ -235,9 +235,10 @@ def forward(tensors, batch, config, selection=None, rows=True):
         tokens_selected = config["attend_selected"]["BLOCK_T"]
         parts_selected = (128 + tokens_selected - 1) // tokens_selected
         tiles_selected = (batch.rows // 128 + 3 * batch.sequences) * parts_selected
+        chunk_selected = min(tiles_selected, max(1, SCRATCH_BYTES // (128 * width_block)))
         counts_selected = torch.empty(
             (
-                tiles_selected,
+                chunk_selected,
                 32,
                 2,
             ),
@@ -246,7 +247,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         )
         entries_selected = torch.empty(
             (
-                tiles_selected,
+                chunk_selected,
                 32,
                 width_block,
             ),
@@ -272,55 +273,58 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.float32,
             device=in_q.device,
         )
-        grid = (
-            tiles_selected,
-            32,
-        )
-        index_selected[grid](
-            made_block_selection_blocks,
-            counts_selected,
-            entries_selected,
-            width_block,
-            batch.table,
-            batch.sequences,
-            **config["index_selected"],
-            BLOCK_T=config["attend_selected"]["BLOCK_T"],
-        )
-        grid = (
-            tiles_selected,
-            32,
-        )
-        attend_selected[grid](
-            in_q,
-            0 if batch.packed else in_q.stride(0),
-            in_q.stride(1),
-            in_q.stride(2),
-            in_k,
-            0 if batch.packed else in_k.stride(0),
-            in_k.stride(1),
-            in_k.stride(2),
-            in_v,
-            0 if batch.packed else in_v.stride(0),
-            in_v.stride(1),
-            in_v.stride(2),
-            counts_selected,
-            entries_selected,
-            entries_selected,
-            width_block,
-            0,
-            made_selected_o,
-            0 if batch.packed else made_selected_o.stride(0),
-            made_selected_o.stride(1),
-            made_selected_o.stride(2),
-            made_selected_lse,
-            0 if batch.packed else made_selected_lse.stride(0),
-            made_selected_lse.stride(1),
-            made_selected_lse.stride(2),
-            batch.table,
-            batch.sequences,
-            0,
-            **config["attend_selected"],
-        )
+        for tile_first in range(0, tiles_selected, chunk_selected):
+            count = min(chunk_selected, tiles_selected - tile_first)
+            grid = (
+                count,
+                32,
+            )
+            index_selected[grid](
+                made_block_selection_blocks,
+                counts_selected,
+                entries_selected,
+                width_block,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["index_selected"],
+                BLOCK_T=config["attend_selected"]["BLOCK_T"],
+            )
+            grid = (
+                count,
+                32,
+            )
+            attend_selected[grid](
+                in_q,
+                0 if batch.packed else in_q.stride(0),
+                in_q.stride(1),
+                in_q.stride(2),
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                counts_selected,
+                entries_selected,
+                entries_selected,
+                width_block,
+                0,
+                made_selected_o,
+                0 if batch.packed else made_selected_o.stride(0),
+                made_selected_o.stride(1),
+                made_selected_o.stride(2),
+                made_selected_lse,
+                0 if batch.packed else made_selected_lse.stride(0),
+                made_selected_lse.stride(1),
+                made_selected_lse.stride(2),
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["attend_selected"],
+            )
         counts_selected = None  # what comes next may have its memory
         entries_selected = None
     else:

@@ -111,7 +111,7 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["capacity", "lse_b", "lse_h", "num_sequences", "tile_first"])
+@triton.jit(do_not_specialize=["capacity", "lse_b", "lse_h", "num_sequences", "head_first"])
 def attend_pyramid(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -154,14 +154,15 @@ def attend_pyramid(
     lse_t,  # LSE: token stride
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
-    tile_first,  # the turn's first tile
+    head_first,  # the turn's first head
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_M: tl.constexpr,  # rows a tile
     BLOCK_N: tl.constexpr,  # keys a step
 ):
     # rows: BLOCK_T tokens
-    tile = tl.program_id(0) + tile_first
-    head = tl.program_id(1)
+    tile = tl.program_id(0)
+    turn_head = tl.program_id(1)
+    head = turn_head + head_first
     parts: tl.constexpr = (128 + BLOCK_T - 1) // BLOCK_T
     z, block = find_blocks(SEQ, num_sequences, tile // parts, 1, 128)
     q_offset = tl.load(SEQ + z * 6 + 3)
@@ -185,13 +186,13 @@ def attend_pyramid(
     k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     k_row = k_first
-    k2_base = K2 + z.to(tl.int64) * k2_b + head.to(tl.int64) * k2_h
-    v2_base = V2 + z.to(tl.int64) * v2_b + head.to(tl.int64) * v2_h
-    k8_base = K8 + z.to(tl.int64) * k8_b + head.to(tl.int64) * k8_h
-    v8_base = V8 + z.to(tl.int64) * v8_b + head.to(tl.int64) * v8_h
+    k2_base = K2 + z.to(tl.int64) * k2_b + turn_head.to(tl.int64) * k2_h
+    v2_base = V2 + z.to(tl.int64) * v2_b + turn_head.to(tl.int64) * v2_h
+    k8_base = K8 + z.to(tl.int64) * k8_b + turn_head.to(tl.int64) * k8_h
+    v8_base = V8 + z.to(tl.int64) * v8_b + turn_head.to(tl.int64) * v8_h
     k2_row = k_first // 2
     k8_row = k_first // 8
-    list_row = tl.program_id(0).to(tl.int64) * 40 + head
+    list_row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + turn_head
     list_base = list_row * capacity
     counts = COUNTS + list_row * 4
     whole = tl.load(counts)

@@ -56,7 +56,7 @@ def store_entries(address, entries, live):
     tl.store(address, entries, mask=live)
 
 
-@triton.jit(do_not_specialize=["length", "num_sequences"])
+@triton.jit(do_not_specialize=["length", "num_sequences", "head_first"])
 def pool_pyramid_keys_2(
     X,  # [B, S, 40, 128]
     x_b,  # X: batch stride
@@ -66,11 +66,13 @@ def pool_pyramid_keys_2(
     length,  # N; packed: 1 if the last entry of a sequence may be short, else 0
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    head_first,  # the turn's first head
     BLOCK_E: tl.constexpr,  # entries a tile
     BLOCK_J: tl.constexpr,  # tokens of an entry a step
 ):
     # entries
-    head = tl.program_id(1)
+    turn_head = tl.program_id(1)
+    head = turn_head + head_first
     z, e0, first = find_entries(SEQ, num_sequences, tl.program_id(0), length, BLOCK_E, 2)
     k_first = tl.load(SEQ + z * 6 + 4)
     k_len = tl.load(SEQ + z * 6 + 5)
@@ -81,7 +83,7 @@ def pool_pyramid_keys_2(
     e = e0 + tl.arange(0, BLOCK_E)
     live = e < n
     base = X + z.to(tl.int64) * x_b + head.to(tl.int64) * x_h
-    pooled = POOLED + ((first + e).to(tl.int64) * 40 + head) * 128
+    pooled = POOLED + ((first + e).to(tl.int64) * tl.num_programs(1) + turn_head) * 128
 
     # tokens of an entry: the last one of a sequence may have fewer
     tokens = tl.minimum(2, k_len - e * 2)

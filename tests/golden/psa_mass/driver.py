@@ -28,42 +28,6 @@ from .sum_block import sum_block
 
 SCRATCH_BYTES = 134217728  # of scores, or of lists; calls of many rows may have more
 CONFIG = {
-    "pool_pyramid_keys_2": {
-        "BLOCK_E": 32,
-        "BLOCK_J": 2,
-        "num_warps": 4,
-        "num_stages": 1,
-    },
-    "pool_pyramid_keys_4": {
-        "BLOCK_E": 16,
-        "BLOCK_J": 4,
-        "num_warps": 4,
-        "num_stages": 1,
-    },
-    "pool_pyramid_keys_8": {
-        "BLOCK_E": 8,
-        "BLOCK_J": 8,
-        "num_warps": 4,
-        "num_stages": 1,
-    },
-    "pool_pyramid_values_2": {
-        "BLOCK_E": 32,
-        "BLOCK_J": 2,
-        "num_warps": 4,
-        "num_stages": 1,
-    },
-    "pool_pyramid_values_4": {
-        "BLOCK_E": 16,
-        "BLOCK_J": 4,
-        "num_warps": 4,
-        "num_stages": 1,
-    },
-    "pool_pyramid_values_8": {
-        "BLOCK_E": 8,
-        "BLOCK_J": 8,
-        "num_warps": 4,
-        "num_stages": 1,
-    },
     "score_block": {
         "BLOCK_T": 4,
         "BLOCK_N": 256,
@@ -85,6 +49,42 @@ CONFIG = {
     "spread_block": {
         "BLOCK_T": 16,
         "BLOCK_N": 64,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
+    "pool_pyramid_keys_2": {
+        "BLOCK_E": 32,
+        "BLOCK_J": 2,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
+    "pool_pyramid_values_2": {
+        "BLOCK_E": 32,
+        "BLOCK_J": 2,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
+    "pool_pyramid_keys_4": {
+        "BLOCK_E": 16,
+        "BLOCK_J": 4,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
+    "pool_pyramid_values_4": {
+        "BLOCK_E": 16,
+        "BLOCK_J": 4,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
+    "pool_pyramid_keys_8": {
+        "BLOCK_E": 8,
+        "BLOCK_J": 8,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
+    "pool_pyramid_values_8": {
+        "BLOCK_E": 8,
+        "BLOCK_J": 8,
         "num_warps": 4,
         "num_stages": 1,
     },
@@ -122,180 +122,6 @@ def forward(tensors, batch, config, selection=None, rows=True):
     in_k = tensors["k"]
     in_v = tensors["v"]
 
-    # pool: pyramid.keys_2
-    length_pyramid_keys_2 = (in_k.shape[1] + 1) // 2 + batch.packed * batch.sequences
-    count_pyramid_keys_2 = 1 if batch.packed else length_pyramid_keys_2
-    rows_pyramid_keys_2 = in_k.shape[0] * length_pyramid_keys_2
-    made_pyramid_keys_2 = torch.empty(
-        (
-            in_k.shape[0],
-            length_pyramid_keys_2,
-            40,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        rows_pyramid_keys_2 // config["pool_pyramid_keys_2"]["BLOCK_E"] + batch.sequences,
-        40,
-    )
-    pool_pyramid_keys_2[grid](
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        made_pyramid_keys_2,
-        count_pyramid_keys_2,
-        batch.table,
-        batch.sequences,
-        **config["pool_pyramid_keys_2"],
-    )
-    # pool: pyramid.keys_4
-    length_pyramid_keys_4 = (in_k.shape[1] + 3) // 4 + batch.packed * batch.sequences
-    count_pyramid_keys_4 = 1 if batch.packed else length_pyramid_keys_4
-    rows_pyramid_keys_4 = in_k.shape[0] * length_pyramid_keys_4
-    made_pyramid_keys_4 = torch.empty(
-        (
-            in_k.shape[0],
-            length_pyramid_keys_4,
-            40,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        rows_pyramid_keys_4 // config["pool_pyramid_keys_4"]["BLOCK_E"] + batch.sequences,
-        40,
-    )
-    pool_pyramid_keys_4[grid](
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        made_pyramid_keys_4,
-        count_pyramid_keys_4,
-        batch.table,
-        batch.sequences,
-        **config["pool_pyramid_keys_4"],
-    )
-    # pool: pyramid.keys_8
-    length_pyramid_keys_8 = (in_k.shape[1] + 7) // 8 + batch.packed * batch.sequences
-    count_pyramid_keys_8 = 1 if batch.packed else length_pyramid_keys_8
-    rows_pyramid_keys_8 = in_k.shape[0] * length_pyramid_keys_8
-    made_pyramid_keys_8 = torch.empty(
-        (
-            in_k.shape[0],
-            length_pyramid_keys_8,
-            40,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        rows_pyramid_keys_8 // config["pool_pyramid_keys_8"]["BLOCK_E"] + batch.sequences,
-        40,
-    )
-    pool_pyramid_keys_8[grid](
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        made_pyramid_keys_8,
-        count_pyramid_keys_8,
-        batch.table,
-        batch.sequences,
-        **config["pool_pyramid_keys_8"],
-    )
-    # pool: pyramid.values_2
-    length_pyramid_values_2 = (in_v.shape[1] + 1) // 2 + batch.packed * batch.sequences
-    count_pyramid_values_2 = 1 if batch.packed else length_pyramid_values_2
-    rows_pyramid_values_2 = in_v.shape[0] * length_pyramid_values_2
-    made_pyramid_values_2 = torch.empty(
-        (
-            in_v.shape[0],
-            length_pyramid_values_2,
-            40,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        rows_pyramid_values_2 // config["pool_pyramid_values_2"]["BLOCK_E"] + batch.sequences,
-        40,
-    )
-    pool_pyramid_values_2[grid](
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        made_pyramid_values_2,
-        count_pyramid_values_2,
-        batch.table,
-        batch.sequences,
-        **config["pool_pyramid_values_2"],
-    )
-    # pool: pyramid.values_4
-    length_pyramid_values_4 = (in_v.shape[1] + 3) // 4 + batch.packed * batch.sequences
-    count_pyramid_values_4 = 1 if batch.packed else length_pyramid_values_4
-    rows_pyramid_values_4 = in_v.shape[0] * length_pyramid_values_4
-    made_pyramid_values_4 = torch.empty(
-        (
-            in_v.shape[0],
-            length_pyramid_values_4,
-            40,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        rows_pyramid_values_4 // config["pool_pyramid_values_4"]["BLOCK_E"] + batch.sequences,
-        40,
-    )
-    pool_pyramid_values_4[grid](
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        made_pyramid_values_4,
-        count_pyramid_values_4,
-        batch.table,
-        batch.sequences,
-        **config["pool_pyramid_values_4"],
-    )
-    # pool: pyramid.values_8
-    length_pyramid_values_8 = (in_v.shape[1] + 7) // 8 + batch.packed * batch.sequences
-    count_pyramid_values_8 = 1 if batch.packed else length_pyramid_values_8
-    rows_pyramid_values_8 = in_v.shape[0] * length_pyramid_values_8
-    made_pyramid_values_8 = torch.empty(
-        (
-            in_v.shape[0],
-            length_pyramid_values_8,
-            40,
-            128,
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grid = (
-        rows_pyramid_values_8 // config["pool_pyramid_values_8"]["BLOCK_E"] + batch.sequences,
-        40,
-    )
-    pool_pyramid_values_8[grid](
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        made_pyramid_values_8,
-        count_pyramid_values_8,
-        batch.table,
-        batch.sequences,
-        **config["pool_pyramid_values_8"],
-    )
     # choose: block
     blocks_block = batch.rows // 128 + 2 * batch.sequences
     entries_block = (batch.keys + 127) // 128
@@ -304,7 +130,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
     capacity_block = batch.keys // 128 + 1
     tiles_block = blocks_block // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 5280 * capacity_block * config["score_block"]["BLOCK_T"]
-    short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 5120)
+    short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 2560)
     scratch_block = min(SCRATCH_BYTES, short_block)
     chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     parts_block = torch.empty(
@@ -393,10 +219,107 @@ def forward(tensors, batch, config, selection=None, rows=True):
     tokens_pyramid = config["attend_pyramid"]["BLOCK_T"]
     parts_pyramid = (128 + tokens_pyramid - 1) // tokens_pyramid
     tiles_pyramid = (batch.rows // 128 + 3 * batch.sequences) * parts_pyramid
+    means_pyramid = 0
+    length_pyramid_keys_2 = (in_k.shape[1] + 1) // 2 + batch.packed * batch.sequences
+    count_pyramid_keys_2 = 1 if batch.packed else length_pyramid_keys_2
+    rows_pyramid_keys_2 = in_k.shape[0] * length_pyramid_keys_2
+    step_pyramid_keys_2 = config["pool_pyramid_keys_2"]["BLOCK_E"]
+    means_pyramid = means_pyramid + rows_pyramid_keys_2 * 256
+    length_pyramid_values_2 = (in_v.shape[1] + 1) // 2 + batch.packed * batch.sequences
+    count_pyramid_values_2 = 1 if batch.packed else length_pyramid_values_2
+    rows_pyramid_values_2 = in_v.shape[0] * length_pyramid_values_2
+    step_pyramid_values_2 = config["pool_pyramid_values_2"]["BLOCK_E"]
+    means_pyramid = means_pyramid + rows_pyramid_values_2 * 256
+    length_pyramid_keys_4 = (in_k.shape[1] + 3) // 4 + batch.packed * batch.sequences
+    count_pyramid_keys_4 = 1 if batch.packed else length_pyramid_keys_4
+    rows_pyramid_keys_4 = in_k.shape[0] * length_pyramid_keys_4
+    step_pyramid_keys_4 = config["pool_pyramid_keys_4"]["BLOCK_E"]
+    means_pyramid = means_pyramid + rows_pyramid_keys_4 * 256
+    length_pyramid_values_4 = (in_v.shape[1] + 3) // 4 + batch.packed * batch.sequences
+    count_pyramid_values_4 = 1 if batch.packed else length_pyramid_values_4
+    rows_pyramid_values_4 = in_v.shape[0] * length_pyramid_values_4
+    step_pyramid_values_4 = config["pool_pyramid_values_4"]["BLOCK_E"]
+    means_pyramid = means_pyramid + rows_pyramid_values_4 * 256
+    length_pyramid_keys_8 = (in_k.shape[1] + 7) // 8 + batch.packed * batch.sequences
+    count_pyramid_keys_8 = 1 if batch.packed else length_pyramid_keys_8
+    rows_pyramid_keys_8 = in_k.shape[0] * length_pyramid_keys_8
+    step_pyramid_keys_8 = config["pool_pyramid_keys_8"]["BLOCK_E"]
+    means_pyramid = means_pyramid + rows_pyramid_keys_8 * 256
+    length_pyramid_values_8 = (in_v.shape[1] + 7) // 8 + batch.packed * batch.sequences
+    count_pyramid_values_8 = 1 if batch.packed else length_pyramid_values_8
+    rows_pyramid_values_8 = in_v.shape[0] * length_pyramid_values_8
+    step_pyramid_values_8 = config["pool_pyramid_values_8"]["BLOCK_E"]
+    means_pyramid = means_pyramid + rows_pyramid_values_8 * 256
+    lists_pyramid = tiles_pyramid * max(1, entries_block) * 4
+    room_pyramid = in_q.shape[0] * in_q.shape[1] * 6826
+    bytes_pyramid = means_pyramid + lists_pyramid
+    fit_pyramid = max(5, min(40, room_pyramid // max(1, bytes_pyramid)))
+    turns_pyramid = (40 + fit_pyramid - 1) // fit_pyramid
+    turn_pyramid = (40 + turns_pyramid - 1) // turns_pyramid
+    made_pyramid_keys_2 = torch.empty(
+        (
+            in_k.shape[0],
+            length_pyramid_keys_2,
+            turn_pyramid,
+            128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
+    made_pyramid_values_2 = torch.empty(
+        (
+            in_v.shape[0],
+            length_pyramid_values_2,
+            turn_pyramid,
+            128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
+    made_pyramid_keys_4 = torch.empty(
+        (
+            in_k.shape[0],
+            length_pyramid_keys_4,
+            turn_pyramid,
+            128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
+    made_pyramid_values_4 = torch.empty(
+        (
+            in_v.shape[0],
+            length_pyramid_values_4,
+            turn_pyramid,
+            128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
+    made_pyramid_keys_8 = torch.empty(
+        (
+            in_k.shape[0],
+            length_pyramid_keys_8,
+            turn_pyramid,
+            128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
+    made_pyramid_values_8 = torch.empty(
+        (
+            in_v.shape[0],
+            length_pyramid_values_8,
+            turn_pyramid,
+            128,
+        ),
+        dtype=in_q.dtype,
+        device=in_q.device,
+    )
     counts_pyramid = torch.empty(
         (
             tiles_pyramid,
-            40,
+            turn_pyramid,
             5,
         ),
         dtype=torch.int32,
@@ -405,7 +328,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
     entries_pyramid = torch.empty(
         (
             tiles_pyramid,
-            40,
+            turn_pyramid,
             max(1, entries_block),
         ),
         dtype=torch.int32,
@@ -430,78 +353,183 @@ def forward(tensors, batch, config, selection=None, rows=True):
         dtype=torch.float32,
         device=in_q.device,
     )
-    grid = (
-        tiles_pyramid,
-        40,
-    )
-    index_pyramid[grid](
-        made_block_selection_tiers,
-        counts_pyramid,
-        entries_pyramid,
-        max(1, entries_block),
-        batch.table,
-        batch.sequences,
-        **config["index_pyramid"],
-        BLOCK_T=config["attend_pyramid"]["BLOCK_T"],
-    )
-    grid = (
-        tiles_pyramid,
-        40,
-    )
-    attend_pyramid[grid](
-        in_q,
-        0 if batch.packed else in_q.stride(0),
-        in_q.stride(1),
-        in_q.stride(2),
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        made_pyramid_keys_2,
-        count_pyramid_keys_2 * 5120,
-        5120,
-        128,
-        made_pyramid_values_2,
-        count_pyramid_values_2 * 5120,
-        5120,
-        128,
-        made_pyramid_keys_4,
-        count_pyramid_keys_4 * 5120,
-        5120,
-        128,
-        made_pyramid_values_4,
-        count_pyramid_values_4 * 5120,
-        5120,
-        128,
-        made_pyramid_keys_8,
-        count_pyramid_keys_8 * 5120,
-        5120,
-        128,
-        made_pyramid_values_8,
-        count_pyramid_values_8 * 5120,
-        5120,
-        128,
-        counts_pyramid,
-        entries_pyramid,
-        max(1, entries_block),
-        made_pyramid_o,
-        0 if batch.packed else made_pyramid_o.stride(0),
-        made_pyramid_o.stride(1),
-        made_pyramid_o.stride(2),
-        made_pyramid_lse,
-        0 if batch.packed else made_pyramid_lse.stride(0),
-        made_pyramid_lse.stride(1),
-        made_pyramid_lse.stride(2),
-        batch.table,
-        batch.sequences,
-        0,
-        **config["attend_pyramid"],
-    )
-    counts_pyramid = None  # what comes next may have its memory
+    for tile_first in range(0, 40, turn_pyramid):
+        count = min(turn_pyramid, 40 - tile_first)
+        grid = (
+            rows_pyramid_keys_2 // step_pyramid_keys_2 + batch.sequences,
+            count,
+        )
+        pool_pyramid_keys_2[grid](
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            made_pyramid_keys_2,
+            count_pyramid_keys_2,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["pool_pyramid_keys_2"],
+        )
+        grid = (
+            rows_pyramid_values_2 // step_pyramid_values_2 + batch.sequences,
+            count,
+        )
+        pool_pyramid_values_2[grid](
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            made_pyramid_values_2,
+            count_pyramid_values_2,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["pool_pyramid_values_2"],
+        )
+        grid = (
+            rows_pyramid_keys_4 // step_pyramid_keys_4 + batch.sequences,
+            count,
+        )
+        pool_pyramid_keys_4[grid](
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            made_pyramid_keys_4,
+            count_pyramid_keys_4,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["pool_pyramid_keys_4"],
+        )
+        grid = (
+            rows_pyramid_values_4 // step_pyramid_values_4 + batch.sequences,
+            count,
+        )
+        pool_pyramid_values_4[grid](
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            made_pyramid_values_4,
+            count_pyramid_values_4,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["pool_pyramid_values_4"],
+        )
+        grid = (
+            rows_pyramid_keys_8 // step_pyramid_keys_8 + batch.sequences,
+            count,
+        )
+        pool_pyramid_keys_8[grid](
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            made_pyramid_keys_8,
+            count_pyramid_keys_8,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["pool_pyramid_keys_8"],
+        )
+        grid = (
+            rows_pyramid_values_8 // step_pyramid_values_8 + batch.sequences,
+            count,
+        )
+        pool_pyramid_values_8[grid](
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            made_pyramid_values_8,
+            count_pyramid_values_8,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["pool_pyramid_values_8"],
+        )
+        grid = (
+            tiles_pyramid,
+            count,
+        )
+        index_pyramid[grid](
+            made_block_selection_tiers,
+            counts_pyramid,
+            entries_pyramid,
+            max(1, entries_block),
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["index_pyramid"],
+            BLOCK_T=config["attend_pyramid"]["BLOCK_T"],
+        )
+        grid = (
+            tiles_pyramid,
+            count,
+        )
+        attend_pyramid[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            made_pyramid_keys_2,
+            count_pyramid_keys_2 * count * 128,
+            count * 128,
+            128,
+            made_pyramid_values_2,
+            count_pyramid_values_2 * count * 128,
+            count * 128,
+            128,
+            made_pyramid_keys_4,
+            count_pyramid_keys_4 * count * 128,
+            count * 128,
+            128,
+            made_pyramid_values_4,
+            count_pyramid_values_4 * count * 128,
+            count * 128,
+            128,
+            made_pyramid_keys_8,
+            count_pyramid_keys_8 * count * 128,
+            count * 128,
+            128,
+            made_pyramid_values_8,
+            count_pyramid_values_8 * count * 128,
+            count * 128,
+            128,
+            counts_pyramid,
+            entries_pyramid,
+            max(1, entries_block),
+            made_pyramid_o,
+            0 if batch.packed else made_pyramid_o.stride(0),
+            made_pyramid_o.stride(1),
+            made_pyramid_o.stride(2),
+            made_pyramid_lse,
+            0 if batch.packed else made_pyramid_lse.stride(0),
+            made_pyramid_lse.stride(1),
+            made_pyramid_lse.stride(2),
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["attend_pyramid"],
+        )
+    made_pyramid_keys_2 = None  # what comes next may have its memory
+    made_pyramid_values_2 = None
+    made_pyramid_keys_4 = None
+    made_pyramid_values_4 = None
+    made_pyramid_keys_8 = None
+    made_pyramid_values_8 = None
+    counts_pyramid = None
     entries_pyramid = None
 
     if selection is None:
@@ -539,12 +567,107 @@ def forward(tensors, batch, config, selection=None, rows=True):
         parts_pyramid = (128 + tokens_pyramid - 1) // tokens_pyramid
         tiles_of_pyramid = (batch.rows // 128 + 3 * batch.sequences) * parts_pyramid
         num_words_pyramid = (tokens_pyramid + 31) // 32
-        bytes_pyramid = 160 * max(1, entries_block) * (num_words_pyramid + 1)
-        chunk_pyramid = min(tiles_of_pyramid, max(1, SCRATCH_BYTES // bytes_pyramid))
+        means_pyramid = 0
+        length_pyramid_keys_2 = (in_k.shape[1] + 1) // 2 + batch.packed * batch.sequences
+        count_pyramid_keys_2 = 1 if batch.packed else length_pyramid_keys_2
+        rows_pyramid_keys_2 = in_k.shape[0] * length_pyramid_keys_2
+        step_pyramid_keys_2 = config["pool_pyramid_keys_2"]["BLOCK_E"]
+        means_pyramid = means_pyramid + rows_pyramid_keys_2 * 256
+        length_pyramid_values_2 = (in_v.shape[1] + 1) // 2 + batch.packed * batch.sequences
+        count_pyramid_values_2 = 1 if batch.packed else length_pyramid_values_2
+        rows_pyramid_values_2 = in_v.shape[0] * length_pyramid_values_2
+        step_pyramid_values_2 = config["pool_pyramid_values_2"]["BLOCK_E"]
+        means_pyramid = means_pyramid + rows_pyramid_values_2 * 256
+        length_pyramid_keys_4 = (in_k.shape[1] + 3) // 4 + batch.packed * batch.sequences
+        count_pyramid_keys_4 = 1 if batch.packed else length_pyramid_keys_4
+        rows_pyramid_keys_4 = in_k.shape[0] * length_pyramid_keys_4
+        step_pyramid_keys_4 = config["pool_pyramid_keys_4"]["BLOCK_E"]
+        means_pyramid = means_pyramid + rows_pyramid_keys_4 * 256
+        length_pyramid_values_4 = (in_v.shape[1] + 3) // 4 + batch.packed * batch.sequences
+        count_pyramid_values_4 = 1 if batch.packed else length_pyramid_values_4
+        rows_pyramid_values_4 = in_v.shape[0] * length_pyramid_values_4
+        step_pyramid_values_4 = config["pool_pyramid_values_4"]["BLOCK_E"]
+        means_pyramid = means_pyramid + rows_pyramid_values_4 * 256
+        length_pyramid_keys_8 = (in_k.shape[1] + 7) // 8 + batch.packed * batch.sequences
+        count_pyramid_keys_8 = 1 if batch.packed else length_pyramid_keys_8
+        rows_pyramid_keys_8 = in_k.shape[0] * length_pyramid_keys_8
+        step_pyramid_keys_8 = config["pool_pyramid_keys_8"]["BLOCK_E"]
+        means_pyramid = means_pyramid + rows_pyramid_keys_8 * 256
+        length_pyramid_values_8 = (in_v.shape[1] + 7) // 8 + batch.packed * batch.sequences
+        count_pyramid_values_8 = 1 if batch.packed else length_pyramid_values_8
+        rows_pyramid_values_8 = in_v.shape[0] * length_pyramid_values_8
+        step_pyramid_values_8 = config["pool_pyramid_values_8"]["BLOCK_E"]
+        means_pyramid = means_pyramid + rows_pyramid_values_8 * 256
+        lists_pyramid = tiles_of_pyramid * max(1, entries_block) * (num_words_pyramid + 1) * 4
+        room_pyramid = in_q.shape[0] * in_q.shape[1] * 6826
+        bytes_pyramid = means_pyramid + lists_pyramid
+        fit_pyramid = max(5, min(40, room_pyramid // max(1, bytes_pyramid)))
+        turns_pyramid = (40 + fit_pyramid - 1) // fit_pyramid
+        turn_pyramid = (40 + turns_pyramid - 1) // turns_pyramid
+        made_pyramid_keys_2 = torch.empty(
+            (
+                in_k.shape[0],
+                length_pyramid_keys_2,
+                turn_pyramid,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_pyramid_values_2 = torch.empty(
+            (
+                in_v.shape[0],
+                length_pyramid_values_2,
+                turn_pyramid,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_pyramid_keys_4 = torch.empty(
+            (
+                in_k.shape[0],
+                length_pyramid_keys_4,
+                turn_pyramid,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_pyramid_values_4 = torch.empty(
+            (
+                in_v.shape[0],
+                length_pyramid_values_4,
+                turn_pyramid,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_pyramid_keys_8 = torch.empty(
+            (
+                in_k.shape[0],
+                length_pyramid_keys_8,
+                turn_pyramid,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_pyramid_values_8 = torch.empty(
+            (
+                in_v.shape[0],
+                length_pyramid_values_8,
+                turn_pyramid,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
         given_counts_pyramid = torch.empty(
             (
-                chunk_pyramid,
-                40,
+                tiles_of_pyramid,
+                turn_pyramid,
                 5,
             ),
             dtype=torch.int32,
@@ -552,8 +675,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
         )
         given_entries_pyramid = torch.empty(
             (
-                chunk_pyramid,
-                40,
+                tiles_of_pyramid,
+                turn_pyramid,
                 max(1, entries_block),
             ),
             dtype=torch.int32,
@@ -561,8 +684,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
         )
         given_words_pyramid = torch.empty(
             (
-                chunk_pyramid,
-                40,
+                tiles_of_pyramid,
+                turn_pyramid,
                 max(1, entries_block),
                 num_words_pyramid,
             ),
@@ -588,11 +711,107 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.float32,
             device=in_q.device,
         )
-        for tile_first in range(0, tiles_of_pyramid, chunk_pyramid):
-            count = min(chunk_pyramid, tiles_of_pyramid - tile_first)
+        for tile_first in range(0, 40, turn_pyramid):
+            count = min(turn_pyramid, 40 - tile_first)
             grid = (
+                rows_pyramid_keys_2 // step_pyramid_keys_2 + batch.sequences,
                 count,
-                40,
+            )
+            pool_pyramid_keys_2[grid](
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                made_pyramid_keys_2,
+                count_pyramid_keys_2,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["pool_pyramid_keys_2"],
+            )
+            grid = (
+                rows_pyramid_values_2 // step_pyramid_values_2 + batch.sequences,
+                count,
+            )
+            pool_pyramid_values_2[grid](
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                made_pyramid_values_2,
+                count_pyramid_values_2,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["pool_pyramid_values_2"],
+            )
+            grid = (
+                rows_pyramid_keys_4 // step_pyramid_keys_4 + batch.sequences,
+                count,
+            )
+            pool_pyramid_keys_4[grid](
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                made_pyramid_keys_4,
+                count_pyramid_keys_4,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["pool_pyramid_keys_4"],
+            )
+            grid = (
+                rows_pyramid_values_4 // step_pyramid_values_4 + batch.sequences,
+                count,
+            )
+            pool_pyramid_values_4[grid](
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                made_pyramid_values_4,
+                count_pyramid_values_4,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["pool_pyramid_values_4"],
+            )
+            grid = (
+                rows_pyramid_keys_8 // step_pyramid_keys_8 + batch.sequences,
+                count,
+            )
+            pool_pyramid_keys_8[grid](
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                made_pyramid_keys_8,
+                count_pyramid_keys_8,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["pool_pyramid_keys_8"],
+            )
+            grid = (
+                rows_pyramid_values_8 // step_pyramid_values_8 + batch.sequences,
+                count,
+            )
+            pool_pyramid_values_8[grid](
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                made_pyramid_values_8,
+                count_pyramid_values_8,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["pool_pyramid_values_8"],
+            )
+            grid = (
+                tiles_of_pyramid,
+                count,
             )
             members_pyramid[grid](
                 made_block_selection,
@@ -613,8 +832,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 BLOCK_T=config["attend_pyramid"]["BLOCK_T"],
             )
             grid = (
+                tiles_of_pyramid,
                 count,
-                40,
             )
             given_pyramid[grid](
                 in_q,
@@ -630,28 +849,28 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 in_v.stride(1),
                 in_v.stride(2),
                 made_pyramid_keys_2,
-                count_pyramid_keys_2 * 5120,
-                5120,
+                count_pyramid_keys_2 * count * 128,
+                count * 128,
                 128,
                 made_pyramid_values_2,
-                count_pyramid_values_2 * 5120,
-                5120,
+                count_pyramid_values_2 * count * 128,
+                count * 128,
                 128,
                 made_pyramid_keys_4,
-                count_pyramid_keys_4 * 5120,
-                5120,
+                count_pyramid_keys_4 * count * 128,
+                count * 128,
                 128,
                 made_pyramid_values_4,
-                count_pyramid_values_4 * 5120,
-                5120,
+                count_pyramid_values_4 * count * 128,
+                count * 128,
                 128,
                 made_pyramid_keys_8,
-                count_pyramid_keys_8 * 5120,
-                5120,
+                count_pyramid_keys_8 * count * 128,
+                count * 128,
                 128,
                 made_pyramid_values_8,
-                count_pyramid_values_8 * 5120,
-                5120,
+                count_pyramid_values_8 * count * 128,
+                count * 128,
                 128,
                 given_counts_pyramid,
                 given_entries_pyramid,
@@ -673,7 +892,13 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 BLOCK_M=config["attend_pyramid"]["BLOCK_M"],
                 BLOCK_N=config["attend_pyramid"]["BLOCK_N"],
             )
-        given_counts_pyramid = None  # what comes next may have its memory
+        made_pyramid_keys_2 = None  # what comes next may have its memory
+        made_pyramid_values_2 = None
+        made_pyramid_keys_4 = None
+        made_pyramid_values_4 = None
+        made_pyramid_keys_8 = None
+        made_pyramid_values_8 = None
+        given_counts_pyramid = None
         given_entries_pyramid = None
         given_words_pyramid = None
 
@@ -699,7 +924,7 @@ def select(tensors, batch, config):
     capacity_block = batch.keys // 128 + 1
     tiles_block = blocks_block // config["score_block"]["BLOCK_T"] + batch.sequences
     bytes_block = 5280 * capacity_block * config["score_block"]["BLOCK_T"]
-    short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 5120)
+    short_block = max(3 * SCRATCH_BYTES // 16, batch.rows * 2560)
     scratch_block = min(SCRATCH_BYTES, short_block)
     chunk_block = min(tiles_block, max(1, scratch_block // bytes_block))
     parts_block = torch.empty(

@@ -57,20 +57,22 @@ def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     return limit
 
 
-@triton.jit(do_not_specialize=["capacity", "num_sequences"])
+@triton.jit(do_not_specialize=["capacity", "num_sequences", "head_first"])
 def index_pyramid(
     TIERS,  # [blocks, 40, capacity] of each entry, -1: none
-    COUNTS,  # [tiles, 40, 5] whole ones, tiers
-    ENTRIES,  # [tiles, 40, capacity] tier by tier
+    COUNTS,  # [tiles, heads of a turn, 5] whole ones, tiers
+    ENTRIES,  # [tiles, heads of a turn, capacity] tier by tier
     capacity,  # entries of the longest sequence
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    head_first,  # the turn's first head
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_N: tl.constexpr,  # entries a step
 ):
     # rows
     tile = tl.program_id(0)
-    head = tl.program_id(1)
+    turn_head = tl.program_id(1)
+    head = turn_head + head_first
     parts: tl.constexpr = (128 + BLOCK_T - 1) // BLOCK_T
     z, block = find_blocks(SEQ, num_sequences, tile // parts, 1, 128)
     q_offset = tl.load(SEQ + z * 6 + 3)
@@ -84,7 +86,7 @@ def index_pyramid(
     last = q_offset + tl.minimum(t0 + BLOCK_T, q_len) - 1
     seen = complete_limit(first, k_len, 128, 128, False, False)
     most = entry_limit(last, k_len, 128, False)
-    region = tl.program_id(0).to(tl.int64) * 40 + head
+    region = tile.to(tl.int64) * tl.num_programs(1) + turn_head
     row = first_block(SEQ, z, 128) + block
     tiers = TIERS + (row.to(tl.int64) * 40 + head) * capacity
     entries = ENTRIES + region * capacity

@@ -43,7 +43,7 @@ def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     return limit
 
 
-@triton.jit(do_not_specialize=["width", "capacity", "num_sequences", "tile_first"])
+@triton.jit(do_not_specialize=["width", "capacity", "num_sequences", "head_first"])
 def members_pyramid(
     SELECTION,  # [B, T, 40, width], -1 anywhere
     s_b,  # SELECTION: batch stride
@@ -51,21 +51,22 @@ def members_pyramid(
     s_h,  # SELECTION: head stride
     s_s,  # SELECTION: slot stride
     TIERS,  # [blocks, 40, capacity] of each entry, -1: none
-    COUNTS,  # [tiles, 40, 5] whole ones, tiers
-    ENTRIES,  # [tiles, 40, capacity] tier by tier
+    COUNTS,  # [tiles, heads of a turn, 5] whole ones, tiers
+    ENTRIES,  # [tiles, heads of a turn, capacity] tier by tier
     WORDS,  # [tiles, 40, capacity, ceil(BLOCK_T / 32)] rows as bits, by entry
     width,  # slots of a list
     capacity,  # entries of the longest sequence
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
-    tile_first,  # the turn's first tile
+    head_first,  # the turn's first head
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_K: tl.constexpr,  # slots a step
     BLOCK_N: tl.constexpr,  # entries a step
 ):
     # rows
-    tile = tl.program_id(0) + tile_first
-    head = tl.program_id(1)
+    tile = tl.program_id(0)
+    turn_head = tl.program_id(1)
+    head = turn_head + head_first
     parts: tl.constexpr = (128 + BLOCK_T - 1) // BLOCK_T
     z, block = find_blocks(SEQ, num_sequences, tile // parts, 1, 128)
     q_offset = tl.load(SEQ + z * 6 + 3)
@@ -83,7 +84,7 @@ def members_pyramid(
     limit = tl.where(live, limit, 0)
     most = tl.max(limit)
     num_words: tl.constexpr = (BLOCK_T + 31) // 32
-    region = tl.program_id(0).to(tl.int64) * 40 + head
+    region = tile.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     words = WORDS + region * capacity * num_words
     bit = tl.full([BLOCK_T, 1], 1, tl.uint32) << (rows % 32).to(tl.uint32)
 

@@ -57,7 +57,7 @@ def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     return limit
 
 
-@triton.jit(do_not_specialize=["width", "num_sequences"])
+@triton.jit(do_not_specialize=["width", "num_sequences", "tile_first"])
 def index_selected(
     LISTS,  # [blocks, 32, width] ascending, then -1
     COUNTS,  # [tiles, 32, 2] of full entries, of partial ones
@@ -65,11 +65,12 @@ def index_selected(
     width,  # slots of a list
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    tile_first,  # the turn's first tile
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_N: tl.constexpr,  # entries a step
 ):
     # rows
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) + tile_first
     head = tl.program_id(1)
     parts: tl.constexpr = (128 + BLOCK_T - 1) // BLOCK_T
     z, block = find_blocks(SEQ, num_sequences, tile // parts, 1, 128)
@@ -88,7 +89,7 @@ def index_selected(
     # split, store
     row = first_block(SEQ, z, 128) + block
     source = LISTS + (row.to(tl.int64) * 32 + head) * width
-    region = tile.to(tl.int64) * 32 + head
+    region = tl.program_id(0).to(tl.int64) * 32 + head
     full = 0
     total = 0
     for i in range(0, width, BLOCK_N):

@@ -234,9 +234,10 @@ def forward(tensors, batch, config, selection=None, rows=True):
         tokens_selected = config["attend_selected"]["BLOCK_T"]
         parts_selected = (64 + tokens_selected - 1) // tokens_selected
         tiles_selected = (batch.rows // 64 + 3 * batch.sequences) * parts_selected
+        chunk_selected = min(tiles_selected, max(1, SCRATCH_BYTES // (32 * 64)))
         counts_selected = torch.empty(
             (
-                tiles_selected,
+                chunk_selected,
                 8,
                 2,
             ),
@@ -245,7 +246,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         )
         entries_selected = torch.empty(
             (
-                tiles_selected,
+                chunk_selected,
                 8,
                 64,
             ),
@@ -271,49 +272,52 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.float32,
             device=in_q.device,
         )
-        grid = (
-            tiles_selected,
-            8,
-        )
-        index_selected[grid](
-            made_block_selection_blocks,
-            counts_selected,
-            entries_selected,
-            64,
-            batch.table,
-            batch.sequences,
-            **config["index_selected"],
-            BLOCK_T=config["attend_selected"]["BLOCK_T"],
-        )
-        grid = (batch.processors,)
-        attend_selected[grid](
-            in_q,
-            0 if batch.packed else in_q.stride(0),
-            in_q.stride(1),
-            in_q.stride(2),
-            batch.tile_of(in_k, config["attend_selected"]["BLOCK_N"], 128),
-            batch.tile_of(in_v, config["attend_selected"]["BLOCK_N"], 128),
-            counts_selected,
-            entries_selected,
-            entries_selected,
-            64,
-            0,
-            made_selected_o,
-            0 if batch.packed else made_selected_o.stride(0),
-            made_selected_o.stride(1),
-            made_selected_o.stride(2),
-            made_selected_lse,
-            0 if batch.packed else made_selected_lse.stride(0),
-            made_selected_lse.stride(1),
-            made_selected_lse.stride(2),
-            batch.table,
-            batch.sequences,
-            0 if batch.packed else 1,
-            tiles_selected,
-            (tiles_selected) * 8,
-            0,
-            **config["attend_selected"],
-        )
+        for tile_first in range(0, tiles_selected, chunk_selected):
+            count = min(chunk_selected, tiles_selected - tile_first)
+            grid = (
+                count,
+                8,
+            )
+            index_selected[grid](
+                made_block_selection_blocks,
+                counts_selected,
+                entries_selected,
+                64,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["index_selected"],
+                BLOCK_T=config["attend_selected"]["BLOCK_T"],
+            )
+            grid = (batch.processors,)
+            attend_selected[grid](
+                in_q,
+                0 if batch.packed else in_q.stride(0),
+                in_q.stride(1),
+                in_q.stride(2),
+                batch.tile_of(in_k, config["attend_selected"]["BLOCK_N"], 128),
+                batch.tile_of(in_v, config["attend_selected"]["BLOCK_N"], 128),
+                counts_selected,
+                entries_selected,
+                entries_selected,
+                64,
+                0,
+                made_selected_o,
+                0 if batch.packed else made_selected_o.stride(0),
+                made_selected_o.stride(1),
+                made_selected_o.stride(2),
+                made_selected_lse,
+                0 if batch.packed else made_selected_lse.stride(0),
+                made_selected_lse.stride(1),
+                made_selected_lse.stride(2),
+                batch.table,
+                batch.sequences,
+                0 if batch.packed else 1,
+                count,
+                (count) * 8,
+                tile_first,
+                **config["attend_selected"],
+            )
         counts_selected = None  # what comes next may have its memory
         entries_selected = None
     else:
