@@ -267,7 +267,8 @@ MEASURED = (
     "glm_kpool",
     "xattention",
 )
-# What a call holds of its inputs, outputs and choice: every key head has lists of its own, with room for all keys.
+# What a call holds of its inputs, outputs and choice where it is more than 1.2 of them: every key head has
+# lists of its own, with room for all keys.
 HOLDS = {"hirouter": 1.35}
 UNTRAINED = ("psa",)  # whose gradients no kernel has
 
