@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -166,14 +167,30 @@ class Measured:
     def milliseconds(self, spec: Spec, config: Configs) -> float:
         setting = replace(self.setting, config=config)
         try:
-            measure.check_all(setting, spec, min(measure.SMALL, self.tokens))
-            kernel, sets = setting.load(spec), setting.sets(spec, self.tokens)
-            found = setting.time(lambda n: kernel(**sets[n % len(sets)]))
+            with _variants_are_not_tuned():
+                measure.check_all(setting, spec, min(measure.SMALL, self.tokens))
+                kernel, sets = setting.load(spec), setting.sets(spec, self.tokens)
+                found = setting.time(lambda n: kernel(**sets[n % len(sets)]))
         except (checking.CheckError, torch.cuda.OutOfMemoryError) as error:
             raise HsgenError(str(error)) from error
         except (OutOfResources, CompilationError) as error:
             raise HsgenError(f"kernels do not run: {type(error).__name__}") from error
         return float(found["ms"]["median"])
+
+
+@contextmanager
+def _variants_are_not_tuned() -> Generator[None, None, None]:
+    """No line for each variant that it has no record: none has."""
+
+    def other(line: logging.LogRecord) -> bool:
+        return "hsgen tune" not in line.getMessage()
+
+    logger = logging.getLogger("hsgen")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def clock(capture: Path, target: Target | None, *, tokens: int | None = None) -> Clock:

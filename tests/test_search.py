@@ -1,6 +1,7 @@
 """Variants of a spec, and those on the front of time against error."""
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks import common
 from hsgen import passes, planner, search, tiles, variants
+from hsgen.checking import CheckError
 from hsgen.cli import main
 from hsgen.errors import HsgenError, PlanError, SpecError
 from hsgen.measurer import Failure
@@ -283,6 +285,19 @@ def test_what_compilers_refuse_is_not_timed(monkeypatch):
     with pytest.raises(HsgenError, match="OVER_SMEM: needs more"):
         clock.configs(spec, {"tiles.attending.num_stages": 1})
     assert asked == [2, 3]
+
+
+def test_variants_are_not_said_to_be_untuned(monkeypatch, caplog):
+    def says(*_):
+        logging.getLogger("hsgen").warning("no tuned configuration; hsgen tune nsa --shapes 4K")
+        logging.getLogger("hsgen").warning("something else")
+        raise CheckError("wrong")
+
+    monkeypatch.setattr(search.measure, "check_all", says)
+    setting = search.Setting(device="cpu", kind="random", groups=[], seconds=0.0)
+    with pytest.raises(HsgenError, match="wrong"):
+        search.Measured(setting=setting, tokens=64).milliseconds(load("nsa"), {})
+    assert caplog.messages == ["something else"]
 
 
 class Interrupted(Fixed):
