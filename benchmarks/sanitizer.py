@@ -1,4 +1,4 @@
-"""Every spec that has kernels under NVIDIA's compute-sanitizer: no access out of bounds, none that races.
+"""Specs that have kernels, all of tier A, under NVIDIA's compute-sanitizer: no access out of bounds, none that races.
 
     python -m benchmarks.sanitizer -o OUT                      # memcheck
     python -m benchmarks.sanitizer --tool racecheck --specs nsa moba hisa -o OUT
@@ -24,7 +24,9 @@ from benchmarks.common import Json
 
 SPECS = (
     "nsa", "nsa_fla", "nsa_xunhao", "fsa", "moba", "hisa", "quest", "infllm_v2", "minimax_m3",
-    "dsa", "dsa_gqa", "glm_kpool", "dhsa_released",
+    "dsa", "dsa_gqa", "glm_kpool", "dhsa_released", "hip", "hirouter", "psa", "psa_mass",
+    "seer_attention", "seer_attention_r", "xattention", "vsa", "hydra", "biformer", "draft_attention",
+    "deepseek_hca", "qwen_qsa", "kinetics", "small_thinker", "sqa",
 )  # fmt: skip
 SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (.*)")
 CLEAN = re.compile(r"^0 (errors|hazards)")
