@@ -11,6 +11,8 @@ from typing import Literal
 
 from hsgen import rows, splits
 from hsgen.appending import StoreContext
+from hsgen.blockgate import GateContext
+from hsgen.entropies import EntropiesContext
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
 from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
@@ -416,7 +418,14 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
         values["BLOCK_N"] = 16
     if kernel.skeleton in ("rows", "beside", "cols") and "BLOCK_N" in values:
         values["BLOCK_N"] = min(values["BLOCK_N"], 32)
-    if kernel.skeleton == "learn":
+    if isinstance(kernel.context, EntropiesContext):
+        values |= {name: 16 * (1 + (name == "BLOCK_T")) for name in values}
+    elif isinstance(kernel.context, GateContext):
+        small = {"BLOCK_U": max(1, 32 // kernel.context.gate.rows), "BLOCK_E": 4}
+        if kernel.context.how in ("finish", "tokens"):
+            small["BLOCK_E"] = 16
+        values |= {name: small.get(name, 16) for name in values}
+    elif kernel.skeleton == "learn":
         values |= {"BLOCK_N": min(values["BLOCK_N"], 32)} | (
             {x: 32 for x in ("BLOCK_T", "BLOCK_R") if x in values}
         )

@@ -41,7 +41,7 @@ from hsgen.configs import DType
 from hsgen.errors import ArgumentError, HsgenError, PlanError, Span
 from hsgen.flops import Work
 from hsgen.gates import Gate
-from hsgen.graph import Attend, Graph, tensor_inputs
+from hsgen.graph import Attend, Graph, Rotate, tensor_inputs
 from hsgen.operators import Call
 from hsgen.plan import STREAMED, Cached, Plan
 from hsgen.plan import Kernel as PlannedKernel
@@ -492,6 +492,26 @@ class Execution:
             help="call it under torch.no_grad(), or on tensor.detach(); on CPU tensors the "
             "reference has derivatives",
         )
+
+    def check_taught(self, call: Call) -> None:
+        """Raise where a loss on kernels would leave out a gradient that the reference has."""
+        if not self._angles or not self._on_kernels(call.tensors[0].device):
+            return
+        for name, x in zip(self.attending.names, call.tensors, strict=True):
+            if name in self._angles and x.requires_grad:
+                raise ArgumentError(
+                    f"{name}: expected a constant, as no kernel has the gradient of angles, got a tensor "
+                    "that requires grad",
+                    help="tensor.detach(); `reference_losses` has all derivatives",
+                )
+
+    @functools.cached_property
+    def _angles(self) -> frozenset[str]:
+        """Tables of positions by which a loss turns what it scores."""
+        if not self.named_losses:
+            return frozenset()
+        turns = [node for node in self.graph.nodes() if isinstance(node.op, Rotate)]
+        return frozenset(name for node in turns for name in node.inputs[1:])
 
     @functools.cached_property
     def _lacking(self) -> tuple[str, Span | None] | None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from hsgen.blockgate import GateContext
 from hsgen.buckets import BucketsContext, PartsContext
 from hsgen.cols_streams import ColsStreamsContext, shared_bytes
+from hsgen.entropies import EntropiesContext
 from hsgen.halved import HalvedContext
 from hsgen.kernels import (
     IndexContext,
@@ -417,6 +419,21 @@ def _no_tile(kernel: Kernel, values: Mapping[str, int]) -> str:
             if tall < LEAST_DOT:
                 return f"expected BLOCK_T of at least {LEAST_DOT // rows}, got {values['BLOCK_T']}"
             return f"expected BLOCK_D to divide {dim}, got {step}" if dim % step else ""
+        case GateContext(gate=gate):
+            least = {"BLOCK_E": LEAST_DOT, "BLOCK_N": LEAST_DOT, "BLOCK_U": LEAST_DOT // gate.rows}
+            if kernel.context.how in ("parts", "shares"):
+                least = {}
+            small = next((x for x, few in least.items() if values.get(x, few) < few), None)
+            if small is None:
+                return ""
+            return f"expected {small} of at least {least[small]}, got {values[small]}"
+        case EntropiesContext():
+            small = [x for x in ("BLOCK_M", "BLOCK_E") if values.get(x, LEAST_DOT) < LEAST_DOT]
+            return (
+                f"expected {small[0]} of at least {LEAST_DOT}, got {values[small[0]]}"
+                if small
+                else ""
+            )
         case TreesContext(how="keep" | "sift"):
             rows, most = values.get("BLOCK_T", LEAST_DOT), min(MOST_STEP, values["BLOCK_K"])
             if not LEAST_DOT <= rows <= WORD:

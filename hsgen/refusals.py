@@ -98,7 +98,8 @@ def lacking(graph: Graph, node: Node) -> str | None:
         case Delta():
             return "no kernel reads keys from their changes yet"
         case Divergence() | Distance() | Entropies() as op:
-            words = _of_divergence(graph, node) if isinstance(op, Divergence) else ""
+            of = {Divergence: _of_divergence, Entropies: _of_entropies}.get(type(op))
+            words = of(graph, node) if of else ""
             return (
                 None if words is None else f"no kernel computes the loss {_loss(node)}{words} yet"
             )
@@ -130,6 +131,8 @@ def _loss(node: Node) -> str:
 
 def _of_divergence(graph: Graph, node: Node) -> str | None:
     """Of which levels it is one that no kernel has: behind the name of the loss; None where one has it."""
+    if (gate := gate_of(graph, node)) is not None:
+        return _of_gate(graph, node, gate)
     score = graph[node.inputs[0]]
     if not isinstance(score.op, Score):
         return " of scores that are mapped, normalised or carried"
@@ -148,6 +151,83 @@ def _of_divergence(graph: Graph, node: Node) -> str | None:
         (
             any(not isinstance(graph[name].op, Input) for name in node.inputs[1:3]),
             " of keys that are made",
+        ),
+    )
+    return next((words for lacking, words in lacks if lacking), None)
+
+
+def gate_of(graph: Graph, node: Node) -> Node | None:
+    """The scores of pooled entries that a KL teaches, as they are or as a softmax; None of any others."""
+    score = graph[node.inputs[0]]
+    if isinstance(score.op, Normalise) and score.op.by is None:
+        own = graph.operands(score)[1].inputs == (score.inputs[0],)
+        score = graph[score.inputs[0]] if own else score
+    if not isinstance(score.op, Score) or len(score.inputs) != 2:
+        return None
+    op = score.op
+    said = {"level": op.level, "scale": op.scale, "size": op.size, "stride": op.stride}
+    plain = Score(form="dot", within=None, **said)
+    pooled = isinstance(graph[score.inputs[1]].op, Pool | Norm | Rotate)
+    return score if op == plain and pooled else None
+
+
+def _of_gate(graph: Graph, node: Node, score: Node) -> str | None:
+    """Of which gates it is one that no kernel has, likewise."""
+    op = node.op
+    assert isinstance(op, Divergence)
+    queries, keys = graph.operands(score)
+    turns = tuple(x for x in (queries, keys) if isinstance(x.op, Rotate))
+    if queries in turns:
+        queries = graph.operands(queries)[0]
+    if keys in turns:
+        keys = graph.operands(keys)[0]
+    if isinstance(keys.op, Norm):
+        keys = graph.operands(keys)[0]
+    rows = queries.op if isinstance(queries.op, PoolRows) else None
+    if rows is not None:
+        queries = graph.operands(queries)[0]
+    lacks = (
+        (op.over != "all", " of a gate over what was chosen"),
+        (op.size != op.stride, " of entries that overlap"),
+        (rows is not None and (_of_rows(rows) is not None or bool(rows.tiles)), " of such rows"),
+        (rows is not None and rows.how != "mean", " of rows pooled by their greatest"),
+        (
+            rows is not None and rows.block not in (2, 4, 8, 16, 32, 64, 128, 256),
+            " of blocks of rows that are no power of two, or too large",
+        ),
+        ((rows is None) != (op.rows is None), " of rows that score apart or learn apart"),
+        (not _derived(graph, keys), " of keys that are not pooled by max_min_mean or mean"),
+        (any(not isinstance(x.op, Input) for x in (queries,)), " of queries that are made"),
+        (
+            any(not isinstance(graph[name].op, Input) for name in node.inputs[1:3]),
+            " of keys that are made",
+        ),
+        (
+            any(len(graph[name].type.dims) != 4 for name in node.inputs[1:3]),
+            " of keys without heads",
+        ),
+    )
+    return next((words for lacking, words in lacks if lacking), None)
+
+
+def _derived(graph: Graph, node: Node) -> bool:
+    """Whether a pool of the caller's tokens has a gradient that a gate learns by."""
+    op = node.op
+    if not isinstance(op, Pool) or len(node.type.dims) != 4:
+        return False
+    plain = Pool(level=op.level, how=op.how, size=op.size, stride=op.stride, position=op.position)
+    of_input = isinstance(graph.operands(node)[0].op, Input)
+    return op.how in ("max_min_mean", "mean") and op == plain and not op.position and of_input
+
+
+def _of_entropies(graph: Graph, node: Node) -> str | None:
+    """Of which trees: behind the name of the loss; None where kernels go down it."""
+    queries, keys = node.inputs[::3], node.inputs[1::3]
+    lacks = (
+        (len({*queries}) > 1 or len({*keys}) > 1, " of levels with vectors of their own"),
+        (
+            any(not isinstance(x.op, Input) for x in graph.operands(node)),
+            " of vectors that are made",
         ),
     )
     return next((words for lacking, words in lacks if lacking), None)

@@ -379,6 +379,7 @@ class Kernel:
         """
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
         call = self._losing({"q": q, "k": k, "v": v, **tensors}, layout, lengths, selection)
+        self._execution.check_taught(call)
         if operators.is_watched(call, casts=False) or not operators.is_recorded(call):
             found = operators.losses(self._key, *call)
         else:

@@ -232,7 +232,7 @@ def merge(
         needs=(*(part.step for part in parts), gates, *sinks),
         makes=kernel.operators,
         sizes=(
-            ("widest", f"max({widest})"),
+            ("widest", f"max({widest})" if len(parts) > 1 else widest),
             ("merged", f"max(1, min({rows.next_power(heads)}, {MERGED} // widest))"),
         ),
         buffers=(o, *(buffer for part in parts for buffer in part.buffers)),

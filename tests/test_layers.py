@@ -31,7 +31,8 @@ kernels
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
 halved  picked  trees                   intervals that are searched · tokens a tile picked · learned trees
 pyramids                                entries that rows read in tiers
-cols  unpool  learn                     gradients of attention, of pools and of losses
+cols  unpool  learn  entropies          gradients of attention, of pools and of losses
+blockgate                               the same of a gate of blocks
 maps                                    what blocks of rows give blocks of entries
 streams  cols_streams                   rows whose keys one warp brings · keys whose rows two bring
 splits  appending                       a row's keys shared by programs · new tokens into a cache
@@ -92,9 +93,10 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
-    "buckets together halved picked trees pyramids splits appending cols unpool learn configs refusals "
-    "schedule driver backward losses knobs space emit allowlist store workers build resources pipeline tuned "
-    "catalogue verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
+    "buckets together halved picked trees pyramids splits appending cols unpool learn entropies "
+    "blockgate configs refusals schedule driver backward losses knobs space emit allowlist store workers "
+    "build resources pipeline tuned catalogue "
+    "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}
 # Imports that are not at the top of a module, and why.

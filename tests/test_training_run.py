@@ -9,6 +9,7 @@ from benchmarks import common, training_run
 from examples import language_model
 from examples.language_model import LanguageModel, Size
 from hsgen.errors import HsgenError
+from hsgen.spec import Kl
 
 SIZE = Size(vocabulary=64, layers=1, width=32, heads=(2, 1), dim=16)
 TINY = "--device cpu --layers 1 --width 32 --heads 2 1 --dim 16 --tokens 64 --batch 2 --text manual".split()
@@ -67,14 +68,22 @@ def test_kernels_and_the_reference_have_the_same_gradients_of_a_model():
 
 
 @pytest.mark.usefixtures("sanitized")
-@pytest.mark.parametrize("plain", [False, True], ids=["on kernels", "of the reference"])
-def test_attention_on_kernels_learns_beside_a_loss(plain):
-    """hisa: the index by KL, everything else by chosen tokens."""
-    spec = training_run.system("hisa", 64, SIZE)
+@pytest.mark.parametrize(
+    ("name", "own", "plain"),
+    [
+        ("hisa", "project.q_index.weight", False),
+        ("hisa", "project.q_index.weight", True),
+        ("hirouter", "learned.leaf_centroids", False),
+    ],
+    ids=["on kernels", "of the reference", "a tree"],
+)
+def test_attention_on_kernels_learns_beside_a_loss(name, own, plain):
+    """hisa: the index by KL, everything else by chosen tokens; hirouter: all by dual entropy too."""
+    spec = training_run.system(name, 64, SIZE)
     tokens = torch.randint(64, (1, 64))
     mixed = LanguageModel(SIZE, spec, plain_losses=plain, interpret=True)
     expected = gradients(LanguageModel(SIZE, spec, plain=True), tokens)
-    assert expected["blocks.0.attention.project.q_index.weight"].any()
+    assert expected[f"blocks.0.attention.{own}"].any()
     assert_alike(gradients(mixed, tokens), expected)
 
 
@@ -98,10 +107,11 @@ def test_a_model_says_nothing_of_tokens_ahead():
 
 
 def test_what_no_kernel_trains_is_said_by_name():
-    words = training_run.refusals(
-        training_run.system("hirouter", 512, Size()), "cpu", interpret=True
-    )
-    assert words == {"losses": "hirouter: no kernel computes the loss dual_entropy yet"}
+    spec = training_run.system("hirouter", 512, Size())
+    loss = spec.loss.model_copy(update={"kl": Kl(level="token")})
+    words = training_run.refusals(spec.model_copy(update={"loss": loss}), "cpu", interpret=True)
+    said = "no kernel computes the loss kl of scores that are mapped, normalised or carried yet"
+    assert words == {"losses": f"hirouter: {said}"}
 
 
 def test_sizes_are_the_authors_shares():
@@ -156,9 +166,11 @@ def test_trainings_lower_losses_go_on_and_are_written_up(tmp_path, monkeypatch):
         assert last < first - 0.5, record["system"]
         assert record["measured"][-1][1]["bits"] < first
 
-    # again: what is there stays; kernels refuse hirouter; recall of one system
+    # again: what is there stays; a system that kernels refuse; recall of one system
     old = result["records"]
     assert training_run.main([*argv, *some, "--tasks", "text"]) == 0
+    refused = {"losses": "no kernel computes the loss dual_entropy yet"}
+    monkeypatch.setattr(training_run, "refusals", lambda *_, **__: refused)
     assert (
         training_run.main([*argv, "--systems", "hirouter", "--tasks", "text", "--interpret"]) == 0
     )

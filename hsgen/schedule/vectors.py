@@ -83,7 +83,7 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     turns = tuple(x for x in chain if isinstance(x.op, Rotate))
     dims = [draft.size(dim) for dim in source.type.dims[2:]]
     heads, dim = (dims[0], dims[1]) if len(dims) == 2 else (1, dims[0])
-    turn = next((_turn(x.op, dim, "e") for x in chain if isinstance(x.op, Rotate)), None)
+    turn = next((turn_of(x.op, dim, "e") for x in chain if isinstance(x.op, Rotate)), None)
     short = draft.entries(op, op.level).short
     assert op.how in POOLS, "refused"
     context = SegmentsContext(
@@ -329,7 +329,7 @@ def _pool_rows(draft: Draft, node: Node, op: PoolRows) -> None:
     source, chain = draft.graph[node.inputs[0]], draft.finished(node)
     heads, dim = (draft.size(name) for name in source.type.dims[2:])
     turns = tuple(x for x in chain if isinstance(x.op, Rotate))
-    turn = next((_turn(x.op, dim, "p") for x in turns if isinstance(x.op, Rotate)), None)
+    turn = next((turn_of(x.op, dim, "p") for x in turns if isinstance(x.op, Rotate)), None)
     tables = tuple(name for x in turns for name in x.inputs[1:])
     context = SegmentsContext(
         name=f"pool_{text.safe(node.name)}",
@@ -384,7 +384,7 @@ def _turn_rows(draft: Draft, node: Node, op: Rotate) -> None:
         name=f"turn_{text.safe(source.name)}",
         heads=heads,
         head_dim=dim,
-        turn=_turn(op, dim, "p"),
+        turn=turn_of(op, dim, "p"),
         page=draft.page if op.base is None else 0,
     )
     kernel = draft.kernel("segments", context, configs.turning(dim), node.name)
@@ -458,7 +458,7 @@ def _round(draft: Draft, node: Node, op: Round) -> None:
     )
 
 
-def _turn(op: Rotate, dim: int, of: str) -> Turn:
+def turn_of(op: Rotate, dim: int, of: str) -> Turn:
     """Where RoPE turns which channels of entries `e`, or of queries at places that have a name."""
     first = of if op.rows is not None else f"{of} * {op.stride}"
     return Turn(

@@ -1,4 +1,4 @@
-"""Graph, Target -> Plan of the losses of a spec, and of their gradients: programs of their own.
+"""Launches of a KL of an index, and of its gradients.
 
 Scores and what attention gives are made again, a turn of rows at a time, so that memory grows with the rows
 of a turn times the keys, not with all rows: of a long call a quarter of the bytes of queries, outputs and the
@@ -7,16 +7,14 @@ index's queries.  What was chosen comes as it was chosen.
 
 from __future__ import annotations
 
-from hsgen import learn, refusals, rows
-from hsgen.configs import DType
+from hsgen import learn, rows
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Divergence, Graph, Input, Node, Round, Score, Select
+from hsgen.graph import Attend, Divergence, Node, Round, Score, Select
 from hsgen.learn import LINE, Index, LearnContext
-from hsgen.plan import Buffer, Config, Launch, Plan, Step
+from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import next_power
-from hsgen.schedule import SCRATCH_BYTES, text, vectors
+from hsgen.schedule import text, vectors
 from hsgen.schedule.draft import Draft
-from hsgen.target import Target
 
 WIDE = 256  # of a head of attention: tiles of wider ones leave room for less
 STEP = 64  # rows that keys are multiplied with at a time
@@ -25,57 +23,7 @@ PARTS = 8  # of the rows of a turn, at most, by which programs share a tile of k
 LANES = 1024  # tokens of a row, likewise
 
 
-def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, gradients: bool = False) -> Plan:
-    """Plan every launch of a spec's losses for one GPU.
-
-    Args:
-        graph: verified and passed; heads and head dims bound.
-        target: the GPU.
-        dtype: of the caller's tensors.
-        gradients: those of what the losses teach too.
-
-    Raises:
-        PlanError: a loss that no kernel computes yet.
-    """
-    found = [graph[name] for name in graph.outputs.loss.values()]
-    assert found, "a spec that has losses"
-    for node in found:
-        if words := refusals.lacking(graph, node):
-            raise PlanError(words, span=node.span)
-    draft = Draft(graph, target, dtype, whole=True)
-    made: dict[str, str] = {}
-    for node in found:
-        assert isinstance(node.op, Divergence), "refused"
-        made |= _divergence(draft, node, node.op, gradients=gradients)
-    outputs = graph.outputs
-    looked_at = {x for node in found for x in (*node.inputs, *graph[node.inputs[0]].inputs)}
-    read = {level: name for level, name in outputs.selection.items() if name in looked_at}
-    return Plan(
-        name=f"{graph.meta.name}_losses",
-        target=target.label,
-        dtype=dtype,
-        inputs=tuple(
-            (n.name, n.type.dims)
-            for n in graph.nodes()
-            if isinstance(n.op, Input) and n.op.role != "state"
-        ),
-        kernels=tuple(draft.kernels),
-        steps=tuple(draft.steps),
-        scratch_bytes=SCRATCH_BYTES,
-        output=text.buffer(outputs.o),
-        lse={},
-        selection={level: text.buffer(name) for level, name in read.items()},
-        brought={
-            text.buffer(name): (*graph[name].type.dims[:3], str(draft.width(graph[name])))
-            for name in read.values()
-        },
-        sizes=dict(graph.sizes),
-        gradients=made,
-        losses={name: f"rows_of_{name}" for name in outputs.loss},
-    )
-
-
-def _divergence(draft: Draft, node: Node, op: Divergence, *, gradients: bool) -> dict[str, str]:
+def divergence(draft: Draft, node: Node, op: Divergence, *, gradients: bool) -> dict[str, str]:
     """The launches of a KL.  -> buffers of gradients by tensor"""
     graph = draft.graph
     score = graph[node.inputs[0]]

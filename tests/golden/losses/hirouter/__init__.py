@@ -1,0 +1,1 @@
+"""Kernels of hirouter_losses, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of seer_attention_losses, emitted by hsgen."""

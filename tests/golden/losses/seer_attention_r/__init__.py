@@ -1,0 +1,1 @@
+"""Kernels of seer_attention_r_losses, emitted by hsgen."""
