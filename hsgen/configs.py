@@ -16,7 +16,9 @@ from hsgen.entropies import EntropiesContext
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
 from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
+from hsgen.likeness import LikenessContext
 from hsgen.maps import MapsContext
+from hsgen.pairs import PairsContext
 from hsgen.plan import Config, Kernel, Plan
 from hsgen.rows import next_power
 from hsgen.splits import BesideContext
@@ -289,6 +291,13 @@ def sums(context: MapsContext) -> Config:
     return Config(constexprs=(("BLOCK_N", step),), num_warps=4, num_stages=1)
 
 
+def likeness(context: LikenessContext) -> Config:
+    """Tokens of a block, or of a piece, at a time."""
+    most = 64 if context.how == "sums" else max(1, 4096 // next_power(context.head_dim))
+    step = min(most, next_power(context.size))
+    return Config(constexprs=(("BLOCK_J", step),), num_warps=4, num_stages=1)
+
+
 def halved(dtype: DType) -> Config:
     """Intervals a program: as many as a warpgroup's dot has rows; three-pass TF32 holds keys twice."""
     values = (("BLOCK_T", 1), ("BLOCK_N", 32 if dtype == "fp32" else 64))
@@ -322,6 +331,15 @@ def threshold(stride: int) -> Config:
     width = max(64, min(1024, next_power(LONG_TEXT // stride)))
     values = (("BLOCK_R", 1), ("BLOCK_N", width))
     return Config(constexprs=values, num_warps=4, num_stages=1)
+
+
+def pairs(context: PairsContext) -> Config:
+    """Rows of a head: one a program, or all of them, many at a time."""
+    width = max(64, min(1024, next_power(LONG_TEXT // context.stride)))
+    if context.how != "edges":
+        return Config(constexprs=(("BLOCK_N", width),), num_warps=4, num_stages=1)
+    values = (("BLOCK_R", 8), ("BLOCK_N", width))
+    return Config(constexprs=values, num_warps=16, num_stages=1)
 
 
 def rank_steps(
@@ -410,7 +428,9 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
     values = dict(kernel.config.constexprs)
     if kernel.skeleton == "rank":
         tokens = plan.kernel(kernel.follows or kernel.name).config["BLOCK_T"]
-        values |= {"BLOCK_R": min(16, tokens), "BLOCK_N": 64}
+        values["BLOCK_N"] = 64
+        if "BLOCK_R" in values:
+            values["BLOCK_R"] = min(16, tokens)
     if kernel.skeleton == "trees" and "BLOCK_N" in values:
         small = {"BLOCK_T": 16, "BLOCK_N": 16, "BLOCK_K": 64}
         values |= {name: value for name, value in small.items() if name in values}

@@ -104,6 +104,12 @@ class RankContext:
     of_all: bool = False  # of all entries of the keys instead
     mass: int = 0  # > 0: in place of k, the part of all masses that is reached, in units of 2^-30
     least: int = 0  # of a mass: entries that are kept whatever they weigh
+    drop: bool = False  # of a mass: the entry that crosses it is left out
+    rest: bool = False  # of a mass: forced entries are neither ranked nor part of the total
+    softmax: bool = False  # scores are logits, whose masses are made here
+    unlike: int = (
+        0  # > 0: entries are forced by what their tokens are, heads that share those of a key head
+    )
     # of a pyramid, up to each tier: the part of all masses, and of the candidates, in units of 2^-30
     tiers: tuple[tuple[int, int], ...] = ()
     summed: int = 0  # > 0: scores are made here, of what an attend left of so many heads each
@@ -270,6 +276,11 @@ class RankContext:
     @property
     def forced(self) -> str:
         """Which entries a row is forced to take."""
+        return f"row_forced({self.row}, e, p, k_len)" if self.unlike else self.forced_by_place
+
+    @property
+    def forced_by_place(self) -> str:
+        """Those of them that are forced wherever they lie."""
         rest = f"{self.stride}, {self.first}, {self.last}, {self.causal}"
         if self.rows:
             return f"is_forced_of_block(e, p, k_len, {self.rows}, {rest})"
@@ -278,7 +289,19 @@ class RankContext:
     @property
     def forces(self) -> bool:
         """Whether a row is forced to take any."""
-        return bool(self.first or self.last or self.tail)
+        return bool(self.first or self.last or self.tail or self.unlike)
+
+    @property
+    def ties(self) -> str:
+        """How many entries are taken of those at the edge; what weighs nothing crosses nothing."""
+        if self.drop:
+            return "tl.where(each > 0, (wanted - 1 - above) // tl.maximum(each, 1), 0x7FFFFFFF)"
+        return "((wanted - above + each - 1) // each)"
+
+    @property
+    def apart(self) -> bool:
+        """Whether forced entries are taken beside the best ones, not before them."""
+        return self.forces and (self.rest or not self.counted)
 
     @property
     def limit(self) -> str:
@@ -300,6 +323,8 @@ class RankContext:
     def row(self) -> str:
         """The leading arguments of `row_keys`."""
         row = "scores, capacity" if self.carried else "scores"
+        if self.softmax:
+            row += ", most, whole" + ", unlike, unlike_row" * bool(self.unlike)
         return f"{row}, parents, live, complete" if self.children else row
 
     @property
@@ -339,6 +364,7 @@ class RankContext:
                 f"[rows, {self.heads}, {self.row_width}]{' tier of each entry' if self.tiers else ''}",
             ),
             *((parent,) if self.children else ()),
+            *(self._unlike if self.unlike else ()),
             *(
                 (pointer("KEPT", "i32", f"[chunk rows, {self.heads}, 2, BLOCK_N]"),)
                 if self.sampled
@@ -350,6 +376,16 @@ class RankContext:
             *((count("width", "slots of a row"),) if self.varies else ()),
             *tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
             *(tunables("BLOCK_W", "BLOCK_P") if self.summed else ()),
+        )
+
+    @property
+    def _unlike(self) -> tuple[Param, ...]:
+        """Which entries, and which blocks of rows, have tokens that are unlike."""
+        return (
+            pointer("UNLIKE", "i32", f"i32[{self.heads // self.unlike}, entries]"),
+            count("length", "entries of a sequence; packed: 1 if the last may be short, else 0"),
+            count("entries", "of all sequences"),
+            pointer("UNLIKE_ROWS", "i32", f"i32[blocks, {self.heads}]"),
         )
 
     @property

@@ -340,15 +340,25 @@ def _of_scores(graph: Graph, node: Node, op: Normalise | ReduceRows) -> str | No
 
 
 def held_masses(graph: Graph, node: Node) -> bool:
-    """Whether scores of blocks of rows are softmaxed to be held against a threshold alone: one launch."""
+    """Whether scores of blocks of rows are softmaxed to be held against a threshold, added up until they
+    reach a part of all, or ranked with those of all rows, and for nothing else: what ranks them makes them.
+    """
     if not isinstance(node.op, Normalise) or node.op.by is not None or not _in_blocks(graph, node):
-        return False
-    if axes.tiling_of(graph):
         return False
     score, total = graph.operands(node)
     held = [x.op for x in graph.users(node.name) if not isinstance(x.op, Divergence)]  # a loss
-    rules = all(isinstance(op, SelectSet) and op.rule == "threshold" for op in held)
+    tiled = axes.tiling_of(graph) is not None
+    rules = all(
+        isinstance(op, SelectSet)
+        and (of_pairs(op) or (op.rule in ("threshold", "top_p") and not tiled))
+        for op in held
+    )
     return rules and isinstance(score.op, Score) and total.inputs == (score.name,)
+
+
+def of_pairs(op: SelectSet) -> bool:
+    """Whether a head keeps a part of its pairs, of which blocks of rows have as many as there are."""
+    return op.rule == "fraction" and op.scope == "head"
 
 
 def _in_blocks(graph: Graph, node: Node) -> bool:
@@ -362,7 +372,9 @@ def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) ->
     in_blocks = _in_blocks(graph, node)
     if isinstance(op, SelectSet):
         if held_masses(graph, graph.operands(node)[0]):
-            return _of_threshold(op)
+            if of_pairs(op):
+                return _of_set(replace(op, scope=None), in_blocks=True, weighed=False)
+            return _of_threshold(op) if op.rule == "threshold" else _of_masses(op)
         return _of_set(op, in_blocks=in_blocks, weighed=_weighed(graph, node))
     return (_of_blocks(op) if in_blocks else None) or _of_choice(op)
 
@@ -394,6 +406,36 @@ def _of_threshold(op: SelectSet) -> str | None:
         counted=op.counted,
     )
     return None if op == plain else "holds masses against a threshold, and more"
+
+
+def _of_masses(op: SelectSet) -> str | None:
+    """The best entries of each row until their masses reach a part of all, or of what is not forced."""
+    plain = SelectSet(
+        level=op.level,
+        size=op.size,
+        stride=op.stride,
+        rule="top_p",
+        value=op.value,
+        first=op.first,
+        last=op.last,
+        counted=op.counted,
+        boundary=op.boundary,
+        scope="row",
+        least=op.least,
+        of="rest" if op.of == "rest" else None,
+        where=op.where,
+    )
+    return None if op == plain else "selects by top_p, and more"
+
+
+def _compared(graph: Graph, node: Node, op: Unlike) -> str | None:
+    """Tokens are compared block by block, as the caller's, for a choice by masses that are made beside it."""
+    users = graph.users(node.name)
+    by_masses = all(held_masses(graph, graph.operands(user)[0]) for user in users)
+    given = all(isinstance(x.op, Input) for x in graph.operands(node))
+    whole = op.size == op.stride > 0
+    alone = all(user.type.dims[1:3] == node.type.dims[1:3] for user in users)
+    return None if by_masses and given and whole and alone else "compares the tokens of an entry"
 
 
 def _weighed(graph: Graph, node: Node) -> bool:
@@ -481,7 +523,7 @@ def _of_keys(
         case Runs():
             return "cuts keys into runs"
         case Unlike():
-            return "compares the tokens of an entry"
+            return _compared(graph, node, op)
         case Recall() | Carry():
             return "takes over a selection"
 

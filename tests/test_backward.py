@@ -896,8 +896,8 @@ TRAINED = (
     *("moba", "flash_moba", "nsa", "nsa_fla", "nsa_xunhao", "fsa"),
     *("infllm_v2", "minimax_m3", "quest", "kinetics", "small_thinker", "sqa"),
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
-    *("draft_attention", "biformer", "biformer_released"),
-    *("dhsa_released", "hip", "hydra", "seer_attention", "xattention"),
+    *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
+    *("dhsa_released", "hip", "hydra", "seer_attention", "sparge", "xattention"),
 )
 REFUSED = {
     "qwen_qsa": "no kernel has the gradient of an output's gate yet",

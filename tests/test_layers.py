@@ -33,7 +33,7 @@ halved  picked  trees                   intervals that are searched · tokens a 
 pyramids                                entries that rows read in tiers
 cols  unpool  learn  entropies          gradients of attention, of pools and of losses
 blockgate                               the same of a gate of blocks
-maps                                    what blocks of rows give blocks of entries
+maps  likeness  pairs                   what blocks of rows give blocks · blocks alike · pairs of a head
 streams  cols_streams                   rows whose keys one warp brings · keys whose rows two bring
 splits  appending                       a row's keys shared by programs · new tokens into a cache
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet

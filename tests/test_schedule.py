@@ -372,7 +372,17 @@ def test_tiles_of_short_documents_have_no_whole_slabs():
 
 @pytest.mark.parametrize(
     "name",
-    ["dhsa_released", "draft_attention", "hip", "psa", "seer_attention", "vsa", "xattention"],
+    [
+        *(
+            "dhsa_released",
+            "draft_attention",
+            "draft_attention_head",
+            "hip",
+            "psa",
+            "seer_attention",
+        ),
+        *("sparge", "vsa", "xattention"),
+    ],
 )
 def test_where_rows_choose_together_no_row_has_a_list_unless_a_caller_asks(name):
     """Beside inputs and outputs alone; lists of rows were up to 34 GB, ten times as much."""

@@ -53,6 +53,7 @@ from hsgen.schedule import (
     combining,
     descending,
     laid,
+    likening,
     mapping,
     text,
     vectors,
@@ -174,12 +175,13 @@ def _launches(draft: Draft) -> None:
                 pass  # fused into the launch that reads them
             case Norm() | OutputGate() | Divergence() | Entropies():
                 pass  # fused into the launch that makes what they read; behind all; a call of its own
+            case Unlike():
+                likening.compare(draft, node, node.op)
             case Recall(width=int()):
                 pass  # the caller's
             case (
                 Route()
                 | Switch()
-                | Unlike()
                 | Cluster()
                 | Permute()
                 | Assign()

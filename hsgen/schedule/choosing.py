@@ -19,13 +19,15 @@ from hsgen.graph import (
     Select,
     SelectSet,
     Tiers,
+    Unlike,
     own_entries,
 )
 from hsgen.halved import HalvedContext
 from hsgen.kernels import RankContext, ThresholdContext
+from hsgen.pairs import PairsContext
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries
-from hsgen.schedule import laid, text
+from hsgen.schedule import laid, likening, text
 from hsgen.schedule.draft import Draft
 
 
@@ -36,6 +38,9 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     """
     if isinstance(op, SelectSet) and op.rule == "threshold":
         _select_above(draft, node, op)
+        return
+    if isinstance(op, SelectSet) and refusals.of_pairs(op):
+        _select_pairs(draft, node, op)
         return
     chain = _chain(draft, node)
     left = draft.left.get(node.name)
@@ -73,6 +78,10 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         parts=scorer.parts,
         parts_how="max" if chain.reduce and chain.reduce.how == "max" else "sum",
     )
+    unlike = _unlike_of(draft, node)
+    if _softmaxed(draft, node):
+        group = draft.shape.group if heads == draft.shape.query_heads else 1
+        rank = replace(rank, softmax=True, unlike=group if unlike else 0)
     grouped = rank.group > 0
     ranks = configs.rank(
         draft.tiling.tiles if draft.tiling else slots,
@@ -82,6 +91,8 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         chunked=rank.chunked,
         kept=rank.kept,
     )
+    if rank.softmax:
+        ranks = configs.rank_by_mass(op.stride)
     if draft.steps_alone:
         ranks = configs.rank_steps(
             slots, op.stride, grouped=grouped, kept=rank.kept, scores=left is not None
@@ -114,6 +125,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
             needs=(
                 *((left.step,) if left else chain.needs),
                 *((_listed(draft, parent),) if parent else ()),
+                *((unlike.name,) if unlike else ()),
             ),
             makes=(made,),
             sizes=(
@@ -170,6 +182,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                         scratch,
                         text.buffer(made),
                         *((_list_of(draft, parent),) if parent else ()),
+                        *(likening.flags(unlike) if unlike else ()),
                         *((f"kept_{op.level}",) if rank.sampled else ()),
                         *text.SEQ,
                         "tile_first",
@@ -185,6 +198,16 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     )
     if block:
         spread(draft, node, op, heads, block)
+
+
+def _softmaxed(draft: Draft, node: Node) -> bool:
+    """Whether masses are made of logits where they are ranked."""
+    return refusals.held_masses(draft.graph, draft.graph[node.inputs[0]])
+
+
+def _unlike_of(draft: Draft, node: Node) -> Node | None:
+    """What says which entries are forced by their tokens."""
+    return next((x for x in draft.graph.operands(node) if isinstance(x.op, Unlike)), None)
 
 
 def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) -> RankContext:
@@ -209,10 +232,19 @@ def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) ->
         rows=draft.block(node),
         part=found.units if found and not (by_mass or tiers) else 0,
         of_all=isinstance(op, SelectSet) and op.of == "all",
-        mass=together.Part.units_of(by_mass.value) if by_mass else 0,
+        mass=_mass_of(by_mass) if by_mass else 0,
+        drop=bool(by_mass and by_mass.boundary == "drop"),
+        rest=bool(by_mass and by_mass.of == "rest"),
         least=(by_mass and by_mass.least) or 0,
         tiers=ends_of(tiers) if tiers else (),
     )
+
+
+def _mass_of(op: SelectSet) -> int:
+    """The part of all masses in units of 2^-30, rounded against the way in which its product is."""
+    if op.boundary == "drop":
+        return math.ceil(op.value * (1 << 30))
+    return together.Part.units_of(op.value)
 
 
 def ends_of(tiers: Tiers) -> tuple[tuple[int, int], ...]:
@@ -288,6 +320,96 @@ def _select_above(draft: Draft, node: Node, op: SelectSet) -> None:
             ),
             tiles=tiles,
             chunk=chunk,
+        )
+    )
+    spread(draft, node, op, heads, block)
+
+
+def _select_pairs(draft: Draft, node: Node, op: SelectSet) -> None:
+    """Score all blocks of rows, and keep the best pairs of each head."""
+    chain, heads, block = _chain(draft, node), draft.size(node.type.dims[2]), draft.block(node)
+    part = part_of(draft.graph, node)
+    assert part is not None, "refused"
+    context = _walk(draft, node, chain, None)
+    draft.attend(context, draft.row_tiles_of_blocks.score(context), *chain.names)
+    masses = PairsContext(
+        name=f"mass_{op.level}",
+        how="masses",
+        heads=heads,
+        rows=block,
+        size=op.size,
+        stride=op.stride,
+        short=draft.short(op.level),
+        causal=draft.shape.causal,
+        first=op.first,
+        last=op.last,
+        counted=op.counted,
+        part=together.Part.units_of(op.value),
+        slotted=draft.tiling is not None,
+    )
+    edges = replace(masses, name=f"edge_{op.level}", how="edges")
+    lists = replace(masses, name=f"rank_{op.level}", how="lists")
+    for each in (masses, edges, lists):
+        names = chain.names[1:] if each is masses else (node.name,)
+        draft.kernel("rank", each, configs.pairs(each), *names, follows=context.name)
+    blocks, tiles, slots = (f"{of}_{op.level}" for of in ("blocks", "tiles", "places"))
+    capacity, scratch = f"capacity_{op.level}", f"scores_{op.level}"
+    there, ends, before = (f"{of}_{op.level}" for of in ("there", "edges", "before"))
+    block_t = f'config["{context.name}"]["BLOCK_T"]'
+    made = chosen_of(node)
+    dims = (slots, str(heads))
+    scratches = (
+        Buffer(name=scratch, dtype="f32", dims=(*dims, capacity), role="scratch"),
+        Buffer(name=there, dtype="i32", dims=(slots,), role="scratch"),
+        Buffer(name=ends, dtype="i32", dims=("batch.sequences", str(heads), "3"), role="scratch"),
+        Buffer(name=before, dtype="i32", dims=dims, role="scratch"),
+    )
+    order = (axes.MADE_ORDER,) if masses.slotted else ()
+    every = (f"{tiles} * {block_t}", str(heads))
+    read = (scratch, there, ends, before)
+    draft.steps.append(
+        Step(
+            title=f"choose: {op.level}",
+            needs=chain.needs,
+            makes=(made,),
+            sizes=(
+                (blocks, together.blocks_of(block)),
+                *part.sizes(op.level),
+                (capacity, f"max(1, batch.keys // {op.stride} + 1)"),
+                (tiles, f"{blocks} // {block_t} + batch.sequences"),
+                (slots, f"{tiles} * {block_t}"),
+            ),
+            buffers=(
+                *scratches,
+                Buffer(
+                    name=text.buffer(made),
+                    dtype="i32",
+                    dims=(blocks, str(heads), draft.slots(node)),
+                    role="list",
+                ),
+            ),
+            launches=(
+                Launch(
+                    kernel=context.name,
+                    grid=(tiles, str(heads)),
+                    arguments=(*_score_arguments(draft, chain, None, context, scratch)[:-1], "0"),
+                ),
+                Launch(
+                    kernel=masses.name,
+                    grid=every,
+                    arguments=(scratch, there, *order, *text.SEQ, capacity),
+                ),
+                Launch(
+                    kernel=edges.name,
+                    grid=("batch.sequences", str(heads)),
+                    arguments=(*read, *text.SEQ, capacity),
+                ),
+                Launch(
+                    kernel=lists.name,
+                    grid=every,
+                    arguments=(*read, text.buffer(made), *text.SEQ, capacity, draft.slots(node)),
+                ),
+            ),
         )
     )
     spread(draft, node, op, heads, block)
@@ -786,4 +908,5 @@ def _units(op: SelectSet) -> int:
     """The part of the entries that a list has slots for, in units of 2^-30."""
     if op.tiers is not None and op.tiers.by == "fraction":
         return op.tiers.steps[-1][1]
-    return together.Part.units_of(op.value if op.rule == "fraction" else 1.0)
+    by_row = op.rule == "fraction" and not refusals.of_pairs(op)
+    return together.Part.units_of(op.value if by_row else 1.0)

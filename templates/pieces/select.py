@@ -39,6 +39,12 @@ def share_of(whole, UNITS: tl.constexpr):
 
 
 @triton.jit
+def share_below(whole, UNITS: tl.constexpr):
+    """The same, rounded down.  i64"""
+    return (whole >> 30) * UNITS + (((whole & 0x3FFFFFFF) * UNITS) >> 30)
+
+
+@triton.jit
 def mass_step(low, high, above, middle, reached, wanted):
     """Halve the interval, knowing what keys >= middle weigh: at low what is wanted, at high less.  All [R]"""
     unfinished = middle != low

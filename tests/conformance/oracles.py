@@ -267,7 +267,7 @@ def selection_findings(call, outcome, exact):
             found += gap_findings(level, indices, *state, bounds[name])
             if level.select.top_p:
                 top_p = level.select.top_p
-                assert top_p.boundary == "keep" and not top_p.max and top_p.of is None, "another"
+                assert not top_p.max and top_p.of in (None, "rest"), "another"
                 found += mass_findings(
                     level, indices, *state, bounds[name], part=top_p.mass, least=top_p.min
                 )
@@ -336,10 +336,20 @@ def gap_findings(level, indices, scores, candidates, forced, bound):
 
 
 def mass_findings(level, indices, scores, candidates, forced, bound, *, part, least):
-    """What is chosen reaches its part of the mass, and without its lowest entry does not; within errors."""
+    """What is chosen reaches its part of the mass, and without its lowest entry does not; within errors.
+
+    Or it does not exceed it, but would with one more; of the rest, forced entries have no mass.
+    """
     chosen = _spread(indices, scores.shape[-1])
     if not scores.numel():
         return []
+    top_p = level.select.top_p
+    if top_p and top_p.of == "rest":
+        candidates, chosen, forced = candidates & ~forced, chosen & ~forced, forced & False
+    if top_p and top_p.boundary == "drop":
+        return _within_mass(
+            level, chosen, scores, candidates, forced, bound, part=part, least=least
+        )
     mass = torch.where(candidates, scores, 0.0).clamp(min=0.0)
     error = torch.where(candidates, bound, 0.0).sum(-1) + 2.0**-28
     wanted, reached = part * mass.sum(-1), torch.where(chosen, mass, 0.0).sum(-1)
@@ -351,6 +361,27 @@ def mass_findings(level, indices, scores, candidates, forced, bound, *, part, le
     rules = {
         f"reaches {part} of the mass": reached + error >= wanted,
         "ends there": (before - error < wanted) | enough,
+    }
+    return [
+        Finding(rule="mass", detail=f"{level.name} {rule}: not at {_where(~holds)}")
+        for rule, holds in rules.items()
+        if not holds.all()
+    ]
+
+
+def _within_mass(level, chosen, scores, candidates, forced, bound, *, part, least):
+    """What is chosen does not exceed its part, or must be; with the greatest one that is left it would."""
+    assert level.select.top_p.of == "rest" or level.select.force.counted, "another"
+    mass = torch.where(candidates, scores, 0.0).clamp(min=0.0)
+    error = torch.where(candidates, bound, 0.0).sum(-1) + 2.0**-28
+    wanted, reached = part * mass.sum(-1), torch.where(chosen, mass, 0.0).sum(-1)
+    left = torch.where(candidates & ~chosen, mass, -math.inf).amax(-1)
+    few = (chosen & ~forced).sum(-1) <= least
+    rules = {
+        f"does not exceed {part} of the mass": (reached - error <= wanted)
+        | few
+        | (chosen == forced).all(-1),
+        "would with one more": (left == -math.inf) | (reached + left + error > wanted),
     }
     return [
         Finding(rule="mass", detail=f"{level.name} {rule}: not at {_where(~holds)}")

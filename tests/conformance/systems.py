@@ -37,7 +37,6 @@ REFUSED: dict[str, str] = {
     "flux_attention": "no kernel takes a route by sample yet",
     "minference": "no kernel takes a route by head yet",
     "flex_prefill": "no kernel takes a route by sample_head yet",
-    "sparge": "level block: no kernel normalises scores of blocks of rows yet",
     "dma": "level token: no kernel scores by a learned bias yet",
     "nosa": "level importance: no kernel scores by a learned bias yet",
     "gna": "branch near: no kernel attends a static pattern yet",
@@ -53,7 +52,6 @@ REFUSED: dict[str, str] = {
     "delta_llm": "no kernel reads keys from their changes yet",
     "token_sparse": "level all_mass: no kernel reduces the scores of rows together yet",
     "sparse_d": "level block: no kernel takes over a selection yet",
-    "draft_attention_head": "level box: no kernel normalises scores of blocks of rows yet",
     "spatten": "level token: no kernel takes over a selection yet",
     "spt": "level token: no kernel compares codes yet",
     "delta": "level page: no kernel takes over a selection yet",
@@ -95,8 +93,10 @@ ALIKE: dict[str, str] = {
     "sqa": "nsa",
     "vsa": "block_lists",
     "psa": "psa_mass",
+    "sparge": "block_lists",  # but for what is forced, which test_likeness has beside
     "xattention": "block_lists",  # but for its scores, which test_pieces_mass has beside
     "draft_attention": "block_lists",
+    "draft_attention_head": "block_lists",  # but for pairs, which test_pairs has beside
     "biformer": "block_lists",
     "biformer_released": "block_lists",
 }
@@ -343,7 +343,7 @@ def slots(spec, level, keys):
     if select.threshold:  # of which there are no more than that many in a whole
         most = math.floor(1 / select.threshold) + 1 + spec.most_forced(level)
         return max(1, min(entries(spec, level, keys), most))
-    fraction = select.fraction
+    fraction = 1.0 if select.scope == "head" else select.fraction
     if select.quota:
         if select.quota[0].fraction is None:  # by masses, so perhaps of all
             return max(1, entries(spec, level, keys))

@@ -1,0 +1,110 @@
+"""All pairs of a head are ranked together: what fills `_rank_pairs.jinja`.
+
+A block of rows has as many entries as the head's best pairs are of it, all or none.  Masses of all rows of
+a call lie in a scratch; one program a head and sequence finds where the best pairs end, and how many of
+those that lie at the edge the rows before each one take, so that rows then make their lists each for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hsgen import axes
+from hsgen.kernels import tunables
+from hsgen.plan import Param
+from hsgen.rows import SEQ, count, jit, pointer
+
+CAPACITY = count("capacity", "row length of the scratch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairsContext:
+    """Everything `_rank_pairs.jinja` reads: entries as in a RankContext, of blocks of `rows` rows.
+
+    `masses`: the softmax of each row in place, and which blocks have a row.  `edges`: where the best pairs
+    end.  `lists`: of each row.
+    """
+
+    name: str
+    how: Literal["masses", "edges", "lists"]
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    rows: int
+    size: int
+    stride: int
+    short: bool
+    causal: bool
+    first: int
+    last: int
+    counted: bool
+    part: int  # of the pairs, in units of 2^-30
+    slotted: bool = False  # rows and keys are slots of tiles of axes
+
+    @property
+    def summary(self) -> str:
+        match self.how:
+            case "masses":
+                return "the softmax of each block of rows, in place of its logits."
+            case "edges":
+                return (
+                    "where the best pairs of a head end, and what rows before each one take there."
+                )
+            case "lists":
+                return "the entries of each block of rows among the best pairs of its head."
+
+    @property
+    def wanted(self) -> str:
+        """How many pairs a head keeps, all forced ones too."""
+        part = f"part_of(candidates, {self.part})"
+        return f"tl.maximum({part}, forced)" if self.counted else f"{part} + forced"
+
+    @property
+    def forced(self) -> str:
+        rest = f"{self.rows}, {self.stride}, {self.first}, {self.last}, {self.causal}"
+        return f"is_forced_of_block(e, p, k_len, {rest})"
+
+    @property
+    def limit(self) -> str:
+        """Where the entries end that have a score."""
+        rest = f"{self.rows}, {self.size}, {self.stride}, {self.causal}, {self.short}"
+        return f"begun_limit(p, k_len, {rest})"
+
+    @property
+    def candidates(self) -> str:
+        """Where the entries end that a block may take, forced ones too."""
+        own = f"{self.rows}, {self.stride}, {self.stride}, {self.causal}, True"
+        return f"begun_limit(p, k_len, {own})"
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        scores = pointer("SCORES", "f32", f"f32[tiles * BLOCK_T, {self.heads}, capacity]")
+        there = pointer("THERE", "i32", "i32[tiles * BLOCK_T] 1 of a block that has a row")
+        edges = pointer("EDGES", "i32", f"i32[Z, {self.heads}, 3] low, high, how many of low")
+        before = pointer(
+            "BEFORE", "i32", f"i32[tiles * BLOCK_T, {self.heads}] of low in rows before"
+        )
+        match self.how:
+            case "masses":
+                order = (axes.ORDER,) if self.slotted else ()
+                return (scores, there, *order, *SEQ, CAPACITY, *tunables("BLOCK_T", "BLOCK_N"))
+            case "edges":
+                tiles = tunables("BLOCK_T", "BLOCK_R", "BLOCK_N")
+                return (scores, there, edges, before, *SEQ, CAPACITY, *tiles)
+            case "lists":
+                return (
+                    scores,
+                    there,
+                    edges,
+                    before,
+                    pointer("SELECTION", "i32", f"i32[blocks, {self.heads}, width]"),
+                    *SEQ,
+                    CAPACITY,
+                    count("width", "slots of a row"),
+                    *tunables("BLOCK_T", "BLOCK_N"),
+                )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)

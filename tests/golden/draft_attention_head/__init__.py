@@ -1,0 +1,1 @@
+"""Kernels of draft_attention_head, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of sparge, emitted by hsgen."""
