@@ -256,8 +256,10 @@ def _layers(spec: Spec, target: Target) -> Layers | None:
     if not spec.reuse and spec.route is None:
         return None
     alone = spec.model_copy(update={"loss": None})
-    kinds = {made.digest: made for made in (alone.bind(layer=layer) for layer in range(LAYERS))}
-    if len(kinds) < 2:  # what it goes by is no layer
+    steps = any(reuse.over == "steps" for reuse in spec.reuse)
+    made = (_steps if steps else _of_layers)(alone)
+    kinds = {each.digest: each for each in made}
+    if len(kinds) < 2:  # what it goes by is no layer, and no step
         return None
     plans, phases = list[Plan](), list[set[str]]()
     for made in kinds.values():
@@ -273,6 +275,18 @@ def _layers(spec: Spec, target: Target) -> Layers | None:
     common = set[str].intersection(*phases)
     ordered = tuple(x for x in ("prefill", "select", "decode", "gradients") if x in common)
     return Layers(kinds=len(kinds), plans=tuple(plans), phases=ordered)
+
+
+def _of_layers(spec: Spec) -> list[Spec]:
+    return [spec.bind(layer=layer) for layer in range(LAYERS)]
+
+
+def _steps(spec: Spec) -> list[Spec]:
+    """The steps at which something begins, and those behind."""
+    begins = {0, *(each.dense for each in spec.reuse), *(x.dense + x.lead for x in spec.reuse)}
+    return [
+        spec.bind(step=step) for first in sorted(begins) for step in range(first, first + LAYERS)
+    ]
 
 
 def tier(name: str) -> str | None:

@@ -93,13 +93,14 @@ class RowTiles:
     def score(self, context: rows.RowsContext) -> Config:
         """As for attending, but with no output to hold there is room for more rows.
 
-        With the keys first, a warpgroup's 64 keys meet all rows of the tile: four warps do.
+        With the keys first, a warpgroup's 64 keys meet all rows of the tile: four warps do, but where
+        rows are loaded again for each key head, whose addresses fill the registers.
         """
         dims = sum(c.width for c in context.qk_chunks)
         limit = wide = 64
         if context.keys_first and self._bytes == 2 and not context.children:
             config = self._fit(context, max(1, 128 // context.pitch), wide, 2, dims)
-            return replace(config, num_warps=4)
+            return replace(config, num_warps=8 if context.across else 4)
         if self._bytes == 4:
             # tensor memory would be filled from registers, three times over
             limit = 32 if self.target.tensor_columns else 64

@@ -281,7 +281,10 @@ class Decoding:
                 selection = dict(zip(brought, left, strict=False)) or None
                 kept = dict(zip(cache.tensors, left, strict=False))
                 driver.append(tokens, kept, next(left), new, where, ready.config)
-                o, lse, chosen = driver.forward({**tokens, **kept}, where, ready.config, selection)
+                asked = {"rows": return_selection} if ready.program.rows_apart else {}
+                o, lse, chosen = driver.forward(
+                    {**tokens, **kept}, where, ready.config, selection, **asked
+                )
                 outputs = [o]
                 if return_lse:
                     outputs += [lse[branch] for branch in self._execution.branches]

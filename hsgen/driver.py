@@ -158,6 +158,16 @@ class Driver:
         """Whether lists of rows are made apart from what is attended."""
         return any(step.of == "rows" for step in self.plan.steps)
 
+    @property
+    def chosen_for_others(self) -> bool:
+        """Whether these are chosen, but not attended."""
+        return any(step.of == "rows" and step.chunk for step in self.plan.steps)
+
+    def left_out(self, step: Step) -> tuple[str, ...]:
+        """What a step makes of which there is none if it is left out."""
+        made = _made(step.makes)
+        return tuple(buffer.name for buffer in step.buffers if buffer.name in made)
+
     def _always(self) -> list[Step]:
         return self._ancestors((self.output, *self.plan.lse.values()), self._chosen)
 

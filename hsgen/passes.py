@@ -38,11 +38,11 @@ def run(graph: Graph) -> Graph:
 
 
 def share_log_sum_exp(graph: Graph) -> Graph:
-    """Take the log-sum-exp of a pooled branch where it is that of the scores.
+    """Take the log-sum-exp of a branch where it is that of the scores.
 
     A branch that attends a level's pooled entries sums exp over the same entries, the complete
-    ones, as the softmax of the level's scores.  Same query, keys and scale: the same number, and
-    one pass over all entries is saved.
+    ones, as the softmax of the level's scores; one that attends every token over those of a level of
+    tokens.  Same query, keys and scale: the same number, and one pass over all entries is saved.
     """
     changed = [
         replace(node, inputs=(node.inputs[0], shared.name))
@@ -60,13 +60,13 @@ def _by_own_sum(graph: Graph, node: Node) -> bool:
 
 
 def _log_sum_exp_of_branch(graph: Graph, score: Node) -> Node | None:
-    """The log-sum-exp of an attend over the pooled entries that `score` scores."""
+    """The log-sum-exp of an attend over the pooled entries, or over the tokens, that `score` scores."""
     if not isinstance(score.op, Score) or score.op.form != "dot" or score.op.within is not None:
         return None
     for attend in graph.users(score.inputs[1]):
         if (
             isinstance(attend.op, Attend)
-            and _attends_all(graph, attend, attend.op)
+            and _attends_all(graph, attend, attend.op, score.op)
             and attend.op.scale == score.op.scale
             and attend.op.counted == score.op.counted
             and attend.inputs[:2] == score.inputs
@@ -76,11 +76,12 @@ def _log_sum_exp_of_branch(graph: Graph, score: Node) -> Node | None:
     return None
 
 
-def _attends_all(graph: Graph, attend: Node, op: Attend) -> bool:
-    """Whether a branch attends every pooled entry that is complete, by its logits as they are."""
+def _attends_all(graph: Graph, attend: Node, op: Attend, score: Score) -> bool:
+    """Whether a branch attends every entry that is complete, by its logits as they are."""
     chosen = any(isinstance(x.op, Select | SelectSet) for x in graph.operands(attend))
-    changed = op.softcap is not None or op.biased or op.when is not None
-    return op.over == "pooled" and not (chosen or changed)
+    changed = op.softcap is not None or op.biased or op.when is not None or op.near is not None
+    tokens = op.over == "all" and score.size == score.stride == 1 and not score.diagonal
+    return (op.over == "pooled" or tokens) and not (chosen or changed)
 
 
 def rank_logits(graph: Graph) -> Graph:

@@ -141,7 +141,7 @@ class Step:
     small: `tiles` and `chunk` name the sizes that count them.
     `needs` and `makes` are names of buffers and of the caller's tensors.
     `of`: where a call makes the same in two ways, the one over its own choice or over a caller's; `rows`
-    gives each row what was chosen together, where anybody asks for it.
+    gives each row what was chosen together, or what is chosen and not attended, where anybody asks for it.
     """
 
     title: str

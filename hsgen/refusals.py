@@ -64,17 +64,19 @@ def refuse(graph: Graph) -> None:
             by_layer = isinstance(node.op, Route) and node.op.by == "layer"
             help = "give `layer` to load_kernel, or `--layer`" if by_layer else None
             if isinstance(node.op, Recall) and _taken_whole(node.op):
+                over = node.op.turns.over
+                what = over.removesuffix("s")
                 help = (
-                    "layers that take over have kernels: give `layer` to load_kernel, or `--layer`"
+                    f"each of the {over} has kernels: give `{what}` to load_kernel, or `--{what}`"
                 )
                 if any(isinstance(other.op, Divergence) for other in graph.nodes()):
-                    help = "layers that take over have kernels where the spec has no `loss`"
+                    help = f"{over} that take over have kernels where the spec has no `loss`"
             raise PlanError(words, span=node.span, help=help)
 
 
 def _taken_whole(op: Recall) -> bool:
-    """Whether some layers only attend what another one chose."""
-    return op.width is None and op.turns.over == "layers" and op.takes[-1] == "kept"
+    """Whether some calls only attend what another one chose."""
+    return op.width is None and op.takes[-1] == "kept"
 
 
 def lacking(graph: Graph, node: Node) -> str | None:

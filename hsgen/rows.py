@@ -206,6 +206,9 @@ class RowsContext(InTurn):
         False  # rows are slots of tiles, and an order says which row of a tensor each is
     )
     by_turns: bool = False  # heads have turns: keys, values and lists are those of a turn's heads
+    across: int = 0  # > 0: scores are of so many key heads together, which a program has one by one
+    across_how: Literal["", "sum", "mean", "max"] = ""
+    of_head: tuple[str, ...] = ()  # what rows load for each of them
 
     @property
     def derives(self) -> bool:
@@ -327,6 +330,25 @@ class RowsContext(InTurn):
     def scored(self) -> str:
         """What becomes of a tile of scores; a key's power of two is that of all its heads."""
         return f"{self.reduced} * k_power[:, None]" if self.powers else self.reduced
+
+    @property
+    def first_of_all(self) -> str:
+        """What the score of all heads begins with."""
+        return 'float("-inf")' if self.across_how == "max" else "0.0"
+
+    @property
+    def of_all(self) -> str:
+        """What it becomes with the heads of one more key."""
+        if self.across_how == "max":
+            return f"tl.maximum(total, {self.scored})"
+        return f"total + {self.scored}"
+
+    @property
+    def of_a_program(self) -> str:
+        """The score of all heads, or what becomes of a tile of scores."""
+        if not self.across:
+            return self.scored
+        return f"total * {number(1 / self.across)}" if self.across_how == "mean" else "total"
 
     @property
     def spread(self) -> bool:
@@ -1310,16 +1332,20 @@ class Scoring:
         return self.reduce is not None or self.sums or self.map_how is not None
 
 
-def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) -> RowsContext:
+def score(
+    shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int, across: int = 0
+) -> RowsContext:
     """Scores of a level's entries into a scratch [rows of the chunk, heads, capacity].
 
-    `heads`: rows that one token brings to a tile; `dim`: length of the scored vectors.
+    `heads`: rows that one token brings to a tile; `dim`: length of the scored vectors; `across`: of so many
+    key heads, one by one, where all heads have one score and each key head has keys of its own.
     """
     weighted = scoring.form == "relu_weighted"
     pitch = next_power(heads) if scoring.reduce or scoring.sums else heads
     phases, setup = _score_phases(shape, scoring)
     value = _value(scoring)
     identity = _identity(scoring)
+    of_row = _row_values(scoring, weighted)
     key = "K", "k", _key_comment(scoring), "bt" if scoring.by_index else "bth"
     asked = "[B, T, Hi, Di]" if scoring.by_index else f"[B, T, {scoring.asking}, Dqk]"
     if scoring.rows:
@@ -1353,11 +1379,11 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         pitch=pitch,
         qk_chunks=bound_chunks(dim) if scoring.form == "bound" else chunks(dim),
         key_head=""
-        if scoring.by_index
+        if scoring.by_index or across
         else kv_head("k_h", shape, per_head=scoring.share == "head" and not scoring.packed),
         key_row=f"k_first // {scoring.entries.stride}" if scoring.pooled else "k_first",
         setup=(
-            *_row_values(scoring, weighted),
+            *(() if across else of_row),
             *setup,
             *_score_rows(pitch, heads if scoring.packed else 1),
         ),
@@ -1382,6 +1408,9 @@ def score(shape: Shape, scoring: Scoring, *, name: str, heads: int, dim: int) ->
         rows_together=scoring.rows,
         eight=scoring.eight,
         powers=scoring.powers,
+        across=across,
+        across_how=(scoring.reduce or "") if across else "",
+        of_head=of_row if across else (),
     )
 
 

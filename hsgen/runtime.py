@@ -71,6 +71,7 @@ def load_kernel(
     heads: Heads | tuple[int, int] | None = None,
     head_dim: HeadDim | tuple[int, int] | int | None = None,
     layer: int | None = None,
+    step: int | None = None,
     dtype: torch.dtype | None = None,
     target: Target | str | None = None,
     interpret: bool = False,
@@ -89,6 +90,8 @@ def load_kernel(
         layer: number of the layer, from 0, where a route goes by it; None leaves it to the call,
             whose argument `layer` it then is.  Where layers take over whole selections it says
             whether this one chooses, or is called with the `selection` that another one chose.
+        step: number of the step, from 0, the same where steps of a layer take over: whether this one
+            attends everything, or chooses, or is called with what an earlier one chose.
         dtype: what tensors must have; None takes what comes.
         target: the GPU to compile for; None is the one that the tensors are on.
         interpret: run CPU tensors through the emitted kernels, in Triton's interpreter.
@@ -103,7 +106,7 @@ def load_kernel(
 
     Raises:
         SpecError: the spec is wrong.
-        ArgumentError: heads or head_dim contradict it; a negative layer; interpret without
+        ArgumentError: heads or head_dim contradict it; a negative layer or step; interpret without
             TRITON_INTERPRET=1.
         GateError: the spec has no form that the gate asks for.
     """
@@ -121,7 +124,8 @@ def load_kernel(
         check=paths.wants_checks() if check is None else check,
         gate=_checked_gate(gate),
     )
-    return _shared(loaded.bind(heads=heads, head_dim=head_dim, layer=layer), options)
+    bound = loaded.bind(heads=heads, head_dim=head_dim, layer=layer, step=step)
+    return _shared(bound, options)
 
 
 def _checked_gate(gate: object) -> Gate | Literal["measured"] | None:
@@ -250,6 +254,7 @@ class Kernel:
         *,
         layout: str = "bthd",
         return_lse: bool = False,
+        return_selection: bool = False,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
         max_seqlen_k: int | None = None,
@@ -257,7 +262,7 @@ class Kernel:
         kv_lens: int | Tensor | None = None,
         selection: Mapping[str, Selection | Tensor] | None = None,
         **tensors: Tensor,
-    ) -> Tensor | tuple[Tensor, Tensor | dict[str, Tensor]]:
+    ) -> Stepped:
         """Attend.
 
         Args:
@@ -266,6 +271,8 @@ class Kernel:
             v: [B, S, Hkv, Dv]; None where a latent key holds it.
             layout: "bthd", or "bhtd": the order of dimensions of every 4-D tensor, o included.
             return_lse: return the log-sum-exp too.
+            return_selection: return what was chosen too, by level, as `select` gives it and as `selection`
+                of another layer or step takes it; of levels that `selection` brings, what it brings.
             cu_seqlens_q: i32[Z + 1], where each packed document's queries start, and their total.
             cu_seqlens_k: the same of keys; default `cu_seqlens_q`.
             max_seqlen_k: no document has more keys; spares memory if it is known.
@@ -278,7 +285,7 @@ class Kernel:
 
         Returns:
             o [B, T, Hq, Dv]; with `return_lse` also f32[B, Hq, T], natural logarithm, one by branch
-            where gates combine.
+            where gates combine; with `return_selection` also a dict of selections.
 
         Raises:
             ArgumentError: argument, expected and got.
@@ -286,6 +293,11 @@ class Kernel:
         given = {"q": q, "k": k, "v": v, **tensors}
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
         call = self._call(given, self._attending, layout, lengths, selection)
+        if return_selection:
+            outputs = self._attended(call, selections=True)
+            found = self._returned(outputs, return_lse=return_lse)
+            chosen = self._selections(call, outputs)
+            return (*found, chosen) if isinstance(found, tuple) else (found, chosen)
         form = self._gating.form(call) if self._gating and selection is None else "own"
         if form == "own":
             return self._attend(call, return_lse=return_lse)
@@ -764,12 +776,27 @@ class Kernel:
         """Attend as the spec says, whatever the length."""
         return self._returned(self._attended(call), return_lse=return_lse)
 
-    def _attended(self, call: Call) -> Sequence[Tensor]:
-        """o and each log-sum-exp, and what may follow them."""
+    def _selections(self, call: Call, outputs: Sequence[Tensor]) -> dict[str, ListSelection]:
+        """By level, what a call brings, or else what is behind its log-sum-exps."""
+        given = dict(zip(call.levels.split(","), call.selection, strict=False))
+        found = dict(
+            zip(
+                self._execution.chosen(call),
+                outputs[1 + len(self._execution.branches) :],
+                strict=True,
+            )
+        )
+        return {
+            level: ListSelection(level=level, indices=indices)
+            for level, indices in (given | found).items()
+        }
+
+    def _attended(self, call: Call, *, selections: bool = False) -> Sequence[Tensor]:
+        """o, each log-sum-exp, and selections by level if they are asked for; else they may follow."""
         if not operators.is_watched(call):
             if operators.is_recorded(call):
                 return operators.record(self._key, call)
-            return self._execution.forward(call, selections=False)
+            return self._execution.forward(call, selections=selections)
         if not sharding.holds(call):
             return operators.forward(self._key, *call)
         heads = sharding.head_dims(self.spec)
@@ -777,12 +804,21 @@ class Kernel:
         if torch.compiler.is_compiling():
             o, *others = operators.forward(self._key_of_part(mine.parts), *mine.call)
         else:
-            o, *others = self.part(mine.parts)._attended(mine.call)
+            o, *others = self.part(mine.parts)._attended(mine.call, selections=selections)
         packed = call.cu_seqlens_q is not None
         dims = arguments.dims_of_caller(("B", "T", "Hq", "Dv"), call.layout, packed=packed)
         of_lse = ("Hq", "T") if packed else ("B", "Hq", "T")
-        lse = others[: len(self._execution.branches)]
-        return [mine.whole(o, dims, heads), *(mine.whole(each, of_lse, heads) for each in lse)]
+        count = len(self._execution.branches)
+        found = [
+            mine.whole(o, dims, heads),
+            *(mine.whole(x, of_lse, heads) for x in others[:count]),
+        ]
+        if selections:
+            levels = self._execution.chosen(call)
+            for level, x in zip(levels, others[count:], strict=True):
+                dims = sharding.dims_of_selection(self._attending, level, packed=packed)
+                found.append(mine.whole(x, dims, heads))
+        return found
 
     def part(self, parts: int) -> Kernel:
         """The kernel of one of so many equal parts of the heads, for a rank that has plain tensors of its

@@ -483,7 +483,7 @@ def picks(context: RowsContext) -> bool:
 def _scores(context: RowsContext) -> bool:
     """Whether it scores many entries by whole tiles, keys first, whose heads some group reduces."""
     kinds = {phase.kind for phase in context.phases}
-    reduced = context.spread and not context.together
+    reduced = context.spread and not (context.together or context.across)
     whole = kinds == {"range"} or (kinds == {"children"} and context.children % LEAST_ROWS == 0)
     return context.acc == "score" and reduced and whole and context.many_keys
 

@@ -222,7 +222,9 @@ def test_layers_that_differ_are_planned_each(listed: catalogue.Catalogue):
     """Whole systems where every kind of layer has kernels, parts of one where some kind has none."""
     by_name = {one.spec.name: one for one in listed.entries}
     for name, counts, phases in (
-        ("index_cache", [5, 3], ("prefill", "decode")),  # one kind chooses, one takes over
+        # one kind chooses, one takes over
+        ("index_cache", [5, 3], ("prefill", "decode", "gradients")),
+        ("hylra", [3, 3], ("prefill", "decode", "gradients")),
         ("small_thinker", [1, 1], ("prefill", "decode", "gradients")),
     ):
         one = by_name[name]
@@ -237,8 +239,8 @@ def test_layers_that_differ_are_planned_each(listed: catalogue.Catalogue):
         assert one.phases == phases
         assert [len(names) for names in one.record()["kernels_by_layer"]] == counts
         assert f"{counts[0]} + {counts[1]}" in str(listed)
-    assert by_name["hylra"].phases == ()
-    assert by_name["hylra"].status.endswith("; 3 kernels of some layers")
+    assert by_name["s2_attention"].phases == ()
+    assert by_name["s2_attention"].status.endswith("; 1 kernels of some layers")
     assert by_name["minference"].layers is None  # its heads differ
     assert by_name["nsa"].record()["kernels_by_layer"] is None
 

@@ -90,9 +90,7 @@ def test_every_tunable_has_a_value_of_its_own_or_of_the_kernel_it_follows(name):
 
 REFUSED = {
     "nsa_union": "no kernel tells the log-sum-exp of branch compressed in a union yet",
-    "moba_all": "over all heads",
     "overlapping": "overlapping blocks",
-    "tokens": "over all heads|normalises",
 }
 
 

@@ -22,7 +22,7 @@ from hsgen.reference import Kept, reference, tensor_shapes
 from hsgen.runtime import Kernel
 from hsgen.selection import ListSelection
 from hsgen.space import space
-from hsgen.spec import Reuse, Spec, dump, files, load, parse, verify
+from hsgen.spec import Blocks, Reuse, Spec, dump, files, load, parse, verify
 from hsgen.target import Target
 from hsgen.tuning import Child
 
@@ -162,12 +162,14 @@ def test_layers_of_shipped_specs() -> None:
     for name, layers in (("delta", (3, 8)), ("hylra", (2, 3, 5))):
         spec = load(name)
         assert all(spec.bind(layer=i).brought for i in layers)
-        assert spec.bind(layer=0) == spec  # which attends all
+        (left,) = spec.bind(layer=0).reuse  # which attends all, and chooses for others
+        assert (left.pattern, left.attend, left.lead) == ("F", "given", 0)
+        assert spec.bind(layer=1) == spec.bind(layer=0) == spec.bind(layer=0).bind(layer=7)
 
 
 @pytest.mark.parametrize("name", ["index_cache", "spatten", "sparse_d"])
 def test_what_is_no_whole_list_over_layers_stays(name: str) -> None:
-    """A loss that reads kept scores, candidates, and steps."""
+    """A loss that reads kept scores, candidates, and layers where steps take over."""
     spec = load(name)
     assert all(spec.bind(layer=i) == spec for i in range(300))
     with pytest.raises(PlanError, match="no kernel takes over a selection yet"):
@@ -312,6 +314,114 @@ def test_kernels_mean_what_the_reference_says(
         assert_means(kernel, x, selection={level: torch.full_like(indices, -1)})
     lens = torch.tensor([keys - 3, keys], dtype=torch.int32)
     assert_means(kernel, x, selection={level: indices}, kv_lens=lens)
+
+
+# --- layers that attend everything, and choose for others
+
+
+@pytest.mark.parametrize("name", ["delta", "hylra"])
+def test_what_is_chosen_for_others_is_asked_for(name: str) -> None:
+    """The branch attends every token, whose sum is that of the masses: nothing is summed apart."""
+    graph = passes.run(planner.plan(load(name).bind(layer=0)))
+    plan = schedule.schedule(graph, H100)
+    assert [kernel.name.split("_")[0] for kernel in plan.kernels] == ["attend", "score", "rank"]
+    assert [step.of for step in plan.steps] == [None, "rows"]
+    assert not planner.plan(load(name).bind(layer=0)).outputs.state
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "dim", "rows", "keys"),
+    [
+        ("pages", (4, 2), 16, 21, 21),
+        ("pages", (6, 2), 16, 1, 37),
+        ("pages", (3, 3), 96, 6, 18),
+        ("pages", (2, 1), 64, 13, 13),
+        ("per_group", (6, 2), 16, 9, 21),
+        ("per_group", (2, 2), 16, 1, 1),
+    ],
+)
+@pytest.mark.usefixtures("sanitized")
+def test_a_layer_that_attends_everything_chooses_by_it(
+    name: str, heads: tuple[int, int], dim: int, rows: int, keys: int
+) -> None:
+    spec = of(name).model_copy(update={"heads": None, "head_dim": None})
+    bound = spec.bind(heads=heads, head_dim=dim, layer=0)
+    kernel = load_kernel(bound, interpret=True)
+    x = tensors(bound, rows, keys)
+    assert_means(kernel, x)
+    o, lse, chosen = kernel(**x, return_lse=True, return_selection=True)
+    (level,) = chosen
+    expected = reference(bound, {name: y.double() for name, y in x.items()})
+    assert torch.equal(chosen[level].indices, expected.selection[level].indices)
+    assert torch.equal(kernel.select(**x)[level].indices, chosen[level].indices)
+    again, _ = kernel(**x, selection=chosen, return_lse=True)  # which nothing attends
+    assert torch.equal(again, o)
+    assert set(lse) <= {"selected", "near"} if isinstance(lse, dict) else True
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_equal_masses_go_to_the_first_entries() -> None:
+    """Forced ones beside them; of documents each for itself."""
+    spec = of("pages").bind(layer=0)
+    cu = torch.tensor([0, 0, 5, 22], dtype=torch.int32)
+    x = {name: y[0] for name, y in tensors(spec, 22, 22).items()}
+    x["q"] = torch.zeros_like(x["q"])
+    kernel = load_kernel(spec, interpret=True)
+    _, chosen = kernel(**x, return_selection=True, cu_seqlens_q=cu)
+    # rows of a last page beside a first one, which is the fullest
+    assert chosen["page"].indices[-1].tolist() == [[0, 3, 4]]
+    expected = reference(spec, x, cu_seqlens_q=cu)
+    assert torch.equal(chosen["page"].indices, expected.selection["page"].indices)
+    assert_means(kernel, x, cu_seqlens_q=cu)
+
+
+@pytest.mark.parametrize("name", ["pages", "per_group"])
+@pytest.mark.usefixtures("sanitized")
+def test_steps_hand_on_as_prefill_does(name: str) -> None:
+    """What a step of the layer that chooses gives is what a step of the next one takes."""
+    spec, tokens = of(name), 14
+    first, second = (load_kernel(spec, layer=i, interpret=True) for i in (0, SHARED_LAYER))
+    x = tensors(first.spec, tokens, tokens)
+    whole, chosen = first(**x, return_selection=True)
+    (level,) = chosen
+    taken = second(**x, selection=chosen)
+    caches = [each.new_cache(2, 32, dtype=torch.float32, device="cpu") for each in (first, second)]
+    for start, end in ((0, 11), (11, 12), (12, 14)):
+        new = {key: y[:, start:end] for key, y in x.items()}
+        run = (each.extend if start == 0 else each.decode for each in (first, second))
+        one, other = run
+        o, found = one(**new, cache=caches[0], return_selection=True)
+        assert torch.equal(found[level].indices, chosen[level].indices[:, start:end])
+        torch.testing.assert_close(o, whole[:, start:end], rtol=1e-4, atol=1e-5)
+        o = other(**new, cache=caches[1], selection=found)
+        torch.testing.assert_close(o, taken[:, start:end], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("pages", 0), ("pages", 3), ("tokens", 3)])
+def test_gradients_of_both(name: str, layer: int) -> None:
+    spec = of(name).bind(layer=layer)
+    kernel = load_kernel(spec, interpret=True)
+    x = {key: y.requires_grad_() for key, y in tensors(spec, 11, 17).items()}
+    more = {"selection": {level_of(spec): lists(spec, 11, 17)}} if spec.brought else {}
+    made, meant = kernel(**x, **more), kernel.reference(**x, **more)  # type: ignore[arg-type]
+    assert isinstance(made, Tensor) and isinstance(meant, Tensor)
+    grad = torch.randn(made.shape, generator=generator())
+    for mine, theirs in zip(
+        torch.autograd.grad(made, [*x.values()], grad),
+        torch.autograd.grad(meant.float(), [*x.values()], grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_no_program_reduces_what_it_cannot_hold() -> None:
+    """Pages of other sizes, and products of an index with a key head each."""
+    other = of("pages").bind(layer=0)
+    levels = list(other.levels)
+    levels[1] = levels[1].model_copy(update={"partition": Blocks(size=6, stride=6)})
+    with pytest.raises(PlanError, match="maps scores of all heads but of 2, 4, 8 or 16 entries"):
+        made = other.model_copy(update={"levels": tuple(levels)})
+        schedule.schedule(passes.run(planner.plan(made)), H100)
 
 
 def test_packed_documents_take_over() -> None:

@@ -35,8 +35,8 @@ from hsgen.planner.scores import anchors_of
 def plan_branch(builder: Builder, branch: language.Attend) -> Node:
     """One attend and its log-sum-exp."""
     weighed: tuple[Node, ...] = ()
-    if branch.over is None:
-        over = "static" if branch.static else "all" if branch.window == "all" else "window"
+    if branch.over is None or _opened(builder, branch):
+        over = "static" if branch.static else "all" if _all(branch) else "window"
         size = branch.static.blocks if branch.static else 1
         units = language.Blocks(size=size, stride=size)
         op, selection, cut = _attend(builder, branch, over=over, partition=units), None, ()
@@ -61,10 +61,22 @@ def plan_branch(builder: Builder, branch: language.Attend) -> Node:
     far = _far_keys(builder, branch, keys) if branch.delta else None
     read = [_query(builder, branch), keys, values, *some(selection), *weighed]
     operands = [*read, *some(bias), *some(far), *cut]
-    if branch.over is not None:
+    if selection is not None and branch.over is not None:
         op, rows = _of_rows(builder, op, builder.spec.level(branch.over))
         operands += rows
     return _with_log_sum_exp(builder, branch, op, *operands)
+
+
+def _all(branch: language.Attend) -> bool:
+    """Whether a branch that no level narrows attends every token."""
+    return branch.window == "all" or branch.over is not None
+
+
+def _opened(builder: Builder, branch: language.Attend) -> bool:
+    """Whether a branch attends every token in every call, and what its level chooses serves others."""
+    reuse = builder.spec.reuse_of(branch.over)
+    raw = branch.values == "raw" and not (branch.rows or branch.spans or branch.query)
+    return reuse is not None and reuse.fresh and reuse.opens and raw
 
 
 def _plan_pooled_branch(builder: Builder, branch: language.Attend, level: language.Level) -> Node:

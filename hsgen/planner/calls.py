@@ -16,7 +16,7 @@ Takes = tuple[Which, Which, Which]  # of dense, fresh and shared calls
 def plan_reuse(builder: Builder, level: language.Level, own: Node) -> None:
     """What a reused level hands on, and what its branches attend."""
     reuse = builder.spec.reuse_of(level.name)
-    if reuse is None:
+    if reuse is None or reuse.fresh:  # whose choice is its own, and serves other calls
         return
     final = reuse.role == "final"
     before: Which = "all" if reuse.attend == "given" else "own"

@@ -6,6 +6,9 @@ The only stage that decides on launches.  Values that tuning varies are a kernel
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+
+import networkx as nx
 
 from hsgen import appending, maps, passes, refusals
 from hsgen.configs import DType
@@ -123,6 +126,7 @@ def _plan(draft: Draft) -> Plan:
     laid.in_slots(draft)
     kept = combining.weigh(draft) if draft.kept or combining.by_channel(draft.graph) else {}
     combining.gate_output(draft)
+    _leave_out(draft)
     outputs = draft.graph.outputs
     return Plan(
         name=draft.graph.meta.name,
@@ -194,6 +198,21 @@ def _launches(draft: Draft) -> None:
                 | ReduceRows()
             ):
                 raise AssertionError("refused")
+
+
+def _leave_out(draft: Draft) -> None:
+    """Where all is attended whatever is chosen, a call chooses only if somebody asks for that."""
+    graph = draft.graph
+    outputs = {graph.outputs.o, *graph.outputs.lse.values()}
+    behind = outputs.union(*(nx.ancestors(graph.digraph, name) for name in outputs))
+    chosen = {name for name in graph.outputs.selection.values() if name not in behind}
+    if not chosen or len(chosen) < len(graph.outputs.selection):
+        return
+    made = {name for step in draft.steps for name in step.makes if name in behind}
+    draft.steps = [
+        step if step.of or made.intersection(step.makes) else replace(step, of="rows")
+        for step in draft.steps
+    ]
 
 
 def _choose(draft: Draft, node: Node, op: Select | SelectSet) -> None:

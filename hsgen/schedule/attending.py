@@ -16,6 +16,8 @@ from hsgen.plan import Buffer, Launch, Step
 from hsgen.schedule import selected, stepping, text
 from hsgen.schedule.draft import Draft
 
+MOST_DIMS = 256  # of queries and keys that are no latents
+
 
 def attend(draft: Draft, node: Node, op: Attend) -> None:
     if by := _own_way(draft, node, op):
@@ -114,19 +116,15 @@ def log_sum_exp(draft: Draft, node: Node) -> None:
     """The softmax sum of a level's scores, where no branch computes it anyway."""
     score = draft.graph[node.inputs[0]]
     assert isinstance(score.op, Score)
-    if score.op.form != "dot" or score.op.within is not None or score.op.size == 1:
+    pooled = draft.pool_of(score.inputs[1]) is not None
+    raw = score.inputs[0] == "q" and draft.shape.qk <= MOST_DIMS and score.op.size == 1
+    if score.op.form != "dot" or score.op.within is not None or not (pooled or raw):
         message = f"level {score.op.level}: no kernel normalises these scores yet"
         raise PlanError(message, span=node.span)
     if draft.steps_alone:
         stepping.log_sum_exp(draft, node, score)
         return
-    context = rows.attend_pooled(
-        draft.shape,
-        name=f"lse_{score.op.level}",
-        scale=score.op.scale or 1.0,
-        entries=draft.pooled_entries(score.inputs[1]),
-        values=False,
-    )
+    context = stepping.log_sum_exp_of(draft, score)
     config = draft.row_tiles.attend(context, limit=64)
     draft.kernel("rows", context, config, score.name, node.name)
     draft.steps.append(
@@ -150,7 +148,7 @@ def log_sum_exp(draft: Draft, node: Node) -> None:
                         *draft.tensor("q"),
                         *draft.tensor(score.inputs[1]),
                         *text.strides(text.buffer(node.name)),
-                        *text.SEQ,
+                        *draft.seq(context),
                     ),
                 ),
             ),

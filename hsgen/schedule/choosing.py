@@ -687,12 +687,9 @@ def _score_context(
         whole = draft.shape.kv_heads * draft.shape.qk
         shape = replace(draft.shape, query_heads=1, kv_heads=1, qk=whole)
         return rows.score(shape, scoring, name=f"score_{node.op.level}", heads=1, dim=whole)
+    across = 0
     if chain.reduce is not None and chain.reduce.share == "all":
-        raise PlanError(
-            f"level {node.op.level}: no kernel reduces a dot score over all heads yet; "
-            "share: group, or form: relu_weighted",
-            span=chain.score.span,
-        )
+        across = _across(draft, node, chain)
     if chain.lse is not None and parent is not None:
         message = f"level {node.op.level}: no kernel normalises scores inside a beam yet"
         raise PlanError(message, span=chain.score.span)
@@ -700,12 +697,37 @@ def _score_context(
         "all" if weighted else chain.reduce.share if chain.reduce else "head"
     )
     shape = _asking(draft, chain)
-    heads = {"head": 1, "group": shape.group, "all": draft.graph.sizes.get("Hi", 1)}[share]
+    of_all = shape.group if across else draft.graph.sizes.get("Hi", 1)
+    heads = {"head": 1, "group": shape.group, "all": of_all}[share]
     scoring = _scoring(draft, node, chain, parent, share)
     if scoring.packed:
         heads = shape.group
     dim = draft.graph.sizes["Di"] if scoring.by_index else shape.qk
-    return rows.score(shape, scoring, name=f"score_{node.op.level}", heads=heads, dim=dim)
+    name = f"score_{node.op.level}"
+    return rows.score(shape, scoring, name=name, heads=heads, dim=dim, across=across)
+
+
+def _across(draft: Draft, node: Node, chain: _Chain) -> int:
+    """How many key heads have scores that are made one: a program has them one by one.
+
+    Raises:
+        PlanError: rows choose together, or scores are carried over tap by tap: no loop is that deep.
+    """
+    score = chain.score.op
+    assert isinstance(score, Score)
+    assert isinstance(node.op, Select | SelectSet)
+    assert score.form in ("dot", "bound"), "others are of an index"
+    level = node.op.level
+    if draft.block(node):
+        message = f"level {level}: no kernel reduces scores of blocks of rows over all heads yet"
+        raise PlanError(message, span=chain.score.span, help="write `share: group`")
+    scoring = _scoring(draft, node, chain, None, "all")
+    if scoring.map_how and not scoring.folded:
+        raise PlanError(
+            f"level {level}: no kernel maps scores of all heads but of 2, 4, 8 or 16 entries to one yet",
+            span=chain.score.span,
+        )
+    return draft.shape.kv_heads
 
 
 def _asking(draft: Draft, chain: _Chain) -> rows.Shape:

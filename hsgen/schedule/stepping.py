@@ -295,17 +295,21 @@ def _united(draft: Draft, node: Node, op: Attend) -> tuple[Kernel, Launch, tuple
     return kernel, launch, (lists, marks) if context.marked else (lists,)
 
 
+def log_sum_exp_of(draft: Draft, score: Node) -> RowsContext:
+    """The loops of a level's softmax sum: over its entries, or over tokens."""
+    assert isinstance(score.op, Score)
+    name, scale = f"lse_{score.op.level}", score.op.scale or 1.0
+    if draft.pool_of(score.inputs[1]) is None:
+        context = rows.log_sum_exp_of_all(draft.shape, name=name, scale=scale)
+        return rows.with_pages(context, draft.page)
+    entries = draft.pooled_entries(score.inputs[1])
+    return rows.attend_pooled(draft.shape, name=name, scale=scale, entries=entries, values=False)
+
+
 def log_sum_exp(draft: Draft, node: Node, score: Node) -> None:
     """The softmax sum of a level's scores."""
     assert isinstance(score.op, Score)
-    entries = draft.pooled_entries(score.inputs[1])
-    context = rows.attend_pooled(
-        draft.shape,
-        name=f"lse_{score.op.level}",
-        scale=score.op.scale or 1.0,
-        entries=entries,
-        values=False,
-    )
+    context = log_sum_exp_of(draft, score)
     lse = Buffer(
         name=text.buffer(node.name),
         dtype="f32",
@@ -322,13 +326,13 @@ def log_sum_exp(draft: Draft, node: Node, score: Node) -> None:
             makes=(node.name,),
             buffers=(lse,),
             arguments=(*draft.tensor("q"), *draft.tensor(score.inputs[1])),
-            more=text.SEQ,
+            more=draft.seq(context),
             outputs=text.strides(lse.name),
             query_heads=draft.shape.query_heads,
             grid=(text.step_tiles(rows.with_split(context)), str(draft.shape.kv_heads)),
             sizes=(),
             alone=False,
-            keys=text.per_stride("batch.keys", entries.stride),
+            keys=text.per_stride("batch.keys", score.op.stride),
             sms=draft.target.sms,
             sink=False,
             turn=None,

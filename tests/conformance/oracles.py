@@ -474,7 +474,8 @@ def _form_only(call, *, absolute):
             levels.append(level.model_copy(update={"score": score, "within": None, "select": None}))
     kv = next((b.kv for b in spec.attend if b.values == "raw"), None)
     window = Attend(name="none", window=1, kv=kv, storage=spec.attend[0].storage)
-    plain = spec.model_copy(update={"levels": tuple(levels), "attend": (window,), "combine": None})
+    alone = {"levels": tuple(levels), "attend": (window,), "combine": None, "reuse": ()}
+    plain = spec.model_copy(update=alone)
     tensors = {n: t.double() for n, t in call.tensors.items() if n in tensor_kinds(plain)}
     if absolute:
         tensors = {n: t if _weighs(spec, n) else t.abs() for n, t in tensors.items()}

@@ -222,7 +222,8 @@ def _huge(t, tokens):
 
 def _private_branches(spec):
     """kv names, None for `k` and `v`, that only branches over selections attend."""
-    over = {b.kv for b in spec.attend if b.over and b.values == "raw"}
+    opened = {each.level for each in spec.reuse if each.attend == "given"}
+    over = {b.kv for b in spec.attend if b.over and b.values == "raw" and b.over not in opened}
     others = {b.kv for b in spec.attend if b.window}
     others |= {spec.level(b.over).kv for b in spec.attend if b.values == "pooled"}
     return over - others

@@ -54,13 +54,11 @@ REFUSED: dict[str, str] = {
     "sparse_d": "level block: no kernel takes over a selection yet",
     "spatten": "level token: no kernel takes over a selection yet",
     "spt": "level token: no kernel compares codes yet",
-    "delta": "level page: no kernel takes over a selection yet",
-    "hylra": "level token: no kernel takes over a selection yet",
     "index_cache": "level token: no kernel takes over a selection yet",
     "ssa": "no kernel puts out branches apart yet",
 }
 # Specs whose layers differ, and the layer whose kernels are tested.
-LAYERS: dict[str, int] = {"small_thinker": 1, "token_sparse": 15}
+LAYERS: dict[str, int] = {"delta": 0, "hylra": 0, "small_thinker": 1, "token_sparse": 15}
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 # `dsa` is an example that has tests of its own, and rounds the index as test_stored has it.
@@ -72,7 +70,9 @@ PRESETS: dict[str, str] = {
 # every tenth probe and every fourteenth law, one at least; the other specs have half of the probes, laws and
 # cases.  `-m "not gpu"` and a GPU have all.
 ALIKE: dict[str, str] = {
+    "delta": "nsa",
     "hip": "block_lists",
+    "hylra": "nsa",
     "hirouter": "hisa",
     "hydra": "moba",
     "deepseek_hca": "nsa",

@@ -17,7 +17,8 @@ class Reuse(Node):
     next `lead` ones are fresh, they choose for themselves; from then on the letters of `pattern` say
     it, over and over: F fresh, S shared, which takes over what was kept.  `every: 4` is FSSS.
     Without either, one fresh call serves all that follow.  `pattern: S` is what is left of a shared
-    layer alone: no call chooses, the caller brings what another layer chose.
+    call alone: none chooses, the caller brings what another call chose; `pattern: F` what is left of
+    one that chooses and attends something else.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"as": "role"}
@@ -42,6 +43,16 @@ class Reuse(Node):
     def brought(self) -> bool:
         """Whether every call takes over what another spec's call chose."""
         return self.pattern == "S"
+
+    @property
+    def opens(self) -> bool:
+        """Whether a call that chooses attends every visible token, not its choice."""
+        return self.attend == "given"
+
+    @property
+    def fresh(self) -> bool:
+        """Whether every call chooses for itself."""
+        return self.pattern is not None and not self.dense and set(self.pattern) == {"F"}
 
     def turn(self, call: int) -> Turn:
         """Which kind of call number `call` is."""

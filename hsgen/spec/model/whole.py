@@ -239,6 +239,7 @@ class Spec(Node):
         head_dim: HeadDim | tuple[int, int] | int | None = None,
         axes: tuple[int, ...] | None = None,
         layer: int | None = None,
+        step: int | None = None,
     ) -> "Spec":
         """Fill in what the text left open.
 
@@ -249,9 +250,11 @@ class Spec(Node):
             layer: number of the layer, from 0: where layers take ways, only its own is left; where
                 they take over whole selections, whether it chooses.  It changes nothing where they
                 do neither.
+            step: number of the step, from 0: the same where steps of a layer take over.
 
         Raises:
-            ArgumentError: the text says otherwise, or query is no multiple of kv; a negative layer.
+            ArgumentError: the text says otherwise, or query is no multiple of kv; a negative layer or
+                step.
         """
         if isinstance(heads, tuple):
             heads = Heads(query=count("heads", heads[0]), kv=count("heads", heads[1]))
@@ -264,7 +267,7 @@ class Spec(Node):
             msg = f"heads: expected query to be a multiple of kv, {heads.kv}, got {heads.query}"
             raise ArgumentError(msg)
         bound = self._bound("heads", heads)._bound("head_dim", head_dim)
-        return bound._laid(axes).located(self._spans)._on_layer(layer)
+        return bound._laid(axes).located(self._spans)._on_layer(layer)._on_step(step)
 
     def _laid(self, axes: tuple[int, ...] | None) -> "Spec":
         """With every axis that is open bound; the others as the text says."""
@@ -281,44 +284,76 @@ class Spec(Node):
 
     def _on_layer(self, layer: int | None) -> "Spec":
         """What is left of the spec for one layer."""
-        if layer is not None and (isinstance(layer, bool) or layer < 0):
-            msg = f"layer: expected a whole number of at least 0, got {layer!r}"
-            raise ArgumentError(msg, span=self.span("route"))
         if layer is None:
             return self
+        _check_number("layer", layer, self.span("route"))
         route, left = self.route, self
         if route is not None and route.by == "layer" and route.table:
             left = self._on_way(route.table[layer % len(route.table)])
-        return left._on_turn(layer)
+        return left._on_turn("layers", layer)
 
-    def _on_turn(self, layer: int) -> "Spec":
-        """What is left where layers take over selections: no reuse, or a selection that is brought."""
-        made = [(i, self._of_turn(reuse, layer)) for i, reuse in enumerate(self.reuse)]
-        left = [(i, reuse) for i, reuse in made if reuse is not None]
-        reuse = tuple(reuse for _, reuse in left)
-        if reuse == self.reuse:
+    def _on_step(self, step: int | None) -> "Spec":
+        """What is left of the spec for one step of a layer."""
+        if step is None:
             return self
-        kept = {"reuse": [i for i, _ in left]}
+        _check_number("step", step, self.span("reuse"))
+        return self._on_turn("steps", step)
+
+    def _on_turn(self, over: str, call: int) -> "Spec":
+        """What is left of one call where others take over: no reuse, or what it attends and brings.
+
+        A call that attends everything and chooses nothing has no level of it.
+        """
+        mine = [each for each in self.reuse if each.over == over and self._whole(each)]
+        dense = [each.level for each in mine if each.turn(call) == "dense"]
+        left = self._opened(dense) if dense else self
+        made = [
+            (i, left._of_turn(each, call) if each in mine else each)
+            for i, each in enumerate(left.reuse)
+        ]
+        kept = [(i, each) for i, each in made if each is not None]
+        reuse = tuple(each for _, each in kept)
+        return left if reuse == left.reuse else left._moved({"reuse": [i for i, _ in kept]}, reuse)
+
+    def _whole(self, reuse: Reuse) -> bool:
+        """Whether calls take over a whole selection, and do so alone: none chooses among what was kept, none
+        learns.
+        """
+        kl = self.loss and self.loss.kl
+        return reuse.role == "final" and not (kl and kl.level == reuse.level)
+
+    def _of_turn(self, reuse: Reuse, call: int) -> Reuse | None:
+        """What is left of one reuse: nothing where the call chooses for itself and attends that."""
+        alone: dict[str, object] = {"every": None, "pattern": "S", "dense": 0, "lead": 0}
+        if reuse.turn(call) == "shared":
+            return reuse.model_copy(update=alone | {"attend": "own"})
+        return reuse.model_copy(update=alone | {"pattern": "F"}) if reuse.opens else None
+
+    def _opened(self, levels: list[str]) -> "Spec":
+        """Branches over some levels attend every token, and these levels are gone."""
+        every = {"over": None, "window": "all"}
+        attend = tuple(
+            branch.model_copy(update=every) if branch.over in levels else branch
+            for branch in self.attend
+        )
+        statistic = self.route and self.route.statistic
+        needed = {branch.over for branch in attend}
+        needed |= {*statistic.levels} if statistic else set()
+        for level in reversed(self.levels):
+            needed |= level.named if level.name in needed else set()
+        kept = [j for j, level in enumerate(self.levels) if level.name in needed]
+        others = tuple(self.levels[j] for j in kept)
+        index = self.index if any(level.score.by_index for level in others) else None
+        left = self.model_copy(update={"attend": attend, "levels": others, "index": index})
+        reuse = [i for i, each in enumerate(self.reuse) if each.level in needed]
+        moved = {"levels": kept, "reuse": reuse}
+        return left._moved(moved, tuple(self.reuse[i] for i in reuse))
+
+    def _moved(self, kept: Mapping[str, list[int]], reuse: tuple[Reuse, ...]) -> "Spec":
+        """The same with another `reuse`, and with places of what lists have only some items of."""
         places = ((_moved(path, kept), span) for path, span in self._spans.items())
         spans = {path: span for path, span in places if path is not None}
         return self.model_copy(update={"reuse": reuse}).located(spans)
-
-    def _of_turn(self, reuse: Reuse, layer: int) -> Reuse | None:
-        """What is left of one reuse: nothing where the layer chooses for itself.
-
-        All of it where the layer attends everything, chooses among what was kept, learns, or takes over
-        what is no list of a row.
-        """
-        turn, level = reuse.turn(layer), self.level(reuse.level)
-        learns = self.loss and self.loss.kl and self.loss.kl.level == reuse.level
-        if reuse.over != "layers" or reuse.role != "final" or turn == "dense" or learns:
-            return reuse
-        if turn == "fresh":
-            return reuse if reuse.attend == "given" else None
-        if level.select is None or level.select.counts_vary or self.rows_of(level) is not None:
-            return reuse
-        alone = {"every": None, "pattern": "S", "dense": 0, "lead": 0, "attend": "own"}
-        return reuse.model_copy(update=alone)
 
     def _on_way(self, way: str) -> "Spec":
         """What is left of the spec where one way is taken: a spec without a route."""
@@ -353,6 +388,13 @@ class Spec(Node):
             msg = f"{field}: expected {said!r} as the spec '{self.name}' says, got {value!r}"
             raise ArgumentError(msg, span=self.span(field))
         return self.model_copy(update={field: value})
+
+
+def _check_number(name: str, number: int, span: Span | None) -> None:
+    """A layer or a step is counted from 0."""
+    if isinstance(number, bool) or number < 0:
+        message = f"{name}: expected a whole number of at least 0, got {number!r}"
+        raise ArgumentError(message, span=span)
 
 
 def _first_entries(level: Level, force: Force) -> int:

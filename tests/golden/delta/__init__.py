@@ -1,0 +1,1 @@
+"""Kernels of delta, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of hylra, emitted by hsgen."""
