@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hsgen import axes, rows, transposed
+from hsgen import axes, patterns, rows, transposed
 from hsgen.kernels import tunables
 from hsgen.plan import ElementType, Param
 from hsgen.rows import (
@@ -340,10 +340,15 @@ class ColsContext(rows.InTurn):
         0  # > 0: rows are those of blocks, so many each, of which any chose a block of keys
     )
     several: int = 1  # entries of that block
+    # of a pattern: where the rows of step i begin, and what is known of them; else there is nothing
+    at: tuple[str, ...] = ()
+    of_rows: tuple[str, ...] = ()
+    turns: int = 0  # > 0: heads of a group, one after the other, for each of which `setup` says
+    by_way: bool = False  # a sequence has a way of its own
 
     def uses(self, name: str) -> bool:
         """Whether any statement reads the number `name`."""
-        text = " ".join((*self.setup, *self.visible))
+        text = " ".join((*self.setup, *self.at, *self.of_rows, *self.visible))
         text += " q_offset" if "position" in text else ""
         text += " q_len q_offset" if self.together else ""
         return re.search(rf"\b{name}\b", text) is not None
@@ -387,7 +392,7 @@ class ColsContext(rows.InTurn):
 
     @property
     def key_head(self) -> str:
-        of_queries = self.per_head and not self.together
+        of_queries = self.per_head and not (self.together or self.turns)
         return f"(head // {self.group})" if of_queries else "head"
 
     @property
@@ -446,6 +451,7 @@ class ColsContext(rows.InTurn):
             *rows.QUERY,
             *tensor("K", "k", f"{shape}Dqk]", "bth"),
             *(() if self.latent else tensor("V", "v", f"{shape}Dv]", "bth")),
+            *((patterns.WAYS,) if self.by_way else ()),
             *OUTPUT_GRADIENT,
             *SUMS,
             *rows.gates_of(self.turn),
@@ -682,6 +688,20 @@ def of_window(shape: Shape, branch: Branch, *, window: int | None) -> ColsContex
         _of(shape, branch, heads=shape.group),
         setup=(f"start = tl.maximum({start}, 0)", f"stop = {stop}"),
         visible=(*seen, *near),
+    )
+
+
+def of_pattern(shape: Shape, branch: Branch, *, rule: patterns.Rule) -> ColsContext:
+    """Keys for the rows that a pattern shows them to."""
+    takers = patterns.takers(shape, rule)
+    return replace(
+        _of(shape, branch, heads=1 if takers.heads else shape.group),
+        setup=takers.setup,
+        at=takers.at,
+        of_rows=takers.of_rows,
+        visible=takers.visible,
+        turns=takers.heads,
+        by_way=rule.by_way,
     )
 
 

@@ -118,7 +118,7 @@ class _Batch:
 def _call(plan: Plan, batch: int, tokens: int, *, packed: bool = False) -> dict[str, Value]:
     """The names that the driver's expressions start from."""
     total = batch * tokens if packed else tokens
-    known = {**plan.sizes, "B": 1 if packed else batch, "T": total, "S": total}
+    known = {**plan.sizes, "B": 1 if packed else batch, "T": total, "S": total, "Z": batch}
     size = _itemsize(plan, "input")
     inputs = {
         f"in_{name}": Array(shape=tuple(_dim(dim, known) for dim in dims), itemsize=size)

@@ -214,6 +214,8 @@ def _row_ranges(context: RowsContext, kernel: Kernel, plan: Plan) -> dict[str, t
         tokens = min(tokens, next_power(context.rows_together))
     if _picks(kernel, plan):
         tokens = min(tokens, PICKING)
+    if context.most_tokens:
+        tokens = min(tokens, context.most_tokens)
     wide = 128
     if (block := _block(kernel, plan)) is not None:
         wide = max(LEAST_DOT, min(wide, block))
@@ -263,6 +265,9 @@ def _too_many_rows(kernel: Kernel, values: Mapping[str, int], plan: Plan) -> str
     tokens = values.get("BLOCK_T", 1)
     if tokens > PICKING and _picks(kernel, plan):
         return f"expected BLOCK_T of at most {PICKING}, the bits of a word, got {tokens}"
+    most = kernel.context.most_tokens if isinstance(kernel.context, RowsContext) else 0
+    if most and tokens > most:
+        return f"expected BLOCK_T of at most {most}, the tokens of a unit, got {tokens}"
     return ""
 
 
@@ -274,8 +279,9 @@ def _block(kernel: Kernel, plan: Plan) -> int | None:
     assert isinstance(context, RowsContext), "of the rows skeleton"
     if context.children:
         return next_power(context.children)
-    if context.together == "part" and context.stride >= LEAST_DOT:
-        return context.stride if context.stride == next_power(context.stride) else None
+    unit = context.units or (context.stride if context.together == "part" else 0)
+    if unit >= LEAST_DOT:
+        return unit if unit == next_power(unit) else None
     for other in plan.kernels:
         if other.follows == kernel.name:
             match other.context:

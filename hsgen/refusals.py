@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations
 
-from hsgen import axes, maps
+from hsgen import axes, maps, patterns
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Assign,
@@ -57,6 +57,7 @@ def refuse(graph: Graph) -> None:
     Raises:
         PlanError: one that they do not; routes first, since a bound layer may have none of the rest.
     """
+    graph, _ = patterns.routed(graph)
     for node in sorted(graph.nodes(), key=lambda node: not isinstance(node.op, Route)):
         if isinstance(node.op, Entropies):
             continue  # a call of its own, which says so: no output depends on it
@@ -255,9 +256,10 @@ def _of_stored(graph: Graph, node: Node, op: Round) -> str | None:
 
 
 def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
+    if op.pattern and (words := patterns.lacking(op.pattern, causal=graph.meta.causal)):
+        return words
     chosen = any(isinstance(x.op, Select | SelectSet | Recall) for x in graph.operands(node))
     lacks = (
-        (op.over == "static", "attends a static pattern"),
         (op.cut in ("nodes", "runs"), f"attends {op.cut}"),
         (op.over == "pooled" and chosen, "attends pooled entries of a selection"),
         (op.biased, "adds a learned bias to logits"),

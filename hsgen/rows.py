@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 from hsgen.plan import ElementType, Param
 
 Accumulator = Literal["softmax", "lse", "score", "dq", "delta"]
-PhaseKind = Literal["range", "list", "picked", "gather", "children", "mapped", "slots"]
+PhaseKind = Literal["range", "steps", "list", "picked", "gather", "children", "mapped", "slots"]
 LOG2_E = 1.4426950408889634
 FEW_TOKENS = 16
 LINE = 100  # characters of an emitted line
@@ -79,6 +79,7 @@ class Phase:
     stop: str
     inside: str = ""
     visible: tuple[str, ...] = ()
+    at: tuple[str, ...] = ()  # statements that say where the keys of step i begin, `n0`
     body: tuple[str, ...] = ()  # statements at the head of each turn
     members: bool = False  # WORDS says of each step of a list which rows chose it
     slot: str = "n"  # where a score goes
@@ -209,6 +210,8 @@ class RowsContext(InTurn):
     across: int = 0  # > 0: scores are of so many key heads together, which a program has one by one
     across_how: Literal["", "sum", "mean", "max"] = ""
     of_head: tuple[str, ...] = ()  # what rows load for each of them
+    units: int = 0  # > 0: steps begin with units of so many keys, and none leaves its unit
+    most_tokens: int = 0  # > 0: of a tile
 
     @property
     def derives(self) -> bool:
@@ -572,7 +575,7 @@ def with_split(context: RowsContext) -> RowsContext:
     Scores need no more: each goes to its own place.  Of a softmax every program leaves a part, its output
     normalised and its log-sum-exp, from which the whole is merged.
     """
-    unit = "1" if context.phases[0].kind in ("list", "children") else "BLOCK_N"
+    unit = "1" if context.phases[0].kind in ("list", "children", "steps") else "BLOCK_N"
     begin, end = context.phases[0].start, context.phases[-1].stop
     keys = "walked" if begin == "0" else f"walked - {begin}"
     steps = keys if unit == "1" else f"({keys} + BLOCK_N - 1) // BLOCK_N"

@@ -170,7 +170,7 @@ class StreamsContext(Warped):
         if self.latent:
             return tuple(known)
         phases = () if self.rows.children else self.rows.phases
-        needed = {word for phase in phases for word in _words(phase.start, phase.stop)}
+        needed = {word for p in phases for word in _words(p.start, p.stop, *p.at)}
         needed |= {"list_base", "TILES"} if self.listed or self.rows.children else set()
         kept: list[str] = []
         for line in reversed(known):
@@ -458,7 +458,7 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
             or (context.joins and not context.derives)
             or context.page
         )
-        and kinds <= {"range", "list", "children", "picked"}
+        and kinds <= {"range", "steps", "list", "children", "picked"}
         and context.together in ("", "part")
         and not setups
         and all(NARROWEST <= chunk.width <= WIDEST and not chunk.clip for chunk in chunks)

@@ -33,7 +33,18 @@ from hsgen.rows import RowsContext
 from hsgen.runtime import compile_program
 from hsgen.schedule import TILE_OF_HEADS
 from hsgen.selection import ListSelection, members
-from hsgen.spec import Attend, Blocks, Halving, HeadDim, Heads, Level, Select, Spec, parse
+from hsgen.spec import (
+    Attend,
+    Blocks,
+    Halving,
+    HeadDim,
+    Heads,
+    Level,
+    Select,
+    Spec,
+    Static,
+    parse,
+)
 from hsgen.spec import verify as verify_spec
 from hsgen.streams import StreamsContext
 from hsgen.target import Target
@@ -143,16 +154,16 @@ def shrink(spec: Spec) -> Spec:
 
     Sizes and strides are divided by one power of two, so partitions nest and overlap as before.
     """
-    divisor = _divisor(spec)
+    divisor, heads = _divisor(spec), _few_heads(spec, kv=2)
     changes: dict[str, object] = {
         "levels": tuple(_shrunk_level(spec, level, divisor) for level in spec.levels),
-        "attend": tuple(_shrunk_branch(branch) for branch in spec.attend),
-        "heads": _few_heads(spec, kv=2),
+        "attend": tuple(_shrunk_branch(branch, heads) for branch in spec.attend),
+        "heads": heads,
         "head_dim": _few_dims(spec),
     }
     if spec.index:
-        heads = 2 if spec.index_per_key_head else min(spec.index.heads, 4)
-        changes["index"] = spec.index.model_copy(update={"heads": heads, "dim": 16})
+        few = 2 if spec.index_per_key_head else min(spec.index.heads, 4)
+        changes["index"] = spec.index.model_copy(update={"heads": few, "dim": 16})
     return verify_spec(spec.model_copy(update=changes))
 
 
@@ -233,10 +244,27 @@ def _of_few_entries(select: Select) -> dict[str, object]:
     return {}
 
 
-def _shrunk_branch(branch: Attend) -> Attend:
+def _shrunk_branch(branch: Attend, heads: Heads) -> Attend:
+    if branch.static:
+        return branch.model_copy(update={"static": _shrunk_static(branch.static, heads.query)})
     if branch.window is None or branch.window == "all":
         return branch
     return branch.model_copy(update={"window": min(branch.window, 9)})
+
+
+def _shrunk_static(static: Static, heads: int) -> Static:
+    """Units of at most two tokens, short windows, and kinds of heads of which the heads are a multiple."""
+    kinds = static.per_head[: math.gcd(heads, len(static.per_head))]
+    return static.model_copy(
+        update={
+            "blocks": min(static.blocks, 2),
+            "window": static.window and min(static.window, 5),
+            "sink": min(static.sink, 3),
+            "per_head": tuple(
+                kind.model_copy(update={"window": min(kind.window, 5)}) for kind in kinds
+            ),
+        }
+    )
 
 
 def _few_heads(spec: Spec, *, kv: int) -> Heads:
@@ -284,6 +312,11 @@ def differences(spec: Spec) -> str:
         f"{branch.name} window {branch.window} -> {other.window}"
         for branch, other in zip(spec.attend, small.attend, strict=True)
         if branch.window != other.window
+    ]
+    parts += [
+        f"{branch.name} units of {branch.static.blocks} -> {other.static.blocks}"
+        for branch, other in zip(spec.attend, small.attend, strict=True)
+        if branch.static and other.static and branch.static != other.static
     ]
     assert small.heads is not None, "shrink binds them"
     assert small.head_dim is not None, "shrink binds them"

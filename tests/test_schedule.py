@@ -459,6 +459,7 @@ def resized(spec, heads, dims):
             update={"heads": heads[1]}
         )  # one for each key head
     changes["levels"] = systems.turned_less(spec, dims[0])
+    changes["attend"] = tuple(systems.of_heads(branch, heads[0]) for branch in spec.attend)
     return spec.model_copy(update=changes)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hsgen import passes, refusals
+from hsgen import passes, patterns, refusals
 from hsgen.backward import attending, laid, pooling, refusing
 from hsgen.backward.gathered import Gradients
 from hsgen.configs import DType
@@ -41,7 +41,7 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
     Raises:
         PlanError: something whose gradient no kernel makes yet.
     """
-    graph = passes.without_losses(graph)
+    graph, _ = patterns.routed(passes.without_losses(graph))
     refusals.refuse(graph)
     refusing.refuse(graph)
     draft = Draft(graph, target, dtype)

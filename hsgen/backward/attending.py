@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hsgen import buckets, cols, cols_streams, rows, streams
+from hsgen import buckets, cols, cols_streams, patterns, rows, streams
 from hsgen.backward import tiles, together, tokens
 from hsgen.backward.gathered import Gradients
 from hsgen.graph import Attend, Input, Node, left_to_window
@@ -189,6 +189,7 @@ class _Branch:
         most = rows.PICKING if chosen else max(1, SORT_LIMIT // next_power(self.width))
         most = by_block.block if by_block else most
         block = self.op.size if self.chosen and not chosen else None
+        most, block = dq.most_tokens or most, dq.units or block
         config = self._tiles_of_rows(dq, most=most, block=block)
         if chosen and self.gives:
             lists = tokens.given(self.draft, chosen, dq, config, leaves=self.left)
@@ -301,6 +302,9 @@ class _Branch:
                 context = rows.attend_window(self.shape, name=name, scale=self.scale, window=window)
             case "all":
                 context = rows.attend_all(self.shape, name=name, scale=self.scale)
+            case "static":
+                rule = patterns.rule_of(self.op)
+                context = patterns.attend(self.shape, name=name, scale=self.scale, rule=rule)
             case "pooled":
                 entries = self.draft.pooled_entries(self.node.inputs[1])
                 context = rows.attend_pooled(
@@ -444,8 +448,11 @@ class _Branch:
         if self.op.over == "pooled":
             self._keys_of_pool(branch, buffers)
             return
-        window = self.op.window if self.op.over == "window" else None
-        context = cols.of_window(self.shape, branch, window=window)
+        if self.op.over == "static":
+            context = cols.of_pattern(self.shape, branch, rule=patterns.rule_of(self.op))
+        else:
+            window = self.op.window if self.op.over == "window" else None
+            context = cols.of_window(self.shape, branch, window=window)
         config = self._tiles_of_cols(context)
         self._cols(context, config)
         of = text.input_of(k)

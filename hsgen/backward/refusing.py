@@ -54,7 +54,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         return _of_tiles(graph, op)
     lacks = (
         (
-            op.over not in ("blocks", "tokens", "window", "all", "pooled"),
+            op.over not in ("blocks", "tokens", "window", "static", "all", "pooled"),
             f"attention over {op.over}",
         ),
         (bool(op.latent) and op.over == "pooled", "pooled latents"),

@@ -540,6 +540,7 @@ class Pattern:
 
     `spans` are (window, growth, sink) of heads, over and over; growth is in units of 2^-30.  `axes`
     are a window of tokens along each axis, the last one fastest; none where there is no such window.
+    `by_way`: spans are those of the ways of a sequence, one that is none of them sees nothing.
     """
 
     spans: tuple[tuple[int, int, int], ...]
@@ -548,6 +549,7 @@ class Pattern:
     shift: int
     power_of_two: bool
     axes: tuple[AxisWindow, ...] = ()
+    by_way: bool = False  # of schedules alone: a route and its branches, as one branch
 
     def __str__(self) -> str:
         if self.axes and self.without_units:

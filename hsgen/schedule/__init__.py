@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import networkx as nx
 
-from hsgen import appending, maps, passes, refusals
+from hsgen import appending, maps, passes, patterns, refusals
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -108,8 +108,9 @@ def schedule(
         PlanError: an operator that no kernel does yet, a size that none can hold, or an order of a branch
             that has but one.
     """
-    graph = passes.without_losses(graph)
-    return _plan(Draft(graph, target, dtype, orders or {}, kept=apart, cached=cached))
+    graph, merged = patterns.routed(passes.without_losses(graph))
+    draft = Draft(graph, target, dtype, orders or {}, kept=apart, cached=cached, merged=merged)
+    return _plan(draft)
 
 
 def _plan(draft: Draft) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hsgen import rows
+from hsgen import patterns, rows
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
@@ -30,6 +30,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     buffers: list[Buffer] = []
     sizes: list[tuple[str, str]] = []
     found: selected.ByTiles | None = None
+    most, block = 128, None
     match op.over:
         case "window":
             context = rows.attend_window(shape, name=name, scale=scale, window=op.window or 1)
@@ -40,7 +41,11 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
             context = rows.attend_pooled(
                 shape, name=name, scale=scale, entries=entries, values=True
             )
-        case "tokens" | "static" | "tiers" | "spans":
+        case "static":
+            rule = patterns.rule_of(op)
+            context = patterns.attend(shape, name=name, scale=scale, rule=rule)
+            most, block = rule.most_tokens or most, context.units or None
+        case "tokens" | "tiers" | "spans":
             raise AssertionError("refused, or planned in its own way")
         case "blocks":
             found = selected.attend_blocks(draft, node, op)
@@ -56,7 +61,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
         context = selected.as_branch(draft, context, node, op)
         if op.over != "pooled":
             context = rows.with_pages(context, draft.page)
-        config = draft.tiles(context, limit=128)
+        config = draft.tiles(context, limit=128, most=most, block=block)
     draft.attend(context, config, *draft.makes(node))
     turns = bool(lists and lists.turn)
     tiles = "count" if turns else text.tiles()

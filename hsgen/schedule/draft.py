@@ -294,9 +294,12 @@ class Draft:
         return block_of(selection.type.dims[1]) or 0
 
     def tensors(self, node: Node, op: Attend) -> tuple[str, ...]:
-        """Queries, keys and values; of a latent the keys are all."""
+        """Queries, keys and values, of a latent the keys are all; and the ways that sequences take."""
         read = ("q", *node.inputs[1 : 2 if op.latent else 3])
-        return tuple(argument for name in read for argument in self.tensor(name))
+        ways: tuple[str, ...] = ()
+        if op.pattern and op.pattern.by_way:
+            ways = (text.input_of(node.inputs[3]),)
+        return (*(argument for name in read for argument in self.tensor(name)), *ways)
 
     def turn(self, node: Node) -> rows.Turn | None:
         """Of a branch that is one of several."""
@@ -324,7 +327,8 @@ class Draft:
         """The nodes that an attend computes: its own, and the total if it is the last one's turn."""
         turn = self.turns.get(node.name)
         total = (turn.total, *self.lse_of(self.graph[turn.total])) if turn and turn.last else ()
-        return (node.name, *self.lse_of(node), *total)
+        merged = (name for name, one in self.merged.items() if one == node.name)
+        return (node.name, *self.lse_of(node), *total, *merged)
 
     def output(self, node: Node) -> str:
         """The buffer that an attend writes: its own, or that of the total."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsgen import rows, splits
+from hsgen import patterns, rows, splits
 from hsgen.errors import PlanError
 from hsgen.graph import Attend, Node, Normalise, Score, SelectSet, left_to_window
 from hsgen.kernels import UniteContext
@@ -11,6 +11,7 @@ from hsgen.rows import RowsContext, next_power
 from hsgen.schedule import choosing, text
 from hsgen.schedule.draft import SORT_LIMIT, Draft, Left, Turn
 
+FEW = 8  # rows of a sequence, at most, that a step has
 MOST_MEMBERS = 8  # heads of a group whose lists are walked as one: bits of an entry
 
 
@@ -210,8 +211,24 @@ def _walk(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsConte
             return context, text.per_stride("batch.keys", entries.stride)
         case "tokens" | "blocks":
             return _lists(draft, node, op, scale)
-        case "static" | "tiers" | "spans":
+        case "static":
+            return _pattern(draft, node, op, scale)
+        case "tiers" | "spans":
             raise AssertionError("refused")
+
+
+def _pattern(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsContext, str]:
+    """What a pattern shows, to one head of those that see different units.
+
+    A step has a few rows, which lie in two units at most.
+    """
+    rule = patterns.rule_of(op)
+    if 0 < rule.most_tokens < FEW:
+        what = f"distances in units of fewer than {FEW} tokens"
+        raise PlanError(f"branch {op.branch}: no kernel decodes {what} yet", span=node.span)
+    shape = draft.shape_of(op)
+    context = patterns.attend(shape, name=f"attend_{op.branch}", scale=scale, rule=rule)
+    return rows.with_pages(context, draft.page), rule.keys("batch.keys")
 
 
 def _lists(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsContext, str]:

@@ -93,7 +93,11 @@ def make(spec, *, B=1, T=61, S=None, dtype=torch.float32, seed=0, device="cpu", 
     tensors = {
         name: draw(spec, name, shape, generator).to(dtype).to(device)
         for name, shape in shapes.items()
+        if name != "route"
     }
+    if "route" in shapes:  # one of its ways for each sequence
+        ways = torch.randint(0, len(spec.route.input), shapes["route"], generator=generator)
+        tensors["route"] = ways.to(torch.int32).to(device)
     call = Call(spec=spec, tensors=tensors)
     if integers and any(level.score.normalise for level in spec.levels):
         return call.with_tensors(**_two_valued(call))
@@ -172,6 +176,7 @@ def head_major(x):
 def guarded(x, *, extra=5, fill=float("nan")):
     """A view inside a larger tensor that holds `fill` all around."""
     *outer, last = x.shape
+    fill = fill if x.is_floating_point() else 1 << 20
     room = torch.full([n + 2 for n in outer] + [last + extra], fill, dtype=x.dtype, device=x.device)
     view = room[(*(slice(1, n + 1) for n in outer), slice(0, last))]
     return view.copy_(x)
@@ -200,9 +205,9 @@ def pack(spec, lengths, *, key_lengths=None, dtype, seed=0, device="cpu", intege
     ]
     alone = [call.with_tensors(**shared) for call in alone]
     joined = {
-        name: torch.cat([call.tensors[name][0] for call in alone])
+        name: torch.cat([x if kind == "sequence" else x[0] for x in parts])
         for name, kind in kinds.items()
-        if kind != "parameter"
+        if kind != "parameter" and (parts := [call.tensors[name] for call in alone])
     }
     options = {"cu_seqlens_q": _ends(lengths, device), "cu_seqlens_k": _ends(key_lengths, device)}
     return Call(spec=spec, tensors=joined | shared, options=options), alone

@@ -34,20 +34,16 @@ REFUSED: dict[str, str] = {
     "svg_ear": "level error: no kernel clusters keys yet",
     "s2o": "no kernel puts keys in another order yet",
     "pbs_attn": "level block: no kernel puts keys in another order yet",
-    "flux_attention": "no kernel takes a route by sample yet",
     "minference": "no kernel takes a route by head yet",
     "flex_prefill": "no kernel takes a route by sample_head yet",
     "dma": "level token: no kernel scores by a learned bias yet",
     "nosa": "level importance: no kernel scores by a learned bias yet",
-    "gna": "branch near: no kernel attends a static pattern yet",
+    "gna": "branch near: no kernel attends windows along axes yet",
     "deepseek_csa": "level entry: no kernel has entries that begin before their place yet",
     "step_csa": "%region.keys.rounded: no kernel rounds pooled keys yet",
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
     "routing_transformer": "no kernel takes a route by head yet",
     "superlinear": "level anchor: no kernel scores anchors behind each row yet",
-    "moa": "branch elastic: no kernel attends a static pattern yet",
-    "power_attention": "no kernel takes a route by layer yet",
-    "s2_attention": "no kernel takes a route by layer yet",
     "sea": "level part: no kernel takes scores as they are given yet",
     "delta_llm": "no kernel reads keys from their changes yet",
     "token_sparse": "level all_mass: no kernel reduces the scores of rows together yet",
@@ -58,7 +54,14 @@ REFUSED: dict[str, str] = {
     "ssa": "no kernel puts out branches apart yet",
 }
 # Specs whose layers differ, and the layer whose kernels are tested.
-LAYERS: dict[str, int] = {"delta": 0, "hylra": 0, "small_thinker": 1, "token_sparse": 15}
+LAYERS: dict[str, int] = {
+    "delta": 0,
+    "hylra": 0,
+    "small_thinker": 1,
+    "token_sparse": 15,
+    "s2_attention": 0,
+    "power_attention": 1,
+}
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 # `dsa` is an example that has tests of its own, and rounds the index as test_stored has it.
@@ -99,6 +102,10 @@ ALIKE: dict[str, str] = {
     "draft_attention_head": "block_lists",  # but for pairs, which test_pairs has beside
     "biformer": "block_lists",
     "biformer_released": "block_lists",
+    "s2_attention": "nsa",  # but for which keys they walk, which test_patterns has
+    "moa": "nsa",
+    "flux_attention": "nsa",
+    "power_attention": "nsa",
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
@@ -144,7 +151,12 @@ def _shrunk_branch(branch):
         changes["delta"] = branch.delta.model_copy(update={"window": near, "threshold": 0.5})
     if branch.static:
         units = min(branch.static.blocks, 2)
-        changes["static"] = branch.static.model_copy(update={"blocks": units})
+        few = {"blocks": units}
+        if branch.static.power_of_two:  # no tile has more rows than a unit
+            few = {"blocks": min(branch.static.blocks, 8), "window": 1}
+        if branch.static.window and units == 1:
+            few |= {"window": min(branch.static.window, 13), "sink": min(branch.static.sink, 3)}
+        changes["static"] = branch.static.model_copy(update=few)
     return branch.model_copy(update=changes)
 
 
@@ -261,11 +273,22 @@ def bind(spec, *, group=2, kv=None, dims=(64, 64)):
         "head_dim": HeadDim(qk=dims[0], v=dims[1]),
     }
     changes["levels"] = turned_less(spec, dims[0])
+    changes["attend"] = tuple(of_heads(branch, group * kv) for branch in spec.attend)
     if spec.index:
         heads = kv if spec.index_per_key_head else group
         few = {"heads": heads, "dim": min(dims[0], 256)}
         changes["index"] = spec.index.model_copy(update=few)
     return language.verify(spec.model_copy(update=changes))
+
+
+def of_heads(branch, heads):
+    """Windows of as many kinds of heads as the heads are a multiple of."""
+    if branch.static is None or not branch.static.per_head:
+        return branch
+    kinds = branch.static.per_head[: math.gcd(heads, len(branch.static.per_head))]
+    return branch.model_copy(
+        update={"static": branch.static.model_copy(update={"per_head": kinds})}
+    )
 
 
 def small(name, *, block=8, causal=True, **shape):

@@ -112,7 +112,9 @@ def test_outputs_may_be_large(name):
     many = {
         name: t if kinds[name] == "parameter" else t.expand(B, *t.shape[1:])
         for name, t in one.tensors.items()
+        if kinds[name] != "sequence"
     }
+    many |= {name: t.repeat(B) for name, t in one.tensors.items() if kinds[name] == "sequence"}
     expected, outcome = backends.cuda(one), backends.cuda(one.with_tensors(**many))
     for z in (0, B // 2, B - 1):
         assert torch.equal(outcome.o[z], expected.o[0])

@@ -1,0 +1,1 @@
+"""Kernels of flux_attention, emitted by hsgen."""

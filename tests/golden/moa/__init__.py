@@ -1,0 +1,1 @@
+"""Kernels of moa, emitted by hsgen."""

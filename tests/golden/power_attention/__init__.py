@@ -1,0 +1,1 @@
+"""Kernels of power_attention, emitted by hsgen."""

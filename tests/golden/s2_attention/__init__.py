@@ -1,0 +1,1 @@
+"""Kernels of s2_attention, emitted by hsgen."""
