@@ -95,7 +95,8 @@ class Cache:
         self._writer = writer
         self._most = 0  # no sequence is longer, as far as the host knows
         few = torch.arange(FEW + 1, dtype=torch.int32, device=shape.device)
-        self._few = few[:, None].expand(-1, shape.batch).contiguous().unbind()
+        room = -(-shape.batch // 4) * 4  # each begins at 16 bytes, as other tensors do
+        self._few = few[:, None].expand(-1, room).contiguous()[:, : shape.batch].unbind()
 
     # --- what is in it
 

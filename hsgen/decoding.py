@@ -7,22 +7,24 @@ Compiles a program on the first call of its kind; never waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from threading import RLock
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hsgen import alike, arguments, configs, plan
+from hsgen import alike, arguments, configs, plan, replay
 from hsgen.arguments import SHORT_NAMES, Problem
 from hsgen.batch import Batch
 from hsgen.cache import FEW, Cache, Pages, Shape
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
     KNOWN_CALLS,
+    NO_GUARD,
     STEP,
     Configs,
     Execution,
@@ -34,7 +36,7 @@ from hsgen.execution import (
     with_caller_s,
 )
 from hsgen.operators import Call
-from hsgen.replay import Outputs, Replays
+from hsgen.replay import Outputs, Replay, Replays
 from hsgen.spec import Spec
 from hsgen.storage import Storage, storage_of
 from hsgen.target import Target
@@ -74,11 +76,20 @@ class _Known:
     """A signature that was checked: what it says, and levels whose choice its driver gives."""
 
     problem: Problem
+    take: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # the call's tensors of those that came
+    count: int  # of names that came
     said: tuple[Any, ...]  # what is not said of tensors
     like: alike.Likeness  # of tensors, the cache's too, which may lie otherwise to 16 bytes
     requires_grad: bool
     on_kernels: bool
+    device: torch.device
+    repeats: bool  # that a step like it may be made again without a look at anything else
     levels: tuple[str, ...] = ()
+    again: Replay | None = None  # of tensors that all begin at 16 bytes
+
+    def even(self, addresses: Sequence[int]) -> bool | tuple[bool, ...]:
+        """Steps are recorded alike where tensors begin at 16 bytes, or the same ones do not."""
+        return alike.even_at(addresses) if self.device.type == "cuda" else True
 
 
 class Decoding:
@@ -187,6 +198,55 @@ class Decoding:
         self._check_streams(cache, given, tokens)
         self._write(cache, given, tokens, new_lens, few=tokens <= FEW)
 
+    def again(
+        self,
+        given: Mapping[str, Tensor | None],
+        cache: Cache,
+        how: tuple[bool, str],
+        new_lens: Tensor | None,
+        returns: tuple[bool, bool],
+    ) -> tuple[list[Tensor], dict[str, Tensor]] | None:
+        """As `step` of a call without a selection, where it lies as the last step did and that was recorded.
+
+        None where it is not so, whatever is wrong: `step` says that.  Asks no more than must be asked anew,
+        and calls as little as it can: this is all that the host does beside launches.
+
+        Args:
+            given: What came, by name.
+            how: Whether as a step of decoding, and the layout.
+        """
+        known = self._last
+        if known is None or len(given) != known.count or type(cache) is not Cache:
+            return None
+        if known.said != (*how, "", cache.shape, returns) or cache.digest != self._digest:
+            return None
+        try:
+            tensors = (*known.take(given), *cache.kept, *cache.addressed)
+        except KeyError:
+            return None
+        if not known.like.but_for_addresses(tensors) or not known.repeats:
+            return None
+        if known.requires_grad and torch.is_grad_enabled():
+            return None
+        if new_lens is not None:
+            cache.check_new_lens(new_lens)
+        again, tokens = known.again, known.problem.tokens
+        if again is None or replay.watched():
+            return None
+        given_too = (cache.new(tokens, new_lens), *tensors)
+        even = len(given_too) if known.device.type == "cuda" else 0
+        cache.reserve(tokens)
+        guard = running(known.device)
+        if guard is NO_GUARD:
+            outputs = again.at(given_too, even)
+        else:
+            with guard:
+                outputs = again.at(given_too, even)
+        if outputs is None:  # some begin otherwise
+            cache.reserve(-tokens)
+            return None
+        return _parted(known, outputs, new_lens)
+
     def step(
         self,
         call: Call,
@@ -226,9 +286,7 @@ class Decoding:
             return self._by_reference(given, call, problem, cache, new_lens)
         self._reserve(cache, problem.tokens)
         outputs = self._on_cache(known, call, cache, tensors, cache.new(problem.tokens, new_lens))
-        count = len(outputs) - len(known.levels)
-        found = dict(zip(known.levels, outputs[count:], strict=True))
-        return _finished(outputs[:count], found, problem, new_lens)
+        return _parted(known, outputs, new_lens)
 
     def _look_up(
         self, call: Call, cache: Cache, said: tuple[Any, ...], tensors: Sequence[Tensor]
@@ -242,12 +300,17 @@ class Decoding:
             if len(self._known) >= KNOWN_CALLS:
                 self._known.clear()
             problem = self._check(call, cache, few=few)
+            names, on_kernels = self._execution.attending.names, self._on_kernels(problem.device)
             known = self._known[key] = _Known(
                 problem=problem,
+                take=itemgetter(*names),
+                count=len({*names, "k", "v"}),
                 said=said,
                 like=alike.Likeness(tensors),
                 requires_grad=requires_grad,
-                on_kernels=self._on_kernels(problem.device),
+                on_kernels=on_kernels,
+                device=problem.device,
+                repeats=on_kernels and not self._execution.options.check,
             )
         return known
 
@@ -266,11 +329,14 @@ class Decoding:
             tensors = [*call.tensors, *brought.values(), *cache.kept, *cache.addressed]
         given = [new, *tensors]
         addresses = alike.addresses(given)
-        key = ("step", known, alike.even_at(addresses) if new.is_cuda else True)
+        key = ("step", known, known.even(addresses))
         with running(problem.device):
             again = self.replays.find(key)
             if again is not None:
-                return again.at(addresses)
+                known.again = again if again.direct is not None and key[-1] is True else None
+                outputs = again.at(addresses)
+                assert outputs is not None, "nothing was asked of addresses"
+                return outputs
             few, *_, (return_lse, return_selection) = known.said
             ready = self._prepared(cache.shape, "few" if few else "many", problem.tokens)
 
@@ -519,6 +585,17 @@ def _refuse_rows(starts: Configs, given: Configs, said: Configs) -> None:
                     f"got {value}",
                     help=f"a step's rows and parts say it{alone}",
                 )
+
+
+def _parted(
+    known: _Known, outputs: Outputs, new_lens: Tensor | None
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What kernels gave as `step` returns it."""
+    if new_lens is None and not known.levels and known.problem.layout == "bthd":
+        return outputs, {}
+    count = len(outputs) - len(known.levels)
+    found = dict(zip(known.levels, outputs[count:], strict=True))
+    return _finished(outputs[:count], found, known.problem, new_lens)
 
 
 def _finished(

@@ -1455,7 +1455,7 @@ def _filled(outputs: list[Tensor]) -> list[Tensor]:
     return outputs
 
 
-_NO_GUARD = nullcontext()
+NO_GUARD = nullcontext()
 
 
 def running(device: torch.device) -> AbstractContextManager[object]:
@@ -1463,7 +1463,7 @@ def running(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda":
         return _interpreter_lock
     if torch.cuda.current_device() == device.index:
-        return _NO_GUARD
+        return NO_GUARD
     return torch.cuda.device(device)
 
 

@@ -21,8 +21,9 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from hsgen import alike
+from hsgen import alike, launching
 from hsgen.batch import Batch
+from hsgen.launching import Launches, Prepared
 from hsgen.tiling import TensorDescriptor
 
 JITFunction: Any = None
@@ -37,11 +38,17 @@ try:
 except ImportError:  # the reference runs without
     pass
 
+# what compiled models allocate by, which is not public
+_empty_strided_cuda: Any = getattr(
+    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None
+)
+
 KEPT = 512  # calls of one kernel, each with some 2 KB a launch; the least recently made goes first
 MOST_LAUNCHES = 64  # of a call; a longer one hides what its launches cost
 BETWEEN = 256  # bytes; where buffers begin in what is allocated for several
 ALONE = 2**24  # bytes of a buffer that has a piece of its own: one for all would be hard to find
 
+Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]  # size, stride
 Outputs = list[Any]  # tensors; of a driver of gradients some may be None
 Arranged = Callable[[Any, Sequence[Tensor], Batch], Outputs]
 
@@ -83,12 +90,15 @@ class Replay:
         launches: in order; addresses are numbered: of all tensors that were given, of what is made, of the
             other buffers.
         made: what is allocated by itself.
+        zeroed: numbers of these that have to be 0.
         outputs: numbers of these that a caller gets, None where the driver gives none.
         rooms: bytes of what is allocated for other buffers.
         places: in which of these each of them begins, and where.
         zeros: bytes of the first, at its beginning, that have to be 0.
-        device: where.
         ordinal: of the device, as Triton counts.
+        empty: what allocates there.
+        direct: the same launches without Triton's launcher; None where one has tiles, which it encodes, or
+            something else that is not known here.
     """
 
     launches: tuple[Launch, ...]
@@ -97,8 +107,10 @@ class Replay:
     rooms: tuple[int, ...]
     places: tuple[tuple[int, int], ...]
     zeros: int
-    device: torch.device
     ordinal: int
+    empty: Empty
+    zeroed: tuple[int, ...] = ()
+    direct: Launches | None = None
 
     def __call__(self, tensors: Sequence[Tensor]) -> Outputs:
         """Launch on the current stream.
@@ -107,26 +119,32 @@ class Replay:
             tensors: All that the driver was given and its batch's, like those that were recorded, but for
                 their values; of views what they are views of will do.
         """
-        return self.at(alike.addresses(tensors))
+        outputs = self.at(alike.addresses(tensors) if self.direct is None else tensors)
+        assert outputs is not None, "nothing was asked of addresses"
+        return outputs
 
-    def at(self, given: Sequence[int]) -> Outputs:
-        """The same by the addresses of the tensors, which must outlive the launches."""
-        device, made, zeros = self.device, list[Tensor](), list[Tensor]()
-        at = [*given]
-        for each in self.made:
-            x = torch.empty_strided(each.size, each.stride, dtype=each.dtype, device=device)
-            made.append(x)
-            at.append(x.data_ptr())
-            if each.zeros:
-                zeros.append(x)
-        rooms = [torch.empty(size, dtype=torch.uint8, device=device) for size in self.rooms]
-        starts = [room.data_ptr() for room in rooms]
-        at += [starts[room] + place for room, place in self.places]
-        if self.zeros:
-            zeros.append(rooms[0][: self.zeros])
-        if zeros:
+    def at(self, given: Sequence[Tensor] | Sequence[int], even: int = 0) -> Outputs | None:
+        """The same by addresses of tensors, which must outlive the launches; where launches are direct,
+        tensors will do.
+
+        even: Of direct launches, how many of what is given has to begin at 16 bytes; None where one does not,
+            and nothing is done.
+        """
+        empty = self.empty
+        made = [empty(each.size, each.stride, each.dtype) for each in self.made]
+        rooms = [empty((size,), (1,), torch.uint8) for size in self.rooms]
+        if self.zeros or self.zeroed:
+            zeros = [made[i] for i in self.zeroed]
+            zeros += [rooms[0][: self.zeros]] if self.zeros else []
             torch._foreach_zero_(zeros)  # pyright: ignore[reportPrivateImportUsage]
         stream = drivers.active.get_current_stream(self.ordinal)
+        if self.direct is not None:
+            if not self.direct((*given, *made, *rooms), stream, even):
+                return None
+            return [None if i is None else made[i] for i in self.outputs]
+        starts = alike.addresses(rooms)
+        at: list[Any] = [*given, *alike.addresses(made)]
+        at += [starts[room] + place for room, place in self.places]
         for run, given_values, pointers, tiles in self.launches:
             values = given_values.copy()
             values[STREAM] = stream
@@ -136,6 +154,19 @@ class Replay:
                 values[place] = _tiles(at[which], described)
             run(*values)
         return [None if i is None else made[i] for i in self.outputs]
+
+
+def _empty_of(device: torch.device) -> Empty:
+    """The quickest of what allocates on a device, the current one."""
+    if device.type == "cuda" and _empty_strided_cuda is not None:
+        return _empty_strided_cuda
+    return partial(_empty_strided, device)
+
+
+def _empty_strided(
+    device: torch.device, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +326,7 @@ class _Notes:
         numbers, made = self._given(outputs)
         for i, (x, zeros) in enumerate(self.buffers):
             if i not in made and zeros and x.nbytes >= ALONE:
-                made[i] = Made(size=x.shape, stride=x.stride(), dtype=x.dtype, zeros=True)
+                made[i] = Made(size=(*x.shape,), stride=x.stride(), dtype=x.dtype, zeros=True)
         lives = self._lives()
         scratch = [i for i in range(len(self.buffers)) if i not in made]
         scratch.sort(key=lambda i: (not self.buffers[i][1], -self.buffers[i][0].nbytes))
@@ -306,6 +337,7 @@ class _Notes:
         launches = [self._launch(*each, numbers_of) for each in self.launches]
         if self.why:
             return Refusal(why=self.why)
+        ordinal = drivers.active.get_current_device()
         return Replay(
             launches=tuple(launches),
             made=tuple(made.values()),
@@ -313,9 +345,50 @@ class _Notes:
             rooms=tuple(rooms),
             places=tuple(places),
             zeros=zeros,
-            device=device,
-            ordinal=drivers.active.get_current_device(),
+            ordinal=ordinal,
+            empty=_empty_of(device),
+            zeroed=tuple(i for i, x in enumerate(made.values()) if x.zeros),
+            direct=self._direct(numbers_of, len(order) - len(places), len(rooms), places, ordinal),
         )
+
+    def _direct(
+        self,
+        numbers_of: Mapping[int, int],
+        whole: int,
+        rooms: int,
+        places: Sequence[tuple[int, int]],
+        ordinal: int,
+    ) -> Launches | None:
+        """The launches as the card's driver takes them, where it is known how.
+
+        whole: How many tensors come before rooms, in which the others are.
+        """
+        function = launching.function()
+        if function is None or self.tiles or whole + rooms > launching.MOST:
+            return None
+        found: list[Prepared] = []
+        for kernel, grid, values in self.launches:
+            alone = _straight(kernel.run)[1] == (0, 0, None, None)
+            if not alone or kernel.metadata.num_ctas != 1:
+                return None
+            warps, _, shared = kernel.packed_metadata
+            numbers = {i: numbers_of.get(id(x)) for i, x in enumerate(values)}
+            one = Prepared(
+                function=kernel.function,
+                grid=grid,
+                threads=launching.WARP * warps,
+                shared=shared,
+                types=tuple(kernel.src.signature.values()),
+                values=tuple(None if isinstance(x, Tensor) else x for x in values),
+                addresses={
+                    i: x if x < whole else x + rooms for i, x in numbers.items() if x is not None
+                },
+            )
+            if not one.known:
+                return None
+            found.append(one)
+        inside = [(whole + room, behind) for room, behind in places]
+        return Launches(found, whole + rooms, inside, function, ordinal)
 
     def _lives(self) -> list[range]:
         """By buffer the launches that need it, the first to the last; what has to be 0, from the start."""
@@ -375,7 +448,7 @@ class _Notes:
             one = made.get(owner)
             if one is None:
                 zeros = self.buffers[owner][1]
-                made[owner] = Made(size=x.shape, stride=x.stride(), dtype=x.dtype, zeros=zeros)
+                made[owner] = Made(size=(*x.shape,), stride=x.stride(), dtype=x.dtype, zeros=zeros)
             elif (one.size, one.stride, one.dtype) != how:
                 self.refuse("it gives one buffer in two ways")
             numbers.append([*made].index(owner))

@@ -571,8 +571,13 @@ class Kernel:
         *,
         few: bool,
     ) -> Stepped:
-        call = Call(layout, *self._given(given, self._attending, selection))
-        outputs, chosen = self._decoding.step(call, cache, new_lens, returns, few=few)
+        again = None
+        if selection is None:
+            again = self._decoding.again(given, cache, (few, layout), new_lens, returns)
+        if again is None:
+            call = Call(layout, *self._given(given, self._attending, selection))
+            again = self._decoding.step(call, cache, new_lens, returns, few=few)
+        outputs, chosen = again
         return_lse, return_selection = returns
         found = self._returned(outputs, return_lse=return_lse)
         if not return_selection:

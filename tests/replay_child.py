@@ -3,12 +3,15 @@
     python replay_child.py SPEC SCRATCH_BYTES
 
 Compares launches of repeated calls with those that the driver makes itself, and says how long calls take.
-With kernels that stream keys, what is encoded of tiles for the device is compared, too.
+With kernels that stream keys, what is encoded of tiles for the device is compared, too; of others, what the
+card's driver is given in memory.
 """
 
 import ctypes
+import ctypes.util
 import itertools
 import json
+import struct
 import sys
 import time
 
@@ -19,7 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from benchmarks import overhead
-from hsgen import batch, execution, replay
+from hsgen import batch, execution, launching, replay
 from hsgen.reference import tensor_kinds, tensor_shapes
 from hsgen.runtime import Kernel, compile_program
 from hsgen.spec import load
@@ -54,8 +57,10 @@ class Launcher(CudaLauncher):
 
 
 class Utils(launching_child.Utils):
-    def load_binary(self, name, *_):
-        return 0, name, 32, 0, 1024
+    loaded = itertools.count(4096)
+
+    def load_binary(self, *_):
+        return 0, next(self.loaded), 32, 0, 1024
 
     def fill_tma_descriptor(self, pointer, *described):
         return pointer, *described
@@ -65,6 +70,46 @@ class H100(launching_child.H100):
     utils, launcher_cls = Utils(), Launcher
 
 
+class Launches(launching.Launches):
+    """As they are, but for what is launched, which is read from memory as the card's driver does."""
+
+    prepared = {}  # by handle
+
+    def __init__(self, prepared, *how):
+        self.prepared.update((one.function, one) for one in prepared)
+        super().__init__(prepared, *how)
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+def read(configuration, function, arguments, _):
+    launch, one = launching.Configuration.from_address(configuration), Launches.prepared[function]
+    at = iter((ctypes.c_void_p * 64).from_address(arguments))
+
+    def value(of, given):
+        if of == "constexpr":
+            return given
+        form = "Q" if of[0] == "*" else launching.FORMATS[of]
+        return struct.unpack_from(form, ctypes.string_at(next(at), 8))[0]
+
+    values = [value(*x) for x in zip(one.types, one.values, strict=True)]
+    assert [ctypes.c_uint64.from_address(next(at)).value for _ in range(2)] == [0, 0]
+    assert (launch.block_y, launch.block_z, launch.attributes, launch.count) == (1, 1, None, 0)
+    grid = (launch.grid_x, launch.grid_y, launch.grid_z)
+    sizes = (launch.block_x // 32, 1, launch.shared)
+    head = (*grid, launch.stream or 0, function, 0, 0, None, None, sizes)
+    if noting:
+        straight.append(function)
+        noted.append((head, values))
+    return 0
+
+
+def nothing():
+    """What takes no arguments, does nothing and says 0."""
+    found = ctypes.CDLL(ctypes.util.find_library("m")).fegetround
+    return ctypes.cast(found, ctypes.c_void_p).value
+
+
+straight = []  # launches that no launcher of Triton made
 noting = False
 alive = []  # so that no address is used twice
 
@@ -141,7 +186,7 @@ def same(again, plain, given):
         assert head == wanted_head
         for value, want in zip(values, wanted, strict=True):
             if not (isinstance(want, tuple) and want[0] in ("tensor", "tile")):
-                assert value == want
+                assert value == want, (head, value, want)
                 continue
             kind, pointer, size, more = want
             if kind == "tile":
@@ -238,21 +283,45 @@ def steps(kernel):
         cache = caches[0]
         kept = [*cache.tensors.values(), cache.lengths, cache._table, cache._few[min(tokens, 8)]]
         found[what] = compared(lambda x, c=cache, f=step: f(x, c), made, kept)
-        if what == "step":
-            x = made()
-            found["step took"] = [
-                least(lambda f=f, x=x, c=cache: f(lambda: kernel.decode(**x, cache=c)), rounds=15)
-                for f in (run, own)
-            ]
     return found
 
 
-def run(f):
-    return f()
+def steps_took(kernel):
+    """Microseconds of a step that is made again, of one by its driver, and of the launches alone.
+
+    Buffers are allocated as on a card, by what has a twin for CPU tensors.
+    """
+    launching.function = nothing
+    replay._empty_of = lambda _: torch._C._dynamo.guards._empty_strided_cpu
+    cache = kernel.new_cache(1, 4096, torch.bfloat16)
+    x = {
+        n: torch.ones(s, dtype=torch.bfloat16)
+        for n, s in tensor_shapes(kernel.spec, 1, 1, 1).items()
+    }
+    kernel._decoding.replays._kept.clear()
+
+    def step():
+        return kernel.decode(**x, cache=cache)
+
+    for _ in range(4):
+        step()
+    again = kernel._decoding._last.again
+    table = [cache._few[1], *x.values(), *cache.kept, *cache.addressed]
+    assert again.direct is not None
+    made = (*table, *[torch.ones(1) for _ in (*again.made, *again.rooms)])
+
+    def raw():
+        return again.direct(made, 0)
+
+    rounds = [(least(step, rounds=3), least(raw, rounds=3)) for _ in range(8)]
+    took, alone = map(min, zip(*rounds, strict=True))
+    return {"step took": [took, own(lambda: least(step))], "step alone": alone}
 
 
 def main():
     driver.set_active(H100())
+    replay.Launches = Launches
+    launching.function = lambda: ctypes.cast(read, ctypes.c_void_p).value
     batch._processors = lambda _: 132
     for allocates in ("empty", "empty_strided", "zeros_like", "ones_like"):
         setattr(torch, allocates, keeping(getattr(torch, allocates)))
@@ -321,11 +390,14 @@ def main():
     found["overhead"] = overhead.measure(kernel, tokens, device="cpu", rounds=2)
     recorded = [x.what for x in kernel._execution.replays._kept.values()]
     launches = [y for x in recorded if isinstance(x, replay.Replay) for y in x.launches]
+    found["straight to the card"] = len(straight)
     found["straight"] = [isinstance(each.run, Launcher) for each in launches].count(False)
     found["explained"] = kernel.explain()
     replay.MOST_LAUNCHES = 0
     found["not recorded"] = overhead.measure(kernel, tokens + 1, device="cpu", rounds=1)
     found["explained late"] = kernel.explain()
+    replay.MOST_LAUNCHES = 64
+    found |= steps_took(kernel)
     print(json.dumps(found))
 
 

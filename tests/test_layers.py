@@ -54,6 +54,7 @@ alike                                   how tensors lie
 batch  operators  dense                 where sequences lie · torch's view of calls · PyTorch's attention
 arguments
 cache                                   keys, values and entries of sequences that grow
+launching                               launches whose numbers stay in memory
 replay                                  what a driver did, done again with other tensors
 execution
 gating  decoding  sharding              which form a call takes · behind a cache · split over ranks
