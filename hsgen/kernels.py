@@ -12,6 +12,7 @@ from hsgen import axes
 from hsgen.plan import Param
 from hsgen.rows import (
     LOGITS,
+    ORDER,
     SEQ,
     Chunk,
     chunks,
@@ -116,6 +117,9 @@ class RankContext:
     planes: int = 0  # of that: 2 where an entry also counts in the slot after its own
     parts: int = 1  # of heads, whose scores of an entry become one here
     parts_how: Literal["sum", "max"] = "max"
+    segment: int = 0  # > 0: entries are cut from sorted segments of so many tokens
+    sinks: int = 0  # first tokens whose entries, which a list has, are forced
+    kv_heads: int = 0  # that have such a list
     how: Literal["best"] = "best"
 
     @property
@@ -282,6 +286,11 @@ class RankContext:
     def forced_by_place(self) -> str:
         """Those of them that are forced wherever they lie."""
         rest = f"{self.stride}, {self.first}, {self.last}, {self.causal}"
+        if self.segment:
+            sized = f"{self.rows}, {self.segment}, {rest}"
+            if self.sinks:
+                return f"is_forced_or_listed(e, p, k_len, led, {self.sinks}, {sized})"
+            return f"is_forced_of_segments(e, p, k_len, {sized})"
         if self.rows:
             return f"is_forced_of_block(e, p, k_len, {self.rows}, {rest})"
         return f"is_forced(e, p, k_len, {rest})"
@@ -289,7 +298,7 @@ class RankContext:
     @property
     def forces(self) -> bool:
         """Whether a row is forced to take any."""
-        return bool(self.first or self.last or self.tail or self.unlike)
+        return bool(self.first or self.last or self.tail or self.unlike or self.sinks)
 
     @property
     def ties(self) -> str:
@@ -306,6 +315,9 @@ class RankContext:
     @property
     def limit(self) -> str:
         """Where the entries end that have a score."""
+        if self.segment:
+            sized = f"{self.segment}, {self.stride}, {self.causal}, {self.short}"
+            return f"settled_limit(p * {self.rows}, k_len, {sized})"
         rest = f"{self.size}, {self.stride}, {self.causal}, {self.short}"
         if self.rows:
             return f"begun_limit(p, k_len, {self.rows}, {rest})"
@@ -314,6 +326,9 @@ class RankContext:
     @property
     def candidates(self) -> str:
         """Where the entries end that a row may take, forced ones too."""
+        if self.segment:
+            last = f"p * {self.rows} + {self.rows - 1}"
+            return f"begun_segments({last}, k_len, {self.segment}, {self.stride}, {self.causal})"
         if self.rows:
             own = f"{self.rows}, {self.stride}, {self.stride}, {self.causal}, True"
             return f"begun_limit(p, k_len, {own})"
@@ -325,6 +340,7 @@ class RankContext:
         row = "scores, capacity" if self.carried else "scores"
         if self.softmax:
             row += ", most, whole" + ", unlike, unlike_row" * bool(self.unlike)
+        row += ", led" * bool(self.sinks)
         return f"{row}, parents, live, complete" if self.children else row
 
     @property
@@ -365,6 +381,17 @@ class RankContext:
             ),
             *((parent,) if self.children else ()),
             *(self._unlike if self.unlike else ()),
+            *(
+                (
+                    pointer(
+                        "SINKS",
+                        "i32",
+                        f"[Z, {self.kv_heads}, {self.sinks}] entries of first tokens",
+                    ),
+                )
+                if self.sinks
+                else ()
+            ),
             *(
                 (pointer("KEPT", "i32", f"[chunk rows, {self.heads}, 2, BLOCK_N]"),)
                 if self.sampled
@@ -733,6 +760,7 @@ class SegmentsContext:
     page: int = 0  # > 0: tokens lie in pages of so many
     columns_of: str = "tl.program_id(2)"  # which columns a program of a pool across sequences has
     by_turns: bool = False  # heads have turns, and entries are those of a turn's heads
+    ordered: bool = False  # entries are cut from an order of keys, which says each slot's token
 
     @property
     def k_first(self) -> str:
@@ -836,6 +864,7 @@ class SegmentsContext:
             *((weight,) if self.how in ("linear", "max_min_mean") else ()),
             *((position,) if self.position else ()),
             *self._finishing,
+            *(ORDER if self.ordered else ()),
             *self._place(made),
             *pages_of(self.page),
             *SEQ,

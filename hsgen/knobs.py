@@ -28,6 +28,7 @@ from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.pyramids import TiersContext
 from hsgen.rows import MARKED, PICKING, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT
+from hsgen.sorting import SortingContext
 from hsgen.streams import (
     GROUPS,
     LATENT_STEP,
@@ -131,11 +132,10 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return _map_ranges(context)
         case ListsContext() | TiersContext() | PickedContext() | HalvedContext() | TreesContext():
             return _list_ranges(context)
-        case SegmentsContext(how="linear" | "max_min_mean"):
-            return _mapping(context)
+        case SortingContext():
+            return _sorting(context)
         case SegmentsContext():
-            most = next_power(context.size)
-            return {"BLOCK_E": (1, 64), "BLOCK_J": (1, most), "num_warps": (1, 8)}
+            return _pooling(context)
         case PartsContext():
             return {"BLOCK_R": (1, 128), "num_warps": (1, 8)}
         case _:  # of a skeleton that nothing is known of, what is near its start
@@ -143,8 +143,22 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return {**near, "num_warps": (1, 8)}
 
 
-def _mapping(context: SegmentsContext) -> dict[str, tuple[int, int]]:
-    """Entries and channels of a dot, where entries are mapped: slot by slot, or what sums them up."""
+def _sorting(context: SortingContext) -> dict[str, tuple[int, int]]:
+    """Tiles of dots, where the last rows weigh keys; keys a step, where their mean does."""
+    if context.how in ("totals", "masses"):
+        blocks = {"BLOCK_T": (LEAST_DOT, 128), "BLOCK_N": (LEAST_DOT, 128)}
+        return {**blocks, "num_warps": (1, 8), "num_stages": (1, 4)}
+    own = {"BLOCK_N": (1, 128)} if context.how == "means" else {}
+    return {**own, "num_warps": (1, 16)}
+
+
+def _pooling(context: SegmentsContext) -> dict[str, tuple[int, int]]:
+    """Entries and tokens of a tile; where entries are mapped, slot by slot or what sums them up, entries and
+    channels of a dot.
+    """
+    if context.how not in ("linear", "max_min_mean"):
+        most = next_power(context.size)
+        return {"BLOCK_E": (1, 64), "BLOCK_J": (1, most), "num_warps": (1, 8)}
     lowest = context.head_dim & -context.head_dim
     blocks = {"BLOCK_E": (LEAST_DOT, 128), "BLOCK_D": (LEAST_DOT, min(128, lowest))}
     if context.how == "linear":

@@ -24,6 +24,7 @@ Skeleton = Literal[
     "halved",
     "rank",
     "maps",
+    "sorting",
     "segments",
     "trees",
     "index",

@@ -42,6 +42,10 @@ class TiersContext:
     def stride(self) -> int:
         return self.size
 
+    def begun(self, position: str) -> str:
+        """As `together.ListsContext` says it."""
+        return f"entry_limit({position}, k_len, {self.size}, {self.causal})"
+
     @property
     def summary(self) -> str:
         if self.given:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations
 
-from hsgen import axes, maps, patterns
+from hsgen import axes, maps, patterns, sorting
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Assign,
@@ -378,8 +378,12 @@ def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) ->
         if held_masses(graph, graph.operands(node)[0]):
             if of_pairs(op):
                 return _of_set(replace(op, scope=None), in_blocks=True, weighed=False)
+            if sorting.order_of(graph, node) is not None:
+                op = replace(op, sink=None, cut=None)
             return _of_threshold(op) if op.rule == "threshold" else _of_masses(op)
         return _of_set(op, in_blocks=in_blocks, weighed=_weighed(graph, node))
+    if isinstance(op, Select) and in_blocks and sorting.order_of(graph, node) is not None:
+        op = replace(op, sink=None, cut=None)
     return (_of_blocks(op) if in_blocks else None) or _of_choice(op)
 
 
@@ -521,7 +525,7 @@ def _of_keys(
         case Cluster():
             return axes.lacking(graph)
         case Permute():
-            return "puts keys in another order"
+            return sorting.lacking(graph, node)
         case Assign():
             return "assigns keys to nodes of a tree"
         case Runs():

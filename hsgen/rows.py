@@ -212,6 +212,12 @@ class RowsContext(InTurn):
     of_head: tuple[str, ...] = ()  # what rows load for each of them
     units: int = 0  # > 0: steps begin with units of so many keys, and none leaves its unit
     most_tokens: int = 0  # > 0: of a tile
+    order_head: str = ""  # where an order of keys has a program's key head; empty: there is none
+
+    @property
+    def ordered(self) -> bool:
+        """Whether keys are read through an order of theirs, which says the token of a slot."""
+        return bool(self.order_head)
 
     @property
     def derives(self) -> bool:
@@ -298,6 +304,8 @@ class RowsContext(InTurn):
 
     def rows_of(self, keys: str) -> str:
         """Rows of the keys `n` in their tensor, whose names begin so."""
+        if self.ordered:
+            return f"{keys}_row + k_at"
         return f"{keys}_at" if self.page else f"{keys}_row + n"
 
     @property
@@ -504,6 +512,12 @@ POWERS = (
     *tensor("K_POWER", "kp", "f32[B, S] that keys are times", "b", "f32"),
 )
 SINK = pointer("SINK", "input", "[Hq]")
+# an order of keys, as kernels look it up
+ORDER = (
+    pointer("ORDER", "i32", "[B, Hkv, S] the token of each slot"),
+    count("order_b", "ORDER: batch stride"),
+    count("order_h", "ORDER: head stride"),
+)
 OUTPUTS = (
     *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
     *lse(),

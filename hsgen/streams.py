@@ -457,6 +457,7 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
             or context.width_of_list
             or (context.joins and not context.derives)
             or context.page
+            or context.ordered
         )
         and kinds <= {"range", "steps", "list", "children", "picked"}
         and context.together in ("", "part")

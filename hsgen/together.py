@@ -42,6 +42,22 @@ class ListsContext:
     slotted: bool = False  # rows and keys are slots of tiles of axes
     left: int = 0  # tokens of a window beside it, which has those of its rows
     tiers: bool = False  # a block says the tier of every entry, and has no list
+    segment: int = 0  # > 0: entries are cut from sorted segments of so many tokens
+
+    @property
+    def whole(self) -> str:
+        """Entries of which the first row sees every token, and so do those behind it."""
+        rest = f"{self.stride}, {self.causal}, False)"
+        if self.segment:
+            return f"settled_limit(first, k_len, {self.segment}, {rest}"
+        return f"complete_limit(first, k_len, {self.size}, {rest}"
+
+    def begun(self, position: str) -> str:
+        """Entries of which a row may see a token."""
+        rest = f"{self.stride}, {self.causal})"
+        if self.segment:
+            return f"begun_segments({position}, k_len, {self.segment}, {rest}"
+        return f"entry_limit({position}, k_len, {rest}"
 
     @property
     def by_turns(self) -> bool:
@@ -140,10 +156,12 @@ def attend(
     slotted: bool = False,
     by_turns: bool = False,
     left: int = 0,
+    ordered: bool = False,
 ) -> RowsContext:
     """One softmax over the blocks that the rows of a tile chose together, full ones first.
 
     slotted: keys are slots of tiles of axes.  by_turns: and rows are tokens, whose heads have turns.
+    ordered: blocks are of slots, whose tokens an order says.
     """
     usual = rows.attend_blocks(
         shape, name=name, scale=scale, entries=entries, width=1, share=share, left=left
@@ -170,6 +188,7 @@ def attend(
             CAPACITY,
             count("members", "words of a block; 0: every row is a member"),
             *rows.OUTPUTS,
+            *(rows.ORDER if ordered else ()),
             *((axes.TOKENS,) if slotted else ()),
             *SEQ,
             *(() if slotted else (TILE_FIRST,)),
@@ -178,6 +197,7 @@ def attend(
         tile="" if slotted else "tl.program_id(0) + tile_first",
         together="part",
         rows_together=block,
+        order_head=rows.kv_head("order_h", shape, per_head=share == "Hq") if ordered else "",
         setup=(
             f"list_row = {list_row}",
             "list_base = list_row * capacity",
@@ -195,10 +215,16 @@ def attend(
                     *found,
                     f"limit = tl.where(member != 0, {seen}, 0)",
                 ),
+                visible=_through_order(partial.visible) if ordered else partial.visible,
             ),
         ),
     )
     return axes.in_turns(context, shape, per_head=share == "Hq") if by_turns else context
+
+
+def _through_order(visible: tuple[str, ...]) -> tuple[str, ...]:
+    """What a row sees of the tokens that slots have."""
+    return tuple(x.replace("n[None, :] < limit", "k_at[None, :] < limit") for x in visible)
 
 
 def list_of_turn(tile: str, list_heads: int, *, by_turns: bool) -> str:
@@ -313,10 +339,14 @@ class Branch:
     sink: bool
     turn: rows.Turn | None
     turns: Turns | None = None  # rows and keys are slots of tiles of axes
+    order: tuple[str, ...] = ()  # of keys that are sorted, and its strides
+    segment: int = 0  # of tokens that are sorted
 
     @property
     def seq(self) -> tuple[str, ...]:
         """What says where sequences lie, and their slots."""
+        if self.order:
+            return (*self.order, *_SEQ)
         return (*((axes.MADE_ORDER, axes.MADE_TOKENS) if self.turns else ()), *_SEQ)
 
 
@@ -333,6 +363,7 @@ def plan(
         block=branch.block,
         slotted=branch.turns is not None,
         by_turns=branch.turns is not None,
+        ordered=bool(branch.order),
     )
     context = rows.with_logits(
         context, scale=branch.scale, softcap=branch.softcap, sink=branch.sink
@@ -350,6 +381,7 @@ def plan(
             stride=branch.entries.stride,
             causal=shape.causal,
             slotted=branch.turns is not None,
+            segment=branch.segment,
         )
         values = Config(constexprs=tuple(tuned.items()), num_warps=4, num_stages=1)
         return Kernel(
@@ -509,7 +541,7 @@ def _given(branch: Branch, programs: int) -> Step:
                     words,
                     f"{chosen}.shape[3]",
                     capacity,
-                    *branch.seq,
+                    *(_SEQ if branch.order else branch.seq),
                     *(of.list_first or ("tile_first",)),
                 ),
             ),

@@ -41,6 +41,7 @@ from hsgen.spec import (
     Heads,
     Level,
     Select,
+    SortInSegment,
     Spec,
     Static,
     parse,
@@ -205,6 +206,9 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
     if level.pool and level.pool.rotate:
         turn = level.pool.rotate.model_copy(update={"dims": min(level.pool.rotate.dims, 16)})
         changes["pool"] = level.pool.model_copy(update={"rotate": turn})
+    if level.permute and isinstance(level.permute.keys, SortInSegment):
+        order = _sorted_less(level.permute.keys, divisor)
+        changes["permute"] = level.permute.model_copy(update={"keys": order})
     if level.query and level.query.block:
         rows = _part(level.query.block, divisor)
         changes["query"] = level.query.model_copy(update={"block": rows})
@@ -223,6 +227,12 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
         budget = min(level.select.budget, max(forced + 1, 3 if blocks else 6))
         changes["select"] = level.select.model_copy(update={kept: budget, "force": force})
     return level.model_copy(update=changes)
+
+
+def _sorted_less(order: SortInSegment, divisor: int) -> SortInSegment:
+    """Segments of as many blocks, by the masses of a few rows."""
+    less = {"segment": _part(order.segment, divisor), "last": order.last and min(order.last, 8)}
+    return order.model_copy(update=less)
 
 
 def _searched_less(halving: Halving) -> Halving:

@@ -905,6 +905,7 @@ REFUSED = {
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
     "psa": "branch pyramid: no kernel has the gradient of attention over tiers yet",
     "psa_mass": "branch pyramid: no kernel has the gradient of attention over tiers yet",
+    "pbs_attn": "branch selected: no kernel has the gradient of keys in another order yet",
 }
 
 

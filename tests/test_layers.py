@@ -31,7 +31,7 @@ kernels
 patterns                                what is seen by position alone
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
 halved  picked  trees                   intervals that are searched · tokens a tile picked · learned trees
-pyramids                                entries that rows read in tiers
+pyramids  sorting                       entries that rows read in tiers · keys that are sorted
 cols  unpool  learn  entropies          gradients of attention, of pools and of losses
 blockgate                               the same of a gate of blocks
 maps  likeness  pairs                   what blocks of rows give blocks · blocks alike · pairs of a head
@@ -95,7 +95,7 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
-    "buckets patterns together halved picked trees pyramids splits appending cols unpool learn "
+    "buckets patterns together halved picked trees pyramids sorting splits appending cols unpool learn "
     "entropies blockgate configs refusals schedule driver backward losses knobs space emit allowlist store "
     "workers build resources pipeline tuned catalogue "
     "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsgen import axes
+from hsgen import axes, sorting
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
@@ -53,6 +53,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     if axes.tiling_of(graph) is not None:
         return _of_tiles(graph, op)
     lacks = (
+        (sorting.order_of(graph, node) is not None, "keys in another order"),
         (
             op.over not in ("blocks", "tokens", "window", "static", "all", "pooled"),
             f"attention over {op.over}",

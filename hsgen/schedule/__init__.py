@@ -58,6 +58,7 @@ from hsgen.schedule import (
     laid,
     likening,
     mapping,
+    sorted_keys,
     text,
     vectors,
 )
@@ -166,6 +167,8 @@ def _launches(draft: Draft) -> None:
         if descending.launched(draft, node):
             continue
         match node.op:
+            case Permute():
+                sorted_keys.sort(draft, node, node.op)
             case Pool() | PoolRows() | Rotate() | Round():
                 vectors.make(draft, node, node.op)
             case Attend():
@@ -178,17 +181,14 @@ def _launches(draft: Draft) -> None:
                 Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate() | Union()
             ):
                 pass  # fused into the launch that reads them
-            case Norm() | OutputGate() | Divergence() | Entropies():
-                pass  # fused into the launch that makes what they read; behind all; a call of its own
+            case Norm() | OutputGate() | Divergence() | Entropies() | Recall(width=int()):
+                pass  # fused into what makes what they read; behind all; calls of their own; the caller's
             case Unlike():
                 likening.compare(draft, node, node.op)
-            case Recall(width=int()):
-                pass  # the caller's
             case (
                 Route()
                 | Switch()
                 | Cluster()
-                | Permute()
                 | Assign()
                 | Runs()
                 | Delta()

@@ -27,7 +27,7 @@ from hsgen.kernels import RankContext, ThresholdContext
 from hsgen.pairs import PairsContext
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries
-from hsgen.schedule import laid, likening, text
+from hsgen.schedule import laid, likening, sorted_keys, text
 from hsgen.schedule.draft import Draft
 
 
@@ -126,6 +126,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 *((left.step,) if left else chain.needs),
                 *((_listed(draft, parent),) if parent else ()),
                 *((unlike.name,) if unlike else ()),
+                *sorted_keys.order(draft, node),
             ),
             makes=(made,),
             sizes=(
@@ -183,6 +184,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                         text.buffer(made),
                         *((_list_of(draft, parent),) if parent else ()),
                         *(likening.flags(unlike) if unlike else ()),
+                        *sorted_keys.sinks(draft, node),
                         *((f"kept_{op.level}",) if rank.sampled else ()),
                         *text.SEQ,
                         "tile_first",
@@ -237,6 +239,9 @@ def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) ->
         rest=bool(by_mass and by_mass.of == "rest"),
         least=(by_mass and by_mass.least) or 0,
         tiers=ends_of(tiers) if tiers else (),
+        segment=sorted_keys.segment(draft, node),
+        sinks=op.sink or 0,
+        kv_heads=draft.shape.kv_heads if op.sink else 0,
     )
 
 

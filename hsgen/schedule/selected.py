@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from hsgen import buckets, picked, pyramids, rows, together
+from hsgen import buckets, picked, pyramids, rows, sorting, together
 from hsgen.errors import PlanError
 from hsgen.graph import Attend, Node, Pool, left_to_window
 from hsgen.kernels import (
@@ -15,7 +15,7 @@ from hsgen.kernels import (
 )
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries, next_power
-from hsgen.schedule import choosing, laid, text, vectors
+from hsgen.schedule import choosing, laid, sorted_keys, text, vectors
 from hsgen.schedule.draft import SORT_LIMIT, SORTED, TILE_OF_HEADS, Draft, Order
 
 LEAST_STEP = 32  # tokens of blocks of which rows share more than they lose to each other's
@@ -59,7 +59,7 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
 
 def _together(draft: Draft, node: Node, op: Attend) -> together.Branch:
     """A branch over what rows chose together."""
-    selection = draft.graph[node.inputs[3]]
+    selection, order = draft.graph[node.inputs[3]], sorting.order_of(draft.graph, node)
     return together.Branch(
         name=op.branch,
         needs=draft.needs(
@@ -81,6 +81,8 @@ def _together(draft: Draft, node: Node, op: Attend) -> together.Branch:
         sink=draft.sink(node) is not None,
         turn=draft.turn(node),
         turns=laid.turns(draft, node),
+        order=sorting.arguments(text.buffer(order.name)) if order else (),
+        segment=sorted_keys.segment(draft, selection),
     )
 
 

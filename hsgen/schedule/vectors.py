@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from hsgen import appending, configs, rows, splits, together
+from hsgen import appending, configs, rows, sorting, splits, together
 from hsgen.graph import (
     Attend,
     Node,
@@ -79,6 +79,7 @@ def _means(source: Node, name: str, merge: int) -> Node:
 def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     source, chain = draft.graph[node.inputs[0]], draft.finished(node)
     made = chain[-1].name
+    order = sorting.order_of(draft.graph, node)
     norms = tuple(x.inputs[1] for x in chain if isinstance(x.op, Norm))
     turns = tuple(x for x in chain if isinstance(x.op, Rotate))
     dims = [draft.size(dim) for dim in source.type.dims[2:]]
@@ -102,6 +103,7 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
         append=draft.cached is not None,
         across=draft.steps_alone and op.how == "linear",
         page=draft.page,
+        ordered=order is not None,
     )
     count = f"count_{text.safe(made)}"
     buffer = text.buffer(made)
@@ -115,9 +117,10 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     arguments = (
         *draft.tensor(source.name),
         *(x for name in gates for x in _gates(draft, name, op)),
-        *(text.input_of(name) for name in node.inputs[1 + len(gates) :]),
+        *(text.input_of(name) for name in node.inputs[1 + len(gates) :] if not order),
         *map(text.input_of, norms),
         *(x for name in tables for x in draft.tensor(name)[:3]),
+        *(sorting.arguments(text.buffer(order.name)) if order else ()),
         buffer,
         count,
     )

@@ -22,3 +22,12 @@ def rank_key(score, complete, forced):
     """The key of a candidate: forced ones above every score; no candidate: the least int32."""
     key = tl.where(complete, order_key(score), -0x7FFFFFFF - 1)
     return tl.where(forced, 0x7FFFFFFF, key)
+
+
+@triton.jit
+def sorted_places(weight, inside):
+    """The places of weights, greatest first, of equals the earlier; those outside last.  [N] -> i32[N]"""
+    key = tl.where(inside, order_key(weight), -0x7FFFFFFF - 1)
+    N: tl.constexpr = weight.shape[0]
+    packed = tl.arange(0, N) - key.to(tl.int64) * N
+    return (tl.sort(packed) & (N - 1)).to(tl.int32)

@@ -108,3 +108,11 @@ def softmax_mass(s, m, l):
     """What logits weigh, by the greatest and the sum that steps gave; NaN of a row without any.  -> [M, N]"""
     m_safe = tl.where(m == float("-inf"), 0.0, m)
     return tl.div_rn(tl.exp2((s - m_safe[:, None]) * 1.4426950408889634), l[:, None])
+
+
+@triton.jit
+def merged_step(m, l, m_part, l_part):
+    """A softmax's greatest logit and its sum, with those of one more part of its keys.  All [M], base 2"""
+    m_new = tl.maximum(m, m_part)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return m_new, l * tl.exp2(m - m_safe) + l_part * tl.exp2(m_part - m_safe)

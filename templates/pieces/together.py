@@ -85,3 +85,82 @@ def is_forced_of_block(
         forced = forced | ((e > first_own - LAST) & (e <= last_own))
     limit = begun_limit(block, k_len, ROWS, STRIDE, STRIDE, CAUSAL, True)
     return forced & (e >= 0) & (e < limit)
+
+
+@triton.jit
+def settled_limit(
+    p, k_len, SEGMENT: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, SHORT: tl.constexpr
+):
+    """Entries cut from sorted segments that position p sees whole: those of segments that are over.
+
+    Without causality all, with SHORT also a last one of fewer tokens.
+    """
+    if CAUSAL:
+        return tl.minimum(k_len, tl.maximum(p + 1, 0)) // SEGMENT * (SEGMENT // STRIDE)
+    elif SHORT:
+        return (k_len + STRIDE - 1) // STRIDE
+    else:
+        return k_len // STRIDE
+
+
+@triton.jit
+def begun_segments(p, k_len, SEGMENT: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Entries cut from sorted segments of which position p may see a token: up to its own segment's last."""
+    limit = (k_len + STRIDE - 1) // STRIDE
+    if CAUSAL:
+        own = tl.maximum(p + SEGMENT, 0) // SEGMENT * (SEGMENT // STRIDE)
+        limit = tl.minimum(limit, own)
+    return limit
+
+
+@triton.jit
+def is_listed(e, listed, live, COUNT: tl.constexpr):
+    """Whether an entry is one of the first `live` ones of a list of COUNT.  e: [R, N], live: [R, 1]"""
+    found = e < 0
+    for i in tl.static_range(COUNT):
+        found = found | (e == tl.load(listed + i + 0 * live, mask=i < live, other=-1))
+    return found & (e >= 0)
+
+
+@triton.jit
+def is_forced_of_segments(
+    e,
+    block,
+    k_len,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """The entries of the FIRST segments, and of each of the rows those of the LAST ones up to its own."""
+    segment = e * STRIDE // SEGMENT
+    forced = segment < FIRST
+    if LAST > 0:
+        first_own = block_at(block * ROWS, SEGMENT)
+        last_own = block_at(block * ROWS + ROWS - 1, SEGMENT)
+        forced = forced | ((segment > first_own - LAST) & (segment <= last_own))
+    last = block * ROWS + ROWS - 1
+    return forced & (e >= 0) & (e < begun_segments(last, k_len, SEGMENT, STRIDE, CAUSAL))
+
+
+@triton.jit
+def is_forced_or_listed(
+    e,
+    block,
+    k_len,
+    listed,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """The same, and as soon as they begin those of a list, of which a sequence has as many as keys."""
+    forced = is_forced_of_segments(e, block, k_len, ROWS, SEGMENT, STRIDE, FIRST, LAST, CAUSAL)
+    last = block * ROWS + ROWS - 1
+    begun = e < begun_segments(last, k_len, SEGMENT, STRIDE, CAUSAL)
+    return forced | (is_listed(e, listed, k_len, COUNT) & begun)

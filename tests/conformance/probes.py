@@ -12,6 +12,7 @@ from tolerances import tolerance
 from conformance import calls, lab, oracles, systems
 from conformance.lab import assert_same_bits, check, same
 from hsgen.reference.grids import tile_of
+from hsgen.spec import SortInSegment
 
 
 def _values_as_they_are(spec):
@@ -221,7 +222,13 @@ def _huge(t, tokens):
 
 
 def _private_branches(spec):
-    """kv names, None for `k` and `v`, that only branches over selections attend."""
+    """kv names, None for `k` and `v`, that only branches over selections attend.
+
+    None where entries are cut from an order of keys that follows from these: other keys have another.
+    """
+    orders = [level.permute.keys for level in spec.levels if level.permute]
+    if any(isinstance(order, SortInSegment) for order in orders):
+        return set()
     opened = {each.level for each in spec.reuse if each.attend == "given"}
     over = {b.kv for b in spec.attend if b.over and b.values == "raw" and b.over not in opened}
     others = {b.kv for b in spec.attend if b.window}

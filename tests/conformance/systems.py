@@ -33,7 +33,6 @@ REFUSED: dict[str, str] = {
     "svg2": "level cluster: no kernel clusters keys yet",
     "svg_ear": "level error: no kernel clusters keys yet",
     "s2o": "no kernel puts keys in another order yet",
-    "pbs_attn": "level block: no kernel puts keys in another order yet",
     "minference": "no kernel takes a route by head yet",
     "flex_prefill": "no kernel takes a route by sample_head yet",
     "dma": "level token: no kernel scores by a learned bias yet",
@@ -106,6 +105,7 @@ ALIKE: dict[str, str] = {
     "moa": "nsa",
     "flux_attention": "nsa",
     "power_attention": "nsa",
+    "pbs_attn": "block_lists",  # but for the order of its keys, which test_orders has beside
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]

@@ -197,7 +197,19 @@ def row_keys(scores, most, whole, unlike, unlike_row, e, p, k_len):
 
 @triton.jit
 def mass_edge(
-    scores, most, whole, unlike, unlike_row, key, mass, p, k_len, n, UNITS: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr
+    scores,
+    most,
+    whole,
+    unlike,
+    unlike_row,
+    key,
+    mass,
+    p,
+    k_len,
+    n,
+    UNITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """Where the best entries end: all keys >= high, and so many of those that are low.  -> three [R]"""
     BLOCK_R: tl.constexpr = p.shape[0]
@@ -231,7 +243,11 @@ def mass_edge(
 
 @triton.jit
 def count_edge(
-    scores, most, whole, unlike, unlike_row,
+    scores,
+    most,
+    whole,
+    unlike,
+    unlike_row,
     key,
     mass,
     p,
@@ -276,14 +292,44 @@ def count_edge(
 
 
 @triton.jit
-def keep_mass(scores, most, whole, unlike, unlike_row, chosen, width, p, k_len, n, WIDTH: tl.constexpr, LONG: tl.constexpr):
+def keep_mass(
+    scores,
+    most,
+    whole,
+    unlike,
+    unlike_row,
+    chosen,
+    width,
+    p,
+    k_len,
+    n,
+    WIDTH: tl.constexpr,
+    LONG: tl.constexpr,
+):
     """The selection of rows, ascending.  -> [R] entries kept"""
     BLOCK_R: tl.constexpr = p.shape[0]
     columns = tl.arange(0, WIDTH)[None, :]
     key, mass = row_keys(scores, most, whole, unlike, unlike_row, columns, p, k_len)
-    low, high, ties = mass_edge(scores, most, whole, unlike, unlike_row, key, mass, p, k_len, n, 1052266988, WIDTH, LONG)
+    low, high, ties = mass_edge(
+        scores, most, whole, unlike, unlike_row, key, mass, p, k_len, n, 1052266988, WIDTH, LONG
+    )
     low, high, ties = count_edge(
-        scores, most, whole, unlike, unlike_row, key, mass, p, k_len, n, low, high, ties, 1, WIDTH, LONG
+        scores,
+        most,
+        whole,
+        unlike,
+        unlike_row,
+        key,
+        mass,
+        p,
+        k_len,
+        n,
+        low,
+        high,
+        ties,
+        1,
+        WIDTH,
+        LONG,
     )
     total = tl.zeros([BLOCK_R], tl.int32)
     ties_before = tl.zeros([BLOCK_R], tl.int32)
@@ -353,15 +399,69 @@ def rank_block(
     unlike_row = tl.load(UNLIKE_ROWS + row * 32 + head, mask=live, other=0)
     # select: keys and masses stay in registers, the fewest that hold all of a row
     if n <= max(BLOCK_N // 8, 2):
-        total = keep_mass(scores, most, whole, unlike, unlike_row, chosen, width, p, k_len, n, max(BLOCK_N // 8, 2), False)
+        total = keep_mass(
+            scores,
+            most,
+            whole,
+            unlike,
+            unlike_row,
+            chosen,
+            width,
+            p,
+            k_len,
+            n,
+            max(BLOCK_N // 8, 2),
+            False,
+        )
     elif n <= max(BLOCK_N // 4, 2):
-        total = keep_mass(scores, most, whole, unlike, unlike_row, chosen, width, p, k_len, n, max(BLOCK_N // 4, 2), False)
+        total = keep_mass(
+            scores,
+            most,
+            whole,
+            unlike,
+            unlike_row,
+            chosen,
+            width,
+            p,
+            k_len,
+            n,
+            max(BLOCK_N // 4, 2),
+            False,
+        )
     elif n <= max(BLOCK_N // 2, 2):
-        total = keep_mass(scores, most, whole, unlike, unlike_row, chosen, width, p, k_len, n, max(BLOCK_N // 2, 2), False)
+        total = keep_mass(
+            scores,
+            most,
+            whole,
+            unlike,
+            unlike_row,
+            chosen,
+            width,
+            p,
+            k_len,
+            n,
+            max(BLOCK_N // 2, 2),
+            False,
+        )
     elif n <= BLOCK_N:
-        total = keep_mass(scores, most, whole, unlike, unlike_row, chosen, width, p, k_len, n, BLOCK_N, False)
+        total = keep_mass(
+            scores, most, whole, unlike, unlike_row, chosen, width, p, k_len, n, BLOCK_N, False
+        )
     else:
-        total = keep_mass(scores, most, whole, unlike, unlike_row, chosen, width, p, k_len, n, max(BLOCK_N // 4, 2), True)
+        total = keep_mass(
+            scores,
+            most,
+            whole,
+            unlike,
+            unlike_row,
+            chosen,
+            width,
+            p,
+            k_len,
+            n,
+            max(BLOCK_N // 4, 2),
+            True,
+        )
     # store: -1 after the last one
     for start in range(0, width, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)[None, :]

@@ -1,0 +1,1 @@
+"""Kernels of pbs_attn, emitted by hsgen."""
