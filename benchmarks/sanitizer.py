@@ -1,4 +1,4 @@
-"""Specs that have kernels, all of tier A, under NVIDIA's compute-sanitizer: no access out of bounds, none that races.
+"""Specs of all of tier A under NVIDIA's compute-sanitizer: no access out of bounds, none that races.
 
     python -m benchmarks.sanitizer -o OUT                      # memcheck
     python -m benchmarks.sanitizer --tool racecheck --specs nsa moba hisa -o OUT

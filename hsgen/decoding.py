@@ -84,6 +84,7 @@ class _Known:
     on_kernels: bool
     device: torch.device
     repeats: bool  # that a step like it may be made again without a look at anything else
+    plain: bool  # that outputs are returned as kernels give them
     levels: tuple[str, ...] = ()
     again: Replay | None = None  # of tensors that all begin at 16 bytes
 
@@ -311,6 +312,7 @@ class Decoding:
                 on_kernels=on_kernels,
                 device=problem.device,
                 repeats=on_kernels and not self._execution.options.check,
+                plain=call.layout == "bthd" and said[-1] == (False, False),
             )
         return known
 
@@ -591,7 +593,7 @@ def _parted(
     known: _Known, outputs: Outputs, new_lens: Tensor | None
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """What kernels gave as `step` returns it."""
-    if new_lens is None and not known.levels and known.problem.layout == "bthd":
+    if new_lens is None and known.plain:
         return outputs, {}
     count = len(outputs) - len(known.levels)
     found = dict(zip(known.levels, outputs[count:], strict=True))

@@ -1462,7 +1462,8 @@ def running(device: torch.device) -> AbstractContextManager[object]:
     """The guard that kernels run under."""
     if device.type != "cuda":
         return _interpreter_lock
-    if torch.cuda.current_device() == device.index:
+    # what torch.cuda.current_device asks where CUDA is in use
+    if torch._C._cuda_getDevice() == device.index:
         return NO_GUARD
     return torch.cuda.device(device)
 
