@@ -265,7 +265,7 @@ class GateContext:
                     *_tunables("BLOCK_E"),
                 )
             case "maps":
-                made = pointer("DWEIGHT", "input", "gradient of WEIGHT")
+                made = pointer("DWEIGHT", "f32", "gradient of WEIGHT, of a sum over rows")
                 return (parts, before, made, pool_rows, *_tunables("BLOCK_N"))
             case "tokens":
                 return (

@@ -52,11 +52,16 @@ TIERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
-    """The kinds of layers of a spec that is another by layer, and the plans of those with kernels."""
+    """The kinds of layers of a spec that is another by layer, or its branches where these are apart, and
+    the plans of those with kernels.
+
+    what: by what they differ.
+    """
 
     kinds: int
     plans: tuple[Plan, ...]
     phases: tuple[str, ...]  # that every kind has
+    what: str = "layer"
 
     @property
     def complete(self) -> bool:
@@ -65,7 +70,9 @@ class Layers:
 
     def __str__(self) -> str:
         counts = " and ".join(str(len(plan.kernels)) for plan in self.plans)
-        return f"{counts} kernels by layer" if self.complete else f"{counts} kernels of some layers"
+        if not self.complete:
+            return f"{counts} kernels of some {self.what}s"
+        return f"{counts} kernels by {self.what}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,19 +259,25 @@ def _more(graph: Graph, target: Target) -> tuple[str, ...]:
 
 
 def _layers(spec: Spec, target: Target) -> Layers | None:
-    """Each kind of layer of a spec whose layers differ, attending as if it had no loss; None of any other."""
-    if not spec.reuse and spec.route is None:
+    """Each kind of layer of a spec whose layers differ, attending as if it had no loss, or each branch of one
+    whose branches are apart; None of any other.
+    """
+    apart = spec.combine is not None and spec.combine.streams is not None
+    if not spec.reuse and spec.route is None and not apart:
         return None
     alone = spec.model_copy(update={"loss": None})
     steps = any(reuse.over == "steps" for reuse in spec.reuse)
-    made = (_steps if steps else _of_layers)(alone)
+    if apart:
+        made = (spec.stream(branch.name) for branch in spec.attend)
+    else:
+        made = (_steps if steps else _of_layers)(alone)
     kinds = {each.digest: each for each in made}
     if len(kinds) < 2:  # what it goes by is no layer, and no step
         return None
     plans, phases = list[Plan](), list[set[str]]()
-    for made in kinds.values():
+    for each in kinds.values():
         try:
-            graph = passes.run(planner.plan(made))
+            graph = passes.run(planner.plan(each))
             plan = schedule.schedule(graph, target)
         except PlanError:
             phases.append(set())
@@ -273,8 +286,10 @@ def _layers(spec: Spec, target: Target) -> Layers | None:
         chosen = set(plan.selection.values()) - plan.brought.keys()
         phases.append({"prefill", *(("select",) if chosen else ()), *_more(graph, target)})
     common = set[str].intersection(*phases)
+    common |= {"select"} & set[str].union(*phases) if apart else set()  # those that choose do
     ordered = tuple(x for x in ("prefill", "select", "decode", "gradients") if x in common)
-    return Layers(kinds=len(kinds), plans=tuple(plans), phases=ordered)
+    what = "branch" if apart else "layer"
+    return Layers(kinds=len(kinds), plans=tuple(plans), phases=ordered, what=what)
 
 
 def _of_layers(spec: Spec) -> list[Spec]:

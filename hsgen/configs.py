@@ -16,6 +16,7 @@ from hsgen.entropies import EntropiesContext
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
 from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
+from hsgen.learn import DistanceContext
 from hsgen.likeness import LikenessContext
 from hsgen.maps import MapsContext
 from hsgen.pairs import PairsContext
@@ -446,6 +447,8 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
         if kernel.context.how in ("finish", "tokens"):
             small["BLOCK_E"] = 16
         values |= {name: small.get(name, 16) for name in values}
+    elif isinstance(kernel.context, DistanceContext):
+        values["BLOCK_R"] = 16
     elif kernel.skeleton == "learn":
         values |= {"BLOCK_N": min(values["BLOCK_N"], 32)} | (
             {x: 32 for x in ("BLOCK_T", "BLOCK_R") if x in values}

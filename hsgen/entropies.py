@@ -173,7 +173,7 @@ class EntropiesContext:
                     Param(name="c_h", kind="stride", comment="CENTROIDS: head stride"),
                     Param(name="c_n", kind="stride", comment="CENTROIDS: node stride"),
                     pointer("DUNIT", "f32", f"f32[parts, {self.heads}, {self.nodes}, D] sums"),
-                    pointer("DC", "input", "gradient of CENTROIDS"),
+                    pointer("DC", "f32", "gradient of CENTROIDS"),
                     count("parts", "of each sum"),
                     count("nodes", "of the level"),
                     count("first", "nodes of levels above"),

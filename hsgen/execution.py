@@ -42,6 +42,7 @@ from hsgen.errors import ArgumentError, HsgenError, PlanError, Span
 from hsgen.flops import Work
 from hsgen.gates import Gate
 from hsgen.graph import Attend, Graph, Rotate, tensor_inputs
+from hsgen.learn import SLOPE
 from hsgen.operators import Call
 from hsgen.plan import STREAMED, Cached, Plan
 from hsgen.plan import Kernel as PlannedKernel
@@ -319,7 +320,13 @@ class Execution:
         self._differentiated: dict[Binding, Program] = {}  # as compiled, whatever the size
         self._losing: dict[tuple[Binding, str], Program] = {}
         self._bound_graphs: dict[Binding, Graph] = {}
+        # calls one branch by itself; who has kernels of it says so
+        self.branch: Callable[[str, Call], Tensor] = _no_branch
         self._calls = self._launches = self._bytes = 0
+
+    def on_kernels(self, device: torch.device) -> bool:
+        """Whether calls of tensors there run kernels."""
+        return self._on_kernels(device)
 
     @property
     def programs(self) -> Mapping[Binding, Program]:
@@ -592,7 +599,10 @@ class Execution:
     def _losses_on_kernels(self, call: Call, problem: Problem) -> list[Tensor]:
         if problem.empty:
             return [call.tensors[0].new_zeros((), dtype=torch.float32) for _ in self.named_losses]
-        found, _ = self._drive_losses(call, problem, "values")
+        outputs = None
+        if self.distilled:
+            outputs = {side: self.branch(name, call) for side, name in self.distilled.items()}
+        found, _ = self._drive_losses(call, problem, "values", outputs)
         return [_mean(found[name])[0] for name in self.named_losses]
 
     def _losses_backward_on_kernels(
@@ -619,6 +629,8 @@ class Execution:
         if problem.empty:
             nothing = call.tensors[0].new_zeros((), dtype=torch.float32)
             return [nothing for _ in self.named_losses], nothing, [None for _ in call.tensors]
+        if self.distilled:
+            return self._distil(call, problem)
         found, derived = self._drive_losses(call, problem, "gradients")
         (name,) = self.named_losses
         value, count = _mean(found[name])
@@ -632,10 +644,56 @@ class Execution:
             made.append(grad if grad is None else grad.contiguous())
         return [value], 1.0 / count, made
 
+    def _distil(
+        self, call: Call, problem: Problem
+    ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+        """The same of two branches' outputs: their gradients are made by the kernels of each alone.
+
+        All is of the sum, and what it is divided by is taken last, or small numbers were none in 16 bits.
+        """
+        with torch.enable_grad(), operators.autograd_again():
+            leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in call.tensors]
+            again = call._replace(tensors=leaves)
+            outputs = {side: self.branch(name, again) for side, name in self.distilled.items()}
+            found, derived = self._drive_losses(
+                call, problem, "gradients", {side: o.detach() for side, o in outputs.items()}
+            )
+            (name,) = self.named_losses
+            value, count = _mean(found[name])
+            dims = ("B", "T", "Hq", "Dv")
+            made = torch.autograd.grad(
+                [outputs[side] for side in derived],
+                [x for x in leaves if x.requires_grad],
+                [
+                    grad[0] if problem.packed else _swapped(grad, dims, problem)
+                    for grad in derived.values()
+                ],
+                allow_unused=True,
+            )
+        grads = iter(made)
+        return (
+            [value],
+            1.0 / SLOPE / count,
+            [next(grads) if x.requires_grad else None for x in leaves],
+        )
+
+    @functools.cached_property
+    def distilled(self) -> Mapping[str, str]:
+        """Student and teacher, and the branch that each is; nothing where no branch learns from another."""
+        pair = self.spec.loss and self.spec.loss.distill
+        return {"student": pair.student, "teacher": pair.teacher} if pair else {}
+
     def _drive_losses(
-        self, call: Call, problem: Problem, of: Literal["values", "gradients"]
+        self,
+        call: Call,
+        problem: Problem,
+        of: Literal["values", "gradients"],
+        outputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """What the driver of losses gives, on what the call brings of selections or on the kernels' own."""
+        """What the driver of losses gives, on what the call brings of selections or on the kernels' own.
+
+        outputs: of branches, beside the call's tensors.
+        """
         program = self._loss_program(problem, of)
         where = _batch(call, problem)
         if self.options.check:
@@ -651,9 +709,10 @@ class Execution:
         call = call._replace(tensors=[*map(_in_rows, call.tensors)])
         self._launches += program.launches
         with running(problem.device):
-            return program.driver.losses(
-                uniform(self.attending, problem, call), where, program.config, chosen
-            )
+            tensors = uniform(self.attending, problem, call)
+            for side, o in (outputs or {}).items():
+                tensors[side] = _rows_of(o, problem)
+            return program.driver.losses(tensors, where, program.config, chosen)
 
     def _loss_program(self, problem: Problem, of: Literal["values", "gradients"]) -> Program:
         """The program of losses for these tensors, compiled once."""
@@ -1358,6 +1417,10 @@ def brought(call: Call) -> list[tuple[str, Tensor]]:
     if not call.selection:
         return []
     return list(zip(call.levels.split(","), call.selection, strict=True))
+
+
+def _no_branch(name: str, call: Call) -> Tensor:  # noqa: ARG001
+    raise AssertionError(f"branch {name}: nobody has kernels of it")
 
 
 def uniform(expected: Expected, problem: Problem, call: Call) -> dict[str, Tensor]:

@@ -27,6 +27,9 @@ from hsgen.rows import (
 
 How = Literal["scores", "rows", "queries", "keys"]
 GAIN = 4096.0  # of gradients of scores, so that those of long rows are no subnormal fp16 numbers
+SLOPE = (
+    2.0**-6
+)  # of slopes of a distance, so that their sums over rows are no infinite fp16 numbers
 LEAST = 2.0**-126  # of attention, that a row learns from: the reciprocal of less may be infinite
 LINE = 128  # numbers: rows of the scratch are so many, or some times as many, so that tiles are read whole
 WIDEST = 128  # columns of a head that a dot takes at a time
@@ -238,3 +241,58 @@ def keys(index: Index) -> LearnContext:
             Param(name="BLOCK_R", kind="constexpr", comment="rows of a tile a step"),
         ),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistanceContext:
+    """What `learn.py.jinja` reads of the distance of two outputs; `derives`: gradients of both, or of one.
+
+    both: each learns from the other, else the student from the teacher.
+    """
+
+    name: str
+    how: Literal["distance"] = "distance"
+    form: Literal["mse", "smooth_l1"]
+    both: bool
+    heads: int
+    dim: int
+    derives: bool
+    header: str = ""
+    pieces: str = ""
+
+    @property
+    def summary(self) -> str:
+        return "how far two outputs are apart, of each tile of rows."
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.dim)
+
+    @property
+    def slope(self) -> str:
+        """What slopes are times."""
+        return number((2.0 if self.form == "mse" else 1.0) * SLOPE)
+
+    @property
+    def times(self) -> str:
+        """How often a distance counts."""
+        return "2.0" if self.both else "1.0"
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        shape = f"[B, T, {self.heads}, {self.dim}]"
+        student = tensor("DS", "ds", f"{shape} gradient of STUDENT", "bth")
+        teacher = tensor("DT", "dt", f"{shape} gradient of TEACHER", "bth")
+        made = (*student, *(teacher if self.both else ())) if self.derives else ()
+        return (
+            *tensor("STUDENT", "s", shape, "bth"),
+            *tensor("TEACHER", "t", shape, "bth"),
+            *made,
+            pointer("ROWS", "f32", f"f32[tiles, {self.heads}, 2] sums, and of how many numbers"),
+            *SEQ,
+            Param(name="BLOCK_R", kind="constexpr", comment="rows a tile"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)

@@ -28,6 +28,7 @@ from hsgen.graph import (
     Node,
     Norm,
     Normalise,
+    OutputGate,
     Permute,
     Pool,
     PoolHeads,
@@ -64,6 +65,8 @@ def refuse(graph: Graph) -> None:
         if words := lacking(graph, node):
             by_layer = isinstance(node.op, Route) and node.op.by == "layer"
             help = "give `layer` to load_kernel, or `--layer`" if by_layer else None
+            if node.name in graph.outputs.streams.values():
+                help = "load_kernel(spec).stream(NAME) is the kernel of one"
             if isinstance(node.op, Recall) and _taken_whole(node.op):
                 over = node.op.turns.over
                 what = over.removesuffix("s")
@@ -85,7 +88,9 @@ def lacking(graph: Graph, node: Node) -> str | None:
     if _whole(graph, node):
         return None
     if node.name in graph.outputs.streams.values():
-        return "no kernel puts out branches apart yet: `combine: {streams: branches}`"
+        return (
+            "branches apart have kernels one by one, not together: `combine: {streams: branches}`"
+        )
     match node.op:
         case Route(by=by):
             return f"no kernel takes a route by {by} yet: `route`"
@@ -101,8 +106,7 @@ def lacking(graph: Graph, node: Node) -> str | None:
         case Delta():
             return "no kernel reads keys from their changes yet"
         case Divergence() | Distance() | Entropies() as op:
-            of = {Divergence: _of_divergence, Entropies: _of_entropies}.get(type(op))
-            words = of(graph, node) if of else ""
+            words = _of_loss(graph, node, op)
             return (
                 None if words is None else f"no kernel computes the loss {_loss(node)}{words} yet"
             )
@@ -130,6 +134,19 @@ def _whole(graph: Graph, node: Node) -> bool:
 
 def _loss(node: Node) -> str:
     return node.name.removeprefix("loss.")
+
+
+def _of_loss(graph: Graph, node: Node, op: Divergence | Distance | Entropies) -> str | None:
+    """What of a loss no kernel computes: behind its name; None where one does."""
+    match op:
+        case Divergence():
+            return _of_divergence(graph, node)
+        case Entropies():
+            return _of_entropies(graph, node)
+        case Distance():  # of branches under gates, each of which has kernels of its own
+            bound = (OutputGate, Recall, Route, Union)
+            mixed = any(isinstance(x.op, bound) for x in graph.nodes())
+            return " of branches that are bound together" if mixed else None
 
 
 def _of_divergence(graph: Graph, node: Node) -> str | None:
@@ -199,6 +216,10 @@ def _of_gate(graph: Graph, node: Node, score: Node) -> str | None:
             " of blocks of rows that are no power of two, or too large",
         ),
         ((rows is None) != (op.rows is None), " of rows that score apart or learn apart"),
+        (
+            score.type.dims[2] != "Hq" and op.heads != op.tokens,
+            " of which heads and tokens are taken differently",
+        ),  # a sum of the greatest is no greatest of sums
         (not _derived(graph, keys), " of keys that are not pooled by max_min_mean or mean"),
         (any(not isinstance(x.op, Input) for x in (queries,)), " of queries that are made"),
         (

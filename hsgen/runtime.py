@@ -180,6 +180,15 @@ def compile_program(
     )
 
 
+def _refuse_config(spec: Spec, options: Options) -> None:
+    """Refuse values of kernels of branches by themselves, which are their own."""
+    if others := options.config.keys() - {"distance_distill"}:
+        raise ArgumentError(
+            f"config: expected nothing but of distance_distill, got {', '.join(sorted(others))}",
+            help=f"load_kernel(spec.stream({spec.attend[0].name!r}), config=...) has that of one branch",
+        )
+
+
 _kernels: dict[str, Kernel] = {}
 _kernels_lock = Lock()
 
@@ -237,6 +246,18 @@ class Kernel:
         self._gating: Gating | None = None
         self._forms: dict[Form, Kernel] = {}
         self._parts: dict[int, Kernel] = {}  # of the heads
+        self._apart = spec.combine is not None and spec.combine.streams is not None
+        self._streams: dict[str, Kernel] = {}
+        if (self._apart or self._execution.distilled) and spec.divisible:
+            _refuse_config(spec, options)
+            alone = replace(options, gate=None, config={})
+            self._streams = {
+                each.name: Kernel(
+                    spec.stream(each.name), alone, key=f"{key}-{each.name}", compiler=compiler
+                )
+                for each in spec.attend
+            }
+            self._execution.branch = self._branch
         if options.gate is not None:
             made = gates.forms(spec, options.gate)
             self._gating = Gating(spec, options, self._attending, made)
@@ -293,6 +314,10 @@ class Kernel:
         given = {"q": q, "k": k, "v": v, **tensors}
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
         call = self._call(given, self._attending, layout, lengths, selection)
+        if self._apart and self._streams and self._execution.on_kernels(q.device):
+            return self._first_stream(
+                call, return_lse=return_lse, return_selection=return_selection
+            )
         if return_selection:
             outputs = self._attended(call, selections=True)
             found = self._returned(outputs, return_lse=return_lse)
@@ -342,6 +367,8 @@ class Kernel:
         given = {"q": q, "k": k, "v": v, **tensors}
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
         call = self._call(given, self._choosing, layout, lengths, None)
+        if self._apart and self._streams and self._execution.on_kernels(q.device):
+            return self._chosen_by_streams(call)
         return {
             level: ListSelection(level=level, indices=indices)
             for level, indices in zip(self._execution.levels, self._chosen(call), strict=True)
@@ -823,6 +850,76 @@ class Kernel:
             for level, x in zip(levels, others[count:], strict=True):
                 dims = sharding.dims_of_selection(self._attending, level, packed=packed)
                 found.append(mine.whole(x, dims, heads))
+        return found
+
+    # --- branches apart
+
+    def stream(self, branch: str) -> Kernel:
+        """The kernel of one branch by itself, with all that a kernel has: gradients, a cache, its levels.
+
+        Its `gates` are the branch's own column, gates[..., i : i + 1]; where there is one a channel,
+        gates[..., i : i + 1, :].
+
+        Raises:
+            ArgumentError: no such branch, or branches that are not apart.
+        """
+        if branch not in self._streams:
+            self.spec.stream(branch)
+            raise ArgumentError(
+                f"stream: expected a spec whose branches are apart, got {self.spec.name!r}",
+                help="write 'combine: {gates: input, streams: branches}'",
+            )
+        return self._streams[branch]
+
+    def _alone(self, branch: str, call: Call, *, chooses: bool = False) -> tuple[Kernel, Call]:
+        """The kernel of a branch, and its own part of a call."""
+        kernel = self._streams[branch]
+        names = self._choosing.names if chooses else self._attending.names
+        given = dict(zip(names, call.tensors, strict=True))
+        column = [x.name for x in self.spec.attend].index(branch)
+        if "gates" in given:
+            combine = self.spec.combine
+            by_channel = combine is not None and combine.gates == "channel"
+            given["gates"] = given["gates"].narrow(-2 if by_channel else -1, column, 1)
+        expected = kernel._choosing if chooses else kernel._attending
+        brought = dict(zip(call.levels.split(","), call.selection, strict=False))
+        mine = {level: x for level, x in brought.items() if level in kernel._execution.levels}
+        return kernel, call._replace(
+            tensors=[given[name] for name in expected.names],
+            selection=list(mine.values()),
+            levels=",".join(mine),
+        )
+
+    def _branch(self, branch: str, call: Call) -> Tensor:
+        kernel, mine = self._alone(branch, call)
+        return kernel._attended(mine)[0]
+
+    def _first_stream(self, call: Call, *, return_lse: bool, return_selection: bool) -> Stepped:
+        """The output of the first branch, each one's log-sum-exp, and what each chose."""
+        if not torch.compiler.is_compiling():
+            self._execution.accept(call)
+        first, made = self.spec.attend[0].name, dict[str, Sequence[Tensor]]()
+        chosen: dict[str, ListSelection] = {}
+        for name, kernel in self._streams.items():
+            chooses = return_selection and bool(kernel._execution.levels)
+            if name == first or return_lse or chooses:
+                _, mine = self._alone(name, call)
+                made[name] = kernel._attended(mine, selections=chooses)
+                chosen |= kernel._selections(mine, made[name]) if chooses else {}
+        o, lse = made[first][0], {name: outputs[1] for name, outputs in made.items()}
+        more = (*((lse,) if return_lse else ()), *((chosen,) if return_selection else ()))
+        return (o, *more) if more else o
+
+    def _chosen_by_streams(self, call: Call) -> dict[str, ListSelection]:
+        """What branches choose, each by its own levels."""
+        found: dict[str, ListSelection] = {}
+        for branch in self.spec.attend:
+            if self._streams[branch.name]._execution.levels:
+                kernel, mine = self._alone(branch.name, call, chooses=True)
+                chosen = kernel._chosen(mine)
+                levels = kernel._execution.levels
+                pairs = zip(levels, chosen, strict=True)
+                found |= {name: ListSelection(level=name, indices=x) for name, x in pairs}
         return found
 
     def part(self, parts: int) -> Kernel:

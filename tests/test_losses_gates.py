@@ -83,9 +83,13 @@ def hold(spec, **sizes):
         (blocks(rows=16, by="sum", size=64, tokens="sum", turned=8), {"T": 70}),
         (blocks(causal="false", size=6, dim=48), {"T": 5, "S": 40}),
         (rows("sum", tokens="sum", size=256, **NORMED), {"T": 3, "S": 530}),
-        (rows(query=1, kv=1, size=2), {"T": 1, "S": 9}),
+        (rows(query=1, kv=1, size=2, turned="8, pairs: neighbours"), {"T": 1, "S": 9}),
+        (blocks(), {"T": 20, "S": 11}),
     ],
-    ids=["blocks", "rows", "sums", "not causal, odd sizes", "large entries", "one row"],
+    ids=[
+        *("blocks", "rows", "sums", "not causal, odd sizes", "large entries"),
+        *("one row, other pairs", "rows before keys"),
+    ],
 )
 def test_kernels_compute_the_kl_of_a_gate(spec, sizes):
     hold(spec, **sizes)
@@ -165,8 +169,9 @@ def test_tables_of_angles_have_no_gradient_and_say_so():
     [
         (blocks(rows=12), "of blocks of rows that are no power of two"),
         (rows(pool="max"), "of keys that are not pooled by max_min_mean or mean"),
+        (rows("sum"), "of which heads and tokens are taken differently"),
     ],
-    ids=["blocks of 12", "greatest keys"],
+    ids=["blocks of 12", "greatest keys", "greatest of sums"],
 )
 def test_gates_that_no_kernel_teaches_say_so(spec, words):
     with pytest.raises(PlanError, match=f"no kernel computes the loss kl {words}"):

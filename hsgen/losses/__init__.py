@@ -9,8 +9,8 @@ from __future__ import annotations
 from hsgen import refusals
 from hsgen.configs import DType
 from hsgen.errors import PlanError
-from hsgen.graph import Divergence, Entropies, Graph, Input
-from hsgen.losses import gate, index, trees
+from hsgen.graph import Distance, Divergence, Entropies, Graph, Input
+from hsgen.losses import apart, gate, index, trees
 from hsgen.plan import Plan
 from hsgen.schedule import SCRATCH_BYTES, text
 from hsgen.schedule.draft import Draft
@@ -47,9 +47,11 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, gradients: bool
             made = index.divergence(draft, node, op, gradients=gradients)
         case Entropies() as op:
             made = trees.entropies(draft, node, op, gradients=gradients)
+        case Distance() as op:
+            made = apart.distance(draft, node, op, gradients=gradients)
         case _:
             raise AssertionError("refused")
-    outputs = graph.outputs
+    outputs, sides = graph.outputs, apart.SIDES if isinstance(node.op, Distance) else ()
     looked_at = {x for node in found for x in (*node.inputs, *graph[node.inputs[0]].inputs)}
     read = {level: name for level, name in outputs.selection.items() if name in looked_at}
     return Plan(
@@ -60,7 +62,8 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, gradients: bool
             (n.name, n.type.dims)
             for n in graph.nodes()
             if isinstance(n.op, Input) and n.op.role != "state"
-        ),
+        )
+        + tuple((side, ("B", "T", "Hq", "Dv")) for side in sides),
         kernels=tuple(draft.kernels),
         steps=tuple(draft.steps),
         scratch_bytes=SCRATCH_BYTES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hsgen.blockgate import Gate, GateContext, How
 from hsgen.graph import Divergence, Node, Norm, Pool, PoolRows, Rotate, Score
 from hsgen.kernels import Turn
-from hsgen.plan import Buffer, Config, Launch, Step
+from hsgen.plan import Buffer, Config, ElementType, Launch, Step
 from hsgen.refusals import gate_of
 from hsgen.schedule import text, vectors
 from hsgen.schedule.draft import Draft
@@ -249,13 +249,13 @@ class _Planned:
         direct = self.rows is None and self.query_turn is None
         return f"grad_{self.source}" if direct else text.buffer(self.queries.name)
 
-    def output(self, name: str, *, zeros: bool = True) -> str:
+    def output(self, name: str, *, zeros: bool = True, dtype: ElementType = "input") -> str:
         """Room for a gradient of a caller's tensor."""
         x, dims = text.input_of(name), self.draft.graph[name].type.dims
         self.buffers.append(
             Buffer(
                 name=f"grad_{name}",
-                dtype="input",
+                dtype=dtype,
                 dims=tuple(f"{x}.shape[{i}]" for i in range(len(dims))),
                 role="output",
                 zeros=zeros,
@@ -324,7 +324,7 @@ class _Planned:
             *seq,
         )
         for name in weight:
-            made[name] = self.output(name, zeros=False)
+            made[name] = self.output(name, zeros=False, dtype="f32")
             slice_ = min(64, gate.dim & -gate.dim)
             self.launch(
                 self.kernel("maps", warps=4, BLOCK_N=32),

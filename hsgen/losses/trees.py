@@ -203,9 +203,10 @@ class _Tree:
         for name, buffer in made.items():
             of = text.input_of(name)
             dims = tuple(f"{of}.shape[{i}]" for i in range(len(draft.graph[name].type.dims)))
-            zeros = name in names[:2]  # of what is behind a sequence's end
+            vectors = name in names[:2]  # 0 is of what is behind a sequence's end
+            dtype = "input" if vectors else "f32"  # sums over all vectors
             self.buffers.append(
-                Buffer(name=buffer, dtype="input", dims=dims, role="output", zeros=zeros)
+                Buffer(name=buffer, dtype=dtype, dims=dims, role="output", zeros=vectors)
             )
         sums, parts = f"sums_of_{loss}", f"parts_{loss}"
         least = f"(rows_k_{loss} + rows_q_{loss}) // {TOKENS_A_PART}"

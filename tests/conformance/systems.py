@@ -50,7 +50,6 @@ REFUSED: dict[str, str] = {
     "spatten": "level token: no kernel takes over a selection yet",
     "spt": "level token: no kernel compares codes yet",
     "index_cache": "level token: no kernel takes over a selection yet",
-    "ssa": "no kernel puts out branches apart yet",
 }
 # Specs whose layers differ, and the layer whose kernels are tested.
 LAYERS: dict[str, int] = {
@@ -61,6 +60,8 @@ LAYERS: dict[str, int] = {
     "s2_attention": 0,
     "power_attention": 1,
 }
+# Specs whose branches are apart, and the one whose kernels are tested.
+STREAMS: dict[str, str] = {"ssa": "sparse"}
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 # `dsa` is an example that has tests of its own, and rounds the index as test_stored has it.
@@ -93,6 +94,7 @@ ALIKE: dict[str, str] = {
     "seer_attention_r": "moba",
     "small_thinker": "nsa",
     "sqa": "nsa",
+    "ssa": "moba",
     "vsa": "block_lists",
     "psa": "psa_mass",
     "sparge": "block_lists",  # but for what is forced, which test_likeness has beside
@@ -113,9 +115,10 @@ STRUCTURES = [name for name in KERNELS if name not in PRESETS]
 
 @functools.cache
 def load(name):
-    """The shipped spec of that name, as its file says; of one that differs by layer, a layer."""
+    """The shipped spec of that name; a layer of it, or a branch, where these differ or are apart."""
     path = (FILES | EXAMPLES)[name]
     spec = language.parse(path.read_text(encoding="utf-8"), str(path))
+    spec = spec.stream(STREAMS[name]) if name in STREAMS else spec
     return spec.bind(layer=LAYERS.get(name))
 
 

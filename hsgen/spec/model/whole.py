@@ -358,6 +358,36 @@ class Spec(Node):
     def _on_way(self, way: str) -> "Spec":
         """What is left of the spec where one way is taken: a spec without a route."""
         branches = [i for i, branch in enumerate(self.attend) if branch.when in (None, way)]
+        return self._of_branches(branches)
+
+    def stream(self, branch: str) -> "Spec":
+        """One of the branches that gates or nothing weigh, by itself: with the levels that it needs, under a
+        gate of its own.
+
+        Raises:
+            ArgumentError: no such branch, or one that is not apart from others.
+        """
+        names = [each.name for each in self.attend]
+        if branch not in names:
+            raise ArgumentError(f"stream: expected one of {', '.join(names)}, got {branch!r}")
+        combine = self.combine or Combine()
+        if not self.divisible:
+            msg = f"stream: branch {branch} of the spec '{self.name}' is not apart from others"
+            raise ArgumentError(msg, span=self.span("combine"))
+        alone = self._of_branches([names.index(branch)])
+        gated = Combine(gates=combine.gates) if combine.gates else None
+        said = {"name": f"{self.name}_{branch}", "combine": gated, "loss": None}
+        return alone.model_copy(update=said).located(alone._spans)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether each branch is a spec by itself, and nothing but gates is between them."""
+        combine = self.combine or Combine()
+        together = combine.output_gate or combine.softmax or combine.sink
+        return not (self.route or self.reuse or together)
+
+    def _of_branches(self, branches: list[int]) -> "Spec":
+        """What is left where there are some of the branches alone."""
         needed = {self.attend[i].over for i in branches}
         for level in reversed(self.levels):
             needed |= level.named if level.name in needed else set()

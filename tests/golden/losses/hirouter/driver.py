@@ -300,7 +300,7 @@ def losses(tensors, batch, config, selection):
             in_branch_centroids.shape[1],
             in_branch_centroids.shape[2],
         ),
-        dtype=in_q.dtype,
+        dtype=torch.float32,
         device=in_q.device,
     )
     grad_leaf_centroids = torch.empty(
@@ -309,7 +309,7 @@ def losses(tensors, batch, config, selection):
             in_leaf_centroids.shape[1],
             in_leaf_centroids.shape[2],
         ),
-        dtype=in_q.dtype,
+        dtype=torch.float32,
         device=in_q.device,
     )
     sums_of_dual_entropy = torch.zeros(

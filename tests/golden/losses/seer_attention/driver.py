@@ -406,7 +406,7 @@ def losses(tensors, batch, config, selection):
             in_block_key_weight.shape[2],
             in_block_key_weight.shape[3],
         ),
-        dtype=in_q.dtype,
+        dtype=torch.float32,
         device=in_q.device,
     )
     grid = (

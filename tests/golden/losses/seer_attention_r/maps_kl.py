@@ -28,7 +28,7 @@ def store_rows(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.cons
 def maps_kl(
     PARTS,  # f32[3, pool rows, 8, 128]
     BEFORE,  # f32[pool rows, 8, 128] before turn and norm
-    DWEIGHT,  # gradient of WEIGHT
+    DWEIGHT,  # gradient of WEIGHT, of a sum over rows
     pool_rows,  # of all sequences
     BLOCK_N: tl.constexpr,  # entries a step
 ):

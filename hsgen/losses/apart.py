@@ -1,0 +1,65 @@
+"""The launch of a distance of two outputs, which calls of the two branches made before."""
+
+from __future__ import annotations
+
+from hsgen.graph import Distance, Node
+from hsgen.learn import DistanceContext
+from hsgen.plan import Buffer, Config, Launch, Step
+from hsgen.schedule import text
+from hsgen.schedule.draft import Draft
+
+SIDES = ("student", "teacher")  # what the driver calls the two outputs
+
+
+def distance(draft: Draft, node: Node, op: Distance, *, gradients: bool) -> dict[str, str]:
+    """Its launch.  -> buffers of gradients by side"""
+    loss = node.name.removeprefix("loss.")
+    heads, dim = draft.shape.query_heads, draft.shape.v
+    both = op.toward == "both"
+    context = DistanceContext(
+        name=f"distance_{loss}",
+        form=op.form,
+        both=both,
+        heads=heads,
+        dim=dim,
+        derives=gradients,
+    )
+    config = Config(constexprs=(("BLOCK_R", 64),), num_warps=4, num_stages=1)
+    draft.kernel("learn", context, config, node.name)
+    made = {side: f"grad_{side}" for side in SIDES[: 1 + both]} if gradients else {}
+    inputs = tuple(text.input_of(side) for side in SIDES)
+    of = tuple(f"{inputs[0]}.shape[{i}]" for i in range(4))
+    tiles = f"tiles_{loss}"
+    draft.steps.append(
+        Step(
+            title=f"loss: {loss}",
+            needs=SIDES,
+            makes=(node.name,),
+            sizes=((tiles, text.tiles_of(context.name).replace("BLOCK_T", "BLOCK_R")),),
+            buffers=(
+                *(
+                    Buffer(name=name, dtype="input", dims=of, role="output", zeros=True)
+                    for name in made.values()
+                ),
+                Buffer(
+                    name=f"rows_of_{loss}",
+                    dtype="f32",
+                    dims=(f"{tiles} * {heads}", "2"),
+                    role="output",
+                    zeros=True,
+                ),
+            ),
+            launches=(
+                Launch(
+                    kernel=context.name,
+                    grid=(tiles, str(heads)),
+                    arguments=(
+                        *(x for name in (*inputs, *made.values()) for x in text.strides(name)),
+                        f"rows_of_{loss}",
+                        *text.SEQ,
+                    ),
+                ),
+            ),
+        )
+    )
+    return made

@@ -1,0 +1,1 @@
+"""Kernels of ssa_losses, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of ssa_sparse, emitted by hsgen."""
