@@ -275,7 +275,7 @@ def maps(context: MapsContext, target: Target, dtype: DType) -> Config:
     size, rows_of, wide, step = (4, 64, 64, 16) if dtype == "fp32" else (2, 128, 256, 64)
     if not target.dots_read_shared:  # operands are in registers too
         wide = min(wide, 128)
-    tokens = max(1, rows_of // context.per_row)
+    tokens = 1 if context.last else max(1, rows_of // context.per_row)
     step = min(step, context.most_channels)
     deepest = {
         columns: (target.smem_per_block - 8192)

@@ -113,6 +113,12 @@ class RankContext:
     )
     # of a pyramid, up to each tier: the part of all masses, and of the candidates, in units of 2^-30
     tiers: tuple[tuple[int, int], ...] = ()
+    single: bool = (
+        False  # one row a sequence chooses for all of it, its last one; says how many it keeps
+    )
+    # in place of k, the part of the candidates that a single row keeps of its own, and at least `least`
+    budget: bool = False
+    sharing: int = 1  # selection heads that have the scores of one
     summed: int = 0  # > 0: scores are made here, of what an attend left of so many heads each
     planes: int = 0  # of that: 2 where an entry also counts in the slot after its own
     parts: int = 1  # of heads, whose scores of an entry become one here
@@ -124,6 +130,12 @@ class RankContext:
 
     @property
     def summary(self) -> str:
+        if self.single:
+            return "the best entries of the last rows, until their masses reach a part of all."
+        if self.budget:
+            return (
+                "the best entries of each block of rows, the part of them that the last rows keep."
+            )
         if self.tiers:
             return "the tier of every entry of each block of rows: the best ones have the first."
         if self.mass:
@@ -228,6 +240,10 @@ class RankContext:
     @property
     def wanted(self) -> str:
         """How many candidates a row keeps; of a part, all forced ones."""
+        if self.budget:
+            part = "budget_of(candidates, kept_there, all_there)"
+            part = f"tl.maximum({part}, {self.least})" if self.least else part
+            return f"tl.maximum({part}, forced)" if self.counted else f"{part} + forced"
         if self.part:
             entries = f"tl.sum((k_len + {self.stride - 1}) // {self.stride}, 1)"
             part = f"part_of({entries if self.of_all else 'candidates'}, {self.part})"
@@ -240,7 +256,7 @@ class RankContext:
     @property
     def varies(self) -> bool:
         """Whether how many slots a row has is a number of the call."""
-        return bool(self.part or self.edged)
+        return bool(self.part or self.edged or self.budget)
 
     @property
     def edged(self) -> bool:
@@ -341,6 +357,8 @@ class RankContext:
         if self.softmax:
             row += ", most, whole" + ", unlike, unlike_row" * bool(self.unlike)
         row += ", led" * bool(self.sinks)
+        if self.budget:
+            row += ", kept_there, all_there"
         return f"{row}, parents, live, complete" if self.children else row
 
     @property
@@ -372,7 +390,7 @@ class RankContext:
             pointer(
                 "SCORES",
                 "f32",
-                f"f32[chunk rows, {self.heads}, {self._of_row}capacity{self._of_entry}]",
+                f"f32[chunk rows, {self.heads // self.sharing}, {self._of_row}capacity{self._of_entry}]",
             ),
             pointer(
                 "SELECTION",
@@ -390,6 +408,15 @@ class RankContext:
                     ),
                 )
                 if self.sinks
+                else ()
+            ),
+            *(
+                (
+                    pointer(
+                        "COUNTS", "i32", f"i32[Z, {self.heads}, 2] kept by the last rows, of all"
+                    ),
+                )
+                if self.single or self.budget
                 else ()
             ),
             *(

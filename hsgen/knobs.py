@@ -189,8 +189,9 @@ def _bucket_ranges(context: BucketsContext) -> dict[str, tuple[int, int]]:
 def _map_ranges(context: MapsContext) -> dict[str, tuple[int, int]]:
     if context.how == "sums":
         return {"BLOCK_N": (16, 1024), "num_warps": (1, 8)}
+    most = 1 if context.last else max(1, MOST_ROWS // context.per_row)
     return {
-        "BLOCK_T": (max(1, LEAST_DOT // context.per_row), max(1, MOST_ROWS // context.per_row)),
+        "BLOCK_T": (max(1, LEAST_DOT // context.per_row), most),
         "BLOCK_N": (max(LEAST_DOT, context.per_entry), max(256, context.per_entry)),
         "BLOCK_D": (LEAST_DOT, context.most_channels),
         "num_warps": (1, 8),
@@ -436,6 +437,8 @@ def _no_tile(kernel: Kernel, values: Mapping[str, int]) -> str:
             if wide % entries or wide < LEAST_DOT:
                 least = max(LEAST_DOT, entries)
                 return f"expected BLOCK_N of whole blocks of {entries} entries, at least {least}, got {wide}"
+            if kernel.context.last and values["BLOCK_T"] != 1:
+                return f"expected BLOCK_T=1, as a sequence has one set of last rows, got {values['BLOCK_T']}"
             if tall < LEAST_DOT:
                 return f"expected BLOCK_T of at least {LEAST_DOT // rows}, got {values['BLOCK_T']}"
             return f"expected BLOCK_D to divide {dim}, got {step}" if dim % step else ""

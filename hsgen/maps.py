@@ -19,6 +19,7 @@ from hsgen.graph import (
     Node,
     Normalise,
     Pool,
+    PoolHeads,
     PoolRows,
     ReduceRows,
     Score,
@@ -27,6 +28,7 @@ from hsgen.kernels import tunables
 from hsgen.plan import Param
 from hsgen.rows import LOG2_E, SEQ, count, jit, number, pointer, tensor
 
+LEAST_DOT = 16  # rows of a dot
 TILE_FIRST = count("tile_first", "the turn's first tile")
 CAPACITY = count("capacity", "row length of the scratch")
 
@@ -35,6 +37,7 @@ CAPACITY = count("capacity", "row length of the scratch")
 class Way:
     """From queries and keys to scores of blocks: the operators that two launches do together."""
 
+    asking: Node | None = None  # the mean of heads that agree
     queries: Node
     keys: Node
     score: Node
@@ -47,8 +50,14 @@ class Way:
     def tiles(self) -> tuple[str, ...]:
         """What tiles of products do, but for what rows are normalised by."""
         lse = (self.lse.name,) if self.lse else ()
-        first = (self.queries.name, self.keys.name, self.score.name)
-        return *first, *lse, self.normalised.name, self.mapped.name
+        asking = (self.asking.name,) if self.asking else ()
+        made = [x.name for x in (self.queries, self.keys) if not isinstance(x.op, Input)]
+        return *asking, *made, self.score.name, *lse, self.normalised.name, self.mapped.name
+
+    @property
+    def last(self) -> int:
+        """Rows at the end of a sequence that choose for all; 0: blocks of rows choose."""
+        return (isinstance(self.together.op, ReduceRows) and self.together.op.last) or 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,6 +72,8 @@ def way_to(graph: Graph, name: str) -> Way | None:
 
 def _way(graph: Graph, together: Node) -> Way | None:
     """Back from scores of blocks."""
+    if isinstance(together.op, ReduceRows) and together.op.last is not None:
+        return _way_of_last(graph, together)
     mapped = graph[together.inputs[0]]
     if not isinstance(mapped.op, Map):
         return None
@@ -74,7 +85,9 @@ def _way(graph: Graph, together: Node) -> Way | None:
         return None
     queries, keys = (graph[name] for name in score.inputs)
     lse = graph[normalised.inputs[1]] if len(normalised.inputs) > 1 else None
+    agree = graph[queries.inputs[0]] if queries.inputs else None
     way = Way(
+        asking=agree if agree and isinstance(agree.op, PoolHeads) else None,
         queries=queries,
         keys=keys,
         score=score,
@@ -84,6 +97,65 @@ def _way(graph: Graph, together: Node) -> Way | None:
         together=together,
     )
     return way if _goes(graph, way) else None
+
+
+def _way_of_last(graph: Graph, together: Node) -> Way | None:
+    """The same of tokens that a prompt's last rows score: the mean of their masses, then sums over blocks."""
+    normalised, users = graph[together.inputs[0]], graph.users(together.name)
+    score = graph[normalised.inputs[0]] if normalised.inputs else None
+    if (
+        len(users) != 1
+        or score is None
+        or not isinstance(score.op, Score)
+        or len(score.inputs) != 2
+    ):
+        return None
+    queries, keys = (graph[name] for name in score.inputs)
+    lse = graph[normalised.inputs[1]] if len(normalised.inputs) > 1 else None
+    mapped, op = users[0], together.op
+    assert isinstance(op, ReduceRows)
+    if not isinstance(mapped.op, Map):
+        return None
+    way = Way(
+        queries=queries,
+        keys=keys,
+        score=score,
+        lse=lse,
+        normalised=normalised,
+        mapped=mapped,
+        together=together,
+    )
+    size = mapped.op.size
+    plain = (
+        Score(
+            level=score.op.level, form="dot", scale=score.op.scale, size=1, stride=1, within=None
+        ),
+        Normalise(level=score.op.level),
+        Map(
+            level=mapped.op.level,
+            how="sum",
+            size=size,
+            stride=size,
+            ratio=size,
+            taps=tuple((i, 1) for i in range(size)),
+        ),
+        ReduceRows(level=op.level, how="mean", block=None, last=op.last),
+    )
+    found = (score.op, normalised.op, mapped.op, op)
+    given = isinstance(queries.op, Input) and isinstance(keys.op, Input)
+    own = lse is not None and isinstance(lse.op, LogSumExp) and lse.inputs == (score.name,)
+    goes = given and own and found == plain and _is_power(size) and _is_power(op.last or 0)
+    return way if goes and _alone(graph, way, mapped) else None
+
+
+def _alone(graph: Graph, way: Way, end: Node) -> bool:
+    """Whether nothing else reads what is on the way to its end."""
+    inner = [graph[name] for name in way.names if name != end.name]
+    return all(user.name in way.names for node in inner for user in graph.users(node.name))
+
+
+def _is_power(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 def _goes(graph: Graph, way: Way) -> bool:
@@ -98,12 +170,14 @@ def _goes(graph: Graph, way: Way) -> bool:
         and isinstance(together, ReduceRows)
     ):
         return False
-    inner = [graph[name] for name in way.names[:-1]]
-    if any(user.name not in way.names for node in inner for user in graph.users(node.name)):
+    if not _alone(graph, way, way.together):
         return False
     side_by_side = queries.how == keys.how == "antidiagonal" and queries.block == keys.size
     first = queries.how == keys.how == "first"
-    given = way.queries.inputs == ("q",) and isinstance(graph[way.keys.inputs[0]].op, Input)
+    asking = way.asking or way.queries
+    given = asking.inputs == ("q",) and isinstance(graph[way.keys.inputs[0]].op, Input)
+    if way.asking and (way.asking.op != PoolHeads(level=queries.level, share="group") or not first):
+        return False
     plain = (
         PoolRows(level=queries.level, how=queries.how, block=queries.block, last=None),
         Pool(level=keys.level, how=keys.how, size=keys.size, stride=keys.size, position=False),
@@ -137,20 +211,23 @@ def _goes(graph: Graph, way: Way) -> bool:
 
 
 def _normalises(way: Way, mapped: Map) -> bool:
-    """By a sum of the row's own, entries summed; or by its greatest, of entries the greatest."""
+    """By a sum of the row's own, entries summed, or of first tokens the greatest; or by its greatest, of
+    entries the greatest.
+    """
     assert isinstance(way.normalised.op, Normalise)
     if way.normalised.op.by == "max":
         return mapped.how == "max"
-    lse = way.lse
+    lse, queries = way.lse, way.queries.op
     own = lse is not None and isinstance(lse.op, LogSumExp) and lse.inputs == (way.score.name,)
-    return own and mapped.how == "sum"
+    first = isinstance(queries, PoolRows) and queries.how == "first"
+    return own and (mapped.how == "sum" or (first and mapped.how == "max"))
 
 
 def _parts(block: int | None, part: int | None) -> bool:
     """Whether a block has a power of two of parts."""
     if not block or not part or block % part:
         return False
-    return (block // part) & (block // part - 1) == 0
+    return _is_power(block // part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,11 +253,20 @@ class MapsContext:
     size: int
     causal: bool
     greatest: bool  # of entries and rows, by a row's greatest; else sums of both, by a row's sum
+    by_sum: bool = False  # the greatest of both, by a row's sum
+    asking: int = 1  # query heads of which the mean asks, for one of `heads`
+    last: int = 0  # > 0: so many rows at the end of a sequence, whose mean is one for all
     scale: float
     precision: str
 
     @property
     def summary(self) -> str:
+        if self.how == "tiles" and self.by_sum:
+            return f"the greatest score and the logarithm of the sum of every {self.per_entry} entries."
+        if self.how == "sums" and self.by_sum:
+            return "the greatest mass of each block, every row's of 1."
+        if self.how == "sums" and self.last:
+            return f"the mean mass of each block, of the last {self.last} rows."
         if self.how == "tiles":
             kept = "the greatest score" if self.greatest else "the logarithm of the sum"
             return f"{kept} of every {self.per_entry} entries, of every {self.part} rows."
@@ -190,8 +276,8 @@ class MapsContext:
 
     @property
     def per_row(self) -> int:
-        """Small blocks of rows of one."""
-        return self.rows // self.part
+        """Small blocks of rows of one; of last rows as many as a dot has at least."""
+        return max(LEAST_DOT, self.last) if self.last else self.rows // self.part
 
     @property
     def per_entry(self) -> int:
@@ -199,7 +285,16 @@ class MapsContext:
 
     @property
     def scale_log2(self) -> str:
-        return number(self.scale / self.slots * LOG2_E)
+        return number(self.scale / (self.slots * self.asking) * LOG2_E)
+
+    @property
+    def dots(self) -> str:
+        """What a score is."""
+        if self.last:
+            return "a dot of tokens"
+        if self.slots > 1:
+            return "a dot of tokens side by side, rows from their last one on"
+        return "a dot of first tokens" + ", those of the mean of heads" * (self.asking > 1)
 
     @property
     def most_channels(self) -> int:
@@ -208,7 +303,8 @@ class MapsContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        shape = f"f32[chunk rows, {self.heads}, {self.per_row}, capacity]"
+        planes = ", 2" * self.by_sum
+        shape = f"f32[chunk rows, {self.heads}, {self.per_row}{planes}, capacity]"
         parts = pointer("PARTS", "f32", f"{shape} of blocks of entries, in base 2")
         if self.how == "tiles":
             return (

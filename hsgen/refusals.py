@@ -395,6 +395,9 @@ def _in_blocks(graph: Graph, node: Node) -> bool:
 def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) -> str | None:
     """Of a level whose rows choose together, what that is in the way of; of any, what its operators are."""
     in_blocks = _in_blocks(graph, node)
+    way = maps.way_to(graph, node.inputs[0]) if isinstance(op, Select | SelectSet) else None
+    if way is not None and way.last and not _says_how_many(graph, node):
+        return "chooses by the last rows for all"
     if isinstance(op, SelectSet):
         if held_masses(graph, graph.operands(node)[0]):
             if of_pairs(op):
@@ -402,6 +405,8 @@ def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) ->
             if sorting.order_of(graph, node) is not None:
                 op = replace(op, sink=None, cut=None)
             return _of_threshold(op) if op.rule == "threshold" else _of_masses(op)
+        if op.rule == "budget_from":
+            return _of_budget(graph, node, op)
         return _of_set(op, in_blocks=in_blocks, weighed=_weighed(graph, node))
     if isinstance(op, Select) and in_blocks and sorting.order_of(graph, node) is not None:
         op = replace(op, sink=None, cut=None)
@@ -505,6 +510,34 @@ def _of_set(op: SelectSet, *, in_blocks: bool, weighed: bool) -> str | None:
         by_tier = replace(plain, rule="quota", tiers=tiers, of=None)
         return None if op == by_tier else "selects by a quota, and more"
     return None if in_blocks and op == plain else f"selects by {op.rule}"
+
+
+def _says_how_many(graph: Graph, node: Node) -> bool:
+    """Whether a choice is made by masses, and only of how many entries anything else reads."""
+    users = [user.op for user in graph.users(node.name)]
+    told = all(isinstance(x, SelectSet) and x.rule == "budget_from" for x in users)
+    return told and isinstance(node.op, SelectSet) and node.op.rule == "top_p"
+
+
+def _of_budget(graph: Graph, node: Node, op: SelectSet) -> str | None:
+    """The part of the entries that the last rows of a sequence keep of theirs, head by head."""
+    plain = SelectSet(
+        level=op.level,
+        size=op.size,
+        stride=op.stride,
+        rule="budget_from",
+        value=op.value,
+        first=op.first,
+        last=op.last,
+        counted=op.counted,
+        least=op.least,
+        budget_from=op.budget_from,
+    )
+    source, way = graph[node.inputs[1]], maps.way_to(graph, node.inputs[0])
+    of_last = maps.way_to(graph, source.inputs[0])
+    alike = source.type.dims[2] == node.type.dims[2] and of_last is not None and of_last.last > 0
+    goes = way is not None and not way.last and _in_blocks(graph, node)
+    return None if op == plain and alike and goes else "selects by budget_from"
 
 
 def _of_pooled_query(graph: Graph, node: Node) -> str | None:

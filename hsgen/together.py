@@ -35,7 +35,7 @@ class ListsContext:
     header: str = ""
     pieces: str = ""
     heads: int  # selection heads
-    rows: int  # of a block
+    rows: int  # of a block; 0: a sequence has one list
     size: int
     stride: int
     causal: bool
@@ -74,7 +74,9 @@ class ListsContext:
                     "the union of the entries that a tile's rows chose, and which rows chose each."
                 )
             case "spread":
-                return "every row's copy of the list of its block."
+                return (
+                    f"every row's copy of the list of its {'block' if self.rows else 'sequence'}."
+                )
 
     @property
     def params(self) -> tuple[Param, ...]:

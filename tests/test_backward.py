@@ -898,7 +898,7 @@ TRAINED = (
     *("flux_attention", "moa", "power_attention", "s2_attention"),
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
-    *("dhsa_released", "hip", "hydra", "seer_attention", "sparge", "xattention"),
+    *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "xattention"),
 )
 REFUSED = {
     "qwen_qsa": "no kernel has the gradient of an output's gate yet",

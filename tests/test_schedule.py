@@ -379,7 +379,7 @@ def test_tiles_of_short_documents_have_no_whole_slabs():
             "psa",
             "seer_attention",
         ),
-        *("sparge", "vsa", "xattention"),
+        *("proxy_attn", "sparge", "vsa", "xattention"),
     ],
 )
 def test_where_rows_choose_together_no_row_has_a_list_unless_a_caller_asks(name):

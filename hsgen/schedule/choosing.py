@@ -217,6 +217,7 @@ def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) ->
     kept = op if isinstance(op, Select) else None
     found = part_of(draft.graph, node)
     by_mass = op if isinstance(op, SelectSet) and op.rule == "top_p" else None
+    by_budget = op if isinstance(op, SelectSet) and op.rule == "budget_from" else None
     tiers = tiers_of(op)
     return RankContext(
         name=f"rank_{op.level}",
@@ -232,12 +233,13 @@ def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) ->
         counted=op.counted,
         tail=bool(op.tail),
         rows=draft.block(node),
-        part=found.units if found and not (by_mass or tiers) else 0,
+        part=found.units if found and not (by_mass or by_budget or tiers) else 0,
         of_all=isinstance(op, SelectSet) and op.of == "all",
         mass=_mass_of(by_mass) if by_mass else 0,
         drop=bool(by_mass and by_mass.boundary == "drop"),
         rest=bool(by_mass and by_mass.of == "rest"),
-        least=(by_mass and by_mass.least) or 0,
+        least=(isinstance(op, SelectSet) and (by_mass or by_budget) and op.least) or 0,
+        budget=by_budget is not None,
         tiers=ends_of(tiers) if tiers else (),
         segment=sorted_keys.segment(draft, node),
         sinks=op.sink or 0,

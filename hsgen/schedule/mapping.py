@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hsgen import configs, together
-from hsgen.graph import Map, Node, Pool, PoolRows, ReduceRows, Score, Select, SelectSet
+from hsgen.graph import Input, Map, Node, Pool, PoolRows, ReduceRows, Score, Select, SelectSet
 from hsgen.maps import MapsContext, Way
 from hsgen.plan import Buffer, Launch, Step
 from hsgen.schedule import choosing, text
@@ -15,10 +15,15 @@ from hsgen.schedule.draft import Draft
 def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
     """Tiles of products, sums over what is left of them, and the best of each block of rows, turn by turn."""
     products, sums = _contexts(draft, way)
+    if way.last:
+        _select_last(draft, node, op, way, products, sums)
+        return
     config = configs.maps(products, draft.target, draft.dtype)
     draft.kernel("maps", products, config, *way.tiles)
     draft.kernel("maps", sums, configs.sums(sums), way.together.name, follows=products.name)
     ranking = choosing.ranking(draft, node, op, short=True)
+    ranking = replace(ranking, sharing=ranking.heads // products.heads)
+    budget = _budget_of(draft, node, op)
     by_count = configs.rank(0, op.stride, config["BLOCK_T"], grouped=False)
     ranks = configs.rank_by_mass(op.stride) if ranking.edged else by_count
     draft.kernel("rank", ranking, ranks, node.name, follows=products.name)
@@ -29,7 +34,8 @@ def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
     blocks, tiles, chunk = f"blocks_{level}", f"tiles_{level}", f"chunk_{level}"
     block_t = f'config["{products.name}"]["BLOCK_T"]'
     per_row = products.per_row
-    row = 4 * products.heads * (per_row + 1)
+    planes = 1 + products.by_sum
+    row = 4 * products.heads * (planes * per_row + 1)
     made = choosing.chosen_of(node)
     lists = text.buffer(made)
     seq = (*text.SEQ, "tile_first")
@@ -38,7 +44,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
     draft.steps.append(
         Step(
             title=f"choose: {level}",
-            needs=(way.queries.inputs[0], way.keys.inputs[0]),
+            needs=(_asked(way), way.keys.inputs[0], *budget[:1]),
             makes=(made,),
             sizes=(
                 (blocks, together.blocks_of(block)),
@@ -52,18 +58,20 @@ def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
                 Buffer(
                     name=parts,
                     dtype="f32",
-                    dims=(*held, str(per_row), capacity),
+                    dims=(*held, str(per_row), *("2",) * products.by_sum, capacity),
                     role="scratch",
                 ),
                 Buffer(name=scratch, dtype="f32", dims=(*held, capacity), role="scratch"),
-                Buffer(name=lists, dtype="i32", dims=(blocks, heads, slots), role="list"),
+                Buffer(
+                    name=lists, dtype="i32", dims=(blocks, str(ranking.heads), slots), role="list"
+                ),
             ),
             launches=(
                 Launch(
                     kernel=products.name,
                     grid=("count", entries, heads),
                     arguments=(
-                        *draft.tensor(way.queries.inputs[0]),
+                        *draft.tensor(_asked(way)),
                         *draft.tensor(way.keys.inputs[0]),
                         parts,
                         capacity,
@@ -77,42 +85,158 @@ def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
                 ),
                 Launch(
                     kernel=ranking.name,
-                    grid=(f"count * ({block_t} // {{BLOCK_R}})", heads),
-                    arguments=(scratch, lists, *seq, capacity, *((slots,) if part else ())),
+                    grid=(f"count * ({block_t} // {{BLOCK_R}})", str(ranking.heads)),
+                    arguments=(
+                        scratch,
+                        lists,
+                        *(_counts(name) for name in budget[1:]),
+                        *seq,
+                        capacity,
+                        *((slots,) if part else ()),
+                    ),
                 ),
             ),
             tiles=tiles,
             chunk=chunk,
         )
     )
-    choosing.spread(draft, node, op, products.heads, block)
+    choosing.spread(draft, node, op, ranking.heads, block)
+
+
+def _asked(way: Way) -> str:
+    """The queries, as a caller has them."""
+    if isinstance(way.queries.op, Input):
+        return way.queries.name
+    return (way.asking or way.queries).inputs[0]
+
+
+def _budget_of(draft: Draft, node: Node, op: Select | SelectSet) -> tuple[str, ...]:
+    """What says which part of the entries is kept, and of which level; nothing where the rule itself does."""
+    if not isinstance(op, SelectSet) or op.budget_from is None:
+        return ()
+    source = draft.graph[node.inputs[1]]
+    return choosing.chosen_of(source), op.budget_from
+
+
+def _counts(level: str) -> str:
+    return f"counts_{level}"
+
+
+def _select_last(
+    draft: Draft,
+    node: Node,
+    op: Select | SelectSet,
+    way: Way,
+    products: MapsContext,
+    sums: MapsContext,
+) -> None:
+    """Tokens that the last rows of each sequence score, their masses by block, and as many as hold enough."""
+    products = replace(products, name=f"score_{op.level}")
+    sums = replace(sums, name=f"sum_{op.level}")
+    ranking = replace(
+        choosing.ranking(draft, node, op, short=True), single=True, rows=1, counted=op.counted
+    )
+    config = configs.maps(products, draft.target, draft.dtype)
+    lse = (way.lse.name,) if way.lse else ()
+    made_there = (way.score.name, *lse, way.normalised.name, way.together.name)
+    draft.kernel("maps", products, config, *made_there)
+    draft.kernel("maps", sums, configs.sums(sums), way.mapped.name, follows=products.name)
+    ranks = configs.rank_by_mass(op.stride)
+    draft.kernel("rank", ranking, ranks, node.name, follows=products.name)
+    level, heads, rows = op.level, str(products.heads), str(products.per_row)
+    capacity, parts, scratch = f"capacity_{level}", f"parts_{level}", f"scores_{level}"
+    part, slots, made = (
+        choosing.part_of(draft.graph, node),
+        draft.slots(node),
+        choosing.chosen_of(node),
+    )
+    assert part is not None, "refused"
+    seq, each = (*text.SEQ, "0"), ("batch.sequences", heads)
+    entries = f"{capacity} * {products.per_entry} // {{BLOCK_N}} + 1"
+    draft.steps.append(
+        Step(
+            title=f"choose: {level}",
+            needs=(_asked(way), way.keys.name),
+            makes=(made,),
+            sizes=(*part.sizes(level), (capacity, f"batch.keys // {op.stride} + 1")),
+            buffers=(
+                Buffer(name=parts, dtype="f32", dims=(*each, rows, capacity), role="scratch"),
+                Buffer(name=scratch, dtype="f32", dims=(*each, capacity), role="scratch"),
+                Buffer(name=_counts(level), dtype="i32", dims=(*each, "2"), role="list"),
+                Buffer(name=text.buffer(made), dtype="i32", dims=(*each, slots), role="list"),
+            ),
+            launches=(
+                Launch(
+                    kernel=products.name,
+                    grid=("batch.sequences", entries, heads),
+                    arguments=(
+                        *draft.tensor(_asked(way)),
+                        *draft.tensor(way.keys.name),
+                        parts,
+                        capacity,
+                        *seq,
+                    ),
+                ),
+                Launch(kernel=sums.name, grid=each, arguments=(parts, scratch, capacity, *seq)),
+                Launch(
+                    kernel=ranking.name,
+                    grid=each,
+                    arguments=(
+                        scratch,
+                        text.buffer(made),
+                        _counts(level),
+                        *seq,
+                        capacity,
+                        slots,
+                    ),
+                ),
+            ),
+        )
+    )
+    choosing.spread(draft, node, op, products.heads, 0)
 
 
 def _contexts(draft: Draft, way: Way) -> tuple[MapsContext, MapsContext]:
     """The numbers of both launches that make scores."""
     queries, keys, score = way.queries.op, way.keys.op, way.score.op
     mapped, reduced = way.mapped.op, way.together.op
-    assert isinstance(queries, PoolRows)
-    assert isinstance(keys, Pool)
     assert isinstance(score, Score)
     assert isinstance(mapped, Map)
     assert isinstance(reduced, ReduceRows)
-    assert queries.block is not None, "refused"
-    assert reduced.block is not None, "refused"
-    products = MapsContext(
+    alone = MapsContext(
         name=f"score_{reduced.level}",
         how="tiles",
         heads=draft.shape.query_heads,
         group=draft.shape.group,
         dim=draft.shape.qk,
+        slots=1,
+        part=1,
+        entry=1,
+        rows=1,
+        size=mapped.size,
+        causal=draft.shape.causal,
+        greatest=False,
+        scale=score.scale or 1.0,
+        precision=draft.shape.precision,
+        last=way.last,
+    )
+    if way.last:
+        return alone, replace(alone, how="sums")
+    assert isinstance(queries, PoolRows)
+    assert isinstance(keys, Pool)
+    assert queries.block is not None, "refused"
+    assert reduced.block is not None, "refused"
+    by_sum = mapped.how == "max" and way.lse is not None
+    products = replace(
+        alone,
         slots=keys.size if keys.how == "antidiagonal" else 1,
         part=queries.block,
         entry=keys.size,
         rows=reduced.block,
-        size=mapped.size,
-        causal=draft.shape.causal,
-        greatest=mapped.how == "max",
-        scale=score.scale or 1.0,
-        precision=draft.shape.precision,
+        greatest=mapped.how == "max" and not by_sum,
+        by_sum=by_sum,
     )
+    if way.asking:
+        agree = draft.shape.group
+        products = replace(products, heads=draft.shape.kv_heads, group=1, asking=agree)
     return products, replace(products, name=f"sum_{reduced.level}", how="sums")

@@ -22,6 +22,12 @@ def part_of(whole, UNITS: tl.constexpr):
 
 
 @triton.jit
+def budget_of(candidates, kept, whole):
+    """The part of the candidates that a number kept is of a whole, rounded up.  i32[R]"""
+    return ((candidates.to(tl.int64) * kept + whole - 1) // whole).to(tl.int32)
+
+
+@triton.jit
 def mass_of(score):
     """Scores as whole numbers of 2^-30: the nearest, of two the even one; none below 0, NaN is 0.  -> i64"""
     units = score * 1073741824.0  # exact: a power of two

@@ -468,7 +468,8 @@ def _form_only(call, *, absolute):
     spec, levels = call.spec, []
     for level in spec.levels:
         if level.score.form:
-            changes = {"share": "head", "reduce": None}
+            agreed = level.query is not None and level.query.heads is not None  # before they score
+            changes = {"reduce": None} | ({} if agreed else {"share": "head"})
             changes |= {"normalise": None} if absolute else {}
             score = level.score.model_copy(update=changes)
             levels.append(level.model_copy(update={"score": score, "within": None, "select": None}))

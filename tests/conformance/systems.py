@@ -28,7 +28,6 @@ EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 # Specs that no kernel reaches yet, and what the plan error says of the operator that is in the way.
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
-    "proxy_attn": "level mass: no kernel reduces the scores of rows together yet",
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
     "svg2": "level cluster: no kernel clusters keys yet",
     "svg_ear": "level error: no kernel clusters keys yet",
@@ -98,6 +97,7 @@ ALIKE: dict[str, str] = {
     "vsa": "block_lists",
     "psa": "psa_mass",
     "sparge": "block_lists",  # but for what is forced, which test_likeness has beside
+    "proxy_attn": "block_lists",  # but for its scores, which test_last has beside
     "xattention": "block_lists",  # but for its scores, which test_pieces_mass has beside
     "draft_attention": "block_lists",
     "draft_attention_head": "block_lists",  # but for pairs, which test_pairs has beside
@@ -323,6 +323,9 @@ def with_budgets(spec, budget):
             top_p = level.select.top_p.model_copy(update={"min": number})
             select = level.select.model_copy(update={"top_p": top_p})
             level = level.model_copy(update={"select": select})
+        elif number and level.select.budget_from:
+            select = level.select.model_copy(update={"min": number})
+            level = level.model_copy(update={"select": select})
         elif number and level.select.quota:
             level = level.model_copy(update={"select": _whole(level.select)})
         elif number and level.select.threshold:
@@ -350,7 +353,11 @@ def selecting(spec):
 
 
 def selection_heads(spec, level):
-    """Hs of a level: heads that choose for themselves."""
+    """Hs of a level: heads that choose for themselves, or have numbers of their own."""
+    if level.select and level.select.budget_from:
+        of = spec.level(level.select.budget_from)
+        level = level.model_copy(update={"select": None})
+        return max(selection_heads(spec, of), selection_heads(spec, level))
     if level.score.source and level.score.reduce is None:
         return selection_heads(spec, spec.level(level.score.source))
     if level.score.form in ("relu_weighted", "relu_sum"):
@@ -364,7 +371,7 @@ def selection_heads(spec, level):
 def slots(spec, level, keys):
     """Slots of a row of a level's selection: of a part of the entries as many as the keys have use for."""
     select = level.select
-    if select.top_p:
+    if select.top_p or select.budget_from:
         return max(1, entries(spec, level, keys))
     if select.threshold:  # of which there are no more than that many in a whole
         most = math.floor(1 / select.threshold) + 1 + spec.most_forced(level)

@@ -1,0 +1,1 @@
+"""Kernels of proxy_attn, emitted by hsgen."""
