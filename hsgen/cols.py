@@ -12,12 +12,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hsgen import axes, patterns, rows, transposed
+from hsgen import axes, boxes, patterns, rows, transposed
+from hsgen.graph import Attend
 from hsgen.kernels import tunables
 from hsgen.plan import ElementType, Param
 from hsgen.rows import (
     MARKED,
     SEQ,
+    Box,
     Chunk,
     Entries,
     Gated,
@@ -345,6 +347,7 @@ class ColsContext(rows.InTurn):
     of_rows: tuple[str, ...] = ()
     turns: int = 0  # > 0: heads of a group, one after the other, for each of which `setup` says
     by_way: bool = False  # a sequence has a way of its own
+    box: Box | None = None  # keys are those of one, and `at` says of rows which they are
 
     def uses(self, name: str) -> bool:
         """Whether any statement reads the number `name`."""
@@ -691,8 +694,20 @@ def of_window(shape: Shape, branch: Branch, *, window: int | None) -> ColsContex
     )
 
 
-def of_pattern(shape: Shape, branch: Branch, *, rule: patterns.Rule) -> ColsContext:
+def of_pattern(shape: Shape, branch: Branch, op: Attend) -> ColsContext:
     """Keys for the rows that a pattern shows them to."""
+    assert op.pattern is not None, "a static branch has a pattern"
+    if op.pattern.axes:
+        found = boxes.Boxes.of(op.pattern)
+        by_box = boxes.takers(found)
+        return replace(
+            _of(shape, branch, heads=shape.group),
+            setup=by_box.setup,
+            at=by_box.at,
+            visible=by_box.visible,
+            box=found.box,
+        )
+    rule = patterns.rule_of(op)
     takers = patterns.takers(shape, rule)
     return replace(
         _of(shape, branch, heads=1 if takers.heads else shape.group),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from hsgen import boxes
 from hsgen.graph import Attend, Graph, Node, Pattern, Route, Switch
 from hsgen.rows import (
     LOG2_E,
@@ -265,8 +266,9 @@ def _span(op: Attend) -> tuple[int, int, int] | None:
 
 def lacking(pattern: Pattern, *, causal: bool) -> str | None:
     """What of a pattern no kernel does yet."""
+    if pattern.axes:
+        return boxes.lacking(pattern, causal=causal)
     lacks = (
-        (bool(pattern.axes), "attends windows along axes"),
         (pattern.dilation > 1, "attends a window with gaps"),
         (
             bool(pattern.stride) and pattern.power_of_two,
@@ -296,8 +298,16 @@ class _Steps:
     unit: str = ""
 
 
-def attend(shape: Shape, *, name: str, scale: float, rule: Rule) -> RowsContext:
-    """One softmax over what a pattern shows."""
+def attend(shape: Shape, op: Attend, *, name: str) -> RowsContext:
+    """One softmax over what the pattern of a branch shows."""
+    scale = op.scale if op.scale is not None else 1.0
+    assert op.pattern is not None, "a static branch has a pattern"
+    if op.pattern.axes:
+        return boxes.attend(shape, name=name, scale=scale, boxes=boxes.Boxes.of(op.pattern))
+    return _attend(shape, name=name, scale=scale, rule=rule_of(op))
+
+
+def _attend(shape: Shape, *, name: str, scale: float, rule: Rule) -> RowsContext:
     heads = heads_of(shape, per_head=rule.per_head(shape))
     setup, whole, edges = _walk(rule, causal=shape.causal)
     high = None if shape.causal else "high"

@@ -5,6 +5,7 @@ Decides which keys a tile walks and which mask each needs.  Knows no GPU; tile s
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
@@ -12,7 +13,9 @@ from typing import Literal, TypedDict
 from hsgen.plan import ElementType, Param
 
 Accumulator = Literal["softmax", "lse", "score", "dq", "delta"]
-PhaseKind = Literal["range", "steps", "list", "picked", "gather", "children", "mapped", "slots"]
+PhaseKind = Literal[
+    "range", "steps", "boxes", "list", "picked", "gather", "children", "mapped", "slots"
+]
 LOG2_E = 1.4426950408889634
 FEW_TOKENS = 16
 LINE = 100  # characters of an emitted line
@@ -148,6 +151,44 @@ class InTurn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """Tokens that lie next to each other along three axes, the last one fastest.
+
+    `size`: of it along each axis; `lengths`: of all axes but the first.
+    """
+
+    size: tuple[int, int, int]
+    lengths: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.size)
+
+    @property
+    def slab(self) -> int:
+        """Tokens of boxes side by side along all axes but the first."""
+        return self.size[0] * math.prod(self.lengths)
+
+    @property
+    def line(self) -> int:
+        """Boxes along the last axis."""
+        return -(-self.lengths[1] // self.size[2])
+
+    @property
+    def across(self) -> int:
+        """Boxes of a slab."""
+        return -(-self.lengths[0] // self.size[1]) * self.line
+
+    def within(self, slot: str) -> str:
+        """Whether a slot is a token's that lies at y and w, as an expression."""
+        return f"(y < {self.lengths[0]}) & (w < {self.lengths[1]}) & ({slot} < {self.tokens})"
+
+    def place(self, x: str, y: str, w: str) -> str:
+        """The token at a place, as an expression."""
+        return f"({x} * {self.lengths[0]} + {y}) * {self.lengths[1]} + {w}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowsContext(InTurn):
     """Everything `rows.py.jinja` reads."""
 
@@ -212,6 +253,7 @@ class RowsContext(InTurn):
     of_head: tuple[str, ...] = ()  # what rows load for each of them
     units: int = 0  # > 0: steps begin with units of so many keys, and none leaves its unit
     most_tokens: int = 0  # > 0: of a tile
+    box: Box | None = None  # a tile's rows are those of one
     order_head: str = ""  # where an order of keys has a program's key head; empty: there is none
 
     @property
@@ -236,6 +278,8 @@ class RowsContext(InTurn):
     @property
     def absent(self) -> str:
         """Whether the tile has no row."""
+        if self.box:
+            return "(least >= q_len) | (most < 0)"
         if self.together == "part":
             return "(tl.maximum(t0, 0) >= q_len) | (t0 + BLOCK_T <= 0)"
         return "t0 >= q_len"
@@ -391,6 +435,8 @@ class RowsContext(InTurn):
             packed = "token < t0 + BLOCK_T"
         if self.together == "part":
             packed = f"token >= 0) & ({packed}"
+        if self.box:
+            packed = f"token >= 0) & there & ({packed}"
         if self.parts:
             return f"{packed}) & (place < {self.heads}"
         return (

@@ -265,6 +265,8 @@ def _shrunk_branch(branch: Attend, heads: Heads) -> Attend:
 def _shrunk_static(static: Static, heads: int) -> Static:
     """Units of at most two tokens, short windows, and kinds of heads of which the heads are a multiple."""
     kinds = static.per_head[: math.gcd(heads, len(static.per_head))]
+    if static.grid:
+        return static
     return static.model_copy(
         update={
             "blocks": min(static.blocks, 2),

@@ -239,8 +239,8 @@ def test_layers_that_differ_are_planned_each(listed: catalogue.Catalogue):
         assert one.phases == phases
         assert [len(names) for names in one.record()["kernels_by_layer"]] == counts
         assert f"{counts[0]} + {counts[1]}" in str(listed)
-    assert by_name["s2_attention"].phases == ()
-    assert by_name["s2_attention"].status.endswith("; 1 kernels of some layers")
+    assert by_name["token_sparse"].phases == ()
+    assert by_name["token_sparse"].status.endswith("; 1 kernels of some layers")
     assert by_name["minference"].layers is None  # its heads differ
     assert by_name["nsa"].record()["kernels_by_layer"] is None
 

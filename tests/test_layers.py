@@ -28,6 +28,7 @@ gates                                   forms of a spec for short sequences
 rows  dryrun                            a kernel's loops · one call on paper
 axes                                    tokens in the order of tiles
 kernels
+boxes                                   windows along axes
 patterns                                what is seen by position alone
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
 halved  picked  trees                   intervals that are searched · tokens a tile picked · learned trees
@@ -95,7 +96,7 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
-    "buckets patterns together halved picked trees pyramids sorting splits appending cols unpool learn "
+    "boxes patterns buckets together halved picked trees pyramids sorting splits appending cols unpool learn "
     "entropies blockgate configs refusals schedule driver backward losses knobs space emit allowlist store "
     "workers build resources pipeline tuned catalogue "
     "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"

@@ -132,6 +132,64 @@ def gradients_are_right(spec, x, **options):
         torch.testing.assert_close(got.double(), y, rtol=1e-4, atol=1e-5, msg=f"of {name}")
 
 
+# --- windows along axes
+
+
+ALONG = """
+hsgen: 1
+name: along
+heads: {{query: {query}, kv: 2}}
+head_dim: {{qk: 32, v: 16}}
+causal: false
+axes: {axes}
+attend:
+  - {{name: near, static: {{grid: {{window: {window}, stride: {stride}, causal: {causal}}}}}}}
+"""
+GRIDS = {
+    "whole": ("[6, 4, 8]", "[4, 2, 6]", "[2, 2, 4]", "[false, false, false]", 2),
+    "cut": ("[any, 3, 5]", "[3, 3, 3]", "[2, 1, 3]", "[true, false, false]", 4),
+    "plane": ("[9, 7]", "[5, 3]", "[1, 1]", "[false, true]", 2),
+    "line": ("[any]", "[7]", "[4]", "[false]", 2),
+}
+
+
+def along(name):
+    axes, window, stride, causal, query = GRIDS[name]
+    return parse(ALONG.format(axes=axes, window=window, stride=stride, causal=causal, query=query))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_windows_along_axes_are_right(name):
+    """Of all tokens, of some, and of rows and keys that are not alike."""
+    spec = along(name)
+    config = {"attend_near": {"BLOCK_N": 32, "BLOCK_T": 32, "BLOCK_M": 64}}
+    right(spec, drawn(spec, 63, 63, seed=1))
+    right(spec, drawn(spec, 50, 50, seed=2), config)
+    right(spec, drawn(spec, 17, 45, B=2), q_offset=torch.tensor([0, 19], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_gradients_along_axes_are_right(name):
+    spec = along(name)
+    gradients_are_right(spec, drawn(spec, 50, 50))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("causal: false\n", "causal: true\n", "attends windows along axes of a causal order"),
+        ("grid: {", "window: 3, grid: {", "attends windows along axes beside units"),
+        ("stride: [4]", "dilation: [2]", "attends windows along axes with gaps"),
+    ],
+)
+def test_windows_along_axes_that_no_kernel_has_are_refused(old, new, words):
+    axes, window, stride, causal, query = GRIDS["line"]
+    text = ALONG.format(axes=axes, window=window, stride=stride, causal=causal, query=query)
+    assert old in text
+    with pytest.raises(PlanError, match=f"branch near: no kernel {words} yet"):
+        planned(parse(text.replace(old, new, 1)))
+
+
 # --- nothing beside the pattern
 
 
@@ -156,7 +214,7 @@ def test_keys_that_no_row_sees_are_not_read():
 
 
 def test_a_call_takes_no_memory_beside_its_outputs():
-    for name in ("moa", "s2_attention", "power_attention", "flux_attention"):
+    for name in ("moa", "s2_attention", "power_attention", "flux_attention", "gna"):
         plan = planned(systems.load(name))
         assert {buffer.role for step in plan.steps for buffer in step.buffers} == {"output"}
         assert [len(step.launches) for step in plan.steps] == [1]

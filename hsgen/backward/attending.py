@@ -200,7 +200,7 @@ class _Branch:
         elif self.chosen:
             lists = self._unions(dq, config)
         else:
-            tiled = ((f"tiles_{self.name}", text.tiles_of(dq.name)),)
+            tiled = ((f"tiles_{self.name}", text.tiles_of(dq.name, text.tiles(dq))),)
             lists = tokens.Lists(buffers=(), sizes=tiled, launches=(), arguments=())
         tensors = (*self.draft.tensors(self.node, self.op), *lists.arguments)
         grid = text.grid(self.shape, dq, "count" if chosen else f"tiles_{self.name}")
@@ -303,8 +303,7 @@ class _Branch:
             case "all":
                 context = rows.attend_all(self.shape, name=name, scale=self.scale)
             case "static":
-                rule = patterns.rule_of(self.op)
-                context = patterns.attend(self.shape, name=name, scale=self.scale, rule=rule)
+                context = patterns.attend(self.shape, self.op, name=name)
             case "pooled":
                 entries = self.draft.pooled_entries(self.node.inputs[1])
                 context = rows.attend_pooled(
@@ -449,7 +448,7 @@ class _Branch:
             self._keys_of_pool(branch, buffers)
             return
         if self.op.over == "static":
-            context = cols.of_pattern(self.shape, branch, rule=patterns.rule_of(self.op))
+            context = cols.of_pattern(self.shape, branch, self.op)
         else:
             window = self.op.window if self.op.over == "window" else None
             context = cols.of_window(self.shape, branch, window=window)
@@ -462,6 +461,10 @@ class _Branch:
         )
         block_n = f'config["{context.name}"]["BLOCK_N"]'
         grid = (f"keys_{self.name} // {block_n} + batch.sequences", str(self.shape.kv_heads))
+        if box := context.box:
+            parts = f"(({box.tokens} + {block_n} - 1) // {block_n})"
+            slabs = f"keys_{self.name} // {box.slab} + batch.sequences"
+            grid = (f"({slabs}) * {box.across} * {parts}", str(self.shape.kv_heads))
         arguments = (*self._col_arguments(), *self._grads(), f"length_{self.name}", *text.SEQ)
         launch = Launch(kernel=context.name, grid=grid, arguments=arguments)
         self.step("keys", buffers=buffers, launches=(launch,), sizes=sizes)

@@ -42,9 +42,8 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
                 shape, name=name, scale=scale, entries=entries, values=True
             )
         case "static":
-            rule = patterns.rule_of(op)
-            context = patterns.attend(shape, name=name, scale=scale, rule=rule)
-            most, block = rule.most_tokens or most, context.units or None
+            context = patterns.attend(shape, op, name=name)
+            most, block = context.most_tokens or most, context.units or None
         case "tokens" | "tiers" | "spans":
             raise AssertionError("refused, or planned in its own way")
         case "blocks":
@@ -64,7 +63,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
         config = draft.tiles(context, limit=128, most=most, block=block)
     draft.attend(context, config, *draft.makes(node))
     turns = bool(lists and lists.turn)
-    tiles = "count" if turns else text.tiles()
+    tiles = "count" if turns else text.tiles(context)
     if context.parts:
         tiles = f"row_tiles_{op.branch}"
         sizes += [(tiles, text.tiles_of(name)), *text.parts(context)]

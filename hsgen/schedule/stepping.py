@@ -212,12 +212,12 @@ def _walk(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsConte
         case "tokens" | "blocks":
             return _lists(draft, node, op, scale)
         case "static":
-            return _pattern(draft, node, op, scale)
+            return _pattern(draft, node, op)
         case "tiers" | "spans":
             raise AssertionError("refused")
 
 
-def _pattern(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsContext, str]:
+def _pattern(draft: Draft, node: Node, op: Attend) -> tuple[RowsContext, str]:
     """What a pattern shows, to one head of those that see different units.
 
     A step has a few rows, which lie in two units at most.
@@ -227,7 +227,7 @@ def _pattern(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsCo
         what = f"distances in units of fewer than {FEW} tokens"
         raise PlanError(f"branch {op.branch}: no kernel decodes {what} yet", span=node.span)
     shape = draft.shape_of(op)
-    context = patterns.attend(shape, name=f"attend_{op.branch}", scale=scale, rule=rule)
+    context = patterns.attend(shape, op, name=f"attend_{op.branch}")
     return rows.with_pages(context, draft.page), rule.keys("batch.keys")
 
 

@@ -9,8 +9,13 @@ TILES = "batch.rows // {BLOCK_T} + batch.sequences"
 STEP_ROWS = "batch.rows // batch.sequences"  # of a sequence, where all have as many
 
 
-def tiles() -> str:
-    return TILES
+def tiles(context: rows.RowsContext | None = None) -> str:
+    """How many tiles rows have at most; those of boxes in slabs, of which a sequence may begin within one."""
+    if context is None or context.box is None:
+        return TILES
+    box = context.box
+    parts = f"(({box.tokens} + {{BLOCK_T}} - 1) // {{BLOCK_T}})"
+    return f"(batch.rows // {box.slab} + 3 * batch.sequences) * {box.across} * {parts}"
 
 
 def step_tiles(context: rows.RowsContext) -> str:

@@ -36,7 +36,6 @@ REFUSED: dict[str, str] = {
     "flex_prefill": "no kernel takes a route by sample_head yet",
     "dma": "level token: no kernel scores by a learned bias yet",
     "nosa": "level importance: no kernel scores by a learned bias yet",
-    "gna": "branch near: no kernel attends windows along axes yet",
     "deepseek_csa": "level entry: no kernel has entries that begin before their place yet",
     "step_csa": "%region.keys.rounded: no kernel rounds pooled keys yet",
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
@@ -108,6 +107,7 @@ ALIKE: dict[str, str] = {
     "flux_attention": "nsa",
     "power_attention": "nsa",
     "pbs_attn": "block_lists",  # but for the order of its keys, which test_orders has beside
+    "gna": "nsa",  # likewise
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
@@ -136,7 +136,8 @@ def shrink(spec, *, block=16):
         levels.append(_shrunk_level(spec, level, factor, {one.name: one.select for one in levels}))
     changes = {"levels": tuple(levels)}
     changes["attend"] = tuple(_shrunk_branch(branch) for branch in spec.attend)
-    if spec.axes and any(level.permute for level in spec.levels):
+    grids = any(branch.static and branch.static.grid for branch in spec.attend)
+    if spec.axes and (grids or any(level.permute for level in spec.levels)):
         changes["axes"] = (
             64,
             *(3, 5)[-len(spec.axes) + 1 :],
@@ -159,6 +160,9 @@ def _shrunk_branch(branch):
             few = {"blocks": min(branch.static.blocks, 8), "window": 1}
         if branch.static.window and units == 1:
             few |= {"window": min(branch.static.window, 13), "sink": min(branch.static.sink, 3)}
+        if branch.static.grid:
+            lengths = {"window": (3, 2, 4), "stride": (2, 1, 2)}
+            few = {"grid": branch.static.grid.model_copy(update=lengths)}
         changes["static"] = branch.static.model_copy(update=few)
     return branch.model_copy(update=changes)
 

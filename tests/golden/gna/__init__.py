@@ -1,0 +1,1 @@
+"""Kernels of gna, emitted by hsgen."""
