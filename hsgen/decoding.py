@@ -271,7 +271,10 @@ class Decoding:
         said = (few, call.layout, call.levels, cache.shape, returns)
         known = self._last
         if known is None or known.said != said or not known.like.but_for_addresses(tensors):
-            known = self._last = self._look_up(call, cache, said, tensors)
+            found = self._look_up(call, cache, said, tensors)
+            if found is known:  # but for what PyTorch looks at beside: inference mode, say
+                found.like = alike.Likeness(tensors)
+            known = self._last = found
         if known.requires_grad and torch.is_grad_enabled():
             raise HsgenError(
                 f"{self._execution.spec.name}: calls with a cache have no derivative, and an input "

@@ -23,6 +23,7 @@ from triton.runtime import driver
 
 from benchmarks import overhead
 from hsgen import batch, execution, launching, replay
+from hsgen.errors import HsgenError
 from hsgen.reference import tensor_kinds, tensor_shapes
 from hsgen.runtime import Kernel, compile_program
 from hsgen.spec import load
@@ -286,6 +287,54 @@ def steps(kernel):
     return found
 
 
+def others(kernel):
+    """Steps behind one that is made again from memory, that are not like it: what each is answered, and how
+    many launches it makes.
+    """
+    cache, full = (kernel.new_cache(2, 64, torch.bfloat16) for _ in range(2))
+    shapes = tensor_shapes(kernel.spec, 2, 1, 1)
+
+    def made(**changes):
+        return {n: torch.ones(s, dtype=torch.bfloat16) for n, s in shapes.items()} | changes
+
+    def step(x, cache=cache, **how):
+        try:
+            kernel.decode(**x, cache=cache, **how)
+        except HsgenError as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    for _ in range(4):
+        step(made())
+    assert kernel._decoding._last.again.direct is not None
+    full.lengths.fill_(64)
+    full._most = 64
+    q = made()["q"]
+    found = {}
+    for what, x, how in (
+        ("like it", made(), {}),
+        ("dtype", made(q=q.float()), {}),
+        ("tokens", made(q=torch.cat((q, q), 1)), {}),
+        ("strides", made(q=q.repeat_interleave(2, -1)[..., ::2]), {}),
+        ("nothing", made(k=None), {}),
+        ("number", made(k=3), {}),
+        ("more", made(strange=q), {}),
+        ("grad", made(q=q.clone().requires_grad_()), {}),
+        ("lengths", made(), {"new_lens": torch.ones(3, dtype=torch.int32)}),
+        ("cache", made(), {"cache": 3}),
+        ("layout", made(), {"layout": "hbtd"}),
+        ("full", made(), {"cache": full}),
+        ("less", {n: y for n, y in made().items() if n != "k"} | {"k": None}, {}),
+    ):
+        said, launches = notes(lambda x=x, how=how: step(x, **how))
+        found[what] = [said, len(launches)]
+    cache.tensors["k"] = cache.tensors["k"].clone(memory_format=torch.preserve_format)
+    kept = [*cache.tensors.values(), cache.lengths, cache._table, cache._few[1]]
+    moved = compared(lambda x: kernel.decode(**x, cache=cache), made, kept)
+    found["moved"] = ["no error", moved[0]]
+    return found
+
+
 def steps_took(kernel):
     """Microseconds of a step that is made again, of one by its driver, and of the launches alone.
 
@@ -383,6 +432,7 @@ def main():
             found[f"{layout} {what}"] = compared(f, lambda grad=grad, made=made: made(grad=grad))
     found["moved both"] = moved(kernel, tokens)
     found |= steps(kernel)
+    found["others"] = others(kernel)
     torch.use_deterministic_algorithms(False)
     alive.clear()
     x = made()

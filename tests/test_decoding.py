@@ -291,6 +291,23 @@ def test_a_cache_whose_tensors_changed_is_noticed(shares):
 # --- configurations
 
 
+def test_steps_in_another_mode_are_told_apart_once():
+    """PyTorch compares what its modes see of a tensor: the first step in one is looked up, not the next."""
+    spec = systems.small("moba", group=2, kv=1, dims=(16, 16))
+    attn = load_kernel(spec)
+    cache = attn.new_cache(2, 16)
+    seen = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for _ in range(2):
+                x, _ = made(spec, 2, 1)
+                attn.decode(**x, cache=cache)
+                seen.append(attn._decoding._last.like)
+    assert seen[0] is seen[1]
+    assert seen[2] is seen[3]
+    assert seen[1] is not seen[2]
+
+
 def test_a_caller_s_configuration_reaches_steps(shares):
     """By the plain name, and by that of steps alone instead where it is there; explaining says it."""
     spec = shared()

@@ -77,6 +77,33 @@ def test_steps_launch_what_the_driver_would_whichever_cache_they_are_of(told):
         assert found[what][0] > 2, what  # of which an append is one or two
 
 
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("like it", "no error"),
+        ("moved", "no error"),
+        ("dtype", "ArgumentError: k: expected [B, S, Hkv, Dqk]"),
+        ("tokens", "ArgumentError: "),
+        ("strides", "ArgumentError: q: expected stride 1"),
+        ("nothing", "ArgumentError: k: expected a tensor, got nothing"),
+        ("number", "ArgumentError: k: expected a tensor, got int"),
+        ("less", "ArgumentError: k: expected a tensor, got nothing"),
+        ("more", "ArgumentError: strange: "),
+        ("grad", "HsgenError: nsa: calls with a cache have no derivative"),
+        ("lengths", "ArgumentError: new_lens: expected [2] int32"),
+        ("cache", "ArgumentError: cache: expected what new_cache made, got int"),
+        ("layout", "ArgumentError: layout: "),
+        ("full", "ArgumentError: cache: no room for 1 more tokens"),
+    ],
+)
+def test_what_is_not_like_the_step_before_is_answered_as_ever(told, what, said):
+    """And launches nothing; a cache that was given another tensor is read where that is."""
+    system, found = told
+    answer, launches = found["others"][what]
+    assert answer.startswith(said.replace("nsa", system))
+    assert (launches > 0) == (said == "no error")
+
+
 def test_a_repeated_call_takes_less_of_the_host(told):
     for what in ("took", "step took"):
         again, by_driver = told[1][what]
