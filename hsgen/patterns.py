@@ -220,6 +220,7 @@ def _of_ways(graph: Graph, switch: Node) -> Attend | None:
         or route.divergence is not None
         or len(alike) > 1
         or None in spans.values()
+        or any(len(node.inputs) != 4 for node, _ in branches)  # a sink, a bias, other keys
     ):
         return None
     taken = (route.ways[place] for place in route.places)

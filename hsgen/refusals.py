@@ -281,6 +281,10 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         return words
     chosen = any(isinstance(x.op, Select | SelectSet | Recall) for x in graph.operands(node))
     lacks = (
+        (
+            bool(op.latent and op.pattern and op.pattern.axes),
+            "attends latents in windows along axes",
+        ),
         (op.cut in ("nodes", "runs"), f"attends {op.cut}"),
         (op.over == "pooled" and chosen, "attends pooled entries of a selection"),
         (op.biased, "adds a learned bias to logits"),

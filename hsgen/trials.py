@@ -508,7 +508,11 @@ def tensors_of(trial: Trial, device: str) -> Tensors:
     made = {
         name: _numbers(trial, name, shape, generator).to(device, trial.dtype)
         for name, shape in tensor_shapes(trial.spec, sequences, rows, keys).items()
+        if name != "route"
     }
+    if trial.spec.route and trial.spec.route.input:  # each way in turn, the last one first
+        ways = torch.arange(len(trial.queries), dtype=torch.int32, device=device) + 1
+        made["route"] = ways % len(trial.spec.route.input)
     brought = drawn.any_lists(trial.spec, sequences, rows, keys, generator)
     brought = {name: x.to(device) for name, x in brought.items()} or None
     if not trial.packed:
@@ -518,7 +522,8 @@ def tensors_of(trial: Trial, device: str) -> Tensors:
             driver=made, reference=made, batch=where, lengths={"kv_lens": lens}, brought=brought
         )
     cu_q, cu_k = (_cumulative(each).to(device) for each in (trial.queries, trial.keys))
-    flat = {name: x if kinds[name] == "parameter" else x[0] for name, x in made.items()}
+    whole = ("parameter", "sequence")
+    flat = {name: x if kinds[name] in whole else x[0] for name, x in made.items()}
     return Tensors(
         driver=made,
         reference=flat,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conformance import systems
 
-from hsgen import patterns, schedule, splits
+from hsgen import backward, patterns, schedule, splits
 from hsgen.errors import ArgumentError, PlanError
 from hsgen.reference import reference, tensor_shapes
 from hsgen.runtime import load_kernel
@@ -274,9 +274,21 @@ def test_a_step_takes_the_way_it_is_told(monkeypatch):
 
 
 def test_ways_of_other_branches_are_left_as_they_are():
-    text = (WAYS % "true").replace("window: all, when", "window: all, softcap: 3.0, when", 1)
-    with pytest.raises(PlanError, match="no kernel takes a route by sample yet"):
-        planned(parse(text))
+    capped = (WAYS % "true").replace("window: all, when", "window: all, softcap: 3.0, when", 1)
+    sunk = (WAYS % "true").replace(", when", ", sink: learned, when")
+    for text in (capped, sunk):
+        with pytest.raises(PlanError, match="no kernel takes a route by sample yet"):
+            planned(parse(text))
+
+
+def test_latents_attend_what_a_pattern_shows_and_have_no_gradient():
+    text = TEXT.replace("name: far, ", "name: far, storage: latent, ").replace("qk: 32", "qk: 48")
+    spec = parse(
+        text.format(static="blocks: 4, window: 2, sink: 1, stride: 3", query=4, kv=1, causal="true")
+    )
+    right(spec, drawn(spec, 21, 21))
+    with pytest.raises(PlanError, match="the gradient of latents that a pattern shows yet"):
+        backward.plan(emitted.graph(spec), H100)
 
 
 # --- refused

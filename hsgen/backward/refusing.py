@@ -59,6 +59,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
             f"attention over {op.over}",
         ),
         (bool(op.latent) and op.over == "pooled", "pooled latents"),
+        (bool(op.latent) and op.over == "static", "latents that a pattern shows"),
         (bool(op.latent) and _apart(graph, node), "latents of which heads chose tokens apart"),
         (op.softcap is not None, "capped logits"),
         (bool(op.sink), "a sink"),
