@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import struct
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,10 +145,17 @@ class Launches:
 
 @functools.cache
 def function() -> int | None:
-    """Where cuLaunchKernelEx is; None where nothing launches so."""
-    cuda = _library()
-    found = getattr(cuda, "cuLaunchKernelEx", None)
-    return None if found is None else ctypes.cast(found, ctypes.c_void_p).value
+    """Where cuLaunchKernelEx is; None where nothing launches so, or no compiler is there to."""
+    found = getattr(_library(), "cuLaunchKernelEx", None)
+    if found is None:
+        return None
+    try:
+        _helper()
+    except (RuntimeError, OSError, subprocess.CalledProcessError):
+        return (
+            None  # Triton had its own launchers, built before; `Kernel.explain` says who launches
+        )
+    return ctypes.cast(found, ctypes.c_void_p).value
 
 
 @functools.cache

@@ -254,7 +254,8 @@ class Replays:
         found: Counter[tuple[str, str]] = Counter()
         for word, what in kept:
             if isinstance(what, Replay):
-                found[word, f"{len(what.launches)} launches, recorded"] += 1
+                how = "" if what.direct is None else " from memory"
+                found[word, f"{len(what.launches)} launches{how}, recorded"] += 1
             else:
                 found[word, f"not recorded: {what.why}"] += 1
         return found

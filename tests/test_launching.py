@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+import types
 
 import pytest
 import torch
@@ -84,6 +85,22 @@ def test_a_launch_that_the_driver_refuses_is_told():
     with pytest.raises(RuntimeError, match="CUDA: a launch failed: "):
         launches(prepared(), prepared())((0, 0, 0), 0)
     assert len(seen) == 1  # and those behind it are not made
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_without_a_compiler_triton_launches(built, monkeypatch):
+    """Whose launchers may have been built before, elsewhere."""
+
+    def build(*_):
+        if not built:
+            raise RuntimeError("no compiler")
+
+    card = types.SimpleNamespace(cuLaunchKernelEx=note)
+    monkeypatch.setattr(launching, "_library", lambda: card)
+    monkeypatch.setattr(launching, "compile_module_from_src", build)
+    monkeypatch.setattr(launching, "_helper", launching._helper.__wrapped__)
+    found = launching.function.__wrapped__()
+    assert found == (ctypes.cast(note, ctypes.c_void_p).value if built else None)
 
 
 def test_a_thread_without_a_context_gets_one(monkeypatch):
