@@ -49,7 +49,7 @@ def ssa(name="ssa", *, dims=(16, 16), group=2, **changes):
 @pytest.mark.parametrize(
     ("spec", "sizes"),
     [
-        (ssa(), {"T": 37}),
+        (ssa(), {"T": 21}),
         (ssa(form="mse", toward="teacher", group=1, dims=(48, 16)), {"T": 5, "S": 30}),
         (ssa(), {"packed": DOCUMENTS, "dtype": torch.float16}),
         (parse(SUMMED), {"T": 7}),
@@ -65,7 +65,7 @@ def test_kernels_compute_the_distance_of_branches(spec, sizes):
 def test_calls_are_those_of_branches():
     """In both layouts: of the first the output, of each its log-sum-exp and choice; gradients of all."""
     spec = ssa()
-    kernel, x = load_kernel(spec, interpret=True), drawn(spec, 2, 21, 21, torch.float32)
+    kernel, x = load_kernel(spec, interpret=True), drawn(spec, 2, 18, 18, torch.float32)
     o, lse = kernel(**x, return_lse=True)
     exact, sums = kernel.reference(**x, return_lse=True)
     torch.testing.assert_close(o.double(), exact, rtol=1e-5, atol=1e-5)
@@ -86,7 +86,7 @@ def test_calls_are_those_of_branches():
     assert torch.equal(sparse(**mine, selection=chosen), sparse(**mine))
     _, same = kernel(**x, return_selection=True)
     assert torch.equal(same["block"].indices, chosen["block"].indices)
-    given = {"block": torch.zeros(2, 21, 2, 1, dtype=torch.int32)}
+    given = {"block": torch.zeros(2, 18, 2, 1, dtype=torch.int32)}
     other = kernel.losses(**x, selection=given)["distill"]
     torch.testing.assert_close(
         other.double(), kernel.reference_losses(**x, selection=given)["distill"]

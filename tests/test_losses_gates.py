@@ -78,8 +78,8 @@ def hold(spec, **sizes):
 @pytest.mark.parametrize(
     ("spec", "sizes"),
     [
-        (blocks(), {"T": 37}),
-        (rows(**NORMED), {"T": 37}),
+        (blocks(), {"T": 35}),
+        (rows(**NORMED), {"T": 35}),
         (blocks(rows=16, by="sum", size=64, tokens="sum", turned=8), {"T": 70}),
         (blocks(causal="false", size=6, dim=48), {"T": 5, "S": 40}),
         (rows("sum", tokens="sum", size=256, **NORMED), {"T": 3, "S": 530}),
@@ -128,7 +128,7 @@ def test_equal_tokens_share_what_the_greatest_has():
 @pytest.mark.usefixtures("sanitized")
 def test_turns_of_rows_have_the_same_bits(monkeypatch):
     """But for entries, whose sums are in another order; so does the operator have the same."""
-    x = drawn(blocks(), 1, 70, 70, torch.float32)
+    x = drawn(blocks(), 1, 35, 35, torch.float32)
     loss, grads = learn(load_kernel(blocks(name="whole"), interpret=True), x, "kl")
     monkeypatch.setattr(losses, "SCRATCH_BYTES", 1)
     kernel = load_kernel(blocks(name="turns"), interpret=True)

@@ -271,7 +271,7 @@ class _Planned:
             grad = self.output(self.source)
             tables = self.query_turn.inputs[1:] if self.query_turn else ()
             self.launch(
-                self.kernel("unpool", warps=4, BLOCK_R=64),
+                self.kernel("unpool", warps=4, BLOCK_R=32),
                 ("batch.rows // {BLOCK_R} + batch.sequences", str(gate.heads)),
                 self._dunits(),
                 *(x for name in tables for x in draft.tensor(name)[:3]),

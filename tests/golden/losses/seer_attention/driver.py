@@ -63,7 +63,7 @@ CONFIG = {
         "num_stages": 1,
     },
     "unpool_kl": {
-        "BLOCK_R": 64,
+        "BLOCK_R": 32,
         "num_warps": 4,
         "num_stages": 1,
     },
