@@ -212,6 +212,9 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
     if level.query and level.query.block:
         rows = _part(level.query.block, divisor)
         changes["query"] = level.query.model_copy(update={"block": rows})
+    if level.query and level.query.last:
+        few_rows = {"last": min(level.query.last, 8)}
+        changes["query"] = level.query.model_copy(update=few_rows)
     if level.select:
         few = {
             "last": min(level.select.force.last, 2)
@@ -251,6 +254,8 @@ def _of_few_entries(select: Select) -> dict[str, object]:
         return {"top_p": select.top_p.model_copy(update={"mass": min(select.top_p.mass, 0.6)})}
     if select.quota:
         return {"quota": select.quota}
+    if select.budget_from:
+        return {"min": select.min and min(select.min, 2)}
     return {}
 
 
@@ -347,6 +352,8 @@ def _level_text(level: Level) -> str:
         return f"{size} {level.select.top_p.mass:g} of the mass"
     if level.select and level.select.quota:
         return f"{size} in {len(level.select.quota)} tiers"
+    if level.select and level.select.budget_from:
+        return f"{size} as {level.select.budget_from} says"
     return f"{size} top {level.select.budget}" if level.select else size
 
 
