@@ -218,6 +218,9 @@ def takers(boxes: Boxes) -> Takers:
             f"end_{x} = last_taker(tl.minimum(first_{x} + {wide - 1}, {n} - 1), {n}, {window}) + 1",
             f"wide_{x} = tl.maximum(tl.minimum(end_{x}, {most}) - begin_{x}, 0)",
         ]
+        if a == 0 and not boxes.axes[a].causal:  # rows before the first place see its window
+            before = f"tl.minimum(block_at(q_offset, {boxes.inner}), 0)"
+            setup.insert(-2, f"begin_{x} = tl.where(begin_{x} > 0, begin_{x}, {before})")
     setup += ["taking = wide_x * wide_y * wide_w", "steps = (taking + BLOCK_T - 1) // BLOCK_T"]
     at += [
         "e = i * BLOCK_T + row_token",

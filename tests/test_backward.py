@@ -940,6 +940,7 @@ def few_heads(name):
     kv = 1 if shipped.heads.group >= 8 else 2
     heads = shipped.heads.model_copy(update={"query": shipped.heads.group * kv, "kv": kv})
     changes = {"heads": heads}
+    changes["attend"] = tuple(systems.of_heads(branch, heads.query) for branch in shipped.attend)
     if shipped.index_per_key_head:
         changes["index"] = shipped.index.model_copy(update={"heads": kv})
     return shipped.model_copy(update=changes)

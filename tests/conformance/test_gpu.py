@@ -23,6 +23,7 @@ def as_shipped(name):
     kv = 1 if spec.heads.group >= 8 else 2
     heads = spec.heads.model_copy(update={"query": spec.heads.group * kv, "kv": kv})
     changes = {"heads": heads}
+    changes["attend"] = tuple(systems.of_heads(branch, heads.query) for branch in spec.attend)
     if spec.index_per_key_head:
         changes["index"] = spec.index.model_copy(update={"heads": kv})
     return spec.model_copy(update=changes)
