@@ -895,7 +895,7 @@ def test_which_gradients_of_latents_stream(numbers, query, kv, streams):
 TRAINED = (
     *("moba", "flash_moba", "nsa", "nsa_fla", "nsa_xunhao", "fsa"),
     *("infllm_v2", "minimax_m3", "quest", "kinetics", "small_thinker", "sqa", "ssa"),
-    *("flux_attention", "gna", "moa", "power_attention", "s2_attention"),
+    *("delta", "flux_attention", "gna", "hylra", "moa", "power_attention", "s2_attention"),
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
     *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "xattention"),
