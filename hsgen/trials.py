@@ -369,7 +369,7 @@ def _exact_on_integers(spec: Spec) -> bool:
         scaled = score.form in ("dot", "bound") and score.scale is None
         if scaled and not _is_power(root, spec.head_dim.qk):
             return False
-        if level.pool and level.pool.keys == "sum_rsqrt":
+        if level.pool and level.pool.keys in ("sum_rsqrt", "centroid"):
             return False
         if (
             level.query and level.query.pool == "mean"
@@ -548,7 +548,8 @@ def _numbers(trial: Trial, name: str, shape: tuple[int, ...], generator: torch.G
     """Numbers fit for a tensor's part: learned maps keep the size of what they map."""
     if trial.numbers == "plateau" and name in ("q", "q_index"):
         return torch.zeros(shape)
-    if trial.numbers == "integers" and name != "gates":
+    # of whole centroids many are as long and as near as one another, and at unit length none is whole
+    if trial.numbers == "integers" and name != "gates" and not name.endswith("_centroids"):
         return torch.randint(-2, 3, shape, generator=generator).float()
     x = torch.randn(shape, generator=generator)
     if name.endswith("_weight"):

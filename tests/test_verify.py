@@ -68,6 +68,19 @@ def test_right_kernels_pass_every_trial(broken, spec):
         assert trials.judge(trial, H100) == [], trial.name
 
 
+def test_what_goes_down_a_tree_is_no_exact_choice():
+    """Centroids are of unit length, so that scores are rounded; whole ones would be alike besides."""
+    trial = small("shrunk, integers", load("hirouter"))
+    assert trial.numbers == "integers"
+    assert not trial.exact
+    made = trials.tensors_of(trial, "cpu").driver
+    whole = {name: bool(torch.equal(x, x.round())) for name, x in made.items()}
+    assert {name for name, same in whole.items() if not same} == {
+        "branch_centroids",
+        "leaf_centroids",
+    }
+
+
 def zero_a_row(o, lse, chosen):
     o[..., 3, 1, :] = 0
 
