@@ -16,6 +16,7 @@ from hsgen.rows import SEQ, Chunk, chunks, constexprs, count, jit, number, point
 
 How = Literal["walk", "balance", "vectors", "nodes", "centroids"]
 Side = Literal["k", "q"]
+PULL = 256.0  # of gradients, so that those of single vectors are no subnormal fp16 numbers
 LEAST = 1e-12  # of a length, as PyTorch normalises
 SUMMARIES: dict[How, str] = {
     "walk": "the way of each vector down a tree, and sums of its shares by node.",
@@ -92,6 +93,11 @@ class EntropiesContext:
     def sharpness(self) -> str:
         """What a cosine is times."""
         return number(1 / self.temperature)
+
+    @property
+    def slope(self) -> str:
+        """What gradients of cosines are times, with what `Execution` divides by again."""
+        return number(PULL / self.temperature)
 
     @property
     def balance(self) -> str:

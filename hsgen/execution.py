@@ -38,6 +38,7 @@ from hsgen.arguments import Expected, Lengths, Problem
 from hsgen.axes import tiling_of
 from hsgen.batch import Batch
 from hsgen.configs import DType
+from hsgen.entropies import PULL
 from hsgen.errors import ArgumentError, HsgenError, PlanError, Span
 from hsgen.flops import Work
 from hsgen.gates import Gate
@@ -642,7 +643,7 @@ class Execution:
                 packed = problem.packed and each.type.dims[0] == "B"
                 grad = grad[0] if packed else _swapped(grad, each.type.dims, problem)
             made.append(grad if grad is None else grad.contiguous())
-        return [value], 1.0 / count, made
+        return [value], 1.0 / self._gain / count, made
 
     def _distil(
         self, call: Call, problem: Problem
@@ -673,9 +674,15 @@ class Execution:
         grads = iter(made)
         return (
             [value],
-            1.0 / SLOPE / count,
+            1.0 / self._gain / count,
             [next(grads) if x.requires_grad else None for x in leaves],
         )
+
+    @functools.cached_property
+    def _gain(self) -> float:
+        """What gradients of a loss are times, as kernels leave them."""
+        dual = self.spec.loss and self.spec.loss.dual_entropy
+        return SLOPE if self.distilled else PULL if dual else 1.0
 
     @functools.cached_property
     def distilled(self) -> Mapping[str, str]:

@@ -86,7 +86,7 @@ def nodes_q_dual_entropy(
             q_len = tl.load(SEQ + z * 6 + 2)
             sides = tl.maximum((k_len > 0).to(tl.int32) + (q_len > 0).to(tl.int32), 1)
             weight = k_len.to(tl.float32) / (sides * 16).to(tl.float32)
-            weight = weight * 10.0 / tl.maximum(many * 4, 1).to(tl.float32)
+            weight = weight * 2560.0 / tl.maximum(many * 4, 1).to(tl.float32)
             logs = LOGS + ((z.to(tl.int64) * 2 + 1) * 8 + head) * 272
             log = tl.load(logs + 0 + e, mask=inside, other=0.0)
             for i in range(0, 4):
@@ -140,7 +140,7 @@ def nodes_q_dual_entropy(
             q_len = tl.load(SEQ + z * 6 + 2)
             sides = tl.maximum((k_len > 0).to(tl.int32) + (q_len > 0).to(tl.int32), 1)
             weight = k_len.to(tl.float32) / (sides * 16).to(tl.float32)
-            weight = weight * 10.0 / tl.maximum(many * 4, 1).to(tl.float32)
+            weight = weight * 2560.0 / tl.maximum(many * 4, 1).to(tl.float32)
             logs = LOGS + ((z.to(tl.int64) * 2 + 1) * 8 + head) * 272
             log = tl.load(logs + 16 + e, mask=inside, other=0.0)
             for i in range(0, 4):

@@ -76,7 +76,7 @@ def vectors_k_dual_entropy(
     q_len = tl.load(SEQ + z * 6 + 2)
     sides = tl.maximum((k_len > 0).to(tl.int32) + (q_len > 0).to(tl.int32), 1)
     weight = k_len.to(tl.float32) / (sides * 16).to(tl.float32)
-    weight = weight * 10.0 / tl.maximum(many * 1, 1).to(tl.float32)
+    weight = weight * 2560.0 / tl.maximum(many * 1, 1).to(tl.float32)
     logs = LOGS + ((z.to(tl.int64) * 2 + 0) * 8 + head) * 272
     for i in range(0, 1):
         for t in range(t0, tl.minimum(t0 + BLOCK_T, many), BLOCK_M):
