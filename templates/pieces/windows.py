@@ -9,9 +9,15 @@ import triton.language as tl
 
 
 @triton.jit
+def group_of(i, STRIDE: tl.constexpr):
+    """The rows that share a leader with a row at i, which may be negative."""
+    return (i - tl.where(i < 0, STRIDE - 1, 0)) // STRIDE
+
+
+@triton.jit
 def window_begin(i, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     """The first step that a row at i sees."""
-    own = block_at(i, STRIDE) * STRIDE
+    own = group_of(i, STRIDE) * STRIDE
     if CAUSAL:
         return tl.maximum(tl.minimum(own + STRIDE - 1, n - 1) - WINDOW + 1, 0)
     else:
@@ -35,7 +41,7 @@ def first_taker(j, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.con
         return j
     else:
         begins = j - WINDOW + 1
-        group = block_at(begins + WINDOW // 2 - STRIDE // 2 + STRIDE - 1, STRIDE)
+        group = group_of(begins + WINDOW // 2 - STRIDE // 2 + STRIDE - 1, STRIDE)
         group = tl.minimum(group, (n - 1) // STRIDE)
         return tl.where(begins <= 0, 0, tl.maximum(group, 0) * STRIDE)
 
@@ -44,7 +50,7 @@ def first_taker(j, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.con
 def last_taker(j, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     """The last row that sees step j, or more than there are; -1 where none does."""
     if CAUSAL:
-        group = block_at(j + WINDOW - STRIDE, STRIDE)
+        group = group_of(j + WINDOW - STRIDE, STRIDE)
     else:
-        group = block_at(j + WINDOW // 2 - STRIDE // 2, STRIDE)
+        group = group_of(j + WINDOW // 2 - STRIDE // 2, STRIDE)
     return tl.where(j >= n - WINDOW, 0x3FFFFFFF, group * STRIDE + STRIDE - 1)

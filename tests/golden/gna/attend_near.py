@@ -45,9 +45,15 @@ def load_queries(
 
 
 @triton.jit
+def group_of(i, STRIDE: tl.constexpr):
+    """The rows that share a leader with a row at i, which may be negative."""
+    return (i - tl.where(i < 0, STRIDE - 1, 0)) // STRIDE
+
+
+@triton.jit
 def window_begin(i, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     """The first step that a row at i sees."""
-    own = block_at(i, STRIDE) * STRIDE
+    own = group_of(i, STRIDE) * STRIDE
     if CAUSAL:
         return tl.maximum(tl.minimum(own + STRIDE - 1, n - 1) - WINDOW + 1, 0)
     else:
