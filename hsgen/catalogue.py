@@ -288,7 +288,7 @@ def _layers(spec: Spec, target: Target) -> Layers | None:
     common = set[str].intersection(*phases)
     common |= {"select"} & set[str].union(*phases) if apart else set()  # those that choose do
     ordered = tuple(x for x in ("prefill", "select", "decode", "gradients") if x in common)
-    what = "branch" if apart else "layer"
+    what = "branch" if apart else "step" if steps else "layer"
     return Layers(kinds=len(kinds), plans=tuple(plans), phases=ordered, what=what)
 
 

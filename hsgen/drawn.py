@@ -57,7 +57,8 @@ def lists(spec: Spec, B: int, T: int, S: int, generator: torch.Generator) -> dic
     found: dict[str, Tensor] = {}
     for name in spec.brought:
         level, heads = spec.level(name), _heads(spec, name)
-        entries, width = _entries(level, S), spec.width(level)
+        entries = _entries(level, S)
+        width = _width(spec, level, entries)
         chosen = [_chosen(spec, level, (T, S, heads, entries, width), generator) for _ in range(B)]
         found[name] = torch.stack(chosen)
     return found
@@ -68,7 +69,7 @@ def any_lists(spec: Spec, B: int, T: int, S: int, generator: torch.Generator) ->
     found: dict[str, Tensor] = {}
     for name in spec.brought:
         level = spec.level(name)
-        shape = (B, T, _heads(spec, name), spec.width(level))
+        shape = (B, T, _heads(spec, name), _width(spec, level, _entries(level, S)))
         made = torch.randint(
             -1, _entries(level, S), shape, generator=generator, device=generator.device
         )
@@ -80,6 +81,13 @@ def _heads(spec: Spec, level: str) -> int:
     """Heads that choose for themselves."""
     graph = planner.plan(spec)
     return graph.sizes.get(graph[f"{level}.taken"].type.dims[2], 1)
+
+
+def _width(spec: Spec, level: Level, entries: int) -> int:
+    """Slots of a list; where counts vary as many as a part of the entries, or as all there are."""
+    if level.select is None or not level.select.counts_vary:
+        return spec.width(level)
+    return max(1, math.ceil((level.select.fraction or 1.0) * entries))
 
 
 def _entries(level: Level, S: int) -> int:

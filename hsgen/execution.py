@@ -42,7 +42,7 @@ from hsgen.entropies import PULL
 from hsgen.errors import ArgumentError, HsgenError, PlanError, Span
 from hsgen.flops import Work
 from hsgen.gates import Gate
-from hsgen.graph import Attend, Graph, Rotate, tensor_inputs
+from hsgen.graph import Attend, Graph, Node, Recall, Rotate, tensor_inputs
 from hsgen.learn import SLOPE
 from hsgen.operators import Call
 from hsgen.plan import STREAMED, Cached, Plan
@@ -1291,7 +1291,7 @@ def expected_tensors(spec: Spec, graph: Graph) -> Expected:
     for level, name in graph.outputs.selection.items():
         select = spec.level(level).select
         assert select is not None, f"{level} selects in the graph, not in the spec"
-        part = part_of(graph, graph[name])
+        part = _part(graph[name]) or part_of(graph, graph[name])
         if select.counts_vary and part is None:
             raise PlanError(
                 f"level {level}: no kernel selects by {select.rules[0]} yet",
@@ -1312,6 +1312,14 @@ def expected_tensors(spec: Spec, graph: Graph) -> Expected:
         where=lambda name: _where(spec, name),
         names=tuple(each.name for each in inputs),
     )
+
+
+def _part(selection: Node) -> Part | None:
+    """How long lists are that are brought, of any length up to all entries."""
+    op = selection.op
+    if not isinstance(op, Recall) or op.width != 0:
+        return None
+    return Part(units=1 << 30, stride=op.stride, forced=0, counted=True)
 
 
 def _kept(spec: Spec) -> frozenset[str]:

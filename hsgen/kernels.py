@@ -523,6 +523,53 @@ class ThresholdContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ApartContext:
+    """Everything `rank.py.jinja` reads where blocks of rows keep a part of the entries before a token, and as
+    large a part of those from it on.
+
+    Entries are as in a RankContext; none is forced.
+    """
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    rows: int  # of a block
+    size: int
+    stride: int
+    causal: bool
+    part: int  # of 2^30 units
+    how: Literal["apart"] = "apart"
+
+    @property
+    def summary(self) -> str:
+        return "the best entries before a token, and the best of those from it on: a part of each."
+
+    @property
+    def limit(self) -> str:
+        """Where the entries end that a block may take."""
+        rest = f"{self.rows}, {self.size}, {self.stride}, {self.causal}, True"
+        return f"begun_limit(p, k_len, {rest})"
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return (
+            pointer("SCORES", "f32", f"f32[chunk rows, {self.heads}, capacity]"),
+            pointer("SELECTION", "i32", f"[rows, {self.heads}, width]"),
+            pointer("SPLIT", "i32", "[Z] the token from which on entries are chosen apart"),
+            *SEQ,
+            count("tile_first", "the tile of rows at which the scratch begins"),
+            count("capacity", "row length of the scratch"),
+            count("width", "slots of a row"),
+            *tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IndexContext:
     """Everything `index.py.jinja` reads.
 

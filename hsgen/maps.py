@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hsgen.graph import (
+    Attend,
     Graph,
     Input,
     LogSumExp,
@@ -23,6 +24,7 @@ from hsgen.graph import (
     PoolRows,
     ReduceRows,
     Score,
+    SelectSet,
 )
 from hsgen.kernels import tunables
 from hsgen.plan import Param
@@ -60,6 +62,11 @@ class Way:
         return (isinstance(self.together.op, ReduceRows) and self.together.op.last) or 0
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether each row of a block scores tokens."""
+        return isinstance(self.queries.op, Input) and not self.last
+
+    @property
     def names(self) -> tuple[str, ...]:
         return *self.tiles, self.together.name
 
@@ -74,6 +81,8 @@ def _way(graph: Graph, together: Node) -> Way | None:
     """Back from scores of blocks."""
     if isinstance(together.op, ReduceRows) and together.op.last is not None:
         return _way_of_last(graph, together)
+    if isinstance(graph[together.inputs[0]].op, Normalise):
+        return _way_of_tokens(graph, together)
     mapped = graph[together.inputs[0]]
     if not isinstance(mapped.op, Map):
         return None
@@ -145,6 +154,57 @@ def _way_of_last(graph: Graph, together: Node) -> Way | None:
     given = isinstance(queries.op, Input) and isinstance(keys.op, Input)
     own = lse is not None and isinstance(lse.op, LogSumExp) and lse.inputs == (score.name,)
     goes = given and own and found == plain and _is_power(size) and _is_power(op.last or 0)
+    return way if goes and _alone(graph, way, mapped) else None
+
+
+def _way_of_tokens(graph: Graph, together: Node) -> Way | None:
+    """The same of tokens that all rows of a block score: the mean of their masses, then sums over blocks,
+    of which each block of rows keeps a part alone; its rows are as many for every block of keys.
+    """
+    normalised, users = graph[together.inputs[0]], graph.users(together.name)
+    score, op = graph[normalised.inputs[0]], together.op
+    if len(users) != 1 or not isinstance(score.op, Score) or len(score.inputs) != 2:
+        return None
+    queries, keys = (graph[name] for name in score.inputs)
+    mapped, lse = users[0], graph[normalised.inputs[1]] if len(normalised.inputs) > 1 else None
+    if not isinstance(mapped.op, Map) or lse is None or not isinstance(lse.op, LogSumExp):
+        return None
+    assert isinstance(op, ReduceRows)
+    summed = graph[lse.inputs[0]]  # a branch's over every token is the same number as the scores'
+    over = isinstance(summed.op, Attend) and summed.op.over == "all"
+    own = summed.name == score.name
+    way = Way(
+        queries=queries,
+        keys=keys,
+        score=score,
+        lse=lse if own else None,
+        normalised=normalised,
+        mapped=mapped,
+        together=together,
+    )
+    size = mapped.op.size
+    plain = (
+        Score(
+            level=score.op.level, form="dot", scale=score.op.scale, size=1, stride=1, within=None
+        ),
+        Normalise(level=score.op.level),
+        Map(
+            level=mapped.op.level,
+            how="sum",
+            size=size,
+            stride=size,
+            ratio=size,
+            taps=tuple((i, 1) for i in range(size)),
+        ),
+        ReduceRows(level=op.level, how=op.how, block=op.block, last=None),
+    )
+    of_all = over and summed.inputs[:2] == score.inputs
+    given = queries.name == "q" and isinstance(keys.op, Input) and len(keys.type.dims) == 4
+    rules = [user.op for user in graph.users(mapped.name)]
+    parts = all(isinstance(rule, SelectSet) and rule.rule == "fraction" for rule in rules)
+    goes = given and parts and (own or of_all) and op.how in ("mean", "sum")
+    goes = goes and (score.op, normalised.op, mapped.op, op) == plain
+    goes = goes and _is_power(size) and _parts(op.block, 1)
     return way if goes and _alone(graph, way, mapped) else None
 
 

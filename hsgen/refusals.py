@@ -70,9 +70,8 @@ def refuse(graph: Graph) -> None:
             if isinstance(node.op, Recall) and _taken_whole(node.op):
                 over = node.op.turns.over
                 what = over.removesuffix("s")
-                help = (
-                    f"each of the {over} has kernels: give `{what}` to load_kernel, or `--{what}`"
-                )
+                help = f"each of the {over} has kernels: give `{what}` to load_kernel"
+                help += ", or `--layer`" if over == "layers" else ""
                 if any(isinstance(other.op, Divergence) for other in graph.nodes()):
                     help = f"{over} that take over have kernels where the spec has no `loss`"
             raise PlanError(words, span=node.span, help=help)
@@ -509,6 +508,8 @@ def _of_set(op: SelectSet, *, in_blocks: bool, weighed: bool) -> str | None:
         counted=op.counted,
         of="all" if op.of == "all" else None,
     )
+    if op.apart and weighed and not (op.first or op.last):
+        plain = replace(plain, apart=op.apart)
     tiers = op.tiers
     if tiers is not None and in_blocks and (weighed or tiers.by == "fraction"):
         by_tier = replace(plain, rule="quota", tiers=tiers, of=None)

@@ -265,6 +265,7 @@ class Part:
     counted: bool
     tiling: Tiling | None = None  # entries are its tiles, of which a slab begun has all
     most: int | None = None  # slots that any row has use for
+    sides: int = 1  # of which each has a part, rounded up
 
     @staticmethod
     def units_of(fraction: float) -> int:
@@ -286,14 +287,14 @@ class Part:
             most = f"{most}, {self.most}"
         return (
             (entries, f"(batch.keys + {self.stride - 1}) // {self.stride}"),
-            (part, f"({entries} * {self.units} + {(1 << 30) - 1}) // {1 << 30}"),
+            (part, f"({entries} * {self.units} + {self.sides * (1 << 30) - 1}) // {1 << 30}"),
             (f"width_{level}", f"max(1, min({entries}, {most}))"),
         )
 
     def slots(self, keys: int) -> int:
         """The number itself."""
         entries = (self._slots(keys) + self.stride - 1) // self.stride
-        part = (entries * self.units + (1 << 30) - 1) // (1 << 30)
+        part = (entries * self.units + self.sides * (1 << 30) - 1) // (1 << 30)
         most = max(part, self.forced) if self.counted else part + self.forced
         return max(1, min(entries, most, entries if self.most is None else self.most))
 
@@ -327,7 +328,7 @@ class Branch:
     needs: tuple[str, ...]  # but the selection
     makes: tuple[str, ...]
     selection: str  # the node
-    lists: str  # what stands for it, block by block
+    lists: str  # what stands for it, block by block; empty where every call brings those of rows
     buffers: tuple[Buffer, ...]
     tensors: tuple[str, ...]  # q, k, v and their strides
     outputs: tuple[str, ...]  # the sink and the gates if there are any, o and lse and their strides
@@ -408,6 +409,8 @@ def plan(
         ),
     )
     programs = shape.query_heads // context.heads
+    if not branch.lists:
+        return kernels[1:], (replace(_given(branch, programs), of=None),)
     return kernels, (_own(branch, programs), _given(branch, programs))
 
 

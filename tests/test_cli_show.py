@@ -47,7 +47,7 @@ def open_spec(tmp_path):
 def test_text_is_graph_then_plan_then_memory(path, capsys):
     out = shown(capsys, str(path))
     graph = (ROOT / "tests" / "golden" / path.stem / "graph.txt").read_text()
-    if path.stem in systems.REFUSED | systems.LAYERS | systems.STREAMS:
+    if path.stem in systems.REFUSED | systems.LAYERS | systems.STREAMS | systems.STEPS:
         assert out.startswith(f"{graph}\nno plan: ")
         assert f"({path}:" in out
         return

@@ -13,14 +13,26 @@ from graph_interpreter import evaluate
 from plan_cases import random_tensors
 from torch import Tensor
 
-from hsgen import crossover, drawn, load_kernel, measure, passes, planner, schedule, trials
+from hsgen import (
+    backward,
+    crossover,
+    drawn,
+    load_kernel,
+    measure,
+    passes,
+    planner,
+    schedule,
+    trials,
+)
 from hsgen.cli import main
 from hsgen.errors import ArgumentError, HsgenError, PlanError, SpecError
 from hsgen.gates import GateError
+from hsgen.graph import Recall
 from hsgen.measurer import result_of
+from hsgen.plan import Cached
 from hsgen.reference import Kept, reference, tensor_shapes
 from hsgen.runtime import Kernel
-from hsgen.selection import ListSelection
+from hsgen.selection import ListSelection, to_list
 from hsgen.space import space
 from hsgen.spec import Blocks, Reuse, Spec, dump, files, load, parse, verify
 from hsgen.target import Target
@@ -101,6 +113,22 @@ attend:
   - {name: selected, over: token}
 reuse:
   - {level: token, over: layers, as: final, every: 2}
+"""
+STEPS = """
+causal: false
+levels:
+  - name: mass
+    partition: tokens
+    query: {block: 16, reduce: mean}
+    score: {form: dot, normalise: softmax}
+  - name: block
+    partition: {blocks: 16}
+    score: {from: mass, map: sum}
+    select: {fraction: 0.3, apart: input}
+attend:
+  - {name: selected, over: block}
+reuse:
+  - {level: block, over: steps, as: final, dense: 3, attend: given}
 """
 SHARED_LAYER = 3  # of each of these
 TEXTS = {
@@ -251,6 +279,9 @@ def test_a_brought_list_is_laid_out_as_the_own_choice(name: str) -> None:
             continue
         for node in graph.nodes():
             if node.name == f"{level.name}.taken":
+                assert isinstance(node.op, Recall)
+                if node.op.block:  # of which every row brings its block's, of any length
+                    continue
                 assert node.type == own[f"{level.name}.selection"].type
 
 
@@ -412,6 +443,69 @@ def test_gradients_of_both(name: str, layer: int) -> None:
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+# --- steps that take over
+
+
+def test_steps_of_shipped_specs() -> None:
+    """Dense ones have no level, one chooses for all that follow, which bring its choice."""
+    spec = load("sparse_d")
+    dense, first, later = (spec.bind(step=step) for step in (204, 205, 206))
+    assert dense == spec.bind(step=0) and later == spec.bind(step=1023)
+    assert not dense.levels and not dense.reuse and dense.attend[0].window == "all"
+    assert first.reuse[0].pattern == "F" and later.brought == ("block",)
+    for made in (dense, first, later):
+        assert parse(dump(made)) == made == made.bind(step=7)
+        assert schedule.schedule(passes.run(planner.plan(made)), H100).kernels
+    for wrong in (-1, True):
+        with pytest.raises(ArgumentError, match="step: expected a whole number of at least 0"):
+            spec.bind(step=wrong)
+    with pytest.raises(PlanError, match="give `step` to load_kernel"):
+        schedule.schedule(passes.run(planner.plan(spec)), H100)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "splits"),
+    [(37, 37, (21, 0)), (5, 50, (16, 33)), (1, 1, (0, 4)), (33, 33, (33, 90))],
+)
+@pytest.mark.usefixtures("sanitized")
+def test_one_step_chooses_for_the_next(rows: int, keys: int, splits: tuple[int, int]) -> None:
+    """A part of the blocks of the prompt and as large a part of the others, of which there may be none."""
+    spec = parse(HEAD + STEPS)
+    dense, first, later = (load_kernel(spec.bind(step=i), interpret=True) for i in (0, 3, 4))
+    x = tensors(spec, rows, keys)
+    split = torch.tensor(splits, dtype=torch.int32)
+    o, chosen = first(**x, block_split=split, return_selection=True)
+    meant = reference(first.spec, x | {"block_split": split})
+    expected = to_list(meant.selection["block"], width=chosen["block"].indices.shape[-1])
+    assert torch.equal(chosen["block"].indices, expected.indices)
+    torch.testing.assert_close(o, meant.o.float(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(first(**x, block_split=split), o) and torch.equal(dense(**x), o)
+    assert torch.equal(first.select(**x, block_split=split)["block"].indices, expected.indices)
+    assert_means(later, x, selection=chosen)
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_steps_of_documents_and_lists_of_any_kind() -> None:
+    """Causal and of a group of one beside: lists with holes, that differ within a block."""
+    spec = parse(HEAD.replace("kv: 2", "kv: 4") + STEPS.replace("causal: false", "causal: true"))
+    first, later = (load_kernel(spec.bind(step=i), interpret=True) for i in (3, 4))
+    cu = torch.tensor([0, 18, 18, 31], dtype=torch.int32)
+    x = {name: y[0] for name, y in tensors(spec, 31, 31).items()}
+    split = torch.tensor([7, 0, 16], dtype=torch.int32)
+    _, chosen = first(**x, block_split=split, return_selection=True, cu_seqlens_q=cu)
+    meant = reference(first.spec, x | {"block_split": split}, cu_seqlens_q=cu)
+    expected = to_list(meant.selection["block"], width=chosen["block"].indices.shape[-1])
+    assert torch.equal(chosen["block"].indices, expected.indices)
+    any_lists = torch.randint(-1, 2, (31, 4, 2), generator=generator(), dtype=torch.int32)
+    for selection in (chosen["block"].indices, any_lists):
+        assert_means(later, x, selection={"block": selection}, cu_seqlens_q=cu)
+    with pytest.raises(PlanError, match="no kernel (decodes|attends) what blocks of rows chose"):
+        kept = Cached(rows="few")
+        schedule.schedule(passes.run(planner.plan(later.spec)), H100, cached=kept)
+    with pytest.raises(PlanError, match="gradient of lists that rows share"):
+        backward.plan(passes.run(planner.plan(later.spec)), H100)
 
 
 def test_no_program_reduces_what_it_cannot_hold() -> None:

@@ -159,7 +159,7 @@ def _varies(graph: Graph, node: Node) -> bool:
     if isinstance(node.op, Select):
         return node.op.size == 0  # clusters have any number of tokens
     if isinstance(node.op, Recall) and node.op.width is not None:
-        return False
+        return node.op.width == 0 and node.op.part is None
     if isinstance(node.op, Recall):  # all that is visible is no bound
         takes = {node.op.takes[turn] for turn in shares(graph)}
         return takes != {"all"} and _varies(graph, chosen_of(graph, node.op))

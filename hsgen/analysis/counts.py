@@ -122,6 +122,8 @@ class Counts:
         op = selection.op
         if isinstance(op, Recall) and op.takes[self.turn] == "all":
             return complete_pairs(1, 1, causal=self.graph.meta.causal)
+        if isinstance(op, Recall) and op.width == 0:
+            return complete_pairs(1, 1, causal=self.graph.meta.causal) * (op.part or 1.0)
         if isinstance(op, Recall) and op.width is not None:
             slots, causal = op.width * op.size, self.graph.meta.causal
             return selected_pairs(slots, own=op.size, causal=causal)

@@ -119,5 +119,5 @@ def _by_block(graph: Graph, node: Node, op: Attend) -> bool:
 def _by_row(graph: Graph, node: Node) -> bool:
     """Whether every row has chosen for itself, as many entries as a number says."""
     selection = graph[node.inputs[3]]
-    brought = isinstance(selection.op, Recall) and selection.op.width is not None
-    return (isinstance(selection.op, Select) or brought) and selection.type.dims[1] == "T"
+    brought = isinstance(selection.op, Recall) and selection.op.width and not selection.op.block
+    return (isinstance(selection.op, Select) or bool(brought)) and selection.type.dims[1] == "T"

@@ -168,7 +168,7 @@ def _known_sizes(order: Sequence[Node], sizes: Mapping[str, int]) -> dict[str, i
     for select in selects.values():
         known[f"K_{select.level}"] = select.width
     for node in order:
-        if isinstance(node.op, Recall) and node.op.width is not None:
+        if isinstance(node.op, Recall) and node.op.width:
             known[f"K_{node.op.level}"] = node.op.width
     for node in order:
         if isinstance(node.op, Cluster) and node.op.of is None:

@@ -704,7 +704,8 @@ class Recall:
     The own choice may be one of rows together, and is then that of each of them.
     `takes` tells it of a dense, a fresh and a shared call: its `own` choice, the `kept` one, or `all`
     visible entries; an operand that it does not name is not there.  calls: how many there were.
-    `width`: slots of a row that the caller brings whatever the call, which then has no number.
+    `width`: slots of a row that the caller brings whatever the call, which then has no number; 0: as many as
+    it has.  `block`: rows of a block that chose together, of which each brings what it chose.
     """
 
     level: str
@@ -713,6 +714,8 @@ class Recall:
     turns: Turns
     takes: tuple[Which, Which, Which]
     width: int | None = None
+    block: int | None = None
+    part: float | None = None  # of the entries a list has at most, if that is known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

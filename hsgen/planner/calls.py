@@ -32,16 +32,18 @@ def brought(builder: Builder, level: language.Level) -> bool:
     """Plan a level that no call scores: its selection is the caller's.  -> whether it is one
 
     Raises:
-        PlanError: the graph has no such selection of rows that choose together, or of varying counts.
+        PlanError: the graph has no such selection of varying counts, or of rows of tiles and clusters.
     """
     reuse = builder.spec.reuse_of(level.name)
     if reuse is None or not reuse.brought:
         return False
     assert level.select is not None, "what is reused selects"
     at = builder.spec.span("reuse", builder.spec.reuse.index(reuse), "level")
-    together = builder.spec.rows_of(level) is not None
-    if together or level.select.counts_vary:
-        what = "of rows that choose together" if together else "whose counts vary"
+    together, varies = builder.spec.rows_of(level), level.select.counts_vary
+    ordered = builder.spec.axes is not None or level.permute is not None
+    block = together.block if together is not None else None
+    if (together is not None and (block is None or ordered)) or (varies and block is None):
+        what = "whose counts vary" if together is None else "of rows that are no blocks"
         message = f"level {level.name}: no kernel takes over a selection {what} yet"
         raise PlanError(message, span=at)
     op = Recall(
@@ -50,7 +52,9 @@ def brought(builder: Builder, level: language.Level) -> bool:
         stride=level.partition.stride,
         turns=_turns(reuse),
         takes=("kept", "kept", "kept"),
-        width=builder.spec.width(level),
+        width=0 if varies else builder.spec.width(level),
+        block=block,
+        part=level.select.fraction if varies else None,
     )
     source = level
     while source.score.source:

@@ -928,6 +928,7 @@ def part_of(graph: Graph, selection: Node) -> together.Part | None:
         tiling=tiling,
         forced=forced,
         counted=op.counted,
+        sides=2 if op.apart else 1,
         # masses add up to 1, or a little more as they are rounded
         most=math.floor(1 / op.value) + 1 + forced if above and op.value > 0 else None,
     )

@@ -291,6 +291,8 @@ class Draft:
 
     def block(self, selection: Node) -> int:
         """Rows of a block that choose together; 0 where each chooses for itself."""
+        if isinstance(selection.op, Recall):
+            return selection.op.block or 0
         return block_of(selection.type.dims[1]) or 0
 
     def tensors(self, node: Node, op: Attend) -> tuple[str, ...]:

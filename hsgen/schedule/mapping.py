@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from hsgen import configs, together
 from hsgen.graph import Input, Map, Node, Pool, PoolRows, ReduceRows, Score, Select, SelectSet
+from hsgen.kernels import ApartContext, RankContext
 from hsgen.maps import MapsContext, Way
-from hsgen.plan import Buffer, Launch, Step
+from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.schedule import choosing, text
 from hsgen.schedule.draft import Draft
 
@@ -21,11 +22,8 @@ def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
     config = configs.maps(products, draft.target, draft.dtype)
     draft.kernel("maps", products, config, *way.tiles)
     draft.kernel("maps", sums, configs.sums(sums), way.together.name, follows=products.name)
-    ranking = choosing.ranking(draft, node, op, short=True)
-    ranking = replace(ranking, sharing=ranking.heads // products.heads)
     budget = _budget_of(draft, node, op)
-    by_count = configs.rank(0, op.stride, config["BLOCK_T"], grouped=False)
-    ranks = configs.rank_by_mass(op.stride) if ranking.edged else by_count
+    ranking, ranks, split = _ranking(draft, node, op, products.heads, config["BLOCK_T"])
     draft.kernel("rank", ranking, ranks, node.name, follows=products.name)
     level, block, heads = op.level, draft.block(node), str(products.heads)
     part = choosing.part_of(draft.graph, node)
@@ -44,7 +42,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
     draft.steps.append(
         Step(
             title=f"choose: {level}",
-            needs=(_asked(way), way.keys.inputs[0], *budget[:1]),
+            needs=(_asked(way), _read(way), *budget[:1], *_split(node, op)),
             makes=(made,),
             sizes=(
                 (blocks, together.blocks_of(block)),
@@ -72,7 +70,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
                     grid=("count", entries, heads),
                     arguments=(
                         *draft.tensor(_asked(way)),
-                        *draft.tensor(way.keys.inputs[0]),
+                        *draft.tensor(_read(way)),
                         parts,
                         capacity,
                         *seq,
@@ -90,6 +88,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet, way: Way) -> None:
                         scratch,
                         lists,
                         *(_counts(name) for name in budget[1:]),
+                        *split,
                         *seq,
                         capacity,
                         *((slots,) if part else ()),
@@ -108,6 +107,37 @@ def _asked(way: Way) -> str:
     if isinstance(way.queries.op, Input):
         return way.queries.name
     return (way.asking or way.queries).inputs[0]
+
+
+def _read(way: Way) -> str:
+    """The keys, as a caller has them."""
+    return way.keys.name if isinstance(way.keys.op, Input) else way.keys.inputs[0]
+
+
+def _split(node: Node, op: Select | SelectSet) -> tuple[str, ...]:
+    """What says where entries part that are kept apart."""
+    return node.inputs[-1:] if isinstance(op, SelectSet) and op.apart else ()
+
+
+def _ranking(
+    draft: Draft, node: Node, op: Select | SelectSet, heads: int, tokens: int
+) -> tuple[RankContext | ApartContext, Config, tuple[str, ...]]:
+    """What keeps the best, and its tensor that says where entries part."""
+    ranking = choosing.ranking(draft, node, op, short=True)
+    ranking = replace(ranking, sharing=ranking.heads // heads)
+    if split := _split(node, op):
+        apart = ApartContext(
+            name=ranking.name,
+            heads=ranking.heads,
+            rows=ranking.rows,
+            size=op.size,
+            stride=op.stride,
+            causal=ranking.causal,
+            part=ranking.part,
+        )
+        return apart, configs.threshold(op.stride), tuple(text.input_of(name) for name in split)
+    by_count = configs.rank(0, op.stride, tokens, grouped=False)
+    return ranking, configs.rank_by_mass(op.stride) if ranking.edged else by_count, ()
 
 
 def _budget_of(draft: Draft, node: Node, op: Select | SelectSet) -> tuple[str, ...]:
@@ -222,6 +252,10 @@ def _contexts(draft: Draft, way: Way) -> tuple[MapsContext, MapsContext]:
     )
     if way.last:
         return alone, replace(alone, how="sums")
+    if way.of_tokens:
+        assert reduced.block is not None, "refused"
+        products = replace(alone, rows=reduced.block)
+        return products, replace(products, name=f"sum_{reduced.level}", how="sums")
     assert isinstance(queries, PoolRows)
     assert isinstance(keys, Pool)
     assert queries.block is not None, "refused"

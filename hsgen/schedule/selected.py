@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from hsgen import buckets, picked, pyramids, rows, sorting, together
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Node, Pool, left_to_window
+from hsgen.graph import Attend, Node, Pool, Recall, left_to_window
 from hsgen.kernels import (
     IndexContext,
     MarksContext,
@@ -26,7 +26,7 @@ ROUNDS = 4  # programs a processor, of an index whose rows set bits
 def order_of(draft: Draft, node: Node, op: Attend) -> Order:
     """Rows come to long blocks that few of them share; short blocks come to tiles of rows."""
     selection = draft.graph[node.inputs[3]]
-    alone = selection.type.dims[1:3] == ("T", "Hq")
+    alone = selection.type.dims[1:3] == ("T", "Hq") and not draft.block(selection)
     if alone and op.size == op.stride and draft.width(selection) <= buckets.MOST_SLOTS:
         usual = "keys" if op.size >= buckets.LEAST_BLOCK and not draft.page else "rows"
         return draft.orders.get(op.branch, usual)
@@ -46,6 +46,9 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
     if op.latent:
         message = f"branch {op.branch}: no kernel attends latents by blocks of rows yet"
         raise PlanError(message, span=node.span)
+    if draft.cached is not None:
+        message = f"branch {op.branch}: no kernel attends what blocks of rows chose in a cache yet"
+        raise PlanError(message, span=node.span)
     branch = _together(draft, node, op)
     kernels, steps = together.plan(
         draft.shape,
@@ -60,6 +63,7 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
 def _together(draft: Draft, node: Node, op: Attend) -> together.Branch:
     """A branch over what rows chose together."""
     selection, order = draft.graph[node.inputs[3]], sorting.order_of(draft.graph, node)
+    brought = isinstance(selection.op, Recall)
     return together.Branch(
         name=op.branch,
         needs=draft.needs(
@@ -67,12 +71,12 @@ def _together(draft: Draft, node: Node, op: Attend) -> together.Branch:
         ),
         makes=draft.makes(node),
         selection=selection.name,
-        lists=text.buffer(choosing.chosen_of(selection)),
+        lists="" if brought else text.buffer(choosing.chosen_of(selection)),
         buffers=draft.output_buffers(node),
         tensors=draft.tensors(node, op),
         outputs=draft.outputs(node),
         block=draft.block(selection),
-        width=draft.slots(selection),
+        width="" if brought else draft.slots(selection),
         heads=draft.size(selection.type.dims[2]),
         share=selection.type.dims[2],
         entries=Entries(size=op.size, stride=op.stride),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hsgen import patterns, rows, splits
 from hsgen.errors import PlanError
-from hsgen.graph import Attend, Node, Normalise, Score, SelectSet, left_to_window
+from hsgen.graph import Attend, Node, Normalise, Recall, Score, SelectSet, left_to_window
 from hsgen.kernels import UniteContext
 from hsgen.plan import Buffer, Config, Kernel, Launch, Step
 from hsgen.rows import RowsContext, next_power
@@ -234,6 +234,9 @@ def _pattern(draft: Draft, node: Node, op: Attend) -> tuple[RowsContext, str]:
 def _lists(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsContext, str]:
     """Each row's own list: few rows share too little for a union to pay, but the heads of a group do."""
     selection = draft.graph[node.inputs[3]]
+    if isinstance(selection.op, Recall) and selection.op.block:
+        what = "what blocks of rows chose"
+        raise PlanError(f"branch {op.branch}: no kernel decodes {what} yet", span=node.span)
     if isinstance(selection.op, SelectSet) or op.size != op.stride:
         what = "overlapping blocks" if op.size != op.stride else "selections whose counts vary"
         raise PlanError(f"branch {op.branch}: no kernel decodes {what} yet", span=node.span)

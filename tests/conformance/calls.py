@@ -90,11 +90,13 @@ def make(spec, *, B=1, T=61, S=None, dtype=torch.float32, seed=0, device="cpu", 
     generator = torch.Generator().manual_seed(seed)
     shapes = tensor_shapes(spec, B, T, T if S is None else S)
     draw = _integers if integers else _normal
+    whole = {name for name in shapes if name.endswith("_split")}  # where entries part
     tensors = {
-        name: draw(spec, name, shape, generator).to(dtype).to(device)
+        name: draw(spec, name, shape, generator).to(torch.int32 if name in whole else dtype)
         for name, shape in shapes.items()
         if name != "route"
     }
+    tensors = {name: x.to(device) for name, x in tensors.items()}
     if "route" in shapes:  # one of its ways for each sequence
         ways = torch.randint(0, len(spec.route.input), shapes["route"], generator=generator)
         tensors["route"] = ways.to(torch.int32).to(device)
@@ -105,6 +107,8 @@ def make(spec, *, B=1, T=61, S=None, dtype=torch.float32, seed=0, device="cpu", 
 
 
 def _normal(spec, name, shape, generator):
+    if name.endswith("_split"):
+        return torch.randint(-1, 48, shape, generator=generator)
     x = torch.randn(shape, generator=generator)
     if name == "gates":
         return x.sigmoid()
@@ -117,6 +121,8 @@ def _integers(spec, name, shape, generator):
     """Small integers: every product and sum of them is exact in float32."""
     if tensor_kinds(spec)[name] == "parameter":
         return slot_zero(name, shape)
+    if name.endswith("_split"):
+        return torch.randint(-1, 48, shape, generator=generator)
     if name == "gates":
         return torch.randint(0, 2, shape, generator=generator).float()
     if name in ("z", "z_index") or name.startswith("z_"):  # all tokens weigh the same

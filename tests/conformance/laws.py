@@ -243,7 +243,12 @@ def given_offsets_place_queries(lab):
         lab.checked(lab.make(T=13, S=37).with_options(q_offset=offset))
 
 
-@check(applies=lambda spec: not spec.axes)  # no tile is the first, or a row's last
+def _forces(spec):
+    """Whether every level may: no tile is the first, or a row's last, and no part is forced of two."""
+    return not spec.axes and not any(x.select and x.select.apart for x in spec.levels)
+
+
+@check(applies=_forces)
 def uncounted_entries_come_on_top(lab):
     """`counted: false` in every level that forces."""
     spec = lab.spec()

@@ -264,7 +264,8 @@ def selection_findings(call, outcome, exact):
             kept = _spread(own.indices, state[0].shape[-1]).sum(-1)
         found += structure_findings(level, indices, *state[1:], width=width, kept=kept)
         if not found:
-            found += gap_findings(level, indices, *state, bounds[name])
+            for scores, candidates, forced in _sides(call, level, *state):
+                found += gap_findings(level, indices, scores, candidates, forced, bounds[name])
             if level.select.top_p:
                 top_p = level.select.top_p
                 assert not top_p.max and top_p.of in (None, "rest"), "another"
@@ -281,6 +282,18 @@ def selection_findings(call, outcome, exact):
             if level.select.threshold:
                 found += threshold_findings(level, indices, *state, bounds[name])
     return found
+
+
+def _sides(call, level, scores, candidates, forced):
+    """Candidates that are chosen apart from each other: of most levels all are chosen together."""
+    if not level.select.apart:
+        return [(scores, candidates, forced)]
+    split = call.tensors[f"{level.name}_split"].long()
+    if "cu_seqlens_q" in call.options:
+        split = split.repeat_interleave(call.options["cu_seqlens_q"].diff().long())
+    split = split.view(-1, *(1,) * (scores.ndim - 1))
+    late = torch.arange(scores.shape[-1], device=scores.device) * level.partition.stride >= split
+    return [(scores, candidates & side, forced) for side in (late, ~late)]
 
 
 def _by_mass(select):

@@ -44,7 +44,6 @@ REFUSED: dict[str, str] = {
     "sea": "level part: no kernel takes scores as they are given yet",
     "delta_llm": "no kernel reads keys from their changes yet",
     "token_sparse": "level all_mass: no kernel reduces the scores of rows together yet",
-    "sparse_d": "level block: no kernel takes over a selection yet",
     "spatten": "level token: no kernel takes over a selection yet",
     "spt": "level token: no kernel compares codes yet",
     "index_cache": "level token: no kernel takes over a selection yet",
@@ -60,6 +59,8 @@ LAYERS: dict[str, int] = {
 }
 # Specs whose branches are apart, and the one whose kernels are tested.
 STREAMS: dict[str, str] = {"ssa": "sparse"}
+# Specs whose steps differ, and the step whose kernels are tested.
+STEPS: dict[str, int] = {"sparse_d": 205}
 # Specs whose structure is that of another and only their numbers differ, which shrinking makes the
 # same: what is tested of the other is not tested again, but for a few of the covering cases.
 # `dsa` is an example that has tests of its own, and rounds the index as test_stored has it.
@@ -91,6 +92,7 @@ ALIKE: dict[str, str] = {
     "seer_attention": "block_lists",
     "seer_attention_r": "moba",
     "small_thinker": "nsa",
+    "sparse_d": "block_lists",
     "sqa": "nsa",
     "ssa": "moba",
     "vsa": "block_lists",
@@ -119,7 +121,7 @@ def load(name):
     path = (FILES | EXAMPLES)[name]
     spec = language.parse(path.read_text(encoding="utf-8"), str(path))
     spec = spec.stream(STREAMS[name]) if name in STREAMS else spec
-    return spec.bind(layer=LAYERS.get(name))
+    return spec.bind(layer=LAYERS.get(name), step=STEPS.get(name))
 
 
 def shrink(spec, *, block=16):
@@ -387,7 +389,8 @@ def slots(spec, level, keys):
         fraction = sum(tier.fraction for tier in select.quota)
     if not fraction:
         return spec.width(level)
-    part = math.ceil(Fraction(math.floor(fraction * 2**30), 2**30) * entries(spec, level, keys))
+    part = Fraction(math.floor(fraction * 2**30), 2**30) * entries(spec, level, keys)
+    part = math.ceil(part + 1 - Fraction(1, 2**30) if select.apart else part)  # of each side
     forced = spec.most_forced(level)
     most = max(part, forced) if select.force.counted else part + forced
     return max(1, min(entries(spec, level, keys), most))

@@ -1,0 +1,1 @@
+"""Kernels of sparse_d, emitted by hsgen."""
