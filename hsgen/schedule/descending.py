@@ -172,7 +172,9 @@ def _sift(draft: Draft, node: Node, tree: Tree) -> None:
         (tiles, text.tiles_of(keep.name)),
         (most, f"max(SCRATCH_BYTES // 4, batch.rows * {draft.held // 4}) // 4"),
     ]
-    buffers, launches = list[Buffer](), list[Launch]()
+    # of one kernel, then of the other
+    scratch, words = f"scratch_{level}", f"words_{level}"
+    launches, needed = list[Launch](), list[str]()
     for made, programs, of_rows, vectors in (
         (keep, 2 * PROGRAMS, "", ()),
         (
@@ -182,7 +184,7 @@ def _sift(draft: Draft, node: Node, tree: Tree) -> None:
             (*draft.tensor("q"), *draft.tensor(keys)),
         ),
     ):
-        room, count, scratch = (f"{x}_{made.name}" for x in ("room", "programs", "scratch"))
+        room, count = (f"{x}_{made.name}" for x in ("room", "programs"))
         turns, rows = f"turns_{made.name}", f"rows_{made.name}"
         ring = f'{made.padded_leaves} + 4 * config["{made.name}"]["BLOCK_K"]'
         if of_rows:
@@ -192,7 +194,7 @@ def _sift(draft: Draft, node: Node, tree: Tree) -> None:
             (turns, f"min({tiles} * {heads}, {programs} * batch.processors)"),
             (count, f"max(1, min({turns}, {most} // {room}))"),
         )
-        buffers.append(Buffer(name=scratch, dtype="i32", dims=(count, room), role="scratch"))
+        needed.append(f"{count} * {room}")
         launches.append(
             Launch(
                 kernel=made.name,
@@ -213,13 +215,17 @@ def _sift(draft: Draft, node: Node, tree: Tree) -> None:
                 ),
             )
         )
+    sizes.append((words, f"max({', '.join(needed)})"))
     draft.steps.append(
         Step(
             title=f"choose: {level}",
             needs=("q", keys, last.assign.name, parent),
             makes=(node.name,),
             sizes=tuple(sizes),
-            buffers=(*buffers, _chosen(draft, node)),
+            buffers=(
+                Buffer(name=scratch, dtype="i32", dims=(words,), role="scratch"),
+                _chosen(draft, node),
+            ),
             launches=tuple(launches),
         )
     )

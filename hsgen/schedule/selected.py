@@ -392,12 +392,13 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
     lists = (f"counts_{op.branch}", f"entries_{op.branch}", f"{marks.words}_{op.branch}")
     words = (f"{chunk} * {block_t}", str(heads), capacity)
     keys = f"(batch.keys + {rows.MARKED} - 1) // {rows.MARKED}"
-    bytes_, most = f"{8 * heads} * {capacity} * {block_t}", "SCRATCH_BYTES"
-    fewest: tuple[tuple[str, str], ...] = ()
+    bytes_, most = f"{8 * heads} * {capacity} * {block_t}", f"most_{op.branch}"
+    # of short calls half of what rows have
+    room = f"min(SCRATCH_BYTES, max(SCRATCH_BYTES // 4, batch.rows * {draft.held // 2}))"
     if picked:  # a tile's lists have room for all keys, and lists an eighth of what rows have
         words = (chunk, str(heads), capacity)
-        keys, bytes_, most = "batch.keys", f"{8 * heads} * {capacity}", f"most_{op.branch}"
-        fewest = ((most, f"max(SCRATCH_BYTES, batch.rows * {draft.held // 8})"),)
+        keys, bytes_ = "batch.keys", f"{8 * heads} * {capacity}"
+        room = f"max({room}, batch.rows * {draft.held // 8})"
     tensors = draft.tensors(node, op)
     draft.steps.append(
         Step(
@@ -408,7 +409,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
                 (capacity, f"max(1, {keys})"),
                 (tiles, f"batch.rows // {block_t} + batch.sequences"),
                 (f"bytes_{op.branch}", bytes_),
-                *fewest,
+                (most, room),
                 (chunk, f"min({tiles}, max(1, {most} // bytes_{op.branch}))"),
                 *text.parts(union, by_row),
             ),

@@ -329,19 +329,9 @@ def forward(tensors, batch, config, selection=None):
         room_sift_token = 256 + 4 * config["sift_token"]["BLOCK_K"] + rows_sift_token
         turns_sift_token = min(tiles_token * 8, 4 * batch.processors)
         programs_sift_token = max(1, min(turns_sift_token, most_token // room_sift_token))
-        scratch_keep_token = torch.empty(
-            (
-                programs_keep_token,
-                room_keep_token,
-            ),
-            dtype=torch.int32,
-            device=in_q.device,
-        )
-        scratch_sift_token = torch.empty(
-            (
-                programs_sift_token,
-                room_sift_token,
-            ),
+        words_token = max(programs_keep_token * room_keep_token, programs_sift_token * room_sift_token)
+        scratch_token = torch.empty(
+            (words_token,),
             dtype=torch.int32,
             device=in_q.device,
         )
@@ -363,7 +353,7 @@ def forward(tensors, batch, config, selection=None):
             key_rows_leaf,
             length_leaf,
             chunks_leaf,
-            scratch_keep_token,
+            scratch_token,
             room_keep_token,
             made_token_selection,
             tiles_token,
@@ -387,7 +377,7 @@ def forward(tensors, batch, config, selection=None):
             key_rows_leaf,
             length_leaf,
             chunks_leaf,
-            scratch_sift_token,
+            scratch_token,
             room_sift_token,
             made_token_selection,
             tiles_token,
@@ -396,8 +386,7 @@ def forward(tensors, batch, config, selection=None):
             **config["sift_token"],
             BLOCK_T=config["keep_token"]["BLOCK_T"],
         )
-        scratch_keep_token = None  # what comes next may have its memory
-        scratch_sift_token = None
+        scratch_token = None  # what comes next may have its memory
     else:
         made_token_selection = in_order(selection["token"])
         made_branch_selection = selection.get("branch")
@@ -407,7 +396,8 @@ def forward(tensors, batch, config, selection=None):
     capacity_selected = max(1, (batch.keys + 64 - 1) // 64)
     tiles_selected = batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences
     bytes_selected = 64 * capacity_selected * config["attend_selected"]["BLOCK_T"]
-    chunk_selected = min(tiles_selected, max(1, SCRATCH_BYTES // bytes_selected))
+    most_selected = min(SCRATCH_BYTES, max(SCRATCH_BYTES // 4, batch.rows * 8192))
+    chunk_selected = min(tiles_selected, max(1, most_selected // bytes_selected))
     counts_selected = torch.empty(
         (
             chunk_selected,
@@ -768,19 +758,9 @@ def select(tensors, batch, config):
     room_sift_token = 256 + 4 * config["sift_token"]["BLOCK_K"] + rows_sift_token
     turns_sift_token = min(tiles_token * 8, 4 * batch.processors)
     programs_sift_token = max(1, min(turns_sift_token, most_token // room_sift_token))
-    scratch_keep_token = torch.empty(
-        (
-            programs_keep_token,
-            room_keep_token,
-        ),
-        dtype=torch.int32,
-        device=in_q.device,
-    )
-    scratch_sift_token = torch.empty(
-        (
-            programs_sift_token,
-            room_sift_token,
-        ),
+    words_token = max(programs_keep_token * room_keep_token, programs_sift_token * room_sift_token)
+    scratch_token = torch.empty(
+        (words_token,),
         dtype=torch.int32,
         device=in_q.device,
     )
@@ -802,7 +782,7 @@ def select(tensors, batch, config):
         key_rows_leaf,
         length_leaf,
         chunks_leaf,
-        scratch_keep_token,
+        scratch_token,
         room_keep_token,
         made_token_selection,
         tiles_token,
@@ -826,7 +806,7 @@ def select(tensors, batch, config):
         key_rows_leaf,
         length_leaf,
         chunks_leaf,
-        scratch_sift_token,
+        scratch_token,
         room_sift_token,
         made_token_selection,
         tiles_token,
@@ -835,8 +815,7 @@ def select(tensors, batch, config):
         **config["sift_token"],
         BLOCK_T=config["keep_token"]["BLOCK_T"],
     )
-    scratch_keep_token = None  # what comes next may have its memory
-    scratch_sift_token = None
+    scratch_token = None  # what comes next may have its memory
 
     return {
         "branch": made_branch_selection,
