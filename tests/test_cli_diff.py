@@ -174,9 +174,11 @@ def test_open_heads_may_be_given(write, capsys):
 
 def test_what_no_kernel_does_is_said_and_graphs_are_compared(write, capsys):
     text = TINY.replace("{form: dot}", "{form: dot, share: all, reduce: max}")
+    text = text.replace("    pool:", "    query: {block: 16, pool: mean}\n    pool:")
     out, _ = ran(capsys, write(TINY, "a"), write(text, "b"), status=1)
     assert "+ %chunk.reduced: reduce(share=all, how=max)" in out
-    assert "no plan for b: level chunk: no kernel reduces a dot score over all heads yet" in out
+    message = "no plan for b: level chunk: no kernel reduces scores of blocks of rows over all heads yet"
+    assert message in out
     assert "no plan for a" not in out
     assert "@@" not in out
     ran(capsys, write(text, "a"), write(text, "b"), status=0)

@@ -92,10 +92,11 @@ def test_open_heads_are_said_and_may_be_given(open_spec, capsys):
 
 def test_what_no_kernel_does_is_said_below_the_graph(tmp_path, capsys):
     text = OPEN.replace("{form: dot}", "{form: dot, share: all, reduce: max}")
+    text = text.replace("    pool:", "    query: {block: 64, pool: mean}\n    pool:")
     (tmp_path / "all.yaml").write_text(text)
     out = shown(capsys, str(tmp_path / "all.yaml"), "--heads", "8/2", "--head-dim", "64")
     assert "%chunk.selection" in out
-    assert "no plan: level chunk: no kernel reduces a dot score over all heads yet" in out
+    assert "no plan: level chunk: no kernel reduces scores of blocks of rows over all heads yet" in out
 
 
 @pytest.mark.parametrize(

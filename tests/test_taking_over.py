@@ -570,6 +570,25 @@ def test_lists_are_drawn_as_an_earlier_layer_would_choose(name: str) -> None:
 
 
 @pytest.mark.usefixtures("sanitized")
+@pytest.mark.parametrize("reduce", ["sum", "max", "mean"])
+def test_scores_of_all_heads_are_made_one(reduce: str) -> None:
+    """Key head by key head in one program, also where a tile ends behind what rows see."""
+    spec = parse(f"""{HEAD}
+causal: true
+levels:
+  - name: chunk
+    partition: {{blocks: 8}}
+    pool: {{keys: mean}}
+    score: {{form: dot, share: all, reduce: {reduce}}}
+    select: {{top_k: 3, force: {{last: 1}}}}
+attend:
+  - {{name: selected, over: chunk}}
+""")
+    for trial in trials.trials(spec)[:3]:
+        assert trials.judge(trial, H100) == [], trial.name
+
+
+@pytest.mark.usefixtures("sanitized")
 def test_kernels_are_verified_with_lists_of_their_own() -> None:
     spec = taking("pages")
     for trial in trials.trials(spec)[:4]:

@@ -199,6 +199,7 @@ def score_page(
     # sources that become complete within the tile, or are none
     for n0 in range(full, target_stop * 16, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
+        inside = n < stop
         total = tl.full([BLOCK_N, BLOCK_M // 4], float("-inf"), tl.float32)
         for i in range(0, 8):
             key_head = head * 8 + i
