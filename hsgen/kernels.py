@@ -321,7 +321,7 @@ class RankContext:
         """How many entries are taken of those at the edge; what weighs nothing crosses nothing."""
         if self.drop:
             return "tl.where(each > 0, (wanted - 1 - above) // tl.maximum(each, 1), 0x7FFFFFFF)"
-        return "((wanted - above + each - 1) // each)"
+        return "(wanted - above + each - 1) // each"
 
     @property
     def apart(self) -> bool:

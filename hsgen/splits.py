@@ -199,6 +199,7 @@ def merge(
             for i, part in enumerate(parts)
         ),
     )
+    first = parts[0]
     most = tuple((f"BLOCK_P{i}", MOST) for i in range(len(parts)))
     kernel = Kernel(
         name=context.name,
@@ -251,7 +252,7 @@ def merge(
                     *(f"{given}.stride({i})" for i in (1, 2, 3)),
                     o.name,
                     *strides,
-                    *parts[0].outputs[1:],
+                    *first.outputs[1:],
                     "batch.table",
                 ),
                 given=(

@@ -902,7 +902,8 @@ TRAINED = (
     *("delta", "flux_attention", "gna", "hylra", "moa", "power_attention", "s2_attention"),
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
-    *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "xattention"),
+    *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "sparse_d"),
+    "xattention",
 )
 REFUSED = {
     "qwen_qsa": "no kernel has the gradient of an output's gate yet",

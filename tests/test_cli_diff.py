@@ -177,7 +177,9 @@ def test_what_no_kernel_does_is_said_and_graphs_are_compared(write, capsys):
     text = text.replace("    pool:", "    query: {block: 16, pool: mean}\n    pool:")
     out, _ = ran(capsys, write(TINY, "a"), write(text, "b"), status=1)
     assert "+ %chunk.reduced: reduce(share=all, how=max)" in out
-    message = "no plan for b: level chunk: no kernel reduces scores of blocks of rows over all heads yet"
+    message = (
+        "no plan for b: level chunk: no kernel reduces scores of blocks of rows over all heads yet"
+    )
     assert message in out
     assert "no plan for a" not in out
     assert "@@" not in out

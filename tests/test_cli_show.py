@@ -96,7 +96,9 @@ def test_what_no_kernel_does_is_said_below_the_graph(tmp_path, capsys):
     (tmp_path / "all.yaml").write_text(text)
     out = shown(capsys, str(tmp_path / "all.yaml"), "--heads", "8/2", "--head-dim", "64")
     assert "%chunk.selection" in out
-    assert "no plan: level chunk: no kernel reduces scores of blocks of rows over all heads yet" in out
+    assert (
+        "no plan: level chunk: no kernel reduces scores of blocks of rows over all heads yet" in out
+    )
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,9 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     draft.attend(context, config, *draft.makes(node))
     turns = bool(lists and lists.turn)
     tiles = "count" if turns else text.tiles(context)
+    if context.box:
+        tiles, pieces = text.tiles_of_boxes(context, name)
+        sizes += pieces
     if context.parts:
         tiles = f"row_tiles_{op.branch}"
         sizes += [(tiles, text.tiles_of(name)), *text.parts(context)]

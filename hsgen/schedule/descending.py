@@ -194,7 +194,9 @@ def _sift(draft: Draft, node: Node, tree: Tree) -> None:
             (turns, f"min({tiles} * {heads}, {programs} * batch.processors)"),
             (count, f"max(1, min({turns}, {most} // {room}))"),
         )
-        needed.append(f"{count} * {room}")
+        each = f"words_{made.name}"
+        sizes.append((each, f"{count} * {room}"))
+        needed.append(each)
         launches.append(
             Launch(
                 kernel=made.name,

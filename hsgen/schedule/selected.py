@@ -393,8 +393,8 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
     words = (f"{chunk} * {block_t}", str(heads), capacity)
     keys = f"(batch.keys + {rows.MARKED} - 1) // {rows.MARKED}"
     bytes_, most = f"{8 * heads} * {capacity} * {block_t}", f"most_{op.branch}"
-    # of short calls half of what rows have
-    room = f"min(SCRATCH_BYTES, max(SCRATCH_BYTES // 4, batch.rows * {draft.held // 2}))"
+    short = f"short_{op.branch}"  # of short calls half of what rows have
+    room = f"min(SCRATCH_BYTES, {short})"
     if picked:  # a tile's lists have room for all keys, and lists an eighth of what rows have
         words = (chunk, str(heads), capacity)
         keys, bytes_ = "batch.keys", f"{8 * heads} * {capacity}"
@@ -409,6 +409,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
                 (capacity, f"max(1, {keys})"),
                 (tiles, f"batch.rows // {block_t} + batch.sequences"),
                 (f"bytes_{op.branch}", bytes_),
+                (short, f"max(SCRATCH_BYTES // 4, batch.rows * {draft.held // 2})"),
                 (most, room),
                 (chunk, f"min({tiles}, max(1, {most} // bytes_{op.branch}))"),
                 *text.parts(union, by_row),

@@ -13,9 +13,22 @@ def tiles(context: rows.RowsContext | None = None) -> str:
     """How many tiles rows have at most; those of boxes in slabs, of which a sequence may begin within one."""
     if context is None or context.box is None:
         return TILES
-    box = context.box
-    parts = f"(({box.tokens} + {{BLOCK_T}} - 1) // {{BLOCK_T}})"
-    return f"(batch.rows // {box.slab} + 3 * batch.sequences) * {box.across} * {parts}"
+    return _of_boxes(context.box, f"(({context.box.tokens} + {{BLOCK_T}} - 1) // {{BLOCK_T}})")
+
+
+def tiles_of_boxes(context: rows.RowsContext, name: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The same of boxes.  -> the tiles by the pieces of a box, and sizes that say how many these are"""
+    assert context.box is not None, "of a branch whose rows are boxes"
+    rows_, pieces = f"rows_{name}", f"pieces_{name}"
+    sizes = (
+        (rows_, f'config["{name}"]["BLOCK_T"]'),
+        (pieces, f"({context.box.tokens} + {rows_} - 1) // {rows_}"),
+    )
+    return _of_boxes(context.box, pieces), sizes
+
+
+def _of_boxes(box: rows.Box, pieces: str) -> str:
+    return f"(batch.rows // {box.slab} + 3 * batch.sequences) * {box.across} * {pieces}"
 
 
 def step_tiles(context: rows.RowsContext) -> str:

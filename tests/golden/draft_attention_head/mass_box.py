@@ -96,7 +96,6 @@ def mass_box(
     head = tl.program_id(1)
     tile = tl.program_id(0) // BLOCK_T
     z, t0 = find_blocks(SEQ, num_sequences, tile, BLOCK_T, 128)
-    q_first = first_block(SEQ, z, 128)
     q_offset = tl.load(SEQ + z * 6 + 3)
     q_len = count_blocks(q_offset, tl.load(SEQ + z * 6 + 2), 128)
     q_offset = block_at(q_offset, 128)

@@ -160,7 +160,8 @@ def forward(tensors, batch, config, selection=None):
     capacity_selected = max(1, (batch.keys + 64 - 1) // 64)
     tiles_selected = batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences
     bytes_selected = 8 * capacity_selected * config["attend_selected"]["BLOCK_T"]
-    most_selected = min(SCRATCH_BYTES, max(SCRATCH_BYTES // 4, batch.rows * 8192))
+    short_selected = max(SCRATCH_BYTES // 4, batch.rows * 8192)
+    most_selected = min(SCRATCH_BYTES, short_selected)
     chunk_selected = min(tiles_selected, max(1, most_selected // bytes_selected))
     counts_selected = torch.empty(
         (

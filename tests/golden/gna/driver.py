@@ -32,6 +32,8 @@ def forward(tensors, batch, config, selection=None):
     in_v = tensors["v"]
 
     # attend: near
+    rows_attend_near = config["attend_near"]["BLOCK_T"]
+    pieces_attend_near = (128 + rows_attend_near - 1) // rows_attend_near
     made_near_o = torch.empty(
         (
             in_q.shape[0],
@@ -52,7 +54,7 @@ def forward(tensors, batch, config, selection=None):
         device=in_q.device,
     )
     grid = (
-        (batch.rows // 7680 + 3 * batch.sequences) * 60 * ((128 + config["attend_near"]["BLOCK_T"] - 1) // config["attend_near"]["BLOCK_T"]),
+        (batch.rows // 7680 + 3 * batch.sequences) * 60 * pieces_attend_near,
         24,
     )
     attend_near[grid](

@@ -325,11 +325,13 @@ def forward(tensors, batch, config, selection=None):
         room_keep_token = 256 + 4 * config["keep_token"]["BLOCK_K"]
         turns_keep_token = min(tiles_token * 8, 8 * batch.processors)
         programs_keep_token = max(1, min(turns_keep_token, most_token // room_keep_token))
+        words_keep_token = programs_keep_token * room_keep_token
         rows_sift_token = 4226 * config["keep_token"]["BLOCK_T"]
         room_sift_token = 256 + 4 * config["sift_token"]["BLOCK_K"] + rows_sift_token
         turns_sift_token = min(tiles_token * 8, 4 * batch.processors)
         programs_sift_token = max(1, min(turns_sift_token, most_token // room_sift_token))
-        words_token = max(programs_keep_token * room_keep_token, programs_sift_token * room_sift_token)
+        words_sift_token = programs_sift_token * room_sift_token
+        words_token = max(words_keep_token, words_sift_token)
         scratch_token = torch.empty(
             (words_token,),
             dtype=torch.int32,
@@ -396,7 +398,8 @@ def forward(tensors, batch, config, selection=None):
     capacity_selected = max(1, (batch.keys + 64 - 1) // 64)
     tiles_selected = batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences
     bytes_selected = 64 * capacity_selected * config["attend_selected"]["BLOCK_T"]
-    most_selected = min(SCRATCH_BYTES, max(SCRATCH_BYTES // 4, batch.rows * 8192))
+    short_selected = max(SCRATCH_BYTES // 4, batch.rows * 8192)
+    most_selected = min(SCRATCH_BYTES, short_selected)
     chunk_selected = min(tiles_selected, max(1, most_selected // bytes_selected))
     counts_selected = torch.empty(
         (
@@ -754,11 +757,13 @@ def select(tensors, batch, config):
     room_keep_token = 256 + 4 * config["keep_token"]["BLOCK_K"]
     turns_keep_token = min(tiles_token * 8, 8 * batch.processors)
     programs_keep_token = max(1, min(turns_keep_token, most_token // room_keep_token))
+    words_keep_token = programs_keep_token * room_keep_token
     rows_sift_token = 4226 * config["keep_token"]["BLOCK_T"]
     room_sift_token = 256 + 4 * config["sift_token"]["BLOCK_K"] + rows_sift_token
     turns_sift_token = min(tiles_token * 8, 4 * batch.processors)
     programs_sift_token = max(1, min(turns_sift_token, most_token // room_sift_token))
-    words_token = max(programs_keep_token * room_keep_token, programs_sift_token * room_sift_token)
+    words_sift_token = programs_sift_token * room_sift_token
+    words_token = max(words_keep_token, words_sift_token)
     scratch_token = torch.empty(
         (words_token,),
         dtype=torch.int32,

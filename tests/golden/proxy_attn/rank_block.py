@@ -308,11 +308,17 @@ def rank_block(
     n = tl.max(begun_limit(p, k_len, 128, 128, 128, True, True))
     # select: the keys stay in registers, the fewest that hold all of a row
     if n <= max(BLOCK_N // 8, 2):
-        total = keep_best(scores, kept_there, all_there, chosen, width, p, k_len, max(BLOCK_N // 8, 2))
+        total = keep_best(
+            scores, kept_there, all_there, chosen, width, p, k_len, max(BLOCK_N // 8, 2)
+        )
     elif n <= max(BLOCK_N // 4, 2):
-        total = keep_best(scores, kept_there, all_there, chosen, width, p, k_len, max(BLOCK_N // 4, 2))
+        total = keep_best(
+            scores, kept_there, all_there, chosen, width, p, k_len, max(BLOCK_N // 4, 2)
+        )
     elif n <= max(BLOCK_N // 2, 2):
-        total = keep_best(scores, kept_there, all_there, chosen, width, p, k_len, max(BLOCK_N // 2, 2))
+        total = keep_best(
+            scores, kept_there, all_there, chosen, width, p, k_len, max(BLOCK_N // 2, 2)
+        )
     elif n <= BLOCK_N:
         total = keep_best(scores, kept_there, all_there, chosen, width, p, k_len, BLOCK_N)
     else:

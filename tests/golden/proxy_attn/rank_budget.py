@@ -167,7 +167,8 @@ def mass_edge(
         if LONG:
             key, mass = row_keys(scores, start + columns, p, k_len)
         each = tl.maximum(each, tl.max(tl.where(key == low[:, None], mass, 0), 1))
-    return low, high, ((wanted - above + each - 1) // each).to(tl.int32)
+    ties = (wanted - above + each - 1) // each
+    return low, high, ties.to(tl.int32)
 
 
 @triton.jit

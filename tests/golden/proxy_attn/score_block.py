@@ -135,7 +135,9 @@ def score_block(
         q_row = tl.maximum(row, 0)
         q_there = there
         k_row = token
-        address = q_base + i // (128 // BLOCK_D) * q_h + (first + q_row).to(tl.int64)[:, None] * q_t + d[None, :]
+        # of the head whose columns these are
+        address = q_base + (first - first + i // (128 // BLOCK_D)).to(tl.int64) * q_h
+        address += (first + q_row).to(tl.int64)[:, None] * q_t + d[None, :]
         q = tl.load(address, mask=q_there[:, None], other=0.0)
         address = k_base + k_row.to(tl.int64)[:, None] * k_t + d[None, :]
         keys = tl.load(address, mask=(k_row < k_len)[:, None], other=0.0)

@@ -190,7 +190,8 @@ def row_keys(scores, most, whole, unlike, unlike_row, e, p, k_len):
     """Keys of the entries, and their masses: 0 of what has no score."""
     complete = e < begun_limit(p, k_len, 128, 64, 64, True, True)
     score = row_scores(scores, most, whole, unlike, unlike_row, e, complete)
-    complete &= row_forced(scores, most, whole, unlike, unlike_row, e, p, k_len) == 0  # the others are ranked as if these were none
+    # the others are ranked as if these were none
+    complete &= row_forced(scores, most, whole, unlike, unlike_row, e, p, k_len) == 0
     key = rank_key(score, complete, False)
     return key, tl.where(complete, mass_of(softmax_mass(score, most, whole)), 0)
 
@@ -228,7 +229,9 @@ def mass_edge(
         reached = tl.zeros([BLOCK_R], tl.int64)
         for start in range(0, n, WIDTH):
             if LONG:
-                key, mass = row_keys(scores, most, whole, unlike, unlike_row, start + columns, p, k_len)
+                key, mass = row_keys(
+                    scores, most, whole, unlike, unlike_row, start + columns, p, k_len
+                )
             reached += tl.sum(tl.where(key >= middle[:, None], mass, 0), 1)
         low, high, above = mass_step(low, high, above, middle, reached, wanted)
         middle = bisect_middle(low, high)
@@ -238,7 +241,8 @@ def mass_edge(
         if LONG:
             key, mass = row_keys(scores, most, whole, unlike, unlike_row, start + columns, p, k_len)
         each = tl.maximum(each, tl.max(tl.where(key == low[:, None], mass, 0), 1))
-    return low, high, tl.where(each > 0, (wanted - 1 - above) // tl.maximum(each, 1), 0x7FFFFFFF).to(tl.int32)
+    ties = tl.where(each > 0, (wanted - 1 - above) // tl.maximum(each, 1), 0x7FFFFFFF)
+    return low, high, ties.to(tl.int32)
 
 
 @triton.jit
@@ -278,7 +282,9 @@ def count_edge(
         reached = tl.zeros([BLOCK_R], tl.int32)
         for start in range(0, n, WIDTH):
             if LONG:
-                key, mass = row_keys(scores, most, whole, unlike, unlike_row, start + columns, p, k_len)
+                key, mass = row_keys(
+                    scores, most, whole, unlike, unlike_row, start + columns, p, k_len
+                )
             reached += tl.sum((key >= middle[:, None]).to(tl.int32), 1)
         other_low, other_high, above = mass_step(
             other_low, other_high, above, middle, reached, wanted

@@ -274,7 +274,8 @@ def forward(tensors, batch, config, selection=None):
     capacity_selected = max(1, batch.keys)
     tiles_selected = batch.rows // config["attend_selected"]["BLOCK_T"] + batch.sequences
     bytes_selected = 8 * capacity_selected
-    most_selected = max(SCRATCH_BYTES, batch.rows * 2048)
+    short_selected = max(SCRATCH_BYTES // 4, batch.rows * 8192)
+    most_selected = max(min(SCRATCH_BYTES, short_selected), batch.rows * 2048)
     chunk_selected = min(tiles_selected, max(1, most_selected // bytes_selected))
     counts_selected = torch.empty(
         (
