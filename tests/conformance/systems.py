@@ -31,7 +31,7 @@ REFUSED: dict[str, str] = {
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
     "svg2": "level cluster: no kernel clusters keys yet",
     "svg_ear": "level error: no kernel clusters keys yet",
-    "s2o": "no kernel puts keys in another order yet",
+    "s2o": "no kernel selects by early_stop yet",
     "minference": "no kernel takes a route by head yet",
     "flex_prefill": "no kernel takes a route by sample_head yet",
     "dma": "level token: no kernel scores by a learned bias yet",
