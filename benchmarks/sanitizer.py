@@ -26,7 +26,7 @@ SPECS = (
     "nsa", "nsa_fla", "nsa_xunhao", "fsa", "moba", "hisa", "quest", "infllm_v2", "minimax_m3",
     "dsa", "dsa_gqa", "glm_kpool", "dhsa_released", "hip", "hirouter", "psa", "psa_mass",
     "seer_attention", "seer_attention_r", "xattention", "vsa", "hydra", "biformer", "draft_attention",
-    "deepseek_hca", "qwen_qsa", "kinetics", "small_thinker", "sqa",
+    "deepseek_hca", "qwen_qsa", "kinetics", "small_thinker", "sqa", "sparge", "pbs_attn", "gna",
 )  # fmt: skip
 SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (.*)")
 CLEAN = re.compile(r"^0 (errors|hazards)")
