@@ -463,16 +463,9 @@ class RankContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThresholdContext:
-    """Everything `rank.py.jinja` reads where blocks of rows keep entries whose masses are above a threshold.
+class EntriesOfBlocks:
+    """Entries that blocks of rows choose among, as in a RankContext."""
 
-    Entries are as in a RankContext; a mass is a part of those of all entries that a block may choose.
-    """
-
-    name: str
-    header: str = ""
-    pieces: str = ""
-    heads: int  # selection heads
     rows: int  # of a block
     size: int
     stride: int
@@ -480,12 +473,6 @@ class ThresholdContext:
     causal: bool
     first: int
     last: int
-    threshold: float
-    how: Literal["threshold"] = "threshold"
-
-    @property
-    def summary(self) -> str:
-        return f"entries that a block of rows gives a mass above {self.threshold:g}."
 
     @property
     def forced(self) -> str:
@@ -504,6 +491,25 @@ class ThresholdContext:
         """Where the entries end that a block may take, forced ones too."""
         own = f"{self.rows}, {self.stride}, {self.stride}, {self.causal}, True"
         return f"begun_limit(p, k_len, {own})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdContext(EntriesOfBlocks):
+    """Everything `rank.py.jinja` reads where blocks of rows keep entries whose masses are above a threshold.
+
+    Entries are as in a RankContext; a mass is a part of those of all entries that a block may choose.
+    """
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    heads: int  # selection heads
+    threshold: float
+    how: Literal["threshold"] = "threshold"
+
+    @property
+    def summary(self) -> str:
+        return f"entries that a block of rows gives a mass above {self.threshold:g}."
 
     @property
     def params(self) -> tuple[Param, ...]:

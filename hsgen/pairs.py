@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hsgen import axes
-from hsgen.kernels import tunables
+from hsgen.kernels import EntriesOfBlocks, tunables
 from hsgen.plan import Param
 from hsgen.rows import SEQ, count, jit, pointer
 
@@ -19,7 +19,7 @@ CAPACITY = count("capacity", "row length of the scratch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairsContext:
+class PairsContext(EntriesOfBlocks):
     """Everything `_rank_pairs.jinja` reads: entries as in a RankContext, of blocks of `rows` rows.
 
     `masses`: the softmax of each row in place, and which blocks have a row.  `edges`: where the best pairs
@@ -31,13 +31,6 @@ class PairsContext:
     header: str = ""
     pieces: str = ""
     heads: int  # selection heads
-    rows: int
-    size: int
-    stride: int
-    short: bool
-    causal: bool
-    first: int
-    last: int
     counted: bool
     part: int  # of the pairs, in units of 2^-30
     slotted: bool = False  # rows and keys are slots of tiles of axes
@@ -59,23 +52,6 @@ class PairsContext:
         """How many pairs a head keeps, all forced ones too."""
         part = f"part_of(candidates, {self.part})"
         return f"tl.maximum({part}, forced)" if self.counted else f"{part} + forced"
-
-    @property
-    def forced(self) -> str:
-        rest = f"{self.rows}, {self.stride}, {self.first}, {self.last}, {self.causal}"
-        return f"is_forced_of_block(e, p, k_len, {rest})"
-
-    @property
-    def limit(self) -> str:
-        """Where the entries end that have a score."""
-        rest = f"{self.rows}, {self.size}, {self.stride}, {self.causal}, {self.short}"
-        return f"begun_limit(p, k_len, {rest})"
-
-    @property
-    def candidates(self) -> str:
-        """Where the entries end that a block may take, forced ones too."""
-        own = f"{self.rows}, {self.stride}, {self.stride}, {self.causal}, True"
-        return f"begun_limit(p, k_len, {own})"
 
     @property
     def params(self) -> tuple[Param, ...]:
