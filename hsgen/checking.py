@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import traceback
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hsgen import machine, metrics, standins
-from hsgen.reference import reference
+from hsgen.reference import Result, reference
 from hsgen.selection import ListSelection, to_list
 from hsgen.spec import Spec
 
@@ -58,12 +59,34 @@ def sampled(spec: Spec, tokens: int) -> list[tuple[int, int]]:
     return [(a // together * together, min(-(-b // together) * together, tokens)) for a, b in runs]
 
 
+class Reference:
+    """What the reference says of rows of one sequence, asked once of each choice of entries."""
+
+    def __init__(self, spec: Spec, tensors: Tensors) -> None:
+        self._spec, self._tensors = spec, tensors
+        self._known: dict[tuple[int, int, str], Result] = {}
+
+    def __call__(self, a: int, b: int, given: dict[str, ListSelection] | None = None) -> Result:
+        """Of the rows from a to b, on what is given or on its own choice."""
+        seen = hashlib.sha256()
+        for name, chosen in (given or {}).items():
+            seen.update(name.encode() + chosen.indices.contiguous().cpu().numpy().tobytes())
+        key = (a, b, "" if given is None else seen.hexdigest())
+        if key not in self._known:
+            part = standins.rows_of(self._spec, self._tensors, a, b)
+            self._known[key] = reference(
+                self._spec, part, selection=given, q_offset=a, keep_scores=False
+            )
+        return self._known[key]
+
+
 def compare(
     spec: Spec,
     tensors: Tensors,
     o: Tensor,
     selection: Selected,
     runs: Sequence[tuple[int, int]],
+    asked: Reference | None = None,
 ) -> Figures:
     """Hold outputs and choices of some rows against the reference in float64.
 
@@ -73,23 +96,23 @@ def compare(
         o: What the kernels put out, on their own choice.
         selection: That choice, by level, or what another layer chose.
         runs: Of rows, from and to.
+        asked: The same tensors' reference, where other outputs are compared too.
 
     Raises:
         CheckError: the output is further off than TOLERANCE, or not finite; or fewer entries than SAME
             of a level are those that the reference chooses.
     """
     error, same = 0.0, dict.fromkeys(selection, 1.0)
+    asked = asked or Reference(spec, tensors)
     for a, b in runs:
-        part = standins.rows_of(spec, tensors, a, b)
         given = {
             name: ListSelection(level=name, indices=s.indices[:, a:b])
             for name, s in selection.items()
         }
-        forced = reference(spec, part, selection=given, q_offset=a, keep_scores=False)
-        error = max(error, relative(o[:, a:b], forced.o))
+        error = max(error, relative(o[:, a:b], asked(a, b, given).o))
         if spec.brought:  # nothing is chosen
             continue
-        free = reference(spec, part, q_offset=a, keep_scores=False)
+        free = asked(a, b)
         for name, chosen in given.items():
             own = to_list(free.selection[name])  # as kernels choose
             same[name] = min(same[name], _overlap(chosen.indices[0], own.indices[0]))

@@ -55,8 +55,8 @@ from hsgen.workers import JsonObject
 
 FEW = 3  # samples after which a slow point is given up
 SLOW = 3.0  # times the limit
-FEWEST, MOST = 8, 100
-SECONDS = 0.25  # of timing, a shape
+FEWEST, MOST = 3, 100  # calls: finals are what tells near ones apart
+SECONDS = 0.15  # of timing, a shape
 CALLS = 3  # a sample of a comparison, and of long calls fewer:
 LONG = 10_000.0  # microseconds that are a sample
 LENGTHS = {"cuda": (1537, 301), "cpu": (37, 9)}  # of checks: no multiple of anything
@@ -111,6 +111,7 @@ class Bench:
     _handed: dict[str, list[dict[str, Tensor]]] = field(
         default_factory=dict[str, "list[dict[str, Tensor]]"]
     )
+    _asked: dict[str, checking.Reference] = field(default_factory=dict[str, checking.Reference])
 
     def __post_init__(self) -> None:
         self.device = "cpu" if interpreting() else "cuda"
@@ -147,7 +148,8 @@ class Bench:
                 for level, indices in (given or chosen).items()
             }
             runs = checking.sampled(self.spec, shape.queries)
-            error = checking.compare(self.spec, tensors, o, selection, runs)["error"]
+            asked = self._asked.setdefault(name, checking.Reference(self.spec, tensors))
+            error = checking.compare(self.spec, tensors, o, selection, runs, asked)["error"]
             found = max(found, error)
         return Result(check={"error_at_length": found})
 
@@ -228,10 +230,10 @@ class Bench:
         call = self._call(program, configs, shape)
         self.take(call, self.device, 1)  # compiles
         first = self.take(call, self.device, FEW)
-        if limit is not None and min(first) > SLOW * limit:
-            return _summary(first)
         count = round(self.problem.seconds * 1e6 / max(statistics.median(first), 1.0))
         count = max(self.problem.fewest, min(MOST, count))
+        if count <= FEW or (limit is not None and min(first) > SLOW * limit):
+            return _summary(first)
         return _summary(self.take(call, self.device, count))
 
     def _call(self, program: Program, configs: Mapping[str, Any], name: str) -> timing.Call:

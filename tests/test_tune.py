@@ -479,10 +479,10 @@ def test_winners_before_a_crash_in_the_finals_are_kept(tmp_path, monkeypatch):
     child = (CHILD, json.dumps({"bad": {}}))
     told, real = [], tuning._Tuning._entrants
 
-    def entrants(self, points, shape):
+    def entrants(self, points, shape, incumbent):
         if shape.name == "32K":
             raise KeyboardInterrupt
-        return real(self, points, shape)
+        return real(self, points, shape, incumbent)
 
     monkeypatch.setattr(tuning._Tuning, "_entrants", entrants)
     asked = replace(options(child=child), shapes=(shape_of("8K"), shape_of("32K")))

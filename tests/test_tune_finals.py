@@ -6,7 +6,7 @@ import pytest
 from test_space import space_of
 
 from hsgen.measurer import Failure
-from hsgen.tune.finals import Entrant, confirmed, decide
+from hsgen.tune.finals import Entrant, confirmed, contenders, decide
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,23 @@ def test_alternates_come_with_their_ratio(points):
     made = [entrant(p, 100.0 + 10 * n, noise=0) for n, p in enumerate(points[:4])]
     verdict = decide(made, points[0])
     assert [round(ratio, 2) for _, ratio in verdict.ties] == [1.1, 1.2, 1.3]
+
+
+def test_who_is_surely_slower_leaves_early(points):
+    """The one that is used now stays, and so do those that a few rounds do not tell apart."""
+    before, same = entrant(points[0], 100.0, rounds=5), entrant(points[1], 100.3, seed=1, rounds=5)
+    faster = entrant(points[2], 97.0, seed=2, rounds=5)
+    slower = entrant(points[3], 110.0, seed=3, rounds=5)
+    failed = Entrant(point=points[4], samples=(), failure=Failure(kind="HANG", message="late"))
+    assert contenders([before, same, slower, failed], points[0]) == [before, same]
+    assert contenders([before, faster, slower], points[0]) == [before, faster]
+    assert contenders([slower, failed, faster], points[0]) == [slower, faster]
+
+
+def test_early_leavers_are_compared_by_the_rounds_they_had(points):
+    before, faster = entrant(points[0], 100.0), entrant(points[1], 90.0, seed=2)
+    slower = entrant(points[2], 120.0, seed=3, rounds=5)
+    verdict = decide([before, slower, faster], points[0])
+    assert verdict.winner is faster
+    ratios = {id(each): ratio for each, ratio in verdict.ties}
+    assert ratios[id(slower)] == pytest.approx(120 / 90, rel=0.01)

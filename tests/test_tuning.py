@@ -7,9 +7,10 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from hsgen import gradients, passes, planner, trials, tuning
+from hsgen import checking, gradients, passes, planner, trials, tuning
 from hsgen.lanes import Lanes, Patience
 from hsgen.measurer import result_of
+from hsgen.reference import reference
 from hsgen.space import space
 from hsgen.spec import dump, load
 from hsgen.target import H100, Target
@@ -92,8 +93,22 @@ def test_a_slow_point_is_given_up_early(spec, small):
     limit = {"24": 200.0, "5/24": 800.0}
     result = result_of(child.answer(request(spec, small.start) | {"limit": limit}))
     assert result.times["24"].runs == tuning.FEW
-    assert result.times["5/24"].runs >= tuning.FEWEST
+    assert result.times["5/24"].runs == tuning.MOST
     assert max(counts) <= tuning.MOST
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_of_calls_that_take_long_few_are_timed(spec, small):
+    """A call of 80 ms is not made for seconds: the first samples are its time."""
+    counts = []
+
+    def slow(call, device, count):
+        counts.append(count)
+        return [80_000.0] * count
+
+    result = result_of(Child(slow).answer(request(spec, small.start)))
+    assert result.times["24"].runs == tuning.FEWEST
+    assert counts == [1, tuning.FEW] * 2
 
 
 @pytest.mark.usefixtures("sanitized")
@@ -101,6 +116,23 @@ def test_rows_are_proven_at_full_length(child, spec, small):
     result = result_of(child.answer(request(spec, small.start, "prove")))
     assert result.failure is None
     assert 0 < result.check["error_at_length"] < 1e-4
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_the_reference_is_asked_once_of_points_that_choose_alike(spec, small, monkeypatch):
+    asked = []
+
+    def counting(*arguments, **keywords):
+        asked.append(keywords["q_offset"])
+        return reference(*arguments, **keywords)
+
+    monkeypatch.setattr(checking, "reference", counting)
+    fresh = Child()
+    first = fresh.answer(request(spec, small.start, "prove"))
+    once = len(asked)
+    assert fresh.answer(request(spec, small.start, "prove")) == first
+    assert once > 0
+    assert len(asked) == once
 
 
 @pytest.mark.usefixtures("sanitized")

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -33,7 +33,7 @@ from hsgen.resources import Compilers, Outcome, Resources
 from hsgen.space import Point, Space, space
 from hsgen.spec import Spec, dump
 from hsgen.target import Target
-from hsgen.tune.finals import Entrant, Verdict, confirmed, decide
+from hsgen.tune.finals import Entrant, Verdict, confirmed, contenders, decide
 from hsgen.tune.journal import Journal
 from hsgen.tune.search import Judge, Lenient, Limits, Search, Status, Tell, static
 from hsgen.tune.storages import reached, shown, storage_at
@@ -45,6 +45,7 @@ __all__ = [
 
 FINALISTS = 8
 ROUNDS = 15
+EARLY = 5  # of them, after which those that are surely slower leave
 NEIGHBOURS = 3  # records of other sizes and GPUs that are looked at, and
 WARM = 3  # points of each
 PEAK = 0.9  # of the card's arithmetic: no kernel is faster
@@ -394,7 +395,7 @@ class _Tuning:
             search.say(f"finals of {shape.name}")
             incumbent = self._incumbent(shape)
             points = list(dict.fromkeys([*finalists, incumbent]))
-            entrants = self._entrants(points, shape)
+            entrants = self._entrants(points, shape, incumbent)
             verdict = decide(entrants, incumbent)
             if verdict is None:
                 reason = "; ".join(str(e.failure) for e in entrants if e.failure)
@@ -402,12 +403,12 @@ class _Tuning:
                 continue
             if verdict.adopted:
                 pair = [verdict.winner.point, verdict.incumbent.point]
-                verdict = confirmed(verdict, self._timed(pair, shape))
+                verdict = confirmed(verdict, self._timed(pair, shape, self.options.rounds))
             record = self._record(search, shape, entrants, verdict)
             yield Final(shape=shape.name, verdict=verdict, record=record)
 
-    def _entrants(self, points: Sequence[Point], shape: Shape) -> list[Entrant]:
-        """Right at full length, then timed in turn."""
+    def _entrants(self, points: Sequence[Point], shape: Shape, incumbent: Point) -> list[Entrant]:
+        """Right at full length, then timed in turn: after a few rounds, who may still win."""
         for point in points:  # of all shapes at once, so once
             if point not in self._proven:
                 self._proven[point] = self.lanes.prove(point).failure
@@ -418,11 +419,18 @@ class _Tuning:
             for point, failure in proven.items()
             if failure is not None
         ]
-        return wrong + self._timed(right, shape)
+        few = min(EARLY, self.options.rounds)
+        first = self._timed(right, shape, few)
+        left = contenders(first, incumbent)
+        if len(left) > 1 and few < self.options.rounds:
+            more = self._timed([each.point for each in left], shape, self.options.rounds - few)
+            by_point = {each.point: each for each in more}
+            first = [_longer(each, by_point.get(each.point)) for each in first]
+        return wrong + first
 
-    def _timed(self, points: Sequence[Point], shape: Shape) -> list[Entrant]:
+    def _timed(self, points: Sequence[Point], shape: Shape, rounds: int) -> list[Entrant]:
         """All of them in turn, round by round."""
-        timed = self.lanes.compare(points, shape.name, self.options.rounds) if points else []
+        timed = self.lanes.compare(points, shape.name, rounds) if points else []
         found: list[Entrant] = []
         for point, samples in zip(points, timed, strict=True):
             if isinstance(samples, Failure):
@@ -491,6 +499,13 @@ class _Tuning:
             start = variant.start if variant else self.space.start
             words = shlex.join([*self.options.command, "--try", point.changes(start)])
             yield f"{str(failure)[:160]}\n      {words}"
+
+
+def _longer(each: Entrant, more: Entrant | None) -> Entrant:
+    """An entrant with the rounds that came after; one that then failed has failed."""
+    if more is None or not more.runs:
+        return more or each
+    return replace(each, samples=each.samples + more.samples)
 
 
 def _choice(text: str, config: Mapping[str, int], outcome: Outcome | None) -> tuned.KernelChoice:

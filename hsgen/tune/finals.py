@@ -121,6 +121,21 @@ def decide(entrants: Sequence[Entrant], incumbent: Point) -> Verdict | None:
     )
 
 
+def contenders(entrants: Sequence[Entrant], incumbent: Point) -> list[Entrant]:
+    """Who may still win after a few rounds, and the incumbent: the others are surely slower."""
+    able = [each for each in entrants if each.runs]
+    before = next((each for each in able if each.point == incumbent), None)
+    if before is None:
+        return able
+    ratios = {id(each): _ratio(each, before) for each in able}
+    best = min(ratio + NOISES * noise for ratio, noise in ratios.values())
+    return [
+        each
+        for each in able
+        if each is before or ratios[id(each)][0] - NOISES * ratios[id(each)][1] <= best + LEAST_GAIN
+    ]
+
+
 def confirmed(verdict: Verdict, again: Sequence[Entrant]) -> Verdict:
     """The verdict after the winner and the incumbent were timed once more.
 
@@ -136,7 +151,7 @@ def _margin(noise: float) -> float:
 
 def _ratio(each: Entrant, before: Entrant) -> tuple[float, float]:
     """The median ratio of the same rounds, and about its standard error."""
-    pairs = [a / b for a, b in zip(each.samples, before.samples, strict=True)]
+    pairs = [a / b for a, b in zip(each.samples, before.samples, strict=False)]  # some left early
     if len(pairs) < 2:
         return pairs[0], 0.0
     quarters = statistics.quantiles(pairs, n=4)
