@@ -72,7 +72,7 @@ def regret(table: Table, found: Space, trials: int, seed: int) -> float:
         space=found, measurer=replay, journal=journal, seed=seed, limits=Limits(trials=trials)
     )
     search.run()
-    finals = search.finalists(FINALISTS)
+    finals = search.finalists(FINALISTS, table.shape)
     samples = replay.compare(finals, table.shape, ROUNDS)
     times = [
         (statistics.median(each), point)

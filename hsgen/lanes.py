@@ -9,6 +9,7 @@ import fcntl
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,9 +125,9 @@ class Lanes:
         """Verify a point, then time every shape."""
         return self._result({"do": "measure", "limit": dict(limit or {}), **point.record()})
 
-    def prove(self, point: Point) -> Result:
-        """Hold rows of every shape, at its full length, against the reference."""
-        return self._result({"do": "prove", **point.record()})
+    def prove(self, point: Point, shape: str) -> Result:
+        """Hold rows of a shape, at its full length, against the reference."""
+        return self._result({"do": "prove", "shape": shape, **point.record()})
 
     def shares(self, point: Point) -> dict[str, float]:
         """By kernel, its share of a call's time; nothing where that cannot be said."""
@@ -221,10 +222,14 @@ def _environment(gpu: str, cache: Path | None) -> dict[str, str]:
 
 
 def _lock_of(gpu: str) -> int:
-    """What processes of this host that tune on a GPU take turns by; a lock ends with its process."""
-    folder = paths.cache_dir() / "studies"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return os.open(folder / f"{socket.gethostname()}-gpu{gpu}.lock", os.O_WRONLY | os.O_CREAT)
+    """What a user's processes that tune on a GPU take turns by, whatever their caches; a lock ends with its
+    process.
+    """
+    visible = paths.visible_gpus()
+    which = visible[int(gpu)] if visible and gpu.isdecimal() else gpu
+    name = f"hsgen-{os.getuid()}-{socket.gethostname()}-gpu{which}.lock"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(Path(tempfile.gettempdir()) / name, flags, 0o600)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ Kind = Literal[
     "OUT_OF_MEMORY",
     "WORKER_DIED",
     "TIMING_UNTRUSTED",
+    "TOO_SLOW",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DEADLY = ("ILLEGAL_ACCESS", "HANG", "WORKER_DIED")  # the process is no use afterwards

@@ -54,7 +54,7 @@ from hsgen.tuned import Time
 from hsgen.workers import JsonObject
 
 FEW = 3  # samples after which a slow point is given up
-SLOW = 3.0  # times the limit
+SLOW = 3.0  # times the limit, above which longer shapes are not asked about
 FEWEST, MOST = 3, 100  # calls: finals are what tells near ones apart
 SECONDS = 0.15  # of timing, a shape
 CALLS = 3  # a sample of a comparison, and of long calls fewer:
@@ -125,33 +125,35 @@ class Bench:
         began = time.monotonic()
         program = self._program(request["orders"])
         checked = self._verify(program, request["configs"])
-        times = {
-            shape: self._time(program, request["configs"], shape, request["limit"].get(shape))
-            for shape in self.problem.shapes
-        }
+        limits, times = request["limit"], dict[str, Time]()
+        for shape in sorted(self.problem.shapes, key=lambda name: limits.get(name, 0.0)):
+            limit = limits.get(shape, math.inf)
+            found = self._time(program, request["configs"], shape, limit)
+            times[shape] = found
+            if found.median_us > SLOW * limit and len(times) < len(self.problem.shapes):
+                raise _SlowError(
+                    f"{shape}: {found.median_us:.4g} us, the best has {limit:.4g}; no longer calls"
+                )
         return Result(times=times, check=checked, seconds=time.monotonic() - began)
 
     def prove(self, request: JsonObject) -> Result:
-        """Hold rows of every shape, at its full length, against the reference."""
-        program, found = self._program(request["orders"]), 0.0
-        for name in self.problem.shapes:
-            shape = measurer.shape_of(name)
-            if shape.sequences > 1 or shape.queries != shape.keys:
-                continue  # the rows of one whole sequence are what the reference is asked about
-            tensors = self._sets(name)[0]
-            given = self._given(name)[0]
-            o, _, chosen = program.driver.forward(
-                tensors, self._batch(shape), request["configs"], given
-            )
-            selection = {
-                level: ListSelection(level=level, indices=indices)
-                for level, indices in (given or chosen).items()
-            }
-            runs = checking.sampled(self.spec, shape.queries)
-            asked = self._asked.setdefault(name, checking.Reference(self.spec, tensors))
-            error = checking.compare(self.spec, tensors, o, selection, runs, asked)["error"]
-            found = max(found, error)
-        return Result(check={"error_at_length": found})
+        """Hold rows of a shape, at its full length, against the reference."""
+        program, name = self._program(request["orders"]), request["shape"]
+        shape = measurer.shape_of(name)
+        if shape.sequences > 1 or shape.queries != shape.keys:
+            return Result()  # the rows of one whole sequence are what the reference is asked about
+        tensors, given = self._sets(name)[0], self._given(name)[0]
+        o, _, chosen = program.driver.forward(
+            tensors, self._batch(shape), request["configs"], given
+        )
+        selection = {
+            level: ListSelection(level=level, indices=indices)
+            for level, indices in (given or chosen).items()
+        }
+        runs = checking.sampled(self.spec, shape.queries)
+        asked = self._asked.setdefault(name, checking.Reference(self.spec, tensors))
+        error = checking.compare(self.spec, tensors, o, selection, runs, asked)["error"]
+        return Result(check={"error_at_length": error})
 
     def shares(self, request: JsonObject) -> JsonObject:
         """Milliseconds by kernel, of the longest shape."""
@@ -223,16 +225,14 @@ class Bench:
         )
         return whole, documents
 
-    def _time(
-        self, program: Program, configs: Mapping[str, Any], shape: str, limit: float | None
-    ) -> Time:
+    def _time(self, program: Program, configs: Mapping[str, Any], shape: str, limit: float) -> Time:
         """The median of many calls; of few, where the first are far above the limit."""
         call = self._call(program, configs, shape)
         self.take(call, self.device, 1)  # compiles
         first = self.take(call, self.device, FEW)
         count = round(self.problem.seconds * 1e6 / max(statistics.median(first), 1.0))
         count = max(self.problem.fewest, min(MOST, count))
-        if count <= FEW or (limit is not None and min(first) > SLOW * limit):
+        if count <= FEW or min(first) > SLOW * limit:
             return _summary(first)
         return _summary(self.take(call, self.device, count))
 
@@ -289,22 +289,20 @@ class GradientBench(Bench):
 
     def prove(self, request: JsonObject) -> Result:
         """Hold them at full length against those of the start: no reference follows dk and dv there."""
-        configs = request["configs"]
+        configs, name = request["configs"], request["shape"]
         program, found = self._programs_of_gradients.backward, 0.0
-        for name in self.problem.shapes:
-            tensors, where = self._sets(name)[0], self._batch(measurer.shape_of(name))
-            left = self._left_by(name)[0]
-            theirs, start = (
-                gradients.run(program, each, tensors, where, left)
-                for each in (configs, program.config)
-            )
-            for tensor, apart in gradients.differences(theirs, start):
-                if not apart <= gradients.AT_LENGTH:
-                    raise _WrongError(
-                        f"{name}: gradient of {tensor} is {apart:.3g} from the start's, "
-                        f"at most {gradients.AT_LENGTH:.3g}"
-                    )
-                found = max(found, apart)
+        tensors, where = self._sets(name)[0], self._batch(measurer.shape_of(name))
+        left = self._left_by(name)[0]
+        theirs, start = (
+            gradients.run(program, each, tensors, where, left) for each in (configs, program.config)
+        )
+        for tensor, apart in gradients.differences(theirs, start):
+            if not apart <= gradients.AT_LENGTH:
+                raise _WrongError(
+                    f"{name}: gradient of {tensor} is {apart:.3g} from the start's, "
+                    f"at most {gradients.AT_LENGTH:.3g}"
+                )
+            found = max(found, apart)
         return Result(check={"error_at_length": found})
 
     # --- steps
@@ -361,6 +359,10 @@ class _WrongError(Exception):
     """Kernels that do not say what the reference says."""
 
 
+class _SlowError(Exception):
+    """A point that shorter calls say enough about."""
+
+
 def _summary(times: list[float]) -> Time:
     quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     return Time(
@@ -378,6 +380,8 @@ def failure_of(error: BaseException) -> Failure:
     match error:
         case _WrongError() | checking.CheckError():
             kind = "NAN" if "not finite" in text else "WRONG_NUMERIC"
+        case _SlowError():
+            kind = "TOO_SLOW"
         case OutOfResources():
             kind = "OVER_SMEM" if "shared memory" in text else "OVER_LIMIT"
         case CompilationError():

@@ -630,7 +630,7 @@ def test_such_a_layer_is_tuned() -> None:
     result = result_of(child.answer({"do": "measure", **asked, **start.record()}))
     assert result.failure is None, result.failure
     assert result.times["24"].median_us > 0
-    proven = result_of(child.answer({"do": "prove", **asked, **start.record()}))
+    proven = result_of(child.answer({"do": "prove", "shape": "24", **asked, **start.record()}))
     assert 0 < proven.check["error_at_length"] < 1e-4
 
 

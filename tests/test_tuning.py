@@ -91,10 +91,29 @@ def test_a_slow_point_is_given_up_early(spec, small):
 
     child = Child(slow)
     limit = {"24": 200.0, "5/24": 800.0}
-    result = result_of(child.answer(request(spec, small.start) | {"limit": limit}))
-    assert result.times["24"].runs == tuning.FEW
+    asked = request(spec, small.start) | {"limit": limit}
+    only = {**asked, "problem": {**asked["problem"], "shapes": ["24"]}}
+    assert result_of(child.answer(only)).times["24"].runs == tuning.FEW
+    result = result_of(child.answer(asked | {"limit": {"24": 400.0, "5/24": 800.0}}))
     assert result.times["5/24"].runs == tuning.MOST
     assert max(counts) <= tuning.MOST
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_a_point_that_is_slow_in_short_calls_is_not_asked_of_long_ones(spec, small):
+    """One whose call of 128K would take half a minute shows that at 8K."""
+    asked = []
+
+    def slow(call, device, count):
+        asked.append(count)
+        return [900.0] * count
+
+    limit = {"24": 2000.0, "5/24": 200.0}
+    result = result_of(Child(slow).answer(request(spec, small.start) | {"limit": limit}))
+    assert result.failure is not None
+    assert result.failure.kind == "TOO_SLOW"
+    assert "5/24: 900 us, the best has 200" in result.failure.message
+    assert asked == [1, tuning.FEW]
 
 
 @pytest.mark.usefixtures("sanitized")
@@ -113,7 +132,7 @@ def test_of_calls_that_take_long_few_are_timed(spec, small):
 
 @pytest.mark.usefixtures("sanitized")
 def test_rows_are_proven_at_full_length(child, spec, small):
-    result = result_of(child.answer(request(spec, small.start, "prove")))
+    result = result_of(child.answer(request(spec, small.start, "prove", shape="24")))
     assert result.failure is None
     assert 0 < result.check["error_at_length"] < 1e-4
 
@@ -128,9 +147,9 @@ def test_the_reference_is_asked_once_of_points_that_choose_alike(spec, small, mo
 
     monkeypatch.setattr(checking, "reference", counting)
     fresh = Child()
-    first = fresh.answer(request(spec, small.start, "prove"))
+    first = fresh.answer(request(spec, small.start, "prove", shape="24"))
     once = len(asked)
-    assert fresh.answer(request(spec, small.start, "prove")) == first
+    assert fresh.answer(request(spec, small.start, "prove", shape="24")) == first
     assert once > 0
     assert len(asked) == once
 
@@ -189,7 +208,7 @@ def test_gradients_are_verified_timed_and_proven(child, differentiable, of_gradi
         assert result.failure is None, result.failure
         assert result.times["24"].median_us == 100.0
         assert result.check == {"trials": 2, "gradients": True}
-        proven = result_of(child.answer(asked(differentiable, point, "prove")))
+        proven = result_of(child.answer(asked(differentiable, point, "prove", shape="24")))
         assert proven.failure is None
         assert proven.check["error_at_length"] < 1e-4
     assert proven.check["error_at_length"] > 0
@@ -274,7 +293,7 @@ def test_the_start_is_right_and_timed_on_a_gpu(tmp_path, monkeypatch):
         result = lanes.measure(found.start)
         assert result.failure is None, result.failure
         assert result.times["8K"].median_us > 100
-        assert lanes.prove(found.start).failure is None
+        assert lanes.prove(found.start, "8K").failure is None
         assert sum(lanes.shares(found.start).values()) == pytest.approx(1.0)
         points = [found.start, found.parse("attend_window.num_warps=4")]
         assert [len(each) for each in lanes.compare(points, "8K", 4)] == [4, 4]

@@ -35,6 +35,7 @@ REPEATS = 40  # asks without a fresh point, after which one is drawn
 DRAWS = 400
 DEATHS = 3  # of processes in a row, after which the best must run again
 AHEAD = 8  # points whose kernels compile while one is measured
+NEAR = 1.1  # of the best: further off nobody wins finals
 GAIN = 0.003  # less starts no polish anew
 POLL = 0.1  # seconds between two looks at what others are at
 
@@ -215,10 +216,12 @@ class Search:
         spent = self.measured >= self.limits.trials or self.clock() >= self._end
         return self.stopped or spent
 
-    def finalists(self, count: int) -> list[Point]:
-        """The best, fastest first, then each variant's start."""
-        known = [(r.score, key) for key, r in self.journal.results.items() if not r.failure]
-        best = [self.journal.points[key] for _, key in sorted(known)[:count]]
+    def finalists(self, count: int, shape: str) -> list[Point]:
+        """The best of a shape that are near, fastest first, then each variant's start."""
+        results = self.journal.results.items()
+        known = sorted((r.times[shape].median_us, key) for key, r in results if not r.failure)
+        near = [key for us, key in known[:count] if us <= NEAR * known[0][0]]
+        best = [self.journal.points[key] for key in near]
         starts = (variant.start for variant in self.space.variants)
         able = [s for s in starts if s.key in self.journal.results and self._score(s) < math.inf]
         return list(dict.fromkeys([*best, *able]))
