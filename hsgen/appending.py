@@ -7,13 +7,13 @@ work for a token, however many there are before it.  Of a few tokens one launch 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsgen import rows
 from hsgen.kernels import tunables
 from hsgen.plan import Config, Kernel, Launch, Param, Step
 from hsgen.rows import SEQ, Chunk, chunks, count, pointer
-from hsgen.storage import Storage, Stream
+from hsgen.storage import Storage
 
 TOKENS = "tokens"  # the driver's name for new ones of a sequence, at most
 LENGTHS = (
@@ -51,12 +51,19 @@ class AdvanceContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copied:
-    """One stream: where its new rows come from, and where they go."""
+    """One stream, or of several key heads one series: where new rows come from, and where they go."""
 
     name: str
     heads: int
     dim: int
     letter: str
+    series: str = ""  # which one of the tensors, as what is behind their names
+    across: int | None = None  # the dimension of the tensors that its heads are
+
+    @property
+    def arguments(self) -> tuple[str, str]:
+        """New rows and the cache, as the driver has them."""
+        return f"new_{self.name}", f"in_{self.name}"
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -155,17 +162,30 @@ class StoreContext:
         return rows.jit(self.params)
 
 
-def _copied(stream: Stream, place: int) -> Copied:
-    heads, dim = stream.dims if len(stream.dims) == 2 else (1, math.prod(stream.dims))
-    return Copied(name=stream.name, heads=heads, dim=dim, letter="abcdefghijklmnop"[place])
+def _copied(storage: Storage) -> tuple[Copied, ...]:
+    """All streams; a key head's series, or those of an index, are copied as heads are."""
+    found: list[Copied] = []
+    for stream in storage.streams:
+        match stream.dims:
+            case (heads, series, dim) if heads > 1:
+                each = Copied(name=stream.name, heads=heads, dim=dim, letter="", across=2)
+                found += (replace(each, series=f"[:, :, :, {i}]") for i in range(series))
+            case (1, series, dim):
+                found.append(Copied(name=stream.name, heads=series, dim=dim, letter="", across=3))
+            case (heads, dim):
+                found.append(Copied(name=stream.name, heads=heads, dim=dim, letter="", across=2))
+            case dims:
+                found.append(Copied(name=stream.name, heads=1, dim=math.prod(dims), letter=""))
+    letters = "abcdefghijklmnop"[: len(found)]
+    return tuple(replace(x, letter=letter) for x, letter in zip(found, letters, strict=True))
 
 
 def plan(storage: Storage, page: int, *, few: bool) -> tuple[tuple[Kernel, ...], tuple[Step, ...]]:
     """The kernels that every append begins with, and the steps that launch them.  `few`: tokens at a time."""
-    streams = tuple(_copied(stream, i) for i, stream in enumerate(storage.streams))
+    streams = _copied(storage)
     store = StoreContext(name="store", streams=streams, page=page, advances=few)
     names = tuple(stream.name for stream in storage.streams)
-    copied = (*(x for stream in storage.streams for x in _arguments(stream, page)),)
+    copied = (*(x for stream in streams for x in _arguments(stream, page)),)
     copied += rows.page_arguments(page)
     if few:
         kernel = Kernel(
@@ -244,16 +264,16 @@ def plan(storage: Storage, page: int, *, few: bool) -> tuple[tuple[Kernel, ...],
     return kernels, steps
 
 
-def _arguments(stream: Stream, page: int) -> tuple[str, ...]:
+def _arguments(stream: Copied, page: int) -> tuple[str, ...]:
     """New rows and the cache, with their strides."""
-    new, kept = f"new_{stream.name}", f"in_{stream.name}"
-    head = 2 if len(stream.dims) == 2 else None
+    new, kept = stream.arguments
+    head = stream.across
     return (
-        new,
+        f"{new}{stream.series}",
         f"{new}.stride(0)",
         f"{new}.stride(1)",
         f"{new}.stride({head})" if head else "0",
-        kept,
+        f"{kept}{stream.series}",
         "0" if page else f"{kept}.stride(0)",
         f"{kept}.stride(1)",
         f"{kept}.stride({head})" if head else "0",

@@ -328,7 +328,7 @@ def _streams(storage: Storage, shape: Shape) -> dict[str, Tensor]:
             made[stream.name] = torch.zeros(*pool, *stream.dims, **options)
         else:
             room = torch.zeros(shape.batch, *heads, shape.capacity, dim, **options)
-            made[stream.name] = room.transpose(1, 2) if heads else room
+            made[stream.name] = room.movedim(-2, 1)
     return made
 
 

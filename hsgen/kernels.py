@@ -841,6 +841,20 @@ class SegmentsContext:
     columns_of: str = "tl.program_id(2)"  # which columns a program of a pool across sequences has
     by_turns: bool = False  # heads have turns, and entries are those of a turn's heads
     ordered: bool = False  # entries are cut from an order of keys, which says each slot's token
+    before: int = 0  # tokens of an entry that lie before its place; the first entries lack some
+    series: int = 0  # > 0: of so many keys and gates of a token, a slot takes its own: one a stride
+    rounds: Literal["bf16", "fp8_unscaled"] | None = None  # what entries are kept in fewer bits as
+    as_bytes: bool = False  # e4m3 numbers are kept as such
+
+    @property
+    def reach(self) -> int:
+        """Tokens from an entry's place to its end."""
+        return self.size - self.before
+
+    @property
+    def slot(self) -> str:
+        """What is added to a place for the token of slot `j`."""
+        return f"j[None, :] - {self.before}" if self.before else "j[None, :]"
 
     @property
     def k_first(self) -> str:
@@ -860,7 +874,8 @@ class SegmentsContext:
     @property
     def finishes(self) -> bool:
         """Whether a channel of an entry needs more than its own tokens."""
-        return self.how in ("gated", "max_min_mean", "first") or self.normed or bool(self.turn)
+        alone = self.how not in ("gated", "max_min_mean", "first")
+        return not alone or self.normed or bool(self.turn or self.rounds)
 
     @property
     def gate_width(self) -> int:
@@ -877,6 +892,7 @@ class SegmentsContext:
         if self.append:
             return "the entries that new tokens complete."
         steps = ["normed"] * self.normed + ["rotated"] * bool(self.turn)
+        steps += [f"rounded to {'e4m3' if self.rounds != 'bf16' else 'bf16'}"] * bool(self.rounds)
         return f"one vector an entry: {' and '.join([f'{self.how} of its tokens', *steps])}."
 
     @property
@@ -937,9 +953,11 @@ class SegmentsContext:
                 *SEQ,
                 *tunables("BLOCK_E", "BLOCK_J"),
             )
+        several = ("series",) if self.series else ()
+        each = f"{self.heads}, {self.series}, {self.head_dim}]" if self.series else shape
         return (
-            pointer("X", "input", f"[B, S, {shape}"),
-            *_strides("X", "x", "batch", "token", "head"),
+            pointer("X", "input", f"[B, S, {each}"),
+            *_strides("X", "x", "batch", "token", "head", *several),
             *(self._gates if self.how == "gated" else ()),
             *((weight,) if self.how in ("linear", "max_min_mean") else ()),
             *((position,) if self.position else ()),
@@ -960,7 +978,11 @@ class SegmentsContext:
                 tiles = count("most", "entries of a sequence that new tokens may complete")
             return (pointer("POOLED", "input", f"[Z, N, {made}"), count("length", "N"), tiles)
         return (
-            pointer("POOLED", "input", f"[Z, N, {made}, packed [1, N, {made}"),
+            pointer(
+                "POOLED",
+                "e4m3" if self.as_bytes else "input",
+                f"[Z, N, {made}, packed [1, N, {made}",
+            ),
             count("length", "N; packed: 1 if the last entry of a sequence may be short, else 0"),
         )
 
@@ -971,8 +993,10 @@ class SegmentsContext:
 
     @property
     def _gates(self) -> tuple[Param, ...]:
-        shape = f"[B, S, {self.heads}, {self.gate_width}]"
-        return (pointer("GATES", "input", shape), *_strides("GATES", "g", "batch", "token", "head"))
+        many, several = (f"{self.series}, ", ("series",)) if self.series else ("", ())
+        shape = f"[B, S, {self.heads}, {many}{self.gate_width}]"
+        strides = _strides("GATES", "g", "batch", "token", "head", *several)
+        return (pointer("GATES", "input", shape), *strides)
 
     @property
     def _finishing(self) -> tuple[Param, ...]:

@@ -272,7 +272,19 @@ def _given(graph: Graph, node: Node) -> bool:
 def _of_stored(graph: Graph, node: Node, op: Round) -> str | None:
     if op.dtype not in ROUNDED:
         return f"scores vectors kept in {op.dtype}"
-    return None if isinstance(graph[node.inputs[0]].op, Input) else "rounds pooled keys"
+    made = graph[node.inputs[0]]
+    return None if isinstance(made.op, Input) else _of_pooled(graph, made, op)
+
+
+def _of_pooled(graph: Graph, made: Node, op: Round) -> str | None:
+    """Entries of an index are rounded where they are pooled, if nothing reads them as they were."""
+    if not isinstance(made.op, Pool | Norm | Rotate) or made.type.dims[2:] != ("Di",):
+        return "rounds pooled keys but of an index"
+    if op.dtype == "fp8":
+        return "rounds pooled keys to fp8, with a scale for each"
+    if isinstance(made.op, Pool) and made.op.how in UNFINISHED:
+        return f"rounds keys pooled by {made.op.how}"
+    return None if len(graph.users(made.name)) == 1 else "rounds some of the pooled keys"
 
 
 def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
@@ -285,7 +297,14 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
             "attends latents in windows along axes",
         ),
         (op.cut in ("nodes", "runs"), f"attends {op.cut}"),
-        (op.over == "pooled" and chosen, "attends pooled entries of a selection"),
+        (
+            op.over == "pooled" and chosen and not _by_row(graph, node, op),
+            "attends pooled entries but of a list of each row",
+        ),
+        (
+            bool(op.before) and op.over != "pooled",
+            "attends tokens of entries that begin before their place",
+        ),
         (op.biased, "adds a learned bias to logits"),
         (op.over == "tiers" and bool(op.latent), "attends latents in tiers"),
         (op.over == "tiers" and op.cut is not None, "attends tiers of another order of keys"),
@@ -295,6 +314,12 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.softmax is not None, "has a softmax for every entry"),
     )
     return next((words for lacking, words in lacks if lacking), None)
+
+
+def _by_row(graph: Graph, node: Node, op: Attend) -> bool:
+    """Whether every row attends the entries of a list that it has for itself."""
+    chosen = graph.operands(node)[3]
+    return isinstance(chosen.op, Select) and chosen.type.dims[1] == "T" and op.which is None
 
 
 def _of_union(graph: Graph, node: Node) -> str | None:
@@ -329,10 +354,10 @@ def _of_entries(
             return _of_rows(op)
         case PoolHeads():
             return "pools heads"
-        case Pool(before=int()):
-            return "has entries that begin before their place"
-        case Pool(series=int()):
-            return "pools several series"
+        case Pool(how=how, before=int()) if how != "gated":
+            return f"pools by {how} entries that begin before their place"
+        case Pool(how=how, series=int()) if how != "gated":
+            return f"pools several series by {how}"
         case Pool():
             return None
         case Rotate(rows=int()):
@@ -597,6 +622,8 @@ def _of_keys(
 
 def _of_choice(op: Score | Map | Select) -> str | None:
     match op:
+        case Map(before=int(), how=how, ratio=ratio, taps=taps) if (ratio, taps) != (1, ((0, 1),)):
+            return f"maps scores by {how} to entries that begin before their place"
         case Map(how="mean" | "upsample" as how):
             return f"maps scores by {'avg_pool' if how == 'mean' else how}"
         case Score(anchors=found) if found:
@@ -632,8 +659,6 @@ def _of_score(op: Score) -> str | None:
             return "takes scores as they are given"
         case Score(form="code_match"):
             return "compares codes"
-        case Score(grouped=True):
-            return "sums an index inside each group"
         case Score(form="bias") | Score(biased=True):
             return "scores by a learned bias"
         case Score(form="pooling_error"):

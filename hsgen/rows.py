@@ -1049,11 +1049,13 @@ def attend_tokens(
     alone: bool = False,
     size: int = 1,
     window: int = 0,
+    entries: Entries | None = None,
 ) -> RowsContext:
     """One softmax over a query's own list of tokens, gathered, in tiles whose union costs more.
 
     `alone`: in all tiles, without counts.  `size`: of a list's entries, blocks of so many tokens.
-    `window`: the last so many tokens are those of another branch.
+    `window`: the last so many tokens are those of another branch.  `entries`: the list is of pooled
+    ones in place of tokens, of which a row has those that are complete.
     """
     heads = heads_of(shape, per_head=share == "Hq")
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
@@ -1071,12 +1073,17 @@ def attend_tokens(
     causal = f" & (n <= {before})" if shape.causal else ""
     what = "tokens" if size == 1 else "blocks"
     used = seen if size == 1 else f"({seen} + {size - 1}) // {size} * {size}"
+    inside = f"(n >= 0) & (n < k_len){causal}"
+    comment = "the list is ascending, so no more slots are in use than tokens are seen"
+    if entries is not None:
+        what, used, inside = "entries", "complete", "(n >= 0) & (n < complete)"
+        comment = comment.replace("tokens are seen", "entries are complete")
     return RowsContext(
         name=name,
         summary=f"attention over the {what} each query selected, gathered.",
         params=(
             *QUERY,
-            *keys_and_values(shape),
+            *keys_and_values(shape, "N" if entries else "S"),
             pointer("SELECTION", "i32", f"[rows, H, K] {what}"),
             *counts,
             *OUTPUTS,
@@ -1086,21 +1093,22 @@ def attend_tokens(
         ),
         acc="softmax",
         **heads,
-        key_row="k_first",
+        key_row=f"k_first // {entries.stride}" if entries else "k_first",
         tile=f"{program} // BLOCK_T" + ("" if alone else " + tile_first"),
         setup=(
             *(() if alone else left),
             "list_row = (tl.load(SEQ + z * 6) + t0).to(tl.int64)"
             + (f" * {list_heads}{own}" if list_heads > 1 else ""),
             f"list_base = list_row * {width}",
+            *((f"complete = {complete('last', entries, shape.causal)}",) if entries else ()),
         ),
         phases=(
             Phase(
                 kind="gather",
-                comment="the list is ascending, so no more slots are in use than tokens are seen",
+                comment=comment,
                 start="0",
                 stop=f"tl.minimum({width * size}, {used})",
-                inside=f"(n >= 0) & (n < k_len){causal}",
+                inside=inside,
                 visible=("inside[None, :]",),
             ),
         ),

@@ -28,7 +28,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """Pooled entries: entry e is of tokens [e * stride, e * stride + size), and kept once all are there."""
+    """Pooled entries: entry e is of tokens up to e * stride + size, and kept once all are there."""
 
     name: str  # of the node that makes them
     level: str
@@ -75,7 +75,7 @@ def storage_of(graph: Graph) -> Storage:
             case Input(role=role) if role != "state":
                 if stream := _stream(graph, node):
                     streams.append(stream)
-            case Round() if "S" in node.type.dims:
+            case Round() if "T" not in node.type.dims:
                 raise PlanError(
                     f"%{node.name}: no cache keeps keys rounded to {node.op.dtype} yet",
                     span=node.span,
@@ -109,7 +109,7 @@ def _level(graph: Graph, node: Node, op: Pool) -> Kept:
     return Kept(
         name=last.name,
         level=op.level,
-        size=op.size,
+        size=op.size - (op.before or 0),
         stride=op.stride,
         heads=heads,
         width=math.prod(rest),

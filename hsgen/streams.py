@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hsgen.plan import Config, Kernel, Launch, Param
-from hsgen.rows import BLOCKS, Chunk, Phase, RowsContext, Warped
+from hsgen.rows import BLOCKS, Chunk, Kept, Phase, RowsContext, Warped
 from hsgen.target import Target
 
 GROUPS = 2  # of four warps, which share a tile's rows
@@ -179,6 +179,12 @@ class StreamsContext(Warped):
                 kept.append(line)
                 needed |= _words(line.split(" = ", 1)[1])
         return tuple(reversed(kept))
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """What a group that reads no list must know of how long it is."""
+        asked = {word for p in self.rows.phases for word in _words(p.start, p.stop)}
+        return tuple(line for line in self.stream_setup if line.split(" = ")[0] in asked)
 
     @property
     def setup(self) -> tuple[str, ...]:
@@ -384,7 +390,8 @@ def gathered(context: RowsContext, target: Target, dtype: str) -> bool:
         and context.acc == "softmax"
         and context.latent
         and context.parts
-        and not (context.turn or context.page or context.split)
+        and not (context.gate or context.joins or context.page or context.split)
+        and not isinstance(context.turn, Kept)
         and kinds == ["gather"]
         and len(context.v_chunks) == 1
         and WIDEST <= widest // GROUPS <= 256

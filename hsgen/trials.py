@@ -198,9 +198,10 @@ def _part(n: int, divisor: int) -> int:
 def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
     changes: dict[str, object] = {}
     blocks = isinstance(level.partition, Blocks)
-    if blocks:
-        size, stride = (_part(n, divisor) for n in (level.partition.size, level.partition.stride))
-        changes["partition"] = Blocks(size=size, stride=stride)
+    if isinstance(level.partition, Blocks):
+        lengths = (level.partition.size, level.partition.stride, level.partition.before or 0)
+        size, stride, before = (_part(n, divisor) for n in lengths)
+        changes["partition"] = Blocks(size=size, stride=stride, before=before or None)
     if isinstance(level.partition, Halving):
         changes["partition"] = _searched_less(level.partition)
     if level.pool and level.pool.rotate:

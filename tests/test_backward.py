@@ -907,7 +907,9 @@ TRAINED = (
 )
 REFUSED = {
     "qwen_qsa": "no kernel has the gradient of an output's gate yet",
+    "step_csa": "no kernel has the gradient of an output's gate yet",
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
+    "deepseek_csa": "branch selected: no kernel has the gradient of pooled latents yet",
     "psa": "branch pyramid: no kernel has the gradient of attention over tiers yet",
     "psa_mass": "branch pyramid: no kernel has the gradient of attention over tiers yet",
     "pbs_attn": "branch selected: no kernel has the gradient of keys in another order yet",

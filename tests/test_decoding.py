@@ -71,6 +71,7 @@ FULL = (
     "hisa",
     "dsa_gqa",
     "minimax_m3",
+    "deepseek_csa",
     "deepseek_hca",
     "glm_kpool",
     "qwen_qsa",
@@ -78,6 +79,7 @@ FULL = (
 )
 PAGED = (
     *("nsa", "moba", "hisa", "minimax_m3", "deepseek_hca", "glm_kpool", "qwen_qsa"),
+    "deepseek_csa",
     "seer_attention_r",
 )
 

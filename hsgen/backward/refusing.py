@@ -59,6 +59,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
             f"attention over {op.over}",
         ),
         (bool(op.latent) and op.over == "pooled", "pooled latents"),
+        (op.over == "pooled" and _keeps(graph, node), "entries that each row chose"),
         (bool(op.latent) and op.over == "static", "latents that a pattern shows"),
         (bool(op.latent) and _apart(graph, node), "latents of which heads chose tokens apart"),
         (op.softcap is not None, "capped logits"),
@@ -77,6 +78,11 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     )
     words = next((words for lacking, words in lacks if lacking), None)
     return words or (_of_pools(graph, node) if op.over == "pooled" else None)
+
+
+def _keeps(graph: Graph, node: Node) -> bool:
+    """Whether a branch is kept to a selection."""
+    return any(isinstance(x.op, Select | SelectSet | Recall) for x in graph.operands(node))
 
 
 def _of_tiles(graph: Graph, op: Attend) -> str | None:

@@ -105,8 +105,10 @@ def _own_way(draft: Draft, node: Node, op: Attend) -> Callable[[Draft, Node, Att
     if draft.steps_alone:
         return stepping.attend
     if left_to_window(draft.graph, node):
-        return selected.attend_beside_window
+        return selected.attend_picked
     match op.over:
+        case "pooled" if draft.chosen(node):
+            return selected.attend_gathered
         case "tokens":
             return selected.attend_tokens
         case "tiers":
@@ -115,6 +117,8 @@ def _own_way(draft: Draft, node: Node, op: Attend) -> Callable[[Draft, Node, Att
             return selected.attend_together
         case "blocks" if selected.order_of(draft, node, op) == "keys":
             return selected.attend_by_blocks
+        case "blocks" if selected.picks(draft, node, op):
+            return selected.attend_picked
         case _:
             return None
 

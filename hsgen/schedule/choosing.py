@@ -224,7 +224,7 @@ def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) ->
         heads=draft.size(node.type.dims[2]),
         k=kept.k if kept else 0,
         width=kept.width if kept else 0,
-        size=op.size,
+        size=draft.reach(op, op.level),
         stride=op.stride,
         short=short,
         causal=draft.shape.causal,
@@ -678,7 +678,7 @@ def _chain(draft: Draft, node: Node) -> _Chain:
         names=(current.name, *((lse,) if held and lse else ()), *(n.name for n in passed)),
         lse=None if held else lse,  # which is summed where masses are held against it
         reduce=next((n.op for n in passed if isinstance(n.op, Reduce)), None),
-        map=next((n.op for n in passed if isinstance(n.op, Map)), None),
+        map=next((n.op for n in passed if isinstance(n.op, Map) and not n.op.before), None),
     )
 
 
@@ -700,12 +700,13 @@ def _score_context(
     if chain.lse is not None and parent is not None:
         message = f"level {node.op.level}: no kernel normalises scores inside a beam yet"
         raise PlanError(message, span=chain.score.span)
-    share: Literal["head", "group", "all"] = (
-        "all" if weighted else chain.reduce.share if chain.reduce else "head"
-    )
+    share: Literal["head", "group", "all"] = chain.reduce.share if chain.reduce else "head"
+    if weighted:
+        share = "group" if score.grouped else "all"
     shape = _asking(draft, chain)
     of_all = shape.group if across else draft.graph.sizes.get("Hi", 1)
-    heads = {"head": 1, "group": shape.group, "all": of_all}[share]
+    of_group = of_all // shape.kv_heads if weighted else shape.group
+    heads = {"head": 1, "group": of_group, "all": of_all}[share]
     scoring = _scoring(draft, node, chain, parent, share)
     if scoring.packed:
         heads = shape.group

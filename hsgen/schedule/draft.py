@@ -27,6 +27,7 @@ from hsgen.graph import (
     Score,
     Select,
     SelectSet,
+    befores,
     block_of,
     short_last,
 )
@@ -257,7 +258,11 @@ class Draft:
         return f"{text.buffer(node.name)}_power" if node.op.dtype == "fp8" else ""
 
     def entries(self, op: Score | Select | Attend | Pool | Map, level: str) -> Entries:
-        return Entries(size=op.size, stride=op.stride, short=self.short(level))
+        return Entries(size=self.reach(op, level), stride=op.stride, short=self.short(level))
+
+    def reach(self, op: Score | Select | SelectSet | Attend | Pool | Map, level: str) -> int:
+        """Tokens from an entry's place to its end: those before its place are only pooled."""
+        return op.size - befores(self.graph).get(level, 0)
 
     def short(self, level: str) -> bool:
         """Whether the level's last entry may be short: also if causal, where rows choose together."""
@@ -268,10 +273,10 @@ class Draft:
         return short_last(self.graph, level, causal=asks is False and self.shape.causal)
 
     def finished(self, node: Node) -> tuple[Node, ...]:
-        """A pool, and what norms and rotates its entries in turn."""
+        """A pool, and what norms, rotates and rounds its entries in turn."""
         chain = [node]
         while nexts := [
-            x for x in self.graph.users(chain[-1].name) if isinstance(x.op, Norm | Rotate)
+            x for x in self.graph.users(chain[-1].name) if isinstance(x.op, Norm | Rotate | Round)
         ]:
             assert len(nexts) == len(self.graph.users(chain[-1].name)) == 1, "keys end in one way"
             chain.append(nexts[0])
@@ -285,7 +290,7 @@ class Draft:
     def pool_of(self, name: str) -> Node | None:
         """The pool behind a level's keys, if they are pooled."""
         node = self.graph[name]
-        while isinstance(node.op, Norm | Rotate):
+        while isinstance(node.op, Norm | Rotate | Round):
             node = self.graph[node.inputs[0]]
         return node if isinstance(node.op, Pool) else None
 
@@ -379,6 +384,10 @@ class Draft:
         assert isinstance(pool.op, Pool)
         return self.entries(pool.op, pool.op.level)
 
+    def chosen(self, node: Node) -> Node | None:
+        """The selection that a branch over pooled entries is kept to."""
+        return next((x for x in self.graph.operands(node)[3:4] if isinstance(x.op, Select)), None)
+
     def slots(self, selection: Node) -> str:
         """How long lists of blocks of rows are, as an expression."""
         if isinstance(selection.op, SelectSet):
@@ -406,7 +415,8 @@ class Draft:
         if pool := self.pool_of(name):
             assert isinstance(pool.op, Pool)
             buffer, source = text.buffer(name), self.graph[pool.inputs[0]]
-            heads = self.size(source.type.dims[2]) if len(source.type.dims) == 4 else 1
+            of_heads = len(source.type.dims) - bool(pool.op.series) == 4
+            heads = self.size(source.type.dims[2]) if of_heads else 1
             dim = self.size(source.type.dims[-1]) * (2 if pool.op.how == "minmax" else 1)
             if self.tiers_of(pool):  # which has a turn's heads
                 row = f"count * {dim}"

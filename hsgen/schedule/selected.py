@@ -18,6 +18,7 @@ from hsgen.rows import Entries, next_power
 from hsgen.schedule import choosing, laid, sorted_keys, text, vectors
 from hsgen.schedule.draft import SORT_LIMIT, SORTED, TILE_OF_HEADS, Draft, Order
 
+LEAST_DOT = 16  # keys of a product
 LEAST_STEP = 32  # tokens of blocks of which rows share more than they lose to each other's
 MEANS_SHARE = Fraction(2, 9)  # of what a call is given, that a turn's means and lists may have
 ROUNDS = 4  # programs a processor, of an index whose rows set bits
@@ -179,8 +180,19 @@ def attend_by_blocks(draft: Draft, node: Node, op: Attend) -> None:
     draft.steps.append(step)
 
 
-def attend_beside_window(draft: Draft, node: Node, op: Attend) -> None:
-    """Entries of a selection under one softmax with a window, without what the window has."""
+def picks(draft: Draft, node: Node, op: Attend) -> bool:
+    """Whether blocks are so small that a tile's tokens are gathered: half a step would have none."""
+    if op.size >= LEAST_DOT or op.size != op.stride or op.latent:
+        return False
+    share = draft.graph[node.inputs[3]].type.dims[2]
+    context = rows.attend_picked(
+        draft.shape_of(op), name=op.branch, scale=op.scale or 1.0, share=share
+    )
+    return draft.picks(as_branch(draft, context, node, op))
+
+
+def attend_picked(draft: Draft, node: Node, op: Attend) -> None:
+    """Tokens of small blocks; or of entries under one softmax with a window, without what it has."""
     order = draft.orders.get(op.branch)
     if order == "keys":
         raise PlanError(
@@ -358,7 +370,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
     width, heads = draft.width(selection), draft.size(selection.type.dims[2])
     share = selection.type.dims[2]
     if op.latent and share != "Hq" and shape.group >= TILE_OF_HEADS:
-        attend_gathered(draft, node, op, scale)
+        attend_gathered(draft, node, op)
         return
     chosen = text.buffer(selection.name)
     union = rows.attend_picked(shape, name=name, scale=scale, share=share)
@@ -464,19 +476,22 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
     )
 
 
-def attend_gathered(draft: Draft, node: Node, op: Attend, scale: float) -> None:
-    """Tokens of a selection, where one token's heads fill a tile: each row by its own list."""
+def attend_gathered(draft: Draft, node: Node, op: Attend) -> None:
+    """Pooled entries of a selection, or tokens where one's heads fill a tile: each row by its own list."""
     name, tiles = f"attend_{op.branch}", f"tiles_{op.branch}"
     shape, selection = draft.shape_of(op), draft.graph[node.inputs[3]]
     context = rows.attend_tokens(
         shape,
         name=name,
-        scale=scale,
+        scale=op.scale if op.scale is not None else 1.0,
         width=draft.width(selection),
         share=selection.type.dims[2],
         alone=True,
+        entries=draft.pooled_entries(node.inputs[1]) if op.over == "pooled" else None,
     )
-    context = rows.with_pages(as_branch(draft, context, node, op), draft.page)
+    context = as_branch(draft, context, node, op)
+    if op.over != "pooled":
+        context = rows.with_pages(context, draft.page)
     draft.attend(context, draft.gather_tiles(context), *draft.makes(node))
     launch = Launch(
         kernel=name,

@@ -205,6 +205,8 @@ def _walk(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsConte
             return rows.with_pages(context, draft.page), "batch.keys"
         case "pooled":
             entries = draft.pooled_entries(node.inputs[1])
+            if draft.chosen(node):
+                return _entries(draft, node, op, entries)
             context = rows.attend_pooled(
                 shape, name=name, scale=scale, entries=entries, values=True
             )
@@ -215,6 +217,24 @@ def _walk(draft: Draft, node: Node, op: Attend, scale: float) -> tuple[RowsConte
             return _pattern(draft, node, op)
         case "tiers" | "spans":
             raise AssertionError("refused")
+
+
+def _entries(
+    draft: Draft, node: Node, op: Attend, entries: rows.Entries
+) -> tuple[RowsContext, str]:
+    """Each row's own list of pooled entries."""
+    selection = draft.graph[node.inputs[3]]
+    width = draft.width(selection)
+    context = rows.attend_tokens(
+        draft.shape_of(op),
+        name=f"attend_{op.branch}",
+        scale=op.scale if op.scale is not None else 1.0,
+        width=width,
+        share=selection.type.dims[2],
+        alone=True,
+        entries=entries,
+    )
+    return context, str(width)
 
 
 def _pattern(draft: Draft, node: Node, op: Attend) -> tuple[RowsContext, str]:

@@ -40,6 +40,8 @@ def make(draft: Draft, node: Node, op: Pool | PoolRows | Rotate | Round) -> None
             _pool_keys(draft, node, op)
         case Rotate():
             _turn_rows(draft, node, op)
+        case Round() if draft.pool_of(node.name):
+            pass  # where they are pooled
         case Round():
             _round(draft, node, op)
 
@@ -82,11 +84,14 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     order = sorting.order_of(draft.graph, node)
     norms = tuple(x.inputs[1] for x in chain if isinstance(x.op, Norm))
     turns = tuple(x for x in chain if isinstance(x.op, Rotate))
-    dims = [draft.size(dim) for dim in source.type.dims[2:]]
-    heads, dim = (dims[0], dims[1]) if len(dims) == 2 else (1, dims[0])
+    rounds = next((x.op.dtype for x in chain if isinstance(x.op, Round)), None)
+    by_head = len(source.type.dims) - bool(op.series) == 4
+    heads = draft.size(source.type.dims[2]) if by_head else 1
+    dim = draft.size(source.type.dims[-1])
     turn = next((turn_of(x.op, dim, "e") for x in chain if isinstance(x.op, Rotate)), None)
     short = draft.entries(op, op.level).short
     assert op.how in POOLS, "refused"
+    assert rounds in (None, "bf16", "fp8_unscaled"), "refused"
     context = SegmentsContext(
         name=f"pool_{text.safe(node.name)}",
         heads=heads,
@@ -104,6 +109,10 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
         across=draft.steps_alone and op.how == "linear",
         page=draft.page,
         ordered=order is not None,
+        before=op.before or 0,
+        series=op.series or 0,
+        rounds=rounds,
+        as_bytes=draft.in_eight(chain[-1]),
     )
     count = f"count_{text.safe(made)}"
     buffer = text.buffer(made)
@@ -115,8 +124,8 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     tables = tuple(name for x in turns for name in x.inputs[1:])
     gates = node.inputs[1:2] if op.how == "gated" else ()
     arguments = (
-        *draft.tensor(source.name),
-        *(x for name in gates for x in _gates(draft, name, op)),
+        *_in_series(draft, source.name, op, draft.tensor(source.name), by_head=by_head),
+        *(x for name in gates for x in _gates(draft, name, op, by_head=by_head)),
         *(text.input_of(name) for name in node.inputs[1 + len(gates) :] if not order),
         *map(text.input_of, norms),
         *(x for name in tables for x in draft.tensor(name)[:3]),
@@ -218,7 +227,7 @@ def _whole(
     )
     buffer = Buffer(
         name=text.buffer(made),
-        dtype="input",
+        dtype="e4m3" if context.as_bytes else "input",
         dims=(f"{x}.shape[0]", length, turn or heads, str(context.width)),
         role="list" if turn else "level",
     )
@@ -318,11 +327,21 @@ def pools_beside(draft: Draft) -> None:
     draft.appends = [*(x for x in draft.appends if x not in steps), step]
 
 
-def _gates(draft: Draft, name: str, op: Pool) -> tuple[str, ...]:
-    """Gates and their batch, token and head strides; an index has no heads."""
-    dims, x = len(draft.graph[name].type.dims), text.input_of(name)
-    by_head = dims == (4 if op.softmax == "channel" else 3)
-    return (*draft.tensor(name)[:3], f"{x}.stride(2)" if by_head else "0")
+def _gates(draft: Draft, name: str, op: Pool, *, by_head: bool) -> tuple[str, ...]:
+    """Gates and their batch, token and head strides, and that of series; an index has no heads."""
+    head = f"{text.input_of(name)}.stride(2)" if by_head else "0"
+    return _in_series(draft, name, op, (*draft.tensor(name)[:3], head), by_head=by_head)
+
+
+def _in_series(
+    draft: Draft, name: str, op: Pool, strides: tuple[str, ...], *, by_head: bool
+) -> tuple[str, ...]:
+    """A tensor and its strides, with that of series behind the head's, where tokens have several."""
+    if op.series is None:
+        return strides
+    x = text.input_of(name)
+    head, series = (f"{x}.stride(2)", f"{x}.stride(3)") if by_head else ("0", f"{x}.stride(2)")
+    return (*draft.tensor(name)[:3], head, series)
 
 
 def _pool_rows(draft: Draft, node: Node, op: PoolRows) -> None:
@@ -468,6 +487,8 @@ def turn_of(op: Rotate, dim: int, of: str) -> Turn:
         start=0 if op.channels == "first" else dim - op.dims,
         dims=op.dims,
         halves=op.pairs == "halves",
-        position=f"({first} + {(op.size - 1) / 2})" if op.at == "centre" else first,
+        position=f"({first} + {(op.size - 1) / 2 - (op.before or 0)})"
+        if op.at == "centre"
+        else first,
         frequency="" if op.base is None else rows.number(-2 / op.dims * math.log2(op.base)),
     )

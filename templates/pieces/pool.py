@@ -115,6 +115,15 @@ def max_tokens(acc, x, inside):
 
 
 @triton.jit
+def as_kept(entries, DTYPE: tl.constexpr):
+    """What entries become in the dtype that they are kept in, in float32; float16 has a greatest number."""
+    if DTYPE == tl.float16:
+        entries = tl.where(entries > 65504.0, 65504.0, entries)
+        entries = tl.where(entries < -65504.0, -65504.0, entries)
+    return entries.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
 def store_entries(address, entries, live):
     """Round to the dtype that is kept, once; float16 keeps its greatest number where it has no greater.
 

@@ -179,7 +179,10 @@ def _logit_bound(call, attend):
     group, D = spec.heads.group, q.shape[-1]
     terms = D
     largest = torch.zeros(spec.heads.kv, D, dtype=torch.float64, device=q.device)
-    k = call.tensors[_branch_keys(spec, attend)].double().abs().flatten(0, -3)
+    k = call.tensors[_branch_keys(spec, attend)].double().abs()
+    if attend.values == "pooled" and spec.level(attend.over).pool.series:
+        k = k.amax(-2)
+    k = k.flatten(0, -3)
     k = torch.where(k.isfinite(), k, 0.0)
     largest = torch.maximum(largest, k.amax(0) if len(k) else largest)
     if attend.values == "pooled":
@@ -482,7 +485,8 @@ def _form_only(call, *, absolute):
     for level in spec.levels:
         if level.score.form:
             agreed = level.query is not None and level.query.heads is not None  # before they score
-            changes = {"reduce": None} | ({} if agreed else {"share": "head"})
+            summed = level.score.sums_index  # as they score
+            changes = {"reduce": None} | ({} if agreed or summed else {"share": "head"})
             changes |= {"normalise": None} if absolute else {}
             score = level.score.model_copy(update=changes)
             levels.append(level.model_copy(update={"score": score, "within": None, "select": None}))

@@ -36,8 +36,6 @@ REFUSED: dict[str, str] = {
     "flex_prefill": "no kernel takes a route by sample_head yet",
     "dma": "level token: no kernel scores by a learned bias yet",
     "nosa": "level importance: no kernel scores by a learned bias yet",
-    "deepseek_csa": "level entry: no kernel has entries that begin before their place yet",
-    "step_csa": "%region.keys.rounded: no kernel rounds pooled keys yet",
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
     "routing_transformer": "no kernel takes a route by head yet",
     "superlinear": "level anchor: no kernel scores anchors behind each row yet",
@@ -77,6 +75,7 @@ ALIKE: dict[str, str] = {
     "hylra": "nsa",
     "hirouter": "hisa",
     "hydra": "moba",
+    "deepseek_csa": "nsa",
     "deepseek_hca": "nsa",
     "dsa": "sparse_mla",
     "dhsa_released": "block_lists",
@@ -95,6 +94,7 @@ ALIKE: dict[str, str] = {
     "sparse_d": "block_lists",
     "sqa": "nsa",
     "ssa": "moba",
+    "step_csa": "moba",
     "vsa": "block_lists",
     "psa": "psa_mass",
     "sparge": "block_lists",  # but for what is forced, which test_likeness has beside
@@ -173,8 +173,9 @@ def _shrunk_level(spec, level, factor, above):
     """A level, given the selections of those before it; what had several rows or tokens has two."""
     changes = {}
     if isinstance(level.partition, Blocks):
-        size, stride = (_part(n, factor) for n in (level.partition.size, level.partition.stride))
-        changes["partition"] = Blocks(size=size, stride=stride)
+        lengths = (level.partition.size, level.partition.stride, level.partition.before or 0)
+        size, stride, before = (_part(n, factor) for n in lengths)
+        changes["partition"] = Blocks(size=size, stride=stride, before=before or None)
     if isinstance(level.partition, LearnedTree):
         few = {"branching": min(level.partition.branching, 5)}
         few |= {"takes": 17} if level.partition.takes else {}
@@ -285,6 +286,8 @@ def bind(spec, *, group=2, kv=None, dims=(64, 64)):
     changes["attend"] = tuple(of_heads(branch, group * kv) for branch in spec.attend)
     if spec.index:
         heads = kv if spec.index_per_key_head else group
+        if any(x.score.sums_index and x.score.share == "group" for x in spec.levels):
+            heads *= kv  # as many of each group
         few = {"heads": heads, "dim": min(dims[0], 256)}
         changes["index"] = spec.index.model_copy(update=few)
     return language.verify(spec.model_copy(update=changes))
@@ -366,7 +369,7 @@ def selection_heads(spec, level):
         return max(selection_heads(spec, of), selection_heads(spec, level))
     if level.score.source and level.score.reduce is None:
         return selection_heads(spec, spec.level(level.score.source))
-    if level.score.form in ("relu_weighted", "relu_sum"):
+    if level.score.sums_index and level.score.share != "group":
         return 1
     share = {"head": spec.heads.query, "group": spec.heads.kv, "all": 1}[level.score.share]
     if level.score.source:

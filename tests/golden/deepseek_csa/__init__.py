@@ -1,0 +1,1 @@
+"""Kernels of deepseek_csa, emitted by hsgen."""

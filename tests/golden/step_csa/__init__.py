@@ -1,0 +1,1 @@
+"""Kernels of step_csa, emitted by hsgen."""
