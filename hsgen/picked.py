@@ -88,6 +88,7 @@ class Branch:
     window: int
     causal: bool
     held: int  # bytes of a row of queries and outputs
+    least: str  # bytes that lists of some tiles may have, however short a call is
     programs: str  # heads of the launch that attends
     seq: tuple[str, ...]  # where sequences lie, and where their pages
 
@@ -157,7 +158,7 @@ def _step(branch: Branch, index: str, *, own: bool | None = None) -> Step:
             (length, f"max(1, (batch.keys + {branch.size - 1}) // {branch.size})"),
             (capacity, f"min({length}, {listed}) * {branch.size}"),
             (bytes_, f"{4 * branch.heads} * ({length} + 2 * {capacity})"),
-            (most, f"max(SCRATCH_BYTES, batch.rows * {branch.held // 8})"),
+            (most, f"max({branch.least}, batch.rows * {branch.held // 8})"),
             (chunk, f"min({tiles}, max(1, {most} // {bytes_}))"),
         ),
         buffers=(

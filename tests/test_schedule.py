@@ -287,7 +287,7 @@ def test_what_is_measured_has_all_of_tier_a_that_has_kernels():
             assert name in MEASURED
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", [*MEASURED, "deepseek_csa", "step_csa"])
 def test_a_call_holds_little_beside_inputs_outputs_and_selection(name):
     plan = schedule.schedule(measured_graph(name), replace(H100, streams=True))
     for tokens in (4096, 8192, 32768, 131072):

@@ -202,6 +202,7 @@ def attend_picked(draft: Draft, node: Node, op: Attend) -> None:
     _require_disjoint(node, op)
     selection = draft.graph[node.inputs[3]]
     share, shape = selection.type.dims[2], draft.shape_of(op)
+    window = left_to_window(draft.graph, node)
 
     def planned(*, alone: bool) -> rows.RowsContext:
         context = rows.attend_picked(
@@ -227,9 +228,10 @@ def attend_picked(draft: Draft, node: Node, op: Attend) -> None:
         heads=draft.size(share),
         width=draft.width(selection),
         size=op.size if op.over == "blocks" else 1,
-        window=left_to_window(draft.graph, node),
+        window=window,
         causal=shape.causal,
         held=draft.held,
+        least="SCRATCH_BYTES" if window else "SCRATCH_BYTES // 4",
         programs=str(shape.query_heads // context.heads),
         seq=draft.seq(context),
     )

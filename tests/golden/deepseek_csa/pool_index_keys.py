@@ -151,9 +151,9 @@ def pool_index_keys(
         inside = (j[None, :] < tokens[:, None]) & live[:, None]
         inside &= e[:, None] * 4 + j[None, :] >= 4
         # of the token's series that of the slot
-        x_row = token.to(tl.int64) * x_t + (j // 4 * x_s)[None, :]
+        x_row = token.to(tl.int64) * x_t + ((j // 4).to(tl.int64) * x_s)[None, :]
         x = load_columns(base, x_row, inside, 1, at0)
-        g_row = token.to(tl.int64) * g_t + (j // 4 * g_s)[None, :]
+        g_row = token.to(tl.int64) * g_t + ((j // 4).to(tl.int64) * g_s)[None, :]
         gate = load_columns(gates, g_row, inside, 1, at0)
         slot = POSITION + (head * 8 + j)[:, None] * 128
         slot += at0[None, :]
@@ -180,9 +180,9 @@ def pool_index_keys(
         inside = (j[None, :] < tokens[:, None]) & live[:, None]
         inside &= e[:, None] * 4 + j[None, :] >= 4
         # of the token's series that of the slot
-        x_row = token.to(tl.int64) * x_t + (j // 4 * x_s)[None, :]
+        x_row = token.to(tl.int64) * x_t + ((j // 4).to(tl.int64) * x_s)[None, :]
         x = load_columns(base, x_row, inside, 1, mate)
-        g_row = token.to(tl.int64) * g_t + (j // 4 * g_s)[None, :]
+        g_row = token.to(tl.int64) * g_t + ((j // 4).to(tl.int64) * g_s)[None, :]
         gate = load_columns(gates, g_row, inside, 1, mate)
         slot = POSITION + (head * 8 + j)[:, None] * 128
         slot += mate[None, :]
