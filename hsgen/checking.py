@@ -14,7 +14,7 @@ from torch import Tensor
 from hsgen import machine, metrics, standins
 from hsgen.reference import Result, reference
 from hsgen.selection import ListSelection, to_list
-from hsgen.spec import Spec
+from hsgen.spec import SortInSegment, Spec
 
 SAMPLED = 8  # consecutive rows of each of the two runs that are checked at full length
 TOLERANCE = 1e-2  # |o - reference| / |reference|: above bf16's rounding, far below a wrong result
@@ -51,8 +51,20 @@ def attempt(action: Callable[[], Figures]) -> Figures:
     }
 
 
+def runs_tell(spec: Spec) -> bool:
+    """Whether a run of rows has all that its rows choose by; not where rows choose together that are far
+    apart, as those of a tile or a cluster, or the last ones for all.
+    """
+    queries = [x.query for x in spec.levels if x.query]
+    orders = [x.permute.keys for x in spec.levels if x.permute]
+    far = any(x.tile or x.by or x.last for x in queries)
+    return not far and not any(isinstance(x, SortInSegment) and x.last for x in orders)
+
+
 def sampled(spec: Spec, tokens: int) -> list[tuple[int, int]]:
     """Two runs of rows, in the middle and at the end; of rows that choose together all."""
+    if not runs_tell(spec):
+        return [(0, tokens)]
     together = math.lcm(*(x.query.block for x in spec.levels if x.query and x.query.block))
     middle = max(0, tokens // 2 - SAMPLED // 2)
     runs = [(a, min(a + SAMPLED, tokens)) for a in (middle, max(0, tokens - SAMPLED))]

@@ -137,9 +137,13 @@ class Bench:
         return Result(times=times, check=checked, seconds=time.monotonic() - began)
 
     def prove(self, request: JsonObject) -> Result:
-        """Hold rows of a shape, at its full length, against the reference."""
+        """Hold rows of a shape, at its full length, against the reference; where no run of them says what
+        they choose, all of them against the start's.
+        """
         program, name = self._program(request["orders"]), request["shape"]
         shape = measurer.shape_of(name)
+        if not checking.runs_tell(self.spec):
+            return self._like_the_start(program, request["configs"], name)
         if shape.sequences > 1 or shape.queries != shape.keys:
             return Result()  # the rows of one whole sequence are what the reference is asked about
         tensors, given = self._sets(name)[0], self._given(name)[0]
@@ -183,6 +187,17 @@ class Bench:
         return {"samples": found}
 
     # --- steps
+
+    def _like_the_start(self, program: Program, configs: Mapping[str, Any], name: str) -> Result:
+        tensors, given = self._sets(name)[0], self._given(name)[0]
+        where, start = self._batch(measurer.shape_of(name)), self._program({})
+        o, _, chosen = program.driver.forward(tensors, where, configs, given)
+        expected, _, others = start.driver.forward(tensors, where, start.config, given)
+        for level, indices in chosen.items():
+            apart = (indices != others[level]).any(-1).float().mean().item()
+            if apart > 1 - checking.SAME:
+                raise _WrongError(f"{name}: {level}: {apart:.1%} of rows choose unlike the start")
+        return Result(check={"error_at_length": checking.require_close(o, expected, f"of {name}")})
 
     def _program(self, orders: Mapping[str, Any]) -> Program:
         key = json.dumps(orders, sort_keys=True)

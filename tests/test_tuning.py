@@ -12,7 +12,7 @@ from hsgen.lanes import Lanes, Patience
 from hsgen.measurer import result_of
 from hsgen.reference import reference
 from hsgen.space import space
-from hsgen.spec import dump, load
+from hsgen.spec import HeadDim, Heads, dump, load, verify
 from hsgen.target import H100, Target
 from hsgen.tuning import Child, failure_of
 
@@ -135,6 +135,41 @@ def test_rows_are_proven_at_full_length(child, spec, small):
     result = result_of(child.answer(request(spec, small.start, "prove", shape="24")))
     assert result.failure is None
     assert 0 < result.check["error_at_length"] < 1e-4
+
+
+@pytest.mark.usefixtures("sanitized")
+def test_rows_that_choose_together_far_apart_are_held_against_the_start(monkeypatch):
+    """No run of rows has all of a tile of a video, so that the reference of one says nothing."""
+    heads, dims, axes = Heads(query=1, kv=1), HeadDim(qk=16, v=16), (2, 3, 4)
+    changes = {"heads": heads, "head_dim": dims, "axes": axes}
+    video = verify(load("vsa").model_copy(update=changes))
+    found, fresh = space(passes.run(planner.plan(video)), H100, "fp32"), Child()
+    asked = request(video, next(found.neighbours(found.start)), "prove", shape="24")
+    result = result_of(fresh.answer(asked))
+    assert result.failure is None
+    assert 0 <= result.check["error_at_length"] < 1e-6
+    program = fresh._of(asked)._program({})
+    forward = program.driver.forward
+
+    def spoiled(tensors, where, configs, given):
+        o, lse, chosen = forward(tensors, where, configs, given)
+        return (o if configs is program.config else o * 1.02), lse, chosen
+
+    monkeypatch.setattr(program.driver, "forward", spoiled)
+    failure = result_of(fresh.answer(asked)).failure
+    assert failure is not None
+    assert failure.kind == "WRONG_NUMERIC"
+    assert "of 24" in failure.message
+
+
+@pytest.mark.parametrize(
+    ("name", "tell"),
+    [("moba", True), ("seer_attention", True), ("vsa", False), ("pbs_attn", False)],
+)
+def test_what_a_run_of_rows_tells(name, tell):
+    spec = load(name)
+    assert checking.runs_tell(spec) is tell
+    assert (len(checking.sampled(spec, 4096)) == 2) is tell
 
 
 @pytest.mark.usefixtures("sanitized")
