@@ -192,7 +192,8 @@ class RankContext:
     @property
     def sampled(self) -> bool:
         """Whether a sample of a row that does not fit tells about where its best keys begin."""
-        plain = self.counted and not self.part and not self.children and not self.rows
+        listed = self.counted or self.width > 0
+        plain = listed and not self.part and not self.children and not self.rows
         longest = LONG_TEXT // self.stride
         beyond = longest >= MOST_HELD if self.alike else longest > MOST_HELD
         return plain and not self.group and beyond
@@ -252,6 +253,11 @@ class RankContext:
             return f"{self.k} + forced"
         tails = f" + count_tails(p, k_len, {self.size}, {self.stride})" if self.tail else ""
         return f"{self.k}{tails}"
+
+    @property
+    def at_most(self) -> str:
+        """No fewer than that, where it is not known yet how many of them are forced."""
+        return self.wanted if self.counted else str(self.width)
 
     @property
     def varies(self) -> bool:

@@ -126,6 +126,15 @@ def test_entries_are_rounded_where_they_are_pooled(dtype, pool, lane, seed):
     check(packed, RUN[lane](packed))
 
 
+@pytest.mark.parametrize("lane", LANES)
+def test_long_rows_take_what_is_forced_on_top(lane, seed):
+    """Of keys above an estimate, and where too many or too few are: many scores are 0, all alike."""
+    call = calls.make(spec_of("", dtype="fp8_unscaled", pool="{keys: max}"), T=283, device=lane)
+    few = call.with_tensors(w_index=call.tensors["w_index"].clamp(min=0)).rows(263, 283)
+    for case in (few, few.with_tensors(w_index=few.tensors["w_index"] * 0)):
+        check(case, RUN[lane](case, forced={"rank_region": {"BLOCK_N": 64}}))
+
+
 REFUSED = {
     "no kernel pools by mean entries that begin before their place yet": (
         "early series",

@@ -139,9 +139,10 @@ def forward(tensors, batch, config, selection=None):
             **config["pool_region_keys"],
         )
         # choose: region
-        capacity_region = max(1, batch.keys // 8 + 1)
+        capacity_region = (batch.keys // 8 + 5) // 4 * 4
+        room_region = config["rank_region"]["BLOCK_N"]
         tiles_region = batch.rows // config["score_region"]["BLOCK_T"] + batch.sequences
-        bytes_region = 16 * capacity_region * config["score_region"]["BLOCK_T"]
+        bytes_region = (16 * capacity_region + 32 * room_region) * config["score_region"]["BLOCK_T"]
         short_region = max(3 * SCRATCH_BYTES // 16, batch.rows * 12288)
         scratch_region = min(SCRATCH_BYTES, short_region)
         chunk_region = min(tiles_region, max(1, scratch_region // bytes_region))
@@ -152,6 +153,16 @@ def forward(tensors, batch, config, selection=None):
                 capacity_region,
             ),
             dtype=torch.float32,
+            device=in_q.device,
+        )
+        kept_region = torch.empty(
+            (
+                chunk_region * config["score_region"]["BLOCK_T"],
+                4,
+                2,
+                room_region,
+            ),
+            dtype=torch.int32,
             device=in_q.device,
         )
         made_region_selection = torch.empty(
@@ -195,6 +206,7 @@ def forward(tensors, batch, config, selection=None):
             rank_region[grid](
                 scores_region,
                 made_region_selection,
+                kept_region,
                 batch.table,
                 batch.sequences,
                 tile_first,
@@ -203,6 +215,7 @@ def forward(tensors, batch, config, selection=None):
                 BLOCK_T=config["score_region"]["BLOCK_T"],
             )
         scores_region = None  # what comes next may have its memory
+        kept_region = None
     else:
         made_region_selection = selection["region"]
 
@@ -448,9 +461,10 @@ def select(tensors, batch, config):
     )
 
     # choose: region
-    capacity_region = max(1, batch.keys // 8 + 1)
+    capacity_region = (batch.keys // 8 + 5) // 4 * 4
+    room_region = config["rank_region"]["BLOCK_N"]
     tiles_region = batch.rows // config["score_region"]["BLOCK_T"] + batch.sequences
-    bytes_region = 16 * capacity_region * config["score_region"]["BLOCK_T"]
+    bytes_region = (16 * capacity_region + 32 * room_region) * config["score_region"]["BLOCK_T"]
     short_region = max(3 * SCRATCH_BYTES // 16, batch.rows * 12288)
     scratch_region = min(SCRATCH_BYTES, short_region)
     chunk_region = min(tiles_region, max(1, scratch_region // bytes_region))
@@ -461,6 +475,16 @@ def select(tensors, batch, config):
             capacity_region,
         ),
         dtype=torch.float32,
+        device=in_q.device,
+    )
+    kept_region = torch.empty(
+        (
+            chunk_region * config["score_region"]["BLOCK_T"],
+            4,
+            2,
+            room_region,
+        ),
+        dtype=torch.int32,
         device=in_q.device,
     )
     made_region_selection = torch.empty(
@@ -504,6 +528,7 @@ def select(tensors, batch, config):
         rank_region[grid](
             scores_region,
             made_region_selection,
+            kept_region,
             batch.table,
             batch.sequences,
             tile_first,
@@ -512,6 +537,7 @@ def select(tensors, batch, config):
             BLOCK_T=config["score_region"]["BLOCK_T"],
         )
     scores_region = None  # what comes next may have its memory
+    kept_region = None
 
     return {
         "region": made_region_selection,

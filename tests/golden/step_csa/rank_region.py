@@ -120,6 +120,25 @@ def count_keys(key):
 
 
 @triton.jit
+def narrow(low, high, key):
+    """The interval without what lies outside of the keys of candidates that are not forced.  -> low, high"""
+    least = tl.min(tl.where(key < -0x7FFFFFFF, 0x7FFFFFFF, key), 1)
+    greatest = tl.max(tl.where(key == 0x7FFFFFFF, -0x7FFFFFFF - 1, key), 1)
+    least = tl.maximum(tl.minimum(least, greatest), -0x7FFFFFFF)
+    done = low == high
+    return tl.where(done, low, least), tl.where(done, high, greatest + 1)
+
+
+@triton.jit
+def approach(low, high, middle, count, goal):
+    """Halve the interval, or end it where the count of keys >= middle is near to the goal.  All [R]"""
+    unfinished = middle != low
+    near = unfinished & (tl.abs(count - goal) <= goal // 16)
+    low = tl.where(unfinished & (near | (count >= goal)), middle, low)
+    return low, tl.where(unfinished & (near | (count < goal)), middle, high)
+
+
+@triton.jit
 def quarters(low, high):
     """The middle of an interval and those of its halves: what two steps can ask for.  -> three [R]"""
     middle = bisect_middle(low, high)
@@ -152,7 +171,7 @@ def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR
 @triton.jit
 def row_scores(scores, e, there):
     """Scores of the entries that are in scratch."""
-    score = tl.load(scores + e, mask=there, other=0.0)
+    score = tl.load(scores + e, mask=there, other=0.0)  # four at once
     return score
 
 
@@ -162,7 +181,8 @@ def row_keys(scores, e, p, k_len):
     forced = is_forced(e, p, k_len, 8, 0, 1, True)
     limit = complete_limit(p, k_len, 8, 8, True, False)
     complete = e < limit
-    score = row_scores(scores, e, complete & (forced == 0))
+    # four at once: there is room after the last one, and the key of an incomplete one has no score
+    score = row_scores(scores, e, e // 4 * 4 < limit)
     return rank_key(score, complete, forced)
 
 
@@ -194,30 +214,108 @@ def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def keep_long(scores, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
+def sampled_edge(scores, p, k_len, SAMPLE: tl.constexpr, ROOM: tl.constexpr):
+    """A key with about as many above it as lie halfway from those wanted to the room.  -> [R]
+
+    One entry of each stretch, not always at the same place of it: scores may have a period.
+    """
+    entries = tl.maximum(entry_limit(p, k_len, 8, True), 1)
+    stretch = (entries + SAMPLE - 1) // SAMPLE
+    i = tl.arange(0, SAMPLE)[None, :]
+    key = row_keys(scores, i * stretch + (((i * 40503) & 0xFFFF) * stretch >> 16), p, k_len)
+    drawn, forced = count_keys(key)
+    share = drawn.to(tl.int64) * ((512 + forced + ROOM) // 2)
+    goal = (share // tl.sum(entries, 1)).to(tl.int32)
+    low, high, _ = bisect_start(drawn, forced, goal)
+    low, high = narrow(low, high, key)
+    middle = bisect_middle(low, high)
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        low, high = approach(low, high, middle, count, goal)
+        middle = bisect_middle(low, high)
+    return tl.minimum(low, 0x7FFFFFFE)
+
+
+@triton.jit
+def keep_above(scores, kept, edge, p, k_len, n, STEP: tl.constexpr, ROOM: tl.constexpr):
+    """Copy keys >= edge, and behind these their entries, ascending.  -> [R] of them there are"""
+    found = tl.zeros_like(edge)
+    columns = tl.arange(0, STEP)[None, :]
+    for start in range(0, n, STEP):
+        key = row_keys(scores, start + columns, p, k_len)
+        more = key >= edge[:, None]
+        slot = found[:, None] + tl.cumsum(more.to(tl.int32), 1)
+        found = tl.max(slot, 1)
+        stored = more & (slot <= ROOM)
+        tl.store(kept + slot - 1, key, mask=stored)
+        tl.store(kept + slot + ROOM - 1, slot * 0 + start + columns, mask=stored)
+    return found
+
+
+@triton.jit
+def keep_kept(kept, found, chosen, p, k_len, STEP: tl.constexpr, ROOM: tl.constexpr):
+    """The selection of rows from the keys that were copied.  -> [R] entries kept"""
+    slot = tl.arange(0, ROOM)[None, :]
+    key = tl.load(kept + slot, mask=slot < found[:, None], other=-0x7FFFFFFF - 1)
+    candidates, forced = count_keys(key)
+    wanted = 512 + forced
+    low, high, above = bisect_start(candidates, forced, wanted)
+    low, high = narrow(low, high, key)
+    middle = bisect_middle(low, high)
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        low, high, above = bisect_step(low, high, above, middle, count, wanted)
+        middle = bisect_middle(low, high)
+    ties = missing_ties(low, high, above, wanted)
+    above_before = tl.zeros_like(above)
+    ties_before = tl.zeros_like(above)
+    # places are found with few keys in registers: they are read again
+    for start in range(0, tl.max(found, 0), STEP):
+        part = start + tl.arange(0, STEP)[None, :]
+        there = part < found[:, None]
+        again = tl.load(kept + part, mask=there, other=-0x7FFFFFFF - 1)
+        taken, place, above_before, ties_before = place_keys(
+            again, low, high, ties, above_before, ties_before
+        )
+        entry = tl.load(kept + ROOM + part, mask=taken, other=0)
+        tl.store(chosen + place, entry, mask=taken & (place < 513))
+    return above + ties
+
+
+@triton.jit
+def keep_long(scores, chosen, p, k_len, n, edge, found, BLOCK_N: tl.constexpr):
     """The selection of rows that do not fit in registers.  -> [R] entries kept
 
     Every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection.
     """
     BLOCK_R: tl.constexpr = p.shape[0]
-    columns = tl.arange(0, BLOCK_N)[None, :]
+    STEP: tl.constexpr = max(BLOCK_N // 4, 2)  # a key has three counts, in a group it had none
+    columns = tl.arange(0, STEP)[None, :]
     above_before = tl.zeros([BLOCK_R], tl.int32)
     ties_before = tl.zeros([BLOCK_R], tl.int32)
     candidates = tl.zeros([BLOCK_R], tl.int32)
     forced = tl.zeros([BLOCK_R], tl.int32)
-    for start in range(0, n, BLOCK_N):
+    beyond = tl.zeros([BLOCK_R], tl.int32)
+    for start in range(0, n, STEP):
         key = row_keys(scores, start + columns, p, k_len)
         more_candidates, more_forced = count_keys(key)
         candidates += more_candidates
         forced += more_forced
+        beyond += tl.sum((key > edge[:, None]).to(tl.int32), 1)
     wanted = 512 + forced
     low, high, above = bisect_start(candidates, forced, wanted)
+    if 513 <= BLOCK_N // 4 * 3:
+        # what was counted of the estimate; it may be the very key that many have
+        middle = tl.where(low == high, low, edge)
+        low, high, above = bisect_step(low, high, above, middle, found, wanted)
+        middle = tl.where((low == edge) & (low < high), edge + 1, low)
+        low, high, above = bisect_step(low, high, above, middle, beyond, wanted)
     first_quarter, middle, last_quarter = quarters(low, high)
     while tl.max((middle != low).to(tl.int32), 0) > 0:
-        a = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-        b = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-        c = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-        for start in range(0, n, BLOCK_N):
+        a = tl.zeros([BLOCK_R, STEP], tl.int32)
+        b = tl.zeros([BLOCK_R, STEP], tl.int32)
+        c = tl.zeros([BLOCK_R, STEP], tl.int32)
+        for start in range(0, n, STEP):
             key = row_keys(scores, start + columns, p, k_len)
             a += (key >= first_quarter[:, None]).to(tl.int32)
             b += (key >= middle[:, None]).to(tl.int32)
@@ -226,7 +324,7 @@ def keep_long(scores, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
         low, high, above = quarter_step(low, high, above, first_quarter, middle, a, b, c, wanted)
         first_quarter, middle, last_quarter = quarters(low, high)
     ties = missing_ties(low, high, above, wanted)
-    for start in range(0, n, BLOCK_N):
+    for start in range(0, n, STEP):
         key = row_keys(scores, start + columns, p, k_len)
         taken, slot, above_before, ties_before = place_keys(
             key, low, high, ties, above_before, ties_before
@@ -240,6 +338,7 @@ def keep_long(scores, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
 def rank_region(
     SCORES,  # f32[chunk rows, 4, capacity]
     SELECTION,  # [rows, 4, 513]
+    KEPT,  # [chunk rows, 4, 2, BLOCK_N]
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     tile_first,  # the tile of rows at which the scratch begins
@@ -263,6 +362,7 @@ def rank_region(
     live = t0 + rows < q_len
     k_len = tl.where(live, tl.load(SEQ + z * 6 + 5), 0)
     p = q_offset + t0 + rows
+    capacity = capacity // 4 * 4  # which it is: so four neighbours of a row go to one thread
     scores = SCORES + ((first + rows).to(tl.int64) * 4 + head) * capacity
     row = (q_start + t0 + rows).to(tl.int64)
     chosen = SELECTION + (row * 4 + head) * 513
@@ -274,10 +374,25 @@ def rank_region(
         total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 4, 2))
     elif n <= max(BLOCK_N // 2, 2):
         total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 2, 2))
-    elif n <= BLOCK_N:
-        total = keep_best(scores, chosen, p, k_len, BLOCK_N)
     else:
-        total = keep_long(scores, chosen, p, k_len, n, BLOCK_N)
+        # one pass keeps what is above an estimate: exact whatever that is, as long as enough of them fit
+        if 513 <= BLOCK_N // 4 * 3:
+            kept = KEPT + ((first + rows).to(tl.int64) * 4 + head) * (2 * BLOCK_N)
+            if n <= 8 * BLOCK_N:
+                edge = sampled_edge(scores, p, k_len, max(BLOCK_N // 4, 2), BLOCK_N)
+            else:
+                edge = sampled_edge(scores, p, k_len, BLOCK_N, BLOCK_N)
+            found = keep_above(scores, kept, edge, p, k_len, n, max(BLOCK_N // 4, 2), BLOCK_N)
+            enough = (found >= 513) | (edge == -0x7FFFFFFF)
+            fits = tl.min((enough & (found <= BLOCK_N)).to(tl.int32), 0)
+            tl.debug_barrier()
+            if fits > 0:
+                total = keep_kept(kept, found, chosen, p, k_len, max(BLOCK_N // 4, 2), BLOCK_N)
+            else:
+                total = keep_long(scores, chosen, p, k_len, n, edge, found, BLOCK_N)
+        else:
+            none = tl.zeros([BLOCK_R], tl.int32)
+            total = keep_long(scores, chosen, p, k_len, n, none, none, BLOCK_N)
     # store: -1 after the last one
     slot = tl.arange(0, 1024)[None, :]
     empty = (slot >= total[:, None]) & (slot < 513) & live
