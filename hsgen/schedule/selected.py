@@ -218,7 +218,7 @@ def attend_picked(draft: Draft, node: Node, op: Attend) -> None:
         config = draft.row_tiles.attend(context, limit=64, most=rows.PICKING)
     branch = picked.Branch(
         name=op.branch,
-        needs=draft.needs(node, *node.inputs[:3]),
+        needs=draft.needs(node, *node.inputs[:3], *node.inputs[4:]),
         makes=draft.makes(node),
         selection=selection.name,
         buffers=draft.output_buffers(node),

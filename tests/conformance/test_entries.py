@@ -9,6 +9,7 @@ from conformance.test_latent import LANES
 from hsgen import backward, passes, planner, schedule
 from hsgen.errors import PlanError
 from hsgen.plan import Cached
+from hsgen.schedule import selected
 from hsgen.spec import parse
 from hsgen.target import H100
 
@@ -22,6 +23,15 @@ causal: CAUSAL
 """
 EARLY = "partition: {blocks: 6, stride: 2, before: 4}"
 SERIES = "pool: {keys: gated, softmax: channel, position: learned, series: 3}"
+SMALL = """
+levels:
+  - name: region
+    partition: {blocks: 5}
+    pool: {keys: mean}
+    score: {form: dot, share: group, reduce: sum}
+    select: {top_k: 3, force: {last: 1}}
+attend: [{name: selected, over: region, sink: learned}]
+"""
 # of which entries attention is, and what chooses them
 CHOSEN = {
     "early series": f"""
@@ -124,6 +134,17 @@ def test_entries_are_rounded_where_they_are_pooled(dtype, pool, lane, seed):
     some = {"key_lengths": [9, 18], "dtype": torch.float16, "device": lane, "seed": seed}
     packed, _ = calls.pack(other, [7, 15], **some)
     check(packed, RUN[lane](packed))
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_tokens_of_small_blocks_are_gathered(causal, lane, seed, monkeypatch):
+    """As where keys come in a stream; no window has any of them."""
+    monkeypatch.setattr(selected, "picks", lambda *_: True)
+    spec = parse(HEAD.replace("CAUSAL", str(causal).lower()).replace("entries", "small") + SMALL)
+    lengths = {"key_lengths": [9, 18], "dtype": torch.float16, "device": lane, "seed": seed}
+    call, _ = calls.pack(spec, [7, 15], **lengths)
+    check(call, RUN[lane](call))
 
 
 @pytest.mark.parametrize("lane", LANES)
