@@ -348,6 +348,7 @@ class ColsContext(rows.InTurn):
     turns: int = 0  # > 0: heads of a group, one after the other, for each of which `setup` says
     by_way: bool = False  # a sequence has a way of its own
     box: Box | None = None  # keys are those of one, and `at` says of rows which they are
+    bias_scale: str = ""  # what a key's bias is times in a tile of logits; empty: keys have none
 
     def uses(self, name: str) -> bool:
         """Whether any statement reads the number `name`."""
@@ -455,6 +456,7 @@ class ColsContext(rows.InTurn):
             *tensor("K", "k", f"{shape}Dqk]", "bth"),
             *(() if self.latent else tensor("V", "v", f"{shape}Dv]", "bth")),
             *((patterns.WAYS,) if self.by_way else ()),
+            *(rows.BIAS if self.bias_scale else ()),
             *OUTPUT_GRADIENT,
             *SUMS,
             *rows.gates_of(self.turn),
@@ -475,14 +477,16 @@ class ColsContext(rows.InTurn):
 def part_params(of: ColsContext) -> tuple[Param, ...]:
     """The gradients of keys and values, in parts."""
     keys = pointer("PART_K", "f32", "f32[parts, keys, Dqk]")
-    return (keys,) if of.latent else (keys, pointer("PART_V", "f32", "f32[parts, keys, Dv]"))
+    bias = (pointer("PART_BIAS", "f32", "f32[parts, keys]"),) if of.bias_scale else ()
+    return (keys,) if of.latent else (keys, pointer("PART_V", "f32", "f32[parts, keys, Dv]"), *bias)
 
 
 def gradient_params(of: ColsContext) -> tuple[Param, ...]:
     """The same as wholes."""
     shape = f"[B, {of.entries}, Hkv, "
     keys = tensor("DK", "dk", f"{shape}Dqk]", "bth")
-    return keys if of.latent else (*keys, *tensor("DV", "dv", f"{shape}Dv]", "bth"))
+    bias = tensor("DBIAS", "dbias", "[B, S, Hkv]", "bth") if of.bias_scale else ()
+    return keys if of.latent else (*keys, *tensor("DV", "dv", f"{shape}Dv]", "bth"), *bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -577,6 +581,7 @@ class Branch:
     scale: float
     turn: rows.Turn | None
     adds: tuple[bool, bool]
+    biased: bool = False  # keys have biases, which have gradients
 
 
 def _of(shape: Shape, branch: Branch, *, heads: int) -> ColsContext:
@@ -597,6 +602,7 @@ def _of(shape: Shape, branch: Branch, *, heads: int) -> ColsContext:
         split=False,
         adds=branch.adds,
         turn=branch.turn,
+        bias_scale=rows.bias_scale(branch.scale) if branch.biased else "",
     )
 
 

@@ -22,6 +22,7 @@ from hsgen.maps import MapsContext
 from hsgen.pairs import PairsContext
 from hsgen.plan import Config, Kernel, Plan
 from hsgen.rows import next_power
+from hsgen.running import TILE_ROWS, RunningContext
 from hsgen.splits import BesideContext
 from hsgen.target import Target
 from hsgen.trees import How, TreesContext
@@ -335,6 +336,18 @@ def threshold(stride: int) -> Config:
     return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
+def running(context: RunningContext) -> Config:
+    """A point's list and as many tokens behind it, sixteen a thread."""
+    values = () if context.how == "points" else (("BLOCK_T", TILE_ROWS),)
+    warps = max(1, min(16, context.room // 256))
+    return Config(constexprs=values, num_warps=warps, num_stages=1)
+
+
+def means() -> Config:
+    """Entries whose biases are added up."""
+    return Config(constexprs=(("BLOCK_E", 64),), num_warps=2, num_stages=1)
+
+
 def pairs(context: PairsContext) -> Config:
     """Rows of a head: one a program, or all of them, many at a time."""
     width = max(64, min(1024, next_power(LONG_TEXT // context.stride)))
@@ -428,7 +441,7 @@ def for_interpreter(plan: Plan) -> Plan:
 
 def _interpreted(plan: Plan, kernel: Kernel) -> Config:
     values = dict(kernel.config.constexprs)
-    if kernel.skeleton == "rank":
+    if kernel.skeleton == "rank" and "BLOCK_N" in values:
         tokens = plan.kernel(kernel.follows or kernel.name).config["BLOCK_T"]
         values["BLOCK_N"] = 64
         if "BLOCK_R" in values:

@@ -15,6 +15,7 @@ from hsgen.rows import (
     ORDER,
     SEQ,
     Chunk,
+    Entries,
     chunks,
     count,
     jit,
@@ -68,6 +69,27 @@ def _strides(of: str, prefix: str, *dims: str) -> tuple[Param, ...]:
 
 def tunables(*names: str) -> tuple[Param, ...]:
     return tuple(Param(name=n, kind="constexpr", comment=TUNABLES[n]) for n in names)
+
+
+# biases of entries: a sequence has those from z * length + k_first // stride on
+MEANS = (
+    pointer("MEANS", "f32", "f32[Hkv, entries] mean bias of each entry"),
+    count("length", "entries of a sequence; packed: 1"),
+    count("entries", "of all sequences"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """Biases of entries, of which those of another level have the greatest that they overlap.
+
+    Entry e has those from e * ratio + first_tap up to e * ratio + end_tap, of the ones that are complete.
+    """
+
+    entries: Entries  # the ones that have a mean
+    ratio: int
+    first_tap: int
+    end_tap: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +148,9 @@ class RankContext:
     segment: int = 0  # > 0: entries are cut from sorted segments of so many tokens
     sinks: int = 0  # first tokens whose entries, which a list has, are forced
     kv_heads: int = 0  # that have such a list
+    means: Means | None = None  # scores are biases, which all rows have alike
+    joined: int = 0  # > 0: entries that a row has in a list of so many are forced
+    joined_group: int = 1  # heads that have one such list
     how: Literal["best"] = "best"
 
     @property
@@ -153,6 +178,7 @@ class RankContext:
     def group(self) -> int:
         """Neighbours whose greatest stands for them first; 0: rows are short, or much of them is kept."""
         plain = self.width and self.counted and not self.children and not self.rows
+        plain = plain and not self.means
         few = self.padded_width <= 64 and LONG_TEXT // self.stride >= self.grouped_from
         return GROUP if plain and few else 0
 
@@ -194,6 +220,7 @@ class RankContext:
         """Whether a sample of a row that does not fit tells about where its best keys begin."""
         listed = self.counted or self.width > 0
         plain = listed and not self.part and not self.children and not self.rows
+        plain = plain and not self.means
         longest = LONG_TEXT // self.stride
         beyond = longest >= MOST_HELD if self.alike else longest > MOST_HELD
         return plain and not self.group and beyond
@@ -320,7 +347,8 @@ class RankContext:
     @property
     def forces(self) -> bool:
         """Whether a row is forced to take any."""
-        return bool(self.first or self.last or self.tail or self.unlike or self.sinks)
+        listed = self.unlike or self.sinks or self.joined
+        return bool(self.first or self.last or self.tail or listed)
 
     @property
     def ties(self) -> str:
@@ -360,12 +388,23 @@ class RankContext:
     def row(self) -> str:
         """The leading arguments of `row_keys`."""
         row = "scores, capacity" if self.carried else "scores"
+        row += ", sources" * bool(self.means) + ", joined" * bool(self.joined)
         if self.softmax:
             row += ", most, whole" + ", unlike, unlike_row" * bool(self.unlike)
         row += ", led" * bool(self.sinks)
         if self.budget:
             row += ", kept_there, all_there"
         return f"{row}, parents, live, complete" if self.children else row
+
+    @property
+    def listed(self) -> str:
+        """Whether an entry is one that a row has in such a list; one past the last has none."""
+        return f"is_listed(e, joined, tl.where(k_len > 0, {self.joined}, 0), {self.joined})"
+
+    @property
+    def scored(self) -> str:
+        """Those of `row_scores`."""
+        return "scores, sources" if self.means else self.row
 
     @property
     def with_part(self) -> str:
@@ -391,6 +430,8 @@ class RankContext:
     @property
     def params(self) -> tuple[Param, ...]:
         parent = pointer("PARENT", "i32", f"[rows, {self.parent_heads}, {self.parent_width}]")
+        if self.means:
+            return self._by_means
         return (
             *(self._left if self.summed else ()),
             pointer(
@@ -437,6 +478,25 @@ class RankContext:
             *tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
             *(tunables("BLOCK_W", "BLOCK_P") if self.summed else ()),
         )
+
+    @property
+    def _by_means(self) -> tuple[Param, ...]:
+        lists = f"[rows, {self.heads // self.joined_group}, {self.joined}] forced"
+        return (
+            *MEANS[:1],
+            pointer("SELECTION", "i32", f"[rows, {self.heads}, {self.width}]"),
+            *((pointer("JOINED", "i32", lists),) if self.joined else ()),
+            *SEQ,
+            *MEANS[1:],
+            *tunables("BLOCK_T", "BLOCK_R", "BLOCK_N"),
+        )
+
+    @property
+    def sources(self) -> str:
+        """Where the entries end that have a mean."""
+        assert self.means is not None
+        of = self.means.entries
+        return f"complete_limit(p, k_len, {of.size}, {of.stride}, {self.causal}, {of.short})"
 
     @property
     def _unlike(self) -> tuple[Param, ...]:

@@ -27,6 +27,7 @@ from hsgen.picked import PickedContext
 from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.pyramids import TiersContext
 from hsgen.rows import MARKED, PICKING, RowsContext, next_power
+from hsgen.running import TILE_ROWS, RunningContext
 from hsgen.schedule import SORT_LIMIT
 from hsgen.sorting import SortingContext
 from hsgen.streams import (
@@ -139,7 +140,8 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
         case PartsContext():
             return {"BLOCK_R": (1, 128), "num_warps": (1, 8)}
         case _:  # of a skeleton that nothing is known of, what is near its start
-            near = {n: (max(1, v // 8), v * 8) for n, v in kernel.config.constexprs}
+            most = TILE_ROWS if isinstance(context, RunningContext) else MOST_ELEMENTS
+            near = {n: (max(1, v // 8), min(most, v * 8)) for n, v in kernel.config.constexprs}
             return {**near, "num_warps": (1, 8)}
 
 

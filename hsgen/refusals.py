@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from typing import Literal
 
 from hsgen import axes, maps, patterns, sorting
 from hsgen.errors import PlanError
@@ -305,7 +306,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
             bool(op.before) and op.over != "pooled",
             "attends tokens of entries that begin before their place",
         ),
-        (op.biased, "adds a learned bias to logits"),
+        (op.biased and not _adds_bias(graph, node, op), "adds a learned bias to logits"),
         (op.over == "tiers" and bool(op.latent), "attends latents in tiers"),
         (op.over == "tiers" and op.cut is not None, "attends tiers of another order of keys"),
         (op.over != "tiers" and op.counted, "weighs pooled keys by their tokens"),
@@ -320,6 +321,93 @@ def _by_row(graph: Graph, node: Node, op: Attend) -> bool:
     """Whether every row attends the entries of a list that it has for itself."""
     chosen = graph.operands(node)[3]
     return isinstance(chosen.op, Select) and chosen.type.dims[1] == "T" and op.which is None
+
+
+def _adds_bias(graph: Graph, node: Node, op: Attend) -> bool:
+    """Whether logits are those of keys that each row chose for itself, which have a bias each."""
+    if op.over not in ("tokens", "blocks") or op.latent or not op.scale:
+        return False
+    selection = graph[node.inputs[3]]
+    return isinstance(selection.op, Select) and selection.type.dims[1] == "T"
+
+
+def by_bias(graph: Graph, node: Node) -> Literal["tokens", "entries"] | None:
+    """Whether each row keeps the tokens of greatest bias up to its own, and perhaps the first and its last;
+    or the entries of greatest mean bias, their own or one they overlap, and perhaps those of another choice.
+    """
+    op, first = node.op, graph[node.inputs[0]]
+    if not isinstance(op, Select) or not isinstance(first.op, Score | Map):
+        return None
+    score = score_of(graph, node)
+    if not isinstance(score.op, Score) or score.op.form != "bias":
+        return None
+    size, stride = score.op.size, score.op.stride
+    plain = Score(
+        level=score.op.level, form="bias", scale=1.0, size=size, stride=stride, within=None
+    )
+    kept = Select(
+        level=op.level,
+        size=op.size,
+        stride=op.stride,
+        k=op.k,
+        width=op.width,
+        first=op.first,
+        last=op.last,
+        counted=op.counted,
+        final=op.final,
+        within=None,
+        joined=op.joined,
+    )
+    if score.op != plain or op != kept:
+        return None
+    if op.size == op.stride == size == stride == 1 and isinstance(first.op, Score):
+        enough = op.k > op.first if op.counted else op.k > 0
+        # a last token that is counted, or not causal, is no token that is ranked once and for all
+        last = not op.last or (graph.meta.causal and not op.counted)
+        return "tokens" if enough and last and not op.joined else None
+    pooled = graph[score.inputs[0]].op
+    means = Pool(level=score.op.level, how="mean", size=size, stride=stride, position=False)
+    greatest = isinstance(first.op, Score) or (
+        first.op.how == "max" and first.op.before is None and first.op.cut is None
+    )
+    return "entries" if pooled == means and greatest and _joins(graph, node) else None
+
+
+def _ranked_by_bias(graph: Graph, node: Node) -> bool:
+    """Whether all that is made of an operator is a choice by biases."""
+    if isinstance(node.op, Select):
+        return by_bias(graph, node) is not None
+    users = graph.users(node.name)
+    return bool(users) and all(
+        isinstance(user.op, Map | Select) and _ranked_by_bias(graph, user) for user in users
+    )
+
+
+def score_of(graph: Graph, selection: Node) -> Node:
+    """What is scored of a level that chooses, or of the level whose scores it takes."""
+    first = graph[selection.inputs[0]]
+    return graph[first.inputs[0]] if isinstance(first.op, Map) else first
+
+
+def _joins(graph: Graph, node: Node) -> bool:
+    """Whether another choice that is forced is a list of each row, of entries alike."""
+    op = node.op
+    assert isinstance(op, Select)
+    if not op.joined:
+        return True
+    other = graph[node.inputs[1]]
+    alike = isinstance(other.op, Select) and (other.op.size, other.op.stride) == (
+        op.size,
+        op.stride,
+    )
+    heads = {*other.type.dims[2:3]} <= {node.type.dims[2], "1"}
+    return alike and heads and other.type.dims[1] == node.type.dims[1] == "T" and not op.tail
+
+
+def of_biases(graph: Graph, node: Node) -> bool:
+    """Whether a pool is of biases, which what ranks them makes."""
+    source = graph.operands(node)[0].op
+    return isinstance(source, Input) and source.role == "bias"
 
 
 def _of_union(graph: Graph, node: Node) -> str | None:
@@ -436,6 +524,8 @@ def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) ->
         if op.rule == "budget_from":
             return _of_budget(graph, node, op)
         return _of_set(op, in_blocks=in_blocks, weighed=_weighed(graph, node))
+    if isinstance(op, Score | Map | Select) and _ranked_by_bias(graph, node):
+        return None
     if isinstance(op, Select) and in_blocks and sorting.order_of(graph, node) is not None:
         op = replace(op, sink=None, cut=None)
     return (_of_blocks(op) if in_blocks else None) or _of_choice(op)

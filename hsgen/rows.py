@@ -255,11 +255,17 @@ class RowsContext(InTurn):
     most_tokens: int = 0  # > 0: of a tile
     box: Box | None = None  # a tile's rows are those of one
     order_head: str = ""  # where an order of keys has a program's key head; empty: there is none
+    bias_scale: str = ""  # what a key's bias is times in a tile of logits; empty: keys have none
 
     @property
     def ordered(self) -> bool:
         """Whether keys are read through an order of theirs, which says the token of a slot."""
         return bool(self.order_head)
+
+    @property
+    def bias_head(self) -> str:
+        """Where biases of the key head begin."""
+        return self.key_head.replace("k_h", "bias_h")
 
     @property
     def derives(self) -> bool:
@@ -551,6 +557,7 @@ SEQ = (
     count("num_sequences", "Z"),
 )
 BLOCKS = constexprs("BLOCK_T", "BLOCK_M", "BLOCK_N")
+BIAS = tensor("BIAS", "bias", "[B, S, Hkv] of keys", "bth")
 QUERY = tensor("Q", "q", "[B, T, Hq, Dqk]", "bth")
 # of vectors of e4m3 numbers
 POWERS = (
@@ -793,6 +800,18 @@ def with_logits(
     at = [p.name for p in context.params].index("O")
     params = (*context.params[:at], SINK, *context.params[at:])
     return replace(context, sink=True, params=params)
+
+
+def with_bias(context: RowsContext, *, scale: float) -> RowsContext:
+    """The same attend with a bias of each key, which logits have beside their scale."""
+    at = [p.name for p in context.params].index("v_h") + 1
+    params = (*context.params[:at], *BIAS, *context.params[at:])
+    return replace(context, params=params, bias_scale=bias_scale(scale, capped=bool(context.cap)))
+
+
+def bias_scale(scale: float, *, capped: bool = False) -> str:
+    """What a bias is times beside a dot that is yet to be scaled."""
+    return number(1.0 if capped else 1.0 / scale)
 
 
 def with_turn(context: RowsContext, turn: Turn | None) -> RowsContext:

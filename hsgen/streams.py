@@ -465,6 +465,7 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
             or (context.joins and not context.derives)
             or context.page
             or context.ordered
+            or context.bias_scale
         )
         and kinds <= {"range", "steps", "list", "children", "picked"}
         and context.together in ("", "part")

@@ -13,7 +13,7 @@ import math
 import sys
 import traceback
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -156,8 +156,11 @@ def shrink(spec: Spec) -> Spec:
     Sizes and strides are divided by one power of two, so partitions nest and overlap as before.
     """
     divisor, heads = _divisor(spec), _few_heads(spec, kv=2)
+    levels: list[Level] = []
+    for level in spec.levels:
+        levels.append(_shrunk_level(spec, level, divisor, {x.name: x.select for x in levels}))
     changes: dict[str, object] = {
-        "levels": tuple(_shrunk_level(spec, level, divisor) for level in spec.levels),
+        "levels": tuple(levels),
         "attend": tuple(_shrunk_branch(branch, heads) for branch in spec.attend),
         "heads": heads,
         "head_dim": _few_dims(spec),
@@ -195,7 +198,10 @@ def _part(n: int, divisor: int) -> int:
     return n // divisor if n >= BLOCK else max(min(n, 2), n // divisor)
 
 
-def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
+def _shrunk_level(
+    spec: Spec, level: Level, divisor: int, above: Mapping[str, Select | None]
+) -> Level:
+    """A level, given the selections of those before it."""
     changes: dict[str, object] = {}
     blocks = isinstance(level.partition, Blocks)
     if isinstance(level.partition, Blocks):
@@ -228,6 +234,8 @@ def _shrunk_level(spec: Spec, level: Level, divisor: int) -> Level:
             return level.model_copy(update=changes)
         kept = "top_k" if level.select.top_k else "beam"
         forced = force.first + force.last + (spec.own_entries(level) - 1 if force.last else 0)
+        joined = force.level and above[force.level]
+        forced += joined.width if joined else 0
         budget = min(level.select.budget, max(forced + 1, 3 if blocks else 6))
         changes["select"] = level.select.model_copy(update={kept: budget, "force": force})
     return level.model_copy(update=changes)

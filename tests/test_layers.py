@@ -36,6 +36,7 @@ pyramids  sorting                       entries that rows read in tiers · keys 
 cols  unpool  learn  entropies          gradients of attention, of pools and of losses
 blockgate                               the same of a gate of blocks
 maps  likeness  pairs                   what blocks of rows give blocks · blocks alike · pairs of a head
+running                                 tokens of greatest bias, row after row
 streams  cols_streams                   rows whose keys one warp brings · keys whose rows two bring
 splits  appending                       a row's keys shared by programs · new tokens into a cache
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
@@ -97,8 +98,8 @@ drafts
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
     "boxes patterns buckets together halved picked trees pyramids sorting splits appending cols unpool learn "
-    "entropies blockgate configs refusals schedule driver backward losses knobs space emit allowlist store "
-    "workers build resources pipeline tuned catalogue "
+    "entropies blockgate running configs refusals schedule driver backward losses knobs space emit "
+    "allowlist store workers build resources pipeline tuned catalogue "
     "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}

@@ -114,6 +114,11 @@ class _Branch:
             left=self.beside,
         )
 
+    @property
+    def bias(self) -> str | None:
+        """The tensor of biases that logits have, which are learned."""
+        return self.draft.bias(self.node)
+
     # --- what rows have
 
     @property
@@ -311,6 +316,8 @@ class _Branch:
                 )
             case _:
                 raise AssertionError("refused")
+        if self.op.biased:
+            context = rows.with_bias(context, scale=self.scale)
         return rows.with_turn(context, self.draft.turn(self.node))
 
     def _unions(self, dq: RowsContext, config: Config) -> tokens.Lists:
@@ -428,12 +435,15 @@ class _Branch:
         k, v = self.node.inputs[1:3]
         of_keys, adds_k = self.whole.buffer(k)
         of_values, adds_v = ((), adds_k) if self.op.latent else self.whole.buffer(v)
-        buffers = (*of_keys, *of_values)
+        of_biases, adds_bias = self.whole.buffer(self.bias) if self.bias else ((), False)
+        assert not adds_bias, "refused"
+        buffers = (*of_keys, *of_values, *of_biases)
         branch = cols.Branch(
             name=self.name,
             scale=self.scale,
             turn=self.draft.turn(self.node),
             adds=(adds_k, adds_v),
+            biased=bool(self.bias),
         )
         if chosen := self.tokens:
             self._keys_of_tokens(branch, buffers, chosen)
@@ -494,8 +504,9 @@ class _Branch:
         )
 
     def _grads(self) -> tuple[str, ...]:
-        """The gradients of keys and values with their strides."""
+        """The gradients of keys, values and biases with their strides."""
         names = self.node.inputs[1 : 2 if self.op.latent else 3]
+        names = (*names, *((self.bias,) if self.bias else ()))
         return tuple(argument for name in names for argument in self.whole.grad(name))
 
     def _keys_of_pool(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
@@ -620,6 +631,11 @@ class _Branch:
             Buffer(name=part, dtype="f32", dims=(rows_of, padded, str(dim)), role="scratch")
             for part, dim in zip(parts, dims, strict=True)
         )
+        if self.bias:
+            parts += (f"part_bias_{name}",)
+            buffers += (
+                Buffer(name=parts[-1], dtype="f32", dims=(rows_of, padded), role="scratch"),
+            )
         shared = (f"length_{name}", f"buckets_{name}")
         launches = (
             Launch(

@@ -64,6 +64,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (bool(op.latent) and _apart(graph, node), "latents of which heads chose tokens apart"),
         (op.softcap is not None, "capped logits"),
         (bool(op.sink), "a sink"),
+        (op.biased and _several_biased(graph), "several branches with a learned bias"),
         (op.size != op.stride and op.over == "blocks", "overlapping blocks"),
         (
             op.over in ("blocks", "tokens")
@@ -83,6 +84,11 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
 def _keeps(graph: Graph, node: Node) -> bool:
     """Whether a branch is kept to a selection."""
     return any(isinstance(x.op, Select | SelectSet | Recall) for x in graph.operands(node))
+
+
+def _several_biased(graph: Graph) -> bool:
+    attends = [node.op for node in graph.nodes() if isinstance(node.op, Attend)]
+    return sum(bool(op.biased) for op in attends) > 1
 
 
 def _of_tiles(graph: Graph, op: Attend) -> str | None:

@@ -52,6 +52,7 @@ from hsgen.graph import (
 from hsgen.plan import Cached, Plan
 from hsgen.schedule import (
     attending,
+    biased,
     choosing,
     combining,
     descending,
@@ -220,6 +221,8 @@ def _choose(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     """The launches of a choice."""
     if way := maps.way_to(draft.graph, node.inputs[0]):
         mapping.select(draft, node, op, way)
+    elif isinstance(op, Select) and refusals.by_bias(draft.graph, node):
+        biased.select(draft, node, op)
     else:
         choosing.select(draft, node, op)
 
@@ -247,6 +250,8 @@ def _refuse(draft: Draft) -> None:
                 f"{name} is not known: give `heads` and `head_dim` in the spec or to load_kernel"
             )
     attends = [node.op for node in draft.graph.nodes() if isinstance(node.op, Attend)]
+    if draft.cached is not None:
+        _require_no_bias(draft.graph)
     wide = LATENT_DIMS if all(op.latent for op in attends) else 256
     for name, most in (("Dqk", wide), ("Dv", wide), ("Di", 256)):
         dim = draft.graph.sizes.get(name, 16)
@@ -254,6 +259,17 @@ def _refuse(draft: Draft) -> None:
             raise PlanError(
                 f"head dim {name}: expected a multiple of 16 from 16 to {most}, got {dim}"
             )
+
+
+def _require_no_bias(graph: Graph) -> None:
+    """Of keys in a cache."""
+    for node in graph.nodes():
+        if isinstance(node.op, Attend) and node.op.biased:
+            words = "no kernel adds a learned bias to logits of keys in a cache yet"
+            raise PlanError(f"branch {node.op.branch}: {words}", span=node.span)
+        if isinstance(node.op, Score) and node.op.form == "bias":
+            words = "no kernel chooses by a learned bias in a cache yet"
+            raise PlanError(f"level {node.op.level}: {words}", span=node.span)
 
 
 def _require_branches(draft: Draft) -> None:

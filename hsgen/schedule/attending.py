@@ -109,6 +109,8 @@ def _own_way(draft: Draft, node: Node, op: Attend) -> Callable[[Draft, Node, Att
     match op.over:
         case "pooled" if draft.chosen(node):
             return selected.attend_gathered
+        case "tokens" if op.biased:
+            return selected.attend_picked
         case "tokens":
             return selected.attend_tokens
         case "tiers":

@@ -301,12 +301,23 @@ class Draft:
         return block_of(selection.type.dims[1]) or 0
 
     def tensors(self, node: Node, op: Attend) -> tuple[str, ...]:
-        """Queries, keys and values, of a latent the keys are all; and the ways that sequences take."""
+        """Queries, keys and values, of a latent the keys are all; the ways that sequences take; biases."""
         read = ("q", *node.inputs[1 : 2 if op.latent else 3])
         ways: tuple[str, ...] = ()
         if op.pattern and op.pattern.by_way:
             ways = (text.input_of(node.inputs[3]),)
-        return (*(argument for name in read for argument in self.tensor(name)), *ways)
+        tensors = (*(argument for name in read for argument in self.tensor(name)), *ways)
+        bias = self.bias(node)
+        return (*tensors, *(text.strides(text.input_of(bias)) if bias else ()))
+
+    def bias(self, node: Node) -> str | None:
+        """The biases of keys, which an attend adds to its logits."""
+        assert isinstance(node.op, Attend)
+        if not node.op.biased:
+            return None
+        roles = {x.name: x.op.role for x in self.graph.operands(node) if isinstance(x.op, Input)}
+        (name,) = (name for name, role in roles.items() if role == "bias")
+        return name
 
     def turn(self, node: Node) -> rows.Turn | None:
         """Of a branch that is one of several."""

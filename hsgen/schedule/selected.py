@@ -28,6 +28,7 @@ def order_of(draft: Draft, node: Node, op: Attend) -> Order:
     """Rows come to long blocks that few of them share; short blocks come to tiles of rows."""
     selection = draft.graph[node.inputs[3]]
     alone = selection.type.dims[1:3] == ("T", "Hq") and not draft.block(selection)
+    alone = alone and not op.biased
     if alone and op.size == op.stride and draft.width(selection) <= buckets.MOST_SLOTS:
         usual = "keys" if op.size >= buckets.LEAST_BLOCK and not draft.page else "rows"
         return draft.orders.get(op.branch, usual)
@@ -216,6 +217,7 @@ def attend_picked(draft: Draft, node: Node, op: Attend) -> None:
     else:
         context = planned(alone=True)
         config = draft.row_tiles.attend(context, limit=64, most=rows.PICKING)
+    bias = draft.bias(node)
     branch = picked.Branch(
         name=op.branch,
         needs=draft.needs(node, *node.inputs[:3], *node.inputs[4:]),
@@ -230,7 +232,7 @@ def attend_picked(draft: Draft, node: Node, op: Attend) -> None:
         size=op.size if op.over == "blocks" else 1,
         window=window,
         causal=shape.causal,
-        held=draft.held,
+        held=4 * draft.held if bias else draft.held,  # beside a list of each row, longer than it
         least="SCRATCH_BYTES" if window else "SCRATCH_BYTES // 4",
         programs=str(shape.query_heads // context.heads),
         seq=draft.seq(context),
@@ -522,4 +524,6 @@ def as_branch(draft: Draft, context: rows.RowsContext, node: Node, op: Attend) -
     scale = op.scale if op.scale is not None else 1.0
     sink = draft.sink(node) is not None
     context = rows.with_logits(context, scale=scale, softcap=op.softcap, sink=sink)
+    if op.biased:
+        context = rows.with_bias(context, scale=scale)
     return rows.with_turn(context, draft.turn(node))

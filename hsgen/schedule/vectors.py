@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from hsgen import appending, configs, rows, sorting, splits, together
+from hsgen import appending, configs, refusals, rows, sorting, splits, together
 from hsgen.graph import (
     Attend,
     Node,
@@ -34,8 +34,8 @@ def make(draft: Draft, node: Node, op: Pool | PoolRows | Rotate | Round) -> None
     match op:
         case PoolRows():
             _pool_rows(draft, node, op)
-        case Pool() if draft.tiers_of(node):
-            pass  # launched by what attends, in turns of heads
+        case Pool() if draft.tiers_of(node) or refusals.of_biases(draft.graph, node):
+            pass  # launched by what attends, in turns of heads; by what ranks them
         case Pool():
             _pool_keys(draft, node, op)
         case Rotate():

@@ -144,10 +144,12 @@ def _two_valued(call):
     """Queries and keys whose softmax has equal weights and zeros only, so that its order is exact.
 
     A mapped level adds weights up; at most one nonzero weight reaches each of its entries, for sums
-    in another order round differently.
+    in another order round differently.  Where logits have biases too, those of keys without a weight are no
+    larger than they must be: they are all that a row may have, and are rounded.
     """
+    far = 48.0 if any(branch.bias == "learned" for branch in call.spec.attend) else 240.0
     tensors = {"q": torch.zeros_like(call.tensors["q"])}
-    tensors["q"][..., 0] = 240.0
+    tensors["q"][..., 0] = far
     for level in call.spec.levels:
         if not level.score.normalise:
             continue
@@ -166,7 +168,7 @@ def _two_valued(call):
             entry //= level.partition.stride
         for head in range(keys.shape[2]):
             favoured = entry % (2 * ratio) == (1 + head * (ratio - 2)) % ratio
-            keys[:, :, head, 0] = torch.where(favoured, 0.0, -240.0).to(keys)
+            keys[:, :, head, 0] = torch.where(favoured, 0.0, -far).to(keys)
         tensors[name] = keys
     return tensors
 

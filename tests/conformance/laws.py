@@ -244,8 +244,11 @@ def given_offsets_place_queries(lab):
 
 
 def _forces(spec):
-    """Whether every level may: no tile is the first, or a row's last, and no part is forced of two."""
-    return not spec.axes and not any(x.select and x.select.apart for x in spec.levels)
+    """Whether every level may: no tile is the first, or a row's last, no part is forced of two, and what
+    another level forces is always counted.
+    """
+    selects = [x.select for x in spec.levels if x.select]
+    return not spec.axes and not any(x.apart or x.force.level for x in selects)
 
 
 @check(applies=_forces)

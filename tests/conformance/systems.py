@@ -34,8 +34,6 @@ REFUSED: dict[str, str] = {
     "s2o": "no kernel selects by early_stop yet",
     "minference": "no kernel takes a route by head yet",
     "flex_prefill": "no kernel takes a route by sample_head yet",
-    "dma": "level token: no kernel scores by a learned bias yet",
-    "nosa": "level importance: no kernel scores by a learned bias yet",
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
     "routing_transformer": "no kernel takes a route by head yet",
     "superlinear": "level anchor: no kernel scores anchors behind each row yet",
@@ -84,6 +82,7 @@ ALIKE: dict[str, str] = {
     "infllm_v2": "nsa",
     "kinetics": "moba",
     "minimax_m3": "hisa",
+    "nosa": "nsa",  # but for its choice and biases, which test_biases has beside
     "nsa_fla": "nsa",
     "nsa_xunhao": "nsa",
     "quest": "moba",
@@ -100,6 +99,7 @@ ALIKE: dict[str, str] = {
     "sparge": "block_lists",  # but for what is forced, which test_likeness has beside
     "proxy_attn": "block_lists",  # but for its scores, which test_last has beside
     "xattention": "block_lists",  # but for its scores, which test_pieces_mass has beside
+    "dma": "sparse_mla",  # but for its choice and biases, which test_biases has beside
     "draft_attention": "block_lists",
     "draft_attention_head": "block_lists",  # but for pairs, which test_pairs has beside
     "biformer": "block_lists",

@@ -1,0 +1,1 @@
+"""Kernels of dma, emitted by hsgen."""

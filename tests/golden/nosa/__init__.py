@@ -1,0 +1,1 @@
+"""Kernels of nosa, emitted by hsgen."""
