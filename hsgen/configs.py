@@ -12,6 +12,7 @@ from typing import Literal
 from hsgen import rows, splits
 from hsgen.appending import StoreContext
 from hsgen.blockgate import GateContext
+from hsgen.clusters import ClustersContext
 from hsgen.entropies import EntropiesContext
 from hsgen.errors import PlanError
 from hsgen.graph import Pool
@@ -323,6 +324,42 @@ def trees(context: TreesContext, dtype: DType) -> Config:
     return Config(constexprs=values.get(context.how, ()), num_warps=8 if wide else 4, num_stages=1)
 
 
+def clusters(context: ClustersContext, dtype: DType) -> Config:
+    """Of clusters: tokens and centroids a step, rows a tile, slots that are written down at a time.
+
+    Three-pass TF32 holds each operand twice.
+    """
+    full = dtype == "fp32"
+    wide = max(context.head_dim, context.v_dim) > 128
+    tile = 32 if full or wide else 64
+    values: dict[str, tuple[tuple[str, int], ...]] = {
+        "start": (("BLOCK_E", 16),),
+        "assign": (
+            ("BLOCK_N", 32 if full else 64 if wide else 128),
+            ("BLOCK_E", 32 if full else 64),
+        ),
+        "update": (("BLOCK_N", 32),),
+        "score": (("BLOCK_R", tile), ("BLOCK_E", tile)),
+        "values": (("BLOCK_N", 32),),
+        "errors": (("BLOCK_R", tile), ("BLOCK_N", 32)),
+        "choose": (("BLOCK_R", 1 if context.padded_keys > 1024 else 2),),
+        "attend": (("BLOCK_T", 2 * tile), ("BLOCK_N", tile), ("BLOCK_K", 1024)),
+        "members": (("BLOCK_K", 64),),
+        "given": (("BLOCK_T", 32), ("BLOCK_N", 32)),
+        "spread": (("BLOCK_T", 4),),
+    }
+    warps, stages = 4, 1
+    if context.how == "assign":
+        warps, stages = (4, 2) if full or wide else (8, 2)
+    if context.how in ("attend", "given"):
+        warps, stages = 8 if context.how == "attend" else 4, 2
+    if context.how == "starts":
+        warps = 8
+    if context.how == "update":
+        warps = 2
+    return Config(constexprs=values.get(context.how, ()), num_warps=warps, num_stages=stages)
+
+
 def _sampled(kept: int) -> Config:
     """Room for twice the keys that are kept, so that an estimate of where they begin may be off."""
     width = max(2048, min(8192, next_power(2 * kept)))
@@ -449,6 +486,9 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
     if kernel.skeleton == "trees" and "BLOCK_N" in values:
         small = {"BLOCK_T": 16, "BLOCK_N": 16, "BLOCK_K": 64}
         values |= {name: value for name, value in small.items() if name in values}
+    if kernel.skeleton == "clusters":
+        small = {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_E": 64, "BLOCK_R": 16, "BLOCK_K": 64}
+        values = {name: small[name] for name in values}
     if kernel.skeleton == "halved":
         values["BLOCK_N"] = 16
     if kernel.skeleton in ("rows", "beside", "cols") and "BLOCK_N" in values:

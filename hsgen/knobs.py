@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hsgen.blockgate import GateContext
 from hsgen.buckets import BucketsContext, PartsContext
+from hsgen.clusters import DOTS, ClustersContext
 from hsgen.cols_streams import ColsStreamsContext, shared_bytes
 from hsgen.entropies import EntropiesContext
 from hsgen.halved import HalvedContext
@@ -133,8 +134,8 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return _map_ranges(context)
         case ListsContext() | TiersContext() | PickedContext() | HalvedContext() | TreesContext():
             return _list_ranges(context)
-        case SortingContext():
-            return _sorting(context)
+        case SortingContext() | ClustersContext():
+            return _ordering(context, kernel)
         case SegmentsContext():
             return _pooling(context)
         case PartsContext():
@@ -145,6 +146,15 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return {**near, "num_warps": (1, 8)}
 
 
+def _ordering(
+    context: SortingContext | ClustersContext, kernel: Kernel
+) -> dict[str, tuple[int, int]]:
+    """Of what sorts keys, or clusters them."""
+    if isinstance(context, SortingContext):
+        return _sorting(context)
+    return _clusters(context, kernel)
+
+
 def _sorting(context: SortingContext) -> dict[str, tuple[int, int]]:
     """Tiles of dots, where the last rows weigh keys; keys a step, where their mean does."""
     if context.how in ("totals", "masses"):
@@ -152,6 +162,18 @@ def _sorting(context: SortingContext) -> dict[str, tuple[int, int]]:
         return {**blocks, "num_warps": (1, 8), "num_stages": (1, 4)}
     own = {"BLOCK_N": (1, 128)} if context.how == "means" else {}
     return {**own, "num_warps": (1, 16)}
+
+
+def _clusters(context: ClustersContext, kernel: Kernel) -> dict[str, tuple[int, int]]:
+    """Tiles of dots, and what a program has of rows, of centroids and of slots beside them."""
+    dots = context.how in DOTS
+    least = LEAST_DOT if dots else 1
+    most = {"BLOCK_T": 128 if dots else 16, "BLOCK_K": 4096}
+    ranges = {name: (least, most.get(name, 128)) for name, _ in kernel.config.constexprs}
+    if context.how == "choose":
+        ranges["BLOCK_R"] = (1, max(1, 4096 // context.padded_keys))
+    staged = {"num_stages": (1, 4)} if context.how in ("assign", "attend", "given") else {}
+    return {**ranges, "num_warps": (1, 8), **staged}
 
 
 def _pooling(context: SegmentsContext) -> dict[str, tuple[int, int]]:

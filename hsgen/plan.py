@@ -27,6 +27,7 @@ Skeleton = Literal[
     "sorting",
     "segments",
     "trees",
+    "clusters",
     "index",
     "merge",
     "learn",

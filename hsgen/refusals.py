@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
-from hsgen import axes, maps, patterns, sorting
+from hsgen import axes, clusters, maps, patterns, sorting
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Assign,
@@ -127,7 +127,10 @@ def lacking(graph: Graph, node: Node) -> str | None:
 
 
 def _whole(graph: Graph, node: Node) -> bool:
-    """Whether it is part of something that kernels do as a whole: a learned tree, or a map of blocks."""
+    """Whether it is part of what kernels do as a whole: clusters, a learned tree, or a map of blocks."""
+    clustering = clusters.clustering_of(graph)
+    if clustering is not None and node.name in clustering.names:
+        return True
     mapped = not isinstance(node.op, SelectSet) and maps.way_to(graph, node.name)
     return tree_of(graph, node) is not None or bool(mapped)
 
@@ -692,10 +695,8 @@ def _of_keys(
     match op:
         case Recall(width=int()):
             return _of_brought(graph, node)
-        case Cluster(of="queries"):
-            return "clusters queries"
         case Cluster(tiles=None):
-            return "clusters keys"
+            return clusters.lacking(graph, node)
         case Cluster():
             return axes.lacking(graph)
         case Permute():

@@ -25,6 +25,7 @@ from hsgen import (
 )
 from hsgen.analysis import Cost, quantity
 from hsgen.buckets import PartsContext
+from hsgen.clusters import DOTS, ClustersContext
 from hsgen.configs import DType
 from hsgen.errors import BuildError, PlanError
 from hsgen.graph import Attend, Gate, Graph, Node, Select, Union, align, op_text, tensor_inputs
@@ -479,6 +480,8 @@ def math_type(kernel: Kernel, dtype: str) -> MathType:
             SegmentsContext(how="linear", precision=precision)
             | MapsContext(how="tiles", precision=precision)
         ):
+            return _dot_type(dtype, precision)
+        case ClustersContext(how=how, precision=precision) if how in DOTS:
             return _dot_type(dtype, precision)
         case _:
             return "fp32"

@@ -39,7 +39,9 @@ from hsgen.spec import (
     Halving,
     HeadDim,
     Heads,
+    KMeans,
     Level,
+    Permute,
     Select,
     SortInSegment,
     Spec,
@@ -213,9 +215,8 @@ def _shrunk_level(
     if level.pool and level.pool.rotate:
         turn = level.pool.rotate.model_copy(update={"dims": min(level.pool.rotate.dims, 16)})
         changes["pool"] = level.pool.model_copy(update={"rotate": turn})
-    if level.permute and isinstance(level.permute.keys, SortInSegment):
-        order = _sorted_less(level.permute.keys, divisor)
-        changes["permute"] = level.permute.model_copy(update={"keys": order})
+    if level.permute:
+        changes["permute"] = _ordered_less(level.permute, divisor)
     if level.query and level.query.block:
         rows = _part(level.query.block, divisor)
         changes["query"] = level.query.model_copy(update={"block": rows})
@@ -241,9 +242,26 @@ def _shrunk_level(
     return level.model_copy(update=changes)
 
 
+def _ordered_less(permute: Permute, divisor: int) -> Permute:
+    """Shorter segments, and a few clusters after a few rounds."""
+    changes: dict[str, object] = {}
+    for side, order in permute:
+        if isinstance(order, SortInSegment):
+            changes[side] = _sorted_less(order, divisor)
+        if isinstance(order, KMeans):
+            changes[side] = _clustered_less(order, clusters=5, rounds=2)
+    return permute.model_copy(update=changes)
+
+
 def _sorted_less(order: SortInSegment, divisor: int) -> SortInSegment:
     """Segments of as many blocks, by the masses of a few rows."""
     less = {"segment": _part(order.segment, divisor), "last": order.last and min(order.last, 8)}
+    return order.model_copy(update=less)
+
+
+def _clustered_less(order: KMeans, *, clusters: int, rounds: int) -> KMeans:
+    """A few clusters, after a few rounds."""
+    less = {"clusters": min(order.clusters, clusters), "iterations": min(order.iterations, rounds)}
     return order.model_copy(update=less)
 
 
@@ -323,7 +341,20 @@ def _one_key_head(spec: Spec) -> Spec:
     }
     if spec.index and spec.index_per_key_head:
         changes["index"] = spec.index.model_copy(update={"heads": 1})
+    changes["levels"] = tuple(_one_round(level) for level in spec.levels)
     return spec.model_copy(update=changes)
+
+
+def _one_round(level: Level) -> Level:
+    """All clusters that there are, of one round."""
+    if level.permute is None:
+        return level
+    changes = {
+        side: _clustered_less(order, clusters=order.clusters, rounds=1)
+        for side, order in level.permute
+        if isinstance(order, KMeans)
+    }
+    return level.model_copy(update={"permute": level.permute.model_copy(update=changes)})
 
 
 def differences(spec: Spec) -> str:

@@ -31,7 +31,7 @@ kernels
 boxes                                   windows along axes
 patterns                                what is seen by position alone
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
-halved  picked  trees                   intervals that are searched · tokens a tile picked · learned trees
+halved  picked  trees  clusters         intervals that are searched · tokens a tile picked · trees · k-means
 pyramids  sorting                       entries that rows read in tiers · keys that are sorted
 cols  unpool  learn  entropies          gradients of attention, of pools and of losses
 blockgate                               the same of a gate of blocks
@@ -97,9 +97,9 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
-    "boxes patterns buckets together halved picked trees pyramids sorting splits appending cols unpool learn "
-    "entropies blockgate running configs refusals schedule driver backward losses knobs space emit "
-    "allowlist store workers build resources pipeline tuned catalogue "
+    "boxes patterns buckets together halved picked trees clusters pyramids sorting splits appending cols "
+    "unpool learn entropies blockgate running configs refusals schedule driver backward losses knobs space "
+    "emit allowlist store workers build resources pipeline tuned catalogue "
     "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}

@@ -392,6 +392,16 @@ def test_where_rows_choose_together_no_row_has_a_list_unless_a_caller_asks(name)
         assert run.given + run.peak - run.of("selection") <= 1.2 * given, tokens
 
 
+@pytest.mark.parametrize("name", ["svg2", "svg_ear"])
+def test_clusters_hold_a_fifth_of_a_call_at_most(name):
+    """Centroids do not grow with a call: of 8,192 tokens, eight a cluster, svg_ear holds 1.22 times that."""
+    plan = emitted.shipped_plan(name)
+    for tokens in (16384, 32768, 131072):
+        run = dryrun.run(plan, tokens=tokens)
+        given = 4 * tokens * plan.sizes["Hq"] * plan.sizes["Dqk"] * 2
+        assert run.given + run.peak - run.of("selection") <= 1.2 * given, tokens
+
+
 def test_what_no_later_step_reads_passes():
     """Scores behind a choice, lists and parts behind what walks them; never what a call gives or needs."""
     plan = schedule.schedule(emitted.graph(systems.load("moba")), H100)

@@ -53,6 +53,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     if axes.tiling_of(graph) is not None:
         return _of_tiles(graph, op)
     lacks = (
+        (op.cut == "clusters", "attention by clusters"),
         (sorting.order_of(graph, node) is not None, "keys in another order"),
         (
             op.over not in ("blocks", "tokens", "window", "static", "all", "pooled"),

@@ -54,6 +54,7 @@ from hsgen.schedule import (
     attending,
     biased,
     choosing,
+    clustering,
     combining,
     descending,
     laid,
@@ -165,7 +166,7 @@ def _launches(draft: Draft) -> None:
     for node in draft.graph.nodes():
         if laid.launched(draft, node) or maps.way_to(draft.graph, node.name):
             continue
-        if descending.launched(draft, node):
+        if clustering.launched(draft, node) or descending.launched(draft, node):
             continue
         match node.op:
             case Permute():

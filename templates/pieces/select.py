@@ -61,6 +61,50 @@ def mass_step(low, high, above, middle, reached, wanted):
 
 
 @triton.jit
+def mass_end(key, mass, UNITS: tl.constexpr):
+    """Where the best entries of a row end whose masses reach UNITS / 2^30 of all.  [R, N] -> three [R]
+
+    All keys >= high are taken, and so many of those that are low, see `inside_edge`.
+    """
+    R: tl.constexpr = key.shape[0]
+    wanted = share_of(tl.sum(mass, 1), UNITS)
+    above = tl.zeros([R], tl.int64)
+    high = tl.full([R], 0x7FFFFFFF, tl.int32)
+    low = -high
+    middle = bisect_middle(low, high)
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        reached = tl.sum(tl.where(key >= middle[:, None], mass, 0), 1)
+        low, high, above = mass_step(low, high, above, middle, reached, wanted)
+        middle = bisect_middle(low, high)
+    # entries alike weigh alike
+    each = tl.maximum(tl.max(tl.where(key == low[:, None], mass, 0), 1), 1)
+    return low, high, ((wanted - above + each - 1) // each).to(tl.int32)
+
+
+@triton.jit
+def count_end(key, wanted, low, high, ties):
+    """The same, or where `wanted` entries end, if these are more.  [R, N], [R] -> three [R]"""
+    R: tl.constexpr = key.shape[0]
+    candidates, _ = count_keys(key)
+    wanted = tl.minimum(candidates, wanted)
+    above = tl.zeros([R], tl.int32)
+    other_high = tl.full([R], 0x7FFFFFFF, tl.int32)
+    other_low = -other_high
+    middle = bisect_middle(other_low, other_high)
+    while tl.max((middle != other_low).to(tl.int32), 0) > 0:
+        reached = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        other_low, other_high, above = mass_step(
+            other_low, other_high, above, middle, reached, wanted
+        )
+        middle = bisect_middle(other_low, other_high)
+    other_ties = wanted - above
+    more = (other_low < low) | ((other_low == low) & (other_ties > ties))
+    low = tl.where(more, other_low, low)
+    high = tl.where(more, other_high, high)
+    return low, high, tl.where(more, other_ties, ties)
+
+
+@triton.jit
 def inside_edge(key, low, high, ties, before):
     """Keys >= high, and of those that are low the first `ties`, `before` of them in steps before.
 

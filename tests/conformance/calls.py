@@ -164,7 +164,7 @@ def _two_valued(call):
         entry = torch.arange(keys.shape[1])
         if call.spec.axes:
             entry = tile_of(entry, call.spec.axes, level.permute.keys.tile)
-        else:
+        elif level.partition.stride:  # of clusters, tokens themselves are of two kinds
             entry //= level.partition.stride
         for head in range(keys.shape[2]):
             favoured = entry % (2 * ratio) == (1 + head * (ratio - 2)) % ratio

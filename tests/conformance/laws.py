@@ -244,11 +244,12 @@ def given_offsets_place_queries(lab):
 
 
 def _forces(spec):
-    """Whether every level may: no tile is the first, or a row's last, no part is forced of two, and what
-    another level forces is always counted.
+    """Whether every level may: no tile or cluster is the first, or a row's last, no part is forced of two,
+    and what another level forces is always counted.
     """
     selects = [x.select for x in spec.levels if x.select]
-    return not spec.axes and not any(x.apart or x.force.level for x in selects)
+    placed = not any(isinstance(x.partition, language.Clusters) for x in spec.levels)
+    return not spec.axes and placed and not any(x.apart or x.force.level for x in selects)
 
 
 @check(applies=_forces)

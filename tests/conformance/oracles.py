@@ -454,6 +454,10 @@ def score_bounds(call, exact):
             worst = bound.amax(-1, keepdim=True) + total.amax(-1, keepdim=True)
             bound = mass * (worst + 32 * unit) + ZERO
             size = mass
+        elif level.score.form == "pooling_error":  # of weights of 1 at most, squared, and of values
+            value = call.tensors["v"].double().square().sum(-1).max()
+            worst = bound.amax(-1, keepdim=True).expand_as(bound) + 32 * unit
+            bound = size = 4 * value * worst
         else:
             size = sizes[level.name]
         bounds[level.name] = _reduce_bound(level, exact.scores[level.name], bound, size, unit)
@@ -488,6 +492,8 @@ def _form_only(call, *, absolute):
             summed = level.score.sums_index  # as they score
             changes = {"reduce": None} | ({} if agreed or summed else {"share": "head"})
             changes |= {"normalise": None} if absolute else {}
+            if absolute and level.score.form == "pooling_error":
+                changes |= {"form": "dot"}  # whose terms errors have as well
             score = level.score.model_copy(update=changes)
             levels.append(level.model_copy(update={"score": score, "within": None, "select": None}))
     kv = next((b.kv for b in spec.attend if b.values == "raw"), None)

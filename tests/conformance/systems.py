@@ -29,8 +29,6 @@ EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
-    "svg2": "level cluster: no kernel clusters keys yet",
-    "svg_ear": "level error: no kernel clusters keys yet",
     "s2o": "no kernel selects by early_stop yet",
     "minference": "no kernel takes a route by head yet",
     "flex_prefill": "no kernel takes a route by sample_head yet",
@@ -110,6 +108,8 @@ ALIKE: dict[str, str] = {
     "power_attention": "nsa",
     "pbs_attn": "block_lists",  # but for the order of its keys, which test_orders has beside
     "gna": "nsa",  # likewise
+    "svg2": "block_lists",  # but for clusters, which test_clusters has beside
+    "svg_ear": "block_lists",  # likewise
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
@@ -239,7 +239,7 @@ def _shrunk_orders(permute, factor):
             made[side] = order.model_copy(update={"tile": tuple(min(x, 2) for x in order.tile)})
         if isinstance(order, KMeans):
             made[side] = order.model_copy(
-                update={"clusters": min(order.clusters, 7), "iterations": 2}
+                update={"clusters": min(order.clusters, 5), "iterations": 2}
             )
     return permute.model_copy(update=made)
 
@@ -332,6 +332,8 @@ def with_budgets(spec, budget):
             top_p = level.select.top_p.model_copy(update={"min": number})
             select = level.select.model_copy(update={"top_p": top_p})
             level = level.model_copy(update={"select": select})
+        elif number and level.select.budget_from and not level.select.min:
+            pass  # as many as another level
         elif number and level.select.budget_from:
             select = level.select.model_copy(update={"min": number})
             level = level.model_copy(update={"select": select})
@@ -406,6 +408,8 @@ def entries(spec, level, keys):
     if isinstance(level.partition, LearnedTree):  # nodes, of trees of one or two levels
         return level.partition.branching ** (2 if level.within else 1)
     order = level.permute and level.permute.keys
+    if isinstance(order, KMeans):
+        return order.clusters
     if not isinstance(order, Tile):
         return math.ceil(keys / level.partition.stride)
     across = math.prod(math.ceil(n / t) for n, t in zip(spec.axes[1:], order.tile[1:], strict=True))

@@ -1,0 +1,1 @@
+"""Kernels of svg2, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of svg_ear, emitted by hsgen."""
