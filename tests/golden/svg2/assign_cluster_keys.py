@@ -47,6 +47,7 @@ def assign_cluster_keys(
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < many
+    before = tl.load(LABELS + base + n, mask=inside & (turn > 0), other=-1)
     x_base = X + z.to(tl.int64) * x_b + head.to(tl.int64) * x_h
     x0 = load_tile_masked(x_base, first + n, inside, x_t, 0, 128)
     # the nearest of the centroids in each column, of equals the first; how long a token is does not matter
@@ -71,8 +72,8 @@ def assign_cluster_keys(
     least = tl.min(best, 1)
     label = tl.min(tl.where(best == least[:, None], nearest, 1000), 1)
 
-    # store
-    before = tl.load(LABELS + base + n, mask=inside & (turn > 0), other=-1)
+    # store, after all threads that hold a token have seen where it was
+    tl.debug_barrier()
     tl.store(LABELS + base + n, label, mask=inside)
     moved = tl.max((inside & (label != before)).to(tl.int32), 0)
     at = MOVED + (turn * num_sequences + z) * 40 + head
