@@ -128,6 +128,11 @@ class Driver:
         return _made(step.needs) if chooses else ()
 
     @property
+    def alone(self) -> str:
+        """A level of which no caller's selection is attended."""
+        return self.plan.alone
+
+    @property
     def absent(self) -> tuple[tuple[str, str], ...]:
         """Levels that are only expanded: a caller's selection may leave them out."""
         return tuple(pair for pair in self.selection if pair not in self.given)

@@ -406,6 +406,12 @@ class Execution:
         if choice is None:
             result = self.result(call, problem, exact_dtype(problem.dtype), self.attending)
             return self._from_result(call, problem, result), []
+        if call.selection and (level := choice.program.plan.alone):
+            raise ArgumentError(
+                f"selection: expected none, since all rows share one list of level {level!r} and no kernel "
+                f"takes those of rows, got {call.levels}",
+                help="`reference` attends any selection",
+            )
         without = choice.program.rows_apart and not selections
         brought = self.padded_selection(call, problem) if call.selection else {}
         even = alike.even([*brought.values()]) if brought else True

@@ -151,10 +151,13 @@ class RankContext:
     means: Means | None = None  # scores are biases, which all rows have alike
     joined: int = 0  # > 0: entries that a row has in a list of so many are forced
     joined_group: int = 1  # heads that have one such list
+    ways: tuple[int, ...] = ()  # numbers of a route that a head must have to choose any
     how: Literal["best"] = "best"
 
     @property
     def summary(self) -> str:
+        if self.single and not self.mass:
+            return f"the {self.k} best entries of the last rows."
         if self.single:
             return "the best entries of the last rows, until their masses reach a part of all."
         if self.budget:
@@ -285,6 +288,12 @@ class RankContext:
     def at_most(self) -> str:
         """No fewer than that, where it is not known yet how many of them are forced."""
         return self.wanted if self.counted else str(self.width)
+
+    @property
+    def on_way(self) -> str:
+        """Whether a head has one of `ways`."""
+        each = [f"(way == {number})" for number in self.ways]
+        return " | ".join(each) if len(each) > 1 else each[0][1:-1]
 
     @property
     def varies(self) -> bool:
@@ -466,6 +475,7 @@ class RankContext:
                 if self.single or self.budget
                 else ()
             ),
+            *((pointer("WAYS", "i32", f"[{self.heads}] way of each head"),) if self.ways else ()),
             *(
                 (pointer("KEPT", "i32", f"[chunk rows, {self.heads}, 2, BLOCK_N]"),)
                 if self.sampled

@@ -23,7 +23,7 @@ from hsgen.kernels import (
     UniteContext,
 )
 from hsgen.learn import LINE, LearnContext
-from hsgen.maps import MapsContext
+from hsgen.maps import LastContext, MapsContext
 from hsgen.picked import PickedContext
 from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.pyramids import TiersContext
@@ -130,7 +130,7 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return {"num_warps": (1, 16)}
         case BucketsContext():
             return _bucket_ranges(context)
-        case MapsContext():
+        case MapsContext() | LastContext():
             return _map_ranges(context)
         case ListsContext() | TiersContext() | PickedContext() | HalvedContext() | TreesContext():
             return _list_ranges(context)
@@ -210,7 +210,9 @@ def _bucket_ranges(context: BucketsContext) -> dict[str, tuple[int, int]]:
     return {"BLOCK_T": (1, most), "num_warps": (1, 8)}
 
 
-def _map_ranges(context: MapsContext) -> dict[str, tuple[int, int]]:
+def _map_ranges(context: MapsContext | LastContext) -> dict[str, tuple[int, int]]:
+    if isinstance(context, LastContext):
+        return {"BLOCK_N": (context.least, 128), "num_warps": (1, 8), "num_stages": (1, 4)}
     if context.how == "sums":
         return {"BLOCK_N": (16, 1024), "num_warps": (1, 8)}
     most = 1 if context.last else max(1, MOST_ROWS // context.per_row)
@@ -412,6 +414,7 @@ def refused(
         _too_many_rows(kernel, values, plan)
         or _past_a_line(kernel, values)
         or _no_tile(kernel, values)
+        or _too_few_keys(kernel, values)
         or _past_a_block(kernel, values, plan)
     ):
         return wrong
@@ -492,6 +495,14 @@ def _no_tile(kernel: Kernel, values: Mapping[str, int]) -> str:
             return ""
         case _:
             return ""
+
+
+def _too_few_keys(kernel: Kernel, values: Mapping[str, int]) -> str:
+    """Where last rows weigh diagonals, whose keys begin one further on from row to row, a tile has all."""
+    if not isinstance(kernel.context, LastContext):
+        return ""
+    least, wide = kernel.context.least, values["BLOCK_N"]
+    return f"expected BLOCK_N of at least {least}, got {wide}" if wide < least else ""
 
 
 def _past_a_block(kernel: Kernel, values: Mapping[str, int], plan: Plan) -> str:

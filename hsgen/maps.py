@@ -28,11 +28,12 @@ from hsgen.graph import (
 )
 from hsgen.kernels import tunables
 from hsgen.plan import Param
-from hsgen.rows import LOG2_E, SEQ, count, jit, number, pointer, tensor
+from hsgen.rows import LOG2_E, SEQ, Chunk, chunks, count, jit, number, pointer, tensor
 
 LEAST_DOT = 16  # rows of a dot
 TILE_FIRST = count("tile_first", "the turn's first tile")
 CAPACITY = count("capacity", "row length of the scratch")
+PART = 4096  # keys of a part of a softmax: of no call's size, so that sums do not depend on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -383,6 +384,85 @@ class MapsContext:
             *SEQ,
             TILE_FIRST,
             *tunables("BLOCK_T", "BLOCK_N"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastContext:
+    """Everything `_maps_last.jinja` reads: what the last rows of a sequence give each token of it.
+
+    `totals`: what their softmaxes sum up to, of a part of the keys; `columns`: the mass that a key gets of
+    them all; `diagonals`: the mass of the keys that lie as far before each of them.
+    """
+
+    name: str
+    how: Literal["totals", "columns", "diagonals"]
+    header: str = ""
+    pieces: str = ""
+    heads: int  # of queries
+    group: int
+    head_dim: int
+    last: int
+    slanted: bool  # entries are diagonals, as many as there are keys
+    mean: bool  # of the rows, in place of their sum
+    scale: float
+    precision: str
+
+    @property
+    def summary(self) -> str:
+        match self.how:
+            case "totals":
+                return (
+                    f"what softmaxes of the last {self.last} rows sum up to, of a part of the keys."
+                )
+            case "columns":
+                return f"the mass that each key gets of the last {self.last} rows."
+            case "diagonals":
+                return f"the mass that each diagonal gets of the last {self.last} rows."
+
+    @property
+    def per_row(self) -> int:
+        """Rows of a tile: as many as a dot has at least."""
+        return max(LEAST_DOT, self.last)
+
+    @property
+    def least(self) -> int:
+        """Keys of a step: of diagonals, whose keys begin one further on from row to row, as many as rows."""
+        return self.per_row if self.how == "diagonals" else LEAST_DOT
+
+    @property
+    def part(self) -> int:
+        """Keys of a part of a softmax."""
+        return PART
+
+    @property
+    def scale_log2(self) -> str:
+        return number(self.scale * LOG2_E)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        of = "keys" if self.how == "columns" else "diagonals"
+        totals = pointer("TOTALS", "f32", f"f32[Z, {self.heads}, parts, 2, {self.per_row}]")
+        made = (
+            pointer("WEIGHTS", "f32", f"f32[Z, {self.heads}, capacity] of {of}"),
+            count("capacity", f"{of} of the longest sequence"),
+        )
+        return (
+            *tensor("Q", "q", "[B, T, Hq, Dqk]", "bth"),
+            *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
+            totals,
+            count("parts", f"of {PART} keys"),
+            *(() if self.how == "totals" else made),
+            *SEQ,
+            *tunables("BLOCK_N"),
         )
 
     @property

@@ -32,6 +32,7 @@ LEAST_STEP = 16  # keys: what a dot takes
 OF_POWERS = 3  # units: the row's own, and those at a distance of 1 and of 2
 ALL_KEYS = 1 << 30
 WAYS = pointer("WAYS", "i32", "[Z] way of each sequence")
+WAYS_OF_HEADS = pointer("WAYS", "i32", "[Hq] way of each head")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,8 @@ class Rule:
     """A pattern as loops need it: of each head, or of each way of a sequence, a window and a sink.
 
     size: tokens of a unit.  spans: (window, growth, sink) in units, growth in 2^-30; of heads, over and
-    over, or with `by_way` of the ways that a sequence may take, any other number of which sees nothing.
+    over, or with `by_way` of the ways that a sequence may take, and with `by_head` a head, any other number
+    of which sees nothing.
     """
 
     size: int
@@ -48,6 +50,7 @@ class Rule:
     shift: int = 0
     powers: bool = False
     by_way: bool = False
+    by_head: bool = False
 
     @classmethod
     def of(cls, pattern: Pattern, size: int) -> Rule:
@@ -61,14 +64,15 @@ class Rule:
             stride=pattern.stride,
             shift=pattern.shift % (pattern.stride or 1),
             powers=pattern.power_of_two,
-            by_way=pattern.by_way,
+            by_way=pattern.by_way or pattern.by_head,
+            by_head=pattern.by_head,
         )
 
     @property
     def apart(self) -> bool:
         """Whether heads see different units."""
         spans = not self.by_way and len(set(self.spans)) > 1
-        return spans or bool(self.stride and self.shift)
+        return self.by_head or spans or bool(self.stride and self.shift)
 
     def per_head(self, shape: Shape) -> bool:
         """Whether those of a group do, so that a program has one of them."""
@@ -104,7 +108,7 @@ class Rule:
         windows, growths, sinks = zip(*self.spans[:count], strict=True)
         lines: list[str] = []
         if self.by_way:
-            lines.append("kind = tl.load(WAYS + z)")
+            lines.append(f"kind = tl.load(WAYS + {head if self.by_head else 'z'})")
         elif count > 1:
             lines.append(f"kind = {head} % {count}")
         lines += self._chosen("reach", windows)
@@ -341,7 +345,7 @@ def _attend(shape: Shape, *, name: str, scale: float, rule: Rule) -> RowsContext
             ),
         ),
     )
-    ways = (WAYS,) if rule.by_way else ()
+    ways = (WAYS_OF_HEADS if rule.by_head else WAYS,) if rule.by_way else ()
     return RowsContext(
         name=name,
         summary="attention over what a pattern shows.",

@@ -209,6 +209,7 @@ class Plan:
     cached: Cached | None = None
     storage: Storage | None = None  # what the cache keeps
     appends: tuple[Step, ...] = ()  # what puts new tokens into it
+    alone: str = ""  # a level that all rows have one list of, so that no caller's is attended
 
     @property
     def kept(self) -> Mapping[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
-from hsgen import axes, clusters, maps, patterns, sorting
+from hsgen import axes, clusters, maps, patterns, slashes, sorting
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Assign,
@@ -60,6 +60,7 @@ def refuse(graph: Graph) -> None:
         PlanError: one that they do not; routes first, since a bound layer may have none of the rest.
     """
     graph, _ = patterns.routed(graph)
+    graph, _ = slashes.joined(graph)
     for node in sorted(graph.nodes(), key=lambda node: not isinstance(node.op, Route)):
         if isinstance(node.op, Entropies):
             continue  # a call of its own, which says so: no output depends on it
@@ -127,12 +128,15 @@ def lacking(graph: Graph, node: Node) -> str | None:
 
 
 def _whole(graph: Graph, node: Node) -> bool:
-    """Whether it is part of what kernels do as a whole: clusters, a learned tree, or a map of blocks."""
+    """Whether it is part of what kernels do as a whole: clusters, a learned tree, a map of blocks, or columns
+    and diagonals.
+    """
     clustering = clusters.clustering_of(graph)
     if clustering is not None and node.name in clustering.names:
         return True
     mapped = not isinstance(node.op, SelectSet) and maps.way_to(graph, node.name)
-    return tree_of(graph, node) is not None or bool(mapped)
+    slanted = slashes.reached(graph, node)
+    return tree_of(graph, node) is not None or bool(mapped) or slanted
 
 
 def _loss(node: Node) -> str:

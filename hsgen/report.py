@@ -30,7 +30,7 @@ from hsgen.configs import DType
 from hsgen.errors import BuildError, PlanError
 from hsgen.graph import Attend, Gate, Graph, Node, Select, Union, align, op_text, tensor_inputs
 from hsgen.kernels import SegmentsContext
-from hsgen.maps import MapsContext
+from hsgen.maps import LastContext, MapsContext
 from hsgen.pipeline import Artifact
 from hsgen.plan import STREAMED, Kernel, Plan
 from hsgen.resources import TOKENS, Job, Outcome, Resources, Roofline
@@ -479,6 +479,7 @@ def math_type(kernel: Kernel, dtype: str) -> MathType:
         case (
             SegmentsContext(how="linear", precision=precision)
             | MapsContext(how="tiles", precision=precision)
+            | LastContext(precision=precision)
         ):
             return _dot_type(dtype, precision)
         case ClustersContext(how=how, precision=precision) if how in DOTS:

@@ -14,7 +14,17 @@ from hsgen.plan import ElementType, Param
 
 Accumulator = Literal["softmax", "lse", "score", "dq", "delta"]
 PhaseKind = Literal[
-    "range", "steps", "boxes", "list", "picked", "gather", "children", "mapped", "slots"
+    "range",
+    "steps",
+    "boxes",
+    "list",
+    "picked",
+    "gather",
+    "children",
+    "mapped",
+    "slots",
+    "columns",
+    "crossed",
 ]
 LOG2_E = 1.4426950408889634
 FEW_TOKENS = 16

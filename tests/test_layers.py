@@ -32,7 +32,7 @@ boxes                                   windows along axes
 patterns                                what is seen by position alone
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
 halved  picked  trees  clusters         intervals that are searched · tokens a tile picked · trees · k-means
-pyramids  sorting                       entries that rows read in tiers · keys that are sorted
+pyramids  sorting  slashes              entries read in tiers · sorted keys · columns and diagonals
 cols  unpool  learn  entropies          gradients of attention, of pools and of losses
 blockgate                               the same of a gate of blocks
 maps  likeness  pairs                   what blocks of rows give blocks · blocks alike · pairs of a head
@@ -97,9 +97,9 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
-    "boxes patterns buckets together halved picked trees clusters pyramids sorting splits appending cols "
-    "unpool learn entropies blockgate running configs refusals schedule driver backward losses knobs space "
-    "emit allowlist store workers build resources pipeline tuned catalogue "
+    "boxes patterns buckets together halved picked trees clusters pyramids sorting slashes splits appending "
+    "cols unpool learn entropies blockgate running configs refusals schedule driver backward losses knobs "
+    "space emit allowlist store workers build resources pipeline tuned catalogue "
     "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}

@@ -416,6 +416,7 @@ class Select:
     sink: int | None = None
     cut: Cut | None = None
     diagonal: Literal[True] | None = None
+    ways: tuple[int, ...] | None = None  # of schedules alone: the route's numbers that are `when`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -540,7 +541,8 @@ class Pattern:
 
     `spans` are (window, growth, sink) of heads, over and over; growth is in units of 2^-30.  `axes`
     are a window of tokens along each axis, the last one fastest; none where there is no such window.
-    `by_way`: spans are those of the ways of a sequence, one that is none of them sees nothing.
+    `by_way`: spans are those of the ways of a sequence, one that is none of them sees nothing; `by_head`:
+    of those of a head.
     """
 
     spans: tuple[tuple[int, int, int], ...]
@@ -550,6 +552,7 @@ class Pattern:
     power_of_two: bool
     axes: tuple[AxisWindow, ...] = ()
     by_way: bool = False  # of schedules alone: a route and its branches, as one branch
+    by_head: bool = False  # likewise, of a way of each head
 
     def __str__(self) -> str:
         if self.axes and self.without_units:

@@ -25,7 +25,7 @@ def left_to_window(graph: Graph, branch: Node) -> int:
 
 def coincide(graph: Graph, one: Node, other: Node) -> bool:
     """Whether two branches of a union may reach the same keys, and neither leaves them to the other."""
-    if not _alike(one, other):
+    if not _alike(one, other) or _on_other_ways(one, other):
         return False
     pair = [x.op.over for x in (one, other) if isinstance(x.op, Attend)]
     chosen = [x for x in (one, other) if left_to_window(graph, x)]
@@ -35,3 +35,9 @@ def coincide(graph: Graph, one: Node, other: Node) -> bool:
 def _alike(one: Node, other: Node) -> bool:
     """Whether two branches read the same keys and values."""
     return one.inputs[1:3] == other.inputs[1:3]
+
+
+def _on_other_ways(one: Node, other: Node) -> bool:
+    """Whether no head is on the ways of both."""
+    ways = [x.op.when for x in (one, other) if isinstance(x.op, Attend)]
+    return None not in ways and len({*ways}) == len(ways) == 2

@@ -27,8 +27,13 @@ def complete_entries(rows: Rows, level: Level) -> Tensor:
 
 def _complete(rows: Rows, level: Level, p: Tensor) -> Tensor:
     if rows.spec.causal:
-        ends = rows.layouts[level.name].ends
-        return (ends <= rows.S) & (ends - 1 <= p[:, None])
+        layout = rows.layouts[level.name]
+        complete = (layout.ends <= rows.S) & (layout.ends - 1 <= p[:, None])
+        if layout.diagonal is None:
+            return complete
+        back = torch.arange(len(layout.ends), device=p.device)
+        token = ((p // layout.diagonal)[:, None] - back) * layout.diagonal
+        return complete & (token < rows.S)  # of a row behind the last key the nearest have none
     return _existing(rows, level).expand(len(p), -1)
 
 

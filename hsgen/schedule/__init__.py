@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import networkx as nx
 
-from hsgen import appending, maps, passes, patterns, refusals
+from hsgen import appending, maps, passes, patterns, refusals, slashes
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -60,6 +60,7 @@ from hsgen.schedule import (
     laid,
     likening,
     mapping,
+    slashing,
     sorted_keys,
     text,
     vectors,
@@ -112,6 +113,8 @@ def schedule(
             that has but one.
     """
     graph, merged = patterns.routed(passes.without_losses(graph))
+    graph, beside = slashes.joined(graph)
+    merged = {**merged, **beside}
     draft = Draft(graph, target, dtype, orders or {}, kept=apart, cached=cached, merged=merged)
     return _plan(draft)
 
@@ -131,6 +134,7 @@ def _plan(draft: Draft) -> Plan:
     kept = combining.weigh(draft) if draft.kept or combining.by_channel(draft.graph) else {}
     combining.gate_output(draft)
     _leave_out(draft)
+    alone = slashing.alone(draft)
     outputs = draft.graph.outputs
     return Plan(
         name=draft.graph.meta.name,
@@ -158,6 +162,7 @@ def _plan(draft: Draft) -> Plan:
         cached=draft.cached,
         storage=storage,
         appends=tuple(draft.appends),
+        alone=alone,
     )
 
 
@@ -166,7 +171,8 @@ def _launches(draft: Draft) -> None:
     for node in draft.graph.nodes():
         if laid.launched(draft, node) or maps.way_to(draft.graph, node.name):
             continue
-        if clustering.launched(draft, node) or descending.launched(draft, node):
+        wholes = (clustering.launched, descending.launched, slashing.launched)
+        if any(launched(draft, node) for launched in wholes):
             continue
         match node.op:
             case Permute():

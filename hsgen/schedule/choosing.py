@@ -127,6 +127,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                 *((_listed(draft, parent),) if parent else ()),
                 *((unlike.name,) if unlike else ()),
                 *sorted_keys.order(draft, node),
+                *way_of(node),
             ),
             makes=(made,),
             sizes=(
@@ -185,6 +186,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                         *((_list_of(draft, parent),) if parent else ()),
                         *(likening.flags(unlike) if unlike else ()),
                         *sorted_keys.sinks(draft, node),
+                        *(text.input_of(name) for name in way_of(node)),
                         *((f"kept_{op.level}",) if rank.sampled else ()),
                         *text.SEQ,
                         "tile_first",
@@ -200,6 +202,11 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     )
     if block:
         spread(draft, node, op, heads, block)
+
+
+def way_of(node: Node) -> tuple[str, ...]:
+    """What says which way each head takes, where some choose none."""
+    return node.inputs[-1:] if isinstance(node.op, Select) and node.op.ways else ()
 
 
 def _softmaxed(draft: Draft, node: Node) -> bool:
@@ -244,6 +251,7 @@ def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) ->
         segment=sorted_keys.segment(draft, node),
         sinks=op.sink or 0,
         kv_heads=draft.shape.kv_heads if op.sink else 0,
+        ways=(kept.ways if kept else None) or (),
     )
 
 

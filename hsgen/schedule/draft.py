@@ -304,7 +304,7 @@ class Draft:
         """Queries, keys and values, of a latent the keys are all; the ways that sequences take; biases."""
         read = ("q", *node.inputs[1 : 2 if op.latent else 3])
         ways: tuple[str, ...] = ()
-        if op.pattern and op.pattern.by_way:
+        if op.pattern and (op.pattern.by_way or op.pattern.by_head):
             ways = (text.input_of(node.inputs[3]),)
         tensors = (*(argument for name in read for argument in self.tensor(name)), *ways)
         bias = self.bias(node)

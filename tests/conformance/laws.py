@@ -120,7 +120,7 @@ def a_sequence_is_alone_in_its_batch(lab):
         assert_same_bits(name, together.selection[name][1:2], chosen, "alone")
 
 
-@check()
+@check(applies=systems.takes_selections)
 def selections_are_sets(lab):
     """-1 in any slot is ignored, a duplicate changes nothing, what does not exist is masked."""
     call = lab.make(systems.with_budgets(lab.spec(), lambda level: 8))
@@ -144,7 +144,7 @@ def _slots(chosen, width):
     return torch.nn.functional.pad(chosen, (0, width - chosen.shape[-1]), value=-1)
 
 
-@check()
+@check(applies=systems.takes_selections)
 def own_selection_given_back_changes_nothing(lab):
     """What a call selected, given to it, yields the same bits; so does what is attended, alone."""
     call = lab.make()
@@ -156,7 +156,7 @@ def own_selection_given_back_changes_nothing(lab):
         same(_without_selection(outcome), _without_selection(again), what="selection given back")
 
 
-@check()
+@check(applies=systems.takes_selections)
 def any_selection_is_attended(lab):
     """Selections that the spec would never make: with holes, with rows that are empty."""
     call = lab.make(B=2, T=lab.short)
@@ -223,12 +223,18 @@ def strides_are_honoured(lab):
 @check(
     applies=lambda spec: (
         not (any(_has_tail(level) for level in spec.levels) or any(map(_one_way, spec.attend)))
+        and not any(map(_goes_back, spec.levels))
     )
 )
 def non_causal_specs_see_both_sides(lab):
     """The same spec without causality, with a last block that is short."""
     for T in (lab.T, lab.T + 3):
         lab.checked(lab.make(lab.spec(causal=False), T=T))
+
+
+def _goes_back(level):
+    """Whether entries are counted back from a row's own."""
+    return isinstance(level.partition, language.Diagonals)
 
 
 def _one_way(branch):
@@ -259,7 +265,8 @@ def uncounted_entries_come_on_top(lab):
     levels = []
     for level in spec.levels:
         if level.select and not isinstance(level.partition, language.LearnedTree):
-            last = 0 if _has_tail(level) else 2  # a tail takes the last entry already
+            near = _has_tail(level) or _goes_back(level)  # which the last entries are
+            last = 0 if near else 2
             changes = {"first": 1, "last": last, "counted": False}
             force = level.select.force.model_copy(update=changes)
             select = level.select.model_copy(update={"force": force})

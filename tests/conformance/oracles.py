@@ -259,6 +259,9 @@ def selection_findings(call, outcome, exact):
         indices = outcome.selection[level.name]
         name = level.name
         state = (exact.scores[name], exact.candidates[name], exact.forced[name])
+        if level.when:  # heads on other ways choose none
+            way = _on_way(call, level.when)[:, None]
+            state = (state[0], state[1] & way, state[2] & way)
         width, kept = systems.slots(call.spec, level, call.keys), None
         if _by_mass(level.select):  # see below
             kept = (indices >= 0).sum(-1)
@@ -285,6 +288,13 @@ def selection_findings(call, outcome, exact):
             if level.select.threshold:
                 found += threshold_findings(level, indices, *state, bounds[name])
     return found
+
+
+def _on_way(call, when):
+    """The heads that the caller's route sends one way.  -> bool[Hq]"""
+    names = call.spec.route.input
+    ways = [names[n] if 0 <= n < len(names) else None for n in call.tensors["route"].tolist()]
+    return torch.tensor([way == when for way in ways], device=call.device)
 
 
 def _sides(call, level, scores, candidates, forced):

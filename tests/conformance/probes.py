@@ -67,7 +67,7 @@ def future_has_no_influence(lab):
         _same_but_for_order(before, after, rows=slice(0, last + 1), what=f"tokens after {last}")
 
 
-@check(applies=lambda spec: bool(_private_branches(spec)))
+@check(applies=lambda spec: systems.takes_selections(spec) and bool(_private_branches(spec)))
 def unselected_blocks_have_no_influence(lab):
     """Huge keys and values in entries that no row selects change no bit.
 

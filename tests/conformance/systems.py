@@ -30,7 +30,6 @@ EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 REFUSED: dict[str, str] = {
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
     "s2o": "no kernel selects by early_stop yet",
-    "minference": "no kernel takes a route by head yet",
     "flex_prefill": "no kernel takes a route by sample_head yet",
     "dhsa": "level chunk: no kernel cuts keys into runs yet",
     "routing_transformer": "no kernel takes a route by head yet",
@@ -110,6 +109,7 @@ ALIKE: dict[str, str] = {
     "gna": "nsa",  # likewise
     "svg2": "block_lists",  # but for clusters, which test_clusters has beside
     "svg_ear": "block_lists",  # likewise
+    "minference": "block_lists",  # but for columns and diagonals, which test_slashes has beside
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
@@ -361,6 +361,12 @@ def _whole(select):
 def selecting(spec):
     """Levels that select, in order."""
     return [level for level in spec.levels if level.select]
+
+
+def takes_selections(spec):
+    """Whether calls may bring a selection: not where rows share one list, in whose place none is taken."""
+    shared = {level.name for level in selecting(spec) if level.query and level.query.last}
+    return not shared & {branch.over for branch in spec.attend}
 
 
 def selection_heads(spec, level):

@@ -1,0 +1,1 @@
+"""Kernels of minference, emitted by hsgen."""
