@@ -96,14 +96,20 @@ class RowTiles:
     def score(self, context: rows.RowsContext) -> Config:
         """As for attending, but with no output to hold there is room for more rows.
 
-        With the keys first, a warpgroup's 64 keys meet all rows of the tile: four warps do, but where
-        rows are loaded again for each key head, whose addresses fill the registers.
+        With the keys first, a warpgroup's 64 keys meet all rows of the tile: four warps do.  Where rows are
+        loaded again for each key head, their addresses fill the registers, so that there are fewer.
         """
         dims = sum(c.width for c in context.qk_chunks)
         limit = wide = 64
+        if (
+            context.by_parts
+        ):  # a video has some hundred tiles: few rows a program, for many programs
+            return self._fit(context, 16, 64, 3, dims)
         if context.keys_first and self._bytes == 2 and not context.children:
+            if context.across:
+                return self._fit(context, max(1, 64 // context.pitch), wide, 3, dims)
             config = self._fit(context, max(1, 128 // context.pitch), wide, 2, dims)
-            return replace(config, num_warps=8 if context.across else 4)
+            return replace(config, num_warps=4)
         if self._bytes == 4:
             # tensor memory would be filled from registers, three times over
             limit = 32 if self.target.tensor_columns else 64
@@ -249,16 +255,23 @@ def turning(dim: int) -> Config:
 
 
 def rank(
-    slots: int, stride: int, tokens: int, *, grouped: bool, chunked: bool = False, kept: int = 0
+    slots: int,
+    stride: int,
+    tokens: int,
+    *,
+    grouped: bool,
+    chunked: bool = False,
+    kept: int = 0,
+    wide: bool = False,
 ) -> Config:
     """Scores of a row in registers, for up to 128K tokens; longer rows are read in each pass.
 
     Every pass ends in a sum over the row: within one warp that is cheap, between warps it waits.
     `grouped`: passes see few keys of a long row, `chunked`: which few registers hold.  `kept`: of a row
-    that a sample tells about.
+    that a sample tells about; `wide`: by many warps.
     """
     if kept:
-        return _sampled(kept)
+        return replace(_sampled(kept), num_warps=8) if wide else _sampled(kept)
     longest = slots or LONG_TEXT // stride
     width = max(64, min(MOST_HELD if slots or chunked else 2048, next_power(longest)))
     values = (("BLOCK_R", max(1, min(tokens, 256 // width))), ("BLOCK_N", width))

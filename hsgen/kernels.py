@@ -152,6 +152,8 @@ class RankContext:
     joined: int = 0  # > 0: entries that a row has in a list of so many are forced
     joined_group: int = 1  # heads that have one such list
     ways: tuple[int, ...] = ()  # numbers of a route that a head must have to choose any
+    wide: bool = False  # many rows of many key heads choose
+    few: bool = False  # entries of most rows fit in registers, of which a row has some hundred
     how: Literal["best"] = "best"
 
     @property
@@ -229,9 +231,17 @@ class RankContext:
         return plain and not self.group and beyond
 
     @property
+    def paired(self) -> bool:
+        """Whether a key is copied with its entry, and many warps have half of a row's room a pass."""
+        return self.wide and self.sampled
+
+    @property
     def narrowed(self) -> bool:
-        """Whether the keys of a step's row say where to seek: passes, of several warps, take longer."""
-        return self.alike and not self.children
+        """Whether the keys of a step's row say where to seek: passes, of several warps, take longer.
+
+        So they do where rows are short, since a processor has room for more of them then.
+        """
+        return (self.alike or self.few) and not self.children
 
     @property
     def reread(self) -> bool:

@@ -247,6 +247,8 @@ class RowsContext(InTurn):
     rows_together: int = 0  # of a block
     turn: Turn | None = None  # of a branch that is one of several
     split: bool = False  # a program walks a share of the keys, and leaves a part of each softmax
+    by_parts: bool = False  # queries in float32 meet keys of 16 bits in parts of as many
+    by_shares: bool = False  # so do programs of a tile of many rows, which are scored
     page: int = 0  # > 0: keys lie in pages of so many tokens
     scale: str = ""  # of logits, in a gradient
     adds: bool = False  # to the gradient of other branches
@@ -327,6 +329,8 @@ class RowsContext(InTurn):
 
         A program of a list that is gathered has a row of such a tile.
         """
+        if self.by_shares:
+            return False
         return self.split and (self.one_token or not (self.children or self.parts))
 
     @property
@@ -688,6 +692,11 @@ def with_split(context: RowsContext) -> RowsContext:
     )
 
 
+def with_shares(context: RowsContext) -> RowsContext:
+    """The same scores of a tile of many rows: few tiles fill a scratch, so programs share a tile's keys."""
+    return replace(with_split(context), by_shares=True)
+
+
 WORKER = ("worker = tl.program_id(2)", "workers = tl.num_programs(2)")  # of those that share a row
 PARTS = {
     "O": pointer("O", "f32", "f32[Hq, items, Dv] parts of each row's output"),
@@ -1017,12 +1026,14 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
 
 
 def attend_picked(
-    shape: Shape, *, name: str, scale: float, share: str, alone: bool = False
+    shape: Shape, *, name: str, scale: float, share: str, alone: bool = False, whole: bool = False
 ) -> RowsContext:
     """One softmax over the tokens that a tile's rows chose, each gathered once.
 
-    `alone`: in all tiles, by loops; else in a stream, which leaves out tiles whose union is dear.
+    `alone`: in all tiles, by loops; else in a stream, which leaves out tiles whose union is dear, unless
+    `whole` says that nobody else takes these.
     """
+    every = alone or whole
     heads = heads_of(shape, per_head=share == "Hq")
     of_token, program = rows_a_token(heads), program_of(heads)
     list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
@@ -1033,7 +1044,7 @@ def attend_picked(
         params=(
             *QUERY,
             *keys_and_values(shape),
-            pointer("COUNTS", "i32", "[tiles, H] tokens" + ("" if alone else "; -1: none")),
+            pointer("COUNTS", "i32", "[tiles, H] tokens" + ("" if every else "; -1: none")),
             pointer("ENTRIES", "i32", "[tiles, H, capacity] tokens"),
             pointer("MEMBERS", "i32", "[tiles, H, capacity] rows as bits"),
             count("capacity", "tokens of the longest sequence"),
@@ -1049,7 +1060,7 @@ def attend_picked(
         setup=(
             f"list_row = {program}.to(tl.int64) * {list_heads}{own}",
             "picked = tl.load(COUNTS + list_row)",
-            *(() if alone else ("if picked < 0:", "    return")),
+            *(() if every else ("if picked < 0:", "    return")),
             "list_base = list_row * capacity",
             f"own_bit = 1 << tl.minimum(rows // {of_token}, BLOCK_T - 1)",
         ),

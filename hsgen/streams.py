@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hsgen.plan import Config, Kernel, Launch, Param
-from hsgen.rows import BLOCKS, Chunk, Kept, Phase, RowsContext, Warped
+from hsgen.rows import BLOCKS, WORKER, Chunk, Kept, Phase, RowsContext, Warped
 from hsgen.target import Target
 
 GROUPS = 2  # of four warps, which share a tile's rows
@@ -166,7 +166,7 @@ class StreamsContext(Warped):
     @property
     def stream_setup(self) -> tuple[str, ...]:
         """What the stream must know: which tiles, but nothing of rows."""
-        known = [self._of_program(line) for line in _later(self.rows)]
+        known = [self._of_program(line) for line in self._later]
         if self.latent:
             return tuple(known)
         phases = () if self.rows.children else self.rows.phases
@@ -188,11 +188,16 @@ class StreamsContext(Warped):
 
     @property
     def setup(self) -> tuple[str, ...]:
-        lines = (self._of_group(self._of_program(line)) for line in _later(self.rows))
+        lines = (self._of_group(self._of_program(line)) for line in self._later)
         if self.rows.children:  # a list ends where it says so
             lines = (line for line in lines if not line.startswith("parents = "))
         first = f"tokens = GROUP * (HALF // {self.rows.pitch}) + token_at("
         return tuple(line.replace("tokens = token_at(", first) for line in lines)
+
+    @property
+    def _later(self) -> tuple[str, ...]:
+        """Setup but for what an item says: whether the tile is another kernel's, which share it is."""
+        return tuple(line for line in _later(self.rows) if line not in WORKER)
 
     @property
     def present(self) -> str:
@@ -281,11 +286,11 @@ class StreamsContext(Warped):
             lines += [text for p in self.rows.phases for text in (p.start, p.stop, p.inside)]
         return any(name in _words(line) for line in lines)
 
-    @staticmethod
-    def _of_program(line: str) -> str:
+    def _of_program(self, line: str) -> str:
+        of_heads = "items // tiles // workers" if self.rows.by_shares else "items // tiles"
         for rows, streams in (
             ("tl.program_id(0)", "program"),
-            ("tl.num_programs(1)", "(items // tiles)"),
+            ("tl.num_programs(1)", f"({of_heads})"),
             ("tl.arange", "gl.arange"),
         ):
             line = line.replace(rows, streams)
@@ -529,8 +534,14 @@ def streamed(context: RowsContext) -> StreamsContext:
             comment="1: each sequence has keys of its own; 0: all lie in one",
         ),
         Param(name="tiles", kind="count", comment="of a head"),
-        Param(name="items", kind="count", comment="tiles of all heads"),
+        Param(
+            name="items",
+            kind="count",
+            comment="shares of tiles of all heads" if context.by_shares else "tiles of all heads",
+        ),
     )
+    if context.by_shares:
+        counts += (Param(name="workers", kind="count", comment="shares of a tile's keys"),)
     tunables = [p for p in context.params if p.kind == "constexpr"] if context.latent else BLOCKS
     deep = Param(name="STAGES", kind="constexpr", comment="steps that are in flight")
     counts = counts[1:] if plain else counts
@@ -602,7 +613,7 @@ def of_tiles(kernel: Kernel, leader: Config | None = None) -> Kernel:
 
 def launch(launch: Launch, context: StreamsContext, leader: str) -> Launch:
     """The same launch by one program a processor, each for one tile after another; tiles are the leader's."""
-    tiles_, heads = launch.grid
+    tiles_, heads, *workers = launch.grid
     tiles_ = tiles_.replace("{BLOCK_T}", f'config["{leader}"]["BLOCK_T"]')
     names = [p.name for p in context.rows.params if p.kind != "constexpr"]
     given = dict(zip(names, launch.arguments, strict=True))
@@ -617,7 +628,9 @@ def launch(launch: Launch, context: StreamsContext, leader: str) -> Launch:
         elif param.name == "tiles":
             made.append(tiles_)
         elif param.name == "items":
-            made.append(f"({tiles_}) * {heads}")
+            made.append(" * ".join((f"({tiles_})", heads, *workers)))
+        elif param.name == "workers":
+            made += workers
         elif param.kind != "constexpr":
             made.append(given[param.name])
     return replace(launch, grid=("batch.processors",), arguments=tuple(made))

@@ -354,10 +354,28 @@ def test_sampled(tmp_path, device, seed, kind, block_r):
     check(tmp_path, device, seed, c, sequences, kind, block_t=2, block_r=block_r, block_n=128)
 
 
-@pytest.mark.parametrize("kind", ["real", "alike", "two"])
-def test_sampled_around_edges(tmp_path, device, seed, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_by_many_warps(tmp_path, device, seed, kind):
+    """The same where passes have half of what a program holds at once, and copies are pairs."""
+    c = context(heads=2, k=96, width=96, size=1, stride=1, wide=True)
+    assert c.sampled
+    sequences = Sequences(q_lens=(2, 1), k_lens=(700, 301))
+    check(tmp_path, device, seed, c, sequences, kind, block_t=2, block_r=1, block_n=128)
+
+
+@pytest.mark.parametrize("kind", ["real", "plateau", "special", "bits"])
+def test_few_entries(tmp_path, device, seed, kind):
+    """Rows of a video's tiles: their keys are read again to be placed, and longer rows in steps."""
+    c = context(k=6, width=6, size=1, stride=1, causal=False, short=True, few=True)
+    assert c.narrowed
+    sequences = Sequences(q_lens=(3, 2), k_lens=(61, 150))
+    check(tmp_path, device, seed, c, sequences, kind, block_t=1, block_r=1, block_n=64)
+
+
+@pytest.mark.parametrize(("kind", "wide"), covering(["real", "alike", "two"], [False, True]))
+def test_sampled_around_edges(tmp_path, device, seed, kind, *, wide):
     """Lengths around the widths in registers, the steps, the room and what is kept."""
-    c = context(k=96, width=96, size=1, stride=1)
+    c = context(k=96, width=96, size=1, stride=1, wide=wide)
     sequences = Sequences(q_lens=(1,) * len(EDGES), k_lens=EDGES, packed=True)
     check(tmp_path, device, seed, c, sequences, kind, block_t=1, block_r=1, block_n=128)
 
@@ -379,13 +397,16 @@ def test_sampled_entries_that_are_not_tokens(tmp_path, device, seed, kind):
 
 
 @pytest.mark.parametrize(
-    ("k", "last", "block_n"),
-    covering([(96, 2, 128), (100, 1, 128), (2048, 1, 1024), (2048, 1, 4096)]),
+    ("k", "last", "block_n", "wide"),
+    [
+        *covering([(96, 2, 128, False), (100, 1, 128, False), (2048, 1, 1024, False)]),
+        *covering([(96, 2, 128, True), (2048, 1, 4096, False), (100, 1, 128, True)]),
+    ],
 )
-def test_sampled_compiles_with_room_and_without(tmp_path, monkeypatch, k, last, block_n):
+def test_sampled_compiles_with_room_and_without(tmp_path, monkeypatch, k, last, block_n, *, wide):
     """Triton compiles no branch that it knows not to be taken, which the interpreter does not see."""
     monkeypatch.setenv("HSGEN_CACHE_DIR", str(tmp_path))
-    c = context(k=k, width=k, size=1, stride=1, last=last)
+    c = context(k=k, width=k, size=1, stride=1, last=last, wide=wide)
     assert c.sampled
     constexprs = (("BLOCK_T", 2), ("BLOCK_R", 2), ("BLOCK_N", block_n))
     config = Config(constexprs=constexprs, num_warps=4, num_stages=3)

@@ -30,6 +30,8 @@ from hsgen.rows import Entries
 from hsgen.schedule import laid, likening, sorted_keys, text
 from hsgen.schedule.draft import Draft
 
+LEAST_STEPS = 8  # of a share of the longest row's keys
+
 
 def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     """Score into a bounded scratch and rank it, chunk of rows by chunk of rows.
@@ -72,6 +74,8 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         parent_group=parent_group,
         carried=context.folded if planes > 1 else "",
         alike=context.alike,
+        wide=isinstance(context, rows.RowsContext) and context.by_shares,
+        few=draft.tiling is not None and not (scorer.parts > 1 or left),
         fours=_by_fours(context),
         summed=draft.shape.group if left else 0,
         planes=left.planes if left else 0,
@@ -90,6 +94,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         grouped=grouped,
         chunked=rank.chunked,
         kept=rank.kept,
+        wide=rank.paired,
     )
     if rank.softmax:
         ranks = configs.rank_by_mass(op.stride)
@@ -145,11 +150,15 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
                     f"bytes_{op.level}",
                     f"{_row_bytes(rank, op.level, planes * scorer.parts)} * {block_t}",
                 ),
-                *chunk_of(
-                    draft,
-                    op.level,
-                    programs if "STAGES" in dict(config.constexprs) else 0,
-                    children=bool(context.children),
+                *(
+                    _chunk_of_shares(draft, op.level, heads, int(held))
+                    if isinstance(context, rows.RowsContext) and context.by_shares
+                    else chunk_of(
+                        draft,
+                        op.level,
+                        programs if "STAGES" in dict(config.constexprs) else 0,
+                        children=bool(context.children),
+                    )
                 ),
                 *scorer.by_shares,
             ),
@@ -478,9 +487,14 @@ def _scorer(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> _Sc
         shares = (by_shares[-1][0],)
     tiling = draft.row_tiles_of_blocks if block else draft.row_tiles
     tiles = tiling.step if shares else tiling.score if block else draft.score_tiles
+    config = tiles(context)
+    if context.by_shares:
+        assert isinstance(score, Score)
+        by_shares = _shares_of_tiles(context, score.level, programs)
+        shares = (by_shares[-1][0],)
     return _Scorer(
         context=context,
-        config=tiles(context),
+        config=config,
         programs=programs,
         shares=shares,
         by_shares=by_shares,
@@ -528,12 +542,24 @@ def _list_of(draft: Draft, parent: Node) -> str:
 def _walk(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> rows.RowsContext:
     """The loops of the scores, as those of a step share them."""
     context = _score_context(draft, node, chain, parent)
+    if draft.tiling is not None and not (context.keys_first or context.children):
+        context = replace(context, by_parts=True)
     if draft.pool_of(chain.score.inputs[1]) is None:
         context = rows.with_pages(context, draft.page)
     if not draft.steps_alone:
-        return context
+        return rows.with_shares(context) if _fills_scratch(draft, node, context, chain) else context
     context = rows.with_split(context)
     return rows.with_fours(context) if _by_fours(context) else context
+
+
+def _fills_scratch(draft: Draft, node: Node, context: rows.RowsContext, chain: _Chain) -> bool:
+    """Whether tiles of rows leave so many scores that a scratch has few: masses of tokens, by key head."""
+    score = chain.score.op
+    assert isinstance(score, Score)
+    if draft.cached is not None or chain.lse is None:
+        return False
+    alone = not (context.across or context.folded or context.children or draft.block(node))
+    return alone and score.stride == 1 and draft.size(node.type.dims[2]) == draft.shape.kv_heads > 1
 
 
 def _by_fours(context: rows.RowsContext | HalvedContext) -> bool:
@@ -615,6 +641,23 @@ def chunk_of(
     )
 
 
+def _chunk_of_shares(
+    draft: Draft, level: str, heads: int, width: int
+) -> tuple[tuple[str, str], ...]:
+    """How many tiles of rows a scratch holds whose shares of keys fill the processors.
+
+    A call has an eighth of the bytes of queries, outputs and lists, at least three sixteenths of a scratch
+    and at most two: turns that end with few programs cost more than what the cache does not hold.
+    """
+    bytes_, short, scratch = f"bytes_{level}", f"short_{level}", f"scratch_{level}"
+    part = (draft.held + 4 * heads * width) // 8
+    return (
+        (short, f"max(3 * SCRATCH_BYTES // 16, batch.rows * {part})"),
+        (scratch, f"min(2 * SCRATCH_BYTES, {short})"),
+        (f"chunk_{level}", f"min(tiles_{level}, max(1, {scratch} // {bytes_}))"),
+    )
+
+
 def _shares(
     draft: Draft, context: rows.RowsContext, chain: _Chain, parent: Node | None, heads: int
 ) -> tuple[tuple[str, str], ...]:
@@ -629,6 +672,23 @@ def _shares(
     long = f"({splits.SCORED} * SHARE_KEYS)"
     return splits.shares(
         context.name, sms=sms, rows_of="batch.sequences", heads=heads, keys=keys, long=long
+    )
+
+
+def _shares_of_tiles(
+    context: rows.RowsContext, level: str, heads: int
+) -> tuple[tuple[str, str], ...]:
+    """The sizes that say how many programs share the entries of a tile of rows; the last is how many.
+
+    As many as keep all processors busy in two rounds of a turn, but no share has less than some steps.
+    """
+    step = f"step_{level}"
+    return (
+        (step, f'config["{context.name}"]["BLOCK_N"]'),
+        (f"there_{level}", f"chunk_{level} * {heads}"),
+        (f"steps_{level}", f"(batch.keys + {step} - 1) // {step}"),
+        (f"fills_{level}", f"(2 * batch.processors + there_{level} - 1) // there_{level}"),
+        (f"shares_{level}", f"max(1, min(fills_{level}, steps_{level} // {LEAST_STEPS}))"),
     )
 
 

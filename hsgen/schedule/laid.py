@@ -311,7 +311,7 @@ def means(
         wide=wide,
         group=group,
     )
-    draft.kernel("segments", context, of_tile(tiling, dim), *operators)
+    draft.kernel("segments", context, of_means(tiling, dim), *operators)
     shape = (str(heads), str(dim))
     number = f"{'blocks' if of_rows else 'count'}_{text.safe(pooled)}"
     tiles = together.blocks_of(tiling.slots) if of_rows else "key_tiles"
@@ -354,6 +354,12 @@ def of_all_heads(draft: Draft, queries: Node) -> bool:
 def of_tile(tiling: axes.Tiling, dim: int) -> Config:
     """A program that has a tile of one head."""
     warps = max(1, min(8, next_power(tiling.slots) * next_power(dim) // 2048))
+    return Config(constexprs=(), num_warps=warps, num_stages=1)
+
+
+def of_means(tiling: axes.Tiling, dim: int) -> Config:
+    """The same where only a mean is left: what several warps had would be added up by way of memory."""
+    warps = max(1, of_tile(tiling, dim).num_warps // 4)
     return Config(constexprs=(), num_warps=warps, num_stages=1)
 
 

@@ -327,8 +327,7 @@ def index_blocks(draft: Draft, node: Node, op: Attend, found: ByTiles) -> Lists:
     words = f"({block_t} + 31) // 32"
     chosen = text.buffer(selection.name)
     lists = (f"counts_{op.branch}", f"entries_{op.branch}", f"words_{op.branch}")
-    given = (chosen, f"0 if batch.packed else {chosen}.stride(0)")
-    given += tuple(f"{chosen}.stride({dim})" for dim in (1, 2, 3))
+    given = _strided(chosen)
     sizes = [(tiles, f"batch.rows // {block_t} + batch.sequences")]
     buffers = (
         Buffer(name=f"counts_{op.branch}", dtype="i32", dims=(*dims, "2"), role="list"),
@@ -367,7 +366,10 @@ def index_blocks(draft: Draft, node: Node, op: Attend, found: ByTiles) -> Lists:
 
 
 def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
-    """Tokens of a selection: by tile over the union of blocks, or by row where that is dear."""
+    """Tokens of a selection: by tile over the union of blocks, or by row where that is dear.
+
+    A caller's lists are in no order: where words say who chose what, they are walked as they lie, by tile.
+    """
     scale = op.scale if op.scale is not None else 1.0
     name, gather = f"attend_{op.branch}", f"gather_{op.branch}"
     shape, selection = draft.shape_of(op), draft.graph[node.inputs[3]]
@@ -377,8 +379,10 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
         attend_gathered(draft, node, op)
         return
     chosen = text.buffer(selection.name)
-    union = rows.attend_picked(shape, name=name, scale=scale, share=share)
+    taken = isinstance(selection.op, Recall)  # a caller's, in any order
+    union = rows.attend_picked(shape, name=name, scale=scale, share=share, whole=taken)
     picked = draft.picks(as_branch(draft, union, node, op))
+    alone = picked and taken
     if not picked:
         union = rows.attend_marked(shape, name=name, scale=scale, share=share)
     by_row = rows.attend_tokens(shape, name=gather, scale=scale, width=width, share=share)
@@ -392,16 +396,20 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
         width=width,
         causal=draft.shape.causal,
         how="picked" if picked else "marks",
+        alone=alone,
     )
+    dear = () if alone else (("DEAR", 2),)
+    given = _strided(chosen) if alone else (chosen,)
     step = max(16, 4096 // config["BLOCK_T"])
     marking = Config(
-        constexprs=(("BLOCK_K", min(step, next_power(width))), ("BLOCK_N", step), ("DEAR", 2)),
+        constexprs=(("BLOCK_K", min(step, next_power(width))), ("BLOCK_N", step), *dear),
         num_warps=8,
         num_stages=1,
     )
     draft.kernel("index", marks, marking, node.name, follows=name)
     draft.attend(union, config, *draft.makes(node))
-    draft.kernel("rows", by_row, gathering, *draft.makes(node), follows=name, by_slot=True)
+    if not alone:
+        draft.kernel("rows", by_row, gathering, *draft.makes(node), follows=name, by_slot=True)
     block_t = f'config["{name}"]["BLOCK_T"]'
     tiles, chunk = f"tiles_{op.branch}", f"chunk_{op.branch}"
     capacity = f"capacity_{op.branch}"
@@ -428,7 +436,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
                 (short, f"max(SCRATCH_BYTES // 4, batch.rows * {draft.held // 2})"),
                 (most, room),
                 (chunk, f"min({tiles}, max(1, {most} // bytes_{op.branch}))"),
-                *text.parts(union, by_row),
+                *text.parts(union, *(() if alone else (by_row,))),
             ),
             buffers=(
                 Buffer(name=lists[0], dtype="i32", dims=(chunk, str(heads)), role="list"),
@@ -445,7 +453,7 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
                 Launch(
                     kernel=marks.name,
                     grid=("count", str(heads)),
-                    arguments=(chosen, *lists, capacity, *text.SEQ, "tile_first"),
+                    arguments=(*given, *lists, capacity, *text.SEQ, "tile_first"),
                 ),
                 draft.launch(
                     Launch(
@@ -461,23 +469,35 @@ def attend_tokens(draft: Draft, node: Node, op: Attend) -> None:
                         ),
                     )
                 ),
-                Launch(
-                    kernel=gather,
-                    grid=text.grid(shape, by_row, f"count * {block_t}"),
-                    arguments=(
-                        *tensors,
-                        chosen,
-                        lists[0],
-                        *draft.outputs(node),
-                        *draft.seq(by_row),
-                        "tile_first",
-                    ),
+                *(
+                    ()
+                    if alone
+                    else (
+                        Launch(
+                            kernel=gather,
+                            grid=text.grid(shape, by_row, f"count * {block_t}"),
+                            arguments=(
+                                *tensors,
+                                chosen,
+                                lists[0],
+                                *draft.outputs(node),
+                                *draft.seq(by_row),
+                                "tile_first",
+                            ),
+                        ),
+                    )
                 ),
             ),
             tiles=tiles,
             chunk=chunk,
         )
     )
+
+
+def _strided(chosen: str) -> tuple[str, ...]:
+    """A selection as it lies, and its strides."""
+    strides = tuple(f"{chosen}.stride({dim})" for dim in (1, 2, 3))
+    return (chosen, f"0 if batch.packed else {chosen}.stride(0)", *strides)
 
 
 def attend_gathered(draft: Draft, node: Node, op: Attend) -> None:

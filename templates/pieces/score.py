@@ -144,3 +144,24 @@ def summed_heads(logits, lse, at, mask, ROWS: tl.constexpr):
     x = tl.load(logits + at, mask=mask, other=float("-inf"))
     weight = tl.exp2(x - lse[:, None])
     return tl.sum(tl.reshape(weight, [ROWS, weight.shape[0] // ROWS, weight.shape[1]]), 1)
+
+
+@triton.jit
+def dot_parts(q, keys, s, PRECISION: tl.constexpr):
+    """s + float32 queries . keys.  q: [M, D], keys: [D, N], s: [M, N]
+
+    Beside keys of bfloat16 a query is three such numbers: their products are exact, and only the sums of
+    channels are rounded; of other keys dots are those of float32.
+    """
+    if keys.dtype == tl.bfloat16:
+        high = q.to(tl.bfloat16)
+        rest = q - high.to(tl.float32)
+        rest = tl.where(rest == rest, rest, 0.0)  # of an infinite one
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        s = tl.dot(low, keys, s, input_precision=PRECISION)
+        s = tl.dot(middle, keys, s, input_precision=PRECISION)
+        s = tl.dot(high, keys, s, input_precision=PRECISION)
+    else:
+        s = tl.dot(q, keys.to(tl.float32), s, input_precision=PRECISION)
+    return s

@@ -61,9 +61,11 @@ def tiles_of_q(
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
 ):
-    # tile: of one sequence
-    head = tl.program_id(1)
-    z, e = find_tile(SEQ, num_sequences, tl.program_id(0), 1, 64)
+    # tile: of one sequence; programs that follow each other have its heads, which lie one behind another
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tile = program // tl.num_programs(1)
+    head = program % tl.num_programs(1)
+    z, e = find_tile(SEQ, num_sequences, tile, 1, 64)
     first = tl.load(SEQ + z * 6 + 1)
     length = tl.load(SEQ + z * 6 + 2)
     if e * 64 >= length:

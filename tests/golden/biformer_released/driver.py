@@ -44,9 +44,9 @@ CONFIG = {
         "num_stages": 1,
     },
     "score_region": {
-        "BLOCK_T": 64,
-        "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_T": 16,
+        "BLOCK_M": 16,
+        "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
     },
@@ -217,7 +217,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         )
         # choose: region
         blocks_region = batch.rows // 64 + 2 * batch.sequences
-        capacity_region = max(1, batch.keys // 64 + 1)
+        capacity_region = (batch.keys // 64 + 5) // 4 * 4
         tiles_region = blocks_region // config["score_region"]["BLOCK_T"] + batch.sequences
         bytes_region = 4 * capacity_region * config["score_region"]["BLOCK_T"]
         short_region = max(3 * SCRATCH_BYTES // 16, batch.rows * 64)
@@ -780,7 +780,7 @@ def select(tensors, batch, config):
 
     # choose: region
     blocks_region = batch.rows // 64 + 2 * batch.sequences
-    capacity_region = max(1, batch.keys // 64 + 1)
+    capacity_region = (batch.keys // 64 + 5) // 4 * 4
     tiles_region = blocks_region // config["score_region"]["BLOCK_T"] + batch.sequences
     bytes_region = 4 * capacity_region * config["score_region"]["BLOCK_T"]
     short_region = max(3 * SCRATCH_BYTES // 16, batch.rows * 64)

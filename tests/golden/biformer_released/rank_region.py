@@ -77,12 +77,29 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
+def count_keys(key):
+    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
+    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
+    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
+
+
+@triton.jit
 def bisect_start(candidates, forced, k):
     """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
     few = candidates <= k
     low = tl.zeros_like(candidates) - 0x7FFFFFFF
     high = tl.where(few, low, 0x7FFFFFFF)
     return low, high, tl.where(few, candidates, forced)
+
+
+@triton.jit
+def narrow(low, high, key):
+    """The interval without what lies outside of the keys of candidates that are not forced.  -> low, high"""
+    least = tl.min(tl.where(key < -0x7FFFFFFF, 0x7FFFFFFF, key), 1)
+    greatest = tl.max(tl.where(key == 0x7FFFFFFF, -0x7FFFFFFF - 1, key), 1)
+    least = tl.maximum(tl.minimum(least, greatest), -0x7FFFFFFF)
+    done = low == high
+    return tl.where(done, low, least), tl.where(done, high, greatest + 1)
 
 
 @triton.jit
@@ -122,13 +139,6 @@ def place_keys(key, low, high, ties, above_before, ties_before):
     taken = (above + tie * (ties_through <= ties[:, None]).to(tl.int32)) > 0
     total = tl.max(both, 1)
     return taken, slot, above_before + (total & 0xFFFF), ties_before + (total >> 16)
-
-
-@triton.jit
-def count_keys(key):
-    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
-    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
-    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
 
 
 @triton.jit
@@ -192,30 +202,34 @@ def row_keys(scores, e, p, k_len):
 
 
 @triton.jit
-def keep_keys(key, columns, chosen, candidates, forced, wanted):
-    """Store the columns of the best keys, ascending.  key, columns: [R, N] -> [R] of them kept"""
+def keep_best(scores, n, chosen, p, k_len, WIDTH: tl.constexpr):
+    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept
+
+    Their places are found with few keys in registers, so that a processor has room for more rows.
+    """
+    STEP: tl.constexpr = min(WIDTH, max(WIDTH // 4, 256))
+    key = row_keys(scores, tl.arange(0, WIDTH)[None, :], p, k_len)
+    candidates, forced = count_keys(key)
+    wanted = 4
     low, high, above = bisect_start(candidates, forced, wanted)
+    low, high = narrow(low, high, key)
     middle = bisect_middle(low, high)
     while tl.max((middle != low).to(tl.int32), 0) > 0:
         count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
         low, high, above = bisect_step(low, high, above, middle, count, wanted)
         middle = bisect_middle(low, high)
     ties = missing_ties(low, high, above, wanted)
-    none = tl.zeros_like(above)
-    taken, slot, _, _ = place_keys(key, low, high, ties, none, none)
-    entry = columns
-    tl.store(chosen + slot, entry, mask=taken & (slot < 4))
+    columns = tl.arange(0, STEP)[None, :]
+    above_before = tl.zeros_like(above)
+    ties_before = tl.zeros_like(above)
+    for start in range(0, n, STEP):
+        again = row_keys(scores, start + columns, p, k_len)
+        taken, slot, above_before, ties_before = place_keys(
+            again, low, high, ties, above_before, ties_before
+        )
+        entry = start + columns
+        tl.store(chosen + slot, entry, mask=taken & (slot < 4))
     return above + ties
-
-
-@triton.jit
-def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
-    """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
-    columns = tl.arange(0, WIDTH)[None, :]
-    key = row_keys(scores, columns, p, k_len)
-    candidates, forced = count_keys(key)
-    wanted = 4
-    return keep_keys(key, columns, chosen, candidates, forced, wanted)
 
 
 @triton.jit
@@ -225,12 +239,13 @@ def keep_long(scores, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
     Every pass reads the scores again, chunk by chunk, so it settles two steps of the bisection.
     """
     BLOCK_R: tl.constexpr = p.shape[0]
-    columns = tl.arange(0, BLOCK_N)[None, :]
+    STEP: tl.constexpr = max(BLOCK_N // 4, 2)  # a key has three counts, in a group it had none
+    columns = tl.arange(0, STEP)[None, :]
     above_before = tl.zeros([BLOCK_R], tl.int32)
     ties_before = tl.zeros([BLOCK_R], tl.int32)
     candidates = tl.zeros([BLOCK_R], tl.int32)
     forced = tl.zeros([BLOCK_R], tl.int32)
-    for start in range(0, n, BLOCK_N):
+    for start in range(0, n, STEP):
         key = row_keys(scores, start + columns, p, k_len)
         more_candidates, more_forced = count_keys(key)
         candidates += more_candidates
@@ -239,10 +254,10 @@ def keep_long(scores, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
     low, high, above = bisect_start(candidates, forced, wanted)
     first_quarter, middle, last_quarter = quarters(low, high)
     while tl.max((middle != low).to(tl.int32), 0) > 0:
-        a = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-        b = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-        c = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
-        for start in range(0, n, BLOCK_N):
+        a = tl.zeros([BLOCK_R, STEP], tl.int32)
+        b = tl.zeros([BLOCK_R, STEP], tl.int32)
+        c = tl.zeros([BLOCK_R, STEP], tl.int32)
+        for start in range(0, n, STEP):
             key = row_keys(scores, start + columns, p, k_len)
             a += (key >= first_quarter[:, None]).to(tl.int32)
             b += (key >= middle[:, None]).to(tl.int32)
@@ -251,7 +266,7 @@ def keep_long(scores, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
         low, high, above = quarter_step(low, high, above, first_quarter, middle, a, b, c, wanted)
         first_quarter, middle, last_quarter = quarters(low, high)
     ties = missing_ties(low, high, above, wanted)
-    for start in range(0, n, BLOCK_N):
+    for start in range(0, n, STEP):
         key = row_keys(scores, start + columns, p, k_len)
         taken, slot, above_before, ties_before = place_keys(
             key, low, high, ties, above_before, ties_before
@@ -291,19 +306,20 @@ def rank_region(
     live = t0 + rows < q_len
     k_len = tl.where(live, tl.load(SEQ + z * 6 + 5), 0)
     p = q_offset + t0 + rows
+    capacity = capacity // 4 * 4  # which it is: so four neighbours of a row go to one thread
     scores = SCORES + ((first + rows).to(tl.int64) * 1 + head) * capacity
     row = (q_start + t0 + rows).to(tl.int64)
     chosen = SELECTION + (row * 1 + head) * 4
     n = tl.max(begun_limit(p, k_len, 64, 64, 64, False, True))
     # select: the keys stay in registers, the fewest that hold all of a row
     if n <= max(BLOCK_N // 8, 2):
-        total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 8, 2))
+        total = keep_best(scores, n, chosen, p, k_len, max(BLOCK_N // 8, 2))
     elif n <= max(BLOCK_N // 4, 2):
-        total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 4, 2))
+        total = keep_best(scores, n, chosen, p, k_len, max(BLOCK_N // 4, 2))
     elif n <= max(BLOCK_N // 2, 2):
-        total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 2, 2))
+        total = keep_best(scores, n, chosen, p, k_len, max(BLOCK_N // 2, 2))
     elif n <= BLOCK_N:
-        total = keep_best(scores, chosen, p, k_len, BLOCK_N)
+        total = keep_best(scores, n, chosen, p, k_len, BLOCK_N)
     else:
         total = keep_long(scores, chosen, p, k_len, n, BLOCK_N)
     # store: -1 after the last one

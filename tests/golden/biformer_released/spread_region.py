@@ -46,9 +46,10 @@ def spread_region(
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_N: tl.constexpr,  # entries a step
 ):
-    # rows
-    head = tl.program_id(1)
-    z, t0 = find_sequence(SEQ, num_sequences, tl.program_id(0), BLOCK_T, 0, 1)
+    # rows; programs that follow each other have the heads of some, whose lists lie one behind another
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    head = program % 1
+    z, t0 = find_sequence(SEQ, num_sequences, program // 1, BLOCK_T, 0, 1)
     q_first = tl.load(SEQ + z * 6 + 1)
     q_len = tl.load(SEQ + z * 6 + 2)
     q_offset = tl.load(SEQ + z * 6 + 3)

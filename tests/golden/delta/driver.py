@@ -25,11 +25,11 @@ CONFIG = {
         "num_stages": 3,
     },
     "score_page": {
-        "BLOCK_T": 32,
-        "BLOCK_M": 128,
+        "BLOCK_T": 16,
+        "BLOCK_M": 64,
         "BLOCK_N": 64,
-        "num_warps": 8,
-        "num_stages": 2,
+        "num_warps": 4,
+        "num_stages": 3,
     },
     "rank_page": {
         "BLOCK_R": 1,

@@ -36,17 +36,17 @@ CONFIG = {
         "num_stages": 1,
     },
     "tiles_of_k": {
-        "num_warps": 8,
+        "num_warps": 2,
         "num_stages": 1,
     },
     "tiles_of_q": {
-        "num_warps": 8,
+        "num_warps": 2,
         "num_stages": 1,
     },
     "score_box": {
-        "BLOCK_T": 64,
-        "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_T": 16,
+        "BLOCK_M": 16,
+        "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
     },
@@ -220,7 +220,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         entries_box = (batch.keys + 127) // 128
         part_box = (entries_box * 107374182 + 1073741823) // 1073741824
         width_box = max(1, min(entries_box, max(part_box, 0)))
-        capacity_box = max(1, batch.keys // 128 + 1)
+        capacity_box = (batch.keys // 128 + 5) // 4 * 4
         tiles_box = blocks_box // config["score_box"]["BLOCK_T"] + batch.sequences
         bytes_box = 96 * capacity_box * config["score_box"]["BLOCK_T"]
         short_box = max(3 * SCRATCH_BYTES // 16, batch.rows * 3072)
@@ -787,7 +787,7 @@ def select(tensors, batch, config):
     entries_box = (batch.keys + 127) // 128
     part_box = (entries_box * 107374182 + 1073741823) // 1073741824
     width_box = max(1, min(entries_box, max(part_box, 0)))
-    capacity_box = max(1, batch.keys // 128 + 1)
+    capacity_box = (batch.keys // 128 + 5) // 4 * 4
     tiles_box = blocks_box // config["score_box"]["BLOCK_T"] + batch.sequences
     bytes_box = 96 * capacity_box * config["score_box"]["BLOCK_T"]
     short_box = max(3 * SCRATCH_BYTES // 16, batch.rows * 3072)

@@ -83,6 +83,27 @@ def load_tile_masked(base, rows, mask, stride, OFFSET: tl.constexpr, WIDTH: tl.c
     return tl.load(address, mask=mask[:, None], other=0.0)
 
 
+@triton.jit
+def dot_parts(q, keys, s, PRECISION: tl.constexpr):
+    """s + float32 queries . keys.  q: [M, D], keys: [D, N], s: [M, N]
+
+    Beside keys of bfloat16 a query is three such numbers: their products are exact, and only the sums of
+    channels are rounded; of other keys dots are those of float32.
+    """
+    if keys.dtype == tl.bfloat16:
+        high = q.to(tl.bfloat16)
+        rest = q - high.to(tl.float32)
+        rest = tl.where(rest == rest, rest, 0.0)  # of an infinite one
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        s = tl.dot(low, keys, s, input_precision=PRECISION)
+        s = tl.dot(middle, keys, s, input_precision=PRECISION)
+        s = tl.dot(high, keys, s, input_precision=PRECISION)
+    else:
+        s = tl.dot(q, keys.to(tl.float32), s, input_precision=PRECISION)
+    return s
+
+
 @triton.jit(do_not_specialize=["capacity", "num_sequences", "tile_first"])
 def score_box(
     Q,  # f32[1, blocks, Hq, Dqk]
@@ -136,7 +157,7 @@ def score_box(
         n = n0 + tl.arange(0, BLOCK_N)
         inside = n < stop
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-        s = tl.dot(q0, tl.trans(k0.to(tl.float32)), input_precision="tf32x3")
+        s = dot_parts(q0, tl.trans(k0), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), "tf32x3")
         value = s * 0.08838834764831843
         address = SCORES + score_row[:, None] * capacity + n[None, :]
         written = score_alive[:, None] & (inside)[None, :]

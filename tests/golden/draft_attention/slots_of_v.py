@@ -52,10 +52,12 @@ def slots_of_v(
     num_sequences,  # Z
     head_first,  # the turn's first head
 ):
-    # tile: of one sequence
-    turn_head = tl.program_id(1)
+    # tile: of one sequence; programs that follow each other have its heads, which lie one behind another
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tile = program // tl.num_programs(1)
+    turn_head = program % tl.num_programs(1)
     head = turn_head + head_first
-    z, e = find_tile(SEQ, num_sequences, tl.program_id(0), 4, 128)
+    z, e = find_tile(SEQ, num_sequences, tile, 4, 128)
     first = tl.load(SEQ + z * 6 + 4)
     length = tl.load(SEQ + z * 6 + 5)
     if e * 128 >= length:

@@ -38,17 +38,17 @@ CONFIG = {
         "num_stages": 1,
     },
     "tiles_of_k": {
-        "num_warps": 8,
+        "num_warps": 2,
         "num_stages": 1,
     },
     "tiles_of_q": {
-        "num_warps": 8,
+        "num_warps": 2,
         "num_stages": 1,
     },
     "score_box": {
-        "BLOCK_T": 64,
-        "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_T": 16,
+        "BLOCK_M": 16,
+        "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
     },

@@ -7,6 +7,7 @@
 `batch` says where every sequence lies: `table` i32[Z, 6] on the device (q_start, q_first, q_len,
 q_offset, k_first, k_len), `sequences` Z, `rows` of all queries, `keys` of the longest sequence,
 `packed`.  Tensors are [B, T, H, D]; packed ones [1, total, H, D].
+`batch.processors` are the GPU's.
 """
 
 import torch
@@ -34,7 +35,7 @@ CONFIG = {
     "rank_token": {
         "BLOCK_R": 1,
         "BLOCK_N": 4096,
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 1,
     },
 }
@@ -106,9 +107,14 @@ def forward(tensors, batch, config, selection=None, rows=True):
             room_token = config["rank_token"]["BLOCK_N"]
             tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
             bytes_token = (32 * capacity_token + 64 * room_token) * config["score_token"]["BLOCK_T"]
-            short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
-            scratch_token = min(SCRATCH_BYTES, short_token)
+            short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 10240)
+            scratch_token = min(2 * SCRATCH_BYTES, short_token)
             chunk_token = min(tiles_token, max(1, scratch_token // bytes_token))
+            step_token = config["score_token"]["BLOCK_N"]
+            there_token = chunk_token * 8
+            steps_token = (batch.keys + step_token - 1) // step_token
+            fills_token = (2 * batch.processors + there_token - 1) // there_token
+            shares_token = max(1, min(fills_token, steps_token // 8))
             scores_token = torch.empty(
                 (
                     chunk_token * config["score_token"]["BLOCK_T"],
@@ -143,6 +149,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
                 grid = (
                     count,
                     8,
+                    shares_token,
                 )
                 score_token[grid](
                     in_q,
@@ -256,9 +263,14 @@ def select(tensors, batch, config):
     room_token = config["rank_token"]["BLOCK_N"]
     tiles_token = batch.rows // config["score_token"]["BLOCK_T"] + batch.sequences
     bytes_token = (32 * capacity_token + 64 * room_token) * config["score_token"]["BLOCK_T"]
-    short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 4096)
-    scratch_token = min(SCRATCH_BYTES, short_token)
+    short_token = max(3 * SCRATCH_BYTES // 16, batch.rows * 10240)
+    scratch_token = min(2 * SCRATCH_BYTES, short_token)
     chunk_token = min(tiles_token, max(1, scratch_token // bytes_token))
+    step_token = config["score_token"]["BLOCK_N"]
+    there_token = chunk_token * 8
+    steps_token = (batch.keys + step_token - 1) // step_token
+    fills_token = (2 * batch.processors + there_token - 1) // there_token
+    shares_token = max(1, min(fills_token, steps_token // 8))
     scores_token = torch.empty(
         (
             chunk_token * config["score_token"]["BLOCK_T"],
@@ -293,6 +305,7 @@ def select(tensors, batch, config):
         grid = (
             count,
             8,
+            shares_token,
         )
         score_token[grid](
             in_q,

@@ -65,12 +65,23 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
-def bisect_start(candidates, forced, k):
-    """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
-    few = candidates <= k
-    low = tl.zeros_like(candidates) - 0x7FFFFFFF
-    high = tl.where(few, low, 0x7FFFFFFF)
-    return low, high, tl.where(few, candidates, forced)
+def bisect_step(low, high, above, middle, count, k):
+    """Halve the interval, knowing the count of keys >= middle.  All [R]"""
+    unfinished = middle != low
+    lower = unfinished & (count <= k)
+    low = tl.where(unfinished & (count >= k), middle, low)
+    high = tl.where(lower, middle, high)
+    return low, high, tl.where(lower, count, above)
+
+
+@triton.jit
+def between(low, high, below, above, k):
+    """Where the k-th key is if keys lie evenly, `below` of them >= low and `above` >= high; as
+    `bisect_middle` inside of the interval, or `low` itself.  0 <= low <= high.  All [R]
+    """
+    share = (below - k).to(tl.float32) / tl.maximum(below - above, 1).to(tl.float32)
+    inside = ((high - low).to(tl.float32) * tl.minimum(share, 0.999)).to(tl.int32)
+    return low + tl.minimum(tl.maximum(inside, 1), tl.maximum(high - low - 1, 0))
 
 
 @triton.jit
@@ -80,13 +91,29 @@ def bisect_middle(low, high):
 
 
 @triton.jit
-def bisect_step(low, high, above, middle, count, k):
-    """Halve the interval, knowing the count of keys >= middle.  All [R]"""
-    unfinished = middle != low
-    lower = unfinished & (count <= k)
-    low = tl.where(unfinished & (count >= k), middle, low)
-    high = tl.where(lower, middle, high)
-    return low, high, tl.where(lower, count, above)
+def count_keys(key):
+    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
+    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
+    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
+
+
+@triton.jit
+def bisect_start(candidates, forced, k):
+    """Candidates, forced among them, keys wanted: [R] -> low, high, above: [R]"""
+    few = candidates <= k
+    low = tl.zeros_like(candidates) - 0x7FFFFFFF
+    high = tl.where(few, low, 0x7FFFFFFF)
+    return low, high, tl.where(few, candidates, forced)
+
+
+@triton.jit
+def narrow(low, high, key):
+    """The interval without what lies outside of the keys of candidates that are not forced.  -> low, high"""
+    least = tl.min(tl.where(key < -0x7FFFFFFF, 0x7FFFFFFF, key), 1)
+    greatest = tl.max(tl.where(key == 0x7FFFFFFF, -0x7FFFFFFF - 1, key), 1)
+    least = tl.maximum(tl.minimum(least, greatest), -0x7FFFFFFF)
+    done = low == high
+    return tl.where(done, low, least), tl.where(done, high, greatest + 1)
 
 
 @triton.jit
@@ -110,32 +137,6 @@ def place_keys(key, low, high, ties, above_before, ties_before):
     taken = (above + tie * (ties_through <= ties[:, None]).to(tl.int32)) > 0
     total = tl.max(both, 1)
     return taken, slot, above_before + (total & 0xFFFF), ties_before + (total >> 16)
-
-
-@triton.jit
-def count_keys(key):
-    """Candidates, and the forced among them.  key: [R, N] -> [R], [R]"""
-    candidates = tl.sum((key >= -0x7FFFFFFF).to(tl.int32), 1)
-    return candidates, tl.sum((key == 0x7FFFFFFF).to(tl.int32), 1)
-
-
-@triton.jit
-def narrow(low, high, key):
-    """The interval without what lies outside of the keys of candidates that are not forced.  -> low, high"""
-    least = tl.min(tl.where(key < -0x7FFFFFFF, 0x7FFFFFFF, key), 1)
-    greatest = tl.max(tl.where(key == 0x7FFFFFFF, -0x7FFFFFFF - 1, key), 1)
-    least = tl.maximum(tl.minimum(least, greatest), -0x7FFFFFFF)
-    done = low == high
-    return tl.where(done, low, least), tl.where(done, high, greatest + 1)
-
-
-@triton.jit
-def approach(low, high, middle, count, goal):
-    """Halve the interval, or end it where the count of keys >= middle is near to the goal.  All [R]"""
-    unfinished = middle != low
-    near = unfinished & (tl.abs(count - goal) <= goal // 16)
-    low = tl.where(unfinished & (near | (count >= goal)), middle, low)
-    return low, tl.where(unfinished & (near | (count < goal)), middle, high)
 
 
 @triton.jit
@@ -187,18 +188,45 @@ def row_keys(scores, e, p, k_len):
 
 
 @triton.jit
-def keep_keys(key, columns, chosen, candidates, forced, wanted):
-    """Store the columns of the best keys, ascending.  key, columns: [R, N] -> [R] of them kept"""
-    low, high, above = bisect_start(candidates, forced, wanted)
-    middle = bisect_middle(low, high)
-    while tl.max((middle != low).to(tl.int32), 0) > 0:
+def edge_key(key, low, high, above, below, wanted):
+    """Where the best keys begin, by fewer steps than halves take.  All [R] but key -> key, low, high, above
+
+    Keys come back as differences from low: what was below it is -1.
+    """
+    middle = tl.where((low < 0) & (high > 0), 0, low)
+    if tl.max((middle != low).to(tl.int32), 0) > 0:
         count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        below = tl.where((middle != low) & (count >= wanted), count, below)
         low, high, above = bisect_step(low, high, above, middle, count, wanted)
-        middle = bisect_middle(low, high)
+    # of one sign now, so a difference is no longer than a key, and its sign bit is what is counted
+    key = tl.minimum(tl.maximum(key, low[:, None] - 1), high[:, None]) - low[:, None]
+    low, high = tl.zeros_like(low), high - low
+    middle = between(low, high, below, above, wanted)
+    step = 0
+    while tl.max((middle != low).to(tl.int32), 0) > 0:
+        more = (middle[:, None] - 1 - key).to(tl.uint32, bitcast=True) >> 31
+        count = tl.sum(more.to(tl.int32), 1)
+        below = tl.where((middle != low) & (count >= wanted), count, below)
+        low, high, above = bisect_step(low, high, above, middle, count, wanted)
+        step += 1
+        # many may be alike, the least before all, or far from the others
+        middle = between(low, high, below, above, wanted)
+        middle = tl.where((step % 4 == 3) | (step > 20), bisect_middle(low, high), middle)
+        middle = tl.where((step == 1) & (low == 0) & (high > 1), 1, middle)
+    return key, low, high, above
+
+
+@triton.jit
+def keep_held(key, entry, chosen):
+    """Of keys in registers the best, ascending as their entries do.  key, entry: [R, N] -> [R] entries kept"""
+    candidates, forced = count_keys(key)
+    wanted = 2048
+    low, high, above = bisect_start(candidates, forced, wanted)
+    low, high = narrow(low, high, key)
+    key, low, high, above = edge_key(key, low, high, above, candidates, wanted)
     ties = missing_ties(low, high, above, wanted)
     none = tl.zeros_like(above)
     taken, slot, _, _ = place_keys(key, low, high, ties, none, none)
-    entry = columns
     tl.store(chosen + slot, entry, mask=taken & (slot < 2048))
     return above + ties
 
@@ -207,10 +235,7 @@ def keep_keys(key, columns, chosen, candidates, forced, wanted):
 def keep_best(scores, chosen, p, k_len, WIDTH: tl.constexpr):
     """The selection of rows whose keys all fit in registers: WIDTH of them.  -> [R] entries kept"""
     columns = tl.arange(0, WIDTH)[None, :]
-    key = row_keys(scores, columns, p, k_len)
-    candidates, forced = count_keys(key)
-    wanted = 2048
-    return keep_keys(key, columns, chosen, candidates, forced, wanted)
+    return keep_held(row_keys(scores, columns, p, k_len), columns, chosen)
 
 
 @triton.jit
@@ -226,19 +251,16 @@ def sampled_edge(scores, p, k_len, SAMPLE: tl.constexpr, ROOM: tl.constexpr):
     drawn, forced = count_keys(key)
     share = drawn.to(tl.int64) * ((2048 + ROOM) // 2)
     goal = (share // tl.sum(entries, 1)).to(tl.int32)
-    low, high, _ = bisect_start(drawn, forced, goal)
+    low, high, above = bisect_start(drawn, forced, goal)
     low, high = narrow(low, high, key)
-    middle = bisect_middle(low, high)
-    while tl.max((middle != low).to(tl.int32), 0) > 0:
-        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-        low, high = approach(low, high, middle, count, goal)
-        middle = bisect_middle(low, high)
-    return tl.minimum(low, 0x7FFFFFFE)
+    found, low, _, _ = edge_key(key, low, high, above, drawn, goal)
+    edge = tl.min(tl.where(found >= low[:, None], key, 0x7FFFFFFE), 1)
+    return tl.where(drawn <= goal, -0x7FFFFFFF, edge)
 
 
 @triton.jit
 def keep_above(scores, kept, edge, p, k_len, n, STEP: tl.constexpr, ROOM: tl.constexpr):
-    """Copy keys >= edge, and behind these their entries, ascending.  -> [R] of them there are"""
+    """Copy keys >= edge, each with its entry, ascending.  -> [R] of them there are"""
     found = tl.zeros_like(edge)
     columns = tl.arange(0, STEP)[None, :]
     for start in range(0, n, STEP):
@@ -246,40 +268,17 @@ def keep_above(scores, kept, edge, p, k_len, n, STEP: tl.constexpr, ROOM: tl.con
         more = key >= edge[:, None]
         slot = found[:, None] + tl.cumsum(more.to(tl.int32), 1)
         found = tl.max(slot, 1)
-        stored = more & (slot <= ROOM)
-        tl.store(kept + slot - 1, key, mask=stored)
-        tl.store(kept + slot + ROOM - 1, slot * 0 + start + columns, mask=stored)
+        pair = (key.to(tl.int64) << 32) | (start + columns)
+        tl.store(kept + slot - 1, pair, mask=more & (slot <= ROOM))
     return found
 
 
 @triton.jit
-def keep_kept(kept, found, chosen, p, k_len, STEP: tl.constexpr, ROOM: tl.constexpr):
+def keep_kept(kept, found, chosen, ROOM: tl.constexpr):
     """The selection of rows from the keys that were copied.  -> [R] entries kept"""
     slot = tl.arange(0, ROOM)[None, :]
-    key = tl.load(kept + slot, mask=slot < found[:, None], other=-0x7FFFFFFF - 1)
-    candidates, forced = count_keys(key)
-    wanted = 2048
-    low, high, above = bisect_start(candidates, forced, wanted)
-    low, high = narrow(low, high, key)
-    middle = bisect_middle(low, high)
-    while tl.max((middle != low).to(tl.int32), 0) > 0:
-        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-        low, high, above = bisect_step(low, high, above, middle, count, wanted)
-        middle = bisect_middle(low, high)
-    ties = missing_ties(low, high, above, wanted)
-    above_before = tl.zeros_like(above)
-    ties_before = tl.zeros_like(above)
-    # places are found with few keys in registers: they are read again
-    for start in range(0, tl.max(found, 0), STEP):
-        part = start + tl.arange(0, STEP)[None, :]
-        there = part < found[:, None]
-        again = tl.load(kept + part, mask=there, other=-0x7FFFFFFF - 1)
-        taken, place, above_before, ties_before = place_keys(
-            again, low, high, ties, above_before, ties_before
-        )
-        entry = tl.load(kept + ROOM + part, mask=taken, other=0)
-        tl.store(chosen + place, entry, mask=taken & (place < 2048))
-    return above + ties
+    pair = tl.load(kept + slot, mask=slot < found[:, None], other=-0x8000000000000000)
+    return keep_held((pair >> 32).to(tl.int32), (pair & 0x7FFFFFFF).to(tl.int32), chosen)
 
 
 @triton.jit
@@ -374,20 +373,23 @@ def rank_token(
         total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 4, 2))
     elif n <= max(BLOCK_N // 2, 2):
         total = keep_best(scores, chosen, p, k_len, max(BLOCK_N // 2, 2))
+    elif n <= BLOCK_N:
+        total = keep_best(scores, chosen, p, k_len, BLOCK_N)
     else:
         # one pass keeps what is above an estimate: exact whatever that is, as long as enough of them fit
         if 2048 <= BLOCK_N // 4 * 3:
             kept = KEPT + ((first + rows).to(tl.int64) * 8 + head) * (2 * BLOCK_N)
+            kept = kept.to(tl.pointer_type(tl.int64), bitcast=True)
             if n <= 8 * BLOCK_N:
                 edge = sampled_edge(scores, p, k_len, max(BLOCK_N // 4, 2), BLOCK_N)
             else:
                 edge = sampled_edge(scores, p, k_len, BLOCK_N, BLOCK_N)
-            found = keep_above(scores, kept, edge, p, k_len, n, max(BLOCK_N // 4, 2), BLOCK_N)
+            found = keep_above(scores, kept, edge, p, k_len, n, max(BLOCK_N // 2, 2), BLOCK_N)
             enough = (found >= 2048) | (edge == -0x7FFFFFFF)
             fits = tl.min((enough & (found <= BLOCK_N)).to(tl.int32), 0)
             tl.debug_barrier()
             if fits > 0:
-                total = keep_kept(kept, found, chosen, p, k_len, max(BLOCK_N // 4, 2), BLOCK_N)
+                total = keep_kept(kept, found, chosen, BLOCK_N)
             else:
                 total = keep_long(scores, chosen, p, k_len, n, edge, found, BLOCK_N)
         else:

@@ -148,9 +148,16 @@ def score_token(
     tokens = token_at(tl.arange(0, BLOCK_M // 4), BLOCK_M // 4, 4)
     score_alive = (tokens < BLOCK_T) & (t0 + tokens < q_len)
     score_row = (tl.program_id(0) * BLOCK_T + tokens).to(tl.int64) * tl.num_programs(1) + head
+    worker = tl.program_id(2)
+    workers = tl.num_programs(2)
+    walked = stop
+    steps = (walked + BLOCK_N - 1) // BLOCK_N
+    share = (steps + workers - 1) // workers * BLOCK_N
+    share_first = worker * share
+    share_end = tl.minimum(share_first + share, walked)
 
     # every entry that is complete for the tile's last row
-    for n0 in range(0, stop, BLOCK_N):
+    for n0 in range(share_first, share_end, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         inside = n < stop
         k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)

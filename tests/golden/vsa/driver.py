@@ -38,17 +38,17 @@ CONFIG = {
         "num_stages": 1,
     },
     "tiles_of_k": {
-        "num_warps": 4,
+        "num_warps": 1,
         "num_stages": 1,
     },
     "tiles_of_q": {
-        "num_warps": 4,
+        "num_warps": 1,
         "num_stages": 1,
     },
     "score_tile": {
-        "BLOCK_T": 64,
-        "BLOCK_M": 64,
-        "BLOCK_N": 32,
+        "BLOCK_T": 16,
+        "BLOCK_M": 16,
+        "BLOCK_N": 64,
         "num_warps": 4,
         "num_stages": 3,
     },
@@ -235,7 +235,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         entries_tile = (batch.keys + 63) // 64
         part_tile = (entries_tile * 134217728 + 1073741823) // 1073741824
         width_tile = max(1, min(entries_tile, max(part_tile, 0)))
-        capacity_tile = max(1, batch.keys // 64 + 1)
+        capacity_tile = (batch.keys // 64 + 5) // 4 * 4
         tiles_tile = blocks_tile // config["score_tile"]["BLOCK_T"] + batch.sequences
         bytes_tile = 48 * capacity_tile * config["score_tile"]["BLOCK_T"]
         short_tile = max(3 * SCRATCH_BYTES // 16, batch.rows * 1536)
@@ -913,7 +913,7 @@ def select(tensors, batch, config):
     entries_tile = (batch.keys + 63) // 64
     part_tile = (entries_tile * 134217728 + 1073741823) // 1073741824
     width_tile = max(1, min(entries_tile, max(part_tile, 0)))
-    capacity_tile = max(1, batch.keys // 64 + 1)
+    capacity_tile = (batch.keys // 64 + 5) // 4 * 4
     tiles_tile = blocks_tile // config["score_tile"]["BLOCK_T"] + batch.sequences
     bytes_tile = 48 * capacity_tile * config["score_tile"]["BLOCK_T"]
     short_tile = max(3 * SCRATCH_BYTES // 16, batch.rows * 1536)
