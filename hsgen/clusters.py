@@ -63,10 +63,9 @@ How = Literal[
     "choose",
     "attend",
     "members",
-    "given",
     "spread",
 ]
-DOTS: tuple[How, ...] = ("assign", "score", "errors", "attend", "given")
+DOTS: tuple[How, ...] = ("assign", "score", "errors", "attend")
 SUMMARIES: dict[How, str] = {
     "start": "centroids that are tokens evenly spaced.",
     "assign": "the nearest centroid of every token, of equals the first.",
@@ -80,8 +79,7 @@ SUMMARIES: dict[How, str] = {
     "errors": "what clusters of rows get wrong by the means of clusters of keys.",
     "choose": "the best clusters of keys of each cluster of rows, as bits.",
     "attend": "tiles of rows of a cluster, over the tokens of what it chose.",
-    "members": "which clusters of keys each row has chosen for itself.",
-    "given": "tiles of rows, over all tokens, of which each row sees what it chose.",
+    "members": "which clusters of keys each row has chosen for itself, as bits.",
     "spread": "every row with what its cluster chose.",
 }
 
@@ -111,11 +109,16 @@ class ClustersContext:
     least: int = 0  # clusters that are kept whatever they weigh
     tells: bool = False  # how many are kept is told
     rest: bool = False  # what is not chosen is attended as means
+    given: bool = False  # rows have lists of their own
     precision: str = "tf32x3"
     cuts: int = 3  # numbers of the tokens' type that make a centroid
 
     @property
     def summary(self) -> str:
+        if self.given:
+            return (
+                "tiles of rows of a cluster, over the tokens of what any of them chose for itself."
+            )
         if self.how == "choose" and not self.mass:
             return "as many clusters as others kept, those with the greatest errors, as bits."
         return SUMMARIES[self.how]
@@ -205,7 +208,7 @@ def padded(clusters: int) -> int:
 
 def _params(k: ClustersContext) -> tuple[Param, ...]:
     match k.how:
-        case "attend" | "members" | "given":
+        case "attend" | "members":
             return _of_attention(k)
         case "tiles" | "score" | "values" | "errors" | "choose" | "spread":
             return _of_choice(k)
@@ -316,32 +319,25 @@ def _of_attention(k: ClustersContext) -> tuple[Param, ...]:
     q = tensor("Q", "q", "[B, T, Hq, Dqk]", "bth")
     starts = _starts(k, "KEY_STARTS", rows=False)
     means = (_centers(k, "KEY_CENTERS", rows=False), _value_means(k)) if k.rest else ()
-    dims = ("turn * BLOCK_T", k.query_heads, k.padded_keys)
-    members = _i32("MEMBERS", *dims, what="1 of what a row chose")
-    match k.how:
-        case "attend":
-            order = _i32("KEY_ORDER", k.kv_heads, "keys", what="the token of each slot")
-            row_order = _i32("ROW_ORDER", k.query_heads, "rows", what="the row of each slot")
-            return (
-                *(*q, *_KEYS, *_VALUES, _chosen(k), starts, order, *_SIDE, *means),
-                *(_starts(k, "ROW_STARTS", rows=True), row_order, *_Q_SIDE, _tiles(k)),
-                *(_i32("SCRATCH", "programs", "room"), count("room", "of a program's words")),
-                *(count("most", "tiles of a head, at most"), count("items", "tiles of all heads")),
-                *(*OUTPUTS, *SEQ[:1]),
-                *tunables("BLOCK_T", "BLOCK_N", "BLOCK_K"),
-            )
-        case "members":
-            selection = tensor("SELECTION", "s", "[B, T, Hq, K]", "bths", "i32")
-            of = (count("width", "K"), members, *SEQ, _TILE_FIRST)
-            return (*selection, *of, *tunables("BLOCK_T", "BLOCK_K"))
-        case _:
-            labels = _i32("KEY_LABELS", k.kv_heads, "keys", what="the cluster of each token")
-            return (
-                *(*q, *_KEYS, *_VALUES, members, labels, *_SIDE),
-                *((starts, *means) if k.rest else ()),
-                *(*OUTPUTS, *SEQ, _TILE_FIRST),
-                *tunables("BLOCK_T", "BLOCK_N"),
-            )
+    words = _i32("WORDS", "rows", k.query_heads, k.words, what="bits of what a row chose")
+    if k.how == "members":
+        dims = ("turn * BLOCK_T", k.query_heads, k.padded_keys)
+        members = _i32("MEMBERS", *dims, what="1 of what a row chose")
+        selection = tensor("SELECTION", "s", "[B, T, Hq, K]", "bths", "i32")
+        of = (count("width", "K"), members, words, *SEQ, _TILE_FIRST)
+        return (*selection, *of, *tunables("BLOCK_T", "BLOCK_K"))
+    order = _i32("KEY_ORDER", k.kv_heads, "keys", what="the token of each slot")
+    row_order = _i32("ROW_ORDER", k.query_heads, "rows", what="the row of each slot")
+    labels = _i32("KEY_LABELS", k.kv_heads, "keys", what="the cluster of each token")
+    chosen = (words, labels) if k.given else (_chosen(k),)
+    return (
+        *(*q, *_KEYS, *_VALUES, *chosen, starts, order, *_SIDE, *means),
+        *(_starts(k, "ROW_STARTS", rows=True), row_order, *_Q_SIDE, _tiles(k)),
+        *(_i32("SCRATCH", "programs", "room"), count("room", "of a program's words")),
+        *(count("most", "tiles of a head, at most"), count("items", "tiles of all heads")),
+        *(*OUTPUTS, *SEQ[:1]),
+        *tunables("BLOCK_T", "BLOCK_N", "BLOCK_K"),
+    )
 
 
 def _value_means(k: ClustersContext) -> Param:

@@ -357,20 +357,20 @@ def clusters(context: ClustersContext, dtype: DType) -> Config:
         "errors": (("BLOCK_R", tile), ("BLOCK_N", 32)),
         "choose": (("BLOCK_R", 1 if context.padded_keys > 1024 else 2),),
         "attend": (("BLOCK_T", 2 * tile), ("BLOCK_N", tile), ("BLOCK_K", 1024)),
-        "members": (("BLOCK_K", 64),),
-        "given": (("BLOCK_T", 32), ("BLOCK_N", 32)),
+        "members": (("BLOCK_T", 4), ("BLOCK_K", 64)),
         "spread": (("BLOCK_T", 4),),
     }
     warps, stages = 4, 1
     if context.how == "assign":
         warps, stages = (4, 2) if full or wide else (8, 2)
-    if context.how in ("attend", "given"):
-        warps, stages = 8 if context.how == "attend" else 4, 2
+    if context.how == "attend":
+        warps, stages = 8, 2
     if context.how == "starts":
         warps = 8
     if context.how == "update":
         warps = 2
-    return Config(constexprs=values.get(context.how, ()), num_warps=warps, num_stages=stages)
+    own = () if context.given else values.get(context.how, ())  # those of a call's own choice
+    return Config(constexprs=own, num_warps=warps, num_stages=stages)
 
 
 def _sampled(kept: int) -> Config:

@@ -172,7 +172,7 @@ def _clusters(context: ClustersContext, kernel: Kernel) -> dict[str, tuple[int, 
     ranges = {name: (least, most.get(name, 128)) for name, _ in kernel.config.constexprs}
     if context.how == "choose":
         ranges["BLOCK_R"] = (1, max(1, 4096 // context.padded_keys))
-    staged = {"num_stages": (1, 4)} if context.how in ("assign", "attend", "given") else {}
+    staged = {"num_stages": (1, 4)} if context.how in ("assign", "attend") else {}
     return {**ranges, "num_warps": (1, 8), **staged}
 
 

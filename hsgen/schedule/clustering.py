@@ -396,37 +396,49 @@ def _means(found: Clustering) -> tuple[str, ...]:
     return f"centers_{_tag(found, rows=False)}", text.buffer(values.name)
 
 
-def _attend(draft: Draft, found: Clustering) -> None:
-    """Tiles of each cluster of rows, over a list of tokens that their program writes down."""
+def _attend(draft: Draft, found: Clustering, *, given: bool = False) -> None:
+    """Tiles of each cluster of rows, over a list of tokens that their program writes down.
+
+    given: rows have lists of the caller's; a tile walks what any of its rows chose, in the same steps.
+    """
     op, stage = found.exact.op, found.attended
     assert isinstance(op, Attend)
-    name = f"attend_{op.branch}"
-    context = _context(draft, found, name, "attend")
+    own = f"attend_{op.branch}"
+    name = f"given_{op.branch}" if given else own
+    context = _context(draft, found, name, "attend", given=given)
     counting = _context(draft, found, f"tiles_{op.branch}", "tiles", rows=True)
     computed = _computed(draft, found)
+    if not given:
+        draft.kernel(
+            "clusters",
+            counting,
+            configs.clusters(counting, draft.dtype),
+            found.exact.name,
+            follows=own,
+        )
     draft.kernel(
         "clusters",
-        counting,
-        configs.clusters(counting, draft.dtype),
-        found.exact.name,
-        follows=name,
+        context,
+        configs.clusters(context, draft.dtype),
+        *computed,
+        follows=own if given else None,
     )
-    draft.kernel("clusters", context, configs.clusters(context, draft.dtype), *computed)
     rows, keys = _tag(found, rows=True), _tag(found, rows=False)
-    tiles, scratch, room = f"tiles_of_{op.branch}", f"scratch_{op.branch}", f"room_{op.branch}"
+    tiles, scratch, room = (f"{x}_of_{op.branch}" for x in ("tiles", "scratch", "room"))
     rows_of = f"rows_{op.branch}"
     most, items, programs = (f"{x}_{op.branch}" for x in ("most", "items", "programs"))
     of = ("batch.sequences", str(context.query_heads))
     buffers, outputs = _outputs(draft)
-    block_t = f'config["{name}"]["BLOCK_T"]'
+    chosen = (_words(found), f"labels_{keys}") if given else (_made(stage),)
+    made = f"{stage.select.name}.members" if given else _chosen(stage)
     draft.steps.append(
         Step(
-            title=f"attend: {op.branch}",
-            needs=("q", "k", "v", _chosen(stage), stage.keys.name, stage.rows.name, *_from(found)),
+            title=f"attend: {op.branch}" + ", over a selection of the caller's" * given,
+            needs=("q", "k", "v", made, stage.keys.name, stage.rows.name, *_from(found)),
             makes=computed,
-            of="own",
+            of="given" if given else "own",
             sizes=(
-                (rows_of, block_t),
+                (rows_of, f'config["{own}"]["BLOCK_T"]'),
                 (most, f"in_q.shape[1] // {rows_of} + min({context.row_clusters}, in_q.shape[1])"),
                 (items, f"batch.sequences * {context.query_heads} * {most}"),
                 (programs, f"max(1, min({items}, {PROGRAMS} * batch.processors))"),
@@ -449,7 +461,7 @@ def _attend(draft: Draft, found: Clustering) -> None:
                     kernel=name,
                     grid=(programs,),
                     arguments=(
-                        *(*draft.tensor("q"), *draft.tensor("k"), *draft.tensor("v"), _made(stage)),
+                        *(*draft.tensor("q"), *draft.tensor("k"), *draft.tensor("v"), *chosen),
                         *(f"begins_{keys}", f"order_{keys}", *_side(found, rows=False)),
                         *_means(found),
                         *(f"begins_{rows}", f"order_{rows}", *_side(found, rows=True), tiles),
@@ -467,62 +479,56 @@ def _from(found: Clustering) -> tuple[str, ...]:
     return (values.name,) if found.rest is not None and values is not None else ()
 
 
+def _words(found: Clustering) -> str:
+    """The buffer of what rows chose for themselves."""
+    return f"words_{_level(found.attended)}"
+
+
 def _attend_given(draft: Draft, found: Clustering) -> None:
-    """Tiles of rows as they come, each with a list of the caller's: over all tokens, in turns of tiles."""
+    """A caller's lists as bits, in turns of tiles of rows; then attention by these."""
     op, stage = found.exact.op, found.attended
     assert isinstance(op, Attend)
-    name = f"given_{op.branch}"
-    context = _context(draft, found, name, "given")
-    marking = _context(draft, found, f"members_{op.branch}", "members")
-    draft.kernel(
-        "clusters", marking, configs.clusters(marking, draft.dtype), found.exact.name, follows=name
-    )
-    draft.kernel(
-        "clusters", context, configs.clusters(context, draft.dtype), *_computed(draft, found)
-    )
-    keys = _tag(found, rows=False)
-    tiles, chunk, members = f"tiles_{name}", f"chunk_{name}", f"members_of_{op.branch}"
-    buffers, outputs = _outputs(draft)
-    block_t = f'config["{name}"]["BLOCK_T"]'
-    each, fit = 4 * context.query_heads * context.padded_keys, f"fit_{name}"
+    name, level = f"members_{op.branch}", _level(stage)
+    context = _context(draft, found, name, "members")
+    draft.kernel("clusters", context, configs.clusters(context, draft.dtype), found.exact.name)
+    tiles, rows_of, chunk = f"tiles_{level}", f"rows_{level}", f"chunk_{level}"
+    members, fit = f"scratch_{level}", f"fit_{level}"
+    each = 4 * context.query_heads * context.padded_keys
     heads, chosen = str(context.query_heads), text.buffer(stage.select.name)
-    selection = given_of(chosen)
+    words = Buffer(
+        name=_words(found),
+        dtype="i32",
+        dims=("batch.rows", heads, str(context.words)),
+        role="list",
+    )
     draft.steps.append(
         Step(
-            title=f"attend: {op.branch}, over a selection of the caller's",
-            needs=("q", "k", "v", stage.select.name, stage.keys.name, *_from(found)),
-            makes=_computed(draft, found),
+            title=f"bits of the caller's lists: {level}",
+            needs=(stage.select.name,),
+            makes=(f"{stage.select.name}.members",),
             of="given",
             sizes=(
-                (tiles, f"batch.rows // {block_t} + batch.sequences"),
-                (fit, f"SCRATCH_BYTES // ({each} * {block_t})"),
+                (rows_of, f'config["{name}"]["BLOCK_T"]'),
+                (tiles, f"batch.rows // {rows_of} + batch.sequences"),
+                (fit, f"SCRATCH_BYTES // ({each} * {rows_of})"),
                 (chunk, f"min({tiles}, max(1, {fit}))"),
             ),
             buffers=(
                 Buffer(
                     name=members,
                     dtype="i32",
-                    dims=(f"{chunk} * {block_t}", heads, str(context.padded_keys)),
+                    dims=(f"{chunk} * {rows_of}", heads, str(context.padded_keys)),
                     role="scratch",
                 ),
-                *buffers,
+                words,
             ),
             launches=(
-                Launch(
-                    kernel=marking.name,
-                    grid=("count", heads),
-                    arguments=(
-                        *(*selection, f"{chosen}.shape[3]", members, *text.SEQ, "tile_first"),
-                    ),
-                ),
                 Launch(
                     kernel=name,
                     grid=("count", heads),
                     arguments=(
-                        *(*draft.tensor("q"), *draft.tensor("k"), *draft.tensor("v"), members),
-                        *(f"labels_{keys}", *_side(found, rows=False)),
-                        *((f"begins_{keys}", *_means(found)) if _means(found) else ()),
-                        *(*outputs, *text.SEQ, "tile_first"),
+                        *(*given_of(chosen), f"{chosen}.shape[3]", members, words.name),
+                        *(*text.SEQ, "tile_first"),
                     ),
                 ),
             ),
@@ -530,6 +536,7 @@ def _attend_given(draft: Draft, found: Clustering) -> None:
             chunk=chunk,
         )
     )
+    _attend(draft, found, given=True)
 
 
 def _context(
@@ -540,6 +547,7 @@ def _context(
     *,
     rows: bool = False,
     stage: Stage | None = None,
+    given: bool = False,
 ) -> ClustersContext:
     """A kernel of one side, or of both."""
     shape, attended = draft.shape, found.attended
@@ -552,7 +560,7 @@ def _context(
     scored = found.error.score.op if found.error and how == "errors" else mass
     assert isinstance(scored, Score)
     scale = scored.scale if scored.scale is not None else 1.0
-    if how in ("attend", "given"):
+    if how == "attend":
         scale = clusters.scale_of(found.exact)
     context = ClustersContext(
         name=name,
@@ -567,7 +575,8 @@ def _context(
         rows=rows,
         scale=scale,
         counted=bool(mass.counted),
-        rest=found.rest is not None and how in ("attend", "given"),
+        rest=found.rest is not None and how == "attend",
+        given=given,
         precision=shape.precision,
         cuts=1 if draft.dtype == "fp32" else 3,
     )

@@ -12,7 +12,7 @@ from tolerances import tolerance
 from conformance import calls, lab, oracles, systems
 from conformance.lab import assert_same_bits, check, same
 from hsgen.reference.grids import tile_of
-from hsgen.spec import SortInSegment
+from hsgen.spec import KMeans, SortInSegment
 
 
 def _values_as_they_are(spec):
@@ -232,7 +232,7 @@ def _private_branches(spec):
     None where entries are cut from an order of keys that follows from these: other keys have another.
     """
     orders = [level.permute.keys for level in spec.levels if level.permute]
-    if any(isinstance(order, SortInSegment) for order in orders):
+    if any(isinstance(order, SortInSegment | KMeans) for order in orders):
         return set()
     opened = {each.level for each in spec.reuse if each.attend == "given"}
     over = {b.kv for b in spec.attend if b.over and b.values == "raw" and b.over not in opened}

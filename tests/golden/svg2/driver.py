@@ -118,14 +118,13 @@ CONFIG = {
         "num_stages": 2,
     },
     "members_selected": {
+        "BLOCK_T": 4,
         "BLOCK_K": 64,
         "num_warps": 4,
         "num_stages": 1,
     },
     "given_selected": {
-        "BLOCK_T": 32,
-        "BLOCK_N": 32,
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 2,
     },
 }
@@ -590,7 +589,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         most_selected = in_q.shape[1] // rows_selected + min(300, in_q.shape[1])
         items_selected = batch.sequences * 40 * most_selected
         programs_selected = max(1, min(items_selected, 2 * batch.processors))
-        room_selected = batch.keys + 2048
+        room_of_selected = batch.keys + 2048
         tiles_of_selected = torch.empty(
             (
                 batch.sequences,
@@ -600,10 +599,10 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.int32,
             device=in_q.device,
         )
-        scratch_selected = torch.empty(
+        scratch_of_selected = torch.empty(
             (
                 programs_selected,
-                room_selected,
+                room_of_selected,
             ),
             dtype=torch.int32,
             device=in_q.device,
@@ -661,8 +660,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
             all_cluster_rows,
             length_cluster_rows,
             tiles_of_selected,
-            scratch_selected,
-            room_selected,
+            scratch_of_selected,
+            room_of_selected,
             most_selected,
             items_selected,
             made_selected_o,
@@ -677,18 +676,72 @@ def forward(tensors, batch, config, selection=None, rows=True):
             **config["attend_selected"],
         )
         tiles_of_selected = None  # what comes next may have its memory
-        scratch_selected = None
+        scratch_of_selected = None
     else:
         made_cluster_selection = selection["cluster"]
-        # attend: selected, over a selection of the caller's
-        tiles_given_selected = batch.rows // config["given_selected"]["BLOCK_T"] + batch.sequences
-        fit_given_selected = SCRATCH_BYTES // (163840 * config["given_selected"]["BLOCK_T"])
-        chunk_given_selected = min(tiles_given_selected, max(1, fit_given_selected))
-        members_of_selected = torch.empty(
+        # bits of the caller's lists: cluster
+        rows_cluster = config["members_selected"]["BLOCK_T"]
+        tiles_cluster = batch.rows // rows_cluster + batch.sequences
+        fit_cluster = SCRATCH_BYTES // (163840 * rows_cluster)
+        chunk_cluster = min(tiles_cluster, max(1, fit_cluster))
+        scratch_cluster = torch.empty(
             (
-                chunk_given_selected * config["given_selected"]["BLOCK_T"],
+                chunk_cluster * rows_cluster,
                 40,
                 1024,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        words_cluster = torch.empty(
+            (
+                batch.rows,
+                40,
+                32,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        for tile_first in range(0, tiles_cluster, chunk_cluster):
+            count = min(chunk_cluster, tiles_cluster - tile_first)
+            grid = (
+                count,
+                40,
+            )
+            members_selected[grid](
+                made_cluster_selection,
+                0 if batch.packed else made_cluster_selection.stride(0),
+                made_cluster_selection.stride(1),
+                made_cluster_selection.stride(2),
+                made_cluster_selection.stride(3),
+                made_cluster_selection.shape[3],
+                scratch_cluster,
+                words_cluster,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["members_selected"],
+            )
+        scratch_cluster = None  # what comes next may have its memory
+        # attend: selected, over a selection of the caller's
+        rows_selected = config["attend_selected"]["BLOCK_T"]
+        most_selected = in_q.shape[1] // rows_selected + min(300, in_q.shape[1])
+        items_selected = batch.sequences * 40 * most_selected
+        programs_selected = max(1, min(items_selected, 2 * batch.processors))
+        room_of_selected = batch.keys + 2048
+        tiles_of_selected = torch.empty(
+            (
+                batch.sequences,
+                40,
+                513,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        scratch_of_selected = torch.empty(
+            (
+                programs_selected,
+                room_of_selected,
             ),
             dtype=torch.int32,
             device=in_q.device,
@@ -712,61 +765,61 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.float32,
             device=in_q.device,
         )
-        for tile_first in range(0, tiles_given_selected, chunk_given_selected):
-            count = min(chunk_given_selected, tiles_given_selected - tile_first)
-            grid = (
-                count,
-                40,
-            )
-            members_selected[grid](
-                made_cluster_selection,
-                0 if batch.packed else made_cluster_selection.stride(0),
-                made_cluster_selection.stride(1),
-                made_cluster_selection.stride(2),
-                made_cluster_selection.stride(3),
-                made_cluster_selection.shape[3],
-                members_of_selected,
-                batch.table,
-                batch.sequences,
-                tile_first,
-                **config["members_selected"],
-                BLOCK_T=config["given_selected"]["BLOCK_T"],
-            )
-            grid = (
-                count,
-                40,
-            )
-            given_selected[grid](
-                in_q,
-                0 if batch.packed else in_q.stride(0),
-                in_q.stride(1),
-                in_q.stride(2),
-                in_k,
-                0 if batch.packed else in_k.stride(0),
-                in_k.stride(1),
-                in_k.stride(2),
-                in_v,
-                0 if batch.packed else in_v.stride(0),
-                in_v.stride(1),
-                in_v.stride(2),
-                members_of_selected,
-                labels_cluster_keys,
-                all_cluster_keys,
-                length_cluster_keys,
-                made_selected_o,
-                0 if batch.packed else made_selected_o.stride(0),
-                made_selected_o.stride(1),
-                made_selected_o.stride(2),
-                made_selected_lse,
-                0 if batch.packed else made_selected_lse.stride(0),
-                made_selected_lse.stride(1),
-                made_selected_lse.stride(2),
-                batch.table,
-                batch.sequences,
-                tile_first,
-                **config["given_selected"],
-            )
-        members_of_selected = None  # what comes next may have its memory
+        grid = (
+            40,
+            batch.sequences,
+        )
+        tiles_selected[grid](
+            begins_cluster_rows,
+            tiles_of_selected,
+            **config["tiles_selected"],
+            BLOCK_T=config["attend_selected"]["BLOCK_T"],
+        )
+        grid = (programs_selected,)
+        given_selected[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            words_cluster,
+            labels_cluster_keys,
+            begins_cluster_keys,
+            order_cluster_keys,
+            all_cluster_keys,
+            length_cluster_keys,
+            begins_cluster_rows,
+            order_cluster_rows,
+            all_cluster_rows,
+            length_cluster_rows,
+            tiles_of_selected,
+            scratch_of_selected,
+            room_of_selected,
+            most_selected,
+            items_selected,
+            made_selected_o,
+            0 if batch.packed else made_selected_o.stride(0),
+            made_selected_o.stride(1),
+            made_selected_o.stride(2),
+            made_selected_lse,
+            0 if batch.packed else made_selected_lse.stride(0),
+            made_selected_lse.stride(1),
+            made_selected_lse.stride(2),
+            batch.table,
+            **config["given_selected"],
+            BLOCK_T=config["attend_selected"]["BLOCK_T"],
+            BLOCK_N=config["attend_selected"]["BLOCK_N"],
+            BLOCK_K=config["attend_selected"]["BLOCK_K"],
+        )
+        tiles_of_selected = None  # what comes next may have its memory
+        scratch_of_selected = None
 
     lse = {
         "selected": made_selected_lse,

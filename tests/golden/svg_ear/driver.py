@@ -143,14 +143,13 @@ CONFIG = {
         "num_stages": 2,
     },
     "members_exact": {
+        "BLOCK_T": 4,
         "BLOCK_K": 64,
         "num_warps": 4,
         "num_stages": 1,
     },
     "given_exact": {
-        "BLOCK_T": 32,
-        "BLOCK_N": 32,
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 2,
     },
 }
@@ -751,7 +750,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
         most_exact = in_q.shape[1] // rows_exact + min(300, in_q.shape[1])
         items_exact = batch.sequences * 40 * most_exact
         programs_exact = max(1, min(items_exact, 2 * batch.processors))
-        room_exact = batch.keys + 2048
+        room_of_exact = batch.keys + 2048
         tiles_of_exact = torch.empty(
             (
                 batch.sequences,
@@ -761,10 +760,10 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.int32,
             device=in_q.device,
         )
-        scratch_exact = torch.empty(
+        scratch_of_exact = torch.empty(
             (
                 programs_exact,
-                room_exact,
+                room_of_exact,
             ),
             dtype=torch.int32,
             device=in_q.device,
@@ -824,8 +823,8 @@ def forward(tensors, batch, config, selection=None, rows=True):
             all_error_rows,
             length_error_rows,
             tiles_of_exact,
-            scratch_exact,
-            room_exact,
+            scratch_of_exact,
+            room_of_exact,
             most_exact,
             items_exact,
             made_o,
@@ -840,19 +839,73 @@ def forward(tensors, batch, config, selection=None, rows=True):
             **config["attend_exact"],
         )
         tiles_of_exact = None  # what comes next may have its memory
-        scratch_exact = None
+        scratch_of_exact = None
     else:
         made_error_selection = selection["error"]
         made_mass_selection = selection.get("mass")
-        # attend: exact, over a selection of the caller's
-        tiles_given_exact = batch.rows // config["given_exact"]["BLOCK_T"] + batch.sequences
-        fit_given_exact = SCRATCH_BYTES // (163840 * config["given_exact"]["BLOCK_T"])
-        chunk_given_exact = min(tiles_given_exact, max(1, fit_given_exact))
-        members_of_exact = torch.empty(
+        # bits of the caller's lists: error
+        rows_error = config["members_exact"]["BLOCK_T"]
+        tiles_error = batch.rows // rows_error + batch.sequences
+        fit_error = SCRATCH_BYTES // (163840 * rows_error)
+        chunk_error = min(tiles_error, max(1, fit_error))
+        scratch_error = torch.empty(
             (
-                chunk_given_exact * config["given_exact"]["BLOCK_T"],
+                chunk_error * rows_error,
                 40,
                 1024,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        words_error = torch.empty(
+            (
+                batch.rows,
+                40,
+                32,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        for tile_first in range(0, tiles_error, chunk_error):
+            count = min(chunk_error, tiles_error - tile_first)
+            grid = (
+                count,
+                40,
+            )
+            members_exact[grid](
+                made_error_selection,
+                0 if batch.packed else made_error_selection.stride(0),
+                made_error_selection.stride(1),
+                made_error_selection.stride(2),
+                made_error_selection.stride(3),
+                made_error_selection.shape[3],
+                scratch_error,
+                words_error,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["members_exact"],
+            )
+        scratch_error = None  # what comes next may have its memory
+        # attend: exact, over a selection of the caller's
+        rows_exact = config["attend_exact"]["BLOCK_T"]
+        most_exact = in_q.shape[1] // rows_exact + min(300, in_q.shape[1])
+        items_exact = batch.sequences * 40 * most_exact
+        programs_exact = max(1, min(items_exact, 2 * batch.processors))
+        room_of_exact = batch.keys + 2048
+        tiles_of_exact = torch.empty(
+            (
+                batch.sequences,
+                40,
+                513,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        scratch_of_exact = torch.empty(
+            (
+                programs_exact,
+                room_of_exact,
             ),
             dtype=torch.int32,
             device=in_q.device,
@@ -876,64 +929,63 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.float32,
             device=in_q.device,
         )
-        for tile_first in range(0, tiles_given_exact, chunk_given_exact):
-            count = min(chunk_given_exact, tiles_given_exact - tile_first)
-            grid = (
-                count,
-                40,
-            )
-            members_exact[grid](
-                made_error_selection,
-                0 if batch.packed else made_error_selection.stride(0),
-                made_error_selection.stride(1),
-                made_error_selection.stride(2),
-                made_error_selection.stride(3),
-                made_error_selection.shape[3],
-                members_of_exact,
-                batch.table,
-                batch.sequences,
-                tile_first,
-                **config["members_exact"],
-                BLOCK_T=config["given_exact"]["BLOCK_T"],
-            )
-            grid = (
-                count,
-                40,
-            )
-            given_exact[grid](
-                in_q,
-                0 if batch.packed else in_q.stride(0),
-                in_q.stride(1),
-                in_q.stride(2),
-                in_k,
-                0 if batch.packed else in_k.stride(0),
-                in_k.stride(1),
-                in_k.stride(2),
-                in_v,
-                0 if batch.packed else in_v.stride(0),
-                in_v.stride(1),
-                in_v.stride(2),
-                members_of_exact,
-                labels_error_keys,
-                all_error_keys,
-                length_error_keys,
-                begins_error_keys,
-                centers_error_keys,
-                made_error_values,
-                made_o,
-                0 if batch.packed else made_o.stride(0),
-                made_o.stride(1),
-                made_o.stride(2),
-                made_lse,
-                0 if batch.packed else made_lse.stride(0),
-                made_lse.stride(1),
-                made_lse.stride(2),
-                batch.table,
-                batch.sequences,
-                tile_first,
-                **config["given_exact"],
-            )
-        members_of_exact = None  # what comes next may have its memory
+        grid = (
+            40,
+            batch.sequences,
+        )
+        tiles_exact[grid](
+            begins_error_rows,
+            tiles_of_exact,
+            **config["tiles_exact"],
+            BLOCK_T=config["attend_exact"]["BLOCK_T"],
+        )
+        grid = (programs_exact,)
+        given_exact[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            words_error,
+            labels_error_keys,
+            begins_error_keys,
+            order_error_keys,
+            all_error_keys,
+            length_error_keys,
+            centers_error_keys,
+            made_error_values,
+            begins_error_rows,
+            order_error_rows,
+            all_error_rows,
+            length_error_rows,
+            tiles_of_exact,
+            scratch_of_exact,
+            room_of_exact,
+            most_exact,
+            items_exact,
+            made_o,
+            0 if batch.packed else made_o.stride(0),
+            made_o.stride(1),
+            made_o.stride(2),
+            made_lse,
+            0 if batch.packed else made_lse.stride(0),
+            made_lse.stride(1),
+            made_lse.stride(2),
+            batch.table,
+            **config["given_exact"],
+            BLOCK_T=config["attend_exact"]["BLOCK_T"],
+            BLOCK_N=config["attend_exact"]["BLOCK_N"],
+            BLOCK_K=config["attend_exact"]["BLOCK_K"],
+        )
+        tiles_of_exact = None  # what comes next may have its memory
+        scratch_of_exact = None
 
     lse = {
         "o": made_lse,

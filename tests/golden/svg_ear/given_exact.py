@@ -2,24 +2,10 @@
 # spec      svg_ear  sha256 000000000000
 # template  clusters.py.jinja
 # target    sm_90
-"""given_exact: tiles of rows, over all tokens, of which each row sees what it chose."""
+"""given_exact: tiles of rows of a cluster, over the tokens of what any of them chose for itself."""
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR: tl.constexpr):
-    """The last sequence whose first tile is <= tile, and the tile's first item within it."""
-    low = 0
-    high = num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(SEQ + middle * 6 + COLUMN) // DIVISOR // BLOCK + middle
-        low = tl.where(start <= tile, middle, low)
-        high = tl.where(start <= tile, high, middle)
-    start = tl.load(SEQ + low * 6 + COLUMN) // DIVISOR // BLOCK + low
-    return low, (tile - start) * BLOCK
 
 
 @triton.jit
@@ -68,7 +54,19 @@ def natural_lse(m, l):
     )
 
 
-@triton.jit(do_not_specialize=["rows", "length", "lse_b", "lse_h", "num_sequences", "tile_first"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "length",
+        "q_rows",
+        "q_length",
+        "room",
+        "most",
+        "items",
+        "lse_b",
+        "lse_h",
+    ]
+)
 def given_exact(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -82,13 +80,23 @@ def given_exact(
     v_b,  # V: batch stride
     v_t,  # V: token stride
     v_h,  # V: head stride
-    MEMBERS,  # [turn * BLOCK_T, 40, 1024] 1 of what a row chose
+    WORDS,  # [rows, 40, 32] bits of what a row chose
     KEY_LABELS,  # [40, keys] the cluster of each token
+    KEY_STARTS,  # [Z, 40, 1024 + 1] the first slot of each cluster
+    KEY_ORDER,  # [40, keys] the token of each slot
     rows,  # of all sequences
     length,  # rows from one sequence to the next; packed: 0
-    KEY_STARTS,  # [Z, 40, 1024 + 1] the first slot of each cluster
     KEY_CENTERS,  # [Z, 40, 3, 1000, 128] centroids of keys, in parts
     VALUE_MEANS,  # [Z, 40, 1000, 128]
+    ROW_STARTS,  # [Z, 40, 512 + 1] the first slot of each cluster
+    ROW_ORDER,  # [40, rows] the row of each slot
+    q_rows,  # of queries, of all sequences
+    q_length,  # the same of queries
+    TILES,  # [Z, 40, 512 + 1] tiles before each
+    SCRATCH,  # [programs, room]
+    room,  # of a program's words
+    most,  # tiles of a head, at most
+    items,  # tiles of all heads
     O,  # [B, T, Hq, Dv]
     o_b,  # O: batch stride
     o_t,  # O: token stride
@@ -98,71 +106,121 @@ def given_exact(
     lse_h,  # LSE: head stride
     lse_t,  # LSE: token stride
     SEQ,  # [Z, 6] sequences
-    num_sequences,  # Z
-    tile_first,  # the turn's first tile
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_N: tl.constexpr,  # entries a step
+    BLOCK_K: tl.constexpr,  # slots a step
 ):
-    head = tl.program_id(1)
-    z, t0 = find_sequence(SEQ, num_sequences, tile_first + tl.program_id(0), BLOCK_T, 0, 1)
-    q_first = tl.load(SEQ + z * 6 + 1)
-    q_len = tl.load(SEQ + z * 6 + 2)
-    if t0 >= q_len:
-        return
-    t = tl.arange(0, BLOCK_T)
-    row = t0 + t
-    alive = row < q_len
-    members = MEMBERS + ((tl.program_id(0) * BLOCK_T + t).to(tl.int64) * 40 + head) * 1024
-    k_row = tl.load(SEQ + z * 6 + 4)
-    k_len = tl.load(SEQ + z * 6 + 5)
-    of_keys = z * 40 + head // 1
-    labels = KEY_LABELS + (head // 1).to(tl.int64) * rows + z.to(tl.int64) * length + k_row
-    q_base = Q + z.to(tl.int64) * q_b + head.to(tl.int64) * q_h
-    q0 = load_tile_masked(q_base, q_first + row, alive, q_t, 0, 128)
-    m = tl.full([BLOCK_T], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_T], tl.float32)
-    acc0 = tl.zeros([BLOCK_T, 128], tl.float32)
-    k_base = K + z.to(tl.int64) * k_b + (head // 1).to(tl.int64) * k_h
-    v_base = V + z.to(tl.int64) * v_b + (head // 1).to(tl.int64) * v_h
-    for n0 in range(0, k_len, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        inside = n < k_len
-        label = tl.load(labels + n, mask=inside, other=0)
-        there = alive[:, None] & inside[None, :]
-        seen = tl.load(members[:, None] + label[None, :], mask=there, other=0) != 0
-        k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
-        v0 = load_tile_masked(v_base, k_row + n, inside, v_t, 0, 128)
-        s = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-        s = tl.dot(q0, tl.trans(k0), s, input_precision="tf32x3")
-        s = tl.where(seen, s, float("-inf"))
-        p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
-        p = p.to(V.dtype.element_ty)
-        acc0 = acc0 * rescale[:, None]
-        acc0 = tl.dot(p, v0, acc0, input_precision="tf32x3")
-    means = KEY_CENTERS + of_keys.to(tl.int64) * 384000
-    values = VALUE_MEANS + of_keys.to(tl.int64) * 128000
-    for c0 in range(0, 1000, BLOCK_N):
-        c = c0 + tl.arange(0, BLOCK_N)
-        from_slot = KEY_STARTS + of_keys.to(tl.int64) * 1025 + c
-        exists = c < 1000
-        tokens = tl.load(from_slot + 1, mask=exists, other=0)
-        tokens -= tl.load(from_slot, mask=exists, other=0)
-        inside = tokens > 0
-        there = alive[:, None] & exists[None, :]
-        skipped = tl.load(members[:, None] + c[None, :], mask=there, other=1) == 0
-        k0 = load_tile_masked(means, c, inside, 128, 0, 128)
-        v0 = load_tile_masked(values, c, inside, 128, 0, 128)
-        weight = tl.log2(tl.maximum(tokens, 1).to(tl.float32)) / 0.12751743082459868
-        s = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-        s = tl.dot(q0, tl.trans(k0), s, input_precision="tf32x3")
-        s += weight[None, :]
-        s = tl.where(skipped & inside[None, :], s, float("-inf"))
-        p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
-        p = p.to(V.dtype.element_ty)
-        acc0 = acc0 * rescale[:, None]
-        acc0 = tl.dot(p, v0, acc0, input_precision="tf32x3")
-    o_base = O + z.to(tl.int64) * o_b + head.to(tl.int64) * o_h
-    scale = reciprocal_or_zero(l)[:, None]
-    store_rows(o_base, q_first + row, alive, o_t, acc0 * scale, 0, 128)
-    lse = LSE + z.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h
-    tl.store(lse + (q_first + row).to(tl.int64) * lse_t, natural_lse(m, l), mask=alive)
+    # what a program has for itself: where the clusters of a list begin, in it and among slots, and its tokens
+    listed = SCRATCH + tl.program_id(0).to(tl.int64) * room
+    shift = listed + 1024
+    tokens_of = shift + 1024
+    e = tl.arange(0, 1024)
+    r = tl.arange(0, 512)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        # rows: BLOCK_T of one cluster of a head
+        tile = item % most
+        pair = item // most
+        z = pair // 40
+        head = pair % 40
+        of_keys = z * 40 + head // 1
+        tiles = TILES + pair.to(tl.int64) * 513
+        before = tl.load(tiles + r)
+        if tile < tl.load(tiles + 512):
+            cluster = tl.sum(((before <= tile) & (r < 300)).to(tl.int32), 0) - 1
+            begins = ROW_STARTS + pair.to(tl.int64) * 513 + cluster
+            slot = tl.load(begins) + (tile - tl.load(tiles + cluster)) * BLOCK_T
+            slot += tl.arange(0, BLOCK_T)
+            alive = slot < tl.load(begins + 1)
+            q_first = tl.load(SEQ + z * 6 + 1)
+            row_of = ROW_ORDER + head.to(tl.int64) * q_rows + z.to(tl.int64) * q_length + q_first
+            row = tl.load(row_of + slot, mask=alive, other=0)
+
+            # the clusters that any of its rows chose for itself
+            q_start = tl.load(SEQ + z * 6)
+            words = WORDS + ((q_start + row).to(tl.int64) * 40 + head) * 32
+            taken = tl.zeros([1024], tl.int32)
+            first_slot = tl.load(begins) + (tile - tl.load(tiles + cluster)) * BLOCK_T
+            for i in range(first_slot, tl.minimum(first_slot + BLOCK_T, tl.load(begins + 1))):
+                one = (q_start + tl.load(row_of + i)).to(tl.int64) * 40 + head
+                taken |= (tl.load(WORDS + one * 32 + e // 32) >> (e % 32)) & 1
+            key_begins = KEY_STARTS + of_keys.to(tl.int64) * 1025 + e
+            begin = tl.load(key_begins)
+            size = (tl.load(key_begins + 1) - begin) * taken
+            ahead = tl.cumsum(size, 0) - size
+            many = tl.sum(size, 0)
+            entry = tl.cumsum(taken, 0) - 1
+            tl.store(listed + entry, ahead, mask=taken != 0)
+            tl.store(shift + entry, begin - ahead, mask=taken != 0)
+            last = tl.sum(taken, 0) - 1
+            tl.debug_barrier()
+
+            # their tokens
+            k_row = tl.load(SEQ + z * 6 + 4)
+            order = KEY_ORDER + (head // 1).to(tl.int64) * rows + z.to(tl.int64) * length + k_row
+            for f0 in range(0, many, BLOCK_K):
+                f = f0 + tl.arange(0, BLOCK_K)
+                low = tl.zeros([BLOCK_K], tl.int32)
+                high = low + last
+                for _ in tl.static_range(11):
+                    middle = (low + high + 1) // 2
+                    up = tl.load(listed + middle) <= f
+                    low = tl.where(up, middle, low)
+                    high = tl.where(up, high, tl.maximum(middle - 1, low))
+                token = tl.load(order + f + tl.load(shift + low), mask=f < many, other=0)
+                tl.store(tokens_of + f, token, mask=f < many)
+            tl.debug_barrier()
+
+            labels = KEY_LABELS + (head // 1).to(tl.int64) * rows + z.to(tl.int64) * length + k_row
+            q_base = Q + z.to(tl.int64) * q_b + head.to(tl.int64) * q_h
+            q0 = load_tile_masked(q_base, q_first + row, alive, q_t, 0, 128)
+            m = tl.full([BLOCK_T], float("-inf"), tl.float32)
+            l = tl.zeros([BLOCK_T], tl.float32)
+            acc0 = tl.zeros([BLOCK_T, 128], tl.float32)
+            k_base = K + z.to(tl.int64) * k_b + (head // 1).to(tl.int64) * k_h
+            v_base = V + z.to(tl.int64) * v_b + (head // 1).to(tl.int64) * v_h
+            for n0 in range(0, many, BLOCK_N):
+                place = n0 + tl.arange(0, BLOCK_N)
+                inside = place < many
+                n = tl.load(tokens_of + place, mask=inside, other=0)
+                label = tl.load(labels + n, mask=inside, other=0)
+                there = alive[:, None] & inside[None, :]
+                word = tl.load(words[:, None] + (label // 32)[None, :], mask=there, other=0)
+                seen = ((word >> (label % 32)[None, :]) & 1) != 0
+                k0 = load_tile_masked(k_base, k_row + n, inside, k_t, 0, 128)
+                v0 = load_tile_masked(v_base, k_row + n, inside, v_t, 0, 128)
+                s = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+                s = tl.dot(q0, tl.trans(k0), s, input_precision="tf32x3")
+                s = tl.where(seen, s, float("-inf"))
+                p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
+                p = p.to(V.dtype.element_ty)
+                acc0 = acc0 * rescale[:, None]
+                acc0 = tl.dot(p, v0, acc0, input_precision="tf32x3")
+            means = KEY_CENTERS + of_keys.to(tl.int64) * 384000
+            values = VALUE_MEANS + of_keys.to(tl.int64) * 128000
+            for c0 in range(0, 1000, BLOCK_N):
+                c = c0 + tl.arange(0, BLOCK_N)
+                from_slot = KEY_STARTS + of_keys.to(tl.int64) * 1025 + c
+                exists = c < 1000
+                tokens = tl.load(from_slot + 1, mask=exists, other=0)
+                tokens -= tl.load(from_slot, mask=exists, other=0)
+                inside = tokens > 0
+                there = alive[:, None] & exists[None, :]
+                word = tl.load(words[:, None] + (c // 32)[None, :], mask=there, other=-1)
+                skipped = inside[None, :] & (((word >> (c % 32)[None, :]) & 1) == 0)
+                k0 = load_tile_masked(means, c, inside, 128, 0, 128)
+                v0 = load_tile_masked(values, c, inside, 128, 0, 128)
+                weight = tl.log2(tl.maximum(tokens, 1).to(tl.float32)) / 0.12751743082459868
+                s = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+                s = tl.dot(q0, tl.trans(k0), s, input_precision="tf32x3")
+                s += weight[None, :]
+                s = tl.where(skipped, s, float("-inf"))
+                p, m, l, rescale = softmax_step(s, m, l, 0.12751743082459868)
+                p = p.to(V.dtype.element_ty)
+                acc0 = acc0 * rescale[:, None]
+                acc0 = tl.dot(p, v0, acc0, input_precision="tf32x3")
+            o_base = O + z.to(tl.int64) * o_b + head.to(tl.int64) * o_h
+            scale = reciprocal_or_zero(l)[:, None]
+            store_rows(o_base, q_first + row, alive, o_t, acc0 * scale, 0, 128)
+            lse = LSE + z.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h
+            tl.store(lse + (q_first + row).to(tl.int64) * lse_t, natural_lse(m, l), mask=alive)
+            tl.debug_barrier()

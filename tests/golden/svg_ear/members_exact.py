@@ -2,7 +2,7 @@
 # spec      svg_ear  sha256 000000000000
 # template  clusters.py.jinja
 # target    sm_90
-"""members_exact: which clusters of keys each row has chosen for itself."""
+"""members_exact: which clusters of keys each row has chosen for itself, as bits."""
 
 import triton
 import triton.language as tl
@@ -22,6 +22,15 @@ def find_sequence(SEQ, num_sequences, tile, BLOCK, COLUMN: tl.constexpr, DIVISOR
     return low, (tile - start) * BLOCK
 
 
+@triton.jit
+def words_of(flags):
+    """Flags as bits of words.  bool[R, N] -> u32[R, N // 32]"""
+    R: tl.constexpr = flags.shape[0]
+    N: tl.constexpr = flags.shape[1]
+    bits = tl.reshape(flags.to(tl.uint32), [R, N // 32, 32])
+    return tl.sum(bits << tl.arange(0, 32).to(tl.uint32)[None, None, :], 2)
+
+
 @triton.jit(do_not_specialize=["width", "num_sequences", "tile_first"])
 def members_exact(
     SELECTION,  # [B, T, Hq, K]
@@ -31,6 +40,7 @@ def members_exact(
     s_s,  # SELECTION: slot stride
     width,  # K
     MEMBERS,  # [turn * BLOCK_T, 40, 1024] 1 of what a row chose
+    WORDS,  # [rows, 40, 32] bits of what a row chose
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     tile_first,  # the turn's first tile
@@ -39,6 +49,7 @@ def members_exact(
 ):
     head = tl.program_id(1)
     z, t0 = find_sequence(SEQ, num_sequences, tile_first + tl.program_id(0), BLOCK_T, 0, 1)
+    q_start = tl.load(SEQ + z * 6)
     q_first = tl.load(SEQ + z * 6 + 1)
     q_len = tl.load(SEQ + z * 6 + 2)
     if t0 >= q_len:
@@ -46,17 +57,22 @@ def members_exact(
     t = tl.arange(0, BLOCK_T)
     row = t0 + t
     alive = row < q_len
-    members = MEMBERS + ((tl.program_id(0) * BLOCK_T + t).to(tl.int64) * 40 + head) * 1024
-    for e0 in range(0, 1024, BLOCK_K):
-        e = e0 + tl.arange(0, BLOCK_K)
-        nothing = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
-        tl.store(members[:, None] + e[None, :], nothing, mask=alive[:, None] & (e < 1024)[None, :])
+    members = (tl.program_id(0) * BLOCK_T + t).to(tl.int64) * 40 + head
+    members = MEMBERS + members[:, None] * 1024
+    e = tl.arange(0, 1024)[None, :]
+    tl.store(members + e, tl.zeros([BLOCK_T, 1024], tl.int32), mask=alive[:, None] & (e >= 0))
     tl.debug_barrier()
     chosen = SELECTION + z.to(tl.int64) * s_b + head.to(tl.int64) * s_h
     chosen += (q_first + row).to(tl.int64) * s_t
     for s0 in range(0, width, BLOCK_K):
         slot = s0 + tl.arange(0, BLOCK_K)
         there = alive[:, None] & (slot < width)[None, :]
-        e = tl.load(chosen[:, None] + slot.to(tl.int64)[None, :] * s_s, mask=there, other=-1)
-        known = (e >= 0) & (e < 1000)
-        tl.store(members[:, None] + e, tl.full([BLOCK_T, BLOCK_K], 1, tl.int32), mask=known)
+        found = tl.load(chosen[:, None] + slot.to(tl.int64)[None, :] * s_s, mask=there, other=-1)
+        known = (found >= 0) & (found < 1000)
+        tl.store(members + found, tl.full([BLOCK_T, BLOCK_K], 1, tl.int32), mask=known)
+    tl.debug_barrier()
+    flags = tl.load(members + e, mask=alive[:, None] & (e >= 0), other=0) != 0
+    w = tl.arange(0, 32)[None, :]
+    words = ((q_start + row).to(tl.int64) * 40 + head)[:, None] * 32
+    bits = words_of(flags).to(tl.int32, bitcast=True)
+    tl.store(WORDS + words + w, bits, mask=alive[:, None] & (w >= 0))
