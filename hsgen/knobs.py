@@ -199,7 +199,7 @@ def _most_scores(context: RankContext | ThresholdContext) -> int:
 
 def _marking(context: IndexContext | MarksContext) -> dict[str, tuple[int, int]]:
     """Slots of a row's list a step, and entries a step, where rows set bits."""
-    dear = {"DEAR": (1, 8)} if isinstance(context, MarksContext) else {}
+    dear = {"DEAR": (1, 8)} if isinstance(context, MarksContext) and not context.alone else {}
     return {"BLOCK_K": (16, max(16, next_power(context.width))), "BLOCK_N": (16, 1024), **dear}
 
 
