@@ -986,7 +986,9 @@ class _Chain:
 def part_of(graph: Graph, selection: Node) -> together.Part | None:
     """What part of the entries blocks of rows keep; None where a list has a known length, or none can be."""
     op = selection.op
-    if not isinstance(op, SelectSet) or not op.stride or refusals.lacking(graph, selection):
+    if not isinstance(op, SelectSet) or refusals.lacking(graph, selection):
+        return None
+    if not op.stride and axes.tiling_of(graph) is None:  # of clusters
         return None
     own = own_entries(selection.type.dims[1], op.stride) - 1
     forced = op.first + (op.last + own if op.last else 0)
