@@ -173,6 +173,25 @@ def test_what_a_run_of_rows_tells(name, tell):
 
 
 @pytest.mark.usefixtures("sanitized")
+def test_a_reference_that_does_not_fit_beside_kernels_is_asked_on_the_processor(
+    spec, small, monkeypatch
+):
+    asked = []
+
+    def full_at_first(*arguments, **keywords):
+        asked.append(arguments[1]["q"].device)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return reference(*arguments, **keywords)
+
+    monkeypatch.setattr(checking, "reference", full_at_first)
+    result = result_of(Child().answer(request(spec, small.start, "prove", shape="24")))
+    assert result.failure is None
+    assert 0 < result.check["error_at_length"] < 1e-4
+    assert len(asked) == 5  # two runs, each on the choice and on its own; the first one twice
+
+
+@pytest.mark.usefixtures("sanitized")
 def test_the_reference_is_asked_once_of_points_that_choose_alike(spec, small, monkeypatch):
     asked = []
 
