@@ -64,8 +64,6 @@ def runs_tell(spec: Spec) -> bool:
 
 def sampled(spec: Spec, tokens: int) -> list[tuple[int, int]]:
     """Two runs of rows, in the middle and at the end; of rows that choose together all."""
-    if not runs_tell(spec):
-        return [(0, tokens)]
     together = math.lcm(*(x.query.block for x in spec.levels if x.query and x.query.block))
     middle = max(0, tokens // 2 - SAMPLED // 2)
     runs = [(a, min(a + SAMPLED, tokens)) for a in (middle, max(0, tokens - SAMPLED))]

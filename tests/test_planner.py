@@ -242,7 +242,7 @@ def test_the_graph_knows_its_spec() -> None:
     assert (meta.name, meta.source, meta.digest) == ("hisa", "arXiv:2603.28458", spec.digest)
 
 
-def test_pooled_entries_of_a_selection_are_refused_where_they_are_written() -> None:
+def test_pooled_entries_that_blocks_of_rows_chose_are_refused_where_they_are_written() -> None:
     text = """\
 hsgen: 1
 name: pooled_selection
@@ -252,6 +252,7 @@ levels:
   - name: block
     partition: {blocks: 8}
     pool: {keys: mean, values: mean}
+    query: {block: 8, pool: mean}
     score: {form: dot}
     select: {top_k: 4}
 attend:
@@ -262,7 +263,7 @@ combine: {gates: input}
     graph = passes.run(plan(language.parse(text, "mine.yaml")))
     with pytest.raises(PlanError, match="branch summary: no kernel attends pooled") as caught:
         schedule(graph, H100)
-    assert str(caught.value.span) == "mine.yaml:13:42"
+    assert str(caught.value.span) == "mine.yaml:14:42"
 
 
 def test_a_spec_made_in_python_is_judged() -> None:

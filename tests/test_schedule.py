@@ -470,6 +470,13 @@ def resized(spec, heads, dims):
         changes["index"] = spec.index.model_copy(
             update={"heads": heads[1]}
         )  # one for each key head
+    elif spec.index and any(
+        x.score.share == "group" and x.score.form == "relu_weighted" for x in spec.levels
+    ):
+        several = max(spec.index.heads, heads[1])
+        changes["index"] = spec.index.model_copy(
+            update={"heads": several}
+        )  # each group sums its own
     changes["levels"] = systems.turned_less(spec, dims[0])
     changes["attend"] = tuple(systems.of_heads(branch, heads[0]) for branch in spec.attend)
     return spec.model_copy(update=changes)

@@ -167,9 +167,7 @@ def test_rows_that_choose_together_far_apart_are_held_against_the_start(monkeypa
     [("moba", True), ("seer_attention", True), ("vsa", False), ("pbs_attn", False)],
 )
 def test_what_a_run_of_rows_tells(name, tell):
-    spec = load(name)
-    assert checking.runs_tell(spec) is tell
-    assert (len(checking.sampled(spec, 4096)) == 2) is tell
+    assert checking.runs_tell(load(name)) is tell
 
 
 @pytest.mark.usefixtures("sanitized")

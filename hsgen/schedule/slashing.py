@@ -189,7 +189,9 @@ def _attend(draft: Draft, node: Node, op: Attend) -> None:
         tokens, step = (f'config["{name}"]["{of}"]' for of in ("BLOCK_T", "BLOCK_N"))
         sizes += [
             (words, "batch.keys // 64 + 1"),
-            (capacity, f"(batch.keys + {tokens}) // {step} + 2"),
+            (f"rows_{op.branch}", tokens),
+            (f"keys_{op.branch}", step),
+            (capacity, f"(batch.keys + rows_{op.branch}) // keys_{op.branch} + 2"),
         ]
         each = ("batch.sequences", heads)
         buffers += [

@@ -651,7 +651,9 @@ def forward(tensors, batch, config, selection=None, rows=True):
     entries_blocks = None
     # attend: slashes
     words_slashes = batch.keys // 64 + 1
-    steps_slashes = (batch.keys + config["attend_slashes"]["BLOCK_T"]) // config["attend_slashes"]["BLOCK_N"] + 2
+    rows_slashes = config["attend_slashes"]["BLOCK_T"]
+    keys_slashes = config["attend_slashes"]["BLOCK_N"]
+    steps_slashes = (batch.keys + rows_slashes) // keys_slashes + 2
     bits_slashes = torch.empty(
         (
             batch.sequences,

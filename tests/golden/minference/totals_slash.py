@@ -86,7 +86,8 @@ def totals_slash(
         inside = n < end
         k0 = load_tile_masked(k_base, k_first + n, inside, k_t, 0, 128)
         s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-        visible = (n[None, :] < seen[:, None]) & (n[None, :] >= seen[:, None] - k_len)  # no diagonal is further back
+        # no diagonal is further back than there are keys
+        visible = (n[None, :] < seen[:, None]) & (n[None, :] >= seen[:, None] - k_len)
         s = tl.where(inside[None, :] & visible, s, float("-inf"))
         _, m, l, _ = softmax_step(s, m, l, 0.12751743082459868)
 

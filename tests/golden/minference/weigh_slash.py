@@ -85,7 +85,8 @@ def weigh_slash(
     inside = (n >= 0) & (n < k_len)
     k0 = load_tile_masked(k_base, k_first + n, inside, k_t, 0, 128)
     s = tl.dot(q0, tl.trans(k0), input_precision="tf32x3")
-    visible = (n[None, :] < seen[:, None]) & (n[None, :] >= seen[:, None] - k_len)  # no diagonal is further back
+    # no diagonal is further back than there are keys
+    visible = (n[None, :] < seen[:, None]) & (n[None, :] >= seen[:, None] - k_len)
     s = tl.where(inside[None, :] & visible, s, float("-inf"))
     m_safe = tl.where(m == float("-inf"), 0.0, m)
     weight = tl.exp2(s * 0.12751743082459868 - m_safe[:, None])

@@ -24,7 +24,6 @@ def tally_cluster_keys(
     z = tl.program_id(2)
     first = tl.load(SEQ + z * 6 + 4)
     many = tl.load(SEQ + z * 6 + 5)
-    of = z * 40 + head
     base = head.to(tl.int64) * rows + z.to(tl.int64) * length + first
     if tl.program_id(0) * 256 >= many:
         return

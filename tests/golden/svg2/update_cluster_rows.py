@@ -45,7 +45,6 @@ def update_cluster_rows(
     head = tl.program_id(1)
     z = tl.program_id(2)
     first = tl.load(SEQ + z * 6 + 1)
-    many = tl.load(SEQ + z * 6 + 2)
     of = z * 40 + head
     base = head.to(tl.int64) * rows + z.to(tl.int64) * length + first
     at = MOVED + (turn * num_sequences + z) * 40 + head
