@@ -191,12 +191,21 @@ class TakersContext:
 
 # --- delta
 
+LEAST_SHARE = 2.0**-100  # beside a sink: less leaves nothing of an output
+_OF_SINK = (
+    pointer("LSE", "f32", "f32[B, Hq, T], as DLSE"),
+    rows.SINK,
+    pointer("SUNK", "f32", "f32[B, Hq, T] log-sum-exp with the sink, as DLSE"),
+    pointer("LEFT", "f32", "f32[B, Hq, T] what the sink has, as DLSE"),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaContext:
     """Everything `merge.py.jinja` reads to make delta from outputs that are there.
 
-    Of a branch under a gate, delta is times it, and without it the gate's gradient.
+    Of a branch under a gate, delta is times it, and without it the gate's gradient.  A sink is one more
+    logit: the log-sum-exp that dq, dk and dv have has it too.
     """
 
     name: str
@@ -204,13 +213,20 @@ class DeltaContext:
     pieces: str = ""
     head_dim: int  # of a value
     gate: Gated | None = None
+    sink: bool = False
     how: Literal["delta"] = "delta"
 
     @property
     def summary(self) -> str:
         if self.gate:
             return "the gradient of a branch's gates, and delta, from its output."
+        if self.sink:
+            return "the gradient of each output times it, and what a sink has of it."
         return "the gradient of each output times it, less that of the log-sum-exp."
+
+    @property
+    def least_share(self) -> str:
+        return number(LEAST_SHARE)
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -219,12 +235,42 @@ class DeltaContext:
     @property
     def params(self) -> tuple[Param, ...]:
         return (
-            *(KEPT_OUTPUT if self.gate else OUTPUT),
+            *(KEPT_OUTPUT if self.gate and self.gate.branches > 1 else OUTPUT),
             *OUTPUT_GRADIENT,
             *lse("DLSE"),
             pointer("DELTA", "f32", "f32[B, Hq, T], as DLSE"),
+            *(_OF_SINK if self.sink else ()),
             *((*rows.gates_of(self.gate), *_gates_gradient(self.gate)) if self.gate else ()),
             *SEQ,
+            *tunables("BLOCK_R"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return rows.jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkContext:
+    """Everything `merge.py.jinja` reads to add up what rows leave for the sink of each head."""
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    heads: int
+    how: Literal["sink"] = "sink"
+
+    @property
+    def summary(self) -> str:
+        return "the gradient of each head's sink, from what rows left."
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        return (
+            pointer("LEFT", "f32", f"f32[B, {self.heads}, T]"),
+            pointer("DSINK", "input", f"[{self.heads}] gradient of the sink"),
+            count("sequences", "B"),
+            count("rows", "T"),
             *tunables("BLOCK_R"),
         )
 
@@ -332,6 +378,7 @@ class ColsContext(rows.InTurn):
     split: bool  # rows are those of several programs, whose sums are added later
     adds: tuple[bool, bool]  # keys', values': to gradients of other branches
     turn: rows.Turn | None = None
+    cap: str = ""  # as `RowsContext` has it
     entries: str = "S"
     tiled: int = 0  # > 0: rows are those of tiles, so many slots each, that chose a tile of keys
     words: int = 0  # of these a row's bit says whether it did
@@ -356,6 +403,11 @@ class ColsContext(rows.InTurn):
         text += " q_offset" if "position" in text else ""
         text += " q_len q_offset" if self.together else ""
         return re.search(rf"\b{name}\b", text) is not None
+
+    @property
+    def cap_bound(self) -> str:
+        """By what logits are capped."""
+        return rows.bound_of(self.cap)
 
     @property
     def per_head(self) -> bool:
@@ -579,6 +631,7 @@ class Branch:
 
     name: str
     scale: float
+    softcap: float | None = None
     turn: rows.Turn | None
     adds: tuple[bool, bool]
     biased: bool = False  # keys have biases, which have gradients
@@ -597,7 +650,8 @@ def _of(shape: Shape, branch: Branch, *, heads: int) -> ColsContext:
         key_row="k_first",
         keys="k_len",
         scale=number(branch.scale),
-        scale_log2=number(branch.scale * rows.LOG2_E),
+        scale_log2=number((branch.scale if branch.softcap is None else 1.0) * rows.LOG2_E),
+        cap="" if branch.softcap is None else rows.cap_of(branch.scale, branch.softcap),
         precision=shape.precision,
         split=False,
         adds=branch.adds,

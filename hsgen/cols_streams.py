@@ -143,7 +143,8 @@ def config(context: ColsContext, target: Target, dtype: str) -> Config | None:
         target.streams
         and dtype != "fp32"
         and context.heads == context.group
-        and not (context.latent or context.together or context.at or context.bias_scale)
+        and not (context.latent or context.together or context.at)
+        and not (context.bias_scale or context.cap)
         and context.heads % ATOM == 0
         and ROWS % context.heads == 0
         and qk % COLUMNS == v % COLUMNS == 0

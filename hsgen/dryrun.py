@@ -84,7 +84,7 @@ def gradients(plan: Plan, forward: Plan, *, tokens: int, batch: int = 1) -> DryR
     for level, name in plan.selection.items():
         kept[name] = made[forward.selection[level]]
     for name in plan.apart.values():
-        kept[name] = replace(o, itemsize=4)
+        kept[name] = replace(o, itemsize=4) if len(plan.apart) > 1 else o
     given = _bytes(names) + _bytes(kept)
     names |= kept | {f"grad_{name}": kept[name] for name in plan.lse.values()}
     return _Run(plan=plan, names=names, given=given).run()

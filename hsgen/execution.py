@@ -200,6 +200,7 @@ class Options:
     interpret: bool = False
     config: Configs = field(default_factory=dict[str, Mapping[str, int]], hash=False)
     check: bool = False
+    recompute: bool = False
     gate: Gate | Literal["measured"] | None = None
 
 
@@ -378,7 +379,7 @@ class Execution:
         """The same, outputs of gated branches, and what `backward` need not look up again."""
         known = self._look_up("forward", self.attending, call, "record")
         choice = known.choice
-        if choice is None or not self.gated or known.problem.empty:
+        if choice is None or not self.keeps or known.problem.empty:
             return *self._forward(known, choice, call, selections=True), known
         apart = known.apart = known.apart or self._apart(known.problem, call, choice)
         if not known.apart_ran:
@@ -658,32 +659,34 @@ class Execution:
         """The same of two branches' outputs: their gradients are made by the kernels of each alone.
 
         All is of the sum, and what it is divided by is taken last, or small numbers were none in 16 bits.
+        One branch goes back after the other, and what it needed passes.
         """
         with torch.enable_grad(), operators.autograd_again():
             leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in call.tensors]
             again = call._replace(tensors=leaves)
             outputs = {side: self.branch(name, again) for side, name in self.distilled.items()}
-            found, derived = self._drive_losses(
-                call, problem, "gradients", {side: o.detach() for side, o in outputs.items()}
-            )
+            there = {side: o.detach() for side, o in outputs.items()}
+            found, derived = self._drive_losses(call, problem, "gradients", there)
+            del there
             (name,) = self.named_losses
             value, count = _mean(found[name])
-            dims = ("B", "T", "Hq", "Dv")
-            made = torch.autograd.grad(
-                [outputs[side] for side in derived],
-                [x for x in leaves if x.requires_grad],
-                [
-                    grad[0] if problem.packed else _swapped(grad, dims, problem)
-                    for grad in derived.values()
-                ],
-                allow_unused=True,
-            )
-        grads = iter(made)
-        return (
-            [value],
-            1.0 / self._gain / count,
-            [next(grads) if x.requires_grad else None for x in leaves],
-        )
+            made: list[Tensor | None] = [None] * len(leaves)
+            taught = [i for i, x in enumerate(leaves) if x.requires_grad]
+            outputs = {side: outputs[side] for side in derived}
+            derived = dict(derived)
+            for side in [*derived]:
+                grad, o = derived.pop(side), outputs.pop(side)
+                grad = (
+                    grad[0] if problem.packed else _swapped(grad, ("B", "T", "Hq", "Dv"), problem)
+                )
+                mine = [leaves[i] for i in taught]
+                each = [*torch.autograd.grad(o, mine, grad, allow_unused=True)]
+                del grad, o
+                for i in reversed(taught):
+                    more, before = each.pop(), made[i]
+                    if more is not None:
+                        made[i] = more if before is None else before.add_(more)
+        return [value], 1.0 / self._gain / count, made
 
     @functools.cached_property
     def _gain(self) -> float:
@@ -953,7 +956,7 @@ class Execution:
         each_order: list[dict[str, Order]] = [{}]
         each_order += [{branch: order} for branch in branches for order in get_args(Order)]
         plans: list[Callable[[], Plan]] = []
-        for apart in (False, True) if self.gated and not lacking else (False,):
+        for apart in (False, True) if self.keeps and not lacking else (False,):
             plans += [partial(schedule, graph, target, dtype, x, apart=apart) for x in each_order]
             if not lacking:
                 plans.append(partial(backward.plan, graph, target, dtype, apart=apart))
@@ -1117,6 +1120,11 @@ class Execution:
     def gated(self) -> bool:
         """Whether gates weigh branches."""
         return combining.gates(self.graph) is not None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a call that autograd records keeps outputs of branches, of which delta is made."""
+        return self.gated and not self.options.recompute
 
     def _aligned(self, call: Call) -> bool:
         """Whether keys and values, of as many rows as there are tokens, can come in a stream."""

@@ -1217,6 +1217,46 @@ class OutputGateContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UngateContext:
+    """Everything `merge.py.jinja` reads to go back through the gate of an output.
+
+    What was gated is not needed: times the sigmoid it is the output, which is there.
+    """
+
+    name: str
+    header: str = ""
+    pieces: str = ""
+    head_dim: int  # of a value
+    each: Literal["channel", "head"]
+    how: Literal["ungate"] = "ungate"
+
+    @property
+    def summary(self) -> str:
+        return f"the gradient of an output's gate, by {self.each}, and of what was gated."
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return chunks(self.head_dim)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        gates = "[B, T, Hq, Dv]" if self.each == "channel" else "[B, T, Hq]"
+        return (
+            *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
+            *tensor("DO", "do", "gradient of O", "bth"),
+            *tensor("GATE", "g", gates, "bth"),
+            *tensor("DX", "dx", "gradient of what was gated", "bth"),
+            *tensor("DGATE", "dg", "gradient of GATE", "bth"),
+            *SEQ,
+            *tunables("BLOCK_R"),
+        )
+
+    @property
+    def jit(self) -> str:
+        return jit(self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TurnContext:
     """Everything `segments.py.jinja` reads where queries are turned, each by its own position."""
 

@@ -131,9 +131,11 @@ class Kept:
     """One of several branches whose outputs are weighed at the end and kept for the gradient of each.
 
     They are in float32: delta is made of them, and what 16 bits round off would be in every gradient.
+    One that is alone is as wide as an output that no gate weighs, of which delta is made too.
     """
 
     first: bool = True  # nothing is there before it
+    wide: bool = True
 
 
 Turn = Gated | Joined | Kept
@@ -283,6 +285,11 @@ class RowsContext(InTurn):
     def derives(self) -> bool:
         """Whether it makes a gradient, from outputs' and the log-sum-exp."""
         return self.acc in ("dq", "delta")
+
+    @property
+    def cap_bound(self) -> str:
+        """By what logits are capped."""
+        return bound_of(self.cap)
 
     @property
     def reads_values(self) -> bool:
@@ -812,13 +819,22 @@ def with_logits(
 ) -> RowsContext:
     """The same attend with capped logits, or with one more logit a head in the denominator."""
     if softcap is not None:
-        cap = f"{number(scale)}, {number(softcap)}"
-        context = replace(context, cap=cap, scale_log2=number(LOG2_E))
+        context = replace(context, cap=cap_of(scale, softcap), scale_log2=number(LOG2_E))
     if not sink:
         return context
     at = [p.name for p in context.params].index("O")
     params = (*context.params[:at], SINK, *context.params[at:])
     return replace(context, sink=True, params=params)
+
+
+def cap_of(scale: float, softcap: float) -> str:
+    """Scale and bound of logits, as templates have them."""
+    return f"{number(scale)}, {number(softcap)}"
+
+
+def bound_of(cap: str) -> str:
+    """Of such text the bound."""
+    return cap.rpartition(", ")[2]
 
 
 def with_bias(context: RowsContext, *, scale: float) -> RowsContext:
@@ -843,7 +859,7 @@ def with_turn(context: RowsContext, turn: Turn | None) -> RowsContext:
 
 def output_of(param: Param, turn: Turn | None) -> Param:
     """What a branch writes."""
-    if not isinstance(turn, Kept):
+    if not isinstance(turn, Kept) or not turn.wide:
         return param
     return replace(param, dtype="f32", comment=f"f32{param.comment}")
 

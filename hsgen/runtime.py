@@ -77,6 +77,7 @@ def load_kernel(
     interpret: bool = False,
     config: Configs | None = None,
     check: bool | None = None,
+    recompute: bool = False,
     gate: Gate | Literal["measured"] | None = None,
 ) -> Kernel:
     """Load a spec as a function of tensors.
@@ -100,6 +101,9 @@ def load_kernel(
             take `step.NAME` instead where that is there.
         check: look at the values of lengths and selections too, which waits for the device; None
             asks HSGEN_CHECK.
+        recompute: keep nothing of branches under gates for a backward, which then computes again what it
+            needs of them, as it does under torch.compile; else each branch's output is kept, in
+            float32 where there are several, and a backward is the faster for it.
         gate: what short calls compute instead, dense or flat attention; see `Gate`.  "measured" takes
             what `hsgen gate` found on this GPU for this dtype and these heads, and never gates where
             nothing was found.  None: every call computes what the spec says.
@@ -122,6 +126,7 @@ def load_kernel(
         interpret=interpret,
         config=dict(config or {}),
         check=paths.wants_checks() if check is None else check,
+        recompute=recompute,
         gate=_checked_gate(gate),
     )
     bound = loaded.bind(heads=heads, head_dim=head_dim, layer=layer, step=step)
@@ -189,6 +194,20 @@ def _refuse_config(spec: Spec, options: Options) -> None:
         )
 
 
+def _part_of(
+    kernel: Kernel, call: Call, given: Mapping[str, Tensor], *, chooses: bool = False
+) -> Call:
+    """Of a call of a spec what a kernel of a part of it needs; given: its tensors by name."""
+    expected = kernel._choosing if chooses else kernel._attending
+    brought = dict(zip(call.levels.split(","), call.selection, strict=False))
+    mine = {level: x for level, x in brought.items() if level in kernel._execution.levels}
+    return call._replace(
+        tensors=[given[name] for name in expected.names],
+        selection=list(mine.values()),
+        levels=",".join(mine),
+    )
+
+
 _kernels: dict[str, Kernel] = {}
 _kernels_lock = Lock()
 
@@ -210,6 +229,7 @@ def _key(spec: Spec, options: Options) -> str:
         "target": repr(options.target),
         "interpret": options.interpret,
         "check": options.check,
+        "recompute": options.recompute,
         "config": {name: dict(values) for name, values in options.config.items()},
         "gate": repr(options.gate),
     }
@@ -258,6 +278,20 @@ class Kernel:
                 for each in spec.attend
             }
             self._execution.branch = self._branch
+        several = self._execution.named_losses
+        self._teachers = (
+            {
+                name: Kernel(
+                    spec.model_copy(update={"loss": spec.loss.only(name)}),
+                    replace(options, gate=None, config={}),
+                    key=f"{key}-{name}",
+                    compiler=compiler,
+                )
+                for name in several
+            }
+            if spec.loss is not None and len(several) > 1
+            else {}
+        )
         if options.gate is not None:
             made = gates.forms(spec, options.gate)
             self._gating = Gating(spec, options, self._attending, made)
@@ -418,12 +452,20 @@ class Kernel:
         """
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_offset, kv_lens)
         call = self._losing({"q": q, "k": k, "v": v, **tensors}, layout, lengths, selection)
+        if self._teachers and self._execution.on_kernels(q.device):
+            given = dict(zip(self._attending.names, call.tensors, strict=True))
+            return {
+                name: kernel._taught(_part_of(kernel, call, given))[0]
+                for name, kernel in self._teachers.items()
+            }
+        return dict(zip(self._execution.named_losses, self._taught(call), strict=True))
+
+    def _taught(self, call: Call) -> Sequence[Tensor]:
+        """All losses of a call."""
         self._execution.check_taught(call)
         if operators.is_watched(call, casts=False) or not operators.is_recorded(call):
-            found = operators.losses(self._key, *call)
-        else:
-            found = operators.record_losses(self._key, operators.cast(call))
-        return dict(zip(self._execution.named_losses, found, strict=True))
+            return operators.losses(self._key, *call)
+        return operators.record_losses(self._key, operators.cast(call))
 
     def reference_losses(
         self,
@@ -664,7 +706,7 @@ class Kernel:
             self(q, k, v, return_lse=True, **keywords)  # type: ignore[arg-type]  # a call's own
             if self._gating:  # without a log-sum-exp it may run other kernels
                 self(q, k, v, **keywords)  # type: ignore[arg-type]
-        if self._execution.gated and torch.is_grad_enabled():  # which autograd may have to know of
+        if self._execution.keeps and torch.is_grad_enabled():  # which autograd may have to know of
             self(q, k, v, return_lse=True, **keywords)  # type: ignore[arg-type]
 
     # --- what people ask of it
@@ -881,14 +923,7 @@ class Kernel:
             combine = self.spec.combine
             by_channel = combine is not None and combine.gates == "channel"
             given["gates"] = given["gates"].narrow(-2 if by_channel else -1, column, 1)
-        expected = kernel._choosing if chooses else kernel._attending
-        brought = dict(zip(call.levels.split(","), call.selection, strict=False))
-        mine = {level: x for level, x in brought.items() if level in kernel._execution.levels}
-        return kernel, call._replace(
-            tensors=[given[name] for name in expected.names],
-            selection=list(mine.values()),
-            levels=",".join(mine),
-        )
+        return kernel, _part_of(kernel, call, given, chooses=chooses)
 
     def _branch(self, branch: str, call: Call) -> Tensor:
         kernel, mine = self._alone(branch, call)

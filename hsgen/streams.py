@@ -414,6 +414,7 @@ def gives(context: RowsContext, target: Target, dtype: str) -> bool:
         and context.latent
         and context.parts
         and context.gate is None
+        and not context.cap
         and keys % COLUMNS == values % COLUMNS == 0
         and (values // COLUMNS + 1) // 2 + (keys - values) // COLUMNS <= MOST_COLUMNS
         and shared_bytes_of_latents(context) <= target.smem_per_block
@@ -468,6 +469,7 @@ def possible(context: RowsContext, target: Target, dtype: str) -> bool:
             or context.parts
             or context.width_of_list
             or (context.joins and not context.derives)
+            or (context.derives and context.cap)
             or context.page
             or context.ordered
             or context.bias_scale

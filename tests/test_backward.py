@@ -21,7 +21,7 @@ from hsgen.errors import ArgumentError, PlanError
 from hsgen.execution import Options
 from hsgen.reference import tensor_kinds, tensor_shapes
 from hsgen.runtime import Kernel
-from hsgen.spec import load, parse
+from hsgen.spec import Combine, load, parse
 from hsgen.streams import StreamsContext
 from hsgen.target import H100, Target, with_streams
 
@@ -142,6 +142,21 @@ GATED_TOKENS = (
 combine: {{gates: input}}
 """
 )
+UNITED_SINK = UNITED.replace("softmax: union", "softmax: union, sink: learned")
+SINK = """
+hsgen: 1
+name: sunk
+heads: {{query: {query}, kv: {kv}}}
+head_dim: {{qk: {qk}, v: {v}}}
+attend:
+  - {{name: near, window: {window}, sink: learned}}
+"""
+OUTPUT_GATED = (
+    CHOSEN
+    + """  - {{name: near, window: {window}}}
+combine: {{{combine}}}
+"""
+)
 LATENT = """
 hsgen: 1
 name: latent
@@ -183,6 +198,11 @@ SMALL = {
 
 def spec(text, **numbers):
     return parse(text.format(**(SMALL | numbers)))
+
+
+def with_caps(spec):
+    capped = [x.model_copy(update={"softcap": 1.5, "scale": 0.5}) for x in spec.attend]
+    return spec.model_copy(update={"attend": tuple(capped)})
 
 
 def tensors(spec, B, T, S, dtype, *, packed=False):
@@ -349,6 +369,21 @@ def test_gates_have_gradients_where_outputs_of_branches_were_not_kept(monkeypatc
     check(gated, T=21, dtype=torch.float16, kept=False)
     again = load_kernel(gated, interpret=True)._execution._gradients
     assert any(not binding.apart for binding, _ in again)
+
+
+def test_a_caller_may_ask_that_nothing_of_branches_is_kept():
+    gated = spec(GATED, query=2, kv=1, qk=16, v=16)
+    kernel, x = (
+        load_kernel(gated, interpret=True, recompute=True),
+        tensors(gated, 1, 9, 9, torch.float32),
+    )
+    again = gradients(kernel, x, [torch.ones(1, 9, 2, 16), *[torch.zeros(1, 2, 9)] * 3])
+    assert not any(binding.apart for binding in kernel._execution.programs)
+    kept = load_kernel(gated, interpret=True)
+    assert kept is not kernel
+    expected = gradients(kept, x, [torch.ones(1, 9, 2, 16), *[torch.zeros(1, 2, 9)] * 3])
+    for name, grad in again.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_of_what_hooks_give_back_however_it_lies():
@@ -550,6 +585,65 @@ def test_a_callers_tokens_may_repeat():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(
+    ("combine", "kept"),
+    [
+        ("softmax: union, output_gate: channel", True),
+        ("gates: input, output_gate: head", True),
+        ("gates: input, output_gate: channel", False),
+    ],
+    ids=["one softmax", "gates, kept", "gates, again"],
+)
+def test_an_outputs_gate_has_a_gradient_and_so_has_what_is_behind_it(
+    combine, kept, seed, monkeypatch
+):
+    gated = spec(OUTPUT_GATED, combine=combine, query=6, kv=2, qk=16)
+    if kept:
+        check(gated, B=2, T=5, S=13)
+    else:
+        monkeypatch.setattr(operators, "is_watched", lambda call: True)
+        check(gated, T=18, cu_seqlens_q=i32(0, 5, 5, 18))
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        (UNITED, {"v": 16}),
+        pytest.param(TWO_LATENTS, OF_TOKENS | {"v": 16}, marks=pytest.mark.full),
+    ],
+    ids=["blocks and a window", "latents"],
+)
+def test_capped_logits_have_gradients(text, numbers, seed):
+    """Whose dots are larger than the cap."""
+    check(with_caps(spec(text, **numbers | {"qk": 16 + numbers["v"]}, query=4, kv=2)), T=11)
+
+
+@pytest.mark.parametrize(
+    "sunk",
+    [
+        spec(UNITED_SINK, query=6, kv=2),
+        spec(SINK, query=2, kv=1),
+    ],
+    ids=["of all branches", "of one"],
+)
+def test_sinks_have_gradients(sunk, seed):
+    """Rows that see nothing among them."""
+    check(sunk, B=2, T=9, S=5)
+
+
+def test_sinks_may_be_all_that_counts_or_nothing(seed):
+    """Of a log-sum-exp, which has no sink, gradients are the same beside each."""
+    sunk = spec(SINK, query=4, kv=1)
+    x = tensors(sunk, 1, 9, 9, torch.float32)
+    x["near_sink"] = torch.tensor([300.0, 20.0, 0.0, -300.0])
+    attn = load_kernel(sunk, interpret=True)
+    grads = [torch.randn(1, 9, 4, 32), torch.randn(1, 4, 9)]
+    found = gradients(attn, x, grads)
+    wide = {name: y.detach().double() for name, y in x.items()}
+    for name, exact in gradients(attn.reference, wide, grads).items():
+        assert_near(name, found[name].double(), exact, exact, UNIT[torch.float32])
+
+
 @pytest.mark.parametrize("of", [OF_TOKENS, OF_BLOCKS], ids=["tokens", "blocks"])
 def test_latents_have_gradients(seed, of):
     """Of keys and of values in one: a group of 3 in a tile, whose window goes on from what was chosen."""
@@ -646,6 +740,15 @@ def test_sources_of_gradients_are_formatted_and_obey_the_rules(tmp_path):
         spec(SHARED, **wide | {"share": "share: head", "rows": 128, "top": 12}, query=6, kv=2),
         spec(SHARED + BESIDE, **wide, query=6, kv=2),
         spec(CHOSEN + BESIDE, **wide, query=6, kv=2),
+        spec(
+            OUTPUT_GATED,
+            **wide | {"combine": "softmax: union, output_gate: channel"},
+            query=6,
+            kv=2,
+        ),
+        spec(OUTPUT_GATED, **wide | {"combine": "gates: input, output_gate: head"}, query=6, kv=2),
+        spec(UNITED_SINK, **wide, query=6, kv=2),
+        with_caps(spec(UNITED, **wide, query=6, kv=2)),
     ):
         apart = case.combine is not None and case.name == "pooled"
         plan = backward.plan(emitted.graph(case), H100, "fp32", apart=apart)
@@ -903,16 +1006,15 @@ TRAINED = (
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
     *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "sparse_d"),
-    *("dma", "nosa", "xattention"),
+    *("dma", "nosa", "qwen_qsa", "step_csa", "xattention"),
 )
 REFUSED = {
-    "qwen_qsa": "no kernel has the gradient of an output's gate yet",
-    "step_csa": "no kernel has the gradient of an output's gate yet",
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
     "deepseek_csa": "branch selected: no kernel has the gradient of pooled latents yet",
     "psa": "branch pyramid: no kernel has the gradient of attention over tiers yet",
     "psa_mass": "branch pyramid: no kernel has the gradient of attention over tiers yet",
     "pbs_attn": "branch selected: no kernel has the gradient of keys in another order yet",
+    "minference": "branch columns: no kernel has the gradient of lists that rows share yet",
     "svg2": "branch selected: no kernel has the gradient of attention by clusters yet",
     "svg_ear": "branch exact: no kernel has the gradient of attention by clusters yet",
 }
@@ -929,6 +1031,13 @@ def test_every_spec_with_kernels_has_gradients_or_says_what_is_missing():
 def test_what_has_no_gradient_says_so(name):
     with pytest.raises(PlanError, match=REFUSED[name]):
         backward.plan(emitted.graph(load(name)), H100)
+
+
+def test_an_outputs_gate_behind_tiles_has_no_gradient():
+    tiled = load("draft_attention")
+    gated = tiled.model_copy(update={"combine": Combine(output_gate="head")})
+    with pytest.raises(PlanError, match="the gradient of an output's gate behind tiles yet"):
+        backward.plan(emitted.graph(gated), H100)
 
 
 def test_latents_of_which_heads_chose_tokens_apart_have_no_gradient():
@@ -1030,9 +1139,14 @@ def test_large_documents_of_tokens_have_gradients(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("text", [UNITED, POOLED], ids=["one softmax", "pooled"])
+@pytest.mark.parametrize(
+    "text",
+    [UNITED, POOLED, UNITED_SINK, OUTPUT_GATED],
+    ids=["one softmax", "pooled", "a sink", "gates, and one of the output"],
+)
 def test_large_branches_together_have_gradients(text):
-    check(spec(text, **LARGE, query=8, kv=2), T=1500, dtype=torch.bfloat16)
+    both = "gates: input, output_gate: channel"
+    check(spec(text, **LARGE, query=8, kv=2, combine=both), T=1500, dtype=torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -197,9 +197,10 @@ def test_choice_needs_a_selection(entry):
 def test_phases_without_a_plan_are_left_out(entry):
     chosen = entry(TEXT)
     assert chosen.phases == ("prefill", "select", "decode", "gradients")
-    capped = entry(f"{HEADER}{LEVEL}attend: [{{name: selected, over: chunk, softcap: 30.0}}]\n")
-    assert capped.plan
-    assert capped.phases == ("prefill", "select", "decode")
+    branch = "{name: selected, over: chunk, sink: learned}"
+    sunk = entry(f"{HEADER}{LEVEL}attend: [{branch}]\ncombine: {{gates: input}}\n")
+    assert sunk.plan
+    assert sunk.phases == ("prefill", "select", "decode")
 
 
 def refuse(*_: object, **__: object):

@@ -1,12 +1,14 @@
 """Branches apart on kernels, and their distance: outputs, log-sum-exps, choices, gradients."""
 
+from dataclasses import replace
+
 import emitted
 import pytest
 import torch
-from taught import DOCUMENTS, GPU, UNIT, check, derived, drawn, learn
+from taught import DOCUMENTS, GPU, UNIT, check, compare, derived, drawn, learn
 from template_lint import lint
 
-from hsgen import dryrun, load_kernel, losses, operators
+from hsgen import backward, dryrun, load_kernel, losses, operators, schedule
 from hsgen.errors import ArgumentError, PlanError
 from hsgen.spec import HeadDim, Heads, load, parse
 from hsgen.target import H100
@@ -29,6 +31,25 @@ attend:
   - {name: far, over: block}
 combine: {gates: input}
 loss: {distill: {student: far, teacher: near}}
+"""
+
+
+SEVERAL = """
+hsgen: 1
+name: several
+heads: {query: 2, kv: 1}
+head_dim: 16
+index: {heads: 2, dim: 16, keys: shared}
+levels:
+  - name: token
+    partition: tokens
+    score: {form: relu_weighted, share: all}
+    select: {top_k: 3}
+attend:
+  - {name: chosen, over: token}
+  - {name: near, window: 5}
+combine: {gates: input}
+loss: {kl: {level: token}, distill: {student: chosen, teacher: near}}
 """
 
 
@@ -113,6 +134,18 @@ def test_a_stream_decodes(branch):
 
 @interpreted
 @pytest.mark.usefixtures("sanitized")
+def test_each_of_several_losses_teaches_its_own():
+    spec = parse(SEVERAL)
+    kernel, x = load_kernel(spec, interpret=True), drawn(spec, 1, 9, 9, torch.float32)
+    assert list(kernel.losses(**x)) == ["kl", "distill"]
+    compare(kernel, x, "kl", {"q_index", "k_index", "w_index"})
+    compare(kernel, x, "distill", ALL, more=4)
+    with pytest.raises(ArgumentError, match="config: expected one of .* got 'distance_distill'"):
+        load_kernel(spec, interpret=True, config={"distance_distill": {}})(**x)
+
+
+@interpreted
+@pytest.mark.usefixtures("sanitized")
 def test_the_operator_gives_what_a_recorded_call_does():
     spec = ssa()
     kernel, x = load_kernel(spec, interpret=True), drawn(spec, 1, 19, 19, torch.float32)
@@ -156,6 +189,35 @@ def test_a_distance_holds_two_outputs_and_little_else():
     run = dryrun.run(losses.plan(emitted.graph(load("ssa")), H100, gradients=True), tokens=32768)
     outputs = 2 * 2 * 32768 * 32 * 64
     assert sum(x.bytes for _, x in run.buffers) <= 1.01 * outputs
+
+
+def held_by_a_loss(tokens, *, kept):
+    """The most that a call of ssa's loss has at a time; inputs and gradients; what branches keep."""
+    spec, target = load("ssa"), replace(H100, streams=True)
+    distance = dryrun.run(losses.plan(emitted.graph(spec), target, gradients=True), tokens=tokens)
+    found, saved, back = [], [], []
+    for branch in ("sparse", "full"):
+        graph = emitted.graph(spec.stream(branch))
+        forward = schedule.schedule(graph, target, apart=kept)
+        run = dryrun.run(forward, tokens=tokens)
+        found.append(run.given + sum(saved) + run.peak)
+        saved.append(run.of("output", "selection"))
+        plain = schedule.schedule(graph, target)
+        gradients = backward.plan(graph, target, apart=kept)
+        back.append(dryrun.gradients(gradients, plain, tokens=tokens))
+    found.append(run.given + sum(saved) + distance.peak)
+    found.append(run.given + sum(saved) + back[0].peak)
+    found.append(run.given + saved[1] + back[0].of("output") + back[1].peak)
+    return max(found), run.given + back[0].of("output"), sum(saved)
+
+
+@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.parametrize("tokens", [4096, 32768, 131072])
+def test_a_loss_of_branches_holds_its_outputs_and_what_it_keeps(tokens):
+    peak, given, saved = held_by_a_loss(tokens, kept=True)
+    assert peak <= 1.1 * (given + saved)
+    least, _, fewer = held_by_a_loss(tokens, kept=False)
+    assert least <= 1.1 * (given + fewer)
 
 
 @pytest.mark.gpu

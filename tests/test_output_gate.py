@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from hsgen import load_kernel, samples
-from hsgen.errors import HsgenError
 from hsgen.reference import reference
 from hsgen.spec import parse
 
@@ -58,8 +57,13 @@ def test_documents_keep_their_gates(sanitized):
         assert (o[a:b] - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
-def test_its_gradient_is_refused_by_name():
+def test_closed_gates_stop_gradients(sanitized):
+    """Where a sigmoid is 0 nothing goes back, to the gate neither; where it is 1 the gate has none."""
     spec, x = made("one branch, by head", 20)
-    x["q"].requires_grad_()
-    with pytest.raises(HsgenError, match="gradient of an output's gate"):
-        load_kernel(spec, interpret=True)(**x)
+    kernel = load_kernel(spec, interpret=True)
+    for value in (-200.0, 200.0):
+        gate = torch.full_like(x["output_gate"], value).requires_grad_()
+        v = x["v"].clone().requires_grad_()
+        kernel(**{**x, "output_gate": gate, "v": v}).sum().backward()
+        assert not gate.grad.any()
+        assert v.grad.any() == (value > 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hsgen import passes, patterns, refusals
-from hsgen.backward import attending, laid, pooling, refusing
+from hsgen.backward import attending, laid, pooling, refusing, ungating
 from hsgen.backward.gathered import Gradients
 from hsgen.configs import DType
 from hsgen.graph import Attend, Graph, Input
@@ -51,6 +51,7 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
     if draft.tiling is not None:
         laid.plan(made)
     else:
+        ungating.ungate(made)
         pooling.pool_again(draft)
         for node in graph.nodes():
             if isinstance(node.op, Attend):

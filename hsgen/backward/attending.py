@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsgen import buckets, cols, cols_streams, patterns, rows, streams
 from hsgen.backward import tiles, together, tokens
-from hsgen.backward.gathered import Gradients
-from hsgen.graph import Attend, Input, Node, left_to_window
+from hsgen.backward.gathered import GRAD_O, Gradients
+from hsgen.graph import Attend, Input, Node, Union, left_to_window
 from hsgen.kernels import IndexContext
 from hsgen.plan import Buffer, Config, ElementType, Kernel, Launch, Step
 from hsgen.rows import Entries, RowsContext, next_power
 from hsgen.schedule import SORT_LIMIT, text
 from hsgen.schedule.draft import TILE_OF_HEADS, Draft
 
-GRAD_O = "grad_o"
 Sizes = tuple[tuple[str, str], ...]
 
 
@@ -143,9 +142,24 @@ class _Branch:
         return f"delta_{self.lse}"
 
     @property
+    def sink(self) -> str | None:
+        """The tensor of one more logit a head: the branch's, or that of one softmax over all."""
+        total = (
+            self.draft.graph[self.draft.turns[self.node.name].total] if self.draft.turns else None
+        )
+        if total is not None and isinstance(total.op, Union):
+            return total.inputs[-1] if total.op.sink else None
+        return self.draft.sink(self.node)
+
+    @property
+    def sums(self) -> str:
+        """The log-sum-exp that gradients have, which a sink is in."""
+        return f"sunk_{self.lse}" if self.sink else self.lse
+
+    @property
     def row_arguments(self) -> tuple[str, ...]:
         """The output's gradient, log-sum-exp and delta."""
-        return (*text.strides(GRAD_O), *text.strides(self.lse), self.delta)
+        return (*text.strides(self.whole.grad_o), *text.strides(self.sums), self.delta)
 
     def delta_buffers(self) -> tuple[Buffer, ...]:
         dims = ("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]")
@@ -166,7 +180,7 @@ class _Branch:
         self.draft.steps.append(
             Step(
                 title=f"{title}: {self.name}",
-                needs=(*needs, *((self.gates,) if self.gates else ())),
+                needs=(*needs, *(x for x in (self.gates, self.sink) if x)),
                 makes=(self.node.name,),
                 buffers=buffers,
                 launches=tuple(map(self.draft.launch, launches)),
@@ -316,6 +330,8 @@ class _Branch:
                 )
             case _:
                 raise AssertionError("refused")
+        softcap = self.op.softcap
+        context = rows.with_logits(context, scale=self.scale, softcap=softcap, sink=False)
         if self.op.biased:
             context = rows.with_bias(context, scale=self.scale)
         return rows.with_turn(context, self.draft.turn(self.node))
@@ -358,27 +374,51 @@ class _Branch:
         self.whole.deltas.add(self.lse)
         turn = self.draft.turn(self.node)
         gate = turn if isinstance(turn, rows.Gated) else None
-        context = cols.DeltaContext(name=f"delta_{self.name}", head_dim=self.shape.v, gate=gate)
-        output, buffers = self.draft.output(self.node), self.delta_buffers()
+        sink = self.sink
+        context = cols.DeltaContext(
+            name=f"delta_{self.name}", head_dim=self.shape.v, gate=gate, sink=sink is not None
+        )
+        output, grad_o = self.draft.output(self.node), GRAD_O
+        if self.whole.output_gated:  # which is in both, so that their product has it once
+            output = text.buffer(self.draft.graph.outputs.o)
+        buffers = self.delta_buffers()
         of_gates: tuple[str, ...] = ()
         if gate is not None:
             output = self.whole.outputs[self.name] = text.buffer(self.node.name)
+            grad_o = self.whole.grad_o
             buffers += self._gates_buffers()
             of_gates = (*self.gate_arguments, *self._gates_gradient())
+        left, more = f"left_{self.lse}", tuple[Launch, ...]()
+        if sink is not None:
+            buffers += tuple(replace(buffers[0], name=x, zeros=True) for x in (self.sums, left))
+            brought, more = self._sink(sink, left)
+            buffers += brought
+            of_gates = (self.lse, text.input_of(sink), self.sums, left)
         self.draft.kernel("merge", context, tiles.delta(), self.node.name)
         launch = Launch(
             kernel=context.name,
             grid=("batch.rows // {BLOCK_R} + batch.sequences", str(self.shape.query_heads)),
             arguments=(
                 *text.strides(output),
-                *text.strides(GRAD_O),
+                *text.strides(grad_o),
                 *text.strides(f"grad_{self.lse}"),
                 self.delta,
                 *of_gates,
                 *text.SEQ,
             ),
         )
-        self.step("delta", buffers=buffers, launches=(launch,))
+        self.step("delta", buffers=buffers, launches=(launch, *more))
+
+    def _sink(self, name: str, left: str) -> tuple[tuple[Buffer, ...], tuple[Launch, ...]]:
+        """The gradient of a sink, from what all rows left."""
+        buffers, _ = self.whole.buffer(name)
+        heads = self.shape.query_heads
+        context = cols.SinkContext(name=f"dsink_{self.name}", heads=heads)
+        config = Config(constexprs=(("BLOCK_R", 1024),), num_warps=4, num_stages=1)
+        self.draft.kernel("merge", context, config, self.node.name)
+        sizes = (f"{left}.shape[0]", f"{left}.shape[2]")
+        arguments = (left, self.whole.buffers[name], *sizes)
+        return buffers, (Launch(kernel=context.name, grid=(str(heads),), arguments=arguments),)
 
     def _gates_buffers(self) -> tuple[Buffer, ...]:
         """The gradient of the gates, where the first branch brings it to life."""
@@ -441,6 +481,7 @@ class _Branch:
         branch = cols.Branch(
             name=self.name,
             scale=self.scale,
+            softcap=self.op.softcap,
             turn=self.draft.turn(self.node),
             adds=(adds_k, adds_v),
             biased=bool(self.bias),

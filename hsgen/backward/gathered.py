@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hsgen.graph import OutputGate
 from hsgen.plan import Buffer
 from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
+
+GRAD_O = "grad_o"  # of the output, as it comes
+GATED = "grad_gated"  # of what an output's gate is times
 
 
 @dataclass(slots=True)
@@ -23,6 +27,16 @@ class Gradients:
     buffers: dict[str, str] = field(default_factory=dict[str, str])
     levels: dict[str, str] = field(default_factory=dict[str, str])
     deltas: set[str] = field(default_factory=set[str])
+
+    @property
+    def grad_o(self) -> str:
+        """The gradient of what branches made together."""
+        return GATED if self.output_gated else GRAD_O
+
+    @property
+    def output_gated(self) -> bool:
+        graph = self.draft.graph
+        return isinstance(graph[graph.outputs.o].op, OutputGate)
 
     def buffer(self, name: str) -> tuple[tuple[Buffer, ...], bool]:
         """The gradient of a tensor, brought to life where it is new, and whether it is added to."""

@@ -14,14 +14,13 @@ from fractions import Fraction
 from hsgen import axes, cols, rows, streams, together
 from hsgen.axes import ChoosersContext, PlaceContext, UndoContext
 from hsgen.backward import tiles as sizes_of
-from hsgen.backward.gathered import Gradients
+from hsgen.backward.gathered import GRAD_O, Gradients
 from hsgen.graph import Attend, Cluster, Node
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries, next_power
 from hsgen.schedule import laid, text
 from hsgen.schedule.draft import Draft
 
-GRAD_O = "grad_o"
 SHARE = Fraction(2, 3)  # of what a call is given, that a turn's slots and lists may have
 
 

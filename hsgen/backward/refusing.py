@@ -15,10 +15,10 @@ from hsgen.graph import (
     Recall,
     Select,
     SelectSet,
-    Union,
     block_of,
     left_to_window,
 )
+from hsgen.schedule import combining
 from hsgen.unpool import DERIVED
 
 
@@ -39,12 +39,10 @@ def lacking(graph: Graph, node: Node) -> str | None:
         case Attend(branch=branch) as op:
             words = _of_attend(graph, node, op)
             return words and f"branch {branch}: no kernel has the gradient of {words} yet"
-        case Union(sink=sink) if sink:
-            return "no kernel has the gradient of a sink yet"
         case Gate(each="channel") if axes.tiling_of(graph) is None:
             return "no kernel has the gradient of gates by channel yet"
-        case OutputGate():
-            return "no kernel has the gradient of an output's gate yet"
+        case OutputGate() if axes.tiling_of(graph) is not None:
+            return "no kernel has the gradient of an output's gate behind tiles yet"
         case _:
             return None
 
@@ -63,8 +61,8 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.over == "pooled" and _keeps(graph, node), "entries that each row chose"),
         (bool(op.latent) and op.over == "static", "latents that a pattern shows"),
         (bool(op.latent) and _apart(graph, node), "latents of which heads chose tokens apart"),
-        (op.softcap is not None, "capped logits"),
-        (bool(op.sink), "a sink"),
+        (op.softcap is not None and op.biased, "capped logits with a learned bias"),
+        (bool(op.sink) and combining.gates(graph) is not None, "a sink under gates"),
         (op.biased and _several_biased(graph), "several branches with a learned bias"),
         (op.size != op.stride and op.over == "blocks", "overlapping blocks"),
         (

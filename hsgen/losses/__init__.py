@@ -37,7 +37,7 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, gradients: bool
         if words := refusals.lacking(graph, node):
             raise PlanError(words, span=node.span)
     if len(found) > 1:
-        raise PlanError("no kernel computes several losses of a spec yet", span=found[1].span)
+        raise PlanError("losses have kernels one by one, not together", span=found[1].span)
     (node,) = found
     draft = Draft(graph, target, dtype, whole=True)
     match node.op:

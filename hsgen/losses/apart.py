@@ -5,14 +5,19 @@ from __future__ import annotations
 from hsgen.graph import Distance, Node
 from hsgen.learn import DistanceContext
 from hsgen.plan import Buffer, Config, Launch, Step
-from hsgen.schedule import text
+from hsgen.schedule import combining, text
 from hsgen.schedule.draft import Draft
 
 SIDES = ("student", "teacher")  # what the driver calls the two outputs
 
 
 def distance(draft: Draft, node: Node, op: Distance, *, gradients: bool) -> dict[str, str]:
-    """Its launch.  -> buffers of gradients by side"""
+    """Its launch.  -> buffers of gradients by side
+
+    Outputs that gates weighed are read by nothing else: a branch's delta is of its own, or made again.
+    Slopes then lie where they lay.
+    """
+    gated = combining.gates(draft.graph) is not None
     loss = node.name.removeprefix("loss.")
     heads, dim = draft.shape.query_heads, draft.shape.v
     both = op.toward == "both"
@@ -26,8 +31,9 @@ def distance(draft: Draft, node: Node, op: Distance, *, gradients: bool) -> dict
     )
     config = Config(constexprs=(("BLOCK_R", 64),), num_warps=4, num_stages=1)
     draft.kernel("learn", context, config, node.name)
-    made = {side: f"grad_{side}" for side in SIDES[: 1 + both]} if gradients else {}
     inputs = tuple(text.input_of(side) for side in SIDES)
+    sides = SIDES[: 1 + both] if gradients else ()
+    made = {side: text.input_of(side) if gated else f"grad_{side}" for side in sides}
     of = tuple(f"{inputs[0]}.shape[{i}]" for i in range(4))
     tiles = f"tiles_{loss}"
     draft.steps.append(
@@ -40,6 +46,7 @@ def distance(draft: Draft, node: Node, op: Distance, *, gradients: bool) -> dict
                 *(
                     Buffer(name=name, dtype="input", dims=of, role="output", zeros=True)
                     for name in made.values()
+                    if name not in inputs
                 ),
                 Buffer(
                     name=f"rows_of_{loss}",

@@ -78,7 +78,7 @@ def weigh(draft: Draft) -> Mapping[str, str]:
         head_dim=draft.shape.v,
         branches=len(branches),
         each="channel" if by_channel(draft.graph) else "head",
-        kept=draft.kept,
+        kept=draft.wide,
         slots=draft.tiling.slots if draft.tiling else 0,
         coarse=coarse,
         heads=draft.shape.query_heads if coarse else 0,

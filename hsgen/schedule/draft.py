@@ -319,10 +319,15 @@ class Draft:
         (name,) = (name for name, role in roles.items() if role == "bias")
         return name
 
+    @property
+    def wide(self) -> bool:
+        """Whether outputs of branches are kept in float32: where there are several."""
+        return self.kept and sum(isinstance(x.op, Attend) for x in self.graph.nodes()) > 1
+
     def turn(self, node: Node) -> rows.Turn | None:
         """Of a branch that is one of several."""
         if self.kept:
-            return rows.Kept()
+            return rows.Kept(wide=self.wide)
         turn = self.turns.get(node.name)
         return turn and turn.how
 
@@ -366,7 +371,7 @@ class Draft:
         lse_dims = ("in_q.shape[0]", str(self.shape.query_heads), "in_q.shape[1]")
         o = Buffer(
             name=self.output(node),
-            dtype="f32" if self.kept else "input",
+            dtype="f32" if self.wide else "input",
             dims=(*rows_of, str(self.shape.v)),
             role="output",
         )

@@ -65,6 +65,13 @@ def capped(s, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
+def cap_slope(s, CAP: tl.constexpr):
+    """How a capped logit goes with the logit that it was: 1 - (s / CAP) ** 2."""
+    x = s / CAP
+    return 1.0 - x * x
+
+
+@triton.jit
 def counted_logits(s, n, k_len, MERGE: tl.constexpr, SCALE: tl.constexpr):
     """Logits of means of MERGE tokens, and the logarithm of how many each stands for: the last has fewer.
 

@@ -53,6 +53,10 @@ class Loss(Node):
     distill: Distill | None = None
     dual_entropy: DualEntropy | None = None
 
+    def only(self, name: str) -> "Loss":
+        """One of them by itself."""
+        return Loss.model_validate({name: getattr(self, name)})
+
     def of(self, levels: Container[str | None], branches: Container[str | None]) -> "Loss | None":
         """What is left where only some levels and branches are."""
         kl = self.kl if self.kl and self.kl.level in levels else None

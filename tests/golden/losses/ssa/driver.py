@@ -33,26 +33,6 @@ def losses(tensors, batch, config, selection):
 
     # loss: distill
     tiles_distill = batch.rows // config["distance_distill"]["BLOCK_R"] + batch.sequences
-    grad_student = torch.zeros(
-        (
-            in_student.shape[0],
-            in_student.shape[1],
-            in_student.shape[2],
-            in_student.shape[3],
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
-    grad_teacher = torch.zeros(
-        (
-            in_student.shape[0],
-            in_student.shape[1],
-            in_student.shape[2],
-            in_student.shape[3],
-        ),
-        dtype=in_q.dtype,
-        device=in_q.device,
-    )
     rows_of_distill = torch.zeros(
         (
             tiles_distill * 32,
@@ -74,14 +54,14 @@ def losses(tensors, batch, config, selection):
         0 if batch.packed else in_teacher.stride(0),
         in_teacher.stride(1),
         in_teacher.stride(2),
-        grad_student,
-        0 if batch.packed else grad_student.stride(0),
-        grad_student.stride(1),
-        grad_student.stride(2),
-        grad_teacher,
-        0 if batch.packed else grad_teacher.stride(0),
-        grad_teacher.stride(1),
-        grad_teacher.stride(2),
+        in_student,
+        0 if batch.packed else in_student.stride(0),
+        in_student.stride(1),
+        in_student.stride(2),
+        in_teacher,
+        0 if batch.packed else in_teacher.stride(0),
+        in_teacher.stride(1),
+        in_teacher.stride(2),
         rows_of_distill,
         batch.table,
         batch.sequences,
@@ -92,7 +72,7 @@ def losses(tensors, batch, config, selection):
         "distill": rows_of_distill,
     }
     gradients = {
-        "student": grad_student,
-        "teacher": grad_teacher,
+        "student": in_student,
+        "teacher": in_teacher,
     }
     return found, gradients
