@@ -75,6 +75,7 @@ class StandIn(str):
     """A plan that has no kernels, so nothing is looked up for them."""
 
     kernels = ()
+    alone = ""
 
 
 def compiler(made=None, *, dtype=torch.float64):
