@@ -93,6 +93,13 @@ class RowTiles:
             deepest = 2  # leaves room for two programs on a processor
         return self._fit(context, block_t, wide, deepest, dims, limit)
 
+    def of_tokens(self, context: rows.RowsContext, *, most: int = 128) -> Config:
+        """Tiles that walk a list of tokens: what looks these up leaves room for half of the registers."""
+        config = self.attend(context, limit=128, most=most)
+        sums = config["BLOCK_M"] * sum(c.width for c in context.v_chunks)
+        many = sums >= 64 * config.num_warps * self.target.warp_size
+        return replace(config, num_warps=8) if many else config
+
     def score(self, context: rows.RowsContext) -> Config:
         """As for attending, but with no output to hold there is room for more rows.
 
@@ -283,6 +290,12 @@ def rank_by_mass(stride: int) -> Config:
     """A key and a mass of each entry in registers, of texts up to 128K tokens where a warp has room."""
     width = max(64, min(1024, next_power(LONG_TEXT // stride)))
     return Config(constexprs=(("BLOCK_R", 1), ("BLOCK_N", width)), num_warps=1, num_stages=1)
+
+
+def rank_alone(*, by_mass: bool) -> Config:
+    """One row for a whole sequence, whose programs are few: many warps share it."""
+    values = (("BLOCK_T", 1), ("BLOCK_R", 1), ("BLOCK_N", 8192 if by_mass else 4096))
+    return Config(constexprs=values, num_warps=16 if by_mass else 8, num_stages=1)
 
 
 def maps(context: MapsContext, target: Target, dtype: DType) -> Config:
@@ -502,8 +515,12 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
     if kernel.skeleton == "clusters":
         small = {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_E": 64, "BLOCK_R": 16, "BLOCK_K": 64}
         values = {name: small[name] for name in values}
-    if kernel.skeleton == "halved":
-        values["BLOCK_N"] = 16
+    # a walk ranks several times, few tokens
+    few = {
+        "halved": {"BLOCK_N": 16},
+        "sorting": {"BLOCK_N": 64, "BLOCK_P": 16} if "BLOCK_P" in values else {},
+    }
+    values |= few.get(kernel.skeleton, {})
     if kernel.skeleton in ("rows", "beside", "cols") and "BLOCK_N" in values:
         values["BLOCK_N"] = min(values["BLOCK_N"], 32)
     if isinstance(kernel.context, EntropiesContext):

@@ -140,6 +140,7 @@ class RankContext:
     )
     # in place of k, the part of the candidates that a single row keeps of its own, and at least `least`
     budget: bool = False
+    told: bool = False  # of a single row: as many as a choice of all heads keeps
     sharing: int = 1  # selection heads that have the scores of one
     summed: int = 0  # > 0: scores are made here, of what an attend left of so many heads each
     planes: int = 0  # of that: 2 where an entry also counts in the slot after its own
@@ -158,6 +159,8 @@ class RankContext:
 
     @property
     def summary(self) -> str:
+        if self.told:
+            return "the best entries of each head, as many as all heads together keep."
         if self.single and not self.mass:
             return f"the {self.k} best entries of the last rows."
         if self.single:
@@ -281,6 +284,8 @@ class RankContext:
     @property
     def wanted(self) -> str:
         """How many candidates a row keeps; of a part, all forced ones."""
+        if self.told:
+            return "kept_there + candidates * 0" if self.counted else "kept_there + forced"
         if self.budget:
             part = "budget_of(candidates, kept_there, all_there)"
             part = f"tl.maximum({part}, {self.least})" if self.least else part
@@ -308,7 +313,7 @@ class RankContext:
     @property
     def varies(self) -> bool:
         """Whether how many slots a row has is a number of the call."""
-        return bool(self.part or self.edged or self.budget)
+        return bool(self.part or self.edged or self.budget or self.told)
 
     @property
     def edged(self) -> bool:
@@ -413,6 +418,8 @@ class RankContext:
         row += ", led" * bool(self.sinks)
         if self.budget:
             row += ", kept_there, all_there"
+        if self.told:
+            row += ", kept_there"
         return f"{row}, parents, live, complete" if self.children else row
 
     @property
@@ -486,6 +493,7 @@ class RankContext:
                 else ()
             ),
             *((pointer("WAYS", "i32", f"[{self.heads}] way of each head"),) if self.ways else ()),
+            *((pointer("TOLD", "i32", "i32[Z, 2] kept of all heads"),) if self.told else ()),
             *(
                 (pointer("KEPT", "i32", f"[chunk rows, {self.heads}, 2, BLOCK_N]"),)
                 if self.sampled

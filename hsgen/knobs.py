@@ -44,6 +44,7 @@ from hsgen.streams import (
 from hsgen.target import Target
 from hsgen.together import ListsContext
 from hsgen.trees import MOST_ROOM, MOST_STEP, WORD, TreesContext
+from hsgen.walks import WalkContext
 
 VERSION = 2  # of ranges and rules: a change makes other studies
 MOST_ELEMENTS = 1 << 20  # of a tile, Triton's own limit
@@ -134,7 +135,7 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return _map_ranges(context)
         case ListsContext() | TiersContext() | PickedContext() | HalvedContext() | TreesContext():
             return _list_ranges(context)
-        case SortingContext() | ClustersContext():
+        case SortingContext() | WalkContext() | ClustersContext():
             return _ordering(context, kernel)
         case SegmentsContext():
             return _pooling(context)
@@ -147,20 +148,27 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
 
 
 def _ordering(
-    context: SortingContext | ClustersContext, kernel: Kernel
+    context: SortingContext | WalkContext | ClustersContext, kernel: Kernel
 ) -> dict[str, tuple[int, int]]:
     """Of what sorts keys, or clusters them."""
-    if isinstance(context, SortingContext):
-        return _sorting(context)
-    return _clusters(context, kernel)
+    if isinstance(context, ClustersContext):
+        return _clusters(context, kernel)
+    return _sorting(context)
 
 
-def _sorting(context: SortingContext) -> dict[str, tuple[int, int]]:
-    """Tiles of dots, where the last rows weigh keys; keys a step, where their mean does."""
+def _sorting(context: SortingContext | WalkContext) -> dict[str, tuple[int, int]]:
+    """Tiles of dots, where the last rows weigh keys; keys a step, where their mean does.
+
+    Of a walk also how many tokens are ranked at a time.
+    """
+    if isinstance(context, WalkContext):
+        room = max(64, next_power(context.step))
+        blocks = {"BLOCK_M": (LEAST_DOT, 128), "BLOCK_N": (256, 4096)}
+        return {**blocks, "BLOCK_P": (room, max(room, 8192)), "num_warps": (4, 16)}
     if context.how in ("totals", "masses"):
         blocks = {"BLOCK_T": (LEAST_DOT, 128), "BLOCK_N": (LEAST_DOT, 128)}
         return {**blocks, "num_warps": (1, 8), "num_stages": (1, 4)}
-    own = {"BLOCK_N": (1, 128)} if context.how == "means" else {}
+    own = {"means": {"BLOCK_N": (1, 128)}, "around": {"BLOCK_N": (64, 1024)}}.get(context.how, {})
     return {**own, "num_warps": (1, 16)}
 
 
@@ -452,6 +460,8 @@ def _past_a_line(kernel: Kernel, values: Mapping[str, int]) -> str:
     match kernel.context:
         case LearnContext(how=how) if how != "rows" and LINE % values["BLOCK_N"]:
             return f"expected BLOCK_N to divide {LINE}, got {values['BLOCK_N']}"
+        case WalkContext(step=step) if values["BLOCK_P"] < step:
+            return f"expected BLOCK_P to hold a step of {step} tokens, got {values['BLOCK_P']}"
         case _:
             return ""
 

@@ -9,7 +9,17 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
-from hsgen import axes, clusters, maps, patterns, slashes, sorting
+from hsgen import (
+    axes,
+    clusters,
+    keeping,
+    maps,
+    patterns,
+    runs,
+    slashes,
+    sorting,
+    walks,
+)
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Assign,
@@ -128,15 +138,16 @@ def lacking(graph: Graph, node: Node) -> str | None:
 
 
 def _whole(graph: Graph, node: Node) -> bool:
-    """Whether it is part of what kernels do as a whole: clusters, a learned tree, a map of blocks, or columns
-    and diagonals.
+    """Whether it is part of what kernels do as a whole: clusters, a learned tree, a map of blocks, columns
+    and diagonals, what heads keep, or runs.
     """
     clustering = clusters.clustering_of(graph)
     if clustering is not None and node.name in clustering.names:
         return True
-    mapped = not isinstance(node.op, SelectSet) and maps.way_to(graph, node.name)
-    slanted = slashes.reached(graph, node)
-    return tree_of(graph, node) is not None or bool(mapped) or slanted
+    if not isinstance(node.op, SelectSet) and maps.way_to(graph, node.name):
+        return True
+    kept = keeping.way_to(graph, node.name) or runs.way_to(graph, node.name)
+    return tree_of(graph, node) is not None or kept is not None or slashes.reached(graph, node)
 
 
 def _loss(node: Node) -> str:
@@ -317,7 +328,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.over == "tiers" and bool(op.latent), "attends latents in tiers"),
         (op.over == "tiers" and op.cut is not None, "attends tiers of another order of keys"),
         (op.over != "tiers" and op.counted, "weighs pooled keys by their tokens"),
-        (op.rows is not None, "leaves out rows"),
+        (op.rows is not None and not keeping.attended(graph, node), "leaves out rows"),
         (op.spans is not None, "attends spans before anchors"),
         (op.softmax is not None, "has a softmax for every entry"),
     )
@@ -426,7 +437,7 @@ def _of_union(graph: Graph, node: Node) -> str | None:
     if pyramid := next((op.branch for _, op in branches if op.over == "tiers"), None):
         return f"no kernel counts tokens of branch {pyramid} once with others yet"
     for (a, one), (b, other) in combinations(branches, 2):
-        if coincide(graph, a, b):
+        if coincide(graph, a, b) and not walks.beside(graph, a, b):
             what = "entries" if one.over == "pooled" else "tokens"
             names = f"{what} of branches {one.branch} and {other.branch}"
             return f"{names} may coincide, and no kernel counts them once yet"
@@ -434,7 +445,7 @@ def _of_union(graph: Graph, node: Node) -> str | None:
         left = left_to_window(graph, branch) > 0
         if left and isinstance(graph[branch.inputs[3]].op, SelectSet):
             return f"no kernel leaves a window what branch {op.branch} chose by a rule yet"
-        if len(graph.users(branch.name)) > 1:
+        if len(graph.users(branch.name)) > 1 and not walks.sums_of_walks(graph, branch):
             return f"no kernel tells the log-sum-exp of branch {op.branch} in a union yet"
     return None
 
@@ -521,7 +532,12 @@ def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) ->
     way = maps.way_to(graph, node.inputs[0]) if isinstance(op, Select | SelectSet) else None
     if way is not None and way.last and not _says_how_many(graph, node):
         return "chooses by the last rows for all"
+    if isinstance(op, Select | SelectSet) and keeping.way_to(graph, node.inputs[0]):
+        known = keeping.says(graph, node) or keeping.keeps(graph, node)
+        return None if known else "keeps tokens by the masses of last rows in such a way"
     if isinstance(op, SelectSet):
+        if walks.walked(graph, node):
+            return None
         if held_masses(graph, graph.operands(node)[0]):
             if of_pairs(op):
                 return _of_set(replace(op, scope=None), in_blocks=True, weighed=False)

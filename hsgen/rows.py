@@ -270,11 +270,27 @@ class RowsContext(InTurn):
     box: Box | None = None  # a tile's rows are those of one
     order_head: str = ""  # where an order of keys has a program's key head; empty: there is none
     bias_scale: str = ""  # what a key's bias is times in a tile of logits; empty: keys have none
+    list_of_keys: str = (
+        ""  # where a list of the keys of a head is, which is an order of some of them
+    )
+    sifted: bool = False  # rows of a head are in an order of their own
 
     @property
     def ordered(self) -> bool:
         """Whether keys are read through an order of theirs, which says the token of a slot."""
-        return bool(self.order_head)
+        return bool(self.order_head or self.list_of_keys)
+
+    @property
+    def order(self) -> str:
+        """Where the tokens of slots are."""
+        return self.list_of_keys or f"ORDER + z.to(tl.int64) * order_b{self.order_head} + k_first"
+
+    @property
+    def row_order(self) -> str:
+        """Where an order of rows is; empty: they are in place."""
+        if self.sifted:
+            return "own_rows"
+        return "ORDER + q_first" if self.slotted else ""
 
     @property
     def bias_head(self) -> str:

@@ -28,7 +28,7 @@ from hsgen.rows import (
     tensor,
 )
 
-How = Literal["totals", "masses", "means", "sort"]
+How = Literal["totals", "masses", "means", "sort", "around"]
 MOST_SORTED = 4096  # tokens of a segment, which a program sorts in registers
 MOST_SINKS = 16  # first tokens whose entries are looked up
 PART = 4096  # keys of a part of a softmax: of no call's size, so that sums do not depend on it
@@ -86,18 +86,25 @@ class SortingContext:
     """Everything `sorting.py.jinja` reads.
 
     `totals`: what the softmax of each of the last rows sums up to, of some keys; `masses`: what keys get of
-    these rows; `means`: dot products of keys with the mean of their segment; `sort`: the order.
+    these rows; `means`: dot products of keys with the mean of their segment; `sort`: the order; `around`:
+    masses smoothed over their neighbours.
     """
 
     name: str
     how: How
     header: str = ""
     pieces: str = ""
-    heads: int  # of keys
-    group: int
+    heads: int  # of keys, or of queries that give masses each for itself
+    group: int  # of query heads that give them together
     head_dim: int
-    segment: int
+    segment: int  # 0: all keys have a weight
     last: int = 0  # rows that give masses
+    shared: int = 1  # heads of one key head
+    causal: bool = False
+    mean: bool = False  # of these rows, else their sum
+    width: int = 0  # tokens that a mass is smoothed over
+    together: bool = False  # the mean of all heads
+    scale: float | None = None  # of logits; None: the root of the head dim
     stride: int = 1  # of an entry
     sinks: int = 0  # first tokens, whose entries are told
     precision: str = "tf32x3"
@@ -115,11 +122,23 @@ class SortingContext:
                 return "the dot product of each key with the mean of its segment."
             case "sort":
                 return f"keys of each segment of {self.segment}, by weight."
+            case "around":
+                of = "mean mass of all heads" if self.together else "mass"
+                return f"each key's {of}, summed over {self.width} of them around it."
 
     @property
     def judges(self) -> int:
         """Rows of a key head that give masses, of all its query heads."""
         return self.last * self.group
+
+    @property
+    def whole(self) -> str:
+        """How many keys have a weight, as an expression."""
+        return f"k_len // {self.segment} * {self.segment}" if self.segment else "k_len"
+
+    @property
+    def key_head(self) -> str:
+        return "head" if self.shared == 1 else f"(head // {self.shared})"
 
     @property
     def part(self) -> int:
@@ -133,7 +152,8 @@ class SortingContext:
 
     @property
     def scale_log2(self) -> str:
-        return number(self.head_dim**-0.5 * LOG2_E)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return number(scale * LOG2_E)
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -143,9 +163,10 @@ class SortingContext:
     def params(self) -> tuple[Param, ...]:
         q = tensor("Q", "q", "[B, T, Hq, Dqk]", "bth")
         k = tensor("K", "k", "[B, S, Hkv, Dqk]", "bth")
-        totals = pointer("TOTALS", "f32", f"f32[Z, Hkv, parts, 2, {self.judges}]")
+        heads = "Hkv" if self.shared == 1 else "Hq"
+        totals = pointer("TOTALS", "f32", f"f32[Z, {heads}, parts, 2, {self.judges}]")
         parts = count("parts", f"of {PART} keys")
-        weights = pointer("WEIGHTS", "f32", "f32[Z, Hkv, keys]")
+        weights = pointer("WEIGHTS", "f32", f"f32[Z, {heads}, keys]")
         keys = count("keys", "of the longest sequence")
         match self.how:
             case "totals":
@@ -158,6 +179,10 @@ class SortingContext:
             case "sort":
                 sinks = pointer("SINKS", "i32", f"[Z, Hkv, {self.sinks}] entries of first tokens")
                 return (weights, keys, *ORDER, *((sinks,) if self.sinks else ()), *SEQ)
+            case "around":
+                made = "1" if self.together else str(self.heads)
+                scores = pointer("SCORES", "f32", f"f32[Z, {made}, keys]")
+                return (weights, scores, keys, *SEQ, *tunables("BLOCK_N"))
 
     @property
     def jit(self) -> str:

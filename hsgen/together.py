@@ -17,7 +17,7 @@ from hsgen import axes, rows
 from hsgen.axes import Tiling
 from hsgen.kernels import tunables
 from hsgen.plan import Buffer, Config, Kernel, Launch, Param, Step
-from hsgen.rows import SEQ, Entries, RowsContext, Shape, count, next_power, pointer
+from hsgen.rows import SEQ, Entries, Phase, RowsContext, Shape, count, next_power, pointer
 
 TILE_FIRST = count("tile_first", "the turn's first tile")
 WIDTH = count("width", "slots of a list")
@@ -43,11 +43,15 @@ class ListsContext:
     left: int = 0  # tokens of a window beside it, which has those of its rows
     tiers: bool = False  # a block says the tier of every entry, and has no list
     segment: int = 0  # > 0: entries are cut from sorted segments of so many tokens
+    apart: bool = False  # of entries that all rows chose, too, each says which did
+    own: bool = False  # a row that did not choose its own entry chose none
 
     @property
     def whole(self) -> str:
         """Entries of which the first row sees every token, and so do those behind it."""
         rest = f"{self.stride}, {self.causal}, False)"
+        if self.apart:
+            return "tl.minimum(first, 0)"
         if self.segment:
             return f"settled_limit(first, k_len, {self.segment}, {rest}"
         return f"complete_limit(first, k_len, {self.size}, {rest}"
@@ -178,6 +182,8 @@ def attend(
         seen = f"entry * {entries.stride} + tokens"
         found = (f"tokens = tl.load(TOKENS + k_first // {entries.stride} + entry)",)
     full, partial = usual.phases
+    if entries.size == 1:
+        return tokens_of(usual, shape, share=share, block=block)
     context = replace(
         usual,
         summary="attention over the blocks that rows chose together: a tile's rows share a list.",
@@ -222,6 +228,71 @@ def attend(
         ),
     )
     return axes.in_turns(context, shape, per_head=share == "Hq") if by_turns else context
+
+
+def tokens_of(usual: RowsContext, shape: Shape, *, share: str, block: int) -> RowsContext:
+    """The same where entries are tokens, of which a step takes as many as it has keys."""
+    list_heads = {"Hq": shape.query_heads, "Hkv": shape.kv_heads, "1": 1}[share]
+    own = " + head" if list_heads > 1 else ""
+    heads = rows.rows_a_token(rows.heads_of(shape, per_head=share == "Hq"))
+    seen = "n[None, :] < limit[:, None]"
+    return replace(
+        usual,
+        summary="attention over the tokens that rows chose together: a tile's rows share a list.",
+        params=(
+            *rows.QUERY,
+            *rows.keys_and_values(shape),
+            pointer("COUNTS", "i32", "[tiles, H, 2] full, partial"),
+            pointer("ENTRIES", "i32", "[tiles, H, capacity] tokens"),
+            pointer("WORDS", "i32", "[tiles, H, capacity, words] members, by token"),
+            CAPACITY,
+            count("members", "words of a token; 0: every row is a member"),
+            *rows.OUTPUTS,
+            *SEQ,
+            TILE_FIRST,
+            *rows.BLOCKS,
+        ),
+        tile="tl.program_id(0) + tile_first",
+        together="part",
+        rows_together=block,
+        stride=1,
+        setup=(
+            f"list_row = tl.program_id(0).to(tl.int64) * {list_heads}{own}",
+            "list_base = list_row * capacity",
+            "num_words: tl.constexpr = (BLOCK_T + 31) // 32",
+            "full = tl.load(COUNTS + list_row * 2)",
+            "partial = tl.load(COUNTS + list_row * 2 + 1)",
+            f"word = tl.minimum(rows // {heads}, BLOCK_T - 1) // 32",
+            f"bit = rows // {heads} % 32",
+            f"limit = {'tl.minimum(position + 1, k_len)' if shape.causal else 'position * 0 + k_len'}",
+        ),
+        phases=(
+            Phase(
+                kind="slots",
+                comment="tokens that every row sees",
+                start="0",
+                stop="full",
+                slots=1,
+                inside="(n >= 0) & (n < k_len)",
+                visible=("inside[None, :]",),
+            ),
+            Phase(
+                kind="slots",
+                comment="tokens that some see, of members where rows differ",
+                start="full",
+                stop="partial",
+                slots=1,
+                inside="(n >= 0) & (n < k_len)",
+                body=(
+                    "words = WORDS + (list_base + tl.maximum(n, 0))[None, :] * num_words",
+                    "words += word[:, None]",
+                    "member = tl.load(words, mask=(n >= 0)[None, :] & (word < members)[:, None], other=-1)",
+                    "member = member >> bit[:, None] & 1",
+                ),
+                visible=("(member != 0) & inside[None, :]", seen),
+            ),
+        ),
+    )
 
 
 def _through_order(visible: tuple[str, ...]) -> tuple[str, ...]:
@@ -354,9 +425,16 @@ class Branch:
 
 
 def plan(
-    shape: Shape, branch: Branch, tiles: Callable[[RowsContext], Config]
+    shape: Shape,
+    branch: Branch,
+    tiles: Callable[[RowsContext], Config],
+    *,
+    own: bool = False,
 ) -> tuple[tuple[Kernel, ...], tuple[Step, ...]]:
-    """The kernels of one branch, the step over its own lists, and the one over a caller's."""
+    """The kernels of one branch, the step over its own lists, and the one over a caller's.
+
+    own: a row that did not choose its own entry sees nothing.
+    """
     context = attend(
         shape,
         name=f"attend_{branch.name}",
@@ -385,6 +463,7 @@ def plan(
             causal=shape.causal,
             slotted=branch.turns is not None,
             segment=branch.segment,
+            own=own,
         )
         values = Config(constexprs=tuple(tuned.items()), num_warps=4, num_stages=1)
         return Kernel(

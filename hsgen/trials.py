@@ -283,6 +283,9 @@ def _of_few_entries(select: Select) -> dict[str, object]:
         return {"quota": select.quota}
     if select.budget_from:
         return {"min": select.min and min(select.min, 2)}
+    if select.early_stop:  # short steps, the first of which may add too little
+        less = {"entries": min(select.early_stop.entries, 3), "gain": 0.2}
+        return {"early_stop": select.early_stop.model_copy(update=less)}
     return {}
 
 

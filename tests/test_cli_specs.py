@@ -220,7 +220,7 @@ def test_graph_without_a_plan_says_why(entry, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_layers_that_differ_are_planned_each(listed: catalogue.Catalogue):
-    """Whole systems where every kind of layer has kernels, parts of one where some kind has none."""
+    """Each kind of layer has kernels of its own, of which some choose, and a phase is one of all of them."""
     by_name = {one.spec.name: one for one in listed.entries}
     for name, counts, phases in (
         # one kind chooses, one takes over
@@ -240,8 +240,8 @@ def test_layers_that_differ_are_planned_each(listed: catalogue.Catalogue):
         assert one.phases == phases
         assert [len(names) for names in one.record()["kernels_by_layer"]] == counts
         assert f"{counts[0]} + {counts[1]}" in str(listed)
-    assert by_name["token_sparse"].phases == ()
-    assert by_name["token_sparse"].status.endswith("; 1 kernels of some layers")
+    assert by_name["token_sparse"].phases == ("prefill",)
+    assert by_name["token_sparse"].status == "1 and 12 kernels by layer"
     assert by_name["minference"].layers is None  # its heads differ
     assert by_name["nsa"].record()["kernels_by_layer"] is None
 

@@ -33,6 +33,7 @@ patterns                                what is seen by position alone
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
 halved  picked  trees  clusters         intervals that are searched · tokens a tile picked · trees · k-means
 pyramids  sorting  slashes              entries read in tiers · sorted keys · columns and diagonals
+walks  keeping  runs                    tokens taken best first · that heads keep · by the scores of runs
 cols  unpool  learn  entropies          gradients of attention, of pools and of losses
 blockgate                               the same of a gate of blocks
 maps  likeness  pairs                   what blocks of rows give blocks · blocks alike · pairs of a head
@@ -97,7 +98,8 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
-    "boxes patterns buckets together halved picked trees clusters pyramids sorting slashes splits appending "
+    "boxes patterns buckets together halved picked trees clusters pyramids sorting slashes walks "
+    "keeping runs splits appending "
     "cols unpool learn entropies blockgate running configs refusals schedule driver backward losses knobs "
     "space emit allowlist store workers build resources pipeline tuned catalogue "
     "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"

@@ -10,7 +10,17 @@ from dataclasses import replace
 
 import networkx as nx
 
-from hsgen import appending, maps, passes, patterns, refusals, slashes
+from hsgen import (
+    appending,
+    keeping,
+    maps,
+    passes,
+    patterns,
+    refusals,
+    runs,
+    slashes,
+    walks,
+)
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.graph import (
@@ -56,14 +66,17 @@ from hsgen.schedule import (
     choosing,
     clustering,
     combining,
+    cutting,
     descending,
     laid,
     likening,
     mapping,
     slashing,
     sorted_keys,
+    staying,
     text,
     vectors,
+    walking,
 )
 from hsgen.schedule.choosing import part_of
 from hsgen.schedule.draft import (
@@ -169,10 +182,7 @@ def _plan(draft: Draft) -> Plan:
 def _launches(draft: Draft) -> None:
     """What each node needs; of what combines branches only that which they do themselves."""
     for node in draft.graph.nodes():
-        if laid.launched(draft, node) or maps.way_to(draft.graph, node.name):
-            continue
-        wholes = (clustering.launched, descending.launched, slashing.launched)
-        if any(launched(draft, node) for launched in wholes):
+        if _launched(draft, node):
             continue
         match node.op:
             case Permute():
@@ -209,6 +219,16 @@ def _launches(draft: Draft) -> None:
                 raise AssertionError("refused")
 
 
+def _launched(draft: Draft, node: Node) -> bool:
+    """Whether a node is part of what is done as a whole, which is launched where one of its nodes is met."""
+    graph, name = draft.graph, node.name
+    if maps.way_to(graph, name) or keeping.way_to(graph, name) or walks.read_in_place(graph, node):
+        return True
+    wholes = (clustering.launched, descending.launched, slashing.launched)
+    some = (laid.launched, *wholes, cutting.launched)
+    return any(launched(draft, node) for launched in some)
+
+
 def _leave_out(draft: Draft) -> None:
     """Where all is attended whatever is chosen, a call chooses only if somebody asks for that."""
     graph = draft.graph
@@ -226,6 +246,15 @@ def _leave_out(draft: Draft) -> None:
 
 def _choose(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     """The launches of a choice."""
+    if isinstance(op, SelectSet) and walks.walked(draft.graph, node):
+        walking.choose(draft, node, op)
+        return
+    if isinstance(op, SelectSet) and keeping.way_to(draft.graph, node.inputs[0]):
+        staying.choose(draft, node, op)
+        return
+    if isinstance(op, Select) and (way := runs.way_to(draft.graph, node.name)):
+        cutting.select(draft, node, op, way)
+        return
     if way := maps.way_to(draft.graph, node.inputs[0]):
         mapping.select(draft, node, op, way)
     elif isinstance(op, Select) and refusals.by_bias(draft.graph, node):

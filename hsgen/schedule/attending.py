@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hsgen import patterns, rows
+from hsgen import keeping, patterns, rows, walks
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
@@ -13,7 +13,7 @@ from hsgen.graph import (
     left_to_window,
 )
 from hsgen.plan import Buffer, Launch, Step
-from hsgen.schedule import selected, stepping, text
+from hsgen.schedule import selected, staying, stepping, text, walking
 from hsgen.schedule.draft import Draft
 
 MOST_DIMS = 256  # of queries and keys that are no latents
@@ -106,9 +106,15 @@ def _own_way(draft: Draft, node: Node, op: Attend) -> Callable[[Draft, Node, Att
         return stepping.attend
     if left_to_window(draft.graph, node):
         return selected.attend_picked
+    if op.over == "blocks" and walks.walked(draft.graph, draft.graph[node.inputs[3]]):
+        return walking.attend
+    if keeping.attended(draft.graph, node):
+        return staying.attend
     match op.over:
         case "pooled" if draft.chosen(node):
             return selected.attend_gathered
+        case "tokens" if draft.block(draft.graph[node.inputs[3]]):
+            return selected.attend_together
         case "tokens" if op.biased:
             return selected.attend_picked
         case "tokens":

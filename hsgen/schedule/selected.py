@@ -51,18 +51,24 @@ def attend_together(draft: Draft, node: Node, op: Attend) -> None:
     if draft.cached is not None:
         message = f"branch {op.branch}: no kernel attends what blocks of rows chose in a cache yet"
         raise PlanError(message, span=node.span)
-    branch = _together(draft, node, op)
+    branch = branch_of(draft, node, op)
+
+    def tiles(context: rows.RowsContext) -> Config:
+        if op.size == 1:
+            return draft.row_tiles.of_tokens(context, most=branch.block)
+        return draft.tiles(context, limit=128, most=branch.block, block=op.size)
+
     kernels, steps = together.plan(
         draft.shape,
         branch,
-        lambda context: draft.tiles(context, limit=128, most=branch.block, block=op.size),
+        tiles,
     )
     draft.add(kernels, steps)
     if branch.turns is not None:
         laid.attend_means(draft, branch.turns.makes)
 
 
-def _together(draft: Draft, node: Node, op: Attend) -> together.Branch:
+def branch_of(draft: Draft, node: Node, op: Attend) -> together.Branch:
     """A branch over what rows chose together."""
     selection, order = draft.graph[node.inputs[3]], sorting.order_of(draft.graph, node)
     brought = isinstance(selection.op, Recall)
@@ -96,7 +102,7 @@ def attend_tiers(draft: Draft, node: Node, op: Attend) -> None:
     """Entries that rows chose together, tier by tier: their tokens, or means of some of them."""
     assert op.merges is not None, "tiers are attended by merges"
     selection = draft.graph[node.inputs[3]]
-    branch = _together(draft, node, op)
+    branch = branch_of(draft, node, op)
     means = tuple(x.name for x in draft.graph.operands(node) if isinstance(x.op, Pool))
     tensors = (*branch.tensors, *(x for name in means for x in draft.tensor(name)))
     needs = tuple(name for name in branch.needs if name not in means)  # which it makes on the way

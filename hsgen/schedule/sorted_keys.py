@@ -58,7 +58,7 @@ def sort(draft: Draft, node: Node, op: Permute) -> None:
         buffers.append(Buffer(name=name, dtype="i32", dims=shape_of, role="list"))
     launches: list[Launch] = []
     for context in contexts:
-        draft.kernel("sorting", context, _config(context, draft.dtype), node.name)
+        draft.kernel("sorting", context, config(context, draft.dtype), node.name)
         grid, arguments = "", tuple[str, ...]()
         match context.how:
             case "totals":
@@ -81,6 +81,8 @@ def sort(draft: Draft, node: Node, op: Permute) -> None:
             case "sort":
                 grid = f"{keys} // {op.segment} + 1"
                 arguments = (weights, keys, *sorting.arguments(slots), *sinks)
+            case "around":
+                raise AssertionError("of masses that no order follows from")
         launches.append(
             Launch(
                 kernel=context.name,
@@ -133,7 +135,7 @@ def _contexts(draft: Draft, node: Node, op: Permute) -> tuple[SortingContext, ..
     return context("weigh", "means"), context("sort", "sort")
 
 
-def _config(context: SortingContext, dtype: DType) -> Config:
+def config(context: SortingContext, dtype: DType) -> Config:
     """Three-pass TF32 holds what it multiplies twice."""
     tile = 32 if dtype == "fp32" else 64
     match context.how:
@@ -141,6 +143,8 @@ def _config(context: SortingContext, dtype: DType) -> Config:
             values, warps, stages = {"BLOCK_T": tile, "BLOCK_N": tile}, 4, 3
         case "masses":
             values, warps, stages = {"BLOCK_T": tile, "BLOCK_N": tile}, 4, 2
+        case "around":
+            values, warps, stages = {"BLOCK_N": 256}, 4, 1
         case "means":
             values, warps, stages = {"BLOCK_N": min(64, next_power(context.segment))}, 4, 1
         case "sort":

@@ -25,9 +25,28 @@ def rank_key(score, complete, forced):
 
 
 @triton.jit
-def sorted_places(weight, inside):
-    """The places of weights, greatest first, of equals the earlier; those outside last.  [N] -> i32[N]"""
-    key = tl.where(inside, order_key(weight), -0x7FFFFFFF - 1)
-    N: tl.constexpr = weight.shape[0]
-    packed = tl.arange(0, N) - key.to(tl.int64) * N
+def sorted_keys(key, inside):
+    """The places of keys, greatest first, of equals the earlier; those outside last.  [N] -> i32[N]"""
+    N: tl.constexpr = key.shape[0]
+    packed = tl.arange(0, N) - tl.where(inside, key, -0x7FFFFFFF - 1).to(tl.int64) * N
     return (tl.sort(packed) & (N - 1)).to(tl.int32)
+
+
+@triton.jit
+def sorted_places(weight, inside):
+    """The same of weights."""
+    return sorted_keys(order_key(weight), inside)
+
+
+@triton.jit
+def place_in(tokens, many, x):
+    """How many of a list's `many` ascending tokens are less than x, one or several."""
+    place = x * 0
+    span = many
+    while span > 0:
+        half = (span + 1) // 2
+        at = place + half - 1
+        less = tl.load(tokens + at, mask=at < many, other=0x7FFFFFFF) < x
+        place = tl.where(less, place + half, place)
+        span -= half
+    return place

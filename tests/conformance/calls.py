@@ -129,7 +129,8 @@ def _integers(spec, name, shape, generator):
         return torch.zeros(shape)
     x = torch.randint(-2, 3, shape, generator=generator).float()
     pooled = any(level.query and level.query.pool == "mean" for level in spec.levels)
-    return x * WHOLE if pooled and name == "q" else x
+    walks = any(level.select and level.select.early_stop for level in spec.levels)
+    return x * WHOLE if pooled and name == "q" and not walks else x  # of weights that are no 0
 
 
 def slot_zero(name, shape):

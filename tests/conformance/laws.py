@@ -4,6 +4,7 @@ import torch
 
 from conformance import calls, lab, oracles, systems
 from conformance.lab import assert_same_bits, check, same
+from conformance.probes import same_but_for_order
 from hsgen import spec as language
 from hsgen.reference import tensor_kinds
 
@@ -146,14 +147,22 @@ def _slots(chosen, width):
 
 @check(applies=systems.takes_selections)
 def own_selection_given_back_changes_nothing(lab):
-    """What a call selected, given to it, yields the same bits; so does what is attended, alone."""
+    """What a call selected, given to it, yields the same bits; so does what is attended, alone.
+
+    Rows that a call chose to keep lie side by side, those of a caller's lists where they are: sums have
+    another order.
+    """
     call = lab.make()
     outcome = lab.run(call)
     over = {branch.over for branch in call.spec.attend}
     attended = {name: chosen for name, chosen in outcome.selection.items() if name in over}
     for given in (outcome.selection, attended):
         again = lab.run(call.with_options(selection=given))
-        same(_without_selection(outcome), _without_selection(again), what="selection given back")
+        yielded = _without_selection(outcome), _without_selection(again)
+        if any(branch.rows for branch in call.spec.attend):
+            same_but_for_order(*yielded, rows=slice(None), what="selection given back")
+        else:
+            same(*yielded, what="selection given back")
 
 
 @check(applies=systems.takes_selections)
@@ -222,8 +231,8 @@ def strides_are_honoured(lab):
 
 @check(
     applies=lambda spec: (
-        not (any(_has_tail(level) for level in spec.levels) or any(map(_one_way, spec.attend)))
-        and not any(map(_goes_back, spec.levels))
+        not any(_has_tail(level) or _walks(level) or _goes_back(level) for level in spec.levels)
+        and not any(map(_one_way, spec.attend))
     )
 )
 def non_causal_specs_see_both_sides(lab):
@@ -251,11 +260,12 @@ def given_offsets_place_queries(lab):
 
 def _forces(spec):
     """Whether every level may: no tile or cluster is the first, or a row's last, no part is forced of two,
-    and what another level forces is always counted.
+    no walk takes what is forced, and what another level forces is always counted.
     """
     selects = [x.select for x in spec.levels if x.select]
     placed = not any(isinstance(x.partition, language.Clusters) for x in spec.levels)
-    return not spec.axes and placed and not any(x.apart or x.force.level for x in selects)
+    others = any(x.apart or x.force.level or x.early_stop for x in selects)
+    return not spec.axes and placed and not others
 
 
 @check(applies=_forces)
@@ -273,6 +283,11 @@ def uncounted_entries_come_on_top(lab):
             level = level.model_copy(update={"select": select})
         levels.append(level)
     lab.checked(lab.make(language.verify(spec.model_copy(update={"levels": tuple(levels)}))))
+
+
+def _walks(level):
+    """Whether rows take entries of segments before their own until these add little; none is forced."""
+    return bool(level.select and level.select.early_stop)
 
 
 def _has_tail(level):

@@ -1,7 +1,7 @@
 """Is an outcome right?  Errors against float64, and every level's selection by an oracle of its own."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tolerances import UNITS, in_eight, tolerance
@@ -10,7 +10,8 @@ from conformance import systems
 from conformance.calls import value_side
 from conformance.systems import selecting
 from hsgen.reference import reference, tensor_kinds
-from hsgen.spec import Attend
+from hsgen.reference.partitions import begins
+from hsgen.spec import Attend, Ragged
 
 ZERO = 2.0**-126  # float32 below it is 0
 
@@ -265,6 +266,12 @@ def selection_findings(call, outcome, exact):
         width, kept = systems.slots(call.spec, level, call.keys), None
         if _by_mass(level.select):  # see below
             kept = (indices >= 0).sum(-1)
+        elif (
+            level.select.budget_from and call.spec.part_of(level) is None
+        ):  # of which it says how many
+            kept = (outcome.selection[level.select.budget_from] >= 0).sum(-1)
+            kept = kept + state[2].sum(-1) * (not level.select.force.counted)
+            kept = torch.minimum(kept, state[1].sum(-1))
         elif level.select.counts_vary:  # by positions alone
             own = call.reference().selection[name]
             kept = _spread(own.indices, state[0].shape[-1]).sum(-1)
@@ -287,6 +294,8 @@ def selection_findings(call, outcome, exact):
                 )
             if level.select.threshold:
                 found += threshold_findings(level, indices, *state, bounds[name])
+            if level.select.early_stop:
+                found += walk_findings(call, level, indices, *state[:2], bounds[name])
     return found
 
 
@@ -312,7 +321,7 @@ def _sides(call, level, scores, candidates, forced):
 def _by_mass(select):
     """Whether how many entries a row keeps depends on what they weigh."""
     tiers = select.quota and select.quota[0].fraction is None
-    return bool(select.top_p or select.threshold or tiers)
+    return bool(select.top_p or select.threshold or select.early_stop or tiers)
 
 
 def structure_findings(level, indices, candidates, forced, *, width, kept=None):
@@ -434,6 +443,42 @@ def threshold_findings(level, indices, scores, candidates, forced, bound):
     ]
 
 
+STOP = 0.02  # part of a gain that may be wrong
+FARTHEST = 40.0  # from 0, of logits whose weights float32 tells apart
+
+
+def walk_findings(call, level, indices, scores, candidates, bound):
+    """A walk is no longer than one that asks for a little less, no shorter than one that asks for more.
+
+    Nobody knows which step adds a part where logits lie so far apart that float32 has no number for a weight,
+    nor where scores lie so near that rounding says which entries a step has.
+    """
+    lengths = [call.tensors[name].double().norm(dim=-1).flatten() for name in "qk"]
+    most = [float(x.max()) if len(x) else 0.0 for x in lengths]
+    if most[0] * most[1] * call.spec.head_dim.qk**-0.5 > FARTHEST or not indices.numel():
+        return []
+    ordered = torch.where(candidates, scores, torch.inf).sort(-1).values
+    gaps = (ordered[..., 1:] - ordered[..., :-1]).nan_to_num(torch.inf, torch.inf)
+    clear = (gaps > 2 * bound.amax(-1, keepdim=True)).all(-1)
+    used, ends = (indices >= 0).sum(-1), []
+    for part in (1 + STOP, 1 - STOP):
+        stop = level.select.early_stop
+        stop = stop.model_copy(update={"gain": min(1.0, stop.gain * part)})
+        select = level.select.model_copy(update={"early_stop": stop})
+        levels = tuple(
+            x if x.name != level.name else x.model_copy(update={"select": select})
+            for x in call.spec.levels
+        )
+        other = replace(call, spec=call.spec.model_copy(update={"levels": levels}))
+        ends.append((other.reference().selection[level.name].indices >= 0).sum(-1))
+    wrong = clear & ((used < ends[0]) | (used > ends[1]))
+    if not wrong.any():
+        return []
+    at = _where(wrong)
+    detail = f"{level.name} at {at}: {used[at]} entries, from {ends[0][at]} to {ends[1][at]} there must be"
+    return [Finding(rule="walk", detail=detail)]
+
+
 def _spread(indices, N):
     """Lists as masks.  [..., K] -> bool[..., N]"""
     slots = torch.where((indices >= 0) & (indices < N), indices, N).long()
@@ -495,8 +540,14 @@ def _normalises(spec):
 
 def _form_only(call, *, absolute):
     """Scores of every level that has a form, by query head, unreduced; of absolute values, unnormalised."""
-    spec, levels = call.spec, []
+    spec, levels, starts = call.spec, [], {}
     for level in spec.levels:
+        if isinstance(level.partition, Ragged) and level.partition.boundaries != "given":
+            starts[f"{level.name}_starts"] = _starts(call, level)  # not those of absolute values
+            given = level.partition.model_copy(
+                update={"boundaries": "given", "span": None, "threshold": None}
+            )
+            level = level.model_copy(update={"partition": given})
         if level.score.form:
             agreed = level.query is not None and level.query.heads is not None  # before they score
             summed = level.score.sums_index  # as they score
@@ -511,11 +562,32 @@ def _form_only(call, *, absolute):
     alone = {"levels": tuple(levels), "attend": (window,), "combine": None, "reuse": ()}
     plain = spec.model_copy(update=alone)
     tensors = {n: t.double() for n, t in call.tensors.items() if n in tensor_kinds(plain)}
+    tensors |= starts
     if absolute:
         tensors = {n: t if _weighs(spec, n) else t.abs() for n, t in tensors.items()}
     options = {n: v for n, v in call.options.items() if n != "selection"}
     scores = reference(plain, tensors, **options).scores
     return {name: torch.where(s.isfinite(), s, 0.0) for name, s in scores.items()}
+
+
+def _starts(call, level):
+    """Where a level's runs begin, as a caller would say it.  -> f64[..., S]"""
+    name = "k" if level.kv is None else f"k_{level.kv}"
+    keys = call.tensors[name].double()
+    if "cu_seqlens_k" in call.options:
+        parts = keys.split(call.options["cu_seqlens_k"].diff().tolist())
+    elif "cu_seqlens_q" in call.options:
+        parts = keys.split(call.options["cu_seqlens_q"].diff().tolist())
+    else:
+        parts = keys.unbind(0)
+    lengths = call.options.get("kv_lens")
+    found = []
+    for z, part in enumerate(parts):
+        most = len(part) if lengths is None else min(len(part), int(lengths[z]))
+        begin = torch.zeros(len(part), dtype=torch.float64, device=keys.device)
+        begin[:most] = begins(level, level.partition, {name: part[:most]}).double()
+        found.append(begin)
+    return torch.cat(found) if keys.ndim == 3 else torch.stack(found)
 
 
 def _weighs(spec, name):
@@ -565,6 +637,8 @@ def _map_bound(call, level, exact, bound, unit):
         if bound.shape == scores.shape
         else bound
     )
+    if level.score.map == "upsample":  # as wrong as any run's
+        return bound.amax(-1, keepdim=True).expand_as(target) if bound.numel() else bound
     weights = gathered(source, level, scores.shape[-1], target.shape[-1]).to(bound)
     if level.score.map in ("max", "overlap_max"):
         spread = torch.where(weights > 0, bound.unsqueeze(-1), 0.0)
@@ -582,6 +656,8 @@ def gathered(source, target, N, M):
             start, end = j * step, j * step + size
             if target.score.map == "overlap_max":
                 weights[i, j] = i * d < end and start < i * d + width
+            elif target.score.map == "around":
+                weights[i, j] = abs(i - j) <= target.score.width // 2
             elif target.score.map == "overlap_sum":  # pieces of d that both cover
                 pieces = range(i * d, i * d + width, d)
                 weights[i, j] = sum(start <= piece < end for piece in pieces)

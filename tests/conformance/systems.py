@@ -29,14 +29,11 @@ EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
-    "s2o": "no kernel selects by early_stop yet",
     "flex_prefill": "no kernel takes a route by sample_head yet",
-    "dhsa": "level chunk: no kernel cuts keys into runs yet",
     "routing_transformer": "no kernel takes a route by head yet",
     "superlinear": "level anchor: no kernel scores anchors behind each row yet",
     "sea": "level part: no kernel takes scores as they are given yet",
     "delta_llm": "no kernel reads keys from their changes yet",
-    "token_sparse": "level all_mass: no kernel reduces the scores of rows together yet",
     "spatten": "level token: no kernel takes over a selection yet",
     "spt": "level token: no kernel compares codes yet",
     "index_cache": "level token: no kernel takes over a selection yet",
@@ -110,6 +107,9 @@ ALIKE: dict[str, str] = {
     "svg2": "block_lists",  # but for clusters, which test_clusters has beside
     "svg_ear": "block_lists",  # likewise
     "minference": "block_lists",  # but for columns and diagonals, which test_slashes has beside
+    "s2o": "block_lists",  # and its walks as well
+    "token_sparse": "block_lists",  # and what heads keep, which test_kept has beside
+    "dhsa": "block_lists",  # but for its runs, which test_runs has beside
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
@@ -137,7 +137,11 @@ def shrink(spec, *, block=16):
     for level in spec.levels:
         levels.append(_shrunk_level(spec, level, factor, {one.name: one.select for one in levels}))
     changes = {"levels": tuple(levels)}
-    changes["attend"] = tuple(_shrunk_branch(branch) for branch in spec.attend)
+    units = {}  # of branches that walks go on from: what rows of a block have of their own
+    for level in levels:
+        if level.select and level.select.early_stop:
+            units[level.select.early_stop.after] = level.query.block
+    changes["attend"] = tuple(_shrunk_branch(x, units.get(x.name, 2)) for x in spec.attend)
     grids = any(branch.static and branch.static.grid for branch in spec.attend)
     if spec.axes and (grids or any(level.permute for level in spec.levels)):
         changes["axes"] = (
@@ -147,8 +151,8 @@ def shrink(spec, *, block=16):
     return language.verify(spec.model_copy(update=changes))
 
 
-def _shrunk_branch(branch):
-    """A window of at most 21 tokens; a pattern of units of at most 2."""
+def _shrunk_branch(branch, most):
+    """A window of at most 21 tokens; a pattern of units of at most so many."""
     changes = {}
     if isinstance(branch.window, int):
         changes["window"] = min(branch.window, 21)
@@ -156,7 +160,7 @@ def _shrunk_branch(branch):
         near = min(branch.delta.window, 9)
         changes["delta"] = branch.delta.model_copy(update={"window": near, "threshold": 0.5})
     if branch.static:
-        units = min(branch.static.blocks, 2)
+        units = min(branch.static.blocks, most)
         few = {"blocks": units}
         if branch.static.power_of_two:  # no tile has more rows than a unit
             few = {"blocks": min(branch.static.blocks, 8), "window": 1}
@@ -211,7 +215,11 @@ def _shrunk_level(spec, level, factor, above):
         if force.last:
             forced += spec.own_entries(level) - 1  # as many as in the full size, or more
         few = isinstance(level.partition, Blocks | Halving)
-        room = max(3, forced + 1) if few else 11
+        rows = spec.rows_of(level)
+        own = (
+            _part(rows.block, factor) if rows and rows.block else 1
+        )  # tokens of a block's own rows
+        room = max(3, forced + 1) if few else max(11, own + 5 if own > 1 else 0)
         key = "top_k" if level.select.top_k else "beam"
         budget = min(level.select.budget, room)
         changes["select"] = level.select.model_copy(update={key: budget, "force": force})
@@ -334,6 +342,10 @@ def with_budgets(spec, budget):
             level = level.model_copy(update={"select": select})
         elif number and level.select.budget_from and not level.select.min:
             pass  # as many as another level
+        elif number and level.select.early_stop:  # of which each step is long enough
+            stop = level.select.early_stop.model_copy(update={"gain": 0.0})
+            select = level.select.model_copy(update={"early_stop": stop})
+            level = level.model_copy(update={"select": select})
         elif number and level.select.budget_from:
             select = level.select.model_copy(update={"min": number})
             level = level.model_copy(update={"select": select})
@@ -388,7 +400,7 @@ def selection_heads(spec, level):
 def slots(spec, level, keys):
     """Slots of a row of a level's selection: of a part of the entries as many as the keys have use for."""
     select = level.select
-    if select.top_p or select.budget_from:
+    if select.top_p or select.budget_from or select.early_stop:
         return max(1, entries(spec, level, keys))
     if select.threshold:  # of which there are no more than that many in a whole
         most = math.floor(1 / select.threshold) + 1 + spec.most_forced(level)

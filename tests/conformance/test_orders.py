@@ -5,7 +5,7 @@ import torch
 
 from conformance import backends, calls, systems
 from conformance.oracles import check
-from hsgen import passes, planner, schedule
+from hsgen import knobs, passes, planner, schedule
 from hsgen import spec as language
 from hsgen.errors import PlanError
 from hsgen.spec import Blocks
@@ -98,6 +98,68 @@ def test_rows_of_one_block_may_bring_lists_of_their_own(lane, seed):
     picks[:, ::5] = -1
     call = call.with_options(selection={"block": picks.to(torch.int32).to(lane)})
     check(call, RUN[lane](call))
+
+
+def walk(*, rows=8, segment=8, unit=8, step=3, gain=0.2, **shape):
+    """S2O with other sizes."""
+    spec = systems.small("s2o", **shape)
+    (level,), (own, history) = spec.levels, spec.attend
+    order = level.permute.keys.model_copy(update={"segment": segment})
+    stop = level.select.early_stop.model_copy(update={"entries": step, "gain": gain})
+    level = level.model_copy(
+        update={
+            "permute": level.permute.model_copy(update={"keys": order}),
+            "query": level.query.model_copy(update={"block": rows}),
+            "select": level.select.model_copy(update={"early_stop": stop}),
+        }
+    )
+    own = own.model_copy(update={"static": own.static.model_copy(update={"blocks": unit})})
+    return language.verify(spec.model_copy(update={"levels": (level,), "attend": (own, history)}))
+
+
+# Steps that are no power of two, or longer than what is ranked at a time; walks that never stop, or at once.
+WALKS = {
+    "several segments a block": {"rows": 24, "segment": 12, "unit": 6, "step": 5, "gain": 0.1},
+    "to the end": {"gain": 0.0, "step": 16},
+    "one step": {"gain": 1.0, "step": 1, "unit": 4, "group": 1},
+}
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("name", WALKS)
+def test_walks_stop_where_the_reference_does(name, lane, seed):
+    """The very tokens, of documents that begin inside a block, are shorter than one or have no row."""
+    spec = walk(dims=(16, 32), **{"group": 2, "kv": 1} | WALKS[name])
+    call, _ = calls.pack(
+        spec, [1, 0, 29, 5], key_lengths=[30, 9, 41, 2], dtype=torch.float32, device=lane, seed=seed
+    )
+    outcome = RUN[lane](call)
+    check(call, outcome)
+    wanted = call.reference().selection["history"].indices
+    got = outcome.selection["history"]
+    assert (got[..., : wanted.shape[-1]] == wanted).all()
+    assert (got[..., wanted.shape[-1] :] == -1).all()
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_walked_lists_may_be_a_callers(lane, seed):
+    """Tokens of the own block, which the other branch has, count once."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = walk(dims=(16, 16), unit=4, group=1)
+    call = calls.make(spec, B=2, T=13, S=37, device=lane, seed=seed)
+    picks = torch.randint(-3, 37, (2, 13, 2, 9), generator=generator).clamp(min=-1)
+    picks[:, ::5] = -1
+    call = call.with_options(selection={"history": picks.to(torch.int32).to(lane)})
+    check(call, RUN[lane](call))
+
+
+def test_a_step_that_no_room_holds_is_refused():
+    spec = walk(step=64)
+    plan = schedule.schedule(passes.run(planner.plan(spec)), Target.named("h100"))
+    kernel = plan.kernel("walk_history")
+    values = {**kernel.config.keywords(), "BLOCK_P": 32}
+    wrong = knobs.refused(kernel, {"BLOCK_P": 32}, values, plan, Target.named("h100"))
+    assert wrong == "expected BLOCK_P to hold a step of 64 tokens, got 32"
 
 
 @pytest.mark.parametrize("lane", LANES)

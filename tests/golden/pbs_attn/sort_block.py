@@ -9,6 +9,14 @@ import triton.language as tl
 
 
 @triton.jit
+def sorted_keys(key, inside):
+    """The places of keys, greatest first, of equals the earlier; those outside last.  [N] -> i32[N]"""
+    N: tl.constexpr = key.shape[0]
+    packed = tl.arange(0, N) - tl.where(inside, key, -0x7FFFFFFF - 1).to(tl.int64) * N
+    return (tl.sort(packed) & (N - 1)).to(tl.int32)
+
+
+@triton.jit
 def order_key(score):
     """float32 -> int32 that compares as the score does; NaN below -inf."""
     bits = score.to(tl.int32, bitcast=True)
@@ -20,11 +28,8 @@ def order_key(score):
 
 @triton.jit
 def sorted_places(weight, inside):
-    """The places of weights, greatest first, of equals the earlier; those outside last.  [N] -> i32[N]"""
-    key = tl.where(inside, order_key(weight), -0x7FFFFFFF - 1)
-    N: tl.constexpr = weight.shape[0]
-    packed = tl.arange(0, N) - key.to(tl.int64) * N
-    return (tl.sort(packed) & (N - 1)).to(tl.int32)
+    """The same of weights."""
+    return sorted_keys(order_key(weight), inside)
 
 
 @triton.jit(do_not_specialize=["keys", "order_b", "order_h", "num_sequences"])

@@ -1,0 +1,1 @@
+"""Kernels of dhsa, emitted by hsgen."""

@@ -1,0 +1,1 @@
+"""Kernels of s2o, emitted by hsgen."""

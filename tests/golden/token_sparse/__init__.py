@@ -1,0 +1,1 @@
+"""Kernels of token_sparse, emitted by hsgen."""
