@@ -161,7 +161,7 @@ def _weigh(draft: Draft, way: Way) -> None:
             makes=(made,),
             sizes=(
                 (keys, "max(1, batch.keys)"),
-                (parts, f"{keys} // {PART} + 1"),
+                (parts, f"({keys} + {PART - 1}) // {PART}"),
                 (step, f'config["{totals.name}"]["BLOCK_T"]'),
                 (tiles, f"({totals.judges} + {step} - 1) // {step}"),
             ),

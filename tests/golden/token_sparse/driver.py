@@ -114,7 +114,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
     if selection is None:
         # masses: all_mass
         keys_all_mass = max(1, batch.keys)
-        parts_all_mass = keys_all_mass // 4096 + 1
+        parts_all_mass = (keys_all_mass + 4095) // 4096
         step_all_mass = config["totals_all_mass"]["BLOCK_T"]
         tiles_all_mass = (128 + step_all_mass - 1) // step_all_mass
         sums_all_mass = torch.empty(
@@ -583,7 +583,7 @@ def select(tensors, batch, config):
 
     # masses: all_mass
     keys_all_mass = max(1, batch.keys)
-    parts_all_mass = keys_all_mass // 4096 + 1
+    parts_all_mass = (keys_all_mass + 4095) // 4096
     step_all_mass = config["totals_all_mass"]["BLOCK_T"]
     tiles_all_mass = (128 + step_all_mass - 1) // step_all_mass
     sums_all_mass = torch.empty(
