@@ -107,8 +107,10 @@ def test_whole_numbers_are_refused(dtype):
         schedule.schedule(graph(of(dtype)), H100)
 
 
-def test_pooled_keys_are_refused():
+def test_pooled_keys_with_scales_are_refused():
     chunks = "partition: {blocks: 4}\n    pool: {keys: mean}"
     spec = parse(SPEC.replace("DTYPE", "fp8").replace("partition: tokens", chunks))
-    with pytest.raises(PlanError, match="no kernel rounds pooled keys yet"):
+    with pytest.raises(
+        PlanError, match="no kernel rounds pooled keys to fp8, with a scale for each"
+    ):
         schedule.schedule(graph(spec), H100)
