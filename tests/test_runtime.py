@@ -18,7 +18,7 @@ from hsgen.execution import Options, Stats
 from hsgen.reference import tensor_kinds, tensor_shapes
 from hsgen.runtime import Kernel, load_kernel
 from hsgen.selection import ListSelection
-from hsgen.spec import HeadDim, Heads, parse
+from hsgen.spec import Blocks, HeadDim, Heads, parse
 from hsgen.target import Target
 
 GATED = parse("""
@@ -349,11 +349,10 @@ def test_gradients_pass_gradcheck():
 
 
 def test_kernels_refuse_a_gradient_that_they_do_not_make():
-    capped = GATED.attend[1].model_copy(update={"softcap": 30.0})
-    spec = GATED.model_copy(update={"attend": (GATED.attend[0], capped)})
-    kernel, x = driven(spec), tensors()
+    level = GATED.levels[0].model_copy(update={"partition": Blocks(size=4, stride=2)})
+    kernel, x = driven(GATED.model_copy(update={"levels": (level,)})), tensors()
     x["k"].requires_grad_()
-    words = r"branch near: no kernel has the gradient of capped logits yet(.*\n)*.*torch\.no_grad"
+    words = r"branch selected: no kernel has the gradient of overlapping blocks yet(.*\n)*.*torch\.no_grad"
     with pytest.raises(PlanError, match=words):
         kernel(**x)
     with torch.no_grad():
