@@ -44,7 +44,8 @@ def attend_all(rows: Rows, branches: dict[str, Keys]) -> Combined:
     combine = rows.spec.combine or Combine()
     combined = _combined(rows, combine, branches)
     if combine.output_gate:
-        gate = rows.x["output_gate"].sigmoid()
+        # bits of a sigmoid in single precision differ by strides
+        gate = rows.x["output_gate"].contiguous().sigmoid()
         gate = gate if combine.output_gate == "channel" else gate.unsqueeze(-1)
         return replace(combined, o=combined.o * gate)
     return combined

@@ -12,7 +12,7 @@ from tolerances import tolerance
 from conformance import calls, lab, oracles, systems
 from conformance.lab import assert_same_bits, check, same
 from hsgen.reference.grids import tile_of
-from hsgen.spec import KMeans, Ragged, SortInSegment
+from hsgen.spec import Clusters, KMeans, Ragged, SortInSegment
 
 
 def _values_as_they_are(spec):
@@ -21,7 +21,15 @@ def _values_as_they_are(spec):
     return not any(pool.then or pool.rotate for pool in latent)
 
 
-@check(applies=_values_as_they_are)
+def _uniform(spec):
+    """Whether weights may be alike and 1 stays 1: none is of a cluster, whose logarithm is rounded."""
+    counted = [
+        spec.level(b.over).partition for b in spec.attend if b.bias == "log_count" and b.over
+    ]
+    return _values_as_they_are(spec) and not any(isinstance(x, Clusters) for x in counted)
+
+
+@check(applies=_uniform)
 def uniform_probe_reads_the_mask(lab):
     """q = 0 and one-hot values: the output is 1/n where a key is seen and 0 elsewhere.
 
@@ -38,6 +46,8 @@ def uniform_probe_reads_the_mask(lab):
         tensors[name] = one_hot.expand(t.shape).to(t)
     if "gates" in call.tensors:
         tensors["gates"] = _one_branch_a_row(call.tensors["gates"])
+    if "bias" in call.tensors:
+        tensors["bias"] = torch.zeros_like(call.tensors["bias"])
     if "output_gate" in call.tensors:  # whose sigmoid is 1
         tensors["output_gate"] = torch.full_like(call.tensors["output_gate"], 100.0)
     call = call.with_tensors(**tensors)
