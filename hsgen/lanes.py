@@ -215,19 +215,21 @@ def _environment(gpu: str, cache: Path | None) -> dict[str, str]:
         return paths.child_environment(remove=(), add=add | {"TRITON_INTERPRET": "1"})
     if gpu == ANY:
         return paths.child_environment(remove=("TRITON_INTERPRET",), add=add)
-    visible = paths.visible_gpus()
-    chosen = visible[int(gpu)] if visible and gpu.isdecimal() else gpu
-    add["CUDA_VISIBLE_DEVICES"] = chosen
+    add["CUDA_VISIBLE_DEVICES"] = _visible(gpu)
     return paths.child_environment(remove=("TRITON_INTERPRET",), add=add)
+
+
+def _visible(gpu: str) -> str:
+    """What CUDA_VISIBLE_DEVICES calls the GPU of a number, of those that this process may use."""
+    visible = paths.visible_gpus()
+    return visible[int(gpu)] if visible and gpu.isdecimal() else gpu
 
 
 def _lock_of(gpu: str) -> int:
     """What a user's processes that tune on a GPU take turns by, whatever their caches; a lock ends with its
     process.
     """
-    visible = paths.visible_gpus()
-    which = visible[int(gpu)] if visible and gpu.isdecimal() else gpu
-    name = f"hsgen-{os.getuid()}-{socket.gethostname()}-gpu{which}.lock"
+    name = f"hsgen-{os.getuid()}-{socket.gethostname()}-gpu{_visible(gpu)}.lock"
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(Path(tempfile.gettempdir()) / name, flags, 0o600)
 

@@ -340,7 +340,7 @@ def test_a_callers_list_may_repeat_tokens_and_name_ones_that_are_not_seen():
     assert loss > 0
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -361,7 +361,7 @@ def large(name, over="all"):
     )
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 @pytest.mark.parametrize(("name", "over"), [("dsa_gqa", "all"), ("hisa", "selected")])
 def test_sources_of_losses_are_golden(name, over, golden):
     spec = large(name, over)
@@ -372,7 +372,7 @@ def test_sources_of_losses_are_golden(name, over, golden):
         assert lint(text, driver=file in ("driver.py", "__init__.py")) == [], file
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 @pytest.mark.parametrize("name", ["hisa", "dsa"])
 def test_nothing_grows_with_rows_times_keys(name):
     """Scratch is a turn's: a quarter of the bytes of queries, outputs and the index's, or 128 MiB."""
@@ -432,7 +432,7 @@ def test_large_documents_and_latents_learn(monkeypatch):
     check(taught(**wide), T=2500, dtype=torch.bfloat16, packed=packed)
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 def test_a_callers_tiles_end_where_lines_of_the_scratch_do():
     spec = taught(name="tiles")
     kernel = load_kernel(spec, interpret=True, config={"dq_kl": {"BLOCK_N": 256}})

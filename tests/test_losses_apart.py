@@ -175,7 +175,7 @@ def test_what_is_not_apart_says_so():
         load_kernel(ssa(), interpret=True, config={"attend_full": {"num_warps": 4}})
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 def test_source_of_a_distance_is_golden(golden):
     plan = losses.plan(emitted.graph(load("ssa")), H100, gradients=True)
     golden("losses/ssa/plan.txt", str(plan))
@@ -184,7 +184,7 @@ def test_source_of_a_distance_is_golden(golden):
         assert lint(text, driver=file in ("driver.py", "__init__.py")) == [], file
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 def test_a_distance_holds_two_outputs_and_little_else():
     run = dryrun.run(losses.plan(emitted.graph(load("ssa")), H100, gradients=True), tokens=32768)
     outputs = 2 * 2 * 32768 * 32 * 64
@@ -211,7 +211,7 @@ def held_by_a_loss(tokens, *, kept):
     return max(found), run.given + back[0].of("output"), sum(saved)
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 @pytest.mark.parametrize("tokens", [4096, 32768, 131072])
 def test_a_loss_of_branches_holds_its_outputs_and_what_it_keeps(tokens):
     peak, given, saved = held_by_a_loss(tokens, kept=True)

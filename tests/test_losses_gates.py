@@ -163,7 +163,7 @@ def test_tables_of_angles_have_no_gradient_and_say_so():
         kernel.losses(**x)
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -178,7 +178,7 @@ def test_gates_that_no_kernel_teaches_say_so(spec, words):
         losses.plan(emitted.graph(spec), H100)
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 @pytest.mark.parametrize("name", ["seer_attention", "seer_attention_r"])
 def test_sources_of_gates_are_golden(name, golden):
     plan = losses.plan(emitted.graph(load(name)), H100, gradients=True)
@@ -188,7 +188,7 @@ def test_sources_of_gates_are_golden(name, golden):
         assert lint(text, driver=file in ("driver.py", "__init__.py")) == [], file
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 @pytest.mark.parametrize("name", ["seer_attention", "seer_attention_r"])
 def test_nothing_grows_with_rows_times_keys(name):
     """Scratch of a turn is 128 MiB, or an eighth of the bytes of queries and outputs."""

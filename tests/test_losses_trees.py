@@ -112,7 +112,7 @@ def test_tiles_that_no_dot_takes_are_refused():
         kernel.losses(**drawn(spec, 1, 4, 4, torch.float32))
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 def test_trees_of_vectors_of_their_own_say_so():
     text = TREE.format(**PLAIN).replace("within: branch", "within: branch\n    kv: own", 1)
     spec = parse(text.replace("within: leaf", "kv: own\n    within: leaf"))
@@ -120,7 +120,7 @@ def test_trees_of_vectors_of_their_own_say_so():
         losses.plan(emitted.graph(spec), H100)
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 def test_sources_of_trees_are_golden(golden):
     plan = losses.plan(emitted.graph(load("hirouter")), H100, gradients=True)
     golden("losses/hirouter/plan.txt", str(plan))
@@ -129,7 +129,7 @@ def test_sources_of_trees_are_golden(golden):
         assert lint(text, driver=file in ("driver.py", "__init__.py")) == [], file
 
 
-@pytest.mark.skipif(GPU, reason="planned")
+@pytest.mark.skipif(GPU, reason="of plans, which no card is asked about")
 def test_scratch_is_a_share_of_what_a_call_is_given():
     plan = losses.plan(emitted.graph(load("hirouter")), H100, gradients=True)
     for tokens in (8192, 131072):

@@ -472,9 +472,7 @@ def resized(spec, heads, dims):
         changes["index"] = spec.index.model_copy(
             update={"heads": heads[1]}
         )  # one for each key head
-    elif spec.index and any(
-        x.score.share == "group" and x.score.form == "relu_weighted" for x in spec.levels
-    ):
+    elif spec.index and any(x.score.sums_index and x.score.share == "group" for x in spec.levels):
         several = max(spec.index.heads, heads[1])
         changes["index"] = spec.index.model_copy(
             update={"heads": several}
