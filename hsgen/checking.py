@@ -7,13 +7,17 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from hsgen import machine, metrics, standins
-from hsgen.reference import Result, reference
+from hsgen import machine, metrics, passes, planner, sharding, standins
+from hsgen.errors import PlanError
+from hsgen.graph import Select, SelectSet, tensor_inputs
+from hsgen.reference import reference
 from hsgen.selection import ListSelection, to_list
 from hsgen.spec import SortInSegment, Spec
 
@@ -70,35 +74,106 @@ def sampled(spec: Spec, tokens: int) -> list[tuple[int, int]]:
     return [(a // together * together, min(-(-b // together) * together, tokens)) for a, b in runs]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What the reference says of some rows, and no more of it: its scores and masks are as long as the keys.
+
+    Attributes:
+        o: f64[1, R, Hq, Dv].
+        chosen: by level, i32[1, R, Hs, K].
+    """
+
+    o: Tensor
+    chosen: dict[str, Tensor]
+
+
 class Reference:
-    """What the reference says of rows of one sequence, asked once of each choice of entries."""
+    """What the reference says of rows of one sequence, asked once of each choice of entries.
+
+    A card's memory has kernels' tensors of every length.  What does not fit beside them is asked one key
+    head after another, where heads are alike; else, or where that does not fit either, on the processor.
+    """
 
     def __init__(self, spec: Spec, tensors: Tensors) -> None:
         self._spec, self._tensors = spec, tensors
-        self._known: dict[tuple[int, int, str], Result] = {}
+        self._known: dict[tuple[int, int, str], Said] = {}
 
-    def __call__(self, a: int, b: int, given: dict[str, ListSelection] | None = None) -> Result:
+    def __call__(self, a: int, b: int, given: dict[str, ListSelection] | None = None) -> Said:
         """Of the rows from a to b, on what is given or on its own choice."""
         seen = hashlib.sha256()
         for name, chosen in (given or {}).items():
             seen.update(name.encode() + chosen.indices.contiguous().cpu().numpy().tobytes())
         key = (a, b, "" if given is None else seen.hexdigest())
         if key not in self._known:
-            try:
-                self._known[key] = self._ask(a, b, self._tensors, given)
-            except torch.OutOfMemoryError:  # a card's memory has kernels' tensors of every length
-                torch.cuda.empty_cache()
-                there = {name: each.cpu() for name, each in self._tensors.items()}
-                chosen = given and {
-                    name: ListSelection(level=name, indices=each.indices.cpu())
-                    for name, each in given.items()
-                }
-                self._known[key] = self._ask(a, b, there, chosen)
+            self._known[key] = self._said(a, b, given)
         return self._known[key]
 
-    def _ask(self, a: int, b: int, tensors: Tensors, given: Selected | None) -> Result:
-        part = standins.rows_of(self._spec, tensors, a, b)
-        return reference(self._spec, part, selection=given, q_offset=a, keep_scores=False)
+    def _said(self, a: int, b: int, given: Selected | None) -> Said:
+        for way in (_whole, _by_heads):
+            try:
+                return way(self._spec, self._tensors, a, b, given)
+            except (torch.OutOfMemoryError, PlanError):
+                continue
+        there = {name: each.cpu() for name, each in self._tensors.items()}
+        chosen = given and {
+            name: ListSelection(level=name, indices=each.indices.cpu())
+            for name, each in given.items()
+        }
+        return _whole(self._spec, there, a, b, chosen)
+
+
+def _whole(spec: Spec, tensors: Tensors, a: int, b: int, given: Selected | None) -> Said:
+    part = standins.rows_of(spec, tensors, a, b)
+    found = reference(spec, part, selection=given, q_offset=a, keep_scores=False)
+    return Said(o=found.o, chosen={x: to_list(y).indices for x, y in found.selection.items()})
+
+
+def _by_heads(spec: Spec, tensors: Tensors, a: int, b: int, given: Selected | None) -> Said:
+    """The same, of one key head and its queries after another.
+
+    Raises:
+        PlanError: heads agree across key heads, or something is said of each head by its number.
+    """
+    spec = planner.without_losses(spec)  # which are of all heads, and nothing that rows choose by
+    graph = passes.run(planner.plan(spec))
+    heads = spec.heads.kv if spec.heads else 1
+    one, split = sharding.of_part(spec, graph, heads), sharding.head_dims(spec)
+    dims = {each.name: each.type.dims for each in tensor_inputs(graph)}
+    of_level = {
+        node.op.level: node.type.dims
+        for node in graph.nodes()
+        if isinstance(node.op, Select | SelectSet)
+    }
+
+    def mine(x: Tensor, names: Sequence[str], head: int) -> Tensor:
+        for at, name in enumerate(names):
+            if name in split:
+                x = x.chunk(heads, at)[head]
+        return x
+
+    found: list[Said] = []
+    for head in range(heads):
+        part = {name: mine(x, dims[name], head) for name, x in tensors.items() if name in dims}
+        chosen = given and {
+            name: ListSelection(level=name, indices=mine(x.indices, of_level[name][:3], head))
+            for name, x in given.items()
+        }
+        found.append(_whole(one, part, a, b, chosen))
+    return Said(
+        o=torch.cat([each.o for each in found], 2),
+        chosen={
+            name: _beside([each.chosen[name] for each in found])
+            if of_level[name][2] in split
+            else found[0].chosen[name]
+            for name in found[0].chosen
+        },
+    )
+
+
+def _beside(lists: Sequence[Tensor]) -> Tensor:
+    """Lists of some heads each as those of all, all as wide as the widest."""
+    widest = max(each.shape[-1] for each in lists)
+    return torch.cat([pad(each, (0, widest - each.shape[-1]), value=-1) for each in lists], 2)
 
 
 def compare(
@@ -136,7 +211,7 @@ def compare(
             continue
         free = asked(a, b)
         for name, chosen in given.items():
-            own = to_list(free.selection[name]).indices[0]  # as kernels choose
+            own = free.chosen[name][0]  # as kernels choose
             same[name] = min(same[name], _overlap(chosen.indices[0].to(own.device), own))
     if not error < TOLERANCE:
         raise CheckError(f"relative error {error:.3g} of the output, expected below {TOLERANCE}")

@@ -36,6 +36,7 @@ from hsgen.graph import (
     Round,
     Score,
     Select,
+    SelectSet,
     Switch,
     Union,
 )
@@ -68,6 +69,8 @@ OF_HEADS = (
     Switch,
     Union,
 )
+# rules by which a head chooses for itself, but where its entries are ranked with those of other heads
+RULES = ("fraction", "threshold", "top_p", "top_k", "quota")
 
 
 def holds(call: Call) -> bool:
@@ -128,6 +131,8 @@ def _across(graph: Graph, node: Node, heads: Sequence[str]) -> str | None:
             return "differs by head"
         case Pool(how="sample") | Attend(pattern=Pattern()):
             return "may differ by the number of a head"
+        case SelectSet(rule=rule, scope=scope) if own and rule in RULES and scope != "heads":
+            return None
         case op if own and not isinstance(op, OF_HEADS):
             return "may differ by the number of a head"
         case _:

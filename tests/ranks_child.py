@@ -17,10 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hsgen import load_kernel
+from hsgen import load_kernel, standins
 from hsgen.errors import ArgumentError, PlanError
 from hsgen.reference import tensor_kinds, tensor_shapes
-from hsgen.spec import parse
+from hsgen.spec import load, parse
 
 POOLED = parse("""
 hsgen: 1
@@ -97,12 +97,12 @@ def check_dtensors(mesh, compiles):
         close(compiled(**y).full_tensor(), o)
 
 
-def check_part(rank):
+def check_part(rank, spec):
     """Plain tensors of a rank's own heads."""
-    x = tensors(POOLED, 1)
-    at = {n: 0 if kind == "parameter" else 2 for n, kind in tensor_kinds(POOLED).items()}
+    x = tensors(spec, 1)
+    at = {n: 0 if kind == "parameter" else 2 for n, kind in tensor_kinds(spec).items()}
     mine = {n: y.chunk(RANKS, at[n])[rank] for n, y in x.items()}
-    kernel = load_kernel(POOLED)
+    kernel = load_kernel(spec)
     close(kernel.part(RANKS)(**mine), kernel(**x).chunk(RANKS, 2)[rank])
 
 
@@ -204,7 +204,9 @@ def rank_main(rank, place, compiles):
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
     check_dtensors(mesh, compiles)
-    check_part(rank)
+    check_part(rank, POOLED)
+    for name in ("xattention", "psa_mass"):  # heads choose as many as hold a mass, each for itself
+        check_part(rank, standins.bind(load(name), query=4, kv=2, dim=16))
     check_refusals(mesh)
     check_data_parallel(rank, mesh)
     check_page()

@@ -10,7 +10,8 @@ from triton.runtime.errors import OutOfResources
 from hsgen import checking, gradients, passes, planner, trials, tuning
 from hsgen.lanes import Lanes, Patience
 from hsgen.measurer import result_of
-from hsgen.reference import reference
+from hsgen.reference import reference, tensor_shapes
+from hsgen.selection import ListSelection
 from hsgen.space import space
 from hsgen.spec import HeadDim, Heads, dump, load, verify
 from hsgen.target import H100, Target
@@ -171,13 +172,13 @@ def test_what_a_run_of_rows_tells(name, tell):
 
 
 @pytest.mark.usefixtures("sanitized")
-def test_a_reference_that_does_not_fit_beside_kernels_is_asked_on_the_processor(
+def test_a_reference_that_does_not_fit_beside_kernels_is_asked_head_by_head(
     spec, small, monkeypatch
 ):
-    asked = []
+    asked, heads = [], spec.heads.kv
 
     def full_at_first(*arguments, **keywords):
-        asked.append(arguments[1]["q"].device)
+        asked.append(arguments[0].heads.kv)
         if len(asked) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return reference(*arguments, **keywords)
@@ -186,7 +187,40 @@ def test_a_reference_that_does_not_fit_beside_kernels_is_asked_on_the_processor(
     result = result_of(Child().answer(request(spec, small.start, "prove", shape="24")))
     assert result.failure is None
     assert 0 < result.check["error_at_length"] < 1e-4
-    assert len(asked) == 5  # two runs, each on the choice and on its own; the first one twice
+    # two runs, each on the choice and on its own; the first one of all heads, then of each
+    assert asked == [heads] + [1] * heads + [heads] * 3
+
+
+@pytest.mark.parametrize("name", ["moba", "nsa", "psa_mass", "seer_attention", "dsa_gqa", "hip"])
+def test_a_reference_in_parts_says_what_it_says_whole(name, monkeypatch):
+    """Also of hip, whose heads choose together: that is asked whole, elsewhere."""
+    spec = trials.shrink(load(name))
+    torch.manual_seed(3)
+    tensors = {name: torch.randn(shape) for name, shape in tensor_shapes(spec, 1, 100, 100).items()}
+    whole = checking.Reference(spec, tensors)
+    runs = checking.sampled(spec, 100)
+    given = {
+        level: ListSelection(level=level, indices=chosen)
+        for level, chosen in whole(*runs[0]).chosen.items()
+    }
+    asked = []
+
+    def full_at_first(*arguments, **keywords):
+        asked.append(arguments[0].heads.kv)
+        if asked[-1] == spec.heads.kv and asked.count(spec.heads.kv) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return reference(*arguments, **keywords)
+
+    monkeypatch.setattr(checking, "reference", full_at_first)
+    for a, b, choice in ((*runs[0], given), (*runs[1], None)):
+        expected = whole(a, b, choice)
+        asked.clear()
+        found = checking.Reference(spec, tensors)(a, b, choice)
+        assert asked[1:] == ([spec.heads.kv] if name == "hip" else [1] * spec.heads.kv)
+        torch.testing.assert_close(found.o, expected.o)
+        assert found.chosen.keys() == expected.chosen.keys()
+        for level, chosen in found.chosen.items():
+            assert torch.equal(chosen, expected.chosen[level]), level
 
 
 @pytest.mark.usefixtures("sanitized")
