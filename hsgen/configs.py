@@ -15,6 +15,7 @@ from hsgen.blockgate import GateContext
 from hsgen.clusters import ClustersContext
 from hsgen.entropies import EntropiesContext
 from hsgen.errors import PlanError
+from hsgen.foretold import WaysContext
 from hsgen.graph import Pool
 from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
 from hsgen.learn import DistanceContext
@@ -411,12 +412,23 @@ def means() -> Config:
     return Config(constexprs=(("BLOCK_E", 64),), num_warps=2, num_stages=1)
 
 
+def ways(context: WaysContext) -> Config:
+    """A program a head: the masses of as many blocks as have 8,192 keys."""
+    blocks = max(16, 8192 // context.size)
+    return Config(constexprs=(("BLOCK_N", blocks),), num_warps=8, num_stages=1)
+
+
+def listing() -> Config:
+    """A tile's list, as long as it may be."""
+    return Config(constexprs=(("BLOCK_N", 128),), num_warps=4, num_stages=1)
+
+
 def pairs(context: PairsContext) -> Config:
     """Rows of a head: one a program, or all of them, many at a time."""
     width = max(64, min(1024, next_power(LONG_TEXT // context.stride)))
     if context.how != "edges":
         return Config(constexprs=(("BLOCK_N", width),), num_warps=4, num_stages=1)
-    values = (("BLOCK_R", 8), ("BLOCK_N", width))
+    values = (("BLOCK_R", 4 if context.mass else 8), ("BLOCK_N", width))  # a mass has 64 bits
     return Config(constexprs=values, num_warps=16, num_stages=1)
 
 

@@ -71,6 +71,13 @@ def tunables(*names: str) -> tuple[Param, ...]:
     return tuple(Param(name=n, kind="constexpr", comment=TUNABLES[n]) for n in names)
 
 
+def ties_of_masses(*, drop: bool) -> str:
+    """How many entries are taken of those at the edge of masses; what weighs nothing crosses nothing."""
+    if drop:
+        return "tl.where(each > 0, (wanted - 1 - above) // tl.maximum(each, 1), 0x7FFFFFFF)"
+    return "(wanted - above + each - 1) // each"
+
+
 # biases of entries: a sequence has those from z * length + k_first // stride on
 MEANS = (
     pointer("MEANS", "f32", "f32[Hkv, entries] mean bias of each entry"),
@@ -140,7 +147,9 @@ class RankContext:
     )
     # in place of k, the part of the candidates that a single row keeps of its own, and at least `least`
     budget: bool = False
-    told: bool = False  # of a single row: as many as a choice of all heads keeps
+    told: Literal["", "all", "head"] = (
+        ""  # of a single row: as many as all heads keep, or each is told
+    )
     sharing: int = 1  # selection heads that have the scores of one
     summed: int = 0  # > 0: scores are made here, of what an attend left of so many heads each
     planes: int = 0  # of that: 2 where an entry also counts in the slot after its own
@@ -159,6 +168,8 @@ class RankContext:
 
     @property
     def summary(self) -> str:
+        if self.told == "head":
+            return "the best entries of the last rows, as many as each head is told, 0 or more."
         if self.told:
             return "the best entries of each head, as many as all heads together keep."
         if self.single and not self.mass:
@@ -376,10 +387,8 @@ class RankContext:
 
     @property
     def ties(self) -> str:
-        """How many entries are taken of those at the edge; what weighs nothing crosses nothing."""
-        if self.drop:
-            return "tl.where(each > 0, (wanted - 1 - above) // tl.maximum(each, 1), 0x7FFFFFFF)"
-        return "(wanted - above + each - 1) // each"
+        """How many entries are taken of those at the edge."""
+        return ties_of_masses(drop=self.drop)
 
     @property
     def apart(self) -> bool:
@@ -444,6 +453,12 @@ class RankContext:
         return f"({rows} * capacity)" if rows > 1 else "capacity"
 
     @property
+    def _told(self) -> tuple[Param, ...]:
+        if self.told == "head":
+            return (pointer("TOLD", "i32", f"i32[Z, {self.heads}] to keep, 0: none at all"),)
+        return (pointer("TOLD", "i32", "i32[Z, 2] kept of all heads"),)
+
+    @property
     def _of_row(self) -> str:
         """What a row of the scratch has several of."""
         return "2, " if self.carried else ""
@@ -493,7 +508,7 @@ class RankContext:
                 else ()
             ),
             *((pointer("WAYS", "i32", f"[{self.heads}] way of each head"),) if self.ways else ()),
-            *((pointer("TOLD", "i32", "i32[Z, 2] kept of all heads"),) if self.told else ()),
+            *(self._told if self.told else ()),
             *(
                 (pointer("KEPT", "i32", f"[chunk rows, {self.heads}, 2, BLOCK_N]"),)
                 if self.sampled

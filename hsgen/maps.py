@@ -33,6 +33,7 @@ from hsgen.rows import LOG2_E, SEQ, Chunk, chunks, count, jit, number, pointer, 
 LEAST_DOT = 16  # rows of a dot
 TILE_FIRST = count("tile_first", "the turn's first tile")
 CAPACITY = count("capacity", "row length of the scratch")
+MOST_OF_TILE = 64  # last rows
 PART = 4096  # keys of a part of a softmax: of no call's size, so that sums do not depend on it
 
 
@@ -426,18 +427,28 @@ class LastContext:
 
     @property
     def per_row(self) -> int:
-        """Rows of a tile: as many as a dot has at least."""
+        """Rows: as many as a dot has at least."""
         return max(LEAST_DOT, self.last)
+
+    @property
+    def per_tile(self) -> int:
+        """Of them those of a tile."""
+        return min(self.per_row, MOST_OF_TILE)
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles rows have: a program each, where they are summed up, or one after the other."""
+        return self.per_row // self.per_tile
 
     @property
     def least(self) -> int:
         """Keys of a step: of diagonals, whose keys begin one further on from row to row, as many as rows."""
-        return self.per_row if self.how == "diagonals" else LEAST_DOT
+        return self.per_tile if self.how == "diagonals" else LEAST_DOT
 
     @property
     def part(self) -> int:
-        """Keys of a part of a softmax."""
-        return PART
+        """Keys of a part of a softmax: more where rows are more, so that what parts hold is not."""
+        return PART * self.tiles
 
     @property
     def scale_log2(self) -> str:
@@ -459,7 +470,7 @@ class LastContext:
             *tensor("Q", "q", "[B, T, Hq, Dqk]", "bth"),
             *tensor("K", "k", "[B, S, Hkv, Dqk]", "bth"),
             totals,
-            count("parts", f"of {PART} keys"),
+            count("parts", f"of {self.part} keys"),
             *(() if self.how == "totals" else made),
             *SEQ,
             *tunables("BLOCK_N"),

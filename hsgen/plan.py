@@ -6,6 +6,7 @@ Values only.  `schedule` makes them, `emit` turns them into text; nothing here k
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -32,6 +33,7 @@ Skeleton = Literal[
     "merge",
     "learn",
 ]
+LINE = 114  # letters of the line that says what a launch is, before it is indented
 # in Gluon: texts of `rows`, and of `cols`
 STREAMED: tuple[Skeleton, ...] = ("streams", "latents", "latents_gradient", "cols_streams")
 ElementType = Literal["input", "e4m3", "f32", "i32", "i64"]
@@ -279,8 +281,9 @@ def _launch_lines(plan: Plan, launch: Launch) -> list[str]:
     grid = ", ".join(readable(plan, text) for text in launch.grid)
     computed = ", ".join(f"%{name}" for name in kernel.operators)
     given = "".join(f", {name}={value}" for name, value in launch.given)
+    first = f"launch {kernel.name} ({kernel.skeleton}) for {computed}"
     return [
-        f"launch {kernel.name} ({kernel.skeleton}) for {computed}",
+        *textwrap.wrap(first, LINE, subsequent_indent="    ", break_on_hyphens=False),
         f"  grid   [{grid}]",
         f"  config {borrowed}{kernel.config}{given}",
     ]

@@ -12,6 +12,7 @@ from typing import Literal
 from hsgen import (
     axes,
     clusters,
+    foretold,
     keeping,
     maps,
     patterns,
@@ -71,6 +72,7 @@ def refuse(graph: Graph) -> None:
     """
     graph, _ = patterns.routed(graph)
     graph, _ = slashes.joined(graph)
+    graph, _ = foretold.joined(graph)
     for node in sorted(graph.nodes(), key=lambda node: not isinstance(node.op, Route)):
         if isinstance(node.op, Entropies):
             continue  # a call of its own, which says so: no output depends on it
@@ -139,7 +141,7 @@ def lacking(graph: Graph, node: Node) -> str | None:
 
 def _whole(graph: Graph, node: Node) -> bool:
     """Whether it is part of what kernels do as a whole: clusters, a learned tree, a map of blocks, columns
-    and diagonals, what heads keep, or runs.
+    and diagonals, what heads keep, runs, or heads that choose in one of two ways.
     """
     clustering = clusters.clustering_of(graph)
     if clustering is not None and node.name in clustering.names:
@@ -147,7 +149,9 @@ def _whole(graph: Graph, node: Node) -> bool:
     if not isinstance(node.op, SelectSet) and maps.way_to(graph, node.name):
         return True
     kept = keeping.way_to(graph, node.name) or runs.way_to(graph, node.name)
-    return tree_of(graph, node) is not None or kept is not None or slashes.reached(graph, node)
+    if tree_of(graph, node) is not None or kept is not None:
+        return True
+    return slashes.reached(graph, node) or foretold.reached(graph, node)
 
 
 def _loss(node: Node) -> str:
@@ -516,8 +520,10 @@ def held_masses(graph: Graph, node: Node) -> bool:
 
 
 def of_pairs(op: SelectSet) -> bool:
-    """Whether a head keeps a part of its pairs, of which blocks of rows have as many as there are."""
-    return op.rule == "fraction" and op.scope == "head"
+    """Whether a head keeps a part of its pairs, or of what they weigh, of which blocks of rows have as many
+    as there are.
+    """
+    return op.rule in ("fraction", "top_p") and op.scope == "head"
 
 
 def _in_blocks(graph: Graph, node: Node) -> bool:
@@ -539,6 +545,8 @@ def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) ->
         if walks.walked(graph, node):
             return None
         if held_masses(graph, graph.operands(node)[0]):
+            if of_pairs(op) and op.rule == "top_p":
+                return _of_masses_of_pairs(graph, node, op)
             if of_pairs(op):
                 return _of_set(replace(op, scope=None), in_blocks=True, weighed=False)
             if sorting.order_of(graph, node) is not None:
@@ -601,6 +609,17 @@ def _of_masses(op: SelectSet) -> str | None:
         where=op.where,
     )
     return None if op == plain else "selects by top_p, and more"
+
+
+def _of_masses_of_pairs(graph: Graph, node: Node, op: SelectSet) -> str | None:
+    """The same of all pairs of a head, beside which entries are forced; of heads on a way, if foretold."""
+    found = foretold.foretold(graph)
+    if op.when and found is not None and found.blocks.name == node.name:
+        op = replace(op, when=None)
+    beside = not op.counted or not (op.first or op.last)
+    if op.least or op.where or op.of or not beside or axes.tiling_of(graph) is not None:
+        return "selects by top_p, and more"
+    return _of_masses(replace(op, scope="row"))
 
 
 def _compared(graph: Graph, node: Node, op: Unlike) -> str | None:

@@ -28,7 +28,19 @@ from hsgen.buckets import PartsContext
 from hsgen.clusters import DOTS, ClustersContext
 from hsgen.configs import DType
 from hsgen.errors import BuildError, PlanError
-from hsgen.graph import Attend, Gate, Graph, Node, Select, Union, align, op_text, tensor_inputs
+from hsgen.graph import (
+    Attend,
+    Gate,
+    Graph,
+    Node,
+    ReduceRows,
+    Score,
+    Select,
+    Union,
+    align,
+    op_text,
+    tensor_inputs,
+)
 from hsgen.kernels import SegmentsContext
 from hsgen.maps import LastContext, MapsContext
 from hsgen.pipeline import Artifact
@@ -411,7 +423,8 @@ def _kernel_report(
 def work(graph: Graph, plan: Plan, kernel: Kernel, tokens: int = TOKENS) -> tuple[float, float]:
     """FLOPs and bytes of one call: arithmetic of all its operators, values from outside read once,
     values that others read written once.  Scores count where they are visible.  A kernel that another
-    stands in for in some tiles is counted as if it did all of them.
+    stands in for in some tiles is counted as if it did all of them, and of heads on several ways as if all
+    were on the costliest.
     """
     if kernel.follows and plan.kernel(kernel.follows).operators == kernel.operators:
         return 0.0, 0.0
@@ -425,12 +438,27 @@ def work(graph: Graph, plan: Plan, kernel: Kernel, tokens: int = TOKENS) -> tupl
         read = made.inputs[2 if "values" in kernel.name else 1]
         return 0.0, analysis.moved(graph, (read,), input_bytes=input_bytes).evaluate(tokens)
     costs = analysis.costs(graph)
-    flops = sum(costs[name].flops.evaluate(tokens) for name in kernel.operators)
+    by_way: dict[str | None, float] = {}
+    for name in kernel.operators:
+        op = graph[name].op
+        way = op.when if isinstance(op, Attend) else None
+        by_way[way] = by_way.get(way, 0.0) + costs[name].flops.evaluate(tokens)
+    flops = by_way.pop(None, 0.0) + max(by_way.values(), default=0.0)
     operands = {name for node in kernel.operators for name in _operands(graph[node])}
+    if isinstance(kernel.context, LastContext):
+        values = _of_last_rows(graph, kernel)
+        return flops, analysis.moved(graph, values, input_bytes=input_bytes).evaluate(tokens)
     values = sorted(operands - set(kernel.operators)) + _written(graph, plan, kernel)
     if _adds(plan, kernel):  # the sum so far is as large as what is added
         values.append(kernel.operators[0])
     return flops, analysis.moved(graph, values, input_bytes=input_bytes).evaluate(tokens)
+
+
+def _of_last_rows(graph: Graph, kernel: Kernel) -> list[str]:
+    """The keys that a few rows read, and a number a key, where they leave any."""
+    nodes = [graph[name] for name in kernel.operators]
+    score = nodes[0] if isinstance(nodes[0].op, Score) else graph[nodes[0].inputs[0]]
+    return [score.inputs[1], *(node.name for node in nodes if isinstance(node.op, ReduceRows))]
 
 
 def _operands(node: Node) -> tuple[str, ...]:

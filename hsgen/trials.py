@@ -36,6 +36,7 @@ from hsgen.selection import ListSelection, members
 from hsgen.spec import (
     Attend,
     Blocks,
+    Diagonals,
     Halving,
     HeadDim,
     Heads,
@@ -210,6 +211,8 @@ def _shrunk_level(
         lengths = (level.partition.size, level.partition.stride, level.partition.before or 0)
         size, stride, before = (_part(n, divisor) for n in lengths)
         changes["partition"] = Blocks(size=size, stride=stride, before=before or None)
+    if isinstance(level.partition, Diagonals):
+        changes["partition"] = Diagonals(size=_part(level.partition.size, divisor))
     if isinstance(level.partition, Halving):
         changes["partition"] = _searched_less(level.partition)
     if level.pool and level.pool.rotate:
@@ -478,7 +481,7 @@ class Examination:
             name: ListSelection(level=name, indices=indices) for name, indices in chosen.items()
         }
         forced, plain = self._references(selection)
-        varying = any(x.select and x.select.counts_vary for x in trial.spec.levels)
+        varying = any(x.when or (x.select and x.select.counts_vary) for x in trial.spec.levels)
         if self._free is None and (trial.exact or varying) and not tensors.brought:
             self._free = _reference(trial, tensors, torch.float64, None)
         wrong = [
@@ -555,14 +558,16 @@ def tensors_of(trial: Trial, device: str) -> Tensors:
     sequences = 1 if trial.packed else len(trial.queries)
     rows = sum(trial.queries) if trial.packed else trial.queries[0]
     keys = sum(trial.keys) if trial.packed else trial.keys[0]
+    shapes = tensor_shapes(trial.spec, sequences, rows, keys)
     made = {
         name: _numbers(trial, name, shape, generator).to(device, trial.dtype)
-        for name, shape in tensor_shapes(trial.spec, sequences, rows, keys).items()
+        for name, shape in shapes.items()
         if name != "route"
     }
     if trial.spec.route and trial.spec.route.input:  # each way in turn, the last one first
-        ways = torch.arange(len(trial.queries), dtype=torch.int32, device=device) + 1
-        made["route"] = ways % len(trial.spec.route.input)
+        many = math.prod(shapes["route"]) if "head" in trial.spec.route.by else len(trial.queries)
+        ways = torch.arange(many, dtype=torch.int32, device=device) + 1
+        made["route"] = (ways % len(trial.spec.route.input)).view(shapes["route"])
     brought = drawn.any_lists(trial.spec, sequences, rows, keys, generator)
     brought = {name: x.to(device) for name, x in brought.items()} or None
     if not trial.packed:
@@ -632,11 +637,16 @@ def _wrong_selection(
 
     `apart`: by which part of a row's largest score it would be so.
     `given` is the reference on the kernels' own selections, so a child is judged by its own parent.
-    `own`: the one that chooses, where rows differ in how many they keep, which no score decides.
+    `own`: the one that chooses, where rows differ in how many they keep, which no score decides, or heads in
+    whether they keep any.
     """
     assert level.select is not None
     scores, candidates = given.scores[level.name], given.candidates[level.name]
     forced = given.forced[level.name]
+    if level.when:  # heads on another way choose nothing, and so does a row that sees nothing
+        assert own is not None, "asked where heads differ"
+        on_way = (own.selection[level.name].indices >= 0).any(-1, keepdim=True)
+        candidates, forced = candidates & on_way, forced & on_way
     mask = members(chosen, scores.shape[-1])
     count = mask.sum(-1)
     if not torch.equal(_ascending(mask, chosen.indices.shape[-1]), chosen.indices):

@@ -1014,6 +1014,7 @@ REFUSED = {
     "psa": "branch pyramid: no kernel has the gradient of attention over tiers yet",
     "psa_mass": "branch pyramid: no kernel has the gradient of attention over tiers yet",
     "pbs_attn": "branch selected: no kernel has the gradient of keys in another order yet",
+    "flex_prefill": "branch columns: no kernel has the gradient of lists that rows share yet",
     "minference": "branch columns: no kernel has the gradient of lists that rows share yet",
     "svg2": "branch selected: no kernel has the gradient of attention by clusters yet",
     "svg_ear": "branch exact: no kernel has the gradient of attention by clusters yet",

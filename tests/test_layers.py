@@ -37,7 +37,7 @@ walks  keeping  runs                    tokens taken best first · that heads ke
 cols  unpool  learn  entropies          gradients of attention, of pools and of losses
 blockgate                               the same of a gate of blocks
 maps  likeness  pairs                   what blocks of rows give blocks · blocks alike · pairs of a head
-running                                 tokens of greatest bias, row after row
+running  foretold                       tokens of greatest bias, row after row · heads of two ways
 streams  cols_streams                   rows whose keys one warp brings · keys whose rows two bring
 splits  appending                       a row's keys shared by programs · new tokens into a cache
 configs  refusals                       the tiles a kernel starts from · what no kernel does yet
@@ -100,8 +100,8 @@ LIGHT = (  # need neither torch nor triton, so that checking and planning are qu
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
     "boxes patterns buckets together halved picked trees clusters pyramids sorting slashes walks "
     "keeping runs splits appending "
-    "cols unpool learn entropies blockgate running configs refusals schedule driver backward losses knobs "
-    "space emit allowlist store workers build resources pipeline tuned catalogue "
+    "cols unpool learn entropies blockgate running foretold configs refusals schedule driver backward losses "
+    "knobs space emit allowlist store workers build resources pipeline tuned catalogue "
     "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()
 HEAVY = {"torch", "triton", "optuna"}

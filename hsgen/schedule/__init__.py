@@ -12,6 +12,7 @@ import networkx as nx
 
 from hsgen import (
     appending,
+    foretold,
     keeping,
     maps,
     passes,
@@ -68,6 +69,7 @@ from hsgen.schedule import (
     combining,
     cutting,
     descending,
+    foretelling,
     laid,
     likening,
     mapping,
@@ -126,8 +128,9 @@ def schedule(
             that has but one.
     """
     graph, merged = patterns.routed(passes.without_losses(graph))
-    graph, beside = slashes.joined(graph)
-    merged = {**merged, **beside}
+    for join in (slashes.joined, foretold.joined):
+        graph, beside = join(graph)
+        merged = {**merged, **beside}
     draft = Draft(graph, target, dtype, orders or {}, kept=apart, cached=cached, merged=merged)
     return _plan(draft)
 
@@ -147,7 +150,7 @@ def _plan(draft: Draft) -> Plan:
     kept = combining.weigh(draft) if draft.kept or combining.by_channel(draft.graph) else {}
     combining.gate_output(draft)
     _leave_out(draft)
-    alone = slashing.alone(draft)
+    alone = slashing.alone(draft) or foretelling.alone(draft)
     outputs = draft.graph.outputs
     return Plan(
         name=draft.graph.meta.name,
@@ -224,7 +227,7 @@ def _launched(draft: Draft, node: Node) -> bool:
     graph, name = draft.graph, node.name
     if maps.way_to(graph, name) or keeping.way_to(graph, name) or walks.read_in_place(graph, node):
         return True
-    wholes = (clustering.launched, descending.launched, slashing.launched)
+    wholes = (clustering.launched, descending.launched, slashing.launched, foretelling.launched)
     some = (laid.launched, *wholes, cutting.launched)
     return any(launched(draft, node) for launched in some)
 

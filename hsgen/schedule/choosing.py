@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
-from hsgen import axes, configs, refusals, rows, splits, together
+from hsgen import axes, configs, foretold, refusals, rows, splits, together
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Graph,
@@ -356,6 +356,7 @@ def _select_pairs(draft: Draft, node: Node, op: SelectSet) -> None:
     assert part is not None, "refused"
     context = _walk(draft, node, chain, None)
     draft.attend(context, draft.row_tiles_of_blocks.score(context), *chain.names)
+    by_mass, route = op.rule == "top_p", _route_of(draft, node)
     masses = PairsContext(
         name=f"mass_{op.level}",
         how="masses",
@@ -368,8 +369,11 @@ def _select_pairs(draft: Draft, node: Node, op: SelectSet) -> None:
         first=op.first,
         last=op.last,
         counted=op.counted,
-        part=together.Part.units_of(op.value),
+        part=0 if by_mass else together.Part.units_of(op.value),
+        mass=_mass_of(op) if by_mass else 0,
+        drop=op.boundary == "drop",
         slotted=draft.tiling is not None,
+        way=foretold.way_of(node, route) if route else None,
     )
     edges = replace(masses, name=f"edge_{op.level}", how="edges")
     lists = replace(masses, name=f"rank_{op.level}", how="lists")
@@ -391,10 +395,11 @@ def _select_pairs(draft: Draft, node: Node, op: SelectSet) -> None:
     order = (axes.MADE_ORDER,) if masses.slotted else ()
     every = (f"{tiles} * {block_t}", str(heads))
     read = (scratch, there, ends, before)
+    ways = (text.buffer(route.name),) if route else ()
     draft.steps.append(
         Step(
             title=f"choose: {op.level}",
-            needs=chain.needs,
+            needs=(*chain.needs, *((route.name,) if route else ())),
             makes=(made,),
             sizes=(
                 (blocks, together.blocks_of(block)),
@@ -426,17 +431,30 @@ def _select_pairs(draft: Draft, node: Node, op: SelectSet) -> None:
                 Launch(
                     kernel=edges.name,
                     grid=("batch.sequences", str(heads)),
-                    arguments=(*read, *text.SEQ, capacity),
+                    arguments=(*read, *ways, *text.SEQ, capacity),
                 ),
                 Launch(
                     kernel=lists.name,
                     grid=every,
-                    arguments=(*read, text.buffer(made), *text.SEQ, capacity, draft.slots(node)),
+                    arguments=(
+                        *read,
+                        text.buffer(made),
+                        *ways,
+                        *text.SEQ,
+                        capacity,
+                        draft.slots(node),
+                    ),
                 ),
             ),
         )
     )
     spread(draft, node, op, heads, block)
+
+
+def _route_of(draft: Draft, node: Node) -> Node | None:
+    """What says which heads choose, where some do not."""
+    assert isinstance(node.op, SelectSet)
+    return draft.graph[node.inputs[-1]] if node.op.when else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -984,7 +1002,11 @@ class _Chain:
 
 
 def part_of(graph: Graph, selection: Node) -> together.Part | None:
-    """What part of the entries blocks of rows keep; None where a list has a known length, or none can be."""
+    """What part of the entries blocks of rows keep; None where a list has a known length, or none can be.
+
+    Also of a graph as it is before branches of two ways are one.
+    """
+    graph, _ = foretold.joined(graph)
     op = selection.op
     if not isinstance(op, SelectSet) or refusals.lacking(graph, selection):
         return None

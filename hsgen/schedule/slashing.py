@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hsgen import rows, slashes
 from hsgen.configs import DType
-from hsgen.graph import Attend, Node, ReduceRows, Score, Select
+from hsgen.graph import Attend, Node, ReduceRows, Score, Select, SelectSet
 from hsgen.kernels import MOST_HELD
-from hsgen.maps import PART, LastContext
+from hsgen.maps import LastContext
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.schedule import choosing, selected, text
 from hsgen.schedule.draft import Draft
@@ -48,66 +48,94 @@ def alone(draft: Draft) -> str:
     return first.op.level
 
 
-def _choose(draft: Draft, chain: slashes.Chain, op: Select) -> None:
-    """Softmaxes of the last rows, their sums over rows, key by key or diagonal by diagonal, and the best."""
-    node, level = chain.selection, op.level
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What makes the masses that last rows give tokens, or diagonals, `buffer`: rows of `capacity`."""
+
+    buffer: str
+    capacity: str
+    needs: tuple[str, ...]
+    sizes: tuple[tuple[str, str], ...]
+    buffers: tuple[Buffer, ...]
+    launches: tuple[Launch, ...]
+
+
+def weigh(draft: Draft, chain: slashes.Chain, op: Select | SelectSet) -> Weights:
+    """Softmaxes of the last rows, and their sums over rows, key by key or diagonal by diagonal."""
+    level, score, together = op.level, chain.score, chain.together
     totals, sums = _contexts(draft, chain, op)
-    score, together = chain.score, chain.together
     draft.kernel("maps", totals, _config(totals, draft.dtype), score.name, chain.lse.name)
     made_there = (chain.normalised.name, together.name)
     draft.kernel("maps", sums, _config(sums, draft.dtype), *made_there)
+    heads, sequences = str(draft.shape.query_heads), "batch.sequences"
+    parts, capacity = f"softmax_parts_{level}", f"capacity_{level}"
+    asked = (*draft.tensor("q"), *draft.tensor(score.inputs[1]))
+    held, weights, each = f"sums_{level}", f"scores_{level}", (sequences, heads)
+    return Weights(
+        buffer=weights,
+        capacity=capacity,
+        needs=score.inputs,
+        sizes=((capacity, "batch.keys + 1"), (parts, f"batch.keys // {totals.part} + 1")),
+        buffers=(
+            Buffer(
+                name=held,
+                dtype="f32",
+                dims=(*each, parts, "2", str(totals.per_row)),
+                role="scratch",
+            ),
+            Buffer(name=weights, dtype="f32", dims=(*each, capacity), role="scratch"),
+        ),
+        launches=(
+            Launch(
+                kernel=totals.name,
+                grid=(f"{parts} * {totals.tiles}" if totals.tiles > 1 else parts, heads, sequences),
+                arguments=(*asked, held, parts, *text.SEQ),
+            ),
+            Launch(
+                kernel=sums.name,
+                grid=(f"{capacity} // {{BLOCK_N}} + 1", heads, sequences),
+                arguments=(*asked, held, parts, weights, capacity, *text.SEQ),
+            ),
+        ),
+    )
+
+
+def _choose(draft: Draft, chain: slashes.Chain, op: Select) -> None:
+    """Masses of tokens, or diagonals, and the best."""
+    node, level = chain.selection, op.level
+    weights = weigh(draft, chain, op)
     ranking = replace(choosing.ranking(draft, node, op, short=True), single=True, rows=1)
     values = (("BLOCK_T", 1), ("BLOCK_R", 1), ("BLOCK_N", MOST_HELD))
     config = Config(constexprs=values, num_warps=16, num_stages=1)  # few rows, each of all keys
     draft.kernel("rank", ranking, config, node.name)
-    heads, made, ways = str(ranking.heads), choosing.chosen_of(node), choosing.way_of(node)
-    parts, capacity = f"softmax_parts_{level}", f"capacity_{level}"
-    sequences = "batch.sequences"
-    each = (sequences, heads)
-    asked = (*draft.tensor("q"), *draft.tensor(score.inputs[1]))
-    held = f"sums_{level}"
-    weights, counts = f"scores_{level}", COUNTS.format(level)
+    made, ways = choosing.chosen_of(node), choosing.way_of(node)
+    each, counts = ("batch.sequences", str(ranking.heads)), COUNTS.format(level)
     draft.steps.append(
         Step(
             title=f"choose: {level}",
-            needs=(*score.inputs, *ways),
+            needs=(*weights.needs, *ways),
             makes=(made,),
-            sizes=((capacity, "batch.keys + 1"), (parts, f"batch.keys // {PART} + 1")),
+            sizes=weights.sizes,
             buffers=(
-                Buffer(
-                    name=held,
-                    dtype="f32",
-                    dims=(*each, parts, "2", str(totals.per_row)),
-                    role="scratch",
-                ),
-                Buffer(name=weights, dtype="f32", dims=(*each, capacity), role="scratch"),
+                *weights.buffers,
                 Buffer(name=counts, dtype="i32", dims=(*each, "2"), role="list"),
                 Buffer(
                     name=text.buffer(made), dtype="i32", dims=(*each, str(op.width)), role="list"
                 ),
             ),
             launches=(
-                Launch(
-                    kernel=totals.name,
-                    grid=(parts, heads, sequences),
-                    arguments=(*asked, held, parts, *text.SEQ),
-                ),
-                Launch(
-                    kernel=sums.name,
-                    grid=(f"{capacity} // {{BLOCK_N}} + 1", heads, sequences),
-                    arguments=(*asked, held, parts, weights, capacity, *text.SEQ),
-                ),
+                *weights.launches,
                 Launch(
                     kernel=ranking.name,
                     grid=each,
                     arguments=(
-                        weights,
+                        weights.buffer,
                         text.buffer(made),
                         counts,
                         *(text.input_of(name) for name in ways),
                         *text.SEQ,
                         "0",
-                        capacity,
+                        weights.capacity,
                     ),
                 ),
             ),
@@ -116,7 +144,9 @@ def _choose(draft: Draft, chain: slashes.Chain, op: Select) -> None:
     choosing.spread(draft, node, op, ranking.heads, 0)
 
 
-def _contexts(draft: Draft, chain: slashes.Chain, op: Select) -> tuple[LastContext, LastContext]:
+def _contexts(
+    draft: Draft, chain: slashes.Chain, op: Select | SelectSet
+) -> tuple[LastContext, LastContext]:
     score, together = chain.score.op, chain.together.op
     assert isinstance(score, Score)
     assert isinstance(together, ReduceRows)
@@ -141,7 +171,7 @@ def _config(context: LastContext, dtype: DType) -> Config:
     wide = 64 if dtype == "fp32" or context.how == "diagonals" else 128
     wide = max(wide, context.least)
     stages = 3 if context.how == "totals" and dtype != "fp32" else 1
-    warps = 8 if context.per_row * wide > 64 * 128 else 4
+    warps = 8 if context.per_tile * wide > 64 * 128 or context.tiles > 1 else 4
     return Config(constexprs=(("BLOCK_N", wide),), num_warps=warps, num_stages=stages)
 
 

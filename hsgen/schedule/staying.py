@@ -34,7 +34,7 @@ def choose(draft: Draft, node: Node, op: SelectSet) -> None:
         rows=1,
         counted=op.counted,
         budget=False,
-        told=told,
+        told="all" if told else "",
     )
     draft.kernel("rank", ranking, configs.rank_alone(by_mass=not told), node.name)
     part, made, slots = (

@@ -120,7 +120,8 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     if context.across:
         config = configs.pool_across(context.slice, draft.dtype)
     names = tuple(x.name for x in chain)
-    kernel = draft.kernel("segments", context, config, *names)
+    alike = (name for name, one in draft.merged.items() if one == node.name)  # that it stands for
+    kernel = draft.kernel("segments", context, config, *names, *alike)
     tables = tuple(name for x in turns for name in x.inputs[1:])
     gates = node.inputs[1:2] if op.how == "gated" else ()
     arguments = (

@@ -19,6 +19,20 @@ def listed_below(listed, count, value, HALVINGS: tl.constexpr):
 
 
 @triton.jit
+def among(listed, count, value):
+    """Whether values are among so many ascending numbers.  value: [N] -> bool[N]"""
+    low = value * 0
+    high = low + count
+    while tl.max((low < high).to(tl.int32), 0) > 0:
+        middle = (low + high) // 2
+        found = tl.load(listed + middle, mask=low < high, other=0)
+        below = (low < high) & (found < value)
+        high = tl.where(below, high, middle)
+        low = tl.where(below, middle + 1, low)
+    return (low < count) & (tl.load(listed + low, mask=low < count, other=0) == value)
+
+
+@triton.jit
 def bits_from(bits, place, words):
     """The 64 bits of a row of words from each place on, 0 outside of it.  -> i64, as place"""
     word = place >> 6

@@ -261,7 +261,7 @@ def selection_findings(call, outcome, exact):
         name = level.name
         state = (exact.scores[name], exact.candidates[name], exact.forced[name])
         if level.when:  # heads on other ways choose none
-            way = _on_way(call, level.when)[:, None]
+            way = _on_way(call, level.when, exact)[..., None]
             state = (state[0], state[1] & way, state[2] & way)
         width, kept = systems.slots(call.spec, level, call.keys), None
         if _by_mass(level.select):  # see below
@@ -270,6 +270,9 @@ def selection_findings(call, outcome, exact):
             level.select.budget_from and call.spec.part_of(level) is None
         ):  # of which it says how many
             kept = (outcome.selection[level.select.budget_from] >= 0).sum(-1)
+            if level.select.budget_in:  # as many as hold more of them
+                source = call.spec.level(level.select.budget_from)
+                kept = kept * source.partition.size // level.partition.size + 1
             kept = kept + state[2].sum(-1) * (not level.select.force.counted)
             kept = torch.minimum(kept, state[1].sum(-1))
         elif level.select.counts_vary:  # by positions alone
@@ -282,8 +285,16 @@ def selection_findings(call, outcome, exact):
             if level.select.top_p:
                 top_p = level.select.top_p
                 assert not top_p.max and top_p.of in (None, "rest"), "another"
-                found += mass_findings(
-                    level, indices, *state, bounds[name], part=top_p.mass, least=top_p.min
+                findings_of = _pair_findings if top_p.scope == "head" else mass_findings
+                of = (call,) if top_p.scope == "head" else ()
+                found += findings_of(
+                    *of,
+                    level,
+                    indices,
+                    *state,
+                    bounds[name],
+                    part=top_p.mass,
+                    least=top_p.min,
                 )
             if level.select.quota and _by_mass(level.select):
                 parts = sum(tier.mass for tier in level.select.quota)
@@ -299,11 +310,22 @@ def selection_findings(call, outcome, exact):
     return found
 
 
-def _on_way(call, when):
-    """The heads that the caller's route sends one way.  -> bool[Hq]"""
+def _on_way(call, when, exact):
+    """The heads that a route sends one way.  -> bool[Hq], or of one that is computed bool[..., Hq] by row"""
+    if statistic := call.spec.route.statistic:
+        near = root_divergence(*(exact.scores[name] for name in statistic.levels))
+        return (near < statistic.threshold) == (when == statistic.below)
     names = call.spec.route.input
     ways = [names[n] if 0 <= n < len(names) else None for n in call.tensors["route"].tolist()]
     return torch.tensor([way == when for way in ways], device=call.device)
+
+
+def root_divergence(one, other):
+    """Of the parts that two scores are of their sums: by entropies, that of their mean less their mean."""
+    p, q = (torch.where(x.isfinite(), x, 0.0) for x in (one, other))
+    p, q = (x / x.sum(-1, keepdim=True).clamp(min=ZERO) for x in (p, q))
+    of_mean, *apart = (torch.special.entr(x).sum(-1) for x in ((p + q) / 2, p, q))
+    return (of_mean - sum(apart) / 2).clamp(min=0.0).sqrt()
 
 
 def _sides(call, level, scores, candidates, forced):
@@ -423,6 +445,69 @@ def _within_mass(level, chosen, scores, candidates, forced, bound, *, part, leas
         for rule, holds in rules.items()
         if not holds.all()
     ]
+
+
+def _pair_findings(call, level, indices, scores, candidates, forced, bound, *, part, least):
+    """The same of all rows of a sequence and head together, beside which entries are forced.
+
+    What is forced may be among the best as well: it is where it weighs more than what is, and is not where it
+    weighs less than what is left.
+    """
+    top_p = level.select.top_p
+    assert not level.select.force.counted and not least, "another"
+    found, chosen = [], _spread(indices, scores.shape[-1])
+    for rows in _one_of_each_block(call, call.spec.rows_of(level).block):
+        state = (chosen, scores, candidates, forced, bound)
+        state = (x.flatten(0, -3)[rows].transpose(0, 1).flatten(1) for x in state)
+        taken, mass, there, must, error = state
+        if not mass.numel():
+            continue
+        mass = torch.where(there, mass, 0.0).clamp(min=0.0)
+        wrong = torch.where(there, error, 0.0).sum(-1) + there.sum(-1) * 2.0**-30
+        wanted, ranked = part * mass.sum(-1), taken & ~must
+        lowest = torch.where(ranked, mass + error, math.inf).amin(-1, keepdim=True)
+        left = torch.where(there & ~taken, mass - error, -math.inf).amax(-1, keepdim=True)
+        surely = ranked | (must & (mass - error > lowest))
+        perhaps = ranked | (must & (mass + error >= left))
+        least_of_it, most_of_it = (torch.where(x, mass, 0.0).sum(-1) for x in (surely, perhaps))
+        left, lowest = left.squeeze(-1), lowest.squeeze(-1)
+        rules = {
+            "are the best": left <= lowest,
+            f"do not exceed {part} of the mass": least_of_it - wrong <= wanted,
+            "would with one more": (left == -math.inf) | (most_of_it + left + wrong > wanted),
+        }
+        if top_p.boundary == "keep":
+            rules = {
+                "are the best": left <= lowest,
+                f"reach {part} of the mass": most_of_it + wrong >= wanted,
+                "end there": (lowest == math.inf) | (least_of_it - lowest - wrong < wanted),
+            }
+        found += [
+            Finding(rule="mass", detail=f"{level.name}: pairs {rule}: not at {_where(~holds)}")
+            for rule, holds in rules.items()
+            if not holds.all()
+        ]
+    return found
+
+
+def _one_of_each_block(call, block):
+    """Of each sequence a row of every block of rows, among the rows of all."""
+    T, S = call.tokens, call.keys
+    ends_q, ends_k = ([n * z for z in range(len(call.tensors["q"]) + 1)] for n in (T, S))
+    if call.packed:
+        ends_q = call.options["cu_seqlens_q"].tolist()
+        ends_k = call.options.get("cu_seqlens_k", call.options["cu_seqlens_q"]).tolist()
+    lens, offset = call.options.get("kv_lens"), call.options.get("q_offset")
+    for z, (begin, end) in enumerate(zip(ends_q, ends_q[1:], strict=False)):
+        keys = ends_k[z + 1] - ends_k[z]
+        keys = keys if lens is None else min(keys, int(lens[z]))
+        first = keys - (end - begin)
+        if offset is not None:
+            first = int(torch.as_tensor(offset).reshape(-1).expand(len(ends_q) - 1)[z])
+        number = torch.arange(first, first + end - begin) // block
+        begins = torch.ones_like(number, dtype=torch.bool)
+        begins[1:] = number[1:] != number[:-1]
+        yield begin + begins.nonzero().squeeze(1).to(call.device)
 
 
 def threshold_findings(level, indices, scores, candidates, forced, bound):
@@ -556,11 +641,12 @@ def _form_only(call, *, absolute):
             if absolute and level.score.form == "pooling_error":
                 changes |= {"form": "dot"}  # whose terms errors have as well
             score = level.score.model_copy(update=changes)
-            levels.append(level.model_copy(update={"score": score, "within": None, "select": None}))
+            alone = {"score": score, "within": None, "select": None, "when": None}
+            levels.append(level.model_copy(update=alone))
     kv = next((b.kv for b in spec.attend if b.values == "raw"), None)
     window = Attend(name="none", window=1, kv=kv, storage=spec.attend[0].storage)
     alone = {"levels": tuple(levels), "attend": (window,), "combine": None, "reuse": ()}
-    plain = spec.model_copy(update=alone)
+    plain = spec.model_copy(update=alone | {"route": None})
     tensors = {n: t.double() for n, t in call.tensors.items() if n in tensor_kinds(plain)}
     tensors |= starts
     if absolute:

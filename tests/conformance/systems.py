@@ -29,7 +29,6 @@ EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
-    "flex_prefill": "no kernel takes a route by sample_head yet",
     "routing_transformer": "no kernel takes a route by head yet",
     "superlinear": "level anchor: no kernel scores anchors behind each row yet",
     "sea": "level part: no kernel takes scores as they are given yet",
@@ -107,6 +106,7 @@ ALIKE: dict[str, str] = {
     "svg2": "block_lists",  # but for clusters, which test_clusters has beside
     "svg_ear": "block_lists",  # likewise
     "minference": "block_lists",  # but for columns and diagonals, which test_slashes has beside
+    "flex_prefill": "block_lists",  # but for its two ways, which test_foretold has beside
     "s2o": "block_lists",  # and its walks as well
     "token_sparse": "block_lists",  # and what heads keep, which test_kept has beside
     "dhsa": "block_lists",  # but for its runs, which test_runs has beside
@@ -336,6 +336,10 @@ def with_budgets(spec, budget):
         if number and level.select.fraction:
             select = level.select.model_copy(update={"fraction": 1.0})
             level = level.model_copy(update={"select": select})
+        elif number and level.select.top_p and level.select.top_p.scope == "head":
+            top_p = level.select.top_p.model_copy(update={"mass": 1.0})  # each row all that it has
+            select = level.select.model_copy(update={"top_p": top_p})
+            level = level.model_copy(update={"select": select})
         elif number and level.select.top_p:
             top_p = level.select.top_p.model_copy(update={"min": number})
             select = level.select.model_copy(update={"top_p": top_p})
@@ -377,7 +381,8 @@ def selecting(spec):
 
 def takes_selections(spec):
     """Whether calls may bring a selection: not where rows share one list, in whose place none is taken."""
-    shared = {level.name for level in selecting(spec) if level.query and level.query.last}
+    rows = {level.name: spec.rows_of(level) for level in selecting(spec)}
+    shared = {name for name, query in rows.items() if query and query.last}
     return not shared & {branch.over for branch in spec.attend}
 
 

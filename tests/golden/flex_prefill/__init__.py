@@ -1,0 +1,1 @@
+"""Kernels of flex_prefill, emitted by hsgen."""
