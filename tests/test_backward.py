@@ -548,6 +548,40 @@ def test_rows_of_a_block_may_be_told_lists_of_their_own(apart):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_tokens_that_blocks_of_rows_chose_have_gradients(seed, causal, monkeypatch):
+    """Of runs of keys; documents of 1, of 0 and of odd tokens, in several turns of tiles and of blocks."""
+    monkeypatch.setattr(backward, "SCRATCH_BYTES", 1)
+    small = systems.small("dhsa", group=3, kv=1, dims=(32, 16), causal=causal)
+    chunk, token = small.levels
+    cut = chunk.partition.model_copy(update={"span": 3})
+    changes = {"partition": cut, "query": chunk.query.model_copy(update={"block": 12})}
+    select = token.select.model_copy(update={"top_k": 15})
+    levels = (chunk.model_copy(update=changes), token.model_copy(update={"select": select}))
+    shared = small.model_copy(update={"levels": levels})
+    config = {"dq_selected": {"BLOCK_T": 8, "BLOCK_M": 16}}
+    with sanitizer.enabled(seed=seed):
+        check(shared, T=90, cu_seqlens_q=i32(0, 31, 31, 32, 90), config=config)
+
+
+def test_rows_of_a_block_may_be_told_tokens_of_their_own():
+    """A caller's differ from row to row, repeat, and have -1 anywhere and tokens that no row sees."""
+    small = systems.small("dhsa", group=2, kv=1, dims=(16, 16))
+    x = tensors(small, 1, 70, 70, torch.float32)
+    attn = load_kernel(small, interpret=True)
+    own = torch.stack([torch.tensor([t, -1, 0, t, t // 2, 69]) for t in range(70)])
+    own = own.int()[None, :, None].repeat(1, 1, 2, 1)
+    own[:, 5::3, 1, :3] = -1
+    wide = {"selection": {"token": own}, "dtype": torch.float64}
+    exact = attn.reference(**{n: y.double() for n, y in x.items()}, **wide)
+    exact = torch.autograd.grad(exact.square().sum(), list(x.values()))
+    found = torch.autograd.grad(
+        attn(**x, selection={"token": own}).square().sum(), list(x.values())
+    )
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     ("causal", "kv"), [("true", 1), pytest.param("false", 2, marks=pytest.mark.full)]
 )
@@ -1006,7 +1040,7 @@ TRAINED = (
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
     *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "sparse_d"),
-    *("dma", "nosa", "qwen_qsa", "step_csa", "xattention"),
+    *("dhsa", "dma", "nosa", "qwen_qsa", "step_csa", "xattention"),
 )
 REFUSED = {
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
@@ -1020,7 +1054,6 @@ REFUSED = {
     "svg_ear": "branch exact: no kernel has the gradient of attention by clusters yet",
     "s2o": "branch history: no kernel has the gradient of keys in another order yet",
     "token_sparse": "branch kept: no kernel has the gradient of lists that rows share yet",
-    "dhsa": "branch selected: no kernel has the gradient of lists that rows share yet",
 }
 
 

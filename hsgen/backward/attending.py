@@ -96,9 +96,9 @@ class _Branch:
 
     @property
     def together(self) -> together.Chosen | None:
-        """The same where blocks of rows chose."""
+        """The same where blocks of rows chose blocks of keys: of tokens every row has its block's list."""
         block = self.draft.block(self.chosen) if self.chosen else 0
-        if not block:
+        if not block or self.op.over == "tokens":
             return None
         assert self.chosen is not None
         return together.Chosen(

@@ -121,10 +121,10 @@ def _of_pools(graph: Graph, node: Node) -> str | None:
 
 
 def _by_block(graph: Graph, node: Node, op: Attend) -> bool:
-    """Whether blocks of rows have chosen blocks of keys."""
+    """Whether blocks of rows have chosen blocks of keys, or as many tokens as a number says."""
     selection = graph[node.inputs[3]]
-    chosen = isinstance(selection.op, Select | SelectSet)
-    return chosen and op.over == "blocks" and bool(block_of(selection.type.dims[1]))
+    chosen = Select | SelectSet if op.over == "blocks" else Select
+    return isinstance(selection.op, chosen) and bool(block_of(selection.type.dims[1]))
 
 
 def _by_row(graph: Graph, node: Node) -> bool:
