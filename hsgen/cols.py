@@ -393,15 +393,20 @@ class ColsContext(rows.InTurn):
     at: tuple[str, ...] = ()
     of_rows: tuple[str, ...] = ()
     turns: int = 0  # > 0: heads of a group, one after the other, for each of which `setup` says
-    by_way: bool = False  # a sequence has a way of its own
+    ways: tuple[Param, ...] = ()  # a sequence, or a head, has a way of its own
     box: Box | None = None  # keys are those of one, and `at` says of rows which they are
     bias_scale: str = ""  # what a key's bias is times in a tile of logits; empty: keys have none
+    reads: tuple[Param, ...] = ()  # lists of columns and diagonals
+    columns: int = 0  # > 0: keys are those of a head's list, of so many slots
+    beside: int = 0  # > 0: what keys got as columns is added, from lists of so many slots
+    asked: int = 0  # query heads, each of which has one
+    most_tokens: int = 0  # > 0: of a step, which has a bit for each in a word
 
     def uses(self, name: str) -> bool:
         """Whether any statement reads the number `name`."""
         text = " ".join((*self.setup, *self.at, *self.of_rows, *self.visible))
         text += " q_offset" if "position" in text else ""
-        text += " q_len q_offset" if self.together else ""
+        text += " q_len q_offset" if self.together else " q_len" if self.beside else ""
         return re.search(rf"\b{name}\b", text) is not None
 
     @property
@@ -450,6 +455,11 @@ class ColsContext(rows.InTurn):
     def key_head(self) -> str:
         of_queries = self.per_head and not (self.together or self.turns)
         return f"(head // {self.group})" if of_queries else "head"
+
+    @property
+    def walks(self) -> bool:
+        """Whether there are rows that stream past."""
+        return not self.beside or bool(self.at)
 
     @property
     def kept(self) -> tuple[tuple[str, tuple[Chunk, ...]], ...]:
@@ -503,12 +513,15 @@ class ColsContext(rows.InTurn):
         elif self.list_heads:
             lists = (CHUNKS, CHUNK_COUNTS, ENDS, LIST, LENGTH, BUCKETS, ITEMS, CAPACITY)
             turn = (HEAD_FIRST,)
+        elif self.columns:
+            lists = ()
         found = (
             *rows.QUERY,
             *tensor("K", "k", f"{shape}Dqk]", "bth"),
             *(() if self.latent else tensor("V", "v", f"{shape}Dv]", "bth")),
-            *((patterns.WAYS,) if self.by_way else ()),
+            *self.ways,
             *(rows.BIAS if self.bias_scale else ()),
+            *self.reads,
             *OUTPUT_GRADIENT,
             *SUMS,
             *rows.gates_of(self.turn),
@@ -776,7 +789,7 @@ def of_pattern(shape: Shape, branch: Branch, op: Attend) -> ColsContext:
         of_rows=takers.of_rows,
         visible=takers.visible,
         turns=takers.heads,
-        by_way=rule.by_way,
+        ways=rule.ways,
     )
 
 

@@ -308,6 +308,7 @@ class Execution:
         self.options = options
         self.levels = tuple(graph.outputs.selection)
         self.branches = tuple(graph.outputs.lse)
+        self.sums = len(self.branches)
         self.named_losses = tuple(graph.outputs.loss)
         self.attending = expected_tensors(spec, graph)
         self.choosing = _choosing(self.attending, graph)
@@ -375,12 +376,18 @@ class Execution:
         known = self._look_up("forward", self.attending, call)
         return self._forward(known, known.choice, call, selections)[0]
 
-    def record(self, call: Call) -> tuple[list[Tensor], list[Tensor], object]:
-        """The same, outputs of gated branches, and what `backward` need not look up again."""
+    def record(
+        self, call: Call, *, selections: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], object]:
+        """The same, outputs of gated branches, and what `backward` need not look up again.
+
+        selections: Without them, those that it makes again are left out.
+        """
         known = self._look_up("forward", self.attending, call, "record")
         choice = known.choice
         if choice is None or not self.keeps or known.problem.empty:
-            return *self._forward(known, choice, call, selections=True), known
+            selections = selections or choice is None or not choice.program.plan.alone
+            return *self._forward(known, choice, call, selections), known
         apart = known.apart = known.apart or self._apart(known.problem, call, choice)
         if not known.apart_ran:
             self._refuse_capture(known.problem.device)
@@ -891,7 +898,11 @@ class Execution:
         with self._lock:
             if (binding, bucket) not in self._gradients:
                 self._refuse_capture(problem.device)
-                self._gradients[binding, bucket] = self._choose_gradients(binding, bucket)
+                made = self._choose_gradients(binding, bucket)
+                if again := made.plan.again:
+                    own = self._choice(problem, call)
+                    made = _choosing_as(made, own, again)
+                self._gradients[binding, bucket] = made
             return self._gradients[binding, bucket]
 
     def _choose_gradients(self, binding: Binding, bucket: tuned.Bucket) -> Program:
@@ -1572,6 +1583,16 @@ def _chosen(program: Program, found: tuned.Found, given: Configs, target: Target
         origin[name] = "caller" if name in given else said
     _refuse_values(program, config, given, target)
     return Choice(program=program, config=config, origin=origin, orders=found.orders)
+
+
+def _choosing_as(program: Program, choice: Choice, kernels: Sequence[str]) -> Program:
+    """Gradients whose choices, which they make again, have the configurations of the forward's."""
+    same = [x for x in kernels if choice.config[x].keys() == program.config[x].keys()]
+    return replace(
+        program,
+        config={**program.config, **{name: choice.config[name] for name in same}},
+        origin={**program.origin, **{name: choice.origin[name] for name in same}},
+    )
 
 
 def with_caller_s(

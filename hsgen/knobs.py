@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hsgen.blockgate import GateContext
 from hsgen.buckets import BucketsContext, PartsContext
 from hsgen.clusters import DOTS, ClustersContext
+from hsgen.cols import ColsContext
 from hsgen.cols_streams import ColsStreamsContext, shared_bytes
 from hsgen.entropies import EntropiesContext
 from hsgen.halved import HalvedContext
@@ -317,6 +318,11 @@ def _too_many_rows(kernel: Kernel, values: Mapping[str, int], plan: Plan) -> str
     most = kernel.context.most_tokens if isinstance(kernel.context, RowsContext) else 0
     if most and tokens > most:
         return f"expected BLOCK_T of at most {most}, the tokens of a unit, got {tokens}"
+    bits = kernel.context.most_tokens if isinstance(kernel.context, ColsContext) else 0
+    if bits and tokens > bits:
+        return f"expected BLOCK_T of at most {bits}, the bits of a word, got {tokens}"
+    if bits and values.get("BLOCK_M", tokens) != tokens:
+        return f"expected BLOCK_M of as many rows as BLOCK_T has tokens, got {values['BLOCK_M']}"
     return ""
 
 

@@ -56,12 +56,22 @@ class Implementation(Protocol):
         """Levels that select, in the order of the spec."""
         ...
 
+    @property
+    def sums(self) -> int:
+        """How many log-sum-exps there are."""
+        ...
+
     def forward(self, call: Call) -> list[Tensor]:
         """o, log-sum-exp by branch; selection by level where none was brought along."""
         ...
 
-    def record(self, call: Call) -> tuple[list[Tensor], list[Tensor], object]:
-        """The same, tensors that `backward` is given again, and what it may be told of the call."""
+    def record(
+        self, call: Call, *, selections: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], object]:
+        """The same, tensors that `backward` is given again, and what it may be told of the call.
+
+        selections: Without them, those that `backward` does not read are left out, all or none.
+        """
         ...
 
     def forward_fake(self, call: Call) -> list[Tensor]: ...
@@ -313,6 +323,7 @@ def _keep(
     apart: Tensors beside them that it needs.
     """
     brought = call.levels.split(",") if call.levels else []
+    chooses = chooses and len(output) > 1 + implementation(key).sums
     computed = list(implementation(key).levels) if chooses and not brought else []
     ctx.grads = len(output) - len(computed)
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.q_offset, call.kv_lens)
@@ -390,10 +401,10 @@ class _Recorded(torch.autograd.Function):
     """`forward` and its gradient without the operators, whose lists of tensors cost 0.1 ms a call."""
 
     @staticmethod
-    def forward(ctx, key: str, call: Call, *_: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, key: str, call: Call, selections: bool, *_: Tensor) -> tuple[Tensor, ...]:
         known = implementation(key)
         known.check_differentiable(call)
-        outputs, apart, ctx.known = known.record(call)
+        outputs, apart, ctx.known = known.record(call, selections=selections)
         grads = _keep(ctx, key, call, outputs, apart=apart)
         ctx.mark_non_differentiable(*outputs[grads:])
         ctx.set_materialize_grads(False)
@@ -406,20 +417,24 @@ class _Recorded(torch.autograd.Function):
         if is_watched(call):
             pairs = zip(grads, outputs, strict=True)
             whole = [torch.zeros_like(o) if grad is None else grad for grad, o in pairs]
-            return (None, None, *backward(ctx.key, whole, outputs, *call))
-        wanted = ctx.needs_input_grad[2:]
+            return (None, None, None, *backward(ctx.key, whole, outputs, *call))
+        wanted = ctx.needs_input_grad[3:]
         return (
+            None,
             None,
             None,
             *implementation(ctx.key).backward(call, grads, outputs, wanted, ctx.known, apart),
         )
 
 
-def record(key: str, call: Call) -> Sequence[Tensor]:
-    """Call `forward` so that autograd knows of it, where nothing else has to."""
+def record(key: str, call: Call, *, selections: bool = False) -> Sequence[Tensor]:
+    """Call `forward` so that autograd knows of it, where nothing else has to.
+
+    selections: Without them, those that nothing of it reads are left out, all or none.
+    """
     # `Function.apply` looks at transforms first, of which there are none here: 5 us for 12 tensors
     apply = super(torch.autograd.Function, _Recorded).apply  # pyright: ignore[reportAttributeAccessIssue]
-    return apply(key, call, *call.tensors)
+    return apply(key, call, selections, *call.tensors)
 
 
 class _RecordedLosses(torch.autograd.Function):

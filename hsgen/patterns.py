@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from hsgen import boxes
 from hsgen.graph import Attend, Graph, Node, Pattern, Route, Switch
+from hsgen.plan import Param
 from hsgen.rows import (
     LOG2_E,
     OUTPUTS,
@@ -77,6 +78,11 @@ class Rule:
     def per_head(self, shape: Shape) -> bool:
         """Whether those of a group do, so that a program has one of them."""
         return self.apart and shape.group > 1
+
+    @property
+    def ways(self) -> tuple[Param, ...]:
+        """What says of each sequence, or head, which way it takes."""
+        return (WAYS_OF_HEADS if self.by_head else WAYS,) if self.by_way else ()
 
     @property
     def sinks(self) -> bool:
@@ -345,11 +351,10 @@ def _attend(shape: Shape, *, name: str, scale: float, rule: Rule) -> RowsContext
             ),
         ),
     )
-    ways = (WAYS_OF_HEADS if rule.by_head else WAYS,) if rule.by_way else ()
     return RowsContext(
         name=name,
         summary="attention over what a pattern shows.",
-        params=(*QUERY, *keys_and_values(shape), *ways, *OUTPUTS, *SEQ, *blocks(heads)),
+        params=(*QUERY, *keys_and_values(shape), *rule.ways, *OUTPUTS, *SEQ, *blocks(heads)),
         acc="softmax",
         **heads,
         key_row="k_first",

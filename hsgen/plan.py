@@ -208,6 +208,7 @@ class Plan:
     )  # of a plan of losses: by name, the buffer of what each row adds
     # by branch, the buffer of its own output, which its gradient is made from
     apart: Mapping[str, str] = field(default_factory=dict)
+    again: tuple[str, ...] = ()  # of a backward: kernels of the forward's, that choose as it did
     cached: Cached | None = None
     storage: Storage | None = None  # what the cache keeps
     appends: tuple[Step, ...] = ()  # what puts new tokens into it

@@ -869,7 +869,7 @@ class Kernel:
         """o, each log-sum-exp, and selections by level if they are asked for; else they may follow."""
         if not operators.is_watched(call):
             if operators.is_recorded(call):
-                return operators.record(self._key, call)
+                return operators.record(self._key, call, selections=selections)
             return self._execution.forward(call, selections=selections)
         if not sharding.holds(call):
             return operators.forward(self._key, *call)

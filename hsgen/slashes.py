@@ -308,11 +308,18 @@ class SlantsContext:
     heads: int
     width: int  # slots of a list
     columns: int = 0  # > 0: slots of a list of columns, which have bits too
+    by_keys: bool = False  # steps are of rows, and counted from the first key of a tile on
     how: Literal["slants"] = "slants"
 
     @property
     def summary(self) -> str:
-        return "the diagonals of a head as bits, and the steps of keys that they cross."
+        steps = "rows that cross them" if self.by_keys else "keys that they cross"
+        return f"the diagonals of a head as bits, and the steps of {steps}."
+
+    @property
+    def tile(self) -> tuple[str, str]:
+        """How many of a tile stay, and how many a step has."""
+        return ("BLOCK_N", "BLOCK_T") if self.by_keys else ("BLOCK_T", "BLOCK_N")
 
     @property
     def halvings(self) -> int:
@@ -324,8 +331,8 @@ class SlantsContext:
         return (
             pointer("LISTS", "i32", f"[Z, {self.heads}, {self.width}] diagonals, ascending"),
             pointer("COUNTS", "i32", f"[Z, {self.heads}, 2] how many there are"),
-            *(_columns(self.heads, self.columns) if self.columns else ()),
-            *_slants(self.heads, columns=bool(self.columns)),
+            *(columns_of(self.heads, self.columns) if self.columns else ()),
+            *slants_of(self.heads, columns=bool(self.columns)),
             *SEQ,
             *tunables("BLOCK_T", "BLOCK_N", "BLOCK_K"),
         )
@@ -335,14 +342,16 @@ class SlantsContext:
         return jit(self.params)
 
 
-def _columns(heads: int, width: int) -> tuple[Param, ...]:
+def columns_of(heads: int, width: int) -> tuple[Param, ...]:
+    """The columns of each sequence and head."""
     return (
         pointer("COLUMNS", "i32", f"[Z, {heads}, {width}] keys, ascending"),
         pointer("COLUMN_COUNTS", "i32", f"[Z, {heads}, 2] how many there are"),
     )
 
 
-def _slants(heads: int, *, columns: bool) -> tuple[Param, ...]:
+def slants_of(heads: int, *, columns: bool) -> tuple[Param, ...]:
+    """Diagonals, and perhaps columns, as bits, and steps of a tile that these cross."""
     bits = pointer("COLUMN_BITS", "i64", f"[Z, {heads}, words] keys that are columns")
     return (
         *((bits,) if columns else ()),
@@ -371,7 +380,7 @@ def attend(
     some: list[str] = []
     phases: list[Phase] = []
     if columns:
-        params += _columns(shape.query_heads, columns)
+        params += columns_of(shape.query_heads, columns)
         setup += [
             f"list_base = list_row * {columns}",
             "columns = tl.load(COLUMN_COUNTS + list_row * 2)",
@@ -389,7 +398,7 @@ def attend(
             )
         )
     if diagonals:
-        params += _slants(shape.query_heads, columns=bool(columns))
+        params += slants_of(shape.query_heads, columns=bool(columns))
         taken, column = (
             "taken = bits_from(column_bits, n0, words)",
             "column = tl.arange(0, BLOCK_N)",

@@ -374,12 +374,15 @@ def space(graph: Graph, target: Target, dtype: DType = "bf16", work: Work = "for
 
 
 def _variant(plan: Plan, orders: Orders, target: Target) -> Variant:
-    """Parts in the order of their leaders, a kernel that leads before those that follow."""
+    """Parts in the order of their leaders, a kernel that leads before those that follow; what a backward
+    chooses again is as the forward has it.
+    """
     members: dict[str, list[str]] = {}
-    for kernel in plan.kernels:
+    own = [kernel for kernel in plan.kernels if kernel.name not in plan.again]
+    for kernel in own:
         leader = kernel.follows if kernel.follows and shares(kernel) else kernel.name
         members.setdefault(leader, [])
-    for kernel in plan.kernels:
+    for kernel in own:
         leader = kernel.follows if kernel.follows and shares(kernel) else kernel.name
         at = 0 if leader == kernel.name else len(members[leader])
         members[leader].insert(at, kernel.name)

@@ -9,7 +9,7 @@ import emitted
 import pytest
 import sanitizer
 import torch
-from conformance import systems
+from conformance import systems, test_slashes
 from reference_driver import compiler
 from shares import covering
 from template_lint import lint
@@ -582,6 +582,63 @@ def test_rows_of_a_block_may_be_told_tokens_of_their_own():
         torch.testing.assert_close(a, b)
 
 
+def ways_of_heads(monkeypatch):
+    """One head after the other takes the next way, or after the last one none."""
+    usual = tensors
+
+    def other(spec, *sizes, **options):
+        x = usual(spec, *sizes, **options)
+        if spec.route:
+            heads = torch.arange(spec.heads.query, device=x["q"].device)
+            x["route"] = (heads % (len(spec.route.input) + 1)).to(torch.int32)
+        return x
+
+    monkeypatch.setattr(sys.modules[__name__], "tensors", other)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "columns and windows" else pytest.mark.full)
+        for name in test_slashes.OTHERS
+    ],
+)
+def test_columns_and_diagonals_have_gradients(name, seed, monkeypatch):
+    """Documents of 1, of 0, of few rows, and of more than a tile has."""
+    ways_of_heads(monkeypatch)
+    with sanitizer.enabled(seed=seed):
+        check(test_slashes.OTHERS[name](), T=75, cu_seqlens_q=i32(0, 1, 1, 71, 75))
+
+
+def test_columns_and_diagonals_of_fewer_rows_than_keys_have_gradients(seed, monkeypatch):
+    """Rows lie at the end of more keys, or before all of them."""
+    ways_of_heads(monkeypatch)
+    with sanitizer.enabled(seed=seed):
+        found = check(test_slashes.other(ways=1), B=2, T=35, S=61, q_offset=i32(26, -2))
+    assert not found["q"][1, :2].any()
+
+
+def test_what_all_rows_have_one_list_of_is_chosen_again(monkeypatch):
+    """By the forward's configuration; a call keeps no list of a row, but gives those that are asked for."""
+    spec = test_slashes.other(ways=1)
+    x = tensors(spec, 1, 20, 20, torch.float32)
+    attn = load_kernel(spec, interpret=True, config={"weigh_slash": {"BLOCK_N": 64}})
+    o = attn(**x)
+    assert not any(y is not None and y.dtype == torch.int32 for y in o.grad_fn.saved_tensors)
+    found = torch.autograd.grad(o.square().sum(), list(x.values()))
+    (made,) = attn._execution.gradients.values()
+    (choice,) = attn._execution.choices.values()
+    assert made.plan.again
+    assert all(made.config[name] == choice.config[name] for name in made.plan.again)
+    o, chosen = attn(**x, return_selection=True)
+    for level, lists in attn.select(**x).items():
+        assert torch.equal(chosen[level].indices, lists.indices)
+    monkeypatch.setattr(operators, "is_watched", lambda call: True)
+    for other in (o, attn(**x)):
+        again = torch.autograd.grad(other.square().sum(), list(x.values()))
+        assert all(map(torch.equal, found, again))
+
+
 @pytest.mark.parametrize(
     ("causal", "kv"), [("true", 1), pytest.param("false", 2, marks=pytest.mark.full)]
 )
@@ -1040,7 +1097,7 @@ TRAINED = (
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
     *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "sparse_d"),
-    *("dhsa", "dma", "nosa", "qwen_qsa", "step_csa", "xattention"),
+    *("dhsa", "dma", "minference", "nosa", "qwen_qsa", "step_csa", "xattention"),
 )
 REFUSED = {
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
@@ -1049,7 +1106,6 @@ REFUSED = {
     "psa_mass": "branch pyramid: no kernel has the gradient of attention over tiers yet",
     "pbs_attn": "branch selected: no kernel has the gradient of keys in another order yet",
     "flex_prefill": "branch columns: no kernel has the gradient of lists that rows share yet",
-    "minference": "branch columns: no kernel has the gradient of lists that rows share yet",
     "svg2": "branch selected: no kernel has the gradient of attention by clusters yet",
     "svg_ear": "branch exact: no kernel has the gradient of attention by clusters yet",
     "s2o": "branch history: no kernel has the gradient of keys in another order yet",

@@ -1,15 +1,15 @@
 """Graph, Target -> Plan of the gradients: dq where rows stay, dk and dv where keys stay.
 
 A program of its own, compiled when a call first needs it; the forward knows nothing of it.  Selections are
-constants: they come as they were made, and nothing is chosen again.
+constants: they come as they were made, and nothing is chosen again, but for what all rows have one list of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hsgen import passes, patterns, refusals
-from hsgen.backward import attending, laid, pooling, refusing, ungating
+from hsgen import passes, patterns, refusals, slashes
+from hsgen.backward import again, attending, laid, pooling, refusing, ungating
 from hsgen.backward.gathered import Gradients
 from hsgen.configs import DType
 from hsgen.graph import Attend, Graph, Input
@@ -42,12 +42,14 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
         PlanError: something whose gradient no kernel makes yet.
     """
     graph, _ = patterns.routed(passes.without_losses(graph))
+    graph, _ = slashes.joined(graph)
     refusals.refuse(graph)
     refusing.refuse(graph)
     draft = Draft(graph, target, dtype)
     draft.turns = combining.turns(graph)
     made = Gradients(draft, apart=apart)
     scheduled.begin(draft)
+    chosen = again.choose(draft) if again.chooses(graph) else ()
     if draft.tiling is not None:
         laid.plan(made)
     else:
@@ -68,10 +70,11 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
         scratch_bytes=SCRATCH_BYTES,
         output=text.buffer(outputs.o),
         lse={branch: text.buffer(name) for branch, name in outputs.lse.items()},
-        selection=_read(graph, outputs.selection),
+        selection={} if chosen else _read(graph, outputs.selection),
         sizes=dict(graph.sizes),
         gradients=made.buffers,
         apart=made.outputs,
+        again=chosen,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hsgen import buckets, cols, cols_streams, patterns, rows, streams
-from hsgen.backward import tiles, together, tokens
+from hsgen.backward import slashing, tiles, together, tokens
 from hsgen.backward.gathered import GRAD_O, Gradients
 from hsgen.graph import Attend, Input, Node, Union, left_to_window
 from hsgen.kernels import IndexContext
@@ -56,8 +56,8 @@ class _Branch:
 
     @property
     def chosen(self) -> Node | None:
-        """The selection that is attended."""
-        chooses = self.op.over in ("blocks", "tokens")
+        """The selection that is attended, where rows have lists."""
+        chooses = self.op.over in ("blocks", "tokens") and not self.slanted
         return self.draft.graph[self.node.inputs[3]] if chooses else None
 
     @property
@@ -83,7 +83,7 @@ class _Branch:
     @property
     def tokens(self) -> tokens.Chosen | None:
         """The same where single tokens are chosen."""
-        if self.op.over != "tokens":
+        if self.op.over != "tokens" or self.slanted:
             return None
         return tokens.Chosen(
             branch=self.name,
@@ -112,6 +112,11 @@ class _Branch:
             keys=text.input_of(self.node.inputs[1]),
             left=self.beside,
         )
+
+    @property
+    def slanted(self) -> slashing.Chosen | None:
+        """The same where the last rows chose for all."""
+        return slashing.Chosen.of(self.draft, self.node, self.name)
 
     @property
     def bias(self) -> str | None:
@@ -221,6 +226,9 @@ class _Branch:
         else:
             tiled = ((f"tiles_{self.name}", text.tiles_of(dq.name, text.tiles(dq))),)
             lists = tokens.Lists(buffers=(), sizes=tiled, launches=(), arguments=())
+        if slanted := self.slanted:
+            made = slashing.listed(self.draft, slanted, dq.name, by_keys=False)
+            lists = replace(made, sizes=(*lists.sizes, *made.sizes))
         tensors = (*self.draft.tensors(self.node, self.op), *lists.arguments)
         grid = text.grid(self.shape, dq, "count" if chosen else f"tiles_{self.name}")
         seq = (*text.SEQ, "tile_first") if chosen else (*text.SEQ, "0") if by_block else text.SEQ
@@ -310,6 +318,8 @@ class _Branch:
                     share=self.chosen.type.dims[2],
                     left=self.beside,
                 )
+            case "tokens" if self.slanted:
+                context = slashing.forward(self.shape, self.slanted, scale=self.scale)
             case "tokens":
                 assert self.chosen is not None
                 share = self.chosen.type.dims[2]
@@ -495,6 +505,9 @@ class _Branch:
         if self.chosen:
             self._keys_of_blocks(branch, buffers)
             return
+        if slanted := self.slanted:
+            self._keys_of_slants(branch, buffers, slanted)
+            return
         if self.op.over == "pooled":
             self._keys_of_pool(branch, buffers)
             return
@@ -519,6 +532,44 @@ class _Branch:
         arguments = (*self._col_arguments(), *self._grads(), f"length_{self.name}", *text.SEQ)
         launch = Launch(kernel=context.name, grid=grid, arguments=arguments)
         self.step("keys", buffers=buffers, launches=(launch,), sizes=sizes)
+
+    def _keys_of_slants(
+        self, branch: cols.Branch, grads: tuple[Buffer, ...], chosen: slashing.Chosen
+    ) -> None:
+        """Of what the last rows chose for all: parts of columns, then keys, which these parts come to."""
+        tensors, given = self.draft.tensors(self.node, self.op), chosen.of_columns
+        rows_of = (*self.row_arguments, *self.gate_arguments)
+        made, launches = grads, tuple[Launch, ...]()
+        if chosen.columns is not None:
+            columns = slashing.by_column(self.shape, branch, chosen)
+            self._cols(columns, self._tiles_of_cols(columns))
+            parts, launch = slashing.parts(
+                self.draft, chosen, columns, (*tensors, *given, *rows_of)
+            )
+            made, launches = (*made, *parts), (launch,)
+            given = (*given, *(part.name for part in parts))
+        context = slashing.by_key(self.shape, branch, chosen)
+        self._cols(context, self._tiles_of_cols(context))
+        lists = slashing.listed(self.draft, chosen, context.name, by_keys=True)
+        slanted = lists.arguments[len(chosen.of_columns) :]
+        length, keys = f"length_{self.name}", f"keys_{self.name}"
+        of = text.input_of(self.node.inputs[1])
+        sizes = (
+            *lists.sizes,
+            (length, f"0 if batch.packed else {of}.shape[1]"),
+            (keys, f"{of}.shape[0] * {of}.shape[1]"),
+        )
+        launch = Launch(
+            kernel=context.name,
+            grid=(f"{keys} // {{BLOCK_N}} + batch.sequences", str(self.shape.kv_heads)),
+            arguments=(*tensors, *given, *slanted, *rows_of, *self._grads(), length, *text.SEQ),
+        )
+        self.step(
+            "keys",
+            buffers=(*made, *lists.buffers),
+            launches=(*lists.launches, *launches, launch),
+            sizes=sizes,
+        )
 
     def _tiles_of_cols(self, context: cols.ColsContext) -> Config:
         """Tiles of dk and dv, whose rows come in a stream where they can."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsgen import axes, sorting
+from hsgen import axes, slashes, sorting
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
@@ -67,6 +67,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.size != op.stride and op.over == "blocks", "overlapping blocks"),
         (
             op.over in ("blocks", "tokens")
+            and not any(slashes.lists_of(graph, node))
             and not _by_row(graph, node)
             and not _by_block(graph, node, op),
             "lists that rows share",

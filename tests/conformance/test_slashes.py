@@ -114,9 +114,23 @@ def test_no_selection_is_brought():
         attn(**x, selection=chosen)
 
 
-def test_gradients_are_refused():
-    with pytest.raises(PlanError, match="the gradient of lists that rows share yet"):
-        compile_backward(other(), H100)
+def test_steps_of_rows_have_no_more_than_a_word_has_bits():
+    plan = compile_backward(other(), H100).plan
+    kernel = plan.kernel("dkv_slashes")
+    start = kernel.config.keywords()
+    for name, value, words in (("BLOCK_T", 128, "at most 64"), ("BLOCK_M", 64, "as many rows as")):
+        assert words in knobs.refused(kernel, {name: value}, start | {name: value}, plan, H100)
+
+
+def test_gradients_hold_no_lists_of_rows_but_of_blocks():
+    """Of what a call leaves, and beside it; lists of columns and diagonals by row were ten times as much."""
+    spec = systems.load("minference")
+    plan, before = compile_backward(spec, H100).plan, compile_spec(spec, H100).plan
+    for tokens in (4096, 32768):
+        run = dryrun.gradients(plan, before, tokens=tokens)
+        blocks = sum(x.bytes for buffer, x in run.buffers if buffer.role == "selection")
+        assert blocks == tokens * 32 * 100 * 4
+        assert run.peak - run.of("output") - blocks <= run.given, tokens
 
 
 def changed(spec, **changes):
