@@ -169,6 +169,7 @@ class TakersContext:
     size: int  # keys of an entry
     several: int  # entries of a block of keys
     causal: bool
+    segment: int = 0  # > 0: entries are cut from sorted segments of so many tokens
     how: Literal["takers"] = "takers"
 
     @property
@@ -178,6 +179,24 @@ class TakersContext:
     @property
     def words(self) -> int:
         return words_of(self.rows)
+
+    @property
+    def many(self) -> bool:
+        """Whether a block of keys has more words than one after the other are text."""
+        return self.several * self.words > MARKED
+
+    @property
+    def first_key(self) -> str:
+        """The first token that a block of keys may have."""
+        first = f"e * {self.size * self.several}"
+        return f"{first} // {self.segment} * {self.segment}" if self.segment else first
+
+    @property
+    def begun(self) -> str:
+        """Entries of which a block's last row may see a token."""
+        if self.segment:
+            return f"begun_segments(last, k_len, {self.segment}, {self.size}, {self.causal})"
+        return f"entry_limit(last, k_len, {self.size}, {self.causal})"
 
     @property
     def params(self) -> tuple[Param, ...]:
@@ -339,7 +358,7 @@ def _without_outputs(
     """The forward's loops with other outputs."""
     names = [p.name for p in forward.params]
     gates = names.index("GATES") if "GATES" in names else names.index("O")
-    after = names.index("SEQ")
+    after = names.index("ORDER" if forward.order_head else "SEQ")
     params = (*forward.params[:gates], *outputs, *forward.params[after:])
     return replace(forward, name=name, summary=summary, params=params, acc=acc)
 
@@ -401,6 +420,8 @@ class ColsContext(rows.InTurn):
     beside: int = 0  # > 0: what keys got as columns is added, from lists of so many slots
     asked: int = 0  # query heads, each of which has one
     most_tokens: int = 0  # > 0: of a step, which has a bit for each in a word
+    # > 0: an order of keys that are sorted inside segments of so many says the token of a slot
+    segment: int = 0
 
     def uses(self, name: str) -> bool:
         """Whether any statement reads the number `name`."""
@@ -486,6 +507,16 @@ class ColsContext(rows.InTurn):
         return f"BLOCK_T tokens x {of}{self.heads} heads (the group's), padded to BLOCK_M"
 
     @property
+    def row(self) -> str:
+        """The rows of the keys `n` in their tensor."""
+        return "k_row + k_at" if self.segment else "k_row + n"
+
+    @property
+    def begins(self) -> str:
+        """The first token that the slot of a key may have."""
+        return f"n // {self.segment} * {self.segment}" if self.segment else "n"
+
+    @property
     def stores(self) -> dict[str, str]:
         """The pieces that write the gradients of keys and of values."""
         return {x: "add_rows" if a else "store_rows" for x, a in zip("kv", self.adds, strict=True)}
@@ -527,6 +558,7 @@ class ColsContext(rows.InTurn):
             *rows.gates_of(self.turn),
             *gradients,
             *lists,
+            *(rows.ORDER if self.segment else ()),
             *SEQ,
             *turn,
             *tunables(*(("BLOCK_C",) if self.in_chunks else ()), "BLOCK_T", "BLOCK_M", "BLOCK_N"),
@@ -582,6 +614,7 @@ class SumContext:
             *gradient_params(of),
             *lists,
             *(() if of.list_heads else (count("chunks", "of rows"),)),
+            *(rows.ORDER if of.segment else ()),
             *SEQ,
             *((HEAD_FIRST,) if of.list_heads else ()),
             *tunables(*(("BLOCK_C",) if of.list_heads else ()), "BLOCK_N"),
@@ -702,11 +735,21 @@ def of_tokens(shape: Shape, branch: Branch, *, list_heads: int) -> ColsContext:
 
 
 def of_together(
-    shape: Shape, branch: Branch, *, entries: Entries, list_heads: int, block: int, left: int
+    shape: Shape,
+    branch: Branch,
+    *,
+    entries: Entries,
+    list_heads: int,
+    block: int,
+    left: int,
+    segment: int = 0,
+    aside: int = 0,
 ) -> ColsContext:
     """The keys of a block for a part of the blocks of rows that chose it; short entries lie side by side.
 
     left: tokens of a window beside it, which has those of its rows.
+    segment: keys are read through an order of theirs, sorted inside segments of so many.
+    aside: tokens of blocks of which each row has its own in another branch.
     """
     several = max(1, MARKED // entries.size) if entries.size < LEAST_KEYS else 1
     per_head = list_heads == shape.query_heads and shape.group > 1
@@ -720,16 +763,22 @@ def of_together(
         words=words_of(block),
         list_of=own[list_heads] if list_heads > 1 else "0",
         list_stride=list_heads,
-        visible=("member != 0" if several > 1 else "member[None, :] != 0", *_behind(shape, left)),
+        visible=(
+            "member != 0" if several > 1 else "member[None, :] != 0",
+            *_behind(shape, left, key="k_at" if segment else "n", aside=aside),
+        ),
         split=True,
+        segment=segment,
     )
 
 
-def _behind(shape: Shape, left: int) -> tuple[str, ...]:
-    """Which keys a row sees that no window beside has."""
+def _behind(shape: Shape, left: int, *, key: str = "n", aside: int = 0) -> tuple[str, ...]:
+    """Which keys a row sees that no window beside has, and no block of its own."""
+    if aside:
+        return (f"{key}[:, None] < position[None, :] // {aside} * {aside}",)
     if not shape.causal:
         return ()
-    return (f"n[:, None] <= position[None, :]{f' - {left}' if left else ''}",)
+    return (f"{key}[:, None] <= position[None, :]{f' - {left}' if left else ''}",)
 
 
 def of_tiles(shape: Shape, branch: Branch, *, tiling: axes.Tiling, list_heads: int) -> ColsContext:

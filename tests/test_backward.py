@@ -15,7 +15,17 @@ from shares import covering
 from template_lint import lint
 from torch.nn import functional as F
 
-from hsgen import allowlist, backward, knobs, load_kernel, operators, pipeline, resources, schedule
+from hsgen import (
+    allowlist,
+    backward,
+    knobs,
+    load_kernel,
+    operators,
+    pipeline,
+    resources,
+    schedule,
+    space,
+)
 from hsgen.cols_streams import ColsStreamsContext
 from hsgen.errors import ArgumentError, PlanError
 from hsgen.execution import Options
@@ -32,7 +42,7 @@ UNIT = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
-GOLDEN = ("moba", "nsa", "dsa_gqa", "dsa", "seer_attention", "hip")
+GOLDEN = ("moba", "nsa", "dsa_gqa", "dsa", "seer_attention", "hip", "pbs_attn", "s2o")
 STREAMING = replace(H100, streams=True)
 BRANCHES = ("compressed", "selected", "window")  # of nsa
 STREAMED = {  # of each spec, what dk and dv come from by a stream of rows
@@ -94,6 +104,67 @@ levels:
     select: {{top_k: {top}, force: {{last: 1}}}}
 attend:
   - {{name: selected, over: block}}
+"""
+SORTED = """
+hsgen: 1
+name: sorted
+heads: {{query: {query}, kv: {kv}}}
+head_dim: {{qk: {qk}, v: {v}}}
+causal: {causal}
+levels:
+  - name: block
+    permute: {{keys: {{sort_in_segment: {segment}, {by}}}}}
+    partition: {{blocks: {size}}}
+    pool: {{keys: mean}}
+    query: {{block: {rows}, pool: mean}}
+    score: {{form: dot, normalise: softmax}}
+    select: {{top_p: {{mass: 0.6}}, force: {{sink: 3, last: 1, counted: false}}}}
+attend:
+  - {{name: selected, over: block}}
+"""
+WALKED = """
+hsgen: 1
+name: walked
+heads: {{query: {query}, kv: {kv}}}
+head_dim: {{qk: {qk}, v: {v}}}
+levels:
+  - name: token
+    permute: {{keys: {{sort_in_segment: {segment}, by: mean}}}}
+    partition: {{blocks: 1}}
+    pool: {{keys: mean}}
+    query: {{block: {rows}, pool: mean}}
+    score: {{form: dot}}
+    select: {{early_stop: {{gain: {gain}, entries: {step}, after: segment}}}}
+attend:
+  - {{name: segment, static: {{blocks: {size}, window: 1}}}}
+  - {{name: walk, over: token}}
+combine: {{softmax: union}}
+"""
+KEPT = """
+hsgen: 1
+name: kept
+heads: {{query: {query}, kv: {kv}}}
+head_dim: {{qk: {qk}, v: {v}}}
+causal: {causal}
+levels:
+  - name: all_mass
+    partition: tokens
+    query: {{last: 8, reduce: mean}}
+    score: {{form: dot, normalise: softmax, share: all, reduce: mean}}
+  - name: all
+    partition: tokens
+    score: {{from: all_mass, map: around, width: 3}}
+    select: {{top_p: {{mass: 0.5, boundary: drop, min: 2, of: rest}}, force: {{last: 2}}}}
+  - name: mass
+    partition: tokens
+    query: {{last: 8, reduce: mean}}
+    score: {{form: dot, normalise: softmax}}
+  - name: token
+    partition: tokens
+    score: {{from: mass, map: around, width: 3}}
+    select: {{budget_from: all, force: {{last: 2}}}}
+attend:
+  - {{name: kept, over: token, rows: chosen}}
 """
 BESIDE = """  - {{name: near, window: {window}}}
 combine: {{{combine}}}
@@ -193,6 +264,10 @@ SMALL = {
     "causal": "true",
     "rows": 12,
     "combine": "softmax: union",
+    "segment": 16,
+    "by": "by: mass, last: 5",
+    "gain": 0.1,
+    "step": 5,
 }
 
 
@@ -512,6 +587,82 @@ def test_blocks_of_rows_of_which_heads_chose_have_gradients(seed, causal):
         check(shared, B=2, T=50, S=61, kv_lens=i32(61, 33))
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"size": 4, "segment": 12, "query": 3, "kv": 1},
+        pytest.param({"by": "by: mean", "rows": 40, "causal": "false"}, marks=pytest.mark.full),
+    ],
+    ids=["by mass", "by the mean, not causal"],
+)
+def test_keys_in_another_order_have_gradients(seed, numbers):
+    """Neither blocks of rows nor segments divide the other; documents of 1, of 0 and of odd tokens."""
+    sorted_ = spec(SORTED, **{"qk": 32, "v": 16, "query": 2, "kv": 2} | numbers)
+    config = {"dq_selected": {"BLOCK_T": 4, "BLOCK_M": 16}, "takers_selected": {"BLOCK_N": 2}}
+    with sanitizer.enabled(seed=seed):
+        check(sorted_, T=50, cu_seqlens_q=i32(0, 11, 11, 12, 50), config=config)
+
+
+def test_an_order_is_made_again_by_the_values_that_the_call_had():
+    """Else slots might be other tokens where weights are nearly equal."""
+    config = {"totals_block": {"BLOCK_T": 16, "BLOCK_N": 16}, "weigh_block": {"BLOCK_N": 32}}
+    kernel = load_kernel(spec(SORTED, query=2, kv=1), interpret=True, config=config)
+    x = tensors(kernel.spec, 1, 40, 40, torch.float32)
+    kernel(**x).sum().backward()
+    (call,) = kernel._execution.choices.values()
+    (made,) = kernel._execution.gradients.values()
+    assert made.plan.again == ("totals_block", "weigh_block", "sort_block")
+    for name in made.plan.again:
+        assert made.config[name] == call.config[name]
+        assert made.texts[name] == call.program.texts[name]
+    for part in space.space(kernel.graph, H100, work="gradients").variants[0].parts:
+        assert not {*part.kernels} & {*made.plan.again}
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"rows": 24, "segment": 12, "size": 6, "query": 2, "kv": 1},
+        pytest.param({"gain": 0.0, "segment": 8, "rows": 8}, marks=pytest.mark.full),
+    ],
+    ids=["several segments a block", "to the end"],
+)
+def test_walks_have_gradients(seed, numbers):
+    """Of the tokens that blocks of rows took, and of their own segments beside them."""
+    walked = spec(WALKED, **{"qk": 16, "v": 32, "query": 2, "kv": 2} | numbers)
+    with sanitizer.enabled(seed=seed):
+        check(walked, T=70, cu_seqlens_q=i32(0, 11, 11, 12, 70))
+
+
+@pytest.mark.parametrize("causal", ["true", pytest.param("false", marks=pytest.mark.full)])
+def test_tokens_that_heads_keep_have_gradients_and_rows_that_they_drop_none(seed, causal):
+    kept = spec(KEPT, qk=32, v=16, query=2, kv=1, causal=causal)
+    with sanitizer.enabled(seed=seed):
+        found = check(kept, T=90, cu_seqlens_q=i32(0, 11, 11, 12, 90))
+    dropped = ~found["q"].any(-1)
+    assert dropped.any()
+    assert not dropped.all()
+
+
+@pytest.mark.parametrize("text", [SORTED, WALKED, KEPT], ids=["sorted", "walked", "kept"])
+def test_rows_of_a_block_may_be_told_sorted_or_kept_tokens_of_their_own(text):
+    """A caller's differ from row to row, repeat, and have -1 anywhere and tokens that no row sees."""
+    made = spec(text, query=2, kv=1, qk=16, v=16, rows=16)
+    x = tensors(made, 1, 40, 40, torch.float32)
+    attn = load_kernel(made, interpret=True)
+    level = made.levels[-1].name
+    last = 4 if level == "block" else 39
+    own = torch.stack([torch.tensor([t * last // 39, -1, 0, t % 4, last]) for t in range(40)])
+    own = own.int()[None, :, None].repeat(1, 1, 2, 1)
+    own[:, 5::3, 1, :3], own[:, 3::7, :, 3] = -1, own[:, 3::7, :, 0]
+    wide = {"selection": {level: own}, "dtype": torch.float64}
+    exact = attn.reference(**{n: y.double() for n, y in x.items()}, **wide)
+    exact = torch.autograd.grad(exact.square().sum(), list(x.values()))
+    found = torch.autograd.grad(attn(**x, selection={level: own}).square().sum(), [*x.values()])
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("combine", ["softmax: union", "gates: input"])
 def test_blocks_of_rows_beside_a_window_have_gradients_and_empty_rows_none(seed, combine):
     """One softmax leaves a window what it has, gates do not; the first rows lie before all keys."""
@@ -796,7 +947,8 @@ def test_sources_of_gradients_are_golden(name, golden):
     plan = backward.plan(emitted.graph(systems.load(name)), H100)
     golden(f"backward/{name}/plan.txt", str(plan))
     for file, text in emitted.sources(plan).items():
-        if not file.startswith(("index_", "pool_", "__init__")):  # as the forward's
+        as_forwards = file.removesuffix(".py") in plan.again
+        if not as_forwards and not file.startswith(("index_", "pool_", "__init__")):
             golden(f"backward/{name}/{file}", text)
 
 
@@ -828,6 +980,8 @@ def test_sources_of_gradients_are_formatted_and_obey_the_rules(tmp_path):
         spec(TWO_LATENTS, **wide | OF_TOKENS | {"qk": 176}, query=6, kv=2),
         spec(LATENT, **wide | OF_BLOCKS | {"share": "share: head"}, query=40, kv=1),
         spec(SHARED, **wide | {"causal": "false"}, query=6, kv=2),
+        spec(SORTED, **wide | {"segment": 48}, query=6, kv=2),
+        spec(KEPT, **wide, query=6, kv=2),
         spec(SHARED, **wide | {"share": "share: head", "rows": 128, "top": 12}, query=6, kv=2),
         spec(SHARED + BESIDE, **wide, query=6, kv=2),
         spec(CHOSEN + BESIDE, **wide, query=6, kv=2),
@@ -1097,19 +1251,27 @@ TRAINED = (
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
     *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "sparse_d"),
-    *("dhsa", "dma", "minference", "nosa", "qwen_qsa", "step_csa", "xattention"),
+    *(
+        "dhsa",
+        "dma",
+        "minference",
+        "nosa",
+        "pbs_attn",
+        "qwen_qsa",
+        "s2o",
+        "step_csa",
+        "token_sparse",
+    ),
+    "xattention",
 )
 REFUSED = {
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
     "deepseek_csa": "branch selected: no kernel has the gradient of pooled latents yet",
     "psa": "branch pyramid: no kernel has the gradient of attention over tiers yet",
     "psa_mass": "branch pyramid: no kernel has the gradient of attention over tiers yet",
-    "pbs_attn": "branch selected: no kernel has the gradient of keys in another order yet",
     "flex_prefill": "branch columns: no kernel has the gradient of lists that rows share yet",
     "svg2": "branch selected: no kernel has the gradient of attention by clusters yet",
     "svg_ear": "branch exact: no kernel has the gradient of attention by clusters yet",
-    "s2o": "branch history: no kernel has the gradient of keys in another order yet",
-    "token_sparse": "branch kept: no kernel has the gradient of lists that rows share yet",
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hsgen import passes, patterns, refusals, slashes
-from hsgen.backward import again, attending, laid, pooling, refusing, ungating
+from hsgen.backward import again, attending, laid, ordering, pooling, refusing, ungating
 from hsgen.backward.gathered import Gradients
 from hsgen.configs import DType
 from hsgen.graph import Attend, Graph, Input
@@ -50,11 +50,13 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
     made = Gradients(draft, apart=apart)
     scheduled.begin(draft)
     chosen = again.choose(draft) if again.chooses(graph) else ()
+    repeated = tuple[str, ...]()
     if draft.tiling is not None:
         laid.plan(made)
     else:
         ungating.ungate(made)
         pooling.pool_again(draft)
+        repeated = ordering.sort_again(draft)
         for node in graph.nodes():
             if isinstance(node.op, Attend):
                 attending.attend(made, node, node.op)
@@ -74,7 +76,7 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
         sizes=dict(graph.sizes),
         gradients=made.buffers,
         apart=made.outputs,
-        again=chosen,
+        again=(*chosen, *repeated),
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hsgen import buckets, cols, cols_streams, patterns, rows, streams
+from hsgen import buckets, cols, cols_streams, keeping, patterns, rows, sorting, streams, walks
 from hsgen.backward import slashing, tiles, together, tokens
 from hsgen.backward.gathered import GRAD_O, Gradients
-from hsgen.graph import Attend, Input, Node, Union, left_to_window
+from hsgen.graph import Attend, Input, Node, Permute, Union, left_to_window
 from hsgen.kernels import IndexContext
 from hsgen.plan import Buffer, Config, ElementType, Kernel, Launch, Step
 from hsgen.rows import Entries, RowsContext, next_power
-from hsgen.schedule import SORT_LIMIT, text
+from hsgen.schedule import SORT_LIMIT, sorted_keys, staying, text
 from hsgen.schedule.draft import TILE_OF_HEADS, Draft
 
 Sizes = tuple[tuple[str, str], ...]
@@ -61,6 +61,11 @@ class _Branch:
         return self.draft.graph[self.node.inputs[3]] if chooses else None
 
     @property
+    def kept(self) -> bool:
+        """Whether heads keep tokens, as keys and as rows."""
+        return keeping.attended(self.draft.graph, self.node)
+
+    @property
     def width(self) -> int:
         return self.draft.width(self.chosen) if self.chosen and not self.together else 1
 
@@ -83,7 +88,7 @@ class _Branch:
     @property
     def tokens(self) -> tokens.Chosen | None:
         """The same where single tokens are chosen."""
-        if self.op.over != "tokens" or self.slanted:
+        if self.op.over != "tokens" or self.slanted or self.kept:
             return None
         return tokens.Chosen(
             branch=self.name,
@@ -98,9 +103,13 @@ class _Branch:
     def together(self) -> together.Chosen | None:
         """The same where blocks of rows chose blocks of keys: of tokens every row has its block's list."""
         block = self.draft.block(self.chosen) if self.chosen else 0
-        if not block or self.op.over == "tokens":
+        of_tokens = self.op.over == "tokens" and not self.kept
+        block = staying.BLOCK if self.kept else block
+        if not block or of_tokens:
             return None
         assert self.chosen is not None
+        walked = walks.walked(self.draft.graph, self.chosen)
+        order = sorting.order_of(self.draft.graph, self.node)
         return together.Chosen(
             branch=self.name,
             node=self.node.name,
@@ -111,6 +120,10 @@ class _Branch:
             entries=self.entries,
             keys=text.input_of(self.node.inputs[1]),
             left=self.beside,
+            order=sorting.arguments(text.buffer(order.name)) if order else (),
+            segment=sorted_keys.segment(self.draft, self.chosen),
+            aside=walks.own_of(self.draft.graph, self.chosen) if walked else 0,
+            own=self.kept,
         )
 
     @property
@@ -181,7 +194,7 @@ class _Branch:
     ) -> None:
         """A step that reads the branch's tensors."""
         graph = self.draft.graph
-        needs = [name for name in self.node.inputs if isinstance(graph[name].op, Input)]
+        needs = [name for name in self.node.inputs if isinstance(graph[name].op, Input | Permute)]
         self.draft.steps.append(
             Step(
                 title=f"{title}: {self.name}",
@@ -231,7 +244,9 @@ class _Branch:
             lists = replace(made, sizes=(*lists.sizes, *made.sizes))
         tensors = (*self.draft.tensors(self.node, self.op), *lists.arguments)
         grid = text.grid(self.shape, dq, "count" if chosen else f"tiles_{self.name}")
-        seq = (*text.SEQ, "tile_first") if chosen else (*text.SEQ, "0") if by_block else text.SEQ
+        seq = (*text.SEQ, "tile_first") if chosen else text.SEQ
+        if by_block:
+            seq = (*by_block.order, *text.SEQ, "0")
         buffers, launches = (*lists.buffers, *buffers), lists.launches
         sizes = lists.sizes if self.gives else (*lists.sizes, *text.parts(dq))
         if again:
@@ -305,7 +320,7 @@ class _Branch:
         """The loops over the keys that a row sees."""
         name = f"attend_{self.name}"
         match self.op.over:
-            case "blocks" if self.together:
+            case "blocks" | "tokens" if self.together:
                 context = together.forward(self.shape, self.together, scale=self.scale)
             case "blocks":
                 assert self.chosen is not None
@@ -682,6 +697,8 @@ class _Branch:
             list_heads=chosen.heads,
             block=chosen.block,
             left=chosen.left,
+            segment=chosen.segment,
+            aside=chosen.aside,
         )
         self._cols(context, self._tiles_of_cols(context))
         read = self._col_arguments()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsgen import axes, slashes, sorting
+from hsgen import axes, keeping, slashes
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
@@ -52,7 +52,6 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         return _of_tiles(graph, op)
     lacks = (
         (op.cut == "clusters", "attention by clusters"),
-        (sorting.order_of(graph, node) is not None, "keys in another order"),
         (
             op.over not in ("blocks", "tokens", "window", "static", "all", "pooled"),
             f"attention over {op.over}",
@@ -68,6 +67,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (
             op.over in ("blocks", "tokens")
             and not any(slashes.lists_of(graph, node))
+            and not keeping.attended(graph, node)
             and not _by_row(graph, node)
             and not _by_block(graph, node, op),
             "lists that rows share",

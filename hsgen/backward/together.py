@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hsgen import cols, together
+from hsgen import cols, together, walks
 from hsgen.backward import tiles
 from hsgen.backward.tokens import Lists
 from hsgen.plan import Buffer, Config, Launch
@@ -26,6 +26,9 @@ class Chosen:
 
     selection: the tensor and its strides.  keys: the tensor of keys.
     left: tokens of a window beside it, which has those of its rows.
+    order: of keys that are sorted inside segments of so many, and its strides.
+    aside: tokens of blocks of which each row has its own in another branch.
+    own: a row that did not choose its own token sees nothing.
     """
 
     branch: str
@@ -37,6 +40,10 @@ class Chosen:
     entries: Entries
     keys: str
     left: int
+    order: tuple[str, ...] = ()
+    segment: int = 0
+    aside: int = 0
+    own: bool = False
 
     def of(self, *names: str) -> tuple[str, ...]:
         """Names in the driver."""
@@ -45,15 +52,20 @@ class Chosen:
 
 def forward(shape: Shape, chosen: Chosen, *, scale: float) -> RowsContext:
     """The loops over the list of a block of rows."""
-    context = together.attend(
-        shape,
-        name=f"attend_{chosen.branch}",
-        scale=scale,
-        entries=chosen.entries,
-        share=chosen.share,
-        block=chosen.block,
-        left=chosen.left,
-    )
+    name = f"attend_{chosen.branch}"
+    if chosen.aside:
+        context = walks.attend(shape, name=name, scale=scale, block=chosen.block, own=chosen.aside)
+    else:
+        context = together.attend(
+            shape,
+            name=name,
+            scale=scale,
+            entries=chosen.entries,
+            share=chosen.share,
+            block=chosen.block,
+            left=chosen.left,
+            ordered=bool(chosen.order),
+        )
     return together.of_whole(context, block=chosen.block, heads=chosen.heads)
 
 
@@ -69,6 +81,9 @@ def listed(draft: Draft, chosen: Chosen, leader: str) -> Lists:
         stride=chosen.entries.stride,
         causal=draft.shape.causal,
         left=chosen.left,
+        segment=chosen.segment,
+        apart=chosen.aside > 0,
+        own=chosen.own,
     )
     tile, words = next_power(chosen.block), cols.words_of(chosen.block)
     values = (("BLOCK_T", tile), ("BLOCK_K", max(16, MARKING // tile)), ("BLOCK_N", 512))
@@ -124,6 +139,7 @@ def takers(draft: Draft, chosen: Chosen, context: cols.ColsContext) -> Lists:
         size=chosen.entries.size,
         several=context.several,
         causal=draft.shape.causal,
+        segment=chosen.segment,
     )
     stepping = Config(constexprs=(("BLOCK_N", 256),), num_warps=4, num_stages=1)
     draft.kernel("index", made, stepping, chosen.node)
@@ -199,12 +215,12 @@ def parts(
             Launch(
                 kernel=context.name,
                 grid=(programs, heads, number),
-                arguments=(*read, *made, *lists.arguments, *text.SEQ),
+                arguments=(*read, *made, *lists.arguments, *chosen.order, *text.SEQ),
             ),
             Launch(
                 kernel=total.name,
                 grid=(programs, heads),
-                arguments=(*made, *grads, f"length_{name}", number, *text.SEQ),
+                arguments=(*made, *grads, f"length_{name}", number, *chosen.order, *text.SEQ),
             ),
         ),
         arguments=(),
