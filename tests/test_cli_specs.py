@@ -240,7 +240,7 @@ def test_layers_that_differ_are_planned_each(listed: catalogue.Catalogue):
         assert one.phases == phases
         assert [len(names) for names in one.record()["kernels_by_layer"]] == counts
         assert f"{counts[0]} + {counts[1]}" in str(listed)
-    assert by_name["token_sparse"].phases == ("prefill",)
+    assert by_name["token_sparse"].phases == ("prefill", "gradients")
     assert by_name["token_sparse"].status == "1 and 12 kernels by layer"
     assert by_name["minference"].layers is None  # its heads differ
     assert by_name["nsa"].record()["kernels_by_layer"] is None
