@@ -15,6 +15,7 @@ from hsgen.blockgate import GateContext
 from hsgen.clusters import ClustersContext
 from hsgen.entropies import EntropiesContext
 from hsgen.errors import PlanError
+from hsgen.estimates import EstimateContext
 from hsgen.foretold import WaysContext
 from hsgen.graph import Pool
 from hsgen.kernels import LONG_TEXT, MOST_HELD, RankContext
@@ -320,6 +321,19 @@ def sums(context: MapsContext) -> Config:
     """Blocks of entries a step, of all rows of a block."""
     step = max(16, 2048 // context.per_row)
     return Config(constexprs=(("BLOCK_N", step),), num_warps=4, num_stages=1)
+
+
+def estimate(context: EstimateContext, target: Target, dtype: DType) -> Config:
+    """Blocks of keys a step, two at least, then as many stages as leave room for a second program."""
+    size = 4 if dtype == "fp32" else 2
+    wide = max(context.least, 32 if dtype == "fp32" else 128)
+    held, step = (rows * context.head_dim * size for rows in (context.padded_rows, wide))
+    stages = (target.smem_per_block // 2 - 4096 - held) // step
+    return Config(
+        constexprs=(("BLOCK_N", wide),),
+        num_warps=4 if context.padded_rows <= 64 else 8,
+        num_stages=max(1, min(3, stages)),
+    )
 
 
 def likeness(context: LikenessContext) -> Config:

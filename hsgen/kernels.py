@@ -32,6 +32,7 @@ UNFINISHED = ("minmax", "linear")  # of these no kernel norms or rotates what is
 
 RoundTo = Literal["bf16", "fp8", "fp8_unscaled"]
 ROUNDED: tuple[RoundTo, ...] = get_args(RoundTo)
+WHOLE = {"int8": 127, "int4": 7}  # the greatest whole number of each
 
 LONG_TEXT = 1 << 17  # tokens
 GROUP = 8  # entries
@@ -1320,7 +1321,7 @@ class RoundContext:
     name: str
     header: str = ""
     pieces: str = ""
-    dtype: RoundTo
+    dtype: RoundTo | Literal["int8", "int4"]
     heads: int
     head_dim: int
     as_bytes: bool = False  # e4m3 numbers are kept as such, and the power of two beside them
@@ -1328,15 +1329,22 @@ class RoundContext:
 
     @property
     def summary(self) -> str:
+        if self.levels:
+            return f"vectors as whole numbers up to {self.levels}, and the scale of each."
         scaled = " times a power of two a vector" if self.dtype == "fp8" else ""
         kept = "bf16" if self.dtype == "bf16" else f"e4m3{scaled}"
         how = "a byte a number" if self.as_bytes else "kept in the dtype that they came in"
         return f"vectors rounded to {kept}, {how}."
 
     @property
+    def levels(self) -> int:
+        """The greatest whole number that is kept; 0 where other numbers are."""
+        return WHOLE.get(self.dtype, 0)
+
+    @property
     def scaled(self) -> bool:
-        """Whether each vector's power of two is kept apart."""
-        return self.as_bytes and self.dtype == "fp8"
+        """Whether each vector's power of two, or its scale, is kept apart."""
+        return bool(self.levels) or (self.as_bytes and self.dtype == "fp8")
 
     @property
     def padded_dim(self) -> int:

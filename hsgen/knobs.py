@@ -14,6 +14,7 @@ from hsgen.clusters import DOTS, ClustersContext
 from hsgen.cols import ColsContext
 from hsgen.cols_streams import ColsStreamsContext, shared_bytes
 from hsgen.entropies import EntropiesContext
+from hsgen.estimates import EstimateContext
 from hsgen.halved import HalvedContext
 from hsgen.kernels import (
     IndexContext,
@@ -132,7 +133,7 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return {"num_warps": (1, 16)}
         case BucketsContext():
             return _bucket_ranges(context)
-        case MapsContext() | LastContext():
+        case MapsContext() | LastContext() | EstimateContext():
             return _map_ranges(context)
         case ListsContext() | TiersContext() | PickedContext() | HalvedContext() | TreesContext():
             return _list_ranges(context)
@@ -219,7 +220,11 @@ def _bucket_ranges(context: BucketsContext) -> dict[str, tuple[int, int]]:
     return {"BLOCK_T": (1, most), "num_warps": (1, 8)}
 
 
-def _map_ranges(context: MapsContext | LastContext) -> dict[str, tuple[int, int]]:
+def _map_ranges(
+    context: MapsContext | LastContext | EstimateContext,
+) -> dict[str, tuple[int, int]]:
+    if isinstance(context, EstimateContext):
+        return {"BLOCK_N": (context.least, 256), "num_warps": (1, 8), "num_stages": (1, 5)}
     if isinstance(context, LastContext):
         return {"BLOCK_N": (context.least, 128), "num_warps": (1, 8), "num_stages": (1, 4)}
     if context.how == "sums":
@@ -514,8 +519,10 @@ def _no_tile(kernel: Kernel, values: Mapping[str, int]) -> str:
 
 
 def _too_few_keys(kernel: Kernel, values: Mapping[str, int]) -> str:
-    """Where last rows weigh diagonals, whose keys begin one further on from row to row, a tile has all."""
-    if not isinstance(kernel.context, LastContext):
+    """Where last rows weigh diagonals, whose keys begin one further on from row to row, a tile has all; of
+    estimates a step has two blocks.
+    """
+    if not isinstance(kernel.context, LastContext | EstimateContext):
         return ""
     least, wide = kernel.context.least, values["BLOCK_N"]
     return f"expected BLOCK_N of at least {least}, got {wide}" if wide < least else ""

@@ -12,6 +12,7 @@ from typing import Literal
 from hsgen import (
     axes,
     clusters,
+    estimates,
     foretold,
     keeping,
     maps,
@@ -141,7 +142,7 @@ def lacking(graph: Graph, node: Node) -> str | None:
 
 def _whole(graph: Graph, node: Node) -> bool:
     """Whether it is part of what kernels do as a whole: clusters, a learned tree, a map of blocks, columns
-    and diagonals, what heads keep, runs, or heads that choose in one of two ways.
+    and diagonals, what heads keep, runs, estimates, or heads that choose in one of two ways.
     """
     clustering = clusters.clustering_of(graph)
     if clustering is not None and node.name in clustering.names:
@@ -149,6 +150,7 @@ def _whole(graph: Graph, node: Node) -> bool:
     if not isinstance(node.op, SelectSet) and maps.way_to(graph, node.name):
         return True
     kept = keeping.way_to(graph, node.name) or runs.way_to(graph, node.name)
+    kept = kept or estimates.way_to(graph, node.name)
     if tree_of(graph, node) is not None or kept is not None:
         return True
     return slashes.reached(graph, node) or foretold.reached(graph, node)
@@ -441,7 +443,8 @@ def _of_union(graph: Graph, node: Node) -> str | None:
     if pyramid := next((op.branch for _, op in branches if op.over == "tiers"), None):
         return f"no kernel counts tokens of branch {pyramid} once with others yet"
     for (a, one), (b, other) in combinations(branches, 2):
-        if coincide(graph, a, b) and not walks.beside(graph, a, b):
+        apart = walks.beside(graph, a, b) or estimates.beside(graph, a, b)
+        if coincide(graph, a, b) and not apart:
             what = "entries" if one.over == "pooled" else "tokens"
             names = f"{what} of branches {one.branch} and {other.branch}"
             return f"{names} may coincide, and no kernel counts them once yet"
@@ -449,7 +452,8 @@ def _of_union(graph: Graph, node: Node) -> str | None:
         left = left_to_window(graph, branch) > 0
         if left and isinstance(graph[branch.inputs[3]].op, SelectSet):
             return f"no kernel leaves a window what branch {op.branch} chose by a rule yet"
-        if len(graph.users(branch.name)) > 1 and not walks.sums_of_walks(graph, branch):
+        told = walks.sums_of_walks(graph, branch) or estimates.sums_of_estimates(graph, branch)
+        if len(graph.users(branch.name)) > 1 and not told:
             return f"no kernel tells the log-sum-exp of branch {op.branch} in a union yet"
     return None
 

@@ -28,6 +28,7 @@ from hsgen.buckets import PartsContext
 from hsgen.clusters import DOTS, ClustersContext
 from hsgen.configs import DType
 from hsgen.errors import BuildError, PlanError
+from hsgen.estimates import EstimateContext
 from hsgen.graph import (
     Attend,
     Gate,
@@ -508,6 +509,7 @@ def math_type(kernel: Kernel, dtype: str) -> MathType:
             SegmentsContext(how="linear", precision=precision)
             | MapsContext(how="tiles", precision=precision)
             | LastContext(precision=precision)
+            | EstimateContext(precision=precision)
         ):
             return _dot_type(dtype, precision)
         case ClustersContext(how=how, precision=precision) if how in DOTS:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from hsgen import axes, rows
 from hsgen.axes import Tiling
+from hsgen.estimates import Shown
 from hsgen.kernels import tunables
 from hsgen.plan import Buffer, Config, Kernel, Launch, Param, Step
 from hsgen.rows import SEQ, Entries, Phase, RowsContext, Shape, count, next_power, pointer
@@ -45,11 +46,24 @@ class ListsContext:
     segment: int = 0  # > 0: entries are cut from sorted segments of so many tokens
     apart: bool = False  # of entries that all rows chose, too, each says which did
     own: bool = False  # a row that did not choose its own entry chose none
+    shown: Shown | None = None  # what a pattern beside it shows each row, which lists leave out
+
+    @property
+    def sink(self) -> int:
+        """First entries, which are the pattern's."""
+        return self.shown.entries(self.stride) if self.shown else 0
+
+    @property
+    def padded_sink(self) -> int:
+        """The same as a power of two of two at least."""
+        return max(2, next_power(self.sink))
 
     @property
     def whole(self) -> str:
         """Entries of which the first row sees every token, and so do those behind it."""
         rest = f"{self.stride}, {self.causal}, False)"
+        if self.shown:
+            return f"complete_limit({self.shown.before('first')} - 1, k_len, {self.size}, {rest}"
         if self.apart:
             return "tl.minimum(first, 0)"
         if self.segment:
@@ -59,6 +73,8 @@ class ListsContext:
     def begun(self, position: str) -> str:
         """Entries of which a row may see a token."""
         rest = f"{self.stride}, {self.causal})"
+        if self.shown:
+            return f"entry_limit({self.shown.before(f'({position})')} - 1, k_len, {rest}"
         if self.segment:
             return f"begun_segments({position}, k_len, {self.segment}, {rest}"
         return f"entry_limit({position}, k_len, {rest}"
@@ -163,11 +179,13 @@ def attend(
     by_turns: bool = False,
     left: int = 0,
     ordered: bool = False,
+    shown: Shown | None = None,
 ) -> RowsContext:
     """One softmax over the blocks that the rows of a tile chose together, full ones first.
 
     slotted: keys are slots of tiles of axes.  by_turns: and rows are tokens, whose heads have turns.
     ordered: blocks are of slots, whose tokens an order says.
+    shown: what a pattern beside it shows each row, which is left to that.
     """
     usual = rows.attend_blocks(
         shape, name=name, scale=scale, entries=entries, width=1, share=share, left=left
@@ -227,7 +245,16 @@ def attend(
             ),
         ),
     )
+    if shown:
+        context = _without(context, shown)
     return axes.in_turns(context, shape, per_head=share == "Hq") if by_turns else context
+
+
+def _without(context: RowsContext, shown: Shown) -> RowsContext:
+    """The same loops, of rows that see what is before their window in a pattern."""
+    seen = f"seen = tl.minimum({shown.before('position')}, k_len)"
+    setup = tuple(seen if line.startswith("seen = ") else line for line in context.setup)
+    return replace(context, setup=setup)
 
 
 def tokens_of(usual: RowsContext, shape: Shape, *, share: str, block: int) -> RowsContext:
@@ -415,6 +442,7 @@ class Branch:
     turns: Turns | None = None  # rows and keys are slots of tiles of axes
     order: tuple[str, ...] = ()  # of keys that are sorted, and its strides
     segment: int = 0  # of tokens that are sorted
+    shown: Shown | None = None  # what a pattern beside it shows each row
 
     @property
     def seq(self) -> tuple[str, ...]:
@@ -445,6 +473,7 @@ def plan(
         slotted=branch.turns is not None,
         by_turns=branch.turns is not None,
         ordered=bool(branch.order),
+        shown=branch.shown,
     )
     context = rows.with_logits(
         context, scale=branch.scale, softcap=branch.softcap, sink=branch.sink
@@ -464,6 +493,7 @@ def plan(
             slotted=branch.turns is not None,
             segment=branch.segment,
             own=own,
+            shown=branch.shown,
         )
         values = Config(constexprs=tuple(tuned.items()), num_warps=4, num_stages=1)
         return Kernel(

@@ -13,7 +13,7 @@ import math
 import sys
 import traceback
 import zlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -162,9 +162,10 @@ def shrink(spec: Spec) -> Spec:
     levels: list[Level] = []
     for level in spec.levels:
         levels.append(_shrunk_level(spec, level, divisor, {x.name: x.select for x in levels}))
+    units = _units(levels)
     changes: dict[str, object] = {
         "levels": tuple(levels),
-        "attend": tuple(_shrunk_branch(branch, heads) for branch in spec.attend),
+        "attend": tuple(_shrunk_branch(x, heads, units.get(x.name, 2)) for x in spec.attend),
         "heads": heads,
         "head_dim": _few_dims(spec),
     }
@@ -172,6 +173,13 @@ def shrink(spec: Spec) -> Spec:
         few = 2 if spec.index_per_key_head else min(spec.index.heads, 4)
         changes["index"] = spec.index.model_copy(update={"heads": few, "dim": 16})
     return verify_spec(spec.model_copy(update=changes))
+
+
+def _units(levels: Sequence[Level]) -> dict[str, int]:
+    """By branch that estimates are held against, tokens of the blocks that these keep: whole units."""
+    kept = {x.score.source: x.partition.size for x in levels if x.score.source}
+    named = [(x.score.lse_from, kept.get(x.name, 2)) for x in levels]
+    return {name: size for name, size in named if name}
 
 
 def _divisor(spec: Spec) -> int:
@@ -292,22 +300,23 @@ def _of_few_entries(select: Select) -> dict[str, object]:
     return {}
 
 
-def _shrunk_branch(branch: Attend, heads: Heads) -> Attend:
+def _shrunk_branch(branch: Attend, heads: Heads, unit: int) -> Attend:
     if branch.static:
-        return branch.model_copy(update={"static": _shrunk_static(branch.static, heads.query)})
+        static = _shrunk_static(branch.static, heads.query, unit)
+        return branch.model_copy(update={"static": static})
     if branch.window is None or branch.window == "all":
         return branch
     return branch.model_copy(update={"window": min(branch.window, 9)})
 
 
-def _shrunk_static(static: Static, heads: int) -> Static:
-    """Units of at most two tokens, short windows, and kinds of heads of which the heads are a multiple."""
+def _shrunk_static(static: Static, heads: int, unit: int) -> Static:
+    """Units of at most so many tokens, short windows, kinds of heads of which the heads are a multiple."""
     kinds = static.per_head[: math.gcd(heads, len(static.per_head))]
     if static.grid:
         return static
     return static.model_copy(
         update={
-            "blocks": min(static.blocks, 2),
+            "blocks": min(static.blocks, unit),
             "window": static.window and min(static.window, 5),
             "sink": min(static.sink, 3),
             "per_head": tuple(

@@ -1272,6 +1272,7 @@ REFUSED = {
     "flex_prefill": "branch columns: no kernel has the gradient of lists that rows share yet",
     "svg2": "branch selected: no kernel has the gradient of attention by clusters yet",
     "svg_ear": "branch exact: no kernel has the gradient of attention by clusters yet",
+    "sale": "branch selected: no kernel has the gradient of what a pattern beside it leaves yet",
 }
 
 

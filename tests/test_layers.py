@@ -29,7 +29,7 @@ rows  dryrun                            a kernel's loops · one call on paper
 axes                                    tokens in the order of tiles
 kernels
 boxes                                   windows along axes
-patterns                                what is seen by position alone
+patterns  estimates                     what is seen by position alone · choices held against it
 buckets  together  transposed           rows by the block they chose · rows that share a list · rows by tokens
 halved  picked  trees  clusters         intervals that are searched · tokens a tile picked · trees · k-means
 pyramids  sorting  slashes              entries read in tiers · sorted keys · columns and diagonals
@@ -98,7 +98,7 @@ drafts
 """
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
-    "boxes patterns buckets together halved picked trees clusters pyramids sorting slashes walks "
+    "boxes patterns estimates buckets together halved picked trees clusters pyramids sorting slashes walks "
     "keeping runs splits appending "
     "cols unpool learn entropies blockgate running foretold configs refusals schedule driver backward losses "
     "knobs space emit allowlist store workers build resources pipeline tuned catalogue "

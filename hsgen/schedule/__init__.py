@@ -12,6 +12,7 @@ import networkx as nx
 
 from hsgen import (
     appending,
+    estimates,
     foretold,
     keeping,
     maps,
@@ -69,6 +70,7 @@ from hsgen.schedule import (
     combining,
     cutting,
     descending,
+    estimating,
     foretelling,
     laid,
     likening,
@@ -227,6 +229,8 @@ def _launched(draft: Draft, node: Node) -> bool:
     graph, name = draft.graph, node.name
     if maps.way_to(graph, name) or keeping.way_to(graph, name) or walks.read_in_place(graph, node):
         return True
+    if (way := estimates.way_to(graph, name)) and name in way.inside:
+        return True
     wholes = (clustering.launched, descending.launched, slashing.launched, foretelling.launched)
     some = (laid.launched, *wholes, cutting.launched)
     return any(launched(draft, node) for launched in some)
@@ -251,6 +255,9 @@ def _choose(draft: Draft, node: Node, op: Select | SelectSet) -> None:
     """The launches of a choice."""
     if isinstance(op, SelectSet) and walks.walked(draft.graph, node):
         walking.choose(draft, node, op)
+        return
+    if isinstance(op, SelectSet) and (estimated := estimates.way_to(draft.graph, node.name)):
+        estimating.select(draft, node, op, estimated)
         return
     if isinstance(op, SelectSet) and keeping.way_to(draft.graph, node.inputs[0]):
         staying.choose(draft, node, op)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
-from hsgen import axes, configs, foretold, refusals, rows, splits, together
+from hsgen import axes, configs, estimates, foretold, refusals, rows, splits, together
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Graph,
@@ -1014,7 +1014,8 @@ def part_of(graph: Graph, selection: Node) -> together.Part | None:
         return None
     own = own_entries(selection.type.dims[1], op.stride) - 1
     forced = op.first + (op.last + own if op.last else 0)
-    above, tiling = op.rule == "threshold", axes.tiling_of(graph)
+    tiling = axes.tiling_of(graph)
+    above = op.rule == "threshold" and estimates.way_to(graph, selection.name) is None
     return together.Part(
         units=_units(op),
         stride=tiling.slots if tiling else op.stride,

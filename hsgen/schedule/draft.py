@@ -31,6 +31,7 @@ from hsgen.graph import (
     block_of,
     short_last,
 )
+from hsgen.kernels import WHOLE
 from hsgen.plan import Buffer, Cached, Config, Context, Kernel, Launch, Skeleton, Step
 from hsgen.rows import Entries
 from hsgen.schedule import text
@@ -253,8 +254,12 @@ class Draft:
         )
 
     def power(self, node: Node) -> str:
-        """The buffer of powers of two that vectors in e4m3 are times; empty where there are none."""
+        """The buffer of what vectors are times: powers of two of e4m3, scales of whole numbers; empty where
+        there is nothing.
+        """
         assert isinstance(node.op, Round)
+        if node.op.dtype in WHOLE:
+            return f"{text.buffer(node.name)}_scale"
         return f"{text.buffer(node.name)}_power" if node.op.dtype == "fp8" else ""
 
     def entries(self, op: Score | Select | Attend | Pool | Map, level: str) -> Entries:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from hsgen import buckets, picked, pyramids, rows, sorting, together
+from hsgen import buckets, estimates, picked, pyramids, rows, sorting, together
 from hsgen.errors import PlanError
 from hsgen.graph import Attend, Node, Pool, Recall, left_to_window
 from hsgen.kernels import (
@@ -95,6 +95,7 @@ def branch_of(draft: Draft, node: Node, op: Attend) -> together.Branch:
         turns=laid.turns(draft, node),
         order=sorting.arguments(text.buffer(order.name)) if order else (),
         segment=sorted_keys.segment(draft, selection),
+        shown=estimates.shown_beside(draft.graph, node),
     )
 
 

@@ -18,6 +18,7 @@ from hsgen.graph import (
 from hsgen.kernels import (
     POOLS,
     ROUNDED,
+    WHOLE,
     Pooled,
     PoolsContext,
     RoundContext,
@@ -439,7 +440,7 @@ def _turn_rows(draft: Draft, node: Node, op: Rotate) -> None:
 
 def _round(draft: Draft, node: Node, op: Round) -> None:
     """Vectors of the caller, each kept in fewer bits; by rows, whatever sequences they are of."""
-    assert op.dtype in ROUNDED, "refused"
+    assert op.dtype in (*ROUNDED, *WHOLE), "refused"
     source, buffer = node.inputs[0], text.buffer(node.name)
     x, name = text.input_of(source), text.safe(node.name)
     dims = [draft.size(dim) for dim in node.type.dims[2:]]

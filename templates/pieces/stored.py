@@ -60,3 +60,13 @@ def byte_of_e4m3(x):
     kept = tl.where(size < 0.015625, small, normal)
     kept |= tl.where(x < 0.0, 0x80, 0)
     return tl.where(x == x, kept, 0x7F).to(tl.uint8)
+
+
+@triton.jit
+def whole_of(x, greatest, MOST: tl.constexpr):
+    """The whole numbers that are kept of vectors, up to MOST: the nearest, ties to even; without their scale.
+
+    x: f32[V, D], greatest: f32[V], of each vector's numbers -> f32[V, D]
+    """
+    steps = tl.div_rn(x * MOST, tl.where(greatest == 0.0, 1.0, greatest)[:, None])
+    return (steps + 12582912.0) - 12582912.0  # whole numbers are what float32 has from 2^23 on

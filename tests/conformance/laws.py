@@ -231,7 +231,10 @@ def strides_are_honoured(lab):
 
 @check(
     applies=lambda spec: (
-        not any(_has_tail(level) or _walks(level) or _goes_back(level) for level in spec.levels)
+        not any(
+            _has_tail(level) or _walks(level) or _goes_back(level) or _estimates(spec, level)
+            for level in spec.levels
+        )
         and not any(map(_one_way, spec.attend))
     )
 )
@@ -260,12 +263,13 @@ def given_offsets_place_queries(lab):
 
 def _forces(spec):
     """Whether every level may: no tile or cluster is the first, or a row's last, no part is forced of two,
-    no walk takes what is forced, and what another level forces is always counted.
+    no walk or estimate takes what is forced, and what another level forces is always counted.
     """
     selects = [x.select for x in spec.levels if x.select]
     placed = not any(isinstance(x.partition, language.Clusters) for x in spec.levels)
     others = any(x.apart or x.force.level or x.early_stop for x in selects)
-    return not spec.axes and placed and not others
+    estimated = any(_estimates(spec, level) for level in spec.levels)
+    return not spec.axes and placed and not others and not estimated
 
 
 @check(applies=_forces)
@@ -283,6 +287,11 @@ def uncounted_entries_come_on_top(lab):
             level = level.model_copy(update={"select": select})
         levels.append(level)
     lab.checked(lab.make(language.verify(spec.model_copy(update={"levels": tuple(levels)}))))
+
+
+def _estimates(spec, level):
+    """Whether scores are held against what a branch gives a row, of tokens up to its own; none is forced."""
+    return isinstance(spec.summed(level), language.Attend)
 
 
 def _walks(level):

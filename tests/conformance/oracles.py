@@ -581,6 +581,8 @@ def score_bounds(call, exact):
     unit = limit.arithmetic
     sizes = _form_only(call, absolute=True)
     masses = _form_only(call, absolute=False) if _normalises(call.spec) else {}
+    by_branch = any(isinstance(call.spec.summed(x), Attend) for x in call.spec.levels)
+    unrounded = _form_only(call, absolute=True, rounded=False) if by_branch else {}
     bounds = {}
     for level in call.spec.levels:
         if level.score.source:
@@ -589,8 +591,11 @@ def score_bounds(call, exact):
         bound = _form_bound(call.spec, level, limit) * sizes[level.name]
         if level.score.normalise:
             mass = masses[level.name].clamp(min=0.0)  # -inf where there is no entry
-            summed = call.spec.level(level.score.lse_from or level.name)
-            total = _form_bound(call.spec, summed, limit) * sizes[summed.name]
+            summed = call.spec.summed(level) or level
+            if isinstance(summed, Attend):  # of vectors that are not rounded, and as many terms
+                total = _form_bound(call.spec, level, limit) * unrounded[level.name]
+            else:
+                total = _form_bound(call.spec, summed, limit) * sizes[summed.name]
             worst = bound.amax(-1, keepdim=True) + total.amax(-1, keepdim=True)
             bound = mass * (worst + 32 * unit) + ZERO
             size = mass
@@ -623,8 +628,11 @@ def _normalises(spec):
     return any(level.score.normalise for level in spec.levels)
 
 
-def _form_only(call, *, absolute):
-    """Scores of every level that has a form, by query head, unreduced; of absolute values, unnormalised."""
+def _form_only(call, *, absolute, rounded=True):
+    """Scores of every level that has a form, by query head, unreduced; of absolute values, unnormalised.
+
+    rounded: Of vectors in as few bits as a level's own rule says.
+    """
     spec, levels, starts = call.spec, [], {}
     for level in spec.levels:
         if isinstance(level.partition, Ragged) and level.partition.boundaries != "given":
@@ -638,6 +646,9 @@ def _form_only(call, *, absolute):
             summed = level.score.sums_index  # as they score
             changes = {"reduce": None} | ({} if agreed or summed else {"share": "head"})
             changes |= {"normalise": None} if absolute else {}
+            changes |= {} if rounded else {"dtype": None}
+            if absolute and isinstance(call.spec.summed(level), Attend):
+                changes |= {"lse_from": None}
             if absolute and level.score.form == "pooling_error":
                 changes |= {"form": "dot"}  # whose terms errors have as well
             score = level.score.model_copy(update=changes)
@@ -645,7 +656,9 @@ def _form_only(call, *, absolute):
             levels.append(level.model_copy(update=alone))
     kv = next((b.kv for b in spec.attend if b.values == "raw"), None)
     window = Attend(name="none", window=1, kv=kv, storage=spec.attend[0].storage)
-    alone = {"levels": tuple(levels), "attend": (window,), "combine": None, "reuse": ()}
+    named = {x.score.lse_from for x in levels}
+    attend = tuple(x for x in spec.attend if x.name in named)[:1] or (window,)
+    alone = {"levels": tuple(levels), "attend": attend, "combine": None, "reuse": ()}
     plain = spec.model_copy(update=alone | {"route": None})
     tensors = {n: t.double() for n, t in call.tensors.items() if n in tensor_kinds(plain)}
     tensors |= starts

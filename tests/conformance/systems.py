@@ -28,7 +28,6 @@ EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 # Specs that no kernel reaches yet, and what the plan error says of the operator that is in the way.
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
-    "sale": "%k.int4: no kernel scores vectors kept in int4 yet",
     "routing_transformer": "no kernel takes a route by head yet",
     "superlinear": "level anchor: no kernel scores anchors behind each row yet",
     "sea": "level part: no kernel takes scores as they are given yet",
@@ -141,6 +140,8 @@ def shrink(spec, *, block=16):
     for level in levels:
         if level.select and level.select.early_stop:
             units[level.select.early_stop.after] = level.query.block
+        if level.score.lse_from:  # blocks that estimates keep are whole units
+            units[level.score.lse_from] = _mapped_size(levels, level)
     changes["attend"] = tuple(_shrunk_branch(x, units.get(x.name, 2)) for x in spec.attend)
     grids = any(branch.static and branch.static.grid for branch in spec.attend)
     if spec.axes and (grids or any(level.permute for level in spec.levels)):
@@ -149,6 +150,11 @@ def shrink(spec, *, block=16):
             *(3, 5)[-len(spec.axes) + 1 :],
         )  # the last tiles of an axis are cut off
     return language.verify(spec.model_copy(update=changes))
+
+
+def _mapped_size(levels, level):
+    """Tokens of the greatest blocks that a level's scores are carried to."""
+    return max((x.partition.size for x in levels if x.score.source == level.name), default=2)
 
 
 def _shrunk_branch(branch, most):
@@ -406,6 +412,8 @@ def slots(spec, level, keys):
     """Slots of a row of a level's selection: of a part of the entries as many as the keys have use for."""
     select = level.select
     if select.top_p or select.budget_from or select.early_stop:
+        return max(1, entries(spec, level, keys))
+    if select.threshold and level.score.source:  # of estimates, which are parts of no whole
         return max(1, entries(spec, level, keys))
     if select.threshold:  # of which there are no more than that many in a whole
         most = math.floor(1 / select.threshold) + 1 + spec.most_forced(level)

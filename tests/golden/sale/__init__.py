@@ -1,0 +1,1 @@
+"""Kernels of sale, emitted by hsgen."""
