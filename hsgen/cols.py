@@ -147,6 +147,11 @@ def words_of(block: int) -> int:
     return (next_power(block) + 31) // 32
 
 
+def _of_turn(lists: int) -> str:
+    """Selection heads of a turn, so many lists of each of its programs' heads."""
+    return f"(tl.num_programs(1) * {lists})" if lists > 1 else "tl.num_programs(1)"
+
+
 def _takers(lists: int) -> tuple[Param, ...]:
     """Of each block of keys the blocks of rows of which any chose it."""
     which = f"{lists} * these + which list of a key head's" if lists > 1 else "these"
@@ -170,10 +175,15 @@ class TakersContext:
     several: int  # entries of a block of keys
     causal: bool
     segment: int = 0  # > 0: entries are cut from sorted segments of so many tokens
+    # of a pyramid: of entries that a block of rows reads in this tier, and whether it is the last one
+    tier: int | None = None
+    last: bool = False
     how: Literal["takers"] = "takers"
 
     @property
     def summary(self) -> str:
+        if self.tiered:
+            return f"the blocks of rows of which any reads each block of keys in tier {self.tier}."
         return "the blocks of rows of which any chose each block of keys."
 
     @property
@@ -199,9 +209,27 @@ class TakersContext:
         return f"entry_limit(last, k_len, {self.size}, {self.causal})"
 
     @property
+    def tiered(self) -> bool:
+        return self.tier is not None
+
+    @property
+    def held(self) -> str:
+        """Selection heads that lists of rows have: of a pyramid those of a turn."""
+        return _of_turn(self.lists) if self.tiered else str(self.heads)
+
+    @property
+    def of_tier(self) -> str:
+        """Whether an entry is of the tier; what its block leaves out is of the last one."""
+        own = f"tier == {self.tier}"
+        return f"(({own}) | (tier < 0))" if self.last else f"({own})"
+
+    @property
     def params(self) -> tuple[Param, ...]:
         sizes = (LENGTH, BUCKETS, axes.MOST, axes.CAPACITY)
-        return (WORDS, *_takers(self.lists), *sizes, *SEQ, *tunables("BLOCK_N"))
+        tiers = pointer("TIERS", "i32", f"[blocks, {self.heads}, capacity] of each entry, -1: none")
+        read = (WORDS, tiers) if self.tiered else (WORDS,)
+        turn = (axes.HEAD_FIRST,) if self.tiered else ()
+        return (*read, *_takers(self.lists), *sizes, *SEQ, *turn, *tunables("BLOCK_N"))
 
     @property
     def jit(self) -> str:
@@ -408,6 +436,9 @@ class ColsContext(rows.InTurn):
         0  # > 0: rows are those of blocks, so many each, of which any chose a block of keys
     )
     several: int = 1  # entries of that block
+    merge: int = 1  # > 1: keys are means of so many tokens
+    counted: bool = False  # whose logits have the logarithm of how many each stands for
+    by_turns: bool = False  # heads have turns: means, lists and parts are those of a turn's heads
     # of a pattern: where the rows of step i begin, and what is known of them; else there is nothing
     at: tuple[str, ...] = ()
     of_rows: tuple[str, ...] = ()
@@ -460,7 +491,12 @@ class ColsContext(rows.InTurn):
     @property
     def heavy(self) -> int:
         """First blocks of keys of a sequence, whose rows are those of several programs."""
-        return max(1, HEAVY // self.size)
+        return max(1, HEAVY // (self.size * self.merge))
+
+    @property
+    def held_head(self) -> str:
+        """The head of lists and parts."""
+        return "turn_head" if self.by_turns else "head"
 
     @property
     def entry_size(self) -> int:
@@ -474,6 +510,8 @@ class ColsContext(rows.InTurn):
 
     @property
     def key_head(self) -> str:
+        if self.merge > 1:
+            return self.held_head
         of_queries = self.per_head and not (self.together or self.turns)
         return f"(head // {self.group})" if of_queries else "head"
 
@@ -538,6 +576,7 @@ class ColsContext(rows.InTurn):
             )
         elif self.together:
             lists = (*_takers(self.lists), WORDS, LENGTH, BUCKETS, axes.MOST, axes.CAPACITY)
+            turn = (HEAD_FIRST,) if self.by_turns else ()
         elif self.marked:
             lists = (*transposed.lists(self.marked), LENGTH, transposed.CHUNK, transposed.TOKENS)
             turn = (transposed.BUCKET_FIRST,)
@@ -616,7 +655,7 @@ class SumContext:
             *(() if of.list_heads else (count("chunks", "of rows"),)),
             *(rows.ORDER if of.segment else ()),
             *SEQ,
-            *((HEAD_FIRST,) if of.list_heads else ()),
+            *((HEAD_FIRST,) if of.list_heads or (of.by_turns and of.merge == 1) else ()),
             *tunables(*(("BLOCK_C",) if of.list_heads else ()), "BLOCK_N"),
         )
 
@@ -744,14 +783,16 @@ def of_together(
     left: int,
     segment: int = 0,
     aside: int = 0,
+    alone: bool = False,
 ) -> ColsContext:
     """The keys of a block for a part of the blocks of rows that chose it; short entries lie side by side.
 
     left: tokens of a window beside it, which has those of its rows.
     segment: keys are read through an order of theirs, sorted inside segments of so many.
     aside: tokens of blocks of which each row has its own in another branch.
+    alone: short entries do not lie side by side.
     """
-    several = max(1, MARKED // entries.size) if entries.size < LEAST_KEYS else 1
+    several = 1 if alone or entries.size >= LEAST_KEYS else max(1, MARKED // entries.size)
     per_head = list_heads == shape.query_heads and shape.group > 1
     own = {shape.query_heads: "row_head" if per_head else "head", shape.kv_heads: "head"}
     return replace(
@@ -769,6 +810,49 @@ def of_together(
         ),
         split=True,
         segment=segment,
+    )
+
+
+def of_tier(
+    shape: Shape,
+    branch: Branch,
+    *,
+    size: int,
+    merge: int,
+    counted: bool,
+    list_heads: int,
+    block: int,
+) -> ColsContext:
+    """The keys of a block as one tier has them, tokens or means of `merge`, for the blocks of rows that read
+    them so; heads have turns.
+    """
+    means = Entries(size=size // merge, stride=size // merge)
+    whole = of_together(
+        shape, branch, entries=means, list_heads=list_heads, block=block, left=0, alone=True
+    )
+    own = "turn_head"
+    if whole.per_head:
+        own = f"row_head - head_first * {shape.group}"
+    made = replace(
+        whole,
+        list_of=own if list_heads > 1 else "0",
+        list_stride=_of_turn(whole.lists) if list_heads > 1 else whole.list_stride,
+        by_turns=True,
+    )
+    if merge == 1:
+        return made
+    seen = f"tl.minimum(n * {merge} + {merge}, k_len)[:, None]"
+    behind = f"{seen} <= tl.minimum(position + 1, k_len)[None, :]"
+    return replace(
+        made,
+        name=f"{made.name}_{merge}",
+        summary=f"the gradients of means of {merge} keys and values.",
+        merge=merge,
+        counted=counted,
+        key_row=f"k_first // {merge}",
+        keys=f"(k_len + {merge - 1}) // {merge}",
+        visible=(whole.visible[0], *((behind,) if shape.causal else ())),
+        entries="N",
     )
 
 

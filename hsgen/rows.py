@@ -102,6 +102,10 @@ class Phase:
     slots: int = 0  # of an entry of a list, side by side
     counts: int = 0  # > 0: keys are means of so many tokens, whose logarithm is added to logits
 
+    def tensor(self, x: str) -> str:
+        """How names of its tensor of keys, or of values, begin."""
+        return self.keys if x == "k" else self.values
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gated:

@@ -342,7 +342,7 @@ def of_whole(context: RowsContext, *, block: int, heads: int, in_turn: bool = Fa
     own = " + head" if heads > 1 else ""
     row = f"(tile // parts).to(tl.int64) * {heads}{own}"
     if in_turn:
-        row = list_of_turn("tile // parts", heads, by_turns=False)
+        row = list_of_turn("tile // parts", heads, by_turns=context.by_turns)
     changed = {
         "list_row": f"list_row = {row}",
         "num_words: tl.constexpr": f"num_words: tl.constexpr = {(next_power(block) + 31) // 32}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hsgen import rows
+from hsgen import axes, rows
 from hsgen.kernels import PoolHow, tunables
 from hsgen.plan import Param
 from hsgen.rows import SEQ, Chunk, chunks, count, pointer, tensor
@@ -37,6 +37,7 @@ class UnpoolContext:
     position: bool = False
     precision: str
     adds: bool = False  # to gradients of branches
+    by_turns: bool = False  # heads have turns, and gradients of entries are those of a turn's heads
 
     @property
     def summary(self) -> str:
@@ -69,6 +70,23 @@ class UnpoolContext:
         return f"tl.sqrt_rn({tokens})" if self.pool == "sum_rsqrt" else tokens
 
     @property
+    def held(self) -> str:
+        """Heads of an entry's gradients."""
+        return "tl.num_programs(1)" if self.by_turns else str(self.heads)
+
+    @property
+    def held_head(self) -> str:
+        """Which of these a program has."""
+        return "turn_head" if self.by_turns else "head"
+
+    @property
+    def row(self) -> str:
+        """From one entry's gradients to the next one's."""
+        if self.by_turns:
+            return f"tl.num_programs(1) * {self.head_dim}"
+        return str(self.heads * self.head_dim)
+
+    @property
     def store(self) -> str:
         return "add_rows" if self.adds else "store_rows"
 
@@ -88,7 +106,8 @@ class UnpoolContext:
         length = count("length", "of one sequence; packed: 0")
         match self.how:
             case "unpool":
-                return (grads, *tokens, pool_length, length, *SEQ, *tunables("BLOCK_V"))
+                turn = (axes.HEAD_FIRST,) if self.by_turns else ()
+                return (grads, *tokens, pool_length, length, *SEQ, *turn, *tunables("BLOCK_V"))
             case "unmap":
                 tiles = tunables("BLOCK_E", "BLOCK_D")
                 return (grads, weight, *tokens, pool_length, length, *SEQ, *tiles)

@@ -42,7 +42,7 @@ UNIT = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
-GOLDEN = ("moba", "nsa", "dsa_gqa", "dsa", "seer_attention", "hip", "pbs_attn", "s2o")
+GOLDEN = ("moba", "nsa", "dsa_gqa", "dsa", "seer_attention", "hip", "pbs_attn", "psa", "s2o")
 STREAMING = replace(H100, streams=True)
 BRANCHES = ("compressed", "selected", "window")  # of nsa
 STREAMED = {  # of each spec, what dk and dv come from by a stream of rows
@@ -1251,24 +1251,12 @@ TRAINED = (
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
     *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "sparse_d"),
-    *(
-        "dhsa",
-        "dma",
-        "minference",
-        "nosa",
-        "pbs_attn",
-        "qwen_qsa",
-        "s2o",
-        "step_csa",
-        "token_sparse",
-    ),
-    "xattention",
+    *("dhsa", "dma", "minference", "nosa", "pbs_attn", "psa", "psa_mass", "qwen_qsa", "s2o"),
+    *("step_csa", "token_sparse", "xattention"),
 )
 REFUSED = {
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
     "deepseek_csa": "branch selected: no kernel has the gradient of pooled latents yet",
-    "psa": "branch pyramid: no kernel has the gradient of attention over tiers yet",
-    "psa_mass": "branch pyramid: no kernel has the gradient of attention over tiers yet",
     "flex_prefill": "branch columns: no kernel has the gradient of lists that rows share yet",
     "svg2": "branch selected: no kernel has the gradient of attention by clusters yet",
     "svg_ear": "branch exact: no kernel has the gradient of attention by clusters yet",

@@ -265,7 +265,6 @@ MEASURED = (
     "glm_kpool",
     "xattention",
 )
-UNTRAINED = ("psa",)  # whose gradients no kernel has
 
 
 @functools.cache
@@ -298,7 +297,7 @@ def test_a_call_holds_little_beside_inputs_outputs_and_selection(name):
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["again", "kept"])
-@pytest.mark.parametrize("name", [name for name in MEASURED if name not in UNTRAINED])
+@pytest.mark.parametrize("name", MEASURED)
 def test_gradients_hold_little_beside_what_is_saved_lists_and_themselves(name, apart):
     graph, target = measured_graph(name), replace(H100, streams=True)
     forward = schedule.schedule(graph, target)

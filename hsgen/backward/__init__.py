@@ -1,7 +1,8 @@
 """Graph, Target -> Plan of the gradients: dq where rows stay, dk and dv where keys stay.
 
 A program of its own, compiled when a call first needs it; the forward knows nothing of it.  Selections are
-constants: they come as they were made, and nothing is chosen again, but for what all rows have one list of.
+constants: they come as they were made, and nothing is chosen again, but for what all rows have one list of,
+and tiers of a pyramid, which no selection says.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hsgen.backward.gathered import Gradients
 from hsgen.configs import DType
 from hsgen.graph import Attend, Graph, Input
 from hsgen.plan import Plan
-from hsgen.schedule import SCRATCH_BYTES, combining, text
+from hsgen.schedule import SCRATCH_BYTES, combining, text, vectors
 from hsgen.schedule import laid as scheduled
 from hsgen.schedule.draft import Draft
 from hsgen.target import Target
@@ -51,13 +52,16 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
     scheduled.begin(draft)
     chosen = again.choose(draft) if again.chooses(graph) else ()
     repeated = tuple[str, ...]()
+    selection = {} if chosen else _read(graph, graph.outputs.selection)
     if draft.tiling is not None:
         laid.plan(made)
     else:
         ungating.ungate(made)
+        vectors.means_of_tiers(draft)
+        chosen = (*chosen, *again.rank_tiers(draft))
         pooling.pool_again(draft)
         repeated = ordering.sort_again(draft)
-        for node in graph.nodes():
+        for node in draft.graph.nodes():
             if isinstance(node.op, Attend):
                 attending.attend(made, node, node.op)
         pooling.unpool(made)
@@ -72,7 +76,7 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
         scratch_bytes=SCRATCH_BYTES,
         output=text.buffer(outputs.o),
         lse={branch: text.buffer(name) for branch, name in outputs.lse.items()},
-        selection={} if chosen else _read(graph, outputs.selection),
+        selection=selection,
         sizes=dict(graph.sizes),
         gradients=made.buffers,
         apart=made.outputs,

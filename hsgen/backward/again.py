@@ -1,14 +1,14 @@
-"""Choices that a backward makes again: of a prompt's last rows, which choose once for all rows.
+"""Choices that a backward makes again: of a prompt's last rows, which choose once for all rows, and tiers.
 
-That costs next to nothing, where a list of every row would be as long as budgets are.  The same kernels make
-the same lists of a sequence and head, with the same configurations, bit by bit.
+The former costs next to nothing, where a list of every row would be as long as budgets are.  The same kernels
+make the same lists of a sequence and head, with the same configurations, bit by bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from hsgen import slashes
+from hsgen import schedule, slashes
 from hsgen.graph import Attend, Graph, Node, Pool, PoolRows, Select
 from hsgen.schedule import choosing, slashing, vectors
 from hsgen.schedule.draft import Draft
@@ -37,6 +37,20 @@ def choose(draft: Draft) -> tuple[str, ...]:
     draft.steps = [replace(step, of=None) for step in kept]
     draft.kernels = [kernel for kernel in draft.kernels if kernel.name in launched]
     return tuple(kernel.name for kernel in draft.kernels)
+
+
+def rank_tiers(draft: Draft) -> tuple[str, ...]:
+    """The tiers of every entry, by block of rows, of which a selection says no more than who has any.
+    -> the kernels that do
+    """
+    ranked = {
+        node.inputs[3]
+        for node in draft.graph.nodes()
+        if isinstance(node.op, Attend) and node.op.over == "tiers"
+    }
+    before = {kernel.name for kernel in draft.kernels}
+    schedule.choose_again(draft, ranked)
+    return tuple(kernel.name for kernel in draft.kernels if kernel.name not in before)
 
 
 def _choose(draft: Draft, node: Node) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hsgen import buckets, cols, cols_streams, keeping, patterns, rows, sorting, streams, walks
-from hsgen.backward import slashing, tiles, together, tokens
+from hsgen.backward import pyramids, slashing, tiles, together, tokens
 from hsgen.backward.gathered import GRAD_O, Gradients
 from hsgen.graph import Attend, Input, Node, Permute, Union, left_to_window
 from hsgen.kernels import IndexContext
@@ -20,6 +20,9 @@ Sizes = tuple[tuple[str, str], ...]
 def attend(made: Gradients, node: Node, op: Attend) -> None:
     """All gradients of one branch."""
     branch = _Branch(made, node, op)
+    if op.over == "tiers":
+        branch.tiers()
+        return
     branch.queries()
     branch.keys()
 
@@ -206,6 +209,20 @@ class _Branch:
                 tiles=turns[0],
                 chunk=turns[1],
             )
+        )
+
+    # --- tiers
+
+    def tiers(self) -> None:
+        """delta, then all gradients, in turns of heads."""
+        self._delta_of_output()
+        found = pyramids.turn(self.whole, self.node, self.op, rows_=self.row_arguments)
+        self.step(
+            "queries and keys",
+            buffers=found.buffers,
+            launches=found.launches,
+            sizes=found.sizes,
+            turns=found.turns,
         )
 
     # --- rows stay

@@ -53,9 +53,11 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     lacks = (
         (op.cut == "clusters", "attention by clusters"),
         (
-            op.over not in ("blocks", "tokens", "window", "static", "all", "pooled"),
+            op.over not in ("blocks", "tokens", "window", "static", "all", "pooled", "tiers"),
             f"attention over {op.over}",
         ),
+        (op.over == "tiers" and not _by_block(graph, node, op), "tiers of single rows"),
+        (op.over == "tiers" and combining.gates(graph) is not None, "tiers under gates"),
         (bool(op.latent) and op.over == "pooled", "pooled latents"),
         (op.over == "pooled" and _keeps(graph, node), "entries that each row chose"),
         (bool(op.latent) and op.over == "static", "latents that a pattern shows"),
@@ -125,7 +127,7 @@ def _of_pools(graph: Graph, node: Node) -> str | None:
 def _by_block(graph: Graph, node: Node, op: Attend) -> bool:
     """Whether blocks of rows have chosen blocks of keys, or as many tokens as a number says."""
     selection = graph[node.inputs[3]]
-    chosen = Select | SelectSet if op.over == "blocks" else Select
+    chosen = Select if op.over == "tokens" else Select | SelectSet
     return isinstance(selection.op, chosen) and bool(block_of(selection.type.dims[1]))
 
 

@@ -100,6 +100,7 @@ __all__ = [
     "SORT_LIMIT",
     "TILE_OF_HEADS",
     "Order",
+    "choose_again",
     "part_of",
     "schedule",
 ]
@@ -187,41 +188,55 @@ def _plan(draft: Draft) -> Plan:
 def _launches(draft: Draft) -> None:
     """What each node needs; of what combines branches only that which they do themselves."""
     for node in draft.graph.nodes():
-        if _launched(draft, node):
-            continue
-        match node.op:
-            case Permute():
-                sorted_keys.sort(draft, node, node.op)
-            case Pool() | PoolRows() | Rotate() | Round():
-                vectors.make(draft, node, node.op)
-            case Attend():
-                attending.attend(draft, node, node.op)
-            case Select() | SelectSet():
-                _choose(draft, node, node.op)
-            case LogSumExp() if _summed_apart(draft.graph, node):
-                attending.log_sum_exp(draft, node)
-            case (
-                Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate() | Union()
-            ):
-                pass  # fused into the launch that reads them
-            case Norm() | OutputGate() | Divergence() | Entropies() | Recall(width=int()):
-                pass  # fused into what makes what they read; behind all; calls of their own; the caller's
-            case Unlike():
-                likening.compare(draft, node, node.op)
-            case (
-                Route()
-                | Switch()
-                | Cluster()
-                | Assign()
-                | Runs()
-                | Delta()
-                | PoolHeads()
-                | Recall()
-                | Carry()
-                | Distance()
-                | ReduceRows()
-            ):
-                raise AssertionError("refused")
+        _launch(draft, node)
+
+
+def choose_again(draft: Draft, chosen: set[str]) -> None:
+    """The launches of choices as a forward has them, without the lists of rows, which are there."""
+    behind = chosen.union(*(nx.ancestors(draft.graph.digraph, name) for name in chosen))
+    for node in draft.graph.nodes():
+        if node.name in behind:
+            _launch(draft, node)
+    spread = [step for step in draft.steps if step.of == "rows" and chosen & set(step.makes)]
+    launched = {launch.kernel for step in spread for launch in step.launches}
+    draft.steps = [step for step in draft.steps if step not in spread]
+    draft.kernels = [kernel for kernel in draft.kernels if kernel.name not in launched]
+
+
+def _launch(draft: Draft, node: Node) -> None:
+    if _launched(draft, node):
+        return
+    match node.op:
+        case Permute():
+            sorted_keys.sort(draft, node, node.op)
+        case Pool() | PoolRows() | Rotate() | Round():
+            vectors.make(draft, node, node.op)
+        case Attend():
+            attending.attend(draft, node, node.op)
+        case Select() | SelectSet():
+            _choose(draft, node, node.op)
+        case LogSumExp() if _summed_apart(draft.graph, node):
+            attending.log_sum_exp(draft, node)
+        case Input() | Score() | LogSumExp() | Normalise() | Reduce() | Map() | Gate() | Union():
+            pass  # fused into the launch that reads them
+        case Norm() | OutputGate() | Divergence() | Entropies() | Recall(width=int()):
+            pass  # fused into what makes what they read; behind all; calls of their own; the caller's
+        case Unlike():
+            likening.compare(draft, node, node.op)
+        case (
+            Route()
+            | Switch()
+            | Cluster()
+            | Assign()
+            | Runs()
+            | Delta()
+            | PoolHeads()
+            | Recall()
+            | Carry()
+            | Distance()
+            | ReduceRows()
+        ):
+            raise AssertionError("refused")
 
 
 def _launched(draft: Draft, node: Node) -> bool:

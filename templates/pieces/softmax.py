@@ -82,6 +82,13 @@ def counted_logits(s, n, k_len, MERGE: tl.constexpr, SCALE: tl.constexpr):
 
 
 @triton.jit
+def counted_keys(s, n, k_len, MERGE: tl.constexpr, SCALE: tl.constexpr):
+    """As counted_logits, of s: [N, M]."""
+    count = tl.minimum(tl.maximum(k_len - n * MERGE, 1), MERGE)
+    return s + (tl.log2(count.to(tl.float32)) / SCALE)[:, None]
+
+
+@triton.jit
 def load_lse(address, mask):
     """Log-sum-exps in base 2; of a row that saw no key, or is none, +inf: its weights are 0."""
     lse = tl.load(address, mask=mask, other=float("-inf")) * 1.4426950408889634
