@@ -54,6 +54,7 @@ MOST_ROWS = 256  # of a tile that dots read
 ACCUMULATORS = 192  # of 32 bits a thread: more leave no registers for the operands
 MOST_SCORES = 128  # a thread, of rows that are ranked: twice as many compile for minutes
 LEAST_DOT = 16
+GROUP_ROWS = 64  # of a dot of four warps together, Hopper's least
 
 Values = dict[str, int]  # of one kernel: constexprs, num_warps, num_stages
 # tokens and nodes a step, rows a tile, and tokens whose leaves are looked at at a time, of learned trees
@@ -587,8 +588,12 @@ def _broken_rows(
         yield f"BLOCK_T {values['BLOCK_T']}: some of the heads come with one token"
     if target.tensor_columns:
         return  # accumulators have a memory of their own
+    warps = values["num_warps"]
+    if context.widened and target.dots_read_shared and GROUP_ROWS <= rows < 16 * warps:
+        # Triton 3.6 gives each warp 16 rows of a dot of float32, and reads past a head's last chunk
+        yield f"{warps} warps, at most {rows // 16} for {rows} rows whose dots are of float32"
     held = rows * (width + sum(chunk.width for chunk in context.v_chunks))
-    each = held // (values["num_warps"] * target.warp_size)
+    each = held // (warps * target.warp_size)
     if each > ACCUMULATORS:
         yield f"{each} accumulators a thread, at most {ACCUMULATORS}"
 

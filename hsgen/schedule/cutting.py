@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hsgen import runs, together
 from hsgen.graph import Node, Pool, Score, Select
 from hsgen.plan import Buffer, Config, Launch, Step
@@ -131,7 +129,7 @@ def select(draft: Draft, node: Node, op: Select, way: Way) -> None:
         shape, name=f"score_{level}", block=block, span=span, scale=way.score.op.scale or 1.0
     )
     config = draft.row_tiles_of_blocks.score(scorer)
-    draft.attend(scorer, replace(config, num_warps=8), way.score.name, way.mapped.name)
+    draft.attend(scorer, config, way.score.name, way.mapped.name)
     heads, width = shape.query_heads, draft.width(node)
     ranking = RankRunsContext(
         name=f"rank_{level}",

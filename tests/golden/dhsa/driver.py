@@ -49,7 +49,7 @@ CONFIG = {
         "BLOCK_T": 64,
         "BLOCK_M": 64,
         "BLOCK_N": 32,
-        "num_warps": 8,
+        "num_warps": 4,
         "num_stages": 1,
     },
     "rank_token": {

@@ -45,7 +45,7 @@ def start_error_keys(
     n = (e.to(tl.int64) * many // 1000).to(tl.int32)
     x_base = X + z.to(tl.int64) * x_b + head.to(tl.int64) * x_h
     mean0 = load_tile_masked(x_base, first + n, there, x_t, 0, 128).to(tl.float32)
-    half = tl.zeros([BLOCK_E], tl.float32)
+    half = tl.zeros([BLOCK_E], tl.float64)
     centers = CENTERS + of.to(tl.int64) * 384000
     rest0 = mean0
     whole0 = tl.zeros_like(mean0)
@@ -61,5 +61,6 @@ def start_error_keys(
     store_tile(centers, 2000 + e, inside, 128, cut, 0, 128)
     rest0 -= cut.to(tl.float32)
     whole0 += cut.to(tl.float32)
-    half += tl.sum(whole0 * whole0, 1) * 0.5
-    tl.store(HALF + of.to(tl.int64) * 1000 + e, half, mask=inside)
+    square0 = whole0.to(tl.float64) * whole0.to(tl.float64)
+    half += tl.sum(square0, 1) * 0.5
+    tl.store(HALF + of.to(tl.int64) * 1000 + e, half.to(tl.float32), mask=inside)

@@ -68,7 +68,7 @@ def update_error_keys(
     inside = e < 1000
     tokens = (end - begin).to(tl.float32)
     mean0 = tl.div_rn(sum0, tl.zeros_like(sum0) + tokens)[None, :]
-    half = tl.zeros([1], tl.float32)
+    half = tl.zeros([1], tl.float64)
     centers = CENTERS + of.to(tl.int64) * 384000
     rest0 = mean0
     whole0 = tl.zeros_like(mean0)
@@ -84,5 +84,6 @@ def update_error_keys(
     store_tile(centers, 2000 + e, inside, 128, cut, 0, 128)
     rest0 -= cut.to(tl.float32)
     whole0 += cut.to(tl.float32)
-    half += tl.sum(whole0 * whole0, 1) * 0.5
-    tl.store(HALF + of.to(tl.int64) * 1000 + e, half, mask=inside)
+    square0 = whole0.to(tl.float64) * whole0.to(tl.float64)
+    half += tl.sum(square0, 1) * 0.5
+    tl.store(HALF + of.to(tl.int64) * 1000 + e, half.to(tl.float32), mask=inside)
