@@ -200,7 +200,10 @@ def test_no_warp_of_hopper_has_fewer_rows_than_a_dot_of_float32_gives_it(name):
     assert found.start.config(scorer)["BLOCK_M"] == 64
     assert not found.problem(found.start)
     eight = changed(found.start, scorer, num_warps=8)
-    assert found.problem(eight) == f"{scorer}: 8 warps, at most 4 for 64 rows whose dots are of float32"
+    assert (
+        found.problem(eight)
+        == f"{scorer}: 8 warps, at most 4 for 64 rows whose dots are of float32"
+    )
 
 
 def test_accumulators_have_their_own_memory_on_blackwell():
