@@ -255,7 +255,7 @@ def _private_branches(spec):
         return set()
     opened = {each.level for each in spec.reuse if each.attend == "given"}
     over = {b.kv for b in spec.attend if b.over and b.values == "raw" and b.over not in opened}
-    others = {b.kv for b in spec.attend if b.window}
+    others = {b.kv for b in spec.attend if b.window or b.static}
     others |= {spec.level(b.over).kv for b in spec.attend if b.values == "pooled"}
     return over - others
 
