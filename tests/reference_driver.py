@@ -76,6 +76,7 @@ class StandIn(str):
 
     kernels = ()
     alone = ""
+    again = ()
 
 
 def compiler(made=None, *, dtype=torch.float64):
