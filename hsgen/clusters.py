@@ -32,8 +32,10 @@ from hsgen.kernels import tunables
 from hsgen.plan import Param
 from hsgen.rows import (
     LOG2_E,
+    OUTPUT_GRADIENT,
     OUTPUTS,
     SEQ,
+    SUMS,
     Chunk,
     chunks,
     count,
@@ -64,8 +66,14 @@ How = Literal[
     "attend",
     "members",
     "spread",
+    "bits",
+    "unite",
+    "queries",
+    "keys",
+    "means",
 ]
-DOTS: tuple[How, ...] = ("assign", "score", "errors", "attend")
+GRADIENTS: tuple[How, ...] = ("queries", "keys", "means")
+DOTS: tuple[How, ...] = ("assign", "score", "errors", "attend", *GRADIENTS)
 SUMMARIES: dict[How, str] = {
     "start": "centroids that are tokens evenly spaced.",
     "assign": "the nearest centroid of every token, of equals the first.",
@@ -81,6 +89,11 @@ SUMMARIES: dict[How, str] = {
     "attend": "tiles of rows of a cluster, over the tokens of what it chose.",
     "members": "which clusters of keys each row has chosen for itself, as bits.",
     "spread": "every row with what its cluster chose.",
+    "bits": "what the cluster of each row has chosen, as bits of the row.",
+    "unite": "which clusters of keys any row of a tile has chosen.",
+    "queries": "the gradient of queries.",
+    "keys": "the gradients of keys and values.",
+    "means": "the gradients of means that are attended, for each of their tokens.",
 }
 
 
@@ -115,7 +128,7 @@ class ClustersContext:
 
     @property
     def summary(self) -> str:
-        if self.given:
+        if self.given and self.how == "attend":
             return (
                 "tiles of rows of a cluster, over the tokens of what any of them chose for itself."
             )
@@ -208,8 +221,10 @@ def padded(clusters: int) -> int:
 
 def _params(k: ClustersContext) -> tuple[Param, ...]:
     match k.how:
-        case "attend" | "members":
+        case "attend" | "members" | "queries":
             return _of_attention(k)
+        case "bits" | "unite" | "keys" | "means":
+            return _of_gradients(k)
         case "tiles" | "score" | "values" | "errors" | "choose" | "spread":
             return _of_choice(k)
         case _:
@@ -335,9 +350,50 @@ def _of_attention(k: ClustersContext) -> tuple[Param, ...]:
         *(_starts(k, "ROW_STARTS", rows=True), row_order, *_Q_SIDE, _tiles(k)),
         *(_i32("SCRATCH", "programs", "room"), count("room", "of a program's words")),
         *(count("most", "tiles of a head, at most"), count("items", "tiles of all heads")),
-        *(*OUTPUTS, *SEQ[:1]),
+        *((*OUTPUT_GRADIENT, *SUMS, *_DQ) if k.how == "queries" else OUTPUTS),
+        *SEQ[:1],
         *tunables("BLOCK_T", "BLOCK_N", "BLOCK_K"),
     )
+
+
+_DQ = tensor("DQ", "dq", "[B, T, Hq, Dqk]", "bth")
+
+
+def _of_gradients(k: ClustersContext) -> tuple[Param, ...]:
+    """Of bits of rows, and of keys that stay."""
+    words = _i32("WORDS", "rows", k.query_heads, k.words, what="bits of what a row chose")
+    if k.how == "bits":
+        labels = _i32("ROW_LABELS", k.query_heads, "rows", what="the cluster of each row")
+        return (labels, *_Q_SIDE, _chosen(k), words, *SEQ, *tunables("BLOCK_T"))
+    dims = ("Z", k.query_heads, "tiles", k.words)
+    united = (
+        _i32("TILE_WORDS", *dims, what="of what any of its rows chose"),
+        count("tiles", "of rows of a sequence and head"),
+    )
+    order = _i32("ROW_ORDER", k.query_heads, "rows", what="the row of each slot")
+    if k.how == "unite":
+        return (order, *_Q_SIDE, words, *united, *SEQ[:1], *tunables("BLOCK_T"))
+    q = tensor("Q", "q", "[B, T, Hq, Dqk]", "bth")
+    of_rows = (order, *_Q_SIDE, words, *OUTPUT_GRADIENT, *SUMS)
+    parts = tuple(
+        pointer(
+            f"PART_{x}", "f32", f"f32[Z, {k.kv_heads}, {k.key_clusters}, {dim}] a token of means"
+        )
+        for x, dim in (("K", k.head_dim), ("V", k.v_dim))
+    )
+    tiles = tunables("BLOCK_T", "BLOCK_N")
+    if k.how == "means":
+        starts = _starts(k, "KEY_STARTS", rows=False)
+        means = (_centers(k, "KEY_CENTERS", rows=False), _value_means(k))
+        return (*q, starts, *means, *of_rows, *parts, *SEQ[:1], *tiles)
+    key_order = _i32("KEY_ORDER", k.kv_heads, "keys", what="the token of each slot")
+    labels = _i32("KEY_LABELS", k.kv_heads, "keys", what="the cluster of each token")
+    grads = (
+        *tensor("DK", "dk", "[B, S, Hkv, Dqk]", "bth"),
+        *tensor("DV", "dv", "[B, S, Hkv, Dv]", "bth"),
+    )
+    of_keys = (*q, *_KEYS, *_VALUES, key_order, labels, *_SIDE)
+    return (*of_keys, *of_rows, *united, *(parts if k.rest else ()), *grads, *SEQ[:1], *tiles)
 
 
 def _value_means(k: ClustersContext) -> Param:

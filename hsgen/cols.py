@@ -18,7 +18,9 @@ from hsgen.kernels import tunables
 from hsgen.plan import ElementType, Param
 from hsgen.rows import (
     MARKED,
+    OUTPUT_GRADIENT,
     SEQ,
+    SUMS,
     Box,
     Chunk,
     Entries,
@@ -54,13 +56,8 @@ WORDS = pointer("WORDS", "i32", "[blocks of rows, H, capacity, words] rows as bi
 LEAST_KEYS = 16  # of a tile of dots
 HEAVY = 256  # first keys of a sequence, which most blocks of rows choose
 HEAD_FIRST = count("head_first", "the turn's first key head")
-SUMS = (
-    *lse(),
-    pointer("DELTA", "f32", "f32[B, Hq, T], as LSE"),
-)
 OUTPUT = tensor("O", "o", "[B, T, Hq, Dv]", "bth")
 KEPT_OUTPUT = tensor("O", "o", "f32[B, T, Hq, Dv]", "bth", "f32")  # of a branch under a gate
-OUTPUT_GRADIENT = tensor("DO", "do", "[B, T, Hq, Dv]", "bth")
 OF_KEYS = (
     pointer("SLOT_OF", "i32", "[Hkv, keys, chunk] 1 + the slot of a key in a tile's list; 0: none"),
     count("chunk", "tiles of a turn, at most"),

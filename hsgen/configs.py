@@ -12,7 +12,7 @@ from typing import Literal
 from hsgen import rows, splits
 from hsgen.appending import StoreContext
 from hsgen.blockgate import GateContext
-from hsgen.clusters import ClustersContext
+from hsgen.clusters import GRADIENTS, ClustersContext
 from hsgen.entropies import EntropiesContext
 from hsgen.errors import PlanError
 from hsgen.estimates import EstimateContext
@@ -387,17 +387,24 @@ def clusters(context: ClustersContext, dtype: DType) -> Config:
         "attend": (("BLOCK_T", 2 * tile), ("BLOCK_N", tile), ("BLOCK_K", 1024)),
         "members": (("BLOCK_T", 4), ("BLOCK_K", 64)),
         "spread": (("BLOCK_T", 4),),
+        "bits": (("BLOCK_T", 4),),
+        "queries": (("BLOCK_T", tile), ("BLOCK_N", tile), ("BLOCK_K", 1024)),
+        "keys": (("BLOCK_T", tile), ("BLOCK_N", tile)),
+        "means": (("BLOCK_T", tile), ("BLOCK_N", tile)),
     }
     warps, stages = 4, 1
     if context.how == "assign":
         warps, stages = (4, 2) if full or wide else (8, 2)
     if context.how == "attend":
         warps, stages = 8, 2
+    if context.how in GRADIENTS:
+        warps = 8
     if context.how == "starts":
         warps = 8
     if context.how == "update":
         warps = 2
-    own = () if context.given else values.get(context.how, ())  # those of a call's own choice
+    follows = context.given and context.how == "attend"  # a call's own choice
+    own = () if follows else values.get(context.how, ())
     return Config(constexprs=own, num_warps=warps, num_stages=stages)
 
 

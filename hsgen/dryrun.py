@@ -81,12 +81,12 @@ def gradients(plan: Plan, forward: Plan, *, tokens: int, batch: int = 1) -> DryR
     kept = {plan.output: o, "grad_o": o}
     for branch, name in plan.lse.items():
         kept[name] = made[forward.lse[branch]]
-    for level, name in plan.selection.items():
-        kept[name] = made[forward.selection[level]]
+    chosen = {name: made[forward.selection[level]] for level, name in plan.selection.items()}
+    kept |= {} if plan.either else chosen
     for name in plan.apart.values():
         kept[name] = replace(o, itemsize=4) if len(plan.apart) > 1 else o
     given = _bytes(names) + _bytes(kept)
-    names |= kept | {f"grad_{name}": kept[name] for name in plan.lse.values()}
+    names |= chosen | kept | {f"grad_{name}": kept[name] for name in plan.lse.values()}
     return _Run(plan=plan, names=names, given=given).run()
 
 

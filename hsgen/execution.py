@@ -386,7 +386,7 @@ class Execution:
         known = self._look_up("forward", self.attending, call, "record")
         choice = known.choice
         if choice is None or not self.keeps or known.problem.empty:
-            selections = selections or choice is None or not choice.program.plan.alone
+            selections = selections or choice is None or not self.chooses_again
             return *self._forward(known, choice, call, selections), known
         apart = known.apart = known.apart or self._apart(known.problem, call, choice)
         if not known.apart_ran:
@@ -1126,6 +1126,11 @@ class Execution:
         with self._lock:
             self._recorded[binding, _bucket(problem, call)] = made
         return made
+
+    @functools.cached_property
+    def chooses_again(self) -> bool:
+        """Whether gradients need no lists of rows of a call that chose for itself."""
+        return backward.chooses_again(self.graph)
 
     @functools.cached_property
     def gated(self) -> bool:

@@ -221,6 +221,11 @@ class Plan:
         return {x.name: ("B", f"S // {x.stride}", str(x.heads), str(x.width)) for x in levels}
 
     @property
+    def either(self) -> bool:
+        """Whether a call's own choice is made where no caller brings one."""
+        return any(step.of == "own" for step in self.steps)
+
+    @property
     def usual(self) -> tuple[Step, ...]:
         """The steps of a call that chooses for itself."""
         return tuple(step for step in self.steps if step.of != "given")

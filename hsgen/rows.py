@@ -616,6 +616,11 @@ OUTPUTS = (
     *tensor("O", "o", "[B, T, Hq, Dv]", "bth"),
     *lse(),
 )
+OUTPUT_GRADIENT = tensor("DO", "do", "[B, T, Hq, Dv]", "bth")
+SUMS = (  # what gradients read of rows
+    *lse(),
+    pointer("DELTA", "f32", "f32[B, Hq, T], as LSE"),
+)
 
 
 def next_power(n: int) -> int:

@@ -9,7 +9,7 @@ import emitted
 import pytest
 import sanitizer
 import torch
-from conformance import systems, test_slashes
+from conformance import systems, test_clusters, test_slashes
 from reference_driver import compiler
 from shares import covering
 from template_lint import lint
@@ -733,6 +733,49 @@ def test_rows_of_a_block_may_be_told_tokens_of_their_own():
         torch.testing.assert_close(a, b)
 
 
+CLUSTERED = {
+    **test_clusters.OTHERS,
+    "clusters alone": {"name": "svg2", "keys": 5, "rows": 4, "group": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == test_clusters.NEVER_LEFT_OUT else pytest.mark.full)
+        for name in CLUSTERED
+    ],
+)
+def test_rows_that_attend_by_clusters_have_gradients(name, seed):
+    """Documents with fewer tokens than clusters, and without rows; in the end rows that a caller tells."""
+    clustered = test_clusters.other(dims=(32, 16), **{"group": 1, "kv": 1} | CLUSTERED[name])
+    with sanitizer.enabled(seed=seed):
+        check(clustered, T=39, cu_seqlens_q=i32(0, 1, 1, 34, 39))
+
+
+@pytest.mark.parametrize("name", ["svg2", "svg_ear"])
+def test_rows_of_a_cluster_may_be_told_clusters_of_their_own(name):
+    """A caller's repeat, and have -1 anywhere; a call's own choice, given back, has the same bits."""
+    clustered = test_clusters.other(name=name, keys=6, rows=3, dims=(16, 16), group=1, kv=1)
+    x = tensors(clustered, 1, 30, 30, torch.float32)
+    attn = load_kernel(clustered, interpret=True)
+    o, chosen = attn(**x, return_selection=True)
+    assert not any(
+        y is not None and y.dtype == torch.int32 for y in attn(**x).grad_fn.saved_tensors
+    )
+    found = torch.autograd.grad(o.square().sum(), list(x.values()))
+    own = torch.autograd.grad(attn(**x).square().sum(), list(x.values()))
+    assert all(map(torch.equal, found, own))
+    level = list(chosen)[-1]
+    lists = torch.stack([torch.tensor([t % 6, -1, t // 7, t % 6]) for t in range(30)])
+    given = {"selection": {level: lists.int()[None, :, None]}}
+    exact = attn.reference(**{n: y.double() for n, y in x.items()}, **given, dtype=torch.float64)
+    exact = torch.autograd.grad(exact.square().sum(), list(x.values()))
+    found = torch.autograd.grad(attn(**x, **given).square().sum(), list(x.values()))
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def ways_of_heads(monkeypatch):
     """One head after the other takes the next way, or after the last one none."""
     usual = tensors
@@ -1252,14 +1295,12 @@ TRAINED = (
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
     *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "sparse_d"),
     *("dhsa", "dma", "minference", "nosa", "pbs_attn", "psa", "psa_mass", "qwen_qsa", "s2o"),
-    *("step_csa", "token_sparse", "xattention"),
+    *("step_csa", "svg2", "svg_ear", "token_sparse", "xattention"),
 )
 REFUSED = {
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
     "deepseek_csa": "branch selected: no kernel has the gradient of pooled latents yet",
     "flex_prefill": "branch columns: no kernel has the gradient of lists that rows share yet",
-    "svg2": "branch selected: no kernel has the gradient of attention by clusters yet",
-    "svg_ear": "branch exact: no kernel has the gradient of attention by clusters yet",
     "sale": "branch selected: no kernel has the gradient of what a pattern beside it leaves yet",
 }
 

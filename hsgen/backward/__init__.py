@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hsgen import passes, patterns, refusals, slashes
-from hsgen.backward import again, attending, laid, ordering, pooling, refusing, ungating
+from hsgen import clusters, passes, patterns, refusals, slashes
+from hsgen.backward import again, attending, clustering, laid, ordering, pooling, refusing, ungating
 from hsgen.backward.gathered import Gradients
 from hsgen.configs import DType
 from hsgen.graph import Attend, Graph, Input
@@ -20,7 +20,7 @@ from hsgen.schedule import laid as scheduled
 from hsgen.schedule.draft import Draft
 from hsgen.target import Target
 
-__all__ = ["keeps_branches", "lacking", "plan"]
+__all__ = ["chooses_again", "keeps_branches", "lacking", "plan"]
 
 lacking = refusing.lacking
 
@@ -28,6 +28,11 @@ lacking = refusing.lacking
 def keeps_branches(graph: Graph) -> bool:
     """Whether a forward that autograd records keeps the outputs of its branches: where gates weigh them."""
     return combining.gates(graph) is not None
+
+
+def chooses_again(graph: Graph) -> bool:
+    """Whether a backward makes a call's own choice once more, so that no list of a row is kept for it."""
+    return again.chooses(graph) or clusters.clustering_of(graph) is not None
 
 
 def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = False) -> Plan:
@@ -50,10 +55,13 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
     draft.turns = combining.turns(graph)
     made = Gradients(draft, apart=apart)
     scheduled.begin(draft)
+    clustered = clusters.clustering_of(graph)
     chosen = again.choose(draft) if again.chooses(graph) else ()
     repeated = tuple[str, ...]()
     selection = {} if chosen else _read(graph, graph.outputs.selection)
-    if draft.tiling is not None:
+    if clustered is not None:
+        chosen = clustering.plan(made, clustered)
+    elif draft.tiling is not None:
         laid.plan(made)
     else:
         ungating.ungate(made)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsgen import axes, estimates, keeping, slashes
+from hsgen import axes, clusters, estimates, keeping, slashes
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
@@ -50,6 +50,8 @@ def lacking(graph: Graph, node: Node) -> str | None:
 def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     if axes.tiling_of(graph) is not None:
         return _of_tiles(graph, op)
+    if clusters.clustering_of(graph) is not None:
+        return None
     lacks = (
         (op.cut == "clusters", "attention by clusters"),
         (

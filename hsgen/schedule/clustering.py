@@ -27,6 +27,14 @@ def launched(draft: Draft, node: Node) -> bool:
 
 
 def _plan(draft: Draft, found: Clustering) -> None:
+    choose(draft, found)
+    _attend(draft, found)
+    members(draft, found)
+    _attend(draft, found, given=True)
+
+
+def choose(draft: Draft, found: Clustering) -> None:
+    """Clusters, and what those of rows choose."""
     stage = found.attended
     _cluster(draft, found, stage.keys)
     _cluster(draft, found, stage.rows)
@@ -34,32 +42,30 @@ def _plan(draft: Draft, found: Clustering) -> None:
         _values(draft, found, found.error)
     for each in found.stages:
         _choose(draft, found, each)
-    _attend(draft, found)
-    _attend_given(draft, found)
 
 
 # --- names in the driver
 
 
-def _tag(found: Clustering, *, rows: bool) -> str:
+def tag_of(found: Clustering, *, rows: bool) -> str:
     """A side, after the level that is attended."""
-    return f"{_level(found.attended)}_{'rows' if rows else 'keys'}"
+    return f"{level_of(found.attended)}_{'rows' if rows else 'keys'}"
 
 
-def _level(stage: Stage) -> str:
+def level_of(stage: Stage) -> str:
     assert isinstance(stage.select.op, SelectSet)
     return stage.select.op.level
 
 
-def _side(found: Clustering, *, rows: bool) -> tuple[str, str]:
+def side_of(found: Clustering, *, rows: bool) -> tuple[str, str]:
     """How many rows a tensor has of all sequences, and from one sequence to the next."""
-    tag = _tag(found, rows=rows)
+    tag = tag_of(found, rows=rows)
     return f"all_{tag}", f"length_{tag}"
 
 
 def _sizes(found: Clustering, *, rows: bool) -> tuple[tuple[str, str], ...]:
     x = text.input_of("q" if rows else "k")
-    every, length = _side(found, rows=rows)
+    every, length = side_of(found, rows=rows)
     return (
         (every, f"{x}.shape[0] * {x}.shape[1]"),
         (length, f"0 if batch.packed else {x}.shape[1]"),
@@ -79,8 +85,8 @@ def _cluster(draft: Draft, found: Clustering, node: Node) -> None:
     op = node.op
     assert isinstance(op, Cluster)
     rows = op.of == "queries"
-    tag, source = _tag(found, rows=rows), node.inputs[0]
-    every, length = _side(found, rows=rows)
+    tag, source = tag_of(found, rows=rows), node.inputs[0]
+    every, length = side_of(found, rows=rows)
     chunks = f"chunks_{tag}"
     x = draft.tensor(source)
     names = {
@@ -88,7 +94,7 @@ def _cluster(draft: Draft, found: Clustering, node: Node) -> None:
         for name in ("centers", "half", "moved", "labels", "counts", "begins", "order")
     }
     contexts = {
-        how: _context(draft, found, f"{how}_{tag}", how, rows=rows)
+        how: context_of(draft, found, f"{how}_{tag}", how, rows=rows)
         for how in ("start", "assign", "tally", "starts", "place", "update")
     }
     k = contexts["start"]
@@ -195,26 +201,26 @@ def _chosen(stage: Stage) -> str:
     return f"{stage.select.name}.blocks"
 
 
-def _made(stage: Stage) -> str:
+def made_of(stage: Stage) -> str:
     return text.buffer(_chosen(stage))
 
 
 def _kept(found: Clustering) -> str:
-    return f"kept_{_level(found.mass)}"
+    return f"kept_{level_of(found.mass)}"
 
 
 def _values(draft: Draft, found: Clustering, stage: Stage) -> None:
     """Means of values, and three numbers of every slot's value: how it lies to that of its cluster."""
     assert stage.values is not None
-    context = _context(draft, found, f"values_{_level(stage)}", "values")
+    context = context_of(draft, found, f"values_{level_of(stage)}", "values")
     draft.kernel("clusters", context, configs.clusters(context, draft.dtype), stage.values.name)
-    tag, (every, length) = _tag(found, rows=False), _side(found, rows=False)
+    tag, (every, length) = tag_of(found, rows=False), side_of(found, rows=False)
     of = ("batch.sequences", str(context.kv_heads))
-    means, left = text.buffer(stage.values.name), f"left_{_level(stage)}"
+    means, left = text.buffer(stage.values.name), f"left_{level_of(stage)}"
     dims = (*of, str(context.key_clusters), str(context.v_dim))
     draft.steps.append(
         Step(
-            title=f"values: {_level(stage)}",
+            title=f"values: {level_of(stage)}",
             needs=("v", stage.keys.name),
             makes=(stage.values.name,),
             buffers=(
@@ -240,13 +246,13 @@ def _values(draft: Draft, found: Clustering, stage: Stage) -> None:
 
 def _choose(draft: Draft, found: Clustering, stage: Stage) -> None:
     """Scores of a turn of heads, and the best of each cluster of rows as bits; then lists of rows."""
-    by_mass, level = stage.normalised is not None, _level(stage)
+    by_mass, level = stage.normalised is not None, level_of(stage)
     scoring = (
-        _context(draft, found, f"weigh_{level}", "score")
+        context_of(draft, found, f"weigh_{level}", "score")
         if by_mass
-        else _context(draft, found, f"errors_{level}", "errors")
+        else context_of(draft, found, f"errors_{level}", "errors")
     )
-    ranking = _context(draft, found, f"choose_{level}", "choose", stage=stage)
+    ranking = context_of(draft, found, f"choose_{level}", "choose", stage=stage)
     same, pools = found.attended, (stage.means.name, stage.queries.name)
     others = [x.name for x in (stage.lse, stage.normalised) if x is not None]
     draft.kernel(
@@ -259,8 +265,8 @@ def _choose(draft: Draft, found: Clustering, stage: Stage) -> None:
         *others,
         stage.select.name,
     )
-    keys, rows = _tag(found, rows=False), _tag(found, rows=True)
-    every, length = _side(found, rows=False)
+    keys, rows = tag_of(found, rows=False), tag_of(found, rows=True)
+    every, length = side_of(found, rows=False)
     pairs, turn, scores = f"pairs_{level}", f"turn_{level}", f"scores_{level}"
     starts = f"begins_{keys}"
     each = scoring.row_clusters * scoring.padded_keys
@@ -276,7 +282,7 @@ def _choose(draft: Draft, found: Clustering, stage: Stage) -> None:
         left = f"left_{level}"
         read = (*draft.tensor("k"), *read, f"order_{keys}", every, length, left, scores)
         arguments = (*read, text.SEQ[0], "tile_first")
-    made, told = _made(stage), found.error is not None
+    made, told = made_of(stage), found.error is not None
     of = ("batch.sequences", str(ranking.query_heads), str(ranking.row_clusters))
     kept = Buffer(name=_kept(found), dtype="i32", dims=of, role="list")
     needs = [same.keys.name, same.rows.name]
@@ -327,14 +333,14 @@ def _choose(draft: Draft, found: Clustering, stage: Stage) -> None:
 
 def _spread(draft: Draft, found: Clustering, stage: Stage) -> None:
     """Every row's list of what its cluster chose, where anybody asks for it."""
-    context = _context(draft, found, f"spread_{_level(stage)}", "spread")
+    context = context_of(draft, found, f"spread_{level_of(stage)}", "spread")
     draft.kernel("clusters", context, configs.clusters(context, draft.dtype), stage.select.name)
-    every, length = _side(found, rows=True)
+    every, length = side_of(found, rows=True)
     made = text.buffer(stage.select.name)
     heads, slots = str(context.query_heads), str(context.key_clusters)
     draft.steps.append(
         Step(
-            title=f"lists of rows: {_level(stage)}",
+            title=f"lists of rows: {level_of(stage)}",
             needs=(_chosen(stage), found.attended.rows.name),
             makes=(stage.select.name,),
             of="rows",
@@ -351,8 +357,8 @@ def _spread(draft: Draft, found: Clustering, stage: Stage) -> None:
                     kernel=context.name,
                     grid=("batch.rows // {BLOCK_T} + batch.sequences", heads),
                     arguments=(
-                        *(f"labels_{_tag(found, rows=True)}", every, length),
-                        *(_made(stage), made, *text.SEQ),
+                        *(f"labels_{tag_of(found, rows=True)}", every, length),
+                        *(made_of(stage), made, *text.SEQ),
                     ),
                 ),
             ),
@@ -388,12 +394,12 @@ def _computed(draft: Draft, found: Clustering) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*own, outputs.o, *outputs.lse.values())))
 
 
-def _means(found: Clustering) -> tuple[str, ...]:
+def means_of(found: Clustering) -> tuple[str, ...]:
     """What stands for clusters that were not chosen, where they are attended."""
     values = found.attended.values
     if found.rest is None or values is None:
         return ()
-    return f"centers_{_tag(found, rows=False)}", text.buffer(values.name)
+    return f"centers_{tag_of(found, rows=False)}", text.buffer(values.name)
 
 
 def _attend(draft: Draft, found: Clustering, *, given: bool = False) -> None:
@@ -405,8 +411,8 @@ def _attend(draft: Draft, found: Clustering, *, given: bool = False) -> None:
     assert isinstance(op, Attend)
     own = f"attend_{op.branch}"
     name = f"given_{op.branch}" if given else own
-    context = _context(draft, found, name, "attend", given=given)
-    counting = _context(draft, found, f"tiles_{op.branch}", "tiles", rows=True)
+    context = context_of(draft, found, name, "attend", given=given)
+    counting = context_of(draft, found, f"tiles_{op.branch}", "tiles", rows=True)
     computed = _computed(draft, found)
     if not given:
         draft.kernel(
@@ -423,80 +429,104 @@ def _attend(draft: Draft, found: Clustering, *, given: bool = False) -> None:
         *computed,
         follows=own if given else None,
     )
-    rows, keys = _tag(found, rows=True), _tag(found, rows=False)
-    tiles, scratch, room = (f"{x}_of_{op.branch}" for x in ("tiles", "scratch", "room"))
-    rows_of = f"rows_{op.branch}"
-    most, items, programs = (f"{x}_{op.branch}" for x in ("most", "items", "programs"))
-    of = ("batch.sequences", str(context.query_heads))
     buffers, outputs = _outputs(draft)
-    chosen = (_words(found), f"labels_{keys}") if given else (_made(stage),)
+    sizes, lists, launches, arguments = walked(
+        draft, found, replace(context, name=own), counting, given=given
+    )
     made = f"{stage.select.name}.members" if given else _chosen(stage)
     draft.steps.append(
         Step(
             title=f"attend: {op.branch}" + ", over a selection of the caller's" * given,
-            needs=("q", "k", "v", made, stage.keys.name, stage.rows.name, *_from(found)),
+            needs=("q", "k", "v", made, stage.keys.name, stage.rows.name, *from_values(found)),
             makes=computed,
             of="given" if given else "own",
-            sizes=(
-                (rows_of, f'config["{own}"]["BLOCK_T"]'),
-                (most, f"in_q.shape[1] // {rows_of} + min({context.row_clusters}, in_q.shape[1])"),
-                (items, f"batch.sequences * {context.query_heads} * {most}"),
-                (programs, f"max(1, min({items}, {PROGRAMS} * batch.processors))"),
-                (room, f"batch.keys + {2 * context.padded_keys}"),
-            ),
-            buffers=(
-                Buffer(
-                    name=tiles, dtype="i32", dims=(*of, str(context.padded_rows + 1)), role="list"
-                ),
-                Buffer(name=scratch, dtype="i32", dims=(programs, room), role="scratch"),
-                *buffers,
-            ),
+            sizes=sizes,
+            buffers=(*lists, *buffers),
             launches=(
-                Launch(
-                    kernel=counting.name,
-                    grid=tuple(reversed(of)),
-                    arguments=(f"begins_{rows}", tiles),
-                ),
+                *launches,
                 Launch(
                     kernel=name,
-                    grid=(programs,),
-                    arguments=(
-                        *(*draft.tensor("q"), *draft.tensor("k"), *draft.tensor("v"), *chosen),
-                        *(f"begins_{keys}", f"order_{keys}", *_side(found, rows=False)),
-                        *_means(found),
-                        *(f"begins_{rows}", f"order_{rows}", *_side(found, rows=True), tiles),
-                        *(scratch, room, most, items, *outputs, text.SEQ[0]),
-                    ),
+                    grid=(programs_of(op.branch),),
+                    arguments=(*arguments, *outputs, text.SEQ[0]),
                 ),
             ),
         )
     )
 
 
-def _from(found: Clustering) -> tuple[str, ...]:
+def programs_of(branch: str) -> str:
+    """How many programs take tiles of rows of a branch."""
+    return f"programs_{branch}"
+
+
+def walked(
+    draft: Draft,
+    found: Clustering,
+    context: ClustersContext,
+    counting: ClustersContext,
+    *,
+    given: bool,
+) -> tuple[tuple[tuple[str, str], ...], tuple[Buffer, ...], tuple[Launch, ...], tuple[str, ...]]:
+    """What programs that take tiles of rows of clusters read.  -> sizes, lists, their launches, arguments
+
+    given: rows have bits of their own.
+    """
+    op = found.exact.op
+    assert isinstance(op, Attend)
+    rows, keys = tag_of(found, rows=True), tag_of(found, rows=False)
+    tiles, scratch, room = (f"{x}_of_{op.branch}" for x in ("tiles", "scratch", "room"))
+    rows_of, programs = f"rows_{op.branch}", programs_of(op.branch)
+    most, items = f"most_{op.branch}", f"items_{op.branch}"
+    of = ("batch.sequences", str(context.query_heads))
+    chosen = (words_of(found), f"labels_{keys}") if given else (made_of(found.attended),)
+    sizes = (
+        (rows_of, f'config["{context.name}"]["BLOCK_T"]'),
+        (most, f"in_q.shape[1] // {rows_of} + min({context.row_clusters}, in_q.shape[1])"),
+        (items, f"batch.sequences * {context.query_heads} * {most}"),
+        (programs, f"max(1, min({items}, {PROGRAMS} * batch.processors))"),
+        (room, f"batch.keys + {2 * context.padded_keys}"),
+    )
+    lists = (
+        Buffer(name=tiles, dtype="i32", dims=(*of, str(context.padded_rows + 1)), role="list"),
+        Buffer(name=scratch, dtype="i32", dims=(programs, room), role="scratch"),
+    )
+    launch = Launch(
+        kernel=counting.name, grid=tuple(reversed(of)), arguments=(f"begins_{rows}", tiles)
+    )
+    arguments = (
+        *(*draft.tensor("q"), *draft.tensor("k"), *draft.tensor("v"), *chosen),
+        *(f"begins_{keys}", f"order_{keys}", *side_of(found, rows=False)),
+        *means_of(found),
+        *(f"begins_{rows}", f"order_{rows}", *side_of(found, rows=True), tiles),
+        *(scratch, room, most, items),
+    )
+    return sizes, lists, (launch,), arguments
+
+
+def from_values(found: Clustering) -> tuple[str, ...]:
     """The means of values that are attended."""
     values = found.attended.values
     return (values.name,) if found.rest is not None and values is not None else ()
 
 
-def _words(found: Clustering) -> str:
+def words_of(found: Clustering) -> str:
     """The buffer of what rows chose for themselves."""
-    return f"words_{_level(found.attended)}"
+    return f"words_{level_of(found.attended)}"
 
 
-def _attend_given(draft: Draft, found: Clustering) -> None:
-    """A caller's lists as bits, in turns of tiles of rows; then attention by these."""
+def members(draft: Draft, found: Clustering) -> None:
+    """A caller's lists as bits, in turns of tiles of rows."""
     op, stage = found.exact.op, found.attended
     assert isinstance(op, Attend)
-    name, level = f"members_{op.branch}", _level(stage)
-    context = _context(draft, found, name, "members")
+    name, level = f"members_{op.branch}", level_of(stage)
+    context = context_of(draft, found, name, "members")
     draft.kernel("clusters", context, configs.clusters(context, draft.dtype), found.exact.name)
     tiles, rows_of, chunk = f"tiles_{level}", f"rows_{level}", f"chunk_{level}"
     members, fit = f"scratch_{level}", f"fit_{level}"
     each = 4 * context.query_heads * context.padded_keys
     heads, chosen = str(context.query_heads), text.buffer(stage.select.name)
     words = Buffer(
-        name=_words(found),
+        name=words_of(found),
         dtype="i32",
         dims=("batch.rows", heads, str(context.words)),
         role="list",
@@ -536,10 +566,9 @@ def _attend_given(draft: Draft, found: Clustering) -> None:
             chunk=chunk,
         )
     )
-    _attend(draft, found, given=True)
 
 
-def _context(
+def context_of(
     draft: Draft,
     found: Clustering,
     name: str,
@@ -560,7 +589,7 @@ def _context(
     scored = found.error.score.op if found.error and how == "errors" else mass
     assert isinstance(scored, Score)
     scale = scored.scale if scored.scale is not None else 1.0
-    if how == "attend":
+    if how == "attend" or how in clusters.GRADIENTS:
         scale = clusters.scale_of(found.exact)
     context = ClustersContext(
         name=name,
@@ -575,7 +604,7 @@ def _context(
         rows=rows,
         scale=scale,
         counted=bool(mass.counted),
-        rest=found.rest is not None and how == "attend",
+        rest=found.rest is not None and how in ("attend", "queries", "keys"),
         given=given,
         precision=shape.precision,
         cuts=1 if draft.dtype == "fp32" else 3,
