@@ -106,7 +106,7 @@ PEERS = {"cudnn.BSA": bsa, "flash-attn-4": flash}
 def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
     """Every size, length and kind; results are on disk after each."""
     made = common.provenance("benchmarks.block_lists", argv, "cuda")
-    made["packages"] = {name: _version(name) for name in PACKAGES}
+    made["packages"] = {name: version(name) for name in PACKAGES}
     path = args.output / f"block_lists_{common.slug(made['card'])}_{made['date']}.json"
     groups = captures.load(args.capture)
     data: Json = {"runs": [made], "cases": {}}
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Path:
                 data["cases"][f"{size}/{tokens}/{kind}"] = entry
                 common.write_json(path, data)
                 print(
-                    size, tokens, kind, {n: _said(e) for n, e in entry["steps"].items()}, flush=True
+                    size, tokens, kind, {n: said(e) for n, e in entry["steps"].items()}, flush=True
                 )
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -163,14 +163,16 @@ def peer(attend: Attend, expected: Tensor) -> Json:
     return {"error": error, "ms": sum(times.values()), "kernels": times}
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """The installed version of a package, if it is installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _said(entry: Json) -> str:
+def said(entry: Json) -> str:
+    """The time of a step, or why it has none."""
     if entry["status"] != "ok":
         return " ".join(str(entry["reason"]).split())[:150]
     return f"{entry['ms']:.3f} ms"
@@ -190,33 +192,38 @@ def page(results: Sequence[Json]) -> str:
             where = f"{card}, {entry['tokens']:,}, {entry['size']}, {entry['inputs']}"
             rows.append([where, *_figures(entry)])
             failed += [
-                f"- {where}, {name}: {_said(step)}"
+                f"- {where}, {name}: {said(step)}"
                 for name, step in entry["steps"].items()
                 if step["status"] != "ok"
             ]
-    made = [made for result in results for made in result["runs"]]
-    came = [
-        f"- {x['card']}, torch {x['torch']}, triton {x['triton']}, "
-        f"{', '.join(f'{n} {v}' for n, v in x['packages'].items() if v)}, {x['date']}: `{x['command']}`"
-        for x in made
-    ]
     parts = [TEXT, common.table(head, rows)]
     parts += ["## What failed\n", *failed, ""] if failed else []
-    return "\n".join([*parts, "## Where the figures come from\n", *came]) + "\n"
+    return "\n".join([*parts, "## Where the figures come from\n", *came(results)]) + "\n"
+
+
+def came(results: Sequence[Json]) -> list[str]:
+    """A line a run: card, versions, date and command."""
+    return [
+        f"- {x['card']}, torch {x['torch']}, triton {x['triton']}, "
+        f"{', '.join(f'{n} {v}' for n, v in x['packages'].items() if v)}, {x['date']}: `{x['command']}`"
+        for result in results
+        for x in result["runs"]
+    ]
 
 
 def _figures(entry: Json) -> list[str]:
     own = entry["steps"]["hsgen"]
     ms = own.get("ms")
-    found = [common.number(own.get("choosing")), common.number(ms), _rate(entry["flops"], ms)]
+    found = [common.number(own.get("choosing")), common.number(ms), rate(entry["flops"], ms)]
     for name in PEERS:
         other = entry["steps"][name].get("ms")
-        found += [common.number(other), _rate(entry["flops"], other)]
+        found += [common.number(other), rate(entry["flops"], other)]
         found.append(f"{other / ms:.2f}×" if ms and other else common.MISSING)
     return found
 
 
-def _rate(flops: float, ms: float | None) -> str:
+def rate(flops: float, ms: float | None) -> str:
+    """TFLOP/s in words."""
     return common.number(flops / ms / 1e9 if ms else None)
 
 

@@ -108,6 +108,7 @@ class Case:
         kind: Of input.
         heads: (query, kv) instead of the spec's own, for trying the script out.
         dim: Likewise.
+        layer: That it is, of a system that differs by layer.
     """
 
     system: str
@@ -115,6 +116,7 @@ class Case:
     kind: samples.Kind
     heads: tuple[int, int] | None = None
     dim: int | None = None
+    layer: int | None = None
 
     @property
     def name(self) -> str:
@@ -124,7 +126,7 @@ class Case:
     @property
     def spec(self) -> Spec:
         """The attention that is timed."""
-        spec = load(self.system)
+        spec = load(self.system).bind(layer=self.layer)
         if self.heads is None or self.dim is None:
             return spec
         return standins.bind(spec, query=self.heads[0], kv=self.heads[1], dim=self.dim)

@@ -186,7 +186,9 @@ class Examination:
         """The reference's gradients in a dtype, of the entries that the forward chose."""
         trial, given, left = self.trial, self._tensors, self._left
         leaves = {
-            name: x.detach().to(dtype).requires_grad_() for name, x in given.reference.items()
+            name: x.detach().to(dtype).requires_grad_()
+            for name, x in given.reference.items()
+            if x.is_floating_point()
         }
 
         def unpacked(x: Tensor) -> Tensor:
@@ -199,7 +201,7 @@ class Examination:
         lengths = given.lengths
         result = reference(
             trial.spec,
-            leaves,
+            given.reference | leaves,
             cu_seqlens_q=lengths.get("cu_seqlens_q"),
             cu_seqlens_k=lengths.get("cu_seqlens_k"),
             kv_lens=lengths.get("kv_lens"),

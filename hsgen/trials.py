@@ -569,7 +569,9 @@ def tensors_of(trial: Trial, device: str) -> Tensors:
     keys = sum(trial.keys) if trial.packed else trial.keys[0]
     shapes = tensor_shapes(trial.spec, sequences, rows, keys)
     made = {
-        name: _numbers(trial, name, shape, generator).to(device, trial.dtype)
+        name: _halves(trial, device)
+        if name.endswith("_split")
+        else _numbers(trial, name, shape, generator).to(device, trial.dtype)
         for name, shape in shapes.items()
         if name != "route"
     }
@@ -599,6 +601,11 @@ def tensors_of(trial: Trial, device: str) -> Tensors:
 
 def _cumulative(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([sum(lengths[:z]) for z in range(len(lengths) + 1)], dtype=torch.int32)
+
+
+def _halves(trial: Trial, device: str) -> Tensor:
+    """Where the second half of each sequence begins."""
+    return torch.tensor([n // 2 for n in trial.keys], dtype=torch.int32, device=device)
 
 
 def _numbers(trial: Trial, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

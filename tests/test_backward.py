@@ -288,6 +288,9 @@ def tensors(spec, B, T, S, dtype, *, packed=False):
         if name == "route":  # the second way
             found[name] = torch.ones_like(x, dtype=torch.int32)
             continue
+        if name.endswith("_split"):  # half of the text is the prompt
+            found[name] = torch.full_like(x, S // 2, dtype=torch.int32)
+            continue
         if name.endswith("_weight"):
             x *= (shape[1] * shape[2]) ** -0.5
         lower = packed and kinds[name] != "parameter"

@@ -17,6 +17,7 @@ from benchmarks import (
     backward,
     beam_structures,
     beams,
+    block_gradients,
     block_lists,
     common,
     decode,
@@ -309,6 +310,7 @@ def test_speed_script_runs_through_on_cpu(tmp_path, capsys):
         ("smollm2", smollm2.page, []),
         ("speed", speed_report.page, []),
         ("block_lists", block_lists.page, []),
+        ("block_gradients", block_gradients.page, []),
         ("decode", decode.page, []),
         ("groups", groups.page, []),
         ("token_lists", token_lists.page, []),
@@ -327,9 +329,10 @@ def test_page_is_made_of_the_kept_results(kind, page, more):
     )
 
 
+@pytest.mark.parametrize("made", [block_lists, block_gradients])
 @pytest.mark.parametrize("size", block_lists.SIZES)
-def test_lists_of_blocks_hold_as_many_keys_whatever_the_block(size):
-    spec = block_lists.of_size(size)
+def test_lists_of_blocks_hold_as_many_keys_whatever_the_block(made, size):
+    spec = made.of_size(size)
     (level,) = spec.levels
     assert (spec.causal, level.query.block) == (False, size)
     assert level.select.budget * level.partition.size == 4096
