@@ -12,13 +12,13 @@ import torch
 import torch.utils.flop_counter
 from reference_driver import compiler
 
-from hsgen import execution, operators, runtime
+from hsgen import execution, operators, runtime, standins
 from hsgen.errors import ArgumentError, HsgenError, PlanError, SpecError
 from hsgen.execution import Options, Stats
 from hsgen.reference import tensor_kinds, tensor_shapes
 from hsgen.runtime import Kernel, load_kernel
 from hsgen.selection import ListSelection
-from hsgen.spec import Blocks, HeadDim, Heads, parse
+from hsgen.spec import Blocks, HeadDim, Heads, load, parse
 from hsgen.target import Target
 
 GATED = parse("""
@@ -420,6 +420,29 @@ def test_export_keeps_tokens_dynamic():
     program = torch.export.export(Model(), tuple(tensors().values()), dynamic_shapes=({1: T},) * 4)
     x = tensors(T=9)
     assert torch.equal(program.module()(*x.values()), load_kernel_of_test(**x))
+
+
+@pytest.mark.parametrize("name", ["seer_attention", "hirouter", "ssa"])
+def test_export_keeps_tokens_of_losses_dynamic(name):
+    spec = standins.bind(load(name), query=4, kv=2, dim=32)
+    kernel = load_kernel(spec)
+
+    def drawn(T):
+        return {n: torch.randn(s) for n, s in tensor_shapes(spec, 1, T, T).items()}
+
+    first, other, names = drawn(64), drawn(100), list(tensor_shapes(spec, 1, 1, 1))
+
+    class Model(torch.nn.Module):
+        def forward(self, *x):
+            return kernel.losses(**dict(zip(names, x, strict=True)))
+
+    T = torch.export.Dim("T", min=2, max=4096)
+    follows = tuple({1: T} if first[n].shape != other[n].shape else {} for n in names)
+    program = torch.export.export(Model(), tuple(first.values()), dynamic_shapes=(follows,))
+    found, expected = program.module()(*other.values()), kernel.losses(**other)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[loss], expected[loss]) for loss in expected)
+    assert all(x.isfinite() and x != 0 for x in expected.values())
 
 
 @pytest.mark.parametrize(
