@@ -240,7 +240,11 @@ def require_close(o: Tensor, expected: Tensor, where: str) -> float:
 
 
 def _overlap(chosen: Tensor, own: Tensor) -> float:
-    """Share of the reference's own choices that the kernel made too.  i32[R, Hs, K], twice"""
+    """Share of the reference's own choices that the kernel made too; of none, that it made none.
+    i32[R, Hs, K], twice
+    """
+    if not (own >= 0).any():
+        return float(not (chosen >= 0).any())
     entries = 1 + max(int(each.max()) if each.numel() else 0 for each in (chosen, own))
     both = metrics.members(chosen, entries) & metrics.members(own, entries)
-    return float(both.sum() / (own >= 0).sum().clamp(min=1))
+    return float(both.sum() / (own >= 0).sum())

@@ -139,6 +139,36 @@ def test_a_wrong_choice_is_refused():
         checking.compare(SPEC, x, o, wrong, runs)
 
 
+def test_a_choice_of_nothing_is_none_at_all():
+    """Where a route takes heads another way, the level has no entries."""
+    x = {name: torch.randn(1, 80, 2, 16) for name in "qkv"}
+    right = reference(SPEC, x)
+    none = {"chunk": to_list(right.selection["chunk"]).indices.fill_(-1)}
+    asked = checking.Reference(SPEC, x)
+    asked._known[0, 80, ""] = checking.Said(o=right.o, chosen=none)
+    with pytest.raises(checking.CheckError, match=r"chunk: 0\.0% of the reference's choice"):
+        checking.compare(SPEC, x, right.o, right.selection, [(0, 80)], asked)
+    empty = {"chunk": ListSelection(level="chunk", indices=none["chunk"])}
+    o = reference(SPEC, x, selection=empty).o
+    assert checking.compare(SPEC, x, o, empty, [(0, 80)], asked)["same_choice"] == 1.0
+
+
+@pytest.mark.parametrize("turn", [0.0, 1e-3, float("nan")])
+def test_rows_that_choose_with_ones_far_apart_are_asked_twice(monkeypatch, turn):
+    spec = standins.bind(load("svg2"), query=2, kv=2, dim=16)
+    assert not checking.runs_tell(spec)
+    o = torch.randn(1, 50, 2, 16)
+    outputs = iter((o + turn, o))
+    monkeypatch.setattr(measure, "run", lambda *_: (next(outputs), {}))
+    setting = bench.Setting(device="cpu", kind="random", groups=(), seconds=0.0)
+    length = bench._Length(setting=setting, spec=spec, tokens=50)
+    if turn == 0.0:
+        assert length.check() == {"rows_twice": 50}
+    else:
+        with pytest.raises(checking.CheckError, match="not finite, or another one"):
+            length.check()
+
+
 def test_rows_are_checked_where_nothing_is_causal():
     spec = parse(TINY.replace("causal: true", "causal: false").replace(", force: {last: 1}", ""))
     x = {name: torch.randn(1, 40, 2, 16) for name in "qkv"}
