@@ -4,7 +4,8 @@
 group makes scores, weights and dv, the other what the scores are to change by and dk: as many products each,
 whatever the head dims, and one accumulator each, so that every number is still added up in one order.  The
 weights go from the first to the second through shared memory.  The tensor memory accelerator brings a
-token's heads at a time, so that a list of tokens costs no more than a range.
+token's heads at a time, so that a list of tokens costs no more than a range; where blocks of rows chose, it
+brings 64 rows of a block at once, and a row that did not choose has a log-sum-exp of infinity.
 
 Decides what a cols kernel needs to be written so.  Places, rows and masks stay those of `cols`.
 """
@@ -59,7 +60,19 @@ class ColsStreamsContext(Warped):
     @property
     def tokens(self) -> int:
         """Of a tile."""
-        return ROWS // self.cols.heads
+        return _tokens(self.cols)
+
+    @property
+    def first_head(self) -> str:
+        """Of a tile of rows of a block."""
+        if self.cols.lists > 1:
+            return "tile_head"
+        return f"head * {self.cols.heads}" if self.cols.heads > 1 else "head"
+
+    @property
+    def by(self) -> str:
+        """From one tile to the next, as loops count them."""
+        return "1" if self.cols.together else "BLOCK_T"
 
     @staticmethod
     def bytes(tiles: tuple[Chunk, ...]) -> int:
@@ -73,24 +86,24 @@ class ColsStreamsContext(Warped):
 
     def inside(self, n: str) -> str:
         """Which of the keys called `n` there are."""
-        if not self.cols.list_heads:
+        if not (self.cols.list_heads or self.cols.together):
             return f"{n} < keys"
         return f"({n} < keys) & ({n} - entry * {self.cols.stride} < {self.cols.size})"
 
     @property
     def seen_by_all(self) -> str:
         """Whether all rows of a tile, whose positions are `first` to `last`, see all keys."""
-        return " and ".join(map(_seen_by_all, self.cols.visible))
+        return " and ".join(map(_seen_by_all, _of_places(self.cols)))
 
     @property
     def limit(self) -> str:
         """The first entry that a row does not see, where it takes a call to say; else empty."""
-        found = [match[1] for text in self.cols.visible for match in LIMIT.finditer(text)]
+        found = [match[1] for text in _of_places(self.cols) for match in LIMIT.finditer(text)]
         return found[0] if found else ""
 
     @property
     def visible(self) -> tuple[str, ...]:
-        return tuple(LIMIT.sub("limit[None, :]", text) for text in self.cols.visible)
+        return tuple(LIMIT.sub("limit[None, :]", text) for text in _of_places(self.cols))
 
     @property
     def stores(self) -> dict[str, str]:
@@ -116,6 +129,16 @@ class ColsStreamsContext(Warped):
         )
 
 
+def _tokens(context: ColsContext) -> int:
+    """Of a tile of rows."""
+    return ROWS // context.heads
+
+
+def _of_places(context: ColsContext) -> tuple[str, ...]:
+    """Conditions on a key's place and a row's; whether a row of a block chose is known of rows alone."""
+    return tuple(text for text in context.visible if text != MEMBER)
+
+
 def _tiles(cut: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
     columns = range(0, sum(c.width for c in cut), COLUMNS)
     return tuple(
@@ -123,6 +146,7 @@ def _tiles(cut: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
     )
 
 
+MEMBER = "member[None, :] != 0"
 LIMIT = re.compile(r"(complete_limit\(.*\))\[None, :\]")
 CONDITION = re.compile(r"n\[:, None\] (<=|<|>) (.+)")
 
@@ -142,11 +166,9 @@ def config(context: ColsContext, target: Target, dtype: str) -> Config | None:
     possible = (
         target.streams
         and dtype != "fp32"
-        and context.heads == context.group
-        and not (context.latent or context.together or context.at)
+        and not (context.latent or context.at)
         and not (context.bias_scale or context.cap)
-        and context.heads % ATOM == 0
-        and ROWS % context.heads == 0
+        and (_blocks_of_rows(context) if context.together else _heads_of_tokens(context))
         and qk % COLUMNS == v % COLUMNS == 0
         and max(qk // 2 + v // 4, v // 2 + qk // 4) <= MOST
         and not (context.list_heads and (context.size < ROWS or context.marked))
@@ -160,6 +182,24 @@ def config(context: ColsContext, target: Target, dtype: str) -> Config | None:
     if context.list_heads:
         values = (("BLOCK_C", CHUNK), *values)
     return Config(constexprs=values, num_warps=4, num_stages=1) if stages >= 2 else None
+
+
+def _heads_of_tokens(context: ColsContext) -> bool:
+    """Whether the heads of a token, which are brought at a time, fill tiles."""
+    whole = context.heads == context.group
+    return whole and context.heads % ATOM == 0 and ROWS % context.heads == 0
+
+
+def _blocks_of_rows(context: ColsContext) -> bool:
+    """Whether tiles are whole parts of blocks of rows, and keys a block of tokens that stand in order."""
+    return (
+        ROWS % context.heads == 0
+        and context.together % _tokens(context) == 0
+        and context.size >= ROWS
+        and context.several == context.merge == 1
+        and not (context.by_turns or context.segment or context.counted)
+        and all(CONDITION.fullmatch(text) for text in _of_places(context))
+    )
 
 
 def shared_bytes(context: ColsContext, stages: int) -> int:
@@ -180,7 +220,8 @@ def streamed(context: ColsContext) -> ColsStreamsContext:
                 dtype=param.dtype,
                 columns=COLUMNS,
                 heads=context.heads,
-                comment=f"[B, T, Hq, {of}], {COLUMNS} columns of a token's {context.heads} heads a tile",
+                tokens=_tokens(context) if context.together else 1,
+                comment=f"[B, T, Hq, {of}], {COLUMNS} columns of {_whose(context)} a tile",
             )
             params.append(made)
         elif not re.fullmatch(r"(q|do)_[bth]", param.name):
@@ -189,6 +230,14 @@ def streamed(context: ColsContext) -> ColsStreamsContext:
     whose = count("whose", "1: each sequence has rows of its own; 0: all lie in one")
     deep = Param(name="STAGES", kind="constexpr", comment="tiles of rows that are in flight")
     return ColsStreamsContext(cols=context, params=(*params[:at], whose, *params[at:], deep))
+
+
+def _whose(context: ColsContext) -> str:
+    """What a tile that is brought is of."""
+    if not context.together:
+        return f"a token's {context.heads} heads"
+    heads = f"{context.heads} heads" if context.heads > 1 else "a head"
+    return f"{_tokens(context)} tokens of {heads}"
 
 
 def of_tiles(kernel: Kernel) -> Kernel:
@@ -207,7 +256,9 @@ def launch(launch: Launch, context: ColsStreamsContext) -> Launch:
     made: list[str] = []
     for param in context.params:
         if param.kind == "tiles":
-            made.append(f"batch.tile_of({given[param.name]}, 1, {COLUMNS}, {param.heads})")
+            made.append(
+                f"batch.tile_of({given[param.name]}, {param.tokens}, {COLUMNS}, {param.heads})"
+            )
         elif param.name == "whose":
             made.append("0 if batch.packed else 1")
         elif param.kind != "constexpr":

@@ -48,7 +48,8 @@ class Param:
     comment: str
     dtype: ElementType | None = None  # of what a pointer points to, or a tile holds
     columns: int = 0  # of a tile
-    heads: int = 0  # of one token, which a tile then has; 0: BLOCK_N tokens of one head
+    heads: int = 0  # of a token, which a tile then has; 0: BLOCK_N tokens of one head
+    tokens: int = 1  # of a tile that has such heads
 
     @property
     def declaration(self) -> str:

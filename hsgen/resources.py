@@ -55,7 +55,7 @@ class Parameter:
 
     `dtype` is empty for a constexpr, else bf16, fp16, fp32, fp64, fp8e4nv, fp8e5, i1 to i64 or u8.
     `columns`: of tiles that the tensor memory accelerator brings, BLOCK_N rows of one head each, or
-    one of so many `heads`.
+    so many `tokens` of so many `heads`.
     `divisible` promises a multiple of 16 (bytes for a pointer), without which nothing is pipelined.
     """
 
@@ -65,6 +65,7 @@ class Parameter:
     divisible: bool = False
     columns: int = 0
     heads: int = 0
+    tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +171,7 @@ def _plan_parameter(param: Param, dtype: str) -> Parameter:
                 dtype=_element(param, dtype),
                 columns=param.columns,
                 heads=param.heads,
+                tokens=param.tokens,
             )
         case "stride":
             return Parameter(name=param.name, kind="int", dtype="i32", divisible=True)
@@ -595,7 +597,7 @@ def _type(parameter: Parameter, job: Job) -> str:
 
 def _tile(parameter: Parameter, job: Job) -> list[int | str]:
     """What a tile holds, its rows, its columns and its heads."""
-    rows = 1 if parameter.heads else job.constants["BLOCK_N"]
+    rows = parameter.tokens if parameter.heads else job.constants["BLOCK_N"]
     assert isinstance(rows, int), "a tile of so many keys"
     return [DTYPES[parameter.dtype], rows, parameter.columns, parameter.heads or 1]
 

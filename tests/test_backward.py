@@ -1234,6 +1234,17 @@ def test_streams_compile_and_spill_no_number_of_a_loop(tmp_path, monkeypatch, ma
     assert found.blocks_per_sm == 1
 
 
+def test_sources_of_streams_of_blocks_of_rows_are_golden(golden):
+    artifact = pipeline.compile_backward(systems.load("xattention"), STREAMING)
+    golden("backward/xattention/plan.txt", str(artifact.plan))
+    golden("backward/xattention/dkv_selected.py", emitted.sources(artifact.plan)["dkv_selected.py"])
+    jobs = resources.plan_jobs(artifact.plan, artifact.module, STREAMING)
+    (job,) = (job for job in jobs if job.signature.function == "dkv_selected")
+    (found,) = resources.measure([job])
+    assert isinstance(found, resources.Resources), found
+    assert (found.cost.spill_bytes, found.cost.warps, found.blocks_per_sm) == (0, 12, 1)
+
+
 def test_sources_of_streams_of_latents_are_golden(golden):
     artifact = pipeline.compile_backward(systems.load("dsa"), STREAMING)
     golden("backward/latents/plan.txt", str(artifact.plan))
@@ -1452,6 +1463,12 @@ ALIKE = {
     "seen from both sides": (WINDOW, {"causal": "false"}, {"kv_lens": i32(1411, 333)}),
     "documents": (GATED, {"qk": 128}, {"cu_seqlens_q": i32(0, 700, 701, 701, 1500)}),
     "blocks of rows": (SHARED + BESIDE, {"qk": 128, "rows": 128}, {}),
+    "blocks of rows of heads": (SHARED, {"qk": 128, "rows": 64, "share": "share: head"}, {}),
+    "documents of blocks of rows": (
+        SHARED,
+        {"qk": 128, "rows": 64, "causal": "false"},
+        {"cu_seqlens_q": i32(0, 700, 701, 701, 1500)},
+    ),
 }
 
 
@@ -1493,6 +1510,24 @@ def same_gradients(case, heads):
         if not name.endswith("_key_position"):
             error = (found[name].double() - y.double()).norm() / y.double().norm()
             assert error < 1e-2, (name, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", ["share: head", GROUP])
+def test_documents_beside_one_of_no_numbers_have_gradients(share):
+    """Tiles of rows reach over into the next document."""
+    made = spec(SHARED, **LARGE | {"qk": 128, "rows": 64, "share": share}, query=4, kv=2)
+    x = tensors(made, 1, 1500, 1500, torch.bfloat16, packed=True)
+    attn, options = load_kernel(made), {"cu_seqlens_q": i32(0, 700, 707, 1500).cuda()}
+    grad = torch.randn(1500, 4, 128, device="cuda", dtype=torch.bfloat16)
+    expected = torch.autograd.grad(attn(**x, **options), list(x.values()), grad)
+    with torch.no_grad():
+        for t in (*x.values(), grad):
+            t[700:707] = float("nan")
+    found = torch.autograd.grad(attn(**x, **options), list(x.values()), grad)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a[:700], b[:700])
+        assert torch.equal(a[707:], b[707:])
 
 
 @pytest.mark.gpu

@@ -180,6 +180,27 @@ def clear_rows(tile, first, stop, layout: gl.constexpr, ROWS: gl.constexpr, WIDT
         fence_async_shared()
 
 
+@gluon.jit
+def clear_outside(
+    tile,
+    first,
+    stop,
+    layout: gl.constexpr,
+    TOKENS: gl.constexpr,
+    HEADS: gl.constexpr,
+    WIDTH: gl.constexpr,
+):
+    """As clear_rows, of tokens before 0, and at `stop` or behind.  tile: [1, TOKENS, HEADS, WIDTH]"""
+    if (first < 0) | (first + TOKENS > stop):
+        for r in gl.static_range(0, TOKENS * HEADS, 16):
+            part = tile.reshape([TOKENS * HEADS, WIDTH]).slice(r, 16, dim=0)
+            token = first + (r + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))) // HEADS
+            there = (token >= 0) & (token < stop)
+            x = part.load(layout)
+            part.store(gl.where(there[:, None], x, gl.zeros_like(x)))
+        fence_async_shared()
+
+
 @gluon.constexpr_function
 def bits_of(first, end):
     """Bits first to end - 1 of a word of 32, as a signed number; those of words beside it are not its."""
