@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hsgen import axes, boxes, patterns, rows, transposed
+from hsgen.estimates import Shown
 from hsgen.graph import Attend
 from hsgen.kernels import tunables
 from hsgen.plan import ElementType, Param
@@ -175,6 +176,8 @@ class TakersContext:
     # of a pyramid: of entries that a block of rows reads in this tier, and whether it is the last one
     tier: int | None = None
     last: bool = False
+    bits: bool = False  # all rows of a block chose the same, which it has as bits
+    shown: Shown | None = None  # what a pattern beside it shows each row, which is left to that
     how: Literal["takers"] = "takers"
 
     @property
@@ -203,7 +206,15 @@ class TakersContext:
         """Entries of which a block's last row may see a token."""
         if self.segment:
             return f"begun_segments(last, k_len, {self.segment}, {self.size}, {self.causal})"
+        if self.shown:
+            before = f"{self.shown.before('last')} - 1"
+            return f"entry_limit({before}, k_len, {self.size}, {self.causal})"
         return f"entry_limit(last, k_len, {self.size}, {self.causal})"
+
+    @property
+    def sink(self) -> int:
+        """First entries, which are the pattern's."""
+        return self.shown.entries(self.size) if self.shown else 0
 
     @property
     def tiered(self) -> bool:
@@ -225,6 +236,8 @@ class TakersContext:
         sizes = (LENGTH, BUCKETS, axes.MOST, axes.CAPACITY)
         tiers = pointer("TIERS", "i32", f"[blocks, {self.heads}, capacity] of each entry, -1: none")
         read = (WORDS, tiers) if self.tiered else (WORDS,)
+        if self.bits:
+            read, sizes = (rows.bits_of(self.heads),), (*sizes[:-1], rows.BIT_WORDS)
         turn = (axes.HEAD_FIRST,) if self.tiered else ()
         return (*read, *_takers(self.lists), *sizes, *SEQ, *turn, *tunables("BLOCK_N"))
 
@@ -436,6 +449,7 @@ class ColsContext(rows.InTurn):
     merge: int = 1  # > 1: keys are means of so many tokens
     counted: bool = False  # whose logits have the logarithm of how many each stands for
     by_turns: bool = False  # heads have turns: means, lists and parts are those of a turn's heads
+    bits: bool = False  # all rows of a block chose the same, which it has as bits
     # of a pattern: where the rows of step i begin, and what is known of them; else there is nothing
     at: tuple[str, ...] = ()
     of_rows: tuple[str, ...] = ()
@@ -499,6 +513,11 @@ class ColsContext(rows.InTurn):
     def entry_size(self) -> int:
         """Keys of an entry, where blocks of rows chose any."""
         return self.size // self.several
+
+    @property
+    def list_of_block(self) -> str:
+        """Which list a block of rows reads, of which a tile's rows have the same head."""
+        return "list_head" if self.lists > 1 else self.list_of
 
     @property
     def lists(self) -> int:
@@ -572,7 +591,11 @@ class ColsContext(rows.InTurn):
                 axes.CAPACITY,
             )
         elif self.together:
-            lists = (*_takers(self.lists), WORDS, LENGTH, BUCKETS, axes.MOST, axes.CAPACITY)
+            sizes = (LENGTH, BUCKETS, axes.MOST)
+            chosen = (WORDS, *sizes, axes.CAPACITY)
+            if self.bits:
+                chosen = (rows.bits_of(int(self.list_stride)), *sizes, rows.BIT_WORDS)
+            lists = (*_takers(self.lists), *chosen)
             turn = (HEAD_FIRST,) if self.by_turns else ()
         elif self.marked:
             lists = (*transposed.lists(self.marked), LENGTH, transposed.CHUNK, transposed.TOKENS)
@@ -781,6 +804,8 @@ def of_together(
     segment: int = 0,
     aside: int = 0,
     alone: bool = False,
+    bits: bool = False,
+    shown: Shown | None = None,
 ) -> ColsContext:
     """The keys of a block for a part of the blocks of rows that chose it; short entries lie side by side.
 
@@ -788,10 +813,14 @@ def of_together(
     segment: keys are read through an order of theirs, sorted inside segments of so many.
     aside: tokens of blocks of which each row has its own in another branch.
     alone: short entries do not lie side by side.
+    bits: all rows of a block chose the same.
+    shown: what a pattern beside it shows each row, which is left to that.
     """
     several = 1 if alone or entries.size >= LEAST_KEYS else max(1, MARKED // entries.size)
     per_head = list_heads == shape.query_heads and shape.group > 1
     own = {shape.query_heads: "row_head" if per_head else "head", shape.kv_heads: "head"}
+    member = "member != 0" if several > 1 else "member[None, :] != 0"
+    behind = _behind(shape, left, key="k_at" if segment else "n", aside=aside)
     return replace(
         _of(shape, branch, heads=1 if per_head else shape.group),
         together=block,
@@ -802,11 +831,12 @@ def of_together(
         list_of=own[list_heads] if list_heads > 1 else "0",
         list_stride=list_heads,
         visible=(
-            "member != 0" if several > 1 else "member[None, :] != 0",
-            *_behind(shape, left, key="k_at" if segment else "n", aside=aside),
+            *(_chosen(several) if bits else (member,)),
+            *(_beside(shown) if shown else behind),
         ),
         split=True,
         segment=segment,
+        bits=bits,
     )
 
 
@@ -851,6 +881,17 @@ def of_tier(
         visible=(whole.visible[0], *((behind,) if shape.causal else ())),
         entries="N",
     )
+
+
+def _chosen(several: int) -> tuple[str, ...]:
+    """Which of the entries that lie side by side a block of rows chose; of one alone it did."""
+    return ("member[:, None]",) if several > 1 else ()
+
+
+def _beside(shown: Shown) -> tuple[str, ...]:
+    """Which keys a row sees that no pattern beside has: behind the first ones and before its window."""
+    first = (f"(n >= {shown.sink * shown.size})[:, None]",) if shown.sink else ()
+    return (f"n[:, None] < ({shown.before('position')})[None, :]", *first)
 
 
 def _behind(shape: Shape, left: int, *, key: str = "n", aside: int = 0) -> tuple[str, ...]:

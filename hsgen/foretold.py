@@ -33,7 +33,18 @@ from hsgen.graph import (
 from hsgen.kernels import tunables
 from hsgen.pairs import ways_of
 from hsgen.plan import Param
-from hsgen.rows import SEQ, Chunk, chunks, count, jit, number, pointer, tensor
+from hsgen.rows import (
+    BIT_WORDS,
+    SEQ,
+    Chunk,
+    bits_of,
+    chunks,
+    count,
+    jit,
+    number,
+    pointer,
+    tensor,
+)
 from hsgen.slashes import MOST_LAST, Chain
 from hsgen.together import TILE_FIRST, WIDTH
 
@@ -94,6 +105,11 @@ class Foretold:
     def size(self) -> int:
         """Tokens of a block, and rows of one."""
         return _set(self.blocks).size
+
+    @property
+    def level(self) -> str:
+        """That of these rows' choice."""
+        return _set(self.blocks).level
 
     @property
     def way(self) -> int:
@@ -467,11 +483,13 @@ class EitherContext:
     heads: int  # of queries
     rows: int  # of a block, and tokens of one
     way: int
+    bits: bool = False  # of whole blocks of rows
     how: Literal["either"] = "either"
 
     @property
     def summary(self) -> str:
-        return "of a block's list, or of its head's columns and diagonals, what rows of a tile see."
+        see = "what its rows see, a bit by entry" if self.bits else "what rows of a tile see"
+        return f"of a block's list, or of its head's columns and diagonals, {see}."
 
     @property
     def whole(self) -> str:
@@ -487,6 +505,12 @@ class EitherContext:
     def params(self) -> tuple[Param, ...]:
         chosen, counts = f"[Z, {self.heads}, width] ascending", f"[Z, {self.heads}, 2] how many"
         tiles = f"[tiles, {self.heads}"
+        made = (
+            pointer("COUNTS", "i32", f"{tiles}, 2] of full blocks, of partial ones"),
+            pointer("ENTRIES", "i32", f"{tiles}, width] full ones first"),
+        )
+        if self.bits:
+            made = (bits_of(self.heads), BIT_WORDS)
         return (
             pointer("LISTS", "i32", f"[blocks, {self.heads}, width] ascending, then -1"),
             pointer("COLUMNS", "i32", f"{chosen}, blocks"),
@@ -494,12 +518,10 @@ class EitherContext:
             pointer("DIAGONALS", "i32", f"{chosen}, blocks before the rows' own"),
             pointer("DIAGONAL_COUNTS", "i32", counts),
             ways_of(self.heads),
-            pointer("COUNTS", "i32", f"{tiles}, 2] of full blocks, of partial ones"),
-            pointer("ENTRIES", "i32", f"{tiles}, width] full ones first"),
+            *made,
             WIDTH,
             *SEQ,
-            TILE_FIRST,
-            *tunables("BLOCK_T", "BLOCK_N"),
+            *(tunables("BLOCK_N") if self.bits else (TILE_FIRST, *tunables("BLOCK_T", "BLOCK_N"))),
         )
 
     @property

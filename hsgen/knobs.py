@@ -15,6 +15,7 @@ from hsgen.cols import ColsContext
 from hsgen.cols_streams import ColsStreamsContext, shared_bytes
 from hsgen.entropies import EntropiesContext
 from hsgen.estimates import EstimateContext
+from hsgen.foretold import EitherContext
 from hsgen.halved import HalvedContext
 from hsgen.kernels import (
     IndexContext,
@@ -136,7 +137,14 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return _bucket_ranges(context)
         case MapsContext() | LastContext() | EstimateContext():
             return _map_ranges(context)
-        case ListsContext() | TiersContext() | PickedContext() | HalvedContext() | TreesContext():
+        case (
+            ListsContext()
+            | TiersContext()
+            | PickedContext()
+            | HalvedContext()
+            | TreesContext()
+            | EitherContext(bits=True)
+        ):
             return _list_ranges(context)
         case SortingContext() | WalkContext() | ClustersContext():
             return _ordering(context, kernel)
@@ -241,10 +249,15 @@ def _map_ranges(
 
 
 def _list_ranges(
-    context: ListsContext | TiersContext | PickedContext | HalvedContext | TreesContext,
+    context: ListsContext
+    | TiersContext
+    | PickedContext
+    | HalvedContext
+    | TreesContext
+    | EitherContext,
 ) -> dict[str, tuple[int, int]]:
     match context:
-        case ListsContext(how="lists") | TiersContext(given=False):
+        case ListsContext(how="lists") | TiersContext(given=False) | EitherContext():
             return {"BLOCK_N": (32, 512), "num_warps": (1, 4)}
         case ListsContext(how="members") | TiersContext():
             return {"BLOCK_K": (16, 512), "BLOCK_N": (32, 1024), "num_warps": (1, 8)}

@@ -632,6 +632,14 @@ def least_rows(pitch: int) -> int:
     return max(16, next_power(pitch))
 
 
+BIT_WORDS = count("words", "of a row of bits")
+
+
+def bits_of(heads: int) -> Param:
+    """What each block of rows chose."""
+    return pointer("BITS", "i32", f"[blocks, {heads}, words] a bit by entry")
+
+
 def number(x: float) -> str:
     """A literal that reads back as the same float."""
     return repr(float(x))

@@ -43,6 +43,7 @@ class ListsContext:
     slotted: bool = False  # rows and keys are slots of tiles of axes
     left: int = 0  # tokens of a window beside it, which has those of its rows
     tiers: bool = False  # a block says the tier of every entry, and has no list
+    bits: bool = False  # a block says of every entry, in a bit, whether it is chosen
     segment: int = 0  # > 0: entries are cut from sorted segments of so many tokens
     apart: bool = False  # of entries that all rows chose, too, each says which did
     own: bool = False  # a row that did not choose its own entry chose none
@@ -100,7 +101,11 @@ class ListsContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        lists = pointer("LISTS", "i32", f"[blocks, {self.heads}, width] ascending, then -1")
+        lists: tuple[Param, ...] = (
+            pointer("LISTS", "i32", f"[blocks, {self.heads}, width] ascending, then -1"),
+        )
+        if self.bits:
+            lists = (rows.bits_of(self.heads), rows.BIT_WORDS)
         counts = pointer(
             "COUNTS", "i32", f"[tiles, {self.heads}, 2] of full entries, of partial ones"
         )
@@ -110,7 +115,7 @@ class ListsContext:
             case "lists":
                 entries = pointer("ENTRIES", "i32", f"[tiles, {self.heads}, width] full ones first")
                 tiles = tunables("BLOCK_T", "BLOCK_N")
-                return (lists, counts, entries, WIDTH, *tokens, *SEQ, turn, *tiles)
+                return (*lists, counts, entries, WIDTH, *tokens, *SEQ, turn, *tiles)
             case "members":
                 listed = f"[tiles, {self.heads}, capacity"
                 return (
@@ -134,9 +139,9 @@ class ListsContext:
                     tiers = pointer("LISTS", "i32", f"[blocks, {self.heads}, entries] tiers")
                     return (tiers, made, entries, WIDTH, *SEQ, *tiles)
                 if not self.slotted:
-                    return (lists, made, WIDTH, *SEQ, *tiles)
+                    return (*lists, made, WIDTH, *SEQ, *tiles)
                 stride = Param(name="s_b", kind="stride", comment="SELECTION: batch stride")
-                return (lists, made, stride, WIDTH, *order, *SEQ, *tiles)
+                return (*lists, made, stride, WIDTH, *order, *SEQ, *tiles)
 
     @property
     def jit(self) -> str:
@@ -443,6 +448,12 @@ class Branch:
     order: tuple[str, ...] = ()  # of keys that are sorted, and its strides
     segment: int = 0  # of tokens that are sorted
     shown: Shown | None = None  # what a pattern beside it shows each row
+    bits: str = ""  # words of a block's choice, where that is one of bits
+    walk: str = ""  # the kernel that walks lists, where it is no attention
+
+    @property
+    def walks(self) -> str:
+        return self.walk or f"attend_{self.name}"
 
     @property
     def seq(self) -> tuple[str, ...]:
@@ -458,10 +469,12 @@ def plan(
     tiles: Callable[[RowsContext], Config],
     *,
     own: bool = False,
+    makes: Callable[[RowsContext], RowsContext] | None = None,
 ) -> tuple[tuple[Kernel, ...], tuple[Step, ...]]:
     """The kernels of one branch, the step over its own lists, and the one over a caller's.
 
     own: a row that did not choose its own entry sees nothing.
+    makes: what loops of the same keys make in place of outputs.
     """
     context = attend(
         shape,
@@ -479,6 +492,7 @@ def plan(
         context, scale=branch.scale, softcap=branch.softcap, sink=branch.sink
     )
     context = rows.with_turn(context, branch.turn)
+    context = makes(context) if makes else context
     config = tiles(context)
 
     def index(how: Literal["lists", "members"], name: str, **tuned: int) -> Kernel:
@@ -494,6 +508,7 @@ def plan(
             segment=branch.segment,
             own=own,
             shown=branch.shown,
+            bits=bool(branch.bits) and how == "lists",
         )
         values = Config(constexprs=tuple(tuned.items()), num_warps=4, num_stages=1)
         return Kernel(
@@ -532,7 +547,7 @@ def tiles_of(branch: Branch, tiles: str) -> tuple[tuple[str, str], ...]:
     """How many tiles a call has at most, and how many rows one has."""
     tokens, parts = f"tokens_{branch.name}", f"parts_{branch.name}"
     return (
-        (tokens, f'config["attend_{branch.name}"]["BLOCK_T"]'),
+        (tokens, f'config["{branch.walks}"]["BLOCK_T"]'),
         (parts, f"({branch.block} + {tokens} - 1) // {tokens}"),
         (tiles, f"(batch.rows // {branch.block} + 3 * batch.sequences) * {parts}"),
     )
@@ -568,6 +583,7 @@ def _own(branch: Branch, programs: int) -> Step:
     name, of, turns = branch.name, _heads(branch, programs), branch.turns
     tiles, counts, entries = f"tiles_{name}", f"counts_{name}", f"entries_{name}"
     tokens, chunk = (axes.MADE_TOKENS,) if turns else (), f"chunk_{name}"
+    words = (branch.bits,) if branch.bits else ()
     held, walked = (tiles, tiles) if turns else (chunk, "count")
     room = f"max(1, SCRATCH_BYTES // ({4 * branch.heads} * {branch.width}))"
     return Step(
@@ -591,12 +607,12 @@ def _own(branch: Branch, programs: int) -> Step:
                 kernel=f"index_{name}",
                 grid=(walked, of.lists),
                 arguments=(
-                    *(branch.lists, counts, entries, branch.width, *tokens, *_SEQ),
+                    *(branch.lists, *words, counts, entries, branch.width, *tokens, *_SEQ),
                     *(of.list_first or ("tile_first",)),
                 ),
             ),
             Launch(
-                kernel=f"attend_{name}",
+                kernel=branch.walks,
                 grid=(walked, of.programs),
                 arguments=(
                     *branch.tensors,
@@ -660,7 +676,7 @@ def _given(branch: Branch, programs: int) -> Step:
                 ),
             ),
             Launch(
-                kernel=f"attend_{name}",
+                kernel=branch.walks,
                 grid=(walked, of.programs),
                 arguments=(
                     *branch.tensors,
@@ -700,10 +716,11 @@ def spread(
     block: int,
     slotted: bool,
     entries: str | None = None,
+    bits: str | None = None,
 ) -> tuple[Kernel, Step]:
     """The kernel and the step that give each row the list of its block.
 
-    chosen: the node of the lists, or of the tiers of so many `entries`.
+    chosen: the node of the lists, or of the tiers of so many `entries`, or of so many words of `bits`.
     """
     context = ListsContext(
         name=f"spread_{level}",
@@ -715,6 +732,7 @@ def spread(
         causal=True,
         slotted=slotted,
         tiers=entries is not None,
+        bits=bits is not None,
     )
     values = (("BLOCK_T", 16), ("BLOCK_N", 64))
     kernel = Kernel(
@@ -728,6 +746,7 @@ def spread(
     stride = (f"0 if batch.packed else {made}.stride(0)",) if slotted else ()
     slots = (axes.MADE_ORDER,) if slotted else ()
     many, lists = (entries,) if entries else (), f"made_{chosen.replace('.', '_')}"
+    words = (bits,) if bits else ()
     step = Step(
         title=f"lists of rows: {level}",
         needs=(chosen,),
@@ -745,7 +764,7 @@ def spread(
             Launch(
                 kernel=context.name,
                 grid=("batch.rows // {BLOCK_T} + batch.sequences", str(heads)),
-                arguments=(lists, made, *stride, *many, width, *slots, *_SEQ),
+                arguments=(lists, *words, made, *stride, *many, width, *slots, *_SEQ),
             ),
         ),
     )

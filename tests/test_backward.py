@@ -9,7 +9,7 @@ import emitted
 import pytest
 import sanitizer
 import torch
-from conformance import systems, test_clusters, test_slashes
+from conformance import systems, test_clusters, test_foretold, test_slashes
 from reference_driver import compiler
 from shares import covering
 from template_lint import lint
@@ -42,7 +42,10 @@ UNIT = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
-GOLDEN = ("moba", "nsa", "dsa_gqa", "dsa", "seer_attention", "hip", "pbs_attn", "psa", "s2o")
+GOLDEN = (
+    *("moba", "nsa", "dsa_gqa", "dsa", "flex_prefill", "seer_attention", "hip", "pbs_attn", "psa"),
+    "s2o",
+)
 STREAMING = replace(H100, streams=True)
 BRANCHES = ("compressed", "selected", "window")  # of nsa
 STREAMED = {  # of each spec, what dk and dv come from by a stream of rows
@@ -793,6 +796,29 @@ def ways_of_heads(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "tensors", other)
 
 
+FORETOLD = {"both ways": lambda: test_foretold.other(dims=(32, 16)), **test_foretold.OTHERS}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "both ways" else pytest.mark.full)
+        for name in FORETOLD
+    ],
+)
+def test_heads_that_choose_in_one_of_two_ways_have_gradients(name, seed):
+    """Documents of 1, of 0, of few rows, and of more than a tile has."""
+    with sanitizer.enabled(seed=seed):
+        check(FORETOLD[name](), T=75, cu_seqlens_q=i32(0, 1, 1, 71, 75))
+
+
+def test_heads_of_fewer_rows_than_keys_that_choose_have_gradients(seed):
+    """Rows lie at the end of more keys, or before all of them."""
+    with sanitizer.enabled(seed=seed):
+        found = check(test_foretold.other(), B=2, T=35, S=61, q_offset=i32(26, -2))
+    assert not found["q"][1, :2].any()
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -1308,13 +1334,15 @@ TRAINED = (
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
     *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "sparse_d"),
-    *("dhsa", "dma", "minference", "nosa", "pbs_attn", "psa", "psa_mass", "qwen_qsa", "s2o"),
-    *("step_csa", "svg2", "svg_ear", "token_sparse", "xattention"),
+    *("dhsa", "dma", "flex_prefill", "minference", "nosa", "pbs_attn", "psa", "psa_mass"),
+    *("qwen_qsa", "s2o", "step_csa", "svg2", "svg_ear", "token_sparse", "xattention"),
+)
+CHOSEN_AGAIN = (
+    *("flex_prefill", "minference", "pbs_attn", "psa", "psa_mass", "s2o", "svg2", "svg_ear"),
 )
 REFUSED = {
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
     "deepseek_csa": "branch selected: no kernel has the gradient of pooled latents yet",
-    "flex_prefill": "branch columns: no kernel has the gradient of lists that rows share yet",
     "sale": "branch selected: no kernel has the gradient of what a pattern beside it leaves yet",
 }
 
@@ -1324,6 +1352,19 @@ def test_every_spec_with_kernels_has_gradients_or_says_what_is_missing():
     for name in TRAINED:
         graph = emitted.graph(systems.load(name))
         assert not any(backward.lacking(graph, node) for node in graph.nodes()), name
+
+
+@pytest.mark.parametrize("name", CHOSEN_AGAIN)
+def test_choices_that_are_made_again_are_made_by_the_kernels_of_the_call(name):
+    """By the same text, of which nothing is to be chosen but what the call's has."""
+    target = with_streams(H100)
+    made = pipeline.compile_backward(systems.load(name), target)
+    called = pipeline.compile_spec(systems.load(name), target)
+    assert made.plan.again
+    for kernel in made.plan.again:
+        text = f"{kernel}.py"
+        assert made.sources[text].split("\n", 4)[4] == called.sources[text].split("\n", 4)[4]
+        assert made.plan.kernel(kernel).config == called.plan.kernel(kernel).config
 
 
 @pytest.mark.parametrize("name", REFUSED)

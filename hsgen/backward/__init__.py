@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hsgen import clusters, passes, patterns, refusals, slashes
+from hsgen import clusters, foretold, passes, patterns, refusals, slashes
 from hsgen.backward import again, attending, clustering, laid, ordering, pooling, refusing, ungating
 from hsgen.backward.gathered import Gradients
 from hsgen.configs import DType
@@ -48,7 +48,8 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
         PlanError: something whose gradient no kernel makes yet.
     """
     graph, _ = patterns.routed(passes.without_losses(graph))
-    graph, _ = slashes.joined(graph)
+    for join in (slashes.joined, foretold.joined):
+        graph, _ = join(graph)
     refusals.refuse(graph)
     refusing.refuse(graph)
     draft = Draft(graph, target, dtype)
@@ -56,9 +57,8 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
     made = Gradients(draft, apart=apart)
     scheduled.begin(draft)
     clustered = clusters.clustering_of(graph)
-    chosen = again.choose(draft) if again.chooses(graph) else ()
-    repeated = tuple[str, ...]()
-    selection = {} if chosen else _read(graph, graph.outputs.selection)
+    chosen, repeated = tuple[str, ...](), tuple[str, ...]()
+    selection = {} if again.chooses(graph) else _read(graph, graph.outputs.selection)
     if clustered is not None:
         chosen = clustering.plan(made, clustered)
     elif draft.tiling is not None:
@@ -66,7 +66,7 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
     else:
         ungating.ungate(made)
         vectors.means_of_tiers(draft)
-        chosen = (*chosen, *again.rank_tiers(draft))
+        chosen = again.choose(draft)
         pooling.pool_again(draft)
         repeated = ordering.sort_again(draft)
         for node in draft.graph.nodes():

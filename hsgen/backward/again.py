@@ -1,67 +1,52 @@
-"""Choices that a backward makes again: of a prompt's last rows, which choose once for all rows, and tiers.
+"""Choices that a backward makes again, where what a selection says of rows is too long, or too little.
 
-The former costs next to nothing, where a list of every row would be as long as budgets are.  The same kernels
-make the same lists of a sequence and head, with the same configurations, bit by bit.
+Where a prompt's last rows choose once for all, or heads in one of two ways, a list of every row would be as
+long as budgets are; tiers of a pyramid are in no selection.  The same kernels make the same lists, with the
+same configurations, bit by bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from hsgen import schedule, slashes
-from hsgen.graph import Attend, Graph, Node, Pool, PoolRows, Select
-from hsgen.schedule import choosing, slashing, vectors
+from hsgen import foretold, schedule, slashes
+from hsgen.graph import Attend, Graph, Node
 from hsgen.schedule.draft import Draft
 
 
 def chooses(graph: Graph) -> bool:
-    """Whether some branch attends what the last rows chose for all."""
-    return any(any(slashes.lists_of(graph, node)) for node in graph.nodes())
+    """Whether some branch attends lists that all rows, or those of a block, have together, made again."""
+    graph, _ = foretold.joined(graph)
+    return _foretold(graph) or any(any(slashes.lists_of(graph, node)) for node in graph.nodes())
 
 
 def choose(draft: Draft) -> tuple[str, ...]:
-    """Every choice of a graph, as its forward makes it.  -> the kernels that do
+    """Every choice of a graph that is made again, as its forward makes it.  -> the kernels that do
 
-    Of what blocks of rows chose each row has its own list; of what all rows have, none does.
+    Of blocks of rows beside what the last rows chose for all, each row has its own list; else no row has.
     """
-    for node in draft.graph.nodes():
-        _choose(draft, node)
-    attended = {
-        name
-        for node in draft.graph.nodes()
-        if isinstance(node.op, Attend) and not any(slashes.lists_of(draft.graph, node))
-        for name in node.inputs
-    }
-    kept = [step for step in draft.steps if step.of is None or attended.intersection(step.makes)]
-    launched = {launch.kernel for step in kept for launch in step.launches}
-    draft.steps = [replace(step, of=None) for step in kept]
-    draft.kernels = [kernel for kernel in draft.kernels if kernel.name in launched]
-    return tuple(kernel.name for kernel in draft.kernels)
+    graph = draft.graph
+    attends = [node for node in graph.nodes() if isinstance(node.op, Attend)]
+    together = {name for node in attends for name in _together(graph, node)}
+    slanted = any(any(slashes.lists_of(graph, node)) for node in attends)
+    by_row = {x.name for node in attends for x in graph.operands(node)[3:4]} if slanted else set()
+    before, steps = len(draft.kernels), len(draft.steps)
+    schedule.choose_again(draft, together | by_row, together)
+    draft.steps[steps:] = [replace(step, of=None) for step in draft.steps[steps:]]
+    return tuple(kernel.name for kernel in draft.kernels[before:])
 
 
-def rank_tiers(draft: Draft) -> tuple[str, ...]:
-    """The tiers of every entry, by block of rows, of which a selection says no more than who has any.
-    -> the kernels that do
-    """
-    ranked = {
-        node.inputs[3]
-        for node in draft.graph.nodes()
-        if isinstance(node.op, Attend) and node.op.over == "tiers"
-    }
-    before = {kernel.name for kernel in draft.kernels}
-    schedule.choose_again(draft, ranked)
-    return tuple(kernel.name for kernel in draft.kernels if kernel.name not in before)
+def _foretold(graph: Graph) -> bool:
+    return foretold.foretold(graph) is not None
 
 
-def _choose(draft: Draft, node: Node) -> None:
-    match node.op:
-        case Attend():
-            pass
-        case _ if slashing.launched(draft, node):
-            pass
-        case Pool() | PoolRows() as op:
-            vectors.make(draft, node, op)
-        case Select() as op:
-            choosing.select(draft, node, op)
-        case _:
-            pass  # fused into the launch that reads it
+def _together(graph: Graph, node: Node) -> set[str]:
+    """The choices of a branch that rows have together."""
+    op = node.op
+    assert isinstance(op, Attend)
+    if op.over == "tiers":
+        return {node.inputs[3]}
+    if (found := foretold.foretold(graph)) and node.name == found.attend.name:
+        lists = (found.columns, found.diagonals)
+        return {*node.inputs[3:6], *(x.chain.selection.name for x in lists)}
+    return {x.name for x in slashes.lists_of(graph, node) if x}

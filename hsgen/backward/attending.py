@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from hsgen import buckets, cols, cols_streams, keeping, patterns, rows, sorting, streams, walks
-from hsgen.backward import pyramids, slashing, tiles, together, tokens
+from hsgen.backward import pyramids, sharing, slashing, tiles, together, tokens
 from hsgen.backward.gathered import GRAD_O, Gradients
 from hsgen.graph import Attend, Input, Node, Permute, Union, left_to_window
 from hsgen.kernels import IndexContext
@@ -19,7 +20,7 @@ Sizes = tuple[tuple[str, str], ...]
 
 def attend(made: Gradients, node: Node, op: Attend) -> None:
     """All gradients of one branch."""
-    branch = _Branch(made, node, op)
+    branch = _Branch(made, node, op, sharing.chosen_again(made.draft, op))
     if op.over == "tiers":
         branch.tiers()
         return
@@ -34,6 +35,7 @@ class _Branch:
     whole: Gradients
     node: Node
     op: Attend
+    shared: sharing.Chosen | None = None  # what blocks of rows chose, made again
 
     @property
     def draft(self) -> Draft:
@@ -127,6 +129,8 @@ class _Branch:
             segment=sorted_keys.segment(self.draft, self.chosen),
             aside=walks.own_of(self.draft.graph, self.chosen) if walked else 0,
             own=self.kept,
+            bits=self.shared.bits if self.shared else None,
+            shown=self.shared.shown if self.shared else None,
         )
 
     @property
@@ -194,6 +198,7 @@ class _Branch:
         launches: tuple[Launch, ...],
         sizes: Sizes = (),
         turns: tuple[str | None, str | None] = (None, None),
+        of: Literal["own", "given"] | None = None,
     ) -> None:
         """A step that reads the branch's tensors."""
         graph = self.draft.graph
@@ -208,6 +213,7 @@ class _Branch:
                 sizes=sizes,
                 tiles=turns[0],
                 chunk=turns[1],
+                of=of,
             )
         )
 
@@ -232,8 +238,12 @@ class _Branch:
         again = self.gates is not None and not self.whole.apart
         if not again:
             self._delta_of_output()
-        forward = self._forward()
         buffers, adds = self.whole.buffer("q")
+        if self.shared:
+            assert not again, "refused"
+            self._queries_of_shared(self.shared, buffers, adds=adds)
+            return
+        forward = self._forward()
         chosen = self.tokens
         leaves = self.left if self.gives else None
         dq = cols.query_gradient(
@@ -277,6 +287,28 @@ class _Branch:
             taken, brought = self._taken(dq, lists)
             buffers, launches = (*buffers, *brought), (*launches, taken)
         self.step("queries", buffers=buffers, launches=launches, sizes=sizes, turns=lists.turns)
+
+    def _queries_of_shared(
+        self, chosen: sharing.Chosen, buffers: tuple[Buffer, ...], *, adds: bool
+    ) -> None:
+        """Of what blocks of rows chose: the forward's own lists, or a caller's."""
+
+        def gradient(forward: RowsContext) -> RowsContext:
+            name = f"dq_{self.name}"
+            return cols.query_gradient(forward, name=name, scale=self.scale, adds=adds)
+
+        grad = text.strides(self.whole.buffers["q"])
+        block = self.draft.block(self.draft.graph[self.node.inputs[3]])
+        sharing.queries(
+            self.draft,
+            self.node,
+            self.op,
+            chosen,
+            makes=gradient,
+            tiles=lambda dq: self._tiles_of_rows(dq, most=block, block=self.op.size),
+            read=(*self.row_arguments, *self.gate_arguments, *grad),
+            buffers=buffers,
+        )
 
     @property
     def gives(self) -> bool:
@@ -532,7 +564,12 @@ class _Branch:
             self._keys_of_tokens(branch, buffers, chosen)
             return
         if of_blocks := self.together:
-            self._keys_of_together(branch, buffers, of_blocks)
+            lists = bool(self.shared and self.shared.lists)
+            self._keys_of_together(branch, buffers, of_blocks, of="own" if lists else None)
+            if lists:
+                others = replace(of_blocks, branch=f"given_{self.name}", bits=None)
+                branch = replace(branch, name=others.branch)
+                self._keys_of_together(branch, buffers, others, of="given")
             return
         if self.chosen:
             self._keys_of_blocks(branch, buffers)
@@ -704,9 +741,17 @@ class _Branch:
         )
 
     def _keys_of_together(
-        self, branch: cols.Branch, grads: tuple[Buffer, ...], chosen: together.Chosen
+        self,
+        branch: cols.Branch,
+        grads: tuple[Buffer, ...],
+        chosen: together.Chosen,
+        *,
+        of: Literal["own", "given"] | None = None,
     ) -> None:
-        """Of entries that blocks of rows chose: of each all blocks that did, and the sums of parts."""
+        """Of entries that blocks of rows chose: of each all blocks that did, and the sums of parts.
+
+        of: whose choice; what a caller brings has lists of its own, others those that dq had.
+        """
         context = cols.of_together(
             self.shape,
             branch,
@@ -716,11 +761,22 @@ class _Branch:
             left=chosen.left,
             segment=chosen.segment,
             aside=chosen.aside,
+            bits=chosen.bits is not None,
+            shown=chosen.shown,
         )
         self._cols(context, self._tiles_of_cols(context))
         read = self._col_arguments()
         made = together.parts(self.draft, chosen, context, read, self._grads())
-        self.step("keys", buffers=(*grads, *made.buffers), launches=made.launches, sizes=made.sizes)
+        if of == "given":
+            lists = together.members(self.draft, chosen)
+            made = replace(
+                made,
+                buffers=(*lists.buffers, *made.buffers),
+                launches=(*lists.launches, *made.launches),
+                sizes=(*lists.sizes, *made.sizes),
+            )
+        buffers = (*grads, *made.buffers)
+        self.step("keys", buffers=buffers, launches=made.launches, sizes=made.sizes, of=of)
 
     def _keys_of_blocks(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
         """Of blocks that were chosen: lists of rows, parts by chunks of them, and the sums."""

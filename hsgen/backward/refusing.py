@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsgen import axes, clusters, estimates, keeping, slashes
+from hsgen import axes, clusters, estimates, foretold, keeping, slashes
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
@@ -35,6 +35,8 @@ def refuse(graph: Graph) -> None:
 
 def lacking(graph: Graph, node: Node) -> str | None:
     """What of one operator has no gradient yet; None where it has."""
+    graph, gone = foretold.joined(graph)
+    node = graph[gone.get(node.name, node.name)]
     match node.op:
         case Attend(branch=branch) as op:
             words = _of_attend(graph, node, op)

@@ -6,11 +6,12 @@ read these: of rows that share a list all bits are set, up to what each may see.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsgen import cols, together, walks
 from hsgen.backward import tiles
 from hsgen.backward.tokens import Lists
+from hsgen.estimates import Shown
 from hsgen.plan import Buffer, Config, Launch
 from hsgen.rows import Entries, RowsContext, Shape, next_power
 from hsgen.schedule import text
@@ -29,6 +30,8 @@ class Chosen:
     order: of keys that are sorted inside segments of so many, and its strides.
     aside: tokens of blocks of which each row has its own in another branch.
     own: a row that did not choose its own token sees nothing.
+    bits: what each block of rows chose, where all of its rows chose the same, and words of one.
+    shown: what a pattern beside it shows each row, which is left to that.
     """
 
     branch: str
@@ -44,6 +47,8 @@ class Chosen:
     segment: int = 0
     aside: int = 0
     own: bool = False
+    bits: tuple[str, str] | None = None
+    shown: Shown | None = None
 
     def of(self, *names: str) -> tuple[str, ...]:
         """Names in the driver."""
@@ -70,9 +75,24 @@ def forward(shape: Shape, chosen: Chosen, *, scale: float) -> RowsContext:
 
 
 def listed(draft: Draft, chosen: Chosen, leader: str) -> Lists:
-    """The entries of each block of rows, and which of its rows chose them; tiles are the leader's."""
+    """The same as tiles of a leader's walk it."""
+    lists = members(draft, chosen)
+    blocks, tokens, parts, tiled = chosen.of("row_blocks", "tokens", "parts", "tiles")
+    return replace(
+        lists,
+        sizes=(
+            *lists.sizes,
+            (tokens, f'config["{leader}"]["BLOCK_T"]'),
+            (parts, f"({chosen.block} + {tokens} - 1) // {tokens}"),
+            (tiled, f"{blocks} * {parts}"),
+        ),
+    )
+
+
+def members(draft: Draft, chosen: Chosen) -> Lists:
+    """The entries of each block of rows, and which of its rows chose them."""
     name, heads = chosen.branch, str(chosen.heads)
-    members = together.ListsContext(
+    context = together.ListsContext(
         name=f"members_{name}",
         how="members",
         heads=chosen.heads,
@@ -84,15 +104,14 @@ def listed(draft: Draft, chosen: Chosen, leader: str) -> Lists:
         segment=chosen.segment,
         apart=chosen.aside > 0,
         own=chosen.own,
+        shown=chosen.shown,
     )
     tile, words = next_power(chosen.block), cols.words_of(chosen.block)
     values = (("BLOCK_T", tile), ("BLOCK_K", max(16, MARKING // tile)), ("BLOCK_N", 512))
     config = Config(constexprs=values, num_warps=4, num_stages=1)
-    draft.kernel("index", members, config, chosen.node)
+    draft.kernel("index", context, config, chosen.node)
     made = chosen.of("counts", "entries", "words")
-    blocks, capacity, tokens, parts, tiled = chosen.of(
-        "row_blocks", "capacity", "tokens", "parts", "tiles"
-    )
+    blocks, capacity = chosen.of("row_blocks", "capacity")
     shapes = (("2",), (capacity,), (capacity, str(words)))
     selection = chosen.selection
     return Lists(
@@ -106,13 +125,10 @@ def listed(draft: Draft, chosen: Chosen, leader: str) -> Lists:
                 capacity,
                 f"max(1, (batch.keys + {chosen.entries.stride - 1}) // {chosen.entries.stride})",
             ),
-            (tokens, f'config["{leader}"]["BLOCK_T"]'),
-            (parts, f"({chosen.block} + {tokens} - 1) // {tokens}"),
-            (tiled, f"{blocks} * {parts}"),
         ),
         launches=(
             Launch(
-                kernel=members.name,
+                kernel=context.name,
                 grid=(blocks, heads),
                 arguments=(
                     *selection,
@@ -140,12 +156,15 @@ def takers(draft: Draft, chosen: Chosen, context: cols.ColsContext) -> Lists:
         several=context.several,
         causal=draft.shape.causal,
         segment=chosen.segment,
+        bits=chosen.bits is not None,
+        shown=chosen.shown,
     )
     stepping = Config(constexprs=(("BLOCK_N", 256),), num_warps=4, num_stages=1)
     draft.kernel("index", made, stepping, chosen.node)
     words, counts, listed, length, buckets, most, capacity = chosen.of(
         "words", "row_counts", "row_lists", "length", "buckets", "most", "capacity"
     )
+    words, capacity = chosen.bits or (words, capacity)
     of = f"{chosen.keys}.shape[1] // {context.stride}"
     sizes = (length, buckets, most, capacity)
     return Lists(

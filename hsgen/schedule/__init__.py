@@ -191,13 +191,13 @@ def _launches(draft: Draft) -> None:
         _launch(draft, node)
 
 
-def choose_again(draft: Draft, chosen: set[str]) -> None:
-    """The launches of choices as a forward has them, without the lists of rows, which are there."""
+def choose_again(draft: Draft, chosen: set[str], together: set[str]) -> None:
+    """The launches of choices as a forward has them; of those `together` rows have no lists of their own."""
     behind = chosen.union(*(nx.ancestors(draft.graph.digraph, name) for name in chosen))
     for node in draft.graph.nodes():
         if node.name in behind:
             _launch(draft, node)
-    spread = [step for step in draft.steps if step.of == "rows" and chosen & set(step.makes)]
+    spread = [step for step in draft.steps if step.of == "rows" and together & set(step.makes)]
     launched = {launch.kernel for step in spread for launch in step.launches}
     draft.steps = [step for step in draft.steps if step not in spread]
     draft.kernels = [kernel for kernel in draft.kernels if kernel.name not in launched]

@@ -180,13 +180,29 @@ def _ways(draft: Draft, found: Foretold) -> WaysContext:
     return context
 
 
+def chosen_of(found: Foretold) -> tuple[str, ...]:
+    """What heads chose on either way: blocks of rows, the way, and all rows of a head."""
+    blocks, *kept = _lists_of(found)
+    return choosing.chosen_of(blocks), found.route.name, *(choosing.chosen_of(x) for x in kept)
+
+
+def lists_of(found: Foretold) -> tuple[str, ...]:
+    """The same as kernels read it: lists of blocks of rows, those of heads and how long they are, the way."""
+    blocks, *kept = _lists_of(found)
+    lists = (y for x in kept for y in (text.buffer(choosing.chosen_of(x)), _counts(x)))
+    return text.buffer(choosing.chosen_of(blocks)), *lists, text.buffer(found.route.name)
+
+
+def _lists_of(found: Foretold) -> tuple[Node, Node, Node]:
+    return found.blocks, found.columns.selection, found.diagonals.selection
+
+
 def _attend(draft: Draft, found: Foretold, op: Attend) -> None:
     """Blocks of either way: a tile's are listed by what its head chose."""
     node, name = found.attend, op.branch
-    kept = (found.columns.selection, found.diagonals.selection)
     branch = replace(
         selected.branch_of(draft, node, op),
-        needs=(*node.inputs[:3], found.route.name, *(choosing.chosen_of(x) for x in kept)),
+        needs=(*node.inputs[:3], *chosen_of(found)[1:]),
     )
 
     (_, _, attends), (own, _) = together.plan(
@@ -199,8 +215,6 @@ def _attend(draft: Draft, found: Foretold, op: Attend) -> None:
     )
     draft.kernel("index", either, configs.listing(), node.name, follows=attends.name)
     listing, attending = own.launches
-    lists, *others = listing.arguments
-    chosen = (y for x in kept for y in (text.buffer(choosing.chosen_of(x)), _counts(x)))
-    arguments = (lists, *chosen, text.buffer(found.route.name), *others)
+    arguments = (*lists_of(found), *listing.arguments[1:])
     launches = (replace(listing, arguments=arguments), attending)
     draft.add((attends,), (replace(own, of=None, launches=launches),))

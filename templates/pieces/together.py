@@ -164,3 +164,18 @@ def is_forced_or_listed(
     last = block * ROWS + ROWS - 1
     begun = e < begun_segments(last, k_len, SEGMENT, STRIDE, CAUSAL)
     return forced | (is_listed(e, listed, k_len, COUNT) & begun)
+
+
+@triton.jit
+def chosen_by(bits, entry, there):
+    """Whether rows of bits have an entry.  bits: pointers; there: which of them to look at."""
+    word = tl.load(bits + entry // 32, mask=there, other=0)
+    return ((word >> (entry % 32)) & 1) != 0
+
+
+@triton.jit
+def as_bits(chosen, WORDS: tl.constexpr):
+    """bool[WORDS * 32] -> i32[WORDS], the first of each 32 as the lowest bit"""
+    bit = tl.arange(0, 32).to(tl.uint32)[None, :]
+    words = tl.sum(tl.reshape(chosen.to(tl.uint32), [WORDS, 32]) << bit, 1)
+    return words.to(tl.uint32).to(tl.int32, bitcast=True)
