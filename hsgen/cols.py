@@ -176,7 +176,7 @@ class TakersContext:
     # of a pyramid: of entries that a block of rows reads in this tier, and whether it is the last one
     tier: int | None = None
     last: bool = False
-    bits: bool = False  # all rows of a block chose the same, which it has as bits
+    bits: bool = False  # all rows of a block chose the same, which it has as bits; heads have turns
     shown: Shown | None = None  # what a pattern beside it shows each row, which is left to that
     how: Literal["takers"] = "takers"
 
@@ -238,7 +238,7 @@ class TakersContext:
         read = (WORDS, tiers) if self.tiered else (WORDS,)
         if self.bits:
             read, sizes = (rows.bits_of(self.heads),), (*sizes[:-1], rows.BIT_WORDS)
-        turn = (axes.HEAD_FIRST,) if self.tiered else ()
+        turn = (axes.HEAD_FIRST,) if self.tiered or self.bits else ()
         return (*read, *_takers(self.lists), *sizes, *SEQ, *turn, *tunables("BLOCK_N"))
 
     @property
@@ -813,7 +813,7 @@ def of_together(
     segment: keys are read through an order of theirs, sorted inside segments of so many.
     aside: tokens of blocks of which each row has its own in another branch.
     alone: short entries do not lie side by side.
-    bits: all rows of a block chose the same.
+    bits: all rows of a block chose the same; heads have turns.
     shown: what a pattern beside it shows each row, which is left to that.
     """
     several = 1 if alone or entries.size >= LEAST_KEYS else max(1, MARKED // entries.size)
@@ -837,6 +837,7 @@ def of_together(
         split=True,
         segment=segment,
         bits=bits,
+        by_turns=bits,
     )
 
 
@@ -891,7 +892,7 @@ def _chosen(several: int) -> tuple[str, ...]:
 def _beside(shown: Shown) -> tuple[str, ...]:
     """Which keys a row sees that no pattern beside has: behind the first ones and before its window."""
     first = (f"(n >= {shown.sink * shown.size})[:, None]",) if shown.sink else ()
-    return (f"n[:, None] < ({shown.before('position')})[None, :]", *first)
+    return (f"(n[:, None] < ({shown.before('position')})[None, :])", *first)
 
 
 def _behind(shape: Shape, left: int, *, key: str = "n", aside: int = 0) -> tuple[str, ...]:

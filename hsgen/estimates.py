@@ -2,7 +2,7 @@
 
 A block of rows keeps a block of keys where one logit of theirs, of vectors kept as whole numbers times a
 scale, is above a part of what the row's own window and the first keys give it.  Nothing is sorted and no sum
-is made, so a program goes through the keys once and writes its list down as it finds it.  Whole numbers of
+is made, so a program goes through the keys once and writes a bit for each of their blocks.  Whole numbers of
 so few bits are the caller's dtype exactly, and so are sums of their products in float32.  What the pattern
 shows a row stays the pattern's, chosen or not.
 """
@@ -26,10 +26,11 @@ from hsgen.graph import (
     Score,
     SelectSet,
     Union,
+    left_to_window,
 )
 from hsgen.kernels import WHOLE, tunables
 from hsgen.plan import Param
-from hsgen.rows import LOG2_E, SEQ, Chunk, chunks, count, jit, next_power, number, pointer, tensor
+from hsgen.rows import LOG2_E, SEQ, Chunk, chunks, jit, next_power, number, tensor
 
 LEAST_DOT = 16  # rows and keys of a dot
 MOST_ROWS = 128  # of a block, all of which a program has
@@ -151,7 +152,14 @@ def _goes(graph: Graph, way: Way) -> bool:
         and _whole(graph, way)
         and alone
         and _sum_of_pattern(graph, way.lse)
+        and all(_reads_bits(graph, user) for user in graph.users(way.selection.name))
     )
+
+
+def _reads_bits(graph: Graph, user: Node) -> bool:
+    """Whether blocks of rows attend what they chose, and no window beside it has a part of that."""
+    op = user.op
+    return isinstance(op, Attend) and op.over == "blocks" and not left_to_window(graph, user)
 
 
 def _whole(graph: Graph, way: Way) -> bool:
@@ -250,7 +258,7 @@ def sums_of_estimates(graph: Graph, branch: Node) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EstimateContext:
-    """Everything `_maps_estimate.jinja` reads: each block of rows lists the blocks of keys that it keeps."""
+    """Everything `_maps_estimate.jinja` reads: each block of rows marks the blocks of keys that it keeps."""
 
     name: str
     header: str = ""
@@ -300,14 +308,13 @@ class EstimateContext:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        lists = f"[blocks, {self.heads}, width] ascending, then -1"
         return (
             *rows.QUERY,
             *tensor("K", "k", "[B, S, Hkv, Dqk] whole numbers", "bth"),
             *tensor("K_SCALE", "ks", "f32[B, S, Hkv] that keys are times", "bth", "f32"),
             *rows.lse(comment="f32[B, Hq, T] of what is attended anyway"),
-            pointer("LISTS", "i32", lists),
-            count("width", "slots of a list"),
+            rows.bits_of(self.heads),
+            rows.BIT_WORDS,
             *SEQ,
             *tunables("BLOCK_N"),
         )

@@ -836,6 +836,9 @@ class Execution:
         came = [*call.tensors, *outputs, *grads, *call.selection, *apart]
         call = call._replace(tensors=[*map(_in_rows, call.tensors)])
         program = self._gradient_program(problem, call, apart=bool(apart))
+        if program.plan.again and self._aligned(call) and not self._even(call):
+            call = self._with_even_queries(call)  # what chooses again is what the forward streamed
+            program = self._gradient_program(problem, call, apart=bool(apart))
         self._launches += program.launches
         o, grad_o, apart = _in_rows(outputs[0]), _in_rows(grads[0]), [*map(_in_rows, apart)]
         if program.streams and not _aligned(_rows_of(grad_o, problem)):
@@ -892,7 +895,7 @@ class Execution:
 
     def _gradient_program(self, problem: Problem, call: Call, *, apart: bool) -> Program:
         """The program of gradients for these tensors, and the configuration of calls as large as this one."""
-        even = self._aligned(call) and _aligned(call.tensors[self.attending.names.index("q")])
+        even = self._aligned(call) and self._even(call)
         binding = replace(_binding(problem), aligned=even, apart=apart)
         bucket = _bucket(problem, call)
         with self._lock:
@@ -904,6 +907,16 @@ class Execution:
                     made = _choosing_as(made, own, again)
                 self._gradients[binding, bucket] = made
             return self._gradients[binding, bucket]
+
+    def _even(self, call: Call) -> bool:
+        """Whether queries can come in a stream too, as they do where dk and dv are made."""
+        return _aligned(call.tensors[self.attending.names.index("q")])
+
+    def _with_even_queries(self, call: Call) -> Call:
+        """The same call, whose queries lie so in a copy."""
+        at = self.attending.names.index("q")
+        q = call.tensors[at].clone(memory_format=torch.contiguous_format)
+        return call._replace(tensors=[*call.tensors[:at], q, *call.tensors[at + 1 :]])
 
     def _choose_gradients(self, binding: Binding, bucket: tuned.Bucket) -> Program:
         """Look up what is tuned, and compile once for all sizes."""
@@ -1592,11 +1605,17 @@ def _chosen(program: Program, found: tuned.Found, given: Configs, target: Target
 
 def _choosing_as(program: Program, choice: Choice, kernels: Sequence[str]) -> Program:
     """Gradients whose choices, which they make again, have the configurations of the forward's."""
-    same = [x for x in kernels if choice.config[x].keys() == program.config[x].keys()]
+    for name in kernels:
+        mine, forward = program.config[name], choice.config.get(name)
+        if forward is None or forward.keys() != mine.keys():
+            had = ", ".join(forward) if forward is not None else "no such kernel"
+            raise AssertionError(
+                f"{name} chooses again: expected the knobs of the forward's, {had}, got {', '.join(mine)}"
+            )
     return replace(
         program,
-        config={**program.config, **{name: choice.config[name] for name in same}},
-        origin={**program.origin, **{name: choice.origin[name] for name in same}},
+        config={**program.config, **{name: choice.config[name] for name in kernels}},
+        origin={**program.origin, **{name: choice.origin[name] for name in kernels}},
     )
 
 

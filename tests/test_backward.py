@@ -9,7 +9,7 @@ import emitted
 import pytest
 import sanitizer
 import torch
-from conformance import systems, test_clusters, test_foretold, test_slashes
+from conformance import systems, test_clusters, test_estimates, test_foretold, test_slashes
 from reference_driver import compiler
 from shares import covering
 from template_lint import lint
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from hsgen import (
     allowlist,
     backward,
+    execution,
     knobs,
     load_kernel,
     operators,
@@ -31,7 +32,7 @@ from hsgen.errors import ArgumentError, PlanError
 from hsgen.execution import Options
 from hsgen.reference import tensor_kinds, tensor_shapes
 from hsgen.runtime import Kernel
-from hsgen.spec import Combine, load, parse
+from hsgen.spec import Combine, Static, load, parse
 from hsgen.streams import StreamsContext
 from hsgen.target import H100, Target, with_streams
 
@@ -796,6 +797,58 @@ def ways_of_heads(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "tensors", other)
 
 
+ESTIMATED = {
+    "blocks side by side": lambda: test_estimates.other(dims=(32, 16), kv=2),
+    "blocks of a tile": lambda: test_estimates.other(
+        rows=32, size=16, dims=(16, 16), local=Static(blocks=16, window=1, sink=1)
+    ),
+    **test_estimates.OTHERS,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "blocks side by side" else pytest.mark.full)
+        for name in ESTIMATED
+    ],
+)
+def test_what_a_pattern_leaves_of_blocks_that_estimates_chose_has_gradients(name, seed):
+    """Documents of 1, of 0, of few rows, and of more than a tile has."""
+    with sanitizer.enabled(seed=seed):
+        check(ESTIMATED[name](), T=75, cu_seqlens_q=i32(0, 1, 1, 71, 75))
+
+
+def test_estimates_of_fewer_rows_than_keys_have_gradients(seed):
+    """Rows lie at the end of more keys, or before all of them."""
+    with sanitizer.enabled(seed=seed):
+        found = check(test_estimates.other(dims=(16, 16)), B=2, T=35, S=61, q_offset=i32(26, -2))
+    assert not found["q"][1, :2].any()
+
+
+def test_rows_of_a_block_that_chose_by_estimates_may_be_told_others(monkeypatch):
+    """A caller's repeat, and have -1 anywhere; a call's own choice, given back, has the same bits."""
+    estimated = test_estimates.other(rows=10, dims=(16, 16))
+    x = tensors(estimated, 1, 50, 50, torch.float32)
+    attn = load_kernel(estimated, interpret=True, config={"choose_block": {"BLOCK_N": 32}})
+    o, chosen = attn(**x, return_selection=True)
+    assert not any(
+        y is not None and y.dtype == torch.int32 for y in attn(**x).grad_fn.saved_tensors
+    )
+    found = torch.autograd.grad(o.square().sum(), list(x.values()))
+    own = torch.autograd.grad(attn(**x).square().sum(), list(x.values()))
+    assert all(map(torch.equal, found, own))
+    (made,) = attn._execution.gradients.values()
+    assert made.config["choose_block"]["BLOCK_N"] == 32
+    shape = (*chosen["block"].indices.shape[:-1], 5)
+    given = {"selection": {"block": torch.randint(-2, 9, shape).clamp(min=-1).to(torch.int32)}}
+    exact = attn.reference(**{n: y.double() for n, y in x.items()}, **given, dtype=torch.float64)
+    exact = torch.autograd.grad(exact.square().sum(), list(x.values()))
+    found = torch.autograd.grad(attn(**x, **given).square().sum(), list(x.values()))
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 FORETOLD = {"both ways": lambda: test_foretold.other(dims=(32, 16)), **test_foretold.OTHERS}
 
 
@@ -856,10 +909,32 @@ def test_what_all_rows_have_one_list_of_is_chosen_again(monkeypatch):
     o, chosen = attn(**x, return_selection=True)
     for level, lists in attn.select(**x).items():
         assert torch.equal(chosen[level].indices, lists.indices)
-    monkeypatch.setattr(operators, "is_watched", lambda call: True)
-    for other in (o, attn(**x)):
-        again = torch.autograd.grad(other.square().sum(), list(x.values()))
-        assert all(map(torch.equal, found, again))
+    with monkeypatch.context() as patch:
+        patch.setattr(operators, "is_watched", lambda call: True)
+        for other in (o, attn(**x)):
+            again = torch.autograd.grad(other.square().sum(), list(x.values()))
+            assert all(map(torch.equal, found, again))
+    shifted = torch.zeros(*x["q"].shape[:-1], x["q"].shape[-1] + 1)[..., 1:]
+    y = x | {"q": shifted.copy_(x["q"].detach()).requires_grad_()}
+    again = torch.autograd.grad(attn(**y).square().sum(), list(y.values()))
+    assert all(
+        map(torch.equal, found, again)
+    )  # by kernels that are the call's, which asks less of queries
+
+
+def test_choices_of_other_knobs_are_none_of_the_call():
+    """That a kernel of a call is another than what chooses again in its gradients is a mistake of ours."""
+    spec = test_slashes.other(ways=1)
+    x = tensors(spec, 1, 20, 20, torch.float32)
+    attn = load_kernel(spec, interpret=True)
+    torch.autograd.grad(attn(**x).sum(), list(x.values()))
+    *_, made = attn._execution.gradients.values()
+    *_, choice = attn._execution.choices.values()
+    for others in ({"num_warps": 4}, None):
+        config = {name: y for name, y in choice.config.items() if name != "rank_column"}
+        config |= {"rank_column": others} if others else {}
+        with pytest.raises(AssertionError, match="rank_column chooses again: expected the knobs"):
+            execution._choosing_as(made, replace(choice, config=config), made.plan.again)
 
 
 @pytest.mark.parametrize(
@@ -1335,15 +1410,15 @@ TRAINED = (
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
     *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "sparse_d"),
     *("dhsa", "dma", "flex_prefill", "minference", "nosa", "pbs_attn", "psa", "psa_mass"),
-    *("qwen_qsa", "s2o", "step_csa", "svg2", "svg_ear", "token_sparse", "xattention"),
+    *("qwen_qsa", "s2o", "sale", "step_csa", "svg2", "svg_ear", "token_sparse", "xattention"),
 )
 CHOSEN_AGAIN = (
-    *("flex_prefill", "minference", "pbs_attn", "psa", "psa_mass", "s2o", "svg2", "svg_ear"),
+    *("flex_prefill", "minference", "pbs_attn", "psa", "psa_mass", "s2o", "sale", "svg2"),
+    "svg_ear",
 )
 REFUSED = {
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
     "deepseek_csa": "branch selected: no kernel has the gradient of pooled latents yet",
-    "sale": "branch selected: no kernel has the gradient of what a pattern beside it leaves yet",
 }
 
 

@@ -58,7 +58,7 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
     scheduled.begin(draft)
     clustered = clusters.clustering_of(graph)
     chosen, repeated = tuple[str, ...](), tuple[str, ...]()
-    selection = {} if again.chooses(graph) else _read(graph, graph.outputs.selection)
+    selection = {} if again.alone(graph) else _read(graph, graph.outputs.selection)
     if clustered is not None:
         chosen = clustering.plan(made, clustered)
     elif draft.tiling is not None:

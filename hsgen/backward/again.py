@@ -1,23 +1,30 @@
 """Choices that a backward makes again, where what a selection says of rows is too long, or too little.
 
-Where a prompt's last rows choose once for all, or heads in one of two ways, a list of every row would be as
-long as budgets are; tiers of a pyramid are in no selection.  The same kernels make the same lists, with the
-same configurations, bit by bit.
+Where a prompt's last rows choose once for all, heads in one of two ways, or blocks of rows by estimates, a
+list of every row would be as long as budgets are, or as a sequence is; tiers of a pyramid are in no
+selection.  The same kernels make the same lists, with the same configurations, bit by bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from hsgen import foretold, schedule, slashes
+from hsgen import estimates, foretold, schedule, slashes
 from hsgen.graph import Attend, Graph, Node
+from hsgen.plan import Step
 from hsgen.schedule.draft import Draft
 
 
 def chooses(graph: Graph) -> bool:
-    """Whether some branch attends lists that all rows, or those of a block, have together, made again."""
+    """Whether some branch attends what rows have together, made again where no caller brings it."""
+    return alone(graph) or any(estimates.shown_beside(graph, node) for node in graph.nodes())
+
+
+def alone(graph: Graph) -> bool:
+    """The same of what no caller can bring."""
     graph, _ = foretold.joined(graph)
-    return _foretold(graph) or any(any(slashes.lists_of(graph, node)) for node in graph.nodes())
+    either = foretold.foretold(graph) is not None
+    return either or any(any(slashes.lists_of(graph, node)) for node in graph.nodes())
 
 
 def choose(draft: Draft) -> tuple[str, ...]:
@@ -30,14 +37,31 @@ def choose(draft: Draft) -> tuple[str, ...]:
     together = {name for node in attends for name in _together(graph, node)}
     slanted = any(any(slashes.lists_of(graph, node)) for node in attends)
     by_row = {x.name for node in attends for x in graph.operands(node)[3:4]} if slanted else set()
-    before, steps = len(draft.kernels), len(draft.steps)
+    before, steps, turns = len(draft.kernels), len(draft.steps), draft.turns
+    draft.turns = {}  # a branch whose sum decides comes before all others, and adds to nothing
     schedule.choose_again(draft, together | by_row, together)
-    draft.steps[steps:] = [replace(step, of=None) for step in draft.steps[steps:]]
+    draft.turns = turns
+    either = chooses(graph) and not alone(graph)
+    made = [replace(step, of=None) for step in draft.steps[steps:]]
+    draft.steps[steps:] = [_as_one(made)] if either else made
     return tuple(kernel.name for kernel in draft.kernels[before:])
 
 
-def _foretold(graph: Graph) -> bool:
-    return foretold.foretold(graph) is not None
+def _as_one(steps: list[Step]) -> Step:
+    """A choice that is made where no caller brings one: what it needs on the way passes."""
+    assert not any(step.chunk for step in steps), "each goes once over all rows"
+    made = tuple(name for step in steps for name in step.makes)
+    needs = dict.fromkeys(name for step in steps for name in step.needs if name not in made)
+    buffers = (buffer for step in steps for buffer in step.buffers)
+    return Step(
+        title=", ".join(step.title for step in steps),
+        needs=tuple(needs),
+        makes=made,
+        of="own",
+        sizes=tuple(size for step in steps for size in step.sizes),
+        buffers=tuple(x if x.role == "list" else replace(x, role="scratch") for x in buffers),
+        launches=tuple(launch for step in steps for launch in step.launches),
+    )
 
 
 def _together(graph: Graph, node: Node) -> set[str]:
@@ -49,4 +73,6 @@ def _together(graph: Graph, node: Node) -> set[str]:
     if (found := foretold.foretold(graph)) and node.name == found.attend.name:
         lists = (found.columns, found.diagonals)
         return {*node.inputs[3:6], *(x.chain.selection.name for x in lists)}
+    if estimates.shown_beside(graph, node):
+        return {node.inputs[3]}
     return {x.name for x in slashes.lists_of(graph, node) if x}

@@ -20,7 +20,7 @@ Sizes = tuple[tuple[str, str], ...]
 
 def attend(made: Gradients, node: Node, op: Attend) -> None:
     """All gradients of one branch."""
-    branch = _Branch(made, node, op, sharing.chosen_again(made.draft, op))
+    branch = _Branch(made, node, op, sharing.chosen_again(made.draft, node, op))
     if op.over == "tiers":
         branch.tiers()
         return
@@ -776,7 +776,14 @@ class _Branch:
                 sizes=(*lists.sizes, *made.sizes),
             )
         buffers = (*grads, *made.buffers)
-        self.step("keys", buffers=buffers, launches=made.launches, sizes=made.sizes, of=of)
+        self.step(
+            "keys",
+            buffers=buffers,
+            launches=made.launches,
+            sizes=made.sizes,
+            turns=made.turns,
+            of=of,
+        )
 
     def _keys_of_blocks(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
         """Of blocks that were chosen: lists of rows, parts by chunks of them, and the sums."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsgen import axes, clusters, estimates, foretold, keeping, slashes
+from hsgen import axes, clusters, foretold, keeping, slashes
 from hsgen.errors import PlanError
 from hsgen.graph import (
     Attend,
@@ -82,7 +82,6 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
             left_to_window(graph, node) > 0 and (op.over == "tokens" or not graph.meta.causal),
             "what a window beside it leaves",
         ),
-        (estimates.shown_beside(graph, node) is not None, "what a pattern beside it leaves"),
     )
     words = next((words for lacking, words in lacks if lacking), None)
     return words or (_of_pools(graph, node) if op.over == "pooled" else None)

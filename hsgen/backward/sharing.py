@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from hsgen import configs, foretold, together
+from hsgen import configs, estimates, foretold, together
 from hsgen.estimates import Shown
 from hsgen.foretold import EitherContext, Foretold
 from hsgen.graph import Attend, Node
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import RowsContext
-from hsgen.schedule import foretelling, selected, text
+from hsgen.schedule import choosing, estimating, foretelling, selected, text
 from hsgen.schedule.draft import Draft
 
 
@@ -33,10 +33,15 @@ class Chosen:
     lists: bool = False
 
 
-def chosen_again(draft: Draft, op: Attend) -> Chosen | None:
+def chosen_again(draft: Draft, node: Node, op: Attend) -> Chosen | None:
     """That of a branch whose choice is made again; None of any other."""
-    found = foretold.foretold(draft.graph)
-    return _of_either(draft, found, op) if found else None
+    if found := foretold.foretold(draft.graph):
+        return _of_either(draft, found, op)
+    if shown := estimates.shown_beside(draft.graph, node):
+        selection = draft.graph[node.inputs[3]]
+        bits = text.buffer(choosing.chosen_of(selection))
+        return Chosen(bits=(bits, estimating.words_of(selection)), shown=shown, lists=True)
+    return None
 
 
 def _of_either(draft: Draft, found: Foretold, op: Attend) -> Chosen:

@@ -7,6 +7,7 @@ read these: of rows that share a list all bits are set, up to what each may see.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from hsgen import cols, together, walks
 from hsgen.backward import tiles
@@ -14,11 +15,12 @@ from hsgen.backward.tokens import Lists
 from hsgen.estimates import Shown
 from hsgen.plan import Buffer, Config, Launch
 from hsgen.rows import Entries, RowsContext, Shape, next_power
-from hsgen.schedule import text
+from hsgen.schedule import laid, text
 from hsgen.schedule.draft import Draft
 
 MARKING = 4096  # slots of rows that a program looks at at a time
 LEAST_ROOM = 1 << 20  # bytes of parts of dk and dv
+SHARE = Fraction(1, 2)  # of what a call is given, that a turn's lists and parts may have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +146,27 @@ def members(draft: Draft, chosen: Chosen) -> Lists:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Heads:
+    """How many key heads there is room for, how many a launch has, and which is the first."""
+
+    held: str
+    count: str
+    first: tuple[str, ...] = ()
+
+
+def _heads(draft: Draft, chosen: Chosen) -> _Heads:
+    """All of them; where all have lists of their own, which are bits, a turn's."""
+    heads = str(draft.shape.kv_heads)
+    if chosen.bits is None:
+        return _Heads(held=heads, count=heads)
+    return _Heads(held=chosen.of("turn_heads")[0], count="count", first=("tile_first",))
+
+
 def takers(draft: Draft, chosen: Chosen, context: cols.ColsContext) -> Lists:
     """The blocks of rows that chose any entry of each block of keys."""
-    name, lists = chosen.branch, chosen.heads // context.lists
+    name, lists, heads = chosen.branch, chosen.heads // context.lists, _heads(draft, chosen)
+    held, count = (heads.held, heads.count) if chosen.bits else (str(lists), str(lists))
     made = cols.TakersContext(
         name=f"takers_{name}",
         heads=chosen.heads,
@@ -169,8 +189,8 @@ def takers(draft: Draft, chosen: Chosen, context: cols.ColsContext) -> Lists:
     sizes = (length, buckets, most, capacity)
     return Lists(
         buffers=(
-            Buffer(name=counts, dtype="i32", dims=(str(lists), buckets), role="list"),
-            Buffer(name=listed, dtype="i32", dims=(str(lists), buckets, most), role="list"),
+            Buffer(name=counts, dtype="i32", dims=(held, buckets), role="list"),
+            Buffer(name=listed, dtype="i32", dims=(held, buckets, most), role="list"),
         ),
         sizes=(
             (f"packed_{name}", f"{of} if batch.packed else 0"),
@@ -181,8 +201,8 @@ def takers(draft: Draft, chosen: Chosen, context: cols.ColsContext) -> Lists:
         launches=(
             Launch(
                 kernel=made.name,
-                grid=(buckets, str(lists)),
-                arguments=(words, counts, listed, *sizes, *text.SEQ),
+                grid=(buckets, count),
+                arguments=(words, counts, listed, *sizes, *text.SEQ, *heads.first),
             ),
         ),
         arguments=(counts, listed, words, *sizes),
@@ -196,16 +216,23 @@ def parts(
     read: tuple[str, ...],
     grads: tuple[str, ...],
 ) -> Lists:
-    """dk and dv over these, the rows of a sequence's first keys in parts, and the sums of all parts."""
+    """dk and dv over these, the rows of a sequence's first keys in parts, and the sums of all parts.
+
+    Of bits heads have turns, for which lists and parts are made.
+    """
     name, shape = chosen.branch, draft.shape
     total = cols.SumContext(name=f"sum_{name}", of=context)
     draft.kernel("merge", total, tiles.sums(), chosen.node, follows=context.name)
-    heads, dims = str(shape.kv_heads), (shape.qk, shape.v)
+    heads, dims = _heads(draft, chosen), (shape.qk, shape.v)
     block_n, of_block, programs, heavy, room, number = chosen.of(
         "block_n", "block_tiles", "key_tiles", "heavy_tiles", "room", "key_parts"
     )
-    made = chosen.of("part_k", "part_v")
-    lists = takers(draft, chosen, context)
+    made, each = chosen.of("part_k", "part_v"), f"{programs} + {heavy} * ({number} - 1)"
+    lists, turns = takers(draft, chosen, context), tuple[tuple[str, str], ...]()
+    if chosen.bits:
+        buckets, most = chosen.of("buckets", "most")
+        held = f"4 * {buckets} * ({most} + 1) + {4 * sum(dims)} * {block_n} * ({each})"
+        turns = laid.of_heads(draft, f"heads_{name}", held, SHARE)
     return Lists(
         buffers=(
             *lists.buffers,
@@ -213,7 +240,7 @@ def parts(
                 Buffer(
                     name=part,
                     dtype="f32",
-                    dims=(f"{heads} * ({programs} + {heavy} * ({number} - 1))", block_n, str(dim)),
+                    dims=(f"{heads.held} * ({each})", block_n, str(dim)),
                     role="scratch",
                 )
                 for part, dim in zip(made, dims, strict=True)
@@ -228,19 +255,24 @@ def parts(
             (f"bytes_{name}", f"{heavy} * {block_n} * {4 * shape.kv_heads * sum(dims)}"),
             (room, f"max({LEAST_ROOM}, min(SCRATCH_BYTES // 4, batch.rows * {draft.held // 8}))"),
             (number, f"1 + min({cols.PARTS - 1}, {room} // bytes_{name})"),
+            *turns,
         ),
         launches=(
             *lists.launches,
             Launch(
                 kernel=context.name,
-                grid=(programs, heads, number),
-                arguments=(*read, *made, *lists.arguments, *chosen.order, *text.SEQ),
+                grid=(programs, heads.count, number),
+                arguments=(*read, *made, *lists.arguments, *chosen.order, *text.SEQ, *heads.first),
             ),
             Launch(
                 kernel=total.name,
-                grid=(programs, heads),
-                arguments=(*made, *grads, f"length_{name}", number, *chosen.order, *text.SEQ),
+                grid=(programs, heads.count),
+                arguments=(
+                    *(*made, *grads, f"length_{name}", number, *chosen.order, *text.SEQ),
+                    *heads.first,
+                ),
             ),
         ),
         arguments=(),
+        turns=(str(shape.kv_heads), heads.held) if chosen.bits else (None, None),
     )

@@ -732,8 +732,15 @@ def slots_of(draft: Draft, selection: Node) -> str:
     return draft.slots(selection)
 
 
-def spread(draft: Draft, node: Node, op: Select | SelectSet, heads: int, block: int) -> None:
-    """Every row's copy of the list of its block."""
+def spread(
+    draft: Draft,
+    node: Node,
+    op: Select | SelectSet,
+    heads: int,
+    block: int,
+    bits: str | None = None,
+) -> None:
+    """Every row's copy of the list of its block, which may be one of so many words of bits."""
     kernel, step = together.spread(
         op.level,
         node.name,
@@ -743,6 +750,7 @@ def spread(draft: Draft, node: Node, op: Select | SelectSet, heads: int, block: 
         block=block,
         slotted=draft.tiling is not None,
         entries=slots_of(draft, node) if tiers_of(op) else None,
+        bits=bits,
     )
     draft.kernels.append(kernel)
     draft.steps.append(step)

@@ -1,4 +1,4 @@
-"""Launches of a choice by estimates: keys as whole numbers, and the list of each block of rows."""
+"""Launches of a choice by estimates: keys as whole numbers, and what each block of rows keeps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from hsgen.graph import Node, Score, SelectSet
 from hsgen.plan import Buffer, Launch, Step
 from hsgen.schedule import choosing, text
 from hsgen.schedule.draft import Draft
+
+
+def words_of(selection: Node) -> str:
+    """Words of what a block of rows keeps, in the driver."""
+    assert isinstance(selection.op, SelectSet)
+    return f"words_{selection.op.level}"
 
 
 def select(draft: Draft, node: Node, op: SelectSet, way: Way) -> None:
@@ -31,7 +37,7 @@ def select(draft: Draft, node: Node, op: SelectSet, way: Way) -> None:
     part = choosing.part_of(draft.graph, node)
     assert part is not None, "refused"
     made, heads, blocks = choosing.chosen_of(node), str(shape.query_heads), f"blocks_{level}"
-    lists, width = text.buffer(made), draft.slots(node)
+    bits, words = text.buffer(made), words_of(node)
     scale = draft.power(keys)
     strides = tuple(f"{scale}.stride({dim})" for dim in (1, 2))
     summed = draft.graph[way.lse.inputs[0]]
@@ -40,8 +46,12 @@ def select(draft: Draft, node: Node, op: SelectSet, way: Way) -> None:
             title=f"choose: {level}",
             needs=("q", keys.name, way.lse.name),
             makes=(made,),
-            sizes=((blocks, together.blocks_of(way.rows)), *part.sizes(level)),
-            buffers=(Buffer(name=lists, dtype="i32", dims=(blocks, heads, width), role="list"),),
+            sizes=(
+                (blocks, together.blocks_of(way.rows)),
+                *part.sizes(level),
+                (words, f"(entries_{level} + 31) // 32"),
+            ),
+            buffers=(Buffer(name=bits, dtype="i32", dims=(blocks, heads, words), role="list"),),
             launches=(
                 Launch(
                     kernel=context.name,
@@ -51,12 +61,12 @@ def select(draft: Draft, node: Node, op: SelectSet, way: Way) -> None:
                         *draft.tensor(keys.name),
                         *(scale, f"0 if batch.packed else {scale}.stride(0)", *strides),
                         *text.strides(draft.log_sum_exp(summed)),
-                        lists,
-                        width,
+                        bits,
+                        words,
                         *text.SEQ,
                     ),
                 ),
             ),
         )
     )
-    choosing.spread(draft, node, op, shape.query_heads, way.rows)
+    choosing.spread(draft, node, op, shape.query_heads, way.rows, bits=words)

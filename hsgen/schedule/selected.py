@@ -15,7 +15,7 @@ from hsgen.kernels import (
 )
 from hsgen.plan import Buffer, Config, Launch, Step
 from hsgen.rows import Entries, next_power
-from hsgen.schedule import choosing, laid, sorted_keys, text, vectors
+from hsgen.schedule import choosing, estimating, laid, sorted_keys, text, vectors
 from hsgen.schedule.draft import SORT_LIMIT, SORTED, TILE_OF_HEADS, Draft, Order
 
 LEAST_DOT = 16  # keys of a product
@@ -96,6 +96,9 @@ def branch_of(draft: Draft, node: Node, op: Attend) -> together.Branch:
         order=sorting.arguments(text.buffer(order.name)) if order else (),
         segment=sorted_keys.segment(draft, selection),
         shown=estimates.shown_beside(draft.graph, node),
+        bits=estimating.words_of(selection)
+        if estimates.way_to(draft.graph, selection.name)
+        else "",
     )
 
 

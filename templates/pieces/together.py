@@ -176,6 +176,21 @@ def chosen_by(bits, entry, there):
 @triton.jit
 def as_bits(chosen, WORDS: tl.constexpr):
     """bool[WORDS * 32] -> i32[WORDS], the first of each 32 as the lowest bit"""
-    bit = tl.arange(0, 32).to(tl.uint32)[None, :]
-    words = tl.sum(tl.reshape(chosen.to(tl.uint32), [WORDS, 32]) << bit, 1)
-    return words.to(tl.uint32).to(tl.int32, bitcast=True)
+    return tl.sum(tl.reshape(chosen.to(tl.int32), [WORDS, 32]) << tl.arange(0, 32)[None, :], 1)
+
+
+@triton.jit
+def keep_bits(bits, words, word, first, chosen, STEP: tl.constexpr):
+    """Write which of STEP entries are chosen, in a row of words.  -> the last word, i32[1], as far as known
+
+    word: the same of the entries before.  first: that of the step, a multiple of STEP.  chosen: bool[1, STEP]
+    """
+    if STEP >= 32:
+        place = first // 32 + tl.arange(0, STEP // 32)
+        tl.store(bits + place, as_bits(chosen, STEP // 32), mask=place < words)
+    else:
+        bit = (first + tl.arange(0, STEP)) % 32
+        begun = tl.where(first % 32 == 0, word * 0, word)
+        word = begun | tl.sum(chosen.to(tl.int32) << bit[None, :], 1)
+        tl.store(bits + first // 32 + word * 0, word, mask=first // 32 + word * 0 < words)
+    return word

@@ -7,9 +7,12 @@ import torch
 
 from conformance import backends, calls, systems
 from conformance.oracles import check
+from hsgen import dryrun
 from hsgen import spec as language
 from hsgen.errors import PlanError
+from hsgen.pipeline import compile_backward, compile_spec
 from hsgen.spec import Blocks, Static
+from hsgen.target import H100
 
 LANES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RUN = {"cpu": backends.interpreter, "cuda": backends.cuda}
@@ -83,6 +86,20 @@ def test_what_the_pattern_shows_counts_once(lane, seed):
     shown = before & ((unit[:, None] - unit < 2) | (unit == 0))
     near = logits.masked_fill(~shown, -torch.inf).softmax(-1)
     assert torch.allclose(few.o.double(), torch.einsum("bhts,bshd->bthd", near, v), atol=1e-5)
+
+
+def test_calls_and_their_gradients_hold_bits_in_place_of_lists():
+    """Of blocks of rows; lists of rows, which only who asks for them gets, are not counted."""
+    spec = systems.load("sale")
+    plan, before = compile_backward(spec, H100).plan, compile_spec(spec, H100).plan
+    for tokens in (4096, 32768, 131072):
+        run = dryrun.run(before, tokens=tokens)
+        (bits,) = (x for made, x in run.buffers if made.name == "made_block_selection_blocks")
+        assert bits.bytes == (tokens // 64 + 2) * 32 * tokens // 32 // 8
+        had = run.given + run.of("output")
+        assert run.given + run.peak - run.of("selection") <= 1.25 * had, tokens
+        run = dryrun.gradients(plan, before, tokens=tokens)
+        assert run.given + run.peak <= 1.3 * (run.given + run.of("output")), tokens
 
 
 REFUSED = {

@@ -75,7 +75,30 @@ def greatest_of(x, WIDTH: tl.constexpr):
     return tl.max(tl.reshape(x, [x.shape[0], x.shape[1] // WIDTH, WIDTH]), 2)
 
 
-@triton.jit(do_not_specialize=["lse_b", "lse_h", "width", "num_sequences"])
+@triton.jit
+def as_bits(chosen, WORDS: tl.constexpr):
+    """bool[WORDS * 32] -> i32[WORDS], the first of each 32 as the lowest bit"""
+    return tl.sum(tl.reshape(chosen.to(tl.int32), [WORDS, 32]) << tl.arange(0, 32)[None, :], 1)
+
+
+@triton.jit
+def keep_bits(bits, words, word, first, chosen, STEP: tl.constexpr):
+    """Write which of STEP entries are chosen, in a row of words.  -> the last word, i32[1], as far as known
+
+    word: the same of the entries before.  first: that of the step, a multiple of STEP.  chosen: bool[1, STEP]
+    """
+    if STEP >= 32:
+        place = first // 32 + tl.arange(0, STEP // 32)
+        tl.store(bits + place, as_bits(chosen, STEP // 32), mask=place < words)
+    else:
+        bit = (first + tl.arange(0, STEP)) % 32
+        begun = tl.where(first % 32 == 0, word * 0, word)
+        word = begun | tl.sum(chosen.to(tl.int32) << bit[None, :], 1)
+        tl.store(bits + first // 32 + word * 0, word, mask=first // 32 + word * 0 < words)
+    return word
+
+
+@triton.jit(do_not_specialize=["lse_b", "lse_h", "words", "num_sequences"])
 def choose_block(
     Q,  # [B, T, Hq, Dqk]
     q_b,  # Q: batch stride
@@ -93,8 +116,8 @@ def choose_block(
     lse_b,  # LSE: batch stride
     lse_h,  # LSE: head stride
     lse_t,  # LSE: token stride
-    LISTS,  # [blocks, 32, width] ascending, then -1
-    width,  # slots of a list
+    BITS,  # [blocks, 32, words] a bit by entry
+    words,  # of a row of bits
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     BLOCK_N: tl.constexpr,  # entries a step
@@ -113,7 +136,7 @@ def choose_block(
     token = position - q_offset
     asked = (token >= 0) & (token < q_len)
     q_row = tl.load(SEQ + z * 6 + 1) + token
-    lists = LISTS + ((first_block(SEQ, z, 64) + block).to(tl.int64) * 32 + head) * width
+    bits = BITS + ((first_block(SEQ, z, 64) + block).to(tl.int64) * 32 + head) * words
 
     # queries as whole numbers
     q_base = Q + z.to(tl.int64) * q_b
@@ -135,7 +158,7 @@ def choose_block(
     stop = tl.maximum(tl.minimum(tl.load(SEQ + z * 6 + 5), last), 0)
     step: tl.constexpr = BLOCK_N // 32
     whole = tl.minimum(tl.maximum(first + 1, 0), stop) // (step * 32) * step
-    found = tl.zeros([1], tl.int32)
+    word = tl.zeros([1], tl.int32)
     for e0 in range(0, whole, step):
         column = tl.arange(0, BLOCK_N)
         n = e0 * 32 + column
@@ -147,11 +170,9 @@ def choose_block(
         # [1, blocks]; of one row, as of dots Triton 3.6 reduces nothing to a scalar on sm_100
         best = tl.max(greatest_of(s, 32), 0, keep_dims=True)
         taken = best > -6.965784284662087
-        place = found[:, None] + tl.cumsum(taken.to(tl.int32), 1) - 1
-        entry = e0 + tl.arange(0, BLOCK_N // 32)[None, :]
-        tl.store(lists + place, entry, mask=taken & (place < width))
-        found += tl.sum(taken.to(tl.int32), 1)
-    for e0 in range(whole, (stop + 31) // 32, step):
+        word = keep_bits(bits, words, word, e0, taken, BLOCK_N // 32)
+    entries = (stop + 31) // 32
+    for e0 in range(whole, entries, step):
         column = tl.arange(0, BLOCK_N)
         n = e0 * 32 + column
         there = n < stop
@@ -163,12 +184,9 @@ def choose_block(
         # [1, blocks]; of one row, as of dots Triton 3.6 reduces nothing to a scalar on sm_100
         best = tl.max(greatest_of(s, 32), 0, keep_dims=True)
         taken = best > -6.965784284662087
-        place = found[:, None] + tl.cumsum(taken.to(tl.int32), 1) - 1
-        entry = e0 + tl.arange(0, BLOCK_N // 32)[None, :]
-        tl.store(lists + place, entry, mask=taken & (place < width))
-        found += tl.sum(taken.to(tl.int32), 1)
+        word = keep_bits(bits, words, word, e0, taken, BLOCK_N // 32)
 
-    # store: -1 after the last one
-    for start in range(0, width, BLOCK_N):
-        slot = start + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(lists + slot, slot * 0 - 1, mask=(slot >= found[:, None]) & (slot < width))
+    # store: no bit of entries that no row sees
+    for start in range((entries + 31) // 32, words, BLOCK_N):
+        place = start + tl.arange(0, BLOCK_N)
+        tl.store(bits + place, tl.zeros([BLOCK_N], tl.int32), mask=place < words)

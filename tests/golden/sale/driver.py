@@ -166,11 +166,12 @@ def forward(tensors, batch, config, selection=None, rows=True):
         entries_block = (batch.keys + 31) // 32
         part_block = (entries_block * 1073741824 + 1073741823) // 1073741824
         width_block = max(1, min(entries_block, max(part_block, 0)))
+        words_block = (entries_block + 31) // 32
         made_block_selection_blocks = torch.empty(
             (
                 blocks_block,
                 32,
-                width_block,
+                words_block,
             ),
             dtype=torch.int32,
             device=in_q.device,
@@ -197,7 +198,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
             made_lse.stride(1),
             made_lse.stride(2),
             made_block_selection_blocks,
-            width_block,
+            words_block,
             batch.table,
             batch.sequences,
             **config["choose_block"],
@@ -220,6 +221,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
             )
             spread_block[grid](
                 made_block_selection_blocks,
+                words_block,
                 made_block_selection,
                 width_block,
                 batch.table,
@@ -259,6 +261,7 @@ def forward(tensors, batch, config, selection=None, rows=True):
             )
             index_selected[grid](
                 made_block_selection_blocks,
+                words_block,
                 counts_selected,
                 entries_selected,
                 width_block,
@@ -512,11 +515,12 @@ def select(tensors, batch, config):
     entries_block = (batch.keys + 31) // 32
     part_block = (entries_block * 1073741824 + 1073741823) // 1073741824
     width_block = max(1, min(entries_block, max(part_block, 0)))
+    words_block = (entries_block + 31) // 32
     made_block_selection_blocks = torch.empty(
         (
             blocks_block,
             32,
-            width_block,
+            words_block,
         ),
         dtype=torch.int32,
         device=in_q.device,
@@ -543,7 +547,7 @@ def select(tensors, batch, config):
         made_lse.stride(1),
         made_lse.stride(2),
         made_block_selection_blocks,
-        width_block,
+        words_block,
         batch.table,
         batch.sequences,
         **config["choose_block"],
@@ -566,6 +570,7 @@ def select(tensors, batch, config):
     )
     spread_block[grid](
         made_block_selection_blocks,
+        words_block,
         made_block_selection,
         width_block,
         batch.table,

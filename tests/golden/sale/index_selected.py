@@ -57,9 +57,17 @@ def entry_limit(p, k_len, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     return limit
 
 
-@triton.jit(do_not_specialize=["width", "num_sequences", "tile_first"])
+@triton.jit
+def chosen_by(bits, entry, there):
+    """Whether rows of bits have an entry.  bits: pointers; there: which of them to look at."""
+    word = tl.load(bits + entry // 32, mask=there, other=0)
+    return ((word >> (entry % 32)) & 1) != 0
+
+
+@triton.jit(do_not_specialize=["words", "width", "num_sequences", "tile_first"])
 def index_selected(
-    LISTS,  # [blocks, 32, width] ascending, then -1
+    BITS,  # [blocks, 32, words] a bit by entry
+    words,  # of a row of bits
     COUNTS,  # [tiles, 32, 2] of full entries, of partial ones
     ENTRIES,  # [tiles, 32, width] full ones first
     width,  # slots of a list
@@ -88,19 +96,16 @@ def index_selected(
 
     # split, store
     row = first_block(SEQ, z, 64) + block
-    source = LISTS + (row.to(tl.int64) * 32 + head) * width
+    source = BITS + (row.to(tl.int64) * 32 + head) * words
     region = tl.program_id(0).to(tl.int64) * 32 + head
     full = 0
     total = 0
-    place = tl.arange(0, 2)
-    leader = tl.load(source + place, mask=place < tl.minimum(width, 1), other=-1)
-    led = tl.sum(((leader >= 0) & (leader < 1)).to(tl.int32), 0)  # the pattern's
-    source += led
-    for i in range(0, width, BLOCK_N):
-        slot = i + tl.arange(0, BLOCK_N)
-        entry = tl.load(source + slot, mask=slot < width - led, other=-1)
-        tl.store(ENTRIES + region * width + slot, entry, mask=slot < width)
-        total += tl.sum(((entry >= 0) & (entry < limit)).to(tl.int32), 0)
-        full += tl.sum(((entry >= 0) & (entry < seen)).to(tl.int32), 0)
+    for i in range(0, limit, BLOCK_N):
+        entry = i + tl.arange(0, BLOCK_N)
+        there = chosen_by(source, entry, (entry >= 1) & (entry < limit))
+        place = total + tl.cumsum(there.to(tl.int32), 0) - 1
+        tl.store(ENTRIES + region * width + place, entry, mask=there)
+        total += tl.sum(there.to(tl.int32), 0)
+        full += tl.sum((there & (entry < seen)).to(tl.int32), 0)
     tl.store(COUNTS + region * 2, full)
     tl.store(COUNTS + region * 2 + 1, total - full)

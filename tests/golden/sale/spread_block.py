@@ -34,9 +34,17 @@ def first_block(SEQ, z, ROWS: tl.constexpr):
     return tl.load(SEQ + z * 6) // ROWS + 2 * z
 
 
-@triton.jit(do_not_specialize=["width", "num_sequences"])
+@triton.jit
+def chosen_by(bits, entry, there):
+    """Whether rows of bits have an entry.  bits: pointers; there: which of them to look at."""
+    word = tl.load(bits + entry // 32, mask=there, other=0)
+    return ((word >> (entry % 32)) & 1) != 0
+
+
+@triton.jit(do_not_specialize=["words", "width", "num_sequences"])
 def spread_block(
-    LISTS,  # [blocks, 32, width] ascending, then -1
+    BITS,  # [blocks, 32, words] a bit by entry
+    words,  # of a row of bits
     SELECTION,  # [rows, 32, width]
     width,  # slots of a list
     SEQ,  # [Z, 6] sequences
@@ -56,11 +64,19 @@ def spread_block(
     t = t0 + tl.arange(0, BLOCK_T)[:, None]
     block = block_at(q_offset + t, 64) - block_at(q_offset, 64)
     row = first_block(SEQ, z, 64) + block
-    source = LISTS + (row.to(tl.int64) * 32 + head) * width
+    source = BITS + (row.to(tl.int64) * 32 + head) * words
     target = SELECTION + ((q_start + t).to(tl.int64) * 32 + head) * width
 
-    # load, store
+    # store: the entries that it chose, ascending, and -1 after the last one
+    found = tl.zeros([BLOCK_T], tl.int32)
+    for i in range(0, words * 32, BLOCK_N):
+        entry = i + tl.arange(0, BLOCK_N)[None, :]
+        there = (t < q_len) & (entry < words * 32)
+        chosen = chosen_by(source, entry, there)
+        place = found[:, None] + tl.cumsum(chosen.to(tl.int32), 1)
+        tl.store(target + place - 1, t * 0 + entry, mask=chosen & (place <= width))
+        found = tl.max(place, 1)
     for i in range(0, width, BLOCK_N):
         slot = i + tl.arange(0, BLOCK_N)[None, :]
-        there = (t < q_len) & (slot < width)
-        tl.store(target + slot, tl.load(source + slot, mask=there, other=-1), mask=there)
+        empty = (t < q_len) & (slot >= found[:, None]) & (slot < width)
+        tl.store(target + slot, tl.full([BLOCK_T, BLOCK_N], -1, tl.int32), mask=empty)

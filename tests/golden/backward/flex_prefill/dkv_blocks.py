@@ -76,7 +76,16 @@ def store_rows(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit(
-    do_not_specialize=["lse_b", "lse_h", "length", "buckets", "most", "words", "num_sequences"]
+    do_not_specialize=[
+        "lse_b",
+        "lse_h",
+        "length",
+        "buckets",
+        "most",
+        "words",
+        "num_sequences",
+        "head_first",
+    ]
 )
 def dkv_blocks(
     Q,  # [B, T, Hq, Dqk]
@@ -111,12 +120,14 @@ def dkv_blocks(
     words,  # of a row of bits
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    head_first,  # the turn's first key head
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_M: tl.constexpr,  # rows a tile
     BLOCK_N: tl.constexpr,  # entries a step
 ):
     # keys: BLOCK_N of a block, and a part of the blocks of rows of which any chose it
-    head = tl.program_id(1)
+    turn_head = tl.program_id(1)
+    head = turn_head + head_first
     tiles: tl.constexpr = (128 + BLOCK_N - 1) // BLOCK_N
     steps: tl.constexpr = (128 + BLOCK_T - 1) // BLOCK_T
     bucket = tl.program_id(0) // tiles
@@ -128,7 +139,7 @@ def dkv_blocks(
         return
     within = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     n = entry * 128 + within
-    list_row = head * buckets + bucket
+    list_row = turn_head * buckets + bucket
     stop = tl.load(COUNTS + list_row) * steps
     list_base = list_row.to(tl.int64) * most
     q_first = tl.load(SEQ + z * 6 + 1)
@@ -188,7 +199,7 @@ def dkv_blocks(
 
     # store
     whole = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    heavy = ((z * tl.num_programs(1) + head) * 2 + entry) * tiles
+    heavy = ((z * tl.num_programs(1) + turn_head) * 2 + entry) * tiles
     heavy += tl.program_id(0) % tiles
     heavy = heavy.to(tl.int64) * (tl.num_programs(2) - 1) + number - 1
     heavy += tl.num_programs(1).to(tl.int64) * tl.num_programs(0)

@@ -892,6 +892,11 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
     bytes_blocks = heavy_tiles_blocks * block_n_blocks * 8192
     room_blocks = max(1048576, min(SCRATCH_BYTES // 4, batch.rows * 2048))
     key_parts_blocks = 1 + min(15, room_blocks // bytes_blocks)
+    room_heads_blocks = in_q.shape[0] * in_q.shape[1] * 6144
+    bytes_heads_blocks = 4 * buckets_blocks * (most_blocks + 1) + 1024 * block_n_blocks * (key_tiles_blocks + heavy_tiles_blocks * (key_parts_blocks - 1))
+    fit_heads_blocks = max(1, min(8, room_heads_blocks // max(1, bytes_heads_blocks)))
+    turns_heads_blocks = (8 + fit_heads_blocks - 1) // fit_heads_blocks
+    turn_heads_blocks = (8 + turns_heads_blocks - 1) // turns_heads_blocks
     grad_k = torch.zeros(
         (
             in_k.shape[0],
@@ -914,7 +919,7 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
     )
     row_counts_blocks = torch.empty(
         (
-            8,
+            turn_heads_blocks,
             buckets_blocks,
         ),
         dtype=torch.int32,
@@ -922,7 +927,7 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
     )
     row_lists_blocks = torch.empty(
         (
-            8,
+            turn_heads_blocks,
             buckets_blocks,
             most_blocks,
         ),
@@ -931,7 +936,7 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
     )
     part_k_blocks = torch.empty(
         (
-            8 * (key_tiles_blocks + heavy_tiles_blocks * (key_parts_blocks - 1)),
+            turn_heads_blocks * (key_tiles_blocks + heavy_tiles_blocks * (key_parts_blocks - 1)),
             block_n_blocks,
             128,
         ),
@@ -940,91 +945,96 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
     )
     part_v_blocks = torch.empty(
         (
-            8 * (key_tiles_blocks + heavy_tiles_blocks * (key_parts_blocks - 1)),
+            turn_heads_blocks * (key_tiles_blocks + heavy_tiles_blocks * (key_parts_blocks - 1)),
             block_n_blocks,
             128,
         ),
         dtype=torch.float32,
         device=in_q.device,
     )
-    grid = (
-        buckets_blocks,
-        8,
-    )
-    takers_blocks[grid](
-        bits_blocks,
-        row_counts_blocks,
-        row_lists_blocks,
-        length_blocks,
-        buckets_blocks,
-        most_blocks,
-        words_blocks,
-        batch.table,
-        batch.sequences,
-        **config["takers_blocks"],
-    )
-    grid = (
-        key_tiles_blocks,
-        8,
-        key_parts_blocks,
-    )
-    dkv_blocks[grid](
-        in_q,
-        0 if batch.packed else in_q.stride(0),
-        in_q.stride(1),
-        in_q.stride(2),
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        grad_o,
-        0 if batch.packed else grad_o.stride(0),
-        grad_o.stride(1),
-        grad_o.stride(2),
-        made_lse,
-        0 if batch.packed else made_lse.stride(0),
-        made_lse.stride(1),
-        made_lse.stride(2),
-        delta_made_lse,
-        part_k_blocks,
-        part_v_blocks,
-        row_counts_blocks,
-        row_lists_blocks,
-        bits_blocks,
-        length_blocks,
-        buckets_blocks,
-        most_blocks,
-        words_blocks,
-        batch.table,
-        batch.sequences,
-        **config["dkv_blocks"],
-    )
-    grid = (
-        key_tiles_blocks,
-        8,
-    )
-    sum_blocks[grid](
-        part_k_blocks,
-        part_v_blocks,
-        grad_k,
-        0 if batch.packed else grad_k.stride(0),
-        grad_k.stride(1),
-        grad_k.stride(2),
-        grad_v,
-        0 if batch.packed else grad_v.stride(0),
-        grad_v.stride(1),
-        grad_v.stride(2),
-        length_blocks,
-        key_parts_blocks,
-        batch.table,
-        batch.sequences,
-        **config["sum_blocks"],
-        BLOCK_N=config["dkv_blocks"]["BLOCK_N"],
-    )
+    for tile_first in range(0, 8, turn_heads_blocks):
+        count = min(turn_heads_blocks, 8 - tile_first)
+        grid = (
+            buckets_blocks,
+            count,
+        )
+        takers_blocks[grid](
+            bits_blocks,
+            row_counts_blocks,
+            row_lists_blocks,
+            length_blocks,
+            buckets_blocks,
+            most_blocks,
+            words_blocks,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["takers_blocks"],
+        )
+        grid = (
+            key_tiles_blocks,
+            count,
+            key_parts_blocks,
+        )
+        dkv_blocks[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            grad_o,
+            0 if batch.packed else grad_o.stride(0),
+            grad_o.stride(1),
+            grad_o.stride(2),
+            made_lse,
+            0 if batch.packed else made_lse.stride(0),
+            made_lse.stride(1),
+            made_lse.stride(2),
+            delta_made_lse,
+            part_k_blocks,
+            part_v_blocks,
+            row_counts_blocks,
+            row_lists_blocks,
+            bits_blocks,
+            length_blocks,
+            buckets_blocks,
+            most_blocks,
+            words_blocks,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["dkv_blocks"],
+        )
+        grid = (
+            key_tiles_blocks,
+            count,
+        )
+        sum_blocks[grid](
+            part_k_blocks,
+            part_v_blocks,
+            grad_k,
+            0 if batch.packed else grad_k.stride(0),
+            grad_k.stride(1),
+            grad_k.stride(2),
+            grad_v,
+            0 if batch.packed else grad_v.stride(0),
+            grad_v.stride(1),
+            grad_v.stride(2),
+            length_blocks,
+            key_parts_blocks,
+            batch.table,
+            batch.sequences,
+            tile_first,
+            **config["sum_blocks"],
+            BLOCK_N=config["dkv_blocks"]["BLOCK_N"],
+        )
     row_counts_blocks = None  # what comes next may have its memory
     row_lists_blocks = None
     part_k_blocks = None

@@ -67,9 +67,7 @@ def among(listed, count, value):
 @triton.jit
 def as_bits(chosen, WORDS: tl.constexpr):
     """bool[WORDS * 32] -> i32[WORDS], the first of each 32 as the lowest bit"""
-    bit = tl.arange(0, 32).to(tl.uint32)[None, :]
-    words = tl.sum(tl.reshape(chosen.to(tl.uint32), [WORDS, 32]) << bit, 1)
-    return words.to(tl.uint32).to(tl.int32, bitcast=True)
+    return tl.sum(tl.reshape(chosen.to(tl.int32), [WORDS, 32]) << tl.arange(0, 32)[None, :], 1)
 
 
 @triton.jit(do_not_specialize=["words", "width", "num_sequences"])

@@ -46,7 +46,7 @@ def store_rows(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.cons
     tl.store(address, x.to(base.dtype.element_ty), mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "num_sequences"])
+@triton.jit(do_not_specialize=["length", "chunks", "num_sequences", "head_first"])
 def sum_blocks(
     PART_K,  # f32[parts, keys, Dqk]
     PART_V,  # f32[parts, keys, Dv]
@@ -62,17 +62,19 @@ def sum_blocks(
     chunks,  # of rows
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    head_first,  # the turn's first key head
     BLOCK_N: tl.constexpr,  # entries a step
 ):
     # keys: BLOCK_N of a block
-    head = tl.program_id(1)
+    turn_head = tl.program_id(1)
+    head = turn_head + head_first
     tiles: tl.constexpr = (128 + BLOCK_N - 1) // BLOCK_N
     z, entry = find_bucket(SEQ, num_sequences, tl.program_id(0) // tiles, length, 128)
     place = tl.arange(0, BLOCK_N)
     within = tl.program_id(0) % tiles * BLOCK_N + place
     n = entry * 128 + within
     whole = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    heavy = ((z * tl.num_programs(1) + head) * 2 + entry) * tiles
+    heavy = ((z * tl.num_programs(1) + turn_head) * 2 + entry) * tiles
     heavy += tl.program_id(0) % tiles
     heavy = heavy.to(tl.int64) * (chunks - 1) + tl.num_programs(1).to(tl.int64) * tl.num_programs(0)
     parts = tl.where(entry < 2, chunks, 1)

@@ -65,7 +65,7 @@ def chosen_by(bits, entry, there):
     return ((word >> (entry % 32)) & 1) != 0
 
 
-@triton.jit(do_not_specialize=["length", "buckets", "most", "words", "num_sequences"])
+@triton.jit(do_not_specialize=["length", "buckets", "most", "words", "num_sequences", "head_first"])
 def takers_blocks(
     BITS,  # [blocks, 32, words] a bit by entry
     COUNTS,  # [lists, buckets] blocks of rows
@@ -76,6 +76,7 @@ def takers_blocks(
     words,  # of a row of bits
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
+    head_first,  # the turn's first head
     BLOCK_N: tl.constexpr,  # entries a step
 ):
     # keys: a block of one sequence, and the blocks of rows that see any of it
@@ -98,7 +99,8 @@ def takers_blocks(
             r = r0 + tl.arange(0, BLOCK_N)
             last = tl.minimum((own_block + r + 1) * 128, q_offset + q_len) - 1
             limit = entry_limit(last, k_len, 128, True)
-            bits = BITS + ((first - z + r).to(tl.int64) * 32 + head * 4 + own) * words
+            bits = (first - z + r).to(tl.int64) * 32 + (head_first + head) * 4 + own
+            bits = BITS + bits * words
             some = tl.zeros([BLOCK_N], tl.int32)
             for i in tl.static_range(1):
                 entry = e * 1 + i
