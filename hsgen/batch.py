@@ -5,6 +5,7 @@ Never waits for the device: lengths that are tensors stay tensors.  Checks nothi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from threading import Lock
@@ -46,6 +47,11 @@ class Batch:
     def sizes(self) -> tuple[int, bool]:
         """What a driver decides by, beside shapes."""
         return self.keys, self.from_start
+
+    @property
+    def squares(self) -> int:
+        """Squares from 1 to `keys`: no fewer than there are greater powers."""
+        return math.isqrt(self.keys)
 
     @property
     def processors(self) -> int:

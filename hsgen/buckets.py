@@ -14,7 +14,7 @@ from typing import Literal
 
 from hsgen import rows
 from hsgen.kernels import tunables
-from hsgen.plan import Buffer, Config, Kernel, Launch, Param, Step
+from hsgen.plan import Buffer, Config, Context, Kernel, Launch, Param, Step
 from hsgen.rows import SEQ, Chunk, RowsContext, Shape, chunks, count, next_power, pointer
 
 MOST_SLOTS = 16  # of a row: each is a part, written and read again
@@ -204,6 +204,24 @@ class Branch:
     turn: rows.Turn | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What kernels read and write beside their blocks' lists and parts, by the driver's names.
+
+    `listed`: by what attends, behind its list; `sums`: by what attends behind its log-sum-exps, and by what
+    merges behind them; `merged`: by what merges alone, behind those.  `items`: how many slots there are, one
+    at least.
+    """
+
+    listed: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    items: str = ""
+
+
+NOTHING = Beside()
+
+
 def plan(
     shape: Shape, branch: Branch, tiles: Callable[[RowsContext], Config]
 ) -> tuple[tuple[Kernel, ...], Step]:
@@ -216,7 +234,25 @@ def plan(
         width=branch.width,
     )
     context = rows.with_logits(context, scale=branch.scale, softcap=branch.softcap, sink=False)
-    config = tiles(context)
+    merge = PartsContext(
+        name=f"merge_{branch.name}",
+        width=branch.width,
+        head_dim=shape.v,
+        sink=branch.sink,
+        turn=branch.turn,
+    )
+    return planned(shape, branch, context, tiles(context), merge)
+
+
+def planned(
+    shape: Shape,
+    branch: Branch,
+    context: RowsContext,
+    config: Config,
+    merge: Context,
+    beside: Beside = NOTHING,
+) -> tuple[tuple[Kernel, ...], Step]:
+    """The same, of any loop over a block's rows and any merge of their parts."""
 
     def index(how: Literal["count", "offsets", "place"]) -> BucketsContext:
         return BucketsContext(
@@ -228,16 +264,8 @@ def plan(
             causal=shape.causal,
         )
 
-    merge = PartsContext(
-        name=f"merge_{branch.name}",
-        width=branch.width,
-        head_dim=shape.v,
-        sink=branch.sink,
-        turn=branch.turn,
-    )
-    listing = Config(
-        constexprs=(("BLOCK_T", 256 // next_power(branch.width)),), num_warps=4, num_stages=1
-    )
+    rows_of = max(1, 256 // next_power(branch.width))
+    listing = Config(constexprs=(("BLOCK_T", rows_of),), num_warps=4, num_stages=1)
     scan = Config(constexprs=(("BLOCK_N", 256),), num_warps=4, num_stages=1)
     merging = Config(constexprs=(("BLOCK_R", 32),), num_warps=4, num_stages=1)
     node = branch.makes[:1]
@@ -282,7 +310,7 @@ def plan(
             follows=context.name,
         ),
     )
-    return kernels, _step(shape, branch, context.name)
+    return kernels, _step(shape, branch, context.name, beside)
 
 
 def turns(name: str, heads: str, short: str) -> tuple[tuple[str, str], ...]:
@@ -302,7 +330,7 @@ def turns(name: str, heads: str, short: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _step(shape: Shape, branch: Branch, attending: str) -> Step:
+def _step(shape: Shape, branch: Branch, attending: str, beside: Beside) -> Step:
     name, heads, stride = branch.name, str(shape.query_heads), branch.entries.stride
     length, buckets, items = f"length_{name}", f"buckets_{name}", f"items_{name}"
     capacity, turn = f"capacity_{name}", f"turn_{name}"
@@ -313,7 +341,8 @@ def _step(shape: Shape, branch: Branch, attending: str) -> Step:
     row_tiles = "batch.rows // {BLOCK_T} + batch.sequences"
     block_t = f'config["{attending}"]["BLOCK_T"]'
     held = shape.query_heads * (shape.qk + shape.v) * 2  # bytes of a row of queries and outputs
-    part_bytes = 2 * shape.v + 12  # of a slot: an output, as if of 16 bits, its sum and its place
+    # of a slot: an output, as if of 16 bits, its sums and its place
+    part_bytes = 2 * shape.v + 12 + 4 * len(beside.sums)
     sizes = (
         (packed, f"{branch.keys}.shape[1] // {stride} if batch.packed else 0"),
         (length, f"0 if batch.packed else {branch.keys}.shape[1] // {stride}"),
@@ -321,7 +350,7 @@ def _step(shape: Shape, branch: Branch, attending: str) -> Step:
         (items, f"batch.rows * {branch.width}"),
         (capacity, f"{items} // {block_t} + {buckets}"),
         (f"heads_{name}", heads),
-        (f"bytes_{name}", f"{items} * {part_bytes}"),
+        (f"bytes_{name}", f"{beside.items or items} * {part_bytes}"),
         *turns(name, heads, f"batch.rows * {held * 2} // 5"),
     )
     buffers = (
@@ -333,6 +362,7 @@ def _step(shape: Shape, branch: Branch, attending: str) -> Step:
         Buffer(name=listed, dtype="i32", dims=(turn, items), role="list"),
         Buffer(name=part_o, dtype="input", dims=(turn, items, str(shape.v)), role="list"),
         Buffer(name=part_lse, dtype="f32", dims=(turn, items), role="list"),
+        *(Buffer(name=x, dtype="f32", dims=(turn, items), role="list") for x in beside.sums),
         *branch.buffers,
     )
     seq = ("batch.table", "batch.sequences", "tile_first")
@@ -371,8 +401,10 @@ def _step(shape: Shape, branch: Branch, attending: str) -> Step:
                 tile_counts,
                 ends,
                 listed,
+                *beside.listed,
                 *(part_o, "0", str(shape.v), f"{items} * {shape.v}"),
                 *(part_lse, "0", items, "1"),
+                *beside.sums,
                 *(length, buckets, items, capacity),
                 *seq,
             ),
@@ -380,7 +412,12 @@ def _step(shape: Shape, branch: Branch, attending: str) -> Step:
         Launch(
             kernel=f"merge_{name}",
             grid=("batch.rows // {BLOCK_R} + batch.sequences", "count"),
-            arguments=(part_o, part_lse, *branch.outputs, items, *seq),
+            arguments=(
+                *(part_o, part_lse, *beside.sums, *beside.merged),
+                *branch.outputs,
+                items,
+                *seq,
+            ),
         ),
     )
     return Step(

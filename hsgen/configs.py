@@ -126,6 +126,8 @@ class RowTiles:
         if context.children:
             wide = max(16, min(wide, next_power(context.children)))
             return replace(self._fit(context, 1, wide, 2, dims), num_warps=4 if wide >= 64 else 2)
+        if context.behind:
+            return self._fit(context, 1, wide, 3, dims)
         return self._fit(context, max(1, limit // context.pitch), wide, 3, dims)
 
     def step(self, context: rows.RowsContext) -> Config:

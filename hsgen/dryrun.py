@@ -107,6 +107,10 @@ class _Batch:
     from_start: bool = True
     processors: int = 0
 
+    @property
+    def squares(self) -> int:
+        return math.isqrt(self.keys)
+
     def laid(self, table: Array, rows: int, keys: int) -> _Batch:
         return replace(self, table=table, rows=rows, keys=keys)
 
@@ -235,7 +239,7 @@ FUNCTIONS: Mapping[str, Callable[..., int]] = {"min": min, "max": max}
 PROCESSORS = 132  # of an H100, for kernels that run one program on each
 READABLE = (
     *("shape", "stride", "table", "sequences", "rows", "keys", "packed", "from_start"),
-    *("pages", "page_rows", "pool", "processors", "tile_of", "laid"),
+    *("pages", "page_rows", "pool", "processors", "squares", "tile_of", "laid"),
 )  # attributes
 
 

@@ -5,6 +5,7 @@ Every field that a template reads is computed here.  Knows no GPU; tile sizes ar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -165,6 +166,8 @@ class RankContext:
     ways: tuple[int, ...] = ()  # numbers of a route that a head must have to choose any
     wide: bool = False  # many rows of many key heads choose
     few: bool = False  # entries of most rows fit in registers, of which a row has some hundred
+    power: int = 0  # > 0: entries are anchors behind a row, at distances that grow by such a power
+    nearest: int = 1  # of these the least number that has the power
     how: Literal["best"] = "best"
 
     @property
@@ -195,17 +198,22 @@ class RankContext:
         return next_power(self.width)
 
     @property
+    def longest(self) -> int:
+        """Entries that a long text has."""
+        return math.isqrt(LONG_TEXT) if self.power else LONG_TEXT // self.stride
+
+    @property
     def group(self) -> int:
         """Neighbours whose greatest stands for them first; 0: rows are short, or much of them is kept."""
         plain = self.width and self.counted and not self.children and not self.rows
         plain = plain and not self.means
-        few = self.padded_width <= 64 and LONG_TEXT // self.stride >= self.grouped_from
+        few = self.padded_width <= 64 and self.longest >= self.grouped_from
         return GROUP if plain and few else 0
 
     @property
     def chunked(self) -> bool:
         """Whether the greatest scores of groups lie behind the scores of a row: of a step, or a long one."""
-        return bool(self.group) and (self.alike or LONG_TEXT // self.stride >= BY_MEMORY)
+        return bool(self.group) and (self.alike or self.longest >= BY_MEMORY)
 
     @property
     def maxima(self) -> str:
@@ -241,8 +249,7 @@ class RankContext:
         listed = self.counted or self.width > 0
         plain = listed and not self.part and not self.children and not self.rows
         plain = plain and not self.means
-        longest = LONG_TEXT // self.stride
-        beyond = longest >= MOST_HELD if self.alike else longest > MOST_HELD
+        beyond = self.longest >= MOST_HELD if self.alike else self.longest > MOST_HELD
         return plain and not self.group and beyond
 
     @property
@@ -399,6 +406,8 @@ class RankContext:
     @property
     def limit(self) -> str:
         """Where the entries end that have a score."""
+        if self.power:
+            return f"anchors_limit(p, k_len, {self.power}, {self.nearest})"
         if self.segment:
             sized = f"{self.segment}, {self.stride}, {self.causal}, {self.short}"
             return f"settled_limit(p * {self.rows}, k_len, {sized})"
@@ -410,6 +419,8 @@ class RankContext:
     @property
     def candidates(self) -> str:
         """Where the entries end that a row may take, forced ones too."""
+        if self.power:
+            return self.limit
         if self.segment:
             last = f"p * {self.rows} + {self.rows - 1}"
             return f"begun_segments({last}, k_len, {self.segment}, {self.stride}, {self.causal})"

@@ -20,6 +20,7 @@ from hsgen import (
     runs,
     slashes,
     sorting,
+    stripes,
     walks,
 )
 from hsgen.errors import PlanError
@@ -335,7 +336,10 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         (op.over == "tiers" and op.cut is not None, "attends tiers of another order of keys"),
         (op.over != "tiers" and op.counted, "weighs pooled keys by their tokens"),
         (op.rows is not None and not keeping.attended(graph, node), "leaves out rows"),
-        (op.spans is not None, "attends spans before anchors"),
+        (
+            op.spans is not None and not stripes.attended(graph, node),
+            "attends spans before anchors in such a way",
+        ),
         (op.softmax is not None, "has a softmax for every entry"),
     )
     return next((words for lacking, words in lacks if lacking), None)
@@ -538,6 +542,9 @@ def _in_blocks(graph: Graph, node: Node) -> bool:
 
 def _of_level(graph: Graph, node: Node, op: Score | Map | Select | SelectSet) -> str | None:
     """Of a level whose rows choose together, what that is in the way of; of any, what its operators are."""
+    if isinstance(op, Score) and op.anchors is not None:
+        known = stripes.scored(graph, node)
+        return None if known else "scores anchors behind each row in such a way"
     in_blocks = _in_blocks(graph, node)
     way = maps.way_to(graph, node.inputs[0]) if isinstance(op, Select | SelectSet) else None
     if way is not None and way.last and not _says_how_many(graph, node):
@@ -760,8 +767,6 @@ def _of_choice(op: Score | Map | Select) -> str | None:
             return f"maps scores by {how} to entries that begin before their place"
         case Map(how="mean" | "upsample" as how):
             return f"maps scores by {'avg_pool' if how == 'mean' else how}"
-        case Score(anchors=found) if found:
-            return "scores anchors behind each row"
         case Score(halves=found) if found:
             return _of_halves(found) or _of_score(op)
         case Score():

@@ -25,6 +25,7 @@ PhaseKind = Literal[
     "slots",
     "columns",
     "crossed",
+    "behind",
 ]
 LOG2_E = 1.4426950408889634
 FEW_TOKENS = 16
@@ -278,6 +279,7 @@ class RowsContext(InTurn):
         ""  # where a list of the keys of a head is, which is an order of some of them
     )
     sifted: bool = False  # rows of a head are in an order of their own
+    own_from: str = ""  # where the keys of a row begin whose sum is also told alone; empty: nowhere
 
     @property
     def ordered(self) -> bool:
@@ -347,8 +349,15 @@ class RowsContext(InTurn):
 
     @property
     def one_token(self) -> bool:
-        """Whether a program takes one of a tile's tokens: a list that is gathered is one row's."""
-        return any(phase.kind == "gather" for phase in self.phases)
+        """Whether a program takes one of a tile's tokens: a list that is gathered is one row's, and so are
+        keys at distances from it.
+        """
+        return any(phase.kind in ("gather", "behind") for phase in self.phases)
+
+    @property
+    def behind(self) -> bool:
+        """Whether keys lie at distances from a row, which its body says: `k_at`."""
+        return any(phase.kind == "behind" for phase in self.phases)
 
     @property
     def alike(self) -> bool:
@@ -395,7 +404,7 @@ class RowsContext(InTurn):
 
     def rows_of(self, keys: str) -> str:
         """Rows of the keys `n` in their tensor, whose names begin so."""
-        if self.ordered:
+        if self.ordered or self.behind:
             return f"{keys}_row + k_at"
         return f"{keys}_at" if self.page else f"{keys}_row + n"
 

@@ -312,7 +312,7 @@ def _refuse(draft: Draft) -> None:
             )
     attends = [node.op for node in draft.graph.nodes() if isinstance(node.op, Attend)]
     if draft.cached is not None:
-        _require_no_bias(draft.graph)
+        _require_reached(draft.graph)
     wide = LATENT_DIMS if all(op.latent for op in attends) else 256
     for name, most in (("Dqk", wide), ("Dv", wide), ("Di", 256)):
         dim = draft.graph.sizes.get(name, 16)
@@ -322,9 +322,12 @@ def _refuse(draft: Draft) -> None:
             )
 
 
-def _require_no_bias(graph: Graph) -> None:
-    """Of keys in a cache."""
+def _require_reached(graph: Graph) -> None:
+    """What no kernel does yet of keys in a cache."""
     for node in graph.nodes():
+        if isinstance(node.op, Attend) and node.op.spans is not None:
+            words = "no kernel attends spans of keys in a cache yet"
+            raise PlanError(f"branch {node.op.branch}: {words}", span=node.span)
         if isinstance(node.op, Attend) and node.op.biased:
             words = "no kernel adds a learned bias to logits of keys in a cache yet"
             raise PlanError(f"branch {node.op.branch}: {words}", span=node.span)

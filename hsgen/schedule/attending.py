@@ -13,7 +13,7 @@ from hsgen.graph import (
     left_to_window,
 )
 from hsgen.plan import Buffer, Launch, Step
-from hsgen.schedule import selected, staying, stepping, text, walking
+from hsgen.schedule import selected, spanning, staying, stepping, text, walking
 from hsgen.schedule.draft import Draft
 
 MOST_DIMS = 256  # of queries and keys that are no latents
@@ -113,7 +113,9 @@ def _own_way(draft: Draft, node: Node, op: Attend) -> Callable[[Draft, Node, Att
     match op.over:
         case "pooled" if draft.chosen(node):
             return selected.attend_gathered
-        case "tokens" if draft.block(draft.graph[node.inputs[3]]):
+        case "spans":
+            return spanning.attend
+        case "tokens" | "blocks" if draft.block(draft.graph[node.inputs[3]]):
             return selected.attend_together
         case "tokens" if op.biased:
             return selected.attend_picked
@@ -121,8 +123,6 @@ def _own_way(draft: Draft, node: Node, op: Attend) -> Callable[[Draft, Node, Att
             return selected.attend_tokens
         case "tiers":
             return selected.attend_tiers
-        case "blocks" if draft.block(draft.graph[node.inputs[3]]):
-            return selected.attend_together
         case "blocks" if selected.order_of(draft, node, op) == "keys":
             return selected.attend_by_blocks
         case "blocks" if selected.picks(draft, node, op):

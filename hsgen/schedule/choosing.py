@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
-from hsgen import axes, configs, estimates, foretold, refusals, rows, splits, together
+from hsgen import axes, configs, estimates, foretold, refusals, rows, splits, stripes, together
 from hsgen.errors import PlanError
 from hsgen.graph import (
+    Anchors,
     Graph,
     Input,
     Map,
@@ -67,7 +68,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         parent_heads = draft.size(parent.type.dims[2])
         parent_group = heads // parent_heads
     rank = replace(
-        ranking(draft, node, op, short=draft.short(op.level)),
+        ranking(draft, node, op, short=draft.short(op.level), anchors=chain.anchors),
         children=children,
         parent_width=draft.width(parent) if parent else 0,
         parent_heads=parent_heads,
@@ -88,7 +89,7 @@ def select(draft: Draft, node: Node, op: Select | SelectSet) -> None:
         rank = replace(rank, softmax=True, unlike=group if unlike else 0)
     grouped = rank.group > 0
     ranks = configs.rank(
-        draft.tiling.tiles if draft.tiling else slots,
+        draft.tiling.tiles if draft.tiling else rank.longest if chain.anchors else slots,
         op.stride,
         config["BLOCK_T"],
         grouped=grouped,
@@ -228,7 +229,14 @@ def _unlike_of(draft: Draft, node: Node) -> Node | None:
     return next((x for x in draft.graph.operands(node) if isinstance(x.op, Unlike)), None)
 
 
-def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) -> RankContext:
+def ranking(
+    draft: Draft,
+    node: Node,
+    op: Select | SelectSet,
+    *,
+    short: bool,
+    anchors: Anchors | None = None,
+) -> RankContext:
     """Which entries of a row are kept, whatever made their scores."""
     kept = op if isinstance(op, Select) else None
     found = part_of(draft.graph, node)
@@ -261,6 +269,8 @@ def ranking(draft: Draft, node: Node, op: Select | SelectSet, *, short: bool) ->
         sinks=op.sink or 0,
         kv_heads=draft.shape.kv_heads if op.sink else 0,
         ways=(kept.ways if kept else None) or (),
+        power=anchors.power if anchors else 0,
+        nearest=anchors.first if anchors else 1,
     )
 
 
@@ -497,6 +507,7 @@ def _scorer(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> _Sc
         )
     context = _walk(draft, node, chain, parent)
     programs = heads // (context.heads if _packs(draft, chain, parent) else 1)
+    count = "count * {BLOCK_T}" if context.one_token else "count"
     shares: tuple[str, ...] = ()
     by_shares: tuple[tuple[str, str], ...] = ()
     block = draft.block(node)
@@ -514,6 +525,7 @@ def _scorer(draft: Draft, node: Node, chain: _Chain, parent: Node | None) -> _Sc
         context=context,
         config=config,
         programs=programs,
+        count=count,
         shares=shares,
         by_shares=by_shares,
     )
@@ -592,6 +604,8 @@ def _row_length(ranking: RankContext, stride: int) -> str:
     if ranking.chunked:
         held = ranking.whole - 4
         return f"(batch.keys // {stride} + {held + 1}) // {held} * {ranking.whole}"
+    if ranking.power:
+        return "batch.squares + 1"
     if ranking.whole_fours:
         return f"(batch.keys // {stride} + 5) // 4 * 4"
     return f"max(1, batch.keys // {stride} + 1)"
@@ -806,6 +820,8 @@ def _score_context(
         heads = shape.group
     dim = draft.graph.sizes["Di"] if scoring.by_index else shape.qk
     name = f"score_{node.op.level}"
+    if score.anchors is not None:
+        return stripes.score(shape, scoring, score.anchors, name=name)
     return rows.score(shape, scoring, name=name, heads=heads, dim=dim, across=across)
 
 
@@ -908,6 +924,8 @@ def _packs(draft: Draft, chain: _Chain, parent: Node | None) -> bool:
     assert isinstance(score, Score)
     apart = chain.reduce is None and chain.map is None and parent is None
     several = _asking(draft, chain).group > 1
+    if chain.anchors is not None:
+        return several
     return draft.steps_alone and apart and score.form in ("dot", "bound") and several
 
 
@@ -1007,6 +1025,11 @@ class _Chain:
     @property
     def needs(self) -> tuple[str, ...]:
         return (*self.score.inputs, *((self.lse,) if self.lse else ()))
+
+    @property
+    def anchors(self) -> Anchors | None:
+        """Where entries lie behind each row, if that is where they lie."""
+        return self.score.op.anchors if isinstance(self.score.op, Score) else None
 
 
 def part_of(graph: Graph, selection: Node) -> together.Part | None:

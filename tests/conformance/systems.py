@@ -29,7 +29,6 @@ EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
     "routing_transformer": "no kernel takes a route by head yet",
-    "superlinear": "level anchor: no kernel scores anchors behind each row yet",
     "sea": "level part: no kernel takes scores as they are given yet",
     "delta_llm": "no kernel reads keys from their changes yet",
     "spatten": "level token: no kernel takes over a selection yet",
