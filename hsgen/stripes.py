@@ -1,8 +1,9 @@
 """Anchors at distances behind a row that grow by a power, and attention to the spans that end at the best.
 
-Anchors are scored row by row: those of neighbouring rows are neighbours, but seldom the same.  Spans
-are long and begin anywhere, so rows are gathered to the block of keys that a span begins in, as in `buckets`;
-the window, which each of a row's softmaxes has, is attended once (arXiv:2601.18401).
+Anchors are scored row by row: those of neighbouring rows are neighbours, but seldom the same.  Spans are long
+and begin anywhere, so rows are gathered to the block of keys that a span begins in, as in `buckets`; the
+window, which each of a row's softmaxes has, is attended once (arXiv:2601.18401).  All of it lies behind a
+row, whether the spec is causal or not.
 """
 
 from __future__ import annotations
@@ -32,10 +33,9 @@ def scored(graph: Graph, node: Node) -> bool:
         within=None,
         anchors=op.anchors,
     )
-    users = graph.users(node.name)
-    chosen = [x for x in users if isinstance(x.op, Select)]
-    known = all(x in chosen or attended(graph, x) for x in users)
-    return op == plain and len(node.inputs) == 2 and _given(graph, node) and known and bool(chosen)
+    chosen = [x for x in graph.users(node.name) if not isinstance(x.op, Attend)]
+    known = bool(chosen) and all(isinstance(x.op, Select) for x in chosen)
+    return op == plain and len(node.inputs) == 2 and _given(graph, node) and known
 
 
 def attended(graph: Graph, node: Node) -> bool:
@@ -66,7 +66,7 @@ def _given(graph: Graph, node: Node) -> bool:
     of = graph.operands(node)[: 3 if isinstance(node.op, Attend) else 2]
     heads = ("Hq", *("Hkv",) * (len(of) - 1))
     given = all(isinstance(x.op, Input) and len(x.type.dims) == 4 for x in of)
-    return graph.meta.causal and given and tuple(x.type.dims[2] for x in of) == heads
+    return given and tuple(x.type.dims[2] for x in of) == heads
 
 
 # --- loops

@@ -1419,6 +1419,7 @@ CHOSEN_AGAIN = (
 REFUSED = {
     "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
     "deepseek_csa": "branch selected: no kernel has the gradient of pooled latents yet",
+    "superlinear": "branch spans: no kernel has the gradient of attention over spans yet",
 }
 
 

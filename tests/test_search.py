@@ -355,7 +355,7 @@ def test_least_time_is_that_of_all_kernels():
     short, long = (Least(target=H100, tokens=T).milliseconds(spec, {}) for T in (4096, 65536))
     assert 0 < 10 * short < long
     with pytest.raises(PlanError):
-        Least(target=H100, tokens=64).milliseconds(load("superlinear"), {})
+        Least(target=H100, tokens=64).milliseconds(load("sea"), {})
 
 
 def _point(ms, error):

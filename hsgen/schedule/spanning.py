@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hsgen import buckets, rows, stripes
 from hsgen.graph import Attend, Node, Score
 from hsgen.plan import Buffer, Config, Launch, Step
@@ -15,7 +17,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     assert op.spans is not None
     starts, found, weights = _find(draft, node, op)
     near = _window(draft, node, op)
-    shape, scale = draft.shape, op.scale if op.scale is not None else 1.0
+    shape, scale = _shape(draft), op.scale if op.scale is not None else 1.0
     width = draft.width(draft.graph[node.inputs[3]])
     branch = buckets.Branch(
         name=op.branch,
@@ -53,15 +55,21 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     draft.add(kernels, (step,))
 
 
+def _shape(draft: Draft) -> rows.Shape:
+    """Of what lies behind rows."""
+    return replace(draft.shape, causal=True)
+
+
 def _find(draft: Draft, node: Node, op: Attend) -> tuple[str, str, str]:
     """What spans each row has and what they weigh.  -> where they begin, what is made, and the weights"""
     assert op.spans is not None
     selection, score = draft.graph.operands(node)[3:5]
     assert isinstance(score.op, Score)
-    heads, width = str(draft.shape.query_heads), draft.width(selection)
+    shape, width = _shape(draft), draft.width(selection)
+    heads = str(shape.query_heads)
     context = stripes.SpansContext(
         name=f"find_{op.branch}",
-        shape=draft.shape,
+        shape=shape,
         width=width,
         spans=op.spans,
         scale=score.op.scale if score.op.scale is not None else 1.0,
@@ -107,14 +115,14 @@ def _window(draft: Draft, node: Node, op: Attend) -> tuple[str, ...]:
     assert op.spans is not None
     if not op.spans.window:
         return ()
-    scale = op.scale if op.scale is not None else 1.0
+    shape, scale = _shape(draft), op.scale if op.scale is not None else 1.0
     name, made = f"near_{op.branch}", f"{node.name}.near"
-    context = rows.attend_window(draft.shape, name=name, scale=scale, window=op.spans.window)
+    context = rows.attend_window(shape, name=name, scale=scale, window=op.spans.window)
     context = rows.with_logits(context, scale=scale, softcap=op.softcap, sink=False)
     draft.attend(context, draft.tiles(context, limit=128), node.name)
     launch = Launch(
         kernel=name,
-        grid=text.grid(draft.shape, context, text.tiles(context)),
+        grid=text.grid(shape, context, text.tiles(context)),
         arguments=(*draft.tensors(node, op), *draft.outputs(node), *draft.seq(context)),
     )
     draft.steps.append(

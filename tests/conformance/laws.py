@@ -263,10 +263,12 @@ def given_offsets_place_queries(lab):
 
 def _forces(spec):
     """Whether every level may: no tile or cluster is the first, or a row's last, no part is forced of two,
-    no walk or estimate takes what is forced, and what another level forces is always counted.
+    no walk or estimate takes what is forced, what another level forces is always counted, and near anchors
+    are left to a window.
     """
     selects = [x.select for x in spec.levels if x.select]
-    placed = not any(isinstance(x.partition, language.Clusters) for x in spec.levels)
+    unplaced = language.Clusters | language.Stripes
+    placed = not any(isinstance(x.partition, unplaced) for x in spec.levels)
     others = any(x.apart or x.force.level or x.early_stop for x in selects)
     estimated = any(_estimates(spec, level) for level in spec.levels)
     return not spec.axes and placed and not others and not estimated

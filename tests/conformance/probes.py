@@ -48,6 +48,8 @@ def uniform_probe_reads_the_mask(lab):
         tensors["gates"] = _one_branch_a_row(call.tensors["gates"])
     if "bias" in call.tensors:
         tensors["bias"] = torch.zeros_like(call.tensors["bias"])
+    for name in _that_weigh_spans(spec):  # of which none is so light that it is lost
+        tensors[name] = call.tensors[name] / 16
     if "output_gate" in call.tensors:  # whose sigmoid is 1
         tensors["output_gate"] = torch.full_like(call.tensors["output_gate"], 100.0)
     call = call.with_tensors(**tensors)
@@ -230,6 +232,12 @@ def _first_tokens(call, sides=("key", "value")):
     }
 
 
+def _that_weigh_spans(spec):
+    """Queries of anchors, whose scores say what their spans weigh."""
+    levels = {spec.level(branch.over) for branch in spec.attend if branch.spans}
+    return {f"q_{level.q}" if level.q else "q" for level in levels}
+
+
 def _one_branch_a_row(gates):
     """Gates that open one branch for every row and head, in turns."""
     T, H, C = gates.shape[-3:]
@@ -248,14 +256,15 @@ def _huge(t, tokens):
 def _private_branches(spec):
     """kv names, None for `k` and `v`, that only branches over selections attend.
 
-    None where entries are cut from an order of keys that follows from these: other keys have another.
+    None where entries are cut from an order of keys that follows from these: other keys have another.  Spans
+    are of more than what is selected.
     """
     orders = [level.permute.keys for level in spec.levels if level.permute]
     if any(isinstance(order, SortInSegment | KMeans) for order in orders):
         return set()
     opened = {each.level for each in spec.reuse if each.attend == "given"}
     over = {b.kv for b in spec.attend if b.over and b.values == "raw" and b.over not in opened}
-    others = {b.kv for b in spec.attend if b.window or b.static}
+    others = {b.kv for b in spec.attend if b.window or b.static or b.spans}
     others |= {spec.level(b.over).kv for b in spec.attend if b.values == "pooled"}
     return over - others
 

@@ -1,0 +1,1 @@
+"""Kernels of superlinear, emitted by hsgen."""
