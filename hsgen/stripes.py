@@ -100,9 +100,9 @@ def score(shape: Shape, scoring: Scoring, anchors: Anchors, *, name: str) -> Row
     )
 
 
-def attend(shape: Shape, *, name: str, scale: float, width: int) -> RowsContext:
-    """The spans of rows that begin in one block, each a part of its own; told alone is what no span before
-    has.
+def attend(shape: Shape, *, name: str, scale: float, width: int, window: int) -> RowsContext:
+    """The spans of rows that begin in one block, without the window: each a part of its own; told alone is
+    what no span before has.
     """
     entries = rows.Entries(size=STRIDE, stride=STRIDE)
     context = buckets.attend(shape, name=name, scale=scale, entries=entries, width=width)
@@ -116,6 +116,7 @@ def attend(shape: Shape, *, name: str, scale: float, width: int) -> RowsContext:
         *context.params[written:],
     )
     row = f"(item // {width}).to(tl.int64) * {shape.query_heads} + head"
+    last = f"position - {window}" if window else "position"
     return replace(
         context,
         summary="attention of rows to spans that begin in one block, a softmax each.",
@@ -124,9 +125,10 @@ def attend(shape: Shape, *, name: str, scale: float, width: int) -> RowsContext:
         setup=(
             f"spans = SPANS + (({row}) * {width} + item % {width}) * 3",
             "begin = tl.load(spans, mask=alive, other=0x7FFFFFFF)",
-            "end = tl.load(spans + 1, mask=alive, other=-1)",
+            "anchor = tl.load(spans + 1, mask=alive, other=-1)",
+            f"end = tl.minimum(anchor, {last})",
             "own_from = tl.load(spans + 2, mask=alive, other=0)",
-            "stop = tl.max(end, 0) + 1",
+            "stop = tl.minimum(tl.max(end, 0) + 1, k_len)",
         ),
         phases=(
             Phase(
@@ -144,7 +146,7 @@ def attend(shape: Shape, *, name: str, scale: float, width: int) -> RowsContext:
 
 # --- kernels
 
-SPANS = "[rows, Hq, slots, 3] first token, last one, and from which on no span before has it"
+SPANS = "[rows, Hq, slots, 3] first token, the anchor, and from where on no span before has any"
 WEIGHTS = pointer("WEIGHTS", "f32", "f32[rows, Hq, slots] of each span's softmax, -1 of none")
 PART_OWN = pointer("PART_OWN", "f32", "f32[turn heads, items] sums of what no span before has")
 

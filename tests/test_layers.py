@@ -34,6 +34,7 @@ buckets  together  transposed           rows by the block they chose · rows tha
 halved  picked  trees  clusters         intervals that are searched · tokens a tile picked · trees · k-means
 pyramids  sorting  slashes              entries read in tiers · sorted keys · columns and diagonals
 walks  keeping  runs                    tokens taken best first · that heads keep · by the scores of runs
+stripes                                 anchors behind each row, and the spans before them
 cols  unpool  learn  entropies          gradients of attention, of pools and of losses
 blockgate                               the same of a gate of blocks
 maps  likeness  pairs                   what blocks of rows give blocks · blocks alike · pairs of a head
@@ -99,7 +100,7 @@ drafts
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
     "boxes patterns estimates buckets together halved picked trees clusters pyramids sorting slashes walks "
-    "keeping runs splits appending "
+    "keeping runs stripes splits appending "
     "cols unpool learn entropies blockgate running foretold configs refusals schedule driver backward losses "
     "knobs space emit allowlist store workers build resources pipeline tuned catalogue "
     "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"

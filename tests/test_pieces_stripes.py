@@ -66,7 +66,7 @@ def hold(where, spans, positions, result, chosen):
                 assert weights[at] == -1.0
                 continue
             begin, end = max(tokens[e] - reach_of(p, spans), 0), min(tokens[e], p - spans.window)
-            assert ends[at].tolist() == [begin, end, before], f"row at {p}, anchor {e}"
+            assert ends[at].tolist() == [begin, tokens[e], before], f"row at {p}, anchor {e}"
             assert starts[at] == (begin // STRIDE if begin <= end else -1)
             assert weights[at] == pytest.approx(1 / len(valid))
             before = tokens[e] + 1

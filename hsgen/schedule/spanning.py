@@ -35,7 +35,9 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
         sink=False,
         turn=None,
     )
-    context = stripes.attend(shape, name=f"attend_{op.branch}", scale=scale, width=width)
+    context = stripes.attend(
+        shape, name=f"attend_{op.branch}", scale=scale, width=width, window=op.spans.window
+    )
     context = rows.with_logits(context, scale=scale, softcap=op.softcap, sink=False)
     merge = stripes.MeansContext(
         name=f"merge_{op.branch}",

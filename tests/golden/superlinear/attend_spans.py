@@ -119,7 +119,7 @@ def attend_spans(
     TILE_COUNTS,  # [turn heads] tiles
     ENDS,  # [turn heads, buckets] where it ends
     LIST,  # [turn heads, items] row * slots + slot, block by block
-    SPANS,  # [rows, Hq, slots, 3] first token, last one, and from which on no span before has it
+    SPANS,  # [rows, Hq, slots, 3] first token, the anchor, and from where on no span before has any
     O,  # [turn heads, items, Dv]
     o_b,  # O: batch stride
     o_t,  # O: token stride
@@ -170,9 +170,10 @@ def attend_spans(
     k_row = k_first
     spans = SPANS + (((item // 3).to(tl.int64) * 32 + head) * 3 + item % 3) * 3
     begin = tl.load(spans, mask=alive, other=0x7FFFFFFF)
-    end = tl.load(spans + 1, mask=alive, other=-1)
+    anchor = tl.load(spans + 1, mask=alive, other=-1)
+    end = tl.minimum(anchor, position - 15)
     own_from = tl.load(spans + 2, mask=alive, other=0)
-    stop = tl.max(end, 0) + 1
+    stop = tl.minimum(tl.max(end, 0) + 1, k_len)
 
     # accumulate: the running maximum, sum and output of the softmax
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)

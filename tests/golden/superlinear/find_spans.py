@@ -102,7 +102,7 @@ def find_spans(
     k_h,  # K: head stride
     SELECTION,  # [rows, 32, 3] anchors, ascending, then -1
     STARTS,  # [rows, 32, 3] the block that a span begins in, -1 of none
-    SPANS,  # [rows, Hq, slots, 3] first token, last one, and from which on no span before has it
+    SPANS,  # [rows, Hq, slots, 3] first token, the anchor, and from where on no span before has any
     WEIGHTS,  # f32[rows, Hq, slots] of each span's softmax, -1 of none
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
@@ -144,7 +144,7 @@ def find_spans(
     weight = s * reciprocal_or_zero(tl.sum(s, 1))[:, None]
     weight = tl.reshape(weight, [BLOCK_R * 4])
 
-    # spans: without the tokens of the window; those up to the anchor before are also of a span before
+    # spans: one that the window has whole begins nowhere; keys up to the anchor before are of a span before
     before = tl.load(SELECTION + item - 1, mask=valid & (slot > 0), other=-1)
     begin = tl.maximum(anchor - span_reach(p, 2.0, 0.5), 0)
     end = tl.minimum(anchor, p - 15)
@@ -154,5 +154,5 @@ def find_spans(
     tl.store(STARTS + item, tl.where(valid & (begin <= end), begin // 64, -1), mask=inside)
     tl.store(WEIGHTS + item, tl.where(valid, weight, -1.0), mask=inside)
     tl.store(SPANS + item * 3, begin, mask=valid)
-    tl.store(SPANS + item * 3 + 1, end, mask=valid)
+    tl.store(SPANS + item * 3 + 1, anchor, mask=valid)
     tl.store(SPANS + item * 3 + 2, own, mask=valid)
