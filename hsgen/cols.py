@@ -446,6 +446,7 @@ class ColsContext(rows.InTurn):
         0  # > 0: rows are those of blocks, so many each, of which any chose a block of keys
     )
     several: int = 1  # entries of that block
+    spread: int = 1  # tokens from one key to the next, of entries that rows chose
     merge: int = 1  # > 1: keys are means of so many tokens
     counted: bool = False  # whose logits have the logarithm of how many each stands for
     by_turns: bool = False  # heads have turns: means, lists and parts are those of a turn's heads
@@ -780,9 +781,21 @@ def of_blocks(
     )
 
 
-def of_tokens(shape: Shape, branch: Branch, *, list_heads: int) -> ColsContext:
-    """The keys of a block of tokens for the rows that chose any of these."""
+def of_tokens(
+    shape: Shape, branch: Branch, *, list_heads: int, entries: Entries | None = None
+) -> ColsContext:
+    """The keys of a block of tokens, or of pooled entries, for the rows that chose any of these."""
     per_head = list_heads == shape.query_heads and shape.group > 1
+    if entries is not None:
+        size = f"{entries.size}, {entries.stride}, {entries.short}"
+        made = of_tokens(shape, branch, list_heads=list_heads)
+        return replace(
+            made,
+            key_row=f"k_first // {entries.stride}",
+            keys=f"pooled_entries(k_len, {size})",
+            spread=entries.stride,
+            entries="N",
+        )
     return replace(
         _of(shape, branch, heads=shape.group),
         list_heads=shape.kv_heads if per_head else list_heads,

@@ -302,6 +302,7 @@ def _kept(name: str, source: str) -> tuple[str, ...]:
 
 def _tuned(text: str, kernel: str) -> str:
     """{BLOCK_T} in a grid is the kernel's own tuned value."""
-    for name in ("BLOCK_T", "BLOCK_R", "BLOCK_E", "BLOCK_V", "BLOCK_H", "BLOCK_N", "BLOCK_P"):
+    for each in ("T", "R", "E", "V", "H", "N", "P", "D"):
+        name = f"BLOCK_{each}"
         text = text.replace(f"{{{name}}}", f'config["{kernel}"]["{name}"]')
     return text

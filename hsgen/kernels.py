@@ -24,6 +24,7 @@ from hsgen.rows import (
     next_power,
     pages_of,
     pointer,
+    seen_by,
     tensor,
 )
 
@@ -834,11 +835,12 @@ class MarksContext:
     causal: bool
     how: Literal["marks", "picked"] = "marks"
     alone: bool = False
+    entries: Entries | None = None  # that are chosen in place of tokens
 
     @property
     def summary(self) -> str:
         if self.how == "picked":
-            return "the tokens that a tile's rows chose any of, and which rows chose each."
+            return f"the {self.what} that a tile's rows chose any of, and which rows chose each."
         return (
             "the blocks of 64 tokens that a tile's rows chose any of, and which rows chose which."
         )
@@ -846,7 +848,7 @@ class MarksContext:
     @property
     def params(self) -> tuple[Param, ...]:
         if self.alone:
-            shape = f"[B, T, {self.heads}, {self.width}] tokens, -1 anywhere"
+            shape = f"[B, T, {self.heads}, {self.width}] {self.what}, -1 anywhere"
             selection = tensor("SELECTION", "s", shape, "bths", "i32")
         else:
             shape = f"[rows, {self.heads}, {self.width}] tokens, ascending"
@@ -866,6 +868,16 @@ class MarksContext:
         return "slot.to(tl.int64) * s_s" if self.alone else "slot"
 
     @property
+    def seen(self) -> str:
+        """How many tokens each row sees, or entries that are complete."""
+        each = "" if self.causal or self.entries else " + rows * 0"
+        return seen_by("q_offset + t0 + rows", self.entries, causal=self.causal) + each
+
+    @property
+    def what(self) -> str:
+        return "entries" if self.entries else "tokens"
+
+    @property
     def words(self) -> str:
         """What its words are called."""
         return "members" if self.how == "picked" else "marks"
@@ -876,10 +888,10 @@ class MarksContext:
         gather = "" if self.alone else "; -1: gather instead"
         if self.how == "picked":
             return (
-                pointer("COUNTS", "i32", f"{tiles}] tokens" + gather),
-                pointer("ENTRIES", "i32", f"{tiles}, capacity] tokens, ascending"),
+                pointer("COUNTS", "i32", f"{tiles}] {self.what}" + gather),
+                pointer("ENTRIES", "i32", f"{tiles}, capacity] {self.what}, ascending"),
                 pointer("MEMBERS", "i32", f"{tiles}, capacity] rows as bits"),
-                count("capacity", "tokens of the longest sequence"),
+                count("capacity", f"{self.what} of the longest sequence"),
             )
         return (
             pointer("COUNTS", "i32", f"{tiles}] blocks; -1: gather instead"),
@@ -1074,12 +1086,9 @@ class SegmentsContext:
                 *SEQ,
                 *tunables("BLOCK_E", "BLOCK_J"),
             )
-        several = ("series",) if self.series else ()
-        each = f"{self.heads}, {self.series}, {self.head_dim}]" if self.series else shape
         return (
-            pointer("X", "input", f"[B, S, {each}"),
-            *_strides("X", "x", "batch", "token", "head", *several),
-            *(self._gates if self.how == "gated" else ()),
+            *self.keys,
+            *(self.gates if self.how == "gated" else ()),
             *((weight,) if self.how in ("linear", "max_min_mean") else ()),
             *((position,) if self.position else ()),
             *self._finishing,
@@ -1113,7 +1122,15 @@ class SegmentsContext:
         return steps.get(self.how, ("BLOCK_J",))
 
     @property
-    def _gates(self) -> tuple[Param, ...]:
+    def keys(self) -> tuple[Param, ...]:
+        """Tokens, and their strides."""
+        many, several = (f"{self.series}, ", ("series",)) if self.series else ("", ())
+        x = pointer("X", "input", f"[B, S, {self.heads}, {many}{self.head_dim}]")
+        return (x, *_strides("X", "x", "batch", "token", "head", *several))
+
+    @property
+    def gates(self) -> tuple[Param, ...]:
+        """What weighs them, and its strides."""
         many, several = (f"{self.series}, ", ("series",)) if self.series else ("", ())
         shape = f"[B, S, {self.heads}, {many}{self.gate_width}]"
         strides = _strides("GATES", "g", "batch", "token", "head", *several)

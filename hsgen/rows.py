@@ -659,6 +659,13 @@ def complete(position: str, entries: Entries, causal: bool) -> str:
     return f"complete_limit({position}, k_len, {entries.size}, {entries.stride}, {causal}, {entries.short})"
 
 
+def seen_by(position: str, entries: Entries | None, *, causal: bool) -> str:
+    """How many tokens a row at such a position sees, or entries that are complete, as an expression."""
+    if entries is not None:
+        return complete(position if causal else "0", entries, causal)
+    return f"tl.minimum({position} + 1, k_len)" if causal else "k_len"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
     """Entry e covers tokens [e * stride, e * stride + size); `short`: the last one may be cut off."""
@@ -1084,13 +1091,21 @@ def attend_marked(shape: Shape, *, name: str, scale: float, share: str) -> RowsC
 
 
 def attend_picked(
-    shape: Shape, *, name: str, scale: float, share: str, alone: bool = False, whole: bool = False
+    shape: Shape,
+    *,
+    name: str,
+    scale: float,
+    share: str,
+    alone: bool = False,
+    whole: bool = False,
+    entries: Entries | None = None,
 ) -> RowsContext:
     """One softmax over the tokens that a tile's rows chose, each gathered once.
 
     `alone`: in all tiles, by loops; else in a stream, which leaves out tiles whose union is dear, unless
-    `whole` says that nobody else takes these.
+    `whole` says that nobody else takes these.  `entries`: of pooled ones in place of tokens.
     """
+    what = "entries" if entries else "tokens"
     every = alone or whole
     heads = heads_of(shape, per_head=share == "Hq")
     of_token, program = rows_a_token(heads), program_of(heads)
@@ -1098,14 +1113,14 @@ def attend_picked(
     own = " + head" if list_heads > 1 else ""
     return RowsContext(
         name=name,
-        summary="attention over the tokens each query selected, those of a tile gathered once.",
+        summary=f"attention over the {what} each query selected, those of a tile gathered once.",
         params=(
             *QUERY,
-            *keys_and_values(shape),
-            pointer("COUNTS", "i32", "[tiles, H] tokens" + ("" if every else "; -1: none")),
-            pointer("ENTRIES", "i32", "[tiles, H, capacity] tokens"),
+            *keys_and_values(shape, "N" if entries else "S"),
+            pointer("COUNTS", "i32", f"[tiles, H] {what}" + ("" if every else "; -1: none")),
+            pointer("ENTRIES", "i32", f"[tiles, H, capacity] {what}"),
             pointer("MEMBERS", "i32", "[tiles, H, capacity] rows as bits"),
-            count("capacity", "tokens of the longest sequence"),
+            count("capacity", f"{what} of the longest sequence"),
             *OUTPUTS,
             *SEQ,
             count("tile_first", "the turn's first tile"),
@@ -1114,7 +1129,7 @@ def attend_picked(
         acc="softmax",
         tile=f"{program} + tile_first",
         **heads,
-        key_row="k_first",
+        key_row=f"k_first // {entries.stride}" if entries else "k_first",
         setup=(
             f"list_row = {program}.to(tl.int64) * {list_heads}{own}",
             "picked = tl.load(COUNTS + list_row)",
@@ -1125,7 +1140,7 @@ def attend_picked(
         phases=(
             Phase(
                 kind="picked",
-                comment="tokens that any row chose",
+                comment=f"{what} that any row chose",
                 start="0",
                 stop="(picked + BLOCK_N - 1) // BLOCK_N",
                 inside="(n >= 0) & (n < k_len)" if alone else "",

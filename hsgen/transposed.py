@@ -13,7 +13,7 @@ from typing import Literal
 from hsgen import rows
 from hsgen.kernels import tunables
 from hsgen.plan import Param
-from hsgen.rows import SEQ, count, pointer, tensor
+from hsgen.rows import MARKED, SEQ, Entries, count, pointer, tensor
 
 BUCKET_FIRST = count("bucket_first", "the turn's first block")
 CHUNK = count("chunk", "blocks of a turn, at most")
@@ -43,19 +43,44 @@ class TransposedContext:
     own: int  # of these, those whose rows are in one list
     width: int  # slots of a row of the selection
     causal: bool
+    entries: Entries | None = None  # that are chosen in place of tokens
 
     @property
     def summary(self) -> str:
         if self.how == "mark":
-            return "a bit for each token that a row chose, in words of 64."
-        return "the rows that chose any token of a block, in their order, and which tokens."
+            return f"a bit for each {self.one} that a row chose, in words of 64."
+        return (
+            f"the rows that chose any {self.one} of a block, in their order, and which {self.many}."
+        )
+
+    @property
+    def one(self) -> str:
+        return "entry" if self.entries else "token"
+
+    @property
+    def many(self) -> str:
+        return "entries" if self.entries else "tokens"
+
+    @property
+    def seen(self) -> str:
+        """How many tokens each row sees, or entries that are complete."""
+        return rows.seen_by("q_offset + t", self.entries, causal=self.causal)
+
+    @property
+    def block(self) -> int:
+        """Tokens from a block to the next one."""
+        return MARKED * (self.entries.stride if self.entries else 1)
+
+    @property
+    def until(self) -> str:
+        """From where a block begins to the first row that may have chosen any of it, where that is behind."""
+        return f" + {self.entries.size - 1}" if self.entries else ""
 
     @property
     def params(self) -> tuple[Param, ...]:
-        shape = f"[B, T, {self.heads}, {self.width}] tokens, -1 anywhere"
-        bits = pointer(
-            "BITS", "i64", f"[{self.heads}, chunk, tokens] tokens as bits; 0 between turns"
-        )
+        shape = f"[B, T, {self.heads}, {self.width}] {self.many}, -1 anywhere"
+        comment = f"[{self.heads}, chunk, tokens] {self.many} as bits; 0 between turns"
+        bits = pointer("BITS", "i64", comment)
         sizes = (LENGTH, CHUNK, TOKENS, *SEQ, BUCKET_FIRST)
         if self.how == "mark":
             selection = tensor("SELECTION", "s", shape, "bths", "i32")

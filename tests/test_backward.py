@@ -9,7 +9,14 @@ import emitted
 import pytest
 import sanitizer
 import torch
-from conformance import systems, test_clusters, test_estimates, test_foretold, test_slashes
+from conformance import (
+    systems,
+    test_clusters,
+    test_entries,
+    test_estimates,
+    test_foretold,
+    test_slashes,
+)
 from reference_driver import compiler
 from shares import covering
 from template_lint import lint
@@ -45,7 +52,7 @@ UNIT = {
 }
 GOLDEN = (
     *("moba", "nsa", "dsa_gqa", "dsa", "flex_prefill", "seer_attention", "hip", "pbs_attn", "psa"),
-    "s2o",
+    *("s2o", "deepseek_hca", "deepseek_csa"),
 )
 STREAMING = replace(H100, streams=True)
 BRANCHES = ("compressed", "selected", "window")  # of nsa
@@ -252,6 +259,60 @@ TWO_LATENTS = (
 combine: {{gates: input}}
 """
 )
+POOLED_LATENTS = """
+hsgen: 1
+name: pooled_latents
+heads: {{query: {query}, kv: {kv}}}
+head_dim: {{qk: {qk}, v: {v}}}
+causal: {causal}
+levels:
+  - name: entry
+    partition: {{blocks: {size}, stride: {stride}}}
+    {kv_of}
+    pool: {{keys: gated, softmax: {softmax}{then}}}
+    score: {{form: dot}}
+attend:
+  - {{name: compressed, over: entry, values: pooled, storage: latent}}
+  - {{name: near, window: {window}, storage: latent}}
+combine: {{softmax: union, sink: learned}}
+"""
+CHOSEN_LATENTS = """
+hsgen: 1
+name: chosen_latents
+heads: {{query: {query}, kv: 1}}
+head_dim: {{qk: {qk}, v: {qk}}}
+causal: {causal}
+index: {{heads: 2, dim: 16, keys: shared}}
+levels:
+  - name: index
+    partition: {{blocks: 8, stride: 4, before: 4}}
+    pool: {{keys: gated, softmax: channel, series: 2, then: norm}}
+    score: {{form: relu_weighted, share: all}}
+  - name: entry
+    partition: {{blocks: 8, stride: 4, before: 4}}
+    kv: entry
+    pool: {{keys: gated, softmax: channel, position: learned, series: 2, then: norm}}
+    score: {{from: index, map: max}}
+    select: {{top_k: {top}}}
+attend:
+  - {{name: selected, over: entry, values: pooled, storage: latent}}
+  - {{name: near, window: {window}, storage: latent}}
+combine: {{softmax: union, sink: learned}}
+"""
+OWN = {"kv_of": "kv: entry", "softmax": "channel"}
+NEIGHBOURS = OWN | {
+    "stride": 8,
+    "then": ", position: learned, then: norm, "
+    "rotate: {at: first, dims: 16, channels: last, pairs: neighbours}",
+}
+# entries overlap, of tokens that the window attends too
+HALVES = OWN | {
+    "stride": 3,
+    "kv_of": "",
+    "causal": "false",
+    "then": ", then: norm, rotate: {at: first, dims: 24, channels: first, pairs: halves}",
+}
+BY_BASE = OWN | {"then": ", position: learned, rotate: {at: centre, dims: 16, base: 100.0}"}
 OF_TOKENS = {"partition": "tokens", "pool": ""}
 OF_BLOCKS = {"partition": "{blocks: 8}", "pool": "pool: {keys: mean}"}
 GROUP = "share: group, reduce: sum"
@@ -561,6 +622,77 @@ def test_gradients_go_back_through_pools(pool, seed):
             check(pooled, B=2, T=19, S=23, kv_lens=i32(23, 14))
         else:
             check(pooled, T=31, cu_seqlens_q=i32(0, 7, 30, 31), dtype=torch.float16)
+
+
+def test_gradients_go_back_through_what_gates_weigh(seed):
+    """To tokens, gates, positions, the norm and the angles, of documents."""
+    latent = spec(POOLED_LATENTS, **SMALL | NEIGHBOURS, query=6, kv=1)
+    with sanitizer.enabled(seed=seed):
+        check(latent, T=47, cu_seqlens_q=i32(0, 11, 42, 47), dtype=torch.bfloat16)
+    check(latent, T=5)  # none is complete
+
+
+@pytest.mark.parametrize(
+    "numbers", [HALVES, pytest.param(BY_BASE, marks=pytest.mark.full)], ids=["tables", "base"]
+)
+def test_gradients_go_back_through_entries_that_overlap(numbers, seed):
+    """Of two heads, which the same angles turn."""
+    latent = spec(POOLED_LATENTS, **SMALL | numbers, query=4, kv=2)
+    with sanitizer.enabled(seed=seed):
+        check(latent, B=2, T=19, S=23, kv_lens=i32(23, 14))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        pytest.param(3, id="rows by entry", marks=pytest.mark.full),
+        pytest.param(64, id="entries by row"),
+    ],
+)
+def test_pooled_latents_that_rows_chose_have_gradients(query, seed, monkeypatch):
+    """Of documents: more than a block of 64 entries has, or each tile of rows in its turn."""
+    chosen, few = spec(CHOSEN_LATENTS, **SMALL, query=query), query < 64
+    if not few:
+        monkeypatch.setattr(backward, "SCRATCH_BYTES", 1)
+    lengths, dtype = (i32(0, 3, 267), torch.float32) if few else (i32(0, 3, 29), torch.bfloat16)
+    with sanitizer.enabled(seed=seed):
+        check(chosen, T=int(lengths[-1]), dtype=dtype, cu_seqlens_q=lengths)
+
+
+@pytest.mark.parametrize(
+    ("way", "causal"), [("keys and values", True), ("early series", False)], ids=lambda x: str(x)
+)
+def test_entries_that_rows_chose_have_gradients(way, causal, seed):
+    """Means of keys and of values, by heads that share a list; latents where nothing is causal."""
+    chosen = test_entries.spec_of(way, causal=causal)
+    with sanitizer.enabled(seed=seed):
+        check(chosen, B=2, T=7, S=19, kv_lens=i32(19, 12))
+
+
+def test_a_pooled_latent_that_a_caller_lists_twice_is_given_once():
+    """And entries that are not complete, or not there, to none."""
+    latent = spec(CHOSEN_LATENTS, **SMALL, query=4)
+    x = tensors(latent, 1, 13, 13, torch.float32)
+    attn = load_kernel(latent, interpret=True)
+    clean = torch.full((1, 13, 1, 3), -1, dtype=torch.int32)
+    noisy = torch.full((1, 13, 1, 3), 7, dtype=torch.int32)
+    for t in range(3, 13):
+        clean[0, t, 0, 0] = (t + 1) // 4 - 1
+        noisy[0, t, 0] = torch.tensor([(t + 1) // 4, (t + 1) // 4 - 1, (t + 1) // 4 - 1])
+    o = [attn(**x, selection={"entry": each}) for each in (clean, noisy)]
+    grads = [torch.autograd.grad(y.square().sum(), list(x.values()), allow_unused=True) for y in o]
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) is (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+def test_entries_that_gates_weigh_in_other_ways_have_no_gradient():
+    words = (
+        "branch compressed: no kernel has the gradient of entries whose tokens have one gate each"
+    )
+    by_token = spec(POOLED_LATENTS, **SMALL | NEIGHBOURS | {"softmax": "token"}, query=4, kv=2)
+    with pytest.raises(PlanError, match=words):
+        backward.plan(emitted.graph(by_token), H100)
 
 
 def test_tokens_that_rows_chose_have_gradients(seed, monkeypatch):
@@ -1409,18 +1541,15 @@ TRAINED = (
     *("dsa", "dsa_gqa", "glm_kpool", "hirouter", "hisa", "seer_attention_r", "vsa"),
     *("draft_attention", "draft_attention_head", "biformer", "biformer_released"),
     *("dhsa_released", "hip", "hydra", "proxy_attn", "seer_attention", "sparge", "sparse_d"),
-    *("dhsa", "dma", "flex_prefill", "minference", "nosa", "pbs_attn", "psa", "psa_mass"),
+    *("deepseek_csa", "deepseek_hca", "dhsa", "dma"),
+    *("flex_prefill", "minference", "nosa", "pbs_attn", "psa", "psa_mass"),
     *("qwen_qsa", "s2o", "sale", "step_csa", "svg2", "svg_ear", "token_sparse", "xattention"),
 )
 CHOSEN_AGAIN = (
     *("flex_prefill", "minference", "pbs_attn", "psa", "psa_mass", "s2o", "sale", "svg2"),
     "svg_ear",
 )
-REFUSED = {
-    "deepseek_hca": "branch compressed: no kernel has the gradient of pooled latents yet",
-    "deepseek_csa": "branch selected: no kernel has the gradient of pooled latents yet",
-    "superlinear": "branch spans: no kernel has the gradient of attention over spans yet",
-}
+REFUSED = {"superlinear": "branch spans: no kernel has the gradient of attention over spans yet"}
 
 
 def test_every_spec_with_kernels_has_gradients_or_says_what_is_missing():

@@ -35,7 +35,7 @@ halved  picked  trees  clusters         intervals that are searched · tokens a 
 pyramids  sorting  slashes              entries read in tiers · sorted keys · columns and diagonals
 walks  keeping  runs                    tokens taken best first · that heads keep · by the scores of runs
 stripes                                 anchors behind each row, and the spans before them
-cols  unpool  learn  entropies          gradients of attention, of pools and of losses
+cols  unpool  unweigh  learn  entropies gradients of attention, of pools and of losses
 blockgate                               the same of a gate of blocks
 maps  likeness  pairs                   what blocks of rows give blocks · blocks alike · pairs of a head
 running  foretold                       tokens of greatest bias, row after row · heads of two ways
@@ -100,8 +100,8 @@ drafts
 LIGHT = (  # need neither torch nor triton, so that checking and planning are quick
     "errors paths target spec graph analysis planner passes flops storage plan gates rows kernels "
     "boxes patterns estimates buckets together halved picked trees clusters pyramids sorting slashes walks "
-    "keeping runs stripes splits appending "
-    "cols unpool learn entropies blockgate running foretold configs refusals schedule driver backward losses "
+    "keeping runs stripes splits appending cols unpool unweigh learn entropies blockgate running foretold "
+    "configs refusals schedule driver backward losses "
     "knobs space emit allowlist store workers build resources pipeline tuned catalogue "
     "verify dryrun report measurer pruning lanes compare progress cli svg layout drawing"
 ).split()

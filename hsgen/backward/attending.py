@@ -62,6 +62,8 @@ class _Branch:
     @property
     def chosen(self) -> Node | None:
         """The selection that is attended, where rows have lists."""
+        if self.op.over == "pooled":
+            return self.draft.chosen(self.node)
         chooses = self.op.over in ("blocks", "tokens") and not self.slanted
         return self.draft.graph[self.node.inputs[3]] if chooses else None
 
@@ -92,16 +94,20 @@ class _Branch:
 
     @property
     def tokens(self) -> tokens.Chosen | None:
-        """The same where single tokens are chosen."""
-        if self.op.over != "tokens" or self.slanted or self.kept:
+        """The same where single tokens are chosen, or pooled entries."""
+        if self.op.over not in ("tokens", "pooled") or self.chosen is None or self.kept:
             return None
+        keys = self.node.inputs[1]
+        pool = self.draft.pool_of(keys) if self.op.over == "pooled" else None
         return tokens.Chosen(
             branch=self.name,
             node=self.node.name,
             selection=self.selection,
             heads=self.list_heads,
             width=self.width,
-            keys=text.input_of(self.node.inputs[1]),
+            keys=text.input_of(pool.inputs[0] if pool else keys),
+            entries=self.draft.pooled_entries(keys) if pool else None,
+            level=text.safe(keys) if pool else "",
         )
 
     @property
@@ -316,7 +322,7 @@ class _Branch:
 
         In fp32 such tiles have no room beside these.
         """
-        of_tokens = self.op.over == "tokens" and bool(self.op.latent)
+        of_tokens = self.tokens is not None and bool(self.op.latent)
         full = self.shape.group >= TILE_OF_HEADS
         return of_tokens and full and self.draft.dtype != "fp32"
 
@@ -327,7 +333,8 @@ class _Branch:
 
     def _taken(self, dq: RowsContext, lists: tokens.Lists) -> tuple[Launch, tuple[Buffer, ...]]:
         """What adds up, key by key, what the rows of a turn left; and what it brings to life."""
-        k = self.node.inputs[1]
+        k, lists_of = self.node.inputs[1], self.tokens
+        assert lists_of is not None
         buffers, adds = self.whole.buffer(k)
         take = cols.TakeContext(
             name=f"dk_{self.name}",
@@ -347,7 +354,7 @@ class _Branch:
                 *lists.left[:-1],
                 total,
                 *self.whole.grad(k),
-                f"{text.input_of(k)}.shape[1]",
+                f"length_{lists_of.level}" if lists_of.entries else f"{lists_of.keys}.shape[1]",
                 "count",
                 f"tiles_{self.name} - tile_first - count",
             ),
@@ -389,6 +396,16 @@ class _Branch:
                 share = self.chosen.type.dims[2]
                 context = rows.attend_picked(
                     self.shape, name=name, scale=self.scale, share=share, alone=True
+                )
+            case "pooled" if self.tokens:
+                assert self.chosen is not None
+                context = rows.attend_picked(
+                    self.shape,
+                    name=name,
+                    scale=self.scale,
+                    share=self.chosen.type.dims[2],
+                    alone=True,
+                    entries=self.tokens.entries,
                 )
             case "window":
                 window = self.op.window or 1
@@ -670,6 +687,11 @@ class _Branch:
         names = (*names, *((self.bias,) if self.bias else ()))
         return tuple(argument for name in names for argument in self.whole.grad(name))
 
+    @property
+    def _held(self) -> tuple[int, ...]:
+        """Head dims of what keys and values have: of latents of keys alone."""
+        return (self.shape.qk,) if self.op.latent else (self.shape.qk, self.shape.v)
+
     def _keys_of_pool(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
         """Of entries, which are few and seen by many rows: rows in chunks, and the sums of their parts."""
         entries = self.draft.pooled_entries(self.node.inputs[1])
@@ -679,7 +701,7 @@ class _Branch:
         total = cols.SumContext(name=f"sum_{self.name}", of=context)
         self.draft.kernel("merge", total, tiles.sums(), self.node.name, follows=context.name)
         name, level = self.name, text.safe(self.node.inputs[1])
-        heads, dims = self.shape.kv_heads, (self.shape.qk, self.shape.v)
+        heads, dims = self.shape.kv_heads, self._held
         col_tiles, block_n, parts = f"col_tiles_{name}", f"block_n_{name}", f"parts_{name}"
         sizes: Sizes = (
             (block_n, f'config["{context.name}"]["BLOCK_N"]'),
@@ -687,7 +709,7 @@ class _Branch:
             (f"bytes_{name}", f"{col_tiles} * {block_n} * {4 * heads * sum(dims)}"),
             (parts, f"max(1, min({cols.PARTS}, SCRATCH_BYTES // bytes_{name}))"),
         )
-        made = (f"part_k_{name}", f"part_v_{name}")
+        made = (f"part_k_{name}", f"part_v_{name}")[: len(dims)]
         rows_of = f"{heads} * {col_tiles} * {parts}"
         buffers = tuple(
             Buffer(name=part, dtype="f32", dims=(rows_of, block_n, str(dim)), role="scratch")
@@ -711,7 +733,9 @@ class _Branch:
         self, branch: cols.Branch, grads: tuple[Buffer, ...], chosen: tokens.Chosen
     ) -> None:
         """Of tokens that were chosen: of each block all rows that chose any, walked by one program."""
-        context = cols.of_tokens(self.shape, branch, list_heads=self.list_heads)
+        context = cols.of_tokens(
+            self.shape, branch, list_heads=self.list_heads, entries=chosen.entries
+        )
         config = self._tiles_of_cols(context)
         lists = tokens.by_block(self.draft, chosen, context)
         self._cols(context, config)
@@ -802,7 +826,7 @@ class _Branch:
         name, heads, lists = self.name, f"heads_{self.name}", context.lists
         block_n = f'config["{context.name}"]["BLOCK_N"]'
         turn, padded, capacity = f"turn_{name}", f"padded_{name}", f"capacity_{name}"
-        dims = (self.shape.qk,) if self.op.latent else (self.shape.qk, self.shape.v)
+        dims = self._held
         bytes_of_head = 4 * lists * sum(dims)
         sizes: Sizes = (
             (f"block_n_{name}", block_n),

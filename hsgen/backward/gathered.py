@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hsgen.graph import OutputGate
+from hsgen.graph import OutputGate, Pool
 from hsgen.plan import Buffer
 from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
@@ -49,6 +49,8 @@ class Gradients:
         dims = [f"{x}.shape[{i}]" for i in range(len(source.type.dims))]
         if pool:
             self.levels[name] = made
+            assert isinstance(pool.op, Pool)
+            dims = [*dims[:-2], dims[-1]] if pool.op.series else dims
             dims[1] = f"length_{text.safe(name)}"
         else:
             self.buffers[name] = made

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from hsgen.backward import tiles
+from hsgen.backward import tiles, weighing
 from hsgen.backward.gathered import Gradients
-from hsgen.graph import Attend, Graph, Node, Pool
+from hsgen.graph import Attend, Node, Pool
 from hsgen.plan import Launch, Step
 from hsgen.schedule import text, vectors
 from hsgen.schedule.draft import Draft
 from hsgen.unpool import How, UnpoolContext
 
 
-def attended(graph: Graph) -> tuple[Node, ...]:
-    """Pools whose entries a branch attends; of those that only choose there is no gradient."""
+def attended(draft: Draft) -> tuple[tuple[Node, Node], ...]:
+    """Entries that a branch attends, and their pools; of those that only choose there is no gradient."""
+    graph = draft.graph
     read = {
         name
         for node in graph.nodes()
         if isinstance(node.op, Attend) and node.op.over == "pooled"
         for name in node.inputs[1:3]
     }
-    return tuple(node for node in graph.nodes() if node.name in read)
+    entries = [node for node in graph.nodes() if node.name in read]
+    return tuple((node, pool) for node in entries if (pool := draft.pool_of(node.name)))
 
 
 def pool_again(draft: Draft) -> None:
     """The entries, computed again: they are a small part of what the branch costs."""
-    for node in attended(draft.graph):
-        assert isinstance(node.op, Pool), "refused"
-        vectors.make(draft, node, node.op)
+    for _, pool in attended(draft):
+        assert isinstance(pool.op, Pool)
+        vectors.make(draft, pool, pool.op)
 
 
 def unpool(made: Gradients) -> None:
     """From gradients of entries to those of tokens, and of what maps them."""
-    for node in attended(made.draft.graph):
-        assert isinstance(node.op, Pool), "refused"
-        _unpool(made, node, node.op)
+    for entries, pool in attended(made.draft):
+        assert isinstance(pool.op, Pool)
+        if pool.op.how == "gated":
+            weighing.unweigh(made, entries, pool)
+        else:
+            assert entries is pool, "refused"
+            _unpool(made, pool, pool.op)
 
 
 def _unpool(made: Gradients, node: Node, op: Pool) -> None:

@@ -9,10 +9,14 @@ from hsgen.graph import (
     Gate,
     Graph,
     Node,
+    Norm,
+    Op,
     OutputGate,
     Pool,
     PoolRows,
     Recall,
+    Rotate,
+    Round,
     Select,
     SelectSet,
     block_of,
@@ -62,8 +66,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         ),
         (op.over == "tiers" and not _by_block(graph, node, op), "tiers of single rows"),
         (op.over == "tiers" and combining.gates(graph) is not None, "tiers under gates"),
-        (bool(op.latent) and op.over == "pooled", "pooled latents"),
-        (op.over == "pooled" and _keeps(graph, node), "entries that each row chose"),
+        (op.over == "pooled" and _keeps(graph, node, by_row=False), "entries that rows share"),
         (bool(op.latent) and op.over == "static", "latents that a pattern shows"),
         (bool(op.latent) and _apart(graph, node), "latents of which heads chose tokens apart"),
         (op.softcap is not None and op.biased, "capped logits with a learned bias"),
@@ -87,9 +90,11 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
     return words or (_of_pools(graph, node) if op.over == "pooled" else None)
 
 
-def _keeps(graph: Graph, node: Node) -> bool:
-    """Whether a branch is kept to a selection."""
-    return any(isinstance(x.op, Select | SelectSet | Recall) for x in graph.operands(node))
+def _keeps(graph: Graph, node: Node, *, by_row: bool) -> bool:
+    """Whether a branch over pooled entries is kept to what every row chose, or to what several did."""
+    chosen = [x for x in graph.operands(node) if isinstance(x.op, Select | SelectSet | Recall)]
+    alone = all(isinstance(x.op, Select) and x.type.dims[1] == "T" for x in chosen)
+    return bool(chosen) and alone is by_row
 
 
 def _several_biased(graph: Graph) -> bool:
@@ -109,21 +114,36 @@ def _of_tiles(graph: Graph, op: Attend) -> str | None:
 
 
 def _apart(graph: Graph, node: Node) -> bool:
-    """Whether query heads of a group chose tokens each for itself."""
-    of_tokens = isinstance(node.op, Attend) and node.op.over == "tokens"
-    return of_tokens and graph[node.inputs[3]].type.dims[2] == "Hq"
+    """Whether query heads of a group chose tokens, or entries, each for itself."""
+    assert isinstance(node.op, Attend)
+    each = node.op.over == "tokens" or (
+        node.op.over == "pooled" and _keeps(graph, node, by_row=True)
+    )
+    return each and graph[node.inputs[3]].type.dims[2] == "Hq"
 
 
 def _of_pools(graph: Graph, node: Node) -> str | None:
-    """Of entries that are attended: sums and maps of tokens, as they are."""
+    """Of entries that are attended: sums and maps of tokens, as they are, and what gates weigh."""
     for made in graph.operands(node)[1:3]:
-        match made.op:
+        pool, behind = made, list[Op]()
+        while isinstance(pool.op, Norm | Rotate | Round):
+            behind.append(pool.op)
+            pool = graph[pool.inputs[0]]
+        match pool.op:
+            case Pool(how="gated", softmax="token"):
+                return "entries whose tokens have one gate each"
+            case Pool(how="gated") if any(isinstance(op, Round) for op in behind):
+                return "entries that are kept in fewer bits"
+            case Pool(how="gated"):
+                continue
+            case Pool() if behind:
+                return "entries that are normed or rotated"
             case Pool(how=how) if how in DERIVED:
                 continue
             case Pool(how=how):
                 return f"entries pooled by {how}"
             case _:
-                return "entries that are normed or rotated"
+                raise AssertionError("pooled entries come of a pool")
     return None
 
 

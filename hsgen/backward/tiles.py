@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hsgen import cols, rows
 from hsgen import unpool as unpool_
+from hsgen import unweigh as unweigh_
 from hsgen.configs import DType
 from hsgen.errors import PlanError
 from hsgen.plan import Config
@@ -119,6 +120,19 @@ def unpool(how: unpool_.How, dim: int, dtype: DType) -> Config:
     tile = 32 if dtype == "fp32" else 64
     values = (("BLOCK_E", tile), ("BLOCK_D", min(tile, dim & -dim)))
     return Config(constexprs=values, num_warps=4, num_stages=2)
+
+
+def unweigh(how: unweigh_.How, dim: int) -> Config:
+    """Of the gradient of what gates weigh: tokens or entries a program or a step, and channels."""
+    channels = ("BLOCK_D", min(64, dim & -dim))
+    match how:
+        case "unweigh":
+            values = (("BLOCK_V", 32), channels)
+        case "turns":
+            values = (("BLOCK_E", 8),)
+        case _:
+            values = (("BLOCK_E", 32), channels)
+    return Config(constexprs=values, num_warps=4, num_stages=1)
 
 
 def listing(width: int) -> Config:

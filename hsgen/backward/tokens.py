@@ -1,4 +1,5 @@
 """Lists of tokens that rows chose: for rows the union of a tile, for keys the rows of a block of 64 tokens.
+The same of pooled entries.
 
 Both have room for the worst of choices, so they are made in turns: of tiles, or of blocks.
 """
@@ -11,7 +12,7 @@ from typing import Literal
 from hsgen.cols import ColsContext
 from hsgen.kernels import MarksContext
 from hsgen.plan import Buffer, Config, ElementType, Launch
-from hsgen.rows import MARKED, RowsContext, next_power
+from hsgen.rows import MARKED, Entries, RowsContext, next_power
 from hsgen.schedule import text
 from hsgen.schedule.draft import Draft
 from hsgen.transposed import TransposedContext
@@ -23,9 +24,10 @@ STEP = 64  # keys that a walk writes whole
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """Tokens of a branch, and who chose them.
+    """Tokens of a branch, or pooled entries, and who chose them.
 
-    selection: the tensor and its strides.  keys: the tensor of keys.
+    selection: the tensor and its strides.  keys: the tensor of keys, of entries that of their tokens.
+    entries: these, and what sizes of their level are called.
     """
 
     branch: str
@@ -34,6 +36,33 @@ class Chosen:
     heads: int
     width: int
     keys: str
+    entries: Entries | None = None
+    level: str = ""
+
+    @property
+    def stride(self) -> int:
+        """Tokens from one of them to the next."""
+        return self.entries.stride if self.entries else 1
+
+    @property
+    def most(self) -> str:
+        """How many a sequence has."""
+        return f"batch.keys // {self.stride} + 1" if self.entries else "max(1, batch.keys)"
+
+    @property
+    def number(self) -> str:
+        """How many the tensors of all sequences have room for."""
+        of = self.keys
+        return f"rows_{self.level}" if self.entries else f"{of}.shape[0] * {of}.shape[1]"
+
+    @property
+    def length(self) -> str:
+        """From one sequence's in these to the next one's."""
+        return (
+            f"count_{self.level}"
+            if self.entries
+            else f"0 if batch.packed else {self.keys}.shape[1]"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +91,7 @@ def unions(draft: Draft, chosen: Chosen, leader: str, config: Config) -> Lists:
         causal=draft.shape.causal,
         how="picked",
         alone=True,
+        entries=chosen.entries,
     )
     step = max(16, MARKING // config["BLOCK_T"])
     values = (("BLOCK_K", min(step, next_power(chosen.width))), ("BLOCK_N", step))
@@ -76,7 +106,7 @@ def unions(draft: Draft, chosen: Chosen, leader: str, config: Config) -> Lists:
             for list_, of in zip(arguments, dims, strict=False)
         ),
         sizes=(
-            (capacity, "max(1, batch.keys)"),
+            (capacity, chosen.most),
             (tiles, text.tiles_of(leader)),
             *_at_once(draft, name, f"{8 * chosen.heads} * {capacity}", tiles, turn),
         ),
@@ -109,18 +139,17 @@ def given(
     length, listed, room = f"length_{name}", f"listed_{name}", f"room_{name}"
     round_ = f"round_{name}"
     parts, heads = f"parts_{dq.name}", shape.kv_heads
-    of = chosen.keys
     size = 2 if leaves == "input" else 4
     block_t = f'config["{dq.name}"]["BLOCK_T"]'
     made = (f"part_k_{name}", f"slot_of_{name}")
     sizes = (
-        (capacity, "max(1, batch.keys)"),
+        (capacity, chosen.most),
         (tiles, text.tiles_of(dq.name)),
         *text.parts(dq),
         (listed, f"min({block_t} * {chosen.width}, {capacity})"),
         (slots, f"({listed} + {STEP - 1}) // {STEP} * {STEP}"),
-        (keys, f"{of}.shape[0] * {of}.shape[1]"),
-        (length, f"0 if batch.packed else {of}.shape[1]"),
+        (keys, chosen.number),
+        (length, chosen.length),
         (f"left_{name}", f"{heads * size * shape.qk} * {parts} * {slots}"),
         (f"lists_{name}", f"{8 * chosen.heads} * {capacity} + {4 * heads} * {keys}"),
         (f"bytes_{name}", f"left_{name} + lists_{name}"),
@@ -160,6 +189,7 @@ def by_block(draft: Draft, chosen: Chosen, context: ColsContext) -> Lists:
             own=own,
             width=chosen.width,
             causal=draft.shape.causal,
+            entries=chosen.entries,
         )
         return draft.kernel("index", made, config, chosen.node)
 
@@ -170,7 +200,7 @@ def by_block(draft: Draft, chosen: Chosen, context: ColsContext) -> Lists:
     front = kernel("front", Config(constexprs=values, num_warps=4, num_stages=1))
     length, rows = f"length_{name}", f"rows_{name}"
     blocks, turn = f"blocks_{name}", f"blocks_at_once_{name}"
-    of = f"{chosen.keys}.shape[1] // {MARKED}"
+    of = f"{chosen.keys}.shape[1] // {MARKED * chosen.stride}"
     marks = (turn, rows, str(own)) if own > 1 else (turn, rows)
     bits, arguments = f"bits_{name}", tuple(f"{x}_{name}" for x in ("counts", "list", "marks"))
     sizes = (length, turn, rows)

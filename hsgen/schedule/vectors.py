@@ -126,8 +126,8 @@ def _pool_keys(draft: Draft, node: Node, op: Pool) -> None:
     tables = tuple(name for x in turns for name in x.inputs[1:])
     gates = node.inputs[1:2] if op.how == "gated" else ()
     arguments = (
-        *_in_series(draft, source.name, op, draft.tensor(source.name), by_head=by_head),
-        *(x for name in gates for x in _gates(draft, name, op, by_head=by_head)),
+        *in_series(draft, source.name, op, draft.tensor(source.name), by_head=by_head),
+        *(x for name in gates for x in gates_of(draft, name, op, by_head=by_head)),
         *(text.input_of(name) for name in node.inputs[1 + len(gates) :] if not order),
         *map(text.input_of, norms),
         *(x for name in tables for x in draft.tensor(name)[:3]),
@@ -329,13 +329,13 @@ def pools_beside(draft: Draft) -> None:
     draft.appends = [*(x for x in draft.appends if x not in steps), step]
 
 
-def _gates(draft: Draft, name: str, op: Pool, *, by_head: bool) -> tuple[str, ...]:
+def gates_of(draft: Draft, name: str, op: Pool, *, by_head: bool) -> tuple[str, ...]:
     """Gates and their batch, token and head strides, and that of series; an index has no heads."""
     head = f"{text.input_of(name)}.stride(2)" if by_head else "0"
-    return _in_series(draft, name, op, (*draft.tensor(name)[:3], head), by_head=by_head)
+    return in_series(draft, name, op, (*draft.tensor(name)[:3], head), by_head=by_head)
 
 
-def _in_series(
+def in_series(
     draft: Draft, name: str, op: Pool, strides: tuple[str, ...], *, by_head: bool
 ) -> tuple[str, ...]:
     """A tensor and its strides, with that of series behind the head's, where tokens have several."""
