@@ -212,7 +212,7 @@ def compare(
         free = asked(a, b)
         for name, chosen in given.items():
             own = free.chosen[name][0]  # as kernels choose
-            same[name] = min(same[name], _overlap(chosen.indices[0].to(own.device), own))
+            same[name] = min(same[name], shared(chosen.indices[0].to(own.device), own))
     if not error < TOLERANCE:
         raise CheckError(f"relative error {error:.3g} of the output, expected below {TOLERANCE}")
     for name, share in same.items():
@@ -239,7 +239,7 @@ def require_close(o: Tensor, expected: Tensor, where: str) -> float:
     return error
 
 
-def _overlap(chosen: Tensor, own: Tensor) -> float:
+def shared(chosen: Tensor, own: Tensor) -> float:
     """Share of the reference's own choices that the kernel made too; of none, that it made none.
     i32[R, Hs, K], twice
     """

@@ -31,7 +31,8 @@ from hsgen.target import Target
 from hsgen.trees import How, TreesContext
 
 DType = Literal["bf16", "fp16", "fp32"]
-Work = Literal["forward", "gradients"]  # a call, or the gradients of one
+# a call, the gradients of one, or a step behind a cache
+Work = Literal["forward", "gradients", "decode"]
 
 
 WIDE_DIMS = 256  # of a key and a value
@@ -42,6 +43,24 @@ SHORT_ROW = 256  # scores
 FEW_PROGRAMS = 128  # which a GPU runs at once, whatever their registers
 STORED = 4096  # numbers of a warp that puts a few tokens into a cache
 SUMS = 1 << 15  # numbers that a tile of outputs may have: half of a processor's registers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of steps behind a cache, by which their kernels start.
+
+    `tokens`: new ones of each sequence; `keys`: that each of the `sequences` has room for; `page`: tokens of
+    a page, 0: in one piece.
+    """
+
+    tokens: int
+    keys: int
+    sequences: int
+    page: int = 0
+
+    def __str__(self) -> str:
+        page = f" in pages of {self.page}" if self.page else ""
+        return f"{self.tokens} tokens, {self.sequences} sequences of {self.keys:,}{page}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -481,6 +500,11 @@ def for_rows(plan: Plan, tokens: int, keys: int, batch: int = 1) -> Plan:
     """
     of = next_power(tokens)
     return plan.with_config({k.name: _of_rows(k, of, keys, batch * tokens) for k in plan.kernels})
+
+
+def for_steps(plan: Plan, sizes: Sizes) -> Plan:
+    """The same of a step's sizes."""
+    return for_rows(plan, sizes.tokens, sizes.keys, sizes.sequences)
 
 
 def _of_rows(kernel: Kernel, tokens: int, keys: int, all_rows: int) -> Config:

@@ -17,35 +17,38 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hsgen import alike, arguments, configs, plan, replay
+from hsgen import alike, arguments, configs, plan, replay, tuned
 from hsgen.arguments import SHORT_NAMES, Problem
 from hsgen.batch import Batch
 from hsgen.cache import FEW, Cache, Pages, Shape
+from hsgen.configs import Sizes
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.execution import (
     KNOWN_CALLS,
     NO_GUARD,
+    PLANNED,
     STEP,
     Configs,
     Execution,
     Program,
+    as_found,
     config_lines,
     exact_dtype,
     running,
     uniform,
     with_caller_s,
 )
+from hsgen.knobs import OF_PARTS, OF_ROWS
 from hsgen.operators import Call
+from hsgen.plan import Plan
 from hsgen.replay import Outputs, Replay, Replays
+from hsgen.schedule import Order
 from hsgen.spec import Spec
 from hsgen.storage import Storage, storage_of
 from hsgen.target import Target
 
 MOST_PAGE = 1024  # tokens
 INTERPRETED_TARGET = "h100"
-# of a kernel of a step: its rows, tokens, numbers of a token
-OF_ROWS = ("BLOCK_T", "BLOCK_M", "BLOCK_V")
-OF_PARTS = "BLOCK_P"
 
 
 class CachedCompiler(Protocol):
@@ -497,10 +500,36 @@ class Decoding:
             of_rows, given = replace(program, plan=made, config=starts), self._given(kind)
             if kind == "few":
                 _refuse_rows(starts, given, self._execution.options.config)
+                of_rows = self._tuned(of_rows, program.plan, shape, rows)
             config, origin = with_caller_s(of_rows, given, self._target(shape.device))
             ready = Ready(program=program, config=config, origin=origin)
             ready = self._ready.setdefault(key, ready)
         return ready
+
+    def _tuned(self, of_rows: Program, plan: Plan, shape: Shape, rows: int) -> Program:
+        """A program of steps with what is tuned for their sizes, as far as it is.  `plan`: of any sizes."""
+        spec, target = self._execution.spec, self._target(shape.device)
+        sizes = Sizes(tokens=rows, keys=shape.capacity, sequences=shape.batch, page=shape.page)
+
+        def compiled(orders: Mapping[str, Order]) -> tuned.Compiled:
+            if orders:  # of a record that somebody wrote by hand
+                raise ArgumentError(f"orders: expected none of a step, got {dict(orders)}")
+            return tuned.Compiled(
+                plan=of_rows.plan,
+                target=target,
+                texts=of_rows.texts,
+                at=lambda other: configs.for_steps(plan, other.sizes()),
+            )
+
+        interpret = shape.device.type != "cuda"
+        found = tuned.look_up(
+            tuned.Problem.of(spec, PLANNED[shape.dtype], "decode", shape.page),
+            tuned.Bucket.of_steps(sizes),
+            tuned.environment(target, interpreted=interpret),
+            compiled,
+        )
+        self._execution.tell(found, interpret=interpret)
+        return as_found(of_rows, found)
 
     def _given(self, kind: str) -> Configs:
         """The caller's configuration, of a step what is said of steps alone first."""

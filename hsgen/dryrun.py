@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hsgen.plan import Buffer, ElementType, Launch, Plan, Step
@@ -18,27 +18,38 @@ Value = object  # a number, an Array, or what an expression names on the way to 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Array:
-    """A contiguous tensor of which only the shape exists."""
+    """A tensor of which only the shape exists, contiguous unless it has other strides."""
 
     shape: tuple[int, ...]
     itemsize: int
+    strides: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.itemsize
 
     def stride(self, dim: int) -> int:
-        return math.prod(self.shape[dim + 1 :])
+        return self.strides[dim] if self.strides else math.prod(self.shape[dim + 1 :])
+
+    def part(self, places: Sequence[int | None]) -> Array:
+        """Of some dimensions one place, of others (None) all."""
+        kept = [i for i in range(len(self.shape)) if i >= len(places) or places[i] is None]
+        return replace(
+            self,
+            shape=tuple(self.shape[i] for i in kept),
+            strides=tuple(self.stride(i) for i in kept),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
-    """One launch: its grid, how often it is repeated, and its arguments by parameter."""
+    """One launch: its grid, how often it is repeated, arguments by parameter, and constants that it gives."""
 
     kernel: str
     grid: tuple[int, ...]
     repeats: int
     arguments: Mapping[str, int | Array]
+    given: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +101,77 @@ def gradients(plan: Plan, forward: Plan, *, tokens: int, batch: int = 1) -> DryR
     return _Run(plan=plan, names=names, given=given).run()
 
 
+def steps(plan: Plan, *, tokens: int, keys: int, batch: int, numbers: Mapping[str, int]) -> DryRun:
+    """One step of `batch` sequences, with room for `keys` tokens each, behind one of `new_cache`;
+    `given`: bytes of the cache and of what comes with the new tokens.
+
+    `numbers`: by name, those that its driver has beside those of every driver.
+    """
+    assert plan.storage is not None, "a plan behind a cache"
+    page = plan.cached.page if plan.cached else 0
+    known = {**plan.sizes, "B": batch, "T": tokens, "S": tokens, "Z": batch}
+    size = _itemsize(plan, "input")
+    names: dict[str, Value] = {
+        f"in_{name}": Array(shape=tuple(_dim(dim, known) for dim in dims), itemsize=size)
+        for name, dims in plan.inputs
+    }
+    kept = {stream.name for stream in plan.storage.streams}
+    names |= {f"new_{name}": names[f"in_{name}"] for name in kept}
+    pages = -(-keys // page) if page else 0
+    for stream in plan.storage.streams:
+        *heads, dim = stream.dims
+        if page:
+            shape = (batch * pages, page, *stream.dims)
+            names[f"in_{stream.name}"] = Array(shape=shape, itemsize=size)
+            continue
+        room = Array(shape=(batch, *heads, keys, dim), itemsize=size)
+        order = (0, len(heads) + 1, *range(1, len(heads) + 1), len(heads) + 2)
+        names[f"in_{stream.name}"] = Array(
+            shape=tuple(room.shape[i] for i in order),
+            strides=tuple(room.stride(i) for i in order),
+            itemsize=size,
+        )
+    for level in plan.storage.levels:
+        entries = max(1, keys // level.stride)
+        shape = (batch, entries, level.heads, level.width)
+        made = f"made_{level.name.replace('.', '_')}"
+        names[made] = Array(shape=shape, itemsize=size)
+        names[made.replace("made_", "count_", 1)] = entries
+    names |= {
+        name: Array(shape=tuple(_dim(dim, known) for dim in dims), itemsize=4)
+        for name, dims in plan.brought.items()
+    }
+    count = Array(shape=(batch,), itemsize=4)
+    given = _bytes(names)
+    names |= {
+        "lengths": count,
+        "new": count,
+        "batch": _Batch(
+            table=Array(shape=(batch, 6), itemsize=4),
+            sequences=batch,
+            rows=batch * tokens,
+            keys=keys,
+            from_start=False,
+            processors=PROCESSORS,
+            pages=Array(shape=(batch, pages), itemsize=4),
+            page_rows=page,
+            pool=batch * pages,
+        ),
+        **_numbers_of(plan),
+        **numbers,
+    }
+    return _Run(plan=plan, names=names, given=given).run()
+
+
+def _numbers_of(plan: Plan) -> dict[str, Value]:
+    """What every driver knows."""
+    return {
+        "config": {kernel.name: kernel.config.keywords() for kernel in plan.kernels},
+        "SCRATCH_BYTES": plan.scratch_bytes,
+        "tile_first": 0,
+    }
+
+
 def _bytes(names: Mapping[str, Value]) -> int:
     """Of all that is a tensor."""
     return sum(x.bytes for x in names.values() if isinstance(x, Array))
@@ -106,6 +188,9 @@ class _Batch:
     packed: bool = False
     from_start: bool = True
     processors: int = 0
+    pages: Array | None = None
+    page_rows: int = 0
+    pool: int = 0
 
     @property
     def squares(self) -> int:
@@ -144,9 +229,7 @@ def _call(plan: Plan, batch: int, tokens: int, *, packed: bool = False) -> dict[
             packed=packed,
             processors=PROCESSORS,
         ),
-        "config": {kernel.name: kernel.config.keywords() for kernel in plan.kernels},
-        "SCRATCH_BYTES": plan.scratch_bytes,
-        "tile_first": 0,
+        **_numbers_of(plan),
     }
 
 
@@ -170,7 +253,7 @@ class _Run:
     launches: list[Launched] = field(default_factory=list[Launched])
 
     def run(self) -> DryRun:
-        for step in self.plan.usual:
+        for step in (*self.plan.appends, *self.plan.usual):
             self._step(step)
         found = DryRun(
             buffers=tuple(self.buffers),
@@ -218,6 +301,7 @@ class _Run:
             grid=tuple(self._number(text.format_map(own)) for text in launch.grid),
             repeats=repeats,
             arguments=arguments,
+            given={name: self._number(text) for name, text in launch.given},
         )
 
     def _number(self, text: str) -> int:
@@ -234,12 +318,13 @@ ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.LShift: operator.lshift,
 }
 FUNCTIONS: Mapping[str, Callable[..., int]] = {"min": min, "max": max}
 PROCESSORS = 132  # of an H100, for kernels that run one program on each
 READABLE = (
     *("shape", "stride", "table", "sequences", "rows", "keys", "packed", "from_start"),
-    *("pages", "page_rows", "pool", "processors", "squares", "tile_of", "laid"),
+    *("pages", "page_rows", "pool", "processors", "squares", "tile_of", "laid", "bit_length"),
 )  # attributes
 
 
@@ -260,6 +345,10 @@ def _value(node: ast.expr, names: Mapping[str, Value]) -> Value:
             return names[name]
         case ast.Attribute(value=of, attr=attr) if attr in READABLE:
             return getattr(_value(of, names), attr)
+        case ast.Subscript(value=of, slice=ast.Tuple(elts=elts)):
+            array = _value(of, names)
+            assert isinstance(array, Array), f"{ast.unparse(node)} is no part of a tensor"
+            return array.part([x.value if isinstance(x, ast.Constant) else None for x in elts])  # type: ignore[misc]
         case ast.Subscript(value=of, slice=key):
             return _value(of, names)[_value(key, names)]  # type: ignore[index]
         case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:

@@ -944,12 +944,12 @@ class Execution:
             tuned.environment(target, interpreted=interpret),
             compiled_with,
         )
-        self._tell(found, interpret=interpret)
+        self.tell(found, interpret=interpret)
         choice = _chosen(made, found, self.options.config, target)
         return replace(made, config=choice.config, origin=choice.origin)
 
     @staticmethod
-    def _tell(found: tuned.Found, *, interpret: bool) -> None:
+    def tell(found: tuned.Found, *, interpret: bool) -> None:
         """Say what a call lacks that could be measured, or refuse it."""
         if paths.requires_tuned():
             found.require()
@@ -1183,7 +1183,7 @@ class Execution:
             tuned.environment(target, interpreted=interpret),
             compiled,
         )
-        self._tell(found, interpret=interpret)
+        self.tell(found, interpret=interpret)
         made = program(found.orders)
         self.check_names(made.config, spec, target, binding.dtype)
         return _chosen(made, found, self.options.config, target)
@@ -1592,15 +1592,19 @@ def running(device: torch.device) -> AbstractContextManager[object]:
 
 def _chosen(program: Program, found: tuned.Found, given: Configs, target: Target) -> Choice:
     """What was found, with the caller's configuration where it says something."""
+    config, origin = with_caller_s(as_found(program, found), given, target)
+    return Choice(program=program, config=config, origin=origin, orders=found.orders)
+
+
+def as_found(program: Program, found: tuned.Found) -> Program:
+    """A program that starts with what was found, kernel by kernel, and says where that is from."""
     config, origin = dict[str, Mapping[str, int]](), dict[str, str]()
     for name, start in program.config.items():
-        config[name] = {**start, **found.configs.get(name, {}), **given.get(name, {})}
+        config[name] = {**start, **found.configs.get(name, {})}
         said = found.origins.get(name, tuned.START)
         start_too = said.startswith(tuned.START)
-        said = said.replace(tuned.START, program.origin[name], 1) if start_too else said
-        origin[name] = "caller" if name in given else said
-    _refuse_values(program, config, given, target)
-    return Choice(program=program, config=config, origin=origin, orders=found.orders)
+        origin[name] = said.replace(tuned.START, program.origin[name], 1) if start_too else said
+    return replace(program, config=config, origin=origin)
 
 
 def _choosing_as(program: Program, choice: Choice, kernels: Sequence[str]) -> Program:

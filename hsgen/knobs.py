@@ -20,6 +20,7 @@ from hsgen.halved import HalvedContext
 from hsgen.kernels import (
     IndexContext,
     MarksContext,
+    PoolsContext,
     RankContext,
     SegmentsContext,
     ThresholdContext,
@@ -34,6 +35,7 @@ from hsgen.rows import MARKED, PICKING, RowsContext, next_power
 from hsgen.running import TILE_ROWS, RunningContext
 from hsgen.schedule import SORT_LIMIT
 from hsgen.sorting import SortingContext
+from hsgen.splits import BesideContext
 from hsgen.streams import (
     GROUPS,
     LATENT_STEP,
@@ -58,6 +60,10 @@ LEAST_DOT = 16
 GROUP_ROWS = 64  # of a dot of four warps together, Hopper's least
 
 Values = dict[str, int]  # of one kernel: constexprs, num_warps, num_stages
+# of a kernel of a step: its rows, tokens, numbers of a token; rows and heads of a program beside them; parts
+OF_ROWS = ("BLOCK_T", "BLOCK_M", "BLOCK_V")
+OF_STEP = (*OF_ROWS, "BLOCK_R", "BLOCK_H")
+OF_PARTS = "BLOCK_P"
 # tokens and nodes a step, rows a tile, and tokens whose leaves are looked at at a time, of learned trees
 TREES = {
     "BLOCK_E": (16, 128),
@@ -106,7 +112,7 @@ def knobs_of(kernel: Kernel, plan: Plan) -> Iterator[Knob]:
     """A kernel's own knobs; what it starts with is always among the values."""
     start = kernel.config.keywords()
     for name, (least, most) in _ranges(kernel, plan).items():
-        if name not in start:  # the leader's
+        if name not in start or follows_step(kernel, name, plan):  # the leader's, or a step's
             continue
         low, high = min(least, start[name]), max(most, start[name])
         doubling = name not in ("num_stages", "STAGES")
@@ -116,11 +122,20 @@ def knobs_of(kernel: Kernel, plan: Plan) -> Iterator[Knob]:
             yield Knob(kernel=kernel.name, name=name, least=low, most=high, doubling=doubling)
 
 
+def follows_step(kernel: Kernel, name: str, plan: Plan) -> bool:
+    """Whether a value of a kernel follows from the rows and the parts of a step."""
+    if plan.cached is None or plan.cached.rows != "few":
+        return False
+    launches = (x for step in (*plan.appends, *plan.steps) for x in step.launches)
+    given = {each for x in launches if x.kernel == kernel.name for each, _ in x.given}
+    return name in OF_STEP or name.startswith(OF_PARTS) or name in given
+
+
 def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
     """By knob, the least and the most."""
     context = kernel.context
     match context:
-        case RowsContext():
+        case RowsContext() | BesideContext():
             return _row_ranges(context, kernel, plan)
         case StreamsContext():
             return _stream_ranges(context, kernel, plan)
@@ -148,10 +163,8 @@ def _ranges(kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
             return _list_ranges(context)
         case SortingContext() | WalkContext() | ClustersContext():
             return _ordering(context, kernel)
-        case SegmentsContext():
+        case SegmentsContext() | PoolsContext() | PartsContext():
             return _pooling(context)
-        case PartsContext():
-            return {"BLOCK_R": (1, 128), "num_warps": (1, 8)}
         case _:  # of a skeleton that nothing is known of, what is near its start
             most = TILE_ROWS if isinstance(context, RunningContext) else MOST_ELEMENTS
             near = {n: (max(1, v // 8), min(most, v * 8)) for n, v in kernel.config.constexprs}
@@ -195,10 +208,27 @@ def _clusters(context: ClustersContext, kernel: Kernel) -> dict[str, tuple[int, 
     return {**ranges, "num_warps": (1, 8), **staged}
 
 
-def _pooling(context: SegmentsContext) -> dict[str, tuple[int, int]]:
+def _beside(context: BesideContext, kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
+    """Of branches in one launch: what all of them can have."""
+    blocks = (_block_of(branch.rows, kernel, plan) for branch in context.branches)
+    wide = min((block for block in blocks if block is not None), default=128)
+    steps = (LEAST_DOT, max(LEAST_DOT, min(128, wide)))
+    return {"BLOCK_N": steps, "num_warps": (1, 8), "num_stages": (1, 5)}
+
+
+def _pooling(context: SegmentsContext | PoolsContext | PartsContext) -> dict[str, tuple[int, int]]:
     """Entries and tokens of a tile; where entries are mapped, slot by slot or what sums them up, entries and
-    channels of a dot.
+    channels of a dot.  Of several pools in one launch, what all of them can have.
     """
+    if isinstance(context, PartsContext):  # which are summed up
+        return {"BLOCK_R": (1, 128), "num_warps": (1, 8)}
+    if isinstance(context, PoolsContext):
+        each = [_pooling(pooled.pool) for pooled in context.pools]
+        return {
+            name: (max(x[name][0] for x in each), min(x[name][1] for x in each))
+            for name in each[0]
+            if all(name in x for x in each)
+        }
     if context.how not in ("linear", "max_min_mean"):
         most = next_power(context.size)
         return {"BLOCK_E": (1, 64), "BLOCK_J": (1, most), "num_warps": (1, 8)}
@@ -276,7 +306,11 @@ def _list_ranges(
             return {**{name: ranges[name] for name in own}, "num_warps": (1, 16)}
 
 
-def _row_ranges(context: RowsContext, kernel: Kernel, plan: Plan) -> dict[str, tuple[int, int]]:
+def _row_ranges(
+    context: RowsContext | BesideContext, kernel: Kernel, plan: Plan
+) -> dict[str, tuple[int, int]]:
+    if isinstance(context, BesideContext):
+        return _beside(context, kernel, plan)
     tokens = max(1, MOST_ROWS // context.pitch)
     tokens = 1 << tokens.bit_length() - 1
     if context.together == "part":
@@ -351,6 +385,11 @@ def _block(kernel: Kernel, plan: Plan) -> int | None:
     if isinstance(context, StreamsContext):
         context = context.rows
     assert isinstance(context, RowsContext), "of the rows skeleton"
+    return _block_of(context, kernel, plan)
+
+
+def _block_of(context: RowsContext, kernel: Kernel, plan: Plan) -> int | None:
+    """The same of loops that a kernel has."""
     if context.children:
         return next_power(context.children)
     unit = context.units or (context.stride if context.together == "part" else 0)
@@ -374,8 +413,12 @@ def _block(kernel: Kernel, plan: Plan) -> int | None:
 # --- what follows, and rules
 
 
-def derive(kernel: Kernel, values: Values) -> None:
-    """BLOCK_M is the rows of BLOCK_T tokens with BLOCK_H heads each, where the kernel sets these."""
+def derive(kernel: Kernel, values: Values, plan: Plan) -> None:
+    """BLOCK_M is the rows of BLOCK_T tokens with BLOCK_H heads each, where the kernel sets these; in a step
+    all follow from its rows.
+    """
+    if follows_step(kernel, "BLOCK_M", plan):
+        return
     if isinstance(kernel.context, RowsContext) and {"BLOCK_T", "BLOCK_H"} & values.keys():
         heads = values.get("BLOCK_H", kernel.context.pitch)
         values["BLOCK_M"] = max(LEAST_DOT, next_power(values.get("BLOCK_T", 1) * heads))
@@ -400,8 +443,8 @@ def broken(kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
     if largest > MOST_ELEMENTS:
         yield f"a tile of {largest:,} elements, Triton takes {MOST_ELEMENTS:,}"
     match kernel.context:
-        case RowsContext() as context:
-            yield from _broken_rows(context, kernel, values, target, plan)
+        case RowsContext() | BesideContext() as context:
+            yield from _broken_loops(context, kernel, values, target, plan)
         case RankContext() | ThresholdContext() as context:
             if values["BLOCK_R"] > values["BLOCK_T"]:
                 yield f"BLOCK_R {values['BLOCK_R']} must divide BLOCK_T {values['BLOCK_T']}"
@@ -455,7 +498,7 @@ def refused(
         return next(filter(None, (_no_size(name, value) for name, value in given.items())), "")
     known = {knob.name: knob for knob in knobs_of(kernel, plan)}
     fixed = {name: value for name, value in start.items() if name not in known}
-    derive(kernel, derived := {name: values[name] for name in known})
+    derive(kernel, derived := {name: values[name] for name in known}, plan)
     fixed |= {name: value for name, value in derived.items() if name in fixed}
     for name, value in given.items():
         if name in known and known[name].code(value) is None:
@@ -588,16 +631,29 @@ def _least_shared(kernel: Kernel, values: Mapping[str, int]) -> int:
             return 0
 
 
+def _broken_loops(
+    context: RowsContext | BesideContext,
+    kernel: Kernel,
+    values: Mapping[str, int],
+    target: Target,
+    plan: Plan,
+) -> Iterator[str]:
+    beside = isinstance(context, BesideContext)
+    for loops in [branch.rows for branch in context.branches] if beside else [context]:
+        yield from _broken_rows(loops, kernel, values, target, plan)
+
+
 def _broken_rows(
     context: RowsContext, kernel: Kernel, values: Mapping[str, int], target: Target, plan: Plan
 ) -> Iterator[str]:
     width, rows = values["BLOCK_N"], values["BLOCK_M"]
     if context.folded and width % context.ratio:
         yield f"BLOCK_N {width} must be a multiple of the {context.ratio} entries that become one"
-    block = _block(kernel, plan)
+    block = _block_of(context, kernel, plan)
     if block is not None and width > max(LEAST_DOT, block):
         yield f"BLOCK_N {width} is more than a block of {block} keys"
-    if values.get("BLOCK_H", context.pitch) < context.pitch and values.get("BLOCK_T", 1) > 1:
+    apart = values.get("BLOCK_H", context.pitch) < context.pitch
+    if apart and values.get("BLOCK_T", 1) > 1 and not follows_step(kernel, "BLOCK_T", plan):
         yield f"BLOCK_T {values['BLOCK_T']}: some of the heads come with one token"
     if target.tensor_columns:
         return  # accumulators have a memory of their own

@@ -68,8 +68,7 @@ class Lanes:
         patience: Patience | None = None,
         cache: Path | None = None,
     ) -> None:
-        self.problem = problem
-        self.shapes: tuple[str, ...] = tuple(problem["shapes"])
+        self.turn_to(problem)
         self.lanes = len(gpus)
         self.deaths = 0
         self._patience = patience or Patience()
@@ -91,6 +90,11 @@ class Lanes:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def turn_to(self, problem: JsonObject) -> None:
+        """Go on with another problem, in the same processes."""
+        self.problem = problem
+        self.shapes: tuple[str, ...] = tuple(problem["shapes"])
 
     def close(self) -> None:
         """Kill every process and give the GPUs back."""

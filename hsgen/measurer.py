@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, cast, get_args
 
+from hsgen.configs import Sizes
 from hsgen.errors import ArgumentError, HsgenError
 from hsgen.space import Part, Point
 from hsgen.tuned import Bucket, Time
@@ -166,6 +167,12 @@ class Shape:
     def bucket(self) -> Bucket:
         """Of the calls that such a call stands for."""
         return Bucket.of(self.queries * self.sequences, self.keys, self.sequences, packed=False)
+
+    @property
+    def step_bucket(self) -> Bucket:
+        """Of the steps that it stands for: its queries are new, and sequences have room for its keys."""
+        sizes = Sizes(tokens=self.queries, keys=self.keys, sequences=self.sequences)
+        return Bucket.of_steps(sizes)
 
 
 def shape_of(text: str) -> Shape:

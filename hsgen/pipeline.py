@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import cast
 
-from hsgen import backward, build, emit, losses, passes, planner, resources, schedule
-from hsgen.configs import DType, Work
+from hsgen import backward, build, configs, emit, losses, passes, planner, resources, schedule
+from hsgen.configs import DType, Sizes, Work
 from hsgen.errors import ArgumentError
 from hsgen.graph import Graph
 from hsgen.plan import Cached, Plan
@@ -143,11 +143,13 @@ def compile_work(
     dtype: DType = "bf16",
     work: Work = "forward",
     orders: Mapping[str, Order] | None = None,
+    sizes: Sizes | None = None,
 ) -> Artifact:
-    """A call's kernels, or those of its gradients, as a call that autograd records gets them; of no loss.
+    """A call's kernels, those of its gradients, as a call that autograd records gets them, or those of steps
+    behind a cache, of some `sizes`; of no loss.
 
     Raises:
-        ArgumentError: orders of gradients, which have but one.
+        ArgumentError: orders of gradients or of steps, which have but one.
         PlanError: no kernel can do it.
         BuildError: the emitted files cannot be kept.
     """
@@ -156,18 +158,35 @@ def compile_work(
         return compile_spec(spec, target, dtype, orders)
     if orders:
         raise ArgumentError(f"orders: expected none of {work}, got {dict(orders)}")
+    if work == "decode":
+        assert sizes is not None, "a step has sizes"
+        cached = Cached(rows="few", page=sizes.page)
+        made = compile_spec(spec, target, dtype, cached=cached)
+        return replace(made, plan=configs.for_steps(made.plan, sizes))
     apart = backward.keeps_branches(passes.run(planner.plan(spec)))
     return compile_backward(spec, target, dtype, apart=apart)
 
 
-def call_jobs(artifact: Artifact) -> tuple[Job, ...]:
-    """What to cross-compile of it, one a kernel, as `resources.call_jobs` says."""
+def call_jobs(artifact: Artifact, sizes: Sizes | None = None) -> tuple[Job, ...]:
+    """What to cross-compile of it, one a kernel, as `resources.call_jobs` says; `sizes`: of steps."""
+    if sizes is not None:
+        return resources.step_jobs(artifact.plan, artifact.module, artifact.target, sizes)
     before = None
     if artifact.plan.gradients and not artifact.plan.losses:
         graph, target, dtype = artifact.graph, artifact.target, cast("DType", artifact.plan.dtype)
         apart = backward.keeps_branches(graph)
         before = schedule.schedule(graph, target, dtype, apart=apart)
     return resources.call_jobs(artifact.plan, artifact.module, artifact.target, before)
+
+
+def filling_jobs(spec: Spec, target: Target, dtype: DType, sizes: Sizes) -> tuple[Job, ...]:
+    """The same of the kernels that put many tokens at a time into a cache."""
+    cached = Cached(rows="many", page=sizes.page)
+    made = compile_spec(spec, target, dtype, cached=cached)
+    names = {launch.kernel for step in made.plan.appends for launch in step.launches}
+    kernels = tuple(kernel for kernel in made.plan.kernels if kernel.name in names)
+    plan = replace(made.plan, kernels=kernels, steps=())
+    return resources.step_jobs(plan, made.module, target, replace(sizes, tokens=sizes.keys))
 
 
 def provenance(spec: Spec, target: Target) -> emit.Provenance:

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from hsgen import passes, pipeline, planner, report, resources
-from hsgen.configs import DType, Work
+from hsgen.configs import DType, Sizes, Work
 from hsgen.measurer import Failure
 from hsgen.pipeline import Artifact
 from hsgen.plan import Kernel
@@ -117,7 +117,7 @@ class Compiler:
         if orders not in self.programs:
             space = self.space
             self.programs[orders] = pipeline.compile_work(
-                self.spec, space.target, space.dtype, space.work, dict(orders)
+                self.spec, space.target, space.dtype, space.work, dict(orders), space.sizes
             )
         return self.programs[orders]
 
@@ -224,7 +224,7 @@ class Compiler:
     def _jobs(self, point: Point) -> dict[str, Job]:
         artifact = self.artifact(point.orders)
         plan = artifact.plan.with_config(dict(point.configs))
-        jobs = report.jobs(replace(artifact, plan=plan))
+        jobs = report.jobs(replace(artifact, plan=plan), self.space.sizes)
         return {kernel.name: job for kernel, job in zip(plan.kernels, jobs, strict=True)}
 
 
@@ -320,6 +320,7 @@ def dry_run(
     target: Target,
     dtype: DType = "bf16",
     work: Work = "forward",
+    sizes: Sizes | None = None,
     *,
     only: Sequence[str] = (),
     budget: float = 300.0,
@@ -328,12 +329,12 @@ def dry_run(
     """What tuning would search, and what of that cannot run.
 
     Raises:
-        PlanError: no kernel can do it.
+        PlanError: no kernel can do it, or the spec has no cache for steps.
         BuildError: Triton is not installed, or too old.
     """
     began = time.monotonic()
     spec = planner.without_losses(spec)
-    whole = space(passes.run(planner.plan(spec)), target, dtype, work)
+    whole = space(passes.run(planner.plan(spec)), target, dtype, work, sizes)
     whole = whole.only(only) if only else whole
     parts = [(variant, part) for variant in whole.variants for part in variant.parts]
     found: list[Pruned] = []

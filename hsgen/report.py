@@ -26,7 +26,7 @@ from hsgen import (
 from hsgen.analysis import Cost, quantity
 from hsgen.buckets import PartsContext
 from hsgen.clusters import DOTS, ClustersContext
-from hsgen.configs import DType
+from hsgen.configs import DType, Sizes
 from hsgen.errors import BuildError, PlanError
 from hsgen.estimates import EstimateContext
 from hsgen.graph import (
@@ -364,9 +364,11 @@ def _measure(artifact: Artifact, progress: Progress) -> tuple[Resources, ...]:
     return tuple(map(_fitting, artifact.plan.kernels, planned, found))
 
 
-def jobs(artifact: Artifact) -> tuple[Job, ...]:
-    """One job a kernel, specialised as the runtime does it for contiguous tensors of TOKENS tokens."""
-    return pipeline.call_jobs(artifact)
+def jobs(artifact: Artifact, sizes: Sizes | None = None) -> tuple[Job, ...]:
+    """One job a kernel, specialised as the runtime does it for contiguous tensors of TOKENS tokens; of steps,
+    for `sizes`.
+    """
+    return pipeline.call_jobs(artifact, sizes)
 
 
 def _fitting(kernel: Kernel, job: Job, outcome: Outcome) -> Resources:

@@ -20,8 +20,9 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Literal
 
-from hsgen import allowlist, dryrun, paths, store
+from hsgen import allowlist, dryrun, paths, splits, store
 from hsgen.build import Module, triton_version
+from hsgen.configs import Sizes
 from hsgen.dryrun import Array
 from hsgen.errors import BuildError, PlanError
 from hsgen.plan import Kernel, Param, Plan
@@ -116,6 +117,30 @@ def call_jobs(
         _specialised(job, kernel, run.launch(kernel.name).arguments)
         for job, kernel in zip(plan_jobs(plan, module, target), plan.kernels, strict=True)
     )
+
+
+def step_jobs(plan: Plan, module: Module, target: Target, sizes: Sizes) -> tuple[Job, ...]:
+    """The same of steps behind a cache; what a launch says in place of the configuration is as it says.
+
+    Kernels that no such step launches have none of that.
+    """
+    run = dryrun.steps(
+        plan,
+        tokens=sizes.tokens,
+        keys=sizes.keys,
+        batch=sizes.sequences,
+        numbers={"SHARE_KEYS": splits.SHARE_KEYS, "LONG_SHARE": splits.LONG_SHARE},
+    )
+    launched = {x.kernel: x for x in (*run.others, *run.launches)}
+    found: list[Job] = []
+    for job, kernel in zip(plan_jobs(plan, module, target), plan.kernels, strict=True):
+        launch = launched.get(kernel.name)
+        if launch is None:
+            found.append(job)
+            continue
+        of_launch = _specialised(job, kernel, launch.arguments)
+        found.append(replace(of_launch, constants={**of_launch.constants, **launch.given}))
+    return tuple(found)
 
 
 def _specialised(job: Job, kernel: Kernel, arguments: Mapping[str, int | Array]) -> Job:

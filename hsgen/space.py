@@ -10,14 +10,14 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
-from hsgen import backward, schedule
-from hsgen.configs import DType, Work
+from hsgen import backward, configs, schedule
+from hsgen.configs import DType, Sizes, Work
 from hsgen.errors import ArgumentError, PlanError, nearest
 from hsgen.graph import Attend, Graph
-from hsgen.knobs import VERSION, Knob, Values, broken, derive, knobs_of, shares
-from hsgen.plan import Config, Plan
+from hsgen.knobs import VERSION, Knob, Values, broken, derive, follows_step, knobs_of, shares
+from hsgen.plan import Cached, Config, Plan
 from hsgen.schedule import Order
 from hsgen.target import Target
 
@@ -122,7 +122,7 @@ class Part:
         for knob, code in zip(self.knobs, codes, strict=True):
             values[knob.kernel][knob.name] = knob.value(code)
         for name in self.kernels:
-            derive(self.plan.kernel(name), values[name])
+            derive(self.plan.kernel(name), values[name], self.plan)
         return replace(
             point,
             configs=tuple(
@@ -198,6 +198,13 @@ class Variant:
         for name, values in wanted.items():
             if given[name].keys() != values.keys():
                 return f"{name}: expected {', '.join(values)}, got {', '.join(given[name])}"
+            for each, value in values.items():
+                if given[name][each] != value and follows_step(
+                    self.plan.kernel(name), each, self.plan
+                ):
+                    return (
+                        f"{name}: expected {each}={value} in such a step, got {given[name][each]}"
+                    )
         for part in self.parts:
             codes = part.codes(point)
             if codes is None:
@@ -223,13 +230,16 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """All that may be tuned of a spec's calls, or of their gradients; the plan's own orders come first."""
+    """All that may be tuned of a spec's calls, of their gradients, or of steps of some sizes; the plan's own
+    orders come first.
+    """
 
     name: str
     target: Target = field(repr=False)
     dtype: DType
     variants: tuple[Variant, ...]
     work: Work = "forward"
+    sizes: Sizes | None = None  # of steps
 
     @property
     def start(self) -> Point:
@@ -246,7 +256,8 @@ class Space:
             ]
             for v in self.variants
         ]
-        work = [] if self.work == "forward" else [self.work]
+        work: list[object] = [] if self.work == "forward" else [self.work]
+        work += [asdict(self.sizes)] if self.sizes else []
         text = json.dumps([VERSION, self.name, self.target.name, self.dtype, knobs, *work])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -342,6 +353,8 @@ class Space:
     def __str__(self) -> str:
         total = sum(variant.size for variant in self.variants)
         of = self.name if self.work == "forward" else f"{self.name}'s {self.work}"
+        if self.sizes:
+            of += f" of {self.sizes}"
         head = (
             f"space of {of} on {self.target.name} ({self.target.label}), {self.dtype}: "
             f"{total:.3g} combinations before rules"
@@ -349,12 +362,31 @@ class Space:
         return "\n".join([head, *(str(variant) for variant in self.variants)]) + "\n"
 
 
-def space(graph: Graph, target: Target, dtype: DType = "bf16", work: Work = "forward") -> Space:
-    """What may be tuned of a spec's calls, or of the gradients of calls that autograd records.
+def space(
+    graph: Graph,
+    target: Target,
+    dtype: DType = "bf16",
+    work: Work = "forward",
+    sizes: Sizes | None = None,
+) -> Space:
+    """What may be tuned of a spec's calls, of the gradients of calls that autograd records, or of its steps
+    behind a cache, whose `sizes` say where their kernels start.
 
     Raises:
-        PlanError: no kernel can do it.
+        PlanError: no kernel can do it, or the spec has no cache.
     """
+    if work == "decode":
+        assert sizes is not None, "a step has sizes"
+        cached = Cached(rows="few", page=sizes.page)
+        made = configs.for_steps(schedule.schedule(graph, target, dtype, cached=cached), sizes)
+        return Space(
+            name=made.name,
+            target=target,
+            dtype=dtype,
+            variants=(_variant(made, (), target),),
+            work=work,
+            sizes=sizes,
+        )
     if work == "gradients":
         made = backward.plan(graph, target, dtype, apart=backward.keeps_branches(graph))
         variants = (_variant(made, (), target),)

@@ -480,8 +480,18 @@ class Examination:
 
     def problems(self, program: Program, config: Configs) -> list[str]:
         """Run a program's kernels.  -> what is wrong, nothing if all is well"""
-        trial, tensors = self.trial, self._tensors
+        tensors = self._tensors
         o, lse, own = program.driver.forward(tensors.driver, tensors.batch, config, tensors.brought)
+        return self.wrong(o, lse, own, program.plan)
+
+    def wrong(
+        self, o: Tensor, lse: Mapping[str, Tensor], own: Mapping[str, Tensor], plan: Plan
+    ) -> list[str]:
+        """What is wrong with what kernels gave.
+
+        own: What they chose, by level, where nothing is brought.
+        """
+        trial, tensors = self.trial, self._tensors
         chosen = tensors.brought or own
         if trial.packed:
             o, lse = o[0], {name: each[0] for name, each in lse.items()}
@@ -498,7 +508,7 @@ class Examination:
             for level in trial.spec.levels
             if level.select and not tensors.brought
             for problem in _wrong_selection(
-                level, selection[level.name], forced, self._free, self._apart(level, program.plan)
+                level, selection[level.name], forced, self._free, self._apart(level, plan)
             )
         ]
         if trial.exact and not tensors.brought:

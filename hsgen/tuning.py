@@ -37,11 +37,12 @@ from hsgen import (
     machine,
     measurer,
     samples,
+    steps,
     timing,
     trials,
 )
 from hsgen.batch import Batch
-from hsgen.configs import Work
+from hsgen.configs import Work, for_steps
 from hsgen.errors import HsgenError
 from hsgen.execution import PLANNED, Program, compute_integers_once, interpreting
 from hsgen.measurer import Failure, Kind, Result, Shape
@@ -60,6 +61,10 @@ SECONDS = 0.15  # of timing, a shape
 CALLS = 3  # a sample of a comparison, and of long calls fewer:
 LONG = 10_000.0  # microseconds that are a sample
 LENGTHS = {"cuda": (1537, 301), "cpu": (37, 9)}  # of checks: no multiple of anything
+BLOCKS = {"cuda": 512, "cpu": 8}  # tokens of blocks that end where checks of steps begin
+LAYERS = 8  # caches of a size, at most: a layer's is in no cache of the GPU when its turn comes
+ROOM = 1024  # tokens that timed steps append
+DISTINCT = 4  # sequences of a cache that are not alike
 MESSAGE = 1500
 PR_SET_PDEATHSIG = 1
 
@@ -75,7 +80,7 @@ def take(call: timing.Call, device: str, count: int) -> list[float]:
 class Problem:
     """What is tuned: a bound spec, tensors, shapes; and the capture that inputs are made of, if any.
 
-    `work`: its calls, or their gradients.
+    `work`: its calls, their gradients, or its steps behind a cache, with pages of `page` tokens if not of 0.
     `seconds` of timing a shape, and never fewer calls than `fewest`.
     """
 
@@ -84,6 +89,7 @@ class Problem:
     target: str  # as JSON; empty: that of the GPU that is here
     shapes: tuple[str, ...]
     work: Work = "forward"
+    page: int = 0
     capture: str = ""
     seconds: float = SECONDS
     fewest: int = FEWEST
@@ -174,15 +180,15 @@ class Bench:
             self._call(self._program(point["orders"]), point["configs"], shape) for point in points
         ]
         for call in calls:  # compiles
-            self.take(call, self.device, 1)
-        least = min(self.take(calls[0], self.device, 1))
+            self._took(call, 1)
+        least = min(self._took(calls[0], 1))
         count = max(1, min(CALLS, math.ceil(LONG / max(least, 1.0))))
         order, generator = list(range(len(calls))), random.Random(request["seed"])
         found: list[list[float]] = [[] for _ in calls]
         for _ in range(request["rounds"]):
             generator.shuffle(order)
             for which in order:
-                sampled = self.take(calls[which], self.device, count)
+                sampled = self._took(calls[which], count)
                 found[which].append(statistics.median(sampled))
         return {"samples": found}
 
@@ -243,13 +249,17 @@ class Bench:
     def _time(self, program: Program, configs: Mapping[str, Any], shape: str, limit: float) -> Time:
         """The median of many calls; of few, where the first are far above the limit."""
         call = self._call(program, configs, shape)
-        self.take(call, self.device, 1)  # compiles
-        first = self.take(call, self.device, FEW)
+        self._took(call, 1)  # compiles
+        first = self._took(call, FEW)
         count = round(self.problem.seconds * 1e6 / max(statistics.median(first), 1.0))
         count = max(self.problem.fewest, min(MOST, count))
         if count <= FEW or min(first) > SLOW * limit:
             return _summary(first)
-        return _summary(self.take(call, self.device, count))
+        return _summary(self._took(call, count))
+
+    def _took(self, call: timing.Call, count: int) -> list[float]:
+        """Microseconds of each of some calls."""
+        return self.take(call, self.device, count)
 
     def _call(self, program: Program, configs: Mapping[str, Any], name: str) -> timing.Call:
         sets, where = self._sets(name), self._batch(measurer.shape_of(name))
@@ -370,6 +380,151 @@ class GradientBench(Bench):
         return call
 
 
+@dataclass(slots=True, eq=False)
+class StepBench(Bench):
+    """The same of steps behind a cache, of one size: whole steps, as a CUDA graph that is replayed."""
+
+    _made: steps.Programs | None = None
+    _step_checks: list[steps.StepExamination] = field(default_factory=list[steps.StepExamination])
+    _steps: steps.Steps | None = None
+
+    def prove(self, request: JsonObject) -> Result:
+        """Hold a step at full length against the start's: what it chooses, and its output on one choice."""
+        configs, name = request["configs"], request["shape"]
+        of, start = self._of_size, self._start
+        expected, theirs = of.first(start)
+        o, chosen = of.first(configs)
+        same = dict.fromkeys(chosen, True)
+        for level, indices in chosen.items() if of.selection is None else ():
+            share = checking.shared(indices.flatten(0, 1), theirs[level].flatten(0, 1))
+            if share < checking.SAME:
+                raise _WrongError(f"{name}: {level}: {share:.1%} of what the start chooses")
+            same[level] = bool((indices == theirs[level]).all())
+        if not all(same.values()):  # near scores are told apart otherwise: so on the start's choice
+            (expected, _), (o, _) = (of.first(each, dict(theirs)) for each in (start, configs))
+        return Result(check={"error_at_length": checking.require_close(o, expected, f"of {name}")})
+
+    def shares(self, request: JsonObject) -> JsonObject:
+        """Milliseconds by kernel."""
+        if self.device == "cpu":
+            return {"ms": {}}
+        self._of_size.rewind()
+        return {"ms": timing.kernel_times(lambda _: self._of_size(request["configs"]))}
+
+    # --- steps
+
+    @property
+    def _shape(self) -> Shape:
+        (name,) = self.problem.shapes
+        return measurer.shape_of(name)
+
+    @property
+    def _programs_of_steps(self) -> steps.Programs:
+        if self._made is None:
+            self._made = steps.Programs.of(
+                self.spec,
+                self.target,
+                self.dtype,
+                self.problem.page,
+                interpret=self.device == "cpu",
+            )
+        return self._made
+
+    @property
+    def _start(self) -> Mapping[str, Any]:
+        sizes = self._shape.step_bucket.sizes()
+        made = for_steps(self._programs_of_steps.few.plan, sizes)
+        return {kernel.name: kernel.config.keywords() for kernel in made.kernels}
+
+    @property
+    def _of_size(self) -> steps.Steps:
+        """Caches as full as their bucket lets them be with room for what is timed."""
+        if self._steps is None:
+            shape, tokens = self._shape, self._shape.queries
+            capacity = shape.step_bucket.keys
+            there = min(shape.keys, capacity - min(ROOM, capacity // 4)) - tokens
+            few = Shape(
+                queries=tokens,
+                keys=there + tokens,
+                sequences=min(shape.sequences, DISTINCT),
+            )
+            groups = captures.load(Path(self.problem.capture)) if self.problem.capture else ()
+            make = functools.partial(samples.for_shape, self.spec, few, groups, dtype=self.dtype)
+            first = make(device=self.device, seed=0)
+            held = samples.size_in_bytes(first) / few.sequences * shape.sequences
+            more = 0 if self.device == "cpu" else min(LAYERS, math.ceil(samples.ROTATED / held)) - 1
+            sets = [first, *(make(device=self.device, seed=n) for n in range(1, 1 + more))]
+            sizes = (shape.sequences, capacity, there)
+            generator = torch.Generator(self.device).manual_seed(0)
+            self._steps = steps.Steps(self._programs_of_steps, sets, sizes, generator)
+        return self._steps
+
+    def _program(self, orders: Mapping[str, Any]) -> Program:  # noqa: ARG002 - they have but one
+        return self._programs_of_steps.few
+
+    def _verify(self, program: Program, configs: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """The same of steps that follow one another, of sequences long, short and empty."""
+        self._step_checks = self._step_checks or [
+            steps.StepExamination(trial, self._programs_of_steps, self.device)
+            for trial in self._step_trials()
+        ]
+        with trials.poisoned():
+            for check in self._step_checks:
+                if problems := check.problems(configs):
+                    raise _WrongError(f"{check.trial.name}: {'; '.join(problems)}")
+        return {"trials": len(self._step_checks), "steps": True}
+
+    def _step_trials(self) -> tuple[Trial, ...]:
+        """Rows right behind where blocks end, and anywhere."""
+        (long, short), tokens = LENGTHS[self.device], self._shape.queries
+        ended = long // BLOCKS[self.device] * BLOCKS[self.device]
+        kinds: tuple[tuple[str, int, trials.Numbers], ...] = (
+            ("steps where blocks end", ended + tokens, "integers"),
+            ("steps anywhere", long + 2 * tokens, "real"),
+        )
+        return tuple(
+            Trial(
+                name=name,
+                spec=self.spec,
+                dtype=self.dtype,
+                queries=(tokens,) * 3,
+                keys=(length, short + 2 * tokens, 2 * tokens),
+                numbers=numbers,
+            )
+            for name, length, numbers in kinds
+        )
+
+    def _call(self, program: Program, configs: Mapping[str, Any], name: str) -> timing.Call:  # noqa: ARG002
+        of = self._of_size
+        of.rewind()
+        of(configs)  # compiles
+        replay = functools.partial(of, configs)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(self._turns):
+                    of(configs)
+            replay = graph.replay
+
+        def call(number: int) -> object:
+            if number == 0:
+                of.rewind()
+            return replay()
+
+        return call
+
+    @property
+    def _turns(self) -> int:
+        """Steps behind each cache that one replay has, so that the gap before it is little of its time."""
+        return max(1, LAYERS // len(self._of_size.caches)) if self.device == "cuda" else 1
+
+    def _took(self, call: timing.Call, count: int) -> list[float]:
+        """Microseconds of a step: a replay has several."""
+        each = self._turns * len(self._of_size.caches)
+        return [us / each for us in self.take(call, self.device, count)]
+
+
 class _WrongError(Exception):
     """Kernels that do not say what the reference says."""
 
@@ -417,6 +572,9 @@ def failure_of(error: BaseException) -> Failure:
 # --- the child
 
 
+BENCHES = {"forward": Bench, "gradients": GradientBench, "decode": StepBench}
+
+
 class Child:
     """Answers requests, one after the other; keeps the bench of the last problem."""
 
@@ -447,8 +605,9 @@ class Child:
     def _of(self, request: JsonObject) -> Bench:
         problem = Problem.of(request)
         if self._bench is None or self._bench.problem != problem:
-            made = GradientBench if problem.work == "gradients" else Bench
-            self._bench = made(problem, self._clock)
+            self._bench = None  # whose tensors would be in the way
+            bench = self._bench = BENCHES[problem.work](problem, self._clock)
+            return bench
         return self._bench
 
 

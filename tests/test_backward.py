@@ -1414,7 +1414,7 @@ def test_rows_of_a_tile_that_picks_tokens_have_a_bit_each():
     ):
         given = {"BLOCK_T": tokens}
         values = dq.config.keywords() | given
-        knobs.derive(dq, values)
+        knobs.derive(dq, values, plan)
         assert knobs.refused(dq, given, values, plan, H100) == message
         assert (message in knobs.broken(dq, values, H100, plan)) == bool(message)
 

@@ -41,6 +41,7 @@ class Work(StrEnum):
 
     forward = "forward"
     gradients = "gradients"
+    decode = "decode"
 
 
 class Device(StrEnum):
@@ -149,6 +150,27 @@ def numbers_of(text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def batches_of(text: str | None, work: Work) -> tuple[int, ...]:
+    """Sequences of steps, as 1,64; one where nothing is said."""
+    if text is not None and work != Work.decode:
+        raise typer.BadParameter(f"--batch is of --work decode, got {work.value}")
+    found = numbers_of(text) or (1,)
+    if min(found) < 1:
+        raise typer.BadParameter(f"--batch: expected at least 1 sequence, got {text!r}")
+    return found
+
+
+def page_of(page: int | None, work: Work) -> int:
+    """Tokens of a page of a cache; 0 where it has none."""
+    if page is None:
+        return 0
+    if work != Work.decode:
+        raise typer.BadParameter(f"--page is of --work decode, got {work.value}")
+    if page < 1 or page & (page - 1) or page > 1024:
+        raise typer.BadParameter(f"--page: expected a power of two up to 1024, got {page}")
+    return page
+
+
 def seconds_of(text: str) -> float:
     """300s, 5m, or seconds as a number."""
     number, factor = text.removesuffix("s"), 1.0
@@ -168,6 +190,13 @@ def lengths_of(text: str | None) -> tuple[int, ...]:
     return tuple(int(part.removesuffix("K")) * (1024 if "K" in part else 1) for part in parts)
 
 
+Batch = Annotated[
+    str | None, typer.Option("--batch", metavar="1,64", help="Sequences, of --work decode.")
+]
+Page = Annotated[
+    int | None,
+    typer.Option("--page", metavar="16", help="Tokens of a page, of --work decode; default none."),
+]
 Capture = Annotated[
     Path | None, typer.Option("--qkv", metavar="FILE", help="Captured q, k, v, a safetensors file.")
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,23 +10,27 @@ import typer
 
 from hsgen.cli.app import app
 from hsgen.cli.options import (
+    Batch,
     DType,
     HeadCounts,
     HeadDims,
     Json,
     OfRoute,
+    Page,
     SpecFile,
     TargetName,
     TensorType,
     Work,
     attended,
+    batches_of,
     lengths_of,
+    page_of,
 )
 from hsgen.cli.output import complain, counted, print_json
 from hsgen.errors import HsgenError
 
 if TYPE_CHECKING:
-    from hsgen.tuned import Content, GatesContent
+    from hsgen.tuned import Bucket, Content, GatesContent
 
 tuned_app = typer.Typer(help="What was tuned: which records there are, and who gets them.")
 app.add_typer(tuned_app, name="tuned")
@@ -40,8 +45,17 @@ def explain(
     *,
     target: TargetName = "h100",  # type: ignore[assignment]  # typer parses defaults too
     dtype: TensorType = DType.bf16,
-    tokens: Annotated[str, typer.Option(metavar="8K,32K", help="T and S of one sequence.")] = "8K",
-    work: Annotated[Work, typer.Option(help="Of calls, or of their gradients.")] = Work.forward,
+    tokens: Annotated[
+        str,
+        typer.Option(
+            metavar="8K,32K", help="T and S of one sequence, or 8K that a cache has room for."
+        ),
+    ] = "8K",
+    work: Annotated[
+        Work, typer.Option(help="Of calls, of their gradients, or of steps behind a cache.")
+    ] = Work.forward,
+    batch: Batch = None,
+    page: Page = None,
     heads: HeadCounts = None,
     head_dim: HeadDims = None,
     layer: OfRoute = None,
@@ -50,18 +64,27 @@ def explain(
     """Show which records a call could get, in order, and what it gets."""
     from hsgen import tuned  # noqa: PLC0415
 
-    bound = attended(spec, heads, head_dim, layer)
+    bound, pages = attended(spec, heads, head_dim, layer), page_of(page, work)
     ladders = [
-        tuned.explain(
-            bound, target, dtype.value, tuned.Bucket.of(n, n, 1, packed=False), work.value
-        )
-        for n in lengths_of(tokens)
+        tuned.explain(bound, target, dtype.value, bucket, work.value, pages)
+        for bucket in _buckets(lengths_of(tokens), work, batch)
     ]
     found = tuned.crossovers(tuned.Problem.of(bound, dtype.value), tuned.environment(target))
     if as_json:
         print_json({"calls": [ladder.record() for ladder in ladders], "gate": found.record()})
     else:
         typer.echo("\n".join([*map(str, ladders), f"{found}\n"]), nl=False)
+
+
+def _buckets(lengths: Sequence[int], work: Work, batch: str | None) -> list[Bucket]:
+    """Of calls of one sequence, or of steps of one token."""
+    from hsgen import configs, tuned  # noqa: PLC0415
+
+    batches = batches_of(batch, work)
+    if work != Work.decode:
+        return [tuned.Bucket.of(n, n, 1, packed=False) for n in lengths]
+    sizes = [configs.Sizes(tokens=1, keys=n, sequences=many) for n in lengths for many in batches]
+    return [tuned.Bucket.of_steps(each) for each in sizes]
 
 
 @tuned_app.command(name="list", epilog="Example: hsgen tuned list nsa --gpu h100")

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hsgen.cli.app import app
 from hsgen.cli.options import (
+    Batch,
     DType,
     HeadCounts,
     HeadDims,
     Json,
     Layers,
     OfRoute,
+    Page,
     SpecFile,
     Storage,
     TargetName,
     TensorType,
     Work,
     attended,
+    batches_of,
     lengths_of,
     numbers_of,
+    page_of,
     pair,
     place,
     seconds_of,
@@ -34,14 +39,22 @@ from hsgen.cli.output import json_text
 from hsgen.errors import HsgenError
 from hsgen.spec import load
 
+if TYPE_CHECKING:
+    from hsgen.measurer import Shape
+    from hsgen.tune import Report
+
 
 @app.command(epilog="Example: hsgen tune nsa --shapes 8K,32K --budget 300s")
 def tune(
     spec: SpecFile,
     *,
     shapes: Annotated[
-        str, typer.Option(metavar="8K,1/32K", help="Calls to time: tokens, or queries/keys.")
-    ] = "8K,32K",
+        str | None,
+        typer.Option(
+            metavar="8K,1/32K",
+            help="Calls to time: tokens, or queries/keys; default 8K,32K.  Of steps 8K that a cache has.",
+        ),
+    ] = None,
     budget: Annotated[
         float,
         typer.Option(
@@ -66,8 +79,10 @@ def tune(
         typer.Option(metavar="DIR", help="Write records there too, as tuned/ has them."),
     ] = None,
     work: Annotated[
-        Work, typer.Option(help="What is tuned: calls, or the gradients of calls.")
+        Work, typer.Option(help="What is tuned: calls, their gradients, or steps behind a cache.")
     ] = Work.forward,
+    batch: Batch = None,
+    page: Page = None,
     point: Annotated[
         str | None, typer.Option("--try", metavar="POINT", help="Measure one point alone.")
     ] = None,
@@ -91,9 +106,9 @@ def tune(
     """
     bound = attended(spec, heads, head_dim, layer)
     kernels = tuple(filter(None, (only or "").split(",")))
-    from hsgen import measurer, progress, pruning  # noqa: PLC0415  load networkx
+    from hsgen import progress, pruning  # noqa: PLC0415  load networkx
 
-    calls = tuple(measurer.shape_of(text) for text in shapes.split(","))
+    pages, calls = page_of(page, work), _shapes(shapes, work, batch)
     if dry_run:
         with progress.bar() as told:
             found = pruning.dry_run(
@@ -101,6 +116,7 @@ def tune(
                 target,
                 dtype.value,
                 work.value,
+                calls[0].step_bucket.sizes(pages) if work == Work.decode else None,
                 only=kernels,
                 budget=budget,
                 progress=told,
@@ -108,9 +124,10 @@ def tune(
         typer.echo(json_text(found.record()) if as_json else str(found), nl=False)
         return
     words = {
-        "shapes": [shapes],
+        "shapes": [",".join(call.name for call in calls)],
         "dtype": [dtype] if dtype != DType.bf16 else [],
         "work": [work.value] if work != Work.forward else [],
+        "page": [page] if page else [],
         "heads": [heads] if heads else [],
         "head-dim": [head_dim] if head_dim else [],
         "layer": [layer] if layer is not None else [],
@@ -122,6 +139,7 @@ def tune(
     options = tune.Options(
         dtype=dtype.value,
         work=work.value,
+        page=pages,
         shapes=calls,
         limits=tune.Limits(trials=math.inf if trials is None else trials, seconds=budget),
         gpus=tune.present_gpus() if gpus == "all" else tuple(map(str, numbers_of(gpus))),
@@ -136,14 +154,40 @@ def tune(
         typer.echo(json_text(result.record()) if as_json else f"{result}\n", nl=False)
         raise typer.Exit(0 if result.failure is None else 1)
     draw = drawing() if plots else None  # what is missing is said before the search
+    reports: list[Report] = []
     with progress.line() as line:
-        report = tune.tune(bound, options, tell=lambda status: line(str(status)))
-    if export:
-        before = [each.record for each in tuned.read_folder(export).kept]
-        tuned.write(export, tuned.merge([*before, *report.records]))
-    typer.echo(json_text(report.record()) if as_json else str(report), nl=False)
-    if plots and draw:
-        draw(storage or report.journal, report.study, plots)
+        for report in tune.tune_each(bound, options, tell=lambda status: line(str(status))):
+            reports.append(report)
+            if export:
+                before = [each.record for each in tuned.read_folder(export).kept]
+                tuned.write(export, tuned.merge([*before, *report.records]))
+    records = [report.record() for report in reports]
+    if as_json:
+        typer.echo(json_text(records[0] if len(records) == 1 else {"searches": records}), nl=False)
+    else:
+        typer.echo("".join(map(str, reports)), nl=False)
+    for report in reports if plots and draw else ():
+        assert plots is not None
+        assert draw is not None
+        where = plots if len(reports) == 1 else plots / report.study
+        draw(storage or report.journal, report.study, where)
+
+
+def _shapes(text: str | None, work: Work, batch: str | None) -> tuple[Shape, ...]:
+    """Calls to time; of steps, 8K is one token of each sequence behind as many."""
+    from hsgen import measurer  # noqa: PLC0415
+
+    usual = "8K,64K" if work == Work.decode else "8K,32K"
+    found = tuple(measurer.shape_of(each) for each in (text or usual).split(","))
+    batches = batches_of(batch, work)
+    if work != Work.decode:
+        return found
+    if batch is not None and (many := next((x for x in found if x.sequences > 1), None)):
+        raise typer.BadParameter(f"--batch: expected none beside {many.name}, got {batch!r}")
+    rows = tuple(replace(x, queries=1) if x.queries == x.keys else x for x in found)
+    if batch is None:
+        return rows
+    return tuple(replace(x, sequences=many) for x in rows for many in batches)
 
 
 def drawing() -> Callable[[Path | str, str, Path], object]:

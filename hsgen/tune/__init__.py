@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -21,15 +22,28 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from hsgen import analysis, backward, passes, paths, planner, report, resources, store, tuned
+from hsgen import (
+    analysis,
+    backward,
+    passes,
+    paths,
+    planner,
+    report,
+    resources,
+    schedule,
+    store,
+    tuned,
+)
 from hsgen.configs import DType, Work
-from hsgen.errors import HsgenError
+from hsgen.errors import ArgumentError, HsgenError
 from hsgen.graph import Graph, Score
 from hsgen.lanes import ANY, INTERPRETED, Lanes, Patience
 from hsgen.measurer import Failure, Result, Shape
-from hsgen.pipeline import call_jobs, compile_spec, hsgen_version
+from hsgen.pipeline import call_jobs, compile_spec, compile_work, filling_jobs, hsgen_version
+from hsgen.plan import Cached, Plan
 from hsgen.pruning import Compiler, least_registers
 from hsgen.resources import Compilers, Outcome, Resources
+from hsgen.schedule import stepping
 from hsgen.space import Point, Space, space
 from hsgen.spec import Spec, dump
 from hsgen.target import Target
@@ -41,6 +55,7 @@ from hsgen.workers import JsonObject
 
 __all__ = [
     "Limits", "Options", "Patience", "Report", "Status", "attempt", "least_us", "present_gpus", "tune",
+    "tune_each",
 ]  # fmt: skip
 
 FINALISTS = 8
@@ -59,8 +74,10 @@ class Options:
 
     Attributes:
         dtype: of the tensors.
-        work: what is tuned: calls, or the gradients of calls that autograd records.
-        shapes: one search for all, a winner for each.
+        work: what is tuned: calls, the gradients of calls that autograd records, or steps behind a cache.
+        page: of steps, tokens of a page of the cache; 0: each sequence lies in one piece.
+        shapes: one search for all, a winner for each; of steps, whose kernels start by their sizes, a search
+            for each, which share the limits.
         limits: of trials and seconds.
         gpus: as CUDA numbers them; `interpreter` for tests.
         seed: of the search.
@@ -75,6 +92,7 @@ class Options:
 
     dtype: DType = "bf16"
     work: Work = "forward"
+    page: int = 0
     shapes: tuple[Shape, ...] = (Shape(queries=8192, keys=8192), Shape(queries=32768, keys=32768))
     limits: Limits = field(default_factory=lambda: Limits(seconds=300.0))
     gpus: tuple[str, ...] = ("0",)
@@ -176,6 +194,14 @@ def _quietly(status: Status) -> None:
 
 
 def tune(spec: Spec, options: Options, *, tell: Tell = _quietly) -> Report:
+    """The same of a work that has one search: of steps, of one shape."""
+    (report,) = tune_each(spec, options, tell=tell)
+    return report
+
+
+def tune_each(
+    spec: Spec, options: Options, *, tell: Tell = _quietly
+) -> Generator[Report, None, None]:
     """Search, decide, and keep what won in the cache.
 
     Args:
@@ -185,11 +211,62 @@ def tune(spec: Spec, options: Options, *, tell: Tell = _quietly) -> Report:
 
     Raises:
         HsgenError: no GPU, or no storage.
-        PlanError: no kernel can do it.
+        PlanError: no kernel can do it, or a spec has no cache for steps.
         TuneError: nothing can run, or processes die one after the other.
     """
-    with _Tuning(spec, options) as work:
-        return work.run(tell)
+    parts = _parts(options)
+    _refuse(spec, options)
+    with _Tuning(spec, parts[0]) as work:
+        for part in parts:
+            work.turn_to(part)
+            report = work.run(tell)
+            yield report
+            if report.stopped:
+                return
+
+
+def _parts(options: Options) -> tuple[Options, ...]:
+    """Searches: of steps one a shape, whose commands say so."""
+    if options.work != "decode":
+        return (options,)
+    count, (trials, seconds) = len(options.shapes), (options.limits.trials, options.limits.seconds)
+    limits = Limits(
+        trials=math.ceil(trials / count) if trials < math.inf else trials, seconds=seconds / count
+    )
+    return tuple(
+        replace(options, shapes=(shape,), limits=limits, command=_of_shape(options.command, shape))
+        for shape in options.shapes
+    )
+
+
+def _of_shape(command: Sequence[str], shape: Shape) -> tuple[str, ...]:
+    """The words that search for one shape alone."""
+    words = list(command)
+    if "--shapes" in words:
+        words[words.index("--shapes") + 1] = shape.name
+    return tuple(words)
+
+
+def _refuse(spec: Spec, options: Options) -> None:
+    """Refuse steps of a spec that has none, before any process starts.
+
+    Raises:
+        PlanError: it has no cache, or no kernel decodes it.
+        ArgumentError: steps with more tokens than a step has, or pages of something else.
+    """
+    if options.work != "decode":
+        if options.page:
+            raise ArgumentError(f"page: expected none of {options.work}, got {options.page}")
+        return
+    for shape in options.shapes:
+        if shape.queries > stepping.FEW:
+            raise ArgumentError(
+                f"{shape.name}: expected at most {stepping.FEW} new tokens, got {shape.queries}",
+                help="1/8K is a step of one token behind 8K",
+            )
+    graph = passes.run(planner.plan(planner.without_losses(spec)))
+    cached = Cached(rows="few", page=options.page)
+    schedule.schedule(graph, Target.named("h100"), options.dtype, cached=cached)
 
 
 def present_gpus() -> tuple[str, ...]:
@@ -203,7 +280,14 @@ def present_gpus() -> tuple[str, ...]:
 
 
 def attempt(spec: Spec, options: Options, text: str) -> Result:
-    """One point alone, as `--try` names it: how a failure is looked at again."""
+    """One point alone, as `--try` names it: how a failure is looked at again.
+
+    Raises:
+        ArgumentError: steps of several shapes, each of which has points of its own.
+    """
+    _refuse(spec, options)
+    if options.work == "decode" and len(options.shapes) > 1:
+        raise ArgumentError(f"shapes: expected one beside a point, got {len(options.shapes)}")
     with _Tuning(spec, options) as work:
         point = work.space.parse(text)
         failure = work.judge.failure(point)
@@ -216,6 +300,8 @@ def least_us(graph: Graph, space: Space, shapes: Sequence[Shape]) -> dict[str, f
     that are halved are scored where kernels find them first.
     """
     plan, target, found = space.variants[0].plan, space.target, dict[str, float]()
+    if space.sizes:  # a step is bound by what it reads, of which caches of the GPU may hold some
+        return found
     unsure = {*analysis.at_most(graph)}
     unsure |= {x.name for x in graph.nodes() if isinstance(x.op, Score) and x.op.halves}
     for shape in shapes:
@@ -241,6 +327,7 @@ class _Tuning:
     """Everything that one run needs; leaving the block ends its processes."""
 
     def __init__(self, spec: Spec, options: Options) -> None:
+        """The first of what is tuned; `turn_to` goes on to another."""
         self.spec, self.options = planner.without_losses(spec), options
         self.interpreted = options.gpus == (INTERPRETED,)
         # Of this run alone: Triton never checks what it reads back.  What pruning compiles is what a
@@ -262,15 +349,28 @@ class _Tuning:
             self.made: JsonObject = told["made"]
             self.target = Target.named("h100") if self.interpreted else Target(**told["target"])
             self.graph: Graph = passes.run(planner.plan(self.spec))
-            whole = space(self.graph, self.target, options.dtype, options.work)
-            self.space: Space = whole.only(options.only) if options.only else whole
+            self.turn_to(options)
         except BaseException:
             self.close()
             raise
+        self.problem = tuned.Problem.of(self.spec, options.dtype, options.work, options.page)
+        self.environment = tuned.environment(self.target, interpreted=self.interpreted)
+
+    def turn_to(self, options: Options) -> None:
+        """Go on with other shapes, in the same processes."""
+        self.options = options
+        sizes = None
+        if options.work == "decode":
+            sizes = self._bucket(options.shapes[0]).sizes(options.page)
+        whole = space(self.graph, self.target, options.dtype, options.work, sizes)
+        self.space: Space = whole.only(options.only) if options.only else whole
         self.compiler = Compiler(self.spec, self.space, self._compilers)
         self.judge: Judge = Lenient() if self.interpreted else self.compiler
-        self.problem = tuned.Problem.of(self.spec, options.dtype, options.work)
-        self.environment = tuned.environment(self.target, interpreted=self.interpreted)
+        self.lanes.turn_to(self._problem(Target.named("h100") if self.interpreted else None))
+
+    def _bucket(self, shape: Shape) -> tuned.Bucket:
+        """Of what is tuned."""
+        return shape.step_bucket if self.options.work == "decode" else shape.bucket
 
     def __enter__(self) -> _Tuning:
         return self
@@ -288,6 +388,7 @@ class _Tuning:
             "spec": dump(self.spec),
             "dtype": self.options.dtype,
             "work": self.options.work,
+            "page": self.options.page,
             "target": json.dumps(asdict(target)) if target else "",
             "shapes": [shape.name for shape in self.options.shapes],
             "capture": str(self.options.capture.resolve()) if self.options.capture else "",
@@ -354,14 +455,20 @@ class _Tuning:
     def _warm(self, shape: Shape) -> list[Point]:
         """Points of records, nearest first: a few of a few."""
         found = []
-        for candidate in tuned.ranked(self.problem, shape.bucket, self.environment)[:NEIGHBOURS]:
+        for candidate in self._ranked(shape)[:NEIGHBOURS]:
             found += self._points_of(candidate.kept.record)[:WARM]
         return found
 
+    def _ranked(self, shape: Shape) -> tuple[tuned.Candidate, ...]:
+        return tuned.ranked(self.problem, self._bucket(shape), self.environment)
+
     def _points_of(self, record: tuned.Tuned) -> list[Point]:
         """The choices of a record that this space has: what it says was best, then near-ties."""
+        made = self._compiled() if self.options.work == "decode" else None
         choices = [(record.orders, record.configs)]
         choices += [(each.orders, each.kernels) for each in record.alternates]
+        if made is not None:
+            choices = [(x, tuned.of_size(y, record.bucket, made)) for x, y in choices]
         found = []
         for orders, configs in choices:
             try:
@@ -370,9 +477,21 @@ class _Tuning:
                 continue
         return found
 
+    def _compiled(self) -> tuned.Compiled:
+        """Steps of these sizes, and of any other."""
+        artifact, page = self.compiler.artifact(()), self.options.page
+        dtype, work = self.options.dtype, self.options.work
+
+        def at(bucket: tuned.Bucket) -> Plan:
+            sizes = bucket.sizes(page)
+            return compile_work(self.spec, self.target, dtype, work, sizes=sizes).plan
+
+        texts = artifact.module.texts
+        return tuned.Compiled(plan=artifact.plan, target=self.target, texts=texts, at=at)
+
     def _compile_first(self) -> None:
         """What the GPU's process runs before any point, which by itself it compiles one by one: the start,
-        and of gradients the calls that they are of.
+        of gradients the calls that they are of, and of steps what fills a cache.
         """
         if self.interpreted:
             return
@@ -381,12 +500,15 @@ class _Tuning:
             apart = backward.keeps_branches(self.graph)
             calls = compile_spec(self.spec, self.target, self.options.dtype, apart=apart)
             waiting = [self._compilers.submit(job) for job in call_jobs(calls)]
+        if self.space.sizes:
+            filling = filling_jobs(self.spec, self.target, self.options.dtype, self.space.sizes)
+            waiting = [self._compilers.submit(job) for job in filling]
         self.compiler.outcomes(self.space.start)
         wait(waiting)
 
     def _incumbent(self, shape: Shape) -> Point:
         """What a call of this shape gets now."""
-        for candidate in tuned.ranked(self.problem, shape.bucket, self.environment):
+        for candidate in self._ranked(shape):
             if candidate.rung == "exact" and (points := self._points_of(candidate.kept.record)):
                 return points[0]
         return self.space.start
@@ -459,7 +581,7 @@ class _Tuning:
         )
         return tuned.Tuned(
             problem=self.problem,
-            bucket=shape.bucket,
+            bucket=self._bucket(shape),
             environment=self.environment,
             orders=dict(winner.point.orders),
             kernels={

@@ -55,6 +55,7 @@ from hsgen.tuned.ladder import (
     UntunedError,
     look_up,
     nearest,
+    of_size,
     ranked,
     unusable,
 )
@@ -136,6 +137,7 @@ __all__ = [
     "merge_gates",
     "merged_pair",
     "nearest",
+    "of_size",
     "publish",
     "publish_gates",
     "ranked",

@@ -179,7 +179,8 @@ def _judge(kept: Kept) -> _Judged:
             return one
         target = with_streams(target_of(record.environment))
         dtype, work = record.problem.dtype, record.problem.work
-        artifact = pipeline.compile_work(spec, target, dtype, work, record.orders)
+        sizes = record.bucket.sizes(record.problem.page) if work == "decode" else None
+        artifact = pipeline.compile_work(spec, target, dtype, work, record.orders, sizes)
     except HsgenError as error:
         one.broken.append(error.message)
         return one
@@ -194,7 +195,7 @@ def _judge(kept: Kept) -> _Judged:
             if kernel.name not in why
         }
     )
-    jobs = zip(plan.kernels, pipeline.call_jobs(replace(artifact, plan=plan)), strict=True)
+    jobs = zip(plan.kernels, pipeline.call_jobs(replace(artifact, plan=plan), sizes), strict=True)
     one.jobs = tuple((kernel.name, job) for kernel, job in jobs if kernel.name not in why)
     return one
 

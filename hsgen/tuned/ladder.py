@@ -8,14 +8,15 @@
 
 On a rung the cache comes before the committed folder if its record is newer.  A record is used as far
 as it still holds: kernels whose text has changed, and those that share tiles with them, start as if it
-were not there.
+were not there.  Of a step that is larger or smaller than what was tuned, values that start otherwise at that
+size stay where they start.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, cast
 
 from hsgen import knobs
@@ -27,22 +28,27 @@ from hsgen.tuned.files import Kept
 from hsgen.tuned.records import Bucket, Environment, KernelChoice, Order, Problem, Tuned
 
 Rung = Literal["exact", "nearest bucket", "other Triton", "other GPU", "start"]
+WORKS = {"gradients": "gradients", "decode": "steps"}  # as people call them
 RUNGS: tuple[Rung, ...] = ("exact", "nearest bucket", "other Triton", "other GPU", "start")
 START = "default"  # the origin of a kernel that no record speaks for
 MOST_RANKED = 64  # candidates that are looked at, nearest first
 
 
 class UntunedError(HsgenError):
-    """HSGEN_REQUIRE_TUNED is set, and a kernel would start untuned, of a call or of its gradients."""
+    """HSGEN_REQUIRE_TUNED is set, and a kernel would start untuned, of a call, its gradients or a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """A plan, with its starting configurations, whose GPU, and the digests of its kernels' texts."""
+    """A plan, with its starting configurations, whose GPU, and the digests of its kernels' texts.
+
+    `at`: of steps, whose starts follow from sizes, the same plan at the sizes of another bucket.
+    """
 
     plan: Plan
     target: Target
     texts: Mapping[str, str]
+    at: Callable[[Bucket], Plan] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +127,7 @@ class Found:
         if self.tuned:
             return ""
         name, record = self.problem.spec, self.record
-        work = "" if self.problem.work == "forward" else f" --work {self.problem.work}"
-        command = f"hsgen tune {name}{work} --shapes {_tokens(self.bucket.keys)}"
+        command = f"hsgen tune {name}{self._words}"
         if record is None:
             used = "no tuned configuration, so kernels start with tiles that are known to fit"
         elif self.rung in ("other Triton", "other GPU"):
@@ -133,8 +138,20 @@ class Found:
             used = f"changed since it was tuned: {', '.join(started)}"
         gain = f" (what it was tuned with was {record.speedup:.2f} times as fast)" if record else ""
         where = f"{self.environment.gpu}, Triton {self.environment.triton}"
-        of = f"{name}'s gradients" if work else name
+        of = f"{name}'s {WORKS[self.problem.work]}" if self.problem.work != "forward" else name
         return f"{of} on {where}, {self.bucket}: {used}{gain}; {command}"
+
+    @property
+    def _words(self) -> str:
+        """What `hsgen tune` is told beside the spec."""
+        work, page, keys = self.problem.work, self.problem.page, _tokens(self.bucket.keys)
+        if work != "decode":
+            said = "" if work == "forward" else f" --work {work}"
+            return f"{said} --shapes {keys}"
+        sizes = self.bucket.sizes(page)
+        rows = f"{sizes.tokens}/" if sizes.tokens > 1 else ""
+        paged = f" --page {page}" if page else ""
+        return f" --work decode --shapes {rows}{keys} --batch {sizes.sequences}{paged}"
 
     def tell(self) -> None:
         """Log the note, once for a problem and an environment."""
@@ -151,7 +168,9 @@ class Found:
             UntunedError: it is not; says what the nearest record has otherwise.
         """
         if not self.tuned:
-            what = "this call is" if self.problem.work == "forward" else "these gradients are"
+            what = {"forward": "this call is", "decode": "this step is"}.get(
+                self.problem.work, "these gradients are"
+            )
             raise UntunedError(
                 f"{self.problem.spec}: HSGEN_REQUIRE_TUNED is set, and {what} not tuned\n"
                 + "\n".join(f"  {line}" for line in self._lacking()),
@@ -211,6 +230,7 @@ def _look_up(
         except HsgenError as error:
             refused.append(f"{candidate.kept.where}: orders: {error.message}")
             continue
+        record = _sized(record, made)
         why = unusable(record, made, environment)
         if len(why) == len(made.plan.kernels):
             refused += [f"{candidate.kept.where}: {reason}" for reason in why.values()]
@@ -248,6 +268,41 @@ def _look_up(
         environment=environment,
     )
     return found, made
+
+
+def of_size(
+    configs: Mapping[str, Mapping[str, int]], bucket: Bucket, made: Compiled
+) -> dict[str, dict[str, int]]:
+    """Configurations of steps of a bucket as steps of a plan's own sizes have them: values that start
+    otherwise at those sizes start so.
+    """
+    assert made.at is not None, "of steps"
+    starts = {kernel.name: kernel.config.keywords() for kernel in made.plan.kernels}
+    others = {kernel.name: kernel.config.keywords() for kernel in made.at(bucket).kernels}
+    return {
+        kernel: {
+            name: here
+            if (here := starts.get(kernel, {}).get(name)) is not None
+            and here != others[kernel][name]
+            else value
+            for name, value in values.items()
+        }
+        for kernel, values in configs.items()
+    }
+
+
+def _sized(record: Tuned, made: Compiled) -> Tuned:
+    """A record as it says something of a plan of its own or, of steps, of other sizes."""
+    if made.at is None:
+        return record
+    sized = of_size(record.configs, record.bucket, made)
+    kernels = {name: replace(x, config=sized[name]) for name, x in record.kernels.items()}
+    return replace(record, kernels=kernels)
+
+
+def refusals(candidate: Candidate, made: Compiled, environment: Environment) -> dict[str, Refusal]:
+    """By kernel of the plan that a candidate says nothing good of: why, as a call is told."""
+    return unusable(_sized(candidate.kept.record, made), made, environment)
 
 
 def ranked(problem: Problem, bucket: Bucket, environment: Environment) -> tuple[Candidate, ...]:
@@ -316,7 +371,10 @@ def _broken(kernel: Kernel, choice: KernelChoice, record: Tuned, made: Compiled)
         if knob.code(values[knob.name]) is None:
             return f"expected one of {knob}, got {values[knob.name]}"
     derived = dict(values)
-    knobs.derive(kernel, derived)
+    knobs.derive(kernel, derived, made.plan)
+    for name, start in kernel.config.keywords().items():
+        if knobs.follows_step(kernel, name, made.plan):
+            derived[name] = start
     for parameter, value in derived.items():
         if values[parameter] != value:
             return f"expected {parameter}={value}, as other values say, got {values[parameter]}"

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hsgen import planner
+from hsgen.configs import Sizes
 from hsgen.errors import HsgenError
 from hsgen.spec import Spec
 
@@ -26,7 +27,7 @@ LAUNCH = ("num_warps", "num_stages")  # of every config, beside its constexprs
 
 R = TypeVar("R")
 DType = Literal["bf16", "fp16", "fp32"]
-Work = Literal["forward", "gradients"]
+Work = Literal["forward", "gradients", "decode"]
 Order = Literal["rows", "keys"]
 Policy = Literal["eager", "graph"]
 L2 = Literal["warm", "cold"]
@@ -92,8 +93,8 @@ class Closed:
 class Problem(Closed):
     """What is computed: a spec's name and canonical meaning, bound, and the tensors' dtype.
 
-    `heads` are of queries and of keys, `head_dim` of q and k, and of v.  `work`: a call, or its gradients,
-    which a line says where it is these.
+    `heads` are of queries and of keys, `head_dim` of q and k, and of v.  `work`: a call, its gradients, or a
+    step behind a cache, with pages of `page` tokens or with none; a line says what is not a call's.
     """
 
     spec: SpecName
@@ -102,9 +103,10 @@ class Problem(Closed):
     heads: tuple[Count, Count]
     head_dim: tuple[Count, Count]
     work: Work = "forward"
+    page: Annotated[int, Field(ge=0, le=1 << 20), AfterValidator(_power)] = 0
 
     @classmethod
-    def of(cls, spec: Spec, dtype: DType, work: Work = "forward") -> Problem:
+    def of(cls, spec: Spec, dtype: DType, work: Work = "forward", page: int = 0) -> Problem:
         """The problem of a spec whose heads and head dims are bound; its losses are no part of a call."""
         spec = planner.without_losses(spec)
         assert spec.heads, f"{spec.name}: heads are not bound"
@@ -116,16 +118,18 @@ class Problem(Closed):
             heads=(spec.heads.query, spec.heads.kv),
             head_dim=(spec.head_dim.qk, spec.head_dim.v),
             work=work,
+            page=page,
         )
 
     def said(self) -> dict[str, object]:
         """The same for JSON, without what a line leaves out."""
-        values = asdict(self)
-        return {name: x for name, x in values.items() if (name, x) != ("work", "forward")}
+        usual = (("work", "forward"), ("page", 0))
+        return {name: x for name, x in asdict(self).items() if (name, x) not in usual}
 
     def __str__(self) -> str:
         heads, dims = ("/".join(map(str, pair)) for pair in (self.heads, self.head_dim))
         work = "" if self.work == "forward" else f", {self.work}"
+        work += f", pages of {self.page}" if self.page else ""
         return f"{self.spec} {self.digest[:12]} {self.dtype}, heads {heads}, head dim {dims}{work}"
 
 
@@ -152,6 +156,18 @@ class Bucket(Closed):
             sequences=_at_least(sequences),
             packed=packed,
         )
+
+    @classmethod
+    def of_steps(cls, sizes: Sizes) -> Bucket:
+        """The bucket of steps: each sequence has as many rows as the power of two at or above its tokens."""
+        sequences = _at_least(sizes.sequences)
+        rows = sequences * _at_least(sizes.tokens)
+        return cls.of(rows, sizes.keys, sequences, packed=False)
+
+    def sizes(self, page: int = 0) -> Sizes:
+        """Of steps, the largest of the bucket."""
+        tokens = max(1, self.queries // self.sequences)
+        return Sizes(tokens=tokens, keys=self.keys, sequences=self.sequences, page=page)
 
     def distance(self, other: Bucket) -> int:
         """Steps of two between them, of all axes; packed or not is eight."""
@@ -289,7 +305,14 @@ class Tuned(Closed):
         problem, bucket, environment = self.problem, self.bucket, self.environment
         sizes = (bucket.packed, bucket.keys, bucket.queries, bucket.sequences)
         versions = (environment.triton_numbers, environment.policy, environment.l2)
-        tensors = (problem.work, problem.heads, problem.head_dim, problem.dtype, problem.digest)
+        tensors = (
+            problem.work,
+            problem.page,
+            problem.heads,
+            problem.head_dim,
+            problem.dtype,
+            problem.digest,
+        )
         return *tensors, *sizes, *versions, *environment.card
 
     @property

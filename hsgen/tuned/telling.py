@@ -7,12 +7,21 @@ from dataclasses import asdict, dataclass
 
 from hsgen import pipeline
 from hsgen.errors import HsgenError
+from hsgen.pipeline import Artifact
 from hsgen.schedule import Order
 from hsgen.spec import Spec
 from hsgen.target import Target, with_streams
 from hsgen.tuned import files
 from hsgen.tuned.files import Kept
-from hsgen.tuned.ladder import RUNGS, Candidate, Compiled, Found, look_up, ranked, unusable
+from hsgen.tuned.ladder import (
+    RUNGS,
+    Candidate,
+    Compiled,
+    Found,
+    look_up,
+    ranked,
+    refusals,
+)
 from hsgen.tuned.records import Bucket, DType, Problem, Work
 
 
@@ -115,9 +124,15 @@ class Ladder:
 
 
 def explain(
-    spec: Spec, target: Target, dtype: DType, bucket: Bucket, work: Work = "forward"
+    spec: Spec,
+    target: Target,
+    dtype: DType,
+    bucket: Bucket,
+    work: Work = "forward",
+    page: int = 0,
 ) -> Ladder:
-    """The ladder of a call of a bound spec, or of its gradients, on tensors that can come in a stream.
+    """The ladder of a call of a bound spec, on tensors that can come in a stream, of its gradients, or of a
+    step behind a cache with pages of `page` tokens, or with none.
 
     Raises:
         HsgenError: the spec has no kernels.
@@ -125,19 +140,27 @@ def explain(
     compiled: dict[str, Compiled] = {}
     target = with_streams(target)
 
+    def made_with(orders: Mapping[str, Order], size: Bucket) -> Artifact:
+        return pipeline.compile_work(spec, target, dtype, work, orders, size.sizes(page))
+
     def compile_with(orders: Mapping[str, Order]) -> Compiled:
         key = str(sorted(orders.items()))
         if key not in compiled:
-            artifact = pipeline.compile_work(spec, target, dtype, work, orders)
-            compiled[key] = Compiled(plan=artifact.plan, target=target, texts=artifact.module.texts)
+            artifact = made_with(orders, bucket)
+            compiled[key] = Compiled(
+                plan=artifact.plan,
+                target=target,
+                texts=artifact.module.texts,
+                at=(lambda other: made_with(orders, other).plan) if work == "decode" else None,
+            )
         return compiled[key]
 
-    problem, environment = Problem.of(spec, dtype, work), files.environment(target)
+    problem, environment = Problem.of(spec, dtype, work, page), files.environment(target)
     steps: list[Step] = []
     for candidate in ranked(problem, bucket, environment):
         try:
             made = compile_with(candidate.kept.record.orders)
-            why = tuple(map(str, unusable(candidate.kept.record, made, environment).values()))
+            why = tuple(map(str, refusals(candidate, made, environment).values()))
         except HsgenError as error:
             why = (error.message,)
         steps.append(Step(candidate=candidate, why=why))
