@@ -60,7 +60,8 @@ class Sizes:
 
     def __str__(self) -> str:
         page = f" in pages of {self.page}" if self.page else ""
-        return f"{self.tokens} tokens, {self.sequences} sequences of {self.keys:,}{page}"
+        rows, many = f"{self.tokens} new of each", f"{self.sequences} sequences"
+        return f"{rows} of {many} with room for {self.keys:,} tokens{page}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -354,7 +354,7 @@ class Space:
         total = sum(variant.size for variant in self.variants)
         of = self.name if self.work == "forward" else f"{self.name}'s {self.work}"
         if self.sizes:
-            of += f" of {self.sizes}"
+            of = f"steps of {self.name}, {self.sizes},"
         head = (
             f"space of {of} on {self.target.name} ({self.target.label}), {self.dtype}: "
             f"{total:.3g} combinations before rules"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import json
 import math
 import os
@@ -606,6 +607,9 @@ class Child:
         problem = Problem.of(request)
         if self._bench is None or self._bench.problem != problem:
             self._bench = None  # whose tensors would be in the way
+            if torch.cuda.is_available():
+                gc.collect()
+                torch.cuda.empty_cache()
             bench = self._bench = BENCHES[problem.work](problem, self._clock)
             return bench
         return self._bench

@@ -66,7 +66,7 @@ runtime                                 load_kernel
 serving                                 mixed batches on the pages of a server
 drawn                                   rows that drift, and lists of another layer, where no model is at hand
 trials                                  emitted kernels against the reference
-gradients                               the same of what autograd asks for
+gradients  steps                        the same of what autograd asks for, and behind a cache
 verify                                  trials in a process of their own
 report                                  what `show` and `compile` say
 measurer                                what measuring says, and a table that says it again
