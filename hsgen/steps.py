@@ -146,6 +146,7 @@ class StepExamination:
         self._tokens = trial.queries[0]
         batch, longest = len(trial.keys), trial.keys[0]
         self._cache = programs.filled(given.driver, batch, longest, longest)
+        self._full = {name: x.clone() for name, x in self._cache.tensors.items()}
         ends = self._lengths.long()
         before = ends - self._tokens
         self._before = new_tokens(trial.spec, given.driver, before, self._tokens)
@@ -153,7 +154,9 @@ class StepExamination:
 
     def problems(self, config: Configs) -> list[str]:
         """Run the kernels.  -> what is wrong, nothing if all is well"""
-        self._cache.truncate(self._lengths - 2 * self._tokens)
+        for name, x in self._full.items():  # whatever another configuration has put there
+            self._cache.tensors[name].copy_(x)
+        self._cache.lengths.copy_(self._lengths - 2 * self._tokens)
         self._programs.run(config, self._cache, self._before, self._brought)
         o, lse, chosen = self._programs.run(config, self._cache, self._new, self._brought)
         return self._judge.wrong(o, lse, chosen, self._programs.few.plan)
