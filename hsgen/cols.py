@@ -54,6 +54,9 @@ BUCKETS = count("buckets", "blocks of all sequences")
 ITEMS = count("items", "places of a list")
 CAPACITY = count("capacity", "most chunks of a list")
 WORDS = pointer("WORDS", "i32", "[blocks of rows, H, capacity, words] rows as bits, by entry")
+MEMBERS = count(
+    "members", "words of an entry; 0: those of a list are its entries as bits, which all rows have"
+)
 LEAST_KEYS = 16  # of a tile of dots
 HEAVY = 256  # first keys of a sequence, which most blocks of rows choose
 HEAD_FIRST = count("head_first", "the turn's first key head")
@@ -173,6 +176,7 @@ class TakersContext:
     several: int  # entries of a block of keys
     causal: bool
     segment: int = 0  # > 0: entries are cut from sorted segments of so many tokens
+    shared: bool = False  # rows of a block have one list, as bits, unless a caller brings others
     # of a pyramid: of entries that a block of rows reads in this tier, and whether it is the last one
     tier: int | None = None
     last: bool = False
@@ -239,7 +243,8 @@ class TakersContext:
         if self.bits:
             read, sizes = (rows.bits_of(self.heads),), (*sizes[:-1], rows.BIT_WORDS)
         turn = (axes.HEAD_FIRST,) if self.tiered or self.bits else ()
-        return (*read, *_takers(self.lists), *sizes, *SEQ, *turn, *tunables("BLOCK_N"))
+        members = (MEMBERS,) if self.shared else ()
+        return (*read, *_takers(self.lists), *sizes, *members, *SEQ, *turn, *tunables("BLOCK_N"))
 
     @property
     def jit(self) -> str:
@@ -447,6 +452,7 @@ class ColsContext(rows.InTurn):
     )
     several: int = 1  # entries of that block
     spread: int = 1  # tokens from one key to the next, of entries that rows chose
+    shared: bool = False  # whose rows have one list, as bits, unless a caller brings others
     merge: int = 1  # > 1: keys are means of so many tokens
     counted: bool = False  # whose logits have the logarithm of how many each stands for
     by_turns: bool = False  # heads have turns: means, lists and parts are those of a turn's heads
@@ -454,6 +460,7 @@ class ColsContext(rows.InTurn):
     # of a pattern: where the rows of step i begin, and what is known of them; else there is nothing
     at: tuple[str, ...] = ()
     of_rows: tuple[str, ...] = ()
+    sifted: bool = False  # rows of a head are in an order of their own
     turns: int = 0  # > 0: heads of a group, one after the other, for each of which `setup` says
     ways: tuple[Param, ...] = ()  # a sequence, or a head, has a way of its own
     box: Box | None = None  # keys are those of one, and `at` says of rows which they are
@@ -596,7 +603,7 @@ class ColsContext(rows.InTurn):
             chosen = (WORDS, *sizes, axes.CAPACITY)
             if self.bits:
                 chosen = (rows.bits_of(int(self.list_stride)), *sizes, rows.BIT_WORDS)
-            lists = (*_takers(self.lists), *chosen)
+            lists = (*_takers(self.lists), *chosen, *((MEMBERS,) if self.shared else ()))
             turn = (HEAD_FIRST,) if self.by_turns else ()
         elif self.marked:
             lists = (*transposed.lists(self.marked), LENGTH, transposed.CHUNK, transposed.TOKENS)
@@ -819,6 +826,7 @@ def of_together(
     alone: bool = False,
     bits: bool = False,
     shown: Shown | None = None,
+    shared: bool = False,
 ) -> ColsContext:
     """The keys of a block for a part of the blocks of rows that chose it; short entries lie side by side.
 
@@ -828,6 +836,7 @@ def of_together(
     alone: short entries do not lie side by side.
     bits: all rows of a block chose the same; heads have turns.
     shown: what a pattern beside it shows each row, which is left to that.
+    shared: rows of a block have one list, as bits of tokens, unless a caller brings others.
     """
     several = 1 if alone or entries.size >= LEAST_KEYS else max(1, MARKED // entries.size)
     per_head = list_heads == shape.query_heads and shape.group > 1
@@ -851,6 +860,7 @@ def of_together(
         segment=segment,
         bits=bits,
         by_turns=bits,
+        shared=shared,
     )
 
 

@@ -376,6 +376,18 @@ class Execution:
         known = self._look_up("forward", self.attending, call)
         return self._forward(known, known.choice, call, selections)[0]
 
+    def traced(self, call: Call, *, selections: bool = True) -> list[Tensor]:
+        """The same for an operator, whose outputs are as many whatever records them.
+
+        selections: Without them, those that `backward` makes again are left out.
+        """
+        return self.forward(call, selections=selections or self._returns_selections(call))
+
+    def _returns_selections(self, call: Call) -> bool:
+        """Whether a backward needs them: where no kernels run, or none chooses again."""
+        on_kernels = self._on_kernels(call.tensors[0].device)
+        return not self.chooses_again or not on_kernels or bool(call.levels)
+
     def record(
         self, call: Call, *, selections: bool = False
     ) -> tuple[list[Tensor], list[Tensor], object]:
@@ -407,7 +419,7 @@ class Execution:
         """Outputs, and those of branches that are kept apart."""
         problem = known.problem
         if problem.empty:
-            return _filled(self.forward_fake(call)), []
+            return _filled(self.forward_fake(call, selections=selections)), []
         where = _batch(call, problem)
         if self.options.check:
             self._check_values(call, problem, where)
@@ -459,8 +471,8 @@ class Execution:
         views = [*uniform(known.expected, known.problem, call).values(), *brought.values()]
         return self.replays.drive(key, choice.program.driver, arranged, views, where)
 
-    def forward_fake(self, call: Call) -> list[Tensor]:
-        """Outputs of `forward`, nothing in them; shapes and strides are exact."""
+    def forward_fake(self, call: Call, *, selections: bool = True) -> list[Tensor]:
+        """Outputs of `traced`, nothing in them; shapes and strides are exact."""
         problem = self.check(call, self.attending)
         q = call.tensors[0]
         rows = problem.rows
@@ -469,6 +481,8 @@ class Execution:
         lse_shape = (heads, *rows) if problem.packed else (rows[0], heads, rows[1])
         outputs = [o.transpose(1, 2) if problem.layout == "bhtd" else o]
         outputs += [q.new_empty(*lse_shape, dtype=torch.float32) for _ in self.branches]
+        if not (selections or self._returns_selections(call)):
+            return outputs
         return outputs + self._empty_selections(call, problem)
 
     def select(self, call: Call) -> list[Tensor]:

@@ -61,8 +61,11 @@ class Implementation(Protocol):
         """How many log-sum-exps there are."""
         ...
 
-    def forward(self, call: Call) -> list[Tensor]:
-        """o, log-sum-exp by branch; selection by level where none was brought along."""
+    def traced(self, call: Call, *, selections: bool = True) -> list[Tensor]:
+        """o, log-sum-exp by branch; selection by level where none was brought along.
+
+        selections: Without them, those that `backward` makes again are left out, all or none.
+        """
         ...
 
     def record(
@@ -74,7 +77,7 @@ class Implementation(Protocol):
         """
         ...
 
-    def forward_fake(self, call: Call) -> list[Tensor]: ...
+    def forward_fake(self, call: Call, *, selections: bool = True) -> list[Tensor]: ...
 
     def select(self, call: Call) -> list[Tensor]:
         """Selection by level."""
@@ -183,7 +186,7 @@ _ARGUMENTS = (
     "Tensor? q_offset, SymInt? first, Tensor? kv_lens, SymInt? length"
 )
 _library = torch.library.Library("hsgen", "DEF")
-_library.define(f"forward(str key, {_ARGUMENTS}) -> Tensor[]")
+_library.define(f"forward(str key, {_ARGUMENTS}, bool selections=True) -> Tensor[]")
 _library.define(f"select(str key, {_ARGUMENTS}) -> Tensor[]")
 _library.define(f"backward(str key, Tensor[] grads, Tensor[] outputs, {_ARGUMENTS}) -> Tensor[]")
 _library.define(f"losses(str key, {_ARGUMENTS}) -> Tensor[]")
@@ -196,12 +199,17 @@ losses = torch.ops.hsgen.losses.default
 losses_backward = torch.ops.hsgen.losses_backward.default
 
 
+_CALL = len(Call._fields)
+
+
 def _forward(key: str, *arguments: object) -> list[Tensor]:
-    return implementation(key).forward(Call(*arguments))  # type: ignore[arg-type]  # the schema's
+    call = Call(*arguments[:_CALL])  # type: ignore[arg-type]  # the schema's
+    return implementation(key).traced(call, selections=all(arguments[_CALL:]))
 
 
 def _forward_fake(key: str, *arguments: object) -> list[Tensor]:
-    return implementation(key).forward_fake(Call(*arguments))  # type: ignore[arg-type]
+    call = Call(*arguments[:_CALL])  # type: ignore[arg-type]
+    return implementation(key).forward_fake(call, selections=all(arguments[_CALL:]))
 
 
 def _select(key: str, *arguments: object) -> list[Tensor]:
@@ -277,9 +285,10 @@ def _casting(operator: Callable[..., list[Tensor]], device: str) -> Callable[...
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     def cast(name: str, *arguments: object) -> list[Tensor]:
-        call, dtype = Call(*arguments), torch.get_autocast_dtype(device)  # type: ignore[arg-type]
+        call = Call(*arguments[:_CALL])  # type: ignore[arg-type]
+        dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return operator(name, *_in_dtype(call, dtype))
+            return operator(name, *_in_dtype(call, dtype), *arguments[_CALL:])
 
     return cast
 
@@ -363,9 +372,10 @@ def _kept(ctx) -> tuple[Call, list[Tensor], list[Tensor]]:
 
 def _save(ctx, inputs: tuple[object, ...], output: list[Tensor]) -> None:
     key, *arguments = inputs
-    call = Call(*arguments)  # type: ignore[arg-type]  # the schema's
+    call = Call(*arguments[:_CALL])  # type: ignore[arg-type]  # the schema's
     implementation(str(key)).check_differentiable(call)
     _keep(ctx, str(key), call, output)
+    ctx.told = not all(arguments[_CALL:])  # PyTorch leaves out what is as by default
 
 
 def _differentiate(ctx, grads: list[Tensor]) -> tuple[object, ...]:
@@ -373,7 +383,7 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple[object, ...]:
     nothing: list[object] = [None] * len(call)
     nothing[Call._fields.index("tensors")] = backward(ctx.key, grads[: ctx.grads], outputs, *call)
     nothing[Call._fields.index("selection")] = [None] * ctx.brought
-    return (None, *nothing)
+    return (None, *nothing, *([None] * ctx.told))
 
 
 torch.library.register_autograd("hsgen::forward", _differentiate, setup_context=_save, lib=_library)
@@ -490,7 +500,7 @@ def _count(work: Work) -> Callable[..., int]:
     lists = {"backward": 2, "losses_backward": 1}.get(work, 0)
 
     def count(key: str, *arguments: object, **_: object) -> int:
-        call = Call(*arguments[lists:])  # type: ignore[arg-type]
+        call = Call(*arguments[lists : lists + _CALL])  # type: ignore[arg-type]
         return round(implementation(key).flops(call, work))
 
     return count

@@ -508,10 +508,10 @@ def takers(shape: Shape, rule: Rule) -> Takers:
     apart = rule.per_head(shape)
     head = "asked" if apart else "head"
     setup = [f"asked = head * {shape.group} + turn"] if apart else []
+    setup += [*rule.span(head), *rule.turn_of_units(head)]
+    if rule.powers or rule.stride or not causal:
+        setup.append(f"unit_first = {'n0' if size == 1 else f'n0 // {size}'}")
     setup += [
-        *rule.span(head),
-        *rule.turn_of_units(head),
-        f"unit_first = {'n0' if size == 1 else f'n0 // {size}'}",
         f"unit_last = {'n0 + BLOCK_N - 1' if size == 1 else f'(n0 + BLOCK_N - 1) // {size}'}",
     ]
     start = "n0" if causal else rule.token("unit_first - reach + 1")

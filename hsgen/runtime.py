@@ -872,11 +872,11 @@ class Kernel:
                 return operators.record(self._key, call, selections=selections)
             return self._execution.forward(call, selections=selections)
         if not sharding.holds(call):
-            return operators.forward(self._key, *call)
+            return operators.forward(self._key, *call, selections)
         heads = sharding.head_dims(self.spec)
         mine = sharding.part(call, self._attending, heads)
         if torch.compiler.is_compiling():
-            o, *others = operators.forward(self._key_of_part(mine.parts), *mine.call)
+            o, *others = operators.forward(self._key_of_part(mine.parts), *mine.call, selections)
         else:
             o, *others = self.part(mine.parts)._attended(mine.call, selections=selections)
         packed = call.cu_seqlens_q is not None

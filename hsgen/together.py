@@ -339,13 +339,16 @@ def list_of_turn(tile: str, list_heads: int, *, by_turns: bool) -> str:
     return f"{row} * tl.num_programs(1) + {head}" if list_heads > 1 else row
 
 
-def of_whole(context: RowsContext, *, block: int, heads: int, in_turn: bool = False) -> RowsContext:
+def of_whole(
+    context: RowsContext, *, block: int, heads: int, in_turn: bool = False, of_tiles: bool = False
+) -> RowsContext:
     """The same over lists of whole blocks of rows: a program has a part of a block's rows, and its bits.
 
-    in_turn: lists are those of a turn's heads.
+    in_turn: lists are those of a turn's heads.  of_tiles: they are those of a turn's tiles.
     """
     own = " + head" if heads > 1 else ""
-    row = f"(tile // parts).to(tl.int64) * {heads}{own}"
+    numbered = "(tile // parts - tile_first // parts)" if of_tiles else "(tile // parts)"
+    row = f"{numbered}.to(tl.int64) * {heads}{own}"
     if in_turn:
         row = list_of_turn("tile // parts", heads, by_turns=context.by_turns)
     changed = {

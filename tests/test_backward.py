@@ -762,7 +762,7 @@ def test_an_order_is_made_again_by_the_values_that_the_call_had():
     "numbers",
     [
         {"rows": 24, "segment": 12, "size": 6, "query": 2, "kv": 1},
-        pytest.param({"gain": 0.0, "segment": 8, "rows": 8}, marks=pytest.mark.full),
+        pytest.param({"gain": "0.000001", "segment": 8, "rows": 8}, marks=pytest.mark.full),
     ],
     ids=["several segments a block", "to the end"],
 )
@@ -771,6 +771,30 @@ def test_walks_have_gradients(seed, numbers):
     walked = spec(WALKED, **{"qk": 16, "v": 32, "query": 2, "kv": 2} | numbers)
     with sanitizer.enabled(seed=seed):
         check(walked, T=70, cu_seqlens_q=i32(0, 11, 11, 12, 70))
+
+
+@pytest.mark.parametrize("text", [WALKED, KEPT], ids=["walked", "kept"])
+def test_lists_as_long_as_keys_are_made_again(text):
+    """By the forward's kernels, as it had them; neither a call nor one that is compiled makes any of rows."""
+    kernel = load_kernel(spec(text, query=2, kv=1, qk=16, v=16, rows=16), interpret=True)
+    x = tensors(kernel.spec, 1, 40, 40, torch.float32)
+    x = {name: y.requires_grad_() for name, y in x.items()}
+    found = torch.autograd.grad(kernel(**x).sum(), list(x.values()))
+    (call,) = kernel._execution.choices.values()
+    (made,) = kernel._execution.gradients.values()
+    assert made.plan.again
+    for name in made.plan.again:
+        assert made.config[name] == call.config[name]
+        assert made.texts[name] == call.program.texts[name]
+    saved = []
+    torch.compiler.reset()
+    compiled = torch.compile(lambda **y: kernel(**y), fullgraph=True, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: saved.append(y) or y, lambda y: y):
+        o = compiled(**x)
+    again = torch.autograd.grad(o.sum(), list(x.values()))
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert saved
+    assert all(y.dtype.is_floating_point for y in saved)
 
 
 @pytest.mark.parametrize("causal", ["true", pytest.param("false", marks=pytest.mark.full)])

@@ -307,6 +307,16 @@ def test_gradients_hold_little_beside_what_is_saved_lists_and_themselves(name, a
         assert run.given + run.peak <= 1.3 * (run.given + run.of("output", "list")), tokens
 
 
+@pytest.mark.parametrize("name", ["s2o", "token_sparse"])
+def test_gradients_hold_little_where_lists_would_be_as_long_as_keys(name):
+    """No list is counted as given: a row's would be of 4 bytes a token and head."""
+    graph, target = measured_graph(name), replace(H100, streams=True)
+    forward, plan = schedule.schedule(graph, target), backward.plan(graph, target)
+    for tokens in (4096, 8192, 32768, 131072):
+        run = dryrun.gradients(plan, forward, tokens=tokens)
+        assert run.given + run.peak <= 1.3 * (run.given + run.of("output")), tokens
+
+
 @pytest.mark.parametrize("apart", [False, True], ids=["again", "kept"])
 def test_tiles_of_axes_hold_little_beside_what_a_caller_has(apart):
     """No list of a row, no output of a branch and no list of a turn is counted as given."""

@@ -32,7 +32,9 @@ def keeps_branches(graph: Graph) -> bool:
 
 def chooses_again(graph: Graph) -> bool:
     """Whether a backward makes a call's own choice once more, so that no list of a row is kept for it."""
-    return again.chooses(graph) or clusters.clustering_of(graph) is not None
+    if again.chooses(graph) or clusters.clustering_of(graph) is not None:
+        return True
+    return bool(again.repeated(patterns.routed(passes.without_losses(graph))[0]))
 
 
 def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = False) -> Plan:
@@ -58,15 +60,18 @@ def plan(graph: Graph, target: Target, dtype: DType = "bf16", *, apart: bool = F
     scheduled.begin(draft)
     clustered = clusters.clustering_of(graph)
     chosen, repeated = tuple[str, ...](), tuple[str, ...]()
+    if clustered is None and draft.tiling is None and not again.chooses(graph):
+        made.repeated = again.repeated(graph)
     selection = {} if again.alone(graph) else _read(graph, graph.outputs.selection)
     if clustered is not None:
         chosen = clustering.plan(made, clustered)
     elif draft.tiling is not None:
         laid.plan(made)
     else:
+        chosen = again.repeat(draft, made.repeated)
         ungating.ungate(made)
         vectors.means_of_tiers(draft)
-        chosen = again.choose(draft)
+        chosen = (*chosen, *again.choose(draft))
         pooling.pool_again(draft)
         repeated = ordering.sort_again(draft)
         for node in draft.graph.nodes():

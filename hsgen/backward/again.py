@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hsgen import estimates, foretold, schedule, slashes
-from hsgen.graph import Attend, Graph, Node
+from hsgen import estimates, foretold, keeping, schedule, slashes, walks
+from hsgen.graph import Attend, Graph, Node, Permute, Recall, Select, SelectSet
 from hsgen.plan import Step
+from hsgen.schedule import combining
 from hsgen.schedule.draft import Draft
 
 
@@ -25,6 +26,47 @@ def alone(graph: Graph) -> bool:
     graph, _ = foretold.joined(graph)
     either = foretold.foretold(graph) is not None
     return either or any(any(slashes.lists_of(graph, node)) for node in graph.nodes())
+
+
+def repeated(graph: Graph) -> frozenset[str]:
+    """Selections whose lists of rows would be as long as the keys: of walks, and of heads that keep tokens.
+
+    None where branches attend others beside them: a backward has lists of all of a call's choices, or none.
+    """
+    if combining.gates(graph) is not None:
+        return frozenset()
+    read = {
+        selection.name: walks.walked(graph, selection) or keeping.attended(graph, node)
+        for node in graph.nodes()
+        if isinstance(node.op, Attend)
+        for selection in graph.operands(node)[3:]
+        if isinstance(selection.op, Select | SelectSet | Recall)
+    }
+    return frozenset(read) if all(read.values()) else frozenset()
+
+
+def repeat(draft: Draft, chosen: frozenset[str]) -> tuple[str, ...]:
+    """These, as the forward makes them, where no caller brings lists.  -> the kernels that do
+
+    What branches have that are summed before is left to the gradient of all: their own outputs pass.
+    """
+    if not chosen:
+        return ()
+    turns, draft.turns = draft.turns, {}
+    schedule.choose_again(draft, set(chosen), {node.name for node in draft.graph.nodes()})
+    draft.turns = turns
+    orders = {node.name for node in draft.graph.nodes() if isinstance(node.op, Permute)}
+    draft.steps = [
+        replace(
+            step,
+            of=None if orders.intersection(step.makes) else "own",
+            buffers=tuple(
+                replace(x, role="scratch") if x.role == "output" else x for x in step.buffers
+            ),
+        )
+        for step in draft.steps
+    ]
+    return tuple(kernel.name for kernel in draft.kernels)
 
 
 def choose(draft: Draft) -> tuple[str, ...]:

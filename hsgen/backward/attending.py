@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hsgen import buckets, cols, cols_streams, keeping, patterns, rows, sorting, streams, walks
-from hsgen.backward import pyramids, sharing, slashing, tiles, together, tokens
+from hsgen.backward import pyramids, sharing, sifting, slashing, tiles, together, tokens
 from hsgen.backward.gathered import GRAD_O, Gradients
-from hsgen.graph import Attend, Input, Node, Permute, Union, left_to_window
+from hsgen.graph import Attend, Input, Node, Permute, SelectSet, Union, left_to_window
 from hsgen.kernels import IndexContext
 from hsgen.plan import Buffer, Config, ElementType, Kernel, Launch, Step
 from hsgen.rows import Entries, RowsContext, next_power
-from hsgen.schedule import SORT_LIMIT, sorted_keys, staying, text
+from hsgen.schedule import SORT_LIMIT, choosing, sorted_keys, staying, text, walking
 from hsgen.schedule.draft import TILE_OF_HEADS, Draft
 
 Sizes = tuple[tuple[str, str], ...]
@@ -137,7 +137,21 @@ class _Branch:
             own=self.kept,
             bits=self.shared.bits if self.shared else None,
             shown=self.shared.shown if self.shared else None,
+            shared=self._shared(),
         )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a call that chose for itself chooses again."""
+        return self.chosen is not None and self.chosen.name in self.whole.repeated
+
+    def _shared(self) -> tuple[str, str] | None:
+        """Bits of what blocks of rows choose again, and how many words each has."""
+        chosen = self.chosen
+        if chosen is None or self.kept or not self.repeats:
+            return None
+        assert isinstance(chosen.op, SelectSet)
+        return text.buffer(choosing.chosen_of(chosen)), walking.bits(chosen.op.level)[0]
 
     @property
     def slanted(self) -> slashing.Chosen | None:
@@ -206,12 +220,12 @@ class _Branch:
         turns: tuple[str | None, str | None] = (None, None),
         of: Literal["own", "given"] | None = None,
     ) -> None:
-        """A step that reads the branch's tensors."""
-        graph = self.draft.graph
+        """A step that reads the branch's tensors; of: where a call chose for itself, or brought lists."""
+        graph, given = self.draft.graph, of == "given" and self.repeats
         needs = [name for name in self.node.inputs if isinstance(graph[name].op, Input | Permute)]
         self.draft.steps.append(
             Step(
-                title=f"{title}: {self.name}",
+                title=f"{title}: {self.name}" + (", over a caller's lists" if given else ""),
                 needs=(*needs, *(x for x in (self.gates, self.sink) if x)),
                 makes=(self.node.name,),
                 buffers=buffers,
@@ -261,20 +275,7 @@ class _Branch:
         block = self.op.size if self.chosen and not chosen else None
         most, block = dq.most_tokens or most, dq.units or block
         config = self._tiles_of_rows(dq, most=most, block=block)
-        if chosen and self.gives:
-            lists = tokens.given(self.draft, chosen, dq, config, leaves=self.left)
-        elif chosen:
-            lists = tokens.unions(self.draft, chosen, dq.name, config)
-        elif by_block:
-            lists = together.listed(self.draft, by_block, dq.name)
-        elif self.chosen:
-            lists = self._unions(dq, config)
-        else:
-            tiled = ((f"tiles_{self.name}", text.tiles_of(dq.name, text.tiles(dq))),)
-            lists = tokens.Lists(buffers=(), sizes=tiled, launches=(), arguments=())
-        if slanted := self.slanted:
-            made = slashing.listed(self.draft, slanted, dq.name, by_keys=False)
-            lists = replace(made, sizes=(*lists.sizes, *made.sizes))
+        lists = self._lists_of_rows(dq, config)
         tensors = (*self.draft.tensors(self.node, self.op), *lists.arguments)
         grid = text.grid(self.shape, dq, "count" if chosen else f"tiles_{self.name}")
         seq = (*text.SEQ, "tile_first") if chosen else text.SEQ
@@ -287,12 +288,110 @@ class _Branch:
             launches += (self._delta_again(forward, dq, config, tensors, (grid, seq)),)
         self.draft.attend(dq, config, self.node.name)
         grad = text.strides(self.whole.buffers["q"])
-        arguments = (*tensors, *self.row_arguments, *self.gate_arguments, *grad, *lists.left, *seq)
+        written = (*self.row_arguments, *self.gate_arguments, *grad, *lists.left)
+        arguments = (*tensors, *written, *seq)
         launches += (Launch(kernel=dq.name, grid=grid, arguments=arguments),)
         if chosen and self.gives:
             taken, brought = self._taken(dq, lists)
             buffers, launches = (*buffers, *brought), (*launches, taken)
-        self.step("queries", buffers=buffers, launches=launches, sizes=sizes, turns=lists.turns)
+        self.step(
+            "queries",
+            buffers=buffers,
+            launches=launches,
+            sizes=sizes,
+            turns=lists.turns,
+            of="given" if self.repeats else None,
+        )
+        if self.repeats and self.kept:
+            self._queries_kept(buffers[len(lists.buffers) :], adds=adds)
+        elif self.repeats:
+            self._queries_again(dq, buffers[len(lists.buffers) :], written)
+
+    def _lists_of_rows(self, dq: RowsContext, config: Config) -> tokens.Lists:
+        """What tiles of rows walk, of choices that a backward is given."""
+        if (chosen := self.tokens) and self.gives:
+            return tokens.given(self.draft, chosen, dq, config, leaves=self.left)
+        if chosen:
+            return tokens.unions(self.draft, chosen, dq.name, config)
+        if by_block := self.together:
+            return together.listed(self.draft, by_block, dq.name)
+        if self.chosen:
+            return self._unions(dq, config)
+        tiled = ((f"tiles_{self.name}", text.tiles_of(dq.name, text.tiles(dq))),)
+        if slanted := self.slanted:
+            made = slashing.listed(self.draft, slanted, dq.name, by_keys=False)
+            return replace(made, sizes=(*tiled, *made.sizes))
+        return tokens.Lists(buffers=(), sizes=tiled, launches=(), arguments=())
+
+    def _queries_kept(self, grads: tuple[Buffer, ...], *, adds: bool) -> None:
+        """dq of the rows that heads keep in a call that chose for itself."""
+        kept = sifting.Kept.of(self.draft, self.node, self.name)
+        forward = self._as_branch(
+            keeping.attend(self.shape, name=f"attend_{self.name}", scale=self.scale)
+        )
+        dq = sifting.by_row(self.draft, kept, forward, scale=self.scale, adds=adds)
+        buffers, sift = sifting.sift(self.draft, kept)
+        launch = Launch(
+            kernel=dq.name,
+            grid=(text.tiles(), str(self.shape.query_heads)),
+            arguments=(
+                *self.draft.tensors(self.node, self.op),
+                *kept.read(counts=not self.shape.causal),
+                *self.row_arguments,
+                *self.gate_arguments,
+                *text.strides(self.whole.buffers["q"]),
+                *text.SEQ,
+            ),
+        )
+        self.step("queries", buffers=(*buffers, *grads), launches=(sift, launch), of="own")
+
+    def _keys_kept(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
+        """dk and dv from rows of heads that keep both, in a call that chose for itself."""
+        kept = sifting.Kept.of(self.draft, self.node, self.name)
+        context = sifting.by_key(self.shape, branch)
+        self._cols(context, self._tiles_of_cols(context))
+        of = text.input_of(self.node.inputs[1])
+        length, keys = f"length_{self.name}", f"keys_{self.name}"
+        launch = Launch(
+            kernel=context.name,
+            grid=(f"{keys} // {{BLOCK_N}} + batch.sequences", str(self.shape.kv_heads)),
+            arguments=(
+                *self.draft.tensors(self.node, self.op),
+                *kept.read(counts=True),
+                *self.row_arguments,
+                *self.gate_arguments,
+                *self._grads(),
+                length,
+                *text.SEQ,
+            ),
+        )
+        sizes: Sizes = (
+            (length, f"0 if batch.packed else {of}.shape[1]"),
+            (keys, f"{of}.shape[0] * {of}.shape[1]"),
+        )
+        self.step("keys", buffers=grads, launches=(launch,), sizes=sizes, of="own")
+
+    def _queries_again(
+        self, dq: RowsContext, buffers: tuple[Buffer, ...], written: tuple[str, ...]
+    ) -> None:
+        """dq over the lists of a call that chose for itself, some blocks of rows at a time."""
+        chosen = self.together
+        assert chosen is not None
+        lists = together.listed_again(self.draft, chosen, dq.name)
+        tensors = (*self.draft.tensors(self.node, self.op), *lists.arguments)
+        seq = (*chosen.order, *text.SEQ, "tile_first")
+        grid = text.grid(self.shape, dq, "count")
+        self.step(
+            "queries",
+            buffers=(*lists.buffers, *buffers),
+            launches=(
+                *lists.launches,
+                Launch(kernel=dq.name, grid=grid, arguments=(*tensors, *written, *seq)),
+            ),
+            sizes=(*lists.sizes, *text.parts(dq)),
+            turns=lists.turns,
+            of="own",
+        )
 
     def _queries_of_shared(
         self, chosen: sharing.Chosen, buffers: tuple[Buffer, ...], *, adds: bool
@@ -421,6 +520,10 @@ class _Branch:
                 )
             case _:
                 raise AssertionError("refused")
+        return self._as_branch(context)
+
+    def _as_branch(self, context: RowsContext) -> RowsContext:
+        """Loops with the logits of the branch, at its turn."""
         softcap = self.op.softcap
         context = rows.with_logits(context, scale=self.scale, softcap=softcap, sink=False)
         if self.op.biased:
@@ -787,27 +890,35 @@ class _Branch:
             aside=chosen.aside,
             bits=chosen.bits is not None,
             shown=chosen.shown,
+            shared=chosen.shared is not None,
         )
         self._cols(context, self._tiles_of_cols(context))
         read = self._col_arguments()
-        made = together.parts(self.draft, chosen, context, read, self._grads())
-        if of == "given":
-            lists = together.members(self.draft, chosen)
-            made = replace(
-                made,
-                buffers=(*lists.buffers, *made.buffers),
-                launches=(*lists.launches, *made.launches),
-                sizes=(*lists.sizes, *made.sizes),
+        ways: tuple[Literal["own", "given"] | None, ...] = (of,)
+        if self.repeats and self.kept:
+            self._keys_kept(branch, grads)
+            ways = ("given",)
+        elif self.repeats:
+            ways = ("given", "own")
+        for way in ways:
+            again = self.repeats and way == "own"
+            made = together.parts(self.draft, chosen, context, read, self._grads(), again=again)
+            if way == "given" and not self.repeats:
+                lists = together.members(self.draft, chosen)
+                made = replace(
+                    made,
+                    buffers=(*lists.buffers, *made.buffers),
+                    launches=(*lists.launches, *made.launches),
+                    sizes=(*lists.sizes, *made.sizes),
+                )
+            self.step(
+                "keys",
+                buffers=(*grads, *made.buffers),
+                launches=made.launches,
+                sizes=made.sizes,
+                turns=made.turns,
+                of=way,
             )
-        buffers = (*grads, *made.buffers)
-        self.step(
-            "keys",
-            buffers=buffers,
-            launches=made.launches,
-            sizes=made.sizes,
-            turns=made.turns,
-            of=of,
-        )
 
     def _keys_of_blocks(self, branch: cols.Branch, grads: tuple[Buffer, ...]) -> None:
         """Of blocks that were chosen: lists of rows, parts by chunks of them, and the sums."""

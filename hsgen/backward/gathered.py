@@ -19,10 +19,12 @@ class Gradients:
 
     buffers: by tensor of the caller.  levels: by what is pooled, in float32.  deltas: that have one.
     apart: the forward kept the outputs of branches under gates.  outputs: these, by branch.
+    repeated: selections that are made again where a caller brings none.
     """
 
     draft: Draft
     apart: bool = False
+    repeated: frozenset[str] = frozenset()
     outputs: dict[str, str] = field(default_factory=dict[str, str])
     buffers: dict[str, str] = field(default_factory=dict[str, str])
     levels: dict[str, str] = field(default_factory=dict[str, str])

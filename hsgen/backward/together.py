@@ -34,6 +34,7 @@ class Chosen:
     own: a row that did not choose its own token sees nothing.
     bits: what each block of rows chose, where all of its rows chose the same, and words of one.
     shown: what a pattern beside it shows each row, which is left to that.
+    shared: the buffer of the bits that blocks of rows have, and how many words, where these choose again.
     """
 
     branch: str
@@ -51,6 +52,7 @@ class Chosen:
     own: bool = False
     bits: tuple[str, str] | None = None
     shown: Shown | None = None
+    shared: tuple[str, str] | None = None
 
     def of(self, *names: str) -> tuple[str, ...]:
         """Names in the driver."""
@@ -73,7 +75,9 @@ def forward(shape: Shape, chosen: Chosen, *, scale: float) -> RowsContext:
             left=chosen.left,
             ordered=bool(chosen.order),
         )
-    return together.of_whole(context, block=chosen.block, heads=chosen.heads)
+    return together.of_whole(
+        context, block=chosen.block, heads=chosen.heads, of_tiles=chosen.shared is not None
+    )
 
 
 def listed(draft: Draft, chosen: Chosen, leader: str) -> Lists:
@@ -163,8 +167,55 @@ def _heads(draft: Draft, chosen: Chosen) -> _Heads:
     return _Heads(held=chosen.of("turn_heads")[0], count="count", first=("tile_first",))
 
 
-def takers(draft: Draft, chosen: Chosen, context: cols.ColsContext) -> Lists:
-    """The blocks of rows that chose any entry of each block of keys."""
+def listed_again(draft: Draft, chosen: Chosen, leader: str) -> Lists:
+    """The entries of each block of rows of a turn, by bits that it chose again; tiles are the leader's."""
+    name, heads, block = chosen.branch, str(chosen.heads), chosen.block
+    assert chosen.shared is not None, "of rows that share lists"
+    unfold = walks.BitsContext(name=f"unfold_{name}", how="unfold", heads=chosen.heads, rows=block)
+    values = (("BLOCK_T", next_power(block)), ("BLOCK_N", 512))
+    config = Config(constexprs=values, num_warps=4, num_stages=1)
+    draft.kernel("index", unfold, config, chosen.node)
+    made = chosen.of("counts", "entries")
+    blocks, capacity, tokens, parts, tiled, turn = chosen.of(
+        "blocks_at_once", "capacity", "tokens", "parts", "tiles", "chunk"
+    )
+    bits, words = chosen.shared
+    return Lists(
+        buffers=(
+            Buffer(name=made[0], dtype="i32", dims=(f"{turn} // {parts}", heads, "2"), role="list"),
+            Buffer(
+                name=made[1], dtype="i32", dims=(f"{turn} // {parts}", heads, capacity), role="list"
+            ),
+        ),
+        sizes=(
+            (capacity, "max(1, batch.keys)"),
+            (tokens, f'config["{leader}"]["BLOCK_T"]'),
+            (parts, f"({block} + {tokens} - 1) // {tokens}"),
+            (tiled, f"(batch.rows // {block} + 3 * {text.SEQ[1]}) * {parts}"),
+            (f"bytes_{name}", f"{4 * chosen.heads} * {capacity}"),
+            (f"most_{name}", f"max(SCRATCH_BYTES // 16, batch.rows * {draft.held // 16})"),
+            (blocks, f"max(1, most_{name} // bytes_{name})"),
+            (turn, f"min({tiled}, {blocks} * {parts})"),
+        ),
+        launches=(
+            Launch(
+                kernel=unfold.name,
+                grid=(f"count // {parts}", heads),
+                arguments=(bits, *made, words, capacity, *text.SEQ, f"tile_first // {parts}"),
+            ),
+        ),
+        arguments=(*made, made[1], capacity, "0"),
+        turns=(tiled, turn),
+    )
+
+
+def _planned(draft: Draft, name: str) -> bool:
+    """Whether a kernel is there: lists that are chosen again and a caller's have the same ones."""
+    return any(kernel.name == name for kernel in draft.kernels)
+
+
+def takers(draft: Draft, chosen: Chosen, context: cols.ColsContext, *, again: bool) -> Lists:
+    """The blocks of rows that chose any entry of each block of keys; again: as their bits say."""
     name, lists, heads = chosen.branch, chosen.heads // context.lists, _heads(draft, chosen)
     held, count = (heads.held, heads.count) if chosen.bits else (str(lists), str(lists))
     made = cols.TakersContext(
@@ -178,15 +229,22 @@ def takers(draft: Draft, chosen: Chosen, context: cols.ColsContext) -> Lists:
         segment=chosen.segment,
         bits=chosen.bits is not None,
         shown=chosen.shown,
+        shared=chosen.shared is not None,
     )
     stepping = Config(constexprs=(("BLOCK_N", 256),), num_warps=4, num_stages=1)
-    draft.kernel("index", made, stepping, chosen.node)
+    if not _planned(draft, made.name):
+        draft.kernel("index", made, stepping, chosen.node)
     words, counts, listed, length, buckets, most, capacity = chosen.of(
         "words", "row_counts", "row_lists", "length", "buckets", "most", "capacity"
     )
     words, capacity = chosen.bits or (words, capacity)
     of = f"{chosen.keys}.shape[1] // {context.stride}"
     sizes = (length, buckets, most, capacity)
+    if chosen.shared is not None:
+        sizes += (str(context.words),)
+    if again:
+        assert chosen.shared is not None, "of rows that share lists"
+        words, sizes = chosen.shared[0], (*sizes[:3], chosen.shared[1], "0")
     return Lists(
         buffers=(
             Buffer(name=counts, dtype="i32", dims=(held, buckets), role="list"),
@@ -215,6 +273,8 @@ def parts(
     context: cols.ColsContext,
     read: tuple[str, ...],
     grads: tuple[str, ...],
+    *,
+    again: bool = False,
 ) -> Lists:
     """dk and dv over these, the rows of a sequence's first keys in parts, and the sums of all parts.
 
@@ -222,13 +282,15 @@ def parts(
     """
     name, shape = chosen.branch, draft.shape
     total = cols.SumContext(name=f"sum_{name}", of=context)
-    draft.kernel("merge", total, tiles.sums(), chosen.node, follows=context.name)
+    if not _planned(draft, total.name):
+        draft.kernel("merge", total, tiles.sums(), chosen.node, follows=context.name)
     heads, dims = _heads(draft, chosen), (shape.qk, shape.v)
     block_n, of_block, programs, heavy, room, number = chosen.of(
         "block_n", "block_tiles", "key_tiles", "heavy_tiles", "room", "key_parts"
     )
     made, each = chosen.of("part_k", "part_v"), f"{programs} + {heavy} * ({number} - 1)"
-    lists, turns = takers(draft, chosen, context), tuple[tuple[str, str], ...]()
+    lists = takers(draft, chosen, context, again=again)
+    turns = tuple[tuple[str, str], ...]()
     if chosen.bits:
         buckets, most = chosen.of("buckets", "most")
         held = f"4 * {buckets} * ({most} + 1) + {4 * sum(dims)} * {block_n} * ({each})"

@@ -43,7 +43,7 @@ def choose(draft: Draft, node: Node, op: SelectSet) -> None:
         draft.slots(node),
     )
     assert part is not None, "refused"
-    keys, scratch, counts = f"keys_{level}", f"scores_{level}", _counts(level)
+    keys, scratch, many = f"keys_{level}", f"scores_{level}", counts(level)
     each, weights = ("batch.sequences", str(heads)), _weights(draft, way)
     source = op.budget_from
     others = (choosing.chosen_of(draft.graph[node.inputs[1]]),) if told else ()
@@ -55,7 +55,7 @@ def choose(draft: Draft, node: Node, op: SelectSet) -> None:
             sizes=(*part.sizes(level), (keys, "max(1, batch.keys)")),
             buffers=(
                 Buffer(name=scratch, dtype="f32", dims=(*each, keys), role="scratch"),
-                Buffer(name=counts, dtype="i32", dims=(*each, "2"), role="list"),
+                Buffer(name=many, dtype="i32", dims=(*each, "2"), role="list"),
                 Buffer(name=text.buffer(made), dtype="i32", dims=(*each, slots), role="list"),
             ),
             launches=(
@@ -70,8 +70,8 @@ def choose(draft: Draft, node: Node, op: SelectSet) -> None:
                     arguments=(
                         scratch,
                         text.buffer(made),
-                        counts,
-                        *((_counts(source),) if source else ()),
+                        many,
+                        *((counts(source),) if source else ()),
                         *text.SEQ,
                         "0",
                         keys,
@@ -112,7 +112,8 @@ def _weights(draft: Draft, way: Way) -> str:
     return text.buffer(_masses(draft, way))
 
 
-def _counts(level: str) -> str:
+def counts(level: str) -> str:
+    """How many tokens each head keeps."""
     return f"counts_{level}"
 
 
@@ -211,7 +212,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
     draft.attend(context, draft.row_tiles.of_tokens(context), *draft.makes(node))
     stay, order = f"stay_{name}", f"rows_{name}"
     row_order = (order, f"0 if batch.packed else {order}.stride(0)", f"{order}.stride(1)")
-    lists, counts, slots = text.buffer(made), _counts(level), draft.slots(selection)
+    lists, many, slots = text.buffer(made), counts(level), draft.slots(selection)
     draft.steps.append(
         Step(
             title=f"attend: {name}",
@@ -233,7 +234,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
                 Launch(
                     kernel=sift.name,
                     grid=(text.tiles(), heads),
-                    arguments=(lists, counts, stay, slots, *row_order, *text.SEQ),
+                    arguments=(lists, many, stay, slots, *row_order, *text.SEQ),
                 ),
                 Launch(
                     kernel=context.name,
@@ -241,7 +242,7 @@ def attend(draft: Draft, node: Node, op: Attend) -> None:
                     arguments=(
                         *draft.tensors(node, op),
                         lists,
-                        *(() if shape.causal else (counts,)),
+                        *(() if shape.causal else (many,)),
                         stay,
                         slots,
                         *row_order,

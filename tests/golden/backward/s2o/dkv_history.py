@@ -83,6 +83,7 @@ def store_rows(base, rows, mask, stride, x, OFFSET: tl.constexpr, WIDTH: tl.cons
         "buckets",
         "most",
         "capacity",
+        "members",
         "order_b",
         "order_h",
         "num_sequences",
@@ -119,6 +120,7 @@ def dkv_history(
     buckets,  # blocks of all sequences
     most,  # tiles of rows of a list
     capacity,  # entries of a tile of rows
+    members,  # words of an entry; 0: those of a list are its entries as bits, which all rows have
     ORDER,  # [B, Hkv, S] the token of each slot
     order_b,  # ORDER: batch stride
     order_h,  # ORDER: head stride
@@ -166,8 +168,10 @@ def dkv_history(
     start = number * rows_of_part
     stop = tl.minimum(start + rows_of_part, stop)
     first_row = block_at(q_offset, 512) * 512 - q_offset
-    first_tile = first_block(SEQ, z, 512) + z
-    words = WORDS + (entry * 64 + within // 1).to(tl.int64) * 16
+    # a list has bits of its entries, or each entry words of its rows
+    first_tile = first_block(SEQ, z, 512) + tl.where(members == 0, 0, z)
+    deep = tl.maximum(members, 1)
+    words = WORDS + tl.where(members == 0, n // 32, n.to(tl.int64) * members)
 
     # accumulate: the gradients of the keys and the values
     dk0 = tl.zeros([BLOCK_N, 128], tl.float32)
@@ -185,12 +189,13 @@ def dkv_history(
         slot = i % steps * BLOCK_T + row_token
         token = first_row + row_tile * 512 + slot
         alive = (slot < 512) & (token >= 0) & (token < q_len)
-        word = ((first_tile + row_tile).to(tl.int64) * 32 + row_head) * capacity * 16 + slot // 32
+        word = ((first_tile + row_tile).to(tl.int64) * 32 + row_head) * capacity * deep
+        word += tl.where(members == 0, 0, slot // 32)
         there = inside[:, None] & alive[None, :]
         # behind these a block of rows has no words
         there &= (n // 512 * 512)[:, None] <= (q_offset + token)[None, :]
         bits = tl.load(words[:, None] + word[None, :], mask=there, other=0)
-        member = (bits >> (slot % 32)[None, :]) & 1
+        member = (bits >> tl.where(members == 0, (n % 32)[:, None], (slot % 32)[None, :])) & 1
         q_token = q_first + token
         q0 = load_queries(q_base, q_token, q_t, row_head, q_h, alive, 0, 128)
         do0 = load_queries(do_base, q_token, do_t, row_head, do_h, alive, 0, 128)

@@ -126,7 +126,6 @@ def dkv_segment(
     do_base = DO + z.to(tl.int64) * do_b
     sums = z.to(tl.int64) * lse_b
     reach = 1
-    unit_first = n0 // 512
     unit_last = (n0 + BLOCK_N - 1) // 512
     start = tl.maximum(n0 - q_offset, 0)
     stop = tl.minimum((unit_last + reach) * 512 - q_offset, q_len)

@@ -152,7 +152,7 @@ def dq_history(
     v_base = V + z.to(tl.int64) * v_b + (head // 4).to(tl.int64) * v_h
     k_row = k_first
     order = ORDER + z.to(tl.int64) * order_b + (head // 4).to(tl.int64) * order_h + k_first
-    list_row = (tile // parts).to(tl.int64) * 32 + head
+    list_row = (tile // parts - tile_first // parts).to(tl.int64) * 32 + head
     full = tl.load(COUNTS + list_row * 2)
     partial = tl.load(COUNTS + list_row * 2 + 1)
     block_list = (tile // parts - tile_first // parts).to(tl.int64) * 32 + head

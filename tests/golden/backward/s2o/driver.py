@@ -9,15 +9,20 @@
 
 import torch
 
+from .attend_segment import attend_segment
 from .delta_segment import delta_segment
 from .dkv_history import dkv_history
 from .dkv_segment import dkv_segment
 from .dq_history import dq_history
 from .dq_segment import dq_segment
 from .members_history import members_history
+from .pool_history_queries import pool_history_queries
+from .score_history import score_history
 from .sort_history import sort_history
 from .sum_history import sum_history
 from .takers_history import takers_history
+from .unfold_history import unfold_history
+from .walk_history import walk_history
 from .weigh_history import weigh_history
 
 SCRATCH_BYTES = 134217728  # of parts, unless one head's are more
@@ -29,6 +34,33 @@ CONFIG = {
     },
     "sort_history": {
         "num_warps": 4,
+        "num_stages": 1,
+    },
+    "pool_history_queries": {
+        "BLOCK_E": 1,
+        "BLOCK_J": 64,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
+    "attend_segment": {
+        "BLOCK_T": 32,
+        "BLOCK_M": 128,
+        "BLOCK_N": 64,
+        "num_warps": 8,
+        "num_stages": 3,
+    },
+    "score_history": {
+        "BLOCK_T": 8,
+        "BLOCK_M": 16,
+        "BLOCK_N": 32,
+        "num_warps": 4,
+        "num_stages": 3,
+    },
+    "walk_history": {
+        "BLOCK_M": 128,
+        "BLOCK_N": 1024,
+        "BLOCK_P": 2048,
+        "num_warps": 8,
         "num_stages": 1,
     },
     "delta_segment": {
@@ -64,6 +96,12 @@ CONFIG = {
         "num_warps": 4,
         "num_stages": 2,
     },
+    "unfold_history": {
+        "BLOCK_T": 512,
+        "BLOCK_N": 512,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
     "dkv_history": {
         "BLOCK_T": 32,
         "BLOCK_M": 32,
@@ -95,7 +133,7 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
     made_o = o
     made_lse = lse["o"]
     grad_made_lse = grad_lse["o"]
-    made_history_selection = selection["history"]
+    made_history_selection = selection.get("history")
 
     # sort: history
     keys_history_order = max(1, batch.keys)
@@ -149,6 +187,197 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         **config["sort_history"],
     )
     weights_history_order = None  # what comes next may have its memory
+
+    if not selection:
+        # pool: history.queries
+        blocks_history_queries = batch.rows // 512 + 2 * batch.sequences
+        made_history_queries = torch.empty(
+            (
+                blocks_history_queries,
+                32,
+                128,
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        grid = (
+            blocks_history_queries // config["pool_history_queries"]["BLOCK_E"] + batch.sequences,
+            32,
+        )
+        pool_history_queries[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            made_history_queries,
+            batch.table,
+            batch.sequences,
+            **config["pool_history_queries"],
+        )
+
+    if not selection:
+        # attend: segment
+        made_segment_o = torch.empty(
+            (
+                in_q.shape[0],
+                in_q.shape[1],
+                32,
+                128,
+            ),
+            dtype=in_q.dtype,
+            device=in_q.device,
+        )
+        made_segment_lse = torch.empty(
+            (
+                in_q.shape[0],
+                32,
+                in_q.shape[1],
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        grid = (
+            batch.rows // config["attend_segment"]["BLOCK_T"] + batch.sequences,
+            8,
+        )
+        attend_segment[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            made_segment_o,
+            0 if batch.packed else made_segment_o.stride(0),
+            made_segment_o.stride(1),
+            made_segment_o.stride(2),
+            made_segment_lse,
+            0 if batch.packed else made_segment_lse.stride(0),
+            made_segment_lse.stride(1),
+            made_segment_lse.stride(2),
+            batch.table,
+            batch.sequences,
+            **config["attend_segment"],
+        )
+        made_segment_o = None  # what comes next may have its memory
+
+    if not selection:
+        # choose: history
+        blocks_history = batch.rows // 512 + 2 * batch.sequences
+        entries_history = (batch.keys + 0) // 1
+        part_history = (entries_history * 1073741824 + 1073741823) // 1073741824
+        width_history = max(1, min(entries_history, max(part_history, 0)))
+        bit_words_history = (batch.keys + 31) // 32
+        capacity_history = max(1, batch.keys)
+        tiles_history = blocks_history // config["score_history"]["BLOCK_T"] + batch.sequences
+        length_history = capacity_history + 2 * config["walk_history"]["BLOCK_P"] + 1024
+        bytes_history = 128 * length_history * config["score_history"]["BLOCK_T"]
+        most_history = min(SCRATCH_BYTES, batch.rows * 1024)
+        chunk_history = min(tiles_history, max(1, most_history // bytes_history))
+        scores_history = torch.empty(
+            (
+                chunk_history * config["score_history"]["BLOCK_T"],
+                32,
+                capacity_history,
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        ranked_history = torch.empty(
+            (
+                chunk_history * config["score_history"]["BLOCK_T"],
+                32,
+                2,
+                config["walk_history"]["BLOCK_P"],
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        sums_history = torch.empty(
+            (
+                chunk_history * config["score_history"]["BLOCK_T"],
+                32,
+                2,
+                512,
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        made_history_selection_blocks = torch.empty(
+            (
+                blocks_history,
+                32,
+                bit_words_history,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        for tile_first in range(0, tiles_history, chunk_history):
+            count = min(chunk_history, tiles_history - tile_first)
+            grid = (
+                count,
+                32,
+            )
+            score_history[grid](
+                made_history_queries,
+                0,
+                4096,
+                128,
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                made_history_order,
+                0 if batch.packed else made_history_order.stride(0),
+                made_history_order.stride(1),
+                scores_history,
+                capacity_history,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["score_history"],
+            )
+            grid = (
+                count * config["score_history"]["BLOCK_T"],
+                32,
+            )
+            walk_history[grid](
+                in_q,
+                0 if batch.packed else in_q.stride(0),
+                in_q.stride(1),
+                in_q.stride(2),
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                scores_history,
+                capacity_history,
+                made_segment_lse,
+                0 if batch.packed else made_segment_lse.stride(0),
+                made_segment_lse.stride(1),
+                made_segment_lse.stride(2),
+                made_history_order,
+                0 if batch.packed else made_history_order.stride(0),
+                made_history_order.stride(1),
+                made_history_selection_blocks,
+                bit_words_history,
+                ranked_history,
+                sums_history,
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["walk_history"],
+                BLOCK_T=config["score_history"]["BLOCK_T"],
+            )
+        scores_history = None  # what comes next may have its memory
+        ranked_history = None
+        sums_history = None
 
     # delta: segment
     delta_made_lse = torch.empty(
@@ -293,241 +522,473 @@ def backward(tensors, batch, config, *, o, lse, selection, grad_o, grad_lse):
         **config["dkv_segment"],
     )
 
-    # queries: history
-    row_blocks_history = batch.rows // 512 + 3 * batch.sequences
-    capacity_history = max(1, (batch.keys + 0) // 1)
-    tokens_history = config["dq_history"]["BLOCK_T"]
-    parts_history = (512 + tokens_history - 1) // tokens_history
-    tiles_history = row_blocks_history * parts_history
-    counts_history = torch.empty(
-        (
+    if selection:
+        # queries: history, over a caller's lists
+        row_blocks_history = batch.rows // 512 + 3 * batch.sequences
+        capacity_history = max(1, (batch.keys + 0) // 1)
+        tokens_history = config["dq_history"]["BLOCK_T"]
+        parts_history = (512 + tokens_history - 1) // tokens_history
+        tiles_history = row_blocks_history * parts_history
+        counts_history = torch.empty(
+            (
+                row_blocks_history,
+                32,
+                2,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        entries_history = torch.empty(
+            (
+                row_blocks_history,
+                32,
+                capacity_history,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        words_history = torch.empty(
+            (
+                row_blocks_history,
+                32,
+                capacity_history,
+                16,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        grid = (
             row_blocks_history,
             32,
-            2,
-        ),
-        dtype=torch.int32,
-        device=in_q.device,
-    )
-    entries_history = torch.empty(
-        (
-            row_blocks_history,
-            32,
+        )
+        members_history[grid](
+            made_history_selection,
+            0 if batch.packed else made_history_selection.stride(0),
+            made_history_selection.stride(1),
+            made_history_selection.stride(2),
+            made_history_selection.stride(3),
+            counts_history,
+            entries_history,
+            words_history,
+            made_history_selection.shape[3],
             capacity_history,
-        ),
-        dtype=torch.int32,
-        device=in_q.device,
-    )
-    words_history = torch.empty(
-        (
-            row_blocks_history,
+            batch.table,
+            batch.sequences,
+            0,
+            **config["members_history"],
+        )
+        grid = (
+            tiles_history,
             32,
+        )
+        dq_history[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            counts_history,
+            entries_history,
+            words_history,
             capacity_history,
             16,
-        ),
-        dtype=torch.int32,
-        device=in_q.device,
-    )
-    grid = (
-        row_blocks_history,
-        32,
-    )
-    members_history[grid](
-        made_history_selection,
-        0 if batch.packed else made_history_selection.stride(0),
-        made_history_selection.stride(1),
-        made_history_selection.stride(2),
-        made_history_selection.stride(3),
-        counts_history,
-        entries_history,
-        words_history,
-        made_history_selection.shape[3],
-        capacity_history,
-        batch.table,
-        batch.sequences,
-        0,
-        **config["members_history"],
-    )
-    grid = (
-        tiles_history,
-        32,
-    )
-    dq_history[grid](
-        in_q,
-        0 if batch.packed else in_q.stride(0),
-        in_q.stride(1),
-        in_q.stride(2),
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        counts_history,
-        entries_history,
-        words_history,
-        capacity_history,
-        16,
-        grad_o,
-        0 if batch.packed else grad_o.stride(0),
-        grad_o.stride(1),
-        grad_o.stride(2),
-        made_lse,
-        0 if batch.packed else made_lse.stride(0),
-        made_lse.stride(1),
-        made_lse.stride(2),
-        delta_made_lse,
-        grad_q,
-        0 if batch.packed else grad_q.stride(0),
-        grad_q.stride(1),
-        grad_q.stride(2),
-        made_history_order,
-        0 if batch.packed else made_history_order.stride(0),
-        made_history_order.stride(1),
-        batch.table,
-        batch.sequences,
-        0,
-        **config["dq_history"],
-    )
-    counts_history = None  # what comes next may have its memory
-    entries_history = None
+            grad_o,
+            0 if batch.packed else grad_o.stride(0),
+            grad_o.stride(1),
+            grad_o.stride(2),
+            made_lse,
+            0 if batch.packed else made_lse.stride(0),
+            made_lse.stride(1),
+            made_lse.stride(2),
+            delta_made_lse,
+            grad_q,
+            0 if batch.packed else grad_q.stride(0),
+            grad_q.stride(1),
+            grad_q.stride(2),
+            made_history_order,
+            0 if batch.packed else made_history_order.stride(0),
+            made_history_order.stride(1),
+            batch.table,
+            batch.sequences,
+            0,
+            **config["dq_history"],
+        )
+        counts_history = None  # what comes next may have its memory
 
-    # keys: history
-    packed_history = in_k.shape[1] // 64 if batch.packed else 0
-    length_history = 0 if batch.packed else in_k.shape[1] // 64
-    buckets_history = batch.sequences * (length_history + 1) + packed_history
-    most_history = (in_q.shape[1] // 512 + 2) * 4
-    block_n_history = config["dkv_history"]["BLOCK_N"]
-    block_tiles_history = (63 + block_n_history) // block_n_history
-    key_tiles_history = buckets_history * block_tiles_history
-    heavy_tiles_history = batch.sequences * 4 * block_tiles_history
-    bytes_history = heavy_tiles_history * block_n_history * 8192
-    room_history = max(1048576, min(SCRATCH_BYTES // 4, batch.rows * 2048))
-    key_parts_history = 1 + min(15, room_history // bytes_history)
-    row_counts_history = torch.empty(
-        (
-            8,
+    if not selection:
+        # queries: history
+        capacity_history = max(1, batch.keys)
+        tokens_history = config["dq_history"]["BLOCK_T"]
+        parts_history = (512 + tokens_history - 1) // tokens_history
+        tiles_history = (batch.rows // 512 + 3 * batch.sequences) * parts_history
+        bytes_history = 128 * capacity_history
+        most_history = max(SCRATCH_BYTES // 16, batch.rows * 1024)
+        blocks_at_once_history = max(1, most_history // bytes_history)
+        chunk_history = min(tiles_history, blocks_at_once_history * parts_history)
+        counts_history = torch.empty(
+            (
+                chunk_history // parts_history,
+                32,
+                2,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        entries_history = torch.empty(
+            (
+                chunk_history // parts_history,
+                32,
+                capacity_history,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        for tile_first in range(0, tiles_history, chunk_history):
+            count = min(chunk_history, tiles_history - tile_first)
+            grid = (
+                count // parts_history,
+                32,
+            )
+            unfold_history[grid](
+                made_history_selection_blocks,
+                counts_history,
+                entries_history,
+                bit_words_history,
+                capacity_history,
+                batch.table,
+                batch.sequences,
+                tile_first // parts_history,
+                **config["unfold_history"],
+            )
+            grid = (
+                count,
+                32,
+            )
+            dq_history[grid](
+                in_q,
+                0 if batch.packed else in_q.stride(0),
+                in_q.stride(1),
+                in_q.stride(2),
+                in_k,
+                0 if batch.packed else in_k.stride(0),
+                in_k.stride(1),
+                in_k.stride(2),
+                in_v,
+                0 if batch.packed else in_v.stride(0),
+                in_v.stride(1),
+                in_v.stride(2),
+                counts_history,
+                entries_history,
+                entries_history,
+                capacity_history,
+                0,
+                grad_o,
+                0 if batch.packed else grad_o.stride(0),
+                grad_o.stride(1),
+                grad_o.stride(2),
+                made_lse,
+                0 if batch.packed else made_lse.stride(0),
+                made_lse.stride(1),
+                made_lse.stride(2),
+                delta_made_lse,
+                grad_q,
+                0 if batch.packed else grad_q.stride(0),
+                grad_q.stride(1),
+                grad_q.stride(2),
+                made_history_order,
+                0 if batch.packed else made_history_order.stride(0),
+                made_history_order.stride(1),
+                batch.table,
+                batch.sequences,
+                tile_first,
+                **config["dq_history"],
+            )
+        counts_history = None  # what comes next may have its memory
+
+    if selection:
+        # keys: history, over a caller's lists
+        packed_history = in_k.shape[1] // 64 if batch.packed else 0
+        length_history = 0 if batch.packed else in_k.shape[1] // 64
+        buckets_history = batch.sequences * (length_history + 1) + packed_history
+        most_history = (in_q.shape[1] // 512 + 2) * 4
+        block_n_history = config["dkv_history"]["BLOCK_N"]
+        block_tiles_history = (63 + block_n_history) // block_n_history
+        key_tiles_history = buckets_history * block_tiles_history
+        heavy_tiles_history = batch.sequences * 4 * block_tiles_history
+        bytes_history = heavy_tiles_history * block_n_history * 8192
+        room_history = max(1048576, min(SCRATCH_BYTES // 4, batch.rows * 2048))
+        key_parts_history = 1 + min(15, room_history // bytes_history)
+        row_counts_history = torch.empty(
+            (
+                8,
+                buckets_history,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        row_lists_history = torch.empty(
+            (
+                8,
+                buckets_history,
+                most_history,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        part_k_history = torch.empty(
+            (
+                8 * (key_tiles_history + heavy_tiles_history * (key_parts_history - 1)),
+                block_n_history,
+                128,
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        part_v_history = torch.empty(
+            (
+                8 * (key_tiles_history + heavy_tiles_history * (key_parts_history - 1)),
+                block_n_history,
+                128,
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        grid = (
             buckets_history,
-        ),
-        dtype=torch.int32,
-        device=in_q.device,
-    )
-    row_lists_history = torch.empty(
-        (
             8,
+        )
+        takers_history[grid](
+            words_history,
+            row_counts_history,
+            row_lists_history,
+            length_history,
             buckets_history,
             most_history,
-        ),
-        dtype=torch.int32,
-        device=in_q.device,
-    )
-    part_k_history = torch.empty(
-        (
-            8 * (key_tiles_history + heavy_tiles_history * (key_parts_history - 1)),
-            block_n_history,
-            128,
-        ),
-        dtype=torch.float32,
-        device=in_q.device,
-    )
-    part_v_history = torch.empty(
-        (
-            8 * (key_tiles_history + heavy_tiles_history * (key_parts_history - 1)),
-            block_n_history,
-            128,
-        ),
-        dtype=torch.float32,
-        device=in_q.device,
-    )
-    grid = (
-        buckets_history,
-        8,
-    )
-    takers_history[grid](
-        words_history,
-        row_counts_history,
-        row_lists_history,
-        length_history,
-        buckets_history,
-        most_history,
-        capacity_history,
-        batch.table,
-        batch.sequences,
-        **config["takers_history"],
-    )
-    grid = (
-        key_tiles_history,
-        8,
-        key_parts_history,
-    )
-    dkv_history[grid](
-        in_q,
-        0 if batch.packed else in_q.stride(0),
-        in_q.stride(1),
-        in_q.stride(2),
-        in_k,
-        0 if batch.packed else in_k.stride(0),
-        in_k.stride(1),
-        in_k.stride(2),
-        in_v,
-        0 if batch.packed else in_v.stride(0),
-        in_v.stride(1),
-        in_v.stride(2),
-        grad_o,
-        0 if batch.packed else grad_o.stride(0),
-        grad_o.stride(1),
-        grad_o.stride(2),
-        made_lse,
-        0 if batch.packed else made_lse.stride(0),
-        made_lse.stride(1),
-        made_lse.stride(2),
-        delta_made_lse,
-        part_k_history,
-        part_v_history,
-        row_counts_history,
-        row_lists_history,
-        words_history,
-        length_history,
-        buckets_history,
-        most_history,
-        capacity_history,
-        made_history_order,
-        0 if batch.packed else made_history_order.stride(0),
-        made_history_order.stride(1),
-        batch.table,
-        batch.sequences,
-        **config["dkv_history"],
-    )
-    grid = (
-        key_tiles_history,
-        8,
-    )
-    sum_history[grid](
-        part_k_history,
-        part_v_history,
-        grad_k,
-        0 if batch.packed else grad_k.stride(0),
-        grad_k.stride(1),
-        grad_k.stride(2),
-        grad_v,
-        0 if batch.packed else grad_v.stride(0),
-        grad_v.stride(1),
-        grad_v.stride(2),
-        length_history,
-        key_parts_history,
-        made_history_order,
-        0 if batch.packed else made_history_order.stride(0),
-        made_history_order.stride(1),
-        batch.table,
-        batch.sequences,
-        **config["sum_history"],
-        BLOCK_N=config["dkv_history"]["BLOCK_N"],
-    )
-    row_counts_history = None  # what comes next may have its memory
-    row_lists_history = None
-    part_k_history = None
-    part_v_history = None
+            capacity_history,
+            16,
+            batch.table,
+            batch.sequences,
+            **config["takers_history"],
+        )
+        grid = (
+            key_tiles_history,
+            8,
+            key_parts_history,
+        )
+        dkv_history[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            grad_o,
+            0 if batch.packed else grad_o.stride(0),
+            grad_o.stride(1),
+            grad_o.stride(2),
+            made_lse,
+            0 if batch.packed else made_lse.stride(0),
+            made_lse.stride(1),
+            made_lse.stride(2),
+            delta_made_lse,
+            part_k_history,
+            part_v_history,
+            row_counts_history,
+            row_lists_history,
+            words_history,
+            length_history,
+            buckets_history,
+            most_history,
+            capacity_history,
+            16,
+            made_history_order,
+            0 if batch.packed else made_history_order.stride(0),
+            made_history_order.stride(1),
+            batch.table,
+            batch.sequences,
+            **config["dkv_history"],
+        )
+        grid = (
+            key_tiles_history,
+            8,
+        )
+        sum_history[grid](
+            part_k_history,
+            part_v_history,
+            grad_k,
+            0 if batch.packed else grad_k.stride(0),
+            grad_k.stride(1),
+            grad_k.stride(2),
+            grad_v,
+            0 if batch.packed else grad_v.stride(0),
+            grad_v.stride(1),
+            grad_v.stride(2),
+            length_history,
+            key_parts_history,
+            made_history_order,
+            0 if batch.packed else made_history_order.stride(0),
+            made_history_order.stride(1),
+            batch.table,
+            batch.sequences,
+            **config["sum_history"],
+            BLOCK_N=config["dkv_history"]["BLOCK_N"],
+        )
+        row_counts_history = None  # what comes next may have its memory
+        row_lists_history = None
+        part_k_history = None
+        part_v_history = None
+
+    if not selection:
+        # keys: history
+        packed_history = in_k.shape[1] // 64 if batch.packed else 0
+        length_history = 0 if batch.packed else in_k.shape[1] // 64
+        buckets_history = batch.sequences * (length_history + 1) + packed_history
+        most_history = (in_q.shape[1] // 512 + 2) * 4
+        block_n_history = config["dkv_history"]["BLOCK_N"]
+        block_tiles_history = (63 + block_n_history) // block_n_history
+        key_tiles_history = buckets_history * block_tiles_history
+        heavy_tiles_history = batch.sequences * 4 * block_tiles_history
+        bytes_history = heavy_tiles_history * block_n_history * 8192
+        room_history = max(1048576, min(SCRATCH_BYTES // 4, batch.rows * 2048))
+        key_parts_history = 1 + min(15, room_history // bytes_history)
+        row_counts_history = torch.empty(
+            (
+                8,
+                buckets_history,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        row_lists_history = torch.empty(
+            (
+                8,
+                buckets_history,
+                most_history,
+            ),
+            dtype=torch.int32,
+            device=in_q.device,
+        )
+        part_k_history = torch.empty(
+            (
+                8 * (key_tiles_history + heavy_tiles_history * (key_parts_history - 1)),
+                block_n_history,
+                128,
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        part_v_history = torch.empty(
+            (
+                8 * (key_tiles_history + heavy_tiles_history * (key_parts_history - 1)),
+                block_n_history,
+                128,
+            ),
+            dtype=torch.float32,
+            device=in_q.device,
+        )
+        grid = (
+            buckets_history,
+            8,
+        )
+        takers_history[grid](
+            made_history_selection_blocks,
+            row_counts_history,
+            row_lists_history,
+            length_history,
+            buckets_history,
+            most_history,
+            bit_words_history,
+            0,
+            batch.table,
+            batch.sequences,
+            **config["takers_history"],
+        )
+        grid = (
+            key_tiles_history,
+            8,
+            key_parts_history,
+        )
+        dkv_history[grid](
+            in_q,
+            0 if batch.packed else in_q.stride(0),
+            in_q.stride(1),
+            in_q.stride(2),
+            in_k,
+            0 if batch.packed else in_k.stride(0),
+            in_k.stride(1),
+            in_k.stride(2),
+            in_v,
+            0 if batch.packed else in_v.stride(0),
+            in_v.stride(1),
+            in_v.stride(2),
+            grad_o,
+            0 if batch.packed else grad_o.stride(0),
+            grad_o.stride(1),
+            grad_o.stride(2),
+            made_lse,
+            0 if batch.packed else made_lse.stride(0),
+            made_lse.stride(1),
+            made_lse.stride(2),
+            delta_made_lse,
+            part_k_history,
+            part_v_history,
+            row_counts_history,
+            row_lists_history,
+            made_history_selection_blocks,
+            length_history,
+            buckets_history,
+            most_history,
+            bit_words_history,
+            0,
+            made_history_order,
+            0 if batch.packed else made_history_order.stride(0),
+            made_history_order.stride(1),
+            batch.table,
+            batch.sequences,
+            **config["dkv_history"],
+        )
+        grid = (
+            key_tiles_history,
+            8,
+        )
+        sum_history[grid](
+            part_k_history,
+            part_v_history,
+            grad_k,
+            0 if batch.packed else grad_k.stride(0),
+            grad_k.stride(1),
+            grad_k.stride(2),
+            grad_v,
+            0 if batch.packed else grad_v.stride(0),
+            grad_v.stride(1),
+            grad_v.stride(2),
+            length_history,
+            key_parts_history,
+            made_history_order,
+            0 if batch.packed else made_history_order.stride(0),
+            made_history_order.stride(1),
+            batch.table,
+            batch.sequences,
+            **config["sum_history"],
+            BLOCK_N=config["dkv_history"]["BLOCK_N"],
+        )
+        row_counts_history = None  # what comes next may have its memory
+        row_lists_history = None
+        part_k_history = None
+        part_v_history = None
 
     return {
         "q": grad_q,

@@ -59,7 +59,7 @@ def begun_segments(p, k_len, SEGMENT: tl.constexpr, STRIDE: tl.constexpr, CAUSAL
     return limit
 
 
-@triton.jit(do_not_specialize=["length", "buckets", "most", "capacity", "num_sequences"])
+@triton.jit(do_not_specialize=["length", "buckets", "most", "capacity", "members", "num_sequences"])
 def takers_history(
     WORDS,  # [blocks of rows, H, capacity, words] rows as bits, by entry
     COUNTS,  # [lists, buckets] blocks of rows
@@ -68,6 +68,7 @@ def takers_history(
     buckets,  # blocks of all sequences
     most,  # tiles of rows of a list
     capacity,  # entries of a tile of rows
+    members,  # words of an entry; 0: those of a list are its entries as bits, which all rows have
     SEQ,  # [Z, 6] sequences
     num_sequences,  # Z
     BLOCK_N: tl.constexpr,  # entries a step
@@ -82,7 +83,10 @@ def takers_history(
     own_block = block_at(q_offset, 512)
     stop = tl.where(e * 64 < k_len, count_blocks(q_offset, q_len, 512), 0)
     start = tl.maximum(e * 64 // 512 * 512 // 512 - own_block, 0)
-    first = first_block(SEQ, z, 512) + z
+    # a list has bits of its entries, or each entry words of its rows
+    first = first_block(SEQ, z, 512) + tl.where(members == 0, 0, z)
+    deep = tl.maximum(members, 1)
+    bucket_words = tl.where(members == 0, 2, 64 * members)
     list_row = (head * buckets + bucket).to(tl.int64)
 
     # load, store
@@ -92,14 +96,13 @@ def takers_history(
             r = r0 + tl.arange(0, BLOCK_N)
             last = tl.minimum((own_block + r + 1) * 512, q_offset + q_len) - 1
             limit = begun_segments(last, k_len, 512, 1, True)
-            row = ((first + r).to(tl.int64) * 32 + head * 4 + own) * capacity
+            row = ((first + r).to(tl.int64) * 32 + head * 4 + own) * capacity * deep
             some = tl.zeros([BLOCK_N], tl.int32)
-            for i in range(64):
-                entry = e * 64 + i
+            for i in range(bucket_words):
+                entry = e * 64 + tl.where(members == 0, i * 32, i // deep)
                 inside = (r < stop) & (entry < limit)
-                for word in range(16):
-                    address = WORDS + (row + entry) * 16 + word
-                    some |= (tl.load(address, mask=inside, other=0) != 0).to(tl.int32)
+                word = tl.load(WORDS + row + e * bucket_words + i, mask=inside, other=0)
+                some |= (word != 0).to(tl.int32)
             place = found + tl.cumsum(some, 0) - 1
             tl.store(LIST + list_row * most + place, r * 4 + own, mask=some > 0)
             found += tl.sum(some, 0)
