@@ -27,6 +27,7 @@ from hsgen.plan import Config, Kernel, Plan
 from hsgen.rows import next_power
 from hsgen.running import TILE_ROWS, RunningContext
 from hsgen.splits import BesideContext
+from hsgen.takes import TakesContext
 from hsgen.target import Target
 from hsgen.trees import How, TreesContext
 
@@ -387,6 +388,21 @@ def trees(context: TreesContext, dtype: DType) -> Config:
     return Config(constexprs=values.get(context.how, ()), num_warps=8 if wide else 4, num_stages=1)
 
 
+def takes(context: TakesContext, dtype: DType) -> Config:
+    """Of nodes that take tokens: rows and tokens of dots, rows of lists, slots that are looked at a step."""
+    full, wide = dtype == "fp32", max(context.head_dim, context.v_dim) > 128
+    tile = 32 if full or wide else 64
+    values: dict[str, tuple[tuple[str, int], ...]] = {
+        "near": (("BLOCK_N", 64), ("BLOCK_E", 32)),
+        "mark": (("BLOCK_N", 128),),
+        "spread": (("BLOCK_T", 4),),
+        "members": (("BLOCK_T", 16), ("BLOCK_K", 16)),
+        "attend": (("BLOCK_T", tile), ("BLOCK_N", tile)),
+        "mean": (("BLOCK_T", 32),),
+    }
+    return Config(constexprs=values.get(context.how, ()), num_warps=4, num_stages=1)
+
+
 def clusters(context: ClustersContext, dtype: DType) -> Config:
     """Of clusters: tokens and centroids a step, rows a tile, slots that are written down at a time.
 
@@ -571,6 +587,8 @@ def _interpreted(plan: Plan, kernel: Kernel) -> Config:
             values["BLOCK_R"] = min(16, tokens)
     if kernel.skeleton == "trees" and "BLOCK_N" in values:
         small = {"BLOCK_T": 16, "BLOCK_N": 16, "BLOCK_K": 64}
+        if isinstance(kernel.context, TakesContext):
+            small["BLOCK_E"] = 16
         values |= {name: value for name, value in small.items() if name in values}
     if kernel.skeleton == "clusters":
         small = {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_E": 64, "BLOCK_R": 16, "BLOCK_K": 64}

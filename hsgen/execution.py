@@ -25,6 +25,7 @@ from hsgen import (
     arguments,
     backward,
     batch,
+    clusters,
     flops,
     knobs,
     losses,
@@ -32,12 +33,12 @@ from hsgen import (
     passes,
     paths,
     planner,
+    takes,
     tuned,
 )
 from hsgen.arguments import Expected, Lengths, Problem
 from hsgen.axes import tiling_of
 from hsgen.batch import Batch
-from hsgen.clusters import slots_of
 from hsgen.configs import DType
 from hsgen.entropies import PULL
 from hsgen.errors import ArgumentError, HsgenError, PlanError, Span
@@ -1349,7 +1350,8 @@ def expected_tensors(spec: Spec, graph: Graph) -> Expected:
     for level, name in graph.outputs.selection.items():
         select = spec.level(level).select
         assert select is not None, f"{level} selects in the graph, not in the spec"
-        part = slots_of(graph, name) or _part(graph[name]) or part_of(graph, graph[name])
+        whole = clusters.slots_of(graph, name) or takes.slots_of(graph, name)
+        part = whole or _part(graph[name]) or part_of(graph, graph[name])
         if select.counts_vary and part is None:
             raise PlanError(
                 f"level {level}: no kernel selects by {select.rules[0]} yet",

@@ -165,6 +165,7 @@ class RankContext:
     joined: int = 0  # > 0: entries that a row has in a list of so many are forced
     joined_group: int = 1  # heads that have one such list
     ways: tuple[int, ...] = ()  # numbers of a route that a head must have to choose any
+    lengths: bool = False  # of a single row: each head is told how many entries there are
     wide: bool = False  # many rows of many key heads choose
     few: bool = False  # entries of most rows fit in registers, of which a row has some hundred
     power: int = 0  # > 0: entries are anchors behind a row, at distances that grow by such a power
@@ -521,6 +522,7 @@ class RankContext:
                 else ()
             ),
             *((pointer("WAYS", "i32", f"[{self.heads}] way of each head"),) if self.ways else ()),
+            *((pointer("LENGTHS", "i32", f"[Z, {self.heads}] entries"),) if self.lengths else ()),
             *(self._told if self.told else ()),
             *(
                 (pointer("KEPT", "i32", f"[chunk rows, {self.heads}, 2, BLOCK_N]"),)

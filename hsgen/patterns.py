@@ -224,7 +224,7 @@ def _of_ways(graph: Graph, switch: Node) -> Attend | None:
     branches = [(node, node.op) for node in graph.operands(switch) if isinstance(node.op, Attend)]
     (route,) = (node.op for node in graph.nodes() if isinstance(node.op, Route))
     alike = {(node.inputs[:3], _but_for_reach(op)) for node, op in branches}
-    spans = {op.when: _span(op) for _, op in branches}
+    spans = {op.when: span_of(op) for _, op in branches}
     if (
         route.by != "sample"
         or route.divergence is not None
@@ -261,7 +261,7 @@ def _but_for_reach(op: Attend) -> Attend:
     )
 
 
-def _span(op: Attend) -> tuple[int, int, int] | None:
+def span_of(op: Attend) -> tuple[int, int, int] | None:
     """A branch as a window and a sink of tokens; None where it is none, or more."""
     match op:
         case Attend(over="all"):

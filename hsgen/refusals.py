@@ -21,6 +21,7 @@ from hsgen import (
     slashes,
     sorting,
     stripes,
+    takes,
     walks,
 )
 from hsgen.errors import PlanError
@@ -75,6 +76,7 @@ def refuse(graph: Graph) -> None:
     graph, _ = patterns.routed(graph)
     graph, _ = slashes.joined(graph)
     graph, _ = foretold.joined(graph)
+    graph, _ = takes.joined(graph)
     for node in sorted(graph.nodes(), key=lambda node: not isinstance(node.op, Route)):
         if isinstance(node.op, Entropies):
             continue  # a call of its own, which says so: no output depends on it
@@ -147,6 +149,9 @@ def _whole(graph: Graph, node: Node) -> bool:
     """
     clustering = clusters.clustering_of(graph)
     if clustering is not None and node.name in clustering.names:
+        return True
+    taking = takes.taking_of(graph)
+    if taking is not None and node.name in taking.names:
         return True
     if not isinstance(node.op, SelectSet) and maps.way_to(graph, node.name):
         return True

@@ -200,7 +200,7 @@ def test_buckets_look_ahead_and_cost_as_much_as_they_hold() -> None:
 def test_kernels_refuse_them_by_name() -> None:
     by_name = {spec.name: spec for spec in BUCKETS}
     for spec, words in (
-        (BUCKETS[0], "no kernel pools by centroid"),
+        (by_name["buckets_of_groups"], "no kernel pools by centroid"),
         (by_name["blocks_take_rows"], "level block: no kernel scores by cosines"),
     ):
         with pytest.raises(PlanError, match=words):

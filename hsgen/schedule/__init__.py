@@ -21,6 +21,7 @@ from hsgen import (
     refusals,
     runs,
     slashes,
+    takes,
     walks,
 )
 from hsgen.configs import DType
@@ -78,6 +79,7 @@ from hsgen.schedule import (
     slashing,
     sorted_keys,
     staying,
+    taking,
     text,
     vectors,
     walking,
@@ -131,7 +133,7 @@ def schedule(
             that has but one.
     """
     graph, merged = patterns.routed(passes.without_losses(graph))
-    for join in (slashes.joined, foretold.joined):
+    for join in (slashes.joined, foretold.joined, takes.joined):
         graph, beside = join(graph)
         merged = {**merged, **beside}
     draft = Draft(graph, target, dtype, orders or {}, kept=apart, cached=cached, merged=merged)
@@ -145,7 +147,7 @@ def _plan(draft: Draft) -> Plan:
     laid.begin(draft)
     vectors.means_of_tiers(draft)
     draft.turns = {} if draft.kept else combining.turns(draft.graph)
-    draft.becomes = {} if draft.kept else combining.becomes(draft)
+    draft.becomes = {} if draft.kept else {**combining.becomes(draft), **taking.becomes(draft)}
     _append(draft, storage)
     _launches(draft)
     vectors.pools_beside(draft)
@@ -247,7 +249,7 @@ def _launched(draft: Draft, node: Node) -> bool:
     if (way := estimates.way_to(graph, name)) and name in way.inside:
         return True
     wholes = (clustering.launched, descending.launched, slashing.launched, foretelling.launched)
-    some = (laid.launched, *wholes, cutting.launched)
+    some = (laid.launched, *wholes, cutting.launched, taking.launched)
     return any(launched(draft, node) for launched in some)
 
 

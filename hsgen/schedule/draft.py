@@ -368,6 +368,8 @@ class Draft:
         turn = self.turns.get(node.name)
         if turn is not None and isinstance(turn.how, rows.Joined):
             node = self.graph[turn.total]
+        if not self.lse_of(node):  # it becomes another, whose that is
+            node = self.graph[self.becomes[node.name]]
         return text.buffer(self.lse_of(node)[0])
 
     def output_buffers(self, node: Node) -> tuple[Buffer, ...]:

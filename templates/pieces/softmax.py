@@ -125,6 +125,12 @@ def softmax_mass(s, m, l):
 
 
 @triton.jit
+def own_lse(m, l):
+    """The log-sum-exp of some of a softmax's keys in base 2, by its maximum and their sum; -inf of none."""
+    return tl.where(l == 0.0, float("-inf"), m + tl.log2(tl.where(l == 0.0, 1.0, l)))
+
+
+@triton.jit
 def merged_step(m, l, m_part, l_part):
     """A softmax's greatest logit and its sum, with those of one more part of its keys.  All [M], base 2"""
     m_new = tl.maximum(m, m_part)

@@ -149,8 +149,8 @@ def _slots(chosen, width):
 def own_selection_given_back_changes_nothing(lab):
     """What a call selected, given to it, yields the same bits; so does what is attended, alone.
 
-    Rows that a call chose to keep lie side by side, those of a caller's lists where they are: sums have
-    another order.
+    Rows that a call chose to keep, or that an entry took, lie side by side, those of a caller's lists where
+    they are: sums have another order.
     """
     call = lab.make()
     outcome = lab.run(call)
@@ -159,7 +159,7 @@ def own_selection_given_back_changes_nothing(lab):
     for given in (outcome.selection, attended):
         again = lab.run(call.with_options(selection=given))
         yielded = _without_selection(outcome), _without_selection(again)
-        if any(branch.rows for branch in call.spec.attend):
+        if any(branch.rows or branch.softmax for branch in call.spec.attend):
             same_but_for_order(*yielded, rows=slice(None), what="selection given back")
         else:
             same(*yielded, what="selection given back")

@@ -264,7 +264,7 @@ def selection_findings(call, outcome, exact):
             way = _on_way(call, level.when, exact)[..., None]
             state = (state[0], state[1] & way, state[2] & way)
         width, kept = systems.slots(call.spec, level, call.keys), None
-        if _by_mass(level.select):  # see below
+        if _by_mass(level.select) or level.select.scope == "entry":  # see below
             kept = (indices >= 0).sum(-1)
         elif (
             level.select.budget_from and call.spec.part_of(level) is None
@@ -279,7 +279,9 @@ def selection_findings(call, outcome, exact):
             own = call.reference().selection[name]
             kept = _spread(own.indices, state[0].shape[-1]).sum(-1)
         found += structure_findings(level, indices, *state[1:], width=width, kept=kept)
-        if not found:
+        if not found and level.select.scope == "entry":
+            found += _entry_findings(call, level, indices, *state[:2], bounds[name])
+        elif not found:
             for scores, candidates, forced in _sides(call, level, *state):
                 found += gap_findings(level, indices, scores, candidates, forced, bounds[name])
             if level.select.top_p:
@@ -315,6 +317,9 @@ def _on_way(call, when, exact):
     if statistic := call.spec.route.statistic:
         near = root_divergence(*(exact.scores[name] for name in statistic.levels))
         return (near < statistic.threshold) == (when == statistic.below)
+    if table := call.spec.route.table:
+        heads = torch.arange(call.spec.heads.query, device=call.device)
+        return torch.tensor([way == when for way in table], device=call.device)[heads % len(table)]
     names = call.spec.route.input
     ways = [names[n] if 0 <= n < len(names) else None for n in call.tensors["route"].tolist()]
     return torch.tensor([way == when for way in ways], device=call.device)
@@ -490,6 +495,29 @@ def _pair_findings(call, level, indices, scores, candidates, forced, bound, *, p
     return found
 
 
+def _entry_findings(call, level, indices, scores, candidates, bound):
+    """Of each sequence and head the rows of every entry: as many as there must be, and the best."""
+    found, chosen = [], _spread(indices, scores.shape[-1])
+    for rows in _one_of_each_block(call, 1):
+        state = (chosen, scores, candidates, bound.expand_as(scores))
+        taken, score, there, error = (x.flatten(0, -3)[rows].transpose(0, 2) for x in state)
+        if not score.numel():
+            continue
+        wanted = there.sum(-1).clamp(max=level.select.top_k)
+        lowest = torch.where(taken, score + error, math.inf).amin(-1)
+        highest = torch.where(there & ~taken, score - error, -math.inf).amax(-1)
+        rules = {
+            "has as many rows as there must be": taken.sum(-1) == wanted,
+            "has the best rows": lowest >= highest,
+        }
+        found += [
+            Finding(rule="entry", detail=f"{level.name} {rule}: not at {_where(~holds)}")
+            for rule, holds in rules.items()
+            if not holds.all()
+        ]
+    return found
+
+
 def _one_of_each_block(call, block):
     """Of each sequence a row of every block of rows, among the rows of all."""
     T, S = call.tokens, call.keys
@@ -589,6 +617,8 @@ def score_bounds(call, exact):
             bounds[level.name] = _map_bound(call, level, exact, bounds[level.score.source], unit)
             continue
         bound = _form_bound(call.spec, level, limit) * sizes[level.name]
+        if level.score.form == "cosine":  # of 1 at most, and two lengths are rounded besides
+            bound = (3 * call.spec.head_dim.qk + 16) * unit * torch.ones_like(bound)
         if level.score.normalise:
             mass = masses[level.name].clamp(min=0.0)  # -inf where there is no entry
             summed = call.spec.summed(level) or level

@@ -28,7 +28,6 @@ EXAMPLES = {n: SPECS.parent / "examples" / f"{n}.yaml" for n in NAMES}
 # Specs that no kernel reaches yet, and what the plan error says of the operator that is in the way.
 # Their meaning is tested by the reference's, the planner's and the graph's own tests.
 REFUSED: dict[str, str] = {
-    "routing_transformer": "no kernel takes a route by head yet",
     "sea": "level part: no kernel takes scores as they are given yet",
     "delta_llm": "no kernel reads keys from their changes yet",
     "spatten": "level token: no kernel takes over a selection yet",
@@ -108,6 +107,7 @@ ALIKE: dict[str, str] = {
     "s2o": "block_lists",  # and its walks as well
     "token_sparse": "block_lists",  # and what heads keep, which test_kept has beside
     "dhsa": "block_lists",  # but for its runs, which test_runs has beside
+    "routing_transformer": "block_lists",  # but for nodes that take tokens, which test_takes has beside
 }
 KERNELS = [name for name in FILES if name not in REFUSED]
 STRUCTURES = [name for name in KERNELS if name not in PRESETS]
@@ -297,6 +297,9 @@ def bind(spec, *, group=2, kv=None, dims=(64, 64)):
     }
     changes["levels"] = turned_less(spec, dims[0])
     changes["attend"] = tuple(of_heads(branch, group * kv) for branch in spec.attend)
+    if spec.route and spec.route.by == "head" and spec.route.table:
+        ways = tuple(spec.route.table[i % len(spec.route.table)] for i in range(group * kv))
+        changes["route"] = spec.route.model_copy(update={"table": ways})
     if spec.index:
         heads = kv if spec.index_per_key_head else group
         if any(x.score.sums_index and x.score.share == "group" for x in spec.levels):
@@ -410,7 +413,7 @@ def selection_heads(spec, level):
 def slots(spec, level, keys):
     """Slots of a row of a level's selection: of a part of the entries as many as the keys have use for."""
     select = level.select
-    if select.top_p or select.budget_from or select.early_stop:
+    if select.top_p or select.budget_from or select.early_stop or select.scope == "entry":
         return max(1, entries(spec, level, keys))
     if select.threshold and level.score.source:  # of estimates, which are parts of no whole
         return max(1, entries(spec, level, keys))
