@@ -397,7 +397,7 @@ def takes(context: TakesContext, dtype: DType) -> Config:
         "mark": (("BLOCK_N", 128),),
         "spread": (("BLOCK_T", 4),),
         "members": (("BLOCK_T", 16), ("BLOCK_K", 16)),
-        "attend": (("BLOCK_T", tile), ("BLOCK_N", tile)),
+        "attend": (("BLOCK_T", tile), ("BLOCK_N", 32)),
         "mean": (("BLOCK_T", 32),),
     }
     return Config(constexprs=values.get(context.how, ()), num_warps=4, num_stages=1)

@@ -33,12 +33,13 @@ def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec
         "head_dim": HeadDim(qk=qk, v=v),
         "levels": tuple(_narrower(level, qk) for level in spec.levels),
         "index": spec.index and Index(heads=kv if spec.index_per_key_head else query, dim=qk),
-        "route": spec.route and _ways_of(spec.route, query),
+        "route": spec.route and ways_of(spec.route, query),
     }
     return spec.model_copy(update=changed)
 
 
-def _ways_of(route: Route, heads: int) -> Route:
+def ways_of(route: Route, heads: int) -> Route:
+    """The same route of so many heads, where its table does not divide them."""
     if route.by != "head" or not route.table or heads % len(route.table) == 0:
         return route
     ways = (route.table[i % len(route.table)] for i in range(heads))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hsgen import batch, drawn
+from hsgen import batch, drawn, standins
 from hsgen.arguments import SHORT_NAMES
 from hsgen.batch import Batch
 from hsgen.errors import HsgenError
@@ -41,6 +41,7 @@ from hsgen.spec import (
     HeadDim,
     Heads,
     KMeans,
+    LearnedTree,
     Level,
     Permute,
     Select,
@@ -168,6 +169,7 @@ def shrink(spec: Spec) -> Spec:
         "attend": tuple(_shrunk_branch(x, heads, units.get(x.name, 2)) for x in spec.attend),
         "heads": heads,
         "head_dim": _few_dims(spec),
+        "route": spec.route and standins.ways_of(spec.route, heads.query),
     }
     if spec.index:
         few = 2 if spec.index_per_key_head else min(spec.index.heads, 4)
@@ -223,6 +225,10 @@ def _shrunk_level(
         changes["partition"] = Diagonals(size=_part(level.partition.size, divisor))
     if isinstance(level.partition, Halving):
         changes["partition"] = _searched_less(level.partition)
+    if isinstance(level.partition, LearnedTree) and level.partition.takes:
+        fewer = {"branching": min(level.partition.branching, 5)}
+        fewer["takes"] = min(level.partition.takes, 17)
+        changes["partition"] = level.partition.model_copy(update=fewer)
     if level.pool and level.pool.rotate:
         turn = level.pool.rotate.model_copy(update={"dims": min(level.pool.rotate.dims, 16)})
         changes["pool"] = level.pool.model_copy(update={"rotate": turn})
@@ -348,10 +354,14 @@ def _same_dims(spec: Spec) -> bool:
 
 
 def _one_key_head(spec: Spec) -> Spec:
-    """The spec itself, with the same group but one key head: the grid is all that differs."""
+    """The spec itself, with the same group but one key head: the grid is all that differs.  As many as have
+    all ways, where a table says which heads go.
+    """
     group = spec.heads.group if spec.heads else 4
+    ways = len(spec.route.table) if spec.route and spec.route.by == "head" else 0
+    heads = ways // math.gcd(ways, group) if ways else 1
     changes: dict[str, object] = {
-        "heads": Heads(query=group, kv=1),
+        "heads": Heads(query=group * heads, kv=heads),
         "head_dim": spec.head_dim or HeadDim(qk=64, v=64),
     }
     if spec.index and spec.index_per_key_head:
@@ -399,6 +409,8 @@ def differences(spec: Spec) -> str:
 
 def _level_text(level: Level) -> str:
     size = f"{level.partition.size}/{level.partition.stride}"
+    if isinstance(level.partition, LearnedTree) and level.partition.takes:
+        size = f"{level.partition.branching} nodes of {level.partition.takes}"
     if level.select and level.select.fraction:
         return f"{size} a part of {level.select.fraction:g}"
     if level.select and level.select.threshold:
@@ -508,7 +520,12 @@ class Examination:
             for level in trial.spec.levels
             if level.select and not tensors.brought
             for problem in _wrong_selection(
-                level, selection[level.name], forced, self._free, self._apart(level, plan)
+                level,
+                selection[level.name],
+                forced,
+                self._free,
+                self._apart(level, plan),
+                trial.queries,
             )
         ]
         if trial.exact and not tensors.brought:
@@ -657,7 +674,12 @@ def _step(trial: Trial, level: Level) -> float:
 
 
 def _wrong_selection(
-    level: Level, chosen: ListSelection, given: Result, own: Result | None, apart: float
+    level: Level,
+    chosen: ListSelection,
+    given: Result,
+    own: Result | None,
+    apart: float,
+    queries: tuple[int, ...],
 ) -> Iterator[str]:
     """Structure, and what scores say: no unselected entry may be clearly better than a selected one.
 
@@ -665,6 +687,7 @@ def _wrong_selection(
     `given` is the reference on the kernels' own selections, so a child is judged by its own parent.
     `own`: the one that chooses, where rows differ in how many they keep, which no score decides, or heads in
     whether they keep any.
+    `queries`: of each sequence, whose rows entries may take.
     """
     assert level.select is not None
     scores, candidates = given.scores[level.name], given.candidates[level.name]
@@ -672,6 +695,8 @@ def _wrong_selection(
     if level.when:  # heads on another way choose nothing, and so does a row that sees nothing
         assert own is not None, "asked where heads differ"
         on_way = (own.selection[level.name].indices >= 0).any(-1, keepdim=True)
+        if level.select.scope == "entry":  # a row on the way may be in none
+            on_way = on_way.any(-3, keepdim=True)
         candidates, forced = candidates & on_way, forced & on_way
     mask = members(chosen, scores.shape[-1])
     count = mask.sum(-1)
@@ -681,6 +706,21 @@ def _wrong_selection(
     keep = torch.full_like(count, level.select.budget)
     if not level.select.force.counted or level.select.force.tail:
         keep = keep + forced.sum(-1)
+    if level.select.scope == "entry":
+        for z in (z for z, n in enumerate(queries) if n):
+            of = slice(sum(queries[:z]), sum(queries[: z + 1])) if scores.ndim == 3 else z
+            taken, score, there = (x[of].transpose(0, 2) for x in (mask, scores, candidates))
+            for text, bad in (
+                ("takes a row that sees none of it", (taken & ~there).any(-1)),
+                (
+                    "has not as many rows as it should",
+                    taken.sum(-1) != there.sum(-1).clamp(max=level.select.budget),
+                ),
+                ("leaves out a better row", _left_out(score, taken, there, there & False, apart)),
+            ):
+                if bad.any():
+                    yield f"{level.name}: entry {_row(bad)} {text}"
+        return
     if own is not None and level.select.counts_vary:
         keep = members(own.selection[level.name], mask.shape[-1]).sum(-1)
     for text, bad in (

@@ -152,8 +152,8 @@ class _Plan:
         found, level, rows = self.found, self.level, side.rows
         whose = "rows" if rows else "keys"
         made = self.nearest if rows else found.assign.name
-        of = (found.score.name,) if rows else ()
-        near = self._kernel(f"near_{level}_{whose}", "near", *of, rows=rows)
+        of = found.score.name if rows else found.assign.name
+        near = self._kernel(f"near_{level}_{whose}", "near", of, rows=rows)
         ranking = RankContext(
             name=f"rank_{level}_{whose}",
             heads=side.heads * side.nodes,
@@ -303,15 +303,23 @@ class _Plan:
 
     def _made(self) -> tuple[tuple[str, ...], tuple[Buffer, ...]]:
         """The nodes of the graph that a step makes, and what it brings to life for them."""
-        attend = self.found.attend
+        attend, route = self.found.attend, self.found.route
         buffers = self.draft.output_buffers(attend) if self.found.other is None else ()
-        return self.draft.makes(attend), buffers
+        return (*self.draft.makes(attend), *((route.name,) if route else ())), buffers
+
+    def _attended(self) -> tuple[str, ...]:
+        """Nodes of the graph that are rows of nodes, of which others make what is put out."""
+        found = self.found
+        merged = (name for name, one in self.draft.merged.items() if one == found.attend.name)
+        own = tuple(merged) or (found.attend.name,)
+        return (*own, *((found.route.name,) if found.route else ()))
 
     def _attend(self) -> None:
         """Rows of each node of a turn's sequences, and of every row the mean."""
         makes, buffers = self._made()
-        attend = self._kernel(f"attend_{self.branch}", "attend", *makes)
-        mean = self._kernel(f"mean_{self.branch}", "mean", *makes)
+        attend = self._kernel(f"attend_{self.branch}", "attend", *self._attended())
+        rest = (x for x in makes if x not in self._attended())
+        mean = self._kernel(f"mean_{self.branch}", "mean", *rest)
         heads, nodes = str(attend.row_heads), attend.nodes
         parts, sums = f"parts_{self.branch}", f"part_lse_{self.branch}"
         slots, turn = f"slots_{self.branch}", f"turn_{self.branch}"
@@ -386,7 +394,7 @@ class _Plan:
         """Rows over the keys of the nodes that each has in a list of its own."""
         makes, buffers = self._made()
         own = f"attend_{self.branch}"  # whose steps are the same
-        context = self._kernel(f"given_{self.branch}", "given", *makes, follows=own)
+        context = self._kernel(f"given_{self.branch}", "given", *self._attended(), follows=own)
         self.draft.steps.append(
             Step(
                 title=f"attend: {self.branch}, over a selection of the caller's",
