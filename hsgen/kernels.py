@@ -529,7 +529,7 @@ class RankContext:
                 if self.sampled
                 else ()
             ),
-            *SEQ,
+            *(() if self.lengths else SEQ),
             count("tile_first", "the tile of rows at which the scratch begins"),
             count("capacity", "row length of the scratch"),
             *((count("width", "slots of a row"),) if self.varies else ()),

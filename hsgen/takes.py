@@ -118,7 +118,8 @@ class TakesContext:
 
     @property
     def heads(self) -> int:
-        return self.row_heads if self.rows else self.key_heads
+        """Of the side whose tokens are asked: of rows where they attend."""
+        return self.key_heads if self.how in ("near", "mark") and not self.rows else self.row_heads
 
     @property
     def taken(self) -> int:
@@ -139,6 +140,16 @@ class TakesContext:
         """The head of number `one` of those that are in nodes, on the side whose tokens are asked."""
         apart = self.rows or self.how not in ("near", "mark") or self.group == 1
         return self._spread_out("one") if apart else "one"
+
+    @property
+    def unit_head(self) -> str:
+        """The head of centroids that tokens meet."""
+        return self.key_head if self.rows else "head"
+
+    @property
+    def key_head(self) -> str:
+        """The head of keys that `head` reads."""
+        return f"(head // {self.group})" if self.group > 1 else "head"
 
     @property
     def key_one(self) -> str:
@@ -196,10 +207,11 @@ class TakesContext:
         match self.how:
             case "near":
                 x = tensor("X", "x", "[B, S, H, Dqk]", "bth")
-                of = f"f32[turn, {self.heads}, {self.nodes}, capacity] of a turn's sequences"
+                of = f"f32[turn, {self.nodes}, capacity] of a turn's heads"
                 scores = (pointer("SCORES", "f32", of), count("capacity", "tokens of a row of it"))
-                begins = (_keys(self), _lengths(self)) if self.rows else ()
-                return (*x, unit, *scores, *begins, SEQ[0], _TURN, *tunables("BLOCK_N", "BLOCK_E"))
+                begins = (_keys(self),) if self.rows else ()
+                tiles = tunables("BLOCK_N", "BLOCK_E")
+                return (*x, unit, *scores, *begins, _lengths(self), SEQ[0], _TURN, *tiles)
             case "mark":
                 lengths = (_lengths(self),) if self.rows else (_KEY_LENGTH,)
                 return (*taken, *lengths, _bits(self, rows=self.rows), SEQ[0], *tunables("BLOCK_N"))
@@ -234,7 +246,7 @@ class TakesContext:
         return jit(self.params)
 
 
-_TURN = count("tile_first", "the turn's first sequence")
+_TURN = count("tile_first", "the turn's first head, of those of all sequences")
 _KEY_LENGTH = count("length", "keys from one sequence to the next; packed: 0")
 
 
@@ -262,6 +274,9 @@ def _keys(k: TakesContext) -> Param:
 
 
 def _lengths(k: TakesContext) -> Param:
+    """How many tokens a node may take."""
+    if k.how == "near" and not k.rows:
+        return pointer("LENGTHS", "i32", f"[Z, {k.heads}, {k.nodes}] keys there are")
     dims = f"[Z, {k.row_heads}, {k.nodes}]"
     return pointer("LENGTHS", "i32", f"{dims} rows that see a key of the node, the last ones")
 
@@ -273,7 +288,7 @@ def _bits(k: TakesContext, *, rows: bool) -> Param:
 
 
 def _parts(k: TakesContext) -> tuple[Param, ...]:
-    dims = f"turn, {k.row_heads}, {k.nodes}, slots"
+    dims = f"turn, {k.nodes}, slots"
     return (
         pointer("PART_O", "f32", f"f32[{dims}, {k.v_dim}] of each row of a node"),
         pointer("PART_LSE", "f32", f"f32[{dims}] of keys in no earlier node of the row; base 2"),

@@ -89,12 +89,10 @@ class _Plan:
 
     def _refuse(self) -> None:
         """Sizes that no kernel has."""
-        heads = max(self.keys.heads, self.rows.heads)
         for what, most, got in (
             ("nodes that take tokens", takes.MOST_NODES, self.any.nodes),
             ("keys of a node", takes.MOST_TAKEN, self.any.takes),
             ("rows of a node", takes.MOST_TAKEN, self.any.width),
-            ("nodes of all heads", MOST_PROGRAMS, heads * self.any.nodes),
         ):
             if got > most:
                 raise PlanError(
@@ -156,7 +154,7 @@ class _Plan:
         near = self._kernel(f"near_{level}_{whose}", "near", of, rows=rows)
         ranking = RankContext(
             name=f"rank_{level}_{whose}",
-            heads=side.heads * side.nodes,
+            heads=side.nodes,
             k=side.taken,
             width=side.taken,
             size=1,
@@ -168,18 +166,18 @@ class _Plan:
             counted=True,
             rows=1,
             single=True,
-            lengths=rows,
+            lengths=True,
         )
         node = found.select.name if rows else found.assign.name
         self.draft.kernel("rank", ranking, configs.rank_alone(by_mass=False), node)
         scores, capacity = f"scores_{level}_{whose}", f"capacity_{level}_{whose}"
-        turn, sequences = f"turn_{level}_{whose}", f"sequences_{level}_{whose}"
+        turn, pairs = f"turn_{level}_{whose}", f"pairs_{level}_{whose}"
         longest = "in_q.shape[1]" if rows else "batch.keys"
-        each = 4 * side.heads * side.nodes
         lists, counts = self._lists(rows=rows)
+        lengths = self.lengths if rows else f"key_lengths_{level}"
         listed = (str(side.heads), str(side.nodes))
         buffers = [
-            Buffer(name=scores, dtype="f32", dims=(turn, *listed, capacity), role="scratch"),
+            Buffer(name=scores, dtype="f32", dims=(turn, listed[1], capacity), role="scratch"),
             Buffer(
                 name=lists,
                 dtype="i32",
@@ -187,12 +185,8 @@ class _Plan:
                 role="list",
             ),
             Buffer(name=counts, dtype="i32", dims=("batch.sequences", *listed, "2"), role="list"),
+            Buffer(name=lengths, dtype="i32", dims=("batch.sequences", *listed), role="list"),
         ]
-        begins: tuple[str, ...] = ()
-        if rows:
-            begins = (self.key_lists, self.lengths)
-            dims = ("batch.sequences", *listed)
-            buffers.append(Buffer(name=self.lengths, dtype="i32", dims=dims, role="list"))
         x = "q" if rows else "k"
         self.draft.steps.append(
             Step(
@@ -201,35 +195,39 @@ class _Plan:
                 makes=(made,),
                 sizes=(
                     (capacity, f"max(1, {longest})"),
-                    (sequences, "batch.sequences"),
-                    (
-                        turn,
-                        f"min({sequences}, max(1, SCRATCH_BYTES // ({each} * {capacity})))",
-                    ),
+                    (pairs, f"batch.sequences * {side.heads}"),
+                    *self._turn(f"{level}_{whose}", f"{4 * side.nodes} * {capacity}"),
                 ),
                 buffers=tuple(buffers),
                 launches=(
                     Launch(
                         kernel=near.name,
-                        grid=(f"{capacity} // {{BLOCK_N}} + 1", str(side.heads), "count"),
+                        grid=(f"{capacity} // {{BLOCK_N}} + 1", "count"),
                         arguments=(
                             *(*self.draft.tensor(x), self.unit, scores, capacity),
-                            *(*begins, text.SEQ[0], "tile_first"),
+                            *((self.key_lists,) if rows else ()),
+                            *(lengths, text.SEQ[0], "tile_first"),
                         ),
                     ),
                     Launch(
                         kernel=ranking.name,
                         grid=("count", str(ranking.heads)),
-                        arguments=(
-                            *(scores, lists, counts),
-                            *((self.lengths,) if rows else ()),
-                            *(*text.SEQ, "tile_first", capacity),
-                        ),
+                        arguments=(scores, lists, counts, lengths, "tile_first", capacity),
                     ),
                 ),
-                tiles=sequences,
+                tiles=pairs,
                 chunk=turn,
             )
+        )
+
+    def _turn(self, tag: str, each: str) -> tuple[tuple[str, str], ...]:
+        """How many heads of sequences a turn has, of which each holds so many bytes."""
+        bytes_of, fit = f"bytes_{tag}", f"fit_{tag}"
+        held = f"max(SCRATCH_BYTES // 4, batch.rows * {self.draft.held // 4})"
+        return (
+            (bytes_of, each),
+            (fit, f"{held} // {bytes_of}"),
+            (f"turn_{tag}", f"min(pairs_{tag}, {MOST_PROGRAMS}, max(1, {fit}))"),
         )
 
     def _lists(self, *, rows: bool) -> tuple[str, str]:
@@ -320,12 +318,10 @@ class _Plan:
         attend = self._kernel(f"attend_{self.branch}", "attend", *self._attended())
         rest = (x for x in makes if x not in self._attended())
         mean = self._kernel(f"mean_{self.branch}", "mean", *rest)
-        heads, nodes = str(attend.row_heads), attend.nodes
+        nodes = attend.nodes
         parts, sums = f"parts_{self.branch}", f"part_lse_{self.branch}"
-        slots, turn = f"slots_{self.branch}", f"turn_{self.branch}"
-        sequences = f"sequences_{self.branch}"
-        each = 4 * attend.row_heads * nodes * (attend.v_dim + 1)
-        dims = (turn, heads, str(nodes), slots)
+        slots, turn, pairs = (f"{x}_{self.branch}" for x in ("slots", "turn", "pairs"))
+        dims = (turn, str(nodes), slots)
         listed = (*self._lists(rows=True), self.lengths, self.row_bits)
         made = (parts, sums, slots)
         self.draft.steps.append(
@@ -336,8 +332,8 @@ class _Plan:
                 of="own",
                 sizes=(
                     (slots, f"max(1, min({attend.width}, in_q.shape[1]))"),
-                    (sequences, "batch.sequences"),
-                    (turn, f"min({sequences}, max(1, SCRATCH_BYTES // ({each} * {slots})))"),
+                    (pairs, f"batch.sequences * {attend.row_heads}"),
+                    *self._turn(self.branch, f"{4 * nodes * (attend.v_dim + 1)} * {slots}"),
                 ),
                 buffers=(
                     *buffers,
@@ -349,19 +345,19 @@ class _Plan:
                 launches=(
                     Launch(
                         kernel=attend.name,
-                        grid=(f"(({slots} - 1) // {{BLOCK_T}} + 1) * {nodes}", heads, "count"),
+                        grid=(f"(({slots} - 1) // {{BLOCK_T}} + 1) * {nodes}", "count"),
                         arguments=(*self._read(), *listed, *made, text.SEQ[0], "tile_first"),
                     ),
                     Launch(
                         kernel=mean.name,
-                        grid=("in_q.shape[1] // {BLOCK_T} + 1", heads, "count"),
+                        grid=("in_q.shape[1] // {BLOCK_T} + 1", "count"),
                         arguments=(
                             *(*listed, *made, *self.draft.outputs(self.found.attend)),
                             *(text.SEQ[0], "tile_first"),
                         ),
                     ),
                 ),
-                tiles=sequences,
+                tiles=pairs,
                 chunk=turn,
             )
         )

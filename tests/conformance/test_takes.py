@@ -136,6 +136,5 @@ def test_what_no_kernel_does_with_nodes_is_refused():
     _refused(other(nodes=3000), "at most 2048 nodes that take tokens, got 3000")
     _refused(other(takes=9000), "at most 8192 keys of a node, got 9000")
     _refused(other(rows=9000), "at most 8192 rows of a node, got 9000")
-    _refused(other(nodes=2000, table="", kv=40), "at most 65535 nodes of all heads, got 80000")
     strided = "{name: near, static: {blocks: 4, window: 2, stride: 3}, when: a}"
     _refused(other(other=strided), "no kernel takes a route by head yet")

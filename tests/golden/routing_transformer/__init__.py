@@ -1,0 +1,1 @@
+"""Kernels of routing_transformer, emitted by hsgen."""
