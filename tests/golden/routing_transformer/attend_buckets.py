@@ -80,25 +80,24 @@ def attend_buckets(
     ROWS_COUNTS,  # [Z, 4, 64, 2] how many a node has
     LENGTHS,  # [Z, 4, 64] rows that see a key of the node, the last ones
     ROW_BITS,  # [rows, 4, 2] nodes that a row is in
-    PART_O,  # f32[turn, 4, 64, slots, 64] of each row of a node
-    PART_LSE,  # f32[turn, 4, 64, slots] of keys in no earlier node of the row; base 2
+    PART_O,  # f32[turn, 64, slots, 64] of each row of a node
+    PART_LSE,  # f32[turn, 64, slots] of keys in no earlier node of the row; base 2
     slots,  # rows of a node, at most
     SEQ,  # [Z, 6] sequences
-    tile_first,  # the turn's first sequence
+    tile_first,  # the turn's first head, of those of all sequences
     BLOCK_T: tl.constexpr,  # tokens a tile
     BLOCK_N: tl.constexpr,  # entries a step
 ):
     e = tl.program_id(0) % 64
-    one = tl.program_id(1)
+    turn = tl.program_id(1)
+    pair = tile_first + turn
+    z = pair // 4
+    one = pair % 4
     head = one * 2 + 1
-    turn = tl.program_id(2)
-    z = tile_first + turn
     q_start = tl.load(SEQ + z * 6)
     q_first = tl.load(SEQ + z * 6 + 1)
     q_len = tl.load(SEQ + z * 6 + 2)
-    if q_len == 0:
-        return
-    taken = (z * 4 + one) * 64 + e
+    taken = pair * 64 + e
     rows = tl.load(ROWS_COUNTS + taken * 2)
     slot = tl.program_id(0) // 64 * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.program_id(0) // 64 * BLOCK_T >= rows:
@@ -110,8 +109,8 @@ def attend_buckets(
     q0 = load_tile_masked(q_base, q_first + t, alive, q_t, 0, 64)
     q_offset = tl.load(SEQ + z * 6 + 3)
     k_row = tl.load(SEQ + z * 6 + 4)
-    k_base = K + z.to(tl.int64) * k_b + (head).to(tl.int64) * k_h
-    v_base = V + z.to(tl.int64) * v_b + (head).to(tl.int64) * v_h
+    k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
+    v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     key_one = one
     key_bits = KEY_BITS + (z.to(tl.int64) * length + k_row) * 8 + key_one * 2
     row_bits = ROW_BITS + ((q_start + t).to(tl.int64) * 4 + one) * 2
@@ -145,7 +144,7 @@ def attend_buckets(
         p = p.to(V.dtype.element_ty)
         v0 = load_tile_masked(v_base, k_row + n, inside, v_t, 0, 64)
         acc0 = tl.dot(p, v0, acc0 * rescale[:, None], input_precision="tf32x3")
-    part = (turn * 4 + one).to(tl.int64) * 64 + e
+    part = turn.to(tl.int64) * 64 + e
     # divided, since what is rounded here is rounded once more in a mean
     size = tl.where(l == 0.0, 1.0, l)[:, None]
     store_tile(PART_O + part * slots * 64, slot, alive, 64, acc0 / size, 0, 64)

@@ -186,12 +186,13 @@ def forward(tensors, batch, config, selection=None, rows=True):
     )
     # keys of nodes: bucket
     capacity_bucket_keys = max(1, batch.keys)
-    sequences_bucket_keys = batch.sequences
-    turn_bucket_keys = min(sequences_bucket_keys, max(1, SCRATCH_BYTES // (1024 * capacity_bucket_keys)))
+    pairs_bucket_keys = batch.sequences * 4
+    bytes_bucket_keys = 256 * capacity_bucket_keys
+    fit_bucket_keys = max(SCRATCH_BYTES // 4, batch.rows * 512) // bytes_bucket_keys
+    turn_bucket_keys = min(pairs_bucket_keys, 65535, max(1, fit_bucket_keys))
     scores_bucket_keys = torch.empty(
         (
             turn_bucket_keys,
-            4,
             64,
             capacity_bucket_keys,
         ),
@@ -218,11 +219,19 @@ def forward(tensors, batch, config, selection=None, rows=True):
         dtype=torch.int32,
         device=in_q.device,
     )
-    for tile_first in range(0, sequences_bucket_keys, turn_bucket_keys):
-        count = min(turn_bucket_keys, sequences_bucket_keys - tile_first)
+    key_lengths_bucket = torch.empty(
+        (
+            batch.sequences,
+            4,
+            64,
+        ),
+        dtype=torch.int32,
+        device=in_q.device,
+    )
+    for tile_first in range(0, pairs_bucket_keys, turn_bucket_keys):
+        count = min(turn_bucket_keys, pairs_bucket_keys - tile_first)
         grid = (
             capacity_bucket_keys // config["near_bucket_keys"]["BLOCK_N"] + 1,
-            4,
             count,
         )
         near_bucket_keys[grid](
@@ -233,25 +242,26 @@ def forward(tensors, batch, config, selection=None, rows=True):
             made_bucket_keys,
             scores_bucket_keys,
             capacity_bucket_keys,
+            key_lengths_bucket,
             batch.table,
             tile_first,
             **config["near_bucket_keys"],
         )
         grid = (
             count,
-            256,
+            64,
         )
         rank_bucket_keys[grid](
             scores_bucket_keys,
             keys_bucket,
             key_counts_bucket,
-            batch.table,
-            batch.sequences,
+            key_lengths_bucket,
             tile_first,
             capacity_bucket_keys,
             **config["rank_bucket_keys"],
         )
     scores_bucket_keys = None  # what comes next may have its memory
+    key_lengths_bucket = None
     # bits of keys: bucket
     length_bucket = 0 if batch.packed else in_k.shape[1]
     key_bits_bucket = torch.zeros(
@@ -280,12 +290,13 @@ def forward(tensors, batch, config, selection=None, rows=True):
     if selection is None:
         # rows of nodes: bucket
         capacity_bucket_rows = max(1, in_q.shape[1])
-        sequences_bucket_rows = batch.sequences
-        turn_bucket_rows = min(sequences_bucket_rows, max(1, SCRATCH_BYTES // (1024 * capacity_bucket_rows)))
+        pairs_bucket_rows = batch.sequences * 4
+        bytes_bucket_rows = 256 * capacity_bucket_rows
+        fit_bucket_rows = max(SCRATCH_BYTES // 4, batch.rows * 512) // bytes_bucket_rows
+        turn_bucket_rows = min(pairs_bucket_rows, 65535, max(1, fit_bucket_rows))
         scores_bucket_rows = torch.empty(
             (
                 turn_bucket_rows,
-                4,
                 64,
                 capacity_bucket_rows,
             ),
@@ -321,11 +332,10 @@ def forward(tensors, batch, config, selection=None, rows=True):
             dtype=torch.int32,
             device=in_q.device,
         )
-        for tile_first in range(0, sequences_bucket_rows, turn_bucket_rows):
-            count = min(turn_bucket_rows, sequences_bucket_rows - tile_first)
+        for tile_first in range(0, pairs_bucket_rows, turn_bucket_rows):
+            count = min(turn_bucket_rows, pairs_bucket_rows - tile_first)
             grid = (
                 capacity_bucket_rows // config["near_bucket_rows"]["BLOCK_N"] + 1,
-                4,
                 count,
             )
             near_bucket_rows[grid](
@@ -344,15 +354,13 @@ def forward(tensors, batch, config, selection=None, rows=True):
             )
             grid = (
                 count,
-                256,
+                64,
             )
             rank_bucket_rows[grid](
                 scores_bucket_rows,
                 rows_bucket,
                 row_counts_bucket,
                 lengths_bucket,
-                batch.table,
-                batch.sequences,
                 tile_first,
                 capacity_bucket_rows,
                 **config["rank_bucket_rows"],
@@ -408,12 +416,13 @@ def forward(tensors, batch, config, selection=None, rows=True):
             made_bucket_selection = None
         # attend: buckets
         slots_buckets = max(1, min(128, in_q.shape[1]))
-        sequences_buckets = batch.sequences
-        turn_buckets = min(sequences_buckets, max(1, SCRATCH_BYTES // (66560 * slots_buckets)))
+        pairs_buckets = batch.sequences * 4
+        bytes_buckets = 16640 * slots_buckets
+        fit_buckets = max(SCRATCH_BYTES // 4, batch.rows * 512) // bytes_buckets
+        turn_buckets = min(pairs_buckets, 65535, max(1, fit_buckets))
         parts_buckets = torch.empty(
             (
                 turn_buckets,
-                4,
                 64,
                 slots_buckets,
                 64,
@@ -424,18 +433,16 @@ def forward(tensors, batch, config, selection=None, rows=True):
         part_lse_buckets = torch.empty(
             (
                 turn_buckets,
-                4,
                 64,
                 slots_buckets,
             ),
             dtype=torch.float32,
             device=in_q.device,
         )
-        for tile_first in range(0, sequences_buckets, turn_buckets):
-            count = min(turn_buckets, sequences_buckets - tile_first)
+        for tile_first in range(0, pairs_buckets, turn_buckets):
+            count = min(turn_buckets, pairs_buckets - tile_first)
             grid = (
                 ((slots_buckets - 1) // config["attend_buckets"]["BLOCK_T"] + 1) * 64,
-                4,
                 count,
             )
             attend_buckets[grid](
@@ -468,7 +475,6 @@ def forward(tensors, batch, config, selection=None, rows=True):
             )
             grid = (
                 in_q.shape[1] // config["mean_buckets"]["BLOCK_T"] + 1,
-                4,
                 count,
             )
             mean_buckets[grid](
@@ -598,12 +604,13 @@ def select(tensors, batch, config):
 
     # keys of nodes: bucket
     capacity_bucket_keys = max(1, batch.keys)
-    sequences_bucket_keys = batch.sequences
-    turn_bucket_keys = min(sequences_bucket_keys, max(1, SCRATCH_BYTES // (1024 * capacity_bucket_keys)))
+    pairs_bucket_keys = batch.sequences * 4
+    bytes_bucket_keys = 256 * capacity_bucket_keys
+    fit_bucket_keys = max(SCRATCH_BYTES // 4, batch.rows * 512) // bytes_bucket_keys
+    turn_bucket_keys = min(pairs_bucket_keys, 65535, max(1, fit_bucket_keys))
     scores_bucket_keys = torch.empty(
         (
             turn_bucket_keys,
-            4,
             64,
             capacity_bucket_keys,
         ),
@@ -630,11 +637,19 @@ def select(tensors, batch, config):
         dtype=torch.int32,
         device=in_q.device,
     )
-    for tile_first in range(0, sequences_bucket_keys, turn_bucket_keys):
-        count = min(turn_bucket_keys, sequences_bucket_keys - tile_first)
+    key_lengths_bucket = torch.empty(
+        (
+            batch.sequences,
+            4,
+            64,
+        ),
+        dtype=torch.int32,
+        device=in_q.device,
+    )
+    for tile_first in range(0, pairs_bucket_keys, turn_bucket_keys):
+        count = min(turn_bucket_keys, pairs_bucket_keys - tile_first)
         grid = (
             capacity_bucket_keys // config["near_bucket_keys"]["BLOCK_N"] + 1,
-            4,
             count,
         )
         near_bucket_keys[grid](
@@ -645,34 +660,36 @@ def select(tensors, batch, config):
             made_bucket_keys,
             scores_bucket_keys,
             capacity_bucket_keys,
+            key_lengths_bucket,
             batch.table,
             tile_first,
             **config["near_bucket_keys"],
         )
         grid = (
             count,
-            256,
+            64,
         )
         rank_bucket_keys[grid](
             scores_bucket_keys,
             keys_bucket,
             key_counts_bucket,
-            batch.table,
-            batch.sequences,
+            key_lengths_bucket,
             tile_first,
             capacity_bucket_keys,
             **config["rank_bucket_keys"],
         )
     scores_bucket_keys = None  # what comes next may have its memory
+    key_lengths_bucket = None
 
     # rows of nodes: bucket
     capacity_bucket_rows = max(1, in_q.shape[1])
-    sequences_bucket_rows = batch.sequences
-    turn_bucket_rows = min(sequences_bucket_rows, max(1, SCRATCH_BYTES // (1024 * capacity_bucket_rows)))
+    pairs_bucket_rows = batch.sequences * 4
+    bytes_bucket_rows = 256 * capacity_bucket_rows
+    fit_bucket_rows = max(SCRATCH_BYTES // 4, batch.rows * 512) // bytes_bucket_rows
+    turn_bucket_rows = min(pairs_bucket_rows, 65535, max(1, fit_bucket_rows))
     scores_bucket_rows = torch.empty(
         (
             turn_bucket_rows,
-            4,
             64,
             capacity_bucket_rows,
         ),
@@ -708,11 +725,10 @@ def select(tensors, batch, config):
         dtype=torch.int32,
         device=in_q.device,
     )
-    for tile_first in range(0, sequences_bucket_rows, turn_bucket_rows):
-        count = min(turn_bucket_rows, sequences_bucket_rows - tile_first)
+    for tile_first in range(0, pairs_bucket_rows, turn_bucket_rows):
+        count = min(turn_bucket_rows, pairs_bucket_rows - tile_first)
         grid = (
             capacity_bucket_rows // config["near_bucket_rows"]["BLOCK_N"] + 1,
-            4,
             count,
         )
         near_bucket_rows[grid](
@@ -731,15 +747,13 @@ def select(tensors, batch, config):
         )
         grid = (
             count,
-            256,
+            64,
         )
         rank_bucket_rows[grid](
             scores_bucket_rows,
             rows_bucket,
             row_counts_bucket,
             lengths_bucket,
-            batch.table,
-            batch.sequences,
             tile_first,
             capacity_bucket_rows,
             **config["rank_bucket_rows"],

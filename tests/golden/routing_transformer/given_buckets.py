@@ -136,8 +136,8 @@ def given_buckets(
     q0 = load_tile_masked(q_base, q_first + t, alive, q_t, 0, 64)
     q_offset = tl.load(SEQ + z * 6 + 3)
     k_row = tl.load(SEQ + z * 6 + 4)
-    k_base = K + z.to(tl.int64) * k_b + (head).to(tl.int64) * k_h
-    v_base = V + z.to(tl.int64) * v_b + (head).to(tl.int64) * v_h
+    k_base = K + z.to(tl.int64) * k_b + head.to(tl.int64) * k_h
+    v_base = V + z.to(tl.int64) * v_b + head.to(tl.int64) * v_h
     key_one = one
     key_bits = KEY_BITS + (z.to(tl.int64) * length + k_row) * 8 + key_one * 2
     row_bits = ROW_BITS + ((q_start + t).to(tl.int64) * 4 + one) * 2
@@ -183,7 +183,8 @@ def given_buckets(
             o0 += acc0 / size
             number += (l > 0.0).to(tl.float32)
             m = own_lse(m, own)
-            total_m, total_l = merged_step(total_m, total_l, m, tl.where(m == float("-inf"), 0.0, 1.0))
+            l = tl.where(m == float("-inf"), 0.0, 1.0)
+            total_m, total_l = merged_step(total_m, total_l, m, l)
     many = tl.maximum(number, 1.0)[:, None]
     o_base = O + z.to(tl.int64) * o_b + head.to(tl.int64) * o_h
     store_rows(o_base, q_first + t, alive, o_t, o0 / many, 0, 64)

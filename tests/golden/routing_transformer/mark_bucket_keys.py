@@ -20,8 +20,6 @@ def mark_bucket_keys(
     e = tl.program_id(0)
     one = tl.program_id(1)
     z = tl.program_id(2)
-    if tl.load(SEQ + z * 6 + 2) == 0:
-        return  # no row asks
     node = (z * 4 + one) * 64 + e
     many = tl.load(TAKEN_COUNTS + node * 2)
     start = z * length + tl.load(SEQ + z * 6 + 4)

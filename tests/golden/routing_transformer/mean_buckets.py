@@ -61,8 +61,8 @@ def mean_buckets(
     ROWS_COUNTS,  # [Z, 4, 64, 2] how many a node has
     LENGTHS,  # [Z, 4, 64] rows that see a key of the node, the last ones
     ROW_BITS,  # [rows, 4, 2] nodes that a row is in
-    PART_O,  # f32[turn, 4, 64, slots, 64] of each row of a node
-    PART_LSE,  # f32[turn, 4, 64, slots] of keys in no earlier node of the row; base 2
+    PART_O,  # f32[turn, 64, slots, 64] of each row of a node
+    PART_LSE,  # f32[turn, 64, slots] of keys in no earlier node of the row; base 2
     slots,  # rows of a node, at most
     O,  # [B, T, Hq, Dv]
     o_b,  # O: batch stride
@@ -73,13 +73,14 @@ def mean_buckets(
     lse_h,  # LSE: head stride
     lse_t,  # LSE: token stride
     SEQ,  # [Z, 6] sequences
-    tile_first,  # the turn's first sequence
+    tile_first,  # the turn's first head, of those of all sequences
     BLOCK_T: tl.constexpr,  # tokens a tile
 ):
-    one = tl.program_id(1)
+    turn = tl.program_id(1)
+    pair = tile_first + turn
+    z = pair // 4
+    one = pair % 4
     head = one * 2 + 1
-    turn = tl.program_id(2)
-    z = tile_first + turn
     q_start = tl.load(SEQ + z * 6)
     q_first = tl.load(SEQ + z * 6 + 1)
     q_len = tl.load(SEQ + z * 6 + 2)
@@ -96,15 +97,16 @@ def mean_buckets(
         word = tl.load(row_bits + e // 32, mask=alive, other=0)
         there = ((word >> (e % 32)) & 1) != 0
         if tl.max(there.to(tl.int32), 0) > 0:
-            taken = (z * 4 + one) * 64 + e
+            taken = pair * 64 + e
             rows = ROWS + taken.to(tl.int64) * 128
             begin = q_len - tl.load(LENGTHS + taken)
             slot = place_in(rows, tl.load(ROWS_COUNTS + taken * 2), t - begin)
-            part = (turn * 4 + one).to(tl.int64) * 64 + e
+            part = turn.to(tl.int64) * 64 + e
             o0 += load_tile_masked(PART_O + part * slots * 64, slot, there, 64, 0, 64)
             number += there.to(tl.float32)
             m = tl.load(PART_LSE + part * slots + slot, mask=there, other=float("-inf"))
-            total_m, total_l = merged_step(total_m, total_l, m, tl.where(m == float("-inf"), 0.0, 1.0))
+            l = tl.where(m == float("-inf"), 0.0, 1.0)
+            total_m, total_l = merged_step(total_m, total_l, m, l)
     many = tl.maximum(number, 1.0)[:, None]
     o_base = O + z.to(tl.int64) * o_b + head.to(tl.int64) * o_h
     store_rows(o_base, q_first + t, alive, o_t, o0 / many, 0, 64)

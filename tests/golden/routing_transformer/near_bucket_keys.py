@@ -23,20 +23,23 @@ def near_bucket_keys(
     x_t,  # X: token stride
     x_h,  # X: head stride
     UNIT,  # f32[8, 64, 64]
-    SCORES,  # f32[turn, 4, 64, capacity] of a turn's sequences
+    SCORES,  # f32[turn, 64, capacity] of a turn's heads
     capacity,  # tokens of a row of it
+    LENGTHS,  # [Z, 4, 64] keys there are
     SEQ,  # [Z, 6] sequences
-    tile_first,  # the turn's first sequence
+    tile_first,  # the turn's first head, of those of all sequences
     BLOCK_N: tl.constexpr,  # entries a step
     BLOCK_E: tl.constexpr,  # entries a tile
 ):
-    one = tl.program_id(1)
+    turn = tl.program_id(1)
+    pair = tile_first + turn
+    z = pair // 4
+    one = pair % 4
     head = one * 2 + 1
-    turn = tl.program_id(2)
-    z = tile_first + turn
     x_first = tl.load(SEQ + z * 6 + 4)
     x_len = tl.load(SEQ + z * 6 + 5)
-    if tl.program_id(0) * BLOCK_N >= x_len:
+    # the first program says how many there are, also where there are none
+    if (tl.program_id(0) > 0) & (tl.program_id(0) * BLOCK_N >= x_len):
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < x_len
@@ -45,14 +48,17 @@ def near_bucket_keys(
     x0 = load_tile_masked(x_base, x_first + n, inside, x_t, 0, 64).to(tl.float32)
     squares += tl.sum(x0 * x0, 1)
     size = tl.maximum(tl.sqrt_rn(squares), 1e-12)[None, :]
-    unit = UNIT + (head).to(tl.int64) * 4096
-    rows = (turn * 4 + one).to(tl.int64) * 64
+    unit = UNIT + head.to(tl.int64) * 4096
     for e0 in range(0, 64, BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
         there = e < 64
         s = tl.zeros([BLOCK_E, BLOCK_N], tl.float32)
         u0 = load_tile_masked(unit, e, there, 64, 0, 64)
         s = tl.dot(u0, tl.trans(x0), s, input_precision="tf32x3")
-        slot = n[None, :]
-        stored = there[:, None] & inside[None, :]
-        tl.store(SCORES + (rows + e)[:, None] * capacity + slot, s / size, mask=stored)
+        begin = e * 0
+        lengths = LENGTHS + pair * 64 + e
+        tl.store(lengths, x_len - begin, mask=there & (tl.program_id(0) == 0))
+        slot = n[None, :] - begin[:, None]
+        stored = there[:, None] & inside[None, :] & (slot >= 0)
+        scores = SCORES + (turn * 64 + e).to(tl.int64)[:, None] * capacity
+        tl.store(scores + slot, s / size, mask=stored)

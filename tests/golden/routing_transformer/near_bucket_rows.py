@@ -23,22 +23,24 @@ def near_bucket_rows(
     x_t,  # X: token stride
     x_h,  # X: head stride
     UNIT,  # f32[8, 64, 64]
-    SCORES,  # f32[turn, 4, 64, capacity] of a turn's sequences
+    SCORES,  # f32[turn, 64, capacity] of a turn's heads
     capacity,  # tokens of a row of it
     KEYS,  # [Z, 4, 64, 128] keys of nodes, ascending
     LENGTHS,  # [Z, 4, 64] rows that see a key of the node, the last ones
     SEQ,  # [Z, 6] sequences
-    tile_first,  # the turn's first sequence
+    tile_first,  # the turn's first head, of those of all sequences
     BLOCK_N: tl.constexpr,  # entries a step
     BLOCK_E: tl.constexpr,  # entries a tile
 ):
-    one = tl.program_id(1)
+    turn = tl.program_id(1)
+    pair = tile_first + turn
+    z = pair // 4
+    one = pair % 4
     head = one * 2 + 1
-    turn = tl.program_id(2)
-    z = tile_first + turn
     x_first = tl.load(SEQ + z * 6 + 1)
     x_len = tl.load(SEQ + z * 6 + 2)
-    if tl.program_id(0) * BLOCK_N >= x_len:
+    # the first program says how many there are, also where there are none
+    if (tl.program_id(0) > 0) & (tl.program_id(0) * BLOCK_N >= x_len):
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < x_len
@@ -49,8 +51,7 @@ def near_bucket_rows(
     size = tl.maximum(tl.sqrt_rn(squares), 1e-12)[None, :]
     q_offset = tl.load(SEQ + z * 6 + 3)
     lists = (z * 4 + one) * 64
-    unit = UNIT + (head).to(tl.int64) * 4096
-    rows = (turn * 4 + one).to(tl.int64) * 64
+    unit = UNIT + head.to(tl.int64) * 4096
     for e0 in range(0, 64, BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
         there = e < 64
@@ -60,8 +61,9 @@ def near_bucket_rows(
         # a row sees keys up to its own place
         first = tl.load(KEYS + (lists + e).to(tl.int64) * 128, mask=there, other=-1)
         begin = tl.where(first < 0, x_len, tl.minimum(tl.maximum(first - q_offset, 0), x_len))
-        lengths = LENGTHS + (z * 4 + one) * 64 + e
+        lengths = LENGTHS + pair * 64 + e
         tl.store(lengths, x_len - begin, mask=there & (tl.program_id(0) == 0))
         slot = n[None, :] - begin[:, None]
         stored = there[:, None] & inside[None, :] & (slot >= 0)
-        tl.store(SCORES + (rows + e)[:, None] * capacity + slot, s / size, mask=stored)
+        scores = SCORES + (turn * 64 + e).to(tl.int64)[:, None] * capacity
+        tl.store(scores + slot, s / size, mask=stored)

@@ -234,13 +234,12 @@ def keep_long(scores, chosen, p, k_len, n, BLOCK_N: tl.constexpr):
     return above + ties
 
 
-@triton.jit(do_not_specialize=["num_sequences", "tile_first", "capacity"])
+@triton.jit(do_not_specialize=["tile_first", "capacity"])
 def rank_bucket_keys(
-    SCORES,  # f32[chunk rows, 256, capacity]
-    SELECTION,  # [rows, 256, 128]
-    COUNTS,  # i32[Z, 256, 2] kept by the last rows, of all
-    SEQ,  # [Z, 6] sequences
-    num_sequences,  # Z
+    SCORES,  # f32[chunk rows, 64, capacity]
+    SELECTION,  # [rows, 64, 128]
+    COUNTS,  # i32[Z, 64, 2] kept by the last rows, of all
+    LENGTHS,  # [Z, 64] entries
     tile_first,  # the tile of rows at which the scratch begins
     capacity,  # row length of the scratch
     BLOCK_T: tl.constexpr,  # tokens a tile
@@ -253,18 +252,18 @@ def rank_bucket_keys(
     z = tile_first + first // BLOCK_T
     t0 = 0
     q_start = z
-    q_offset = tl.load(SEQ + z * 6 + 3) + tl.load(SEQ + z * 6 + 2) - 1  # of its last row
-    q_len = tl.minimum(tl.load(SEQ + z * 6 + 2), 1)
+    q_offset = 0
+    q_len = 1
     if t0 >= q_len:
         return
     # [BLOCK_R, 1]; a row past the last one has no keys, so no candidates
     rows = tl.arange(0, BLOCK_R)[:, None]
     live = t0 + rows < q_len
-    k_len = tl.where(live, tl.load(SEQ + z * 6 + 5), 0)
+    k_len = tl.where(live, tl.load(LENGTHS + z * 64 + head), 0)
     p = q_offset + t0 + rows
-    scores = SCORES + ((first + rows).to(tl.int64) * 256 + head) * capacity
+    scores = SCORES + ((first + rows).to(tl.int64) * 64 + head) * capacity
     row = (q_start + t0 + rows).to(tl.int64)
-    chosen = SELECTION + (row * 256 + head) * 128
+    chosen = SELECTION + (row * 64 + head) * 128
     n = tl.max(begun_limit(p, k_len, 1, 1, 1, False, True))
     # select: the keys stay in registers, the fewest that hold all of a row
     if n <= max(BLOCK_N // 8, 2):
@@ -277,7 +276,7 @@ def rank_bucket_keys(
         total = keep_best(scores, chosen, p, k_len, BLOCK_N)
     else:
         total = keep_long(scores, chosen, p, k_len, n, BLOCK_N)
-    counts = COUNTS + (z * 256 + head) * 2
+    counts = COUNTS + (z * 64 + head) * 2
     tl.store(counts, tl.sum(total, 0))
     tl.store(counts + 1, tl.sum(tl.sum(begun_limit(p, k_len, 1, 1, 1, False, True), 1), 0))
     # store: -1 after the last one

@@ -33,7 +33,6 @@ def spread_bucket(
     head = tl.program_id(1)
     z, t0 = find_sequence(SEQ, num_sequences, tl.program_id(0), BLOCK_T, 0, 1)
     q_start = tl.load(SEQ + z * 6)
-    q_first = tl.load(SEQ + z * 6 + 1)
     q_len = tl.load(SEQ + z * 6 + 2)
     if t0 >= q_len:
         return
