@@ -60,6 +60,7 @@ def _of_attend(graph: Graph, node: Node, op: Attend) -> str | None:
         return None
     lacks = (
         (op.cut == "clusters", "attention by clusters"),
+        (op.softmax is not None, "a softmax for every entry"),
         (
             op.over not in ("blocks", "tokens", "window", "static", "all", "pooled", "tiers"),
             f"attention over {op.over}",
