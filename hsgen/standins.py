@@ -12,7 +12,7 @@ from torch import Tensor
 from hsgen.errors import HsgenError
 from hsgen.reference import tensor_kinds, tensor_shapes
 from hsgen.reference.layouts import part_of
-from hsgen.spec import HeadDim, Heads, Index, Level, Parts, Route, Spec
+from hsgen.spec import HeadDim, Heads, Index, Level, Parts, Spec
 
 
 def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec:
@@ -33,17 +33,9 @@ def bind(spec: Spec, *, query: int, kv: int, dim: int | tuple[int, int]) -> Spec
         "head_dim": HeadDim(qk=qk, v=v),
         "levels": tuple(_narrower(level, qk) for level in spec.levels),
         "index": spec.index and Index(heads=kv if spec.index_per_key_head else query, dim=qk),
-        "route": spec.route and ways_of(spec.route, query),
+        "route": spec.route and spec.route.of_heads(query),
     }
     return spec.model_copy(update=changed)
-
-
-def ways_of(route: Route, heads: int) -> Route:
-    """The same route of so many heads, where its table does not divide them."""
-    if route.by != "head" or not route.table or heads % len(route.table) == 0:
-        return route
-    ways = (route.table[i % len(route.table)] for i in range(heads))
-    return route.model_copy(update={"table": tuple(ways)})
 
 
 def _narrower(level: Level, qk: int) -> Level:

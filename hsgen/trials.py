@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hsgen import batch, drawn, standins
+from hsgen import batch, drawn
 from hsgen.arguments import SHORT_NAMES
 from hsgen.batch import Batch
 from hsgen.errors import HsgenError
@@ -169,7 +169,7 @@ def shrink(spec: Spec) -> Spec:
         "attend": tuple(_shrunk_branch(x, heads, units.get(x.name, 2)) for x in spec.attend),
         "heads": heads,
         "head_dim": _few_dims(spec),
-        "route": spec.route and standins.ways_of(spec.route, heads.query),
+        "route": spec.route and spec.route.of_heads(heads.query),
     }
     if spec.index:
         few = 2 if spec.index_per_key_head else min(spec.index.heads, 4)

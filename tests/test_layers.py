@@ -34,7 +34,7 @@ buckets  together  transposed           rows by the block they chose · rows tha
 halved  picked  trees  clusters         intervals that are searched · tokens a tile picked · trees · k-means
 pyramids  sorting  slashes              entries read in tiers · sorted keys · columns and diagonals
 walks  keeping  runs                    tokens taken best first · that heads keep · by the scores of runs
-stripes                                 anchors behind each row, and the spans before them
+stripes  takes                          anchors behind each row, and spans · keys and rows that nodes take
 cols  unpool  unweigh  learn  entropies gradients of attention, of pools and of losses
 blockgate                               the same of a gate of blocks
 maps  likeness  pairs                   what blocks of rows give blocks · blocks alike · pairs of a head

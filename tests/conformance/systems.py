@@ -297,9 +297,8 @@ def bind(spec, *, group=2, kv=None, dims=(64, 64)):
     }
     changes["levels"] = turned_less(spec, dims[0])
     changes["attend"] = tuple(of_heads(branch, group * kv) for branch in spec.attend)
-    if spec.route and spec.route.by == "head" and spec.route.table:
-        ways = tuple(spec.route.table[i % len(spec.route.table)] for i in range(group * kv))
-        changes["route"] = spec.route.model_copy(update={"table": ways})
+    if spec.route:
+        changes["route"] = spec.route.of_heads(group * kv)
     if spec.index:
         heads = kv if spec.index_per_key_head else group
         if any(x.score.sums_index and x.score.share == "group" for x in spec.levels):

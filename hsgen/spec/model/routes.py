@@ -1,7 +1,7 @@
 """Routes: which of several ways a layer, a head or a sequence takes."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -52,3 +52,10 @@ class Route(Node):
         """Every way, in the order in which they are first said."""
         computed = (self.statistic.below, self.statistic.above) if self.statistic else ()
         return tuple(dict.fromkeys((*self.table, *self.input, *computed)))
+
+    def of_heads(self, heads: int) -> Self:
+        """The same route of so many heads, where its table does not divide them."""
+        if self.by != "head" or not self.table or heads % len(self.table) == 0:
+            return self
+        ways = (self.table[i % len(self.table)] for i in range(heads))
+        return self.model_copy(update={"table": tuple(ways)})

@@ -57,7 +57,8 @@ def near_bucket_keys(
         s = tl.dot(u0, tl.trans(x0), s, input_precision="tf32x3")
         begin = e * 0
         lengths = LENGTHS + pair * 64 + e
-        tl.store(lengths, x_len - begin, mask=there & (tl.program_id(0) == 0))
+        if tl.program_id(0) == 0:
+            tl.store(lengths, x_len - begin, mask=there)
         slot = n[None, :] - begin[:, None]
         stored = there[:, None] & inside[None, :] & (slot >= 0)
         scores = SCORES + (turn * 64 + e).to(tl.int64)[:, None] * capacity

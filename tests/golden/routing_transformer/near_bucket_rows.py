@@ -62,7 +62,8 @@ def near_bucket_rows(
         first = tl.load(KEYS + (lists + e).to(tl.int64) * 128, mask=there, other=-1)
         begin = tl.where(first < 0, x_len, tl.minimum(tl.maximum(first - q_offset, 0), x_len))
         lengths = LENGTHS + pair * 64 + e
-        tl.store(lengths, x_len - begin, mask=there & (tl.program_id(0) == 0))
+        if tl.program_id(0) == 0:
+            tl.store(lengths, x_len - begin, mask=there)
         slot = n[None, :] - begin[:, None]
         stored = there[:, None] & inside[None, :] & (slot >= 0)
         scores = SCORES + (turn * 64 + e).to(tl.int64)[:, None] * capacity
