@@ -107,9 +107,9 @@ def turns_entry_rotated(
         size = tl.sqrt_rn(squares / 512.0 + 1e-6)
         a = normed(a, size, NORM, one)
         b = normed(b, size, NORM, two)
-        of_a = tl.load(GRADS + at_one, mask=live[:, None], other=0.0)
-        of_b = tl.load(GRADS + at_two, mask=live[:, None], other=0.0)
-        dcos += of_a * a + of_b * b
-        dsin += of_b * a - of_a * b
+        da = tl.load(GRADS + at_one, mask=live[:, None], other=0.0)
+        db = tl.load(GRADS + at_two, mask=live[:, None], other=0.0)
+        dcos += da * a + db * b
+        dsin += db * a - da * b
     store_rows(dcos_base, place, live, dc_t, dcos, 0, 32)
     store_rows(dsin_base, place, live, ds_t, dsin, 0, 32)
