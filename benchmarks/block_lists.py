@@ -202,10 +202,11 @@ def page(results: Sequence[Json]) -> str:
 
 
 def came(results: Sequence[Json]) -> list[str]:
-    """A line a run: card, versions, date and command."""
+    """A line a run: card, versions, date and command, and what has changed since."""
     return [
         f"- {x['card']}, torch {x['torch']}, triton {x['triton']}, "
         f"{', '.join(f'{n} {v}' for n, v in x['packages'].items() if v)}, {x['date']}: `{x['command']}`"
+        + (f"; {x['note']}" if "note" in x else "")
         for result in results
         for x in result["runs"]
     ]

@@ -301,3 +301,22 @@ def test_sets_are_compared_whatever_room_their_lists_have():
     assert not [*trials._other_sets(wanted, chosen((0, 2, -1), (1, -1, -1)))]
     assert [*trials._other_sets(wanted, chosen((0, 2, -1), (1, 2, -1)))]
     assert [*trials._other_sets(wanted, chosen((0,), (1,)))]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequences_whose_parts_are_chosen_apart_are_split_in_half(packed):
+    """As numbers, one a sequence: of another kind a kernel would read what they are not."""
+    spec = load("sparse_d").bind(step=205)
+    trial = trials.Trial(
+        name="split",
+        spec=spec,
+        dtype=torch.bfloat16,
+        queries=(9, 4),
+        keys=(9, 4),
+        packed=packed,
+        numbers="real",
+    )
+    made = trials.tensors_of(trial, "cpu")
+    for tensors in (made.driver, made.reference):
+        assert tensors["block_split"].tolist() == [4, 2]
+        assert tensors["block_split"].dtype == torch.int32
