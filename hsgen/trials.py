@@ -526,6 +526,7 @@ class Examination:
                 self._free,
                 self._apart(level, plan),
                 trial.queries,
+                split=tensors.driver.get(f"{level.name}_split"),
             )
         ]
         if trial.exact and not tensors.brought:
@@ -680,6 +681,8 @@ def _wrong_selection(
     own: Result | None,
     apart: float,
     queries: tuple[int, ...],
+    *,
+    split: Tensor | None,
 ) -> Iterator[str]:
     """Structure, and what scores say: no unselected entry may be clearly better than a selected one.
 
@@ -688,6 +691,7 @@ def _wrong_selection(
     `own`: the one that chooses, where rows differ in how many they keep, which no score decides, or heads in
     whether they keep any.
     `queries`: of each sequence, whose rows entries may take.
+    `split`: where entries of each begin that are chosen apart.
     """
     assert level.select is not None
     scores, candidates = given.scores[level.name], given.candidates[level.name]
@@ -727,10 +731,31 @@ def _wrong_selection(
         ("selects what is no candidate", (mask & ~candidates).any(-1)),
         ("lacks a forced entry", (forced & ~mask).any(-1)),
         ("has not the size it should", count != torch.minimum(keep, candidates.sum(-1))),
-        ("leaves out a better entry", _left_out(scores, mask, candidates, forced, apart)),
+        (
+            "leaves out a better entry",
+            torch.stack(
+                [
+                    _left_out(scores, mask & side, candidates & side, forced & side, apart)
+                    for side in _sides(level, scores, split, queries)
+                ]
+            ).any(0),
+        ),
     ):
         if bad.any():
             yield f"{level.name}: {_row(bad)} {text}"
+
+
+def _sides(
+    level: Level, scores: Tensor, split: Tensor | None, queries: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """Entries that are chosen apart from each other: of most levels all are chosen together."""
+    first = torch.arange(scores.shape[-1], device=scores.device) * level.partition.stride
+    if split is None:
+        return (first >= 0,)
+    if scores.ndim == 3:  # packed
+        split = split.repeat_interleave(torch.tensor(queries, device=split.device))
+    late = first >= split.view(-1, *(1,) * (scores.ndim - 1))
+    return late, ~late
 
 
 def _ascending(mask: Tensor, width: int) -> Tensor:

@@ -320,3 +320,9 @@ def test_sequences_whose_parts_are_chosen_apart_are_split_in_half(packed):
     for tensors in (made.driver, made.reference):
         assert tensors["block_split"].tolist() == [4, 2]
         assert tensors["block_split"].dtype == torch.int32
+
+
+def test_parts_that_are_chosen_apart_are_judged_apart(broken):
+    broken()
+    for trial in trials.trials(load("sparse_d").bind(step=205))[:3]:
+        assert trials.judge(trial, H100) == [], trial.name
